@@ -1,0 +1,23 @@
+"""Check the run folder that `.ci/run` made: files, keys, and the epsilon recomputed from what the run says it did."""
+
+import json
+import sys
+from pathlib import Path
+
+from dp_accounting.pld import PLDAccountant
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+
+folder = Path(sys.argv[1])
+run = json.loads((folder / "run.json").read_text())
+for name in ("config.yaml", "log.txt", "report.html", "report.json", "adapter/adapter_model.safetensors", "checkpoints"):
+    assert (folder / name).exists(), f"{name} is missing"
+assert len(run["rounds"]) == 2
+assert 0 < run["final"]["metrics"]["accuracy"] <= 1
+for site, spent in run["privacy"]["sites"].items():
+    assert (folder / "sites" / site / "ledger.jsonl").exists()
+    accountant = PLDAccountant()
+    event = PoissonSampledDpEvent(spent["sampling_rate"], GaussianDpEvent(spent["noise_multiplier"]))
+    accountant.compose(event, spent["steps"])
+    assert abs(accountant.get_epsilon(run["privacy"]["delta"]) - spent["epsilon"]) < 1e-3
+    assert spent["epsilon"] <= 8
+print("run folder is right:", folder.name)

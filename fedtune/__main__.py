@@ -1,0 +1,6 @@
+"""`python -m fedtune`."""
+
+from fedtune.cli.main import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

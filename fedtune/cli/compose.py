@@ -1,0 +1,143 @@
+"""From overrides on the command line to validated configurations; the only place that knows Hydra."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fedtune.config import RunConfig, parse
+from fedtune.data.load import shipped_folders
+from fedtune.spec import ConfigError
+
+
+def config_folder() -> Path:
+    """The folder `conf/`, in a checkout or inside the installed package."""
+    return next(folder / "conf" for folder in shipped_folders() if (folder / "conf" / "config.yaml").is_file())
+
+
+def compose_run(overrides: Sequence[str]) -> RunConfig:
+    """Compose and validate one run.
+
+    Raises:
+        ConfigError: for every mistake in an override or a value, Hydra's own errors among them.
+    """
+    overrides = [override for override in overrides if override.strip()]
+    if [override for override in overrides if override.startswith("resume=")] == overrides and overrides:
+        return _resumed(overrides[0].removeprefix("resume="))
+    settings = _composed(overrides)
+    if settings.get("resume"):
+        settings["name"] = Path(settings["resume"]).resolve().name
+    if settings.get("name") is None:
+        settings["name"] = _time_stamp()
+    return parse(settings)
+
+
+def compose_sweep(overrides: Sequence[str]) -> list[RunConfig]:
+    """One run for each combination of comma-separated values, all validated before the first one begins."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    except HydraException as error:
+        raise _in_our_words(error, overrides) from error
+    swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
+    stamp = _time_stamp()
+    runs = []
+    for batch in batches:
+        chosen = ",".join(part.lstrip("+") for part in batch if part.lstrip("+").split("=")[0] in swept)
+        named = any(part.startswith("name=") for part in batch)
+        suffix = chosen.replace("/", "-") or "run"
+        runs.append(compose_run(list(batch) if named else [*batch, f"name='{stamp}-{suffix}'"]))
+    return runs
+
+
+def saved_config(folder: Path) -> RunConfig:
+    """The configuration that a run folder was made with.
+
+    Raises:
+        ConfigError: the folder has none, or one that this version does not understand.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError("run folder", str(folder), "must hold a config.yaml")
+    try:
+        settings = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        raise ConfigError("run folder", str(path), "must be YAML") from error
+    if not isinstance(settings, dict):
+        raise ConfigError("run folder", str(path), "must hold a configuration")
+    return parse({str(key): value for key, value in settings.items()})
+
+
+def write_config(config: RunConfig, folder: Path) -> None:
+    """Write `config.yaml`; `saved_config` reads it back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(config.to_json()), folder / "config.yaml")
+
+
+def _resumed(name: str) -> RunConfig:
+    """`resume=FOLDER` alone continues with the folder's own configuration."""
+    folder = Path(name.strip("'\""))
+    if not folder.is_dir():
+        raise ConfigError("resume", str(folder), "must be a run folder")
+    settings = saved_config(folder).to_json()
+    return parse(settings | {"resume": str(folder), "name": folder.resolve().name})
+
+
+def _composed(overrides: Sequence[str]) -> dict[str, Any]:
+    try:
+        with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
+            composed = compose("config", overrides=list(overrides))
+        settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise _in_our_words(error, overrides) from error
+    assert isinstance(settings, dict)
+    settings.pop("experiment", None)
+    return {str(key): value for key, value in settings.items()}
+
+
+def _in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """Hydra's message as one line about the override that caused it."""
+    text = " ".join(line.strip() for line in str(error).splitlines())
+    given = {key: value for key, _, value in (override.lstrip("+~").partition("=") for override in overrides)}
+    if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
+        key = found[1] or found[2]
+        return ConfigError(key, given.get(key, ""), f"is not a setting of fedtune{_nearest(key)}")
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group = config_folder() / found[1]
+        choices = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
+        return ConfigError(found[1], found[2], f"must be one of {choices}" if choices else "is no group of settings")
+    if found := re.search(r"Ambiguous value for argument '([^'=]+)=(.*?)'", text):
+        bound = "is several values: add -m to run each of them, or write [a,b] for a list"
+        return ConfigError(found[1], found[2], bound)
+    culprit = next((override for override in overrides if override in text), " ".join(overrides))
+    return ConfigError("override", culprit, f"must look like key=value ({text.split(' See https')[0]})")
+
+
+def _nearest(key: str) -> str:
+    """A hint for a misspelt key: the known key most like it."""
+    known = [".".join(path) for path in _key_paths(_composed([]), ())]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _key_paths(settings: dict[str, Any], outer: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for key, value in settings.items():
+        yield (*outer, key)
+        if isinstance(value, dict):
+            yield from _key_paths(value, (*outer, key))
+
+
+def _time_stamp() -> str:
+    return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

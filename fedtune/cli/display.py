@@ -1,0 +1,194 @@
+"""What a person at the terminal sees of a run: settings, rounds as they finish, and the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedtune.config import RunConfig
+from fedtune.federation.lead import LeadState, site_charge
+from fedtune.flower.participants import Participants
+from fedtune.privacy.plan import Plan
+
+
+class Display:
+    """Follows a run on the terminal: one line a round, and a bar with the time left where there is a terminal.
+
+    Args:
+        shown: False prints nothing until the result.
+    """
+
+    def __init__(self, console: Console, config: RunConfig, *, shown: bool) -> None:
+        self._console, self._config, self._shown = console, config, shown
+        self._plan: Plan | None = None
+        self._done = 0
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TimeElapsedColumn(),
+            TextColumn("elapsed,"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("left"),
+            console=console,
+            transient=True,
+            disable=not shown or not console.is_terminal,
+        )
+
+    def __enter__(self) -> Display:
+        if self._shown:
+            self._console.print(f"[bold]fedtune[/bold] {self._config.name}: loading model and data ...")
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def prepared(self, everyone: Participants, plan: Plan, state: LeadState) -> None:
+        """Show what is about to run."""
+        self._plan, self._done = plan, state.round * self._config.federation.num_sites
+        if self._shown:
+            self._console.print(_settings_table(self._config, everyone, plan))
+            if state.metrics_before:
+                self._console.print(f"before training: {_scores(state.metrics_before)} (test file)")
+            if state.round:
+                self._console.print(f"resuming after round {state.round}")
+        federation = self._config.federation
+        self._task = self._progress.add_task(
+            self._round_text(state.round + 1, 0),
+            total=federation.num_rounds * federation.num_sites,
+            completed=self._done,
+        )
+
+    def site_replied(self, number: int) -> None:
+        """Move the bar; replies to the introductions come before any round and are not counted."""
+        if self._task is not None and self._done >= 0:
+            finished = self._done // self._config.federation.num_sites
+            self._progress.update(
+                self._task, completed=self._done + number, description=self._round_text(finished + 1, number)
+            )
+
+    def round_finished(self, state: LeadState) -> None:
+        """Print the round's line."""
+        self._done = state.round * self._config.federation.num_sites
+        if self._task is not None:
+            self._progress.update(self._task, completed=self._done, description=self._round_text(state.round + 1, 0))
+        if self._shown:
+            self._console.print(self._round_line(state), soft_wrap=True)
+
+    def _round_line(self, state: LeadState) -> str:
+        assert self._plan is not None
+        last, rounds = state.rounds[-1], self._config.federation.num_rounds
+        charges = [site_charge(state, site, self._plan) for site in self._config.federation.names]
+        epsilon = _epsilon_text(max(charge.epsilon for charge in charges))
+        parts = [
+            f"round {last.round:>{len(str(rounds))}}/{rounds}",
+            f"{len(last.sites)}/{self._config.federation.num_sites} sites",
+            _scores(last.metrics) or "no validation file",
+            f"epsilon {epsilon}",
+            f"{last.seconds:.1f} s",
+        ]
+        # Rounds still to come at this run's own pace, so that also a log without a bar says how long.
+        left = (rounds - last.round) * state.seconds / max(1, last.round)
+        if left:
+            parts.append(f"about {_duration(left)} left")
+        failed = ", ".join(f"[red]{site}: {reason}[/red]" for site, reason in last.failed_sites.items())
+        return " | ".join([*parts, failed] if failed else parts)
+
+    def _round_text(self, round: int, replied: int) -> str:
+        federation = self._config.federation
+        site = min(replied + 1, federation.num_sites)
+        return f"round {min(round, federation.num_rounds)}/{federation.num_rounds}, site {site}/{federation.num_sites}"
+
+
+def show_result(console: Console, config: RunConfig, result: Mapping[str, Any], folder: Path) -> None:
+    """The table of sites, the scores and where everything lies."""
+    privacy = result["privacy"]
+    table = Table(title="What each site has spent")
+    for heading in ("site", "declared size", "steps", "epsilon", "epsilon by RDP"):
+        table.add_column(heading, justify="left" if heading == "site" else "right")
+    for site, spent in privacy["sites"].items():
+        bound = " at most" if spent["upper_bound"] else ""
+        table.add_row(
+            site,
+            f"{config.declared_sizes()[site]:,}",
+            f"{spent['steps']}{bound}",
+            _epsilon_text(spent["epsilon"]),
+            _epsilon_text(spent["epsilon_rdp"]),
+        )
+    console.print(table)
+    if privacy["epsilon"] is None:
+        console.print("[yellow]No privacy guarantee: this run added no noise.[/yellow]")
+    else:
+        console.print(
+            f"epsilon {_epsilon_text(privacy['epsilon'])} at delta {privacy['delta']:g} for each {privacy['unit']}"
+        )
+    if privacy["seeded_noise"]:
+        console.print("[yellow]A study without a guarantee: its noise came from the configured seed.[/yellow]")
+    final = result["final"]
+    if final["metrics"]:
+        before = f" (before: {_scores(final['metrics_before'])})" if final["metrics_before"] else ""
+        console.print(f"[bold]test: {_scores(final['metrics'])}[/bold]{before}")
+    console.print(f"{_duration(final['seconds'])}, peak memory {final['peak_memory_bytes'] / 2**30:.1f} GiB")
+    console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True)
+
+
+def show_sweep(console: Console, results: Mapping[Path, Mapping[str, Any]]) -> None:
+    """One line for each run of a sweep."""
+    table = Table(title="Sweep")
+    table.add_column("run")
+    table.add_column("epsilon", justify="right")
+    table.add_column("test")
+    for folder, result in results.items():
+        table.add_row(folder.name, _epsilon_text(result["privacy"]["epsilon"]), _scores(result["final"]["metrics"]))
+    console.print(table)
+
+
+def _settings_table(config: RunConfig, everyone: Participants, plan: Plan) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    trained = sum(value.size for value in everyone.initial_adapter.tensors.values())
+    sizes = ", ".join(f"{site} {size:,}" for site, size in config.declared_sizes().items())
+    rows = {
+        "model": f"{config.model.path}, {trained:,} trained parameters, on {everyone.device}",
+        "data": f"{config.data.dataset}, declared sizes: {sizes}",
+        "training": f"{plan.num_rounds} rounds x {plan.local_steps} steps, sampling rate {plan.sampling_rate:g}",
+        "privacy": _promise(config, plan),
+    }
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", text)
+    return table
+
+
+def _promise(config: RunConfig, plan: Plan) -> str:
+    if not plan.private:
+        return "[yellow]none (privacy=none)[/yellow]"
+    marked = "; [yellow]seeded noise: a study without a guarantee[/yellow]" if config.runtime.seeded_noise else ""
+    return (
+        f"epsilon at most {config.privacy.epsilon:g} at delta {plan.delta:g} for each {plan.unit}: "
+        f"clip {plan.max_grad_norm:g}, noise multiplier {plan.noise_multiplier:g}{marked}"
+    )
+
+
+def _scores(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', '-')} {value:.3f}" for name, value in metrics.items())
+
+
+def _epsilon_text(epsilon: float | None) -> str:
+    """Three decimals, rounded up: a shown epsilon is never below the derived one."""
+    if epsilon is None or not math.isfinite(epsilon):
+        return "unbounded"
+    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,177 @@
+"""`RunConfig`: one run's settings, composed of the layers' specs, validated, and hashed.
+
+This is the only module below the command line that knows pydantic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedtune.data.spec import DataSpec
+from fedtune.evaluation.spec import EvaluationSpec
+from fedtune.federation.spec import FederationSpec
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.privacy import accountant, events
+from fedtune.privacy.mechanism import PrivacySpec
+from fedtune.privacy.plan import Plan
+from fedtune.spec import ConfigError, check_at_least, spec
+from fedtune.training.spec import RuntimeSpec, TrainingSpec
+
+
+@spec
+class TrackingSpec:
+    """What a run shows and writes while it goes on.
+
+    Attributes:
+        progress: show rounds, sites, scores, epsilon and time left on the terminal.
+        output_dir: folder in which run folders are made.
+        log_level: of `log.txt`.
+    """
+
+    progress: bool = True
+    output_dir: str = "runs"
+    log_level: Literal["debug", "info", "warning"] = "info"
+
+
+@spec
+class RunConfig:
+    """Everything that defines a run.
+
+    Attributes:
+        name: of the run and its folder.
+        seed: of the adapter's start and of the split into sites; of the noise in a marked study only.
+        resume: run folder to continue, or null.
+    """
+
+    name: str
+    task: Literal["classification", "causal_lm"]
+    model: ModelSpec
+    data: DataSpec
+    lora: LoraSpec = LoraSpec()
+    head: HeadSpec = HeadSpec()
+    privacy: PrivacySpec = PrivacySpec()
+    training: TrainingSpec = TrainingSpec()
+    federation: FederationSpec = FederationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    runtime: RuntimeSpec = RuntimeSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    seed: int = 0
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.,=-]*", self.name, re.ASCII):
+            raise ConfigError(
+                "name", self.name, "must be a plain folder name: letters, digits, '-', '_', '.', ',', '='"
+            )
+        check_at_least("seed", self.seed, 0)
+        with _keys_under("data"):
+            self.data.check_task(self.task)
+            sizes = self.data.sizes(self.federation.num_sites)
+        if self.privacy.private:
+            _check_privacy(self.privacy, self.training, self.federation, largest_size=max(sizes))
+        self.task_model()
+
+    def task_model(self) -> TaskModelSpec:
+        """The specs that define the model."""
+        return TaskModelSpec(
+            model=self.model, lora=self.lora, head=self.head, task=self.task, labels=self.data.labels, seed=self.seed
+        )
+
+    def plan(self) -> Plan:
+        """The plan that sites are asked to accept; calibrates the noise where none is given."""
+        return Plan.of(
+            self.privacy,
+            local_steps=self.training.local_steps,
+            num_rounds=self.federation.num_rounds,
+            spare_rounds=self.federation.spare_rounds,
+        )
+
+    def declared_sizes(self) -> dict[str, int]:
+        """Site name to declared size."""
+        return dict(zip(self.federation.names, self.data.sizes(self.federation.num_sites), strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, from which `parse` makes the same configuration."""
+        return dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of what can change a result: all but name, resume, runtime and tracking.
+
+        Whether noise is seeded belongs to it, since that changes what the result is worth.
+        """
+        fields = self.to_json()
+        for key in ("name", "resume", "tracking"):
+            del fields[key]
+        fields["runtime"] = {"seeded_noise": self.runtime.seeded_noise}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    def run_id(self) -> str:
+        """Identifies the run at its sites."""
+        return f"{self.name}-{self.digest()[:16]}"
+
+
+def parse(settings: Mapping[str, Any]) -> RunConfig:
+    """Validate plain data into a `RunConfig`.
+
+    Raises:
+        ConfigError: names the first wrong key, its value and what would be accepted.
+    """
+    try:
+        return _ADAPTER.validate_python(dict(settings))
+    except ValidationError as error:
+        raise _first_error(error) from None
+
+
+@contextmanager
+def _keys_under(prefix: str) -> Iterator[None]:
+    """A ConfigError about `key` becomes one about `prefix.key`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.under(prefix) from None
+
+
+def _check_privacy(
+    privacy: PrivacySpec, training: TrainingSpec, federation: FederationSpec, *, largest_size: int
+) -> None:
+    """The bounds on privacy settings that depend on the other settings."""
+    if privacy.delta >= 1 / largest_size:
+        bound = f"must be below 1 / data.declared_sizes = {1 / largest_size:.3g}"
+        raise ConfigError("privacy.delta", privacy.delta, bound)
+    if privacy.noise_multiplier is not None:
+        steps = training.local_steps * (federation.num_rounds + federation.spare_rounds)
+        event = events.dp_sgd(
+            sampling_rate=privacy.sampling_rate, noise_multiplier=privacy.noise_multiplier, steps=steps
+        )
+        epsilon = accountant.epsilon_pld([event], privacy.delta)
+        if epsilon > privacy.epsilon:
+            bound = f"gives epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"
+            raise ConfigError("privacy.noise_multiplier", privacy.noise_multiplier, bound)
+
+
+def _first_error(error: ValidationError) -> ConfigError:
+    """The first of pydantic's errors in our own words."""
+    details = error.errors(include_url=False)[0]
+    # pydantic adds the branch of a union that it tried to the location.
+    keys = [str(part) for part in details["loc"] if re.fullmatch(r"\w+", str(part), re.ASCII)]
+    location = ".".join(key for key in keys if key not in ("int", "str", "float", "tuple"))
+    raised = details.get("ctx", {}).get("error")
+    if isinstance(raised, ConfigError):
+        return raised.under(location)
+    if details["type"] == "unexpected_keyword_argument":
+        return ConfigError(location, details["input"], "is not a setting of fedtune")
+    if details["type"] == "missing":
+        return ConfigError(location, None, "is required")
+    message = details["msg"].removeprefix("Input should be ")
+    return ConfigError(location, details["input"], f"must be {message}")
+
+
+_ADAPTER = TypeAdapter(RunConfig)

@@ -1,0 +1,96 @@
+"""Padded batches of tokenised examples, and how a logical batch is cut into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.data.tokenise import UNSUPERVISED, TextDataset
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """n examples padded on the right to the longest, t tokens.
+
+    Attributes:
+        input_ids: (n, t) int64.
+        attention_mask: (n, t) int64, 1 for a token and 0 for padding.
+        targets: (n,) int64 classes, or (n, t) int64 targets a token, `UNSUPERVISED` for padding.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    targets: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device))
+
+
+def collate(dataset: TextDataset, indices: Sequence[int] | NDArray[np.integer], *, pad_id: int) -> Batch:
+    """Pad the chosen examples into one batch.
+
+    Padding is known by each example's length, never by `pad_id`, which in many chat models is also
+    the end-of-text token.  No indices give a batch of shape (0, 1) with the same dtypes: an empty
+    Poisson sample is a valid one and must pass through the model like any other.
+
+    Args:
+        dataset: tokenised examples.
+        indices: n places in `dataset`.
+        pad_id: a valid token id to fill with.
+    """
+    import torch  # here, so that reading settings and records does not wait for it
+
+    chosen = np.asarray(indices, dtype=np.int64)
+    lengths = dataset.lengths[chosen]
+    attended = np.arange(lengths.max(initial=1)) < lengths[:, None]  # (n, t) bool
+
+    def padded(rows: Sequence[NDArray[np.integer]], fill: int) -> torch.Tensor:
+        out = np.full(attended.shape, fill, dtype=np.int64)
+        for row, index in enumerate(chosen):
+            out[row, : lengths[row]] = rows[index]
+        return torch.from_numpy(out)
+
+    if isinstance(dataset.targets, tuple):
+        targets = padded(dataset.targets, UNSUPERVISED)
+    else:
+        targets = torch.from_numpy(dataset.targets[chosen])
+    return Batch(padded(dataset.input_ids, pad_id), torch.from_numpy(attended.astype(np.int64)), targets)
+
+
+def micro_batches(
+    indices: Sequence[int] | NDArray[np.integer], lengths: NDArray[np.integer], *, max_tokens: int
+) -> list[NDArray[np.int64]]:
+    """Cut a logical batch into micro-batches of similar lengths, within a budget of padded tokens.
+
+    Every index comes back exactly once: cutting changes what is computed together, never what is
+    sampled.  Sorting keeps padding to a few per cent.  An example longer than the budget gets a
+    micro-batch of its own; an empty logical batch gives none.
+
+    Args:
+        indices: places in the dataset.
+        lengths: length of every example of the dataset, so that `lengths[indices]` are those meant.
+        max_tokens: most tokens of a micro-batch, padding included.
+
+    >>> micro_batches([0, 1, 2, 3], np.array([5, 1, 2, 6]), max_tokens=6)
+    [array([1, 2]), array([0]), array([3])]
+    """
+    chosen = np.asarray(indices, dtype=np.int64)
+    chosen = chosen[np.lexsort((chosen, lengths[chosen]))]
+    cuts: list[int] = []
+    first = 0
+    for place, length in enumerate(lengths[chosen].tolist()):  # ascending: each is the longest so far
+        if place > first and (place + 1 - first) * length > max_tokens:
+            cuts.append(place)
+            first = place
+    return np.split(chosen, cuts) if len(chosen) else []

@@ -1,0 +1,67 @@
+"""From settings to tokenised examples: the sites' records in a simulation, and the lead's own files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import fedtune
+from fedtune.data.partition import is_selected, partition_records, split_heldout
+from fedtune.data.records import Record, iter_records, read_records, resolve_file
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import TextDataset, Tokenizer, tokenise_causal_lm, tokenise_classification
+from fedtune.spec import DataError
+
+_PACKAGE = Path(fedtune.__file__).parent
+
+
+def shipped_folders() -> tuple[Path, ...]:
+    """Where `conf/` and `simulations/` lie: inside an installed wheel, else beside the package in a checkout."""
+    return tuple(folder for folder in (_PACKAGE / "share", _PACKAGE.parent) if folder.is_dir())
+
+
+def split_key(seed: int) -> bytes:
+    """The key of a simulation's hashes.  A real site has its own, which never leaves it."""
+    return hashlib.sha256(f"fedtune split {seed}".encode()).digest()
+
+
+def simulated_site_records(spec: DataSpec, *, num_sites: int, seed: int) -> tuple[list[Record], ...]:
+    """Each simulated site's training records out of the one training file; held-out records are left out.
+
+    Raises:
+        DataError: the file is missing or malformed, or a site would have no record.
+    """
+    key = split_key(seed)
+    path = resolve_file(spec.train_file, shipped_folders(), key="data.train_file")
+    columns = training_columns(spec)
+    chosen = (r for r in iter_records(path, columns) if is_selected(r, fraction=spec.train_fraction, key=key))
+    sites = partition_records(chosen, spec.partition, num_sites=num_sites, key=key)
+    training = tuple(split_heldout(site, fraction=spec.heldout_fraction, key=key)[0] for site in sites)
+    for number, records in enumerate(training, 1):
+        if not records:
+            raise DataError("data.train_file", spec.train_file, f"leaves site {number} of {num_sites} without a record")
+    return training
+
+
+def lead_records(spec: DataSpec, name: str, *, rows: int | None, key: str) -> list[Record]:
+    """The lead's own records from file `name`, which the setting `key` gave."""
+    columns = {role: column for role, column in spec.columns.items() if role != "site"}
+    return read_records(resolve_file(name, shipped_folders(), key=key), columns, rows=rows)
+
+
+def training_columns(spec: DataSpec) -> dict[str, str]:
+    """The columns that training files must have; that of `site` only where the partition asks for it."""
+    needs_site = spec.partition.kind == "column"
+    return {role: column for role, column in spec.columns.items() if role != "site" or needs_site}
+
+
+def tokenise(records: Sequence[Record], tokenizer: Tokenizer, *, spec: DataSpec, task: str) -> TextDataset:
+    """Tokenise for `task`, each record alone.
+
+    Raises:
+        DataError: a label was never declared, or a text has no token.
+    """
+    if task == "classification":
+        return tokenise_classification(records, tokenizer, labels=spec.labels, max_length=spec.max_length)
+    return tokenise_causal_lm(records, tokenizer, template=spec.prompt_template, max_length=spec.max_length)

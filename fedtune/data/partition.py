@@ -1,0 +1,140 @@
+"""Which site a record belongs to, and which records are held out: functions of each record alone.
+
+Each decision compares a keyed hash of the record with fixed bounds.  Adding or removing a record
+therefore moves no other one, which a shuffled, stratified or balanced split cannot promise and which
+the privacy guarantee needs.  Equal records always fall on the same side.
+"""
+
+from __future__ import annotations
+
+import hmac
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import field
+from functools import lru_cache
+from itertools import accumulate
+from typing import Literal
+
+import numpy as np
+
+from fedtune.data.records import Record, record_key
+from fedtune.spec import ConfigError, DataError, check_one_of, check_positive, spec
+
+
+@spec
+class PartitionSpec:
+    """How a simulation deals one file's records out to its sites.
+
+    Attributes:
+        kind: "iid" (by hash alone), "dirichlet" (each label has its own shares of the sites), or
+            "column" (by the record's `site` role).
+        alpha: concentration for "dirichlet"; small is skewed (0.1: most labels sit at one site),
+            large approaches "iid".
+        proportions: relative sizes of the sites, for "iid" and "dirichlet"; empty for equal ones.
+        sites: site index of each value of the `site` role, for "column".
+    """
+
+    kind: Literal["iid", "dirichlet", "column"] = "iid"
+    alpha: float = 1.0
+    proportions: tuple[float, ...] = ()
+    sites: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_one_of("kind", self.kind, ("iid", "dirichlet", "column"))
+        check_positive("alpha", self.alpha)
+        for proportion in self.proportions:
+            check_positive("proportions", proportion)
+        if (self.kind == "column") != bool(self.sites):
+            bound = 'must map each value to a site for kind "column", and be empty for the others'
+            raise ConfigError("sites", dict(self.sites), bound)
+        if self.kind == "column" and self.proportions:
+            raise ConfigError("proportions", self.proportions, 'must be empty for kind "column"')
+
+    def check_sites(self, num_sites: int) -> None:
+        """Check the settings that depend on how many sites there are; errors name keys of this spec."""
+        if self.proportions and len(self.proportions) != num_sites:
+            raise ConfigError("proportions", self.proportions, f"must have one number for each of {num_sites} sites")
+        if self.sites and set(self.sites.values()) != set(range(num_sites)):
+            bound = f"must give every site from 0 to {num_sites - 1} at least one value, and no other site"
+            raise ConfigError("sites", dict(self.sites), bound)
+
+
+def unit_hash(record: Record, *, purpose: str, key: bytes) -> float:
+    """A number in [0, 1) from the record alone: HMAC-SHA256 of purpose and record, its top 53 bits.
+
+    Different purposes give independent numbers, so that one decision says nothing about another.
+    """
+    digest = hmac.digest(key, purpose.encode() + b"\0" + record_key(record), "sha256")
+    return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
+
+
+def is_heldout(record: Record, *, fraction: float, key: bytes) -> bool:
+    """Whether a record is among the `fraction` (in expectation) that is kept from training."""
+    return unit_hash(record, purpose="heldout", key=key) < fraction
+
+
+def is_selected(record: Record, *, fraction: float, key: bytes) -> bool:
+    """Whether a record is among the `fraction` (in expectation) that a smaller run uses at all."""
+    return unit_hash(record, purpose="selected", key=key) < fraction
+
+
+def split_heldout(records: Iterable[Record], *, fraction: float, key: bytes) -> tuple[list[Record], list[Record]]:
+    """(training, held-out) records, each in the order given."""
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    for record in records:
+        sides[is_heldout(record, fraction=fraction, key=key)].append(record)
+    return sides
+
+
+def partition_records(
+    records: Iterable[Record], spec: PartitionSpec, *, num_sites: int, key: bytes
+) -> tuple[list[Record], ...]:
+    """The records of each site, in the order given; a site may end up with none.
+
+    Raises:
+        DataError: as `assign_site`.
+    """
+    sites: tuple[list[Record], ...] = tuple([] for _ in range(num_sites))
+    for record in records:
+        sites[assign_site(record, spec, num_sites=num_sites, key=key)].append(record)
+    return sites
+
+
+def assign_site(record: Record, spec: PartitionSpec, *, num_sites: int, key: bytes) -> int:
+    """The site, in [0, num_sites), of one record.
+
+    Raises:
+        DataError: when the value of the `site` role is not declared in `spec.sites`.
+    """
+    if spec.kind == "column":
+        value = record.fields["site"]
+        if value not in spec.sites:
+            raise DataError(record.at("site"), value, "must be one of the values in data.partition.sites")
+        return spec.sites[value]
+    proportions = spec.proportions or (1.0,) * num_sites
+    if spec.kind == "dirichlet":
+        bounds = _dirichlet_bounds(record.fields["label"], alpha=spec.alpha, proportions=proportions, key=key)
+    else:
+        bounds = _bounds(proportions)
+    return bisect_right(bounds, unit_hash(record, purpose="site", key=key))
+
+
+@lru_cache(maxsize=4096)
+def _dirichlet_bounds(label: str, *, alpha: float, proportions: tuple[float, ...], key: bytes) -> tuple[float, ...]:
+    """Where each site's share of one label ends, drawn from Dirichlet(alpha x sites x proportions).
+
+    The generator is seeded from key and label, never from the data: the shares are fixed before any
+    record is read.  Scaling the concentration keeps each site's expected share at its proportion
+    (Hsu et al. 2019, arXiv 1909.06335, with the prior over sites instead of labels).
+    """
+    seed = hmac.digest(key, b"dirichlet\0" + label.encode(), "sha256")
+    prior = np.array(proportions) / sum(proportions)
+    shares = np.random.default_rng(int.from_bytes(seed, "big")).dirichlet(alpha * len(prior) * prior)
+    return _bounds(tuple(shares.tolist()))
+
+
+@lru_cache(maxsize=64)
+def _bounds(shares: tuple[float, ...]) -> tuple[float, ...]:
+    """Where each site's part of [0, 1) ends; the last is open-ended, whatever the rounding."""
+    total = sum(shares)
+    return tuple(end / total for end in accumulate(shares[:-1]))

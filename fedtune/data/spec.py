@@ -1,0 +1,125 @@
+"""The settings of a run's data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from string import Formatter
+
+from fedtune.data.partition import PartitionSpec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, spec
+
+TASK_ROLES = {"classification": ("text", "label"), "causal_lm": ("prompt", "completion")}
+
+
+@spec
+class DataSpec:
+    """Which files, which columns, which labels, and how they are dealt out.
+
+    Attributes:
+        dataset: name under which sites and ledgers know the data.
+        train_file: the sites' records; in a simulation one file, dealt out by `partition`.
+        validation_file: the lead's own records, scored after each round; or none.
+        test_file: the lead's own records, scored before and after the run only; or none.
+        columns: role to column name in the files.  Roles: `text` and `label` (classification);
+            `prompt`, `completion` and whatever else `prompt_template` names (causal_lm); `label`
+            (partition "dirichlet") and `site` (partition "column").
+        labels: the declared label set, in the order of the classes; never discovered from records.
+        declared_sizes: records that each site publishes as its size; one number for all, or one a site.
+        prompt_template: text before the completion, with roles in braces; a brace itself is doubled.
+        max_length: tokens of an example; what is longer is cut off at the end.
+        partition: how a simulation deals out `train_file`.
+        heldout_fraction: share of each site's records kept from training, by each record's hash.
+        train_fraction: share of `train_file` used at all, by each record's hash, for smaller runs.
+        validation_rows: use the first so many records of `validation_file` only.
+        test_rows: the same for `test_file`.
+    """
+
+    dataset: str
+    train_file: str
+    columns: Mapping[str, str]
+    declared_sizes: int | tuple[int, ...]
+    max_length: int
+    validation_file: str | None = None
+    test_file: str | None = None
+    labels: tuple[str, ...] = ()
+    prompt_template: str = "{prompt}"
+    partition: PartitionSpec = PartitionSpec()
+    heldout_fraction: float = 0.0
+    train_fraction: float = 1.0
+    validation_rows: int | None = None
+    test_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("dataset", "train_file"):
+            if not getattr(self, key).strip():
+                raise ConfigError(key, getattr(self, key), "must not be blank")
+        for size in (self.declared_sizes,) if isinstance(self.declared_sizes, int) else self.declared_sizes:
+            check_at_least("declared_sizes", size, 1)
+        for key in ("validation_rows", "test_rows"):
+            if getattr(self, key) is not None:
+                check_at_least(key, getattr(self, key), 1)
+        check_at_least("max_length", self.max_length, 3)  # room for one token between [CLS] and [SEP]
+        check_fraction("heldout_fraction", self.heldout_fraction, zero=True)
+        check_fraction("train_fraction", self.train_fraction, one=True)
+        _check_labels(self.labels)
+        _template_roles(self.prompt_template)
+        role = {"iid": None, "dirichlet": "label", "column": "site"}[self.partition.kind]
+        if role is not None and role not in self.columns:
+            raise ConfigError("partition.kind", self.partition.kind, f"needs data.columns.{role}")
+
+    def check_task(self, task: str) -> None:
+        """Check that columns and labels fit the task; errors name keys of this spec.
+
+        Raises:
+            ConfigError: when a role has no column, or labels are missing, or declared where none are used.
+        """
+        check_one_of("task", task, TASK_ROLES)
+        named = _template_roles(self.prompt_template) if task == "causal_lm" else ()
+        for role in (*TASK_ROLES[task], *named):
+            if role not in self.columns:
+                raise ConfigError("columns", dict(self.columns), f"must name the column for role {role!r}")
+        if task == "classification" and len(self.labels) < 2:
+            raise ConfigError("labels", self.labels, "must declare at least two labels")
+        if task == "causal_lm" and self.labels:
+            raise ConfigError("labels", self.labels, "must be empty for task causal_lm")
+
+    def sizes(self, num_sites: int) -> tuple[int, ...]:
+        """The declared size of each site.
+
+        Raises:
+            ConfigError: when `declared_sizes` or `partition` is for another number of sites; its key
+                is one of this spec.
+        """
+        try:
+            self.partition.check_sites(num_sites)
+        except ConfigError as error:
+            raise error.under("partition") from None
+        if isinstance(self.declared_sizes, int):
+            return (self.declared_sizes,) * num_sites
+        if len(self.declared_sizes) != num_sites:
+            bound = f"must be one number, or one for each of {num_sites} sites"
+            raise ConfigError("declared_sizes", self.declared_sizes, bound)
+        return self.declared_sizes
+
+
+def _check_labels(labels: tuple[str, ...]) -> None:
+    seen: set[str] = set()
+    for label in labels:
+        if not label or label != label.strip():
+            raise ConfigError("labels", label, "must not be blank, nor have spaces around it")
+        if label in seen:
+            raise ConfigError("labels", label, "must be declared once")
+        seen.add(label)
+
+
+def _template_roles(template: str) -> tuple[str, ...]:
+    """The roles that a template names, in plain braces: more of `str.format` would reach into attributes."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError("prompt_template", template, f"{error} (double a brace that stands for itself)") from None
+    roles = [name for _, name, _, _ in parts if name is not None]
+    plain = not any(format_spec or conversion for _, _, format_spec, conversion in parts)
+    if not plain or not all(role.isidentifier() for role in roles):
+        raise ConfigError("prompt_template", template, "must hold only role names in braces")
+    return tuple(roles)

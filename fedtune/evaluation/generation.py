@@ -1,0 +1,171 @@
+"""Greedy text generation and its scores, BLEU and ROUGE-L."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.data.batching import micro_batches
+from fedtune.data.records import Record
+from fedtune.data.tokenise import UNSUPERVISED, TextDataset
+from fedtune.evaluation.forward import scoring
+from fedtune.evaluation.greedy import write_greedily
+from fedtune.model.task import CausalLMModel
+from fedtune.spec import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Distinct prompts in file order, each with every reference text that the data has for it.
+
+    Attributes:
+        input_ids: the (t,) token ids of each prompt, t at least 1, as training sees them.
+        references: one or more texts a prompt.
+    """
+
+    input_ids: tuple[np.ndarray, ...]
+    references: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, dataset: TextDataset, records: Sequence[Record], *, rows: int | None = None) -> PromptSet:
+        """Group records by their prompt's tokens: those before the first supervised one.
+
+        Generation so starts from exactly what training saw (template, special tokens, truncation),
+        and two prompts that truncation made equal are one.
+
+        Args:
+            dataset: `records`, tokenised in the same order.
+            records: n of them, with the role `completion`.
+            rows: keep the first so many distinct prompts, with references from all of `records`.
+
+        Raises:
+            DataError: when there is no prompt, or one without any token to start from.
+        """
+        assert len(dataset) == len(records), "records and dataset must be aligned"
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for index, record in enumerate(records):
+            prompt = _prompt_ids(dataset, index)
+            if not prompt:
+                raise DataError(record.at("prompt"), "no tokens", "must give a token to generate from")
+            groups.setdefault(prompt, []).append(record.fields["completion"])
+        kept = list(groups)[:rows]
+        if not kept:
+            raise DataError("evaluation data", 0, "must hold at least one prompt to generate from")
+        return cls(
+            input_ids=tuple(np.array(prompt, dtype=np.int32) for prompt in kept),
+            references=tuple(tuple(groups[prompt]) for prompt in kept),
+        )
+
+
+def evaluate_generation(
+    task_model: CausalLMModel,
+    prompts: PromptSet,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    max_tokens: int,
+) -> dict[str, float]:
+    """Write one text for each prompt and score it against the prompt's references.
+
+    Returns:
+        `bleu` in [0, 100] and `rouge_l` in [0, 1]; see `text_scores`.
+    """
+    hypotheses = generate(
+        task_model, prompts.input_ids, tokenizer=tokenizer, max_new_tokens=max_new_tokens, max_tokens=max_tokens
+    )
+    return text_scores(hypotheses, prompts.references)
+
+
+def generate(
+    task_model: CausalLMModel,
+    prompts: Sequence[np.ndarray],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    max_tokens: int,
+) -> list[str]:
+    """Continue each prompt greedily until the end-of-text token or `max_new_tokens`.
+
+    Prompts are batched by length and padded on the left, so a text does not depend on its
+    neighbours beyond rounding (two tokens that tie to the last bit may swap).  The model's own
+    generation settings (temperature, penalties) are not used.
+
+    Args:
+        task_model: a causal language model.
+        prompts: (t,) token ids each, t at least 1.
+        tokenizer: decodes, and names the end-of-text token that training appended.
+        max_new_tokens: longest text, in tokens.
+        max_tokens: padded tokens of a batch, prompt and text together.
+
+    Returns:
+        One text a prompt, in the order given, without special tokens and surrounding space.
+
+    Raises:
+        ConfigError: when a prompt and its text exceed the positions that the model has.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32) + max_new_tokens
+    _check_positions(task_model, longest=int(lengths.max(initial=0)), max_new_tokens=max_new_tokens)
+    texts = [""] * len(prompts)
+    with scoring(task_model):
+        for indices in micro_batches(np.arange(len(prompts)), lengths, max_tokens=max_tokens):
+            written = write_greedily(
+                task_model.base,
+                [prompts[index] for index in indices],
+                end_id=tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id,
+                max_new_tokens=max_new_tokens,
+                device=task_model.device,
+            )
+            for index, token_ids in zip(indices, written, strict=True):
+                texts[index] = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+    return texts
+
+
+def text_scores(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU and ROUGE-L of one hypothesis a prompt, against all of the prompt's references.
+
+    Args:
+        hypotheses: n texts, n at least 1.
+        references: n groups of one or more texts; the groups may differ in size.
+
+    Returns:
+        `bleu`: corpus BLEU by sacrebleu with its defaults (case kept, tokeniser 13a, exponential
+            smoothing), in [0, 100].
+        `rouge_l`: by rouge-score, in [0, 1]: F1 of the longest common subsequence with the best
+            reference, averaged over hypotheses.  Its tokeniser lower-cases and keeps only a-z and
+            0-9, without stemming: use it for English.
+    """
+    # Imported here: only a run that generates needs the two libraries, and rouge-score loads nltk.
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
+    # sacrebleu wants stream k to hold the k-th reference of every hypothesis, None where there is none.
+    streams = [list(stream) for stream in zip_longest(*references)]
+    scorer = RougeScorer(["rougeL"])
+    best = [
+        scorer.score_multi(group, text)["rougeL"].fmeasure for group, text in zip(references, hypotheses, strict=True)
+    ]
+    return {
+        "bleu": float(BLEU().corpus_score(list(hypotheses), streams).score),
+        "rouge_l": float(np.mean(best)),
+    }
+
+
+def _prompt_ids(dataset: TextDataset, index: int) -> tuple[int, ...]:
+    supervised = np.flatnonzero(np.asarray(dataset.targets[index]) != UNSUPERVISED)
+    cut = supervised[0] if len(supervised) else None
+    return tuple(dataset.input_ids[index][:cut].tolist())
+
+
+def _check_positions(task_model: CausalLMModel, *, longest: int, max_new_tokens: int) -> None:
+    most = getattr(task_model.base.config, "max_position_embeddings", None)
+    if most is not None and longest > most:
+        raise ConfigError(
+            "evaluation.max_new_tokens",
+            max_new_tokens,
+            f"the longest prompt has {longest - max_new_tokens} tokens, and the model takes {most} in all",
+        )

@@ -1,0 +1,1 @@
+"""One round of a federation as plain functions, without a word of the network."""

@@ -1,0 +1,107 @@
+"""What the lead knows of a run between two rounds, and what each site has been charged as far as it can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.federation.protocol import Reply
+from fedtune.model import Adapter
+from fedtune.privacy import accountant
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.release import Receipt
+
+Arrays = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundResult:
+    """What one round came to, as `run.json` shows it.
+
+    Attributes:
+        seconds: training and aggregation; evaluation is not counted.
+        failed_sites: site -> reason.
+        metrics: of the aggregated adapter on the lead's validation file.
+    """
+
+    round: int
+    seconds: float
+    sites: tuple[str, ...]
+    failed_sites: Mapping[str, str]
+    bytes_down: int
+    bytes_up: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeadState:
+    """A run between two rounds; everything that a resumed run continues from.
+
+    Attributes:
+        round: rounds finished so far.
+        adapter: aggregated after that round.
+        strategy: arrays of the server optimizer, empty for plain averaging.
+        receipts: site -> its newest receipt.
+        unanswered: site -> rounds asked of it since that receipt.
+        rounds: one result for each finished round.
+        seconds: wall time so far, over all starts of the run.
+        metrics_before: of the initial adapter on the test file.
+    """
+
+    round: int
+    adapter: Adapter
+    strategy: Arrays = field(default_factory=dict)
+    receipts: Mapping[str, Receipt] = field(default_factory=dict)
+    unanswered: Mapping[str, int] = field(default_factory=dict)
+    rounds: Sequence[RoundResult] = ()
+    seconds: float = 0.0
+    metrics_before: Mapping[str, float] = field(default_factory=dict)
+
+    def asked(self, sites: Sequence[str]) -> LeadState:
+        """The state once a round has been asked of `sites`: until they answer, each may have been charged for it."""
+        counts = {site: self.unanswered.get(site, 0) + (site in sites) for site in {*self.unanswered, *sites}}
+        return replace(self, unanswered=counts)
+
+    def answered(self, replies: Mapping[str, Reply]) -> LeadState:
+        """The state with the receipts of `replies`, which say what was really charged."""
+        new = {site: reply.receipt for site, reply in replies.items() if reply.receipt is not None}
+        unanswered = {site: count for site, count in self.unanswered.items() if site not in new}
+        return replace(self, receipts={**self.receipts, **new}, unanswered=unanswered)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteCharge:
+    """A site's spending in one run, from its receipts.
+
+    Attributes:
+        epsilon: by PLD, at the plan's delta; infinite without noise.
+        epsilon_rdp: the same events by RDP.
+        upper_bound: the site fell silent, so every round asked of it since its last receipt is counted as charged.
+    """
+
+    steps: int
+    epsilon: float
+    epsilon_rdp: float
+    upper_bound: bool
+
+
+def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
+    """What `site` has spent in this run: derived from charged rounds, never from what was planned."""
+    receipt = state.receipts.get(site)
+    silent = state.unanswered.get(site, 0)
+    rounds = (receipt.charged_rounds if receipt else 0) + silent
+    epsilon, epsilon_rdp = _epsilons(plan, rounds)
+    return SiteCharge(steps=rounds * plan.local_steps, epsilon=epsilon, epsilon_rdp=epsilon_rdp, upper_bound=silent > 0)
+
+
+@lru_cache(maxsize=256)
+def _epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
+    """Sites mostly stand at the same count, and composing takes a moment."""
+    if rounds == 0:
+        return 0.0, 0.0
+    spent = [plan.event(rounds=rounds)]
+    return accountant.epsilon_pld(spent, plan.delta), accountant.epsilon_rdp(spent, plan.delta)

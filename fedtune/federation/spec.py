@@ -1,0 +1,65 @@
+"""Settings of a federation: who takes part, for how long, and how updates become one adapter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
+
+STRATEGIES = ("fedavg", "fedadam", "fedavgm", "fedmedian")
+
+
+@spec
+class FederationSpec:
+    """A federation's settings.
+
+    Attributes:
+        num_rounds: exchanges between server and sites.
+        num_sites: sites that take part.
+        site_names: one for each site; empty: site-1, site-2, ...
+        min_sites: fewest updates a round needs; with fewer the run ends.
+        spare_rounds: further rounds that noise is calibrated for, so that an interrupted round can be retried.
+        strategy: Flower's rule for turning updates into the next adapter; weights are declared sizes.
+        server_learning_rate: of FedAdam and FedAvgM.
+        server_momentum: of FedAvgM, and FedAdam's beta_1.
+        server_beta_2: FedAdam's second moment decay.
+        server_tau: FedAdam's degree of adaptivity.
+        round_timeout_s: how long the server waits for a round's replies.
+    """
+
+    num_rounds: int = 5
+    num_sites: int = 4
+    site_names: tuple[str, ...] = ()
+    min_sites: int = 1
+    spare_rounds: int = 0
+    strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
+    server_learning_rate: float = 1.0
+    server_momentum: float = 0.0
+    server_beta_2: float = 0.99
+    server_tau: float = 1e-3
+    round_timeout_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_rounds", "num_sites", "min_sites"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("spare_rounds", self.spare_rounds, 0)
+        if self.min_sites > self.num_sites:
+            raise ConfigError("min_sites", self.min_sites, f"must be at most num_sites = {self.num_sites}")
+        if self.site_names and len(self.site_names) != self.num_sites:
+            raise ConfigError("site_names", list(self.site_names), f"must hold num_sites = {self.num_sites} names")
+        for name in self.site_names:
+            if not name or not all(letter.isascii() and (letter.isalnum() or letter in "-_") for letter in name):
+                raise ConfigError("site_names", name, "must be made of letters, digits, '-' and '_'")
+        if len(set(self.site_names)) != len(self.site_names):
+            raise ConfigError("site_names", list(self.site_names), "must not repeat a name")
+        check_one_of("strategy", self.strategy, STRATEGIES)
+        check_positive("server_learning_rate", self.server_learning_rate)
+        check_fraction("server_momentum", self.server_momentum, zero=True)
+        check_fraction("server_beta_2", self.server_beta_2, zero=True)
+        check_positive("server_tau", self.server_tau)
+        check_positive("round_timeout_s", self.round_timeout_s)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sites' names in their fixed order."""
+        return self.site_names or tuple(f"site-{number}" for number in range(1, self.num_sites + 1))

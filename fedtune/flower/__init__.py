@@ -1,0 +1,1 @@
+"""The only layer that knows Flower: apps, strategies, grids, and the simulation."""

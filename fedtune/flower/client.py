@@ -1,0 +1,48 @@
+"""The ClientApp: one site's end of Flower."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedtune.federation.protocol import Reply
+from fedtune.federation.site import Site, answer
+from fedtune.flower import records
+from fedtune.privacy.release import Reason, Refusal
+
+log = logging.getLogger(__name__)
+
+
+def make_client_app(site_of: Callable[[Context], Site], name_of: Callable[[Context], str]) -> ClientApp:
+    """A ClientApp that answers as the site that `site_of` finds for a node.
+
+    Nothing it does can raise into Flower, which would send an exception's type and text to the server.
+
+    Args:
+        site_of: opens the site with its ledger; may fail.
+        name_of: the site's public name; cannot fail.
+    """
+    app = ClientApp()
+
+    @app.query()
+    def introduce(message: Message, context: Context) -> Message:
+        return Message(RecordDict({records.SITE: ConfigRecord({"name": name_of(context)})}), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(records.from_reply(_reply(message, context)), reply_to=message)
+
+    def _reply(message: Message, context: Context) -> Reply:
+        reason = Reason.MALFORMED_REQUEST
+        try:
+            request, adapter = records.to_request(message.content)
+            reason = Reason.SITE_ERROR
+            return answer(site_of(context), request, adapter)
+        except Exception:
+            log.exception("%s could not answer", name_of(context))
+        return Reply(body=Refusal(site=name_of(context), run="", round=0, reason=reason), receipt=None)
+
+    return app

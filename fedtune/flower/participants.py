@@ -1,0 +1,156 @@
+"""Everyone in a simulation, in one process: virtual sites with their records and ledgers, and the lead with its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.config import RunConfig, parse
+from fedtune.data import Record, TextDataset
+from fedtune.data.load import lead_records, simulated_site_records, tokenise
+from fedtune.evaluation.evaluate import evaluate
+from fedtune.evaluation.generation import PromptSet
+from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.site import Site
+from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model, load_tokenizer
+from fedtune.privacy.ledger import JournalLedger
+from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
+from fedtune.spec import ConfigError
+from fedtune.training.local import RoundOfTraining, train_round
+
+
+class Participants:
+    """One frozen base model, shared by every site and the lead; sites differ in records and ledger only.
+
+    Args:
+        config: the run's.
+        folder: the run folder, where each site's ledger lies.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.config, self._folder = config, folder
+        torch.set_num_threads(config.runtime.num_threads or os.cpu_count() or 1)
+        self.device = torch.device(_device_name(config.runtime.device))
+        self.tokenizer = load_tokenizer(config.model)
+        self.model = build_task_model(config.task_model(), device=self.device)
+        if config.runtime.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.initial_adapter = Adapter.of(self.model)
+        self._randomness: Randomness = (
+            SeededRandomness(config.seed) if config.runtime.seeded_noise else SystemRandomness()
+        )
+
+    @cached_property
+    def site_data(self) -> dict[str, TextDataset]:
+        """Each site's tokenised training records."""
+        sites = simulated_site_records(
+            self.config.data, num_sites=self.config.federation.num_sites, seed=self.config.seed
+        )
+        names = self.config.federation.names
+        return {
+            name: tokenise(records, self.tokenizer, spec=self.config.data, task=self.config.task)
+            for name, records in zip(names, sites, strict=True)
+        }
+
+    @cached_property
+    def validation(self) -> LeadData | None:
+        """The lead's validation data, if it has a file."""
+        data = self.config.data
+        return self.lead_data(data.validation_file, rows=data.validation_rows, key="data.validation_file")
+
+    @cached_property
+    def test(self) -> LeadData | None:
+        """The lead's test data, if it has a file."""
+        data = self.config.data
+        return self.lead_data(data.test_file, rows=data.test_rows, key="data.test_file")
+
+    def lead_data(self, file: str | None, *, rows: int | None, key: str) -> LeadData | None:
+        """Records of the lead's own, tokenised; None for no file."""
+        if file is None:
+            return None
+        return LeadData.read(file, self.config, self.tokenizer, rows=rows, key=key)
+
+    def site(self, index: int) -> Site:
+        """Open a site with its ledger, as the file stands now."""
+        name = self.config.federation.names[index]
+        ledger = JournalLedger(name, self._folder / "sites" / name / "ledger.jsonl")
+        return Site(name=name, run=self.config.run_id(), ledger=ledger, train=self._train)
+
+    def score(self, adapter: Adapter, data: LeadData | None, *, generate: bool = False) -> dict[str, float]:
+        """Scores of `adapter` on the lead's data; empty without data."""
+        if data is None:
+            return {}
+        adapter.load_into(self.model)
+        return _score(self.model, self.tokenizer, data, self.config, generate=generate)
+
+    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Adapter:
+        return train_round(
+            self.model,
+            adapter,
+            self.site_data[request.site],
+            RoundOfTraining(
+                site=request.site,
+                round=request.round,
+                attempt=attempt,
+                plan=request.plan,
+                training=self.config.training,
+                declared_size=self.config.declared_sizes()[request.site],
+            ),
+            runtime=self.config.runtime,
+            pad_id=self.tokenizer.pad_token_id,
+            randomness=self._randomness,
+        )
+
+
+@dataclass(frozen=True)
+class LeadData:
+    """Records that the lead may look at, and the same tokenised; not covered by the guarantee."""
+
+    records: list[Record]
+    examples: TextDataset
+
+    @classmethod
+    def read(
+        cls, file: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rows: int | None, key: str
+    ) -> LeadData:
+        """Read and tokenise a file that the setting `key` named."""
+        records = lead_records(config.data, file, rows=rows, key=key)
+        return cls(records, tokenise(records, tokenizer, spec=config.data, task=config.task))
+
+
+@lru_cache(maxsize=1)
+def participants(config_json: str, folder: str) -> Participants:
+    """A run's participants in this process, built on first use: a Ray actor keeps its base model between rounds."""
+    return Participants(parse(json.loads(config_json)), Path(folder))
+
+
+def score_saved(config: RunConfig, adapter_folder: Path, data_file: str) -> dict[str, float]:
+    """Scores of a saved adapter on a file that has the columns of `config`."""
+    tokenizer = load_tokenizer(config.model)
+    data = LeadData.read(data_file, config, tokenizer, rows=None, key="--data")
+    model = load_task_model(adapter_folder, model=config.model, device=_device_name(config.runtime.device))
+    return _score(model, tokenizer, data, config, generate=True)
+
+
+def _score(
+    model: TaskModel, tokenizer: PreTrainedTokenizerBase, data: LeadData, config: RunConfig, *, generate: bool
+) -> dict[str, float]:
+    spec = config.evaluation
+    wanted = generate and spec.generate and config.task == "causal_lm"
+    prompts = PromptSet.of(data.examples, data.records, rows=spec.generation_rows) if wanted else None
+    return evaluate(model, data.examples, task=config.task, tokenizer=tokenizer, spec=spec, prompts=prompts)
+
+
+def _device_name(wanted: str) -> str:
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise ConfigError(
+            "runtime.device", wanted, "needs a GPU and a torch build with CUDA; neither 'auto' nor 'cpu' does"
+        )
+    return "cuda" if wanted != "cpu" and has_gpu else "cpu"

@@ -1,0 +1,162 @@
+"""The server's end: drives Flower's strategy round by round, so that every round ends in a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from fedtune.federation.aggregation import RoundReplies, sort_replies
+from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.federation.protocol import Reply, RoundRequest
+from fedtune.federation.spec import FederationSpec
+from fedtune.flower import records
+from fedtune.flower.strategy import strategy_state
+from fedtune.model import Adapter
+from fedtune.privacy.plan import Plan
+from fedtune.spec import ConfigError, RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lead:
+    """What the lead brings to a run.
+
+    Attributes:
+        declared_sizes: site -> the size it publishes; the weights of the average.
+        evaluate: scores an adapter on the lead's own validation data.
+        finished: called with the state after each round.
+        elapsed: seconds since the run began, interruptions left out.
+    """
+
+    run: str
+    plan: Plan
+    federation: FederationSpec
+    declared_sizes: Mapping[str, int]
+    strategy: FedAvg
+    checkpoints: Checkpoints
+    evaluate: Callable[[Adapter], Mapping[str, float]]
+    finished: Callable[[LeadState], None]
+    elapsed: Callable[[], float]
+
+
+def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
+    """Run the rounds that `state` has not seen yet.
+
+    Raises:
+        RunError: fewer than `min_sites` updates came in a round; the checkpoint before it can be resumed.
+    """
+    nodes = _introductions(grid, lead)
+    while state.round < lead.federation.num_rounds:
+        state = _run_round(grid, lead, state, nodes)
+        lead.checkpoints.save(state)
+        lead.finished(state)
+    return state
+
+
+def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]) -> LeadState:
+    round, started, sites = state.round + 1, time.monotonic(), list(lead.declared_sizes)
+    lead.checkpoints.ask(round, sites)
+    state = state.asked(sites)
+    messages = _requests(grid, lead, state.adapter, round, nodes)
+    bytes_down = sum(records.num_bytes(message.content) for message in messages)
+    received = list(grid.send_and_receive(messages, timeout=lead.federation.round_timeout_s))
+    answers = _answers(received, nodes)
+    state = state.answered({site: reply for site, (reply, _) in answers.items()})
+    sorted_out = sort_replies(
+        {site: reply for site, (reply, _) in answers.items()},
+        asked=sites,
+        run=lead.run,
+        round=round,
+        sent=state.adapter,
+    )
+    _require_enough(sorted_out, lead, round)
+    bytes_up = sum(records.num_bytes(message.content) for _, message in answers.values())
+    adapter = _aggregate(lead, sorted_out, {site: message for site, (_, message) in answers.items()}, round)
+    result = RoundResult(
+        round=round,
+        seconds=time.monotonic() - started,
+        sites=tuple(sorted_out.updates),
+        failed_sites=sorted_out.failures,
+        bytes_down=bytes_down,
+        bytes_up=bytes_up,
+        metrics=lead.evaluate(adapter),
+    )
+    return replace(
+        state,
+        round=round,
+        adapter=adapter,
+        strategy=strategy_state(lead.strategy),
+        rounds=(*state.rounds, result),
+        seconds=lead.elapsed(),
+    )
+
+
+def _requests(grid: Grid, lead: Lead, adapter: Adapter, round: int, nodes: Mapping[int, str]) -> list[Message]:
+    """One message for each site, in the sites' order; the strategy says which nodes are asked."""
+    arrays = records.to_arrays(adapter.tensors)
+    digest = adapter.digest()
+    messages = {
+        nodes[message.metadata.dst_node_id]: message
+        for message in lead.strategy.configure_train(round, arrays, ConfigRecord(), grid)
+    }
+    for site, message in messages.items():
+        request = RoundRequest(run=lead.run, round=round, site=site, adapter_digest=digest, plan=lead.plan)
+        message.content = records.from_request(request, arrays)
+    return [messages[site] for site in lead.declared_sizes if site in messages]
+
+
+def _answers(received: Iterable[Message], nodes: Mapping[int, str]) -> dict[str, tuple[Reply, Message]]:
+    """Each site's readable answer; an unreadable one counts as none."""
+    answers = {}
+    for message in received:
+        site = nodes.get(message.metadata.src_node_id)
+        if site is None or message.has_error():
+            continue
+        try:
+            answers[site] = (records.to_reply(message.content), message)
+        except ConfigError:
+            continue
+    return answers
+
+
+def _aggregate(lead: Lead, replies: RoundReplies, messages: Mapping[str, Message], round: int) -> Adapter:
+    """Flower's strategy over the valid updates, in the sites' order and weighted by what they declared."""
+    for site, update in replies.updates.items():
+        messages[site].content = records.weighted(update, lead.declared_sizes[site])
+    arrays, _ = lead.strategy.aggregate_train(round, [messages[site] for site in replies.updates])
+    assert isinstance(arrays, ArrayRecord)
+    return Adapter(records.from_arrays(arrays))
+
+
+def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
+    if len(replies.updates) >= lead.federation.min_sites:
+        return
+    reasons = ", ".join(f"{site}: {reason}" for site, reason in replies.failures.items())
+    raise RunError(
+        f"round {round}: {len(replies.updates)} of {len(lead.declared_sizes)} sites sent an update, and "
+        f"federation.min_sites = {lead.federation.min_sites} are needed ({reasons}); "
+        f"the checkpoint of round {round - 1} can be resumed"
+    )
+
+
+def _introductions(grid: Grid, lead: Lead) -> dict[int, str]:
+    """Node id -> site name, as each node gives it."""
+    node_ids = list(grid.get_node_ids())
+    deadline = time.monotonic() + lead.federation.round_timeout_s
+    while len(node_ids) < lead.federation.num_sites and time.monotonic() < deadline:
+        time.sleep(0.2)
+        node_ids = list(grid.get_node_ids())
+    questions = [Message(RecordDict(), node_id, "query") for node_id in sorted(node_ids)]
+    nodes = {}
+    for message in grid.send_and_receive(questions, timeout=lead.federation.round_timeout_s):
+        if not message.has_error():
+            nodes[message.metadata.src_node_id] = str(message.content.config_records[records.SITE]["name"])
+    missing = sorted(set(lead.declared_sizes) - set(nodes.values()))
+    if missing:
+        raise RunError(f"sites that did not introduce themselves: {', '.join(missing)}")
+    return nodes

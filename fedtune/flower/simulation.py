@@ -1,0 +1,155 @@
+"""A whole federation on this machine: the apps of real sites over an in-process grid or Flower's Ray engine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedtune.config import RunConfig
+from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.lead import LeadState
+from fedtune.federation.results import FinalResult, run_json
+from fedtune.flower.client import make_client_app
+from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.participants import Participants, participants
+from fedtune.flower.server import Lead, run_rounds
+from fedtune.flower.strategy import make_strategy, restore_strategy
+from fedtune.model import save_task_model
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Follows a run, to show it."""
+
+    def prepared(self, everyone: Participants, plan: Plan, state: LeadState) -> None:
+        """Data and model are ready; training is about to begin."""
+
+    def site_replied(self, number: int) -> None:
+        """The `number`-th reply of the current round came in."""
+
+    def round_finished(self, state: LeadState) -> None:
+        """A round was aggregated, scored and checkpointed."""
+
+
+def simulate(config: RunConfig, folder: Path, listener: Listener) -> dict[str, object]:
+    """Run `config` to its end, or from its newest checkpoint on, and write the run folder.
+
+    Returns:
+        The content of `run.json`.
+
+    Raises:
+        ConfigError: data, model or checkpoint don't fit the configuration; raised before any training.
+        RunError: too few sites replied.
+    """
+    began = time.monotonic()
+    config_json = json.dumps(config.to_json())
+    everyone = participants(config_json, str(folder))
+    plan = config.plan()
+    checkpoints = Checkpoints(folder / "checkpoints", config.digest())
+    state = _first_state(config, everyone, checkpoints)
+    began -= state.seconds
+    strategy = make_strategy(config.federation)
+    restore_strategy(strategy, state.strategy)
+    lead = Lead(
+        run=config.run_id(),
+        plan=plan,
+        federation=config.federation,
+        declared_sizes=config.declared_sizes(),
+        strategy=strategy,
+        checkpoints=checkpoints,
+        evaluate=lambda adapter: everyone.score(adapter, everyone.validation),
+        finished=listener.round_finished,
+        elapsed=lambda: time.monotonic() - began,
+    )
+    listener.prepared(everyone, plan, state)
+    client_app = simulated_client_app(config_json, str(folder))
+    state = _engine(config, client_app, listener)(lambda grid: run_rounds(grid, lead, state))
+    return _finish(config, everyone, plan, state, folder, began)
+
+
+def simulated_client_app(config_json: str, folder: str) -> ClientApp:
+    """The ClientApp of every virtual site; plain values only, so that it can be sent to another process."""
+
+    def index(context: Context) -> int:
+        return int(context.node_config["partition-id"])
+
+    def name_of(context: Context) -> str:
+        settings = json.loads(config_json)["federation"]
+        return str(settings["site_names"][index(context)]) if settings["site_names"] else f"site-{index(context) + 1}"
+
+    return make_client_app(lambda context: participants(config_json, folder).site(index(context)), name_of)
+
+
+def _first_state(config: RunConfig, everyone: Participants, checkpoints: Checkpoints) -> LeadState:
+    """Where the run starts: its newest checkpoint, or the initial adapter with its scores on the test file.
+
+    Every file is read and tokenised here, so that bad data ends the run before anything is trained.
+    """
+    if config.resume is not None:
+        state = checkpoints.load()
+    _ = everyone.site_data, everyone.validation, everyone.test
+    if config.resume is not None:
+        return state
+    adapter = everyone.initial_adapter
+    before = everyone.score(adapter, everyone.test, generate=True)
+    state = LeadState(round=0, adapter=adapter, metrics_before=before)
+    checkpoints.save(state)
+    return state
+
+
+Engine = Callable[[Callable[[Grid], LeadState]], LeadState]
+"""Gives a grid to what is to run on it, and returns its result."""
+
+
+def _engine(config: RunConfig, client_app: ClientApp, listener: Listener) -> Engine:
+    if config.runtime.kind == "ray":
+        from fedtune.flower.ray import on_ray  # Ray is an extra
+
+        return lambda run: on_ray(run, client_app, config)
+    grid = InProcessGrid(client_app, config.federation.num_sites, replied=listener.site_replied)
+    return lambda run: run(grid)
+
+
+def _finish(
+    config: RunConfig, everyone: Participants, plan: Plan, state: LeadState, folder: Path, began: float
+) -> dict[str, object]:
+    """Score the final adapter on the test file, save it, and write `run.json`."""
+    metrics = everyone.score(state.adapter, everyone.test, generate=True)
+    state.adapter.load_into(everyone.model)
+    save_task_model(everyone.model, folder / "adapter")
+    final = FinalResult(
+        metrics=metrics,
+        metrics_before=state.metrics_before,
+        seconds=time.monotonic() - began,
+        peak_memory_bytes=_peak_memory_bytes(),
+    )
+    result = run_json(
+        state,
+        final,
+        plan,
+        sites=config.federation.names,
+        task=config.task,
+        config_sha256=config.digest(),
+        seeded_noise=config.runtime.seeded_noise,
+    )
+    write_durably(folder / "run.json", json.dumps(result, indent=2).encode() + b"\n")
+    return result
+
+
+def _peak_memory_bytes() -> int:
+    """Peak resident memory of this process (of each Ray actor not: they are not its children)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

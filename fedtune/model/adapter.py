@@ -1,0 +1,107 @@
+"""The adapter: the trained tensors alone, as arrays that can be hashed, sent and loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import nn
+
+from fedtune.model.task import TaskModel
+from fedtune.spec import FedtuneError
+
+
+class AdapterError(FedtuneError, ValueError):
+    """An adapter is malformed, or does not fit the model it is to be loaded into."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """Float32 arrays by name, in the order of their names; neither can be changed.
+
+    Attributes:
+        tensors: read-only arrays.  What is given is copied.
+
+    Raises:
+        AdapterError: for anything that is not a float32 array.
+    """
+
+    tensors: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        frozen = {name: _frozen(name, array) for name, array in sorted(self.tensors.items())}
+        object.__setattr__(self, "tensors", MappingProxyType(frozen))
+
+    @classmethod
+    def of(cls, model: TaskModel) -> Adapter:
+        """The model's trainable tensors as they are now."""
+        return cls({name: parameter.detach().cpu().numpy() for name, parameter in model.trainable().items()})
+
+    def load_into(self, model: TaskModel) -> None:
+        """Copy into the model's trainable tensors; the base stays in memory as it is.
+
+        Raises:
+            AdapterError: unless names and shapes are exactly the model's; nothing is copied then.
+        """
+        copy_tensors(self.tensors, model.trainable())
+
+    def digest(self) -> str:
+        """The SHA-256, in hexadecimal, that names this adapter in requests and receipts.
+
+        Over each tensor in the order of the names (by code point): one line of JSON, `["name", "float32", [shape]]`
+        without spaces and ASCII only, a newline, then the values as little-endian float32 in row-major order.
+        It depends on nothing but names, shapes and values.
+        """
+        digest = hashlib.sha256()
+        for name, array in self.tensors.items():
+            header = json.dumps([name, "float32", list(array.shape)], separators=(",", ":"))
+            digest.update(header.encode() + b"\n")
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """In safetensors form."""
+        return save(dict(self.tensors))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Adapter:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            AdapterError: for anything else.
+        """
+        try:
+            return cls(load(data))
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise AdapterError(f"not an encoded adapter: {error}") from error
+
+
+def copy_tensors(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy arrays into the parameters of the same names.
+
+    Raises:
+        AdapterError: unless names and shapes agree exactly; nothing is copied then.
+    """
+    for name in sorted(set(parameters) ^ set(tensors)):
+        raise AdapterError(f"the adapter {'lacks' if name in parameters else 'has no place for'} the tensor {name}")
+    for name, parameter in parameters.items():
+        if tensors[name].shape != tuple(parameter.shape):
+            raise AdapterError(f"{name} has shape {tensors[name].shape}, not the model's {tuple(parameter.shape)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.tensor(tensors[name]))
+
+
+def _frozen(name: str, array: np.ndarray) -> np.ndarray:
+    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+        raise AdapterError(f"{name} must be a float32 array, not {getattr(array, 'dtype', type(array).__name__)}")
+    copied = np.array(array, dtype="<f4", order="C")
+    copied.flags.writeable = False
+    return copied

@@ -1,0 +1,107 @@
+"""Where a base model's files lie, and the hash that pins their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from fedtune.model.spec import PACKAGE, ModelSpec
+from fedtune.spec import ConfigError
+
+_WEIGHTS, _SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def model_folder(spec: ModelSpec) -> Path:
+    """The local folder with the model's files; fetches them from the hub when they are not cached.
+
+    Raises:
+        ConfigError: for `model.path` or `model.gguf_file` when there is no such model or no safetensors
+            weights in it.  Pickled weights are never read, for reading them runs code.
+    """
+    local = Path(spec.path).expanduser()
+    if spec.path.startswith(PACKAGE):
+        folder = _package_folder(spec.path)
+    elif local.is_dir():
+        folder = local
+    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec.path):
+        folder = _hub_folder(spec)
+    else:
+        raise ConfigError("model.path", spec.path, "is neither a folder on this machine nor a model hub's id")
+    if not _has_weights(folder, spec):
+        missing = spec.gguf_file or f"{_WEIGHTS} or {_SHARD_INDEX}"
+        raise ConfigError("model.path", spec.path, f"must be a folder that holds {missing}")
+    return folder
+
+
+def weights_files(spec: ModelSpec) -> tuple[Path, ...]:
+    """The files that hold the weights, in the order of their names."""
+    folder = model_folder(spec)
+    if spec.gguf_file:
+        return (folder / spec.gguf_file,)
+    if (folder / _WEIGHTS).is_file():
+        return (folder / _WEIGHTS,)
+    index = json.loads((folder / _SHARD_INDEX).read_text(encoding="utf-8"))
+    return tuple(folder / name for name in sorted(set(index["weight_map"].values())))
+
+
+def files_sha256(files: tuple[Path, ...]) -> str:
+    """A single file's SHA-256; for several, the SHA-256 of `sha256sum`'s lines for them ("<hash>  <name>")."""
+    hashes = []
+    for path in files:
+        with path.open("rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    if len(files) == 1:
+        return hashes[0]
+    lines = "".join(f"{digest}  {path.name}\n" for digest, path in zip(hashes, files, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def cache_folder(spec: ModelSpec) -> Path:
+    """Where fedtune keeps what it derives from downloads."""
+    return Path(spec.cache_dir or os.environ.get("FEDTUNE_CACHE") or "~/.cache/fedtune").expanduser()
+
+
+def _has_weights(folder: Path, spec: ModelSpec) -> bool:
+    names = (spec.gguf_file,) if spec.gguf_file else (_WEIGHTS, _SHARD_INDEX)
+    return any((folder / name).is_file() for name in names)
+
+
+def _package_folder(path: str) -> Path:
+    module, _, inside = path.removeprefix(PACKAGE).partition("/")
+    # Looked up, not imported: the packages that carry weights want others that we don't need.
+    found = find_spec(module)
+    if found is None or found.origin is None:
+        raise ConfigError("model.path", path, f"needs the Python package {module}, which is not installed")
+    return Path(found.origin).parent / inside
+
+
+def _hub_folder(spec: ModelSpec) -> Path:
+    """Look in the cache first, so that a cached model works without network and without asking the hub."""
+    problem: Exception | None = None
+    for cached_only in (True, False):
+        try:
+            found = snapshot_download(
+                spec.path,
+                revision=spec.revision,
+                cache_dir=spec.cache_dir,
+                allow_patterns=[spec.gguf_file] if spec.gguf_file else _HUB_FILES,
+                ignore_patterns=["*/*"],
+                etag_timeout=5,
+                local_files_only=cached_only,
+            )
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            problem = error
+            continue
+        if _has_weights(Path(found), spec):
+            return Path(found)
+    why = f" ({type(problem).__name__})" if problem else ""
+    bound = f"is no folder on this machine, and no safetensors weights for it could be had from the model hub{why}"
+    raise ConfigError("model.path", spec.path, bound)

@@ -1,0 +1,145 @@
+"""The settings of a task model: which base, which LoRA matrices, which head.
+
+Plain data without torch, so that reading a configuration takes milliseconds, not the seconds that
+transformers and PEFT need to be imported.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, TypeAlias
+
+from fedtune.spec import ConfigError, check_at_least, check_one_of, check_positive, spec
+
+Task: TypeAlias = Literal["classification", "causal_lm"]
+
+PACKAGE = "package:"
+RANDOM = "random:"
+RANDOM_MODELS = ("random:bert", "random:llama")
+
+
+@spec
+class ModelSpec:
+    """The frozen base model.
+
+    Attributes:
+        path: a Hugging Face id, a local folder, `package:<module>/<folder>` for weights inside an
+            installed Python package, or `random:bert` / `random:llama` for a tiny untrained model.
+        sha256: what `fedtune.model.weights_sha256` must give; `None` accepts any weights.
+        gguf_file: a GGUF file inside `path`; it is expanded to fp32 once and cached.
+        revision: branch, tag or commit at the hub.
+        dtype: of the frozen weights; adapter, head and losses are float32 either way.
+        cache_dir: for downloads and expanded GGUF files. `None`: the hub's own cache, and
+            `FEDTUNE_CACHE` or `~/.cache/fedtune`.
+        licence: of the weights, to be shown in reports.
+    """
+
+    path: str
+    sha256: str | None = None
+    gguf_file: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    cache_dir: str | None = None
+    licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("path", self.path, "must name a model")
+        if self.path.startswith(RANDOM):
+            check_one_of("path", self.path, RANDOM_MODELS)
+        if self.path.startswith(PACKAGE) and not re.fullmatch(r"package:\w+(/[\w.-]*\w)*", self.path):
+            raise ConfigError("path", self.path, "must look like package:<module> or package:<module>/<folder>")
+        if self.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ConfigError("sha256", self.sha256, "must be 64 lower-case hexadecimal digits")
+        if self.gguf_file is not None and not re.fullmatch(r"[\w.-]+\.gguf", self.gguf_file):
+            raise ConfigError("gguf_file", self.gguf_file, "must be the plain name of a .gguf file inside model.path")
+        check_one_of("dtype", self.dtype, ("float32", "bfloat16"))
+
+
+@spec
+class LoraSpec:
+    """Low-rank adapters W + (alpha / rank) B A, Hu et al. 2021, arXiv 2106.09685.
+
+    Attributes:
+        rank: rows of A, columns of B.
+        alpha: numerator of the scale.
+        target_modules: last names of the linear modules to adapt ("q_proj"), or "all-linear".
+            Only modules inside the stack of transformer layers are ever adapted, so tied
+            embeddings, output layers and poolers stay frozen.
+        layers: which transformer layers; negative numbers count from the end. `None`: all.
+        rslora: scale by alpha / sqrt(rank), Kalajdzievski 2023, arXiv 2312.03732.
+        train_a: `False` freezes every A at its random start (FFA-LoRA, Sun et al. 2024,
+            arXiv 2403.12313): averaging over sites is then exact, and noise enters B only.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    layers: tuple[int, ...] | None = None
+    rslora: bool = False
+    train_a: bool = True
+
+    def __post_init__(self) -> None:
+        check_at_least("rank", self.rank, 1)
+        check_positive("alpha", self.alpha)
+        if isinstance(self.target_modules, str):
+            check_one_of("target_modules", self.target_modules, ("all-linear",))
+        elif not self.target_modules or not all(self.target_modules):
+            raise ConfigError("target_modules", self.target_modules, "must name at least one module")
+        if self.layers is not None and not self.layers:
+            raise ConfigError("layers", self.layers, "must name at least one layer; leave it out for all of them")
+
+
+@spec
+class HeadSpec:
+    """The bias-free classification head: logits = scale * W x, with x mean pooled and of norm 1.
+
+    Attributes:
+        scale: of the logits (an inverse temperature).
+        init: "zero", or "label_names": each row starts as the frozen base's embedding of the label's
+            text.  Label names are declared and public, so that costs no privacy.
+        train: `False` leaves the head as it starts.
+        label_texts: a description for each label, in the order of the labels, that "label_names"
+            embeds in place of the label's name.
+    """
+
+    scale: float = 20.0
+    init: Literal["zero", "label_names"] = "zero"
+    train: bool = True
+    label_texts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_positive("scale", self.scale)
+        check_one_of("init", self.init, ("zero", "label_names"))
+
+
+@spec
+class TaskModelSpec:
+    """All that defines a task model; a saved adapter carries it.
+
+    Attributes:
+        model: the frozen base.
+        lora: its adapters.
+        head: the classification head; unused for "causal_lm".
+        task: "classification" or "causal_lm".
+        labels: the declared label set, in the order of the head's rows; empty for "causal_lm".
+        seed: of the adapters' random start, which is public.
+    """
+
+    model: ModelSpec
+    lora: LoraSpec
+    task: Task
+    head: HeadSpec = HeadSpec()
+    labels: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_one_of("task", self.task, ("classification", "causal_lm"))
+        check_at_least("seed", self.seed, 0)
+        if self.task == "causal_lm":
+            return
+        if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
+            raise ConfigError("data.labels", self.labels, "must be at least two different labels for classification")
+        if self.head.label_texts and len(self.head.label_texts) != len(self.labels):
+            bound = f"must be one text for each of the {len(self.labels)} labels, in their order"
+            raise ConfigError("head.label_texts", self.head.label_texts, bound)

@@ -1,0 +1,78 @@
+"""Privacy events as data: what ran on private records, never how much epsilon that was.
+
+An event is one of dp-accounting's `DpEvent`s.  Only the four kinds that fedtune's mechanisms produce can be
+written down; anything else raises, so that no event is ever approximated by a smaller one.
+"""
+
+from __future__ import annotations
+
+from dp_accounting import (
+    ComposedDpEvent,
+    DpEvent,
+    GaussianDpEvent,
+    NonPrivateDpEvent,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+)
+
+from fedtune.spec import ConfigError
+
+Json = dict[str, object]
+
+
+def dp_sgd(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEvent:
+    """`steps` steps of DP-SGD: each a Poisson sample, then one Gaussian mechanism on the clipped sum.
+
+    Args:
+        sampling_rate: probability with which each unit joins a step, in (0, 1].
+        noise_multiplier: standard deviation of the noise divided by the clip norm; 0 means no guarantee.
+        steps: number of noisy steps, at least 0.
+
+    Guarantee: under add-or-remove-one of a unit whose clipped contribution has L2 norm at most the clip norm,
+    the joint output of the steps is as private as this event (Abadi et al. 2016, arXiv 1607.00133).
+    """
+    if noise_multiplier == 0:
+        return NonPrivateDpEvent() if steps else ComposedDpEvent([])
+    return SelfComposedDpEvent(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)), steps)
+
+
+def to_json(event: DpEvent) -> Json:
+    """Plain JSON for `event`; raises TypeError for an event that fedtune never makes."""
+    match event:
+        case GaussianDpEvent():
+            return {"kind": "gaussian", "noise_multiplier": event.noise_multiplier}
+        case PoissonSampledDpEvent():
+            return {
+                "kind": "poisson_sampled",
+                "sampling_probability": event.sampling_probability,
+                "event": to_json(event.event),
+            }
+        case SelfComposedDpEvent():
+            return {"kind": "self_composed", "count": event.count, "event": to_json(event.event)}
+        case ComposedDpEvent():
+            return {"kind": "composed", "events": [to_json(part) for part in event.events]}
+        case NonPrivateDpEvent():
+            return {"kind": "non_private"}
+    raise TypeError(f"unsupported privacy event {type(event).__name__}")
+
+
+def from_json(data: object) -> DpEvent:
+    """The event that `to_json` wrote.
+
+    Raises:
+        ConfigError: the data is not an event of a known kind with values in their range.
+    """
+    match data:
+        case {"kind": "gaussian", "noise_multiplier": int() | float() as sigma} if sigma > 0:
+            return GaussianDpEvent(float(sigma))
+        case {"kind": "poisson_sampled", "sampling_probability": int() | float() as rate, "event": part} if (
+            0 < rate <= 1
+        ):
+            return PoissonSampledDpEvent(float(rate), from_json(part))
+        case {"kind": "self_composed", "count": int() as count, "event": part} if count >= 0:
+            return SelfComposedDpEvent(from_json(part), count)
+        case {"kind": "composed", "events": list() as parts}:
+            return ComposedDpEvent([from_json(part) for part in parts])
+        case {"kind": "non_private"}:
+            return NonPrivateDpEvent()
+    raise ConfigError("event", data, "must be a privacy event that fedtune writes, with values in range")

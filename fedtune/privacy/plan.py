@@ -1,0 +1,94 @@
+"""The plan of a run: every number that decides what its releases cost, fixed before anything private is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+from dp_accounting import DpEvent
+
+from fedtune.privacy import accountant, events
+from fedtune.privacy.mechanism import PrivacySpec
+from fedtune.spec import check_at_least, check_fraction, spec
+
+
+@spec
+class Plan:
+    """What a site will run for one federated training.
+
+    Attributes:
+        unit: the privacy unit.
+        delta: at which epsilon is stated.
+        sampling_rate: probability with which each unit joins a step.
+        noise_multiplier: noise standard deviation over clip norm; 0 in a run without privacy.
+        max_grad_norm: clip norm C.
+        local_steps: noisy steps in a round.
+        num_rounds: rounds that the run is meant to take.
+        spare_rounds: further rounds that are paid for beforehand, for retries of interrupted rounds.
+    """
+
+    unit: str
+    delta: float
+    sampling_rate: float
+    noise_multiplier: float
+    max_grad_norm: float
+    local_steps: int
+    num_rounds: int
+    spare_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        check_fraction("delta", self.delta)
+        check_fraction("sampling_rate", self.sampling_rate, one=True)
+        for name in ("noise_multiplier", "max_grad_norm", "spare_rounds"):
+            check_at_least(name, getattr(self, name), 0)
+        for name in ("local_steps", "num_rounds"):
+            check_at_least(name, getattr(self, name), 1)
+
+    @classmethod
+    def of(cls, privacy: PrivacySpec, *, local_steps: int, num_rounds: int, spare_rounds: int = 0) -> Plan:
+        """The plan of a run, with noise calibrated once for all its rounds, spare ones included."""
+        steps = local_steps * (num_rounds + spare_rounds)
+        noise = privacy.noise_multiplier
+        if not privacy.private:
+            noise = 0.0
+        elif noise is None:
+            noise = accountant.calibrate_noise(
+                epsilon=privacy.epsilon, delta=privacy.delta, sampling_rate=privacy.sampling_rate, steps=steps
+            )
+        return cls(
+            unit=privacy.unit,
+            delta=privacy.delta,
+            sampling_rate=privacy.sampling_rate,
+            noise_multiplier=noise,
+            max_grad_norm=privacy.max_grad_norm,
+            local_steps=local_steps,
+            num_rounds=num_rounds,
+            spare_rounds=spare_rounds,
+        )
+
+    @property
+    def private(self) -> bool:
+        """Whether the plan adds noise; without it nothing is promised."""
+        return self.noise_multiplier > 0
+
+    @property
+    def most_rounds(self) -> int:
+        """Rounds that a site may be charged for, retries included."""
+        return self.num_rounds + self.spare_rounds
+
+    def event(self, *, rounds: int = 1) -> DpEvent:
+        """What `rounds` rounds of this plan do to the records."""
+        return events.dp_sgd(
+            sampling_rate=self.sampling_rate,
+            noise_multiplier=self.noise_multiplier,
+            steps=self.local_steps * rounds,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON, the canonical form that `digest` hashes."""
+        return dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """SHA-256 of the plan's canonical JSON, in hex."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,93 @@
+"""The words that every layer shares: the `spec` decorator, validators and the exception tree.
+
+A *spec* is a small frozen settings class that lives beside the code that obeys it.  It is a plain
+dataclass, so the privacy core needs no pydantic; the class attribute that `spec` sets makes pydantic
+forbid unknown keys when `fedtune.config` composes the specs into one `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+T = TypeVar("T")
+
+
+class FedtuneError(Exception):
+    """Base of every error that fedtune raises on purpose; `exit_code` is what the command line returns."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(FedtuneError, ValueError):
+    """A person's input is wrong: names the key, the value that was given and the bound it breaks.
+
+    Attributes:
+        key: dotted key or file that is wrong, as the person would write it.
+        value: what was given.
+        bound: what would be accepted, as the end of a sentence ("must be greater than 0").
+    """
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, key: str, value: object, bound: str) -> None:
+        self.key, self.value, self.bound = key, value, bound
+        super().__init__(f"{key} = {_shown(value)}: {bound}")
+
+    def under(self, prefix: str) -> ConfigError:
+        """The same error one level further out (`epsilon` becomes `privacy.epsilon`)."""
+        return type(self)(f"{prefix}.{self.key}" if prefix else self.key, self.value, self.bound)
+
+
+class DataError(ConfigError):
+    """A data file is missing or malformed; the key names file, line and field."""
+
+
+class RefusedError(FedtuneError):
+    """A policy or a budget refused what was asked."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class RunError(FedtuneError):
+    """A run could not go on (too few sites, a checkpoint that cannot be written)."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def spec(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen, keyword-only dataclass that pydantic validates without extra keys."""
+    made: Any = dataclass(frozen=True, kw_only=True, slots=True)(cls)
+    made.__pydantic_config__ = {"extra": "forbid"}
+    return made  # type: ignore[no-any-return]
+
+
+def check_positive(key: str, value: float) -> None:
+    """Require a finite `value` > 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(key, value, "must be a finite number greater than 0")
+
+
+def check_at_least(key: str, value: float, least: float) -> None:
+    """Require a finite `value` >= `least`."""
+    if not (math.isfinite(value) and value >= least):
+        raise ConfigError(key, value, f"must be a finite number of at least {least:g}")
+
+
+def check_fraction(key: str, value: float, *, zero: bool = False, one: bool = False) -> None:
+    """Require `value` in (0, 1), with the ends that `zero` and `one` let in."""
+    inside = (value >= 0 if zero else value > 0) and (value <= 1 if one else value < 1)
+    if not inside:
+        raise ConfigError(key, value, f"must lie in {'[' if zero else '('}0, 1{']' if one else ')'}")
+
+
+def check_one_of(key: str, value: object, allowed: Collection[object]) -> None:
+    """Require `value` to be one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(key, value, f"must be one of {', '.join(map(str, allowed))}")
+
+
+def _shown(value: object, most: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 1] + "…"

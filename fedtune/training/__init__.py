@@ -1,0 +1,1 @@
+"""Local training: DP-SGD steps over LoRA and head.  The only layer that knows Opacus."""

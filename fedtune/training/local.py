@@ -1,0 +1,106 @@
+"""A site's part of a round: load the adapter, take the plan's steps, hand back the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedtune.data import Batch, TextDataset, collate, micro_batches
+from fedtune.model import Adapter, TaskModel
+from fedtune.privacy.mechanism import poisson_sample
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.randomness import Randomness, RandomStream
+from fedtune.training.dp_step import Records, dp_sgd_step
+from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+from fedtune.training.per_example import attached
+from fedtune.training.spec import RuntimeSpec, TrainingSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundOfTraining:
+    """What one round of local training needs besides the model.
+
+    Attributes:
+        round: from 1; places the round in the learning-rate schedule.
+        attempt: from 1; a retry draws fresh noise.
+    """
+
+    site: str
+    round: int
+    attempt: int
+    plan: Plan
+    training: TrainingSpec
+    declared_size: int
+
+
+def train_round(
+    model: TaskModel,
+    adapter: Adapter,
+    dataset: TextDataset,
+    work: RoundOfTraining,
+    *,
+    runtime: RuntimeSpec,
+    pad_id: int,
+    randomness: Randomness,
+) -> Adapter:
+    """Train `adapter` on `dataset` for one round of `work.plan` and return the adapter that may be released.
+
+    Guarantee: with noise, the result is post-processing of `work.plan.event()` on the records; without noise, none.
+    """
+    adapter.load_into(model)
+    parameters = model.trainable()
+    optimizer = make_optimizer(parameters, work.training)
+    device = next(iter(parameters.values())).device
+
+    def cut(indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
+        for part in micro_batches(indices, dataset.lengths, max_tokens=runtime.micro_batch_tokens):
+            yield collate(dataset, part, pad_id=pad_id).to(device)
+
+    records = Records(count=len(dataset), declared_size=work.declared_size, cut=cut)
+    purpose = (work.site, work.round, work.attempt)
+    sampling = randomness.stream(*purpose, "sampling")
+    noise = randomness.stream(*purpose, "noise")
+
+    def take_steps(step: Callable[[], None]) -> None:
+        total_steps = work.plan.num_rounds * work.plan.local_steps
+        first = (work.round - 1) * work.plan.local_steps
+        for number in range(first, first + work.plan.local_steps):
+            set_learning_rate(optimizer, learning_rate_factor(work.training, step=number, total_steps=total_steps))
+            step()
+
+    if work.plan.private:
+        with attached(model) as gradients:
+            take_steps(
+                lambda: dp_sgd_step(
+                    gradients,
+                    records,
+                    work.plan,
+                    parameters=parameters,
+                    optimizer=optimizer,
+                    sampling=sampling,
+                    noise=noise,
+                )
+            )
+    else:
+        take_steps(lambda: plain_step(model, records, work.plan, optimizer=optimizer, sampling=sampling))
+
+    released = Adapter.of(model)
+    assert list(released.tensors) == list(parameters), "released tensors and trained tensors differ"
+    return released
+
+
+def plain_step(
+    model: TaskModel, records: Records, plan: Plan, *, optimizer: torch.optim.Optimizer, sampling: RandomStream
+) -> None:
+    """The same step without clipping and noise.  Guarantee: none."""
+    optimizer.zero_grad(set_to_none=True)
+    for batch in records.cut(poisson_sample(records.count, plan.sampling_rate, sampling)):
+        model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
+    for parameter in model.trainable().values():
+        if parameter.grad is not None:
+            parameter.grad /= plan.sampling_rate * records.declared_size
+    optimizer.step()

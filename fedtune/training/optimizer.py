@@ -1,0 +1,40 @@
+"""The optimizer of a round and the learning-rate schedule of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from fedtune.training.spec import TrainingSpec
+
+
+def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], spec: TrainingSpec) -> torch.optim.Optimizer:
+    """A fresh optimizer over `parameters`, with one group for LoRA and one for the head."""
+    head_rate = spec.head_learning_rate or spec.learning_rate
+    groups = [
+        {"params": [p for name, p in parameters.items() if not name.startswith("head.")], "lr": spec.learning_rate},
+        {"params": [p for name, p in parameters.items() if name.startswith("head.")], "lr": head_rate},
+    ]
+    groups = [group | {"peak_lr": group["lr"]} for group in groups if group["params"]]
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    return torch.optim.AdamW(groups, betas=spec.betas, weight_decay=spec.weight_decay)
+
+
+def learning_rate_factor(spec: TrainingSpec, *, step: int, total_steps: int) -> float:
+    """Multiplier of the peak learning rate at global `step` (from 0) of `total_steps`, in [0, 1]."""
+    if step < spec.warmup_steps:
+        return (step + 1) / spec.warmup_steps
+    if spec.schedule == "constant":
+        return 1.0
+    # Steps past the planned end (a retried round) stay at the schedule's last value.
+    done = min(1.0, (step - spec.warmup_steps) / max(1, total_steps - spec.warmup_steps))
+    return 1.0 - done if spec.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group to its peak learning rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor

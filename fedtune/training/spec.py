@@ -1,0 +1,79 @@
+"""Settings of local training, and of the machine it runs on: only the first may change a result."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@spec
+class TrainingSpec:
+    """How a site steps.
+
+    Attributes:
+        local_steps: optimizer steps in a round.
+        optimizer: "adamw" or "sgd"; its state starts anew each round.
+        learning_rate: of the LoRA tensors at the schedule's peak.
+        head_learning_rate: of the task head; null: the same as `learning_rate`.
+        weight_decay: decoupled for AdamW, added to the gradient for SGD.
+        momentum: of SGD.
+        betas: of AdamW.
+        schedule: shape of the learning rate over the run's global step, after the warm-up.
+        warmup_steps: global steps over which the learning rate rises linearly.
+    """
+
+    local_steps: int = 5
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-2
+    head_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("local_steps", self.local_steps, 1)
+        check_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        check_positive("learning_rate", self.learning_rate)
+        if self.head_learning_rate is not None:
+            check_positive("head_learning_rate", self.head_learning_rate)
+        check_at_least("weight_decay", self.weight_decay, 0)
+        check_fraction("momentum", self.momentum, zero=True)
+        for beta in self.betas:
+            check_fraction("betas", beta, zero=True)
+        check_one_of("schedule", self.schedule, SCHEDULES)
+        check_at_least("warmup_steps", self.warmup_steps, 0)
+
+
+@spec
+class RuntimeSpec:
+    """Where a run happens and how fast.  Only `seeded_noise` touches the guarantee, and it marks the run.
+
+    Attributes:
+        kind: "simulation" (in this process), "ray" (Flower's simulation engine) or "deployment" (real sites).
+        device: "auto" takes a GPU where the torch build has one.
+        num_threads: torch threads in every process; null: one for each core.
+        micro_batch_tokens: padded tokens in a micro-batch; smaller needs less memory.
+        gradient_checkpointing: recompute activations in the backward pass, for large models.
+        seeded_noise: take noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
+    """
+
+    kind: Literal["simulation", "ray", "deployment"] = "simulation"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int | None = None
+    micro_batch_tokens: int = 1024
+    gradient_checkpointing: bool = False
+    seeded_noise: bool = False
+
+    def __post_init__(self) -> None:
+        check_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        if self.num_threads is not None:
+            check_at_least("num_threads", self.num_threads, 1)
+        check_at_least("micro_batch_tokens", self.micro_batch_tokens, 1)
+        if self.kind == "deployment":
+            raise ConfigError("kind", self.kind, "is not available yet; use 'simulation' or 'ray'")

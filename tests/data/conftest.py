@@ -1,0 +1,43 @@
+"""A tiny tokenizer in memory: words and single characters, [CLS] ... [SEP] around a text."""
+
+from __future__ import annotations
+
+import string
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+WORDS = ["card", "lost", "my", "is", "where", "name", "there", "a", "place", *string.ascii_lowercase[1:]]
+
+
+def make_tokenizer(*, post: str | None) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer; `post` is the template of special tokens around a text, if any."""
+    specials = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
+    backend = Tokenizer(WordLevel(specials | {word: 4 + i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    if post is not None:
+        used = [(token, id_) for token, id_ in specials.items() if token in post]
+        backend.post_processor = TemplateProcessing(single=post, special_tokens=used)
+    # As in many chat models, the padding token is the end-of-text token.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]", pad_token="[SEP]"
+    )
+
+
+@pytest.fixture(scope="session")
+def encoder_tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(post="[CLS] $A [SEP]")
+
+
+@pytest.fixture(scope="session")
+def decoder_tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(post=None)
+
+
+@pytest.fixture(scope="session")
+def leading_tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(post="[CLS] $A")

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.data import UNSUPERVISED, TextDataset, collate, micro_batches
+
+PAD = 3  # also the last token of every example, as in chat models whose padding is the end-of-text token
+IDS = tuple(np.array(ids, dtype=np.int32) for ids in ([5, 6, PAD], [7, PAD], [8, 9, 4, PAD]))
+CLASSES = TextDataset(IDS, np.array([0, 2, 1]))
+TOKENS = TextDataset(IDS, tuple(np.where(ids > 6, ids, UNSUPERVISED).astype(np.int64) for ids in IDS))
+
+
+def test_collate_pads_on_the_right_by_length() -> None:
+    batch = collate(CLASSES, np.array([1, 0]), pad_id=PAD)
+    assert batch.input_ids.tolist() == [[7, PAD, PAD], [5, 6, PAD]]
+    assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch.targets.tolist() == [2, 0]
+    assert len(batch) == 2
+
+
+def test_collate_targets_a_token() -> None:
+    batch = collate(TOKENS, [2, 1], pad_id=0)
+    assert batch.targets.tolist() == [[8, 9, UNSUPERVISED, UNSUPERVISED], [7] + [UNSUPERVISED] * 3]
+    assert batch.input_ids.tolist() == [[8, 9, 4, PAD], [7, PAD, 0, 0]]
+
+
+@pytest.mark.parametrize(("dataset", "shape"), [(CLASSES, (0,)), (TOKENS, (0, 1))])
+@pytest.mark.parametrize("nobody", [[], np.array([], dtype=np.int64)])
+def test_an_empty_batch_has_the_dtypes_of_any_other(dataset: TextDataset, shape: tuple[int, ...], nobody: Any) -> None:
+    batch = collate(dataset, nobody, pad_id=0)
+    assert batch.input_ids.shape == batch.attention_mask.shape == (0, 1)
+    assert batch.targets.shape == shape
+    assert {batch.input_ids.dtype, batch.attention_mask.dtype, batch.targets.dtype} == {torch.int64}
+    features = torch.nn.Embedding(10, 4)(batch.input_ids)
+    assert features.shape == (0, 1, 4)
+    features.sum().backward()
+
+
+def test_an_empty_dataset_collates() -> None:
+    assert collate(TextDataset((), np.zeros(0, dtype=np.int64)), [], pad_id=0).targets.shape == (0,)
+    assert collate(TextDataset((), ()), [], pad_id=0).targets.shape == (0, 1)
+
+
+def test_to_moves_every_tensor() -> None:
+    batch = collate(CLASSES, [0], pad_id=0).to("meta")
+    assert {batch.input_ids.device.type, batch.attention_mask.device.type, batch.targets.device.type} == {"meta"}
+
+
+def test_a_batch_does_not_share_memory_with_the_dataset() -> None:
+    batch = collate(CLASSES, [0, 1, 2], pad_id=0)
+    batch.targets.zero_()
+    assert CLASSES.targets.tolist() == [0, 2, 1]
+
+
+LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
+
+
+@given(lengths=LENGTHS, chosen=st.data(), max_tokens=st.integers(1, 80))
+def test_micro_batches_only_regroup(lengths: list[int], chosen: st.DataObject, max_tokens: int) -> None:
+    table = np.array(lengths, dtype=np.int32)
+    indices = chosen.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True))
+    cut = micro_batches(np.array(indices, dtype=np.int64), table, max_tokens=max_tokens)
+    assert sorted(index for batch in cut for index in batch.tolist()) == sorted(indices)
+    for batch in cut:
+        assert len(batch) >= 1
+        assert len(batch) == 1 or len(batch) * table[batch].max() <= max_tokens
+    flat = [(lengths[index], index) for batch in cut for index in batch.tolist()]
+    assert flat == sorted(flat)
+
+
+def test_micro_batches_waste_little_padding() -> None:
+    lengths = np.random.default_rng(0).integers(5, 80, size=256)
+    cut = micro_batches(np.arange(256), lengths, max_tokens=1024)
+    assert sum(len(batch) * lengths[batch].max() for batch in cut) < 1.1 * lengths.sum()
+
+
+def test_an_empty_logical_batch_has_no_micro_batches() -> None:
+    assert micro_batches([], np.array([1, 2]), max_tokens=8) == []

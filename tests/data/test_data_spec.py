@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from fedtune.data import DataSpec, PartitionSpec
+from fedtune.spec import ConfigError
+
+GIVEN: dict[str, Any] = {
+    "dataset": "banking77",
+    "train_file": "train.jsonl",
+    "columns": {"text": "text", "label": "label"},
+    "labels": ("a", "b"),
+    "declared_sizes": 100,
+    "max_length": 32,
+}
+GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
+
+
+def test_pydantic_builds_it_from_plain_data() -> None:
+    plain = GIVEN | {
+        "labels": ["a", "b"],
+        "declared_sizes": [1, 2],
+        "partition": {"kind": "iid", "proportions": [1, 2]},
+    }
+    built = TypeAdapter(DataSpec).validate_python(plain)
+    assert built == DataSpec(**GIVEN | {"declared_sizes": (1, 2), "partition": PartitionSpec(proportions=(1.0, 2.0))})
+    assert TypeAdapter(DataSpec).validate_json(TypeAdapter(DataSpec).dump_json(built)) == built
+    with pytest.raises(ValidationError, match="Unexpected keyword argument"):
+        TypeAdapter(DataSpec).validate_python(GIVEN | {"train": "a"})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"train_file": " "}, "train_file = ' ': must not be blank"),
+        ({"declared_sizes": 0}, "declared_sizes = 0: must be"),
+        ({"declared_sizes": (5, 0)}, "declared_sizes = 0: must be"),
+        ({"max_length": 2}, "max_length = 2: must be"),
+        ({"test_rows": 0}, "test_rows = 0: must be"),
+        ({"heldout_fraction": 1.0}, "heldout_fraction = 1.0: must lie in [0, 1)"),
+        ({"train_fraction": 0.0}, "train_fraction = 0.0: must lie in (0, 1]"),
+        ({"labels": ("a", "b", "a")}, "labels = 'a': must be declared once"),
+        ({"labels": ("a", "b ")}, "labels = 'b ': must not be blank"),
+        ({"prompt_template": "{prompt"}, "prompt_template = '{prompt': expected '}'"),
+        ({"prompt_template": "{prompt.__class__}"}, "prompt_template = '{prompt.__class__}': must hold only role"),
+        ({"prompt_template": "{prompt!r}"}, "prompt_template = '{prompt!r}': must hold only role"),
+        ({"prompt_template": "{}"}, "prompt_template = '{}': must hold only role"),
+        (
+            {"partition": PartitionSpec(kind="column", sites={"a": 0})},
+            "partition.kind = 'column': needs data.columns.site",
+        ),
+        (
+            GENERATION | {"partition": PartitionSpec(kind="dirichlet")},
+            "partition.kind = 'dirichlet': needs data.columns.label",
+        ),
+    ],
+)
+def test_wrong_settings(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        DataSpec(**GIVEN | wrong)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "task", "message"),
+    [
+        ({}, "regression", "task = 'regression': must be one of classification, causal_lm"),
+        ({"labels": ("a",)}, "classification", "labels = ('a',): must declare at least two"),
+        (
+            {"columns": {"text": "t"}},
+            "classification",
+            "columns = {'text': 't'}: must name the column for role 'label'",
+        ),
+        ({}, "causal_lm", "columns = {'text': 'text', 'label': 'label'}: must name the column for role 'prompt'"),
+        (GENERATION | {"labels": ("a", "b")}, "causal_lm", "labels = ('a', 'b'): must be empty for task causal_lm"),
+        (GENERATION | {"prompt_template": "{topic}"}, "causal_lm", "columns = "),
+    ],
+)
+def test_settings_for_another_task(wrong: dict[str, Any], task: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        DataSpec(**GIVEN | wrong).check_task(task)
+    assert str(error.value).startswith(message)
+
+
+def test_settings_that_fit_their_task() -> None:
+    DataSpec(**GIVEN).check_task("classification")
+    DataSpec(**GIVEN | GENERATION).check_task("causal_lm")
+
+
+def test_sizes() -> None:
+    assert DataSpec(**GIVEN).sizes(3) == (100, 100, 100)
+    assert DataSpec(**GIVEN | {"declared_sizes": (5, 6)}).sizes(2) == (5, 6)
+    with pytest.raises(ConfigError, match=r"declared_sizes = \(5, 6\): must be one number, or one for each of 3 sites"):
+        DataSpec(**GIVEN | {"declared_sizes": (5, 6)}).sizes(3)
+    with pytest.raises(ConfigError, match=r"partition\.proportions = \(1\.0, 2\.0\): must have one number for each"):
+        DataSpec(**GIVEN | {"partition": PartitionSpec(proportions=(1.0, 2.0))}).sizes(3)

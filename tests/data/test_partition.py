@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.data import (
+    PartitionSpec,
+    Record,
+    assign_site,
+    is_heldout,
+    is_selected,
+    partition_records,
+    split_heldout,
+    tokenise_classification,
+    unit_hash,
+)
+from fedtune.spec import ConfigError, DataError
+
+KEY = b"a key of these tests"
+SPECS = [
+    PartitionSpec(),
+    PartitionSpec(proportions=(1.0, 2.0, 3.0)),
+    PartitionSpec(kind="dirichlet", alpha=0.3, proportions=(5.0, 1.0, 1.0)),
+    PartitionSpec(kind="column", sites={"north": 0, "east": 1, "west": 1, "south": 2}),
+]
+RECORD = st.builds(
+    lambda text, label, site: Record({"text": text, "label": label, "site": site}),
+    st.sampled_from(["where is my card", "lost card", "a place", "my b c d"]),
+    st.sampled_from("abc"),
+    st.sampled_from(["north", "east", "west", "south"]),
+)
+
+
+def records(count: int, *, labels: int = 1) -> list[Record]:
+    return [Record({"text": f"record {i}", "label": str(i % labels)}) for i in range(count)]
+
+
+def shares(sites: tuple[list[Record], ...], label: str) -> list[float]:
+    counts = [sum(record.fields["label"] == label for record in site) for site in sites]
+    return [count / sum(counts) for count in counts]
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=st.lists(RECORD, max_size=8), new=RECORD, place=st.integers(0, 8), spec=st.sampled_from(SPECS))
+def test_adding_one_record_changes_nothing_of_any_other(
+    rows: list[Record], new: Record, place: int, spec: PartitionSpec, encoder_tokenizer: Any
+) -> None:
+    """Site, side and tokens of all records, with and without one more anywhere among them."""
+
+    def fate(given: list[Record]) -> list[tuple[int, list[Record], list[list[int]], list[int]]]:
+        return [
+            (site, side, [ids.tolist() for ids in dataset.input_ids], list(dataset.targets))
+            for site, held in enumerate(partition_records(given, spec, num_sites=3, key=KEY))
+            for side in split_heldout(held, fraction=0.4, key=KEY)
+            for dataset in [tokenise_classification(side, encoder_tokenizer, labels="abc", max_length=5)]
+        ]
+
+    longer = [*rows[:place], new, *rows[place:]]
+    added = 0
+    for (_, side, ids, targets), (_, side_after, ids_after, targets_after) in zip(
+        fate(rows), fate(longer), strict=True
+    ):
+        if len(side_after) > len(side):
+            gone = next(i for i, record in enumerate(side_after) if record is new)
+            for after in (side_after, ids_after, targets_after):
+                del after[gone]
+            added += 1
+        assert (side, ids, targets) == (side_after, ids_after, targets_after)
+    assert added == 1
+
+
+def test_golden_values() -> None:
+    """Where records go is part of what a run can be repeated from: these may not move."""
+    record = Record({"text": "where is my card", "label": "arrival"})
+    assert unit_hash(record, purpose="site", key=KEY) == 0.25777897070972655
+    rows = records(12, labels=3)
+    assert [assign_site(r, SPECS[1], num_sites=3, key=KEY) for r in rows] == [0, 2, 1, 1, 0, 1, 1, 2, 2, 2, 0, 0]
+    assert [assign_site(r, SPECS[2], num_sites=3, key=KEY) for r in rows] == [0, 0, 1, 0, 0, 1, 0, 0, 1, 2, 0, 0]
+
+
+def test_hash_is_uniform_and_independent_across_purposes() -> None:
+    rows = records(4000)
+    site = np.array([unit_hash(record, purpose="site", key=KEY) for record in rows])
+    heldout = np.array([unit_hash(record, purpose="heldout", key=KEY) for record in rows])
+    counts, _ = np.histogram(site, bins=10, range=(0, 1))
+    assert np.abs(counts - 400).max() < 5 * np.sqrt(400)
+    assert abs(np.corrcoef(site, heldout)[0, 1]) < 5 / np.sqrt(4000)
+
+
+def test_iid_follows_the_proportions() -> None:
+    sizes = [len(site) for site in partition_records(records(4000), SPECS[1], num_sites=3, key=KEY)]
+    assert sum(sizes) == 4000
+    assert np.allclose(np.array(sizes) / 4000, [1 / 6, 2 / 6, 3 / 6], atol=0.04)
+
+
+def test_dirichlet_skews_labels_and_keeps_unequal_sizes() -> None:
+    rows = records(6000, labels=60)
+    sites = partition_records(
+        rows, PartitionSpec(kind="dirichlet", alpha=0.3, proportions=(6, 3, 1)), num_sites=3, key=KEY
+    )
+    largest = [max(shares(sites, str(label))) for label in range(60)]
+    assert np.mean(largest) > 0.75
+    assert np.allclose([len(site) / 6000 for site in sites], [0.6, 0.3, 0.1], atol=0.12)
+    even = partition_records(
+        rows, PartitionSpec(kind="dirichlet", alpha=1e6, proportions=(6, 3, 1)), num_sites=3, key=KEY
+    )
+    assert np.allclose([len(site) / 6000 for site in even], [0.6, 0.3, 0.1], atol=0.03)
+
+
+@given(alpha=st.floats(1e-6, 1e6), num_sites=st.integers(1, 40), label=st.text(max_size=3))
+def test_dirichlet_always_gives_a_site(alpha: float, num_sites: int, label: str) -> None:
+    spec = PartitionSpec(kind="dirichlet", alpha=alpha)
+    record = Record({"text": "a", "label": label.encode(errors="replace").decode()})
+    assert 0 <= assign_site(record, spec, num_sites=num_sites, key=KEY) < num_sites
+
+
+def test_by_column() -> None:
+    rows = [Record({"text": "a", "site": site}) for site in ("south", "east", "north", "west")]
+    sites = partition_records(rows, SPECS[3], num_sites=3, key=KEY)
+    assert [[record.fields["site"] for record in site] for site in sites] == [["north"], ["east", "west"], ["south"]]
+    unknown = Record({"text": "a", "site": "up"}, file="a.csv", line=3)
+    with pytest.raises(DataError, match=r"a\.csv:3, site = 'up': .*data\.partition\.sites"):
+        assign_site(unknown, SPECS[3], num_sites=3, key=KEY)
+
+
+def test_fractions() -> None:
+    rows = records(2000)
+    train, heldout = split_heldout(rows, fraction=0.1, key=KEY)
+    assert len(train) + len(heldout) == 2000
+    assert 140 < len(heldout) < 260
+    assert all(is_heldout(record, fraction=0.1, key=KEY) for record in heldout)
+    assert split_heldout(rows, fraction=0.0, key=KEY) == (rows, [])
+    assert all(is_selected(record, fraction=1.0, key=KEY) for record in rows)
+    smaller = {i for i, record in enumerate(rows) if is_selected(record, fraction=0.1, key=KEY)}
+    larger = {i for i, record in enumerate(rows) if is_selected(record, fraction=0.2, key=KEY)}
+    assert smaller < larger
+    assert Counter(is_selected(r, fraction=0.1, key=b"another") for r in rows)[True] > 100
+    assert smaller != {i for i, record in enumerate(rows) if is_selected(record, fraction=0.1, key=b"another")}
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"kind": "random"}, "kind = 'random': must be one of iid, dirichlet, column"),
+        ({"kind": "dirichlet", "alpha": 0.0}, "alpha = 0.0: must be a finite number greater than 0"),
+        ({"proportions": (1.0, -1.0)}, "proportions = -1.0: must be a finite number greater than 0"),
+        ({"kind": "column"}, "sites = {}: must map each value to a site"),
+        ({"sites": {"a": 0}}, "sites = {'a': 0}: must map each value to a site"),
+        ({"kind": "column", "sites": {"a": 0}, "proportions": (1.0,)}, "proportions = (1.0,): must be empty"),
+    ],
+)
+def test_wrong_settings(settings_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        PartitionSpec(**settings_)
+    assert str(error.value).startswith(message)
+
+
+def test_settings_for_another_number_of_sites() -> None:
+    with pytest.raises(ConfigError, match=r"proportions = .*one number for each of 4 sites"):
+        SPECS[1].check_sites(4)
+    with pytest.raises(ConfigError, match=r"sites = .*every site from 0 to 3"):
+        SPECS[3].check_sites(4)
+    for spec in SPECS:
+        spec.check_sites(3)

@@ -1,0 +1,74 @@
+"""The simulations' data files: complete, readable, without overlap, and what `make_slices.py` makes."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fedtune.data import read_records
+
+FOLDER = Path(__file__).parents[2] / "simulations" / "data"
+ROWS = {
+    "banking77": (9275, 728, 3080),
+    "medical_abstracts": (2044, 272, 572),
+    "e2e_nlg": (4251, 421, 4693),
+}
+COLUMNS = {
+    "banking77": {"text": "text", "label": "label"},
+    "medical_abstracts": {"text": "text", "label": "label"},
+    "e2e_nlg": {"prompt": "mr", "completion": "ref"},
+}
+
+
+@pytest.fixture(scope="module")
+def make_slices() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_slices", FOLDER / "make_slices.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_file_reads(name: str) -> None:
+    sides = [FOLDER / name / f"{side}.jsonl.gz" for side in ("train", "validation", "test")]
+    records = [read_records(path, COLUMNS[name]) for path in sides]
+    assert tuple(map(len, records)) == ROWS[name]
+    if "label" in COLUMNS[name]:
+        declared, *others = [{record.fields["label"] for record in side} for side in records]
+        assert all(labels == declared for labels in others)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_validation_is_what_its_own_hash_says(name: str, make_slices: ModuleType) -> None:
+    slices = make_slices.SLICES[name]
+    train, validation = (rows(FOLDER / name / f"{side}.jsonl.gz") for side in ("train", "validation"))
+    assert not any(make_slices.is_validation(row, slices) for row in train)
+    assert all(make_slices.is_validation(row, slices) for row in validation)
+
+
+def test_made_twice_the_bytes_are_the_same(tmp_path: Path, make_slices: ModuleType) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("train.jsonl.gz", "test.jsonl.gz"):
+        (source / name).write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n'))
+    slices = make_slices.Slices(fraction=0.5)
+    counts = make_slices.make(source, tmp_path / "one", slices)
+    assert counts["train"] + counts["validation"] == counts["test"] == 3
+    make_slices.make(source, tmp_path / "two", slices)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

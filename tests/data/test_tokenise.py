@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.data import UNSUPERVISED, Record, tokenise_causal_lm, tokenise_classification
+from fedtune.spec import ConfigError, DataError
+
+CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = 2, 3, 4, 5, 6, 7, 8, 9, 10
+PROMPTED = [Record({"prompt": "name", "completion": "there is"}), Record({"prompt": "my card", "completion": "lost"})]
+
+
+def labelled(*rows: tuple[str, str]) -> list[Record]:
+    return [Record({"text": text, "label": label}, file="a.csv", line=i + 2) for i, (text, label) in enumerate(rows)]
+
+
+def test_classification(encoder_tokenizer: Any) -> None:
+    rows = labelled(("where is my card", "b"), ("lost card", "a"))
+    dataset = tokenise_classification(rows, encoder_tokenizer, labels=("a", "b"), max_length=5)
+    assert [ids.tolist() for ids in dataset.input_ids] == [[CLS, WHERE, IS, MY, SEP], [CLS, LOST, CARD, SEP]]
+    assert isinstance(dataset.targets, np.ndarray)
+    assert dataset.targets.tolist() == [1, 0]
+    assert dataset.lengths.tolist() == [5, 4]
+    assert (dataset.input_ids[0].dtype, dataset.targets.dtype, dataset.lengths.dtype) == (np.int32, np.int64, np.int32)
+
+
+def test_an_undeclared_label(encoder_tokenizer: Any) -> None:
+    rows = labelled(("lost card", "a"), ("lost card", "z"))
+    message = r"a\.csv:3, label = 'z': must be one of the 6 in data\.labels: a, b, c, d, e, \.\.\."
+    with pytest.raises(DataError, match=message):
+        tokenise_classification(rows, encoder_tokenizer, labels="abcdef", max_length=5)
+
+
+def test_a_text_without_tokens(decoder_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"a\.csv:2, text = 'no tokens'"):
+        tokenise_classification(labelled((" ", "a")), decoder_tokenizer, labels="ab", max_length=5)
+
+
+def test_causal_lm_supervises_completion_and_end(decoder_tokenizer: Any) -> None:
+    dataset = tokenise_causal_lm(PROMPTED, decoder_tokenizer, template="where {prompt}", max_length=9)
+    assert [ids.tolist() for ids in dataset.input_ids] == [[WHERE, NAME, THERE, IS, SEP], [WHERE, MY, CARD, LOST, SEP]]
+    hidden = UNSUPERVISED
+    assert isinstance(dataset.targets, tuple)
+    assert [row.tolist() for row in dataset.targets] == [
+        [hidden, hidden, THERE, IS, SEP],
+        [hidden, hidden, hidden, LOST, SEP],
+    ]
+    assert {row.dtype for row in dataset.targets} == {np.dtype(np.int64)}
+
+
+def test_causal_lm_begins_as_the_tokenizer_does(leading_tokenizer: Any, encoder_tokenizer: Any) -> None:
+    for tokenizer in (leading_tokenizer, encoder_tokenizer):
+        dataset = tokenise_causal_lm(PROMPTED[:1], tokenizer, template="{prompt}", max_length=9)
+        assert dataset.input_ids[0].tolist() == [CLS, NAME, THERE, IS, SEP]
+        assert dataset.targets[0].tolist() == [UNSUPERVISED, UNSUPERVISED, THERE, IS, SEP]
+
+
+def test_causal_lm_cuts_the_end(decoder_tokenizer: Any) -> None:
+    dataset = tokenise_causal_lm(PROMPTED, decoder_tokenizer, template="where a {prompt}", max_length=4)
+    assert [row.tolist() for row in dataset.input_ids] == [[WHERE, 11, NAME, THERE], [WHERE, 11, MY, CARD]]
+    assert dataset.targets[0].tolist() == [UNSUPERVISED] * 3 + [THERE]
+    assert dataset.targets[1].tolist() == [UNSUPERVISED] * 4
+
+
+def test_a_brace_in_a_record_is_text(decoder_tokenizer: Any) -> None:
+    rows = [Record({"prompt": "{completion}", "completion": "lost"})]
+    dataset = tokenise_causal_lm(rows, decoder_tokenizer, template="{prompt} {{", max_length=9)
+    assert dataset.input_ids[0].tolist() == [1, 1, LOST, SEP]
+
+
+def test_no_end_of_text_token(decoder_tokenizer: Any) -> None:
+    class Endless:
+        eos_token_id = None
+        name_or_path = "endless"
+
+    with pytest.raises(ConfigError, match=r"model\.path = 'endless': its tokenizer must have an end-of-text token"):
+        tokenise_causal_lm(PROMPTED, Endless(), template="{prompt}", max_length=9)  # type: ignore[arg-type]
+
+
+def test_nothing_to_tokenise(encoder_tokenizer: Any) -> None:
+    classified = tokenise_classification([], encoder_tokenizer, labels="ab", max_length=5)
+    assert len(classified) == 0
+    assert classified.lengths.shape == (0,)
+    assert tokenise_causal_lm([], encoder_tokenizer, template="{prompt}", max_length=5).targets == ()
+
+
+def test_chunks_do_not_matter(encoder_tokenizer: Any) -> None:
+    rows = labelled(*[(" ".join("bcdefg"[: 1 + i % 6]), "a") for i in range(1030)])
+    together = tokenise_classification(rows, encoder_tokenizer, labels="ab", max_length=6)
+    for i in (0, 5, 1023, 1024, 1029):
+        alone = tokenise_classification(rows[i : i + 1], encoder_tokenizer, labels="ab", max_length=6)
+        assert np.array_equal(together.input_ids[i], alone.input_ids[0])

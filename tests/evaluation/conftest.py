@@ -1,0 +1,134 @@
+"""Tiny random models, built without any file, and data to score them on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from fedtune.data.tokenise import TextDataset
+from fedtune.model.lora import attach_lora
+from fedtune.model.spec import LoraSpec, ModelSpec, Task, TaskModelSpec
+from fedtune.model.task import CausalLMModel, ClassificationModel
+
+VOCABULARY = 50
+END = 2
+NUM_LABELS = 4
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small wait longer for their threads than they compute, above all on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w3, w4, ... with the ids in their names; padding and end of text share an id, as in many chat models."""
+    words = {"<unk>": 0, "<bos>": 1, "<end>": END} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", bos_token="<bos>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture
+def classifier() -> ClassificationModel:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    spec = task_spec("classification", labels=tuple(f"label {index}" for index in range(NUM_LABELS)))
+    model = ClassificationModel(spec, adapted(BertModel(config), "classification"))
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+@pytest.fixture
+def language_model() -> CausalLMModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        initializer_range=0.5,  # large, so that the likeliest token wins by far and texts vary
+        eos_token_id=END,
+        pad_token_id=END,
+    )
+    return CausalLMModel(task_spec("causal_lm"), adapted(LlamaForCausalLM(config), "causal_lm"))
+
+
+@pytest.fixture
+def language_model_without_positions() -> CausalLMModel:
+    """Bloom: its attention falls off with distance (ALiBi), and its forward pass takes no position ids."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.5)
+    return CausalLMModel(task_spec("causal_lm"), adapted(BloomForCausalLM(config), "causal_lm"))
+
+
+def task_spec(task: Task, labels: tuple[str, ...] = ()) -> TaskModelSpec:
+    return TaskModelSpec(model=ModelSpec(path="random:llama"), lora=LoraSpec(), task=task, labels=labels)
+
+
+def adapted(base: PreTrainedModel, task: Task) -> PeftModel:
+    """Adapters that change the outputs: B is not zero."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads a property that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        wrapped = attach_lora(base.requires_grad_(False), spec=LoraSpec(rank=2), task=task, seed=0)
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return wrapped
+
+
+@pytest.fixture
+def labelled() -> TextDataset:
+    """Forty texts of 1 to 15 tokens in four classes."""
+    generator = np.random.default_rng(1)
+    input_ids = tuple(random_ids(generator, length) for length in generator.integers(1, 16, size=40))
+    return TextDataset(
+        input_ids=input_ids,
+        targets=generator.integers(0, NUM_LABELS, size=40, dtype=np.int64),
+    )
+
+
+@pytest.fixture
+def completions() -> TextDataset:
+    """Twenty texts of 4 to 15 tokens, of which the first 3 are a prompt; the last one was cut inside its prompt."""
+    generator = np.random.default_rng(2)
+    input_ids = tuple(random_ids(generator, length) for length in generator.integers(4, 16, size=20))
+    targets = [ids.astype(np.int64) for ids in input_ids]
+    for target in targets:
+        target[:3] = -100
+    targets[-1][:] = -100
+    return TextDataset(input_ids=input_ids, targets=tuple(targets))
+
+
+def random_ids(generator: np.random.Generator, length: int) -> np.ndarray:
+    return generator.integers(3, VOCABULARY, size=length, dtype=np.int32)

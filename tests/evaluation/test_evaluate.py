@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from opacus.grad_sample import GradSampleHooks
+from transformers import PreTrainedTokenizerFast
+
+from fedtune.data.batching import collate
+from fedtune.data.tokenise import TextDataset
+from fedtune.evaluation.evaluate import evaluate
+from fedtune.evaluation.generation import PromptSet
+from fedtune.evaluation.spec import EvaluationSpec
+from fedtune.model.task import CausalLMModel, ClassificationModel
+from fedtune.spec import ConfigError
+
+
+def test_classification(
+    classifier: ClassificationModel, labelled: TextDataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    weights = {name: value.clone() for name, value in classifier.state_dict().items()}
+    flags = [module.training for module in classifier.modules()]
+    scores = evaluate(classifier, labelled, task="classification", tokenizer=tokenizer, spec=EvaluationSpec())
+    assert set(scores) == {"accuracy", "macro_f1", "loss"}
+    assert all(type(score) is float for score in scores.values())
+    assert [module.training for module in classifier.modules()] == flags
+    assert all(torch.equal(value, weights[name]) for name, value in classifier.state_dict().items())
+    assert all(parameter.grad is None for parameter in classifier.parameters())
+
+
+def test_no_module_runs_with_gradients_or_in_training_mode(
+    classifier: ClassificationModel, labelled: TextDataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    seen: set[tuple[bool, bool]] = set()
+    for module in classifier.modules():
+        module.register_forward_hook(lambda ran, _, __: seen.add((ran.training, torch.is_grad_enabled())))
+    evaluate(classifier, labelled, task="classification", tokenizer=tokenizer, spec=EvaluationSpec())
+    assert seen == {(False, False)}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # a frozen base's inputs need none
+def test_hooks_for_per_example_gradients_keep_nothing_of_it(
+    classifier: ClassificationModel, labelled: TextDataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    hooks = GradSampleHooks(classifier, loss_reduction="sum")
+    batch = collate(labelled, np.arange(8), pad_id=0)
+    classifier.losses(batch).sum().backward()
+    before = {name: parameter.grad_sample.clone() for name, parameter in classifier.trainable().items()}
+    classifier.zero_grad()
+    for parameter in classifier.trainable().values():
+        parameter.grad_sample = None
+    evaluate(classifier, labelled, task="classification", tokenizer=tokenizer, spec=EvaluationSpec())
+    assert all(parameter.grad_sample is None for parameter in classifier.trainable().values())
+    classifier.losses(batch).sum().backward()
+    for name, parameter in classifier.trainable().items():
+        torch.testing.assert_close(parameter.grad_sample, before[name])
+    hooks.cleanup()
+
+
+@pytest.mark.parametrize(("wanted", "given"), [(True, True), (True, False), (False, True)])
+def test_causal_lm_generates_when_it_is_wanted_and_prompts_are_given(
+    language_model: CausalLMModel,
+    completions: TextDataset,
+    tokenizer: PreTrainedTokenizerFast,
+    wanted: bool,
+    given: bool,
+) -> None:
+    prompts = PromptSet(input_ids=(completions.input_ids[0][:3],), references=(("w3 w4",),)) if given else None
+    spec = EvaluationSpec(generate=wanted, max_new_tokens=4)
+    scores = evaluate(language_model, completions, task="causal_lm", tokenizer=tokenizer, spec=spec, prompts=prompts)
+    expected = {"loss", "perplexity"} | ({"bleu", "rouge_l"} if wanted and given else set())
+    assert set(scores) == expected
+    assert all(type(score) is float for score in scores.values())
+
+
+def test_an_unknown_task_is_named(
+    classifier: ClassificationModel, labelled: TextDataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ConfigError, match=r"^task = 'regression': must be one of classification, causal_lm"):
+        evaluate(classifier, labelled, task="regression", tokenizer=tokenizer, spec=EvaluationSpec())

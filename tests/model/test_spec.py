@@ -1,0 +1,62 @@
+"""Settings refuse what cannot work, and import without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.spec import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "key"),
+    [
+        (ModelSpec, {"path": ""}, "path"),
+        (ModelSpec, {"path": "random:gpt"}, "path"),
+        (ModelSpec, {"path": "package:../x"}, "path"),
+        (ModelSpec, {"path": "package:module/../../x"}, "path"),
+        (ModelSpec, {"path": "m", "sha256": "ABC"}, "sha256"),
+        (ModelSpec, {"path": "m", "gguf_file": "../x.gguf"}, "gguf_file"),
+        (ModelSpec, {"path": "m", "dtype": "float16"}, "dtype"),
+        (LoraSpec, {"rank": 0}, "rank"),
+        (LoraSpec, {"alpha": float("nan")}, "alpha"),
+        (LoraSpec, {"target_modules": "q_proj"}, "target_modules"),
+        (LoraSpec, {"target_modules": ()}, "target_modules"),
+        (LoraSpec, {"layers": ()}, "layers"),
+        (HeadSpec, {"scale": 0}, "scale"),
+        (HeadSpec, {"init": "ones"}, "init"),
+    ],
+)
+def test_a_wrong_value_is_named(make: Any, values: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(**values)
+    assert caught.value.key == key
+
+
+@pytest.mark.parametrize("labels", [(), ("a",), ("a", "a")])
+def test_classification_needs_labels(labels: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.labels"):
+        TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task="classification", labels=labels)
+
+
+def test_each_label_needs_its_text() -> None:
+    head = HeadSpec(label_texts=("one",))
+    with pytest.raises(ConfigError, match=r"head\.label_texts"):
+        TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task="classification", labels=("a", "b"), head=head)
+
+
+def test_pydantic_builds_the_settings_and_forbids_unknown_keys() -> None:
+    built = TypeAdapter(LoraSpec).validate_python({"rank": 4, "target_modules": ["query"], "layers": [-1]})
+    assert built == LoraSpec(rank=4, target_modules=("query",), layers=(-1,))
+    with pytest.raises(ValidationError, match="rang"):
+        TypeAdapter(LoraSpec).validate_python({"rang": 4})
+
+
+def test_settings_import_without_torch() -> None:
+    code = "import sys, fedtune.model.spec; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
