@@ -29,6 +29,7 @@ checks:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python docs/write_configuration.py --check
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 format: $(VENV)/.dev

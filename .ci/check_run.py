@@ -9,7 +9,14 @@ from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
 folder = Path(sys.argv[1])
 run = json.loads((folder / "run.json").read_text())
-for name in ("config.yaml", "log.txt", "report.html", "report.json", "adapter/adapter_model.safetensors", "checkpoints"):
+for name in (
+    "config.yaml",
+    "log.txt",
+    "report.html",
+    "report.json",
+    "adapter/adapter_model.safetensors",
+    "checkpoints",
+):
     assert (folder / name).exists(), f"{name} is missing"
 assert len(run["rounds"]) == 2
 assert 0 < run["final"]["metrics"]["accuracy"] <= 1

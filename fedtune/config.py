@@ -47,6 +47,7 @@ class RunConfig:
 
     Attributes:
         name: of the run and its folder.
+        task: "classification" or "causal_lm".
         seed: of the adapter's start and of the split into sites; of the noise in a marked study only.
         resume: run folder to continue, or null.
     """
@@ -95,8 +96,9 @@ class RunConfig:
         )
 
     def declared_sizes(self) -> dict[str, int]:
-        """Site name to declared size."""
-        return dict(zip(self.federation.names, self.data.sizes(self.federation.num_sites), strict=True))
+        """Declared size of each site that takes part."""
+        sizes = dict(zip(self.federation.names, self.data.sizes(self.federation.num_sites), strict=True))
+        return {site: sizes[site] for site in self.federation.active}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, from which `parse` makes the same configuration."""

@@ -55,7 +55,7 @@ class Display:
 
     def prepared(self, everyone: Participants, plan: Plan, state: LeadState) -> None:
         """Show what is about to run."""
-        self._plan, self._done = plan, state.round * self._config.federation.num_sites
+        self._plan, self._done = plan, state.round * len(self._config.federation.active)
         if self._shown:
             self._console.print(_settings_table(self._config, everyone, plan))
             if state.metrics_before:
@@ -65,21 +65,21 @@ class Display:
         federation = self._config.federation
         self._task = self._progress.add_task(
             self._round_text(state.round + 1, 0),
-            total=federation.num_rounds * federation.num_sites,
+            total=federation.num_rounds * len(federation.active),
             completed=self._done,
         )
 
     def site_replied(self, number: int) -> None:
         """Move the bar; replies to the introductions come before any round and are not counted."""
         if self._task is not None and self._done >= 0:
-            finished = self._done // self._config.federation.num_sites
+            finished = self._done // len(self._config.federation.active)
             self._progress.update(
                 self._task, completed=self._done + number, description=self._round_text(finished + 1, number)
             )
 
     def round_finished(self, state: LeadState) -> None:
         """Print the round's line."""
-        self._done = state.round * self._config.federation.num_sites
+        self._done = state.round * len(self._config.federation.active)
         if self._task is not None:
             self._progress.update(self._task, completed=self._done, description=self._round_text(state.round + 1, 0))
         if self._shown:
@@ -88,11 +88,11 @@ class Display:
     def _round_line(self, state: LeadState) -> str:
         assert self._plan is not None
         last, rounds = state.rounds[-1], self._config.federation.num_rounds
-        charges = [site_charge(state, site, self._plan) for site in self._config.federation.names]
+        charges = [site_charge(state, site, self._plan) for site in self._config.federation.active]
         epsilon = _epsilon_text(max(charge.epsilon for charge in charges))
         parts = [
             f"round {last.round:>{len(str(rounds))}}/{rounds}",
-            f"{len(last.sites)}/{self._config.federation.num_sites} sites",
+            f"{len(last.sites)}/{len(self._config.federation.active)} sites",
             _scores(last.metrics) or "no validation file",
             f"epsilon {epsilon}",
             f"{last.seconds:.1f} s",
@@ -106,8 +106,10 @@ class Display:
 
     def _round_text(self, round: int, replied: int) -> str:
         federation = self._config.federation
-        site = min(replied + 1, federation.num_sites)
-        return f"round {min(round, federation.num_rounds)}/{federation.num_rounds}, site {site}/{federation.num_sites}"
+        site = min(replied + 1, len(federation.active))
+        return (
+            f"round {min(round, federation.num_rounds)}/{federation.num_rounds}, site {site}/{len(federation.active)}"
+        )
 
 
 def show_result(console: Console, config: RunConfig, result: Mapping[str, Any], folder: Path) -> None:
@@ -178,8 +180,11 @@ def _promise(config: RunConfig, plan: Plan) -> str:
     )
 
 
-def _scores(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', '-')} {value:.3f}" for name, value in metrics.items())
+def _scores(metrics: Mapping[str, float | None]) -> str:
+    texts = {
+        name.replace("_", "-"): "not finite" if value is None else f"{value:.3f}" for name, value in metrics.items()
+    }
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
 
 
 def _epsilon_text(epsilon: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from fedtune import __version__
 from fedtune.federation.lead import LeadState, site_charge
@@ -42,8 +43,8 @@ def run_json(
         "fedtune_version": __version__,
         "config_sha256": config_sha256,
         "task": task,
-        "rounds": [asdict(result) for result in state.rounds],
-        "final": asdict(final),
+        "rounds": [_jsonable(asdict(result)) for result in state.rounds],
+        "final": _jsonable(asdict(final)),
         "privacy": {
             "unit": plan.unit,
             "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
@@ -65,6 +66,14 @@ def run_json(
     }
 
 
-def _finite(epsilon: float) -> float | None:
-    """JSON has no infinity: null says that nothing bounds the loss."""
-    return epsilon if math.isfinite(epsilon) else None
+def _jsonable(result: dict[str, Any]) -> dict[str, Any]:
+    """A diverged model's loss may not be finite; JSON has no word for that but null."""
+    return {
+        key: {name: _finite(score) for name, score in value.items()} if key.startswith("metrics") else value
+        for key, value in result.items()
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: for an epsilon, null says that nothing bounds the loss."""
+    return value if math.isfinite(value) else None

@@ -15,8 +15,9 @@ class FederationSpec:
 
     Attributes:
         num_rounds: exchanges between server and sites.
-        num_sites: sites that take part.
+        num_sites: sites in the federation.
         site_names: one for each site; empty: site-1, site-2, ...
+        participants: names of the sites that take part in this run; empty: all of them.
         min_sites: fewest updates a round needs; with fewer the run ends.
         spare_rounds: further rounds that noise is calibrated for, so that an interrupted round can be retried.
         strategy: Flower's rule for turning updates into the next adapter; weights are declared sizes.
@@ -30,6 +31,7 @@ class FederationSpec:
     num_rounds: int = 5
     num_sites: int = 4
     site_names: tuple[str, ...] = ()
+    participants: tuple[str, ...] = ()
     min_sites: int = 1
     spare_rounds: int = 0
     strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
@@ -43,8 +45,6 @@ class FederationSpec:
         for name in ("num_rounds", "num_sites", "min_sites"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("spare_rounds", self.spare_rounds, 0)
-        if self.min_sites > self.num_sites:
-            raise ConfigError("min_sites", self.min_sites, f"must be at most num_sites = {self.num_sites}")
         if self.site_names and len(self.site_names) != self.num_sites:
             raise ConfigError("site_names", list(self.site_names), f"must hold num_sites = {self.num_sites} names")
         for name in self.site_names:
@@ -52,6 +52,12 @@ class FederationSpec:
                 raise ConfigError("site_names", name, "must be made of letters, digits, '-' and '_'")
         if len(set(self.site_names)) != len(self.site_names):
             raise ConfigError("site_names", list(self.site_names), "must not repeat a name")
+        for name in self.participants:
+            check_one_of("participants", name, self.names)
+        if self.min_sites > len(self.active):
+            raise ConfigError(
+                "min_sites", self.min_sites, f"must be at most the {len(self.active)} sites that take part"
+            )
         check_one_of("strategy", self.strategy, STRATEGIES)
         check_positive("server_learning_rate", self.server_learning_rate)
         check_fraction("server_momentum", self.server_momentum, zero=True)
@@ -61,5 +67,10 @@ class FederationSpec:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sites' names in their fixed order."""
+        """All sites' names in their fixed order."""
         return self.site_names or tuple(f"site-{number}" for number in range(1, self.num_sites + 1))
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The sites that take part, in the order of `names`."""
+        return tuple(name for name in self.names if not self.participants or name in self.participants)

@@ -41,6 +41,9 @@ class Participants:
         self.model = build_task_model(config.task_model(), device=self.device)
         if config.runtime.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
+        positions = getattr(self.model.base.config, "max_position_embeddings", None)
+        if positions is not None and config.data.max_length > positions:
+            raise ConfigError("data.max_length", config.data.max_length, f"must be at most the model's {positions}")
         self.initial_adapter = Adapter.of(self.model)
         self._randomness: Randomness = (
             SeededRandomness(config.seed) if config.runtime.seeded_noise else SystemRandomness()
@@ -52,10 +55,11 @@ class Participants:
         sites = simulated_site_records(
             self.config.data, num_sites=self.config.federation.num_sites, seed=self.config.seed
         )
-        names = self.config.federation.names
+        federation = self.config.federation
         return {
             name: tokenise(records, self.tokenizer, spec=self.config.data, task=self.config.task)
-            for name, records in zip(names, sites, strict=True)
+            for name, records in zip(federation.names, sites, strict=True)
+            if name in federation.active
         }
 
     @cached_property
@@ -78,7 +82,7 @@ class Participants:
 
     def site(self, index: int) -> Site:
         """Open a site with its ledger, as the file stands now."""
-        name = self.config.federation.names[index]
+        name = self.config.federation.active[index]
         ledger = JournalLedger(name, self._folder / "sites" / name / "ledger.jsonl")
         return Site(name=name, run=self.config.run_id(), ledger=ledger, train=self._train)
 

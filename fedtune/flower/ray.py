@@ -48,7 +48,7 @@ def on_ray(run: Callable[[Grid], LeadState], client_app: ClientApp, config: RunC
         "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
     }
     try:
-        run_simulation(app, client_app, num_supernodes=config.federation.num_sites, backend_config=backend)
+        run_simulation(app, client_app, num_supernodes=len(config.federation.active), backend_config=backend)
     except BaseException as error:
         raise (failure[0] if failure else error) from None
     if failure:

@@ -148,7 +148,7 @@ def _introductions(grid: Grid, lead: Lead) -> dict[int, str]:
     """Node id -> site name, as each node gives it."""
     node_ids = list(grid.get_node_ids())
     deadline = time.monotonic() + lead.federation.round_timeout_s
-    while len(node_ids) < lead.federation.num_sites and time.monotonic() < deadline:
+    while len(node_ids) < len(lead.declared_sizes) and time.monotonic() < deadline:
         time.sleep(0.2)
         node_ids = list(grid.get_node_ids())
     questions = [Message(RecordDict(), node_id, "query") for node_id in sorted(node_ids)]

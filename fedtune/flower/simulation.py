@@ -15,7 +15,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, parse
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState
 from fedtune.federation.results import FinalResult, run_json
@@ -87,8 +87,7 @@ def simulated_client_app(config_json: str, folder: str) -> ClientApp:
         return int(context.node_config["partition-id"])
 
     def name_of(context: Context) -> str:
-        settings = json.loads(config_json)["federation"]
-        return str(settings["site_names"][index(context)]) if settings["site_names"] else f"site-{index(context) + 1}"
+        return parse(json.loads(config_json)).federation.active[index(context)]
 
     return make_client_app(lambda context: participants(config_json, folder).site(index(context)), name_of)
 
@@ -119,7 +118,7 @@ def _engine(config: RunConfig, client_app: ClientApp, listener: Listener) -> Eng
         from fedtune.flower.ray import on_ray  # Ray is an extra
 
         return lambda run: on_ray(run, client_app, config)
-    grid = InProcessGrid(client_app, config.federation.num_sites, replied=listener.site_replied)
+    grid = InProcessGrid(client_app, len(config.federation.active), replied=listener.site_replied)
     return lambda run: run(grid)
 
 
@@ -140,7 +139,7 @@ def _finish(
         state,
         final,
         plan,
-        sites=config.federation.names,
+        sites=config.federation.active,
         task=config.task,
         config_sha256=config.digest(),
         seeded_noise=config.runtime.seeded_noise,

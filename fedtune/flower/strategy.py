@@ -20,8 +20,8 @@ def make_strategy(spec: FederationSpec) -> FedAvg:
     # Every site is asked; how many must answer is fedtune's own rule, so that too few is an error and not a wait.
     common: dict[str, Any] = {
         "fraction_evaluate": 0.0,
-        "min_train_nodes": spec.num_sites,
-        "min_available_nodes": spec.num_sites,
+        "min_train_nodes": len(spec.active),
+        "min_available_nodes": len(spec.active),
         "weighted_by_key": WEIGHT_KEY,
         "arrayrecord_key": ARRAYS,
     }

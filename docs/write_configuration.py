@@ -1,0 +1,89 @@
+"""Write docs/configuration.md from the settings classes and their docstrings.
+
+python docs/write_configuration.py            writes the page
+python docs/write_configuration.py --check    exit code 1 if the page is out of date
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+from fedtune import config
+from fedtune.cli.compose import compose_run, config_folder
+from fedtune.data.spec import PartitionSpec
+
+PAGE = Path(__file__).with_name("configuration.md")
+GROUPS = ("model", "data", "lora", "head", "privacy", "training", "federation", "evaluation", "runtime", "tracking")
+
+HEAD = """\
+# Configuration
+
+<!-- Written by docs/write_configuration.py from the settings classes; `make test` checks that it is up to date. -->
+
+`fedtune simulate` composes `conf/` with [Hydra](https://hydra.cc): choose an option of a group with `group=option`
+(`privacy=none`, `experiment=debug`), change one value with `key=value` (`privacy.epsilon=3`), sweep with
+`-m key=1,2,3`. The defaults below are those of the experiment `banks_intents`. A value that breaks a bound ends with
+exit code 2 and a message that names key, value and bound.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    default = compose_run(["name=example"])
+    parts = [HEAD, "## Groups\n", _options(), "## The run\n", _table("", config.RunConfig, default, skip=GROUPS)]
+    for group in GROUPS:
+        spec = type(getattr(default, group))
+        parts += [f"## {group}\n", _summary(spec), _table(f"{group}.", spec, getattr(default, group))]
+        if group == "data":
+            parts += [_table("data.partition.", PartitionSpec, default.data.partition)]
+    return "\n".join(parts)
+
+
+def _options() -> str:
+    rows = ["| group | options |", "| --- | --- |"]
+    for folder in sorted(path for path in config_folder().iterdir() if path.is_dir()):
+        rows.append(f"| `{folder.name}` | {', '.join(f'`{path.stem}`' for path in sorted(folder.glob('*.yaml')))} |")
+    return "\n".join(rows) + "\n"
+
+
+def _summary(spec: type) -> str:
+    return re.sub(r"\s+", " ", (spec.__doc__ or "").split("Attributes:")[0]).strip() + "\n"
+
+
+def _table(prefix: str, spec: type, values: object, *, skip: tuple[str, ...] = ()) -> str:
+    meanings = _attributes(spec)
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(spec):
+        if field.name in skip or field.name == "partition":
+            continue
+        meaning = meanings.get(field.name, "").replace("|", "\\|")
+        rows.append(f"| `{prefix}{field.name}` | {_shown(getattr(values, field.name))} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def _attributes(spec: type) -> dict[str, str]:
+    """Attribute name to its meaning, out of a Google-style docstring."""
+    _, _, block = (spec.__doc__ or "").partition("Attributes:\n")
+    found = {}
+    for entry in re.split(r"\n(?=\S)", textwrap.dedent(block)):
+        name, colon, meaning = entry.partition(":")
+        if colon and name.isidentifier():
+            found[name] = re.sub(r"\s+", " ", meaning).strip()
+    return found
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple) and len(value) > 4:
+        return f"({len(value)} values)"
+    text = "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
+    return f"`{text.lower() if isinstance(value, bool) else text}`" if text else ""
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(0 if PAGE.exists() and PAGE.read_text() == page() else f"{PAGE} is out of date: run {sys.argv[0]}")
+    PAGE.write_text(page())

@@ -1,0 +1,121 @@
+"""Run a study: every line of a study.toml as real runs, into results.json and the table of its README.
+
+    python simulations/study.py simulations/banks_intents              all lines
+    python simulations/study.py simulations/banks_intents --only e8    lines whose key begins with e8; others are kept
+
+A line of study.toml has a key, a title and overrides; `repeats` runs it several times with fresh noise, and
+`each_site = true` runs it once for every site alone and averages the scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from fedtune.cli.compose import compose_run
+from fedtune.cli.main import main as fedtune
+from fedtune.privacy.durable import write_durably
+
+BEGIN, END = "<!-- results: written by simulations/study.py -->", "<!-- end of results -->"
+
+
+def run_line(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
+    """All runs of one line: overrides, scores of each run, and what the first one says of privacy and cost."""
+    overrides = [f"experiment={experiment}", "tracking=quiet", *line["overrides"]]
+    variants = [[]]
+    if line.get("each_site"):
+        variants = [[f"federation.participants=[{site}]"] for site in compose_run(overrides).federation.names]
+    runs = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in range(line.get("repeats", 1)):
+            for place, variant in enumerate(variants):
+                name = f"{line['key']}-{number}-{place}"
+                code = fedtune(["simulate", *overrides, *variant, f"name={name}", f"tracking.output_dir={scratch}"])
+                if code:
+                    raise SystemExit(code)
+                runs.append(json.loads((Path(scratch) / name / "run.json").read_text()))
+    first = runs[0]
+    names = first["final"]["metrics"]
+    return {
+        "title": line["title"],
+        "overrides": line["overrides"],
+        "runs": len(runs),
+        "epsilon": first["privacy"]["epsilon"],
+        "delta": first["privacy"]["delta"],
+        "noise_multiplier": next(iter(first["privacy"]["sites"].values()))["noise_multiplier"],
+        "metrics": {name: statistics.fmean(run["final"]["metrics"][name] for run in runs) for name in names},
+        "each_run": [run["final"]["metrics"] for run in runs],
+        "before": first["final"]["metrics_before"],
+        "validation_by_round": [r["metrics"] for r in first["rounds"]],
+        "seconds": statistics.median(run["final"]["seconds"] for run in runs),
+        "peak_memory_bytes": max(run["final"]["peak_memory_bytes"] for run in runs),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The Markdown table of a study."""
+    lines = results["lines"].values()
+    metrics = list(next(iter(lines))["metrics"])
+    heads = ["", "epsilon", "noise", *metrics, "lowest to highest " + metrics[0], "runs", "seconds a run"]
+    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    for line in lines:
+        first = [run[metrics[0]] for run in line["each_run"]]
+        rows.append(
+            [
+                line["title"],
+                "none" if line["epsilon"] is None else f"{line['epsilon']:.3f}",
+                f"{line['noise_multiplier']:g}",
+                *(f"{line['metrics'][name]:.3f}" for name in metrics),
+                f"{min(first):.3f} to {max(first):.3f}" if len(first) > 1 else "",
+                str(line["runs"]),
+                f"{line['seconds']:.0f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def hardware() -> str:
+    """What the numbers were measured on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory, no GPU"
+
+
+def write(folder: Path, results: dict[str, Any]) -> None:
+    """Write results.json, and the table between the README's marks."""
+    write_durably(folder / "results.json", json.dumps(results, indent=1).encode() + b"\n")
+    readme = folder / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    body = f"{BEGIN}\n{table(results)}\n\nMeasured on {results['hardware']}.\n{END}"
+    write_durably(readme, (before + body + rest.split(END)[1]).encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    study = tomllib.loads((options.study / "study.toml").read_text())
+    path = options.study / "results.json"
+    old = json.loads(path.read_text())["lines"] if path.exists() else {}
+    lines: dict[str, Any] = {}
+    for line in study["lines"]:
+        key = line["key"]
+        if key.startswith(options.only):
+            print(f"--- {line['title']}", flush=True)
+            old[key] = run_line(study["experiment"], line)
+        if key in old:
+            lines[key] = old[key]
+        if lines:
+            write(options.study, {"experiment": study["experiment"], "hardware": hardware(), "lines": lines})
+
+
+if __name__ == "__main__":
+    main()
