@@ -23,18 +23,21 @@ class Batch:
         input_ids: (n, t) int64.
         attention_mask: (n, t) int64, 1 for a token and 0 for padding.
         targets: (n,) int64 classes, or (n, t) int64 targets a token, `UNSUPERVISED` for padding.
+        prefix: (n, t, h) output of a model's frozen first layers for these examples, where it was kept.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     targets: torch.Tensor
+    prefix: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device))
+        prefix = None if self.prefix is None else self.prefix.to(device)
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device), prefix)
 
 
 def collate(dataset: TextDataset, indices: Sequence[int] | NDArray[np.integer], *, pad_id: int) -> Batch:

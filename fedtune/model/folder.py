@@ -1,7 +1,8 @@
 """A saved adapter: a folder that PEFT loads by itself, with the task's head and settings beside it.
 
 adapter_config.json  adapter_model.safetensors   what `peft.PeftModel.from_pretrained(base, folder)` reads
-head.safetensors                                 "weight" (labels, h): logits = scale * weight @ pooled
+head.safetensors                                 "weight" (labels, h) and "centre" (h,), see `HeadSpec`:
+                                                 logits = scale * weight @ normalised(pooled - centre)
 fedtune.json                                     settings, labels, the base's hash, the adapter's digest
 """
 
@@ -22,11 +23,11 @@ from safetensors.numpy import load_file, save_file
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
 from fedtune.model.base import weights_sha256
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.model.task import TaskModel, assemble
+from fedtune.model.task import ClassificationModel, TaskModel, assemble
 from fedtune.spec import ConfigError
 
 _SCHEMA_VERSION = 1
-_HEAD = "head.weight"
+_HEAD, _CENTRE = "head.weight", "centre"
 
 
 def save_task_model(model: TaskModel, folder: Path) -> None:
@@ -64,7 +65,11 @@ def load_task_model(folder: Path, *, model: ModelSpec | None = None, device: tor
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(str(folder / "fedtune.json"), type(error).__name__, f"is malformed: {error}") from error
     loaded = assemble(spec, device=device)
-    copy_tensors(_read_tensors(folder, spec), loaded.adapter_parameters())
+    tensors = _read_tensors(folder, spec)
+    centre = tensors.pop(_CENTRE, None)
+    copy_tensors(tensors, loaded.adapter_parameters())
+    if isinstance(loaded, ClassificationModel) and centre is not None:
+        loaded.centre.copy_(torch.from_numpy(centre))
     if Adapter.of(loaded).digest() != expected:
         raise AdapterError(f"{folder}: the tensors are not the ones that fedtune.json names by digest")
     return loaded
@@ -75,8 +80,10 @@ def _write(model: TaskModel, folder: Path) -> None:
     head = tensors.pop(_HEAD, None)
     # safetensors' own "format" entry tells PEFT that these are for torch.
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    if head is not None:
-        save_file({"weight": head}, folder / "head.safetensors", metadata={"format": "pt"})
+    if isinstance(model, ClassificationModel):
+        assert head is not None
+        centre = model.centre.cpu().numpy()
+        save_file({"weight": head, "centre": centre}, folder / "head.safetensors", metadata={"format": "pt"})
     _write_json(folder / "adapter_config.json", _peft_settings(model))
     _write_json(folder / "fedtune.json", _settings(model))
 
@@ -116,7 +123,8 @@ def _read_tensors(folder: Path, spec: TaskModelSpec) -> dict[str, np.ndarray]:
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
         if spec.task == "classification":
-            tensors[_HEAD] = load_file(folder / "head.safetensors")["weight"]
+            head = load_file(folder / "head.safetensors")
+            tensors |= {_HEAD: head["weight"], _CENTRE: head["centre"]}
     except (OSError, SafetensorError, KeyError) as error:
         raise ConfigError("adapter", str(folder), f"must hold the adapter's tensors ({error})") from error
     return tensors

@@ -6,7 +6,10 @@ The values stay those of the quantised file, written as float32: logits are bitw
 from __future__ import annotations
 
 import copy
+import logging
 import os
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fedtune.model.quiet import first_line, quiet
 from fedtune.spec import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 def expanded_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
@@ -33,6 +38,7 @@ def expanded_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
     target = cache / "gguf" / f"{sha256}-transformers-{transformers.__version__}"
     if target.is_dir():
         return target
+    _log.info("expanding %s once, into %s", file.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".draft-", dir=target.parent) as scratch:
@@ -47,7 +53,8 @@ def expanded_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
 
 def load_gguf(file: Path) -> PreTrainedModel:
     """The causal language model in `file`, expanded to float32 in memory."""
-    with quiet():
+    # This one progress bar asks no setting whether it may show.
+    with quiet(), redirect_stderr(StringIO()):
         return AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
         )

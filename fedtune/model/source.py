@@ -9,14 +9,15 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, snapshot_download
 
+from fedtune.model.quiet import first_line
 from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.spec import ConfigError
 
 _WEIGHTS, _SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_HUB_TIMEOUT_S = 5.0
 
 
 def model_folder(spec: ModelSpec) -> Path:
@@ -84,24 +85,31 @@ def _package_folder(path: str) -> Path:
 
 
 def _hub_folder(spec: ModelSpec) -> Path:
-    """Look in the cache first, so that a cached model works without network and without asking the hub."""
+    """Look in the cache first, so that a cached model works without network and without telling the hub."""
     problem: Exception | None = None
-    for cached_only in (True, False):
+    for fetch in (False, True):
         try:
-            found = snapshot_download(
-                spec.path,
-                revision=spec.revision,
-                cache_dir=spec.cache_dir,
-                allow_patterns=[spec.gguf_file] if spec.gguf_file else _HUB_FILES,
-                ignore_patterns=["*/*"],
-                etag_timeout=5,
-                local_files_only=cached_only,
-            )
-        except (OSError, ValueError, HfHubHTTPError) as error:
+            if fetch:
+                # Asked first because it keeps to its time limit; a download waits minutes for a hub that hangs.
+                HfApi().model_info(spec.path, revision=spec.revision, timeout=_HUB_TIMEOUT_S)
+            folder = Path(_snapshot(spec, cached_only=not fetch))
+        # The hub's client raises errors of several libraries; all of them mean that the model cannot be had.
+        except Exception as error:
             problem = error
             continue
-        if _has_weights(Path(found), spec):
-            return Path(found)
-    why = f" ({type(problem).__name__})" if problem else ""
-    bound = f"is no folder on this machine, and no safetensors weights for it could be had from the model hub{why}"
-    raise ConfigError("model.path", spec.path, bound)
+        if _has_weights(folder, spec):
+            return folder
+    why = f" ({type(problem).__name__}: {first_line(problem)})" if problem else ""
+    bound = f"is no folder on this machine, and its safetensors weights could not be had from the model hub{why}"
+    raise ConfigError("model.path", spec.path, bound) from problem
+
+
+def _snapshot(spec: ModelSpec, *, cached_only: bool) -> str:
+    return snapshot_download(
+        spec.path,
+        revision=spec.revision,
+        cache_dir=spec.cache_dir,
+        allow_patterns=[spec.gguf_file] if spec.gguf_file else _HUB_FILES,
+        ignore_patterns=["*/*"],
+        local_files_only=cached_only,
+    )

@@ -96,6 +96,8 @@ class HeadSpec:
 
     Attributes:
         scale: of the logits (an inverse temperature).
+        centre: subtract from x the mean embedding of the labels' texts, and bring it back to norm 1.  Sentence
+            embeddings share a large common part that says nothing of the class; this estimate of it is public.
         init: "zero", or "label_names": each row starts as the frozen base's embedding of the label's
             text.  Label names are declared and public, so that costs no privacy.
         train: `False` leaves the head as it starts.
@@ -104,6 +106,7 @@ class HeadSpec:
     """
 
     scale: float = 20.0
+    centre: bool = False
     init: Literal["zero", "label_names"] = "zero"
     train: bool = True
     label_texts: tuple[str, ...] = ()

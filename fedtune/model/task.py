@@ -14,6 +14,7 @@ from fedtune.model.base import load_base, load_tokenizer
 from fedtune.model.checkpointing import checkpoint_layers
 from fedtune.model.heads import label_embeddings, label_texts, mean_pooled, new_head
 from fedtune.model.lora import attach_lora, layer_stack
+from fedtune.model.prefix import FrozenPrefix
 from fedtune.model.probe import check_causal, check_examples_apart
 from fedtune.model.spec import TaskModelSpec
 
@@ -28,6 +29,7 @@ class Batch(Protocol):
         attention_mask: (n, t) int64, 1 for real tokens.
         targets: int64; (n,) class numbers, or (n, t) token ids at their own places (not shifted), with
             -100 where a token is not supervised.
+        prefix: (n, t, h) what `TaskModel.frozen_states` gave for these examples, or None.
     """
 
     @property
@@ -36,6 +38,8 @@ class Batch(Protocol):
     def attention_mask(self) -> torch.Tensor: ...
     @property
     def targets(self) -> torch.Tensor: ...
+    @property
+    def prefix(self) -> torch.Tensor | None: ...
 
 
 class TaskModel(nn.Module, ABC):
@@ -54,6 +58,7 @@ class TaskModel(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.base = base
+        self._prefix = FrozenPrefix(layer_stack(base.get_base_model())[1])
 
     @abstractmethod
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -67,7 +72,15 @@ class TaskModel(nn.Module, ABC):
         """
         if len(batch.input_ids) == 0:
             return torch.zeros(0, device=self.device, requires_grad=torch.is_grad_enabled())
-        return self._losses(batch)
+        with self._prefix.given(batch.prefix):
+            return self._losses(batch)
+
+    def frozen_states(self, batch: Batch) -> torch.Tensor | None:
+        """What the layers below the first trained one make of each example, (n, t, h), whatever the adapter.
+
+        A batch that carries it as `prefix` skips those layers in `losses`.  None when there are none to skip.
+        """
+        return self._prefix.states(lambda: self.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
 
     @abstractmethod
     def _losses(self, batch: Batch) -> torch.Tensor: ...
@@ -109,6 +122,10 @@ class TaskModel(nn.Module, ABC):
         """Store only the layers' inputs in the forward pass: less memory, about a third more time.
 
         Losses and per-example gradients stay the same.
+
+        Raises:
+            ConfigError: for `runtime.gradient_checkpointing`, in the first training pass, when the base's layers
+                depend on each other by more than what one hands to the next.
         """
         _, layers = layer_stack(self.base.get_base_model())
         checkpoint_layers(layers)
@@ -117,12 +134,16 @@ class TaskModel(nn.Module, ABC):
 class ClassificationModel(TaskModel):
     """Mean-pooled, normalised hidden states x; logits = scale * W x; the loss is their cross-entropy."""
 
+    centre: torch.Tensor
+
     def __init__(self, spec: TaskModelSpec, base: PeftModel) -> None:
         super().__init__(spec, base)
         hidden_size = base.config.get_text_config().hidden_size
         self.head = new_head(
             spec.head, hidden_size=hidden_size, num_labels=len(spec.labels), device=next(base.parameters()).device
         )
+        # A public constant, not trained and never part of an update.
+        self.register_buffer("centre", torch.zeros(hidden_size, device=self.head.weight.device), persistent=False)
         self.train()
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -137,15 +158,23 @@ class ClassificationModel(TaskModel):
     def embed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Token ids and attention mask, both (n, t), to embeddings (n, h) of norm 1 in float32."""
         hidden = self.base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return mean_pooled(hidden, attention_mask)
+        pooled = mean_pooled(hidden, attention_mask)
+        return functional.normalize(pooled - self.centre, dim=-1) if self.spec.head.centre else pooled
 
-    def start_head_from_labels(self) -> None:
-        """Set each row of the head to the embedding of its label's text."""
-        texts = label_texts(self.spec.head, self.spec.labels)
+    def start_from_labels(self) -> None:
+        """Take from the labels' texts what `spec.head` wants of them: the centre, and each row of the head."""
+        spec = self.spec.head
+        if not spec.centre and spec.init != "label_names":
+            return
+        texts = label_texts(spec, self.spec.labels)
         tokenizer = load_tokenizer(self.spec.model)
         rows = label_embeddings(texts, embed=self.embed, tokenizer=tokenizer, device=self.device)
-        with torch.no_grad():
-            self.head.weight.copy_(rows)
+        if spec.centre:
+            self.centre.copy_(rows.mean(dim=0))
+            rows = functional.normalize(rows - self.centre, dim=-1)
+        if spec.init == "label_names":
+            with torch.no_grad():
+                self.head.weight.copy_(rows)
 
 
 class CausalLMModel(TaskModel):
@@ -180,8 +209,8 @@ def build_task_model(spec: TaskModelSpec, *, device: torch.device | str = "cpu")
         ConfigError: when the base cannot be had, or does not suit the task, the adapters or per-example clipping.
     """
     model = assemble(spec, device=device)
-    if isinstance(model, ClassificationModel) and spec.head.init == "label_names":
-        model.start_head_from_labels()
+    if isinstance(model, ClassificationModel):
+        model.start_from_labels()
     return model
 
 

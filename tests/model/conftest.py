@@ -24,6 +24,7 @@ class Examples:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     targets: torch.Tensor
+    prefix: torch.Tensor | None = None
 
     def one(self, row: int) -> Examples:
         """The example in `row` alone, without padding."""

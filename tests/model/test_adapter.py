@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import AutoModel
 
 from fedtune.model import (
@@ -71,12 +71,10 @@ def test_bytes_round_trip() -> None:
     assert Adapter.from_bytes(small().to_bytes()).digest() == small().digest()
 
 
-@pytest.mark.parametrize("data", [b"", b"nonsense", small().to_bytes()[:-1], b"\x08" + b"\0" * 7 + b"{}      "[:8]])
+@pytest.mark.parametrize("data", [b"", b"nonsense", small().to_bytes()[:-1], save({"a": torch.ones(2).bfloat16()})])
 def test_bytes_that_are_no_adapter(data: bytes) -> None:
-    try:
-        assert not Adapter.from_bytes(data).tensors
-    except AdapterError:
-        return
+    with pytest.raises(AdapterError):
+        Adapter.from_bytes(data)
 
 
 @pytest.mark.parametrize("array", [np.ones(2), np.ones(2, np.float16), [1.0]])
@@ -141,18 +139,17 @@ def test_plain_peft_on_plain_transformers(trained: Any, spec: Any, examples: Any
 
 
 @kinds
-@pytest.mark.parametrize("changes", [{}, {"lora": LoraSpec(rank=3, target_modules=("q_proj",), train_a=False)}])
+@pytest.mark.parametrize("changes", [{}, {"lora": LoraSpec(rank=3, layers=(0,), train_a=False)}])
 def test_a_saved_folder_loads_as_it_was(
     trained: Any, examples: Any, tmp_path: Path, path: str, task: str, changes: dict[str, Any]
 ) -> None:
-    if path == "random:bert" and changes:
-        pytest.skip("names the llama's modules")
     head = HeadSpec(scale=7.0, init="label_names", train=False)
     model = trained(path, task, head=head, **changes)
     save_task_model(model, tmp_path / "adapter")
     loaded = load_task_model(tmp_path / "adapter")
     assert torch.equal(loaded.logits(examples(task)), model.logits(examples(task)))
-    assert loaded.spec.lora == model.spec.lora and loaded.spec.labels == model.spec.labels
+    assert loaded.spec.lora == model.spec.lora
+    assert loaded.spec.labels == model.spec.labels
     assert loaded.spec.model.sha256 is not None
 
 
@@ -160,7 +157,9 @@ def test_files_name_no_place_on_this_machine(trained: Any, tmp_path: Path) -> No
     save_task_model(trained(model=ModelSpec(path="random:bert", cache_dir=str(tmp_path / "cache"))), tmp_path / "one")
     for name in ("adapter_config.json", "fedtune.json"):
         text = (tmp_path / "one" / name).read_text()
-        assert '"random:bert"' in text and str(tmp_path) not in text and os.path.expanduser("~") not in text
+        assert '"random:bert"' in text
+        assert str(tmp_path) not in text
+        assert os.path.expanduser("~") not in text
 
 
 def test_saving_twice_writes_the_same_bytes(trained: Any, tmp_path: Path) -> None:

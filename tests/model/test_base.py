@@ -128,13 +128,14 @@ def test_the_hub_is_asked_only_when_the_cache_has_nothing(monkeypatch: pytest.Mo
     assert set(asked) == {True}
 
 
-def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(repository: str, **_: object) -> str:
+def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unreachable(*_: object, timeout: float, **__: object) -> None:
+        assert timeout <= 10
         raise ConnectionError("Name or service not known\nPlease check your internet connection")
 
-    monkeypatch.setattr("fedtune.model.source.snapshot_download", unreachable)
-    with pytest.raises(ConfigError, match=r"model\.path.*ConnectionError") as caught:
-        load_base(ModelSpec(path="someone/model"), task="classification")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    with pytest.raises(ConfigError, match=r"model\.path.*ConnectionError: Name or service not known") as caught:
+        load_base(ModelSpec(path="someone/model", cache_dir=str(tmp_path)), task="classification")
     assert "\n" not in str(caught.value)
 
 

