@@ -104,16 +104,19 @@ class RunConfig:
         """Plain JSON, from which `parse` makes the same configuration."""
         return dataclasses.asdict(self)
 
-    def digest(self) -> str:
-        """SHA-256, in hex, of what can change a result: all but name, resume, runtime and tracking.
+    def decisive(self) -> dict[str, Any]:
+        """What can change a result, as plain JSON: all but name, resume, runtime and tracking.
 
         Whether noise is seeded belongs to it, since that changes what the result is worth.
         """
         fields = self.to_json()
         for key in ("name", "resume", "tracking"):
             del fields[key]
-        fields["runtime"] = {"seeded_noise": self.runtime.seeded_noise}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return fields | {"runtime": {"seeded_noise": self.runtime.seeded_noise}}
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of what can change a result."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
     def run_id(self) -> str:
         """Identifies the run at its sites."""

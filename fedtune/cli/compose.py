@@ -38,7 +38,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
         return _resumed(overrides[0].removeprefix("resume="))
     settings = _composed(overrides)
     if settings.get("resume"):
-        settings["name"] = Path(settings["resume"]).resolve().name
+        settings["name"] = _run_folder(settings["resume"])[1].name
     if settings.get("name") is None:
         settings["name"] = _time_stamp()
     return parse(settings)
@@ -52,13 +52,15 @@ def compose_sweep(overrides: Sequence[str]) -> list[RunConfig]:
     except HydraException as error:
         raise _in_our_words(error, overrides) from error
     swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
-    stamp = _time_stamp()
+    if "name" in swept:
+        return [compose_run(batch) for batch in batches]
+    given = [str(override.value()) for override in parsed if override.key_or_group == "name"]
+    prefix = given[-1] if given else _time_stamp()
     runs = []
     for batch in batches:
         chosen = ",".join(part.lstrip("+") for part in batch if part.lstrip("+").split("=")[0] in swept)
-        named = any(part.startswith("name=") for part in batch)
-        suffix = chosen.replace("/", "-") or "run"
-        runs.append(compose_run(list(batch) if named else [*batch, f"name='{stamp}-{suffix}'"]))
+        suffix = re.sub(r"[^A-Za-z0-9_.,=-]+", "-", chosen).strip("-") or "run"
+        runs.append(compose_run([*batch, f"name='{prefix}-{suffix}'"]))
     return runs
 
 
@@ -88,14 +90,27 @@ def write_config(config: RunConfig, folder: Path) -> None:
 
 def _resumed(name: str) -> RunConfig:
     """`resume=FOLDER` alone continues with the folder's own configuration."""
-    folder = Path(name.strip("'\""))
+    folder, saved = _run_folder(name.strip("'\""))
+    return parse(saved.to_json() | {"resume": str(folder)})
+
+
+def _run_folder(name: str) -> tuple[Path, RunConfig]:
+    """A folder to resume and what it was made with.
+
+    A run keeps the name it began with, by which its sites' ledgers know it, whatever its folder is called by now.
+    """
+    folder = Path(name)
     if not folder.is_dir():
-        raise ConfigError("resume", str(folder), "must be a run folder")
-    settings = saved_config(folder).to_json()
-    return parse(settings | {"resume": str(folder), "name": folder.resolve().name})
+        raise ConfigError("resume", name, "must be a run folder")
+    return folder, saved_config(folder)
 
 
 def _composed(overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        # Hydra would take its own settings and do nothing with them here.
+        if re.match(r"[+~]*hydra[./=]", override):
+            key, _, value = override.partition("=")
+            raise ConfigError(key, value, "is not a setting of fedtune")
     try:
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
             composed = compose("config", overrides=list(overrides))
@@ -121,8 +136,20 @@ def _in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
     if found := re.search(r"Ambiguous value for argument '([^'=]+)=(.*?)'", text):
         bound = "is several values: add -m to run each of them, or write [a,b] for a list"
         return ConfigError(found[1], found[2], bound)
-    culprit = next((override for override in overrides if override in text), " ".join(overrides))
-    return ConfigError("override", culprit, f"must look like key=value ({text.split(' See https')[0]})")
+    if found := re.search(r"Missing mandatory value.*full_key: (\S+)", text):
+        return ConfigError(found[1], "", f"is required: give it as {found[1]}=VALUE")
+    text = text.split(" See https")[0]
+    if found := re.search(r"(Interpolation .*?) full_key: (\S+)", text):
+        return ConfigError(found[2], given.get(found[2], ""), f"must be a value ({found[1]})")
+    culprit = next((o for o in overrides if o in text or not _is_override(o)), " ".join(overrides))
+    return ConfigError("override", culprit, f"must look like key=value ({text})")
+
+
+def _is_override(text: str) -> bool:
+    try:
+        return bool(OverridesParser.create().parse_override(text).key_or_group)
+    except HydraException:
+        return False
 
 
 def _nearest(key: str) -> str:

@@ -70,8 +70,8 @@ class Display:
         )
 
     def site_replied(self, number: int) -> None:
-        """Move the bar; replies to the introductions come before any round and are not counted."""
-        if self._task is not None and self._done >= 0:
+        """Move the bar."""
+        if self._task is not None:
             finished = self._done // len(self._config.federation.active)
             self._progress.update(
                 self._task, completed=self._done + number, description=self._round_text(finished + 1, number)
@@ -139,7 +139,7 @@ def show_result(console: Console, config: RunConfig, result: Mapping[str, Any], 
     final = result["final"]
     if final["metrics"]:
         before = f" (before: {_scores(final['metrics_before'])})" if final["metrics_before"] else ""
-        console.print(f"[bold]test: {_scores(final['metrics'])}[/bold]{before}")
+        console.print(f"[bold]test: {_scores(final['metrics'])}[/bold]{before}", soft_wrap=True)
     console.print(f"{_duration(final['seconds'])}, peak memory {final['peak_memory_bytes'] / 2**30:.1f} GiB")
     console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True)
 

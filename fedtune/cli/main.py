@@ -36,7 +36,7 @@ The file has the columns that the run's configuration names; scores are exact an
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 wrong input, 3 refused, 1 anything else."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     try:
         if options.command == "simulate":
             from fedtune.cli.simulate import simulate
@@ -52,6 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 1
     return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line; overrides may stand on both sides of `-m`, which argparse alone does not allow."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command != "simulate" or any(part.startswith("-") for part in rest):
+        return parser.parse_args(arguments)
+    options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import reprlib
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,19 +37,19 @@ def _run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
     from fedtune.flower.simulation import simulate as run_simulation  # torch and Flower take seconds to import
     from fedtune.report.build import write_report
 
-    new = not folder.exists()
-    if new:
-        write_config(config, folder)
+    if config.resume is None:
+        _make(folder, config)
     display = Display(console, config, shown=config.tracking.progress)
     try:
         with _log_to(folder / "log.txt", config.tracking.log_level), display:
             result = run_simulation(config, folder, display)
-    except KeyboardInterrupt:
-        console.print(f"\nInterrupted. Continue with: fedtune simulate resume={folder}")
-        raise
-    except ConfigError:
-        if new and not (folder / "checkpoints").exists():
+    except BaseException as error:
+        begun = any(folder.glob("checkpoints/round-*.safetensors"))
+        if config.resume is None and not begun:
             _remove(folder)  # nothing ran: leave nothing behind
+        if isinstance(error, KeyboardInterrupt):
+            hint = f"Continue with: fedtune simulate resume={folder}" if begun else "Nothing had been trained yet."
+            console.print(f"\nInterrupted. {hint}", soft_wrap=True)
         raise
     write_report(folder, config, result)
     show_result(console, config, result, folder)
@@ -64,21 +66,35 @@ def _folder(config: RunConfig) -> Path:
     folder = Path(config.resume)
     if not folder.is_dir():
         raise ConfigError("resume", config.resume, "must be a run folder")
-    if saved_config(folder).digest() != config.digest():
-        differences = ", ".join(_differences(saved_config(folder).to_json(), config.to_json()))
+    saved = saved_config(folder)
+    if saved.digest() != config.digest():
+        differences = ", ".join(_differences(saved.decisive(), config.decisive()))
         raise ConfigError("resume", config.resume, f"was made with another configuration ({differences})")
     return folder
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in (key for key in old if key not in ("name", "resume", "tracking") and old[key] != new.get(key)):
+    for key in (key for key in old if old[key] != new.get(key)):
         if isinstance(old[key], dict) and isinstance(new.get(key), dict):
             yield from _differences(old[key], new[key], f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key} was {old[key]!r}, is {new.get(key)!r}"
+            yield f"{prefix}{key} was {reprlib.repr(old[key])}, is {reprlib.repr(new.get(key))}"
+
+
+def _make(folder: Path, config: RunConfig) -> None:
+    """Make the run folder, with its configuration in it."""
+    try:
+        folder.mkdir(parents=True)
+        write_config(config, folder)
+    except FileExistsError:
+        raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another") from None
+    except OSError as error:
+        bound = f"must be a folder to write {config.name} into ({error.strerror})"
+        raise ConfigError("tracking.output_dir", config.tracking.output_dir, bound) from None
 
 
 def _remove(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for name in ("config.yaml", "log.txt"):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()

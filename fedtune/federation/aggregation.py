@@ -48,8 +48,8 @@ def sort_replies(
 
 
 def fits(update: Update, sent: Adapter) -> bool:
-    """Whether an update has exactly the sent adapter's names, order and shapes, and only finite values."""
+    """Whether an update has exactly the sent adapter's names, order, shapes and type, and only finite values."""
     return list(update.tensors) == list(sent.tensors) and all(
-        value.shape == sent.tensors[name].shape and bool(np.isfinite(value).all())
+        value.shape == sent.tensors[name].shape and value.dtype == np.float32 and bool(np.isfinite(value).all())
         for name, value in update.tensors.items()
     )

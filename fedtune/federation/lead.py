@@ -66,9 +66,13 @@ class LeadState:
         counts = {site: self.unanswered.get(site, 0) + (site in sites) for site in {*self.unanswered, *sites}}
         return replace(self, unanswered=counts)
 
-    def answered(self, replies: Mapping[str, Reply]) -> LeadState:
-        """The state with the receipts of `replies`, which say what was really charged."""
-        new = {site: reply.receipt for site, reply in replies.items() if reply.receipt is not None}
+    def answered(self, replies: Mapping[str, Reply], *, run: str) -> LeadState:
+        """The state with the receipts of `replies`, which say what was really charged.
+
+        A receipt of another run or site says nothing about this one: such a site counts as silent.
+        """
+        given = {site: reply.receipt for site, reply in replies.items() if reply.receipt is not None}
+        new = {site: receipt for site, receipt in given.items() if (receipt.run, receipt.site) == (run, site)}
         unanswered = {site: count for site, count in self.unanswered.items() if site not in new}
         return replace(self, receipts={**self.receipts, **new}, unanswered=unanswered)
 
@@ -90,10 +94,15 @@ class SiteCharge:
 
 
 def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
-    """What `site` has spent in this run: derived from charged rounds, never from what was planned."""
+    """What `site` has spent in this run: derived from charged rounds, never from what was planned.
+
+    A site that fell silent may have been charged for every round asked of it since its last receipt, but for no more
+    rounds than its plan: its ledger grants none.
+    """
     receipt = state.receipts.get(site)
     silent = state.unanswered.get(site, 0)
-    rounds = (receipt.charged_rounds if receipt else 0) + silent
+    charged = receipt.charged_rounds if receipt else 0
+    rounds = max(charged, min(charged + silent, plan.most_rounds))
     epsilon, epsilon_rdp = _epsilons(plan, rounds)
     return SiteCharge(steps=rounds * plan.local_steps, epsilon=epsilon, epsilon_rdp=epsilon_rdp, upper_bound=silent > 0)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -25,7 +25,7 @@ class InProcessGrid(Grid):
     Args:
         client_app: called with each message and its node's context; must answer, never raise.
         num_nodes: how many nodes there are.
-        replied: called with the number of replies so far in a batch of messages.
+        replied: called with the number of replies so far in a round of training.
     """
 
     def __init__(self, client_app: ClientApp, num_nodes: int, *, replied: Callable[[int], None]) -> None:
@@ -58,7 +58,8 @@ class InProcessGrid(Grid):
             context = self._contexts[message.metadata.dst_node_id]
             self._replies[message_id] = self._client_app(message, context)
             message_ids.append(message_id)
-            self._replied(len(message_ids))
+            if message.metadata.message_type == MessageType.TRAIN:
+                self._replied(len(message_ids))
         return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:

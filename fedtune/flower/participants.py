@@ -22,6 +22,7 @@ from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model,
 from fedtune.privacy.ledger import JournalLedger
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedtune.spec import ConfigError
+from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 
 
@@ -50,17 +51,29 @@ class Participants:
         )
 
     @cached_property
-    def site_data(self) -> dict[str, TextDataset]:
+    def site_data(self) -> dict[str, SiteExamples]:
         """Each site's tokenised training records."""
         sites = simulated_site_records(
             self.config.data, num_sites=self.config.federation.num_sites, seed=self.config.seed
         )
         federation = self.config.federation
         return {
-            name: tokenise(records, self.tokenizer, spec=self.config.data, task=self.config.task)
+            name: SiteExamples(
+                tokenise(records, self.tokenizer, spec=self.config.data, task=self.config.task),
+                pad_id=self.tokenizer.pad_token_id,
+                max_tokens=self.config.runtime.micro_batch_tokens,
+                device=self.device,
+            )
             for name, records in zip(federation.names, sites, strict=True)
             if name in federation.active
         }
+
+    @cached_property
+    def _keeps_frozen_states(self) -> bool:
+        """Whether what the frozen layers make of every site's records fits the memory set aside for it."""
+        width = self.model.base.config.get_text_config().hidden_size * self.model.base.dtype.itemsize
+        tokens = sum(examples.num_tokens for examples in self.site_data.values())
+        return bool(tokens * width <= self.config.runtime.kept_states_mib * 2**20)
 
     @cached_property
     def validation(self) -> LeadData | None:
@@ -94,10 +107,13 @@ class Participants:
         return _score(self.model, self.tokenizer, data, self.config, generate=generate)
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Adapter:
+        examples = self.site_data[request.site]
+        if self._keeps_frozen_states:
+            examples.keep_frozen_states(self.model)
         return train_round(
             self.model,
             adapter,
-            self.site_data[request.site],
+            examples,
             RoundOfTraining(
                 site=request.site,
                 round=request.round,
@@ -106,8 +122,6 @@ class Participants:
                 training=self.config.training,
                 declared_size=self.config.declared_sizes()[request.site],
             ),
-            runtime=self.config.runtime,
-            pad_id=self.tokenizer.pad_token_id,
             randomness=self._randomness,
         )
 

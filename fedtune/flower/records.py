@@ -81,7 +81,7 @@ def to_reply(content: RecordDict) -> Reply:
     """
     try:
         fields = json.loads(str(content.config_records[REPLY]["json"]))
-        receipt = None if fields["receipt"] is None else Receipt(**fields["receipt"])
+        receipt = None if fields["receipt"] is None else _receipt(fields["receipt"])
         where: dict[str, Any] = {"site": str(fields["site"]), "run": str(fields["run"]), "round": int(fields["round"])}
         body: Update | Refusal
         if fields["kind"] == "update":
@@ -91,9 +91,17 @@ def to_reply(content: RecordDict) -> Reply:
                 key: None if fields[key] is None else str(fields[key]) for key in ("asked", "allowed")
             }
             body = Refusal(**where, reason=Reason(fields["reason"]), **words)
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # numpy alone raises five kinds over bytes that are no array
         raise ConfigError("reply", sorted(content), "must be a site's answer") from error
     return Reply(body=body, receipt=receipt)
+
+
+def _receipt(fields: dict[str, Any]) -> Receipt:
+    receipt = Receipt(**fields)
+    counts = (receipt.charged_rounds, receipt.charged_steps, receipt.sequence)
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("a receipt's counts")
+    return receipt
 
 
 def weighted(adapter: Adapter, declared_size: int) -> RecordDict:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -66,7 +67,7 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str
     bytes_down = sum(records.num_bytes(message.content) for message in messages)
     received = list(grid.send_and_receive(messages, timeout=lead.federation.round_timeout_s))
     answers = _answers(received, nodes)
-    state = state.answered({site: reply for site, (reply, _) in answers.items()})
+    state = state.answered({site: reply for site, (reply, _) in answers.items()}, run=lead.run)
     sorted_out = sort_replies(
         {site: reply for site, (reply, _) in answers.items()},
         asked=sites,
@@ -130,7 +131,8 @@ def _aggregate(lead: Lead, replies: RoundReplies, messages: Mapping[str, Message
         messages[site].content = records.weighted(update, lead.declared_sizes[site])
     arrays, _ = lead.strategy.aggregate_train(round, [messages[site] for site in replies.updates])
     assert isinstance(arrays, ArrayRecord)
-    return Adapter(records.from_arrays(arrays))
+    # FedAdam counts in float64; an adapter is float32 everywhere.
+    return Adapter({name: value.astype(np.float32) for name, value in records.from_arrays(arrays).items()})
 
 
 def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:

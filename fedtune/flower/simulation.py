@@ -82,12 +82,13 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> dict[str, o
 
 def simulated_client_app(config_json: str, folder: str) -> ClientApp:
     """The ClientApp of every virtual site; plain values only, so that it can be sent to another process."""
+    names = parse(json.loads(config_json)).federation.active
 
     def index(context: Context) -> int:
         return int(context.node_config["partition-id"])
 
     def name_of(context: Context) -> str:
-        return parse(json.loads(config_json)).federation.active[index(context)]
+        return names[index(context)]
 
     return make_client_app(lambda context: participants(config_json, folder).site(index(context)), name_of)
 

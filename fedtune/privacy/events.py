@@ -6,6 +6,8 @@ written down; anything else raises, so that no event is ever approximated by a s
 
 from __future__ import annotations
 
+import math
+
 from dp_accounting import (
     ComposedDpEvent,
     DpEvent,
@@ -63,7 +65,7 @@ def from_json(data: object) -> DpEvent:
         ConfigError: the data is not an event of a known kind with values in their range.
     """
     match data:
-        case {"kind": "gaussian", "noise_multiplier": int() | float() as sigma} if sigma > 0:
+        case {"kind": "gaussian", "noise_multiplier": int() | float() as sigma} if sigma > 0 and math.isfinite(sigma):
             return GaussianDpEvent(float(sigma))
         case {"kind": "poisson_sampled", "sampling_probability": int() | float() as rate, "event": part} if (
             0 < rate <= 1

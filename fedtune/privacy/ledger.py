@@ -198,6 +198,19 @@ def _plan_of(entry: Entry) -> Plan:
     return Plan(**entry.detail)  # type: ignore[arg-type]
 
 
+def _read_detail(entry: Entry) -> None:
+    """Raise unless the entry's detail is what its kind needs."""
+    match entry.kind:
+        case Kind.PLAN:
+            _plan_of(entry)
+        case Kind.RESERVE:
+            events.from_json(entry.detail["event"])
+        case Kind.COMMIT:
+            bytes.fromhex(str(entry.detail["reply_sha256"]))
+        case Kind.REFUSAL:
+            Reason(str(entry.detail["reason"]))
+
+
 def _read_journal(path: Path) -> list[Entry]:
     """Entries of the journal at `path`, made when missing.
 
@@ -214,6 +227,7 @@ def _read_journal(path: Path) -> list[Entry]:
         try:
             fields = json.loads(line)
             entry = Entry(**{**fields, "kind": Kind(fields["kind"])})
+            _read_detail(entry)
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(
                 f"ledger {path}: line {number} is damaged; refusing to train on an unknown budget"

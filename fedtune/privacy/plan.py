@@ -10,7 +10,7 @@ from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, events
 from fedtune.privacy.mechanism import PrivacySpec
-from fedtune.spec import check_at_least, check_fraction, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
 
 
 @spec
@@ -38,12 +38,17 @@ class Plan:
     spare_rounds: int = 0
 
     def __post_init__(self) -> None:
+        # A plan also comes from a server's request: nothing about it is taken on trust.
+        check_one_of("unit", self.unit, ("record",))
         check_fraction("delta", self.delta)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
-        for name in ("noise_multiplier", "max_grad_norm", "spare_rounds"):
-            check_at_least(name, getattr(self, name), 0)
-        for name in ("local_steps", "num_rounds"):
-            check_at_least(name, getattr(self, name), 1)
+        check_at_least("noise_multiplier", self.noise_multiplier, 0)
+        check_positive("max_grad_norm", self.max_grad_norm)
+        for name, least in (("local_steps", 1), ("num_rounds", 1), ("spare_rounds", 0)):
+            count = getattr(self, name)
+            if type(count) is not int:
+                raise ConfigError(name, count, "must be a whole number")
+            check_at_least(name, count, least)
 
     @classmethod
     def of(cls, privacy: PrivacySpec, *, local_steps: int, num_rounds: int, spare_rounds: int = 0) -> Plan:

@@ -51,16 +51,14 @@ class Update:
 
     def to_bytes(self) -> bytes:
         """Canonical bytes: magic, header length, JSON header, then each tensor as little-endian float32."""
-        header = json.dumps(
-            {
-                "site": self.site,
-                "run": self.run,
-                "round": self.round,
-                "tensors": [[name, list(value.shape)] for name, value in self.tensors.items()],
-            }
-        ).encode()
+        header = self._header()
         body = b"".join(np.ascontiguousarray(value, dtype="<f4").tobytes() for value in self.tensors.values())
         return _MAGIC + struct.pack("<Q", len(header)) + header + body
+
+    def _header(self) -> bytes:
+        shapes = [[name, list(value.shape)] for name, value in self.tensors.items()]
+        fields = {"site": self.site, "run": self.run, "round": self.round, "tensors": shapes}
+        return json.dumps(fields).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Update:
@@ -71,7 +69,7 @@ class Update:
         """
         try:
             return cls._parse(data)
-        except (ValueError, TypeError, KeyError, struct.error) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error) as error:
             raise ConfigError("update", f"{len(data)} bytes", "must be an encoded update") from error
 
     @classmethod
@@ -92,7 +90,11 @@ class Update:
             offset += 4 * count
         if offset != len(data) or len(tensors) != len(header["tensors"]):
             raise ValueError("length")
-        return cls(site=str(header["site"]), run=str(header["run"]), round=int(header["round"]), tensors=tensors)
+        update = cls(site=str(header["site"]), run=str(header["run"]), round=int(header["round"]), tensors=tensors)
+        # One update has one encoding: no field beside these, no other type or spacing carries anything.
+        if update._header() != data[start : start + size]:
+            raise ValueError("header")
+        return update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

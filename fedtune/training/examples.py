@@ -1,4 +1,4 @@
-"""A site's tokenised records as training reads them: cut into micro-batches, frozen layers' output kept where it fits."""
+"""A site's tokenised records as training reads them: in micro-batches, with what frozen layers make of them kept."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class SiteExamples:
         dataset: the site's records.
         pad_id: a valid token id.
         max_tokens: padded tokens in a micro-batch.
+        device: where batches go.
     """
 
-    def __init__(self, dataset: TextDataset, *, pad_id: int, max_tokens: int) -> None:
-        self._dataset, self._pad_id, self._max_tokens = dataset, pad_id, max_tokens
+    def __init__(self, dataset: TextDataset, *, pad_id: int, max_tokens: int, device: torch.device | str) -> None:
+        self._dataset, self._pad_id, self._max_tokens, self._device = dataset, pad_id, max_tokens, device
         self._states: torch.Tensor | None = None  # (tokens of all records, h), on the CPU
         ends = np.cumsum(dataset.lengths, dtype=np.int64)
         self._starts = ends - dataset.lengths
@@ -40,24 +41,30 @@ class SiteExamples:
         """The chosen records in micro-batches of similar length; how they are cut changes no clipped sum."""
         for part in micro_batches(indices, self._dataset.lengths, max_tokens=self._max_tokens):
             batch = collate(self._dataset, part, pad_id=self._pad_id)
-            yield batch if self._states is None else replace(batch, prefix=self._kept(part, batch))
+            kept = batch if self._states is None else replace(batch, prefix=self._kept(part, batch))
+            yield kept.to(self._device)
 
     def keep_frozen_states(self, model: TaskModel) -> None:
         """Run the layers below the first trained one over every record, once, and start later passes behind them.
 
         Speed for memory: `num_tokens` times the hidden size.  Each record's states depend on that record alone.
+        Does nothing when they are kept already, or when there are no such layers.
         """
+        if self._states is not None:
+            return
+        kept: torch.Tensor | None = None
         everything = np.arange(len(self), dtype=np.int64)
         for part in micro_batches(everything, self._dataset.lengths, max_tokens=self._max_tokens):
-            batch = collate(self._dataset, part, pad_id=self._pad_id).to(model.device)
+            batch = collate(self._dataset, part, pad_id=self._pad_id).to(self._device)
             states = model.frozen_states(batch)
             if states is None:
                 return
-            if self._states is None:
-                self._states = torch.empty(self.num_tokens, states.shape[-1], dtype=states.dtype)
+            if kept is None:
+                kept = torch.empty(self.num_tokens, states.shape[-1], dtype=states.dtype)
             rows, columns = batch.attention_mask.cpu().nonzero(as_tuple=True)
             places = torch.from_numpy(self._starts[part])[rows] + columns
-            self._states[places] = states.cpu()[rows, columns]
+            kept[places] = states.cpu()[rows, columns]
+        self._states = kept
 
     def _kept(self, part: npt.NDArray[np.int64], batch: Batch) -> torch.Tensor:
         """Kept states as (n, t, h), zero where there is padding."""

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from fedtune.data import Batch, TextDataset, collate, micro_batches
 from fedtune.model import Adapter, TaskModel
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import Randomness, RandomStream
 from fedtune.training.dp_step import Records, dp_sgd_step
+from fedtune.training.examples import SiteExamples
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.per_example import attached
-from fedtune.training.spec import RuntimeSpec, TrainingSpec
+from fedtune.training.spec import TrainingSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,27 +38,19 @@ class RoundOfTraining:
 def train_round(
     model: TaskModel,
     adapter: Adapter,
-    dataset: TextDataset,
+    examples: SiteExamples,
     work: RoundOfTraining,
     *,
-    runtime: RuntimeSpec,
-    pad_id: int,
     randomness: Randomness,
 ) -> Adapter:
-    """Train `adapter` on `dataset` for one round of `work.plan` and return the adapter that may be released.
+    """Train `adapter` on `examples` for one round of `work.plan` and return the adapter that may be released.
 
     Guarantee: with noise, the result is post-processing of `work.plan.event()` on the records; without noise, none.
     """
     adapter.load_into(model)
     parameters = model.trainable()
     optimizer = make_optimizer(parameters, work.training)
-    device = next(iter(parameters.values())).device
-
-    def cut(indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
-        for part in micro_batches(indices, dataset.lengths, max_tokens=runtime.micro_batch_tokens):
-            yield collate(dataset, part, pad_id=pad_id).to(device)
-
-    records = Records(count=len(dataset), declared_size=work.declared_size, cut=cut)
+    records = Records(count=len(examples), declared_size=work.declared_size, cut=examples.cut)
     purpose = (work.site, work.round, work.attempt)
     sampling = randomness.stream(*purpose, "sampling")
     noise = randomness.stream(*purpose, "noise")

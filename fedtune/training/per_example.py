@@ -56,3 +56,21 @@ def attached(model: TaskModel) -> Iterator[PerExampleGradients]:
             yield PerExampleGradients(model)
     finally:
         hooks.cleanup()
+        _forget_unfinished_pass(model)
+
+
+def _forget_unfinished_pass(model: TaskModel) -> None:
+    """Drop what a pass that failed half-way left behind, which Opacus's clean-up keeps.
+
+    Inputs of the records would stay in memory, and the failed batch's size would be taken for the next batch's, so
+    that one failure would end every later round of every site that shares the model.
+    """
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if any(parameter.requires_grad for parameter in own):
+            for name in ("activations", "max_batch_len"):
+                vars(module).pop(name, None)
+            for parameter in own:
+                vars(parameter).pop("_current_grad_sample", None)
+                vars(parameter).pop("grad_sample", None)
+                parameter.grad = None

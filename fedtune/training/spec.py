@@ -59,6 +59,8 @@ class RuntimeSpec:
         device: "auto" takes a GPU where the torch build has one.
         num_threads: torch threads in every process; null: one for each core.
         micro_batch_tokens: padded tokens in a micro-batch; smaller needs less memory.
+        kept_states_mib: memory for keeping what the frozen layers below the adapters make of each record, in
+            MiB over all sites of a process; where it does not suffice, nothing is kept.  0 turns it off.
         gradient_checkpointing: recompute activations in the backward pass, for large models.
         seeded_noise: take noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
     """
@@ -67,6 +69,7 @@ class RuntimeSpec:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = None
     micro_batch_tokens: int = 1024
+    kept_states_mib: int = 1024
     gradient_checkpointing: bool = False
     seeded_noise: bool = False
 
@@ -75,5 +78,6 @@ class RuntimeSpec:
         if self.num_threads is not None:
             check_at_least("num_threads", self.num_threads, 1)
         check_at_least("micro_batch_tokens", self.micro_batch_tokens, 1)
+        check_at_least("kept_states_mib", self.kept_states_mib, 0)
         if self.kind == "deployment":
             raise ConfigError("kind", self.kind, "is not available yet; use 'simulation' or 'ray'")

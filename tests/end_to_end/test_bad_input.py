@@ -1,0 +1,212 @@
+"""Every mistake a person can make ends with exit code 2 and one line that names key, value and bound."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def refuse(command: Any, tiny: Any, tmp_path: Path) -> Callable[..., str]:
+    """Run with a mistake; return the one line that says so.  Nothing may be left behind."""
+
+    def run(*overrides: str, multirun: bool = False) -> str:
+        runs = tmp_path / "runs"
+        runs.mkdir(exist_ok=True)
+        outcome = command("simulate", *(["-m"] if multirun else []), *tiny(*overrides, into=runs))
+        assert outcome.code == 2, outcome
+        assert "Traceback" not in outcome.out + outcome.err
+        assert list(runs.iterdir()) == []
+        message = outcome.message
+        assert isinstance(message, str)
+        return message
+
+    return run
+
+
+# override, what the line must name: key, value, bound
+_WRONG_VALUES = [
+    ("privacy.epsilonn=3", "privacy.epsilonn", "'3'", "not a setting of fedtune; did you mean privacy.epsilon?"),
+    ("privcy.epsilon=3", "privcy.epsilon", "'3'", "did you mean privacy.epsilon?"),
+    ("frobnicate=1", "frobnicate", "'1'", "not a setting of fedtune"),
+    ("+privacy.new=3", "privacy.new", "3", "not a setting of fedtune"),
+    ("+new=3", "new", "3", "not a setting of fedtune"),
+    ("hydra.run.dir=elsewhere", "hydra.run.dir", "'elsewhere'", "not a setting of fedtune"),
+    ("privacy.epsilon=much", "privacy.epsilon", "'much'", "must be a valid number"),
+    ("federation.num_rounds=1.5", "federation.num_rounds", "1.5", "must be a valid integer"),
+    ("federation.num_rounds=null", "federation.num_rounds", "None", "must be a valid integer"),
+    ("lora.train_a=perhaps", "lora.train_a", "'perhaps'", "must be a valid boolean"),
+    ("training.optimizer=adam", "training.optimizer", "'adam'", "must be 'adamw' or 'sgd'"),
+    ("privacy.epsilon=0", "privacy.epsilon", "0.0", "greater than 0"),
+    ("privacy.epsilon=-1", "privacy.epsilon", "-1.0", "greater than 0"),
+    ("privacy.epsilon=nan", "privacy.epsilon", "nan", "greater than 0"),
+    ("privacy.epsilon=inf", "privacy.epsilon", "inf", "finite"),
+    ("privacy.delta=0.012", "privacy.delta", "0.012", "below 1 / data.declared_sizes = 0.0111"),
+    ("privacy.delta=0", "privacy.delta", "0.0", "(0, 1)"),
+    ("privacy.sampling_rate=0", "privacy.sampling_rate", "0.0", "(0, 1]"),
+    ("privacy.sampling_rate=1.5", "privacy.sampling_rate", "1.5", "(0, 1]"),
+    ("privacy.unit=user", "privacy.unit", "'user'", "only 'record' is supported"),
+    ("data.declared_sizes=[90,90,90]", "data.declared_sizes", "(90, 90, 90)", "one for each of 2 sites"),
+    ("data.declared_sizes=0", "data.declared_sizes", "0", "at least 1"),
+    ("data.max_length=9999", "data.max_length", "9999", "at most the model's 512"),
+    ("data.train_file=nowhere.jsonl", "data.train_file", "'nowhere.jsonl'", "no such file"),
+    ("data.validation_file=nowhere.csv", "data.validation_file", "'nowhere.csv'", "no such file"),
+    ("data.labels=[one]", "data.labels", "('one',)", "at least two labels"),
+    ("federation.min_sites=3", "federation.min_sites", "3", "at most the 2 sites"),
+    ("federation.participants=[mars]", "federation.participants", "'mars'", "one of site-1, site-2"),
+    ("federation.site_names=[a,a]", "federation.site_names", "['a', 'a']", "not repeat"),
+    ("federation.num_sites=500", "data.train_file", "train.jsonl.gz", "without a record"),
+    ("lora.target_modules=[nothing]", "lora.target_modules", "'nothing'", "must be among the base's modules: dense"),
+    ("lora.layers=[9]", "lora.layers", "(9,)", "must lie from -2 to 1"),
+    ("model.path=/no/such/folder", "model.path", "'/no/such/folder'", "neither a folder on this machine"),
+    ("model=nonesuch", "model", "'nonesuch'", "must be one of llama_1b, minilm"),
+    ("experiment=nonesuch", "experiment", "'nonesuch'", "must be one of banks_intents, debug"),
+    ("privacy.epsilon=1,3", "privacy.epsilon", "'1,3'", "add -m to run each"),
+    ("runtime=deployment", "runtime.kind", "'deployment'", "not available yet"),
+    ("runtime.kind=moon", "runtime.kind", "'moon'", "must be 'simulation'"),
+    ("runtime.num_threads=0", "runtime.num_threads", "0", "at least 1"),
+    ("resume=nowhere", "resume", "'nowhere'", "must be a run folder"),
+    ("name=../up", "name", "'../up'", "plain folder name"),
+    ("seed=-1", "seed", "-1", "at least 0"),
+    ("privacy.epsilon=[1", "override", "'privacy.epsilon=[1'", "must look like key=value"),
+    ("privacy.epsilon", "override", "'privacy.epsilon'", "must look like key=value"),
+    ("=3", "override", "'=3'", "must look like key=value"),
+    ("privacy.epsilon=${nope}", "privacy.epsilon", "'${nope}'", "Interpolation key 'nope' not found"),
+]
+
+
+@pytest.mark.parametrize(("override", "key", "value", "bound"), _WRONG_VALUES, ids=[row[0] for row in _WRONG_VALUES])
+def test_a_wrong_setting_is_named(refuse: Callable[..., str], override: str, key: str, value: str, bound: str) -> None:
+    # Noise that is given, and too small, is a mistake of its own; here the epsilons are tried without it.
+    without_noise = ["privacy.noise_multiplier=null"] if override.startswith("privacy.epsilon") else []
+    message = refuse(*without_noise, override)
+    assert message.startswith(f"{key} = ")
+    assert value in message
+    assert bound in message
+
+
+def test_noise_too_small_for_the_target(refuse: Callable[..., str]) -> None:
+    message = refuse("privacy.epsilon=0.4")
+    assert message == "privacy.noise_multiplier = 4.0: gives epsilon 0.4135 over 4 steps, above privacy.epsilon = 0.4"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so that runtime.device=cuda is right")
+def test_cuda_without_a_gpu(refuse: Callable[..., str]) -> None:
+    assert refuse("runtime.device=cuda").startswith("runtime.device = 'cuda': needs a GPU")
+
+
+def test_an_output_folder_that_cannot_be_made(refuse: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = refuse(f"tracking.output_dir={tmp_path}/file/runs")
+    assert message.startswith("tracking.output_dir = ")
+    assert "Not a directory" in message
+
+
+def test_one_wrong_value_of_a_sweep_stops_it_before_its_first_run(refuse: Callable[..., str]) -> None:
+    assert refuse("privacy.epsilon=8,0", multirun=True).startswith("privacy.epsilon = 0.0")
+
+
+GOOD = json.dumps({"text": "where is my card", "label": "card_arrival"})
+_FILES = {
+    "broken json": ([GOOD, '{"text": "a", '], ":2", "whole JSON object"),
+    "a number for a text": ([GOOD, GOOD, '{"text": 3, "label": "card_arrival"}'], ":3", "text"),
+    "a missing column": ([GOOD, '{"txt": "a", "label": "card_arrival"}'], ":2", "data.columns.text"),
+    "an undeclared label": ([GOOD, '{"text": "a", "label": "parking"}'], ":2", "data.labels"),
+    "nothing": ([], "", ""),
+}
+
+
+@pytest.mark.parametrize("key", ["train_file", "validation_file", "test_file"])
+@pytest.mark.parametrize("fault", list(_FILES))
+def test_a_malformed_file_is_named_with_its_line(
+    refuse: Callable[..., str], tmp_path: Path, key: str, fault: str
+) -> None:
+    lines, place, bound = _FILES[fault]
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(line + "\n" for line in lines))
+    message = refuse(f"data.{key}={file}", "data.train_fraction=1.0", "federation.num_sites=1")
+    assert f"{file}{place}" in message
+    assert bound in message
+
+
+def test_a_file_that_breaks_off_inside_gzip(refuse: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl.gz"
+    whole = gzip.compress((GOOD + "\n").encode() * 2000)
+    file.write_bytes(whole[: len(whole) // 2])
+    assert str(file) in refuse(f"data.test_file={file}", "data.test_rows=null")
+
+
+def test_a_name_that_is_taken(command: Any, tiny: Any, simulate: Any, tmp_path: Path) -> None:
+    folder = simulate("privacy=none", into=tmp_path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    outcome = command("simulate", *tiny("privacy=none", into=tmp_path))
+    assert outcome.code == 2
+    assert outcome.message.startswith("name = 'run': is taken")
+    assert f"resume={folder}" in outcome.message
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_of_another_configuration_is_refused_with_what_differs(
+    command: Any, tiny: Any, simulate: Any, tmp_path: Path
+) -> None:
+    folder = simulate("privacy=none", into=tmp_path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    changed = ("privacy=none", "training.learning_rate=0.5", "runtime.micro_batch_tokens=7", f"resume={folder}")
+    outcome = command("simulate", *tiny(*changed, into=tmp_path))
+    assert outcome.code == 2
+    assert outcome.message.startswith(f"resume = '{folder}': was made with another configuration")
+    assert "training.learning_rate was 0.01, is 0.5" in outcome.message
+    assert "micro_batch_tokens" not in outcome.message, "only what may change a result stands in the way"
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_resuming_what_is_no_run_folder(command: Any, tmp_path: Path) -> None:
+    outcome = command("simulate", f"resume={tmp_path / 'gone'}")
+    assert (outcome.code, outcome.message) == (2, f"resume = '{tmp_path / 'gone'}': must be a run folder")
+    outcome = command("simulate", f"resume={tmp_path}")
+    assert outcome.code == 2
+    assert "must hold a config.yaml" in outcome.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_config_in_a_folder_to_resume(command: Any, simulate: Any, tmp_path: Path) -> None:
+    folder = simulate("privacy=none", into=tmp_path)
+    for text in ("a: [", "- 1\n", "name: x\n"):
+        (folder / "config.yaml").write_text(text)
+        assert command("simulate", f"resume={folder}").code == 2
+
+
+@pytest.mark.parametrize("arguments", [("RUN",), ("RUN", "--data", "FILE", "--device", "tpu"), ("--data", "FILE")])
+def test_evaluate_without_what_it_needs(
+    command: Any, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command("evaluate", *arguments)
+    assert exit.value.code == 2
+
+
+def test_evaluate_names_what_is_wrong(command: Any, simulate: Any, tmp_path: Path) -> None:
+    folder = simulate("privacy=none", into=tmp_path)
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"text": "a", "label": "parking"}\n')
+    outcome = command("evaluate", str(folder), "--data", str(file), "--device", "cpu")
+    assert outcome.code == 2
+    assert f"{file}:1" in outcome.message
+    outcome = command("evaluate", str(folder), "--data", str(tmp_path / "gone.csv"), "--device", "cpu")
+    assert outcome.code == 2
+    assert outcome.message.startswith("--data = ")
+    outcome = command("evaluate", str(tmp_path), "--data", str(file))
+    assert outcome.code == 2
+    assert "config.yaml" in outcome.message
+    for path in (folder / "adapter").iterdir():
+        path.unlink()
+    (folder / "adapter").rmdir()
+    outcome = command("evaluate", str(folder), "--data", str(file))
+    assert outcome.code == 2
+    assert "resume the run first" in outcome.message

@@ -1,0 +1,73 @@
+"""A whole run of a causal language model with generation."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from fedtune.cli.compose import saved_config
+from fedtune.model import load_task_model
+from fedtune.model.tiny import tiny_base
+
+REPOSITORY = Path(__file__).parents[2]
+_SCORES = {"loss", "perplexity", "bleu", "rouge_l"}
+
+
+@pytest.fixture(scope="module")
+def folder(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulate(
+        "model=random_llama",
+        "data=e2e_nlg",
+        "task=causal_lm",
+        "data.max_length=384",
+        "data.declared_sizes=40",
+        "evaluation.generate=true",
+        "evaluation.max_new_tokens=8",
+        into=tmp_path_factory.mktemp("runs"),
+    )
+
+
+def test_scores_of_a_language_model(folder: Path, result_of: Any) -> None:
+    result = result_of(folder)
+    assert result["task"] == "causal_lm"
+    assert set(result["final"]["metrics"]) == set(result["final"]["metrics_before"]) == _SCORES
+    for entry in result["rounds"]:
+        # Writing text after every round would take longer than training.
+        assert set(entry["metrics"]) == {"loss", "perplexity"}
+    assert 0 < result["privacy"]["epsilon"] < 8
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "fedtune.json",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_plain_peft_gives_the_same_logits(folder: Path) -> None:
+    ours = load_task_model(folder / "adapter", model=saved_config(folder).model, device="cpu")
+    plain = PeftModel.from_pretrained(tiny_base("random:llama", "causal_lm"), folder / "adapter").eval()
+    untrained = tiny_base("random:llama", "causal_lm").eval()
+    row = torch.randint(2, 250, (1, 20), generator=torch.Generator().manual_seed(1))
+    logits = plain(input_ids=row).logits.detach()
+    np.testing.assert_allclose(ours.base(input_ids=row).logits.detach(), logits, atol=1e-5)
+    assert (untrained(input_ids=row).logits - logits).abs().max() > 1e-3
+
+
+def test_evaluate_repeats_the_final_scores(folder: Path, result_of: Any, command: Any, tmp_path: Path) -> None:
+    test_file = tmp_path / "test.jsonl"
+    with gzip.open(REPOSITORY / "simulations/data/e2e_nlg/test.jsonl.gz", "rt") as lines:
+        test_file.write_text("".join(itertools.islice(lines, 10)))
+    outcome = command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu")
+    assert (outcome.code, outcome.err) == (0, "")
+    shown = dict(re.findall(r"(loss|perplexity|bleu|rouge_l)\W+([\d.]+)", outcome.out))
+    assert set(shown) == _SCORES
+    for name, value in shown.items():
+        assert float(value) == pytest.approx(result_of(folder)["final"]["metrics"][name], abs=1e-4)

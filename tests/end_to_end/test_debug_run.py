@@ -1,0 +1,241 @@
+"""One whole private run through the command line, looked at from every side a user has."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dp_accounting import NeighboringRelation, dp_event
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+from peft import PeftModel
+from safetensors.numpy import load_file
+
+from fedtune.cli.compose import saved_config
+from fedtune.data.load import lead_records, tokenise
+from fedtune.model import load_task_model, load_tokenizer
+from fedtune.model.tiny import tiny_base
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run with noise that was calibrated for it, and what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    arguments = ("experiment=debug", f"tracking.output_dir={runs}", "name=whole", "runtime.num_threads=1")
+    outcome = command("simulate", *arguments, "data.test_rows=40", "federation.num_rounds=3")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err == ""
+    return runs / "whole", outcome.out
+
+
+@pytest.fixture(scope="module")
+def folder(run: tuple[Path, str]) -> Path:
+    return run[0]
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> Any:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
+    top = {"config.yaml", "run.json", "adapter", "checkpoints", "log.txt", "report.html", "report.json", "sites"}
+    assert {path.name for path in folder.iterdir()} == top
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json"}
+    assert {path.name for path in (folder / "adapter").iterdir()} == adapter
+    assert {path.name for path in (folder / "sites").iterdir()} == {"site-1", "site-2"}
+    for site in ("site-1", "site-2"):
+        assert (folder / "sites" / site / "ledger.jsonl").stat().st_size > 0
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) -> None:
+    assert set(result) == {
+        "schema_version", "fedtune_version", "config_sha256", "task", "rounds", "final", "privacy"
+    }  # fmt: skip
+    assert (result["schema_version"], result["task"]) == (1, "classification")
+    assert result["config_sha256"] == saved_config(folder).digest()
+    assert [entry["round"] for entry in result["rounds"]] == [1, 2, 3]
+    for entry in result["rounds"]:
+        assert set(entry) == {"round", "seconds", "sites", "failed_sites", "bytes_down", "bytes_up", "metrics"}
+        assert entry["sites"] == ["site-1", "site-2"]
+        assert entry["failed_sites"] == {}
+        assert min(entry["seconds"], entry["bytes_down"], entry["bytes_up"]) > 0
+        assert set(entry["metrics"]) == {"accuracy", "macro_f1", "loss"}
+    final = result["final"]
+    assert set(final) == {"metrics", "metrics_before", "seconds", "peak_memory_bytes"}
+    assert final["seconds"] > 0
+    assert final["peak_memory_bytes"] > 50 * 2**20
+    assert final["metrics"] != final["metrics_before"]
+    privacy = result["privacy"]
+    assert set(privacy) == {"unit", "neighbouring_relation", "delta", "epsilon", "seeded_noise", "sites"}
+    assert (privacy["unit"], privacy["neighbouring_relation"]) == ("record", "add_or_remove_one")
+    assert privacy["seeded_noise"] is False
+    for site in privacy["sites"].values():
+        fields = {"epsilon", "epsilon_rdp", "steps", "sampling_rate", "noise_multiplier", "upper_bound"}
+        assert set(site) == fields
+        assert (site["steps"], site["upper_bound"]) == (6, False)
+
+
+def test_bytes_are_those_of_the_adapter_and_little_more(result: Any, folder: Path) -> None:
+    tensors = [*load_file(folder / "adapter" / "adapter_model.safetensors").values()]
+    tensors += load_file(folder / "adapter" / "head.safetensors").values()
+    payload = 2 * 4 * sum(tensor.size for tensor in tensors)
+    for entry in result["rounds"]:
+        assert payload < entry["bytes_down"] < 1.5 * payload
+        assert payload < entry["bytes_up"] < 1.5 * payload
+
+
+def test_epsilon_keeps_below_its_target_and_equals_an_independent_computation(result: Any) -> None:
+    privacy = result["privacy"]
+    for site in privacy["sites"].values():
+        step = dp_event.PoissonSampledDpEvent(site["sampling_rate"], dp_event.GaussianDpEvent(site["noise_multiplier"]))
+        accountants = {
+            "epsilon": PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE),
+            "epsilon_rdp": RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE),
+        }
+        for key, accountant in accountants.items():
+            accountant.compose(step, site["steps"])
+            assert site[key] == pytest.approx(accountant.get_epsilon(privacy["delta"]), abs=1e-3)
+        assert site["epsilon"] <= 8.0
+        assert site["epsilon"] > 7.9, "the budget should be used"
+    assert privacy["epsilon"] == max(site["epsilon"] for site in privacy["sites"].values())
+
+
+def test_steps_are_those_in_the_sites_ledgers(result: Any, folder: Path) -> None:
+    for site, spent in result["privacy"]["sites"].items():
+        lines = (folder / "sites" / site / "ledger.jsonl").read_text().splitlines()
+        reserved = [entry for entry in map(json.loads, lines) if entry["kind"] == "reserve"]
+        assert sum(entry["detail"]["event"]["count"] for entry in reserved) == spent["steps"]
+
+
+def test_the_report_repeats_the_figures_and_says_within(result: Any, folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    assert report["verdict"]["state"] == "WITHIN"
+    assert (report["epsilon"], report["target_epsilon"]) == (result["privacy"]["epsilon"], 8.0)
+    assert report["mechanism"]["randomness"] == "operating system's CSPRNG"
+    for site, spent in result["privacy"]["sites"].items():
+        assert spent.items() <= report["sites"][site].items()
+        event = report["sites"][site]["event"]
+        assert (event["count"], event["event"]["sampling_probability"]) == (spent["steps"], spent["sampling_rate"])
+        assert event["event"]["event"]["noise_multiplier"] == spent["noise_multiplier"]
+    page = (folder / "report.html").read_text()
+    assert "WITHIN" in page
+    assert "<script" not in page
+    assert "http" not in page
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(folder: Path) -> None:
+    config = saved_config(folder)
+    records = lead_records(config.data, config.data.test_file or "", rows=12, key="data.test_file")
+    tokenizer = load_tokenizer(config.model)
+    examples = tokenise(records, tokenizer, spec=config.data, task=config.task)
+    ours = load_task_model(folder / "adapter", model=config.model, device="cpu")
+    plain = PeftModel.from_pretrained(tiny_base("random:bert", "classification"), folder / "adapter").eval()
+    weight = torch.from_numpy(load_file(folder / "adapter" / "head.safetensors")["weight"])
+    moved = [value for name, value in plain.state_dict().items() if "lora_B" in name]
+    assert moved
+    assert all(value.abs().max() > 0 for value in moved)
+    for token_ids in examples.input_ids:
+        row = torch.from_numpy(token_ids).long()[None]
+        hidden = plain(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state.mean(dim=1)
+        by_hand = config.head.scale * torch.nn.functional.normalize(hidden, dim=-1) @ weight.T
+        batch = Row(row, torch.ones_like(row), torch.zeros(1, dtype=torch.long))
+        np.testing.assert_allclose(ours.logits(batch).detach(), by_hand.detach(), atol=1e-5)
+
+
+class Row:
+    """One example without padding, as a batch."""
+
+    def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, targets: torch.Tensor) -> None:
+        self.input_ids, self.attention_mask, self.targets = input_ids, attention_mask, targets
+
+
+def test_evaluate_repeats_the_final_scores_on_the_test_file(
+    folder: Path, result: Any, command: Any, tmp_path: Path
+) -> None:
+    test_file = tmp_path / "test.jsonl"
+    with gzip.open(REPOSITORY / "simulations/data/banking77/test.jsonl.gz", "rt") as lines:
+        test_file.write_text("".join(itertools.islice(lines, 40)))
+    outcome = command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu")
+    assert (outcome.code, outcome.err) == (0, "")
+    shown = dict(re.findall(r"(accuracy|macro_f1|loss)\W+([\d.]+)", outcome.out))
+    assert set(shown) == {"accuracy", "macro_f1", "loss"}
+    for name, value in shown.items():
+        assert float(value) == pytest.approx(result["final"]["metrics"][name], abs=1e-4)
+
+
+def test_terminal_shows_rounds_sites_epsilon_and_paths_and_no_warning(run: tuple[Path, str], result: Any) -> None:
+    folder, out = run
+    for round in (1, 2, 3):
+        (line,) = (line for line in out.splitlines() if line.startswith(f"round {round}/3"))
+        assert "2/2 sites" in line
+        assert re.search(r"loss \d\.\d{3}", line)
+        assert re.search(r"epsilon \d\.\d{3}", line)
+        assert ("left" in line) == (round < 3)
+    assert re.search(r"site-1\W+230\W+6\W+\d\.\d{3}", out)
+    shown = float(re.findall(r"^epsilon ([\d.]+) at delta 1e-05", out, re.MULTILINE)[0])
+    assert shown == math.ceil(result["privacy"]["epsilon"] * 1000) / 1000
+    assert f"run folder: {folder}" in out
+    assert f"{folder}/report.html" in out
+    assert re.search(r"^test: accuracy .* \(before: ", out, re.MULTILINE)
+    for line in out.splitlines():
+        assert not re.search("warn|deprecat|error", line, re.IGNORECASE), line
+
+
+def test_evaluation_of_the_lead_is_all_that_log_and_terminal_say_of_scores(run: tuple[Path, str]) -> None:
+    # A site's own loss or counts must not reach the lead's log: only Flower's notes and our warnings belong there.
+    assert "loss" not in (run[0] / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def unprotected(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulate("privacy=none", into=tmp_path_factory.mktemp("runs"))
+
+
+def test_without_privacy_epsilon_is_null_and_nothing_is_promised(unprotected: Path, result_of: Any) -> None:
+    privacy = result_of(unprotected)["privacy"]
+    assert privacy["epsilon"] is None
+    for site in privacy["sites"].values():
+        assert (site["epsilon"], site["epsilon_rdp"], site["noise_multiplier"]) == (None, None, 0.0)
+        assert site["steps"] == 4
+    report = json.loads((unprotected / "report.json").read_text())
+    assert report["verdict"]["state"] == "NO GUARANTEE"
+    assert (report["promise"], report["target_epsilon"], report["epsilon"]) == (None, None, None)
+    assert all(site["event"] == {"kind": "non_private"} for site in report["sites"].values())
+    page = (unprotected / "report.html").read_text()
+    assert "NO GUARANTEE" in page
+    assert "not protected by differential privacy" in page
+
+
+def test_a_seeded_study_is_marked_wherever_its_epsilon_stands(
+    command: Any, tiny: Any, tmp_path: Path, result_of: Any
+) -> None:
+    outcome = command("simulate", *tiny("runtime.seeded_noise=true", into=tmp_path))
+    assert outcome.code == 0
+    assert "study without a guarantee" in outcome.out
+    assert result_of(tmp_path / "run")["privacy"]["seeded_noise"] is True
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["verdict"]["state"] == "NO GUARANTEE"
+    assert "configured seed" in report["verdict"]["why"]
+
+
+def test_unseeded_runs_differ_and_seeded_runs_do_not(
+    simulate: Callable[..., Path], adapter_of: Any, tmp_path: Path
+) -> None:
+    seeded = [adapter_of(simulate("runtime.seeded_noise=true", into=tmp_path / part)) for part in ("a", "b")]
+    secret = [adapter_of(simulate(into=tmp_path / part)) for part in ("c", "d")]
+    assert seeded[0] == seeded[1]
+    assert secret[0] != secret[1]

@@ -1,0 +1,149 @@
+"""A process that dies inside a round: what it began stays charged, and the run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+# `fedtune`, but training at one site in one round does not come back before it is killed.
+_HANGING = """
+import sys, time
+import fedtune.flower.participants as participants
+from fedtune.cli.main import main
+train_round = participants.train_round
+def train(model, adapter, dataset, work, **rest):
+    trained = train_round(model, adapter, dataset, work, **rest)
+    if [work.site, str(work.round)] == sys.argv[1:3]:
+        time.sleep(300)
+    return trained
+participants.train_round = train
+raise SystemExit(main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `fedtune` as a process that hangs at a site in round 2; what is left of it at the end is killed."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def run(site: str, *arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _HANGING, site, "2", *arguments],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        begun.append(process)
+        return process
+
+    yield run
+    for process in begun:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=30)
+
+
+def entries(folder: Path, site: str) -> list[dict[str, Any]]:
+    """The whole lines of a site's ledger."""
+    path = folder / "sites" / site / "ledger.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def kinds(folder: Path, site: str, round: int) -> list[str]:
+    return [entry["kind"] for entry in entries(folder, site) if entry["round"] == round]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], *, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate(timeout=30)
+        assert time.monotonic() < deadline, "the round never began"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def kill_in_last_round(start: Any, tiny: Any, tmp_path: Path) -> Callable[..., Path]:
+    """Run until site-2 has begun round 2 and site-1 has finished it, then send SIGKILL."""
+
+    def run(*overrides: str) -> Path:
+        process = start("site-2", "simulate", *tiny(*overrides, into=tmp_path))
+        folder = tmp_path / "run"
+        wait_for(lambda: "reserve" in kinds(folder, "site-2", 2), process)
+        process.kill()
+        process.communicate(timeout=30)
+        assert process.returncode == -signal.SIGKILL
+        assert kinds(folder, "site-1", 2) == ["reserve", "commit"]
+        assert kinds(folder, "site-2", 2) == ["reserve"], "it should have hung"
+        assert not (folder / "run.json").exists()
+        return folder
+
+    return run
+
+
+def test_with_a_spare_round_an_interrupted_round_is_charged_and_tried_again(
+    kill_in_last_round: Callable[..., Path], command: Any, result_of: Any
+) -> None:
+    folder = kill_in_last_round("federation.spare_rounds=1", "privacy.noise_multiplier=null", "privacy.epsilon=2")
+    first_site = entries(folder, "site-1")
+    outcome = command("simulate", f"resume={folder}")
+    assert (outcome.code, outcome.err) == (0, "")
+    # What site-1 had committed is sent again as it was stored: not a line more in its ledger.
+    assert entries(folder, "site-1") == first_site
+    assert kinds(folder, "site-2", 2) == ["reserve", "reserve", "commit"]
+    assert [entry["attempt"] for entry in entries(folder, "site-2") if entry["round"] == 2] == [1, 2, 2]
+    result = result_of(folder)
+    assert [entry["sites"] for entry in result["rounds"]] == [["site-1", "site-2"]] * 2
+    assert [entry["failed_sites"] for entry in result["rounds"]] == [{}, {}]
+    sites = result["privacy"]["sites"]
+    assert (sites["site-1"]["steps"], sites["site-1"]["upper_bound"]) == (4, False)
+    assert (sites["site-2"]["steps"], sites["site-2"]["upper_bound"]) == (6, False)
+    assert sites["site-1"]["epsilon"] < sites["site-2"]["epsilon"] == result["privacy"]["epsilon"] <= 2
+    report = json.loads((folder / "report.json").read_text())
+    assert report["sites"]["site-2"]["event"]["count"] == 6
+    assert report["verdict"]["state"] == "WITHIN"
+
+
+def test_without_a_spare_round_the_site_leaves_early_and_the_run_goes_on(
+    kill_in_last_round: Callable[..., Path], command: Any, result_of: Any
+) -> None:
+    folder = kill_in_last_round()
+    outcome = command("simulate", f"resume={folder}")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert kinds(folder, "site-2", 2) == ["reserve", "refusal"]
+    result = result_of(folder)
+    assert result["rounds"][1]["sites"] == ["site-1"]
+    assert result["rounds"][1]["failed_sites"] == {"site-2": "plan_exhausted"}
+    for site in result["privacy"]["sites"].values():
+        assert (site["steps"], site["upper_bound"]) == (4, False)
+    assert "site-2: plan_exhausted" in outcome.out
+
+
+def test_ctrl_c_inside_a_round_leaves_a_checkpoint_and_a_hint(
+    start: Any, tiny: Any, tmp_path: Path, command: Any, result_of: Any
+) -> None:
+    process = start("site-1", "simulate", *tiny("federation.spare_rounds=1", into=tmp_path))
+    folder = tmp_path / "run"
+    wait_for(lambda: "reserve" in kinds(folder, "site-1", 2), process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err == ""
+    assert f"Interrupted. Continue with: fedtune simulate resume={folder}\n" in out
+    assert kinds(folder, "site-1", 2) == ["reserve"]
+    outcome = command("simulate", f"resume={folder}")
+    assert (outcome.code, outcome.err) == (0, "")
+    steps = {site: spent["steps"] for site, spent in result_of(folder)["privacy"]["sites"].items()}
+    assert steps == {"site-1": 6, "site-2": 4}

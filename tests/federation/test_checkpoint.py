@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.model import Adapter
+from fedtune.privacy.release import Receipt
+from fedtune.spec import ConfigError, RunError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "checkpoints"
+
+
+@pytest.fixture
+def checkpoints(folder: Path) -> Checkpoints:
+    return Checkpoints(folder, "digest")
+
+
+@pytest.fixture
+def state(adapter: Adapter, receipt: Callable[..., Receipt]) -> Callable[..., LeadState]:
+    def make(round: int) -> LeadState:
+        results = [
+            RoundResult(
+                round=number,
+                seconds=0.5,
+                sites=("a",),
+                failed_sites={"b": "site_error"},
+                bytes_down=1,
+                bytes_up=2,
+                metrics={"loss": float("nan") if number == 1 else 0.25},
+            )
+            for number in range(1, round + 1)
+        ]
+        moments = {"m/head": np.arange(4, dtype=np.float64) / 3, "v/head": np.ones(4, np.float32)}
+        return LeadState(
+            round=round,
+            adapter=adapter,
+            strategy=moments,
+            receipts={"a": receipt(charged=round)},
+            unanswered={"b": 1},
+            rounds=results,
+            seconds=1.5,
+            metrics_before={"loss": 1 / 3},
+        )
+
+    return make
+
+
+def same(one: LeadState, other: LeadState) -> bool:
+    def plain(state: LeadState) -> Any:
+        arrays = {name: (value.dtype, value.tobytes()) for name, value in state.strategy.items()}
+        others = (state.round, state.receipts, state.unanswered, state.seconds, state.metrics_before)
+        return state.adapter.digest(), arrays, others, repr(list(state.rounds))
+
+    return bool(plain(one) == plain(other))
+
+
+def test_what_is_saved_is_loaded(checkpoints: Checkpoints, state: Callable[..., LeadState]) -> None:
+    checkpoints.save(state(2))
+    loaded = checkpoints.load()
+    assert same(loaded, state(2))
+    assert loaded.strategy["m/head"].dtype == np.float64, "a moment rounded to float32 would change the next round"
+
+
+def test_the_newest_is_loaded_and_one_before_it_is_kept(
+    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path
+) -> None:
+    for round in range(12):
+        checkpoints.save(state(round))
+    assert checkpoints.load().round == 11
+    assert sorted(path.name for path in folder.iterdir()) == ["round-0010.safetensors", "round-0011.safetensors"]
+
+
+def test_rounds_asked_for_after_the_checkpoint_count_as_unanswered(
+    checkpoints: Checkpoints, state: Callable[..., LeadState]
+) -> None:
+    checkpoints.ask(1, ["a", "b"])
+    checkpoints.save(state(1))
+    for _ in range(2):
+        checkpoints.ask(2, ["a", "b"])
+    assert checkpoints.load().unanswered == {"a": 2, "b": 3}
+
+
+def test_a_line_that_a_crash_cut_short_was_never_sent(
+    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path
+) -> None:
+    checkpoints.save(state(1))
+    checkpoints.ask(2, ["a"])
+    with (folder / "asked.jsonl").open("ab") as file:
+        file.write(b'{"round": 2, "si')
+    assert checkpoints.load().unanswered == {"a": 1, "b": 1}
+
+
+def test_another_configuration_is_refused(
+    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path
+) -> None:
+    checkpoints.save(state(1))
+    with pytest.raises(ConfigError, match="another configuration"):
+        Checkpoints(folder, "other").load()
+
+
+def test_a_folder_without_a_checkpoint_is_refused(checkpoints: Checkpoints) -> None:
+    with pytest.raises(ConfigError, match="must be a run folder with a checkpoint"):
+        checkpoints.load()
+
+
+@pytest.mark.parametrize("left", [0, 4, 200, -1])
+def test_a_damaged_checkpoint_is_no_configuration_mistake(
+    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path, left: int
+) -> None:
+    checkpoints.save(state(1))
+    file = folder / "round-0001.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(RunError, match=r"round-0001\.safetensors is damaged"):
+        checkpoints.load()
+
+
+def test_a_half_written_checkpoint_does_not_count(
+    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path
+) -> None:
+    checkpoints.save(state(1))
+    (folder / "round-0002.safetensors.partial").write_bytes(b"half")
+    assert checkpoints.load().round == 1
+
+
+def test_the_journal_is_one_line_of_json_for_each_request(checkpoints: Checkpoints, folder: Path) -> None:
+    checkpoints.ask(1, ["a"])
+    checkpoints.ask(2, ["a", "b"])
+    lines = (folder / "asked.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"round": 1, "sites": ["a"]}, {"round": 2, "sites": ["a", "b"]}]

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from dp_accounting import NeighboringRelation, dp_event
+from dp_accounting.pld import PLDAccountant
+
+from fedtune.federation.lead import LeadState, site_charge
+from fedtune.federation.protocol import Reply
+from fedtune.model import Adapter
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.release import Reason, Receipt, Refusal
+
+MakeReceipt = Callable[..., Receipt]
+
+
+@pytest.fixture
+def state(adapter: Adapter) -> LeadState:
+    return LeadState(round=0, adapter=adapter)
+
+
+def answer(receipt: Receipt | None, site: str = "a") -> dict[str, Reply]:
+    """Receipts count whatever the reply is, so a refusal will do."""
+    return {site: Reply(body=Refusal(site=site, run="r", round=1, reason=Reason.SITE_ERROR), receipt=receipt)}
+
+
+def test_a_site_that_was_never_asked_has_spent_nothing(state: LeadState, plan: Plan) -> None:
+    charge = site_charge(state, "a", plan)
+    assert (charge.steps, charge.epsilon, charge.epsilon_rdp, charge.upper_bound) == (0, 0.0, 0.0, False)
+
+
+def test_a_receipt_says_what_was_charged(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
+    state = state.asked(["a"]).answered(answer(receipt(charged=2)), run="r")
+    charge = site_charge(state, "a", plan)
+    assert (charge.steps, charge.upper_bound) == (4, False)
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant.compose(dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(4.0)), 4)
+    assert charge.epsilon == pytest.approx(accountant.get_epsilon(1e-5), abs=1e-3)
+    assert charge.epsilon < charge.epsilon_rdp
+
+
+def test_a_silent_site_counts_every_round_asked_of_it(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
+    state = state.asked(["a", "b"]).answered(answer(receipt(charged=1)), run="r")
+    state = state.asked(["a", "b"]).answered({}, run="r")
+    for site, rounds in (("a", 2), ("b", 2)):
+        charge = site_charge(state, site, plan)
+        assert (charge.steps, charge.upper_bound) == (2 * rounds, True)
+    assert site_charge(state, "a", plan).epsilon == site_charge(state, "b", plan).epsilon > 0
+
+
+def test_the_next_receipt_ends_the_silence(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
+    state = state.asked(["a"]).answered({}, run="r").asked(["a"]).answered(answer(receipt(charged=1)), run="r")
+    charge = site_charge(state, "a", plan)
+    assert (charge.steps, charge.upper_bound) == (2, False)
+
+
+def test_silence_never_counts_for_more_than_the_plan_lets_a_ledger_charge(
+    state: LeadState, plan: Plan, receipt: MakeReceipt
+) -> None:
+    state = state.asked(["a"]).answered(answer(receipt(charged=3)), run="r")
+    for _ in range(5):
+        state = state.asked(["a"])
+    charge = site_charge(state, "a", plan)
+    assert (charge.steps, charge.upper_bound) == (2 * plan.most_rounds, True)
+
+
+@pytest.mark.parametrize(("site", "run"), [("b", "r"), ("a", "other")])
+def test_a_receipt_of_another_site_or_run_counts_as_silence(
+    state: LeadState, plan: Plan, receipt: MakeReceipt, site: str, run: str
+) -> None:
+    state = state.asked(["a"]).answered(answer(receipt(site, run=run, charged=0)), run="r")
+    charge = site_charge(state, "a", plan)
+    assert (charge.steps, charge.upper_bound) == (2, True)
+
+
+def test_a_reply_without_a_receipt_counts_as_silence(state: LeadState, plan: Plan) -> None:
+    assert site_charge(state.asked(["a"]).answered(answer(None), run="r"), "a", plan).upper_bound
+
+
+def test_without_noise_one_round_is_unbounded(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
+    plan = replace(plan, noise_multiplier=0.0)
+    assert site_charge(state, "a", plan).epsilon == 0
+    state = state.answered(answer(receipt(charged=1)), run="r")
+    assert site_charge(state, "a", plan).epsilon == float("inf")
+
+
+def test_asking_and_answering_leave_the_old_state_alone(state: LeadState, receipt: MakeReceipt) -> None:
+    asked = state.asked(["a"])
+    asked.answered(answer(receipt()), run="r")
+    assert (state.unanswered, asked.unanswered, asked.receipts) == ({}, {"a": 1}, {})

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.federation.results import FinalResult, run_json
+from fedtune.model import Adapter
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.release import Receipt
+
+
+@pytest.fixture
+def build(adapter: Adapter, plan: Plan, receipt: Callable[..., Receipt]) -> Callable[..., dict[str, Any]]:
+    def make(*, charged: dict[str, int], loss: float = 0.5, plan: Plan = plan) -> dict[str, Any]:
+        receipts = {site: receipt(site, charged=rounds) for site, rounds in charged.items()}
+        result = RoundResult(
+            round=1,
+            seconds=1.0,
+            sites=tuple(charged),
+            failed_sites={},
+            bytes_down=1,
+            bytes_up=1,
+            metrics={"loss": loss, "accuracy": 0.5},
+        )
+        state = LeadState(round=1, adapter=adapter, receipts=receipts, rounds=[result])
+        final = FinalResult(metrics={"loss": loss}, metrics_before={}, seconds=1.0, peak_memory_bytes=1)
+        return run_json(
+            state,
+            final,
+            plan,
+            sites=tuple(charged),
+            task="classification",
+            config_sha256="00",
+            seeded_noise=False,
+        )
+
+    return make
+
+
+def test_the_runs_epsilon_is_its_largest_sites(build: Callable[..., dict[str, Any]]) -> None:
+    privacy = build(charged={"a": 1, "b": 3, "c": 0})["privacy"]
+    assert privacy["epsilon"] == privacy["sites"]["b"]["epsilon"] > privacy["sites"]["a"]["epsilon"] > 0
+    assert privacy["sites"]["c"] == {
+        "epsilon": 0.0,
+        "epsilon_rdp": 0.0,
+        "steps": 0,
+        "sampling_rate": 0.2,
+        "noise_multiplier": 4.0,
+        "upper_bound": False,
+    }
+
+
+def test_without_noise_epsilon_is_null(build: Callable[..., dict[str, Any]], plan: Plan) -> None:
+    privacy = build(charged={"a": 1, "b": 0}, plan=replace(plan, noise_multiplier=0.0))["privacy"]
+    assert privacy["epsilon"] is None
+    assert privacy["sites"]["a"]["epsilon"] is None
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_diverged_loss_is_null_in_strict_json(build: Callable[..., dict[str, Any]], loss: float) -> None:
+    result = json.loads(json.dumps(build(charged={"a": 1}, loss=loss), allow_nan=False))
+    assert result["rounds"][0]["metrics"] == {"loss": None, "accuracy": 0.5}
+    assert result["final"]["metrics"] == {"loss": None}

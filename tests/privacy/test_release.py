@@ -1,0 +1,179 @@
+"""What may leave a site: exactly these fields, in exactly one encoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from fedtune.privacy import release
+from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update
+from fedtune.spec import ConfigError, RefusedError
+
+MAGIC = b"fedtune-update-1\n"
+
+updates = st.builds(
+    Update,
+    site=st.text(max_size=8),
+    run=st.text(max_size=8),
+    round=st.integers(1, 10**6),
+    tensors=st.dictionaries(
+        st.text(max_size=8),
+        arrays.arrays(np.float32, arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)),
+        max_size=4,
+    ),
+)
+
+
+def small() -> Update:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    return Update(site="a", run="r", round=12, tensors={"lora_A.weight": values, "head.weight": values[0]})
+
+
+def encoded(header: object, body: bytes = b"") -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return MAGIC + struct.pack("<Q", len(raw)) + raw + body
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(updates)
+def test_an_update_survives_its_bytes(update: Update) -> None:
+    data = update.to_bytes()
+    again = Update.from_bytes(data)
+    assert (again.site, again.run, again.round) == (update.site, update.run, update.round)
+    assert list(again.tensors) == list(update.tensors), "the order of the tensors is part of an update"
+    for name, value in update.tensors.items():
+        assert again.tensors[name].dtype == np.float32
+        assert again.tensors[name].shape == value.shape
+        assert again.tensors[name].tobytes() == value.tobytes()  # NaN's bits too
+    assert again.to_bytes() == data
+
+
+def test_the_encoding_is_golden() -> None:
+    update = Update(site="a", run="r", round=2, tensors={"w": np.array([[1.0, -2.0]], dtype=np.float32)})
+    header = b'{"site": "a", "run": "r", "round": 2, "tensors": [["w", [1, 2]]]}'
+    assert update.to_bytes() == MAGIC + b"\x41\0\0\0\0\0\0\0" + header + b"\0\0\x80\x3f\0\0\x00\xc0"
+
+
+def test_every_truncation_is_a_config_error() -> None:
+    data = small().to_bytes()
+    for length in range(len(data)):
+        with pytest.raises(ConfigError, match="must be an encoded update"):
+            Update.from_bytes(data[:length])
+
+
+def test_what_follows_an_update_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="must be an encoded update"):
+        Update.from_bytes(small().to_bytes() + b"\0")
+
+
+def test_every_flipped_bit_is_a_config_error_or_another_whole_update() -> None:
+    data = small().to_bytes()
+    header_end = data.index(b"}") + 1
+    refused = 0
+    for bit in range(8 * header_end):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            other = Update.from_bytes(bytes(flipped))
+        except ConfigError:
+            refused += 1
+        else:  # a letter of a name, or a digit of the round: nothing may be read as what it is not
+            assert other.to_bytes() == bytes(flipped)
+            assert (other.site, other.run, other.round, list(other.tensors)) != ("a", "r", 12, list(small().tensors))
+    assert refused > 8 * header_end / 2
+
+
+FIELDS = {"site": "a", "run": "r", "round": 1, "tensors": []}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"fedtune-update-2\n" + small().to_bytes()[len(MAGIC) :],
+        MAGIC + struct.pack("<Q", 1 << 63) + b"{}",
+        MAGIC + struct.pack("<Q", 100) + b"{}",
+        encoded(b"[" * 100_000),  # deeper than Python parses
+        encoded(b"\xff\xfe"),
+        encoded([]),
+        encoded(None),
+        encoded({name: value for name, value in FIELDS.items() if name != "run"}),
+        encoded(FIELDS | {"train_loss": 3.1}),  # a field beside the update
+        encoded(json.dumps(FIELDS).replace(" ", "").encode()),  # spaces carry a message too
+        encoded(json.dumps(FIELDS | {"round": -1}).replace("-1", "1e999").encode()),
+        encoded(FIELDS | {"round": "1"}),
+        encoded(FIELDS | {"round": 1.0}),
+        encoded(FIELDS | {"site": 5}),
+        encoded(FIELDS | {"tensors": 5}),
+        encoded(FIELDS | {"tensors": [["x"]]}),
+        encoded(FIELDS | {"tensors": [["x", 5]]}),
+        encoded(FIELDS | {"tensors": [["x", ["2"]]]}, bytes(8)),
+        encoded(FIELDS | {"tensors": [["x", [-1]]]}),
+        encoded(FIELDS | {"tensors": [["x", [True]]]}, bytes(4)),
+        encoded(FIELDS | {"tensors": [["x", [2**62, 2**62]]]}),
+        encoded(FIELDS | {"tensors": [["x", [1] * 100]]}, bytes(4)),
+        encoded(FIELDS | {"tensors": [["x", [1]], ["x", [1]]]}, bytes(8)),
+    ],
+)
+def test_anything_else_is_a_config_error(data: bytes) -> None:
+    with pytest.raises(ConfigError, match="must be an encoded update"):
+        Update.from_bytes(data)
+
+
+def test_a_long_header_is_refused_before_it_is_read() -> None:
+    size = (1 << 24) + 1
+    with pytest.raises(ConfigError):
+        Update.from_bytes(MAGIC + struct.pack("<Q", size) + b" " * size)
+
+
+def test_the_reasons_are_a_closed_list() -> None:
+    # A new reason tells the server something about a site: add it here knowingly.
+    assert {reason.value for reason in Reason} == {
+        "plan_changed",
+        "plan_exhausted",
+        "round_requested_differently",
+        "reply_no_longer_stored",
+        "wrong_site",
+        "wrong_run",
+        "adapter_differs",
+        "malformed_request",
+        "site_error",
+    }
+    with pytest.raises(ValueError, match="is not a valid Reason"):
+        Reason("23 records were skipped")
+
+
+def test_nothing_leaves_beyond_the_documented_fields() -> None:
+    # Whoever adds a field here has shown that it is noised, or comes from request, plan and ledger alone.
+    released = {
+        Update: {"site", "run", "round", "tensors"},
+        Receipt: {"site", "run", "charged_rounds", "charged_steps", "sequence"},
+        Refusal: {"site", "run", "round", "reason", "asked", "allowed"},
+    }
+    for released_type, fields in released.items():
+        assert {field.name for field in dataclasses.fields(released_type)} == fields
+        assert "__slots__" in vars(released_type), f"{released_type.__name__} lets other attributes in"
+
+
+def test_nothing_else_is_a_released_type() -> None:
+    here = {
+        name
+        for name, value in vars(release).items()
+        if isinstance(value, type) and value.__module__ == release.__name__ and dataclasses.is_dataclass(value)
+    }
+    assert here == {"Update", "Receipt", "Refusal"}
+
+
+def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
+    refused = Refused(Reason.PLAN_EXHAUSTED, asked=6, allowed=5)
+    assert isinstance(refused, RefusedError)
+    assert refused.exit_code == 3
+    assert (refused.reason, refused.asked, refused.allowed) == (Reason.PLAN_EXHAUSTED, "6", "5")
+    assert Refused(Reason.SITE_ERROR).asked is None

@@ -1,0 +1,113 @@
+"""The decorator, the validators and the exceptions that every layer shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pydantic
+import pytest
+
+from fedtune.spec import (
+    ConfigError,
+    DataError,
+    FedtuneError,
+    RefusedError,
+    RunError,
+    check_at_least,
+    check_fraction,
+    check_one_of,
+    check_positive,
+    spec,
+)
+
+
+@spec
+class Knob:
+    """A setting."""
+
+    turns: int = 1
+
+    def __post_init__(self) -> None:
+        check_at_least("turns", self.turns, 1)
+
+
+def test_a_spec_is_frozen_and_takes_keywords_only() -> None:
+    knob = Knob(turns=2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        knob.turns = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Knob(2)  # type: ignore[misc]
+    with pytest.raises((AttributeError, TypeError)):
+        knob.other = 3  # type: ignore[attr-defined]
+    assert knob == Knob(turns=2)
+
+
+def test_pydantic_forbids_other_keys_and_runs_the_checks() -> None:
+    adapter = pydantic.TypeAdapter(Knob)
+    assert adapter.validate_python({"turns": 3}) == Knob(turns=3)
+    with pytest.raises(pydantic.ValidationError, match="Unexpected keyword argument"):
+        adapter.validate_python({"turns": 3, "torns": 3})
+    with pytest.raises(pydantic.ValidationError, match="turns = 0"):
+        adapter.validate_python({"turns": 0})
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [(ConfigError("k", 1, "b"), 2), (DataError("k", 1, "b"), 2), (RefusedError(), 3), (RunError(), 1)],
+)
+def test_exit_codes(error: FedtuneError, exit_code: int) -> None:
+    assert isinstance(error, FedtuneError)
+    assert error.exit_code == exit_code
+
+
+def test_a_config_error_names_key_value_and_bound() -> None:
+    error = ConfigError("epsilon", -1.0, "must be greater than 0")
+    assert str(error) == "epsilon = -1.0: must be greater than 0"
+    assert isinstance(error, ValueError)
+    assert (error.key, error.value, error.bound) == ("epsilon", -1.0, "must be greater than 0")
+
+
+def test_a_config_error_can_be_moved_outwards() -> None:
+    moved = DataError("train_file", "x", "must exist").under("data").under("")
+    assert type(moved) is DataError
+    assert str(moved) == "data.train_file = 'x': must exist"
+
+
+def test_a_long_value_is_cut() -> None:
+    message = str(ConfigError("labels", "x" * 1000, "must be short"))
+    assert len(message) < 150
+    assert message.endswith("…: must be short")
+
+
+INFINITE = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("check", "inside", "outside"),
+    [
+        (lambda v: check_positive("k", v), (1e-300, 1, 1e300), (0, -1e-9, *INFINITE)),
+        (lambda v: check_at_least("k", v, 2), (2, 2.5), (1.999, *INFINITE)),
+        (lambda v: check_fraction("k", v), (1e-9, 0.999), (0, 1, -0.1, 1.1, *INFINITE)),
+        (lambda v: check_fraction("k", v, zero=True), (0, 0.5), (1, -1e-9, *INFINITE)),
+        (lambda v: check_fraction("k", v, one=True), (1, 0.5), (0, 1.0001, *INFINITE)),
+        (lambda v: check_one_of("k", v, ("a", "b")), ("a", "b"), ("c", None, "")),
+    ],
+)
+def test_bounds(check: Callable[[object], None], inside: tuple[object, ...], outside: tuple[object, ...]) -> None:
+    for value in inside:
+        check(value)
+    for value in outside:
+        with pytest.raises(ConfigError, match=r"^k = .*: must "):
+            check(value)
+
+
+@pytest.mark.parametrize(
+    ("ends", "shown"),
+    [({}, "(0, 1)"), ({"zero": True}, "[0, 1)"), ({"one": True}, "(0, 1]"), ({"zero": True, "one": True}, "[0, 1]")],
+)
+def test_a_fraction_shows_its_ends(ends: dict[str, bool], shown: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_fraction("k", 2.0, **ends)
+    assert caught.value.bound == f"must lie in {shown}"

@@ -1,0 +1,55 @@
+"""A frozen base in bfloat16: what is trained, summed and released stays in float32 or better."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.data import collate
+from fedtune.model import Adapter
+from fedtune.training.per_example import attached
+
+KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
+kinds = pytest.mark.parametrize(("path", "task"), KINDS)
+
+
+@kinds
+def test_adapters_gradients_sums_and_updates_keep_their_precision(
+    trained: Any, examples: Any, plan: Any, records: Any, stepper: Any, clipped_sum: Any, path: str, task: str
+) -> None:
+    model = trained(path, task, dtype="bfloat16")
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in model.trainable().values()} == {torch.float32}
+    with attached(model) as gradients:
+        found = gradients.of(collate(examples(task), [0, 1, 2], pad_id=0))
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    assert {total.dtype for total in clipped_sum(model, examples(task), plan()).values()} == {np.dtype(np.float64)}
+    after = stepper(model).step(records(examples(task)), plan(noise_multiplier=1.0))
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in Adapter.of(model).tensors.values()} == {np.dtype(np.float32)}
+    for name, tensor in after.items():  # not rounded to bfloat16 on the way
+        assert not torch.equal(tensor, tensor.bfloat16().float()), name
+
+
+# What the guarantee assumes of a bfloat16 base: two ways to cut a batch give clipped sums that differ by at most this
+# much of the clip norm for each example.  Measured on a CPU: 0.0014 (llama) and 4e-8 (BERT).
+BOUND = 0.01
+
+
+@kinds
+def test_cutting_a_batch_changes_the_clipped_sum_by_less_than_the_stated_bound(
+    trained: Any, examples: Any, plan: Any, clipped_sum: Any, norm: Any, path: str, task: str
+) -> None:
+    clip, worst = 0.1, 0.0
+    for seed in range(4):
+        dataset = examples(task, 16, seed=seed)
+        alone, *others = (
+            clipped_sum(trained(path, task, dtype="bfloat16"), dataset, plan(max_grad_norm=clip), max_tokens=tokens)
+            for tokens in (1, 40, 10_000)
+        )
+        for other in others:
+            worst = max(worst, norm({name: other[name] - alone[name] for name in alone}) / (clip * len(dataset)))
+    assert worst <= BOUND

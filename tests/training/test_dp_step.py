@@ -1,0 +1,283 @@
+"""One private step against plain torch, a loop over examples, and its own promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from fedtune.data import TextDataset, collate
+from fedtune.model import TaskModel
+from fedtune.privacy.mechanism import poisson_sample
+from fedtune.privacy.randomness import SeededRandomness
+from fedtune.training.dp_step import Records, add_clipped, assert_one_tensor_set, zeros
+from fedtune.training.optimizer import make_optimizer
+from fedtune.training.per_example import PerExampleGradients, attached
+from fedtune.training.spec import TrainingSpec
+
+KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
+kinds = pytest.mark.parametrize(("path", "task"), KINDS)
+HUGE = 1e9
+
+
+def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
+    """The loss of one example alone, unpadded, from the PEFT model's output and textbook formulas."""
+    token_ids = torch.from_numpy(dataset.input_ids[index].astype(np.int64))[None]
+    output = model.base(input_ids=token_ids)
+    if isinstance(dataset.targets, tuple):
+        targets = torch.from_numpy(dataset.targets[index])[1:]
+        supervised = targets != -100
+        if not supervised.any():
+            return output.logits.sum() * 0.0
+        return functional.cross_entropy(output.logits[0, :-1][supervised], targets[supervised])
+    pooled = output.last_hidden_state[0].mean(dim=0)
+    logits = 20.0 * model.head.weight @ (pooled / pooled.norm())
+    return functional.cross_entropy(logits[None], torch.tensor([int(dataset.targets[index])]))
+
+
+def loop_gradient(model: TaskModel, dataset: TextDataset, index: int) -> dict[str, np.ndarray]:
+    """Its gradient by plain autograd."""
+    parameters = model.trainable()
+    gradients = torch.autograd.grad(plain_loss(model, dataset, index), list(parameters.values()))
+    return {name: gradient.double().numpy() for name, gradient in zip(parameters, gradients, strict=True)}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@kinds
+def test_without_clipping_and_noise_it_is_plain_peft_training(
+    trained: Any, examples: Any, plan: Any, records: Any, stepper: Any, path: str, task: str, optimizer: str
+) -> None:
+    dataset, half = examples(task), plan(sampling_rate=0.5, max_grad_norm=HUGE)
+    settings = {"optimizer": optimizer, "learning_rate": 0.05, "weight_decay": 0.01}
+    private = trained(path, task)
+    before = {name: p.detach().clone() for name, p in private.trainable().items()}
+    after = stepper(private, **settings).step(records(dataset, declared_size=14), half, steps=4)
+
+    model = trained(path, task)
+    parameters = list(model.trainable().values())
+    plain = {
+        "sgd": lambda: torch.optim.SGD(parameters, lr=0.05, weight_decay=0.01),
+        "adamw": lambda: torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.01),
+    }[optimizer]()
+    sampling = SeededRandomness(1).stream("sampling")
+    for _ in range(4):
+        plain.zero_grad()
+        chosen = poisson_sample(len(dataset), 0.5, sampling)
+        assert len(chosen)
+        (sum(plain_loss(model, dataset, int(index)) for index in chosen) / (0.5 * 14)).backward()
+        plain.step()
+    for name, parameter in model.trainable().items():
+        assert not torch.equal(after[name], before[name]), name
+        torch.testing.assert_close(after[name], parameter.detach(), rtol=1e-4, atol=2e-6)
+
+
+def largest_difference(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> float:
+    assert left.keys() == right.keys()
+    return float(np.sqrt(sum(np.sum(np.square(left[name] - right[name])) for name in left)))
+
+
+@kinds
+def test_the_clipped_sum_equals_a_loop_however_it_is_cut(
+    trained: Any, examples: Any, plan: Any, clipped_sum: Any, path: str, task: str
+) -> None:
+    model, dataset = trained(path, task), examples(task)
+    alone = [loop_gradient(model, dataset, index) for index in range(len(dataset))]
+    norms = [np.sqrt(sum(np.sum(np.square(value)) for value in gradient.values())) for gradient in alone]
+    clip = float(np.median(norms))
+    assert min(norms) < clip < max(norms), "some are clipped and some are not"
+    factors = [min(1.0, clip / size) if size else 1.0 for size in norms]
+    looped = {
+        name: sum(factor * gradient[name] for factor, gradient in zip(factors, alone, strict=True)) for name in alone[0]
+    }
+    allowed = 1e-5 * clip * len(dataset)
+    for max_tokens in (1, 30, 10_000):
+        total = clipped_sum(trained(path, task), dataset, plan(max_grad_norm=clip), max_tokens=max_tokens)
+        assert largest_difference(total, looped) <= allowed, max_tokens
+    assert np.sqrt(sum(np.sum(np.square(value)) for value in looped.values())) > 1e3 * allowed
+
+
+@kinds
+def test_adding_a_record_moves_the_sum_by_at_most_the_clip_norm(
+    trained: Any, examples: Any, plan: Any, clipped_sum: Any, path: str, task: str
+) -> None:
+    clip, moved = 0.1, []
+    for size in (0.2, 30.0):  # the second makes gradients extreme
+        dataset = examples(task, 5)
+        for last in range(5):
+            fewer = TextDataset(
+                tuple(np.delete(np.array(dataset.input_ids, dtype=object), last)),
+                np.delete(dataset.targets, last)
+                if task == "classification"
+                else tuple(target for index, target in enumerate(dataset.targets) if index != last),
+            )
+            # Each example in a micro-batch of its own, so that no rounding of the others hides an excess.
+            sums = [
+                clipped_sum(trained(path, task, size=size), each, plan(max_grad_norm=clip), max_tokens=1)
+                for each in (fewer, dataset)
+            ]
+            moved.append(largest_difference(*sums))
+    assert max(moved) <= clip
+    assert max(moved) > 0.99 * clip, "no record reached the bound, so it was not tested"
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    exponents=st.lists(st.integers(-30, 38), min_size=2, max_size=4),
+    clip=st.sampled_from([1e-6, 0.1, 1.0, 1e4]),
+    seed=st.integers(0, 100),
+)
+def test_no_example_adds_more_than_the_clip_norm(exponents: list[int], clip: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def scaled(exponent: int) -> torch.Tensor:
+        sizes = torch.tensor([10.0**exponent, 1e-3, 1.0])
+        return torch.randn((3, 4, 5), generator=generator) * sizes[:, None, None]
+
+    gradients = {f"tensor {number}": scaled(exponent) for number, exponent in enumerate(exponents)}
+    for example in range(3):
+        one = {name: gradient[example : example + 1] for name, gradient in gradients.items()}
+        sums = {name: torch.zeros(4, 5, dtype=torch.float64) for name in one}
+        add_clipped(sums, one, clip)
+        flat = torch.cat([total.flatten() for total in sums.values()])
+        assert torch.isfinite(flat).all()
+        assert flat.norm() <= clip
+
+
+@pytest.mark.parametrize("size", [60_000, 2_000_000])
+@pytest.mark.parametrize("shape", ["alike", "decaying"])
+def test_large_tensors_are_bounded_too(size: int, shape: str) -> None:
+    # A float32 norm of this many like values comes out too small, by 1.6e-5 and 4e-4.
+    values = torch.full((1, size), 0.1) if shape == "alike" else torch.exp(-torch.arange(size) / size * 8)[None]
+    sums = {"head.weight": torch.zeros(size, dtype=torch.float64)}
+    add_clipped(sums, {"head.weight": values}, 1.0)
+    assert 1 - 1e-5 < sums["head.weight"].norm() <= 1.0
+
+
+def test_the_norm_is_joint_over_all_tensors() -> None:
+    sums = {"lora": torch.zeros(2, dtype=torch.float64), "head.weight": torch.zeros(2, dtype=torch.float64)}
+    add_clipped(sums, {"lora": torch.tensor([[3.0, 0.0]]), "head.weight": torch.tensor([[0.0, 4.0]])}, 1.0)
+    torch.testing.assert_close(sums["lora"], torch.tensor([0.6, 0.0], dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums["head.weight"], torch.tensor([0.0, 0.8], dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_a_short_gradient_is_left_as_it_is() -> None:
+    sums = {"a": torch.zeros(2, dtype=torch.float64)}
+    add_clipped(sums, {"a": torch.tensor([[0.3, 0.4], [0.0, 0.0], [0.0, -0.25]])}, 1.0)
+    torch.testing.assert_close(sums["a"], torch.tensor([0.3, 0.15], dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_a_gradient_that_is_not_finite_counts_as_zero(bad: float) -> None:
+    gradients = {"a": torch.tensor([[0.1, 0.2], [0.3, 0.1]]), "b": torch.tensor([[0.1], [0.2]])}
+    expected = {name: gradient[1].double() for name, gradient in gradients.items()}
+    gradients["a"][0, 1] = bad
+    sums = {"a": torch.zeros(2, dtype=torch.float64), "b": torch.zeros(1, dtype=torch.float64)}
+    add_clipped(sums, gradients, 1.0)
+    for name, total in sums.items():
+        torch.testing.assert_close(total, expected[name])
+
+
+def test_one_bad_gradient_costs_no_other_record_its_place_in_the_step(
+    trained: Any, examples: Any, plan: Any, clipped_sum: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = examples("classification", 4)
+    rest = TextDataset(dataset.input_ids[:1] + dataset.input_ids[2:], np.delete(dataset.targets, 1))
+    without = clipped_sum(trained(), rest, plan(), max_tokens=1)
+    of = PerExampleGradients.of
+
+    def poisoned(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
+        gradients = of(self, batch)
+        for row, token_ids in enumerate(batch.input_ids):
+            length = int(batch.attention_mask[row].sum())
+            if token_ids[:length].tolist() == dataset.input_ids[1].tolist():
+                gradients["head.weight"][row, 0, 0] = torch.nan
+        return gradients
+
+    monkeypatch.setattr(PerExampleGradients, "of", poisoned)
+    for max_tokens in (1, 10_000):
+        total = clipped_sum(trained(), dataset, plan(), max_tokens=max_tokens)
+        assert largest_difference(total, without) <= 1e-5
+
+
+@kinds
+def test_another_record_changes_no_loss_and_no_gradient_of_the_others(
+    trained: Any, examples: Any, path: str, task: str
+) -> None:
+    model, dataset = trained(path, task), examples(task, 6)
+    longest = int(np.argmax(dataset.lengths))
+    others = [index for index in range(6) if index != longest]
+    fewer = collate(dataset, others, pad_id=0)
+    more = collate(dataset, [*others, longest], pad_id=0)  # also makes every row longer
+    assert more.input_ids.shape[1] > fewer.input_ids.shape[1]
+    torch.testing.assert_close(model.losses(more)[:5], model.losses(fewer), rtol=1e-5, atol=1e-6)
+    with attached(model) as gradients:
+        few, many = gradients.of(fewer), gradients.of(more)
+    left, right = (torch.cat([each[name][:5].flatten(1) for name in few], dim=1) for each in (few, many))
+    assert left.shape == right.shape
+    assert ((left - right).norm(dim=1) <= 1e-5 * left.norm(dim=1)).all()
+
+
+def test_the_denominator_is_public(trained: Any, examples: Any, plan: Any, records: Any, stepper: Any) -> None:
+    # With SGD of rate 1, two declared sizes move the model by amounts whose ratio is theirs; the true size is no part.
+    dataset, quarter = examples("classification", 40), plan(sampling_rate=0.25, max_grad_norm=0.1)
+    before = {name: p.detach().clone() for name, p in trained().trainable().items()}
+    moves = []
+    for declared in (10, 30):
+        after = stepper(trained()).step(records(dataset, declared_size=declared), quarter)
+        moves.append({name: (after[name] - before[name]).double() for name in before})
+    for name in before:
+        torch.testing.assert_close(moves[0][name], 3 * moves[1][name], rtol=1e-3, atol=1e-6)
+    twice = TextDataset(dataset.input_ids * 2, np.concatenate([dataset.targets] * 2))
+    total = plan(sampling_rate=1.0, max_grad_norm=0.1)
+    once, again = (stepper(trained()).step(records(each, declared_size=10), total) for each in (dataset, twice))
+    for name in before:  # twice the records, the same denominator: twice the step
+        torch.testing.assert_close(again[name] - before[name], 2 * (once[name] - before[name]), rtol=1e-3, atol=1e-6)
+
+
+def test_the_step_divides_by_rate_times_declared_size(
+    trained: Any, examples: Any, plan: Any, records: Any, stepper: Any, clipped_sum: Any
+) -> None:
+    dataset, everyone = examples("classification", 8), plan(max_grad_norm=0.1)
+    total = clipped_sum(trained(), dataset, everyone)
+    before = {name: p.detach().double().numpy() for name, p in trained().trainable().items()}
+    after = stepper(trained()).step(records(dataset, declared_size=50), everyone)
+    for name, summed in total.items():
+        np.testing.assert_allclose(after[name].numpy() - before[name], -summed / 50, rtol=1e-3, atol=1e-7)
+
+
+def test_tensors_stepped_and_clipped_are_one_set(trained: Any, plan: Any, records: Any, examples: Any) -> None:
+    model = trained()
+    parameters = model.trainable()
+    assert_one_tensor_set(parameters, make_optimizer(parameters, TrainingSpec()))
+    without_head = {name: p for name, p in parameters.items() if name != "head.weight"}
+    more = parameters | {"buffer": torch.nn.Parameter(torch.zeros(1))}
+    for other in (without_head, more):
+        with pytest.raises(AssertionError, match="stepped tensors and clipped tensors differ"):
+            assert_one_tensor_set(parameters, make_optimizer(other, TrainingSpec()))
+
+
+def test_a_step_checks_that_set_before_it_touches_records(trained: Any, plan: Any, stepper: Any) -> None:
+    def cut(_: Any) -> Any:
+        raise AssertionError("records were read")
+
+    one = stepper(trained())
+    one.optimizer.param_groups.pop()
+    with pytest.raises(AssertionError, match="stepped tensors"):
+        one.step(Records(count=3, declared_size=3, cut=cut), plan())
+
+
+def test_tensors_clipped_and_summed_are_one_set() -> None:
+    with pytest.raises(AssertionError, match="clipped tensors and summed tensors differ"):
+        add_clipped({"a": torch.zeros(1, dtype=torch.float64)}, {"b": torch.zeros(1, 1)}, 1.0)
+
+
+def test_sums_are_float64_in_the_shapes_of_the_parameters(trained: Any) -> None:
+    parameters = trained().trainable()
+    for name, total in zeros(parameters).items():
+        assert (total.shape, total.dtype) == (parameters[name].shape, torch.float64)
+        assert not total.any()

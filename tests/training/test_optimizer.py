@@ -1,0 +1,71 @@
+"""The schedule's golden values, and the optimizer's groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+from fedtune.training.spec import TrainingSpec
+
+GOLDEN = [
+    ("constant", 0, [1, 1, 1, 1, 1]),
+    ("constant", 2, [0.5, 1, 1, 1, 1]),
+    ("linear", 0, [1, 0.8, 0.6, 0.4, 0.2]),
+    ("linear", 2, [0.5, 1, 1, 2 / 3, 1 / 3]),
+    ("cosine", 0, [1, 0.904508, 0.654508, 0.345492, 0.095492]),
+    ("cosine", 1, [1, 1, 0.853553, 0.5, 0.146447]),
+]
+
+
+@pytest.mark.parametrize(("schedule", "warmup", "golden"), GOLDEN)
+def test_the_schedule_is_golden(schedule: Any, warmup: int, golden: list[float]) -> None:
+    spec = TrainingSpec(schedule=schedule, warmup_steps=warmup)
+    factors = [learning_rate_factor(spec, step=step, total_steps=5) for step in range(5)]
+    assert factors == pytest.approx(golden, abs=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 1), ("linear", 0), ("cosine", 0)])
+def test_steps_past_the_planned_end_stay_at_the_last_value(schedule: Any, last: float) -> None:
+    spec = TrainingSpec(schedule=schedule, warmup_steps=1)
+    assert [learning_rate_factor(spec, step=step, total_steps=5) for step in (5, 9)] == pytest.approx([last, last])
+
+
+def test_a_warmup_as_long_as_the_run() -> None:
+    spec = TrainingSpec(schedule="linear", warmup_steps=4)
+    factors = [learning_rate_factor(spec, step=step, total_steps=4) for step in range(4)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1])
+
+
+@pytest.fixture
+def parameters() -> dict[str, torch.nn.Parameter]:
+    return {name: torch.nn.Parameter(torch.zeros(2)) for name in ("base.lora_A.weight", "head.weight")}
+
+
+def test_lora_and_head_have_rates_of_their_own(parameters: Any) -> None:
+    optimizer = make_optimizer(parameters, TrainingSpec(learning_rate=0.1, head_learning_rate=0.5))
+    set_learning_rate(optimizer, 0.5)
+    set_learning_rate(optimizer, 0.2)  # of the peak, not of what the last step had
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert [rates[id(p)] for p in parameters.values()] == pytest.approx([0.02, 0.1])
+
+
+def test_the_head_takes_the_common_rate_unless_told(parameters: Any) -> None:
+    optimizer = make_optimizer(parameters, TrainingSpec(learning_rate=0.1))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+
+
+def test_a_model_without_head_has_one_group(parameters: Any) -> None:
+    del parameters["head.weight"]
+    assert len(make_optimizer(parameters, TrainingSpec()).param_groups) == 1
+
+
+def test_settings_reach_the_optimizer(parameters: Any) -> None:
+    adamw = make_optimizer(parameters, TrainingSpec(weight_decay=0.3, betas=(0.5, 0.6)))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert {(group["weight_decay"], group["betas"]) for group in adamw.param_groups} == {(0.3, (0.5, 0.6))}
+    sgd = make_optimizer(parameters, TrainingSpec(optimizer="sgd", weight_decay=0.3, momentum=0.7))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert {(group["weight_decay"], group["momentum"]) for group in sgd.param_groups} == {(0.3, 0.7)}
