@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,14 @@ import pytest
 
 from fedtune.cli.main import main
 
+# Flower's command line imports typer, which imports names that click 8.4 announces to remove.
+_CLICK = r"'click\."
+warnings.filterwarnings("ignore", _CLICK, DeprecationWarning)  # while the other conftest files are imported
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let through what libraries say about each other; everything else stays an error."""
-    # Flower's command line imports typer, which imports names that click 8.4 announces to remove.
-    config.addinivalue_line("filterwarnings", r"ignore:'click\.:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", f"ignore:{_CLICK}:DeprecationWarning")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def tiny() -> Callable[..., list[str]]:
             "experiment=debug",
             f"tracking.output_dir='{into}'",
             f"name={name}",
+            "runtime.device=cpu",
             "runtime.num_threads=1",
             "privacy.noise_multiplier=4.0",
             "data.train_fraction=0.02",

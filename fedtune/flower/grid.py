@@ -15,6 +15,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedtune.federation.lead import LeadState
+from fedtune.flower.server import make_server_app
+
 _RUN_ID = 1
 _SERVER_NODE_ID = 0
 
@@ -77,3 +80,11 @@ def _context(node_id: int, num_nodes: int) -> Context:
         state=RecordDict(),
         run_config={},
     )
+
+
+def in_process(run: Callable[[Grid], LeadState], grid: InProcessGrid) -> LeadState:
+    """Run the ServerApp over `grid`, here and now, and return what `run` returns."""
+    outcome: list[LeadState] = []
+    server_app = make_server_app(lambda given: outcome.append(run(given)))
+    server_app(grid, _context(_SERVER_NODE_ID, num_nodes=0))
+    return outcome[0]

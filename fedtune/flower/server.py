@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedtune.federation.aggregation import RoundReplies, sort_replies
@@ -43,6 +43,17 @@ class Lead:
     evaluate: Callable[[Adapter], Mapping[str, float]]
     finished: Callable[[LeadState], None]
     elapsed: Callable[[], float]
+
+
+def make_server_app(run: Callable[[Grid], None]) -> ServerApp:
+    """The ServerApp of every runtime: calls `run` with whatever grid its engine provides."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        run(grid)
+
+    return app
 
 
 def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:

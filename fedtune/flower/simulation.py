@@ -20,7 +20,7 @@ from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState
 from fedtune.federation.results import FinalResult, run_json
 from fedtune.flower.client import make_client_app
-from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.grid import InProcessGrid, in_process
 from fedtune.flower.participants import Participants, participants
 from fedtune.flower.server import Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
@@ -120,7 +120,7 @@ def _engine(config: RunConfig, client_app: ClientApp, listener: Listener) -> Eng
 
         return lambda run: on_ray(run, client_app, config)
     grid = InProcessGrid(client_app, len(config.federation.active), replied=listener.site_replied)
-    return lambda run: run(grid)
+    return lambda run: in_process(run, grid)
 
 
 def _finish(

@@ -47,10 +47,11 @@ class RandomStream:
         output from which the value without noise can be told (Mironov 2012); a sum of several makes the number of
         ways to reach each output too large to enumerate (Holohan and Braghin 2021, arXiv 2107.10138, section 3).
         """
-        pairs = _DRAWS_PER_NORMAL // 2
-        radius = np.sqrt(-2.0 * np.log(self._open_unit(count * pairs)))
-        angle = 2.0 * np.pi * self._open_unit(count * pairs)
-        total = (radius * (np.cos(angle) + np.sin(angle))).reshape(count, pairs).sum(axis=1)
+        pairs = (_DRAWS_PER_NORMAL // 2, count)
+        radius = np.sqrt(-2.0 * np.log(self._open_unit(pairs[0] * count))).reshape(pairs)
+        angle = 2.0 * np.pi * self._open_unit(pairs[0] * count).reshape(pairs)
+        # The sine of a pair goes to the next value: r cos + r sin of one pair would be a single draw in disguise.
+        total = (radius * np.cos(angle)).sum(axis=0) + np.roll((radius * np.sin(angle)).sum(axis=0), 1)
         return total / np.sqrt(_DRAWS_PER_NORMAL)  # type: ignore[no-any-return]
 
     def _open_unit(self, count: int) -> npt.NDArray[np.float64]:

@@ -94,7 +94,10 @@ def report_html(report: Mapping[str, Any]) -> str:
         _row("td", [site, *("no bound" if fields[key] is None else f"{fields[key]:,.6g}" for key in keys)])
         for site, fields in report["sites"].items()
     )
-    scores = "".join(_row("td", [name, f"{value:.4f}"]) for name, value in report["utility"]["final"].items())
+    scores = "".join(
+        _row("td", [name, "not finite" if value is None else f"{value:.4f}"])
+        for name, value in report["utility"]["final"].items()
+    )
     not_covered = "".join(f"<li>{html.escape(text)}</li>" for text in report["not_protected"])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -57,12 +57,17 @@ def dp_sgd_step(
     Guarantee: what the step changes depends on the records only through one Gaussian mechanism with standard deviation
     `noise_multiplier * max_grad_norm` on a Poisson sample's sum of vectors whose joint L2 norm over all trainable
     tensors is at most `max_grad_norm`.  The denominator is public.  An empty sample adds noise like any other.
+    One more record also moves the others' terms by rounding, since it changes how the batch is cut: by less than
+    1e-5 of the clip norm a record in float32 (docs/threat_model.md has the measured figures).
     """
     assert_one_tensor_set(parameters, optimizer)
     sampled = poisson_sample(records.count, plan.sampling_rate, sampling)
     sums = zeros(parameters)
+    seen = 0
     for batch in records.cut(sampled):
         add_clipped(sums, gradients.of(batch), plan.max_grad_norm)
+        seen += len(batch.input_ids)
+    assert seen == len(sampled), "each sampled record counts exactly once"
     noisy = add_gaussian_noise(
         {name: total.cpu().numpy() for name, total in sums.items()},
         noise_multiplier=plan.noise_multiplier,
@@ -85,7 +90,7 @@ def add_clipped(sums: Sums, gradients: Mapping[str, torch.Tensor], max_grad_norm
         gradients: name -> (n, *shape), the same names as `sums`.
         max_grad_norm: the clip norm C, over all tensors of an example together.
 
-    Guarantee: what one example adds has a joint L2 norm of at most `max_grad_norm`.  Norms are taken in float64:
+    Guarantee: what one example adds has a joint L2 norm of at most `max_grad_norm`.  Norms and sums are in float64:
     a float32 norm of 60,000 like values was measured 1.6e-5 too small, which lets a contribution exceed the bound.
     An example whose gradient is not finite, or has a norm above 1e30, counts as zero.
     """
@@ -95,11 +100,11 @@ def add_clipped(sums: Sums, gradients: Mapping[str, torch.Tensor], max_grad_norm
     norms = torch.stack(each, dim=1).norm(dim=1)  # (n,)
     usable = norms <= _LARGEST_NORM  # false for infinity and for NaN
     bound = max_grad_norm * (1 - _ROUNDING_ROOM)
-    weights = torch.where(usable, bound / norms.clamp(min=bound), torch.zeros_like(norms)).float()
+    weights = torch.where(usable, bound / norms.clamp(min=bound), torch.zeros_like(norms))
     all_usable = bool(usable.all())
     for name, gradient in flat.items():
         kept = gradient if all_usable else torch.where(usable[:, None], gradient, torch.zeros_like(gradient))
-        sums[name] += (weights @ kept).reshape(sums[name].shape)
+        sums[name] += (weights @ kept.double()).reshape(sums[name].shape)
 
 
 def descend(

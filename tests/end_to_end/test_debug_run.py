@@ -32,8 +32,8 @@ REPOSITORY = Path(__file__).parents[2]
 def run(command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run with noise that was calibrated for it, and what it printed."""
     runs = tmp_path_factory.mktemp("runs")
-    arguments = ("experiment=debug", f"tracking.output_dir={runs}", "name=whole", "runtime.num_threads=1")
-    outcome = command("simulate", *arguments, "data.test_rows=40", "federation.num_rounds=3")
+    arguments = ("experiment=debug", f"tracking.output_dir={runs}", "name=whole", "runtime.device=cpu")
+    outcome = command("simulate", *arguments, "runtime.num_threads=1", "data.test_rows=40", "federation.num_rounds=3")
     assert outcome.code == 0, outcome.err
     assert outcome.err == ""
     return runs / "whole", outcome.out

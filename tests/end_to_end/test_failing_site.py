@@ -22,10 +22,10 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     train_round = participants.train_round
 
     def patch(*fails: tuple[str, int]) -> None:
-        def train(model: Any, adapter: Adapter, dataset: Any, work: Any, **rest: Any) -> Adapter:
+        def train(model: Any, adapter: Adapter, examples: Any, work: Any, **rest: Any) -> Adapter:
             if (work.site, work.round) in fails:
                 raise ValueError(f"cannot tokenise {CANARY}")
-            return train_round(model, adapter, dataset, work, **rest)
+            return train_round(model, adapter, examples, work, **rest)
 
         monkeypatch.setattr(participants, "train_round", train)
 

@@ -21,8 +21,8 @@ import sys, time
 import fedtune.flower.participants as participants
 from fedtune.cli.main import main
 train_round = participants.train_round
-def train(model, adapter, dataset, work, **rest):
-    trained = train_round(model, adapter, dataset, work, **rest)
+def train(model, adapter, examples, work, **rest):
+    trained = train_round(model, adapter, examples, work, **rest)
     if [work.site, str(work.round)] == sys.argv[1:3]:
         time.sleep(300)
     return trained

@@ -82,21 +82,21 @@ def test_a_site_keeps_its_records_whoever_else_takes_part(
 ) -> None:
     import fedtune.flower.participants as participants
 
-    seen: dict[str, list[int]] = {}
+    seen: dict[str, list[tuple[int, int]]] = {}
     train_round = participants.train_round
 
-    def spy(model: Any, adapter: Any, dataset: Any, work: Any, **rest: Any) -> Any:
-        seen.setdefault(work.site, []).append(sum(map(int, dataset.lengths)) * 10_000 + len(dataset))
-        return train_round(model, adapter, dataset, work, **rest)
+    def spy(model: Any, adapter: Any, examples: Any, work: Any, **rest: Any) -> Any:
+        seen.setdefault(work.site, []).append((len(examples), examples.num_tokens))
+        return train_round(model, adapter, examples, work, **rest)
 
     monkeypatch.setattr(participants, "train_round", spy)
     simulate("privacy=none", "federation.num_rounds=1", "federation.num_sites=3", into=tmp_path, name="all")
-    everyone = {site: number for site, (number,) in seen.items()}
+    everyone = dict(seen)
     seen.clear()
     only = ("privacy=none", "federation.num_rounds=1", "federation.num_sites=3", "federation.participants=[site-3]")
     simulate(*only, into=tmp_path, name="one")
     assert set(everyone) == {"site-1", "site-2", "site-3"}
-    assert seen == {"site-3": [everyone["site-3"]]}
+    assert seen == {"site-3": everyone["site-3"]}
 
 
 def test_a_sweep_makes_a_folder_for_each_value(command: Any, tiny: Any, tmp_path: Path, result_of: Any) -> None:

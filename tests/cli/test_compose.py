@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fedtune.cli.compose import compose_run, compose_sweep, config_folder, saved_config, write_config
+from fedtune.spec import ConfigError
+
+EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+
+
+OWN = ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"]
+"""What `experiment=own_data` leaves open."""
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("privacy", ["dp_sgd", "none"])
+def test_config_yaml_round_trip(experiment: str, privacy: str, tmp_path: Path) -> None:
+    given = OWN if experiment == "own_data" else []
+    config = compose_run([f"experiment={experiment}", f"privacy={privacy}", "name=x", "privacy.delta=2.5e-6", *given])
+    write_config(config, tmp_path / "x")
+    assert saved_config(tmp_path / "x") == config
+    assert saved_config(tmp_path / "x").digest() == config.digest()
+
+
+def test_values_keep_their_type_through_yaml(tmp_path: Path) -> None:
+    overrides = [
+        "experiment=debug",
+        "name='1e5'",
+        "privacy.delta=1e-7",
+        "data.labels=['yes','no','1','null']",
+        "data.prompt_template='{prompt}: a # b'",
+        "lora.layers=[-1,0]",
+        "federation.site_names=['01','0x2']",
+    ]
+    config = compose_run(overrides)
+    assert config.data.labels == ("yes", "no", "1", "null")
+    assert config.privacy.delta == 1e-7
+    write_config(config, tmp_path)
+    assert saved_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("missing", OWN)
+def test_what_an_experiment_leaves_open_is_asked_for(missing: str) -> None:
+    key = missing.partition("=")[0]
+    with pytest.raises(ConfigError) as error:
+        compose_run(["experiment=own_data", *(override for override in OWN if override != missing)])
+    assert error.value.key == key
+    assert "is required" in error.value.bound
+
+
+def test_the_default_is_the_banks() -> None:
+    config = compose_run(["name=x"])
+    assert config == compose_run(["experiment=banks_intents", "name=x"])
+    assert (config.data.dataset, config.privacy.epsilon, config.privacy.delta) == ("banking77", 8.0, 1e-5)
+    assert config.federation.num_sites == 4
+
+
+def test_a_run_without_a_name_gets_a_time_stamp() -> None:
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", compose_run(["experiment=debug"]).name)
+
+
+def test_blank_overrides_are_nothing() -> None:
+    # `make simulate OVERRIDES=` hands over an empty word.
+    assert compose_run(["", "experiment=debug", "name=x", " "]) == compose_run(["experiment=debug", "name=x"])
+
+
+def test_a_sweep_is_every_combination_with_a_name_that_says_which() -> None:
+    runs = compose_sweep(["experiment=debug", "name=s", "privacy.epsilon=1,3", "training=adamw,sgd"])
+    assert [(run.privacy.epsilon, run.training.optimizer) for run in runs] == [
+        (1.0, "adamw"),
+        (1.0, "sgd"),
+        (3.0, "adamw"),
+        (3.0, "sgd"),
+    ]
+    assert [run.name for run in runs] == [
+        f"s-privacy.epsilon={epsilon},training={training}" for epsilon in (1, 3) for training in ("adamw", "sgd")
+    ]
+
+
+def test_runs_of_a_sweep_never_share_a_folder() -> None:
+    sweeps = [
+        ["privacy.epsilon=1,3"],
+        ["name=same", "privacy.epsilon=1,3"],
+        ["name=a,b", "privacy.epsilon=1,3"],
+        ["lora.target_modules=[query],[key]"],
+        ["data.prompt_template='a b','c/d'"],
+        ["seed=range(0,3)"],
+    ]
+    for sweep in sweeps[:2] + sweeps[3:]:
+        names = [run.name for run in compose_sweep(["experiment=debug", *sweep])]
+        assert len(set(names)) == len(names) > 1
+    names = [run.name for run in compose_sweep(["experiment=debug", *sweeps[2]])]
+    assert names == ["a", "a", "b", "b"], "a swept name is taken as it is; the second run finds its folder taken"
+
+
+def test_a_sweep_over_one_value_is_one_run() -> None:
+    (run,) = compose_sweep(["experiment=debug", "privacy.epsilon=3"])
+    assert run.name.endswith("-run")
+
+
+def test_resuming_alone_takes_the_folders_own_configuration(tmp_path: Path) -> None:
+    config = compose_run(["experiment=debug", "name=first", "privacy.epsilon=2.5", "federation.num_rounds=7"])
+    folder = tmp_path / "renamed"
+    write_config(config, folder)
+    resumed = compose_run([f"resume={folder}"])
+    assert (resumed.resume, resumed.name) == (str(folder), "first")
+    assert resumed.digest() == config.digest()
+    assert resumed.run_id() == config.run_id(), "ledgers know the run by this"
+    with_more = compose_run([f"resume={folder}", "experiment=debug", "privacy.epsilon=2.5", "federation.num_rounds=7"])
+    assert with_more == resumed
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("privacy.epsilno=1", "privacy.epsilon"),
+        ("training.learning_rates=1", "training.learning_rate"),
+        ("federation.rounds=1", None),
+        ("federation.num_round=1", "federation.num_rounds"),
+        ("model.pth=x", "model.path"),
+    ],
+)
+def test_a_misspelt_key_gets_a_hint(override: str, hint: str | None) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose_run([override])
+    assert error.value.key == override.partition("=")[0]
+    assert ("did you mean" in error.value.bound) == (hint is not None) or hint is None
+    if hint:
+        assert error.value.bound.endswith(f"did you mean {hint}?")

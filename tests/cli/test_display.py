@@ -1,0 +1,152 @@
+"""What a person sees while a run goes on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedtune.cli.compose import compose_run
+from fedtune.cli.display import Display, show_result, show_sweep
+from fedtune.config import RunConfig
+from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.model import Adapter
+from fedtune.privacy.release import Receipt
+
+
+@pytest.fixture
+def config(tiny: Any, tmp_path: Path) -> RunConfig:
+    return compose_run(tiny("federation.num_rounds=10", into=tmp_path))
+
+
+@pytest.fixture
+def state() -> Callable[..., LeadState]:
+    def make(round: int, **changes: Any) -> LeadState:
+        fields: dict[str, Any] = {
+            "round": round,
+            "seconds": 2.0,
+            "sites": ("site-1", "site-2"),
+            "failed_sites": {},
+            "bytes_down": 1,
+            "bytes_up": 1,
+            "metrics": {"loss": 1.23456, "macro_f1": 0.5},
+        }
+        result = RoundResult(**(fields | changes))
+        receipts = {
+            site: Receipt(site=site, run="r", charged_rounds=round, charged_steps=2 * round, sequence=1)
+            for site in ("site-1", "site-2")
+        }
+        return LeadState(round=round, adapter=Adapter({}), receipts=receipts, rounds=[result], seconds=30.0 * round)
+
+    return make
+
+
+class Nobody:
+    """Stands in for the participants: what is shown of them is their adapter's size and device."""
+
+    initial_adapter = Adapter({})
+    device = "cpu"
+
+
+def shown(config: RunConfig, *states: LeadState, terminal: bool = False, progress: bool = True) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=200, force_terminal=terminal)
+    with Display(console, config, shown=progress) as display:
+        display.prepared(Nobody(), config.plan(), LeadState(round=0, adapter=Adapter({})))  # type: ignore[arg-type]
+        for state in states:
+            display.site_replied(1)
+            display.site_replied(2)
+            display.round_finished(state)
+    return out.getvalue()
+
+
+def test_a_round_is_one_line(config: RunConfig, state: Callable[..., LeadState]) -> None:
+    line = shown(config, state(3)).splitlines()[-1]
+    assert line.startswith("round  3/10 | 2/2 sites | loss 1.235, macro-f1 0.500 | epsilon 0.5")
+    assert line.endswith("| 2.0 s | about 3 min 30 s left")
+
+
+def test_the_last_round_has_no_time_left(config: RunConfig, state: Callable[..., LeadState]) -> None:
+    assert "left" not in shown(config, state(10)).splitlines()[-1]
+
+
+def test_failed_sites_and_scores_that_diverged(config: RunConfig, state: Callable[..., LeadState]) -> None:
+    line = shown(
+        config, state(1, sites=("site-1",), failed_sites={"site-2": "plan_exhausted"}, metrics={"loss": float("nan")})
+    ).splitlines()[-1]
+    assert "1/2 sites" in line
+    assert line.endswith("site-2: plan_exhausted")
+    assert "loss nan" in line
+
+
+def test_settings_come_first(config: RunConfig) -> None:
+    out = shown(config)
+    assert "banking77, declared sizes: site-1 90, site-2 90" in out
+    assert "10 rounds x 2 steps, sampling rate 0.2" in out
+    assert "epsilon at most 8 at delta 1e-05 for each record: clip 1, noise multiplier 4" in out
+
+
+def test_no_privacy_is_said(tiny: Any, tmp_path: Path) -> None:
+    assert "none (privacy=none)" in shown(compose_run(tiny("privacy=none", into=tmp_path)))
+
+
+def test_quiet_is_quiet(config: RunConfig, state: Callable[..., LeadState]) -> None:
+    assert shown(config, state(1), progress=False) == ""
+
+
+def test_the_bar_counts_sites_and_rounds(config: RunConfig, state: Callable[..., LeadState]) -> None:
+    out = shown(config, state(1), terminal=True)
+    assert "round 1/10, site 2/2" in out or "round 2/10, site 1/2" in out
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    site = {"epsilon": 1.00001, "epsilon_rdp": 1.2, "steps": 4, "upper_bound": False}
+    privacy = {"unit": "record", "delta": 1e-5, "epsilon": 1.00001, "seeded_noise": False}
+    return {
+        "final": {
+            "metrics": {"accuracy": 0.5},
+            "metrics_before": {"accuracy": 0.1},
+            "seconds": 61.0,
+            "peak_memory_bytes": 2**30,
+        },
+        "privacy": privacy | {"sites": {"site-1": site, "site-2": site | {"upper_bound": True}}} | changes,
+    }
+
+
+def table(config: RunConfig, result: dict[str, Any]) -> str:
+    out = io.StringIO()
+    show_result(Console(file=out, width=100), config, result, Path("runs/a"))
+    return out.getvalue()
+
+
+def test_a_shown_epsilon_is_never_below_the_true_one(config: RunConfig) -> None:
+    out = table(config, result())
+    assert "epsilon 1.001 at delta 1e-05 for each record" in out
+    assert "1.000" not in out
+    assert "4 at most" in out, "a silent site's steps are a bound"
+    assert "test: accuracy 0.500 (before: accuracy 0.100)" in out
+    assert "1 min 1 s, peak memory 1.0 GiB" in out
+    assert "run folder: runs/a\n" in out
+
+
+def test_no_guarantee_is_said(config: RunConfig) -> None:
+    assert "No privacy guarantee" in table(config, result(epsilon=None))
+    assert "A study without a guarantee" in table(config, result(seeded_noise=True))
+
+
+def test_a_sweep_is_a_table(config: RunConfig) -> None:
+    out = io.StringIO()
+    show_sweep(Console(file=out, width=100), {Path("runs/a"): result(), Path("runs/b"): result(epsilon=None)})
+    lines = out.getvalue().splitlines()
+    assert any("a" in line and "1.001" in line and "accuracy 0.500" in line for line in lines)
+    assert any("b" in line and "unbounded" in line for line in lines)
+
+
+def test_time_left_uses_the_run_so_far(config: RunConfig, state: Callable[..., LeadState]) -> None:
+    slow = replace(state(5), seconds=500.0)
+    assert "about 8 min 20 s left" in shown(config, slow)

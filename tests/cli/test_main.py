@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune import __version__
+from fedtune.cli.main import main
+from fedtune.spec import RefusedError, RunError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    for command in ("simulate", "evaluate"):
+        assert command in out
+    for command, word in (("simulate", "resume="), ("evaluate", "--data")):
+        with pytest.raises(SystemExit) as exit:
+            main([command, "--help"])
+        assert exit.value.code == 0
+        assert word in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fedtune {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"], ["simulate", "--nope"], ["simulate", "a=1", "--nope"]])
+def test_a_wrong_command_line_is_exit_code_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-m", "a=1", "b=2"], ["a=1", "-m", "b=2"], ["a=1", "b=2", "-m"], ["a=1", "--multirun", "b=2"]]
+)
+def test_overrides_may_stand_on_both_sides_of_the_sweep_flag(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("fedtune.cli.simulate.simulate", lambda overrides, multirun: seen.append((overrides, multirun)))
+    assert main(["simulate", *arguments]) == 0
+    assert seen == [(["a=1", "b=2"], True)]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(RunError("too few"), 1), (RefusedError("no budget"), 3), (KeyboardInterrupt(), 1)]
+)
+def test_each_kind_of_error_has_its_exit_code(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*args: object, **rest: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedtune.cli.simulate.simulate", fails)
+    assert main(["simulate"]) == code
+    assert capsys.readouterr().err == ("" if isinstance(error, KeyboardInterrupt) else f"fedtune: {error}\n")
+
+
+def test_a_mistake_is_told_before_torch_and_flower_are_imported() -> None:
+    code = (
+        "import sys; from fedtune.cli.main import main; code = main(['simulate', 'privacy.epsilon=0']);"
+        "print(code, 'flwr' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "2 False\n"
+    assert done.stderr == "fedtune: privacy.epsilon = 0.0: must be a finite number greater than 0\n"
+
+
+def test_flowers_telemetry_is_off_unless_someone_turned_it_on() -> None:
+    code = "import os; import fedtune.cli.main; print(os.environ['FLWR_TELEMETRY_ENABLED'])"
+    plain = {key: value for key, value in os.environ.items() if key != "FLWR_TELEMETRY_ENABLED"}
+    for given, expected in (({}, "0\n"), ({"FLWR_TELEMETRY_ENABLED": "1"}, "1\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**plain, **given, "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert done.stdout == expected

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+from fedtune.federation.protocol import Reply, RoundRequest
+from fedtune.flower import records
+from fedtune.model import Adapter
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.release import Reason, Receipt, Refusal, Update
+from fedtune.spec import ConfigError
+
+RECEIPT = Receipt(site="a", run="r", charged_rounds=1, charged_steps=2, sequence=3)
+
+
+@pytest.fixture
+def request_(adapter: Adapter, plan: Plan) -> RoundRequest:
+    return RoundRequest(run="r", round=1, site="a", adapter_digest=adapter.digest(), plan=plan)
+
+
+def test_a_request_arrives_as_it_was_sent(request_: RoundRequest, adapter: Adapter) -> None:
+    request, received = records.to_request(records.from_request(request_, records.to_arrays(adapter.tensors)))
+    assert request == request_
+    assert received.digest() == adapter.digest()
+
+
+@pytest.mark.parametrize("receipt", [RECEIPT, None])
+def test_an_update_arrives_as_it_was_sent(adapter: Adapter, receipt: Receipt | None) -> None:
+    sent = Update(site="a", run="r", round=1, tensors=dict(reversed(adapter.tensors.items())))
+    reply = records.to_reply(records.from_reply(Reply(body=sent, receipt=receipt)))
+    assert reply.receipt == receipt
+    assert isinstance(reply.body, Update)
+    assert reply.body.to_bytes() == sent.to_bytes()
+    assert list(reply.body.tensors) == list(sent.tensors), "the order is part of what is checked"
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_a_refusal_arrives_as_it_was_sent(reason: Reason) -> None:
+    sent = Reply(body=Refusal(site="a", run="r", round=1, reason=reason, asked="2", allowed=None), receipt=RECEIPT)
+    assert records.to_reply(records.from_reply(sent)) == sent
+
+
+def test_a_reply_holds_nothing_but_the_release(adapter: Adapter) -> None:
+    update = Update(site="a", run="r", round=1, tensors=adapter.tensors)
+    content = records.from_reply(Reply(body=update, receipt=RECEIPT))
+    assert set(content) == {records.ARRAYS, records.REPLY}
+    assert not content.metric_records, "Flower's num-examples would tell a site's exact size"
+    refusal = Refusal(site="a", run="r", round=1, reason=Reason.SITE_ERROR)
+    assert set(records.from_reply(Reply(body=refusal, receipt=None))) == {records.REPLY}
+
+
+_NO_REQUEST: dict[str, Callable[[RecordDict], RecordDict]] = {
+    "empty": lambda content: RecordDict(),
+    "without arrays": lambda content: RecordDict({records.REQUEST: content[records.REQUEST]}),
+    "without a request": lambda content: RecordDict({records.ARRAYS: content[records.ARRAYS]}),
+    "of another text": lambda content: RecordDict(
+        {records.ARRAYS: content[records.ARRAYS], records.REQUEST: ConfigRecord({"json": "{}"})}
+    ),
+    "of another key": lambda content: RecordDict(
+        {records.ARRAYS: content[records.ARRAYS], records.REQUEST: ConfigRecord({"pickle": "x"})}
+    ),
+    "of integers": lambda content: RecordDict(
+        {records.ARRAYS: ArrayRecord([np.ones(3, np.int64)]), records.REQUEST: content[records.REQUEST]}
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", list(_NO_REQUEST))
+def test_anything_else_is_no_request(request_: RoundRequest, adapter: Adapter, fault: str) -> None:
+    content = records.from_request(request_, records.to_arrays(adapter.tensors))
+    with pytest.raises(ValueError, match=r"must (hold|be) a (round request|float32)"):
+        records.to_request(_NO_REQUEST[fault](content))
+
+
+def test_unreadable_replies_are_one_kind_of_error() -> None:
+    for content in (RecordDict(), RecordDict({records.REPLY: ConfigRecord({"json": '{"kind": "update"}'})})):
+        with pytest.raises(ConfigError, match="must be a site's answer"):
+            records.to_reply(content)
+
+
+def test_bytes_are_counted_with_names_and_texts(request_: RoundRequest, adapter: Adapter) -> None:
+    content = records.from_request(request_, records.to_arrays(adapter.tensors))
+    payload = sum(value.nbytes for value in adapter.tensors.values())
+    assert payload + len(request_.to_json()) <= records.num_bytes(content) <= payload + len(request_.to_json()) + 400
+
+
+def test_the_weight_is_the_declared_size(adapter: Adapter) -> None:
+    content = records.weighted(adapter, 90)
+    assert dict(content.metric_records[records.WEIGHT]) == {"num-examples": 90}

@@ -1,0 +1,198 @@
+"""The lead against sites that fail, fall silent, or send what they like."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+
+from fedtune.federation.lead import site_charge
+from fedtune.flower import records
+from fedtune.flower.server import run_rounds
+from fedtune.spec import RunError
+
+
+def reply_of(messages: list[Message], node: int) -> Message:
+    (message,) = (message for message in messages if message.metadata.src_node_id == node)
+    return message
+
+
+def test_a_round_is_recorded(federation: Callable[..., Any]) -> None:
+    made = federation(num_rounds=2)
+    state = run_rounds(made.grid, made.lead, made.start)
+    assert [result.round for result in state.rounds] == [1, 2]
+    assert made.finished[-1] is state
+    for result in state.rounds:
+        assert result.sites == ("site-1", "site-2", "site-3")
+        assert result.failed_sites == {}
+        assert min(result.bytes_down, result.bytes_up) > 3 * 4 * 10
+        assert set(result.metrics) == {"sum"}
+    assert made.trained == ["site-1", "site-2", "site-3"] * 2
+    assert site_charge(state, "site-2", made.plan).steps == 4
+
+
+@pytest.mark.parametrize("how", ["no message", "an error message"])
+def test_a_silent_site_counts_as_charged_and_the_others_go_on(
+    federation: Callable[..., Any], tamper: Callable[..., None], how: str
+) -> None:
+    def silence(messages: list[Message]) -> list[Message]:
+        silent = reply_of(messages, 2)
+        others = [message for message in messages if message is not silent]
+        if how == "no message":
+            return others
+        failed = Message.__new__(Message)
+        failed.__dict__.update(silent.__dict__)
+        failed.__dict__["_content"], failed.__dict__["_error"] = None, Error(code=1, reason="secret text")
+        return [*others, failed]
+
+    tamper(silence)
+    made = federation(num_rounds=2)
+    state = run_rounds(made.grid, made.lead, made.start)
+    assert [result.sites for result in state.rounds] == [("site-1", "site-3")] * 2
+    assert [dict(result.failed_sites) for result in state.rounds] == [{"site-2": "no_reply"}] * 2
+    silent, heard = (site_charge(state, site, made.plan) for site in ("site-2", "site-1"))
+    assert (silent.steps, silent.upper_bound) == (4, True)
+    assert (heard.steps, heard.upper_bound) == (4, False)
+
+
+def test_a_failed_site_has_no_weight(federation: Callable[..., Any], tamper: Callable[..., None]) -> None:
+    tamper(lambda messages: [message for message in messages if message.metadata.src_node_id != 2])
+    made = federation(sizes=(10, 1000, 30))
+    state = run_rounds(made.grid, made.lead, made.start)
+    step = state.adapter.tensors["head"] - made.adapter.tensors["head"]
+    np.testing.assert_allclose(step, (10 * 1.0 + 30 * 0.125) / 40, atol=1e-6)
+
+
+def test_too_few_sites_end_the_run_and_the_checkpoint_stays(
+    federation: Callable[..., Any], tamper: Callable[..., None]
+) -> None:
+    made = federation(num_rounds=2, min_sites=3)
+    after_one = run_rounds(made.grid, replace(made.lead, federation=replace(made.spec, num_rounds=1)), made.start)
+    tamper(lambda messages: messages[1:])
+    with pytest.raises(RunError, match=r"round 2: 2 of 3 sites .*min_sites = 3 .*site-1: no_reply.* round 1 can"):
+        run_rounds(made.grid, made.lead, after_one)
+    loaded = made.lead.checkpoints.load()
+    assert loaded.round == 1
+    assert loaded.adapter.digest() == after_one.adapter.digest()
+    assert loaded.unanswered == {"site-1": 1, "site-2": 1, "site-3": 1}
+
+
+def arrays_of(message: Message) -> dict[str, Array]:
+    return dict(message.content.array_records[records.ARRAYS].items())
+
+
+def change_head(value: np.ndarray) -> Callable[[Message], None]:
+    def change(message: Message) -> None:
+        message.content[records.ARRAYS] = ArrayRecord(arrays_of(message) | {"head": Array(value)})
+
+    return change
+
+
+def change_arrays(change: Callable[[dict[str, Array]], dict[str, Array]]) -> Callable[[Message], None]:
+    def apply(message: Message) -> None:
+        message.content[records.ARRAYS] = ArrayRecord(change(arrays_of(message)))
+
+    return apply
+
+
+def change_fields(**changes: Any) -> Callable[[Message], None]:
+    def change(message: Message) -> None:
+        fields = json.loads(str(message.content.config_records[records.REPLY]["json"]))
+        message.content[records.REPLY] = ConfigRecord({"json": json.dumps(fields | changes)})
+
+    return change
+
+
+def replace_content(content: RecordDict) -> Callable[[Message], None]:
+    def change(message: Message) -> None:
+        message.content = content
+
+    return change
+
+
+_NAN = np.array([0, 0, 0, np.nan], np.float32)
+_INVALID: dict[str, Callable[[Message], None]] = {
+    "nan": change_head(_NAN),
+    "wrong shape": change_head(np.ones((2, 2), np.float32)),
+    "wrong type": change_head(np.ones(4, np.float64)),
+    "extra tensor": change_arrays(lambda arrays: arrays | {"zz": Array(np.ones(1, np.float32))}),
+    "missing tensor": change_arrays(lambda arrays: {"head": arrays["head"]}),
+    "reordered": change_arrays(lambda arrays: dict(reversed(arrays.items()))),
+    "another round": change_fields(round=7),
+    "another site": change_fields(site="site-1"),
+    "another run": change_fields(run="other"),
+}
+_UNREADABLE: dict[str, Callable[[Message], None]] = {
+    "nothing": replace_content(RecordDict()),
+    "no json": replace_content(RecordDict({records.REPLY: ConfigRecord({"json": "{"})})),
+    "json of another kind": replace_content(RecordDict({records.REPLY: ConfigRecord({"json": "[1]"})})),
+    "a reason of its own": change_fields(kind="refusal", reason="because of patient 4711", asked=None, allowed=None),
+    "no array": change_arrays(lambda arrays: arrays | {"head": Array("float32", (4,), "numpy.ndarray", b"")}),
+    "cut array": change_arrays(
+        lambda arrays: arrays | {"head": Array("float32", (4,), "numpy.ndarray", arrays["head"].data[:-3])}
+    ),
+    "pickled array": change_arrays(
+        lambda arrays: arrays | {"head": Array("object", (4,), "numpy.ndarray", b"\x80\x04K\x01.")}
+    ),
+    "array of another library": change_arrays(
+        lambda arrays: arrays | {"head": Array("float32", (4,), "torch", arrays["head"].data)}
+    ),
+    "a receipt of texts": change_fields(
+        receipt={"site": "site-2", "run": "r", "charged_rounds": "1", "charged_steps": 2, "sequence": 3}
+    ),
+    "a receipt below zero": change_fields(
+        receipt={"site": "site-2", "run": "r", "charged_rounds": -1, "charged_steps": 2, "sequence": 3}
+    ),
+    "a receipt with more": change_fields(receipt={"note": "x"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "change", "reason"),
+    [
+        *((fault, change, "invalid_update") for fault, change in _INVALID.items()),
+        *((fault, change, "no_reply") for fault, change in _UNREADABLE.items()),
+    ],
+    ids=[*_INVALID, *_UNREADABLE],
+)
+def test_a_bad_reply_is_dropped_and_the_round_goes_on(
+    federation: Callable[..., Any],
+    tamper: Callable[..., None],
+    fault: str,
+    change: Callable[[Message], None],
+    reason: str,
+) -> None:
+    def spoil(messages: list[Message]) -> list[Message]:
+        change(reply_of(messages, 2))
+        return messages
+
+    tamper(spoil)
+    made = federation()
+    state = run_rounds(made.grid, made.lead, made.start)
+    assert state.rounds[0].sites == ("site-1", "site-3")
+    assert state.rounds[0].failed_sites == {"site-2": reason}
+    assert all(np.isfinite(value).all() for value in state.adapter.tensors.values())
+    charge = site_charge(state, "site-2", made.plan)
+    # Where the receipt could be read it counts; else the round is taken as charged.
+    assert (charge.steps, charge.upper_bound) == (2, reason == "no_reply")
+
+
+def test_a_site_that_does_not_introduce_itself_is_named(
+    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = federation()
+    monkeypatch.setattr(made.grid, "send_and_receive", lambda messages, timeout: [])
+    with pytest.raises(RunError, match="site-1, site-2, site-3"):
+        run_rounds(made.grid, made.lead, made.start)
+
+
+def test_a_missing_node_is_waited_for_until_the_timeout(federation: Callable[..., Any]) -> None:
+    made = federation(round_timeout_s=0.1)
+    sizes = made.sizes | {"site-4": 5}
+    with pytest.raises(RunError, match="did not introduce themselves: site-4"):
+        run_rounds(made.grid, replace(made.lead, declared_sizes=sizes), made.start)

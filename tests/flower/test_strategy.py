@@ -1,0 +1,113 @@
+"""How updates become one adapter: by declared sizes, in a fixed order, with state that survives a restart."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+
+from fedtune.federation.spec import STRATEGIES, FederationSpec
+from fedtune.flower.server import run_rounds
+from fedtune.flower.strategy import make_strategy, restore_strategy, strategy_state
+
+Tensors = dict[str, np.ndarray]
+STEPS = {"site-1": 1.0, "site-2": -2.0, "site-3": 0.125}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "fedadam": {"server_learning_rate": 0.1, "server_momentum": 0.5, "server_beta_2": 0.9, "server_tau": 0.01},
+    "fedavgm": {"server_learning_rate": 0.5, "server_momentum": 0.9},
+    "fedmedian": {},
+}
+# What each strategy makes of a mean step d in the first round, in float64 by hand.
+_EXPECTED: dict[str, Callable[[float], float]] = {
+    "fedavg": lambda d: d,
+    "fedavgm": lambda d: 0.5 * d,
+    # m = (1 - .5) d, v = (1 - .9) d^2, bias correction for round 1 with Flower's exponent t + 1 = 2.
+    "fedadam": lambda d: 0.1 * np.sqrt(1 - 0.9**2) / (1 - 0.5**2) * (0.5 * d) / (np.sqrt(0.1 * d * d) + 0.01),
+}
+
+
+def moved(federation: Any) -> float:
+    """By how much one round moved every value of the adapter."""
+    state = run_rounds(federation.grid, federation.lead, federation.start)
+    steps = np.concatenate(
+        [(state.adapter.tensors[name] - value).ravel() for name, value in federation.adapter.tensors.items()]
+    )
+    assert steps.dtype == np.float32
+    np.testing.assert_allclose(steps, steps[0], atol=1e-6)
+    return float(steps[0])
+
+
+@pytest.mark.parametrize("strategy", list(_EXPECTED))
+@pytest.mark.parametrize("sizes", [(10, 10, 10), (1, 3, 6), (1000, 1, 1)])
+def test_updates_are_weighted_by_declared_sizes(
+    federation: Callable[..., Any], strategy: str, sizes: tuple[int, ...]
+) -> None:
+    mean = float(np.average(list(STEPS.values()), weights=sizes))
+    made = federation(sizes=sizes, strategy=strategy, **_SETTINGS[strategy])
+    assert moved(made) == pytest.approx(_EXPECTED[strategy](mean), abs=1e-5)
+
+
+def test_the_median_has_no_weights(federation: Callable[..., Any]) -> None:
+    assert moved(federation(sizes=(1000, 1, 1), strategy="fedmedian")) == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_replies_in_any_order_give_the_same_bytes(
+    federation: Callable[..., Any], tamper: Callable[..., None], strategy: str
+) -> None:
+    digests = set()
+    for order in range(4):
+
+        def shuffled(messages: list[Message], order: int = order) -> list[Message]:
+            return random.Random(order).sample(messages, len(messages))
+
+        tamper(shuffled)
+        made = federation(sizes=(3, 5, 7), strategy=strategy, num_rounds=3, folder=str(order), **_SETTINGS[strategy])
+        digests.add(run_rounds(made.grid, made.lead, made.start).adapter.digest())
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_restored_strategy_goes_on_as_before(federation: Callable[..., Any], strategy: str) -> None:
+    settings = {"strategy": strategy, "sizes": (3, 5, 7), **_SETTINGS[strategy]}
+    whole = federation(num_rounds=3, folder="whole", **settings)
+    expected = run_rounds(whole.grid, whole.lead, whole.start)
+    first = federation(num_rounds=1, folder="parts", **settings)
+    run_rounds(first.grid, first.lead, first.start)
+    second = federation(num_rounds=3, folder="parts", **settings)
+    state = second.lead.checkpoints.load()
+    restore_strategy(second.lead.strategy, state.strategy)
+    assert run_rounds(second.grid, second.lead, state).adapter.digest() == expected.adapter.digest()
+
+
+@pytest.mark.parametrize("strategy", ["fedadam", "fedavgm"])
+def test_the_state_that_is_restored_matters(federation: Callable[..., Any], strategy: str) -> None:
+    settings = {"strategy": strategy, **_SETTINGS[strategy]}
+    made = federation(num_rounds=2, folder="whole", **settings)
+    expected = run_rounds(made.grid, made.lead, made.start)
+    first = federation(num_rounds=1, folder="parts", **settings)
+    state = run_rounds(first.grid, first.lead, first.start)
+    assert state.strategy
+    forgetful = federation(num_rounds=2, folder="parts", **settings)
+    assert run_rounds(forgetful.grid, forgetful.lead, state).adapter.digest() != expected.adapter.digest()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_strategy_that_has_not_stepped_has_no_state(strategy: str) -> None:
+    made = make_strategy(FederationSpec(strategy=strategy, **_SETTINGS[strategy]))  # type: ignore[arg-type]
+    assert strategy_state(made) == {}
+    restore_strategy(made, {})
+    assert strategy_state(made) == {}
+
+
+def test_momentum_keeps_its_order_beyond_ten_tensors() -> None:
+    strategy = make_strategy(FederationSpec(strategy="fedavgm", server_momentum=0.5))
+    state = {f"momentum/{number:05d}": np.full(1, number, np.float32) for number in range(12)}
+    restore_strategy(strategy, state)
+    assert list(strategy_state(strategy)) == list(state)
+    assert [int(value[0]) for value in strategy_state(strategy).values()] == list(range(12))

@@ -1,0 +1,86 @@
+"""The layers of docs/architecture.md, and the rules of the house that a program can check."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "fedtune"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def test_imports_point_down() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as main; main()", "--no-cache"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+def test_every_package_is_in_a_layer() -> None:
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (layers,) = (contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
+    named = {layer.strip() for line in layers for layer in line.split("|")}
+    present = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    present |= {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert present == named
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_module_is_called_after_nothing(path: Path) -> None:
+    assert path.stem not in {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} is {node.end_lineno} - {node.lineno} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_our_own_bugs_are_asserted(path: Path) -> None:
+    # An assert is gone under `python -O`; a person's mistake must stay one.
+    if path.name == "spec.py":
+        assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+
+
+def test_the_privacy_core_runs_without_a_framework() -> None:
+    code = (
+        "import sys; import fedtune.privacy.ledger, fedtune.privacy.mechanism, fedtune.privacy.plan;"
+        "print([name for name in ('torch', 'transformers', 'flwr', 'hydra', 'pydantic') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_a_generator_of_torch_or_numpy_draws_nothing_private() -> None:
+    for path in [*(PACKAGE / "privacy").rglob("*.py"), *(PACKAGE / "training").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in {"randn", "randn_like", "rand", "default_rng", "manual_seed", "normal_"}, path
+                assert not (node.attr == "random" and isinstance(node.value, ast.Name) and node.value.id == "np"), path
+
+
+def test_tests_mirror_the_package() -> None:
+    layers = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert layers <= {path.name for path in (REPOSITORY / "tests").iterdir() if path.is_dir()}

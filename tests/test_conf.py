@@ -1,0 +1,147 @@
+"""conf/: plain data that composes in every combination a user can name, with no key too many or too few."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedtune.cli.compose import compose_run, config_folder
+from fedtune.config import RunConfig
+from fedtune.spec import ConfigError
+
+CONF = config_folder()
+FILES = sorted(CONF.rglob("*.yaml"))
+OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent != CONF]
+# What an option needs beside it, in order to be a whole run.
+_BESIDE = {
+    ("data", "medical_abstracts"): ["experiment=hospitals_abstracts"],
+    ("data", "e2e_nlg"): ["experiment=smollm2_e2e"],
+    ("data", "own"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"],
+    ("experiment", "own_data"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"],
+}
+_LISTS_AND_MAPS = {"data.columns", "data.partition.sites"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(CONF).as_posix()
+
+
+def load(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def spec_keys(cls: type = RunConfig, prefix: str = "") -> set[str]:
+    """Dotted keys of all settings that are not settings classes themselves."""
+    keys: set[str] = set()
+    for name, type_ in typing.get_type_hints(cls).items():
+        keys |= spec_keys(type_, f"{prefix}{name}.") if dataclasses.is_dataclass(type_) else {prefix + name}
+    return keys
+
+
+def leaf_keys(settings: Any, prefix: str) -> set[str]:
+    """Dotted keys of everything a YAML file sets."""
+    key = prefix.removesuffix(".")
+    if not isinstance(settings, dict) or key in _LISTS_AND_MAPS:
+        return {key}
+    return {leaf for name, value in settings.items() for leaf in leaf_keys(value, f"{prefix}{name}.")}
+
+
+def keys_in(path: Path) -> set[str]:
+    settings = load(path)
+    settings.pop("defaults", None)
+    whole = path.parent == CONF or path.read_text().startswith("# @package _global_")
+    return leaf_keys(settings, "" if whole else f"{path.parent.name}.")
+
+
+def walk(value: Any) -> typing.Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key, inner
+            yield from walk(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from walk(inner)
+
+
+def test_the_groups_are_those_of_the_design() -> None:
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert groups == {
+        "model", "data", "lora", "privacy", "training", "federation", "runtime", "tracking", "experiment"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_file_is_plain_data(path: Path) -> None:
+    settings = load(path)
+    assert isinstance(settings, dict)
+    for key, value in walk(settings):
+        assert not (isinstance(key, str) and key.startswith("_") and key.endswith("_")), f"{key} names code"
+        assert not (isinstance(value, str) and value != "???" and "${" in value), f"{key} is computed"
+        # PyYAML reads 1e-5 as a text; only 1.0e-5 is a number.
+        if isinstance(value, str):
+            with pytest.raises(ValueError, match="could not convert"):
+                float(value)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_file_says_what_it_is_for_or_is_read_beside_one_that_does(path: Path) -> None:
+    text = path.read_text()
+    if path.parent.name in {"experiment", "data", "model", "lora", "privacy"}:
+        assert "# " in text.splitlines()[0] + text.splitlines()[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_key_is_a_setting(path: Path) -> None:
+    assert keys_in(path) <= spec_keys()
+
+
+def test_every_setting_appears() -> None:
+    found = {key for path in FILES for key in keys_in(path)}
+    assert spec_keys() - found == set()
+
+
+@pytest.mark.parametrize("group", sorted({group for group, _ in OPTIONS if group != "experiment"}))
+def test_options_of_a_group_set_the_same_keys(group: str) -> None:
+    # Else an option would silently keep a value of whatever was chosen before it.
+    sets = {option: keys_in(CONF / group / f"{option}.yaml") for of, option in OPTIONS if of == group}
+    assert all(keys == next(iter(sets.values())) for keys in sets.values()), sets
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["-".join(option) for option in OPTIONS])
+def test_every_option_composes(group: str, option: str) -> None:
+    overrides = [*_BESIDE.get((group, option), []), f"{group}={option}", "name=x"]
+    if (group, option) == ("runtime", "deployment"):
+        with pytest.raises(ConfigError, match=r"runtime\.kind = 'deployment': is not available yet"):
+            compose_run(overrides)
+        return
+    config = compose_run(overrides)
+    if group == "experiment":
+        return
+    settings = load(CONF / group / f"{option}.yaml")
+    for key in ("path", "target_modules", "mechanism", "optimizer", "kind", "progress"):
+        if key in settings:
+            assert getattr(getattr(config, group), key) == _tuples(settings[key])
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize("privacy", ["dp_sgd", "none"])
+@pytest.mark.parametrize("runtime", ["simulation", "ray"])
+def test_the_same_experiment_runs_under_each_runtime(experiment: str, privacy: str, runtime: str) -> None:
+    beside = _BESIDE.get(("experiment", experiment), [])
+    config = compose_run([f"experiment={experiment}", f"privacy={privacy}", f"runtime={runtime}", "name=x", *beside])
+    assert config.runtime.kind == runtime
+    assert config.privacy.private == (privacy == "dp_sgd")
+
+
+def test_nothing_is_seeded_unless_asked() -> None:
+    for path in (CONF / "runtime").glob("*.yaml"):
+        assert load(path)["seeded_noise"] is False

@@ -1,0 +1,190 @@
+"""`RunConfig`: what it accepts, how it is written down, and what its digest depends on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.cli.compose import compose_run
+from fedtune.config import RunConfig, parse
+from fedtune.spec import ConfigError
+
+
+def base() -> dict[str, Any]:
+    return compose_run(["experiment=debug", "name=x"]).to_json()
+
+
+BASE = base()
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """The base settings with `group__key` (or `key`) changed."""
+    made: dict[str, Any] = json.loads(json.dumps(BASE))
+    for name, value in changes.items():
+        group, _, key = name.rpartition("__")
+        (made[group] if group else made)[key] = value
+    return made
+
+
+_numbers = st.floats(min_value=1e-6, max_value=1e6, allow_nan=False)
+_names = st.text("abcXYZ019_-", min_size=1, max_size=12)
+_settings = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.,=-]{0,20}", fullmatch=True),
+        "seed": st.integers(0, 2**63),
+        "resume": st.none() | st.text(min_size=1),
+        "privacy__epsilon": _numbers,
+        "privacy__delta": st.floats(1e-12, 1e-3),
+        "privacy__max_grad_norm": _numbers,
+        "privacy__sampling_rate": st.floats(1e-6, 1.0),
+        "privacy__mechanism": st.sampled_from(["dp_sgd", "none"]),
+        "training__learning_rate": _numbers,
+        "training__head_learning_rate": st.none() | _numbers,
+        "training__betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)).map(list),
+        "training__local_steps": st.integers(1, 100),
+        "lora__layers": st.none() | st.lists(st.integers(-2, 1), min_size=1, unique=True),
+        "lora__target_modules": st.just("all-linear") | st.lists(_names, min_size=1, unique=True),
+        "data__declared_sizes": st.integers(1, 900) | st.lists(st.integers(1, 900), min_size=2, max_size=2),
+        "data__prompt_template": st.text(st.characters(exclude_characters="{}", exclude_categories=["Cs"])),
+        "federation__site_names": st.lists(_names, min_size=2, max_size=2, unique=True),
+        "federation__strategy": st.sampled_from(["fedavg", "fedadam", "fedavgm", "fedmedian"]),
+        "runtime__num_threads": st.none() | st.integers(1, 64),
+        "runtime__seeded_noise": st.booleans(),
+        "tracking__output_dir": st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    },
+)
+
+
+@given(_settings)
+@settings(max_examples=150, deadline=None)
+def test_json_round_trip(changes: dict[str, Any]) -> None:
+    config = parse(changed(**changes))
+    again = parse(json.loads(json.dumps(config.to_json())))
+    assert again == config
+    assert again.digest() == config.digest()
+    assert again.run_id() == config.run_id()
+
+
+_NO_RESULT_CHANGES = [
+    {"name": "other"},
+    {"resume": "runs/x"},
+    {"runtime__kind": "ray"},
+    {"runtime__device": "cpu"},
+    {"runtime__num_threads": 3},
+    {"runtime__micro_batch_tokens": 77},
+    {"runtime__gradient_checkpointing": True},
+    {"tracking__progress": False},
+    {"tracking__output_dir": "elsewhere"},
+    {"tracking__log_level": "debug"},
+]
+_RESULT_CHANGES = [
+    {"seed": 1},
+    {"runtime__seeded_noise": True},
+    {"privacy__epsilon": 7.9},
+    {"privacy__delta": 1e-6},
+    {"privacy__mechanism": "none"},
+    {"privacy__noise_multiplier": 5.0},
+    {"privacy__max_grad_norm": 0.9},
+    {"privacy__sampling_rate": 0.19},
+    {"training__learning_rate": 0.02},
+    {"training__local_steps": 3},
+    {"federation__num_rounds": 3},
+    {"federation__spare_rounds": 1},
+    {"federation__min_sites": 2},
+    {"federation__strategy": "fedmedian"},
+    {"federation__participants": ["site-1"]},
+    {"data__declared_sizes": 229},
+    {"data__train_fraction": 0.06},
+    {"data__test_file": None},
+    {"model__path": "random:llama"},
+    {"lora__rank": 5},
+    {"head__scale": 11.0},
+    {"evaluation__max_new_tokens": 33},
+]
+
+
+@pytest.mark.parametrize("changes", _NO_RESULT_CHANGES, ids=str)
+def test_the_digest_leaves_out_what_changes_no_result(changes: dict[str, Any]) -> None:
+    assert parse(changed(**changes)) != parse(BASE)
+    assert parse(changed(**changes)).digest() == parse(BASE).digest()
+
+
+@pytest.mark.parametrize("changes", _RESULT_CHANGES, ids=str)
+def test_the_digest_covers_what_may_change_one(changes: dict[str, Any]) -> None:
+    assert parse(changed(**changes)).digest() != parse(BASE).digest()
+
+
+def test_runs_of_another_name_or_configuration_are_other_runs_at_a_site() -> None:
+    ids = {parse(changed(**changes)).run_id() for changes in ({}, {"name": "y"}, {"seed": 1})}
+    assert len(ids) == 3
+    assert parse(changed(runtime__num_threads=2)).run_id() in ids
+
+
+def test_the_plan_holds_the_configured_numbers() -> None:
+    settings = changed(privacy__noise_multiplier=4.0, federation__spare_rounds=2, training__local_steps=3)
+    plan = parse(settings).plan()
+    assert (plan.noise_multiplier, plan.local_steps, plan.num_rounds, plan.spare_rounds) == (4.0, 3, 2, 2)
+    assert (plan.sampling_rate, plan.max_grad_norm, plan.delta, plan.unit) == (0.2, 1.0, 1e-5, "record")
+    assert parse(changed(privacy__mechanism="none")).plan().noise_multiplier == 0
+
+
+def test_sizes_are_by_name_and_only_of_those_who_take_part() -> None:
+    three = {"federation__num_sites": 3, "data__declared_sizes": [10, 20, 30]}
+    assert parse(changed(**three)).declared_sizes() == {"site-1": 10, "site-2": 20, "site-3": 30}
+    part = parse(changed(**three, federation__participants=["site-3", "site-1"]))
+    assert part.declared_sizes() == {"site-1": 10, "site-3": 30}
+
+
+def test_delta_is_held_against_the_largest_site() -> None:
+    sizes = {"data__declared_sizes": [10, 200]}
+    assert parse(changed(**sizes, privacy__delta=0.00499)).privacy.delta == 0.00499
+    with pytest.raises(ConfigError, match=r"privacy\.delta = 0\.005: must be below .* = 0\.005"):
+        parse(changed(**sizes, privacy__delta=0.005))
+    assert parse(changed(**sizes, privacy__delta=0.005, privacy__mechanism="none")).privacy.delta == 0.005
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        ({"nonsense": 1}, "nonsense", 1),
+        ({"privacy__nonsense": 1}, "privacy.nonsense", 1),
+        ({"data__partition": {"kind": "iid", "alpa": 1}}, "data.partition.alpa", 1),
+        ({"privacy": 3}, "privacy", 3),
+        ({"privacy__epsilon": [1]}, "privacy.epsilon", [1]),
+        ({"data__declared_sizes": "many"}, "data.declared_sizes", "many"),
+        ({"data__labels": "yes"}, "data.labels", "yes"),
+        ({"lora__target_modules": 3}, "lora.target_modules", 3),
+        ({"tracking__log_level": "loud"}, "tracking.log_level", "loud"),
+        ({"name": "a/b"}, "name", "a/b"),
+        ({"name": ".."}, "name", ".."),
+        ({"name": "-m"}, "name", "-m"),
+    ],
+    ids=str,
+)
+def test_the_first_mistake_is_named_with_its_key_and_value(changes: dict[str, Any], key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(changed(**changes))
+    assert error.value.key == key or error.value.key.startswith(key + ".")
+    assert error.value.value == value
+    assert "\n" not in str(error.value)
+    assert "pydantic" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["name", "task", "model", "data"])
+def test_what_has_no_default_is_required(key: str) -> None:
+    settings = changed()
+    del settings[key]
+    with pytest.raises(ConfigError, match=f"^{key} = None: is required"):
+        parse(settings)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = parse(BASE)
+    assert isinstance(config, RunConfig)
+    with pytest.raises(AttributeError):
+        config.seed = 2  # type: ignore[misc]
