@@ -130,9 +130,11 @@ def parse(settings: Mapping[str, Any]) -> RunConfig:
         ConfigError: names the first wrong key, its value and what would be accepted.
     """
     try:
-        return _ADAPTER.validate_python(dict(settings))
+        config = _ADAPTER.validate_python(dict(settings))
     except ValidationError as error:
         raise _first_error(error) from None
+    _check_switches(settings, config.to_json())
+    return config
 
 
 @contextmanager
@@ -160,6 +162,15 @@ def _check_privacy(
         if epsilon > privacy.epsilon:
             bound = f"gives epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"
             raise ConfigError("privacy.noise_multiplier", privacy.noise_multiplier, bound)
+
+
+def _check_switches(given: Mapping[str, Any], taken: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse true and false for a number, which pydantic takes as 1 and 0."""
+    for key, value in given.items():
+        if isinstance(value, Mapping):
+            _check_switches(value, taken[key], f"{prefix}{key}.")
+        elif isinstance(value, bool) and not isinstance(taken[key], bool):
+            raise ConfigError(f"{prefix}{key}", value, "must be a number")
 
 
 def _first_error(error: ValidationError) -> ConfigError:

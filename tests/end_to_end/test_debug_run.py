@@ -19,6 +19,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from peft import PeftModel
 from safetensors.numpy import load_file
+from torch.nn import functional
 
 from fedtune.cli.compose import saved_config
 from fedtune.data.load import lead_records, tokenise
@@ -33,7 +34,8 @@ def run(command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     """A run with noise that was calibrated for it, and what it printed."""
     runs = tmp_path_factory.mktemp("runs")
     arguments = ("experiment=debug", f"tracking.output_dir={runs}", "name=whole", "runtime.device=cpu")
-    outcome = command("simulate", *arguments, "runtime.num_threads=1", "data.test_rows=40", "federation.num_rounds=3")
+    further = ("runtime.num_threads=1", "head.centre=true", "data.test_rows=40", "federation.num_rounds=3")
+    outcome = command("simulate", *arguments, *further)
     assert outcome.code == 0, outcome.err
     assert outcome.err == ""
     return runs / "whole", outcome.out
@@ -90,7 +92,7 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
 
 def test_bytes_are_those_of_the_adapter_and_little_more(result: Any, folder: Path) -> None:
     tensors = [*load_file(folder / "adapter" / "adapter_model.safetensors").values()]
-    tensors += load_file(folder / "adapter" / "head.safetensors").values()
+    tensors.append(load_file(folder / "adapter" / "head.safetensors")["weight"])
     payload = 2 * 4 * sum(tensor.size for tensor in tensors)
     for entry in result["rounds"]:
         assert payload < entry["bytes_down"] < 1.5 * payload
@@ -144,14 +146,16 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(folder: Path) ->
     examples = tokenise(records, tokenizer, spec=config.data, task=config.task)
     ours = load_task_model(folder / "adapter", model=config.model, device="cpu")
     plain = PeftModel.from_pretrained(tiny_base("random:bert", "classification"), folder / "adapter").eval()
-    weight = torch.from_numpy(load_file(folder / "adapter" / "head.safetensors")["weight"])
+    head = {name: torch.from_numpy(value) for name, value in load_file(folder / "adapter/head.safetensors").items()}
+    assert head["centre"].abs().max() > 0
     moved = [value for name, value in plain.state_dict().items() if "lora_B" in name]
     assert moved
     assert all(value.abs().max() > 0 for value in moved)
     for token_ids in examples.input_ids:
         row = torch.from_numpy(token_ids).long()[None]
         hidden = plain(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state.mean(dim=1)
-        by_hand = config.head.scale * torch.nn.functional.normalize(hidden, dim=-1) @ weight.T
+        embedding = functional.normalize(functional.normalize(hidden, dim=-1) - head["centre"], dim=-1)
+        by_hand = config.head.scale * embedding @ head["weight"].T
         batch = Row(row, torch.ones_like(row), torch.zeros(1, dtype=torch.long))
         np.testing.assert_allclose(ours.logits(batch).detach(), by_hand.detach(), atol=1e-5)
 
