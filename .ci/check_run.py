@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from dp_accounting.pld import PLDAccountant
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
 
 folder = Path(sys.argv[1])
 run = json.loads((folder / "run.json").read_text())
@@ -27,4 +27,4 @@ for site, spent in run["privacy"]["sites"].items():
     accountant.compose(event, spent["steps"])
     assert abs(accountant.get_epsilon(run["privacy"]["delta"]) - spent["epsilon"]) < 1e-3
     assert spent["epsilon"] <= 8
-print("run folder is right:", folder.name)
+sys.stdout.write(f"run folder is right: {folder.name}\n")

@@ -34,8 +34,9 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
         ConfigError: for every mistake in an override or a value, Hydra's own errors among them.
     """
     overrides = [override for override in overrides if override.strip()]
-    if [override for override in overrides if override.startswith("resume=")] == overrides and overrides:
-        return _resumed(overrides[0].removeprefix("resume="))
+    resumed = [override for override in overrides if override.startswith("resume=")]
+    if resumed and not any(_chooses_option(override) for override in overrides):
+        return _resumed(resumed[-1].removeprefix("resume="), [o for o in overrides if o not in resumed])
     settings = _composed(overrides)
     if settings.get("resume"):
         settings["name"] = _run_folder(settings["resume"])[1].name
@@ -88,10 +89,21 @@ def write_config(config: RunConfig, folder: Path) -> None:
     OmegaConf.save(OmegaConf.create(config.to_json()), folder / "config.yaml")
 
 
-def _resumed(name: str) -> RunConfig:
-    """`resume=FOLDER` alone continues with the folder's own configuration."""
+def _chooses_option(override: str) -> bool:
+    """Whether an override replaces a whole group, as in privacy=none."""
+    return (config_folder() / override.lstrip("+~").partition("=")[0]).is_dir()
+
+
+def _resumed(name: str, overrides: Sequence[str]) -> RunConfig:
+    """`resume=FOLDER` continues with the folder's own configuration, changed by single values only."""
     folder, saved = _run_folder(name.strip("'\""))
-    return parse(saved.to_json() | {"resume": str(folder)})
+    try:
+        changes = OmegaConf.from_dotlist(list(overrides))
+        settings = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(saved.to_json()), changes))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise _in_our_words(error, overrides) from error
+    assert isinstance(settings, dict)
+    return parse({**{str(key): value for key, value in settings.items()}, "resume": str(folder)})
 
 
 def _run_folder(name: str) -> tuple[Path, RunConfig]:

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 # Before anything imports Flower or transformers: no telemetry, and no threads that tokenizers would fork.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# torch's threads sleep rather than spin while they wait: the same speed on a quiet machine, twice to four times the
+# speed where something else runs beside it (docs/LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from fedtune import __version__
 from fedtune.spec import FedtuneError

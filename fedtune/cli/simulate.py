@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import reprlib
 import shutil
@@ -15,7 +16,7 @@ from rich.console import Console
 from fedtune.cli.compose import compose_run, compose_sweep, saved_config, write_config
 from fedtune.cli.display import Display, show_result, show_sweep
 from fedtune.config import RunConfig
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, RunError
 
 
 def simulate(overrides: Sequence[str], *, multirun: bool) -> None:
@@ -41,15 +42,17 @@ def _run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
         _make(folder, config)
     display = Display(console, config, shown=config.tracking.progress)
     try:
-        with _log_to(folder / "log.txt", config.tracking.log_level), display:
+        with _only_one(folder), _log_to(folder / "log.txt", config.tracking.log_level), display:
             result = run_simulation(config, folder, display)
     except BaseException as error:
         begun = any(folder.glob("checkpoints/round-*.safetensors"))
         if config.resume is None and not begun:
             _remove(folder)  # nothing ran: leave nothing behind
+        hint = f"Continue with: fedtune simulate resume={folder}" if begun else "Nothing had been trained yet."
         if isinstance(error, KeyboardInterrupt):
-            hint = f"Continue with: fedtune simulate resume={folder}" if begun else "Nothing had been trained yet."
             console.print(f"\nInterrupted. {hint}", soft_wrap=True)
+        elif isinstance(error, RunError):
+            console.print(hint, soft_wrap=True)
         raise
     write_report(folder, config, result)
     show_result(console, config, result, folder)
@@ -95,9 +98,20 @@ def _make(folder: Path, config: RunConfig) -> None:
 
 def _remove(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name in ("config.yaml", "log.txt"):
+    for name in ("config.yaml", "log.txt", ".lock"):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keep two processes from running one folder: their ledgers and checkpoints would mix."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError("resume", str(folder), "is running in another process") from None
+        yield
 
 
 @contextmanager

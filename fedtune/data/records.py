@@ -58,7 +58,7 @@ def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file
     Raises:
         DataError: when there is no such file.
     """
-    folders = [Path.cwd(), *roots]
+    folders = list(dict.fromkeys([Path.cwd(), *roots]))
     for folder in folders:
         if (folder / name).is_file():
             return folder / name

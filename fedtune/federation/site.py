@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fedtune.federation.protocol import Reply, RoundRequest
 from fedtune.model import Adapter
 from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Reason, Refusal, Refused, Update
 
 log = logging.getLogger(__name__)
@@ -23,12 +24,14 @@ class Site:
 
     Attributes:
         run: the run it takes part in.
+        plan: what the site itself makes of the run's configuration; a request for another is refused.
         ledger: its own record of what was charged.
         train: reads the records.
     """
 
     name: str
     run: str
+    plan: Plan
     ledger: Ledger
     train: Train
 
@@ -56,6 +59,8 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
         raise Refused(Reason.WRONG_SITE, asked=request.site, allowed=site.name)
     if request.run != site.run:
         raise Refused(Reason.WRONG_RUN, asked=request.run, allowed=site.run)
+    if request.plan != site.plan:
+        raise Refused(Reason.PLAN_CHANGED, asked=request.plan.digest(), allowed=site.plan.digest())
     if adapter.digest() != request.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=request.adapter_digest, allowed=adapter.digest())
     granted = site.ledger.reserve(run=request.run, round=request.round, request=request.digest(), plan=request.plan)

@@ -20,6 +20,7 @@ from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Site
 from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model, load_tokenizer
 from fedtune.privacy.ledger import JournalLedger
+from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedtune.spec import ConfigError
 from fedtune.training.examples import SiteExamples
@@ -69,6 +70,10 @@ class Participants:
         }
 
     @cached_property
+    def _plan(self) -> Plan:
+        return self.config.plan()
+
+    @cached_property
     def _keeps_frozen_states(self) -> bool:
         """Whether what the frozen layers make of every site's records fits the memory set aside for it."""
         width = self.model.base.config.get_text_config().hidden_size * self.model.base.dtype.itemsize
@@ -97,7 +102,7 @@ class Participants:
         """Open a site with its ledger, as the file stands now."""
         name = self.config.federation.active[index]
         ledger = JournalLedger(name, self._folder / "sites" / name / "ledger.jsonl")
-        return Site(name=name, run=self.config.run_id(), ledger=ledger, train=self._train)
+        return Site(name=name, run=self.config.run_id(), plan=self._plan, ledger=ledger, train=self._train)
 
     def score(self, adapter: Adapter, data: LeadData | None, *, generate: bool = False) -> dict[str, float]:
         """Scores of `adapter` on the lead's data; empty without data."""

@@ -23,11 +23,11 @@ NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
 """The one neighbouring relation of fedtune: two data sets are neighbours if one has one unit more."""
 
 # Width of the buckets that privacy loss is rounded up to.  Coarser is faster and only ever reports more epsilon.
-_FINE, _COARSE = 1e-4, 1e-3
+FINE, COARSE = 1e-4, 1e-3
 _MOST_NOISE = 1e4
 
 
-def epsilon_pld(spent: Iterable[DpEvent], delta: float, *, interval: float = _FINE) -> float:
+def epsilon_pld(spent: Iterable[DpEvent], delta: float, *, interval: float = FINE) -> float:
     """Epsilon at `delta` of everything in `spent` by privacy loss distributions; infinite without noise.
 
     Guarantee: an upper bound, since losses are rounded up to multiples of `interval` (pessimistic estimate;
@@ -61,7 +61,7 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
 
     def within(sigma: float) -> bool:
         event = events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
-        return epsilon_pld([event], delta, interval=_COARSE) <= epsilon
+        return epsilon_pld([event], delta, interval=COARSE) <= epsilon
 
     low, high = 0.0, 1.0
     while not within(high):

@@ -130,3 +130,15 @@ def test_a_misspelt_key_gets_a_hint(override: str, hint: str | None) -> None:
     assert ("did you mean" in error.value.bound) == (hint is not None) or hint is None
     if hint:
         assert error.value.bound.endswith(f"did you mean {hint}?")
+
+
+def test_a_resumed_run_takes_single_values_on_top_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "first"
+    config = compose_run(["experiment=debug", "privacy.epsilon=2.5", "name=first"])
+    write_config(config, folder)
+    resumed = compose_run([f"resume={folder}", "runtime.num_threads=1"])
+    assert resumed.runtime.num_threads == 1
+    assert resumed.digest() == config.digest()
+    assert compose_run([f"resume={folder}", "privacy.epsilon=3"]).privacy.epsilon == 3
+    with pytest.raises(ConfigError, match=r"privacy\.epsilonn"):
+        compose_run([f"resume={folder}", "privacy.epsilonn=3"])

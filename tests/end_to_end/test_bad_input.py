@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 from collections.abc import Callable
@@ -213,3 +214,11 @@ def test_evaluate_names_what_is_wrong(command: Any, simulate: Any, tmp_path: Pat
     outcome = command("evaluate", str(folder), "--data", str(file))
     assert outcome.code == 2
     assert "resume the run first" in outcome.message
+
+
+def test_one_folder_runs_in_one_process_at_a_time(command: Any, simulate: Any, tmp_path: Path) -> None:
+    folder = simulate("privacy=none", into=tmp_path)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = command("simulate", f"resume={folder}")
+    assert (outcome.code, outcome.message) == (2, f"resume = '{folder}': is running in another process")

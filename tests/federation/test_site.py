@@ -48,7 +48,7 @@ def ask(path: Path, trainer: Trainer, adapter: Adapter, plan: Plan) -> Callable[
     """Ask the site of a round, its ledger opened anew as after a restart."""
 
     def run(round: int = 1, *, train: Any = trainer, sent: Adapter = adapter, **changes: Any) -> Reply:
-        site = Site(name="a", run="r", ledger=JournalLedger("a", path), train=train)
+        site = Site(name="a", run="r", plan=plan, ledger=JournalLedger("a", path), train=train)
         request = RoundRequest(run="r", round=round, site="a", adapter_digest=adapter.digest(), plan=plan)
         return answer(site, replace(request, **changes), sent)
 
@@ -117,6 +117,17 @@ def test_what_was_not_meant_for_it_is_refused_unread(
 def test_an_adapter_that_was_changed_on_the_way_is_refused(ask: Callable[..., Reply], trainer: Trainer) -> None:
     other = Adapter({"b.lora_A": np.zeros((2, 3), np.float32), "head": np.ones(4, np.float32)})
     assert reason(ask(sent=other)) is Reason.ADAPTER_DIFFERS
+    assert trainer.calls == []
+
+
+def test_a_plan_that_the_site_did_not_make_is_refused_before_anything_is_charged(
+    ask: Callable[..., Reply], trainer: Trainer, plan: Plan
+) -> None:
+    for change in ({"noise_multiplier": 0.0}, {"sampling_rate": 1.0}, {"local_steps": 50}, {"max_grad_norm": 100.0}):
+        reply = ask(plan=replace(plan, **change))
+        assert reason(reply) is Reason.PLAN_CHANGED
+        assert reply.receipt is not None
+        assert reply.receipt.charged_rounds == 0
     assert trainer.calls == []
 
 

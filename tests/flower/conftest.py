@@ -73,7 +73,8 @@ class Federation:
 
     def _site(self, context: Context) -> Site:
         name = self._name(context)
-        return Site(name=name, run="r", ledger=JournalLedger(name, self.folder / f"{name}.jsonl"), train=self._train)
+        ledger = JournalLedger(name, self.folder / f"{name}.jsonl")
+        return Site(name=name, run="r", plan=self.plan, ledger=ledger, train=self._train)
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Adapter:
         self.trained.append(request.site)

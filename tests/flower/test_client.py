@@ -33,8 +33,10 @@ class Asked:
         return answer
 
 
-def site(train: Any) -> Site:
-    return Site(name="a", run="r", ledger=JournalLedger("a"), train=train)
+@pytest.fixture
+def site(plan: Plan) -> Callable[[Any], Site]:
+    """A site that trains by the given function."""
+    return lambda train: Site(name="a", run="r", plan=plan, ledger=JournalLedger("a"), train=train)
 
 
 @pytest.fixture
@@ -43,14 +45,14 @@ def content(adapter: Adapter, plan: Plan) -> RecordDict:
     return records.from_request(request, records.to_arrays(adapter.tensors))
 
 
-def test_it_gives_its_public_name() -> None:
+def test_it_gives_its_public_name(site: Callable[[Any], Site]) -> None:
     asked = Asked(lambda context: site(None))
     answer = asked(RecordDict(), "query")
     assert answer.content.config_records[records.SITE]["name"] == "a"
     assert asked.replies == [], "an introduction is no progress of a round"
 
 
-def test_it_answers_a_round(content: RecordDict, adapter: Adapter) -> None:
+def test_it_answers_a_round(site: Callable[[Any], Site], content: RecordDict, adapter: Adapter) -> None:
     asked = Asked(lambda context: site(lambda request, adapter, attempt: adapter))
     reply = records.to_reply(asked(content).content)
     assert isinstance(reply.body, Update)
@@ -63,7 +65,9 @@ def fails(*args: object) -> Any:
 
 
 @pytest.mark.parametrize("where", ["opening the site", "training"])
-def test_a_failure_is_a_reason_without_text(content: RecordDict, where: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_a_reason_without_text(
+    site: Callable[[Any], Site], content: RecordDict, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
     asked = Asked(fails if where == "opening the site" else lambda context: site(fails))
     answer = asked(content)
     assert not answer.has_error()
@@ -92,7 +96,7 @@ def test_a_malformed_request_is_refused_before_the_site_is_opened(content: Recor
     assert reply.receipt is None
 
 
-def test_ctrl_c_is_not_swallowed(content: RecordDict) -> None:
+def test_ctrl_c_is_not_swallowed(site: Callable[[Any], Site], content: RecordDict) -> None:
     def interrupted(*args: object) -> Any:
         raise KeyboardInterrupt
 
