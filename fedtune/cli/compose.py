@@ -103,7 +103,9 @@ def _resumed(name: str, overrides: Sequence[str]) -> RunConfig:
     except (OmegaConfBaseException, YAMLError) as error:
         raise _in_our_words(error, overrides) from error
     assert isinstance(settings, dict)
-    return parse({**{str(key): value for key, value in settings.items()}, "resume": str(folder)})
+    # The name is how the sites' ledgers know the run: another one would start their count at zero.
+    fixed = {"resume": str(folder), "name": saved.name}
+    return parse({**{str(key): value for key, value in settings.items()}, **fixed})
 
 
 def _run_folder(name: str) -> tuple[Path, RunConfig]:

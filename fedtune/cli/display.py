@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, site_charge
+from fedtune.federation.results import epsilon_text
 from fedtune.flower.participants import Participants
 from fedtune.privacy.plan import Plan
 
@@ -89,7 +89,7 @@ class Display:
         assert self._plan is not None
         last, rounds = state.rounds[-1], self._config.federation.num_rounds
         charges = [site_charge(state, site, self._plan) for site in self._config.federation.active]
-        epsilon = _epsilon_text(max(charge.epsilon for charge in charges))
+        epsilon = epsilon_text(max(charge.epsilon for charge in charges))
         parts = [
             f"round {last.round:>{len(str(rounds))}}/{rounds}",
             f"{len(last.sites)}/{len(self._config.federation.active)} sites",
@@ -124,15 +124,15 @@ def show_result(console: Console, config: RunConfig, result: Mapping[str, Any], 
             site,
             f"{config.declared_sizes()[site]:,}",
             f"{spent['steps']}{bound}",
-            _epsilon_text(spent["epsilon"]),
-            _epsilon_text(spent["epsilon_rdp"]),
+            epsilon_text(spent["epsilon"]),
+            epsilon_text(spent["epsilon_rdp"]),
         )
     console.print(table)
     if privacy["epsilon"] is None:
         console.print("[yellow]No privacy guarantee: this run added no noise.[/yellow]")
-    else:
+    elif not privacy["seeded_noise"]:
         console.print(
-            f"epsilon {_epsilon_text(privacy['epsilon'])} at delta {privacy['delta']:g} for each {privacy['unit']}"
+            f"epsilon {epsilon_text(privacy['epsilon'])} at delta {privacy['delta']:g} for each {privacy['unit']}"
         )
     if privacy["seeded_noise"]:
         console.print("[yellow]A study without a guarantee: its noise came from the configured seed.[/yellow]")
@@ -151,7 +151,7 @@ def show_sweep(console: Console, results: Mapping[Path, Mapping[str, Any]]) -> N
     table.add_column("epsilon", justify="right")
     table.add_column("test")
     for folder, result in results.items():
-        table.add_row(folder.name, _epsilon_text(result["privacy"]["epsilon"]), _scores(result["final"]["metrics"]))
+        table.add_row(folder.name, epsilon_text(result["privacy"]["epsilon"]), _scores(result["final"]["metrics"]))
     console.print(table)
 
 
@@ -185,13 +185,6 @@ def _scores(metrics: Mapping[str, float | None]) -> str:
         name.replace("_", "-"): "not finite" if value is None else f"{value:.3f}" for name, value in metrics.items()
     }
     return ", ".join(f"{name} {text}" for name, text in texts.items())
-
-
-def _epsilon_text(epsilon: float | None) -> str:
-    """Three decimals, rounded up: a shown epsilon is never below the derived one."""
-    if epsilon is None or not math.isfinite(epsilon):
-        return "unbounded"
-    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
 
 
 def _duration(seconds: float) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 
 from fedtune.cli.compose import compose_run, compose_sweep, saved_config, write_config
-from fedtune.cli.display import Display, show_result, show_sweep
 from fedtune.config import RunConfig
 from fedtune.spec import ConfigError, RunError
 
@@ -31,11 +30,15 @@ def simulate(overrides: Sequence[str], *, multirun: bool) -> None:
     console = Console()
     results = [_run(config, folder, console) for config, folder in zip(runs, folders, strict=True)]
     if len(results) > 1:
+        from fedtune.cli.display import show_sweep
+
         show_sweep(console, dict(zip(folders, results, strict=True)))
 
 
 def _run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
-    from fedtune.flower.simulation import simulate as run_simulation  # torch and Flower take seconds to import
+    # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
+    from fedtune.cli.display import Display, show_result
+    from fedtune.flower.simulation import simulate as run_simulation
     from fedtune.report.build import write_report
 
     if config.resume is None:
@@ -67,8 +70,6 @@ def _folder(config: RunConfig) -> Path:
             raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another, or resume={folder}")
         return folder
     folder = Path(config.resume)
-    if not folder.is_dir():
-        raise ConfigError("resume", config.resume, "must be a run folder")
     saved = saved_config(folder)
     if saved.digest() != config.digest():
         differences = ", ".join(_differences(saved.decisive(), config.decisive()))

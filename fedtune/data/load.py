@@ -26,7 +26,7 @@ def split_key(seed: int) -> bytes:
     return hashlib.sha256(f"fedtune split {seed}".encode()).digest()
 
 
-def simulated_site_records(spec: DataSpec, *, num_sites: int, seed: int) -> tuple[list[Record], ...]:
+def simulated_site_records(spec: DataSpec, *, task: str, num_sites: int, seed: int) -> tuple[list[Record], ...]:
     """Each simulated site's training records out of the one training file; held-out records are left out.
 
     Raises:
@@ -34,7 +34,7 @@ def simulated_site_records(spec: DataSpec, *, num_sites: int, seed: int) -> tupl
     """
     key = split_key(seed)
     path = resolve_file(spec.train_file, shipped_folders(), key="data.train_file")
-    columns = training_columns(spec)
+    columns = spec.needed_columns(task, partition=True)
     chosen = (r for r in iter_records(path, columns) if is_selected(r, fraction=spec.train_fraction, key=key))
     sites = partition_records(chosen, spec.partition, num_sites=num_sites, key=key)
     training = tuple(split_heldout(site, fraction=spec.heldout_fraction, key=key)[0] for site in sites)
@@ -44,16 +44,10 @@ def simulated_site_records(spec: DataSpec, *, num_sites: int, seed: int) -> tupl
     return training
 
 
-def lead_records(spec: DataSpec, name: str, *, rows: int | None, key: str) -> list[Record]:
+def lead_records(spec: DataSpec, name: str, *, task: str, rows: int | None, key: str) -> list[Record]:
     """The lead's own records from file `name`, which the setting `key` gave."""
-    columns = {role: column for role, column in spec.columns.items() if role != "site"}
-    return read_records(resolve_file(name, shipped_folders(), key=key), columns, rows=rows)
-
-
-def training_columns(spec: DataSpec) -> dict[str, str]:
-    """The columns that training files must have; that of `site` only where the partition asks for it."""
-    needs_site = spec.partition.kind == "column"
-    return {role: column for role, column in spec.columns.items() if role != "site" or needs_site}
+    path = resolve_file(name, shipped_folders(), key=key)
+    return read_records(path, spec.needed_columns(task), rows=rows)
 
 
 def tokenise(records: Sequence[Record], tokenizer: Tokenizer, *, spec: DataSpec, task: str) -> TextDataset:

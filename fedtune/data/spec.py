@@ -83,6 +83,13 @@ class DataSpec:
         if task == "causal_lm" and self.labels:
             raise ConfigError("labels", self.labels, "must be empty for task causal_lm")
 
+    def needed_columns(self, task: str, *, partition: bool = False) -> dict[str, str]:
+        """The columns a file must have: the task's, those of the prompt, and what the partition goes by."""
+        roles = set(TASK_ROLES[task]) | set(_template_roles(self.prompt_template) if task == "causal_lm" else ())
+        if partition:
+            roles |= {"dirichlet": {"label"}, "column": {"site"}, "iid": set()}[self.partition.kind]
+        return {role: column for role, column in self.columns.items() if role in roles}
+
     def sizes(self, num_sites: int) -> tuple[int, ...]:
         """The declared size of each site.
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save as save_tensors
 
 from fedtune.federation.lead import LeadState, RoundResult
 from fedtune.model import Adapter
-from fedtune.privacy.durable import append_durably, write_durably
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.release import Receipt
 from fedtune.spec import ConfigError, RunError
 
@@ -34,7 +34,8 @@ class Checkpoints:
 
     def ask(self, round: int, sites: list[str]) -> None:
         """Note, before a request is sent, that `sites` may be charged for `round`."""
-        append_durably(self._asked, json.dumps({"round": round, "sites": sites}).encode() + b"\n")
+        line = json.dumps({"round": round, "sites": sites}).encode() + b"\n"
+        write_durably(self._asked, b"".join(self._whole_lines()) + line)
 
     def save(self, state: LeadState) -> None:
         """Write `state`; a crash leaves the checkpoint before it."""
@@ -88,12 +89,18 @@ class Checkpoints:
         return self._with_unanswered(state)
 
     def _with_unanswered(self, state: LeadState) -> LeadState:
-        lines = self._asked.read_bytes().splitlines(keepends=True) if self._asked.exists() else []
-        for line in lines:
-            # A line without its end was cut short by a crash, before any request of its round was sent.
-            if line.endswith(b"\n") and json.loads(line)["round"] > state.round:
-                state = state.asked(json.loads(line)["sites"])
+        try:
+            for asked in map(json.loads, self._whole_lines()):
+                if asked["round"] > state.round:
+                    state = state.asked(asked["sites"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{self._asked} is damaged; which rounds were asked for is not known") from error
         return state
+
+    def _whole_lines(self) -> list[bytes]:
+        """A line without its end was cut short by a crash, before any request of its round was sent."""
+        lines = self._asked.read_bytes().splitlines(keepends=True) if self._asked.exists() else []
+        return [line for line in lines if line.endswith(b"\n")]
 
     def _path(self, round: int) -> Path:
         return self._folder / f"round-{round:04d}.safetensors"

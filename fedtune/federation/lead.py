@@ -69,12 +69,21 @@ class LeadState:
     def answered(self, replies: Mapping[str, Reply], *, run: str) -> LeadState:
         """The state with the receipts of `replies`, which say what was really charged.
 
-        A receipt of another run or site says nothing about this one: such a site counts as silent.
+        A receipt of another run or site says nothing about this one, and one that went backwards comes of a ledger
+        that was lost or put back: such a site counts as silent.
         """
         given = {site: reply.receipt for site, reply in replies.items() if reply.receipt is not None}
-        new = {site: receipt for site, receipt in given.items() if (receipt.run, receipt.site) == (run, site)}
+        new = {
+            site: receipt
+            for site, receipt in given.items()
+            if (receipt.run, receipt.site) == (run, site) and not self._went_backwards(receipt)
+        }
         unanswered = {site: count for site, count in self.unanswered.items() if site not in new}
         return replace(self, receipts={**self.receipts, **new}, unanswered=unanswered)
+
+    def _went_backwards(self, receipt: Receipt) -> bool:
+        old = self.receipts.get(receipt.site)
+        return old is not None and (receipt.charged_rounds < old.charged_rounds or receipt.sequence < old.sequence)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

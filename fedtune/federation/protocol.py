@@ -19,6 +19,8 @@ class RoundRequest:
         run: identifies the run; the digest of its configuration and its name.
         round: from 1.
         adapter_digest: of the adapter that travels with the request.
+        receipt_sequence: ledger entry of the last receipt that the lead has of the site, 0 for none; a ledger that does
+            not reach it was lost or put back.
     """
 
     run: str
@@ -26,11 +28,16 @@ class RoundRequest:
     site: str
     adapter_digest: str
     plan: Plan
+    receipt_sequence: int = 0
 
     def to_json(self) -> str:
         """Canonical JSON."""
+        return json.dumps({**self._asked(), "receipt_sequence": self.receipt_sequence}, sort_keys=True)
+
+    def _asked(self) -> dict[str, object]:
+        """What is asked for; what the lead knows of the ledger is no part of it, and may differ when it asks again."""
         fields = {name: getattr(self, name) for name in ("run", "round", "site", "adapter_digest")}
-        return json.dumps(fields | {"plan": self.plan.to_json()}, sort_keys=True)
+        return {**fields, "plan": self.plan.to_json()}
 
     @classmethod
     def from_json(cls, text: str) -> RoundRequest:
@@ -43,15 +50,16 @@ class RoundRequest:
             fields = json.loads(text)
             request = cls(**{**fields, "plan": Plan(**fields["plan"])})
             right = all(isinstance(getattr(request, name), str) for name in ("run", "site", "adapter_digest"))
-            if not right or type(request.round) is not int or request.round < 1:
+            counts = (request.round, request.receipt_sequence)
+            if not right or any(type(count) is not int for count in counts) or request.round < 1:
                 raise ValueError("wrong type")
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError("request", text[:80], "must be a round request") from error
         return request
 
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON, in hex: two requests with one digest ask for the same thing."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """SHA-256, in hex, of what is asked for: two requests with one digest ask for the same thing."""
+        return hashlib.sha256(json.dumps(self._asked(), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

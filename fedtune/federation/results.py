@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinalResult:
-    """The finished run: scores on the test file before and after, whole wall time, peak memory of the processes."""
+    """The finished run: scores on the test file before and after, whole wall time, peak memory of this process."""
 
     metrics: Mapping[str, float]
     metrics_before: Mapping[str, float]
@@ -64,6 +64,13 @@ def run_json(
             },
         },
     }
+
+
+def epsilon_text(epsilon: float | None) -> str:
+    """Three decimals, rounded up: an epsilon that is shown is never below the one that was derived."""
+    if epsilon is None or not math.isfinite(epsilon):
+        return "unbounded"
+    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
 
 
 def _jsonable(result: dict[str, Any]) -> dict[str, Any]:

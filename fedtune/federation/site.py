@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedtune.federation.protocol import Reply, RoundRequest
 from fedtune.model import Adapter
 from fedtune.privacy.ledger import Ledger
@@ -13,6 +15,10 @@ from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Reason, Refusal, Refused, Update
 
 log = logging.getLogger(__name__)
+
+LARGEST_VALUE = 50.0
+"""No value of an adapter that a site trains from is larger.  Rounding grows with the adapter, and one record can move
+the others' terms by rounding (docs/threat_model.md); trained adapters stay far below this."""
 
 Train = Callable[[RoundRequest, Adapter, int], Adapter]
 """Trains the adapter for the request's round and the given attempt; the only step that reads records."""
@@ -39,7 +45,7 @@ class Site:
 def answer(site: Site, request: RoundRequest, adapter: Adapter) -> Reply:
     """Answer a request with an update, or with a reason from the closed list.
 
-    Guarantee: records are read only after the ledger has durably charged the round, and no text of an exception
+    Guarantee: records are trained on only after the ledger has durably charged the round, and no text of an exception
     leaves: an unforeseen failure is `site_error`, and its details stay in the site's log.
     """
     body: Update | Refusal
@@ -63,6 +69,11 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
         raise Refused(Reason.PLAN_CHANGED, asked=request.plan.digest(), allowed=site.plan.digest())
     if adapter.digest() != request.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=request.adapter_digest, allowed=adapter.digest())
+    if not all(bool((np.abs(value) <= LARGEST_VALUE).all()) for value in adapter.tensors.values()):
+        raise Refused(Reason.ADAPTER_OUT_OF_RANGE, allowed=LARGEST_VALUE)
+    sequence = site.ledger.receipt(site.run).sequence
+    if sequence < request.receipt_sequence:
+        raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=request.receipt_sequence, allowed=sequence)
     granted = site.ledger.reserve(run=request.run, round=request.round, request=request.digest(), plan=request.plan)
     if isinstance(granted, bytes):
         return granted

@@ -33,16 +33,17 @@ def make_client_app(site_of: Callable[[Context], Site], name_of: Callable[[Conte
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return Message(records.from_reply(_reply(message, context)), reply_to=message)
+        return Message(_reply(message, context), reply_to=message)
 
-    def _reply(message: Message, context: Context) -> Reply:
+    def _reply(message: Message, context: Context) -> RecordDict:
         reason = Reason.MALFORMED_REQUEST
         try:
             request, adapter = records.to_request(message.content)
             reason = Reason.SITE_ERROR
-            return answer(site_of(context), request, adapter)
+            return records.from_reply(answer(site_of(context), request, adapter))
         except Exception:
             log.exception("%s could not answer", name_of(context))
-        return Reply(body=Refusal(site=name_of(context), run="", round=0, reason=reason), receipt=None)
+        refusal = Refusal(site=name_of(context), run="", round=0, reason=reason)
+        return records.from_reply(Reply(body=refusal, receipt=None))
 
     return app

@@ -25,6 +25,7 @@ from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRando
 from fedtune.spec import ConfigError
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.preflight import check_examples_alone
 
 
 class Participants:
@@ -51,11 +52,23 @@ class Participants:
             SeededRandomness(config.seed) if config.runtime.seeded_noise else SystemRandomness()
         )
 
+    def check_model(self) -> None:
+        """Try a training pass on made-up examples.
+
+        Raises:
+            ConfigError: the model cannot be trained with per-example clipping.
+        """
+        if self.config.privacy.private:
+            check_examples_alone(self.model, task=self.config.task)
+
     @cached_property
     def site_data(self) -> dict[str, SiteExamples]:
         """Each site's tokenised training records."""
         sites = simulated_site_records(
-            self.config.data, num_sites=self.config.federation.num_sites, seed=self.config.seed
+            self.config.data,
+            task=self.config.task,
+            num_sites=self.config.federation.num_sites,
+            seed=self.config.seed,
         )
         federation = self.config.federation
         return {
@@ -77,7 +90,8 @@ class Participants:
     def _keeps_frozen_states(self) -> bool:
         """Whether what the frozen layers make of every site's records fits the memory set aside for it."""
         width = self.model.base.config.get_text_config().hidden_size * self.model.base.dtype.itemsize
-        tokens = sum(examples.num_tokens for examples in self.site_data.values())
+        # From public numbers: no site's records decide how another site's are computed.
+        tokens = sum(self.config.declared_sizes().values()) * self.config.data.max_length
         return bool(tokens * width <= self.config.runtime.kept_states_mib * 2**20)
 
     @cached_property
@@ -143,7 +157,7 @@ class LeadData:
         cls, file: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rows: int | None, key: str
     ) -> LeadData:
         """Read and tokenise a file that the setting `key` named."""
-        records = lead_records(config.data, file, rows=rows, key=key)
+        records = lead_records(config.data, file, task=config.task, rows=rows, key=key)
         return cls(records, tokenise(records, tokenizer, spec=config.data, task=config.task))
 
 

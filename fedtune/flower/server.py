@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,10 @@ from fedtune.flower import records
 from fedtune.flower.strategy import strategy_state
 from fedtune.model import Adapter
 from fedtune.privacy.plan import Plan
-from fedtune.spec import ConfigError, RunError
+from fedtune.privacy.release import Reason
+from fedtune.spec import ConfigError, RefusedError, RunError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
 
     Raises:
         RunError: fewer than `min_sites` updates came in a round; the checkpoint before it can be resumed.
+        RefusedError: so many sites have used up their plan that no round can succeed any more.
     """
     nodes = _introductions(grid, lead)
     while state.round < lead.federation.num_rounds:
@@ -74,7 +79,7 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str
     round, started, sites = state.round + 1, time.monotonic(), list(lead.declared_sizes)
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
-    messages = _requests(grid, lead, state.adapter, round, nodes)
+    messages = _requests(grid, lead, state, nodes)
     bytes_down = sum(records.num_bytes(message.content) for message in messages)
     received = list(grid.send_and_receive(messages, timeout=lead.federation.round_timeout_s))
     answers = _answers(received, nodes)
@@ -108,16 +113,23 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str
     )
 
 
-def _requests(grid: Grid, lead: Lead, adapter: Adapter, round: int, nodes: Mapping[int, str]) -> list[Message]:
+def _requests(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]) -> list[Message]:
     """One message for each site, in the sites' order; the strategy says which nodes are asked."""
-    arrays = records.to_arrays(adapter.tensors)
-    digest = adapter.digest()
+    arrays, digest, round = records.to_arrays(state.adapter.tensors), state.adapter.digest(), state.round + 1
     messages = {
         nodes[message.metadata.dst_node_id]: message
         for message in lead.strategy.configure_train(round, arrays, ConfigRecord(), grid)
     }
     for site, message in messages.items():
-        request = RoundRequest(run=lead.run, round=round, site=site, adapter_digest=digest, plan=lead.plan)
+        receipt = state.receipts.get(site)
+        request = RoundRequest(
+            run=lead.run,
+            round=round,
+            site=site,
+            adapter_digest=digest,
+            plan=lead.plan,
+            receipt_sequence=receipt.sequence if receipt else 0,
+        )
         message.content = records.from_request(request, arrays)
     return [messages[site] for site in lead.declared_sizes if site in messages]
 
@@ -128,11 +140,12 @@ def _answers(received: Iterable[Message], nodes: Mapping[int, str]) -> dict[str,
     for message in received:
         site = nodes.get(message.metadata.src_node_id)
         if site is None or message.has_error():
+            log.warning("%s: Flower delivered an error in place of a reply", site)
             continue
         try:
             answers[site] = (records.to_reply(message.content), message)
-        except ConfigError:
-            continue
+        except ConfigError as error:
+            log.warning("%s sent an unreadable reply: %s", site, error)
     return answers
 
 
@@ -149,6 +162,12 @@ def _aggregate(lead: Lead, replies: RoundReplies, messages: Mapping[str, Message
 def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
     if len(replies.updates) >= lead.federation.min_sites:
         return
+    spent = [site for site, reason in replies.failures.items() if reason == Reason.PLAN_EXHAUSTED]
+    if len(lead.declared_sizes) - len(spent) < lead.federation.min_sites:
+        raise RefusedError(
+            f"round {round}: the plan's {lead.plan.most_rounds} rounds are used up at {', '.join(spent)} (interrupted "
+            f"rounds count), and federation.min_sites = {lead.federation.min_sites}; plan with federation.spare_rounds"
+        )
     reasons = ", ".join(f"{site}: {reason}" for site, reason in replies.failures.items())
     raise RunError(
         f"round {round}: {len(replies.updates)} of {len(lead.declared_sizes)} sites sent an update, and "

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -27,8 +26,6 @@ from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.model import save_task_model
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.plan import Plan
-
-log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -76,8 +73,16 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> dict[str, o
     )
     listener.prepared(everyone, plan, state)
     client_app = simulated_client_app(config_json, str(folder))
-    state = _engine(config, client_app, listener)(lambda grid: run_rounds(grid, lead, state))
-    return _finish(config, everyone, plan, state, folder, began)
+    try:
+        state = _engine(config, client_app, listener)(lambda grid: run_rounds(grid, lead, state))
+    except BaseException:
+        # What was charged is on record also for a run that ends early.
+        _write_result(config, plan, checkpoints.load(), folder, metrics={}, seconds=time.monotonic() - began)
+        raise
+    metrics = everyone.score(state.adapter, everyone.test, generate=True)
+    state.adapter.load_into(everyone.model)
+    save_task_model(everyone.model, folder / "adapter")
+    return _write_result(config, plan, state, folder, metrics=metrics, seconds=time.monotonic() - began)
 
 
 def simulated_client_app(config_json: str, folder: str) -> ClientApp:
@@ -96,10 +101,11 @@ def simulated_client_app(config_json: str, folder: str) -> ClientApp:
 def _first_state(config: RunConfig, everyone: Participants, checkpoints: Checkpoints) -> LeadState:
     """Where the run starts: its newest checkpoint, or the initial adapter with its scores on the test file.
 
-    Every file is read and tokenised here, so that bad data ends the run before anything is trained.
+    The model is tried, and every file read and tokenised, here: what cannot work ends before anything is charged.
     """
     if config.resume is not None:
         state = checkpoints.load()
+    everyone.check_model()
     _ = everyone.site_data, everyone.validation, everyone.test
     if config.resume is not None:
         return state
@@ -123,17 +129,14 @@ def _engine(config: RunConfig, client_app: ClientApp, listener: Listener) -> Eng
     return lambda run: in_process(run, grid)
 
 
-def _finish(
-    config: RunConfig, everyone: Participants, plan: Plan, state: LeadState, folder: Path, began: float
+def _write_result(
+    config: RunConfig, plan: Plan, state: LeadState, folder: Path, *, metrics: Mapping[str, float], seconds: float
 ) -> dict[str, object]:
-    """Score the final adapter on the test file, save it, and write `run.json`."""
-    metrics = everyone.score(state.adapter, everyone.test, generate=True)
-    state.adapter.load_into(everyone.model)
-    save_task_model(everyone.model, folder / "adapter")
+    """Write `run.json`, and return its content."""
     final = FinalResult(
         metrics=metrics,
         metrics_before=state.metrics_before,
-        seconds=time.monotonic() - began,
+        seconds=seconds,
         peak_memory_bytes=_peak_memory_bytes(),
     )
     result = run_json(

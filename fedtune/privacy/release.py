@@ -33,6 +33,8 @@ class Reason(StrEnum):
     WRONG_SITE = "wrong_site"
     WRONG_RUN = "wrong_run"
     ADAPTER_DIFFERS = "adapter_differs"
+    ADAPTER_OUT_OF_RANGE = "adapter_out_of_range"
+    LEDGER_BEHIND_RECEIPT = "ledger_behind_receipt"
     MALFORMED_REQUEST = "malformed_request"
     SITE_ERROR = "site_error"
 

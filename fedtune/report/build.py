@@ -12,6 +12,7 @@ from typing import Any
 
 from fedtune import __version__
 from fedtune.config import RunConfig
+from fedtune.federation.results import epsilon_text
 from fedtune.privacy import events
 from fedtune.privacy.durable import write_durably
 
@@ -29,12 +30,12 @@ def write_report(folder: Path, config: RunConfig, run: Mapping[str, Any]) -> Non
 def report_json(config: RunConfig, run: Mapping[str, Any]) -> dict[str, Any]:
     """Everything needed to recompute the claim: each site's event, delta, accountant and version."""
     privacy = run["privacy"]
-    private = privacy["epsilon"] is not None
+    promised = privacy["epsilon"] is not None and not privacy["seeded_noise"]
     return {
         "schema_version": SCHEMA_VERSION,
         "run": config.name,
         "verdict": _verdict(config, privacy),
-        "promise": _promise(privacy) if private else None,
+        "promise": _promise(privacy) if promised else None,
         "unit": privacy["unit"],
         "neighbouring_relation": privacy["neighbouring_relation"],
         "target_epsilon": config.privacy.epsilon if config.privacy.private else None,
@@ -44,7 +45,7 @@ def report_json(config: RunConfig, run: Mapping[str, Any]) -> dict[str, Any]:
         "mechanism": {
             "name": "DP-SGD" if config.privacy.private else "none",
             "max_grad_norm": config.privacy.max_grad_norm if config.privacy.private else None,
-            "clipping": "one L2 norm per record over all trained tensors together",
+            "clipping": "one L2 norm per record over all trained tensors together" if config.privacy.private else None,
             "sampling_assumed": "poisson",
             "sampling_run": "poisson",
             "randomness": "seed of the configuration" if privacy["seeded_noise"] else "operating system's CSPRNG",
@@ -57,6 +58,11 @@ def report_json(config: RunConfig, run: Mapping[str, Any]) -> dict[str, Any]:
             "composition_covers": ["every round and step of this run, charged retries included"],
             "composition_leaves_out": ["other runs on the same records", "tuning trials", "the lead's evaluation data"],
         },
+        "assumptions": [
+            "units are disjoint between sites (asserted by each site)",
+            f"in {config.model.dtype}, one record moves the other records' clipped gradients by rounding only; "
+            "measured at adapters of trained size (docs/threat_model.md), not accounted for",
+        ],
         "releases": "each site's adapter after each round, to the server; the averages, to every site",
         "not_protected": [
             "what the adapter teaches about people in general",
@@ -89,15 +95,12 @@ def report_html(report: Mapping[str, Any]) -> str:
     """A self-contained page with the report's first figures and one table of sites; no script, no network."""
     verdict = report["verdict"]
     headings = ["site", "declared size", "steps", "sampling rate", "noise multiplier", "epsilon (PLD)", "epsilon (RDP)"]
-    keys = ["declared_size", "steps", "sampling_rate", "noise_multiplier", "epsilon", "epsilon_rdp"]
-    rows = "".join(
-        _row("td", [site, *("no bound" if fields[key] is None else f"{fields[key]:,.6g}" for key in keys)])
-        for site, fields in report["sites"].items()
-    )
+    rows = "".join(_row("td", _cells(site, fields)) for site, fields in report["sites"].items())
     scores = "".join(
         _row("td", [name, "not finite" if value is None else f"{value:.4f}"])
         for name, value in report["utility"]["final"].items()
     )
+    assumed = "".join(f"<li>{html.escape(text)}</li>" for text in report["assumptions"])
     not_covered = "".join(f"<li>{html.escape(text)}</li>" for text in report["not_protected"])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -114,10 +117,19 @@ th:first-child, td:first-child {{ text-align: left; }}
 <p>{html.escape(report["promise"] or "Records of this run are not protected by differential privacy.")}</p>
 <h2>What each site has spent</h2><table>{_row("th", headings)}{rows}</table>
 <h2>Scores on the lead's test file</h2><table>{_row("th", ["metric", "value"])}{scores}</table>
+<h2>Assumed</h2><ul>{assumed}</ul>
 <h2>Not protected</h2><ul>{not_covered}</ul>
 <p>report.json beside this page holds every figure, the events and the versions to recompute them.</p>
 </body></html>
 """
+
+
+def _cells(site: str, fields: Mapping[str, Any]) -> list[str]:
+    """One site's row; a bound where the site fell silent is called so."""
+    most = "at most " if fields["upper_bound"] else ""
+    numbers = [f"{fields['declared_size']:,}", f"{most}{fields['steps']}"]
+    settings = [f"{fields[key]:g}" for key in ("sampling_rate", "noise_multiplier")]
+    return [site, *numbers, *settings, *(most + epsilon_text(fields[key]) for key in ("epsilon", "epsilon_rdp"))]
 
 
 def _site(config: RunConfig, site: str, spent: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,14 +149,14 @@ def _verdict(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, str]:
             "why": "The noise came from the configured seed: a study, not a protected run.",
         }
     spent, target = privacy["epsilon"], config.privacy.epsilon
-    why = f"Every site spent at most epsilon {spent:.3f}; the run's target was {target:g}."
+    why = f"Every site spent at most epsilon {epsilon_text(spent)}; the run's target was {target:g}."
     return {"state": "WITHIN" if spent <= target else "EXCEEDED", "why": why}
 
 
 def _promise(privacy: Mapping[str, Any]) -> str:
     return (
         f"Adding or removing one {privacy['unit']} at one site changes the probability of anything that left the site "
-        f"by at most a factor of e^{privacy['epsilon']:.3f}, plus {privacy['delta']:g}."
+        f"by at most a factor of e^{epsilon_text(privacy['epsilon'])}, plus {privacy['delta']:g}."
     )
 
 

@@ -34,7 +34,7 @@ class Records:
     Attributes:
         count: how many there are; never leaves the site.
         declared_size: the number the site publishes, in the step's denominator.
-        cut: turns the indices of a logical batch into micro-batches.  How it cuts changes no result (privacy rule 8).
+        cut: turns the indices of a logical batch into micro-batches.  How it cuts changes no result.
     """
 
     count: int
@@ -123,6 +123,6 @@ def descend(
 
 
 def assert_one_tensor_set(parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """The tensors clipped, noised and stepped are one identical set (privacy rule 1)."""
+    """The tensors clipped, noised and stepped are one identical set."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert stepped == {id(p) for p in parameters.values()}, "stepped tensors and clipped tensors differ"

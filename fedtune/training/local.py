@@ -49,6 +49,8 @@ def train_round(
     """
     adapter.load_into(model)
     parameters = model.trainable()
+    everything = {id(p) for p in model.parameters() if p.requires_grad}
+    assert everything == {id(p) for p in parameters.values()}, "a tensor trains outside the clipped set"
     optimizer = make_optimizer(parameters, work.training)
     records = Records(count=len(examples), declared_size=work.declared_size, cut=examples.cut)
     purpose = (work.site, work.round, work.attempt)

@@ -142,3 +142,12 @@ def test_a_resumed_run_takes_single_values_on_top_of_its_own(tmp_path: Path) -> 
     assert compose_run([f"resume={folder}", "privacy.epsilon=3"]).privacy.epsilon == 3
     with pytest.raises(ConfigError, match=r"privacy\.epsilonn"):
         compose_run([f"resume={folder}", "privacy.epsilonn=3"])
+
+
+def test_a_resumed_run_cannot_take_another_name(tmp_path: Path) -> None:
+    # By another name its sites' ledgers would not know it, and count from zero.
+    folder = tmp_path / "first"
+    write_config(compose_run(["experiment=debug", "name=first"]), folder)
+    assert compose_run([f"resume={folder}", "name=second"]).name == "first"
+    (swept,) = compose_sweep([f"resume={folder}"])
+    assert swept.name == "first"

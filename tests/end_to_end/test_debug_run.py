@@ -141,7 +141,7 @@ def test_the_report_repeats_the_figures_and_says_within(result: Any, folder: Pat
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(folder: Path) -> None:
     config = saved_config(folder)
-    records = lead_records(config.data, config.data.test_file or "", rows=12, key="data.test_file")
+    records = lead_records(config.data, config.data.test_file or "", task=config.task, rows=12, key="data.test_file")
     tokenizer = load_tokenizer(config.model)
     examples = tokenise(records, tokenizer, spec=config.data, task=config.task)
     ours = load_task_model(folder / "adapter", model=config.model, device="cpu")

@@ -137,3 +137,17 @@ def test_the_journal_is_one_line_of_json_for_each_request(checkpoints: Checkpoin
     checkpoints.ask(2, ["a", "b"])
     lines = (folder / "asked.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"round": 1, "sites": ["a"]}, {"round": 2, "sites": ["a", "b"]}]
+
+
+def test_a_request_after_a_cut_line_keeps_the_journal_whole(
+    checkpoints: Checkpoints, folder: Path, state: Callable[..., LeadState]
+) -> None:
+    checkpoints.save(state(1))
+    (folder / "asked.jsonl").write_bytes(b'{"round": 2, "si')
+    checkpoints.ask(2, ["a"])
+    checkpoints.ask(2, ["a", "b"])
+    loaded = checkpoints.load()
+    assert loaded.unanswered["a"] - state(1).unanswered.get("a", 0) == 2
+    (folder / "asked.jsonl").write_bytes(b"not JSON\n")
+    with pytest.raises(RunError, match="damaged"):
+        checkpoints.load()

@@ -90,3 +90,11 @@ def test_asking_and_answering_leave_the_old_state_alone(state: LeadState, receip
     asked = state.asked(["a"])
     asked.answered(answer(receipt()), run="r")
     assert (state.unanswered, asked.unanswered, asked.receipts) == ({}, {"a": 1}, {})
+
+
+def test_a_receipt_that_went_backwards_is_not_believed(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
+    after = state.asked(["a"]).answered(answer(receipt(charged=3)), run="r")
+    restored = after.asked(["a"]).answered(answer(receipt(charged=1)), run="r")
+    charge = site_charge(restored, "a", plan)
+    assert charge.upper_bound
+    assert charge.steps == min(4, plan.most_rounds) * plan.local_steps

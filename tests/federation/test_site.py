@@ -171,3 +171,30 @@ def test_no_text_of_a_failure_leaves(ask: Callable[..., Reply], caplog: pytest.L
     assert (reply.body.asked, reply.body.allowed) == (None, None)
     assert reply.receipt is not None
     assert reply.receipt.charged_rounds == 1, "what failed had begun, and was charged"
+
+
+def test_a_ledger_behind_the_leads_receipt_trains_nothing(ask: Callable[..., Reply], trainer: Trainer) -> None:
+    ask()
+    reply = ask(2, receipt_sequence=99)
+    assert reason(reply) is Reason.LEDGER_BEHIND_RECEIPT
+    assert trainer.calls == [(1, 1)]
+
+
+def test_what_the_lead_knows_of_the_ledger_is_no_part_of_what_it_asks(ask: Callable[..., Reply]) -> None:
+    first, again = ask(), ask(receipt_sequence=2)
+    assert isinstance(first.body, Update)
+    assert isinstance(again.body, Update)
+    assert again.body.to_bytes() == first.body.to_bytes()
+    assert again.receipt == first.receipt
+
+
+@pytest.mark.parametrize("value", [51.0, -1e9, float("nan"), float("inf")])
+def test_an_adapter_out_of_range_is_refused_before_anything_is_charged(
+    ask: Callable[..., Reply], trainer: Trainer, value: float
+) -> None:
+    blown_up = Adapter({"b.lora_A": np.zeros((2, 3), np.float32), "head": np.full(4, value, np.float32)})
+    reply = ask(sent=blown_up, adapter_digest=blown_up.digest())
+    assert reason(reply) is Reason.ADAPTER_OUT_OF_RANGE
+    assert reply.receipt is not None
+    assert reply.receipt.charged_rounds == 0
+    assert trainer.calls == []

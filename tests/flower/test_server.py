@@ -14,7 +14,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from fedtune.federation.lead import site_charge
 from fedtune.flower import records
 from fedtune.flower.server import run_rounds
-from fedtune.spec import RunError
+from fedtune.privacy.plan import Plan
+from fedtune.spec import RefusedError, RunError
 
 
 def reply_of(messages: list[Message], node: int) -> Message:
@@ -196,3 +197,10 @@ def test_a_missing_node_is_waited_for_until_the_timeout(federation: Callable[...
     sizes = made.sizes | {"site-4": 5}
     with pytest.raises(RunError, match="did not introduce themselves: site-4"):
         run_rounds(made.grid, replace(made.lead, declared_sizes=sizes), made.start)
+
+
+def test_a_spent_plan_is_a_refusal_and_no_failure(federation: Any, plan: Plan) -> None:
+    many = federation(num_rounds=plan.most_rounds + 1, min_sites=3)
+    with pytest.raises(RefusedError, match=r"rounds are used up at site-1, site-2, site-3 .*spare_rounds"):
+        run_rounds(many.grid, many.lead, many.start)
+    assert len(many.finished) == plan.most_rounds

@@ -143,6 +143,8 @@ def test_the_reasons_are_a_closed_list() -> None:
         "wrong_site",
         "wrong_run",
         "adapter_differs",
+        "adapter_out_of_range",
+        "ledger_behind_receipt",
         "malformed_request",
         "site_error",
     }

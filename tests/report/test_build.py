@@ -150,3 +150,19 @@ def test_a_score_that_diverged_does_not_break_the_report(
     write_report(tmp_path, config, run)
     assert json.loads((tmp_path / "report.json").read_text())["utility"]["final"]["loss"] is None
     assert "not finite" in (tmp_path / "report.html").read_text()
+
+
+def test_a_seeded_study_promises_nothing(config: RunConfig, run: dict[str, Any]) -> None:
+    run["privacy"]["seeded_noise"] = True
+    report = report_json(config, run)
+    assert report["promise"] is None
+    assert "at most a factor of" not in report_html(report)
+
+
+def test_a_shown_epsilon_is_rounded_up(config: RunConfig, run: dict[str, Any]) -> None:
+    run["privacy"]["epsilon"] = 1.2341
+    for spent in run["privacy"]["sites"].values():
+        spent["epsilon"] = 1.2341
+    page = report_html(report_json(config, run))
+    assert "e^1.235" in page
+    assert "1.234<" not in page

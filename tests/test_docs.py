@@ -1,0 +1,72 @@
+"""What the pages say is run, and what they name exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "simulations/**/*.md")
+    for path in ROOT.glob(pattern)
+    if path.name != "README.upstream.md"
+)
+
+
+def own_data_command() -> list[str]:
+    """The five lines of the README, as arguments."""
+    block = re.search(r"```\n(fedtune simulate experiment=own_data .*?)\n```", (ROOT / "README.md").read_text(), re.S)
+    assert block, "the README shows how to use one's own data"
+    return shlex.split(block[1].replace("\\\n", " "))[1:]
+
+
+def test_the_readme_s_own_data_example_runs(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teams = ("billing", "technical", "sales")
+    rows = [f'"ticket {number} about {teams[number % 3]}",{teams[number % 3]}' for number in range(90)]
+    for name in ("tickets.csv", "tickets_test.csv", "more.csv"):
+        (tmp_path / name).write_text("\n".join(["body,team", *rows]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    # A tiny model instead of MiniLM; everything else is as the page says.
+    small = ["model=random_bert", "lora=all_linear", "federation.num_rounds=1", "training.local_steps=1"]
+    outcome = command(*own_data_command(), *small, "runtime.num_threads=1")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "runs/tickets/run.json").is_file()
+    assert command("evaluate", "runs/tickets", "--data", "more.csv").code == 0
+
+
+def test_the_configuration_page_is_up_to_date() -> None:
+    subprocess.run([sys.executable, ROOT / "docs" / "write_configuration.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_pages_name_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:fedtune|conf|tests|docs|simulations)/[\w/.-]+)`", page.read_text()):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_tests_that_the_threat_model_names_exist() -> None:
+    text = (ROOT / "docs/threat_model.md").read_text()
+    named = set(re.findall(r"tests/[\w/]+(?:\.py)?", text))
+    assert len(named) > 8
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_every_command_and_option_is_in_the_readme_or_the_help(command: Any) -> None:
+    text = (ROOT / "README.md").read_text()
+    for words in ("fedtune simulate", "fedtune evaluate", "--data", "-m ", "resume=", "make simulate", "make test"):
+        assert words in text
