@@ -99,7 +99,7 @@ def _make(folder: Path, config: RunConfig) -> None:
 
 def _remove(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name in ("config.yaml", "log.txt", ".lock"):
+    for name in ("config.yaml", "log.txt"):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()
 
@@ -107,7 +107,7 @@ def _remove(folder: Path) -> None:
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Keep two processes from running one folder: their ledgers and checkpoints would mix."""
-    with (folder / ".lock").open("w") as lock:
+    with (folder / "log.txt").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -218,7 +218,7 @@ def test_evaluate_names_what_is_wrong(command: Any, simulate: Any, tmp_path: Pat
 
 def test_one_folder_runs_in_one_process_at_a_time(command: Any, simulate: Any, tmp_path: Path) -> None:
     folder = simulate("privacy=none", into=tmp_path)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / "log.txt").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         outcome = command("simulate", f"resume={folder}")
     assert (outcome.code, outcome.message) == (2, f"resume = '{folder}': is running in another process")

@@ -106,7 +106,9 @@ def test_too_few_sites_end_the_run_with_a_checkpoint(
     assert outcome.message.startswith("round 2: 1 of 2 sites sent an update, and federation.min_sites = 2 are needed")
     assert "(site-2: site_error)" in outcome.message
     assert CANARY not in outcome.out + outcome.err
-    assert not (folder / "run.json").exists()
+    early = result_of(folder)  # what may have been charged is on record though the run did not end well
+    assert early["final"]["metrics"] == {}
+    assert {(spent["steps"], spent["upper_bound"]) for spent in early["privacy"]["sites"].values()} == {(4, True)}
     monkeypatch.undo()
     assert command("simulate", f"resume={folder}").code == 0
     steps = {site: spent["steps"] for site, spent in result_of(folder)["privacy"]["sites"].items()}
