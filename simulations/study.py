@@ -19,8 +19,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedtune.cli.compose import compose_run
 from fedtune.cli.main import main as fedtune
+from fedtune.federation.results import epsilon_text
 from fedtune.privacy.durable import write_durably
 
 BEGIN, END = "<!-- results: written by simulations/study.py -->", "<!-- end of results -->"
@@ -47,6 +50,8 @@ def run_line(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
         "title": line["title"],
         "overrides": line["overrides"],
         "runs": len(runs),
+        "config_sha256": sorted({run["config_sha256"] for run in runs}),
+        "hardware": hardware(),
         "epsilon": first["privacy"]["epsilon"],
         "delta": first["privacy"]["delta"],
         "noise_multiplier": next(iter(first["privacy"]["sites"].values()))["noise_multiplier"],
@@ -70,7 +75,7 @@ def table(results: dict[str, Any]) -> str:
         rows.append(
             [
                 line["title"],
-                "none" if line["epsilon"] is None else f"{line['epsilon']:.3f}",
+                epsilon_text(line["epsilon"]),
                 f"{line['noise_multiplier']:g}",
                 *(f"{line['metrics'][name]:.3f}" for name in metrics),
                 f"{min(first):.3f} to {max(first):.3f}" if len(first) > 1 else "",
@@ -84,7 +89,8 @@ def table(results: dict[str, Any]) -> str:
 def hardware() -> str:
     """What the numbers were measured on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory, no GPU"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory, {gpu}"
 
 
 def write(folder: Path, results: dict[str, Any]) -> None:
@@ -93,7 +99,8 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     readme = folder / "README.md"
     text = readme.read_text()
     before, rest = text.split(BEGIN)
-    body = f"{BEGIN}\n{table(results)}\n\nMeasured on {results['hardware']}.\n{END}"
+    machines = sorted({line["hardware"] for line in results["lines"].values()})
+    body = f"{BEGIN}\n{table(results)}\n\nMeasured on {'; '.join(machines)}.\n{END}"
     write_durably(readme, (before + body + rest.split(END)[1]).encode())
 
 
@@ -114,7 +121,7 @@ def main() -> None:
         if key in old:
             lines[key] = old[key]
         if lines:
-            write(options.study, {"experiment": study["experiment"], "hardware": hardware(), "lines": lines})
+            write(options.study, {"experiment": study["experiment"], "lines": lines})
 
 
 if __name__ == "__main__":
