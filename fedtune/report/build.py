@@ -42,14 +42,7 @@ def report_json(config: RunConfig, run: Mapping[str, Any]) -> dict[str, Any]:
         "delta": privacy["delta"],
         "epsilon": privacy["epsilon"],
         "sites": {site: _site(config, site, spent) for site, spent in privacy["sites"].items()},
-        "mechanism": {
-            "name": "DP-SGD" if config.privacy.private else "none",
-            "max_grad_norm": config.privacy.max_grad_norm if config.privacy.private else None,
-            "clipping": "one L2 norm per record over all trained tensors together" if config.privacy.private else None,
-            "sampling_assumed": "poisson",
-            "sampling_run": "poisson",
-            "randomness": "seed of the configuration" if privacy["seeded_noise"] else "operating system's CSPRNG",
-        },
+        "mechanism": _mechanism(config, seeded_noise=privacy["seeded_noise"]),
         "accountant": {
             "headline": "PLD",
             "cross_check": "RDP",
@@ -77,17 +70,7 @@ def report_json(config: RunConfig, run: Mapping[str, Any]) -> dict[str, Any]:
             "final": run["final"]["metrics"],
             "before": run["final"]["metrics_before"],
         },
-        "provenance": {
-            "fedtune_version": __version__,
-            "config_sha256": run["config_sha256"],
-            "model": config.model.path,
-            "model_sha256": config.model.sha256,
-            "model_licence": config.model.licence,
-            "dataset": config.data.dataset,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "libraries": {name: version(name) for name in _LIBRARIES},
-        },
+        "provenance": _provenance(config, run["config_sha256"]),
     }
 
 
@@ -122,6 +105,33 @@ th:first-child, td:first-child {{ text-align: left; }}
 <p>report.json beside this page holds every figure, the events and the versions to recompute them.</p>
 </body></html>
 """
+
+
+def _mechanism(config: RunConfig, *, seeded_noise: bool) -> dict[str, Any]:
+    """What was done to each step's sum, and how records were drawn for it."""
+    return {
+        "name": "DP-SGD" if config.privacy.private else "none",
+        "max_grad_norm": config.privacy.max_grad_norm if config.privacy.private else None,
+        "clipping": "one L2 norm per record over all trained tensors together" if config.privacy.private else None,
+        "sampling_assumed": "poisson",
+        "sampling_run": "poisson",
+        "randomness": "seed of the configuration" if seeded_noise else "operating system's CSPRNG",
+    }
+
+
+def _provenance(config: RunConfig, config_sha256: str) -> dict[str, Any]:
+    """What the run was made of, by version and hash."""
+    return {
+        "fedtune_version": __version__,
+        "config_sha256": config_sha256,
+        "model": config.model.path,
+        "model_sha256": config.model.sha256,
+        "model_licence": config.model.licence,
+        "dataset": config.data.dataset,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "libraries": {name: version(name) for name in _LIBRARIES},
+    }
 
 
 def _cells(site: str, fields: Mapping[str, Any]) -> list[str]:
