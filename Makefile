@@ -40,7 +40,7 @@ $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "torch $(TORCH_VERSION): GPU found: $(GPU); from $(if $(TORCH_INDEX),$(TORCH_INDEX),the default package index (set TORCH_INDEX to choose a build))"
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION)
-	@$(VENV)/bin/python -c "import torch; cuda = torch.version.cuda; \
+	@$(VENV)/bin/python -W ignore -c "import torch; cuda = torch.version.cuda; \
 	  print('torch', torch.__version__, 'for', f'CUDA {cuda}' if cuda else 'CPU only'); \
 	  '$(GPU)' == 'yes' and not torch.cuda.is_available() and print('WARNING: a GPU is here, but this torch cannot use it: set TORCH_INDEX to a CUDA wheel index')"
 	@touch $@
