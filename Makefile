@@ -13,8 +13,6 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes || echo no)
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-# Flower reports usage unless told not to.
-export FLWR_TELEMETRY_ENABLED := 0
 
 .PHONY: simulate test checks format clean
 

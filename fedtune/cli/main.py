@@ -7,8 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-# Before anything imports Flower or transformers: no telemetry, and no threads that tokenizers would fork.
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+# Before anything imports torch or transformers: no threads that tokenizers would fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch's threads sleep rather than spin while they wait: the same speed on a quiet machine, twice to four times the
 # speed where something else runs beside it (docs/LOG.md).

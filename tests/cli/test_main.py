@@ -88,7 +88,7 @@ def test_a_mistake_is_told_before_torch_and_flower_are_imported() -> None:
 
 
 def test_flowers_telemetry_is_off_unless_someone_turned_it_on() -> None:
-    code = "import os; import fedtune.cli.main; print(os.environ['FLWR_TELEMETRY_ENABLED'])"
+    code = "import os; import fedtune.flower; print(os.environ['FLWR_TELEMETRY_ENABLED'])"
     plain = {key: value for key, value in os.environ.items() if key != "FLWR_TELEMETRY_ENABLED"}
     for given, expected in (({}, "0\n"), ({"FLWR_TELEMETRY_ENABLED": "1"}, "1\n")):
         done = subprocess.run(
