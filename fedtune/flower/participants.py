@@ -83,7 +83,8 @@ class Participants:
         }
 
     @cached_property
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
+        """The run's plan, its noise calibrated once in a process."""
         return self.config.plan()
 
     @cached_property
@@ -116,7 +117,7 @@ class Participants:
         """Open a site with its ledger, as the file stands now."""
         name = self.config.federation.active[index]
         ledger = JournalLedger(name, self._folder / "sites" / name / "ledger.jsonl")
-        return Site(name=name, run=self.config.run_id(), plan=self._plan, ledger=ledger, train=self._train)
+        return Site(name=name, run=self.config.run_id(), plan=self.plan, ledger=ledger, train=self._train)
 
     def score(self, adapter: Adapter, data: LeadData | None, *, generate: bool = False) -> dict[str, float]:
         """Scores of `adapter` on the lead's data; empty without data."""

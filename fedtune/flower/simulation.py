@@ -54,7 +54,7 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> dict[str, o
     began = time.monotonic()
     config_json = json.dumps(config.to_json())
     everyone = participants(config_json, str(folder))
-    plan = config.plan()
+    plan = everyone.plan
     checkpoints = Checkpoints(folder / "checkpoints", config.digest())
     state = _first_state(config, everyone, checkpoints)
     began -= state.seconds
