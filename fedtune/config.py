@@ -22,6 +22,7 @@ from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy import accountant, events
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.plan import Plan
+from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, check_at_least, spec
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
@@ -78,6 +79,8 @@ class RunConfig:
             sizes = self.data.sizes(self.federation.num_sites)
         if self.privacy.private:
             _check_privacy(self.privacy, self.training, self.federation, largest_size=max(sizes))
+        if self.privacy.metrics == "noised" and self.data.heldout_fraction == 0:
+            raise ConfigError("data.heldout_fraction", 0, "must be above 0 for privacy.metrics = noised")
         self.task_model()
 
     def task_model(self) -> TaskModelSpec:
@@ -93,6 +96,23 @@ class RunConfig:
             local_steps=self.training.local_steps,
             num_rounds=self.federation.num_rounds,
             spare_rounds=self.federation.spare_rounds,
+        )
+
+    def proposal(self, *, lead: str, plan: Plan) -> Proposal:
+        """What the lead with public key `lead` proposes to the sites, and what a site makes of this configuration."""
+        targets = self.lora.target_modules
+        return Proposal(
+            run=self.run_id(),
+            lead=lead,
+            dataset=self.data.dataset,
+            task=self.task,
+            base_model=self.model.sha256 or "unverified",
+            target_modules=(targets,) if isinstance(targets, str) else targets,
+            rank=self.lora.rank,
+            train_head=self.task == "classification" and self.head.train,
+            seeded_noise=self.runtime.seeded_noise,
+            num_sites=len(self.federation.active),
+            plan=plan,
         )
 
     def declared_sizes(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ forbid unknown keys when `fedtune.config` composes the specs into one `RunConfig
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, dataclass_transform
@@ -39,6 +40,10 @@ class ConfigError(FedtuneError, ValueError):
     def under(self, prefix: str) -> ConfigError:
         """The same error one level further out (`epsilon` becomes `privacy.epsilon`)."""
         return type(self)(f"{prefix}.{self.key}" if prefix else self.key, self.value, self.bound)
+
+    def in_file(self, path: object) -> ConfigError:
+        """The same error, with the file that holds the key."""
+        return type(self)(f"{path}: {self.key}", self.value, self.bound)
 
 
 class DataError(ConfigError):
@@ -86,6 +91,12 @@ def check_one_of(key: str, value: object, allowed: Collection[object]) -> None:
     """Require `value` to be one of `allowed`."""
     if value not in allowed:
         raise ConfigError(key, value, f"must be one of {', '.join(map(str, allowed))}")
+
+
+def check_name(key: str, name: str) -> None:
+    """Require a name that can stand in a file, a message and a command line."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name, re.ASCII):
+        raise ConfigError(key, name, "must be made of at most 100 letters, digits, '-', '_' and '.'")
 
 
 def _shown(value: object, most: int = 120) -> str:

@@ -39,9 +39,11 @@ def _run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     from fedtune.cli.display import Display, show_result
     from fedtune.flower.simulation import simulate as run_simulation
+    from fedtune.flower.virtual_site import fitted
     from fedtune.report.build import write_report
 
     if config.resume is None:
+        config = _told(console, config, fitted(config, folder))
         _make(folder, config)
     display = Display(console, config, shown=config.tracking.progress)
     try:
@@ -60,6 +62,14 @@ def _run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
     write_report(folder, config, result)
     show_result(console, config, result, folder)
     return result
+
+
+def _told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
+    """The configuration that fits the sites' budgets, after saying how it differs from what was asked."""
+    if fits != asked:
+        rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
+        console.print(f"The sites' budgets have room for {rounds} rounds at noise multiplier {noise:g}.")
+    return fits
 
 
 def _folder(config: RunConfig) -> Path:

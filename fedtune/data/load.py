@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import fedtune
@@ -26,8 +27,16 @@ def split_key(seed: int) -> bytes:
     return hashlib.sha256(f"fedtune split {seed}".encode()).digest()
 
 
-def simulated_site_records(spec: DataSpec, *, task: str, num_sites: int, seed: int) -> tuple[list[Record], ...]:
-    """Each simulated site's training records out of the one training file; held-out records are left out.
+@dataclass(frozen=True, slots=True)
+class SiteRecords:
+    """One site's records: those it trains on, and those held out by their hash."""
+
+    training: list[Record]
+    heldout: list[Record]
+
+
+def simulated_site_records(spec: DataSpec, *, task: str, num_sites: int, seed: int) -> tuple[SiteRecords, ...]:
+    """Each simulated site's records out of the one training file.
 
     Raises:
         DataError: the file is missing or malformed, or a site would have no record.
@@ -37,11 +46,11 @@ def simulated_site_records(spec: DataSpec, *, task: str, num_sites: int, seed: i
     columns = spec.needed_columns(task, partition=True)
     chosen = (r for r in iter_records(path, columns) if is_selected(r, fraction=spec.train_fraction, key=key))
     sites = partition_records(chosen, spec.partition, num_sites=num_sites, key=key)
-    training = tuple(split_heldout(site, fraction=spec.heldout_fraction, key=key)[0] for site in sites)
-    for number, records in enumerate(training, 1):
-        if not records:
+    split = tuple(SiteRecords(*split_heldout(site, fraction=spec.heldout_fraction, key=key)) for site in sites)
+    for number, records in enumerate(split, 1):
+        if not records.training:
             raise DataError("data.train_file", spec.train_file, f"leaves site {number} of {num_sites} without a record")
-    return training
+    return split
 
 
 def lead_records(spec: DataSpec, name: str, *, task: str, rows: int | None, key: str) -> list[Record]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from string import Formatter
 
 from fedtune.data.partition import PartitionSpec
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, spec
 
 TASK_ROLES = {"classification": ("text", "label"), "causal_lm": ("prompt", "completion")}
 
@@ -50,9 +50,9 @@ class DataSpec:
     test_rows: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("dataset", "train_file"):
-            if not getattr(self, key).strip():
-                raise ConfigError(key, getattr(self, key), "must not be blank")
+        check_name("dataset", self.dataset)
+        if not self.train_file.strip():
+            raise ConfigError("train_file", self.train_file, "must not be blank")
         for size in (self.declared_sizes,) if isinstance(self.declared_sizes, int) else self.declared_sizes:
             check_at_least("declared_sizes", size, 1)
         for key in ("validation_rows", "test_rows"):

@@ -21,11 +21,15 @@ class RoundReplies:
 
     Attributes:
         updates: site -> adapter, in the order of the sites, so that a sum over them always rounds alike.
+        scores: site -> noised score and count of its held-out units, where the plan releases them.
         failures: site -> reason, for every asked site without a usable update.
+        refusals: the failures that are refusals, with what was asked and what is allowed.
     """
 
     updates: dict[str, Adapter]
+    scores: dict[str, tuple[float, float]]
     failures: dict[str, str]
+    refusals: dict[str, Refusal]
 
 
 def sort_replies(
@@ -33,18 +37,23 @@ def sort_replies(
 ) -> RoundReplies:
     """Keep the updates that fit the adapter that was sent; say for every other asked site why it has none."""
     updates: dict[str, Adapter] = {}
+    scores: dict[str, tuple[float, float]] = {}
     failures: dict[str, str] = {}
+    refusals: dict[str, Refusal] = {}
     for site in asked:
         reply = replies.get(site)
         if reply is None:
             failures[site] = NO_REPLY
         elif isinstance(reply.body, Refusal):
             failures[site] = reply.body.reason.value
+            refusals[site] = reply.body
         elif (reply.body.run, reply.body.round, reply.body.site) != (run, round, site) or not fits(reply.body, sent):
             failures[site] = INVALID_UPDATE
         else:
             updates[site] = Adapter(reply.body.tensors)
-    return RoundReplies(updates=updates, failures=failures)
+            if reply.body.scores is not None:
+                scores[site] = reply.body.scores
+    return RoundReplies(updates=updates, scores=scores, failures=failures, refusals=refusals)
 
 
 def fits(update: Update, sent: Adapter) -> bool:

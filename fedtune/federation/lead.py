@@ -26,6 +26,8 @@ class RoundResult:
         seconds: training and aggregation; evaluation is not counted.
         failed_sites: site -> reason.
         metrics: of the aggregated adapter on the lead's validation file.
+        site_scores: site -> (noised score, noised share of the declared number) of its held-out units, for the adapter
+            that the round began with; what `privacy.metrics=noised` releases.
     """
 
     round: int
@@ -35,6 +37,7 @@ class RoundResult:
     bytes_down: int
     bytes_up: int
     metrics: Mapping[str, float]
+    site_scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,21 +72,24 @@ class LeadState:
     def answered(self, replies: Mapping[str, Reply], *, run: str) -> LeadState:
         """The state with the receipts of `replies`, which say what was really charged.
 
-        A receipt of another run or site says nothing about this one, and one that went backwards comes of a ledger
-        that was lost or put back: such a site counts as silent.
+        A receipt of another run or site says nothing about this one; one that is not signed, or by another key than
+        before, is nobody's word; and one that went backwards comes of a ledger that was lost or put back.  Such a site
+        counts as silent.
         """
         given = {site: reply.receipt for site, reply in replies.items() if reply.receipt is not None}
         new = {
             site: receipt
             for site, receipt in given.items()
-            if (receipt.run, receipt.site) == (run, site) and not self._went_backwards(receipt)
+            if (receipt.run, receipt.site) == (run, site) and self._is_credible(receipt)
         }
         unanswered = {site: count for site, count in self.unanswered.items() if site not in new}
         return replace(self, receipts={**self.receipts, **new}, unanswered=unanswered)
 
-    def _went_backwards(self, receipt: Receipt) -> bool:
+    def _is_credible(self, receipt: Receipt) -> bool:
         old = self.receipts.get(receipt.site)
-        return old is not None and (receipt.charged_rounds < old.charged_rounds or receipt.sequence < old.sequence)
+        if old is not None and (receipt.charged_rounds < old.charged_rounds or receipt.sequence < old.sequence):
+            return False
+        return receipt.is_signed() and (old is None or receipt.site_key == old.site_key)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

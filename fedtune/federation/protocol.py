@@ -1,14 +1,28 @@
-"""What a server asks of a site, and what a site answers."""
+"""What a server asks of a site, signed by the lead, and what a site answers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.release import Receipt, Refusal, Update
+from fedtune.privacy.keys import SigningKey, is_signed
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update, receipt_from_json
 from fedtune.spec import ConfigError
+
+T = TypeVar("T")
+ROUND, END = "round request", "end of run"
+"""Purposes of a lead's signatures."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Signed:
+    """A text and a lead's signature on it, as they travel."""
+
+    text: str
+    signature: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,50 +30,92 @@ class RoundRequest:
     """The server's proposal for one round at one site.
 
     Attributes:
-        run: identifies the run; the digest of its configuration and its name.
+        proposal: of the run; the same in every round.
         round: from 1.
         adapter_digest: of the adapter that travels with the request.
-        receipt_sequence: ledger entry of the last receipt that the lead has of the site, 0 for none; a ledger that does
-            not reach it was lost or put back.
+        receipt: the last one that the lead has of the site, or None; a ledger that lacks it was lost or put back.
+        expires: seconds since 1970 after which the request is void.
     """
 
-    run: str
+    proposal: Proposal
     round: int
     site: str
     adapter_digest: str
-    plan: Plan
-    receipt_sequence: int = 0
+    receipt: Receipt | None = None
+    expires: float = float("inf")
 
-    def to_json(self) -> str:
-        """Canonical JSON."""
-        return json.dumps({**self._asked(), "receipt_sequence": self.receipt_sequence}, sort_keys=True)
+    @property
+    def run(self) -> str:
+        """The run that the round belongs to."""
+        return self.proposal.run
 
-    def _asked(self) -> dict[str, object]:
-        """What is asked for; what the lead knows of the ledger is no part of it, and may differ when it asks again."""
-        fields = {name: getattr(self, name) for name in ("run", "round", "site", "adapter_digest")}
-        return {**fields, "plan": self.plan.to_json()}
+    def signed(self, lead: SigningKey) -> Signed:
+        """The request as it is sent."""
+        receipt = None if self.receipt is None else asdict(self.receipt)
+        text = json.dumps({**self._asked(), "receipt": receipt, "expires": self.expires}, sort_keys=True)
+        return Signed(text=text, signature=lead.sign(ROUND, text.encode()))
 
     @classmethod
-    def from_json(cls, text: str) -> RoundRequest:
-        """The request that `to_json` wrote.
+    def of(cls, signed: Signed) -> RoundRequest:
+        """The request that was signed, by the lead that it names.
 
         Raises:
-            ConfigError: anything else.
+            ConfigError: the text is no request.
+            Refused: the signature is not that of the lead that the request names.
         """
         try:
-            fields = json.loads(text)
-            request = cls(**{**fields, "plan": Plan(**fields["plan"])})
-            right = all(isinstance(getattr(request, name), str) for name in ("run", "site", "adapter_digest"))
-            counts = (request.round, request.receipt_sequence)
-            if not right or any(type(count) is not int for count in counts) or request.round < 1:
+            fields = json.loads(signed.text)
+            receipt = None if fields["receipt"] is None else receipt_from_json(fields["receipt"])
+            proposal = Proposal.from_json(fields["proposal"])
+            request = cls(**{**fields, "proposal": proposal, "receipt": receipt})
+            texts = all(isinstance(getattr(request, name), str) for name in ("site", "adapter_digest"))
+            right = texts and type(request.round) is int and request.round >= 1 and type(request.expires) is float
+            if not right:
                 raise ValueError("wrong type")
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError("request", text[:80], "must be a round request") from error
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ConfigError("request", signed.text[:80], "must be a round request") from error
+        if not is_signed(proposal.lead, ROUND, signed.text.encode(), signed.signature):
+            raise Refused(Reason.WRONG_SIGNATURE)
         return request
+
+    def _asked(self) -> dict[str, Any]:
+        """What is asked for; receipt and expiry are no part of it, and may differ when the lead asks again."""
+        fields = {name: getattr(self, name) for name in ("round", "site", "adapter_digest")}
+        return {**fields, "proposal": self.proposal.to_json()}
 
     def digest(self) -> str:
         """SHA-256, in hex, of what is asked for: two requests with one digest ask for the same thing."""
         return hashlib.sha256(json.dumps(self._asked(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndOfRun:
+    """The lead's word that a run is over, so that a site need not hold budget for it any longer."""
+
+    run: str
+    lead: str
+
+    def signed(self, lead: SigningKey) -> Signed:
+        """The notice as it is sent."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return Signed(text=text, signature=lead.sign(END, text.encode()))
+
+    @classmethod
+    def of(cls, signed: Signed) -> EndOfRun:
+        """The notice that was signed, by the lead that it names.
+
+        Raises:
+            ConfigError: the text is no such notice.
+            Refused: the signature is not that of the lead that it names.
+        """
+        try:
+            fields = json.loads(signed.text)
+            notice = cls(run=str(fields["run"]), lead=str(fields["lead"]))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ConfigError("end of run", signed.text[:80], "must be such a notice") from error
+        if not is_signed(notice.lead, END, signed.text.encode(), signed.signature):
+            raise Refused(Reason.WRONG_SIGNATURE)
+        return notice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.federation.protocol import Reply, RoundRequest
+from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest, Signed
 from fedtune.model import Adapter
 from fedtune.privacy.ledger import Ledger
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Refused, Update
+from fedtune.spec import ConfigError
 
 log = logging.getLogger(__name__)
 
-LARGEST_VALUE = 50.0
-"""No value of an adapter that a site trains from is larger.  Rounding grows with the adapter, and one record can move
-the others' terms by rounding (docs/threat_model.md); trained adapters stay far below this."""
 
-Train = Callable[[RoundRequest, Adapter, int], Adapter]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What a site makes of a round.
+
+    Attributes:
+        adapter: after the plan's noisy steps.
+        scores: noised score and count of held-out units, where the plan releases them.
+        fingerprint: of the records, for the ledger alone.
+    """
+
+    adapter: Adapter
+    scores: tuple[float, float] | None = None
+    fingerprint: str = ""
+
+
+Train = Callable[[RoundRequest, Adapter, int], Trained]
 """Trains the adapter for the request's round and the given attempt; the only step that reads records."""
 
 
@@ -29,61 +44,121 @@ class Site:
     """A site as a round sees it.
 
     Attributes:
-        run: the run it takes part in.
-        plan: what the site itself makes of the run's configuration; a request for another is refused.
-        ledger: its own record of what was charged.
+        proposal: what the site itself makes of the run's configuration; a request for another is refused.
+        template: an adapter with the names and shapes that this run trains.
+        ledger: its own record of what was charged, under its own policy.
         train: reads the records.
     """
 
     name: str
-    run: str
-    plan: Plan
+    proposal: Proposal
+    template: Adapter
     ledger: Ledger
     train: Train
 
 
-def answer(site: Site, request: RoundRequest, adapter: Adapter) -> Reply:
+def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
     """Answer a request with an update, or with a reason from the closed list.
 
     Guarantee: records are trained on only after the ledger has durably charged the round, and no text of an exception
     leaves: an unforeseen failure is `site_error`, and its details stay in the site's log.
     """
+    began = time.monotonic()
     body: Update | Refusal
+    request: RoundRequest | None = None
     try:
+        request = _read(signed)
         body = Update.from_bytes(_update(site, request, adapter))
     except Refused as refused:
-        log.warning("%s refused round %d: %s", site.name, request.round, refused)
-        body = _refusal(site, request, refused.reason, asked=refused.asked, allowed=refused.allowed)
+        body = _refuse(site, request, refused)
     except Exception:
-        log.exception("%s failed in round %d", site.name, request.round)
-        body = _refusal(site, request, Reason.SITE_ERROR)
-    return Reply(body=body, receipt=site.ledger.receipt(site.run))
+        log.exception("%s failed in round %d", site.name, request.round if request else 0)
+        body = _refusal(site, request, Refused(Reason.SITE_ERROR))
+    receipt = site.ledger.receipt(site.proposal.run)
+    _hold(began, site.ledger.policy.releases.reply_after_s)
+    return Reply(body=body, receipt=receipt)
+
+
+def end_run(site: Site, signed: Signed) -> None:
+    """Give free what an ended run had set aside and not spent; only its own lead can end a run."""
+    notice = EndOfRun.of(signed)
+    known = site.ledger.history.runs.get(notice.run)
+    if known is None or known.proposal.lead != notice.lead:
+        raise Refused(Reason.LEADS, asked=notice.lead)
+    site.ledger.end(notice.run)
+
+
+def _read(signed: Signed) -> RoundRequest:
+    try:
+        return RoundRequest.of(signed)
+    except ConfigError as error:
+        raise Refused(Reason.MALFORMED_REQUEST) from error
 
 
 def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
     if request.site != site.name:
         raise Refused(Reason.WRONG_SITE, asked=request.site, allowed=site.name)
-    if request.run != site.run:
-        raise Refused(Reason.WRONG_RUN, asked=request.run, allowed=site.run)
-    if request.plan != site.plan:
-        raise Refused(Reason.PLAN_CHANGED, asked=request.plan.digest(), allowed=site.plan.digest())
-    if adapter.digest() != request.adapter_digest:
-        raise Refused(Reason.ADAPTER_DIFFERS, asked=request.adapter_digest, allowed=adapter.digest())
-    if not all(bool((np.abs(value) <= LARGEST_VALUE).all()) for value in adapter.tensors.values()):
-        raise Refused(Reason.ADAPTER_OUT_OF_RANGE, allowed=LARGEST_VALUE)
-    sequence = site.ledger.receipt(site.run).sequence
-    if sequence < request.receipt_sequence:
-        raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=request.receipt_sequence, allowed=sequence)
-    granted = site.ledger.reserve(run=request.run, round=request.round, request=request.digest(), plan=request.plan)
+    if time.time() > request.expires:
+        raise Refused(Reason.REQUEST_EXPIRED)
+    # Before the comparison below, so that a request for too much is answered with the rule that it breaks.
+    site.ledger.policy.check(request.proposal)
+    if request.run != site.proposal.run:
+        raise Refused(Reason.WRONG_RUN, asked=request.run, allowed=site.proposal.run)
+    if request.proposal != site.proposal:
+        raise Refused(Reason.PLAN_CHANGED, asked=request.proposal.digest(), allowed=site.proposal.digest())
+    _check_adapter(site, request, adapter)
+    if request.receipt is not None:
+        site.ledger.require_contains(request.receipt)
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
     if isinstance(granted, bytes):
         return granted
     trained = site.train(request, adapter, granted.attempt)
-    reply = Update(site=site.name, run=request.run, round=request.round, tensors=trained.tensors).to_bytes()
-    site.ledger.commit(granted, reply)
+    reply = Update(
+        site=site.name,
+        run=request.run,
+        round=request.round,
+        tensors=trained.adapter.tensors,
+        scores=trained.scores,
+    ).to_bytes()
+    site.ledger.commit(granted, reply, fingerprint=trained.fingerprint)
     return reply
 
 
-def _refusal(
-    site: Site, request: RoundRequest, reason: Reason, *, asked: str | None = None, allowed: str | None = None
-) -> Refusal:
-    return Refusal(site=site.name, run=site.run, round=request.round, reason=reason, asked=asked, allowed=allowed)
+def _check_adapter(site: Site, request: RoundRequest, adapter: Adapter) -> None:
+    if not adapter.same_shapes(site.template):
+        raise Refused(Reason.ADAPTER_SHAPE)
+    if adapter.digest() != request.adapter_digest:
+        raise Refused(Reason.ADAPTER_DIFFERS, asked=request.adapter_digest, allowed=adapter.digest())
+    most = site.ledger.policy.limits.max_adapter_value
+    # Written so that NaN is refused too.
+    if not all(bool((np.abs(value) <= most).all()) for value in adapter.tensors.values()):
+        raise Refused(Reason.MAX_ADAPTER_VALUE, allowed=f"at most {most:g}")
+
+
+def _refuse(site: Site, request: RoundRequest | None, refused: Refused) -> Refusal:
+    """Note the refusal in the log and the ledger, and make it a reply."""
+    log.warning("%s refused round %d: %s", site.name, request.round if request else 0, refused)
+    if request is not None:
+        try:
+            site.ledger.refuse(refused, run=request.run, round=request.round, request=request.digest())
+        except Exception:  # it is refused, whether or not the ledger can say so
+            log.exception("%s could not record a refusal", site.name)
+    return _refusal(site, request, refused)
+
+
+def _refusal(site: Site, request: RoundRequest | None, refused: Refused) -> Refusal:
+    return Refusal(
+        site=site.name,
+        run=site.proposal.run,
+        round=request.round if request else 0,
+        reason=refused.reason,
+        asked=refused.asked,
+        allowed=refused.allowed,
+    )
+
+
+def _hold(began: float, every_s: float) -> None:
+    """Wait for the next whole multiple of `every_s` since `began`: a reply's time then tells only how many passed."""
+    if every_s > 0:
+        passed = time.monotonic() - began
+        time.sleep(math.ceil(passed / every_s) * every_s - passed)

@@ -19,6 +19,8 @@ class FederationSpec:
         site_names: one for each site; empty: site-1, site-2, ...
         participants: names of the sites that take part in this run; empty: all of them.
         min_sites: fewest updates a round needs; with fewer the run ends.
+        if_over_budget: what to do when a site's budget has no room for the plan: "stop" (the site refuses),
+            "fewer_rounds" (as many as every site allows) or "more_noise" (as little as every site allows).
         spare_rounds: further rounds that noise is calibrated for, so that an interrupted round can be retried.
         strategy: Flower's rule for turning updates into the next adapter; weights are declared sizes.
         server_learning_rate: of FedAdam and FedAvgM.
@@ -34,6 +36,7 @@ class FederationSpec:
     participants: tuple[str, ...] = ()
     min_sites: int = 1
     spare_rounds: int = 0
+    if_over_budget: Literal["stop", "fewer_rounds", "more_noise"] = "stop"
     strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
@@ -59,6 +62,7 @@ class FederationSpec:
                 "min_sites", self.min_sites, f"must be at most the {len(self.active)} sites that take part"
             )
         check_one_of("strategy", self.strategy, STRATEGIES)
+        check_one_of("if_over_budget", self.if_over_budget, ("stop", "fewer_rounds", "more_noise"))
         check_positive("server_learning_rate", self.server_learning_rate)
         check_fraction("server_momentum", self.server_momentum, zero=True)
         check_fraction("server_beta_2", self.server_beta_2, zero=True)

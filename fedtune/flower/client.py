@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.federation.protocol import Reply
-from fedtune.federation.site import Site, answer
+from fedtune.federation.site import Site, answer, end_run
 from fedtune.flower import records
 from fedtune.privacy.release import Reason, Refusal
 
@@ -35,12 +35,20 @@ def make_client_app(site_of: Callable[[Context], Site], name_of: Callable[[Conte
     def train(message: Message, context: Context) -> Message:
         return Message(_reply(message, context), reply_to=message)
 
+    @app.query(records.END)
+    def end(message: Message, context: Context) -> Message:
+        try:
+            end_run(site_of(context), records.to_signed(message.content))
+        except Exception:
+            log.exception("%s could not end a run", name_of(context))
+        return Message(RecordDict(), reply_to=message)
+
     def _reply(message: Message, context: Context) -> RecordDict:
         reason = Reason.MALFORMED_REQUEST
         try:
-            request, adapter = records.to_request(message.content)
+            signed, adapter = records.to_request(message.content)
             reason = Reason.SITE_ERROR
-            return records.from_reply(answer(site_of(context), request, adapter))
+            return records.from_reply(answer(site_of(context), signed, adapter))
         except Exception:
             log.exception("%s could not answer", name_of(context))
         refusal = Refusal(site=name_of(context), run="", round=0, reason=reason)

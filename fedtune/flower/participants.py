@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,13 +16,17 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import RunConfig, parse
 from fedtune.data import Record, TextDataset
-from fedtune.data.load import lead_records, simulated_site_records, tokenise
+from fedtune.data.load import SiteRecords, lead_records, simulated_site_records, tokenise
+from fedtune.data.records import record_key
 from fedtune.evaluation.evaluate import evaluate
 from fedtune.evaluation.generation import PromptSet
+from fedtune.evaluation.units import unit_scores
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.site import Site
+from fedtune.federation.site import Site, Trained
+from fedtune.flower.virtual_site import VirtualSites
 from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model, load_tokenizer
-from fedtune.privacy.ledger import JournalLedger
+from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedtune.spec import ConfigError
@@ -37,7 +44,8 @@ class Participants:
     """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config, self._folder = config, folder
+        self.config = config
+        self.sites = VirtualSites.of(config, folder, config.plan())
         torch.set_num_threads(config.runtime.num_threads or os.cpu_count() or 1)
         self.device = torch.device(_device_name(config.runtime.device))
         self.tokenizer = load_tokenizer(config.model)
@@ -62,8 +70,8 @@ class Participants:
             check_examples_alone(self.model, task=self.config.task)
 
     @cached_property
-    def site_data(self) -> dict[str, SiteExamples]:
-        """Each site's tokenised training records."""
+    def _site_records(self) -> dict[str, SiteRecords]:
+        """Each active site's records."""
         sites = simulated_site_records(
             self.config.data,
             task=self.config.task,
@@ -71,21 +79,33 @@ class Participants:
             seed=self.config.seed,
         )
         federation = self.config.federation
+        return {n: records for n, records in zip(federation.names, sites, strict=True) if n in federation.active}
+
+    @cached_property
+    def site_data(self) -> dict[str, SiteExamples]:
+        """Each site's tokenised training records."""
         return {
             name: SiteExamples(
-                tokenise(records, self.tokenizer, spec=self.config.data, task=self.config.task),
+                self._tokenised(records.training),
                 pad_id=self.tokenizer.pad_token_id,
                 max_tokens=self.config.runtime.micro_batch_tokens,
                 device=self.device,
             )
-            for name, records in zip(federation.names, sites, strict=True)
-            if name in federation.active
+            for name, records in self._site_records.items()
         }
 
     @cached_property
+    def _heldout_data(self) -> dict[str, TextDataset]:
+        """Each site's tokenised held-out records."""
+        return {name: self._tokenised(records.heldout) for name, records in self._site_records.items()}
+
+    def _tokenised(self, records: Sequence[Record]) -> TextDataset:
+        return tokenise(records, self.tokenizer, spec=self.config.data, task=self.config.task)
+
+    @property
     def plan(self) -> Plan:
         """The run's plan, its noise calibrated once in a process."""
-        return self.config.plan()
+        return self.sites.plan
 
     @cached_property
     def _keeps_frozen_states(self) -> bool:
@@ -116,8 +136,15 @@ class Participants:
     def site(self, index: int) -> Site:
         """Open a site with its ledger, as the file stands now."""
         name = self.config.federation.active[index]
-        ledger = JournalLedger(name, self._folder / "sites" / name / "ledger.jsonl")
-        return Site(name=name, run=self.config.run_id(), plan=self.plan, ledger=ledger, train=self._train)
+        ledger = self.sites.ledger(name)
+        proposal = self.config.proposal(lead=self.sites.lead_key().public, plan=self.plan)
+
+        def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+            scores = self._noised_scores(name, request.round, attempt, adapter) if self.plan.releases_metrics else None
+            trained = self._train(request, adapter, attempt)
+            return Trained(adapter=trained, scores=scores, fingerprint=self._fingerprint(name, ledger))
+
+        return Site(name=name, proposal=proposal, template=self.initial_adapter, ledger=ledger, train=train)
 
     def score(self, adapter: Adapter, data: LeadData | None, *, generate: bool = False) -> dict[str, float]:
         """Scores of `adapter` on the lead's data; empty without data."""
@@ -138,12 +165,32 @@ class Participants:
                 site=request.site,
                 round=request.round,
                 attempt=attempt,
-                plan=request.plan,
+                plan=request.proposal.plan,
                 training=self.config.training,
                 declared_size=self.config.declared_sizes()[request.site],
             ),
             randomness=self._randomness,
         )
+
+    def _noised_scores(self, site: str, round: int, attempt: int, adapter: Adapter) -> tuple[float, float]:
+        """How the adapter that was sent does on the site's held-out records, noised as the plan says."""
+        adapter.load_into(self.model)
+        exact = unit_scores(
+            self.model, self._heldout_data[site], task=self.config.task, pad_id=self.tokenizer.pad_token_id
+        )
+        return noised_scores(
+            exact,
+            declared_size=self.config.declared_sizes()[site] * self.config.data.heldout_fraction,
+            noise_multiplier=self.plan.metrics_noise_multiplier,
+            stream=self._randomness.stream(site, round, attempt, "scores"),
+        )
+
+    def _fingerprint(self, site: str, ledger: Ledger) -> str:
+        """HMAC, in hex, of the records that the site trained on, under a key of the site's own."""
+        digest = hmac.new(ledger.fingerprint_key(), digestmod="sha256")
+        for record in self._site_records[site].training:
+            digest.update(hashlib.sha256(record_key(record)).digest())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedtune.federation.protocol import Reply, RoundRequest
+from fedtune.federation.protocol import Reply, Signed
 from fedtune.model import Adapter
-from fedtune.privacy.release import Reason, Receipt, Refusal, Update
+from fedtune.privacy.release import Reason, Refusal, Update, checked_scores, receipt_from_json
 from fedtune.spec import ConfigError
 
 ARRAYS, REQUEST, REPLY, WEIGHT, SITE = "arrays", "request", "reply", "weight", "site"
+END = "end"
+"""Flower's action of the query that tells a site that a run is over."""
 WEIGHT_KEY = "num-examples"
 """Flower's name for an average's weight.  Here it always holds the declared size."""
 
@@ -38,23 +40,41 @@ def num_bytes(content: RecordDict) -> int:
     return arrays + texts
 
 
-def from_request(request: RoundRequest, arrays: ArrayRecord) -> RecordDict:
+def from_request(request: Signed, arrays: ArrayRecord) -> RecordDict:
     """Content of the message that asks a site for a round."""
-    return RecordDict({ARRAYS: arrays, REQUEST: ConfigRecord({"json": request.to_json()})})
+    return RecordDict({ARRAYS: arrays, **from_signed(request)})
 
 
-def to_request(content: RecordDict) -> tuple[RoundRequest, Adapter]:
-    """The request and the adapter that travels with it.
+def from_signed(signed: Signed) -> RecordDict:
+    """Content of a message that carries a lead's signed word and nothing else."""
+    return RecordDict({REQUEST: ConfigRecord({"json": signed.text, "signature": signed.signature})})
+
+
+def to_request(content: RecordDict) -> tuple[Signed, Adapter]:
+    """The request and the adapter that travels with it; neither has been checked.
 
     Raises:
-        ConfigError: the message is not such a request.
+        ConfigError: the message does not hold these.
     """
     try:
-        text = str(content.config_records[REQUEST]["json"])
-        tensors = from_arrays(content.array_records[ARRAYS])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError("message", sorted(content), "must hold a round request") from error
-    return RoundRequest.from_json(text), Adapter(tensors)
+        return to_signed(content), Adapter(from_arrays(content.array_records[ARRAYS]))
+    except ConfigError:
+        raise
+    except Exception as error:  # numpy alone raises five kinds over bytes that are no array
+        raise ConfigError("message", sorted(content), "must hold an adapter") from error
+
+
+def to_signed(content: RecordDict) -> Signed:
+    """A lead's signed word, not yet checked.
+
+    Raises:
+        ConfigError: the message does not hold one.
+    """
+    try:
+        record = content.config_records[REQUEST]
+        return Signed(text=str(record["json"]), signature=str(record["signature"]))
+    except (KeyError, TypeError) as error:
+        raise ConfigError("message", sorted(content), "must hold a signed request") from error
 
 
 def from_reply(reply: Reply) -> RecordDict:
@@ -70,6 +90,7 @@ def from_reply(reply: Reply) -> RecordDict:
     if isinstance(body, Refusal):
         fields |= {"reason": body.reason.value, "asked": body.asked, "allowed": body.allowed}
         return RecordDict({REPLY: ConfigRecord({"json": json.dumps(fields)})})
+    fields["scores"] = body.scores
     return RecordDict({ARRAYS: to_arrays(body.tensors), REPLY: ConfigRecord({"json": json.dumps(fields)})})
 
 
@@ -81,11 +102,12 @@ def to_reply(content: RecordDict) -> Reply:
     """
     try:
         fields = json.loads(str(content.config_records[REPLY]["json"]))
-        receipt = None if fields["receipt"] is None else _receipt(fields["receipt"])
+        receipt = None if fields["receipt"] is None else receipt_from_json(fields["receipt"])
         where: dict[str, Any] = {"site": str(fields["site"]), "run": str(fields["run"]), "round": int(fields["round"])}
         body: Update | Refusal
         if fields["kind"] == "update":
-            body = Update(**where, tensors=from_arrays(content.array_records[ARRAYS]))
+            tensors = from_arrays(content.array_records[ARRAYS])
+            body = Update(**where, tensors=tensors, scores=checked_scores(fields["scores"]))
         else:
             words: dict[str, Any] = {
                 key: None if fields[key] is None else str(fields[key]) for key in ("asked", "allowed")
@@ -94,14 +116,6 @@ def to_reply(content: RecordDict) -> Reply:
     except Exception as error:  # numpy alone raises five kinds over bytes that are no array
         raise ConfigError("reply", sorted(content), "must be a site's answer") from error
     return Reply(body=body, receipt=receipt)
-
-
-def _receipt(fields: dict[str, Any]) -> Receipt:
-    receipt = Receipt(**fields)
-    counts = (receipt.charged_rounds, receipt.charged_steps, receipt.sequence)
-    if not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError("a receipt's counts")
-    return receipt
 
 
 def weighted(adapter: Adapter, declared_size: int) -> RecordDict:

@@ -15,12 +15,14 @@ from flwr.serverapp.strategy import FedAvg
 from fedtune.federation.aggregation import RoundReplies, sort_replies
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState, RoundResult
-from fedtune.federation.protocol import Reply, RoundRequest
+from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import records
 from fedtune.flower.strategy import strategy_state
 from fedtune.model import Adapter
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.spec import ConfigError, RefusedError, RunError
 
@@ -32,14 +34,16 @@ class Lead:
     """What the lead brings to a run.
 
     Attributes:
+        proposal: what every site is asked to take part in.
+        key: signs each request.
         declared_sizes: site -> the size it publishes; the weights of the average.
         evaluate: scores an adapter on the lead's own validation data.
         finished: called with the state after each round.
         elapsed: seconds since the run began, interruptions left out.
     """
 
-    run: str
-    plan: Plan
+    proposal: Proposal
+    key: SigningKey
     federation: FederationSpec
     declared_sizes: Mapping[str, int]
     strategy: FedAvg
@@ -47,6 +51,16 @@ class Lead:
     evaluate: Callable[[Adapter], Mapping[str, float]]
     finished: Callable[[LeadState], None]
     elapsed: Callable[[], float]
+
+    @property
+    def run(self) -> str:
+        """The run's name at its sites."""
+        return self.proposal.run
+
+    @property
+    def plan(self) -> Plan:
+        """The run's plan."""
+        return self.proposal.plan
 
 
 def make_server_app(run: Callable[[Grid], None]) -> ServerApp:
@@ -72,6 +86,7 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         state = _run_round(grid, lead, state, nodes)
         lead.checkpoints.save(state)
         lead.finished(state)
+    _tell_the_end(grid, lead, nodes)
     return state
 
 
@@ -102,6 +117,7 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str
         bytes_down=bytes_down,
         bytes_up=bytes_up,
         metrics=lead.evaluate(adapter),
+        site_scores=sorted_out.scores,
     )
     return replace(
         state,
@@ -121,16 +137,15 @@ def _requests(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]
         for message in lead.strategy.configure_train(round, arrays, ConfigRecord(), grid)
     }
     for site, message in messages.items():
-        receipt = state.receipts.get(site)
         request = RoundRequest(
-            run=lead.run,
+            proposal=lead.proposal,
             round=round,
             site=site,
             adapter_digest=digest,
-            plan=lead.plan,
-            receipt_sequence=receipt.sequence if receipt else 0,
+            receipt=state.receipts.get(site),
+            expires=time.time() + lead.federation.round_timeout_s,
         )
-        message.content = records.from_request(request, arrays)
+        message.content = records.from_request(request.signed(lead.key), arrays)
     return [messages[site] for site in lead.declared_sizes if site in messages]
 
 
@@ -162,18 +177,35 @@ def _aggregate(lead: Lead, replies: RoundReplies, messages: Mapping[str, Message
 def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
     if len(replies.updates) >= lead.federation.min_sites:
         return
-    spent = [site for site, reason in replies.failures.items() if reason == Reason.PLAN_EXHAUSTED]
-    if len(lead.declared_sizes) - len(spent) < lead.federation.min_sites:
+    reasons = ", ".join(f"{site}: {_explained(replies, site)}" for site in replies.failures)
+    final = [site for site, refusal in replies.refusals.items() if refusal.reason.is_final]
+    if len(lead.declared_sizes) - len(final) < lead.federation.min_sites:
+        exhausted = any(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
+        hint = "; interrupted rounds count, plan with federation.spare_rounds" if exhausted else ""
         raise RefusedError(
-            f"round {round}: the plan's {lead.plan.most_rounds} rounds are used up at {', '.join(spent)} (interrupted "
-            f"rounds count), and federation.min_sites = {lead.federation.min_sites}; plan with federation.spare_rounds"
+            f"round {round}: refused by policy or budget, and federation.min_sites = {lead.federation.min_sites} "
+            f"({reasons}){hint}"
         )
-    reasons = ", ".join(f"{site}: {reason}" for site, reason in replies.failures.items())
     raise RunError(
         f"round {round}: {len(replies.updates)} of {len(lead.declared_sizes)} sites sent an update, and "
         f"federation.min_sites = {lead.federation.min_sites} are needed ({reasons}); "
         f"the checkpoint of round {round - 1} can be resumed"
     )
+
+
+def _explained(replies: RoundReplies, site: str) -> str:
+    """A site's reason, with what was asked and what it allows."""
+    refusal = replies.refusals.get(site)
+    if refusal is None or refusal.asked is None:
+        return replies.failures[site]
+    return f"{refusal.reason}, asked {refusal.asked}, allowed {refusal.allowed}"
+
+
+def _tell_the_end(grid: Grid, lead: Lead, nodes: Mapping[int, str]) -> None:
+    """Let every site know that the run is over; who does not hear it waits until the run expires."""
+    notice = records.from_signed(EndOfRun(run=lead.run, lead=lead.key.public).signed(lead.key))
+    messages = [Message(notice, node_id, f"query.{records.END}") for node_id in nodes]
+    list(grid.send_and_receive(messages, timeout=lead.federation.round_timeout_s))
 
 
 def _introductions(grid: Grid, lead: Lead) -> dict[int, str]:

@@ -61,8 +61,8 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> dict[str, o
     strategy = make_strategy(config.federation)
     restore_strategy(strategy, state.strategy)
     lead = Lead(
-        run=config.run_id(),
-        plan=plan,
+        proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=plan),
+        key=everyone.sites.lead_key(),
         federation=config.federation,
         declared_sizes=config.declared_sizes(),
         strategy=strategy,

@@ -52,6 +52,10 @@ class Adapter:
         """
         copy_tensors(self.tensors, model.trainable())
 
+    def same_shapes(self, other: Adapter) -> bool:
+        """Whether both have the same names and shapes."""
+        return {n: value.shape for n, value in self.tensors.items()} == {n: v.shape for n, v in other.tensors.items()}
+
     def digest(self) -> str:
         """The SHA-256, in hexadecimal, that names this adapter in requests and receipts.
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
-from dp_accounting import ComposedDpEvent, DpEvent, NeighboringRelation
+from dp_accounting import DpEvent, NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
@@ -27,30 +27,36 @@ FINE, COARSE = 1e-4, 1e-3
 _MOST_NOISE = 1e4
 
 
-def epsilon_pld(spent: Iterable[DpEvent], delta: float, *, interval: float = FINE) -> float:
+def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) -> float:
     """Epsilon at `delta` of everything in `spent` by privacy loss distributions; infinite without noise.
 
     Guarantee: an upper bound, since losses are rounded up to multiples of `interval` (pessimistic estimate;
     Doroshenko et al. 2022, arXiv 2207.04380), for a plan that was fixed before its first output was seen.
     """
     accountant = PLDAccountant(NEIGHBOURING_RELATION, value_discretization_interval=interval)
-    accountant.compose(ComposedDpEvent(list(spent)))
+    for event, count in events.grouped(spent).items():
+        accountant.compose(event, count)
     return float(accountant.get_epsilon(delta))
 
 
-def epsilon_rdp(spent: Iterable[DpEvent], delta: float) -> float:
+def epsilon_rdp(spent: events.Spent, delta: float) -> float:
     """Epsilon at `delta` by Renyi differential privacy: looser than PLD, an independent check beside it.
 
     Guarantee: an upper bound (Mironov 2017, arXiv 1702.07476; the best of dp-accounting's default orders).
     """
     accountant = RdpAccountant(neighboring_relation=NEIGHBOURING_RELATION)
-    with _without_notes_on_skipped_orders():
-        accountant.compose(ComposedDpEvent(list(spent)))
+    with without_notes_on_skipped_orders():
+        for event, count in events.grouped(spent).items():
+            accountant.compose(event, count)
         return float(accountant.get_epsilon(delta))
 
 
-def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+def calibrate_noise(
+    *, epsilon: float, delta: float, sampling_rate: float, steps: int, also: Sequence[DpEvent] = ()
+) -> float:
     """The least noise multiplier, to four digits, at which `steps` DP-SGD steps stay within (epsilon, delta).
+
+    `also` are other events that the same epsilon has to pay for.
 
     Guarantee: `epsilon_pld` of the result never exceeds `epsilon`: the search ends on the side of more noise, on a
     coarser and so more pessimistic grid, and rounds the noise up.
@@ -61,8 +67,10 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
 
     def within(sigma: float) -> bool:
         event = events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
-        return epsilon_pld([event], delta, interval=COARSE) <= epsilon
+        return epsilon_pld([event, *also], delta, interval=COARSE) <= epsilon
 
+    if also and epsilon_pld(also, delta, interval=COARSE) > epsilon:
+        raise ConfigError("privacy.epsilon", epsilon, "is spent by the released metrics alone; give them more noise")
     low, high = 0.0, 1.0
     while not within(high):
         low, high = high, 2 * high
@@ -75,7 +83,7 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
 
 
 @contextlib.contextmanager
-def _without_notes_on_skipped_orders() -> Iterator[None]:
+def without_notes_on_skipped_orders() -> Iterator[None]:
     """dp-accounting notes each order whose series does not converge; leaving one out only raises the bound."""
     logger = logging.getLogger("absl")
 

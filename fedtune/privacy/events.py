@@ -7,6 +7,8 @@ written down; anything else raises, so that no event is ever approximated by a s
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from dp_accounting import (
     ComposedDpEvent,
@@ -20,6 +22,8 @@ from dp_accounting import (
 from fedtune.spec import ConfigError
 
 Json = dict[str, object]
+Spent = Iterable[DpEvent] | Mapping[DpEvent, int]
+"""Events, each alone or with how often it happened."""
 
 
 def dp_sgd(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEvent:
@@ -36,6 +40,26 @@ def dp_sgd(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEv
     if noise_multiplier == 0:
         return NonPrivateDpEvent() if steps else ComposedDpEvent([])
     return SelfComposedDpEvent(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)), steps)
+
+
+def grouped(spent: Spent) -> Counter[DpEvent]:
+    """How often each single mechanism ran: the same events, equal ones counted instead of listed.
+
+    Compositions are taken apart; what composing adds up does not depend on order or grouping.
+    """
+    counts: Counter[DpEvent] = Counter()
+    for event, count in spent.items() if isinstance(spent, Mapping) else ((event, 1) for event in spent):
+        match event:
+            case ComposedDpEvent():
+                parts = grouped(event.events)
+            case SelfComposedDpEvent():
+                parts = grouped({event.event: event.count})
+            case _:
+                counts[event] += count
+                continue
+        for part, times in parts.items():
+            counts[part] += times * count
+    return +counts
 
 
 def to_json(event: DpEvent) -> Json:

@@ -1,57 +1,43 @@
-"""A site's record of what was run on its records: reserve before the first record is read, commit with the reply.
+"""A site's ledger: one SQLite file that says what was done to the records of one population, for ever.
 
-`Ledger` is the interface that a round uses.  `JournalLedger` keeps one run's entries in memory, with an append-only
-journal file so that a killed run is charged for what it began.  It is what a simulation needs; it does not yet compose
-several runs over one population.
+Every decision is one transaction: follow the events that others wrote since, check the policy and the budget, append.
+It is on disk when the call returns.  A round is charged before its first record is read, and its reply is stored before
+it is sent; a crash between the two leaves the round charged.
+
+The file is in SQLite's rollback mode, so that a copy made between two transactions is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+import secrets
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from dp_accounting import DpEvent
 
-from fedtune.privacy import events
-from fedtune.privacy.durable import append_durably, write_durably
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.release import Reason, Receipt, Refused
+from fedtune import __version__
+from fedtune.privacy import chain, events, ledger_file, spending
+from fedtune.privacy.chain import Event, Head, Kind
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.filter import best_order
+from fedtune.privacy.history import History, Run
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
 from fedtune.spec import RunError
 
-
-class Kind(StrEnum):
-    """What a ledger entry says."""
-
-    PLAN = "plan"
-    RESERVE = "reserve"
-    COMMIT = "commit"
-    REFUSAL = "refusal"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """One line of a ledger.
-
-    Attributes:
-        sequence: 1, 2, 3, ... without gaps.
-        attempt: 1 for the first reservation of a round, 2 for its first retry.
-        detail: the plan, the event (see `fedtune.privacy.events`), the reply's SHA-256 or the reason of a refusal.
-    """
-
-    sequence: int
-    kind: Kind
-    time: float
-    run: str
-    round: int
-    request: str
-    attempt: int
-    detail: dict[str, object]
+MOST_ANSWERS_A_DAY = 1000
+"""Refusals and offers beyond these are given and logged but not recorded, so that nobody can fill a site's disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,175 +50,390 @@ class Reservation:
     attempt: int
 
 
-class Ledger(Protocol):
-    """What a round asks of a ledger, whatever keeps it."""
-
-    def reserve(self, *, run: str, round: int, request: str, plan: Plan) -> Reservation | bytes:
-        """Charge a round before it is trained, or return the stored reply to the same request.
-
-        Guarantee: on return the charge is durable; no private record needs to have been read before.
-
-        Raises:
-            Refused: the request does not fit what was accepted before; only the refusal is recorded.
-        """
-        ...
-
-    def commit(self, reservation: Reservation, reply: bytes) -> None:
-        """Store the reply of a reserved round, durably, before it is sent."""
-        ...
-
-    def receipt(self, run: str) -> Receipt:
-        """What `run` has been charged so far."""
-        ...
-
-    def events(self, run: str) -> list[DpEvent]:
-        """Everything that `run` was charged for, as events."""
-        ...
-
-
-class JournalLedger:
-    """The ledger of one simulated site.
+class Ledger:
+    """The ledger of a site, opened for training.
 
     Args:
-        site: the site's name, for receipts.
-        path: journal file (JSON lines, made when missing), or None to keep nothing on disk.
+        path: the SQLite file, made when missing.
+        policy: the site's limits.  A changed one is noted; unit, delta, population and filter order stay as they were.
+        key: the site's key; the one that the ledger was made with.
+        anchor: file outside the ledger, best on another disk, that always holds the newest signed head; None: none.
+
+    Raises:
+        RunError: the file is damaged, was changed or put back, or cannot be written.  Then nothing may be trained.
     """
 
-    def __init__(self, site: str, path: Path | None = None) -> None:
-        self._site = site
-        self._path = path
-        self._replies: dict[str, bytes] = {}
-        self._entries: list[Entry] = [] if path is None else _read_journal(path)
+    def __init__(self, path: Path, policy: Policy, key: SigningKey, *, anchor: Path | None = None) -> None:
+        self.path, self.policy = path, policy
+        self._key, self._anchor = key, anchor
+        self._history, self._hash = History(), chain.START
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"ledger {path} cannot be made ({error.strerror}); nothing is trained without it") from error
+        with self._transaction() as file:
+            self._require_anchored(file)
+            if not self._history.length:
+                self._open(file)
+            self._check_ownership()
+            if self._history.policy != policy.to_json():
+                self._note(file, {"what": "policy", "policy": policy.to_json(), "sha256": policy.digest()})
 
     @property
-    def entries(self) -> Sequence[Entry]:
-        """All entries, oldest first."""
-        return tuple(self._entries)
+    def history(self) -> History:
+        """What the events add up to, as of the last transaction."""
+        return self._history
 
-    def reserve(self, *, run: str, round: int, request: str, plan: Plan) -> Reservation | bytes:
-        try:
-            stored = self._check(run, round, request, plan)
-        except Refused as refused:
-            self._append(Kind.REFUSAL, run, round, request, 0, {"reason": refused.reason.value})
-            raise
-        if stored is not None:
-            return stored
-        if not self._of(run, Kind.PLAN):
-            self._append(Kind.PLAN, run, 0, "", 0, plan.to_json())
-        attempt = 1 + sum(entry.round == round for entry in self._of(run, Kind.RESERVE))
-        self._append(Kind.RESERVE, run, round, request, attempt, {"event": events.to_json(plan.event())})
-        return Reservation(run=run, round=round, request=request, attempt=attempt)
+    def reserve(self, proposal: Proposal, *, round: int, request: str) -> Reservation | bytes:
+        """Charge a round before it is trained, or return the stored reply to the same request.
 
-    def commit(self, reservation: Reservation, reply: bytes) -> None:
-        # The reply must be on disk before the entry that promises it.
-        self._replies = {reservation.request: reply}
-        if self._path is not None:
-            write_durably(self._reply_path(), reply)
-        detail: dict[str, object] = {"reply_sha256": hashlib.sha256(reply).hexdigest()}
-        r = reservation
-        self._append(Kind.COMMIT, r.run, r.round, r.request, r.attempt, detail)
+        Guarantee: policy, budget and charge are one transaction, and the charge is durable on return; no private
+        record needs to have been read before.  After any accepted request, what was charged and what is set aside for
+        open runs stay within every cap of the policy.
+
+        Raises:
+            Refused: names the rule, what was asked and what is allowed; nothing is charged.
+            RunError: the ledger cannot be trusted or written.
+        """
+        with self._transaction() as file:
+            now = self._now()
+            run = self._history.runs.get(proposal.run)
+            if self._history.frozen:
+                raise Refused(Reason.FROZEN)
+            if run is None:
+                self._require_acceptable(proposal, now)
+                expires = now + timedelta(days=self.policy.limits.run_expires_after_days)
+                detail = {"proposal": proposal.to_json(), "expires": expires.isoformat()}
+                self._append(file, Kind.PLAN, detail, of=_about(proposal.run), dataset=proposal.dataset)
+                run = self._history.runs[proposal.run]
+            elif (stored := self._repeated(file, run, proposal, round, request)) is not None:
+                return stored
+            else:
+                self._require_another_round(run, now)
+            attempt = run.attempts[round] + 1
+            detail = {"event": events.to_json(run.plan.event())}
+            granted = Reservation(run=proposal.run, round=round, request=request, attempt=attempt)
+            self._append(file, Kind.RESERVE, detail, of=granted, dataset=proposal.dataset)
+            return granted
+
+    def commit(self, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
+        """Store the reply of a reserved round, durably, before it is sent; the run's earlier reply is dropped.
+
+        `fingerprint` is an HMAC of the records trained on, under `fingerprint_key`; it stays in the ledger.
+        """
+        with self._transaction() as file:
+            run = self._history.runs.get(reservation.run)
+            current = run is not None and run.attempts[reservation.round] == reservation.attempt
+            assert current, "only the newest reservation of a round is committed"
+            assert run is not None
+            assert reservation.request not in run.replies, "a request is committed once"
+            ledger_file.store_reply(file, run=reservation.run, request=reservation.request, reply=reply)
+            self._append(
+                file,
+                Kind.COMMIT,
+                {"reply_sha256": hashlib.sha256(reply).hexdigest(), "fingerprint": fingerprint},
+                of=reservation,
+                dataset=run.proposal.dataset,
+            )
+
+    def refuse(self, refused: Refused, *, run: str, round: int, request: str) -> None:
+        """Record that a request was refused, and why."""
+        with self._transaction() as file:
+            today = self._now().isoformat()[:10]
+            if self._history.answers[today] < MOST_ANSWERS_A_DAY:
+                detail = {"reason": refused.reason.value, "asked": refused.asked, "allowed": refused.allowed}
+                self._append(file, Kind.REFUSAL, detail, of=_about(run[:200], round, request))
+
+    def end(self, run: str) -> None:
+        """Note that a run is over: what its plan had set aside and not spent is free again."""
+        with self._transaction() as file:
+            known = self._history.runs.get(run)
+            if known is not None and known.expires is not None:
+                self._note(file, {"what": "run_ended"}, run=run)
+
+    def freeze(self, why: str) -> None:
+        """Take no part in anything any more; there is no way back."""
+        with self._transaction() as file:
+            self._note(file, {"what": "frozen", "why": why})
 
     def receipt(self, run: str) -> Receipt:
-        reserved = self._of(run, Kind.RESERVE)
-        plans = self._of(run, Kind.PLAN)
-        steps = _plan_of(plans[0]).local_steps if plans else 0
-        return Receipt(
-            site=self._site,
-            run=run,
-            charged_rounds=len(reserved),
-            charged_steps=len(reserved) * steps,
-            sequence=len(self._entries),
+        """What `run` has been charged so far, signed."""
+        known = self._history.runs.get(run)
+        charged = known.charged_rounds if known else 0
+        steps = known.plan.local_steps if known else 0
+        fields: dict[str, Any] = {
+            "site": self.policy.site,
+            "run": run,
+            "charged_rounds": charged,
+            "charged_steps": charged * steps,
+            "sequence": self._history.length,
+            "head": self._salted(self._hash),
+            "site_key": self._key.public,
+        }
+        unsigned = Receipt(**fields, signature="")
+        return Receipt(**fields, signature=self._key.sign(RECEIPT, unsigned.message()))
+
+    def require_contains(self, receipt: Receipt) -> None:
+        """Check a receipt that this site once gave: a ledger without it was lost or put back.
+
+        Raises:
+            Refused: the ledger does not contain the receipt's head.
+        """
+        if receipt.site_key != self._key.public or not receipt.is_signed():
+            raise Refused(Reason.WRONG_SIGNATURE)
+        if receipt.sequence <= max(self._history.restored, default=0):
+            return  # what a backup lacked up to there was charged when it was put back
+        with ledger_file.reading(self.path) as file:
+            hash = ledger_file.hash_of(file, receipt.sequence)
+        if hash is None or not hmac.compare_digest(self._salted(hash), receipt.head):
+            raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=receipt.sequence, allowed=self._history.length)
+
+    def charge_gap(self, anchor: Head) -> Counter[DpEvent]:
+        """After a backup was put back: charge what the anchor says was charged and this ledger lacks.
+
+        Returns:
+            What was charged now.
+
+        Raises:
+            RunError: the anchor is of another ledger.
+        """
+        self._require_same_ledger(anchor)
+        with self._transaction() as file:
+            gap = Counter({events.from_json(data): count for data, count in anchor.charged}) - self._history.charged()
+            detail = {
+                "what": "restored",
+                "anchor_sequence": anchor.sequence,
+                "anchor_hash": anchor.hash,
+                "gap": _counted(gap),
+            }
+            self._note(file, detail)
+        return gap
+
+    def head(self) -> Head:
+        """The newest head, for an anchor."""
+        h = self._history
+        assert h.last_time is not None
+        return Head.signed(
+            self._key,
+            ledger=str(h.opened["ledger"]),
+            sequence=h.length,
+            hash=self._hash,
+            time=h.last_time.isoformat(),
+            charged=tuple((dict(data), count) for data, count in _counted(h.charged())),
         )
 
-    def events(self, run: str) -> list[DpEvent]:
-        return [events.from_json(entry.detail["event"]) for entry in self._of(run, Kind.RESERVE)]
+    def spending(self) -> spending.Spending:
+        """What was spent and is left, by now."""
+        return spending.spending(self._history, self._now())
 
-    def _check(self, run: str, round: int, request: str, plan: Plan) -> bytes | None:
-        """Raise the reason to refuse, or return the stored reply, or None when the round may be trained."""
-        for accepted in self._of(run, Kind.PLAN):
-            if _plan_of(accepted) != plan:
-                raise Refused(Reason.PLAN_CHANGED, asked=plan.digest(), allowed=_plan_of(accepted).digest())
-        for entry in self._of(run, Kind.RESERVE):
-            if entry.round == round and entry.request != request:
-                raise Refused(Reason.ROUND_REQUESTED_DIFFERENTLY, asked=request, allowed=entry.request)
-        for entry in self._of(run, Kind.COMMIT):
-            if entry.request == request:
-                return self._stored_reply(entry)
-        charged = len(self._of(run, Kind.RESERVE))
-        if charged >= plan.most_rounds:
-            raise Refused(Reason.PLAN_EXHAUSTED, asked=charged + 1, allowed=plan.most_rounds)
-        return None
+    def offer(self, proposal: Proposal) -> Offer:
+        """As much of a new run as the site would accept now; telling it is a release, and is recorded.
 
-    def _stored_reply(self, entry: Entry) -> bytes:
-        reply = self._replies.get(entry.request)
-        if reply is None and self._path is not None and self._reply_path().exists():
-            reply = self._reply_path().read_bytes()
-        if reply is None or hashlib.sha256(reply).hexdigest() != entry.detail["reply_sha256"]:
-            raise Refused(Reason.REPLY_NO_LONGER_STORED, asked=entry.round)
+        Raises:
+            Refused: nothing fits, whatever the rounds and the noise; names the rule.
+        """
+        with self._transaction() as file:
+            rounds = spending.most_rounds(proposal, self._would_accept)
+            noise = spending.least_noise(proposal, self._would_accept)
+            if not rounds and noise is None:
+                self._require_acceptable(proposal, self._now())
+            if self._history.answers[self._now().isoformat()[:10]] < MOST_ANSWERS_A_DAY:
+                detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise}
+                self._append(file, Kind.RELEASE, detail, of=_about(proposal.run))
+        return Offer(site=self.policy.site, most_rounds=rounds, least_noise=noise)
+
+    def _would_accept(self, proposal: Proposal) -> bool:
+        try:
+            self._require_acceptable(proposal, self._now())
+        except Refused:
+            return False
+        return True
+
+    def fingerprint_key(self) -> bytes:
+        """Secret key of the records' HMAC; a plain hash would let anyone test a candidate data set."""
+        return self._key.secret("data fingerprint")
+
+    # What follows decides or writes inside a transaction.
+
+    def _require_acceptable(self, proposal: Proposal, now: datetime) -> None:
+        """Raise the reason to refuse a new run: its whole plan must fit beside what open runs have set aside."""
+        self.policy.check(proposal)
+        whole = events.grouped([proposal.plan.event(rounds=proposal.plan.most_rounds)])
+        held = self._history.set_aside(now)
+        spending.require_room(self._history, self.policy, asked=whole, held=held, now=now)
+
+    def _require_another_round(self, run: Run, now: datetime) -> None:
+        """Raise the reason to refuse one more round of an accepted run; policy and period may have changed since."""
+        if not run.is_open(now):
+            raise Refused(Reason.RUN_ENDED)
+        if run.charged_rounds >= run.plan.most_rounds:
+            raise Refused(Reason.PLAN_EXHAUSTED, asked=run.charged_rounds + 1, allowed=run.plan.most_rounds)
+        self.policy.check(run.proposal)
+        asked = events.grouped([run.plan.event()])
+        spending.require_room(self._history, self.policy, asked=asked, held=Counter(), now=now)
+
+    def _repeated(
+        self, file: sqlite3.Connection, run: Run, proposal: Proposal, round: int, request: str
+    ) -> bytes | None:
+        """The stored reply to a request that was answered before; None for a round still to be trained."""
+        if run.proposal != proposal:
+            raise Refused(Reason.PLAN_CHANGED, asked=proposal.digest(), allowed=run.proposal.digest())
+        if run.reserved.get(round, request) != request:
+            raise Refused(Reason.ROUND_REQUESTED_DIFFERENTLY, asked=request, allowed=run.reserved[round])
+        if request not in run.replies:
+            return None
+        reply = ledger_file.reply_to(file, request)
+        if reply is None or hashlib.sha256(reply).hexdigest() != run.replies[request]:
+            raise Refused(Reason.REPLY_NO_LONGER_STORED, asked=round)
         return reply
 
-    def _of(self, run: str, kind: Kind) -> list[Entry]:
-        return [entry for entry in self._entries if entry.run == run and entry.kind is kind]
-
-    def _reply_path(self) -> Path:
-        assert self._path is not None
-        return self._path.with_suffix(".reply")
-
-    def _append(self, kind: Kind, run: str, round: int, request: str, attempt: int, detail: dict[str, object]) -> None:
-        entry = Entry(
-            sequence=len(self._entries) + 1,
-            kind=kind,
-            time=time.time(),
-            run=run,
-            round=round,
-            request=request,
-            attempt=attempt,
-            detail=detail,
+    def _open(self, file: sqlite3.Connection) -> None:
+        """Write the first event: everything about the ledger that never changes."""
+        budget_spec = self.policy.budget
+        reference = budget_spec.reference_event()
+        order = best_order(reference, epsilon=budget_spec.max_epsilon, delta=budget_spec.delta)
+        self._note(
+            file,
+            {
+                "what": "opened",
+                "ledger": secrets.token_hex(16),
+                "site": self.policy.site,
+                "population": self.policy.population.name,
+                "unit": self.policy.population.unit,
+                "delta": budget_spec.delta,
+                "order": order,
+                "reference": events.to_json(reference),
+                "site_key": self._key.public,
+                "no_person_at_another_site": self.policy.asserted.no_person_at_another_site,
+            },
         )
-        if self._path is not None:
-            append_durably(self._path, json.dumps(asdict(entry)).encode() + b"\n")
-        self._entries.append(entry)
 
+    def _check_ownership(self) -> None:
+        """Unit, delta, population, site and key are fixed when a ledger is made."""
+        opened, policy = self._history.opened, self.policy
+        for name, asked in (
+            ("site_key", self._key.public),
+            ("site", policy.site),
+            ("population", policy.population.name),
+            ("unit", policy.population.unit),
+            ("delta", policy.budget.delta),
+        ):
+            if opened[name] != asked:
+                raise RunError(
+                    f"ledger {self.path} was made for {name} = {opened[name]}, the policy says {asked}; "
+                    "another one needs a ledger of its own"
+                )
 
-def _plan_of(entry: Entry) -> Plan:
-    return Plan(**entry.detail)  # type: ignore[arg-type]
+    def _require_same_ledger(self, anchor: Head) -> None:
+        if (anchor.ledger, anchor.site_key) != (self._history.opened["ledger"], self._key.public):
+            raise RunError(f"the anchor is of another ledger than {self.path}")
 
+    def _note(self, file: sqlite3.Connection, detail: dict[str, Any], *, run: str = "") -> None:
+        self._append(file, Kind.NOTE, detail, of=_about(run))
 
-def _read_detail(entry: Entry) -> None:
-    """Raise unless the entry's detail is what its kind needs."""
-    match entry.kind:
-        case Kind.PLAN:
-            _plan_of(entry)
-        case Kind.RESERVE:
-            events.from_json(entry.detail["event"])
-        case Kind.COMMIT:
-            bytes.fromhex(str(entry.detail["reply_sha256"]))
-        case Kind.REFUSAL:
-            Reason(str(entry.detail["reason"]))
+    def _append(
+        self,
+        file: sqlite3.Connection,
+        kind: Kind,
+        detail: dict[str, Any],
+        *,
+        of: Reservation,
+        dataset: str = "",
+    ) -> None:
+        """Write one event behind the newest one, and take it into account."""
+        unsigned: dict[str, Any] = {
+            "sequence": self._history.length + 1,
+            "kind": kind,
+            "time": self._now().isoformat(),
+            "run": of.run,
+            "round": of.round,
+            "request": of.request,
+            "attempt": of.attempt,
+            "dataset": dataset,
+            "cohort": "",
+            "code": __version__,
+            "detail": json.loads(chain.canonical(detail)),
+        }
+        hash = Event(**unsigned).hash_after(self._hash)
+        event = Event(**unsigned, hash=hash, signature=self._key.sign(chain.EVENT, hash.encode()))
+        ledger_file.insert(file, event)
+        self._history.follow(event)
+        self._hash = hash
 
+    def _now(self) -> datetime:
+        """The time, but never before the newest event: a clock that is set back opens no new period."""
+        now, last = datetime.now(UTC), self._history.last_time
+        return now if last is None else max(now, last)
 
-def _read_journal(path: Path) -> list[Entry]:
-    """Entries of the journal at `path`, made when missing.
+    def _salted(self, hash: str) -> str:
+        return hmac.digest(self._key.secret("receipt head"), hash.encode(), "sha256").hex()
 
-    A last line without its end is a write that a crash cut short: nothing was trained or sent on its strength, and it
-    is removed.  Anything else that does not parse stops the run.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data or not path.exists():
-        write_durably(path, whole)
-    entries = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Lock the file, follow what others wrote since, and write what the block appends; all of it or nothing."""
+        before = self._history.length
         try:
-            fields = json.loads(line)
-            entry = Entry(**{**fields, "kind": Kind(fields["kind"])})
-            _read_detail(entry)
-        except (ValueError, TypeError, KeyError) as error:
+            with ledger_file.writing(self.path) as file:
+                self._catch_up(file)
+                before = self._history.length
+                yield file
+            if self._history.length > before and self._anchor is not None:
+                # After the ledger, so that a crash between the two leaves the anchor behind and never ahead.
+                write_durably(self._anchor, self.head().to_bytes())
+        except OSError as error:
+            raise RunError(f"anchor {self._anchor} cannot be written ({error.strerror}); nothing is trained") from error
+        except BaseException:
+            if self._history.length != before:
+                self._history, self._hash = History(), chain.START  # what was followed may not have been written
+            raise
+
+    def _catch_up(self, file: sqlite3.Connection) -> None:
+        """Take the events into account that are not yet, after checking that they continue the chain.
+
+        The newest event's signature vouches for all before it, since its hash covers them.
+        """
+        known = self._history.length
+        if known and ledger_file.hash_of(file, known) != self._hash:
+            raise RunError(f"ledger {self.path} was changed or put back while it was open; nothing is trained")
+        try:
+            new = ledger_file.read_events(file, after=known)
+            last = chain.check_chain(new, before=self._hash, first=known + 1)
+            if new:
+                chain.check_signature(new[-1], self._key.public)
+            for event in new:
+                self._history.follow(event)
+        except RunError as error:
+            raise RunError(f"ledger {self.path}: {error}; nothing is trained on a ledger in doubt") from error
+        self._hash = last
+
+    def _require_anchored(self, file: sqlite3.Connection) -> None:
+        """Raise unless the ledger holds the head that the anchor outside it says it reached."""
+        if self._anchor is None:
+            return
+        if not self._anchor.exists():
+            if self._history.length:
+                raise RunError(
+                    f"anchor {self._anchor} is missing, and ledger {self.path} is not new; nothing is trained"
+                )
+            return
+        anchor = Head.read(self._anchor)
+        if not self._history.length:
+            raise RunError(f"ledger {self.path} is missing: anchor {self._anchor} knows {anchor.sequence} events of it")
+        self._require_same_ledger(anchor)
+        restored = anchor.sequence <= max(self._history.restored, default=0)
+        if not restored and ledger_file.hash_of(file, anchor.sequence) != anchor.hash:
             raise RunError(
-                f"ledger {path}: line {number} is damaged; refusing to train on an unknown budget"
-            ) from error
-        if entry.sequence != number:
-            raise RunError(f"ledger {path}: line {number} carries number {entry.sequence}; entries are missing")
-        entries.append(entry)
-    return entries
+                f"ledger {self.path} is older than its anchor {self._anchor} (event {self._history.length} of at least "
+                f"{anchor.sequence}), or is another branch; see `fedtune ledger restore`"
+            )
+
+
+def _about(run: str, round: int = 0, request: str = "") -> Reservation:
+    """Where an event belongs that is no reservation itself."""
+    return Reservation(run=run, round=round, request=request, attempt=0)
+
+
+def _counted(spent: events.Spent) -> list[tuple[events.Json, int]]:
+    """Counted mechanisms as JSON, in a fixed order."""
+    pairs = [(events.to_json(event), count) for event, count in events.grouped(spent).items()]
+    return sorted(pairs, key=lambda pair: chain.canonical(pair[0]))

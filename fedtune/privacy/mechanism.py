@@ -24,6 +24,9 @@ class PrivacySpec:
         noise_multiplier: noise standard deviation over clip norm; null: calibrated to the target.
         max_grad_norm: clip norm C, over all trainable tensors of one unit together.
         sampling_rate: probability with which a unit joins a step.
+        metrics: "noised": each site also releases, each round, noised scores of its held-out records
+            (`data.heldout_fraction`), paid for by the same epsilon; "none": it releases none.
+        metrics_noise_multiplier: noise standard deviation of those scores over what one unit can change.
     """
 
     mechanism: Literal["dp_sgd", "none"] = "dp_sgd"
@@ -33,6 +36,8 @@ class PrivacySpec:
     noise_multiplier: float | None = None
     max_grad_norm: float = 1.0
     sampling_rate: float = 0.2
+    metrics: Literal["none", "noised"] = "none"
+    metrics_noise_multiplier: float = 20.0
 
     def __post_init__(self) -> None:
         check_one_of("mechanism", self.mechanism, ("dp_sgd", "none"))
@@ -44,11 +49,20 @@ class PrivacySpec:
             check_positive("noise_multiplier", self.noise_multiplier)
         check_positive("max_grad_norm", self.max_grad_norm)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
+        check_one_of("metrics", self.metrics, ("none", "noised"))
+        check_positive("metrics_noise_multiplier", self.metrics_noise_multiplier)
+        if self.metrics == "noised" and not self.private:
+            raise ConfigError("metrics", self.metrics, "needs a run with privacy; without it scores would be exact")
 
     @property
     def private(self) -> bool:
         """Whether records are protected at all."""
         return self.mechanism == "dp_sgd"
+
+    @property
+    def metrics_noise(self) -> float:
+        """Noise multiplier of the released scores; 0 where none are released."""
+        return self.metrics_noise_multiplier if self.metrics == "noised" else 0.0
 
 
 def poisson_sample(num_units: int, sampling_rate: float, stream: RandomStream) -> npt.NDArray[np.int64]:
@@ -79,3 +93,27 @@ def add_gaussian_noise(
     """
     scale = noise_multiplier * max_grad_norm
     return {name: total + scale * stream.normal(total.size).reshape(total.shape) for name, total in sums.items()}
+
+
+def noised_scores(
+    scores: npt.NDArray[np.float64], *, declared_size: float, noise_multiplier: float, stream: RandomStream
+) -> tuple[float, float]:
+    """Mean score and count of held-out units, each as a share of the declared held-out size, by one Gaussian mechanism.
+
+    Args:
+        scores: (units,), one value a unit; clamped to [0, 1], and 0 where it is not finite.
+        declared_size: held-out units that the site publishes; the public denominator.
+        noise_multiplier: noise standard deviation over the sensitivity.
+        stream: of the noise.
+
+    Returns:
+        (noised sum of scores, noised number of units), both over `declared_size`; not clamped.
+
+    Guarantee: one unit adds (score, 1) with an L2 norm of at most sqrt(2), so the pair is one
+    `GaussianDpEvent(noise_multiplier)`.
+    """
+    usable = np.clip(np.where(np.isfinite(scores), scores, 0.0), 0.0, 1.0)
+    sums = {"sums": np.array([usable.sum(), float(len(usable))])}
+    noisy = add_gaussian_noise(sums, noise_multiplier=noise_multiplier, max_grad_norm=np.sqrt(2.0), stream=stream)
+    score, count = noisy["sums"] / declared_size
+    return float(score), float(count)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
-from dp_accounting import DpEvent
+from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfComposedDpEvent
 
 from fedtune.privacy import accountant, events
 from fedtune.privacy.mechanism import PrivacySpec
@@ -26,6 +28,8 @@ class Plan:
         local_steps: noisy steps in a round.
         num_rounds: rounds that the run is meant to take.
         spare_rounds: further rounds that are paid for beforehand, for retries of interrupted rounds.
+        metrics_noise_multiplier: noise of each round's held-out scores, as in `mechanism.noised_scores`; 0: a site
+            releases none.
     """
 
     unit: str
@@ -36,6 +40,7 @@ class Plan:
     local_steps: int
     num_rounds: int
     spare_rounds: int = 0
+    metrics_noise_multiplier: float = 0.0
 
     def __post_init__(self) -> None:
         # A plan also comes from a server's request: nothing about it is taken on trust.
@@ -43,6 +48,7 @@ class Plan:
         check_fraction("delta", self.delta)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         check_at_least("noise_multiplier", self.noise_multiplier, 0)
+        check_at_least("metrics_noise_multiplier", self.metrics_noise_multiplier, 0)
         check_positive("max_grad_norm", self.max_grad_norm)
         for name, least in (("local_steps", 1), ("num_rounds", 1), ("spare_rounds", 0)):
             count = getattr(self, name)
@@ -59,7 +65,11 @@ class Plan:
             noise = 0.0
         elif noise is None:
             noise = accountant.calibrate_noise(
-                epsilon=privacy.epsilon, delta=privacy.delta, sampling_rate=privacy.sampling_rate, steps=steps
+                epsilon=privacy.epsilon,
+                delta=privacy.delta,
+                sampling_rate=privacy.sampling_rate,
+                steps=steps,
+                also=_scores(privacy.metrics_noise, num_rounds + spare_rounds),
             )
         return cls(
             unit=privacy.unit,
@@ -70,12 +80,18 @@ class Plan:
             local_steps=local_steps,
             num_rounds=num_rounds,
             spare_rounds=spare_rounds,
+            metrics_noise_multiplier=privacy.metrics_noise,
         )
 
     @property
     def private(self) -> bool:
-        """Whether the plan adds noise; without it nothing is promised."""
+        """Whether the plan adds noise to training; without it nothing is promised."""
         return self.noise_multiplier > 0
+
+    @property
+    def releases_metrics(self) -> bool:
+        """Whether each round also releases the noised scores of held-out records."""
+        return self.metrics_noise_multiplier > 0
 
     @property
     def most_rounds(self) -> int:
@@ -83,17 +99,36 @@ class Plan:
         return self.num_rounds + self.spare_rounds
 
     def event(self, *, rounds: int = 1) -> DpEvent:
-        """What `rounds` rounds of this plan do to the records."""
-        return events.dp_sgd(
+        """What `rounds` rounds of this plan do to the records, released scores included."""
+        training = events.dp_sgd(
             sampling_rate=self.sampling_rate,
             noise_multiplier=self.noise_multiplier,
             steps=self.local_steps * rounds,
         )
+        scores = _scores(self.metrics_noise_multiplier, rounds)
+        return ComposedDpEvent([training, *scores]) if scores else training
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON, the canonical form that `digest` hashes."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            ConfigError: anything else.
+        """
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ConfigError("plan", sorted(fields), "must have exactly the fields of a plan") from error
+
     def digest(self) -> str:
         """SHA-256 of the plan's canonical JSON, in hex."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _scores(noise_multiplier: float, rounds: int) -> list[DpEvent]:
+    """The scores that `rounds` rounds release; held-out records are charged like those trained on."""
+    return [SelfComposedDpEvent(GaussianDpEvent(noise_multiplier), rounds)] if noise_multiplier > 0 and rounds else []

@@ -1,47 +1,105 @@
 """Everything that may leave a site, and nothing else: an update, a refusal, a receipt.
 
-Each field is either noised (the update's tensors) or computed from the request, the plan and the ledger's own
-entries.  No exact count, loss, gradient norm, file name or exception text has a place here.
+Each field is either noised (the update's tensors and scores) or computed from the request, the plan and the ledger's
+own events.  No exact count, loss, gradient norm, file name or exception text has a place here.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.privacy.keys import is_signed
 from fedtune.spec import ConfigError, RefusedError
 
 Tensors = Mapping[str, npt.NDArray[np.float32]]
 
-_MAGIC = b"fedtune-update-1\n"
+RECEIPT = "receipt"
+"""Purpose of a receipt's signature."""
+
+_MAGIC = b"fedtune-update-2\n"
 _MOST_HEADER_BYTES = 1 << 24
 
 
 class Reason(StrEnum):
     """Why a reply is not an update.  The list is closed: no text of the site's own leaves with it."""
 
+    # Rules of the site's policy, by the names they have in site.toml.
+    LEADS = "leads"
+    DATASET = "dataset"
+    TASKS = "tasks"
+    BASE_MODELS = "base_models"
+    TARGET_MODULES = "target_modules"
+    MAX_RANK = "max_rank"
+    TRAIN_HEAD = "train_head"
+    SEEDED_NOISE = "seeded_noise"
+    UPDATES = "updates"
+    METRICS = "metrics"
+    UNIT = "unit"
+    DELTA = "delta"
+    MIN_NOISE_MULTIPLIER = "min_noise_multiplier"
+    MAX_SAMPLING_RATE = "max_sampling_rate"
+    MAX_GRAD_NORM = "max_grad_norm"
+    MAX_LOCAL_STEPS = "max_local_steps"
+    MAX_ROUNDS = "max_rounds"
+    MAX_ADAPTER_VALUE = "max_adapter_value"
+    MAX_EPSILON = "max_epsilon"
+    MAX_EPSILON_PER_RUN = "max_epsilon_per_run"
+    MAX_EPSILON_PER_PERIOD = "max_epsilon_per_period"
+    # What the ledger knows of the run.
+    FROZEN = "frozen"
     PLAN_CHANGED = "plan_changed"
     PLAN_EXHAUSTED = "plan_exhausted"
+    RUN_ENDED = "run_ended"
     ROUND_REQUESTED_DIFFERENTLY = "round_requested_differently"
     REPLY_NO_LONGER_STORED = "reply_no_longer_stored"
+    LEDGER_BEHIND_RECEIPT = "ledger_behind_receipt"
+    # The request itself.
     WRONG_SITE = "wrong_site"
     WRONG_RUN = "wrong_run"
+    WRONG_SIGNATURE = "wrong_signature"
+    REQUEST_EXPIRED = "request_expired"
     ADAPTER_DIFFERS = "adapter_differs"
-    ADAPTER_OUT_OF_RANGE = "adapter_out_of_range"
-    LEDGER_BEHIND_RECEIPT = "ledger_behind_receipt"
+    ADAPTER_SHAPE = "adapter_shape"
     MALFORMED_REQUEST = "malformed_request"
     SITE_ERROR = "site_error"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether policy or budget refuse the run: asking again changes nothing."""
+        return self not in _ABOUT_ONE_REQUEST
+
+
+_ABOUT_ONE_REQUEST = {
+    Reason.ROUND_REQUESTED_DIFFERENTLY,
+    Reason.REPLY_NO_LONGER_STORED,
+    Reason.LEDGER_BEHIND_RECEIPT,
+    Reason.WRONG_SITE,
+    Reason.WRONG_RUN,
+    Reason.WRONG_SIGNATURE,
+    Reason.REQUEST_EXPIRED,
+    Reason.ADAPTER_DIFFERS,
+    Reason.ADAPTER_SHAPE,
+    Reason.MAX_ADAPTER_VALUE,
+    Reason.MALFORMED_REQUEST,
+    Reason.SITE_ERROR,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """The adapter after a site's noisy steps.
+    """The adapter after a site's noisy steps and, where the plan has them, noised scores of the adapter it began with.
+
+    Attributes:
+        scores: noised mean score and noised count of held-out units, as `mechanism.noised_scores` gives them.
 
     Guarantee: post-processing of the round's `DpEvent`; releasing it costs what the ledger reserved for the round.
     """
@@ -50,6 +108,7 @@ class Update:
     run: str
     round: int
     tensors: Tensors
+    scores: tuple[float, float] | None = None
 
     def to_bytes(self) -> bytes:
         """Canonical bytes: magic, header length, JSON header, then each tensor as little-endian float32."""
@@ -59,7 +118,8 @@ class Update:
 
     def _header(self) -> bytes:
         shapes = [[name, list(value.shape)] for name, value in self.tensors.items()]
-        fields = {"site": self.site, "run": self.run, "round": self.round, "tensors": shapes}
+        scores = None if self.scores is None else list(self.scores)
+        fields = {"site": self.site, "run": self.run, "round": self.round, "tensors": shapes, "scores": scores}
         return json.dumps(fields).encode()
 
     @classmethod
@@ -92,11 +152,27 @@ class Update:
             offset += 4 * count
         if offset != len(data) or len(tensors) != len(header["tensors"]):
             raise ValueError("length")
-        update = cls(site=str(header["site"]), run=str(header["run"]), round=int(header["round"]), tensors=tensors)
+        update = cls(
+            site=str(header["site"]),
+            run=str(header["run"]),
+            round=int(header["round"]),
+            tensors=tensors,
+            scores=checked_scores(header["scores"]),
+        )
         # One update has one encoding: no field beside these, no other type or spacing carries anything.
         if update._header() != data[start : start + size]:
             raise ValueError("header")
         return update
+
+
+def checked_scores(data: object) -> tuple[float, float] | None:
+    """Two finite numbers, or None; raises ValueError for anything else."""
+    match data:
+        case None:
+            return None
+        case [float() as score, float() as count] if math.isfinite(score) and math.isfinite(count):
+            return score, count
+    raise ValueError("scores")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +181,11 @@ class Receipt:
 
     Attributes:
         charged_rounds: rounds reserved, whether or not a reply came of them.
-        sequence: number of the ledger's newest entry.
+        sequence: number of the ledger's newest event.
+        head: that event's hash under a secret salt, so that nobody can test a guess of what the ledger holds; the
+            lead sends the receipt back with its next request, and a ledger that does not contain it was put back.
+        site_key: the site's public key.
+        signature: by that key, on all other fields.
     """
 
     site: str
@@ -113,11 +193,33 @@ class Receipt:
     charged_rounds: int
     charged_steps: int
     sequence: int
+    head: str
+    site_key: str
+    signature: str
+
+    def message(self) -> bytes:
+        """The bytes that are signed."""
+        fields = {name: getattr(self, name) for name in self.__slots__ if name != "signature"}
+        return json.dumps(fields, sort_keys=True).encode()
+
+    def is_signed(self) -> bool:
+        """Whether the signature is that of `site_key`."""
+        return is_signed(self.site_key, RECEIPT, self.message(), self.signature)
+
+
+def receipt_from_json(fields: dict[str, Any]) -> Receipt:
+    """The receipt of these fields; raises ValueError, TypeError or KeyError for others."""
+    receipt = Receipt(**fields)
+    counts = (receipt.charged_rounds, receipt.charged_steps, receipt.sequence)
+    texts = (receipt.site, receipt.run, receipt.head, receipt.site_key, receipt.signature)
+    if not all(type(count) is int and count >= 0 for count in counts) or not all(type(t) is str for t in texts):
+        raise ValueError("a receipt's fields")
+    return receipt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
-    """A reply without an update.  `asked` and `allowed` come from the request and the plan only."""
+    """A reply without an update.  `asked` and `allowed` come from the request, the policy and the ledger only."""
 
     site: str
     run: str
@@ -125,6 +227,20 @@ class Refusal:
     reason: Reason
     asked: str | None = None
     allowed: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """How much of a proposed run a site would accept now, computed from proposal, policy and ledger only.
+
+    Attributes:
+        most_rounds: with the proposal's noise; 0 for none.
+        least_noise: with the proposal's rounds; None: no noise would do.
+    """
+
+    site: str
+    most_rounds: int
+    least_noise: float | None
 
 
 class Refused(RefusedError):

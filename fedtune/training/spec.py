@@ -63,6 +63,8 @@ class RuntimeSpec:
             MiB over all sites of a process; where it does not suffice, nothing is kept.  0 turns it off.
         gradient_checkpointing: recompute activations in the backward pass, for large models.
         seeded_noise: take noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
+        sites_dir: folder in which simulated sites keep policy, key and ledger over several runs; null: each run
+            makes its own, in its run folder.
     """
 
     kind: Literal["simulation", "ray", "deployment"] = "simulation"
@@ -72,6 +74,7 @@ class RuntimeSpec:
     kept_states_mib: int = 1024
     gradient_checkpointing: bool = False
     seeded_noise: bool = False
+    sites_dir: str | None = None
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("auto", "cpu", "cuda"))

@@ -1,0 +1,165 @@
+"""What a ledger's events say, in words for people who did not write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
+
+from fedtune.privacy import events as dp_events
+from fedtune.privacy.chain import Event, Kind
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason
+
+REASONS: Mapping[Reason, str] = {
+    Reason.LEADS: "who asked is not a lead of this site",
+    Reason.DATASET: "the site has no such data set",
+    Reason.TASKS: "the task is not allowed",
+    Reason.BASE_MODELS: "the base model is not allowed",
+    Reason.TARGET_MODULES: "these parts of the model may not be trained",
+    Reason.MAX_RANK: "the adapter's rank is too large",
+    Reason.TRAIN_HEAD: "a task head may not be trained",
+    Reason.SEEDED_NOISE: "its noise would come from a seed",
+    Reason.UPDATES: "no updates leave this site",
+    Reason.METRICS: "no scores leave this site",
+    Reason.UNIT: "another privacy unit than this site's",
+    Reason.DELTA: "another delta than this site's",
+    Reason.MIN_NOISE_MULTIPLIER: "too little noise",
+    Reason.MAX_SAMPLING_RATE: "the sampling rate is too high",
+    Reason.MAX_GRAD_NORM: "the clip norm is too large",
+    Reason.MAX_LOCAL_STEPS: "too many steps in a round",
+    Reason.MAX_ROUNDS: "too many rounds",
+    Reason.MAX_ADAPTER_VALUE: "the adapter to train from has too large values",
+    Reason.MAX_EPSILON: "the lifetime budget would be passed",
+    Reason.MAX_EPSILON_PER_RUN: "the run's plan costs too much",
+    Reason.MAX_EPSILON_PER_PERIOD: "the budget of this period would be passed",
+    Reason.FROZEN: "this population takes part in nothing any more",
+    Reason.PLAN_CHANGED: "the run was accepted with another plan",
+    Reason.PLAN_EXHAUSTED: "the run's plan is used up",
+    Reason.RUN_ENDED: "the run is over",
+    Reason.ROUND_REQUESTED_DIFFERENTLY: "the round was asked for before, in other words",
+    Reason.REPLY_NO_LONGER_STORED: "the reply was sent before and is no longer stored",
+    Reason.LEDGER_BEHIND_RECEIPT: "the lead holds a receipt that this ledger lacks",
+    Reason.WRONG_SITE: "the request is for another site",
+    Reason.WRONG_RUN: "the request is for another run",
+    Reason.WRONG_SIGNATURE: "a signature is wrong",
+    Reason.REQUEST_EXPIRED: "the request is too old",
+    Reason.ADAPTER_DIFFERS: "the adapter is not the one that the request names",
+    Reason.ADAPTER_SHAPE: "the adapter does not fit the model",
+    Reason.MALFORMED_REQUEST: "the request is malformed",
+    Reason.SITE_ERROR: "an error at the site; its log says more",
+}
+
+
+def printable(text: object, most: int = 200) -> str:
+    """A text that came from outside, without what could steer a terminal, and not longer than `most`."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in str(text)[: most + 1])
+    return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
+def epsilon_text(epsilon: float | None) -> str:
+    """Three decimals, rounded up: an epsilon that is shown is never below the one that was derived."""
+    if epsilon is None or not math.isfinite(epsilon):
+        return "unbounded"
+    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 round`, `2 rounds`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def mechanism_text(event: DpEvent, count: int) -> str:
+    """`count` equal mechanisms, such as the noisy steps of a round."""
+    match event:
+        case PoissonSampledDpEvent():
+            noise = event.event.noise_multiplier
+            return (
+                f"{counted(count, 'noisy step')} (sampling rate {event.sampling_probability:g}, noise multiplier "
+                f"{noise:g})"
+            )
+        case GaussianDpEvent():
+            return f"{counted(count, 'noised score')} (noise multiplier {event.noise_multiplier:g})"
+        case _:
+            return f"{counted(count, 'round')} WITHOUT NOISE"
+
+
+def event_text(event: Event) -> str:
+    """What one event of a ledger says."""
+    detail = event.detail
+    match event.kind:
+        case Kind.PLAN:
+            return _accepted(detail)
+        case Kind.RESERVE:
+            again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""
+            return f"charged{again}: {_mechanisms(detail['event'])}"
+        case Kind.COMMIT:
+            return "reply stored, then sent"
+        case Kind.RELEASE:
+            return "something else was handed out"
+        case Kind.REFUSAL:
+            return _refused(detail)
+        case Kind.NOTE:
+            return _noted(detail)
+
+
+def _accepted(detail: dict[str, Any]) -> str:
+    proposal = Proposal.from_json(detail["proposal"])
+    plan = proposal.plan
+    spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
+    seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
+    return (
+        f"run accepted from lead {proposal.lead[:16]}...: {printable(proposal.task)} on {printable(proposal.dataset)}, "
+        f"{counted(plan.num_rounds, 'round')}{spare}, each {_mechanisms(dp_events.to_json(plan.event()))}; the "
+        f"cost of all is set aside until {str(detail['expires'])[:10]}{seeded}"
+    )
+
+
+def _mechanisms(data: object) -> str:
+    parts = dp_events.grouped([dp_events.from_json(data)])
+    return " and ".join(mechanism_text(part, count) for part, count in parts.items()) or "nothing"
+
+
+def _refused(detail: dict[str, Any]) -> str:
+    reason = detail["reason"]
+    meaning = REASONS[Reason(reason)] if reason in list(Reason) else "for a reason that this version does not know"
+    numbers = [
+        f"{word} {printable(detail[key])}" for word, key in (("asked for", "asked"), ("allowed", "allowed"))
+        if detail.get(key) is not None
+    ]  # fmt: skip
+    return f"refused: {meaning} ({'; '.join([f'rule {printable(reason)}', *numbers])})"
+
+
+def _noted(detail: dict[str, Any]) -> str:
+    match detail["what"]:
+        case "opened":
+            return (
+                f"ledger made for population {printable(detail['population'])} of site {printable(detail['site'])}: "
+                f"protects each {detail['unit']}, delta {detail['delta']:g}, filter order {detail['order']:g}"
+            )
+        case "policy":
+            return f"policy in force: {_caps(detail['policy']['budget'])} (file's digest {detail['sha256'][:12]}...)"
+        case "run_ended":
+            return "run over: what it had set aside and not spent is free again"
+        case "restored":
+            gap = [mechanism_text(dp_events.from_json(data), count) for data, count in detail["gap"]]
+            return (
+                f"a backup was put back; charged what it lacked up to event {detail['anchor_sequence']} of the "
+                f"lost ledger: {' and '.join(gap) or 'nothing'}"
+            )
+        case "frozen":
+            return f"FROZEN, takes part in nothing any more: {printable(detail['why'])}"
+        case other:
+            return f"unknown note {printable(other)}"
+
+
+def _caps(budget: dict[str, Any]) -> str:
+    lifetime = "no lifetime cap" if budget["max_epsilon"] is None else f"lifetime cap epsilon {budget['max_epsilon']:g}"
+    others = [
+        f"{budget[key]:g} a {name}"
+        for key, name in (("max_epsilon_per_run", "run"), ("max_epsilon_per_period", budget["period"]))
+        if budget[key] is not None
+    ]
+    return ", ".join([lifetime, *others])

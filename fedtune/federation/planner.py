@@ -1,0 +1,208 @@
+"""What a run will cost, from public numbers alone: nothing here reads a record.
+
+`price` says what a plan costs each site and round by round, `what_if` what other plans would.  `solver.py` turns a
+target epsilon into noise, rounds or a sampling rate; whether a site would accept the plan is `verdict.py`; bytes and
+time, which need the model, are `forecast.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedtune.federation.solver import coarse_epsilon, least_noise
+from fedtune.privacy import accountant, filter
+from fedtune.privacy.plan import Plan
+
+_MOST_POINTS = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SitePrice:
+    """What the plan means for one site.  Epsilon is not here: it is the same at every site that takes all rounds.
+
+    Attributes:
+        weight: share of the average.
+        expected_batch: units in a step, on average, if the declared size were the true one.
+        expected_failures: delta times declared size: units for whom the guarantee may fail, at the very worst.
+        step_noise: standard deviation of the noise in each coordinate of a step's mean gradient.
+    """
+
+    declared_size: int
+    weight: float
+    expected_batch: float
+    expected_failures: float
+    step_noise: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundPrice:
+    """Epsilon after so many rounds, by each accountant that composes them all.
+
+    Attributes:
+        pld: the run's figure.
+        rdp: at the order that is best for so many rounds.
+        filter: what a ledger's filter has counted by then, at the one order that is best for the whole plan.
+        spare: whether the round is one that is paid for in case another is interrupted.
+    """
+
+    round: int
+    steps: int
+    pld: float
+    rdp: float
+    filter: float
+    spare: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    """What a plan costs; epsilons are infinite where it adds no noise.
+
+    Attributes:
+        sites: name -> figures.
+        largest: sites with the largest declared size.  They have the most weight and the most expected failures, and
+            one over their size bounds delta.
+        rounds: for every round, or for about twenty of many, the last one among them.
+        epsilon: of the whole plan, spare rounds included, by PLD; what a run's report will say at most.
+        epsilon_rdp: the same by RDP.
+        epsilon_filter: the least lifetime cap of a new ledger under which the plan fits.
+        filter_order: the order at which it does.
+        epsilon_of_one_round: what an accountant that starts anew each round would show.  Not a bound on anything.
+    """
+
+    plan: Plan
+    sites: Mapping[str, SitePrice]
+    largest: tuple[str, ...]
+    rounds: tuple[RoundPrice, ...]
+    epsilon: float
+    epsilon_rdp: float
+    epsilon_filter: float
+    filter_order: float | None
+    epsilon_of_one_round: float
+
+    @property
+    def steps(self) -> int:
+        """Noisy steps that each site may be charged for."""
+        return self.plan.local_steps * self.plan.most_rounds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """What another plan would cost.
+
+    Attributes:
+        what: the change in words.
+        plan: the changed plan, at the noise of the original one.
+        epsilon: the one to keep within.
+        noise_needed: the least noise multiplier that does; None: no noise does.
+        same_noise_epsilon: epsilon at the noise of the original plan.
+        step_noise: noise in a step's mean gradient with `noise_needed`, relative to the original plan.
+    """
+
+    what: str
+    plan: Plan
+    epsilon: float
+    noise_needed: float | None
+    same_noise_epsilon: float
+    step_noise: float | None
+
+
+def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
+    """The price of `plan` for sites of these declared sizes.
+
+    Guarantee: every epsilon is an upper bound but `epsilon_of_one_round`, which is one for a single round only.
+    """
+    sites = {site: _site(plan, size, total=sum(declared_sizes.values())) for site, size in declared_sizes.items()}
+    largest = tuple(site for site, size in declared_sizes.items() if size == max(declared_sizes.values()))
+    if not plan.private:
+        none = math.inf
+        return Price(
+            plan=plan,
+            sites=sites,
+            largest=largest,
+            rounds=(),
+            epsilon=none,
+            epsilon_rdp=none,
+            epsilon_filter=none,
+            filter_order=None,
+            epsilon_of_one_round=none,
+        )
+    whole, delta = plan.event(rounds=plan.most_rounds), plan.delta
+    cap = filter.filter_cost(whole, delta=delta)
+    order = filter.best_order(whole, epsilon=cap, delta=delta)
+    return Price(
+        plan=plan,
+        sites=sites,
+        largest=largest,
+        rounds=tuple(_round(plan, number, order) for number in _shown_rounds(plan.most_rounds)),
+        epsilon=accountant.epsilon_pld([whole], delta),
+        epsilon_rdp=accountant.epsilon_rdp([whole], delta),
+        epsilon_filter=cap,
+        filter_order=order,
+        epsilon_of_one_round=accountant.epsilon_pld([plan.event()], delta, interval=accountant.COARSE),
+    )
+
+
+def what_if(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
+    """What more rounds, a smaller delta, larger batches and half of `epsilon` would cost.
+
+    Args:
+        plan: with privacy.
+        epsilon: what its noise was calibrated to, or its own.
+    """
+    longer = math.ceil(1.5 * plan.num_rounds)
+    changes = [
+        (f"{longer} rounds", dataclasses.replace(plan, num_rounds=longer), epsilon),
+        (f"{2 * plan.num_rounds} rounds", dataclasses.replace(plan, num_rounds=2 * plan.num_rounds), epsilon),
+    ]
+    rates = sorted({min(1.0, factor * plan.sampling_rate) for factor in (1.5, 2.0)} - {plan.sampling_rate})
+    for rate in rates:
+        larger = dataclasses.replace(plan, sampling_rate=rate)
+        changes.append((f"batches x {rate / plan.sampling_rate:.3g} (rate {rate:.4g})", larger, epsilon))
+    changes.append((f"delta {plan.delta / 10:.3g}", dataclasses.replace(plan, delta=plan.delta / 10), epsilon))
+    changes.append((f"epsilon {epsilon / 2:.4g}", plan, epsilon / 2))
+    return tuple(_change(what, changed, keep, original=plan) for what, changed, keep in changes)
+
+
+def _change(what: str, plan: Plan, epsilon: float, *, original: Plan) -> Change:
+    noise = least_noise(plan, epsilon=epsilon)
+    before = original.noise_multiplier / original.sampling_rate
+    return Change(
+        what=what,
+        plan=plan,
+        epsilon=epsilon,
+        noise_needed=noise,
+        same_noise_epsilon=coarse_epsilon(plan),
+        step_noise=None if noise is None else noise / plan.sampling_rate / before,
+    )
+
+
+def _site(plan: Plan, size: int, *, total: int) -> SitePrice:
+    batch = plan.sampling_rate * size
+    return SitePrice(
+        declared_size=size,
+        weight=size / total,
+        expected_batch=batch,
+        expected_failures=plan.delta * size if plan.private else float(size),
+        step_noise=plan.noise_multiplier * plan.max_grad_norm / batch,
+    )
+
+
+def _round(plan: Plan, number: int, order: float) -> RoundPrice:
+    spent = [plan.event(rounds=number)]
+    return RoundPrice(
+        round=number,
+        steps=number * plan.local_steps,
+        pld=accountant.epsilon_pld(spent, plan.delta, interval=accountant.COARSE),
+        rdp=accountant.epsilon_rdp(spent, plan.delta),
+        filter=filter.epsilon_filter(spent, order=order, delta=plan.delta),
+        spare=number > plan.num_rounds,
+    )
+
+
+def _shown_rounds(count: int) -> list[int]:
+    """All rounds, or about twenty of them at even distances, the first and the last among them."""
+    every = -(-count // _MOST_POINTS)
+    return sorted({1, *range(every, count, every), count})

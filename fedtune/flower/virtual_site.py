@@ -1,0 +1,159 @@
+"""The files of a simulated site: the same policy, key and ledger that a real site has, with defaults made for the run.
+
+What is tried on a laptop is what runs at a site: the generated `site.toml` allows exactly the run that it was made for,
+and its lifetime cap is what that run costs.  With `runtime.sites_dir` the files are kept over several runs, and can be
+edited like those of a real site.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.config import RunConfig, parse
+from fedtune.privacy.filter import filter_cost
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.policy import (
+    Allow,
+    Asserted,
+    Budget,
+    Dataset,
+    Limits,
+    Policy,
+    Population,
+    Reference,
+    Releases,
+)
+from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.release import Refused
+from fedtune.spec import ConfigError, RefusedError
+
+LEAD_KEY = "lead_key.pem"
+POLICY = "site.toml"
+
+
+@dataclass(frozen=True)
+class VirtualSites:
+    """The folder that holds a simulation's sites: `<site>/site.toml`, `site_key.pem`, `ledger.db`, and the lead's key.
+
+    Attributes:
+        config: of the run.
+        folder: `runtime.sites_dir`, or `sites/` in the run folder.
+        plan: the run's.
+    """
+
+    config: RunConfig
+    folder: Path
+    plan: Plan
+
+    @classmethod
+    def of(cls, config: RunConfig, run_folder: Path, plan: Plan) -> VirtualSites:
+        """The sites of a run."""
+        kept = config.runtime.sites_dir
+        return cls(config, Path(kept) if kept else run_folder / "sites", plan)
+
+    def lead_key(self) -> SigningKey:
+        """The simulated lead's key; every generated policy allows it."""
+        return SigningKey.load_or_make(self.folder / LEAD_KEY)
+
+    def policy(self, site: str) -> Policy:
+        """The site's policy, written for this run where there is none yet.
+
+        Raises:
+            ConfigError: `site.toml` is there and is no policy, or is another site's.
+        """
+        path = self.folder / site / POLICY
+        if not path.exists():
+            write_policy(generated_policy(self.config, self.plan, site, lead=self.lead_key().public), path)
+        policy = read_policy(path)
+        if policy.site != site:
+            raise ConfigError("site", policy.site, f"must be {site}").in_file(path)
+        return policy
+
+    def ledger(self, site: str) -> Ledger:
+        """The site's ledger, opened under its policy as both stand now."""
+        return open_ledger(self.policy(site), self.folder / site)
+
+
+def open_ledger(policy: Policy, folder: Path) -> Ledger:
+    """The ledger that a policy in `folder` names; relative paths start there."""
+    key = SigningKey.load_or_make(folder / policy.site_key)
+    return Ledger(folder / policy.ledger, policy, key, anchor=folder / policy.anchor if policy.anchor else None)
+
+
+def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
+    """`config`, with as many rounds or as little noise as all sites' budgets allow where `if_over_budget` says so.
+
+    A site that allows nothing is left to refuse by itself, as long as `min_sites` others allow something.
+
+    Raises:
+        RefusedError: too few sites allow anything.
+    """
+    wanted = config.federation.if_over_budget
+    if wanted == "stop" or config.runtime.sites_dir is None or not config.privacy.private:
+        return config  # a ledger that is made for the run always has room for it
+    sites = VirtualSites.of(config, run_folder, config.plan())
+    proposal = config.proposal(lead=sites.lead_key().public, plan=sites.plan)
+    offers, refusals = [], []
+    for site in config.federation.active:
+        try:
+            offers.append(sites.ledger(site).offer(proposal))
+        except Refused as refused:
+            refusals.append(f"{site}: {refused}")
+    rounds = [offer.most_rounds for offer in offers if offer.most_rounds]
+    noises = [offer.least_noise for offer in offers if offer.least_noise is not None]
+    usable = len(rounds) if wanted == "fewer_rounds" else len(noises)
+    if usable < config.federation.min_sites:
+        raise RefusedError(
+            f"{usable} sites have room for a run, min_sites = {config.federation.min_sites} are needed "
+            f"({', '.join(refusals) or 'the others allow no round at this noise'})"
+        )
+    settings = config.to_json()
+    settings["privacy"]["noise_multiplier"] = max(noises) if wanted == "more_noise" else sites.plan.noise_multiplier
+    if wanted == "fewer_rounds":
+        settings["federation"]["num_rounds"] = min(rounds)
+    return parse(settings)
+
+
+def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> Policy:
+    """A policy that allows `plan` and no more, with a lifetime cap of what it costs by the filter, rounded up."""
+    proposal = config.proposal(lead=lead, plan=plan)
+    cap, typical = math.inf, Reference(sampling_rate=plan.sampling_rate, noise_multiplier=1.0, steps=1)
+    if plan.private:
+        cost = filter_cost(plan.event(rounds=plan.most_rounds), delta=plan.delta)
+        cap = math.ceil(cost * 10) / 10
+        steps = plan.local_steps * plan.most_rounds
+        typical = Reference(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
+    noises = [plan.noise_multiplier, *([plan.metrics_noise_multiplier] if plan.releases_metrics else [])]
+    return Policy(
+        site=site,
+        population=Population(name=f"{site}-population", unit="record"),
+        dataset=(Dataset(id=proposal.dataset, declared_size=config.declared_sizes()[site]),),
+        budget=Budget(
+            delta=plan.delta,
+            max_epsilon=cap,
+            reference=typical,
+            max_epsilon_per_run=config.privacy.epsilon if plan.private else None,
+        ),
+        limits=Limits(
+            min_noise_multiplier=min(noises),
+            max_sampling_rate=plan.sampling_rate,
+            max_grad_norm=plan.max_grad_norm,
+            max_local_steps=plan.local_steps,
+            max_rounds=plan.most_rounds,
+        ),
+        allow=Allow(
+            leads=(lead,),
+            tasks=(proposal.task,),
+            base_models=(proposal.base_model,),
+            target_modules=proposal.target_modules,
+            max_rank=proposal.rank,
+            train_head=proposal.train_head,
+            seeded_noise=proposal.seeded_noise,
+        ),
+        releases=Releases(metrics="noised" if plan.releases_metrics else "none"),
+        asserted=Asserted(no_person_at_another_site=True),
+    )

@@ -1,0 +1,162 @@
+"""The hash chain of a ledger: each event's hash covers its own values and, through the one before, all earlier events.
+
+Whoever changes, deletes, inserts or reorders an event changes every later hash.  The newest hash, signed by the site's
+key, is the *head*.  A chain that ends early still fits together: only a head that was kept somewhere else, an *anchor*,
+shows that events are missing at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
+from fedtune.spec import ConfigError, RunError
+
+START = "0" * 64
+"""What stands in the place of the hash before the first event."""
+EVENT, HEAD = "ledger event", "ledger head"
+"""Purposes of signatures."""
+
+
+class Kind(StrEnum):
+    """What an event says."""
+
+    PLAN = "plan"  # a run was accepted, and its plan's cost is set aside
+    RESERVE = "reserve"  # a round was charged; training may begin
+    COMMIT = "commit"  # its reply is stored; sending may begin
+    RELEASE = "release"  # something was handed out beside a round's reply
+    REFUSAL = "refusal"
+    NOTE = "note"  # opened, policy, run_ended, restored, frozen
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One row of a ledger.
+
+    Attributes:
+        sequence: 1, 2, 3, ... without gaps.
+        time: UTC, ISO 8601; never before the event in front of it.
+        run: empty where an event belongs to none.
+        request: digest of the lead's request.
+        attempt: 1 for the first reservation of a round, 2 for its first retry.
+        cohort: reserved for arrival cohorts: a record's spending counts only what was released after it arrived.
+            Empty: everybody.
+        code: version of fedtune that wrote the event.
+        detail: what else there is to say, by kind.
+        signature: of the head that this event is, by the site's key.
+    """
+
+    sequence: int
+    kind: Kind
+    time: str
+    run: str
+    round: int
+    request: str
+    attempt: int
+    dataset: str
+    cohort: str
+    code: str
+    detail: dict[str, Any]
+    hash: str = ""
+    signature: str = ""
+
+    def hash_after(self, before: str) -> str:
+        """SHA-256, in hex, of this event behind the event whose hash is `before`."""
+        fields = asdict(self)
+        del fields["hash"], fields["signature"]
+        return hashlib.sha256(b"fedtune ledger event\n" + before.encode() + b"\n" + canonical(fields)).hexdigest()
+
+
+def canonical(data: object) -> bytes:
+    """The one way to write `data` as JSON: sorted keys, no spaces, ASCII, no infinity."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """The end of a ledger at some moment, signed by the site.
+
+    Attributes:
+        ledger: random id of the ledger, in hex.
+        sequence: of the newest event.
+        hash: of that event.
+        time: of that event.
+        charged: every event charged so far, equal ones counted: what a ledger that was put back has to make up for.
+        site_key: public key of the site.
+        signature: on all of the above.
+    """
+
+    ledger: str
+    sequence: int
+    hash: str
+    time: str
+    charged: tuple[tuple[dict[str, Any], int], ...]
+    site_key: str
+    signature: str
+
+    @classmethod
+    def signed(cls, key: SigningKey, **fields: Any) -> Head:
+        """A head with the signature of `key`."""
+        unsigned = cls(**fields, site_key=key.public, signature="")
+        return cls(**fields, site_key=key.public, signature=key.sign(HEAD, unsigned.message()))
+
+    def message(self) -> bytes:
+        """The bytes that are signed."""
+        fields = asdict(self)
+        del fields["signature"]
+        return canonical(fields)
+
+    def to_bytes(self) -> bytes:
+        """The content of an anchor file."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode() + b"\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Head:
+        """The head in an anchor file.
+
+        Raises:
+            ConfigError: the file is missing, is no head, or its signature is not that of the key that it names.
+        """
+        try:
+            fields = json.loads(path.read_bytes())
+            charged = tuple((dict(event), count) for event, count in fields["charged"])
+            head = cls(**{**fields, "charged": charged})
+            right = is_public_key(head.site_key) and is_signed(head.site_key, HEAD, head.message(), head.signature)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError("anchor", str(path), "must be a readable anchor file that fedtune wrote") from error
+        if not right:
+            raise ConfigError("anchor", str(path), "must carry the signature of the site key that it names")
+        return head
+
+
+def check_chain(events: Iterable[Event], *, before: str = START, first: int = 1) -> str:
+    """Follow the chain and return its last hash.
+
+    Args:
+        events: in the order of their sequence.
+        before: hash of the event in front of the first one.
+        first: sequence of the first one.
+
+    Raises:
+        RunError: names the first event that does not fit.
+    """
+    for number, event in enumerate(events, first):
+        if event.sequence != number:
+            raise RunError(f"event {number} is missing (the next one is number {event.sequence})")
+        expected = event.hash_after(before)
+        if event.hash != expected:
+            raise RunError(f"event {number} was changed: its hash does not fit its values and the event before it")
+        before = expected
+    return before
+
+
+def check_signature(event: Event, site_key: str) -> None:
+    """Raise RunError unless `event` is signed by `site_key`; its hash covers everything before it."""
+    if not is_signed(site_key, EVENT, event.hash.encode(), event.signature):
+        raise RunError(f"event {event.sequence} is not signed by the site's key {site_key[:16]}...")

@@ -1,0 +1,83 @@
+"""How much a population's records may ever lose when every next request is chosen after seeing earlier results.
+
+A plan's own epsilon is computed by PLD, which is a proof because the plan is fixed before anything is seen.  Over a
+ledger's life it is not: the next run's rate, noise and steps may depend on what earlier runs released.  A Renyi filter
+stays a proof then (Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 3.1): fix one order before the first event, add up
+each event's Renyi divergence at that order, and stop before the sum passes a bound fixed beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from dp_accounting import DpEvent
+from dp_accounting.rdp import RdpAccountant
+
+from fedtune.privacy import accountant
+from fedtune.privacy.events import Spent, grouped
+from fedtune.spec import ConfigError
+
+ORDERS = tuple(sorted({1 + x / 20 for x in range(2, 100)} | {*range(6, 65)} | {80.0, 96.0, 128.0, 192.0, 256.0, 512.0}))
+"""Orders to choose from when a ledger is made: 1.1, 1.15, ... 5.95, then whole numbers."""
+
+
+@lru_cache(maxsize=4096)
+def divergence(event: DpEvent, order: float) -> float:
+    """Renyi divergence of `order` that one `event` can cause, in nats; infinite for an event without a guarantee."""
+    rdp = RdpAccountant(orders=[order], neighboring_relation=accountant.NEIGHBOURING_RELATION)
+    with accountant.without_notes_on_skipped_orders():
+        rdp.compose(event)
+    return float(rdp._rdp[0])
+
+
+def total_divergence(spent: Spent, order: float) -> float:
+    """Sum of the divergences of all events in `spent`, equal ones computed once."""
+    # fsum does not depend on the order of its terms, so neither does what a history is charged.
+    return math.fsum(count * divergence(event, order) for event, count in grouped(spent).items())
+
+
+def surcharge(order: float, delta: float) -> float:
+    """What turning a divergence of `order` into (epsilon, delta) adds to it.
+
+    Canonne, Kamath and Steinke 2020 (arXiv 2004.00010), Proposition 12.
+    """
+    return math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+
+
+def epsilon_filter(spent: Spent, *, order: float, delta: float) -> float:
+    """Epsilon at `delta` of everything in `spent`; nothing spent is 0.
+
+    Guarantee: an upper bound also when each event was chosen after seeing the outputs of those before it, provided
+    `order` was fixed before the first, and that a cap on this figure is fixed and is never passed.
+    """
+    divergence_sum = total_divergence(spent, order)
+    return 0.0 if divergence_sum == 0 else max(0.0, divergence_sum + surcharge(order, delta))
+
+
+def most_divergence(epsilon: float, *, order: float, delta: float) -> float:
+    """The divergence of `order` that a cap of (`epsilon`, `delta`) leaves room for; below 0 where it leaves none."""
+    return epsilon - surcharge(order, delta)
+
+
+def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
+    """The order at which `reference` takes the smallest share of the cap (`epsilon`, `delta`).
+
+    Where `reference` just fits the cap this is the order of the smallest epsilon.  A smaller reference plan gets the
+    order that lets most repetitions of it fit, rather than the order of its own epsilon, which would waste the rest.
+
+    Raises:
+        ConfigError: the cap leaves room for nothing at any order.
+    """
+    if math.isinf(epsilon):
+        return 2.0  # nothing is bounded, so every order says the same
+    room = {order: most_divergence(epsilon, order=order, delta=delta) for order in ORDERS}
+    usable = [order for order, left in room.items() if left > 0]
+    if not usable:
+        raise ConfigError("max_epsilon", epsilon, f"leaves no room for anything at delta {delta:g}")
+    return min(usable, key=lambda order: divergence(reference, order) / room[order])
+
+
+def filter_cost(plan: DpEvent, *, delta: float) -> float:
+    """The least cap, at any order, under which `plan` fits whole."""
+    return min(divergence(plan, order) + surcharge(order, delta) for order in ORDERS)

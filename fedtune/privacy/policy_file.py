@@ -1,0 +1,126 @@
+"""`site.toml` to a `Policy`, strictly: an unknown key, a missing one or a wrong type is an error, never ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.policy import Policy
+from fedtune.spec import ConfigError
+
+T = TypeVar("T")
+_PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy in the file `path`.
+
+    Raises:
+        ConfigError: names the file, the key, its value and what would be accepted.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("policy", str(path), f"must be a readable file ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("policy", str(path), f"must be TOML: {error}") from None
+    try:
+        return from_table(Policy, table)
+    except ConfigError as error:
+        raise error.in_file(path) from None
+
+
+def write_policy(policy: Policy, path: Path) -> None:
+    """Write `policy` so that `read_policy` gives it back."""
+    write_durably(path, "\n".join(_lines(dataclasses.asdict(policy))).lstrip("\n").encode() + b"\n")
+
+
+def _lines(table: Mapping[str, Any], name: str = "") -> Iterator[str]:
+    """A TOML table: plain values first, then the tables inside it; what is null is left out."""
+    plain = {key: value for key, value in table.items() if value is not None and not _holds_tables(value)}
+    for key, value in plain.items():
+        yield f"{key} = {_toml(value)}"
+    for key, value in table.items():
+        inner = f"{name}.{key}" if name else key
+        if isinstance(value, Mapping) and value:
+            yield from ("", f"[{inner}]", *_lines(value, inner))
+        elif _holds_tables(value):
+            for item in value:
+                yield from ("", f"[[{inner}]]", *_lines(item, inner))
+
+
+def _holds_tables(value: object) -> bool:
+    many = isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
+    return many or isinstance(value, Mapping)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value)
+
+
+def from_table(cls: type[T], table: Mapping[str, Any]) -> T:
+    """An instance of the spec `cls` from a TOML table."""
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key, value in table.items():
+        if key not in fields:
+            raise ConfigError(key, value, f"is not a key of a policy; here go {', '.join(fields)}")
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and key not in table:
+            raise ConfigError(key, None, "is required")
+    values = {key: _value(key, value, hints[key]) for key, value in table.items()}
+    return cls(**values)
+
+
+def _value(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; nothing is converted but a whole number to a float."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _value(key, value, next(argument for argument in arguments if argument is not type(None)))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        _require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
+        return _under(key, hint, value)
+    if origin is tuple:
+        _require(key, value, isinstance(value, list), "must be a list")
+        if dataclasses.is_dataclass(arguments[0]):
+            return tuple(_under(f"{key}[{n}]", arguments[0], _table(key, item)) for n, item in enumerate(value, 1))
+        return tuple(_value(key, item, arguments[0]) for item in value)
+    if origin is Literal:
+        _require(key, value, value in arguments, f"must be one of {', '.join(map(str, arguments))}")
+        return value
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        _require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
+        return {name: _value(f"{key}.{name}", item, arguments[1]) for name, item in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    _require(key, value, type(value) is hint, f"must be {_PLAIN[hint]}")
+    return value
+
+
+def _under(key: str, cls: Any, table: Mapping[str, Any]) -> Any:
+    try:
+        return from_table(cls, table)
+    except ConfigError as error:
+        raise error.under(key) from None
+
+
+def _table(key: str, item: Any) -> dict[str, Any]:
+    _require(key, item, isinstance(item, dict), f"must be tables, as in [[{key}]]")
+    return dict(item)
+
+
+def _require(key: str, value: object, right: bool, bound: str) -> None:
+    if not right:
+        raise ConfigError(key, value, bound)

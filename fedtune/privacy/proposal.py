@@ -1,0 +1,80 @@
+"""What a lead proposes to a site: everything about a run that a site's policy has a say in."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from fedtune.privacy.plan import Plan
+from fedtune.spec import ConfigError, spec
+
+
+@spec
+class Proposal:
+    """One run, as a site judges it.
+
+    Attributes:
+        run: identifies the run.
+        lead: public key of who proposes it, in hex.
+        dataset: id of the site's data set to train on.
+        task: what is learnt.
+        base_model: SHA-256 of the base model's weights; "unverified" where the run names none.
+        target_modules: modules that get LoRA matrices.
+        rank: of the LoRA matrices.
+        train_head: whether a task head is trained and released too.
+        seeded_noise: noise from a seed: a study without a guarantee.
+        num_sites: how many sites the lead says take part.  A claim, shown as such; nothing relies on it.
+        plan: what the releases cost.
+    """
+
+    run: str
+    lead: str
+    dataset: str
+    task: str
+    base_model: str
+    target_modules: tuple[str, ...]
+    rank: int
+    train_head: bool
+    seeded_noise: bool
+    num_sites: int
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        # A proposal comes from a server: its form is checked here, its content by the policy.
+        for name in ("run", "lead", "dataset", "task", "base_model"):
+            _require(name, getattr(self, name), isinstance(getattr(self, name), str), "must be a text")
+        modules = isinstance(self.target_modules, tuple) and all(isinstance(name, str) for name in self.target_modules)
+        _require("target_modules", self.target_modules, modules, "must be names of modules")
+        for name in ("rank", "num_sites"):
+            value = getattr(self, name)
+            _require(name, value, type(value) is int and value >= 1, "must be a whole number of at least 1")
+        for name in ("train_head", "seeded_noise"):
+            _require(name, getattr(self, name), isinstance(getattr(self, name), bool), "must be true or false")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, the canonical form that `digest` hashes."""
+        return dataclasses.asdict(self) | {"target_modules": list(self.target_modules), "plan": self.plan.to_json()}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Proposal:
+        """The proposal that `to_json` wrote.
+
+        Raises:
+            ConfigError: anything else.
+        """
+        try:
+            changed = {"target_modules": tuple(fields["target_modules"]), "plan": Plan.from_json(fields["plan"])}
+            return cls(**{**fields, **changed})
+        except (TypeError, KeyError) as error:
+            raise ConfigError("proposal", sorted(fields), "must have exactly the fields of a proposal") from error
+
+    def digest(self) -> str:
+        """SHA-256 of the proposal's canonical JSON, in hex."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _require(key: str, value: object, right: bool, bound: str) -> None:
+    if not right:
+        raise ConfigError(key, value, bound)

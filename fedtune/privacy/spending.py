@@ -1,0 +1,187 @@
+"""What a ledger has spent, what is left, and whether more fits: figures derived from events at the moment of asking."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from dp_accounting import DpEvent
+
+from fedtune.privacy import accountant, filter
+from fedtune.privacy.history import History, Run
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Refused
+
+_MOST_NOISE = 1e4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpending:
+    """One run's part, charged so far.
+
+    Attributes:
+        epsilon: by PLD; a proof for the run alone, whose plan was fixed beforehand.
+        epsilon_rdp: the same events by RDP at their best order.
+        planned_epsilon: of the whole plan, by PLD.
+        state: "open", "ended" or "expired".
+    """
+
+    run: str
+    lead: str
+    dataset: str
+    state: str
+    rounds: int
+    most_rounds: int
+    steps: int
+    noise_multiplier: float
+    sampling_rate: float
+    epsilon: float
+    epsilon_rdp: float
+    planned_epsilon: float
+    num_sites_claimed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spending:
+    """A population's lifetime figures; None for an infinite cap's share.
+
+    Attributes:
+        epsilon: spent, by the filter: the figure that caps and verdicts use.
+        epsilon_with_set_aside: the same with everything that open runs may still spend.
+        share: part of the lifetime cap's divergence that is spent; with set-aside plans in `share_with_set_aside`.
+        epsilon_pld: the same events by PLD, which would be a proof only if all runs had been fixed beforehand.
+        epsilon_rdp: the same at the order that fits best in hindsight; under the same condition.
+        period_epsilon: spent in the current calendar period, by the filter.
+    """
+
+    delta: float
+    order: float
+    max_epsilon: float
+    epsilon: float
+    epsilon_with_set_aside: float
+    share: float | None
+    share_with_set_aside: float | None
+    epsilon_pld: float
+    epsilon_rdp: float
+    period: str
+    max_epsilon_per_period: float | None
+    period_epsilon: float
+    mechanisms: int
+    seeded: bool
+    frozen: bool
+    runs: tuple[RunSpending, ...]
+
+
+def spending(history: History, now: datetime) -> Spending:
+    """The figures of a ledger at `now`."""
+    delta, order, cap = history.delta, history.order, history.cap
+    charged, held = history.charged(), history.set_aside(now)
+    period = str(history.policy["budget"]["period"])
+    room = filter.most_divergence(cap, order=order, delta=delta)
+
+    def share(spent: Counter[DpEvent]) -> float | None:
+        return None if math.isinf(cap) else history.divergence(spent) / room
+
+    return Spending(
+        delta=delta,
+        order=order,
+        max_epsilon=cap,
+        epsilon=filter.epsilon_filter(charged, order=order, delta=delta),
+        epsilon_with_set_aside=filter.epsilon_filter(charged + held, order=order, delta=delta),
+        share=share(charged),
+        share_with_set_aside=share(charged + held),
+        epsilon_pld=accountant.epsilon_pld(charged, delta, interval=accountant.COARSE),
+        epsilon_rdp=accountant.epsilon_rdp(charged, delta),
+        period=period,
+        max_epsilon_per_period=history.policy["budget"]["max_epsilon_per_period"],
+        period_epsilon=filter.epsilon_filter(history.charged(period=period, now=now), order=order, delta=delta),
+        mechanisms=charged.total(),
+        seeded=history.seeded,
+        frozen=history.frozen,
+        runs=tuple(_run(name, run, now) for name, run in history.runs.items()),
+    )
+
+
+def _run(name: str, run: Run, now: datetime) -> RunSpending:
+    plan, rounds = run.plan, run.charged_rounds
+    charged = [plan.event(rounds=rounds)] if rounds else []
+    return RunSpending(
+        run=name,
+        lead=run.proposal.lead,
+        dataset=run.proposal.dataset,
+        state="open" if run.is_open(now) else "ended" if run.expires is None else "expired",
+        rounds=rounds,
+        most_rounds=plan.most_rounds,
+        steps=rounds * plan.local_steps,
+        noise_multiplier=plan.noise_multiplier,
+        sampling_rate=plan.sampling_rate,
+        epsilon=accountant.epsilon_pld(charged, plan.delta, interval=accountant.COARSE),
+        epsilon_rdp=accountant.epsilon_rdp(charged, plan.delta),
+        planned_epsilon=accountant.epsilon_pld(
+            [plan.event(rounds=plan.most_rounds)], plan.delta, interval=accountant.COARSE
+        ),
+        num_sites_claimed=run.proposal.num_sites,
+    )
+
+
+def require_room(
+    history: History, policy: Policy, *, asked: Counter[DpEvent], held: Counter[DpEvent], now: datetime
+) -> None:
+    """Check that `asked` fits every cap, beside what was charged and what is `held` for others.
+
+    Guarantee: the filter's stopping rule.  At the one order that was fixed when the ledger was made, the divergence of
+    everything charged and of `asked` stays within the divergence that each cap leaves room for.
+
+    Raises:
+        Refused: names the cap, what the figure would become, and what it may be.
+    """
+    budget = policy.budget
+    period = history.charged(period=budget.period, now=now)
+    for reason, cap, charged in (
+        (Reason.MAX_EPSILON, budget.max_epsilon, history.charged()),
+        (Reason.MAX_EPSILON_PER_PERIOD, budget.max_epsilon_per_period, period),
+    ):
+        if cap is None:
+            continue
+        room = filter.most_divergence(cap, order=history.order, delta=history.delta)
+        if not history.divergence(charged + held + asked) <= room:
+            would = filter.epsilon_filter(charged + held + asked, order=history.order, delta=history.delta)
+            now_at = filter.epsilon_filter(charged + held, order=history.order, delta=history.delta)
+            raise Refused(reason, asked=f"{would:.4f}", allowed=f"at most {cap:g}, of which {now_at:.4f} is taken")
+
+
+def most_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:
+    """The largest `num_rounds`, up to the proposal's own, that is accepted; 0 for none."""
+
+    def with_rounds(count: int) -> Proposal:
+        return dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, num_rounds=count))
+
+    fits, too_many = 0, proposal.plan.num_rounds + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if accepts(with_rounds(middle)) else (fits, middle)
+    return fits
+
+
+def least_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> float | None:
+    """The least noise multiplier, to four digits and at least the proposal's own, that is accepted; None for none."""
+
+    def with_noise(noise: float) -> Proposal:
+        return dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, noise_multiplier=noise))
+
+    low = high = proposal.plan.noise_multiplier
+    while not accepts(with_noise(high)):
+        low, high = high, max(2 * high, 0.1)
+        if high > _MOST_NOISE:
+            return None
+    while high - low > 1e-4 * high:
+        middle = math.ceil((low + high) / 2 * 1e4) / 1e4
+        if middle >= high:
+            break
+        low, high = (low, middle) if accepts(with_noise(middle)) else (middle, high)
+    return high

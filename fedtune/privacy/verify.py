@@ -1,0 +1,97 @@
+"""Checking somebody's ledger with nothing but the file, a public key and, against rollback, an anchor."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.privacy import chain, ledger_file
+from fedtune.privacy.chain import Event, Head
+from fedtune.privacy.history import History
+from fedtune.spec import RunError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
+    """A ledger whose every event was checked.
+
+    Attributes:
+        hash: of the newest event.
+        site_key: public key that all events are signed by.
+        key_expected: whether that key was given from outside, and not only read from the ledger.
+        rollback_excluded: whether an anchor showed that no event up to it is missing.
+        anchor_sequence: how far that anchor reached.
+    """
+
+    events: tuple[Event, ...]
+    history: History
+    hash: str
+    site_key: str
+    key_expected: bool
+    rollback_excluded: bool
+    anchor_sequence: int
+
+
+def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = None) -> Verified:
+    """Check every event, every signature, and the stored replies.
+
+    Guarantee: on success nobody without the site's key changed, deleted, inserted or reordered an event, and with an
+    anchor none is missing up to it.  Without one, missing events at the end are not excluded.
+
+    Raises:
+        RunError: says what does not fit.
+    """
+    with ledger_file.reading(path) as file:
+        _check_pages(file)
+        events = ledger_file.read_events(file)
+        replies = ledger_file.stored_replies(file)
+    if not events:
+        raise RunError(f"ledger {path} is empty")
+    last = chain.check_chain(events)
+    history = History()
+    for event in events:
+        history.follow(event)
+    own_key = str(history.opened["site_key"])
+    if site_key is not None and site_key != own_key:
+        raise RunError(f"ledger {path} names site key {own_key}, not {site_key}")
+    for event in events:
+        chain.check_signature(event, own_key)
+    _check_replies(history, replies)
+    if anchor is not None:
+        _check_anchor(events, history, anchor, own_key)
+    return Verified(
+        events=tuple(events),
+        history=history,
+        hash=last,
+        site_key=own_key,
+        key_expected=site_key is not None or anchor is not None,
+        rollback_excluded=anchor is not None,
+        anchor_sequence=anchor.sequence if anchor else 0,
+    )
+
+
+def _check_pages(file: sqlite3.Connection) -> None:
+    (answer,) = file.execute("PRAGMA integrity_check(1)").fetchone()
+    if answer != "ok":
+        raise RunError(f"the file is damaged: {answer}")
+
+
+def _check_replies(history: History, replies: dict[str, bytes]) -> None:
+    """Each run's newest reply is the one that was committed, and no other is stored."""
+    expected = {list(run.replies)[-1]: list(run.replies.values())[-1] for run in history.runs.values() if run.replies}
+    found = {request: hashlib.sha256(reply).hexdigest() for request, reply in replies.items()}
+    if found != expected:
+        raise RunError("the stored replies are not the newest ones that were committed")
+
+
+def _check_anchor(events: list[Event], history: History, anchor: Head, site_key: str) -> None:
+    if (anchor.ledger, anchor.site_key) != (history.opened["ledger"], site_key):
+        raise RunError("the anchor is of another ledger")
+    if anchor.sequence <= max(history.restored, default=0):
+        return  # a backup was put back, and what it lacked up to there was charged
+    if anchor.sequence > len(events):
+        raise RunError(f"the ledger was put back: it ends at event {len(events)}, the anchor knows {anchor.sequence}")
+    if events[anchor.sequence - 1].hash != anchor.hash:
+        raise RunError(f"event {anchor.sequence} is not the one that the anchor knows: the ledger is another branch")
