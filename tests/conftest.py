@@ -1,4 +1,4 @@
-"""The command line as tests call it, and the smallest settings with which a whole run still happens."""
+"""What tests of several layers share: the command line, the smallest run, and a run's plan, proposal and policy."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import io
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.cli.main import main
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Reference, Releases
+from fedtune.privacy.proposal import Proposal
 
 # Flower's command line imports typer, which imports names that click 8.4 announces to remove.
 _CLICK = r"'click\."
@@ -103,3 +109,121 @@ def result_of() -> Callable[[Path], Any]:
 def adapter_of() -> Callable[[Path], dict[str, bytes]]:
     """The bytes of a finished run's tensors."""
     return lambda folder: {path.name: path.read_bytes() for path in sorted((folder / "adapter").glob("*.safetensors"))}
+
+
+@pytest.fixture(scope="session")
+def lead_key() -> SigningKey:
+    """The key of the lead whom the sites know."""
+    return SigningKey(Ed25519PrivateKey.generate())
+
+
+@pytest.fixture(scope="session")
+def stranger_key() -> SigningKey:
+    """The key of somebody whom no site knows."""
+    return SigningKey(Ed25519PrivateKey.generate())
+
+
+@pytest.fixture(scope="session")
+def run_plan() -> Plan:
+    """The plan of the run `r`."""
+    return Plan(
+        unit="record",
+        delta=1e-5,
+        sampling_rate=0.2,
+        noise_multiplier=4.0,
+        max_grad_norm=1.0,
+        local_steps=2,
+        num_rounds=3,
+        spare_rounds=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def run_proposal(lead_key: SigningKey, run_plan: Plan) -> Callable[..., Proposal]:
+    """What the lead proposes for the run `r`; keywords override fields of the proposal or of its plan."""
+    of_plan = {field.name for field in fields(Plan)}
+
+    def make(**changes: Any) -> Proposal:
+        plan = replace(run_plan, **{key: value for key, value in changes.items() if key in of_plan})
+        values: dict[str, Any] = {
+            "run": "r",
+            "lead": lead_key.public,
+            "dataset": "patients",
+            "task": "classification",
+            "base_model": "ab" * 32,
+            "target_modules": ("query", "value"),
+            "rank": 4,
+            "train_head": True,
+            "seeded_noise": False,
+            "num_sites": 3,
+            "plan": plan,
+        }
+        return Proposal(**(values | {key: value for key, value in changes.items() if key not in of_plan}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def site_policy(run_proposal: Callable[..., Proposal]) -> Callable[..., Policy]:
+    """A site's policy that allows the run `r` and no more, with room for several such runs.
+
+    Keywords override tables by dicts of their values, as in `limits={"max_rounds": 9}`, and other keys by values.
+    """
+
+    def make(site: str = "a", **changes: Any) -> Policy:
+        proposal = run_proposal()
+        plan = proposal.plan
+        policy = Policy(
+            site=site,
+            population=Population(name=f"{site}-patients"),
+            dataset=(Dataset(id=proposal.dataset, declared_size=100),),
+            budget=Budget(
+                delta=plan.delta,
+                max_epsilon=5.0,
+                reference=Reference(
+                    sampling_rate=plan.sampling_rate,
+                    noise_multiplier=plan.noise_multiplier,
+                    steps=plan.local_steps * plan.most_rounds,
+                ),
+            ),
+            limits=Limits(
+                min_noise_multiplier=plan.noise_multiplier,
+                max_sampling_rate=plan.sampling_rate,
+                max_grad_norm=plan.max_grad_norm,
+                max_local_steps=plan.local_steps,
+                max_rounds=plan.most_rounds,
+            ),
+            allow=Allow(
+                leads=(proposal.lead,),
+                tasks=(proposal.task,),
+                base_models=(proposal.base_model,),
+                target_modules=proposal.target_modules,
+                max_rank=proposal.rank,
+                train_head=proposal.train_head,
+            ),
+            releases=Releases(),
+            asserted=Asserted(no_person_at_another_site=True),
+        )
+        tables = {key: replace(getattr(policy, key), **value) for key, value in changes.items() if type(value) is dict}
+        return replace(policy, **(changes | tables))
+
+    return make
+
+
+@pytest.fixture
+def everything_sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Every byte of every message that a site hands to Flower, as it would be put on the wire."""
+    from flwr.common.serde import message_to_proto  # here, for the sake of tests that need no Flower
+
+    from fedtune.flower.grid import InProcessGrid
+
+    sent: list[bytes] = []
+    pull = InProcessGrid.pull_messages
+
+    def spy(self: InProcessGrid, message_ids: Any) -> Any:
+        messages = pull(self, message_ids)
+        sent.extend(message_to_proto(message).SerializeToString() for message in messages)
+        return messages
+
+    monkeypatch.setattr(InProcessGrid, "pull_messages", spy)
+    return sent

@@ -3,90 +3,77 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from fedtune.cli import ledger_tables
-from fedtune.cli.plain_words import counted, epsilon_text, event_text, mechanism_text
-from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.chain import Event, Head, canonical
+from fedtune.cli import ledger_json, ledger_tables
+from fedtune.cli.plain_words import cap_text, counted, epsilon_text, mechanism_text
+from fedtune.privacy import events
+from fedtune.privacy.chain import Head
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, is_public_key
 from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy
-from fedtune.privacy.spending import Spending, spending
 from fedtune.privacy.verify import Verified, verify
 from fedtune.spec import ConfigError, RunError
 
-SCHEMA_VERSION = 1
-
 
 def show(options: argparse.Namespace) -> None:
-    """The events."""
+    """Events, oldest first."""
     if options.last is not None and options.last < 1:
         raise ConfigError("--last", options.last, "must be at least 1")
     path = ledger_file(options.path)
     verified = verify(path)
     chosen = verified.events[-options.last :] if options.last else verified.events
     if options.json:
-        print_json({**_identity(path, verified), "events": [_event_json(event) for event in chosen]})
+        shown = [ledger_json.event_json(event) for event in chosen]
+        _print_json({**ledger_json.identity_json(path, verified), "events": shown})
     else:
         ledger_tables.show_events(Console(), path, verified, chosen)
 
 
 def spent(options: argparse.Namespace) -> None:
-    """The figures."""
+    """What was spent, and what is left."""
     path = ledger_file(options.path)
     verified = verify(path)
-    figures = figures_of(verified)
+    figures = ledger_json.figures_of(verified)
     if options.json:
-        print_json({**_identity(path, verified), **spending_json(verified, figures)})
+        _print_json({**ledger_json.identity_json(path, verified), **ledger_json.spending_json(verified, figures)})
     else:
         ledger_tables.show_spending(Console(), path, verified, figures)
 
 
 def check(options: argparse.Namespace) -> None:
-    """`verify`."""
+    """`verify`: what was checked, or the error that says what does not fit."""
     path, verified = _verified(options)
     if options.json:
-        print_json({**_identity(path, verified), **_verification_json(verified)})
+        _print_json({**ledger_json.identity_json(path, verified), **ledger_json.verification_json(verified)})
     else:
         ledger_tables.show_verified(Console(), path, verified)
 
 
 def export(options: argparse.Namespace) -> None:
-    """Everything that the ledger says, but for the stored replies."""
+    """Everything that the ledger says, but for the stored replies, as one JSON."""
+    if options.output is not None and Path(options.output).exists():  # it might be the ledger, or the key
+        raise ConfigError("--output", options.output, "exists already; choose a new file")
     path, verified = _verified(options)
-    newest = verified.events[-1]
     whole = {
-        **_identity(path, verified),
-        "verification": _verification_json(verified),
-        "head": {
-            "sequence": newest.sequence,
-            "hash": newest.hash,
-            "time": newest.time,
-            "signature": newest.signature,
-            "site_key": verified.site_key,
-        },
-        "spending": spending_json(verified, figures_of(verified)),
-        "events": [_event_json(event) for event in verified.events],
+        **ledger_json.identity_json(path, verified),
+        "head": ledger_json.event_json(verified.events[-1]),
+        "verification": ledger_json.verification_json(verified),
+        "spending": ledger_json.spending_json(verified, ledger_json.figures_of(verified)),
+        "events": [ledger_json.event_json(event) for event in verified.events],
     }
     if options.output is None:
-        print_json(whole)
+        _print_json(whole)
         return
-    output = Path(options.output)
-    if output.exists():  # it might be the ledger or the key
-        raise ConfigError("--output", options.output, "exists already; choose a new file")
-    _write("--output", output, _json_bytes(whole))
-    Console().print(f"{counted(len(verified.events), 'event')} of {path} written to {output}", soft_wrap=True)
+    _write(Path(options.output), ledger_json.to_text(whole).encode())
+    _say(f"{counted(len(verified.events), 'event')} of {path} written to {options.output}")
 
 
 def anchor(options: argparse.Namespace) -> None:
@@ -95,51 +82,43 @@ def anchor(options: argparse.Namespace) -> None:
     key = SigningKey.load(Path(options.key))
     before = Head.read(output) if output.exists() else None
     verified = verify(path, anchor=before, site_key=key.public)
-    _write("--output", output, head_of(verified, key).to_bytes())
-    newest = verified.events[-1].sequence
-    Console().print(f"{output} now vouches for {path} up to event {newest}", soft_wrap=True)
+    _write(output, verified.history.head(verified.hash, key).to_bytes())
+    _say(f"{output} now vouches for {path} up to event {len(verified.events)}. Keep it on another disk or machine.")
 
 
 def restore(options: argparse.Namespace) -> None:
     """Charge what a backup lacks, and bring the policy's anchor up to it."""
-    path, ledger, own_anchor = _own_ledger(options)
-    if options.anchor is None and own_anchor is None:
+    site = _site(options)
+    source = Path(options.anchor) if options.anchor else site.anchor
+    if source is None:
         raise ConfigError("--anchor", None, "is required, since the policy names no anchor")
-    source = Path(options.anchor) if options.anchor else own_anchor
-    assert source is not None
     newest = Head.read(source)
-    console = Console()
     try:
-        verify(path, anchor=newest)
-        console.print(f"{path} lacks nothing that {source} knows. Nothing was charged.", soft_wrap=True)
+        verify(site.ledger, anchor=newest)
+        _say(f"{site.ledger} lacks nothing that {source} knows. Nothing was charged.")
         return
     except RunError:
-        verify(path)  # an older ledger is what we expect here; a changed one is not
-    opened = ledger()
-    gap = opened.charge_gap(newest)
-    if own_anchor is not None:
-        _write("anchor", own_anchor, opened.head().to_bytes())
+        verify(site.ledger)  # an older ledger is what is expected here; one that was changed is not
+    ledger = Ledger(site.ledger, site.policy, site.key)
+    gap = ledger.charge_gap(newest)
+    if site.anchor is not None:
+        _write(site.anchor, ledger.head().to_bytes())
     parts = [mechanism_text(event, count) for event, count in events.grouped(gap).items()]
-    console.print(
-        f"{path} lacked events up to number {newest.sequence}. Charged now, in one sum:\n"
-        + "\n".join(f"  {part}" for part in parts or ["nothing: no round was charged in what is lost"]),
-        soft_wrap=True,
-    )
-    figures = opened.spending()
-    console.print(
-        f"Spent now: epsilon {epsilon_text(figures.epsilon)} of {ledger_tables.cap_text(figures.max_epsilon)}. "
-        "What is lost besides: the runs' names, refusals and stored replies of the missing events."
-    )
+    _say(f"{site.ledger} lacked events up to number {newest.sequence} of the lost ledger. Charged now, as one sum:")
+    _say("\n".join(f"  {part}" for part in parts or ["nothing: no round was charged in what is lost"]))
+    figures = ledger.spending()
+    _say(f"Spent now: epsilon {epsilon_text(figures.epsilon)} of {cap_text(figures.max_epsilon)}.")
+    _say("Lost for good: the missing events' runs, refusals and stored replies. Their cost is not.")
 
 
 def freeze(options: argparse.Namespace) -> None:
     """End all training on a population."""
     if not options.why.strip():
         raise ConfigError("--why", options.why, "must say why; the ledger keeps it")
-    path, ledger, _ = _own_ledger(options)
-    verify(path)
-    ledger(anchored=True).freeze(options.why)
-    Console().print(f"{path} is frozen: this population takes part in nothing any more.", soft_wrap=True)
+    site = _site(options)
+    verify(site.ledger)
+    Ledger(site.ledger, site.policy, site.key, anchor=site.anchor).freeze(options.why)
+    _say(f"{site.ledger} is frozen: this population takes part in nothing any more.")
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
@@ -151,3 +130,65 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "restore": restore,
     "freeze": freeze,
 }
+
+
+def ledger_file(name: str) -> Path:
+    """The ledger that a person means by PATH.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if (path / "ledger.db").is_file():
+        return path / "ledger.db"
+    found = ", ".join(str(file) for file in sorted(path.glob("sites/*/ledger.db")))
+    bound = f"must be one of {found}" if found else "must be a ledger.db, or a folder with one"
+    raise ConfigError("ledger", name, bound)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """A site's policy, with the files that it names."""
+
+    policy: Policy
+    ledger: Path
+    key: SigningKey
+    anchor: Path | None
+
+
+def _site(options: argparse.Namespace) -> Site:
+    """The site whose existing ledger is about to be changed."""
+    file = Path(options.policy)
+    policy = read_policy(file)
+    path = file.parent / policy.ledger
+    # A ledger that does not exist would be made, and a copy beside the real one would be of no use.
+    given = path if options.path is None else ledger_file(options.path)
+    if not path.is_file() or not given.samefile(path):
+        raise ConfigError("ledger", str(given), f"must be the policy's own ledger, {path}")
+    key = SigningKey.load(file.parent / policy.site_key)
+    return Site(policy=policy, ledger=path, key=key, anchor=file.parent / policy.anchor if policy.anchor else None)
+
+
+def _verified(options: argparse.Namespace) -> tuple[Path, Verified]:
+    if options.site_key is not None and not is_public_key(options.site_key):
+        raise ConfigError("--site-key", options.site_key, "must be a public key of 64 lower-case hex digits")
+    path = ledger_file(options.path)
+    anchor = None if options.anchor is None else Head.read(Path(options.anchor))
+    return path, verify(path, anchor=anchor, site_key=options.site_key)
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_durably(path, data)
+    except OSError as error:
+        raise ConfigError("output", str(path), f"must be a file that can be written ({error.strerror})") from None
+
+
+def _print_json(data: dict[str, object]) -> None:
+    sys.stdout.write(ledger_json.to_text(data))
+
+
+def _say(text: str) -> None:
+    Console(highlight=False).print(text, markup=False, soft_wrap=True)

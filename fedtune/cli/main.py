@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from fedtune import __version__
+from fedtune.cli import ledger, site
 from fedtune.spec import FedtuneError
 
 _SIMULATE = """\
@@ -38,52 +39,81 @@ The file has the columns that the run's configuration names; scores are exact an
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 wrong input, 3 refused, 1 anything else."""
-    options = _options(arguments)
+    options = _options(sys.argv[1:] if arguments is None else arguments)
     try:
-        if options.command == "simulate":
-            from fedtune.cli.simulate import simulate
-
-            simulate(options.overrides, multirun=options.multirun)
-        else:
-            from fedtune.cli.evaluate import evaluate
-
-            evaluate(options.run, data_file=options.data, device=options.device)
+        _run(options)
+        sys.stdout.flush()
     except FedtuneError as error:
         sys.stderr.write(f"fedtune: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         return 1
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The parsed command line; overrides may stand on both sides of `-m`, which argparse alone does not allow."""
-    parser = _parser()
+def _run(options: argparse.Namespace) -> None:
+    """Call one command; each is imported when it is called, because torch, Hydra and the accountants take seconds."""
+    match options.command:
+        case "simulate":
+            from fedtune.cli.simulate import simulate
+
+            simulate(options.overrides, multirun=options.multirun)
+        case "plan":
+            from fedtune.cli.plan import plan
+
+            plan(options)
+        case "evaluate":
+            from fedtune.cli.evaluate import evaluate
+
+            evaluate(options.run, data_file=options.data, device=options.device)
+        case "ledger":
+            ledger.run(options)
+        case "site":
+            site.run(options)
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The parsed command line; overrides may stand on both sides of flags, which argparse alone does not allow."""
+    parser = _parser(arguments)
     options, rest = parser.parse_known_args(arguments)
-    if options.command != "simulate" or any(part.startswith("-") for part in rest):
+    if not hasattr(options, "overrides") or any(part.startswith("-") for part in rest):
         return parser.parse_args(arguments)
     options.overrides += rest
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fedtune", description="Federated, differentially private fine-tuning with LoRA adapters."
+        prog="fedtune",
+        description="Federated, differentially private fine-tuning with LoRA adapters.",
+        epilog="fedtune COMMAND --help says more. Exit codes: 0 done, 2 wrong input, 3 refused, 1 anything else.",
     )
     parser.add_argument("--version", action="version", version=f"fedtune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    raw = argparse.RawDescriptionHelpFormatter
-    simulate = commands.add_parser(
-        "simulate", help="run a federation on this machine", description=_SIMULATE, formatter_class=raw
-    )
+
+    def command(name: str, help: str, description: str = "") -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(name, help=help, description=description, formatter_class=raw)
+
+    simulate = command("simulate", "run a federation on this machine", _SIMULATE)
     simulate.add_argument(
         "-m", "--multirun", action="store_true", help="run every combination of comma-separated values"
     )
     simulate.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    evaluate = commands.add_parser("evaluate", help="score a saved adapter", description=_EVALUATE, formatter_class=raw)
+    planning = command("plan", "what a run would cost, before any data is touched")
+    if "plan" in arguments:  # only then, because it imports Hydra and the accountants
+        from fedtune.cli import plan
+
+        plan.add_arguments(planning)
+    evaluate = command("evaluate", "score a saved adapter", _EVALUATE)
     evaluate.add_argument("run", metavar="RUN", help="a run folder, such as runs/tighter")
     evaluate.add_argument("--data", required=True, metavar="FILE", help=".jsonl or .csv, plain or .gz")
     evaluate.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to score (default: auto)"
     )
+    ledger.add_arguments(command("ledger", "read a site's ledger: what was spent, what is left", ledger.DESCRIPTION))
+    site.add_arguments(command("site", "a site's own policy, in plain words", site.DESCRIPTION))
     return parser

@@ -66,6 +66,20 @@ def epsilon_text(epsilon: float | None) -> str:
     return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
 
 
+def odds_text(epsilon: float) -> str:
+    """By what factor odds can change: e to the power of `epsilon`, rounded up to two digits."""
+    if epsilon > 20:
+        return f"10^{math.ceil(epsilon / math.log(10))}"
+    factor = math.exp(epsilon)
+    unit = 10.0 ** (math.floor(math.log10(factor)) - 1)
+    return f"{math.ceil(factor / unit) * unit:,.10g}"
+
+
+def cap_text(cap: float | None) -> str:
+    """A cap as the policy has it."""
+    return "no cap" if cap is None or math.isinf(cap) else f"at most {cap:g}"
+
+
 def counted(count: int, noun: str) -> str:
     """`1 round`, `2 rounds`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
@@ -75,13 +89,10 @@ def mechanism_text(event: DpEvent, count: int) -> str:
     """`count` equal mechanisms, such as the noisy steps of a round."""
     match event:
         case PoissonSampledDpEvent():
-            noise = event.event.noise_multiplier
-            return (
-                f"{counted(count, 'noisy step')} (sampling rate {event.sampling_probability:g}, noise multiplier "
-                f"{noise:g})"
-            )
+            rate, noise = event.sampling_probability, event.event.noise_multiplier
+            return f"{counted(count, 'noisy step')} (rate {rate:g}, noise {noise:g})"
         case GaussianDpEvent():
-            return f"{counted(count, 'noised score')} (noise multiplier {event.noise_multiplier:g})"
+            return f"{counted(count, 'noised score')} (noise {event.noise_multiplier:g})"
         case _:
             return f"{counted(count, 'round')} WITHOUT NOISE"
 
@@ -96,9 +107,9 @@ def event_text(event: Event) -> str:
             again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""
             return f"charged{again}: {_mechanisms(detail['event'])}"
         case Kind.COMMIT:
-            return "reply stored, then sent"
+            return "reply stored, may be sent"
         case Kind.RELEASE:
-            return "something else was handed out"
+            return _offered(detail)
         case Kind.REFUSAL:
             return _refused(detail)
         case Kind.NOTE:
@@ -123,13 +134,19 @@ def _mechanisms(data: object) -> str:
 
 
 def _refused(detail: dict[str, Any]) -> str:
-    reason = detail["reason"]
-    meaning = REASONS[Reason(reason)] if reason in list(Reason) else "for a reason that this version does not know"
-    numbers = [
-        f"{word} {printable(detail[key])}" for word, key in (("asked for", "asked"), ("allowed", "allowed"))
-        if detail.get(key) is not None
-    ]  # fmt: skip
-    return f"refused: {meaning} ({'; '.join([f'rule {printable(reason)}', *numbers])})"
+    rule, asked, allowed = (detail.get(key) for key in ("reason", "asked", "allowed"))
+    meaning = REASONS[Reason(rule)] if rule in list(Reason) else "for a reason that this version does not know"
+    numbers = [f"asked for {printable(asked, 40)}"] if asked is not None else []
+    numbers += [f"allowed {printable(allowed)}"] if allowed is not None and rule != Reason.LEADS else []
+    return f"refused: {meaning} ({'; '.join([*numbers, f'rule {printable(rule)}'])})"
+
+
+def _offered(detail: dict[str, Any]) -> str:
+    if detail.get("what") != "offer":
+        return f"handed out: {printable(detail.get('what'))}"
+    noise = detail["least_noise"]
+    others = "no noise would be enough" if noise is None else f"noise of at least {noise:g}"
+    return f"told a lead what a run may ask for: up to {counted(detail['most_rounds'], 'round')}, or {others}"
 
 
 def _noted(detail: dict[str, Any]) -> str:
@@ -140,7 +157,7 @@ def _noted(detail: dict[str, Any]) -> str:
                 f"protects each {detail['unit']}, delta {detail['delta']:g}, filter order {detail['order']:g}"
             )
         case "policy":
-            return f"policy in force: {_caps(detail['policy']['budget'])} (file's digest {detail['sha256'][:12]}...)"
+            return f"policy in force: {_caps(detail['policy']['budget'])} (digest {detail['sha256'][:12]}...)"
         case "run_ended":
             return "run over: what it had set aside and not spent is free again"
         case "restored":

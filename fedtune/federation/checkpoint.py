@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load as load_tensors
@@ -78,7 +79,7 @@ class Checkpoints:
                 strategy={name: tensors[f"strategy/{name}"] for name in about["strategy"]},
                 receipts={site: Receipt(**fields) for site, fields in about["receipts"].items()},
                 unanswered=about["unanswered"],
-                rounds=[RoundResult(**{**fields, "sites": tuple(fields["sites"])}) for fields in about["rounds"]],
+                rounds=[_round(fields) for fields in about["rounds"]],
                 seconds=about["seconds"],
                 metrics_before=about["metrics_before"],
             )
@@ -104,3 +105,9 @@ class Checkpoints:
 
     def _path(self, round: int) -> Path:
         return self._folder / f"round-{round:04d}.safetensors"
+
+
+def _round(fields: dict[str, Any]) -> RoundResult:
+    """The result that `asdict` and JSON made `fields` of: both write tuples as lists."""
+    scores = {site: (score, count) for site, (score, count) in fields["site_scores"].items()}
+    return RoundResult(**{**fields, "sites": tuple(fields["sites"]), "site_scores": scores})

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from fedtune.data import Batch
 from fedtune.model import TaskModel
 from fedtune.privacy.plan import Plan
+from fedtune.spec import ConfigError
 from fedtune.training.per_example import attached
+from fedtune.training.spec import RuntimeSpec
 
 _BYTES_A_VALUE = 4  # released tensors are float32
-_MOST_EXAMPLES = 8
-_ENOUGH_S = 1.0
+_MOST_TOKENS = 512  # of the micro-batch that is timed
+_ENOUGH_S = 0.7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,66 +28,97 @@ class Forecast:
         values: trained parameters.
         bytes_each_way: of one adapter, to a site or back from it, without headers of a few kB.
         bytes_total: both ways, all sites and rounds.
-        seconds_per_example: one example's gradient at full length on this machine.
+        frozen_states_kept: whether the layers below the first adapter run once for each record, and not in each step.
+        first_seconds: of that, for all sites.
         step_seconds: of one step, by site.
         round_seconds: of one round, by site; sites of their own work at the same time.
         seconds_one_after_another: of all training where one machine plays all sites, as a simulation does.
 
-    Times are upper estimates for this machine: every example has full length, and nothing is kept of frozen layers.
-    Evaluation, start-up and the way over a network are not in them.
+    Times are upper estimates for this machine: every example has full length.  Evaluation, start-up and the way over
+    a network are not in them.
     """
 
     values: int
     bytes_each_way: int
     bytes_total: int
-    seconds_per_example: float
+    frozen_states_kept: bool
+    first_seconds: float
     step_seconds: Mapping[str, float]
     round_seconds: Mapping[str, float]
     seconds_one_after_another: float
 
 
-def forecast(plan: Plan, model: TaskModel, *, expected_batches: Mapping[str, float], max_length: int) -> Forecast:
-    """Bytes and time for `plan` at sites with these expected batches.
+def forecast(
+    plan: Plan, model: TaskModel, *, declared_sizes: Mapping[str, int], max_length: int, runtime: RuntimeSpec
+) -> Forecast:
+    """Bytes and time for `plan` at sites of these declared sizes.
 
     Args:
         plan: the run's.
         model: lies on the device that trains.
-        expected_batches: site -> units in a step.
+        declared_sizes: of the sites that take part.
         max_length: tokens of a full example.
+        runtime: how this machine trains.
+
+    Raises:
+        ConfigError: the model takes no example of that length.
     """
-    values = sum(parameter.numel() for parameter in model.trainable().values())
-    per_example = seconds_per_example(model, max_length=max_length)
-    steps = {site: batch * per_example for site, batch in expected_batches.items()}
+    positions = getattr(model.base.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ConfigError("data.max_length", max_length, f"must be at most the model's {positions}")
+    num_values = sum(parameter.numel() for parameter in model.trainable().values())
+    num_units = sum(declared_sizes.values())
+    kept = _keeps_frozen_states(model, runtime, num_tokens=num_units * max_length)
+    below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept)
+    steps = {site: plan.sampling_rate * size * above for site, size in declared_sizes.items()}
     rounds = {site: plan.local_steps * seconds for site, seconds in steps.items()}
     return Forecast(
-        values=values,
-        bytes_each_way=values * _BYTES_A_VALUE,
-        bytes_total=2 * values * _BYTES_A_VALUE * len(expected_batches) * plan.num_rounds,
-        seconds_per_example=per_example,
+        values=num_values,
+        bytes_each_way=num_values * _BYTES_A_VALUE,
+        bytes_total=2 * num_values * _BYTES_A_VALUE * len(declared_sizes) * plan.num_rounds,
+        frozen_states_kept=below > 0,
+        first_seconds=num_units * below,
         step_seconds=steps,
         round_seconds=rounds,
-        seconds_one_after_another=plan.num_rounds * sum(rounds.values()),
+        seconds_one_after_another=num_units * below + plan.num_rounds * sum(rounds.values()),
     )
 
 
-def seconds_per_example(model: TaskModel, *, max_length: int) -> float:
-    """Time of one per-example gradient at full length: the least of a few passes over made-up examples."""
-    batch = _made_up(model, max_length)
-    passes: list[float] = []
+def seconds_per_example(model: TaskModel, *, max_length: int, runtime: RuntimeSpec, kept: bool) -> tuple[float, float]:
+    """Time of one example at full length: once below the first adapter (0 if nothing is `kept`), and of its gradient.
+
+    Each is the least of a few passes over a made-up micro-batch.
+    """
+    batch = _made_up(model, max_length, count=max(1, min(_MOST_TOKENS, runtime.micro_batch_tokens) // max_length))
+    below = 0.0
+    if kept and (states := model.frozen_states(batch)) is not None:
+        below = _least_seconds(model, lambda: model.frozen_states(batch))
+        batch = replace(batch, prefix=states)
     with attached(model) as gradients:
-        # The first pass also warms up; where it alone takes long, that hardly matters.
-        while sum(passes) < _ENOUGH_S and len(passes) < 4:
-            begun = time.perf_counter()
-            gradients.of(batch)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-            passes.append(time.perf_counter() - begun)
-    return min(passes) / len(batch)
+        above = _least_seconds(model, lambda: gradients.of(batch))
+    return below / len(batch), above / len(batch)
 
 
-def _made_up(model: TaskModel, max_length: int) -> Batch:
+def _least_seconds(model: TaskModel, work: Callable[[], object]) -> float:
+    """Time of `work`; the first pass also warms up, and is the only one where it takes long."""
+    passes: list[float] = []
+    while sum(passes) < _ENOUGH_S and len(passes) < 4:
+        begun = time.perf_counter()
+        work()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        passes.append(time.perf_counter() - begun)
+    return min(passes)
+
+
+def _keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
+    """Whether a simulation has the memory to keep what the frozen layers make of so many tokens."""
+    width = model.base.config.get_text_config().hidden_size * model.base.dtype.itemsize
+    return bool(num_tokens * width <= runtime.kept_states_mib * 2**20)
+
+
+def _made_up(model: TaskModel, max_length: int, *, count: int) -> Batch:
     """Examples of full length, of token ids that every vocabulary has, each token of them supervised."""
-    count = max(1, min(_MOST_EXAMPLES, 1024 // max_length))
     token_ids = 1 + torch.arange(count * max_length).reshape(count, max_length) % 3
     classes = model.spec.task == "classification"
     targets = torch.zeros(count, dtype=torch.int64) if classes else token_ids

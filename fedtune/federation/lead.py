@@ -97,11 +97,13 @@ class SiteCharge:
     """A site's spending in one run, from its receipts.
 
     Attributes:
+        rounds: charged, retries included; `steps` are theirs.
         epsilon: by PLD, at the plan's delta; infinite without noise.
         epsilon_rdp: the same events by RDP.
         upper_bound: the site fell silent, so every round asked of it since its last receipt is counted as charged.
     """
 
+    rounds: int
     steps: int
     epsilon: float
     epsilon_rdp: float
@@ -119,7 +121,13 @@ def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
     charged = receipt.charged_rounds if receipt else 0
     rounds = max(charged, min(charged + silent, plan.most_rounds))
     epsilon, epsilon_rdp = _epsilons(plan, rounds)
-    return SiteCharge(steps=rounds * plan.local_steps, epsilon=epsilon, epsilon_rdp=epsilon_rdp, upper_bound=silent > 0)
+    return SiteCharge(
+        rounds=rounds,
+        steps=rounds * plan.local_steps,
+        epsilon=epsilon,
+        epsilon_rdp=epsilon_rdp,
+        upper_bound=silent > 0,
+    )
 
 
 @lru_cache(maxsize=256)

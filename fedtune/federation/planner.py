@@ -130,8 +130,8 @@ def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
             epsilon_of_one_round=none,
         )
     whole, delta = plan.event(rounds=plan.most_rounds), plan.delta
-    cap = filter.filter_cost(whole, delta=delta)
-    order = filter.best_order(whole, epsilon=cap, delta=delta)
+    # As `filter.filter_cost`, and the order with it.
+    cap, order = min((filter.epsilon_filter([whole], order=order, delta=delta), order) for order in filter.ORDERS)
     return Price(
         plan=plan,
         sites=sites,

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update, receipt_from_json
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, check_name
 
-T = TypeVar("T")
 ROUND, END = "round request", "end of run"
 """Purposes of a lead's signatures."""
+_MOST_CHARACTERS = 1 << 16
+"""Of a signed text: what a server asks for is kept in the ledger, and must not fill a site's disk."""
+_NO_JSON = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
+_MOST_ROUNDS = 1 << 31  # far beyond any plan's, and what every table can hold
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,15 +69,15 @@ class RoundRequest:
             Refused: the signature is not that of the lead that the request names.
         """
         try:
-            fields = json.loads(signed.text)
+            fields = _parsed(signed.text)
             receipt = None if fields["receipt"] is None else receipt_from_json(fields["receipt"])
             proposal = Proposal.from_json(fields["proposal"])
             request = cls(**{**fields, "proposal": proposal, "receipt": receipt})
-            texts = all(isinstance(getattr(request, name), str) for name in ("site", "adapter_digest"))
-            right = texts and type(request.round) is int and request.round >= 1 and type(request.expires) is float
-            if not right:
-                raise ValueError("wrong type")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            check_name("site", request.site)  # it goes into a site's log
+            numbers = type(request.round) is int and type(request.expires) is float
+            if not (numbers and 1 <= request.round < _MOST_ROUNDS and _SHA256.fullmatch(request.adapter_digest)):
+                raise ValueError("wrong type or out of range")
+        except _NO_JSON as error:
             raise ConfigError("request", signed.text[:80], "must be a round request") from error
         if not is_signed(proposal.lead, ROUND, signed.text.encode(), signed.signature):
             raise Refused(Reason.WRONG_SIGNATURE)
@@ -109,13 +114,19 @@ class EndOfRun:
             Refused: the signature is not that of the lead that it names.
         """
         try:
-            fields = json.loads(signed.text)
+            fields = _parsed(signed.text)
             notice = cls(run=str(fields["run"]), lead=str(fields["lead"]))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except _NO_JSON as error:
             raise ConfigError("end of run", signed.text[:80], "must be such a notice") from error
         if not is_signed(notice.lead, END, signed.text.encode(), signed.signature):
             raise Refused(Reason.WRONG_SIGNATURE)
         return notice
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    if len(text) > _MOST_CHARACTERS:
+        raise ValueError("too long")
+    return dict(json.loads(text))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,7 +35,7 @@ def run_json(
     config_sha256: str,
     seeded_noise: bool,
 ) -> dict[str, object]:
-    """The content of `run.json`.  Every epsilon is derived here from charged steps, rate and noise."""
+    """The content of `run.json`.  Every epsilon is derived here from charged rounds and the plan."""
     charges = {site: site_charge(state, site, plan) for site in sites}
     epsilons = [charge.epsilon for charge in charges.values()]
     return {
@@ -55,9 +55,11 @@ def run_json(
                 site: {
                     "epsilon": _finite(charge.epsilon),
                     "epsilon_rdp": _finite(charge.epsilon_rdp),
+                    "rounds": charge.rounds,
                     "steps": charge.steps,
                     "sampling_rate": plan.sampling_rate,
                     "noise_multiplier": plan.noise_multiplier,
+                    "metrics_noise_multiplier": plan.metrics_noise_multiplier,
                     "upper_bound": charge.upper_bound,
                 }
                 for site, charge in charges.items()

@@ -74,7 +74,8 @@ def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
     except Exception:
         log.exception("%s failed in round %d", site.name, request.round if request else 0)
         body = _refusal(site, request, Refused(Reason.SITE_ERROR))
-    receipt = site.ledger.receipt(site.proposal.run)
+    # A ledger that could not be written forgets what it had read, and must not say that nothing was charged.
+    receipt = site.ledger.receipt(site.proposal.run) if site.ledger.history.length else None
     _hold(began, site.ledger.policy.releases.reply_after_s)
     return Reply(body=body, receipt=receipt)
 
@@ -83,7 +84,9 @@ def end_run(site: Site, signed: Signed) -> None:
     """Give free what an ended run had set aside and not spent; only its own lead can end a run."""
     notice = EndOfRun.of(signed)
     known = site.ledger.history.runs.get(notice.run)
-    if known is None or known.proposal.lead != notice.lead:
+    if known is None:
+        return  # it never took part: nothing is set aside
+    if known.proposal.lead != notice.lead:
         raise Refused(Reason.LEADS, asked=notice.lead)
     site.ledger.end(notice.run)
 
@@ -161,4 +164,4 @@ def _hold(began: float, every_s: float) -> None:
     """Wait for the next whole multiple of `every_s` since `began`: a reply's time then tells only how many passed."""
     if every_s > 0:
         passed = time.monotonic() - began
-        time.sleep(math.ceil(passed / every_s) * every_s - passed)
+        time.sleep(max(0.0, math.ceil(passed / every_s) * every_s - passed))

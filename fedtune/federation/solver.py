@@ -1,4 +1,4 @@
-"""From a target epsilon to a plan: how little noise, how many rounds, how large a sampling rate keep within it.
+"""From a target epsilon to a plan: how many rounds, how large a sampling rate, how little noise keep within it.
 
 Every answer was tried and kept within the target, on the coarse grid that calibration uses too; none is interpolated.
 """
@@ -8,25 +8,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 from fedtune.privacy import accountant
-from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.plan import Plan
 from fedtune.spec import ConfigError
 
 MOST_ROUNDS = 1_000_000
 """The search for rounds ends here."""
-_MOST_NOISE, _LEAST_RATE = 1e4, 1e-7
+_LEAST_NOISE, _MOST_NOISE = 1e-2, 1e4
+_TOLERANCE = 1e-5  # relative
+_TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
 
 
-def solve_noise(privacy: PrivacySpec, plan: Plan) -> Plan:
-    """`plan` with the least noise, to four digits, that keeps it within `privacy.epsilon`, as a run calibrates it."""
-    return Plan.of(
-        dataclasses.replace(privacy, noise_multiplier=None),
-        local_steps=plan.local_steps,
-        num_rounds=plan.num_rounds,
-        spare_rounds=plan.spare_rounds,
-    )
+@lru_cache(maxsize=1024)
+def coarse_epsilon(plan: Plan) -> float:
+    """Of the whole plan by PLD, on the coarse grid that calibration uses too: a little above the fine one's at most."""
+    whole = plan.event(rounds=plan.most_rounds)
+    return accountant.epsilon_pld([whole], plan.delta, interval=accountant.COARSE)
 
 
 def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
@@ -48,33 +47,32 @@ def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
         middle = (fits + too_many) // 2
         fits, too_many = (middle, too_many) if within(middle) else (fits, middle)
     if not fits:
-        bound = f"must be larger: one round of {plan.local_steps} steps passes privacy.epsilon = {epsilon:g}"
+        spare = f" and {plan.spare_rounds} spare ones" if plan.spare_rounds else ""
+        bound = f"passes privacy.epsilon = {epsilon:g} with one round of {plan.local_steps} steps{spare}"
         raise ConfigError("privacy.noise_multiplier", plan.noise_multiplier, bound)
     return dataclasses.replace(plan, num_rounds=fits)
 
 
-def solve_sampling_rate(plan: Plan, *, epsilon: float) -> Plan:
+def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
     """`plan` with the largest sampling rate, rounded down to four digits, that stays within `epsilon`.
 
     Raises:
-        ConfigError: no rate does.
+        ConfigError: no rate from `least` upwards does.
     """
 
     def at(rate: float) -> Plan:
         return dataclasses.replace(plan, sampling_rate=rate)
 
-    if coarse_epsilon(at(1.0)) <= epsilon:
-        return at(1.0)
-    low = plan.sampling_rate
-    while coarse_epsilon(at(low)) > epsilon:
-        low /= 2
-        if low < _LEAST_RATE:
-            bound = f"must be larger: no sampling rate stays within privacy.epsilon = {epsilon:g}"
-            raise ConfigError("privacy.noise_multiplier", plan.noise_multiplier, bound)
-    high = min(1.0, 2 * low)
-    while coarse_epsilon(at(high)) <= epsilon:
-        low, high = high, min(1.0, 2 * high)
-    rate = _last_within(lambda rate: coarse_epsilon(at(rate)), epsilon, inside=low, outside=high)
+    rate = _last_within(
+        lambda rate: coarse_epsilon(at(rate)),
+        epsilon,
+        start=max(plan.sampling_rate, least),
+        bounds=(least, 1.0),
+        rising=True,
+    )
+    if rate is None:
+        bound = f"passes privacy.epsilon = {epsilon:g} at every sampling rate down to {least:.3g}"
+        raise ConfigError("privacy.noise_multiplier", plan.noise_multiplier, bound)
     return at(_rounded_down(rate))
 
 
@@ -83,48 +81,61 @@ def least_noise(plan: Plan, *, epsilon: float) -> float | None:
 
     What `accountant.calibrate_noise` finds from scratch, in a third of the time since the answer lies near `plan`.
     """
-
-    def at(noise: float) -> float:
-        return coarse_epsilon(dataclasses.replace(plan, noise_multiplier=noise))
-
-    low = high = plan.noise_multiplier
-    while at(high) > epsilon:
-        low, high = high, 1.5 * high
-        if high > _MOST_NOISE:
-            return None
-    while low == high or at(low) <= epsilon:
-        low, high = low / 1.5, low
-    return math.ceil(_last_within(at, epsilon, inside=high, outside=low) * 1e4) / 1e4
-
-
-def coarse_epsilon(plan: Plan) -> float:
-    """Of the whole plan by PLD, on the coarse grid that calibration uses too: at most a little above the fine one's."""
-    whole = plan.event(rounds=plan.most_rounds)
-    return accountant.epsilon_pld([whole], plan.delta, interval=accountant.COARSE)
+    noise = _last_within(
+        lambda noise: coarse_epsilon(dataclasses.replace(plan, noise_multiplier=noise)),
+        epsilon,
+        start=plan.noise_multiplier,
+        bounds=(_LEAST_NOISE, _MOST_NOISE),
+        rising=False,
+    )
+    return None if noise is None else math.ceil(noise * 1e4) / 1e4
 
 
 def _last_within(
-    epsilon_at: Callable[[float], float], epsilon: float, *, inside: float, outside: float, tolerance: float = 1e-5
-) -> float:
-    """The last point towards `outside` at which `epsilon_at` is seen to keep within `epsilon`.
+    epsilon_at: Callable[[float], float], epsilon: float, *, start: float, bounds: tuple[float, float], rising: bool
+) -> float | None:
+    """The largest value, or the least where epsilon is not `rising`, at which `epsilon_at` keeps within `epsilon`.
 
-    Regula falsi in log-log coordinates with the Illinois rule.  What it returns was tried, never interpolated.
+    None when none within `bounds` does.  Steps in log-log coordinates until both sides of the boundary are known, then
+    regula falsi with the Illinois rule.  What is returned was tried.
     """
-    goal = math.log(epsilon)
-    in_x, out_x = math.log(inside), math.log(outside)
-    in_y, out_y = math.log(epsilon_at(inside)) - goal, math.log(epsilon_at(outside)) - goal
-    assert in_y <= 0 < out_y, "the two ends lie on both sides of the boundary"
-    best = inside
-    while abs(out_x - in_x) > tolerance:
-        x = in_x + (out_x - in_x) * min(max(in_y / (in_y - out_y), 0.01), 0.99)
-        if abs(x - in_x) < tolerance / 2:  # the boundary is next to the inside: try a step beyond it
-            x = in_x + math.copysign(tolerance / 2, out_x - in_x)
-        y = math.log(epsilon_at(math.exp(x))) - goal
+    lowest, highest = map(math.log, bounds)
+    slope = _TYPICAL_SLOPE if rising else -_TYPICAL_SLOPE
+    inside: tuple[float, float] | None = None  # (log value, log of epsilon over its bound)
+    outside: tuple[float, float] | None = None
+    x, before = math.log(start), None
+    while True:
+        # Nothing may be infinite in what follows; epsilon is 0 where delta alone covers the loss.
+        y = math.log(min(max(epsilon_at(math.exp(x)), 1e-9), 1e9) / epsilon)
         if y <= 0:
-            best, in_x, in_y, out_y = math.exp(x), x, y, out_y / 2
+            inside, outside = (x, y), _halved(outside, before is True)
         else:
-            out_x, out_y, in_y = x, y, in_y / 2
-    return best
+            outside, inside = (x, y), _halved(inside, before is False)
+        before = y <= 0
+        if inside is None or outside is None:
+            if x in (lowest, highest):
+                break
+            # A little too far, so that both sides of the boundary are known soon.
+            step = math.copysign(min(max(1.2 * abs(y / slope), 0.01), 2.0), -y * slope)
+            x = min(max(x + step, lowest), highest)
+        elif abs(outside[0] - inside[0]) <= _TOLERANCE:
+            break
+        else:
+            x = _between(inside, outside)
+    return None if inside is None else math.exp(inside[0])
+
+
+def _between(inside: tuple[float, float], outside: tuple[float, float]) -> float:
+    """Where the straight line through both ends crosses the boundary, but never quite at an end."""
+    width = outside[0] - inside[0]
+    least = _TOLERANCE / 2 / abs(width)
+    share = inside[1] / (inside[1] - outside[1])
+    return inside[0] + width * min(max(share, least), 1 - least)
+
+
+def _halved(end: tuple[float, float] | None, again: bool) -> tuple[float, float] | None:
+    """The Illinois rule: an end that stays `again` gets half its weight, so that the next point lies nearer to it."""
+    return (end[0], end[1] / 2) if again and end is not None else end
 
 
 def _rounded_down(value: float, digits: int = 4) -> float:

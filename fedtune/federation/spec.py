@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 STRATEGIES = ("fedavg", "fedadam", "fedavgm", "fedmedian")
 
@@ -51,8 +51,9 @@ class FederationSpec:
         if self.site_names and len(self.site_names) != self.num_sites:
             raise ConfigError("site_names", list(self.site_names), f"must hold num_sites = {self.num_sites} names")
         for name in self.site_names:
-            if not name or not all(letter.isascii() and (letter.isalnum() or letter in "-_") for letter in name):
-                raise ConfigError("site_names", name, "must be made of letters, digits, '-' and '_'")
+            if "." in name:
+                raise ConfigError("site_names", name, "must not hold a '.'")
+            check_name("site_names", name)
         if len(set(self.site_names)) != len(self.site_names):
             raise ConfigError("site_names", list(self.site_names), "must not repeat a name")
         for name in self.participants:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,14 +16,16 @@ from pathlib import Path
 from dp_accounting import DpEvent
 
 from fedtune.federation.solver import coarse_epsilon
-from fedtune.privacy import chain, events, filter, spending
+from fedtune.privacy import events, filter, spending
+from fedtune.privacy.chain import Head
 from fedtune.privacy.history import History
+from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.verify import verify
-from fedtune.spec import RunError
+from fedtune.spec import FedtuneError, RunError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,99 +74,140 @@ class Verdict:
         return not self.broken
 
 
-def ask(path: Path, proposal: Proposal, *, declared_size: int | None = None) -> Verdict:
+def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) -> Verdict:
     """What the policy in the file `path` says to `proposal`; its ledger is read where it exists, and never written.
 
     Args:
         path: a site.toml.
         proposal: the run.
-        declared_size: what the run takes this site's size to be; None: the run does not know the site.
+        declared_sizes: what the run takes its sites' sizes to be.
 
     Raises:
         ConfigError: the file is no policy.
     """
     policy = read_policy(path)
+    note = _size_note(policy, proposal, declared_sizes)
+    ledger = path.parent / policy.ledger
     try:
-        history, state = _history(policy, path.parent / policy.ledger)
-    except RunError as error:
-        return _in_doubt(path, policy, proposal, str(error))
-    now = datetime.now(UTC)
-    held = history.set_aside(now)
-    broken = policy.broken_rules(proposal)
-    if history.frozen:
-        broken.append(Refused(Reason.FROZEN))
-    whole = events.grouped([proposal.plan.event(rounds=proposal.plan.most_rounds)])
-    try:
-        spending.require_room(history, policy, asked=whole, held=held, now=now)
-    except Refused as refused:
-        broken.append(refused)
-
-    cheap = dataclasses.replace(policy, budget=dataclasses.replace(policy.budget, max_epsilon_per_run=None))
-
-    def accepts(other: Proposal) -> bool:
-        return not history.frozen and _fits(policy, cheap, history, other, held=held, now=now)
-
-    taken = history.charged() + held
+        budget = _Budget(policy, _read(policy, path.parent) if ledger.exists() else _new_history(policy))
+    except FedtuneError as error:
+        return _in_doubt(path, policy, proposal, note=f"the site would not start: {error}")
+    broken = [*policy.broken_rules(proposal), *budget.refusals(proposal)]
+    plan = proposal.plan
     return Verdict(
         policy=str(path),
         site=policy.site,
         lead=proposal.lead,
         broken=tuple(BrokenRule(rule=why.reason.value, asked=why.asked, allowed=why.allowed) for why in broken),
-        ledger=state,
-        taken=_filtered(history, taken),
-        would_be=_filtered(history, taken + whole),
+        ledger="read" if ledger.exists() else "new",
+        taken=budget.epsilon(budget.taken),
+        would_be=budget.epsilon(budget.taken + _whole(plan)),
         max_epsilon=policy.budget.max_epsilon,
-        runs_left=_runs_left(policy, history, taken=taken, whole=whole),
-        most_rounds=spending.most_rounds(proposal, accepts) if broken else proposal.plan.num_rounds,
-        least_noise=spending.least_noise(proposal, accepts) if broken else proposal.plan.noise_multiplier,
-        note=_size_note(policy, proposal, declared_size),
+        runs_left=budget.runs_left(plan),
+        most_rounds=spending.most_rounds(proposal, budget.accepts) if broken else plan.num_rounds,
+        least_noise=spending.least_noise(proposal, budget.accepts) if broken else plan.noise_multiplier,
+        note=note,
     )
 
 
-def _fits(
-    policy: Policy, cheap: Policy, history: History, proposal: Proposal, *, held: Counter[DpEvent], now: datetime
-) -> bool:
-    """Whether rules and budget would let `proposal` in.
+class _Budget:
+    """A policy and what is left of its budget at one moment."""
 
-    `cheap` is the policy without its cap on a run's epsilon, which is checked here on the coarse grid: many proposals
-    are tried, and the fine one takes ten times as long for an answer that differs in the fifth digit.
-    """
-    whole = events.grouped([proposal.plan.event(rounds=proposal.plan.most_rounds)])
-    try:
-        spending.require_room(history, policy, asked=whole, held=held, now=now)
-        cheap.check(proposal)
-    except Refused:
-        return False
-    most = policy.budget.max_epsilon_per_run
-    return most is None or coarse_epsilon(proposal.plan) <= most
+    def __init__(self, policy: Policy, history: History) -> None:
+        now = datetime.now(UTC)
+        # As the ledger counts time: a clock that was set back opens no new period.
+        self._now = max(now, history.last_time or now)
+        self._policy, self._history = policy, history
+        self._held = history.set_aside(self._now)
+        self.taken = history.charged() + self._held
+        # The cap on a run's epsilon is checked on the coarse grid below: many plans are tried, and the fine one takes
+        # ten times as long for an answer that differs in the fifth digit.
+        uncapped = dataclasses.replace(policy.budget, max_epsilon_per_run=None)
+        self._rules = dataclasses.replace(policy, budget=uncapped)
+
+    def refusals(self, proposal: Proposal) -> Iterator[Refused]:
+        """What of the ledger speaks against `proposal`."""
+        if self._history.frozen:
+            yield Refused(Reason.FROZEN)
+        try:
+            whole = _whole(proposal.plan)
+            spending.require_room(self._history, self._policy, asked=whole, held=self._held, now=self._now)
+        except Refused as refused:
+            yield refused
+
+    def accepts(self, proposal: Proposal) -> bool:
+        """Whether rules and budget would let `proposal` in; on the safe side for a plan that all but reaches a cap."""
+        if next(self.refusals(proposal), None) or self._rules.broken_rules(proposal):
+            return False
+        most = self._policy.budget.max_epsilon_per_run
+        return most is None or coarse_epsilon(proposal.plan) <= most
+
+    def epsilon(self, spent: Counter[DpEvent]) -> float:
+        """Of `spent` by the ledger's filter."""
+        return filter.epsilon_filter(spent, order=self._history.order, delta=self._history.delta)
+
+    def runs_left(self, plan: Plan) -> int | None:
+        """How many runs with this plan still fit the lifetime cap; None where there is none."""
+        cap, history = self._policy.budget.max_epsilon, self._history
+        if math.isinf(cap):
+            return None
+        room = filter.most_divergence(cap, order=history.order, delta=history.delta) - history.divergence(self.taken)
+        return max(0, math.floor(room / history.divergence(_whole(plan))))
 
 
-def _history(policy: Policy, path: Path) -> tuple[History, str]:
-    """The ledger's history, checked event by event; without a file, the one that the site would begin with."""
-    if path.exists():
-        return verify(path).history, "read"
-    now, budget = datetime.now(UTC).isoformat(), policy.budget
-    order = filter.best_order(budget.reference_event(), epsilon=budget.max_epsilon, delta=budget.delta)
-    history = History()
-    for number, detail in enumerate(
-        (
-            {"what": "opened", "delta": budget.delta, "order": order},
-            {"what": "policy", "policy": policy.to_json()},
-        ),
-        1,
+def _whole(plan: Plan) -> Counter[DpEvent]:
+    return events.grouped([plan.event(rounds=plan.most_rounds)])
+
+
+def _read(policy: Policy, folder: Path) -> History:
+    """The history of the site's ledger, every event of it checked, against its anchor too where that is at hand."""
+    anchor = folder / policy.anchor
+    head = Head.read(anchor) if policy.anchor and anchor.exists() else None
+    history = verify(folder / policy.ledger, anchor=head).history
+    for name, asked in (
+        ("site", policy.site),
+        ("population", policy.population.name),
+        ("unit", policy.population.unit),
+        ("delta", policy.budget.delta),
     ):
-        note = chain.Event(
-            sequence=number,
-            kind=chain.Kind.NOTE,
-            time=now,
-            run="",
-            round=0,
-            request="",
-            attempt=0,
-            dataset="",
-            cohort="",
-            code="",
-            detail=detail,
-        )
-        history.follow(note)
-    return history, "new"
+        if (made_for := getattr(history.opened, name)) != asked:
+            raise RunError(f"the ledger was made for {name} = {made_for}, the policy says {asked}")
+    return history
+
+
+def _new_history(policy: Policy) -> History:
+    """The history of a ledger that the site would begin with this policy."""
+    budget, history = policy.budget, History()
+    history.delta = budget.delta
+    history.order = filter.best_order(budget.reference_event(), epsilon=budget.max_epsilon, delta=budget.delta)
+    return history
+
+
+def _in_doubt(path: Path, policy: Policy, proposal: Proposal, *, note: str) -> Verdict:
+    """The verdict of a site whose ledger does not fit together: it trains nothing."""
+    broken = [*policy.broken_rules(proposal), Refused(Reason.SITE_ERROR)]
+    return Verdict(
+        policy=str(path),
+        site=policy.site,
+        lead=proposal.lead,
+        broken=tuple(BrokenRule(rule=why.reason.value, asked=why.asked, allowed=why.allowed) for why in broken),
+        ledger="in doubt",
+        taken=None,
+        would_be=None,
+        max_epsilon=policy.budget.max_epsilon,
+        runs_left=None,
+        most_rounds=0,
+        least_noise=None,
+        note=note,
+    )
+
+
+def _size_note(policy: Policy, proposal: Proposal, declared_sizes: Mapping[str, int]) -> str:
+    """Where policy and run differ in the site's declared size, which both publish."""
+    own = {dataset.id: dataset.declared_size for dataset in policy.dataset}.get(proposal.dataset)
+    if policy.site not in declared_sizes:
+        return f"the run names no site {policy.site}"
+    taken_for = declared_sizes[policy.site]
+    if own is not None and own != taken_for:
+        return f"the site declares {own:,} records of {proposal.dataset}, the run takes it for {taken_for:,}"
+    return ""

@@ -16,18 +16,9 @@ from fedtune.privacy.filter import filter_cost
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import (
-    Allow,
-    Asserted,
-    Budget,
-    Dataset,
-    Limits,
-    Policy,
-    Population,
-    Reference,
-    Releases,
-)
+from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Reference, Releases
 from fedtune.privacy.release import Refused
 from fedtune.spec import ConfigError, RefusedError
 

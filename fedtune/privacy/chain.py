@@ -88,6 +88,9 @@ class Head:
         hash: of that event.
         time: of that event.
         charged: every event charged so far, equal ones counted: what a ledger that was put back has to make up for.
+        seeded: whether any run so far took its noise from a seed.
+        frozen: whether the population takes part in nothing any more.
+        restores: how often a backup of the ledger had been put back and made up for.
         site_key: public key of the site.
         signature: on all of the above.
     """
@@ -99,6 +102,9 @@ class Head:
     charged: tuple[tuple[dict[str, Any], int], ...]
     site_key: str
     signature: str
+    seeded: bool = False
+    frozen: bool = False
+    restores: int = 0
 
     @classmethod
     def signed(cls, key: SigningKey, **fields: Any) -> Head:

@@ -9,7 +9,7 @@ from pathlib import Path
 def write_durably(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a crash leaves the old bytes or the new ones, never a mixture."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write one file
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

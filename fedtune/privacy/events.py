@@ -38,7 +38,7 @@ def dp_sgd(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEv
     the joint output of the steps is as private as this event (Abadi et al. 2016, arXiv 1607.00133).
     """
     if noise_multiplier == 0:
-        return NonPrivateDpEvent() if steps else ComposedDpEvent([])
+        return NonPrivateDpEvent() if steps else ComposedDpEvent(())
     return SelfComposedDpEvent(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)), steps)
 
 
@@ -51,14 +51,13 @@ def grouped(spent: Spent) -> Counter[DpEvent]:
     for event, count in spent.items() if isinstance(spent, Mapping) else ((event, 1) for event in spent):
         match event:
             case ComposedDpEvent():
-                parts = grouped(event.events)
+                parts, times = grouped(event.events), count
             case SelfComposedDpEvent():
-                parts = grouped({event.event: event.count})
+                parts, times = grouped([event.event]), count * event.count
             case _:
-                counts[event] += count
-                continue
-        for part, times in parts.items():
-            counts[part] += times * count
+                parts, times = Counter({event: 1}), count
+        for part, once in parts.items():
+            counts[part] += times * once
     return +counts
 
 
@@ -98,7 +97,7 @@ def from_json(data: object) -> DpEvent:
         case {"kind": "self_composed", "count": int() as count, "event": part} if count >= 0:
             return SelfComposedDpEvent(from_json(part), count)
         case {"kind": "composed", "events": list() as parts}:
-            return ComposedDpEvent([from_json(part) for part in parts])
+            return ComposedDpEvent(tuple(from_json(part) for part in parts))
         case {"kind": "non_private"}:
             return NonPrivateDpEvent()
     raise ConfigError("event", data, "must be a privacy event that fedtune writes, with values in range")

@@ -28,7 +28,8 @@ def divergence(event: DpEvent, order: float) -> float:
     rdp = RdpAccountant(orders=[order], neighboring_relation=accountant.NEIGHBOURING_RELATION)
     with accountant.without_notes_on_skipped_orders():
         rdp.compose(event)
-    return float(rdp._rdp[0])
+    found = float(rdp._rdp[0])
+    return 0.0 if found < 0 else found  # rounding can put an event of next to no cost below 0
 
 
 def total_divergence(spent: Spent, order: float) -> float:

@@ -14,6 +14,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedtune.privacy.durable import fsync_folder
 from fedtune.spec import ConfigError
 
+# Every encoding, its sign bit left out, of the points whose order divides 8.
+_SMALL_ORDER = {
+    "00" * 32,
+    "01" + "00" * 31,
+    "ec" + "ff" * 30 + "7f",
+    "ed" + "ff" * 30 + "7f",
+    "ee" + "ff" * 30 + "7f",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+}
+
 
 class SigningKey:
     """A private key and the secrets derived from it; none of them ever leaves the machine that made it."""
@@ -59,18 +70,31 @@ class SigningKey:
 
 
 def is_signed(public: str, purpose: str, message: bytes, signature: str) -> bool:
-    """Whether `signature` is the holder's of `public` on `message`, for `purpose`."""
+    """Whether `signature` is the holder's of `public` on `message`, for `purpose`; each has one spelling."""
+    if not (is_public_key(public) and _is_hex(signature, 128)):
+        return False
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
         key.verify(bytes.fromhex(signature), _framed(purpose, message))
-    except (InvalidSignature, ValueError):
+    except (InvalidSignature, ValueError):  # ValueError: no point of the curve
         return False
     return True
 
 
 def is_public_key(text: str) -> bool:
-    """Whether `text` has the form of a public key: 64 lower-case hex digits."""
-    return len(text) == 64 and all(digit in "0123456789abcdef" for digit in text)
+    """Whether `text` can be a public key: 64 lower-case hex digits, and no point of small order.
+
+    Under a point of small order (all zeros among them) anybody can make signatures that pass.
+    """
+    return _is_hex(text, 64) and _without_sign(text) not in _SMALL_ORDER
+
+
+def _without_sign(public: str) -> str:
+    return public[:62] + f"{int(public[62:], 16) & 0x7F:02x}"
+
+
+def _is_hex(text: str, length: int) -> bool:
+    return len(text) == length and all(digit in "0123456789abcdef" for digit in text)
 
 
 def _framed(purpose: str, message: bytes) -> bytes:

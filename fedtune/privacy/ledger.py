@@ -10,26 +10,20 @@ The file is in SQLite's rollback mode, so that a copy made between two transacti
 from __future__ import annotations
 
 import hashlib
-import hmac
-import json
 import secrets
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from dp_accounting import DpEvent
 
-from fedtune import __version__
-from fedtune.privacy import chain, events, ledger_file, spending
-from fedtune.privacy.chain import Event, Head, Kind
-from fedtune.privacy.durable import write_durably
+from fedtune.privacy import events, ledger_file, spending
+from fedtune.privacy.chain import Head, Kind
+from fedtune.privacy.event_store import EventStore, Reservation
 from fedtune.privacy.filter import best_order
-from fedtune.privacy.history import History, Run
+from fedtune.privacy.history import History, Run, counted
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
@@ -38,16 +32,7 @@ from fedtune.spec import RunError
 
 MOST_ANSWERS_A_DAY = 1000
 """Refusals and offers beyond these are given and logged but not recorded, so that nobody can fill a site's disk."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reservation:
-    """Leave to train one round, already charged."""
-
-    run: str
-    round: int
-    request: str
-    attempt: int
+_MOST_TEXT = 300
 
 
 class Ledger:
@@ -64,25 +49,20 @@ class Ledger:
     """
 
     def __init__(self, path: Path, policy: Policy, key: SigningKey, *, anchor: Path | None = None) -> None:
-        self.path, self.policy = path, policy
-        self._key, self._anchor = key, anchor
-        self._history, self._hash = History(), chain.START
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"ledger {path} cannot be made ({error.strerror}); nothing is trained without it") from error
-        with self._transaction() as file:
-            self._require_anchored(file)
-            if not self._history.length:
+        self.policy = policy
+        self._key, self._store = key, EventStore(path, key, anchor)
+        with self._store.transaction() as file:
+            self._store.require_anchored(file)
+            if not self.history.length:
                 self._open(file)
             self._check_ownership()
-            if self._history.policy != policy.to_json():
+            if self.history.policy != policy:
                 self._note(file, {"what": "policy", "policy": policy.to_json(), "sha256": policy.digest()})
 
     @property
     def history(self) -> History:
         """What the events add up to, as of the last transaction."""
-        return self._history
+        return self._store.history
 
     def reserve(self, proposal: Proposal, *, round: int, request: str) -> Reservation | bytes:
         """Charge a round before it is trained, or return the stored reply to the same request.
@@ -95,17 +75,17 @@ class Ledger:
             Refused: names the rule, what was asked and what is allowed; nothing is charged.
             RunError: the ledger cannot be trusted or written.
         """
-        with self._transaction() as file:
-            now = self._now()
-            run = self._history.runs.get(proposal.run)
-            if self._history.frozen:
+        with self._store.transaction() as file:
+            now = self._store.now()
+            run = self.history.runs.get(proposal.run)
+            if self.history.frozen:
                 raise Refused(Reason.FROZEN)
             if run is None:
                 self._require_acceptable(proposal, now)
                 expires = now + timedelta(days=self.policy.limits.run_expires_after_days)
                 detail = {"proposal": proposal.to_json(), "expires": expires.isoformat()}
-                self._append(file, Kind.PLAN, detail, of=_about(proposal.run), dataset=proposal.dataset)
-                run = self._history.runs[proposal.run]
+                self._store.append(file, Kind.PLAN, detail, of=Reservation(run=proposal.run), dataset=proposal.dataset)
+                run = self.history.runs[proposal.run]
             elif (stored := self._repeated(file, run, proposal, round, request)) is not None:
                 return stored
             else:
@@ -113,7 +93,7 @@ class Ledger:
             attempt = run.attempts[round] + 1
             detail = {"event": events.to_json(run.plan.event())}
             granted = Reservation(run=proposal.run, round=round, request=request, attempt=attempt)
-            self._append(file, Kind.RESERVE, detail, of=granted, dataset=proposal.dataset)
+            self._store.append(file, Kind.RESERVE, detail, of=granted, dataset=proposal.dataset)
             return granted
 
     def commit(self, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
@@ -121,14 +101,14 @@ class Ledger:
 
         `fingerprint` is an HMAC of the records trained on, under `fingerprint_key`; it stays in the ledger.
         """
-        with self._transaction() as file:
-            run = self._history.runs.get(reservation.run)
+        with self._store.transaction() as file:
+            run = self.history.runs.get(reservation.run)
             current = run is not None and run.attempts[reservation.round] == reservation.attempt
             assert current, "only the newest reservation of a round is committed"
             assert run is not None
             assert reservation.request not in run.replies, "a request is committed once"
             ledger_file.store_reply(file, run=reservation.run, request=reservation.request, reply=reply)
-            self._append(
+            self._store.append(
                 file,
                 Kind.COMMIT,
                 {"reply_sha256": hashlib.sha256(reply).hexdigest(), "fingerprint": fingerprint},
@@ -138,27 +118,30 @@ class Ledger:
 
     def refuse(self, refused: Refused, *, run: str, round: int, request: str) -> None:
         """Record that a request was refused, and why."""
-        with self._transaction() as file:
-            today = self._now().isoformat()[:10]
-            if self._history.answers[today] < MOST_ANSWERS_A_DAY:
-                detail = {"reason": refused.reason.value, "asked": refused.asked, "allowed": refused.allowed}
-                self._append(file, Kind.REFUSAL, detail, of=_about(run[:200], round, request))
+        with self._store.transaction() as file:
+            today = self._store.now().isoformat()[:10]
+            if self.history.answers[today] < MOST_ANSWERS_A_DAY:
+                asked = refused.asked and refused.asked[:_MOST_TEXT]  # what is asked for comes from a server
+                detail = {"reason": refused.reason.value, "asked": asked, "allowed": refused.allowed}
+                self._store.append(
+                    file, Kind.REFUSAL, detail, of=Reservation(run=run[:_MOST_TEXT], round=round, request=request)
+                )
 
     def end(self, run: str) -> None:
         """Note that a run is over: what its plan had set aside and not spent is free again."""
-        with self._transaction() as file:
-            known = self._history.runs.get(run)
+        with self._store.transaction() as file:
+            known = self.history.runs.get(run)
             if known is not None and known.expires is not None:
                 self._note(file, {"what": "run_ended"}, run=run)
 
     def freeze(self, why: str) -> None:
         """Take no part in anything any more; there is no way back."""
-        with self._transaction() as file:
+        with self._store.transaction() as file:
             self._note(file, {"what": "frozen", "why": why})
 
     def receipt(self, run: str) -> Receipt:
         """What `run` has been charged so far, signed."""
-        known = self._history.runs.get(run)
+        known = self.history.runs.get(run)
         charged = known.charged_rounds if known else 0
         steps = known.plan.local_steps if known else 0
         fields: dict[str, Any] = {
@@ -166,8 +149,9 @@ class Ledger:
             "run": run,
             "charged_rounds": charged,
             "charged_steps": charged * steps,
-            "sequence": self._history.length,
-            "head": self._salted(self._hash),
+            "sequence": self.history.length,
+            "restores": len(self.history.restored),
+            "head": self._store.salted_head(),
             "site_key": self._key.public,
         }
         unsigned = Receipt(**fields, signature="")
@@ -181,12 +165,10 @@ class Ledger:
         """
         if receipt.site_key != self._key.public or not receipt.is_signed():
             raise Refused(Reason.WRONG_SIGNATURE)
-        if receipt.sequence <= max(self._history.restored, default=0):
-            return  # what a backup lacked up to there was charged when it was put back
-        with ledger_file.reading(self.path) as file:
-            hash = ledger_file.hash_of(file, receipt.sequence)
-        if hash is None or not hmac.compare_digest(self._salted(hash), receipt.head):
-            raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=receipt.sequence, allowed=self._history.length)
+        if self.history.makes_up_for(sequence=receipt.sequence, restores=receipt.restores):
+            return
+        if not self._store.contains(receipt.sequence, receipt.head):
+            raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=receipt.sequence, allowed=self.history.length)
 
     def charge_gap(self, anchor: Head) -> Counter[DpEvent]:
         """After a backup was put back: charge what the anchor says was charged and this ledger lacks.
@@ -197,34 +179,31 @@ class Ledger:
         Raises:
             RunError: the anchor is of another ledger.
         """
-        self._require_same_ledger(anchor)
-        with self._transaction() as file:
-            gap = Counter({events.from_json(data): count for data, count in anchor.charged}) - self._history.charged()
+        self._store.require_same_ledger(anchor)
+        with self._store.transaction() as file:
+            if not self._store.lacks(file, anchor):
+                return Counter()
+            # What was charged after the anchor's time was charged on another branch, and makes up for nothing.
+            known = self.history.charged(until=datetime.fromisoformat(anchor.time))
+            gap = Counter({events.from_json(data): count for data, count in anchor.charged}) - known
             detail = {
                 "what": "restored",
                 "anchor_sequence": anchor.sequence,
                 "anchor_hash": anchor.hash,
-                "gap": _counted(gap),
+                "gap": counted(gap),
+                "seeded": anchor.seeded,
+                "frozen": anchor.frozen,
             }
             self._note(file, detail)
         return gap
 
     def head(self) -> Head:
         """The newest head, for an anchor."""
-        h = self._history
-        assert h.last_time is not None
-        return Head.signed(
-            self._key,
-            ledger=str(h.opened["ledger"]),
-            sequence=h.length,
-            hash=self._hash,
-            time=h.last_time.isoformat(),
-            charged=tuple((dict(data), count) for data, count in _counted(h.charged())),
-        )
+        return self._store.head()
 
     def spending(self) -> spending.Spending:
         """What was spent and is left, by now."""
-        return spending.spending(self._history, self._now())
+        return spending.spending(self.history, self._store.now())
 
     def offer(self, proposal: Proposal) -> Offer:
         """As much of a new run as the site would accept now; telling it is a release, and is recorded.
@@ -232,19 +211,21 @@ class Ledger:
         Raises:
             Refused: nothing fits, whatever the rounds and the noise; names the rule.
         """
-        with self._transaction() as file:
+        with self._store.transaction() as file:
+            if self.history.frozen:
+                raise Refused(Reason.FROZEN)
             rounds = spending.most_rounds(proposal, self._would_accept)
             noise = spending.least_noise(proposal, self._would_accept)
             if not rounds and noise is None:
-                self._require_acceptable(proposal, self._now())
-            if self._history.answers[self._now().isoformat()[:10]] < MOST_ANSWERS_A_DAY:
+                self._require_acceptable(proposal, self._store.now())
+            if self.history.answers[self._store.now().isoformat()[:10]] < MOST_ANSWERS_A_DAY:
                 detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise}
-                self._append(file, Kind.RELEASE, detail, of=_about(proposal.run))
+                self._store.append(file, Kind.RELEASE, detail, of=Reservation(run=proposal.run))
         return Offer(site=self.policy.site, most_rounds=rounds, least_noise=noise)
 
     def _would_accept(self, proposal: Proposal) -> bool:
         try:
-            self._require_acceptable(proposal, self._now())
+            self._require_acceptable(proposal, self._store.now())
         except Refused:
             return False
         return True
@@ -259,8 +240,8 @@ class Ledger:
         """Raise the reason to refuse a new run: its whole plan must fit beside what open runs have set aside."""
         self.policy.check(proposal)
         whole = events.grouped([proposal.plan.event(rounds=proposal.plan.most_rounds)])
-        held = self._history.set_aside(now)
-        spending.require_room(self._history, self.policy, asked=whole, held=held, now=now)
+        held = self.history.set_aside(now)
+        spending.require_room(self.history, self.policy, asked=whole, held=held, now=now)
 
     def _require_another_round(self, run: Run, now: datetime) -> None:
         """Raise the reason to refuse one more round of an accepted run; policy and period may have changed since."""
@@ -270,7 +251,7 @@ class Ledger:
             raise Refused(Reason.PLAN_EXHAUSTED, asked=run.charged_rounds + 1, allowed=run.plan.most_rounds)
         self.policy.check(run.proposal)
         asked = events.grouped([run.plan.event()])
-        spending.require_room(self._history, self.policy, asked=asked, held=Counter(), now=now)
+        spending.require_room(self.history, self.policy, asked=asked, held=Counter(), now=now)
 
     def _repeated(
         self, file: sqlite3.Connection, run: Run, proposal: Proposal, round: int, request: str
@@ -310,7 +291,7 @@ class Ledger:
 
     def _check_ownership(self) -> None:
         """Unit, delta, population, site and key are fixed when a ledger is made."""
-        opened, policy = self._history.opened, self.policy
+        opened, policy = self.history.opened, self.policy
         for name, asked in (
             ("site_key", self._key.public),
             ("site", policy.site),
@@ -318,122 +299,11 @@ class Ledger:
             ("unit", policy.population.unit),
             ("delta", policy.budget.delta),
         ):
-            if opened[name] != asked:
+            if (made_for := getattr(opened, name)) != asked:
                 raise RunError(
-                    f"ledger {self.path} was made for {name} = {opened[name]}, the policy says {asked}; "
+                    f"ledger {self._store.path} was made for {name} = {made_for}, the policy says {asked}; "
                     "another one needs a ledger of its own"
                 )
 
-    def _require_same_ledger(self, anchor: Head) -> None:
-        if (anchor.ledger, anchor.site_key) != (self._history.opened["ledger"], self._key.public):
-            raise RunError(f"the anchor is of another ledger than {self.path}")
-
     def _note(self, file: sqlite3.Connection, detail: dict[str, Any], *, run: str = "") -> None:
-        self._append(file, Kind.NOTE, detail, of=_about(run))
-
-    def _append(
-        self,
-        file: sqlite3.Connection,
-        kind: Kind,
-        detail: dict[str, Any],
-        *,
-        of: Reservation,
-        dataset: str = "",
-    ) -> None:
-        """Write one event behind the newest one, and take it into account."""
-        unsigned: dict[str, Any] = {
-            "sequence": self._history.length + 1,
-            "kind": kind,
-            "time": self._now().isoformat(),
-            "run": of.run,
-            "round": of.round,
-            "request": of.request,
-            "attempt": of.attempt,
-            "dataset": dataset,
-            "cohort": "",
-            "code": __version__,
-            "detail": json.loads(chain.canonical(detail)),
-        }
-        hash = Event(**unsigned).hash_after(self._hash)
-        event = Event(**unsigned, hash=hash, signature=self._key.sign(chain.EVENT, hash.encode()))
-        ledger_file.insert(file, event)
-        self._history.follow(event)
-        self._hash = hash
-
-    def _now(self) -> datetime:
-        """The time, but never before the newest event: a clock that is set back opens no new period."""
-        now, last = datetime.now(UTC), self._history.last_time
-        return now if last is None else max(now, last)
-
-    def _salted(self, hash: str) -> str:
-        return hmac.digest(self._key.secret("receipt head"), hash.encode(), "sha256").hex()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Lock the file, follow what others wrote since, and write what the block appends; all of it or nothing."""
-        before = self._history.length
-        try:
-            with ledger_file.writing(self.path) as file:
-                self._catch_up(file)
-                before = self._history.length
-                yield file
-            if self._history.length > before and self._anchor is not None:
-                # After the ledger, so that a crash between the two leaves the anchor behind and never ahead.
-                write_durably(self._anchor, self.head().to_bytes())
-        except OSError as error:
-            raise RunError(f"anchor {self._anchor} cannot be written ({error.strerror}); nothing is trained") from error
-        except BaseException:
-            if self._history.length != before:
-                self._history, self._hash = History(), chain.START  # what was followed may not have been written
-            raise
-
-    def _catch_up(self, file: sqlite3.Connection) -> None:
-        """Take the events into account that are not yet, after checking that they continue the chain.
-
-        The newest event's signature vouches for all before it, since its hash covers them.
-        """
-        known = self._history.length
-        if known and ledger_file.hash_of(file, known) != self._hash:
-            raise RunError(f"ledger {self.path} was changed or put back while it was open; nothing is trained")
-        try:
-            new = ledger_file.read_events(file, after=known)
-            last = chain.check_chain(new, before=self._hash, first=known + 1)
-            if new:
-                chain.check_signature(new[-1], self._key.public)
-            for event in new:
-                self._history.follow(event)
-        except RunError as error:
-            raise RunError(f"ledger {self.path}: {error}; nothing is trained on a ledger in doubt") from error
-        self._hash = last
-
-    def _require_anchored(self, file: sqlite3.Connection) -> None:
-        """Raise unless the ledger holds the head that the anchor outside it says it reached."""
-        if self._anchor is None:
-            return
-        if not self._anchor.exists():
-            if self._history.length:
-                raise RunError(
-                    f"anchor {self._anchor} is missing, and ledger {self.path} is not new; nothing is trained"
-                )
-            return
-        anchor = Head.read(self._anchor)
-        if not self._history.length:
-            raise RunError(f"ledger {self.path} is missing: anchor {self._anchor} knows {anchor.sequence} events of it")
-        self._require_same_ledger(anchor)
-        restored = anchor.sequence <= max(self._history.restored, default=0)
-        if not restored and ledger_file.hash_of(file, anchor.sequence) != anchor.hash:
-            raise RunError(
-                f"ledger {self.path} is older than its anchor {self._anchor} (event {self._history.length} of at least "
-                f"{anchor.sequence}), or is another branch; see `fedtune ledger restore`"
-            )
-
-
-def _about(run: str, round: int = 0, request: str = "") -> Reservation:
-    """Where an event belongs that is no reservation itself."""
-    return Reservation(run=run, round=round, request=request, attempt=0)
-
-
-def _counted(spent: events.Spent) -> list[tuple[events.Json, int]]:
-    """Counted mechanisms as JSON, in a fixed order."""
-    pairs = [(events.to_json(event), count) for event, count in events.grouped(spent).items()]
-    return sorted(pairs, key=lambda pair: chain.canonical(pair[0]))
+        self._store.append(file, Kind.NOTE, detail, of=Reservation(run=run))

@@ -66,16 +66,21 @@ def writing(path: Path) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """A read-only connection to an existing ledger.
+    """A connection to an existing ledger that changes nothing, but for undoing a transaction that a crash cut short.
 
     Raises:
         RunError: the file is missing, damaged or no ledger.
     """
     if not path.is_file():
         raise RunError(f"ledger {path} does not exist")
+    # Only a writer may roll a journal back, and until that is done nobody can read.
+    mode = "rw" if path.resolve().with_name(f"{path.resolve().name}-journal").exists() else "ro"
     try:
-        file = sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True, timeout=LOCK_TIMEOUT_S, isolation_level=None)
+        file = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=LOCK_TIMEOUT_S, isolation_level=None
+        )
         try:
+            file.execute("PRAGMA query_only = ON")
             file.execute("BEGIN")
             _check_tables(file, path)
             yield file
@@ -115,9 +120,9 @@ def store_reply(file: sqlite3.Connection, *, run: str, request: str, reply: byte
     file.execute("INSERT OR REPLACE INTO replies (run, request, reply) VALUES (?, ?, ?)", (run, request, reply))
 
 
-def stored_replies(file: sqlite3.Connection) -> dict[str, bytes]:
-    """Request digest -> stored reply."""
-    return dict(file.execute("SELECT request, reply FROM replies"))
+def stored_replies(file: sqlite3.Connection) -> list[tuple[str, str, bytes]]:
+    """Run, request digest and reply of each stored reply."""
+    return file.execute("SELECT run, request, reply FROM replies").fetchall()
 
 
 def reply_to(file: sqlite3.Connection, request: str) -> bytes | None:
@@ -130,10 +135,10 @@ def _event(row: dict[str, object]) -> Event:
     try:
         detail = json.loads(str(row["detail"]))
         # One event has one spelling, or a change of spelling would go unseen.
-        if canonical(detail).decode() != row["detail"]:
+        if not isinstance(detail, dict) or canonical(detail).decode() != row["detail"]:
             raise ValueError("detail")
         return Event(**{**row, "kind": Kind(row["kind"]), "detail": detail})  # type: ignore[arg-type]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"event {row['sequence']} was changed: it is not written as fedtune writes events") from error
 
 

@@ -106,7 +106,7 @@ class Plan:
             steps=self.local_steps * rounds,
         )
         scores = _scores(self.metrics_noise_multiplier, rounds)
-        return ComposedDpEvent([training, *scores]) if scores else training
+        return ComposedDpEvent((training, *scores)) if scores else training  # a tuple: events are counted, so hashed
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON, the canonical form that `digest` hashes."""
@@ -121,7 +121,7 @@ class Plan:
         """
         try:
             return cls(**fields)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ConfigError("plan", sorted(fields), "must have exactly the fields of a plan") from error
 
     def digest(self) -> str:

@@ -10,203 +10,17 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import field
+from collections.abc import Iterator
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
-from dp_accounting import DpEvent
-
-from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.keys import is_public_key
+from fedtune.privacy import accountant
 from fedtune.privacy.plan import Plan
+from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Releases
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
-
-PERIODS = ("month", "quarter", "year")
-
-
-@spec
-class Dataset:
-    """Records that a run may name.
-
-    Attributes:
-        id: what a run calls them.
-        declared_size: units that the site publishes as their number; a public choice, never the true count.
-        path: file or folder with the records; stays at the site.
-        columns: role (such as "text" or "label") -> column of the file; stays at the site.
-    """
-
-    id: str
-    declared_size: int
-    path: str = ""
-    columns: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_name("id", self.id)
-        check_at_least("declared_size", self.declared_size, 1)
-
-
-@spec
-class Population:
-    """The people behind the data sets: all of these share one budget.
-
-    Attributes:
-        name: of the population.
-        unit: what one (epsilon, delta) protects; fixed when the ledger is made.
-    """
-
-    name: str
-    unit: Literal["record", "user"] = "record"
-
-    def __post_init__(self) -> None:
-        check_name("name", self.name)
-        check_one_of("unit", self.unit, ("record",))
-
-
-@spec
-class Reference:
-    """What the site expects a typical run to look like; the filter's order is chosen for it when the ledger is made."""
-
-    sampling_rate: float
-    noise_multiplier: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        check_fraction("sampling_rate", self.sampling_rate, one=True)
-        check_positive("noise_multiplier", self.noise_multiplier)
-        check_at_least("steps", self.steps, 1)
-
-
-@spec
-class Budget:
-    """How much these people may ever lose.
-
-    Attributes:
-        delta: of every run and of the lifetime figure.
-        max_epsilon: over all runs, leads and years, by the Renyi filter.  Infinite: nothing is promised.
-        max_epsilon_per_run: of one run's whole plan, by PLD; null: no bound of its own.
-        max_epsilon_per_period: in one calendar period (UTC), by the filter; null: no bound of its own.
-        period: "month", "quarter" or "year".
-        reference: a typical run.
-    """
-
-    delta: float
-    max_epsilon: float
-    reference: Reference
-    max_epsilon_per_run: float | None = None
-    max_epsilon_per_period: float | None = None
-    period: Literal["month", "quarter", "year"] = "year"
-
-    def __post_init__(self) -> None:
-        check_fraction("delta", self.delta)
-        if not self.max_epsilon > 0:
-            raise ConfigError("max_epsilon", self.max_epsilon, "must be greater than 0")
-        for key in ("max_epsilon_per_run", "max_epsilon_per_period"):
-            if getattr(self, key) is not None:
-                check_positive(key, getattr(self, key))
-        check_one_of("period", self.period, PERIODS)
-        filter.best_order(self.reference_event(), epsilon=self.max_epsilon, delta=self.delta)
-
-    def reference_event(self) -> DpEvent:
-        """One typical run, as an event."""
-        r = self.reference
-        return events.dp_sgd(sampling_rate=r.sampling_rate, noise_multiplier=r.noise_multiplier, steps=r.steps)
-
-
-@spec
-class Limits:
-    """Bounds on every run.
-
-    Attributes:
-        min_noise_multiplier: least noise of training and of released scores.
-        max_sampling_rate: largest sampling rate.
-        max_grad_norm: largest clip norm.
-        max_local_steps: most noisy steps in a round.
-        max_rounds: most rounds in a run, spare ones included.
-        max_adapter_value: largest absolute value of an adapter to train from.  Rounding grows with the adapter, and one
-            record can move the others' terms by rounding (docs/threat_model.md); trained adapters stay far below 50.
-        run_expires_after_days: an accepted run holds its budget that long, unless it ends earlier.
-    """
-
-    min_noise_multiplier: float
-    max_sampling_rate: float
-    max_grad_norm: float
-    max_local_steps: int
-    max_rounds: int
-    max_adapter_value: float = 50.0
-    run_expires_after_days: float = 30.0
-
-    def __post_init__(self) -> None:
-        check_at_least("min_noise_multiplier", self.min_noise_multiplier, 0)
-        check_fraction("max_sampling_rate", self.max_sampling_rate, one=True)
-        for key in ("max_grad_norm", "max_adapter_value", "run_expires_after_days"):
-            check_positive(key, getattr(self, key))
-        for key in ("max_local_steps", "max_rounds"):
-            check_at_least(key, getattr(self, key), 1)
-
-
-@spec
-class Allow:
-    """What a run may train, and who may ask.
-
-    Attributes:
-        leads: public keys of leads, 64 hex digits each.
-        tasks: such as "classification".
-        base_models: SHA-256 of base models' weights.
-        target_modules: modules that may get LoRA matrices.
-        max_rank: largest LoRA rank.
-        train_head: whether a task head may be trained and released.
-        seeded_noise: accept runs whose noise comes from a seed.  For a test federation: such a run has no guarantee
-            and marks the ledger for ever.
-    """
-
-    leads: tuple[str, ...]
-    tasks: tuple[str, ...]
-    base_models: tuple[str, ...]
-    target_modules: tuple[str, ...]
-    max_rank: int
-    train_head: bool
-    seeded_noise: bool = False
-
-    def __post_init__(self) -> None:
-        for key in self.leads:
-            if not is_public_key(key):
-                raise ConfigError("leads", key, "must be a public key of 64 lower-case hex digits")
-        check_at_least("max_rank", self.max_rank, 1)
-
-
-@spec
-class Releases:
-    """What may leave the site beside refusals and receipts.
-
-    Attributes:
-        updates: noised adapters.
-        metrics: "noised": scores of held-out records with noise, where a run plans for them; "none".
-        reply_after_s: an answer leaves at a whole multiple of this after its request came; 0: at once.  Otherwise the
-            time of a reply grows with the true number of records.
-    """
-
-    updates: bool = True
-    metrics: Literal["none", "noised"] = "none"
-    reply_after_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_one_of("metrics", self.metrics, ("none", "noised"))
-        check_at_least("reply_after_s", self.reply_after_s, 0)
-
-
-@spec
-class Asserted:
-    """What the site states and no software can check; reports show it as asserted.
-
-    Attributes:
-        no_person_at_another_site: nobody of this population is among another site's records.
-    """
-
-    no_person_at_another_site: bool
+from fedtune.spec import ConfigError, check_name, spec
 
 
 @spec
@@ -270,7 +84,8 @@ class Policy:
         fields = dataclasses.asdict(self)
         if math.isinf(self.budget.max_epsilon):
             fields["budget"]["max_epsilon"] = None
-        return fields
+        # Lists for tuples, as it comes back from a file: a ledger compares the two.
+        return dict(json.loads(json.dumps(fields)))
 
     def digest(self) -> str:
         """SHA-256 of the policy's canonical JSON, in hex."""

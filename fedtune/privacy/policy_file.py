@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import tomllib
 import types
 import typing
@@ -16,6 +18,7 @@ from fedtune.privacy.policy import Policy
 from fedtune.spec import ConfigError
 
 T = TypeVar("T")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -37,6 +40,27 @@ def read_policy(path: Path) -> Policy:
         raise error.in_file(path) from None
 
 
+def policy_of(fields: Mapping[str, Any]) -> Policy:
+    """The policy that `Policy.to_json` wrote.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    table = _without_nulls(fields)
+    budget = table.get("budget")
+    if isinstance(budget, dict):
+        budget.setdefault("max_epsilon", math.inf)  # JSON has no infinity
+    return from_table(Policy, table)
+
+
+def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_nulls(value) if isinstance(value, Mapping) else value
+        for key, value in fields.items()
+        if value is not None
+    }
+
+
 def write_policy(policy: Policy, path: Path) -> None:
     """Write `policy` so that `read_policy` gives it back."""
     write_durably(path, "\n".join(_lines(dataclasses.asdict(policy))).lstrip("\n").encode() + b"\n")
@@ -46,7 +70,7 @@ def _lines(table: Mapping[str, Any], name: str = "") -> Iterator[str]:
     """A TOML table: plain values first, then the tables inside it; what is null is left out."""
     plain = {key: value for key, value in table.items() if value is not None and not _holds_tables(value)}
     for key, value in plain.items():
-        yield f"{key} = {_toml(value)}"
+        yield f"{key if _BARE_KEY.fullmatch(key) else _toml(key)} = {_toml(value)}"
     for key, value in table.items():
         inner = f"{name}.{key}" if name else key
         if isinstance(value, Mapping) and value:
@@ -66,7 +90,8 @@ def _toml(value: object) -> str:
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value)
+    # TOML's strings are JSON's, but for pairs of surrogates and a bare DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def from_table(cls: type[T], table: Mapping[str, Any]) -> T:

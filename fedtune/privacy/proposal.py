@@ -10,6 +10,9 @@ from typing import Any
 from fedtune.privacy.plan import Plan
 from fedtune.spec import ConfigError, spec
 
+_MOST_TEXT = 300
+_TEXT = f"must be a printable text of 1 to {_MOST_TEXT} characters"
+
 
 @spec
 class Proposal:
@@ -44,9 +47,10 @@ class Proposal:
     def __post_init__(self) -> None:
         # A proposal comes from a server: its form is checked here, its content by the policy.
         for name in ("run", "lead", "dataset", "task", "base_model"):
-            _require(name, getattr(self, name), isinstance(getattr(self, name), str), "must be a text")
-        modules = isinstance(self.target_modules, tuple) and all(isinstance(name, str) for name in self.target_modules)
-        _require("target_modules", self.target_modules, modules, "must be names of modules")
+            _require(name, getattr(self, name), _is_text(getattr(self, name)), _TEXT)
+        modules = self.target_modules
+        right = isinstance(modules, tuple) and all(map(_is_text, modules)) and len(set(modules)) == len(modules)
+        _require("target_modules", modules, right, "must be names of modules, each once")
         for name in ("rank", "num_sites"):
             value = getattr(self, name)
             _require(name, value, type(value) is int and value >= 1, "must be a whole number of at least 1")
@@ -65,6 +69,8 @@ class Proposal:
             ConfigError: anything else.
         """
         try:
+            if not isinstance(fields["target_modules"], list):
+                raise TypeError("target_modules")
             changed = {"target_modules": tuple(fields["target_modules"]), "plan": Plan.from_json(fields["plan"])}
             return cls(**{**fields, **changed})
         except (TypeError, KeyError) as error:
@@ -73,6 +79,11 @@ class Proposal:
     def digest(self) -> str:
         """SHA-256 of the proposal's canonical JSON, in hex."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _is_text(value: object) -> bool:
+    # A lone half of a surrogate pair is a text to Python, but cannot be written down.
+    return isinstance(value, str) and 1 <= len(value) <= _MOST_TEXT and value.isprintable()
 
 
 def _require(key: str, value: object, right: bool, bound: str) -> None:

@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 
 from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.history import History, Run
+from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
@@ -54,6 +56,7 @@ class Spending:
         epsilon: spent, by the filter: the figure that caps and verdicts use.
         epsilon_with_set_aside: the same with everything that open runs may still spend.
         share: part of the lifetime cap's divergence that is spent; with set-aside plans in `share_with_set_aside`.
+            1 under a cap that leaves room for nothing at the ledger's order.
         epsilon_pld: the same events by PLD, which would be a proof only if all runs had been fixed beforehand.
         epsilon_rdp: the same at the order that fits best in hindsight; under the same condition.
         period_epsilon: spent in the current calendar period, by the filter.
@@ -81,11 +84,14 @@ def spending(history: History, now: datetime) -> Spending:
     """The figures of a ledger at `now`."""
     delta, order, cap = history.delta, history.order, history.cap
     charged, held = history.charged(), history.set_aside(now)
-    period = str(history.policy["budget"]["period"])
+    assert history.policy is not None
+    budget = history.policy.budget
     room = filter.most_divergence(cap, order=order, delta=delta)
 
     def share(spent: Counter[DpEvent]) -> float | None:
-        return None if math.isinf(cap) else history.divergence(spent) / room
+        if math.isinf(cap):
+            return None
+        return history.divergence(spent) / room if room > 0 else 1.0
 
     return Spending(
         delta=delta,
@@ -97,9 +103,9 @@ def spending(history: History, now: datetime) -> Spending:
         share_with_set_aside=share(charged + held),
         epsilon_pld=accountant.epsilon_pld(charged, delta, interval=accountant.COARSE),
         epsilon_rdp=accountant.epsilon_rdp(charged, delta),
-        period=period,
-        max_epsilon_per_period=history.policy["budget"]["max_epsilon_per_period"],
-        period_epsilon=filter.epsilon_filter(history.charged(period=period, now=now), order=order, delta=delta),
+        period=budget.period,
+        max_epsilon_per_period=budget.max_epsilon_per_period,
+        period_epsilon=filter.epsilon_filter(history.charged(period=budget.period, now=now), order=order, delta=delta),
         mechanisms=charged.total(),
         seeded=history.seeded,
         frozen=history.frozen,
@@ -109,7 +115,6 @@ def spending(history: History, now: datetime) -> Spending:
 
 def _run(name: str, run: Run, now: datetime) -> RunSpending:
     plan, rounds = run.plan, run.charged_rounds
-    charged = [plan.event(rounds=rounds)] if rounds else []
     return RunSpending(
         run=name,
         lead=run.proposal.lead,
@@ -120,13 +125,17 @@ def _run(name: str, run: Run, now: datetime) -> RunSpending:
         steps=rounds * plan.local_steps,
         noise_multiplier=plan.noise_multiplier,
         sampling_rate=plan.sampling_rate,
-        epsilon=accountant.epsilon_pld(charged, plan.delta, interval=accountant.COARSE),
-        epsilon_rdp=accountant.epsilon_rdp(charged, plan.delta),
-        planned_epsilon=accountant.epsilon_pld(
-            [plan.event(rounds=plan.most_rounds)], plan.delta, interval=accountant.COARSE
-        ),
+        epsilon=_epsilon(plan, rounds),
+        epsilon_rdp=accountant.epsilon_rdp([plan.event(rounds=rounds)], plan.delta),
+        planned_epsilon=_epsilon(plan, plan.most_rounds),
         num_sites_claimed=run.proposal.num_sites,
     )
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(plan: Plan, rounds: int) -> float:
+    """Of some rounds of a plan, by PLD; a ledger may hold many runs of one plan."""
+    return accountant.epsilon_pld([plan.event(rounds=rounds)], plan.delta, interval=accountant.COARSE)
 
 
 def require_room(

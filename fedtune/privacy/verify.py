@@ -53,7 +53,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
     history = History()
     for event in events:
         history.follow(event)
-    own_key = str(history.opened["site_key"])
+    own_key = history.opened.site_key
     if site_key is not None and site_key != own_key:
         raise RunError(f"ledger {path} names site key {own_key}, not {site_key}")
     for event in events:
@@ -78,19 +78,19 @@ def _check_pages(file: sqlite3.Connection) -> None:
         raise RunError(f"the file is damaged: {answer}")
 
 
-def _check_replies(history: History, replies: dict[str, bytes]) -> None:
+def _check_replies(history: History, replies: list[tuple[str, str, bytes]]) -> None:
     """Each run's newest reply is the one that was committed, and no other is stored."""
-    expected = {list(run.replies)[-1]: list(run.replies.values())[-1] for run in history.runs.values() if run.replies}
-    found = {request: hashlib.sha256(reply).hexdigest() for request, reply in replies.items()}
-    if found != expected:
+    expected = {(name, *list(run.replies.items())[-1]) for name, run in history.runs.items() if run.replies}
+    found = [(run, request, hashlib.sha256(reply).hexdigest()) for run, request, reply in replies]
+    if sorted(found) != sorted(expected):
         raise RunError("the stored replies are not the newest ones that were committed")
 
 
 def _check_anchor(events: list[Event], history: History, anchor: Head, site_key: str) -> None:
-    if (anchor.ledger, anchor.site_key) != (history.opened["ledger"], site_key):
+    if (anchor.ledger, anchor.site_key) != (history.opened.ledger, site_key):
         raise RunError("the anchor is of another ledger")
-    if anchor.sequence <= max(history.restored, default=0):
-        return  # a backup was put back, and what it lacked up to there was charged
+    if history.makes_up_for(sequence=anchor.sequence, restores=anchor.restores):
+        return
     if anchor.sequence > len(events):
         raise RunError(f"the ledger was put back: it ends at event {len(events)}, the anchor knows {anchor.sequence}")
     if events[anchor.sequence - 1].hash != anchor.hash:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import platform
@@ -15,6 +16,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.results import epsilon_text
 from fedtune.privacy import events
 from fedtune.privacy.durable import write_durably
+from fedtune.privacy.plan import Plan
 
 SCHEMA_VERSION = 1
 _LIBRARIES = ("dp-accounting", "flwr", "numpy", "opacus", "peft", "torch", "transformers")
@@ -56,7 +58,7 @@ def report_json(config: RunConfig, run: Mapping[str, Any]) -> dict[str, Any]:
             f"in {config.model.dtype}, one record moves the other records' clipped gradients by rounding only; "
             "measured at adapters of trained size (docs/threat_model.md), not accounted for",
         ],
-        "releases": "each site's adapter after each round, to the server; the averages, to every site",
+        "releases": _releases(config),
         "not_protected": [
             "what the adapter teaches about people in general",
             "the lead's own validation and test files",
@@ -143,10 +145,16 @@ def _cells(site: str, fields: Mapping[str, Any]) -> list[str]:
 
 
 def _site(config: RunConfig, site: str, spent: Mapping[str, Any]) -> dict[str, Any]:
-    event = events.dp_sgd(
-        sampling_rate=spent["sampling_rate"], noise_multiplier=spent["noise_multiplier"], steps=spent["steps"]
-    )
+    # With the noise that was calibrated then: searching for it again takes a second.
+    privacy = dataclasses.replace(config.privacy, noise_multiplier=spent["noise_multiplier"] or None)
+    plan = Plan.of(privacy, local_steps=config.training.local_steps, num_rounds=config.federation.num_rounds)
+    event = plan.event(rounds=spent["rounds"])
     return {**spent, "declared_size": config.declared_sizes()[site], "event": events.to_json(event)}
+
+
+def _releases(config: RunConfig) -> str:
+    scores = " and noised scores of its held-out records" if config.privacy.metrics == "noised" else ""
+    return f"each site's adapter{scores} after each round, to the server; the averages, to every site"
 
 
 def _verdict(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, str]:

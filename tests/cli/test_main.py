@@ -20,13 +20,34 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exit.value.code == 0
     out = capsys.readouterr().out
-    for command in ("simulate", "evaluate"):
+    for command in ("simulate", "plan", "evaluate", "ledger", "site"):
         assert command in out
-    for command, word in (("simulate", "resume="), ("evaluate", "--data")):
-        with pytest.raises(SystemExit) as exit:
-            main([command, "--help"])
-        assert exit.value.code == 0
-        assert word in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        ("simulate", "resume="),
+        ("plan", "key=value"),
+        ("evaluate", "--data"),
+        ("ledger", "fedtune ledger spent ledger.db"),
+        ("ledger show", "--last"),
+        ("ledger spent", "--json"),
+        ("ledger verify", "--anchor"),
+        ("ledger export", "--output"),
+        ("ledger anchor", "--key"),
+        ("ledger restore", "--policy"),
+        ("ledger freeze", "--why"),
+        ("site", "fedtune site check-policy site.toml"),
+        ("site check-policy", "--json"),
+        ("site template", "every key explained"),
+    ],
+)
+def test_each_command_explains_itself(command: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([*command.split(), "--help"])
+    assert exit.value.code == 0
+    assert word in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,7 +56,24 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"fedtune {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["dance"], ["simulate", "--nope"], ["simulate", "a=1", "--nope"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["simulate", "--nope"],
+        ["simulate", "a=1", "--nope"],
+        ["plan", "a=1", "--nope"],
+        ["ledger"],
+        ["ledger", "dance"],
+        ["ledger", "show"],
+        ["ledger", "show", "a", "b"],
+        ["ledger", "show", "a", "--last", "many"],
+        ["ledger", "freeze", "--policy", "site.toml"],
+        ["site"],
+        ["site", "check-policy"],
+    ],
+)
 def test_a_wrong_command_line_is_exit_code_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(arguments)
@@ -52,6 +90,13 @@ def test_overrides_may_stand_on_both_sides_of_the_sweep_flag(
     seen: list[Any] = []
     monkeypatch.setattr("fedtune.cli.simulate.simulate", lambda overrides, multirun: seen.append((overrides, multirun)))
     assert main(["simulate", *arguments]) == 0
+    assert seen == [(["a=1", "b=2"], True)]
+
+
+def test_overrides_of_plan_may_stand_on_both_sides_of_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("fedtune.cli.plan.plan", lambda options: seen.append((options.overrides, options.json)))
+    assert main(["plan", "a=1", "--json", "b=2"]) == 0
     assert seen == [(["a=1", "b=2"], True)]
 
 
@@ -85,6 +130,40 @@ def test_a_mistake_is_told_before_torch_and_flower_are_imported() -> None:
     )
     assert done.stdout == "2 False\n"
     assert done.stderr == "fedtune: privacy.epsilon = 0.0: must be a finite number greater than 0\n"
+
+
+def test_help_waits_for_no_slow_import() -> None:
+    code = (
+        "import sys; from fedtune.cli.main import main\n"
+        "try: main(['ledger', '--help'])\n"
+        "except SystemExit: print([name for name in ('torch', 'hydra', 'dp_accounting') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.endswith("\n[]\n")
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from fedtune.cli.main import main; sys.exit(main(['site', 'template']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_flowers_telemetry_is_off_unless_someone_turned_it_on() -> None:

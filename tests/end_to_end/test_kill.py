@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from fedtune.privacy.chain import Event
+from fedtune.privacy.verify import verify
+
 REPOSITORY = Path(__file__).parents[2]
 # `fedtune`, but training at one site in one round does not come back before it is killed.
 _HANGING = """
@@ -55,15 +58,16 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate(timeout=30)
 
 
-def entries(folder: Path, site: str) -> list[dict[str, Any]]:
-    """The whole lines of a site's ledger."""
-    path = folder / "sites" / site / "ledger.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def ledger_events(folder: Path, site: str) -> tuple[Event, ...]:
+    """What is in a site's ledger, verified; also while another process writes it."""
+    path = folder / "sites" / site / "ledger.db"
+    if not path.exists() or path.stat().st_size == 0:
+        return ()
+    return verify(path).events
 
 
 def kinds(folder: Path, site: str, round: int) -> list[str]:
-    return [entry["kind"] for entry in entries(folder, site) if entry["round"] == round]
+    return [event.kind.value for event in ledger_events(folder, site) if event.round == round]
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], *, seconds: float = 90) -> None:
@@ -97,13 +101,15 @@ def test_with_a_spare_round_an_interrupted_round_is_charged_and_tried_again(
     kill_in_last_round: Callable[..., Path], command: Any, result_of: Any
 ) -> None:
     folder = kill_in_last_round("federation.spare_rounds=1", "privacy.noise_multiplier=null", "privacy.epsilon=2")
-    first_site = entries(folder, "site-1")
+    first_site = ledger_events(folder, "site-1")
     outcome = command("simulate", f"resume={folder}")
     assert (outcome.code, outcome.err) == (0, "")
-    # What site-1 had committed is sent again as it was stored: not a line more in its ledger.
-    assert entries(folder, "site-1") == first_site
+    # What site-1 had committed is sent again as it was stored: only that the run is over is new in its ledger.
+    (*before, end) = ledger_events(folder, "site-1")
+    assert tuple(before) == first_site
+    assert end.detail == {"what": "run_ended"}
     assert kinds(folder, "site-2", 2) == ["reserve", "reserve", "commit"]
-    assert [entry["attempt"] for entry in entries(folder, "site-2") if entry["round"] == 2] == [1, 2, 2]
+    assert [event.attempt for event in ledger_events(folder, "site-2") if event.round == 2] == [1, 2, 2]
     result = result_of(folder)
     assert [entry["sites"] for entry in result["rounds"]] == [["site-1", "site-2"]] * 2
     assert [entry["failed_sites"] for entry in result["rounds"]] == [{}, {}]

@@ -1,16 +1,27 @@
-"""A small adapter, a plan and what a site says about them."""
+"""A small adapter, a site with a real ledger, and what such a site says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest, Signed
+from fedtune.federation.site import Site, Train, Trained, answer, end_run
 from fedtune.model import Adapter
+from fedtune.privacy.chain import Event, Kind
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.release import Receipt, Update
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import RECEIPT, Receipt, Update
+from fedtune.privacy.verify import verify
 
 
 @pytest.fixture
@@ -19,17 +30,8 @@ def adapter() -> Adapter:
 
 
 @pytest.fixture
-def plan() -> Plan:
-    return Plan(
-        unit="record",
-        delta=1e-5,
-        sampling_rate=0.2,
-        noise_multiplier=4.0,
-        max_grad_norm=1.0,
-        local_steps=2,
-        num_rounds=3,
-        spare_rounds=1,
-    )
+def plan(run_plan: Plan) -> Plan:
+    return run_plan
 
 
 @pytest.fixture
@@ -40,9 +42,143 @@ def update(adapter: Adapter) -> Callable[..., Update]:
     return make
 
 
+@pytest.fixture(scope="session")
+def key_of() -> Callable[[str], SigningKey]:
+    """The key of the site with this name."""
+    return lambda site: SigningKey(Ed25519PrivateKey.from_private_bytes(site.encode().ljust(32)))
+
+
 @pytest.fixture
-def receipt() -> Callable[..., Receipt]:
-    def make(site: str = "a", *, charged: int = 1, run: str = "r") -> Receipt:
-        return Receipt(site=site, run=run, charged_rounds=charged, charged_steps=2 * charged, sequence=3 * charged)
+def receipt(key_of: Callable[[str], SigningKey]) -> Callable[..., Receipt]:
+    """A receipt that its site signed; `key` signs in its place."""
+
+    def make(site: str = "a", *, charged: int = 1, run: str = "r", key: SigningKey | None = None) -> Receipt:
+        key = key or key_of(site)
+        unsigned = Receipt(
+            site=site,
+            run=run,
+            charged_rounds=charged,
+            charged_steps=2 * charged,
+            sequence=3 * charged,
+            head="00" * 32,
+            site_key=key.public,
+            signature="",
+        )
+        return replace(unsigned, signature=key.sign(RECEIPT, unsigned.message()))
 
     return make
+
+
+@dataclass
+class Station:
+    """The site `a` on its disk, opened anew for every request as after a restart; it trains by adding one.
+
+    Attributes:
+        trained: (round, attempt) of each training.
+        before_training: what the ledger held when each of them began.
+    """
+
+    folder: Path
+    policy: Policy
+    propose: Callable[..., Proposal]
+    lead: SigningKey
+    template: Adapter
+    trained: list[tuple[int, int]] = field(default_factory=list)
+    before_training: list[list[Kind]] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.policy.ledger
+
+    @property
+    def key(self) -> SigningKey:
+        return SigningKey.load_or_make(self.folder / self.policy.site_key)
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.path, self.policy, self.key)
+
+    def open(self, train: Train | None = None) -> Site:
+        return Site(
+            name=self.policy.site,
+            proposal=self.propose(),
+            template=self.template,
+            ledger=self.ledger(),
+            train=train or self._train,
+        )
+
+    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        self.trained.append((request.round, attempt))
+        self.before_training.append(self.kinds())
+        moved = Adapter({name: value + np.float32(1) for name, value in adapter.tensors.items()})
+        return Trained(adapter=moved, fingerprint="hmac of the records")
+
+    def request(
+        self, round: int = 1, *, adapter: Adapter | None = None, about: dict[str, Any] | None = None, **changes: Any
+    ) -> RoundRequest:
+        """A request of the lead; `changes` are those of the proposal, `about` other fields of the request."""
+        fields: dict[str, Any] = {
+            "proposal": self.propose(**changes),
+            "round": round,
+            "site": self.policy.site,
+            "adapter_digest": (adapter or self.template).digest(),
+        }
+        return RoundRequest(**(fields | (about or {})))
+
+    def ask(
+        self,
+        round: int = 1,
+        *,
+        train: Train | None = None,
+        key: SigningKey | None = None,
+        adapter: Adapter | None = None,
+        about: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Reply:
+        """The site's answer to the request with these changes, signed by the lead, or by `key`."""
+        signed = self.request(round, adapter=adapter, about=about, **changes).signed(key or self.lead)
+        return self.send(signed, adapter=adapter, train=train)
+
+    def send(self, signed: Signed, *, adapter: Adapter | None = None, train: Train | None = None) -> Reply:
+        """The site's answer to whatever is sent."""
+        return answer(self.open(train), signed, adapter or self.template)
+
+    def end(self, *, run: str = "r", key: SigningKey | None = None) -> None:
+        """Tell the site that a run is over, signed by the lead, or by `key`."""
+        lead = key or self.lead
+        end_run(self.open(), EndOfRun(run=run, lead=lead.public).signed(lead))
+
+    def events(self) -> tuple[Event, ...]:
+        """The ledger's events, each of them checked."""
+        return verify(self.path, site_key=self.key.public).events if self.path.exists() else ()
+
+    def kinds(self) -> list[Kind]:
+        """What the ledger says beside its opening and its policy."""
+        return [event.kind for event in self.events() if event.detail.get("what") not in ("opened", "policy")]
+
+
+@pytest.fixture
+def station(
+    tmp_path: Path,
+    site_policy: Callable[..., Policy],
+    run_proposal: Callable[..., Proposal],
+    lead_key: SigningKey,
+    adapter: Adapter,
+) -> Callable[..., Station]:
+    """A site of its own; keywords change its policy."""
+
+    def make(**changes: Any) -> Station:
+        return Station(
+            folder=tmp_path / "site",
+            policy=site_policy(**changes),
+            propose=run_proposal,
+            lead=lead_key,
+            template=adapter,
+        )
+
+    return make
+
+
+@pytest.fixture
+def site(station: Callable[..., Station]) -> Station:
+    """A site whose policy allows exactly the run."""
+    return station()

@@ -23,6 +23,12 @@ def test_a_fitting_update_is_kept(adapter: Adapter, update: Make) -> None:
     np.testing.assert_array_equal(sorted_out.updates["a"].tensors["head"], 2 * adapter.tensors["head"])
 
 
+def test_scores_are_kept_beside_their_update(adapter: Adapter, update: Make) -> None:
+    assert sort(adapter, update()).scores == {}
+    assert sort(adapter, update(scores=(0.5, -0.25))).scores == {"a": (0.5, -0.25)}
+    assert sort(adapter, update(scores=(0.5, -0.25), round=2)).scores == {}, "an invalid update has none either"
+
+
 def with_value(value: float) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     def change(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         head = tensors["head"].copy()
@@ -63,8 +69,10 @@ def test_an_update_of_another_round_run_or_site_is_dropped(
 
 @pytest.mark.parametrize("reason", list(Reason))
 def test_a_refusal_is_reported_by_its_reason(adapter: Adapter, reason: Reason) -> None:
-    sorted_out = sort(adapter, Refusal(site="a", run="r", round=1, reason=reason))
+    refusal = Refusal(site="a", run="r", round=1, reason=reason, asked="9", allowed="at most 3")
+    sorted_out = sort(adapter, refusal)
     assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": reason.value})
+    assert sorted_out.refusals == {"a": refusal}
 
 
 def test_sites_keep_the_order_in_which_they_were_asked(adapter: Adapter, update: Make) -> None:

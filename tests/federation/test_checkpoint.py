@@ -37,6 +37,7 @@ def state(adapter: Adapter, receipt: Callable[..., Receipt]) -> Callable[..., Le
                 bytes_down=1,
                 bytes_up=2,
                 metrics={"loss": float("nan") if number == 1 else 0.25},
+                site_scores={"a": (0.5, -0.125)} if number == 2 else {},
             )
             for number in range(1, round + 1)
         ]
@@ -69,6 +70,7 @@ def test_what_is_saved_is_loaded(checkpoints: Checkpoints, state: Callable[..., 
     loaded = checkpoints.load()
     assert same(loaded, state(2))
     assert loaded.strategy["m/head"].dtype == np.float64, "a moment rounded to float32 would change the next round"
+    assert loaded.receipts["a"].is_signed(), "the site gets its receipt back, and checks its own signature"
 
 
 def test_the_newest_is_loaded_and_one_before_it_is_kept(

@@ -10,6 +10,7 @@ from dp_accounting.pld import PLDAccountant
 from fedtune.federation.lead import LeadState, site_charge
 from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Reason, Receipt, Refusal
 
@@ -73,6 +74,35 @@ def test_a_receipt_of_another_site_or_run_counts_as_silence(
     state = state.asked(["a"]).answered(answer(receipt(site, run=run, charged=0)), run="r")
     charge = site_charge(state, "a", plan)
     assert (charge.steps, charge.upper_bound) == (2, True)
+
+
+def test_a_receipt_that_nobody_signed_counts_as_silence(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
+    unsigned = replace(receipt(charged=1), charged_rounds=0)
+    state = state.asked(["a"]).answered(answer(unsigned), run="r")
+    assert state.receipts == {}
+    assert site_charge(state, "a", plan).upper_bound
+
+
+def test_a_site_keeps_its_key(
+    state: LeadState, plan: Plan, receipt: MakeReceipt, key_of: Callable[[str], SigningKey]
+) -> None:
+    state = state.asked(["a"]).answered(answer(receipt(charged=1)), run="r")
+    state = state.asked(["a"]).answered(answer(receipt(charged=2, key=key_of("b"))), run="r")
+    assert state.receipts["a"] == receipt(charged=1)
+    charge = site_charge(state, "a", plan)
+    assert (charge.steps, charge.upper_bound) == (4, True)
+
+
+def test_released_scores_cost_too(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
+    state = state.answered(answer(receipt(charged=2)), run="r")
+    measured = replace(plan, metrics_noise_multiplier=3.0)
+    charge, plain = site_charge(state, "a", measured), site_charge(state, "a", plan)
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant.compose(dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(4.0)), 4)
+    accountant.compose(dp_event.GaussianDpEvent(3.0), 2)
+    assert charge.epsilon == pytest.approx(accountant.get_epsilon(1e-5), abs=1e-3)
+    assert charge.epsilon > plain.epsilon
+    assert charge.epsilon_rdp > plain.epsilon_rdp
 
 
 def test_a_reply_without_a_receipt_counts_as_silence(state: LeadState, plan: Plan) -> None:

@@ -1,57 +1,132 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from fedtune.federation.protocol import RoundRequest
-from fedtune.privacy.plan import Plan
+from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Receipt, Refused
 from fedtune.spec import ConfigError
 
 
 @pytest.fixture
-def request_(plan: Plan) -> RoundRequest:
-    return RoundRequest(run="r", round=2, site="a", adapter_digest="ab" * 32, plan=plan)
+def request_(run_proposal: Callable[..., Proposal], receipt: Callable[..., Receipt]) -> RoundRequest:
+    return RoundRequest(
+        proposal=run_proposal(), round=2, site="a", adapter_digest="ab" * 32, receipt=receipt(), expires=1e9
+    )
 
 
-def test_json_round_trip(request_: RoundRequest) -> None:
-    assert RoundRequest.from_json(request_.to_json()) == request_
+def test_what_the_lead_signed_arrives(request_: RoundRequest, lead_key: SigningKey) -> None:
+    assert RoundRequest.of(request_.signed(lead_key)) == request_
+    first = replace(request_, receipt=None)
+    assert RoundRequest.of(first.signed(lead_key)) == first
+    assert request_.run == "r"
 
 
-def test_every_field_is_in_the_digest(request_: RoundRequest) -> None:
-    changes = [
-        {"run": "s"},
+def test_every_field_that_is_asked_for_is_in_the_digest(
+    request_: RoundRequest, run_proposal: Callable[..., Proposal], lead_key: SigningKey
+) -> None:
+    changes: list[dict[str, Any]] = [
+        {"proposal": run_proposal(run="s")},
+        {"proposal": run_proposal(max_grad_norm=2.0)},
         {"round": 3},
         {"site": "b"},
         {"adapter_digest": "cd" * 32},
-        {"plan": replace(request_.plan, max_grad_norm=2.0)},
     ]
-    digests = {replace(request_, **change).digest() for change in changes}  # type: ignore[arg-type]
+    digests = {replace(request_, **change).digest() for change in changes}
     assert len(digests | {request_.digest()}) == 6
-    assert RoundRequest.from_json(request_.to_json()).digest() == request_.digest()
+    assert RoundRequest.of(request_.signed(lead_key)).digest() == request_.digest()
+    again = replace(request_, receipt=None, expires=2e9)
+    assert again.digest() == request_.digest(), "the lead may ask for the same thing again"
 
 
-_FAULTS = {
+def resigned(signed: Signed, key: SigningKey, change: Callable[[dict[str, Any]], str]) -> Signed:
+    """Another text, and the lead's true signature on it."""
+    text = change(json.loads(signed.text))
+    return Signed(text=text, signature=key.sign(ROUND, text.encode()))
+
+
+def proposing(**changes: Any) -> Callable[[dict[str, Any]], str]:
+    return lambda fields: json.dumps(fields | {"proposal": fields["proposal"] | changes})
+
+
+def planning(**changes: Any) -> Callable[[dict[str, Any]], str]:
+    return lambda fields: proposing(plan=fields["proposal"]["plan"] | changes)(fields)
+
+
+_FAULTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "no json": lambda fields: "round: 1",
     "a list": lambda fields: "[]",
     "null": lambda fields: "null",
-    "a missing field": lambda fields: json.dumps({key: value for key, value in fields.items() if key != "run"}),
+    "deeply nested": lambda fields: "[" * 50_000,
+    "a book": lambda fields: json.dumps(fields | {"adapter_digest": "x" * 70_000}),
+    "a missing field": lambda fields: json.dumps({key: value for key, value in fields.items() if key != "site"}),
     "a further field": lambda fields: json.dumps(fields | {"note": "x"}),
     "round zero": lambda fields: json.dumps(fields | {"round": 0}),
     "a round that is true": lambda fields: json.dumps(fields | {"round": True}),
     "half a round": lambda fields: json.dumps(fields | {"round": 1.5}),
-    "a numbered run": lambda fields: json.dumps(fields | {"run": 7}),
-    "no plan": lambda fields: json.dumps(fields | {"plan": None}),
-    "an empty plan": lambda fields: json.dumps(fields | {"plan": {}}),
-    "a plan with more": lambda fields: json.dumps(fields | {"plan": fields["plan"] | {"extra": 1}}),
-    "a plan out of range": lambda fields: json.dumps(fields | {"plan": fields["plan"] | {"sampling_rate": 2}}),
-    "a plan of texts": lambda fields: json.dumps(fields | {"plan": fields["plan"] | {"noise_multiplier": "1"}}),
+    "a round that no table holds": lambda fields: json.dumps(fields | {"round": 10**30}),
+    "a numbered site": lambda fields: json.dumps(fields | {"site": 7}),
+    "a site of two lines": lambda fields: json.dumps(fields | {"site": "a\nanother line of the log"}),
+    "no digest": lambda fields: json.dumps(fields | {"adapter_digest": "AB"}),
+    "a numbered digest": lambda fields: json.dumps(fields | {"adapter_digest": 7}),
+    "an expiry in words": lambda fields: json.dumps(fields | {"expires": "tomorrow"}),
+    "a receipt of texts": lambda fields: json.dumps(fields | {"receipt": fields["receipt"] | {"sequence": "3"}}),
+    "an empty receipt": lambda fields: json.dumps(fields | {"receipt": {}}),
+    "no proposal": lambda fields: json.dumps(fields | {"proposal": None}),
+    "a proposal with more": proposing(extra=1),
+    "a numbered run": proposing(run=7),
+    "a rank of nothing": proposing(rank=0),
+    "no plan": proposing(plan=None),
+    "an empty plan": proposing(plan={}),
+    "a plan with more": planning(extra=1),
+    "a plan out of range": planning(sampling_rate=2),
+    "a plan of texts": planning(noise_multiplier="1"),
+    "a plan of too many rounds to count": planning(num_rounds=10**400),
+    "noise below zero": planning(noise_multiplier=-1.0),
+    "noise that is no number": planning(noise_multiplier=float("nan")),
 }
 
 
 @pytest.mark.parametrize("fault", list(_FAULTS))
-def test_anything_else_is_no_request(request_: RoundRequest, fault: str) -> None:
-    text = _FAULTS[fault](json.loads(request_.to_json()))
-    with pytest.raises(ConfigError, match=r"request|plan|sampling_rate"):
-        RoundRequest.from_json(text)
+def test_anything_else_is_no_request_whoever_signed_it(
+    request_: RoundRequest, lead_key: SigningKey, fault: str
+) -> None:
+    signed = resigned(request_.signed(lead_key), lead_key, _FAULTS[fault])
+    with pytest.raises(ConfigError, match=r"must be a round request"):
+        RoundRequest.of(signed)
+
+
+def test_a_request_is_the_word_of_the_lead_that_it_names(
+    request_: RoundRequest, lead_key: SigningKey, stranger_key: SigningKey
+) -> None:
+    signed = request_.signed(lead_key)
+    notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
+    for wrong in (
+        request_.signed(stranger_key),
+        replace(signed, signature=""),
+        replace(signed, signature="not hex"),
+        replace(signed, signature=signed.signature[:-2] + "00"),
+        replace(signed, text=signed.text.replace('"round": 2', '"round": 3')),
+        replace(signed, signature=notice.signature),
+        replace(signed, signature=lead_key.sign(END, signed.text.encode())),
+    ):
+        with pytest.raises(Refused) as refused:
+            RoundRequest.of(wrong)
+        assert refused.value.reason is Reason.WRONG_SIGNATURE
+
+
+def test_a_notice_of_the_end_is_the_word_of_its_lead_too(lead_key: SigningKey, stranger_key: SigningKey) -> None:
+    notice = EndOfRun(run="r", lead=lead_key.public)
+    assert EndOfRun.of(notice.signed(lead_key)) == notice
+    for wrong in (notice.signed(stranger_key), replace(notice.signed(lead_key), signature="00" * 64)):
+        with pytest.raises(Refused):
+            EndOfRun.of(wrong)
+    for text in ("{", "[]", "null", "{}", json.dumps({"run": "r"}), " " * 70_000):
+        with pytest.raises(ConfigError, match="must be such a notice"):
+            EndOfRun.of(Signed(text=text, signature=lead_key.sign(END, text.encode())))

@@ -17,7 +17,7 @@ from fedtune.privacy.release import Receipt
 
 @pytest.fixture
 def build(adapter: Adapter, plan: Plan, receipt: Callable[..., Receipt]) -> Callable[..., dict[str, Any]]:
-    def make(*, charged: dict[str, int], loss: float = 0.5, plan: Plan = plan) -> dict[str, Any]:
+    def make(*, charged: dict[str, int], loss: float = 0.5, plan: Plan = plan, scores: Any = None) -> dict[str, Any]:
         receipts = {site: receipt(site, charged=rounds) for site, rounds in charged.items()}
         result = RoundResult(
             round=1,
@@ -27,6 +27,7 @@ def build(adapter: Adapter, plan: Plan, receipt: Callable[..., Receipt]) -> Call
             bytes_down=1,
             bytes_up=1,
             metrics={"loss": loss, "accuracy": 0.5},
+            site_scores=scores or {},
         )
         state = LeadState(round=1, adapter=adapter, receipts=receipts, rounds=[result])
         final = FinalResult(metrics={"loss": loss}, metrics_before={}, seconds=1.0, peak_memory_bytes=1)
@@ -49,9 +50,11 @@ def test_the_runs_epsilon_is_its_largest_sites(build: Callable[..., dict[str, An
     assert privacy["sites"]["c"] == {
         "epsilon": 0.0,
         "epsilon_rdp": 0.0,
+        "rounds": 0,
         "steps": 0,
         "sampling_rate": 0.2,
         "noise_multiplier": 4.0,
+        "metrics_noise_multiplier": 0.0,
         "upper_bound": False,
     }
 
@@ -60,6 +63,16 @@ def test_without_noise_epsilon_is_null(build: Callable[..., dict[str, Any]], pla
     privacy = build(charged={"a": 1, "b": 0}, plan=replace(plan, noise_multiplier=0.0))["privacy"]
     assert privacy["epsilon"] is None
     assert privacy["sites"]["a"]["epsilon"] is None
+
+
+def test_site_scores_are_shown_and_paid_for(build: Callable[..., dict[str, Any]], plan: Plan) -> None:
+    plain = build(charged={"a": 1})
+    measured = build(charged={"a": 1}, plan=replace(plan, metrics_noise_multiplier=3.0), scores={"a": (0.5, 1.25)})
+    assert plain["rounds"][0]["site_scores"] == {}
+    assert json.loads(json.dumps(measured))["rounds"][0]["site_scores"] == {"a": [0.5, 1.25]}
+    assert measured["privacy"]["epsilon"] > plain["privacy"]["epsilon"]
+    assert plain["privacy"]["sites"]["a"]["metrics_noise_multiplier"] == 0.0
+    assert measured["privacy"]["sites"]["a"]["metrics_noise_multiplier"] == 3.0
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

@@ -3,56 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+import sqlite3
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedtune.federation.protocol import Reply, RoundRequest
-from fedtune.federation.site import Site, answer
+import fedtune.federation.site as site_module
+from fedtune.federation.lead import LeadState, site_charge
+from fedtune.federation.protocol import Reply
+from fedtune.federation.site import Trained
 from fedtune.model import Adapter
-from fedtune.privacy.ledger import JournalLedger, Kind
+from fedtune.privacy import ledger_file
+from fedtune.privacy.chain import Kind
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.release import Reason, Refusal, Update
-
-
-class Trainer:
-    """Adds one to every value; notes what the ledger held when it was called."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.calls: list[tuple[int, int]] = []
-        self.journals: list[str] = []
-
-    def __call__(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Adapter:
-        self.calls.append((request.round, attempt))
-        self.journals.append(self._path.read_text())
-        return Adapter({name: value + np.float32(1) for name, value in adapter.tensors.items()})
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.jsonl"
-
-
-@pytest.fixture
-def trainer(path: Path) -> Trainer:
-    return Trainer(path)
-
-
-@pytest.fixture
-def ask(path: Path, trainer: Trainer, adapter: Adapter, plan: Plan) -> Callable[..., Reply]:
-    """Ask the site of a round, its ledger opened anew as after a restart."""
-
-    def run(round: int = 1, *, train: Any = trainer, sent: Adapter = adapter, **changes: Any) -> Reply:
-        site = Site(name="a", run="r", plan=plan, ledger=JournalLedger("a", path), train=train)
-        request = RoundRequest(run="r", round=round, site="a", adapter_digest=adapter.digest(), plan=plan)
-        return answer(site, replace(request, **changes), sent)
-
-    return run
+from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update
 
 
 def reason(reply: Reply) -> Reason:
@@ -60,128 +28,83 @@ def reason(reply: Reply) -> Reason:
     return reply.body.reason
 
 
-def test_the_charge_is_on_disk_before_training_and_the_reply_before_it_leaves(
-    ask: Callable[..., Reply], trainer: Trainer, path: Path, adapter: Adapter
-) -> None:
-    reply = ask()
+def receipt_of(reply: Reply) -> Receipt:
+    assert reply.receipt is not None
+    return reply.receipt
+
+
+def interrupted(*args: object) -> Trained:
+    raise KeyboardInterrupt
+
+
+def test_the_charge_is_on_disk_before_training_and_the_reply_before_it_leaves(site: Any, adapter: Adapter) -> None:
+    reply = site.ask()
     assert isinstance(reply.body, Update)
     assert (reply.body.site, reply.body.run, reply.body.round) == ("a", "r", 1)
     for name, value in adapter.tensors.items():
         np.testing.assert_array_equal(reply.body.tensors[name], value + 1)
-    assert '"reserve"' in trainer.journals[0]
-    assert '"commit"' not in trainer.journals[0]
-    assert [entry.kind for entry in JournalLedger("a", path).entries] == [Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
-    assert reply.receipt is not None
-    assert (reply.receipt.site, reply.receipt.run) == ("a", "r")
-    assert (reply.receipt.charged_rounds, reply.receipt.charged_steps) == (1, 2)
+    assert site.before_training == [[Kind.PLAN, Kind.RESERVE]]
+    assert site.kinds() == [Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
+    assert site.events()[-1].detail["fingerprint"] == "hmac of the records"
+    receipt = receipt_of(reply)
+    assert (receipt.site, receipt.run, receipt.charged_rounds, receipt.charged_steps) == ("a", "r", 1, 2)
+    assert receipt.is_signed()
+    assert receipt.site_key == site.key.public
 
 
-def test_the_same_request_again_gets_the_stored_bytes_for_free(ask: Callable[..., Reply], trainer: Trainer) -> None:
-    first, second = ask(), ask()
+def test_the_same_request_again_gets_the_stored_bytes_for_free(site: Any) -> None:
+    first, second = site.ask(), site.ask()
     assert isinstance(first.body, Update)
     assert isinstance(second.body, Update)
     assert first.body.to_bytes() == second.body.to_bytes()
-    assert trainer.calls == [(1, 1)]
+    assert site.trained == [(1, 1)]
     assert first.receipt == second.receipt
 
 
-def test_an_interrupted_round_is_tried_again_at_a_new_charge(ask: Callable[..., Reply], trainer: Trainer) -> None:
-    def interrupted(*args: object) -> Adapter:
-        raise KeyboardInterrupt
-
+def test_an_interrupted_round_is_tried_again_at_a_new_charge(site: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
-        ask(train=interrupted)
-    reply = ask()
+        site.ask(train=interrupted)
+    reply = site.ask()
     assert isinstance(reply.body, Update)
-    assert trainer.calls == [(1, 2)]
-    assert reply.receipt is not None
-    assert reply.receipt.charged_rounds == 2
+    assert site.trained == [(1, 2)]
+    assert receipt_of(reply).charged_rounds == 2
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"run": "other"}, Reason.WRONG_RUN),
-        ({"site": "b"}, Reason.WRONG_SITE),
-        ({"adapter_digest": "00" * 32}, Reason.ADAPTER_DIFFERS),
-    ],
-)
-def test_what_was_not_meant_for_it_is_refused_unread(
-    ask: Callable[..., Reply], trainer: Trainer, path: Path, changes: dict[str, Any], expected: Reason
-) -> None:
-    assert reason(ask(**changes)) is expected
-    assert trainer.calls == []
-    assert [entry for entry in JournalLedger("a", path).entries if entry.kind is Kind.RESERVE] == []
-
-
-def test_an_adapter_that_was_changed_on_the_way_is_refused(ask: Callable[..., Reply], trainer: Trainer) -> None:
-    other = Adapter({"b.lora_A": np.zeros((2, 3), np.float32), "head": np.ones(4, np.float32)})
-    assert reason(ask(sent=other)) is Reason.ADAPTER_DIFFERS
-    assert trainer.calls == []
-
-
-def test_a_plan_that_the_site_did_not_make_is_refused_before_anything_is_charged(
-    ask: Callable[..., Reply], trainer: Trainer, plan: Plan
-) -> None:
-    for change in ({"noise_multiplier": 0.0}, {"sampling_rate": 1.0}, {"local_steps": 50}, {"max_grad_norm": 100.0}):
-        reply = ask(plan=replace(plan, **change))
-        assert reason(reply) is Reason.PLAN_CHANGED
-        assert reply.receipt is not None
-        assert reply.receipt.charged_rounds == 0
-    assert trainer.calls == []
-
-
-def test_the_first_plan_stays(ask: Callable[..., Reply], trainer: Trainer, plan: Plan) -> None:
-    assert isinstance(ask().body, Update)
-    reply = ask(2, plan=replace(plan, noise_multiplier=0.5))
+def test_the_first_plan_stays(site: Any) -> None:
+    assert isinstance(site.ask().body, Update)
+    # Within the policy in every number, but not what the site makes of the run's configuration.
+    reply = site.ask(2, noise_multiplier=8.0)
     assert reason(reply) is Reason.PLAN_CHANGED
-    assert reply.receipt is not None
-    assert reply.receipt.charged_rounds == 1
-    assert trainer.calls == [(1, 1)]
+    assert receipt_of(reply).charged_rounds == 1
+    assert site.trained == [(1, 1)]
 
 
-def test_one_round_is_not_trained_for_two_requests(ask: Callable[..., Reply], trainer: Trainer) -> None:
-    ask()
-    other = Adapter({"b.lora_A": np.zeros((2, 3), np.float32), "head": np.zeros(4, np.float32)})
-    reply = ask(sent=other, adapter_digest=other.digest())
-    assert reason(reply) is Reason.ROUND_REQUESTED_DIFFERENTLY
-    assert trainer.calls == [(1, 1)]
-
-
-def test_a_site_leaves_when_its_plan_is_used_up(ask: Callable[..., Reply], trainer: Trainer, plan: Plan) -> None:
+def test_a_site_leaves_when_its_plan_is_used_up(site: Any, plan: Plan) -> None:
     for round in range(1, plan.most_rounds + 1):
-        assert isinstance(ask(round).body, Update)
-    reply = ask(plan.most_rounds + 1)
+        assert isinstance(site.ask(round).body, Update)
+    reply = site.ask(plan.most_rounds + 1)
     assert reason(reply) is Reason.PLAN_EXHAUSTED
-    assert reply.receipt is not None
-    assert reply.receipt.charged_rounds == plan.most_rounds
-    assert len(trainer.calls) == plan.most_rounds
+    assert receipt_of(reply).charged_rounds == plan.most_rounds
+    assert len(site.trained) == plan.most_rounds
 
 
-def test_no_text_of_a_failure_leaves(ask: Callable[..., Reply], caplog: pytest.LogCaptureFixture) -> None:
-    def fails(*args: object) -> Adapter:
+def test_no_text_of_a_failure_leaves(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(*args: object) -> Trained:
         raise RuntimeError("canary-17 in row 3")
 
     with caplog.at_level(logging.ERROR, "fedtune"):
-        reply = ask(train=fails)
+        reply = site.ask(train=fails)
     assert reason(reply) is Reason.SITE_ERROR
     assert "canary" not in repr(reply)
     assert "canary-17 in row 3" in caplog.text
     assert isinstance(reply.body, Refusal)
     assert (reply.body.asked, reply.body.allowed) == (None, None)
-    assert reply.receipt is not None
-    assert reply.receipt.charged_rounds == 1, "what failed had begun, and was charged"
+    assert receipt_of(reply).charged_rounds == 1, "what failed had begun, and was charged"
 
 
-def test_a_ledger_behind_the_leads_receipt_trains_nothing(ask: Callable[..., Reply], trainer: Trainer) -> None:
-    ask()
-    reply = ask(2, receipt_sequence=99)
-    assert reason(reply) is Reason.LEDGER_BEHIND_RECEIPT
-    assert trainer.calls == [(1, 1)]
-
-
-def test_what_the_lead_knows_of_the_ledger_is_no_part_of_what_it_asks(ask: Callable[..., Reply]) -> None:
-    first, again = ask(), ask(receipt_sequence=2)
+def test_what_the_lead_knows_of_the_ledger_is_no_part_of_what_it_asks(site: Any) -> None:
+    first = site.ask()
+    again = site.ask(about={"receipt": first.receipt, "expires": 1e12})
     assert isinstance(first.body, Update)
     assert isinstance(again.body, Update)
     assert again.body.to_bytes() == first.body.to_bytes()
@@ -189,12 +112,171 @@ def test_what_the_lead_knows_of_the_ledger_is_no_part_of_what_it_asks(ask: Calla
 
 
 @pytest.mark.parametrize("value", [51.0, -1e9, float("nan"), float("inf")])
-def test_an_adapter_out_of_range_is_refused_before_anything_is_charged(
-    ask: Callable[..., Reply], trainer: Trainer, value: float
-) -> None:
+def test_an_adapter_out_of_range_is_refused_before_anything_is_charged(site: Any, value: float) -> None:
     blown_up = Adapter({"b.lora_A": np.zeros((2, 3), np.float32), "head": np.full(4, value, np.float32)})
-    reply = ask(sent=blown_up, adapter_digest=blown_up.digest())
-    assert reason(reply) is Reason.ADAPTER_OUT_OF_RANGE
-    assert reply.receipt is not None
-    assert reply.receipt.charged_rounds == 0
-    assert trainer.calls == []
+    reply = site.ask(adapter=blown_up)
+    assert reason(reply) is Reason.MAX_ADAPTER_VALUE
+    assert receipt_of(reply).charged_rounds == 0
+    assert site.trained == []
+
+
+def test_scores_that_the_plan_releases_travel_with_the_update(station: Callable[..., Any]) -> None:
+    site = station(releases={"metrics": "noised"})
+    site.propose = partial(site.propose, metrics_noise_multiplier=20.0)
+    reply = site.ask(train=lambda request, adapter, attempt: Trained(adapter=adapter, scores=(0.25, 1.5)))
+    assert isinstance(reply.body, Update)
+    assert reply.body.scores == (0.25, 1.5)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A locked ledger is given up soon."""
+    monkeypatch.setattr(ledger_file, "LOCK_TIMEOUT_S", 0.05)
+
+
+@pytest.fixture
+def reader(site: Any) -> Iterator[Callable[[], None]]:
+    """Begins to read the ledger and does not end, as a backup that hangs: nobody can commit meanwhile."""
+    open_files: list[sqlite3.Connection] = []
+
+    def begin() -> None:
+        file = sqlite3.connect(site.path, isolation_level=None)
+        file.execute("BEGIN")
+        file.execute("SELECT count(*) FROM events").fetchone()
+        open_files.append(file)
+
+    yield begin
+    for file in open_files:
+        file.close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_reply_that_cannot_be_stored_is_not_sent_and_its_charge_is_not_denied(
+    site: Any, reader: Callable[[], None], adapter: Adapter, plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    def blocked(*args: object) -> Trained:
+        reader()
+        return Trained(adapter=adapter)
+
+    reply = site.ask(train=blocked)
+    assert reason(reply) is Reason.SITE_ERROR
+    assert site.kinds() == [Kind.PLAN, Kind.RESERVE]
+    # A receipt of nothing charged would be a lie: without one the lead counts the round.
+    assert reply.receipt is None
+    state = LeadState(round=0, adapter=adapter).asked(["a"]).answered({"a": reply}, run="r")
+    assert site_charge(state, "a", plan).steps == plan.local_steps
+    assert "database is locked" in caplog.text
+
+
+class Clock:
+    """Time that passes only while somebody sleeps, or trains."""
+
+    def __init__(self) -> None:
+        self.now = 17.25
+        self.sleeps: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds >= 0, "time.sleep raises ValueError otherwise"
+        self.sleeps.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(site_module, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(("training_s", "reply_s"), [(0.0, 0.0), (0.1, 60.0), (59.9, 60.0), (60.5, 120.0), (600, 600)])
+def test_an_update_leaves_at_a_whole_multiple(
+    station: Callable[..., Any], clock: Clock, adapter: Adapter, training_s: float, reply_s: float
+) -> None:
+    def train(*args: object) -> Trained:
+        clock.now += training_s
+        return Trained(adapter=adapter)
+
+    began = clock.now
+    assert isinstance(station(releases={"reply_after_s": 60.0}).ask(train=train).body, Update)
+    assert clock.now - began == pytest.approx(reply_s)
+
+
+def test_refusals_and_failures_leave_at_a_whole_multiple_too(station: Callable[..., Any], clock: Clock) -> None:
+    site = station(releases={"reply_after_s": 60.0})
+
+    def fails(*args: object) -> Trained:
+        clock.now += 61
+        raise RuntimeError
+
+    began = clock.now
+    assert reason(site.ask(train=fails)) is Reason.SITE_ERROR
+    assert clock.now - began == pytest.approx(120)
+
+    def slow_refusal(*args: object) -> Trained:
+        clock.now += 1
+        raise Refused(Reason.PLAN_EXHAUSTED)
+
+    began = clock.now
+    assert reason(site.ask(2, train=slow_refusal)) is Reason.PLAN_EXHAUSTED
+    assert clock.now - began == pytest.approx(60)
+
+
+def test_a_reply_is_never_due_before_it_is_there(clock: Clock) -> None:
+    # Dividing by 0.1 and multiplying again may round to a little less than what has passed.
+    for number in range(1, 2000):
+        clock.now = float(np.nextafter(number * 0.1, np.inf))
+        site_module._hold(0.0, 0.1)
+
+
+def test_without_a_schedule_a_reply_leaves_at_once(site: Any, clock: Clock) -> None:
+    assert isinstance(site.ask().body, Update)
+    assert clock.sleeps == []
+
+
+def test_the_leads_notice_frees_what_was_set_aside(site: Any) -> None:
+    site.ask()
+    before = site.ledger().spending()
+    assert before.epsilon_with_set_aside > before.epsilon > 0
+    site.end()
+    after = site.ledger().spending()
+    assert after.epsilon_with_set_aside == after.epsilon == before.epsilon
+    assert site.kinds()[-1] is Kind.NOTE
+    site.end()
+    assert [event.detail.get("what") for event in site.events()].count("run_ended") == 1, "said twice, written once"
+
+
+def test_another_leads_notice_frees_nothing(station: Callable[..., Any], stranger_key: SigningKey) -> None:
+    known = station()
+    also = (known.lead.public, stranger_key.public)
+    site = station(allow={"leads": also})
+    site.ask()
+    before = site.events()
+    with pytest.raises(Refused) as refused:
+        site.end(key=stranger_key)
+    assert refused.value.reason is Reason.LEADS
+    assert site.events() == before
+    assert isinstance(site.ask(2).body, Update)
+
+
+def test_a_notice_about_a_run_that_nobody_knows_changes_nothing(site: Any) -> None:
+    site.ask()
+    before = site.events()
+    site.end(run="another")
+    assert site.events() == before
+
+
+def test_after_the_end_nothing_is_trained_but_the_last_reply_can_be_sent_again(site: Any) -> None:
+    last = site.ask()
+    site.end()
+    assert reason(site.ask(2)) is Reason.RUN_ENDED
+    assert site.trained == [(1, 1)]
+    again = site.ask()
+    assert isinstance(last.body, Update)
+    assert isinstance(again.body, Update)
+    assert again.body.to_bytes() == last.body.to_bytes()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,20 @@ from flwr.app import Context, Message
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.site import Site
+from fedtune.federation.site import Site, Trained
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.client import make_client_app
 from fedtune.flower.grid import InProcessGrid
-from fedtune.flower.server import Lead
+from fedtune.flower.server import Lead, run_rounds
 from fedtune.flower.strategy import make_strategy
 from fedtune.model import Adapter
-from fedtune.privacy.ledger import JournalLedger
+from fedtune.privacy.chain import Event
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.plan import Plan
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.verify import verify
 
 STEPS = {"site-1": 1.0, "site-2": -2.0, "site-3": 0.125}
 """What each site adds to every value of the adapter in a round."""
@@ -34,61 +40,124 @@ def adapter() -> Adapter:
 
 
 @pytest.fixture
-def plan() -> Plan:
-    return Plan(
-        unit="record",
-        delta=1e-5,
-        sampling_rate=0.2,
-        noise_multiplier=4.0,
-        max_grad_norm=1.0,
-        local_steps=2,
-        num_rounds=3,
-    )
+def plan(run_plan: Plan) -> Plan:
+    return run_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What sites and lead agree on."""
+
+    proposal: Proposal
+    lead_key: SigningKey
+    policies: dict[str, Policy]
+    adapter: Adapter
+    spec: FederationSpec
+    sizes: dict[str, int]
+
+
+class Died(Exception):
+    """What ends a lead in these tests."""
 
 
 class Federation:
-    """Three sites, their grid and their lead."""
+    """Three sites with ledgers of their own, their grid and their lead.
 
-    def __init__(self, folder: Path, adapter: Adapter, plan: Plan, spec: FederationSpec, sizes: dict[str, int]) -> None:
-        self.spec, self.adapter, self.plan, self.sizes, self.folder = spec, adapter, plan, sizes, folder
+    Attributes:
+        trained: sites in the order in which they trained.
+        fails: site -> what its training raises.
+    """
+
+    def __init__(self, folder: Path, run: Run) -> None:
+        self.run, self.folder = run, folder
+        self.spec, self.adapter, self.plan, self.sizes = run.spec, run.adapter, run.proposal.plan, run.sizes
         self.trained: list[str] = []
-        app = make_client_app(self._site, lambda context: self._name(context))
-        self.grid = InProcessGrid(app, spec.num_sites, replied=lambda number: None)
+        self.fails: dict[str, BaseException] = {}
+        app = make_client_app(self.site, lambda context: self._name(context))
+        self.grid = InProcessGrid(app, run.spec.num_sites, replied=lambda number: None)
         self.finished: list[LeadState] = []
         self.lead = Lead(
-            run="r",
-            plan=plan,
-            federation=spec,
-            declared_sizes=sizes,
-            strategy=make_strategy(spec),
+            proposal=run.proposal,
+            key=run.lead_key,
+            federation=run.spec,
+            declared_sizes=run.sizes,
+            strategy=make_strategy(run.spec),
             checkpoints=Checkpoints(folder / "checkpoints", "digest"),
             evaluate=lambda adapter: {"sum": float(sum(value.sum() for value in adapter.tensors.values()))},
             finished=self.finished.append,
             elapsed=lambda: 1.0,
         )
-        self.start = LeadState(round=0, adapter=adapter)
+        self.start = LeadState(round=0, adapter=run.adapter)
+
+    def run_until(self, round: int, state: LeadState | None = None) -> LeadState:
+        """Run on to the end of `round`, where the lead's process dies, and return what its checkpoint says."""
+
+        def die(state: LeadState) -> None:
+            if state.round == round:
+                raise Died
+
+        with pytest.raises(Died):
+            run_rounds(self.grid, replace(self.lead, finished=die), state or self.start)
+        return self.lead.checkpoints.load()
 
     def _name(self, context: Context) -> str:
         return self.spec.names[int(context.node_config["partition-id"])]
 
-    def _site(self, context: Context) -> Site:
-        name = self._name(context)
-        ledger = JournalLedger(name, self.folder / f"{name}.jsonl")
-        return Site(name=name, run="r", plan=self.plan, ledger=ledger, train=self._train)
+    def ledger_path(self, site: str) -> Path:
+        return self.folder / site / self.run.policies[site].ledger
 
-    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Adapter:
+    def site(self, context: Context) -> Site:
+        """The site of a node, opened from its files."""
+        name = self._name(context)
+        policy, folder = self.run.policies[name], self.folder / name
+        anchor = folder / policy.anchor if policy.anchor else None
+        ledger = Ledger(
+            folder / policy.ledger, policy, SigningKey.load_or_make(folder / policy.site_key), anchor=anchor
+        )
+        return Site(name=name, proposal=self.run.proposal, template=self.adapter, ledger=ledger, train=self._train)
+
+    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         self.trained.append(request.site)
-        return Adapter({name: value + np.float32(STEPS[request.site]) for name, value in adapter.tensors.items()})
+        if request.site in self.fails:
+            raise self.fails[request.site]
+        moved = {name: value + np.float32(STEPS[request.site]) for name, value in adapter.tensors.items()}
+        scores = (STEPS[request.site], 0.5) if self.plan.releases_metrics else None
+        return Trained(adapter=Adapter(moved), scores=scores)
+
+    def events(self, site: str) -> tuple[Event, ...]:
+        """A site's ledger, each event checked."""
+        return verify(self.ledger_path(site)).events
 
 
 @pytest.fixture
-def federation(tmp_path: Path, adapter: Adapter, plan: Plan) -> Callable[..., Federation]:
+def federation(
+    tmp_path: Path,
+    adapter: Adapter,
+    lead_key: SigningKey,
+    run_proposal: Callable[..., Proposal],
+    site_policy: Callable[..., Policy],
+) -> Callable[..., Federation]:
+    """A federation; further keywords are settings of it."""
+
     def make(
-        *, sizes: tuple[int, ...] = (10, 10, 10), adapter: Adapter = adapter, folder: str = "a", **settings: Any
+        *,
+        sizes: tuple[int, ...] = (10, 10, 10),
+        adapter: Adapter = adapter,
+        folder: str = "a",
+        asks: dict[str, Any] | None = None,
+        policies: dict[str, dict[str, Any]] | None = None,
+        **settings: Any,
     ) -> Federation:
         spec = FederationSpec(**({"num_rounds": 1, "num_sites": 3} | settings))
-        declared = dict(zip(spec.names, sizes, strict=True))
-        return Federation(tmp_path / folder, adapter, plan, spec, declared)
+        run = Run(
+            proposal=run_proposal(**(asks or {})),
+            lead_key=lead_key,
+            policies={site: site_policy(site, **(policies or {}).get(site, {})) for site in spec.names},
+            adapter=adapter,
+            spec=spec,
+            sizes=dict(zip(spec.names, sizes, strict=True)),
+        )
+        return Federation(tmp_path / folder, run)
 
     return make
 
@@ -106,5 +175,24 @@ def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[Message]
             return change(messages) if training else messages
 
         monkeypatch.setattr(InProcessGrid, "pull_messages", changed)
+
+    return patch
+
+
+@pytest.fixture
+def intercept(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Message], None]], None]:
+    """Change what a node is sent when it is asked to train, as a malicious server would."""
+
+    def patch(node: int, change: Callable[[Message], None]) -> None:
+        push = InProcessGrid.push_messages
+
+        def changed(self: InProcessGrid, messages: Iterable[Message]) -> list[str]:
+            given = list(messages)
+            for message in given:
+                if (message.metadata.dst_node_id, message.metadata.message_type) == (node, "train"):
+                    change(message)
+            return push(self, given)
+
+        monkeypatch.setattr(InProcessGrid, "push_messages", changed)
 
     return patch

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.site import Site
+from fedtune.federation.protocol import EndOfRun, RoundRequest
+from fedtune.federation.site import Site, Trained
 from fedtune.flower import records
 from fedtune.flower.client import make_client_app
 from fedtune.flower.grid import InProcessGrid
 from fedtune.model import Adapter
-from fedtune.privacy.ledger import JournalLedger
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
 
 
@@ -34,15 +37,27 @@ class Asked:
 
 
 @pytest.fixture
-def site(plan: Plan) -> Callable[[Any], Site]:
+def site(
+    tmp_path: Path, adapter: Adapter, site_policy: Callable[..., Policy], run_proposal: Callable[..., Proposal]
+) -> Callable[[Any], Site]:
     """A site that trains by the given function."""
-    return lambda train: Site(name="a", run="r", plan=plan, ledger=JournalLedger("a"), train=train)
+
+    def make(train: Any) -> Site:
+        key = SigningKey.load_or_make(tmp_path / "site_key.pem")
+        ledger = Ledger(tmp_path / "ledger.db", site_policy("a"), key)
+        return Site(name="a", proposal=run_proposal(), template=adapter, ledger=ledger, train=train)
+
+    return make
 
 
 @pytest.fixture
-def content(adapter: Adapter, plan: Plan) -> RecordDict:
-    request = RoundRequest(run="r", round=1, site="a", adapter_digest=adapter.digest(), plan=plan)
-    return records.from_request(request, records.to_arrays(adapter.tensors))
+def content(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: SigningKey) -> RecordDict:
+    request = RoundRequest(proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest())
+    return records.from_request(request.signed(lead_key), records.to_arrays(adapter.tensors))
+
+
+def unchanged(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+    return Trained(adapter=adapter)
 
 
 def test_it_gives_its_public_name(site: Callable[[Any], Site]) -> None:
@@ -53,7 +68,7 @@ def test_it_gives_its_public_name(site: Callable[[Any], Site]) -> None:
 
 
 def test_it_answers_a_round(site: Callable[[Any], Site], content: RecordDict, adapter: Adapter) -> None:
-    asked = Asked(lambda context: site(lambda request, adapter, attempt: adapter))
+    asked = Asked(lambda context: site(unchanged))
     reply = records.to_reply(asked(content).content)
     assert isinstance(reply.body, Update)
     np.testing.assert_array_equal(reply.body.tensors["head"], adapter.tensors["head"])
@@ -82,18 +97,53 @@ def test_a_failure_is_a_reason_without_text(
     "content",
     [
         RecordDict(),
-        RecordDict({records.REQUEST: ConfigRecord({"json": "__import__('os')"})}),
+        RecordDict({records.REQUEST: ConfigRecord({"json": "__import__('os')", "signature": "00"})}),
+        RecordDict({records.ARRAYS: ArrayRecord([np.ones(2, np.float32)])}),
         RecordDict(
             {records.REQUEST: ConfigRecord({"json": "{}"}), records.ARRAYS: ArrayRecord([np.ones(2, np.float32)])}
         ),
     ],
-    ids=["empty", "no arrays", "no request"],
+    ids=["empty", "no arrays", "no request", "no signature"],
 )
 def test_a_malformed_request_is_refused_before_the_site_is_opened(content: RecordDict) -> None:
     reply = records.to_reply(Asked(fails)(content).content)
     assert isinstance(reply.body, Refusal)
     assert reply.body.reason is Reason.MALFORMED_REQUEST
     assert reply.receipt is None
+
+
+def test_a_request_of_no_words_is_refused(site: Callable[[Any], Site]) -> None:
+    words = ConfigRecord({"json": "{}", "signature": "00"})
+    arrays = ArrayRecord({"head": Array(np.ones(4, np.float32))})
+    reply = records.to_reply(
+        Asked(lambda context: site(unchanged))(RecordDict({records.REQUEST: words, records.ARRAYS: arrays})).content
+    )
+    assert isinstance(reply.body, Refusal)
+    assert reply.body.reason is Reason.MALFORMED_REQUEST
+
+
+def test_the_end_of_a_run_is_noted_and_answered_with_nothing(
+    site: Callable[[Any], Site], content: RecordDict, lead_key: SigningKey, stranger_key: SigningKey
+) -> None:
+    asked = Asked(lambda context: site(unchanged))
+    asked(content)
+    assert asked.replies == [1]
+    for key, ended in ((stranger_key, False), (lead_key, True)):
+        notice = EndOfRun(run="r", lead=key.public).signed(key)
+        answer = asked(records.from_signed(notice), f"query.{records.END}")
+        assert not answer.has_error()
+        assert dict(answer.content) == {}
+        assert (site(None).ledger.history.runs["r"].expires is None) == ended
+
+
+@pytest.mark.parametrize("content", [RecordDict(), RecordDict({records.REQUEST: ConfigRecord({"json": "{"})})])
+def test_a_notice_that_is_none_is_answered_like_any_other(
+    site: Callable[[Any], Site], content: RecordDict, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = Asked(lambda context: site(unchanged))(content, f"query.{records.END}")
+    assert not answer.has_error()
+    assert dict(answer.content) == {}
+    assert "could not end a run" in caplog.text
 
 
 def test_ctrl_c_is_not_swallowed(site: Callable[[Any], Site], content: RecordDict) -> None:

@@ -6,30 +6,43 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedtune.federation.protocol import Reply, RoundRequest
+from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest, Signed
 from fedtune.flower import records
 from fedtune.model import Adapter
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.spec import ConfigError
 
-RECEIPT = Receipt(site="a", run="r", charged_rounds=1, charged_steps=2, sequence=3)
+RECEIPT = Receipt(
+    site="a",
+    run="r",
+    charged_rounds=1,
+    charged_steps=2,
+    sequence=3,
+    head="ab" * 32,
+    site_key="cd" * 32,
+    signature="ef" * 64,
+)
 
 
 @pytest.fixture
-def request_(adapter: Adapter, plan: Plan) -> RoundRequest:
-    return RoundRequest(run="r", round=1, site="a", adapter_digest=adapter.digest(), plan=plan)
+def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: SigningKey) -> Signed:
+    return RoundRequest(proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest()).signed(lead_key)
 
 
-def test_a_request_arrives_as_it_was_sent(request_: RoundRequest, adapter: Adapter) -> None:
+def test_a_request_arrives_as_it_was_sent(request_: Signed, adapter: Adapter) -> None:
     request, received = records.to_request(records.from_request(request_, records.to_arrays(adapter.tensors)))
     assert request == request_
     assert received.digest() == adapter.digest()
 
 
+@pytest.mark.parametrize("scores", [None, (0.25, -1.5)])
 @pytest.mark.parametrize("receipt", [RECEIPT, None])
-def test_an_update_arrives_as_it_was_sent(adapter: Adapter, receipt: Receipt | None) -> None:
-    sent = Update(site="a", run="r", round=1, tensors=dict(reversed(adapter.tensors.items())))
+def test_an_update_arrives_as_it_was_sent(
+    adapter: Adapter, receipt: Receipt | None, scores: tuple[float, float] | None
+) -> None:
+    sent = Update(site="a", run="r", round=1, tensors=dict(reversed(adapter.tensors.items())), scores=scores)
     reply = records.to_reply(records.from_reply(Reply(body=sent, receipt=receipt)))
     assert reply.receipt == receipt
     assert isinstance(reply.body, Update)
@@ -56,11 +69,11 @@ _NO_REQUEST: dict[str, Callable[[RecordDict], RecordDict]] = {
     "empty": lambda content: RecordDict(),
     "without arrays": lambda content: RecordDict({records.REQUEST: content[records.REQUEST]}),
     "without a request": lambda content: RecordDict({records.ARRAYS: content[records.ARRAYS]}),
-    "of another text": lambda content: RecordDict(
+    "unsigned": lambda content: RecordDict(
         {records.ARRAYS: content[records.ARRAYS], records.REQUEST: ConfigRecord({"json": "{}"})}
     ),
     "of another key": lambda content: RecordDict(
-        {records.ARRAYS: content[records.ARRAYS], records.REQUEST: ConfigRecord({"pickle": "x"})}
+        {records.ARRAYS: content[records.ARRAYS], records.REQUEST: ConfigRecord({"pickle": "x", "signature": "00"})}
     ),
     "of integers": lambda content: RecordDict(
         {records.ARRAYS: ArrayRecord([np.ones(3, np.int64)]), records.REQUEST: content[records.REQUEST]}
@@ -69,9 +82,9 @@ _NO_REQUEST: dict[str, Callable[[RecordDict], RecordDict]] = {
 
 
 @pytest.mark.parametrize("fault", list(_NO_REQUEST))
-def test_anything_else_is_no_request(request_: RoundRequest, adapter: Adapter, fault: str) -> None:
+def test_anything_else_is_no_request(request_: Signed, adapter: Adapter, fault: str) -> None:
     content = records.from_request(request_, records.to_arrays(adapter.tensors))
-    with pytest.raises(ValueError, match=r"must (hold|be) a (round request|float32)"):
+    with pytest.raises(ValueError, match=r"must hold (an adapter|a signed request)"):
         records.to_request(_NO_REQUEST[fault](content))
 
 
@@ -81,10 +94,16 @@ def test_unreadable_replies_are_one_kind_of_error() -> None:
             records.to_reply(content)
 
 
-def test_bytes_are_counted_with_names_and_texts(request_: RoundRequest, adapter: Adapter) -> None:
+def test_bytes_are_counted_with_names_and_texts(request_: Signed, adapter: Adapter) -> None:
     content = records.from_request(request_, records.to_arrays(adapter.tensors))
     payload = sum(value.nbytes for value in adapter.tensors.values())
-    assert payload + len(request_.to_json()) <= records.num_bytes(content) <= payload + len(request_.to_json()) + 400
+    words = len(request_.text) + len(request_.signature)
+    assert payload + words <= records.num_bytes(content) <= payload + words + 400
+
+
+def test_a_notice_of_the_end_arrives_as_it_was_sent(lead_key: SigningKey) -> None:
+    notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
+    assert records.to_signed(records.from_signed(notice)) == notice
 
 
 def test_the_weight_is_the_declared_size(adapter: Adapter) -> None:

@@ -73,7 +73,7 @@ def test_too_few_sites_end_the_run_and_the_checkpoint_stays(
     federation: Callable[..., Any], tamper: Callable[..., None]
 ) -> None:
     made = federation(num_rounds=2, min_sites=3)
-    after_one = run_rounds(made.grid, replace(made.lead, federation=replace(made.spec, num_rounds=1)), made.start)
+    after_one = made.run_until(1)
     tamper(lambda messages: messages[1:])
     with pytest.raises(RunError, match=r"round 2: 2 of 3 sites .*min_sites = 3 .*site-1: no_reply.* round 1 can"):
         run_rounds(made.grid, made.lead, after_one)
@@ -105,6 +105,15 @@ def change_fields(**changes: Any) -> Callable[[Message], None]:
     def change(message: Message) -> None:
         fields = json.loads(str(message.content.config_records[records.REPLY]["json"]))
         message.content[records.REPLY] = ConfigRecord({"json": json.dumps(fields | changes)})
+
+    return change
+
+
+def change_receipt(**changes: Any) -> Callable[[Message], None]:
+    def change(message: Message) -> None:
+        fields = json.loads(str(message.content.config_records[records.REPLY]["json"]))
+        fields["receipt"] |= changes
+        message.content[records.REPLY] = ConfigRecord({"json": json.dumps(fields)})
 
     return change
 
@@ -143,13 +152,11 @@ _UNREADABLE: dict[str, Callable[[Message], None]] = {
     "array of another library": change_arrays(
         lambda arrays: arrays | {"head": Array("float32", (4,), "torch", arrays["head"].data)}
     ),
-    "a receipt of texts": change_fields(
-        receipt={"site": "site-2", "run": "r", "charged_rounds": "1", "charged_steps": 2, "sequence": 3}
-    ),
-    "a receipt below zero": change_fields(
-        receipt={"site": "site-2", "run": "r", "charged_rounds": -1, "charged_steps": 2, "sequence": 3}
-    ),
-    "a receipt with more": change_fields(receipt={"note": "x"}),
+    "a receipt of texts": change_receipt(charged_rounds="1"),
+    "a receipt below zero": change_receipt(charged_rounds=-1),
+    "a receipt with more": change_receipt(note="x"),
+    "scores that are no numbers": change_fields(scores=["high", "low"]),
+    "scores without bounds": change_fields(scores=[float("inf"), 1.0]),
 }
 
 
@@ -201,6 +208,6 @@ def test_a_missing_node_is_waited_for_until_the_timeout(federation: Callable[...
 
 def test_a_spent_plan_is_a_refusal_and_no_failure(federation: Any, plan: Plan) -> None:
     many = federation(num_rounds=plan.most_rounds + 1, min_sites=3)
-    with pytest.raises(RefusedError, match=r"rounds are used up at site-1, site-2, site-3 .*spare_rounds"):
+    with pytest.raises(RefusedError, match=r"round 5: refused .*\(site-1: plan_exhausted, .*spare_rounds"):
         run_rounds(many.grid, many.lead, many.start)
     assert len(many.finished) == plan.most_rounds

@@ -77,8 +77,8 @@ def test_a_restored_strategy_goes_on_as_before(federation: Callable[..., Any], s
     settings = {"strategy": strategy, "sizes": (3, 5, 7), **_SETTINGS[strategy]}
     whole = federation(num_rounds=3, folder="whole", **settings)
     expected = run_rounds(whole.grid, whole.lead, whole.start)
-    first = federation(num_rounds=1, folder="parts", **settings)
-    run_rounds(first.grid, first.lead, first.start)
+    first = federation(num_rounds=3, folder="parts", **settings)
+    first.run_until(1)
     second = federation(num_rounds=3, folder="parts", **settings)
     state = second.lead.checkpoints.load()
     restore_strategy(second.lead.strategy, state.strategy)
@@ -90,8 +90,7 @@ def test_the_state_that_is_restored_matters(federation: Callable[..., Any], stra
     settings = {"strategy": strategy, **_SETTINGS[strategy]}
     made = federation(num_rounds=2, folder="whole", **settings)
     expected = run_rounds(made.grid, made.lead, made.start)
-    first = federation(num_rounds=1, folder="parts", **settings)
-    state = run_rounds(first.grid, first.lead, first.start)
+    state = federation(num_rounds=2, folder="parts", **settings).run_until(1)
     assert state.strategy
     forgetful = federation(num_rounds=2, folder="parts", **settings)
     assert run_rounds(forgetful.grid, forgetful.lead, state).adapter.digest() != expected.adapter.digest()

@@ -1,15 +1,29 @@
-"""What the statistical tests of the privacy core share."""
+"""What the tests of the privacy core share: statistics, and the parts that a site's ledger is made of."""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+import sqlite3
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from scipy import stats
 
+from fedtune.privacy import ledger as ledger_module
+from fedtune.privacy import ledger_file
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.plan import Plan
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Reference, Releases
+from fedtune.privacy.proposal import Proposal
 
 Scales = Callable[[npt.NDArray[np.float64], float], bool]
 
@@ -28,7 +42,7 @@ def has_scale() -> Scales:
     return test
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def plan() -> Callable[..., Plan]:
     """A small private plan; keywords override."""
 
@@ -45,3 +59,156 @@ def plan() -> Callable[..., Plan]:
         return Plan(**(values | changes))  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_key() -> Callable[[int], SigningKey]:
+    """A key for each number, the same in every session."""
+    return lambda number: SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32))
+
+
+@pytest.fixture(scope="session")
+def site_key(make_key: Callable[[int], SigningKey]) -> SigningKey:
+    return make_key(1)
+
+
+@pytest.fixture(scope="session")
+def lead_key(make_key: Callable[[int], SigningKey]) -> SigningKey:
+    return make_key(2)
+
+
+@pytest.fixture(scope="session")
+def policy(lead_key: SigningKey) -> Callable[..., Policy]:
+    """A policy that allows `proposal()` twice; keywords override a key, or with a dict some keys of a table.
+
+    The lifetime cap has room for ten rounds of `plan()` and not for eleven.
+    """
+    base = Policy(
+        site="a",
+        population=Population(name="patients"),
+        dataset=(
+            Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "body", "label": "code"}),
+            Dataset(id="letters", declared_size=500),
+        ),
+        budget=Budget(
+            delta=1e-5,
+            max_epsilon=11.0,
+            reference=Reference(sampling_rate=0.25, noise_multiplier=1.0, steps=30),
+        ),
+        limits=Limits(
+            min_noise_multiplier=0.6,
+            max_sampling_rate=0.5,
+            max_grad_norm=1.0,
+            max_local_steps=10,
+            max_rounds=20,
+        ),
+        allow=Allow(
+            leads=(lead_key.public,),
+            tasks=("classification",),
+            base_models=("b" * 64,),
+            target_modules=("q_proj", "v_proj"),
+            max_rank=8,
+            train_head=True,
+        ),
+        releases=Releases(),
+        asserted=Asserted(no_person_at_another_site=True),
+    )
+
+    def make(**changes: Any) -> Policy:
+        values = {
+            name: dataclasses.replace(getattr(base, name), **change) if isinstance(change, dict) else change
+            for name, change in changes.items()
+        }
+        return dataclasses.replace(base, **values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def proposal(lead_key: SigningKey, plan: Callable[..., Plan]) -> Callable[..., Proposal]:
+    """What the policy above allows; keywords override, those of a plan in the dict `plan`."""
+
+    def make(**changes: Any) -> Proposal:
+        values: dict[str, Any] = {
+            "run": "r",
+            "lead": lead_key.public,
+            "dataset": "notes",
+            "task": "classification",
+            "base_model": "b" * 64,
+            "target_modules": ("q_proj",),
+            "rank": 4,
+            "train_head": True,
+            "seeded_noise": False,
+            "num_sites": 3,
+        }
+        return Proposal(**(values | changes | {"plan": plan(**{"num_rounds": 5, **changes.get("plan", {})})}))
+
+    return make
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "site" / "ledger.db"
+
+
+@pytest.fixture
+def opened(path: Path, policy: Callable[..., Policy], site_key: SigningKey) -> Callable[..., Ledger]:
+    """Open the ledger as a fresh process would; keywords change policy, key, path or anchor."""
+
+    def make(**changes: Any) -> Ledger:
+        values = {"path": path, "policy": policy(), "key": site_key, "anchor": None} | changes
+        return Ledger(values["path"], values["policy"], values["key"], anchor=values["anchor"])
+
+    return make
+
+
+class Clock:
+    """The time that ledgers see; it moves only when a test moves it."""
+
+    def __init__(self, now: datetime) -> None:
+        self.time = now
+
+    def forward(self, **span: float) -> None:
+        self.time += timedelta(**span)
+
+    def now(self, zone: object) -> datetime:
+        assert zone is UTC
+        return self.time
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock at the beginning of a year."""
+    clock = Clock(datetime(2030, 1, 10, tzinfo=UTC))
+    monkeypatch.setattr(ledger_module, "datetime", clock)
+    return clock
+
+
+@pytest.fixture(scope="session")
+def tamper() -> Callable[..., None]:
+    """Run SQL on a ledger file as somebody would who can write it: past the triggers, and leaving them in place."""
+
+    def run(path: Path, *statements: str, values: tuple[object, ...] = ()) -> None:
+        file = sqlite3.connect(path)
+        for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            file.execute(f"DROP TRIGGER {name}")
+        for statement in statements:
+            file.execute(statement, values)
+        for trigger in (sql for sql in ledger_file.SCHEMA if "TRIGGER" in sql):
+            file.execute(trigger)
+        file.commit()
+        file.close()
+
+    return run
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[Path], Path]:
+    """A copy of a ledger file, as a backup."""
+    made: list[Path] = []
+
+    def copy(path: Path) -> Path:
+        made.append(tmp_path / f"copy-{len(made)}.db")
+        return Path(shutil.copy(path, made[-1]))
+
+    return copy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 import pytest
 from dp_accounting import (
@@ -16,10 +17,13 @@ from dp_accounting import (
     SampledWithoutReplacementDpEvent,
     SelfComposedDpEvent,
 )
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import events
+from fedtune.privacy.accountant import COARSE, NEIGHBOURING_RELATION, epsilon_pld, epsilon_rdp
 from fedtune.spec import ConfigError
 
 simple = st.one_of(
@@ -31,7 +35,7 @@ every_kind: st.SearchStrategy[DpEvent] = st.recursive(
     lambda inner: st.one_of(
         st.builds(PoissonSampledDpEvent, st.floats(1e-6, 1), inner),
         st.builds(SelfComposedDpEvent, inner, st.integers(0, 10_000)),
-        st.lists(inner, max_size=3).map(ComposedDpEvent),
+        st.lists(inner, max_size=3).map(tuple).map(ComposedDpEvent),
     ),
     max_leaves=6,
 )
@@ -46,6 +50,73 @@ def test_events_survive_json(event: DpEvent) -> None:
 def test_dp_sgd_is_sampled_gaussians() -> None:
     event = events.dp_sgd(sampling_rate=0.1, noise_multiplier=1.5, steps=7)
     assert event == SelfComposedDpEvent(PoissonSampledDpEvent(0.1, GaussianDpEvent(1.5)), 7)
+
+
+def plainly_grouped(event: DpEvent) -> Counter[DpEvent]:
+    """The mechanisms of an event, by doing what it says: each part again and again."""
+    match event:
+        case ComposedDpEvent():
+            return sum((plainly_grouped(part) for part in event.events), Counter())
+        case SelfComposedDpEvent():
+            return sum((plainly_grouped(event.event) for _ in range(event.count)), Counter())
+    return Counter({event: 1})
+
+
+mechanisms = st.one_of(
+    st.just(NonPrivateDpEvent()),
+    st.sampled_from([GaussianDpEvent(2.0), GaussianDpEvent(3.0), PoissonSampledDpEvent(0.1, GaussianDpEvent(2.0))]),
+)
+compositions: st.SearchStrategy[DpEvent] = st.recursive(
+    mechanisms,
+    lambda inner: st.one_of(
+        st.builds(SelfComposedDpEvent, inner, st.integers(0, 4)), st.lists(inner, max_size=3).map(ComposedDpEvent)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(compositions, max_size=4))
+def test_grouping_counts_every_mechanism_as_often_as_it_ran(history: list[DpEvent]) -> None:
+    grouped = events.grouped(history)
+    assert grouped == sum(map(plainly_grouped, history), Counter())
+    assert all(count > 0 for count in grouped.values())
+    assert events.grouped(grouped) == grouped
+    tripled = Counter({event: 3 * count for event, count in grouped.items()})
+    assert events.grouped(history * 3) == events.grouped(tripled) == tripled
+
+
+def test_what_is_sampled_stays_in_one_piece() -> None:
+    # Sampling does not commute with composing: two mechanisms on one sample are not two samples.
+    event = PoissonSampledDpEvent(0.1, SelfComposedDpEvent(GaussianDpEvent(1.0), 2))
+    assert events.grouped([event, event]) == {event: 2}
+
+
+def test_many_events_in_few_settings_cost_what_each_of_them_costs() -> None:
+    settings_of_a_run = [events.dp_sgd(sampling_rate=0.1, noise_multiplier=1 + n / 10, steps=2) for n in range(4)]
+    history = [settings_of_a_run[n % 4] for n in range(24)]
+    one_by_one = PLDAccountant(NEIGHBOURING_RELATION, value_discretization_interval=COARSE)
+    rdp = RdpAccountant(neighboring_relation=NEIGHBOURING_RELATION)
+    for event in history:
+        one_by_one.compose(event)
+        rdp.compose(event)
+    # A list of many small loss distributions is rounded more often than a few self-composed ones.
+    assert epsilon_pld(history, 1e-5, interval=COARSE) == pytest.approx(one_by_one.get_epsilon(1e-5), abs=1e-3)
+    assert epsilon_rdp(history, 1e-5) == pytest.approx(rdp.get_epsilon(1e-5), rel=1e-9)
+
+
+def test_ten_thousand_events_in_twenty_settings_compose() -> None:
+    twenty = [events.dp_sgd(sampling_rate=0.01, noise_multiplier=1 + n / 20, steps=1) for n in range(20)]
+    history = [twenty[n % 20] for n in range(10_000)]
+    assert events.grouped(history) == {event.event: 500 for event in twenty}
+    pld = epsilon_pld(history, 1e-5, interval=COARSE)
+    # Between what the history would cost if every event had the most or the least noise of the twenty.
+    least, most = (
+        epsilon_pld([events.dp_sgd(sampling_rate=0.01, noise_multiplier=noise, steps=10_000)], 1e-5, interval=COARSE)
+        for noise in (1.95, 1.0)
+    )
+    assert least < pld < most
+    assert pld <= epsilon_rdp(history, 1e-5)
 
 
 def test_steps_without_noise_are_not_private() -> None:

@@ -1,339 +1,592 @@
-"""The ledger charges before anything is trained, survives crashes, and never answers from doubt."""
+"""A round at a ledger: charged before it is trained, answered once, and never beyond its plan, its run and its caps."""
 
 from __future__ import annotations
 
-import json
-import os
-import stat
+import dataclasses
+import math
+from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dp_accounting import DpEvent, GaussianDpEvent
 
-from fedtune.privacy import durable
+from fedtune.privacy import events, filter, spending
 from fedtune.privacy import ledger as ledger_module
-from fedtune.privacy.ledger import JournalLedger, Kind, Ledger, Reservation
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.release import Reason, Receipt, Refused
+from fedtune.privacy.chain import Event, Kind
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.policy_tables import Dataset
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Offer, Reason, Refused
+from fedtune.privacy.verify import verify
 from fedtune.spec import RunError
 
-Open = Callable[[], JournalLedger]
+Open = Callable[..., Ledger]
 
 
-class PowerCut(Exception):
-    """What a test raises where a crash would strike."""
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "sites" / "a" / "ledger.jsonl"
-
-
-@pytest.fixture
-def opened(path: Path) -> Open:
-    """Open the ledger as a fresh process would."""
-    return lambda: JournalLedger("a", path)
-
-
-def reserve(ledger: Ledger, round: int, plan: Plan, request: str | None = None) -> Reservation:
-    granted = ledger.reserve(run="r", round=round, request=request or f"digest {round}", plan=plan)
+def reserve(ledger: Ledger, proposal: Proposal, round: int, request: str | None = None) -> Reservation:
+    granted = ledger.reserve(proposal, round=round, request=request or f"digest {proposal.run} {round}")
     assert isinstance(granted, Reservation)
     return granted
 
 
-def answered(ledger: Ledger, round: int, plan: Plan, reply: bytes) -> None:
-    ledger.commit(reserve(ledger, round, plan), reply)
+def answered(ledger: Ledger, proposal: Proposal, round: int, reply: bytes = b"reply") -> None:
+    ledger.commit(reserve(ledger, proposal, round), reply)
 
 
-def refusal_of(ledger: Ledger, round: int, plan: Plan, request: str | None = None) -> Refused:
+def refusal_of(ledger: Ledger, proposal: Proposal, round: int = 1, request: str | None = None) -> Refused:
+    """Why a request is refused; nothing is charged for it, also as a fresh process sees it."""
+    before = ledger.history.charged()
     with pytest.raises(Refused) as caught:
-        ledger.reserve(run="r", round=round, request=request or f"digest {round}", plan=plan)
+        ledger.reserve(proposal, round=round, request=request or f"digest {proposal.run} {round}")
+    assert ledger.history.charged() == before
+    assert verify(ledger.path).history.charged() == before
     return caught.value
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def events_of(path: Path) -> tuple[Event, ...]:
+    return verify(path).events
 
 
-def test_a_round_is_charged_on_disk_before_reserve_returns(path: Path, opened: Open, plan: Any) -> None:
-    reserve(opened(), 1, plan())
-    assert [(line["kind"], line["round"]) for line in lines(path)] == [("plan", 0), ("reserve", 1)]
-    assert opened().events("r") == [plan().event()], "a killed process is charged for what it began"
+def kinds_of(path: Path) -> list[tuple[Kind, str]]:
+    return [(event.kind, event.detail.get("what", "")) for event in events_of(path)]
 
 
-def test_the_charge_is_forced_to_disk_and_no_leave_is_given_without(
-    opened: Open, plan: Any, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+OPENED = [(Kind.NOTE, "opened"), (Kind.NOTE, "policy")]
+
+
+# One round.
+
+
+def test_a_round_is_charged_on_disk_before_reserve_returns(path: Path, opened: Open, proposal: Any) -> None:
+    reserve(opened(), proposal(), 1)
+    assert kinds_of(path) == [*OPENED, (Kind.PLAN, ""), (Kind.RESERVE, "")]
+    charged = events.from_json(events_of(path)[-1].detail["event"])
+    assert charged == proposal().plan.event()
+    assert opened().history.charged() == events.grouped([charged]), "a killed process is charged for what it began"
+
+
+def test_one_round(opened: Open, proposal: Any, path: Path) -> None:
     ledger = opened()
-    synced: list[bytes] = []
-
-    def cut_at_reserve(_: int) -> None:
-        synced.append(path.read_bytes())
-        if b'"reserve"' in synced[-1]:
-            raise PowerCut
-
-    monkeypatch.setattr(durable.os, "fsync", cut_at_reserve)
-    with pytest.raises(PowerCut):
-        reserve(ledger, 1, plan())
-    assert b'"plan"' in synced[0]
-
-
-def test_one_round(opened: Open, plan: Any) -> None:
-    ledger = opened()
-    granted = reserve(ledger, 1, plan())
+    granted = reserve(ledger, proposal(), 1, "digest 1")
     assert granted == Reservation(run="r", round=1, request="digest 1", attempt=1)
-    ledger.commit(granted, b"reply 1")
-    assert [entry.kind for entry in ledger.entries] == [Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
-    assert [entry.sequence for entry in ledger.entries] == [1, 2, 3]
+    ledger.commit(granted, b"reply 1", fingerprint="f")
+    assert [kind for kind, _ in kinds_of(path)[2:]] == [Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
+    assert events_of(path)[-1].detail["fingerprint"] == "f"
+    assert all(event.dataset == "notes" for event in events_of(path)[2:])
 
 
-def test_the_same_request_after_a_commit_is_free(opened: Open, plan: Any) -> None:
-    answered(opened(), 1, plan(), b"reply 1")
+def test_a_ledger_opened_again_notes_nothing(path: Path, opened: Open) -> None:
+    opened()
+    opened()
+    assert kinds_of(path) == OPENED
+
+
+def test_the_same_request_after_a_commit_is_free(opened: Open, proposal: Any, path: Path) -> None:
+    answered(opened(), proposal(), 1, b"reply 1")
+    length = len(events_of(path))
     for ledger in (opened(), opened()):
-        assert ledger.reserve(run="r", round=1, request="digest 1", plan=plan()) == b"reply 1"
-    assert opened().receipt("r") == Receipt(site="a", run="r", charged_rounds=1, charged_steps=3, sequence=3)
+        assert ledger.reserve(proposal(), round=1, request="digest r 1") == b"reply 1"
+    assert len(events_of(path)) == length
+    assert opened().receipt("r").charged_rounds == 1
 
 
-def test_another_request_for_a_round_is_refused(opened: Open, plan: Any) -> None:
-    answered(opened(), 1, plan(), b"reply 1")
-    refused = refusal_of(opened(), 1, plan(), request="another digest")
-    assert (refused.reason, refused.asked, refused.allowed) == (
-        Reason.ROUND_REQUESTED_DIFFERENTLY,
-        "another digest",
-        "digest 1",
-    )
-    assert len(opened().events("r")) == 1
+def test_another_request_for_a_round_is_refused(opened: Open, proposal: Any) -> None:
+    answered(opened(), proposal(), 1)
+    refused = refusal_of(opened(), proposal(), 1, "another digest")
+    assert refused.reason is Reason.ROUND_REQUESTED_DIFFERENTLY
+    assert (refused.asked, refused.allowed) == ("another digest", "digest r 1")
 
 
-def test_another_request_for_an_interrupted_round_is_refused_too(opened: Open, plan: Any) -> None:
-    reserve(opened(), 1, plan())
-    assert refusal_of(opened(), 1, plan(), request="another").reason is Reason.ROUND_REQUESTED_DIFFERENTLY
-
-
-@pytest.mark.parametrize("change", [{"noise_multiplier": 0.9}, {"sampling_rate": 0.3}, {"spare_rounds": 1}])
-def test_a_changed_plan_is_refused(opened: Open, plan: Any, change: dict[str, float]) -> None:
-    answered(opened(), 1, plan(), b"reply 1")
-    refused = refusal_of(opened(), 2, plan(**change))
-    assert refused.reason is Reason.PLAN_CHANGED
-    assert (refused.asked, refused.allowed) == (plan(**change).digest(), plan().digest())
-    assert len(opened().events("r")) == 1
-
-
-def test_an_exhausted_plan_is_refused(opened: Open, plan: Any) -> None:
-    two_and_one_spare = plan(num_rounds=2, spare_rounds=1)
-    for round in (1, 2, 3):
-        answered(opened(), round, two_and_one_spare, b"reply")
-    refused = refusal_of(opened(), 4, two_and_one_spare)
-    assert (refused.reason, refused.asked, refused.allowed) == (Reason.PLAN_EXHAUSTED, "4", "3")
-    assert opened().receipt("r").charged_rounds == 3
-    assert opened().reserve(run="r", round=3, request="digest 3", plan=two_and_one_spare) == b"reply"
-
-
-def test_a_retry_is_charged_and_draws_fresh_noise(opened: Open, plan: Any) -> None:
-    once_more = plan(num_rounds=2, spare_rounds=1)
-    assert [reserve(opened(), 1, once_more).attempt for _ in range(3)] == [1, 2, 3]
-    assert opened().receipt("r").charged_rounds == 3
-    assert refusal_of(opened(), 1, once_more).reason is Reason.PLAN_EXHAUSTED
-
-
-def test_attempts_are_counted_for_each_round(opened: Open, plan: Any) -> None:
-    many = plan(num_rounds=9)
-    reserve(opened(), 1, many)
-    assert reserve(opened(), 2, many).attempt == 1
-    assert reserve(opened(), 2, many).attempt == 2
-
-
-def test_a_refusal_is_recorded_and_costs_nothing(opened: Open, plan: Any, path: Path) -> None:
-    answered(opened(), 1, plan(), b"reply 1")
-    refusal_of(opened(), 1, plan(), request="another")
-    last = lines(path)[-1]
-    assert (last["kind"], last["detail"]) == ("refusal", {"reason": "round_requested_differently"})
-    assert opened().receipt("r") == Receipt(site="a", run="r", charged_rounds=1, charged_steps=3, sequence=4)
-
-
-def test_runs_are_told_apart(opened: Open, plan: Any) -> None:
-    answered(opened(), 1, plan(), b"reply 1")
-    ledger = opened()
-    ledger.reserve(run="other", round=1, request="digest 1 of other", plan=plan(local_steps=5))
-    assert ledger.receipt("r").charged_steps == 3
-    assert ledger.receipt("other").charged_steps == 5
-    assert ledger.events("other") == [plan(local_steps=5).event()]
-
-
-def test_before_anything_a_receipt_says_nothing_was_charged(opened: Open) -> None:
-    assert opened().receipt("r") == Receipt(site="a", run="r", charged_rounds=0, charged_steps=0, sequence=0)
-    assert opened().events("r") == []
-
-
-def test_a_receipt_counts_rounds_without_a_reply(opened: Open, plan: Any) -> None:
-    answered(opened(), 1, plan(), b"reply 1")
-    reserve(opened(), 2, plan())
-    assert opened().receipt("r") == Receipt(site="a", run="r", charged_rounds=2, charged_steps=6, sequence=4)
-
-
-@pytest.mark.parametrize("struck", ["before the reply", "between reply and entry", "within the entry"])
-def test_a_crash_during_commit_is_charged_and_never_answers_from_doubt(
-    opened: Open, plan: Any, path: Path, monkeypatch: pytest.MonkeyPatch, struck: str
-) -> None:
-    many = plan(num_rounds=9)
-    answered(opened(), 1, many, b"reply 1")
-    ledger = opened()
-    granted = reserve(ledger, 2, many)
-
-    def cut(target: Path, data: bytes) -> None:
-        if struck == "within the entry":
-            target.write_bytes(target.read_bytes() + data[:-3])
-        raise PowerCut
-
-    name = "write_durably" if struck == "before the reply" else "append_durably"
-    with monkeypatch.context() as patched:
-        patched.setattr(ledger_module, name, cut)
-        with pytest.raises(PowerCut):
-            ledger.commit(granted, b"reply 2")
-
-    assert opened().receipt("r").charged_rounds == 2
-    if struck == "before the reply":
-        assert opened().reserve(run="r", round=1, request="digest 1", plan=many) == b"reply 1"
-    else:
-        assert refusal_of(opened(), 1, many).reason is Reason.REPLY_NO_LONGER_STORED
-    again = reserve(opened(), 2, many)
-    assert again.attempt == 2, "the reply without an entry must not be sent, and its noise not used again"
-    opened().commit(again, b"reply 2, second attempt")
-    assert opened().reserve(run="r", round=2, request="digest 2", plan=many) == b"reply 2, second attempt"
-
-
-def test_a_torn_last_line_is_dropped(opened: Open, plan: Any, path: Path) -> None:
-    answered(opened(), 1, plan(), b"reply 1")
-    whole = path.read_bytes()
-    for cut in (1, 20):
-        path.write_bytes(whole + whole.splitlines(keepends=True)[-1][:cut])
-        assert len(opened().entries) == 3
-        assert path.read_bytes() == whole, "the next entry would be written onto the torn line"
-    reserve(opened(), 2, plan())
-    assert [line["sequence"] for line in lines(path)] == [1, 2, 3, 4]
-
-
-def damaged(whole: bytes, how: str) -> bytes:
-    first, second, third = whole.splitlines(keepends=True)
-    fields = json.loads(second)
-    event = fields["detail"]["event"]
-    return {
-        "flipped bytes": first + second.replace(b'"', b"'", 4) + third,
-        "not text": first + b"\xff\xfe\n" + third,
-        "missing line": first + third,
-        "doubled line": first + second + second + third,
-        "swapped lines": second + first + third,
-        "blank line": first + b"\n" + second + third,
-        "unknown kind": first + second.replace(b'"reserve"', b'"reverse"') + third,
-        "unknown field": first + json.dumps(fields | {"epsilon": 0}).encode() + b"\n" + third,
-        "lost field": first + json.dumps({**fields, "detail": {}}).encode() + b"\n" + third,
-        "impossible event": first
-        + json.dumps(fields | {"detail": {"event": event | {"count": -3}}}).encode()
-        + b"\n"
-        + third,
-        "impossible plan": first.replace(b'"sampling_rate": 0.25', b'"sampling_rate": 0.0') + second + third,
-        "impossible digest": first + second + third.replace(b'"reply_sha256": "', b'"reply_sha256": "?'),
-        "first line gone": second + third,
-    }[how]
+def test_another_request_for_an_interrupted_round_is_refused_too(opened: Open, proposal: Any) -> None:
+    reserve(opened(), proposal(), 1)
+    assert refusal_of(opened(), proposal(), 1, "another").reason is Reason.ROUND_REQUESTED_DIFFERENTLY
 
 
 @pytest.mark.parametrize(
-    "how",
+    "change",
     [
-        "flipped bytes",
-        "not text",
-        "missing line",
-        "doubled line",
-        "swapped lines",
-        "blank line",
-        "unknown kind",
-        "unknown field",
-        "lost field",
-        "impossible event",
-        "impossible plan",
-        "impossible digest",
-        "first line gone",
+        {"plan": {"noise_multiplier": 0.9}},
+        {"plan": {"noise_multiplier": 1.1}},
+        {"plan": {"num_rounds": 6}},
+        {"plan": {"spare_rounds": 1}},
+        {"rank": 3},
+        {"dataset": "letters"},
+        {"num_sites": 4},
     ],
 )
-def test_a_damaged_journal_stops_the_run(opened: Open, plan: Any, path: Path, how: str) -> None:
-    answered(opened(), 1, plan(), b"reply 1")
-    path.write_bytes(damaged(path.read_bytes(), how))
-    with pytest.raises(RunError, match=r"ledger .*: line \d"):
-        opened()
+def test_a_changed_proposal_is_refused(opened: Open, proposal: Any, change: dict[str, Any]) -> None:
+    answered(opened(), proposal(), 1)
+    refused = refusal_of(opened(), proposal(**change), 2)
+    assert refused.reason is Reason.PLAN_CHANGED
+    assert (refused.asked, refused.allowed) == (proposal(**change).digest(), proposal().digest())
 
 
-def test_a_reply_that_was_changed_is_not_sent(opened: Open, plan: Any, path: Path) -> None:
-    answered(opened(), 1, plan(), b"reply 1")
-    path.with_suffix(".reply").write_bytes(b"reply X")
-    assert refusal_of(opened(), 1, plan()).reason is Reason.REPLY_NO_LONGER_STORED
-    path.with_suffix(".reply").unlink()
-    assert refusal_of(opened(), 1, plan()).reason is Reason.REPLY_NO_LONGER_STORED
+def test_an_exhausted_plan_is_refused_and_its_last_reply_still_free(opened: Open, proposal: Any) -> None:
+    three = proposal(plan={"num_rounds": 2, "spare_rounds": 1})
+    for round in (1, 2, 3):
+        answered(opened(), three, round, b"reply %d" % round)
+    refused = refusal_of(opened(), three, 4)
+    assert (refused.reason, refused.asked, refused.allowed) == (Reason.PLAN_EXHAUSTED, "4", "3")
+    assert opened().receipt("r").charged_rounds == 3
+    assert opened().reserve(three, round=3, request="digest r 3") == b"reply 3"
+
+
+def test_an_interrupted_round_is_charged_and_its_retry_uses_up_a_later_one(opened: Open, proposal: Any) -> None:
+    once_more = proposal(plan={"num_rounds": 2, "spare_rounds": 1})
+    assert [reserve(opened(), once_more, 1).attempt for _ in range(3)] == [1, 2, 3]
+    assert opened().receipt("r").charged_rounds == 3
+    assert refusal_of(opened(), once_more, 1).reason is Reason.PLAN_EXHAUSTED
+    assert refusal_of(opened(), once_more, 2).reason is Reason.PLAN_EXHAUSTED
+
+
+def test_attempts_are_counted_for_each_round(opened: Open, proposal: Any) -> None:
+    reserve(opened(), proposal(), 1)
+    assert reserve(opened(), proposal(), 2).attempt == 1
+    assert reserve(opened(), proposal(), 2).attempt == 2
+
+
+def test_only_the_newest_attempt_is_committed(opened: Open, proposal: Any, path: Path) -> None:
+    first = reserve(opened(), proposal(), 1)
+    second = reserve(opened(), proposal(), 1)
+    with pytest.raises(AssertionError, match="only the newest reservation"):
+        opened().commit(first, b"of the first")
+    opened().commit(second, b"of the second")
+    assert opened().reserve(proposal(), round=1, request="digest r 1") == b"of the second"
+    with pytest.raises(AssertionError, match="committed once"):
+        opened().commit(second, b"again")
+    assert [kind for kind, _ in kinds_of(path)].count(Kind.COMMIT) == 1
+
+
+def test_what_was_never_reserved_is_not_committed(opened: Open, path: Path) -> None:
+    with pytest.raises(AssertionError):
+        opened().commit(Reservation(run="r", round=1, request="q", attempt=1), b"reply")
+    assert kinds_of(path) == OPENED
+
+
+def test_only_the_newest_reply_of_a_run_is_kept(opened: Open, proposal: Any) -> None:
+    ledger = opened()
+    answered(ledger, proposal(), 1, b"reply 1")
+    answered(ledger, proposal(run="other"), 1, b"reply of the other")
+    answered(ledger, proposal(), 2, b"reply 2")
+    for each in (ledger, opened()):
+        assert each.reserve(proposal(), round=2, request="digest r 2") == b"reply 2"
+        assert each.reserve(proposal(run="other"), round=1, request="digest other 1") == b"reply of the other"
+        refused = refusal_of(each, proposal(), 1)
+        assert (refused.reason, refused.asked) == (Reason.REPLY_NO_LONGER_STORED, "1")
+
+
+@pytest.mark.parametrize("sql", ["UPDATE replies SET reply = x'00'", "DELETE FROM replies"])
+def test_a_reply_that_was_changed_is_not_sent(opened: Open, proposal: Any, path: Path, tamper: Any, sql: str) -> None:
+    answered(opened(), proposal(), 1)
+    tamper(path, sql)
+    with pytest.raises(Refused) as caught:
+        opened().reserve(proposal(), round=1, request="digest r 1")
+    assert caught.value.reason is Reason.REPLY_NO_LONGER_STORED
     assert opened().receipt("r").charged_rounds == 1, "an old round is not trained again"
 
 
-def test_only_the_newest_reply_is_kept(opened: Open, plan: Any) -> None:
-    ledger = opened()
-    answered(ledger, 1, plan(), b"reply 1")
-    answered(ledger, 2, plan(), b"reply 2")
-    for each in (ledger, opened()):
-        assert each.reserve(run="r", round=2, request="digest 2", plan=plan()) == b"reply 2"
-        assert refusal_of(each, 1, plan()).reason is Reason.REPLY_NO_LONGER_STORED
-
-
-def test_a_ledger_without_a_file_behaves_alike(plan: Any) -> None:
-    ledger = JournalLedger("a")
-    answered(ledger, 1, plan(), b"reply 1")
-    assert ledger.reserve(run="r", round=1, request="digest 1", plan=plan()) == b"reply 1"
-    reserve(ledger, 2, plan())
-    assert refusal_of(ledger, 2, plan()).reason is Reason.PLAN_EXHAUSTED
-    assert ledger.receipt("r").charged_rounds == 2
-
-
-def test_all_charges_of_a_run_stay_within_its_plan(opened: Open, plan: Any) -> None:
+def test_all_charges_of_a_run_stay_within_its_plan(opened: Open, proposal: Any) -> None:
     # Whatever is asked, in whatever order, with crashes or without.
-    small = plan(num_rounds=2, spare_rounds=2)
+    small = proposal(plan={"num_rounds": 2, "spare_rounds": 2})
     for round, request, reply in [(1, "a", b"1"), (1, "a", None), (7, "b", None), (7, "b", b"7"), (7, "b", b"7")]:
-        granted = opened().reserve(run="r", round=round, request=request, plan=small)
+        granted = opened().reserve(small, round=round, request=request)
         if isinstance(granted, Reservation) and reply is not None:
             opened().commit(granted, reply)
-    assert len(opened().events("r")) == 3, "a retry is charged, a stored reply is not"
-    reserve(opened(), 8, small)
+    assert opened().receipt("r").charged_rounds == 3, "a retry is charged, a stored reply is not"
+    reserve(opened(), small, 8)
     for round in (8, 9):
-        assert refusal_of(opened(), round, small).reason is Reason.PLAN_EXHAUSTED
-    assert opened().events("r") == [small.event()] * small.most_rounds
+        assert refusal_of(opened(), small, round).reason is Reason.PLAN_EXHAUSTED
+    assert opened().history.charged() == events.grouped([small.plan.event()] * 4)
 
 
-def test_durable_writing_leaves_the_old_bytes_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "new" / "file"
-    durable.write_durably(file, b"old")
-
-    def cut(*_: object) -> None:
-        raise PowerCut
-
-    with monkeypatch.context() as patched:
-        patched.setattr(durable.os, "replace", cut)
-        with pytest.raises(PowerCut):
-            durable.write_durably(file, b"new")
-    assert file.read_bytes() == b"old"
-    durable.write_durably(file, b"new")
-    assert file.read_bytes() == b"new"
+def test_released_scores_are_charged_with_their_round(opened: Open, policy: Any, proposal: Any) -> None:
+    site = policy(releases={"metrics": "noised"})
+    scored = proposal(plan={"metrics_noise_multiplier": 20.0})
+    answered(opened(policy=site), scored, 1)
+    expected = events.grouped([proposal().plan.event()]) + Counter({GaussianDpEvent(20.0): 1})
+    ledger = opened(policy=site)
+    assert ledger.history.charged() == expected
+    held = ledger.history.set_aside(datetime.now(UTC))
+    assert held == Counter({event: 4 * count for event, count in expected.items()})
 
 
-def test_durable_writing_syncs_the_bytes_before_the_name_and_the_folder_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# Receipts and records.
+
+
+def test_a_receipt_counts_rounds_without_a_reply(opened: Open, proposal: Any, site_key: SigningKey) -> None:
+    ledger = opened()
+    nothing = ledger.receipt("r")
+    assert (nothing.charged_rounds, nothing.charged_steps, nothing.sequence) == (0, 0, 2)
+    answered(ledger, proposal(), 1)
+    reserve(ledger, proposal(), 2)
+    receipt = ledger.receipt("r")
+    assert (receipt.site, receipt.run, receipt.charged_rounds, receipt.charged_steps) == ("a", "r", 2, 6)
+    assert (receipt.sequence, receipt.site_key) == (6, site_key.public)
+    assert receipt.is_signed()
+
+
+def test_a_receipt_does_not_show_the_head_that_it_proves(opened: Open, proposal: Any, path: Path) -> None:
+    # Whoever knows the hash could test a guess of what the ledger holds.
+    ledger = opened()
+    reserve(ledger, proposal(), 1)
+    receipt = ledger.receipt("r")
+    assert receipt.head not in {event.hash for event in events_of(path)}
+    assert opened().receipt("r") == receipt, "the same state has the same receipt"
+
+
+def test_runs_are_told_apart(opened: Open, proposal: Any) -> None:
+    other = proposal(run="other", plan={"local_steps": 1, "num_rounds": 1})
+    ledger = opened()
+    answered(ledger, proposal(), 1)
+    answered(ledger, other, 1)
+    assert ledger.receipt("r").charged_steps == 3
+    assert ledger.receipt("other").charged_steps == 1
+
+
+def test_a_refusal_is_recorded_and_costs_nothing(opened: Open, proposal: Any, path: Path) -> None:
+    ledger = opened()
+    refused = refusal_of(ledger, proposal(rank=9))
+    ledger.refuse(refused, run="r", round=1, request="digest r 1")
+    last = events_of(path)[-1]
+    assert (last.kind, last.run, last.round, last.request) == (Kind.REFUSAL, "r", 1, "digest r 1")
+    assert last.detail == {"reason": "max_rank", "asked": "9", "allowed": "at most 8"}
+    assert not opened().history.charged()
+
+
+def test_refusals_cannot_fill_a_disk(opened: Open, path: Path, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "MOST_ANSWERS_A_DAY", 3)
+    refused = Refused(Reason.LEADS, asked="x" * 100_000)
+    for _ in range(3):
+        for _ in range(5):
+            opened().refuse(refused, run="y" * 100_000, round=1, request="q")
+        clock.forward(days=1)
+    refusals = [event for event in events_of(path) if event.kind is Kind.REFUSAL]
+    assert [event.time[:10] for event in refusals] == ["2030-01-10"] * 3 + ["2030-01-11"] * 3 + ["2030-01-12"] * 3
+    assert all(len(event.run) + len(str(event.detail)) < 1000 for event in refusals)
+
+
+# Who is asked for: one budget for one population.
+
+
+def test_nothing_but_the_population_has_a_budget(opened: Open, proposal: Any, policy: Any) -> None:
+    # Ten rounds fit: another run, data set, path of the data or declared size starts no new ones.
+    answered(opened(), proposal(plan={"num_rounds": 4}), 1)
+    moved = (Dataset(id="notes", declared_size=9000, path="moved.csv"), Dataset(id="new", declared_size=10))
+    changed = policy(dataset=moved)
+    answered(opened(policy=changed), proposal(run="2", dataset="new", plan={"num_rounds": 4}), 1)
+    for dataset in ("notes", "new"):
+        refused = refusal_of(opened(policy=changed), proposal(run="3", dataset=dataset, plan={"num_rounds": 3}))
+        assert refused.reason is Reason.MAX_EPSILON
+    answered(opened(policy=changed), proposal(run="3", plan={"num_rounds": 2}), 1)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("population", {"population": {"name": "staff"}}),
+        ("site", {"site": "b"}),
+        ("delta", {"budget": {"delta": 1e-6}}),
+    ],
+)
+def test_a_ledger_is_of_one_population_site_and_delta(
+    opened: Open, policy: Any, path: Path, what: str, change: dict[str, Any]
 ) -> None:
-    order: list[str] = []
-    replace = os.replace
+    opened()
+    with pytest.raises(RunError, match=rf"was made for {what} = .*; another one needs a ledger of its own"):
+        opened(policy=policy(**change))
+    assert kinds_of(path) == OPENED
 
-    def fsync(handle: int) -> None:
-        order.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "bytes")
 
-    def named(source: Path, target: Path) -> None:
-        order.append("name")
-        replace(source, target)
+def test_a_ledger_is_of_one_unit(opened: Open, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened()
+    users = policy()
+    object.__setattr__(users, "population", dataclasses.replace(users.population))
+    object.__setattr__(users.population, "unit", "user")  # which no policy may say yet
+    with pytest.raises(RunError, match="was made for unit = record, the policy says user"):
+        opened(policy=users)
 
-    monkeypatch.setattr(durable.os, "fsync", fsync)
-    monkeypatch.setattr(durable.os, "replace", named)
-    durable.write_durably(tmp_path / "file", b"x")
-    assert order == ["bytes", "name", "folder"]
+
+def test_a_ledger_is_of_one_key(opened: Open, make_key: Any) -> None:
+    opened()
+    with pytest.raises(RunError, match="is not signed by the site's key"):
+        opened(key=make_key(9))
+
+
+# Caps.
+
+
+def test_a_whole_plan_is_set_aside_when_its_first_round_is_accepted(opened: Open, proposal: Any) -> None:
+    answered(opened(), proposal(plan={"num_rounds": 6}), 1)
+    refused = refusal_of(opened(), proposal(run="2"))
+    assert refused.reason is Reason.MAX_EPSILON
+    assert refused.allowed is not None
+    assert "at most 11, of which 8.8675 is taken" in refused.allowed, "six rounds are taken, one of them spent"
+    answered(opened(), proposal(run="2", plan={"num_rounds": 4}), 1)
+    assert refusal_of(opened(), proposal(run="3", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
+
+
+def test_a_run_that_ends_frees_what_it_did_not_spend(opened: Open, proposal: Any) -> None:
+    ledger = opened()
+    answered(ledger, proposal(plan={"num_rounds": 10}), 1)
+    assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
+    opened().end("r")
+    assert not opened().history.set_aside(datetime.now(UTC))
+    answered(opened(), proposal(run="2", plan={"num_rounds": 9}), 1)
+    assert refusal_of(opened(), proposal(plan={"num_rounds": 10}), 2).reason is Reason.RUN_ENDED
+    assert ledger.reserve(proposal(plan={"num_rounds": 10}), round=1, request="digest r 1") == b"reply"
+
+
+def test_a_run_ends_once_and_an_unknown_one_never(opened: Open, proposal: Any, path: Path) -> None:
+    ledger = opened()
+    reserve(ledger, proposal(), 1)
+    for run in ("r", "r", "unknown"):
+        opened().end(run)
+    assert [what for _, what in kinds_of(path)].count("run_ended") == 1
+
+
+def test_a_round_in_flight_may_be_committed_after_its_run_ended(opened: Open, proposal: Any) -> None:
+    granted = reserve(opened(), proposal(), 1)
+    opened().end("r")
+    opened().commit(granted, b"reply")
+    assert opened().reserve(proposal(), round=1, request="digest r 1") == b"reply"
+
+
+def test_a_run_that_expires_frees_what_it_did_not_spend(opened: Open, proposal: Any, clock: Any) -> None:
+    answered(opened(), proposal(plan={"num_rounds": 10}), 1)
+    clock.forward(days=29, hours=23)
+    assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
+    clock.forward(hours=1)
+    assert refusal_of(opened(), proposal(plan={"num_rounds": 10}), 2).reason is Reason.RUN_ENDED
+    answered(opened(), proposal(run="2", plan={"num_rounds": 9}), 1)
+    assert opened().spending().runs[0].state == "expired"
+
+
+def test_a_clock_set_back_reopens_no_expired_run(opened: Open, proposal: Any, clock: Any) -> None:
+    answered(opened(), proposal(), 1)
+    clock.forward(days=31)
+    opened().end("unknown")
+    answered(opened(), proposal(run="2"), 1)
+    clock.forward(days=-30)
+    assert refusal_of(opened(), proposal(), 2).reason is Reason.RUN_ENDED
+
+
+def test_a_calendar_period_has_a_cap_of_its_own(opened: Open, policy: Any, proposal: Any, clock: Any) -> None:
+    # Year 2030, months: a month has room for two rounds, a lifetime for ten.
+    one = proposal().plan.event()
+    order = opened().history.order
+    two_rounds = filter.epsilon_filter([one, one], order=order, delta=1e-5)
+    monthly = policy(budget={"max_epsilon_per_period": two_rounds + 1e-9, "period": "month"})
+    for month in range(4):
+        for number in (1, 2):
+            answered(opened(policy=monthly), proposal(run=f"{month}-{number}", plan={"num_rounds": 1}), 1)
+        late = proposal(run=f"{month}-3", plan={"num_rounds": 1})
+        assert refusal_of(opened(policy=monthly), late).reason is Reason.MAX_EPSILON_PER_PERIOD
+        clock.forward(days=31)
+    answered(opened(policy=monthly), proposal(run="4", plan={"num_rounds": 1}), 1)
+    figures = opened(policy=monthly).spending()
+    one_round = filter.epsilon_filter([one], order=order, delta=1e-5)
+    nine_rounds = filter.epsilon_filter([one] * 9, order=order, delta=1e-5)
+    assert (figures.period_epsilon, figures.epsilon) == pytest.approx((one_round, nine_rounds))
+
+
+def test_a_period_holds_what_open_runs_may_still_spend_in_it(
+    opened: Open, policy: Any, proposal: Any, clock: Any
+) -> None:
+    one = proposal().plan.event()
+    four = filter.epsilon_filter([one] * 4, order=opened().history.order, delta=1e-5)
+    monthly = policy(budget={"max_epsilon_per_period": four + 1e-9, "period": "month"})
+    answered(opened(policy=monthly), proposal(plan={"num_rounds": 3}), 1)
+    asked = proposal(run="2", plan={"num_rounds": 2})
+    assert refusal_of(opened(policy=monthly), asked).reason is Reason.MAX_EPSILON_PER_PERIOD
+    clock.forward(days=25)  # February: one round less is held
+    answered(opened(policy=monthly), asked, 1)
+
+
+def test_a_clock_set_back_opens_no_new_period(opened: Open, policy: Any, proposal: Any, clock: Any) -> None:
+    two = filter.epsilon_filter([proposal().plan.event()] * 2, order=opened().history.order, delta=1e-5)
+    monthly = policy(budget={"max_epsilon_per_period": two + 1e-9, "period": "month"})
+    answered(opened(policy=monthly), proposal(plan={"num_rounds": 2}), 1)
+    answered(opened(policy=monthly), proposal(plan={"num_rounds": 2}), 2)
+    clock.forward(days=-30)  # December before
+    asked = proposal(run="2", plan={"num_rounds": 1})
+    assert refusal_of(opened(policy=monthly), asked).reason is Reason.MAX_EPSILON_PER_PERIOD
+    assert opened(policy=monthly).history.last_time == datetime(2030, 1, 10, tzinfo=UTC)
+
+
+def test_a_run_has_a_cap_of_its_own(opened: Open, policy: Any, proposal: Any) -> None:
+    capped = policy(budget={"max_epsilon_per_run": 4.0})
+    refused = refusal_of(opened(policy=capped), proposal())
+    assert (refused.reason, refused.allowed) == (Reason.MAX_EPSILON_PER_RUN, "at most 4")
+    assert 4 < float(refused.asked or 0) < 8
+    answered(opened(policy=capped), proposal(plan={"num_rounds": 1}), 1)
+
+
+def test_a_lower_cap_stops_a_running_run(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
+    for round in (1, 2, 3):
+        answered(opened(), proposal(), round)
+    spent = opened().spending().epsilon
+    lower = policy(budget={"max_epsilon": spent + 0.1})
+    refused = refusal_of(opened(policy=lower), proposal(), 4)
+    assert refused.reason is Reason.MAX_EPSILON
+    assert opened(policy=lower).reserve(proposal(), round=3, request="digest r 3") == b"reply"
+    assert kinds_of(path)[-1] == (Kind.NOTE, "policy")
+    answered(opened(), proposal(), 4)  # as the site allowed before
+
+
+def test_a_lower_cap_holds_also_when_the_run_is_within_what_was_set_aside(
+    opened: Open, policy: Any, proposal: Any
+) -> None:
+    answered(opened(), proposal(plan={"num_rounds": 10}), 1)
+    order = opened().history.order
+    three = filter.epsilon_filter([proposal().plan.event()] * 3, order=order, delta=1e-5)
+    lower = policy(budget={"max_epsilon": three + 1e-9})
+    for round in (2, 3):
+        answered(opened(policy=lower), proposal(plan={"num_rounds": 10}), round)
+    assert refusal_of(opened(policy=lower), proposal(plan={"num_rounds": 10}), 4).reason is Reason.MAX_EPSILON
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"limits": {"min_noise_multiplier": 1.5}}, Reason.MIN_NOISE_MULTIPLIER),
+        ({"allow": {"leads": ()}}, Reason.LEADS),
+        ({"releases": {"updates": False}}, Reason.UPDATES),
+        ({"budget": {"max_epsilon_per_run": 1.0}}, Reason.MAX_EPSILON_PER_RUN),
+    ],
+)
+def test_a_stricter_policy_stops_a_running_run(
+    opened: Open, policy: Any, proposal: Any, change: dict[str, Any], reason: Reason
+) -> None:
+    answered(opened(), proposal(), 1)
+    assert refusal_of(opened(policy=policy(**change)), proposal(), 2).reason is reason
+
+
+def test_each_change_of_the_policy_is_noted_with_its_digest(opened: Open, policy: Any, path: Path) -> None:
+    other = policy(limits={"max_rounds": 4})
+    for each in (policy(), policy(), other, other, policy()):
+        opened(policy=each)
+    notes = [event.detail for event in events_of(path) if event.detail.get("what") == "policy"]
+    assert [note["sha256"] for note in notes] == [policy().digest(), other.digest(), policy().digest()]
+    assert [cap for _, cap in opened().history.policies] == [11.0] * 3
+
+
+def test_another_reference_does_not_move_the_filters_order(opened: Open, policy: Any) -> None:
+    order = opened().history.order
+    reference = dataclasses.replace(policy().budget.reference, noise_multiplier=30.0)
+    changed = opened(policy=policy(budget={"reference": reference}))
+    assert changed.history.order == order
+    other = policy(budget={"reference": reference}).budget.reference_event()
+    assert filter.best_order(other, epsilon=11.0, delta=1e-5) != order, "a new ledger would have another"
+
+
+def test_without_a_cap_even_a_run_without_privacy_is_accepted(opened: Open, policy: Any, proposal: Any) -> None:
+    unlimited = policy(budget={"max_epsilon": math.inf}, limits={"min_noise_multiplier": 0.0})
+    answered(opened(policy=unlimited), proposal(plan={"noise_multiplier": 0.0}), 1)
+    figures = opened(policy=unlimited).spending()
+    assert figures.epsilon == figures.epsilon_pld == math.inf
+    assert figures.share is None
+
+
+def test_with_a_cap_a_run_without_privacy_is_refused(opened: Open, policy: Any, proposal: Any) -> None:
+    lenient = policy(limits={"min_noise_multiplier": 0.0})
+    refused = refusal_of(opened(policy=lenient), proposal(plan={"noise_multiplier": 0.0}))
+    assert (refused.reason, refused.asked) == (Reason.MAX_EPSILON, "inf")
+
+
+def test_a_seeded_run_marks_the_ledger_for_ever(opened: Open, policy: Any, proposal: Any) -> None:
+    study = policy(allow={"seeded_noise": True})
+    assert not opened(policy=study).history.seeded
+    answered(opened(policy=study), proposal(seeded_noise=True), 1)
+    opened(policy=study).end("r")
+    answered(opened(), proposal(run="2"), 1)
+    assert opened().history.seeded
+    assert opened().spending().seeded
+
+
+def test_a_frozen_population_takes_part_in_nothing(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
+    answered(opened(), proposal(), 1)
+    opened().freeze("two people asked to be left out")
+    assert events_of(path)[-1].detail["why"] == "two people asked to be left out"
+    for asked, round in ((proposal(), 1), (proposal(), 2), (proposal(run="2"), 1)):
+        assert refusal_of(opened(), asked, round).reason is Reason.FROZEN
+    with pytest.raises(Refused) as caught:
+        opened().offer(proposal(run="2"))
+    assert caught.value.reason is Reason.FROZEN
+    assert opened(policy=policy(budget={"max_epsilon": 100.0})).spending().frozen
+
+
+# Offers.
+
+
+def test_an_offer_is_the_most_that_would_be_accepted(
+    opened: Open, proposal: Any, path: Path, copied: Any, policy: Any, site_key: SigningKey
+) -> None:
+    answered(opened(), proposal(plan={"num_rounds": 6}), 1)
+    asked = proposal(run="2", plan={"num_rounds": 8})
+    offer = opened().offer(asked)
+    assert offer == Offer(site="a", most_rounds=4, least_noise=offer.least_noise)
+    assert offer.least_noise is not None
+    for noise, fits in ((offer.least_noise, True), (round(offer.least_noise - 2e-4, 4), False)):
+        eight = proposal(run="2", plan={"num_rounds": 8, "noise_multiplier": noise})
+        if fits:
+            reserve(Ledger(copied(path), policy(), site_key), eight, 1)
+        else:
+            assert refusal_of(opened(), eight).reason is Reason.MAX_EPSILON
+
+
+def test_an_offer_is_recorded_and_charges_and_holds_nothing(opened: Open, proposal: Any, path: Path) -> None:
+    opened().offer(proposal(plan={"num_rounds": 20}))
+    last = events_of(path)[-1]
+    assert (last.kind, last.run, last.detail["what"]) == (Kind.RELEASE, "r", "offer")
+    assert last.detail["most_rounds"] == 10
+    assert not opened().history.runs
+    reserve(opened(), proposal(plan={"num_rounds": 10}), 1)
+
+
+def test_what_no_rounds_and_no_noise_would_mend_is_refused_and_not_offered(opened: Open, proposal: Any) -> None:
+    with pytest.raises(Refused) as caught:
+        opened().offer(proposal(rank=9))
+    assert caught.value.reason is Reason.MAX_RANK
+
+
+# Two processes, one file.
+
+
+def test_a_ledger_sees_what_another_process_wrote(opened: Open, proposal: Any) -> None:
+    first, second = opened(), opened()
+    answered(first, proposal(plan={"num_rounds": 6}), 1)
+    assert second.history.length == 2
+    assert refusal_of_open(second, proposal(run="2")).reason is Reason.MAX_EPSILON
+    assert second.reserve(proposal(plan={"num_rounds": 6}), round=1, request="digest r 1") == b"reply"
+    second.end("r")
+    assert refusal_of_open(first, proposal(plan={"num_rounds": 6}), 2).reason is Reason.RUN_ENDED
+
+
+def refusal_of_open(ledger: Ledger, proposal: Proposal, round: int = 1) -> Refused:
+    """Like `refusal_of`, for a ledger object that is behind the file."""
+    with pytest.raises(Refused) as caught:
+        ledger.reserve(proposal, round=round, request="q")
+    return caught.value
+
+
+def test_times_never_run_backwards_over_processes(opened: Open, proposal: Any, clock: Any, path: Path) -> None:
+    answered(opened(), proposal(), 1)
+    clock.forward(days=-400)
+    answered(opened(), proposal(), 2)
+    times = [event.time for event in events_of(path)]
+    assert times == sorted(times)
+    assert len(set(times)) == 1
+
+
+def test_what_would_be_set_aside_is_what_the_figures_say(opened: Open, proposal: Any) -> None:
+    ledger = opened()
+    answered(ledger, proposal(), 1)
+    ledger.end("unknown")
+    figures = spending.spending(ledger.history, datetime.now(UTC))
+    whole: list[DpEvent] = [proposal().plan.event(rounds=5)]
+    expected = filter.epsilon_filter(whole, order=ledger.history.order, delta=1e-5)
+    assert figures.epsilon_with_set_aside == pytest.approx(expected)

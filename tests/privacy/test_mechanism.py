@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
-from fedtune.privacy.mechanism import PrivacySpec, add_gaussian_noise, poisson_sample
+from fedtune.privacy.mechanism import PrivacySpec, add_gaussian_noise, noised_scores, poisson_sample
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
 
@@ -97,6 +100,63 @@ def test_noise_stays_float64() -> None:
     assert noisy["a"].dtype == np.float64
 
 
+def before_noise(scores: npt.NDArray[np.float64], declared_size: float = 1.0) -> npt.NDArray[np.float64]:
+    return np.array(noised_scores(scores, declared_size=declared_size, noise_multiplier=0.0, stream=stream("scores")))
+
+
+unit_scores = (
+    st.floats(0, 1) | st.floats(allow_nan=True, allow_infinity=True) | st.sampled_from([np.nan, np.inf, -np.inf])
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(others=st.lists(unit_scores, max_size=8), one=unit_scores)
+def test_one_unit_moves_the_scores_by_at_most_root_two(others: list[float], one: float) -> None:
+    fewer, more = before_noise(np.array(others)), before_noise(np.array([*others, one]))
+    assert np.linalg.norm(more - fewer) <= np.sqrt(2.0) * (1 + 1e-12)
+    assert more[1] - fewer[1] == 1
+
+
+def test_a_unit_can_move_the_scores_by_root_two() -> None:
+    # The stated sensitivity is not more than there is.
+    assert np.linalg.norm(before_noise(np.array([1.0])) - before_noise(np.array([]))) == pytest.approx(np.sqrt(2.0))
+
+
+def test_scores_are_clamped_and_what_is_no_number_counts_as_zero() -> None:
+    scores = np.array([0.25, 3.0, -2.0, np.nan, np.inf, -np.inf])
+    np.testing.assert_allclose(before_noise(scores), [1.25, 6.0])
+    assert np.isnan(scores[3]), "the caller's array is left alone"
+
+
+def test_scores_are_shares_of_the_declared_size() -> None:
+    np.testing.assert_allclose(before_noise(np.array([0.5, 1.0]), declared_size=8.0), [1.5 / 8, 2 / 8])
+
+
+@pytest.mark.parametrize(("noise_multiplier", "declared_size"), [(20.0, 1.0), (0.5, 40.0)])
+def test_noise_of_scores_has_the_scale_of_sigma_times_root_two(
+    has_scale: Any, noise_multiplier: float, declared_size: float
+) -> None:
+    one = stream("score noise")
+    pairs = np.array(
+        [
+            noised_scores(np.ones(3), declared_size=declared_size, noise_multiplier=noise_multiplier, stream=one)
+            for _ in range(6000)
+        ]
+    )
+    scale = noise_multiplier * np.sqrt(2.0) / declared_size
+    for noise in (pairs - 3 / declared_size).T:
+        assert has_scale(noise, scale)
+        for wrong in (0.9 * scale, 1.1 * scale, scale / np.sqrt(2.0), scale * np.sqrt(2.0)):
+            assert not has_scale(noise, wrong)
+    assert stats.pearsonr(*pairs.T).pvalue > 1e-6
+
+
+def test_scores_of_nobody_are_noise_alone() -> None:
+    score, count = noised_scores(np.array([]), declared_size=5.0, noise_multiplier=1.0, stream=stream("nobody"))
+    assert score != 0
+    assert count != 0
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -112,6 +172,9 @@ def test_noise_stays_float64() -> None:
         ("max_grad_norm", 0.0),
         ("sampling_rate", 0.0),
         ("sampling_rate", 1.01),
+        ("metrics", "exact"),
+        ("metrics_noise_multiplier", 0.0),
+        ("metrics_noise_multiplier", float("inf")),
     ],
 )
 def test_settings_out_of_bounds_name_their_key(key: str, value: object) -> None:
@@ -122,3 +185,10 @@ def test_settings_out_of_bounds_name_their_key(key: str, value: object) -> None:
 def test_settings_within_bounds() -> None:
     assert PrivacySpec(sampling_rate=1.0).private
     assert not PrivacySpec(mechanism="none").private
+
+
+def test_scores_are_released_only_where_they_are_asked_for_and_noised() -> None:
+    assert PrivacySpec().metrics_noise == 0
+    assert PrivacySpec(metrics="noised").metrics_noise == 20.0
+    with pytest.raises(ConfigError, match=r"^metrics = 'noised': needs a run with privacy"):
+        PrivacySpec(mechanism="none", metrics="noised")

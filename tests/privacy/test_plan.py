@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import pytest
+from dp_accounting import GaussianDpEvent
 
+from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.plan import Plan
@@ -15,7 +18,7 @@ from fedtune.spec import ConfigError
 
 def test_the_digest_is_golden(plan: Any) -> None:
     # It travels in requests and lies in ledgers: a change of it is a change of format.
-    assert plan().digest() == "5acd848dd4c37ff88dbc11600a5d5cecae98aee99b0be05a37806bade692d2b3"
+    assert plan().digest() == "a261a1fd7452c273457760a02c814571cada399f305eb9012b3eefeebabebd26"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,7 @@ def test_the_digest_is_golden(plan: Any) -> None:
         {"local_steps": 4},
         {"num_rounds": 3},
         {"spare_rounds": 1},
+        {"metrics_noise_multiplier": 20.0},
     ],
 )
 def test_every_number_is_in_the_digest(plan: Any, change: dict[str, float]) -> None:
@@ -37,7 +41,15 @@ def test_every_number_is_in_the_digest(plan: Any, change: dict[str, float]) -> N
 
 def test_every_field_is_in_its_json(plan: Any) -> None:
     assert set(plan().to_json()) == {field.name for field in dataclasses.fields(Plan)}
-    assert Plan(**plan().to_json()) == plan()
+    assert Plan.from_json(plan().to_json()) == plan()
+
+
+@pytest.mark.parametrize("change", [{"epsilon": 1.0}, {"noise_multiplier": "1"}, {"noise_multiplier": 10**400}])
+def test_other_json_is_a_config_error(plan: Any, change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="must have exactly the fields of a plan"):
+        Plan.from_json(plan().to_json() | change)
+    with pytest.raises(ConfigError, match="must have exactly the fields of a plan"):
+        Plan.from_json({name: value for name, value in plan().to_json().items() if name != "unit"})
 
 
 def test_noise_is_calibrated_for_all_rounds_spare_ones_included() -> None:
@@ -81,6 +93,40 @@ def test_a_run_without_privacy_adds_no_noise_even_if_asked() -> None:
 
 def test_a_plan_with_noise_is_private(plan: Any) -> None:
     assert plan().private
+    assert not plan().releases_metrics
+
+
+def test_released_scores_are_events_of_their_own(plan: Any) -> None:
+    with_scores = plan(metrics_noise_multiplier=20.0)
+    assert with_scores.releases_metrics
+    for rounds in (1, 4):
+        # Held-out records are charged like those trained on: both parts, one after the other.
+        expected = events.grouped([plan().event(rounds=rounds)]) + Counter({GaussianDpEvent(20.0): rounds})
+        assert events.grouped([with_scores.event(rounds=rounds)]) == expected
+    assert events.from_json(events.to_json(with_scores.event(rounds=4))) == with_scores.event(rounds=4)
+
+
+def test_rounds_with_scores_equal_their_steps_and_scores_at_once(plan: Any) -> None:
+    one = plan(metrics_noise_multiplier=5.0)
+    assert events.grouped([one.event()] * 3) == events.grouped([one.event(rounds=3)])
+
+
+def test_noise_is_calibrated_so_that_epsilon_pays_for_scores_too() -> None:
+    privacy = PrivacySpec(epsilon=2.0, sampling_rate=0.2, metrics="noised", metrics_noise_multiplier=10.0)
+    plan = Plan.of(privacy, local_steps=3, num_rounds=5, spare_rounds=1)
+    without = Plan.of(dataclasses.replace(privacy, metrics="none"), local_steps=3, num_rounds=5, spare_rounds=1)
+    assert plan.metrics_noise_multiplier == 10.0
+    assert without.metrics_noise_multiplier == 0
+    assert plan.noise_multiplier > without.noise_multiplier
+    assert 1.98 < epsilon_pld([plan.event(rounds=6)], plan.delta) <= 2.0
+    scores = [GaussianDpEvent(10.0)] * 6
+    assert epsilon_pld([without.event(rounds=6), *scores], plan.delta) > 2.0
+
+
+def test_scores_that_spend_the_whole_epsilon_alone_are_refused() -> None:
+    privacy = PrivacySpec(epsilon=0.5, metrics="noised", metrics_noise_multiplier=1.0)
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon = 0\.5: is spent by the released metrics alone"):
+        Plan.of(privacy, local_steps=1, num_rounds=5)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +139,8 @@ def test_a_plan_with_noise_is_private(plan: Any) -> None:
         ("noise_multiplier", -1.0),
         ("noise_multiplier", float("nan")),
         ("noise_multiplier", float("inf")),
+        ("metrics_noise_multiplier", -1.0),
+        ("metrics_noise_multiplier", float("inf")),
         ("max_grad_norm", 0.0),
         ("max_grad_norm", float("inf")),
         ("local_steps", 0),

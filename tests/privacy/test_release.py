@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fedtune.privacy import release
-from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refusal, Refused, Update, receipt_from_json
 from fedtune.spec import ConfigError, RefusedError
 
-MAGIC = b"fedtune-update-1\n"
+MAGIC = b"fedtune-update-2\n"
 
 updates = st.builds(
     Update,
@@ -28,6 +30,7 @@ updates = st.builds(
         arrays.arrays(np.float32, arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)),
         max_size=4,
     ),
+    scores=st.none() | st.tuples(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9)),
 )
 
 
@@ -47,6 +50,7 @@ def test_an_update_survives_its_bytes(update: Update) -> None:
     data = update.to_bytes()
     again = Update.from_bytes(data)
     assert (again.site, again.run, again.round) == (update.site, update.run, update.round)
+    assert again.scores == update.scores
     assert list(again.tensors) == list(update.tensors), "the order of the tensors is part of an update"
     for name, value in update.tensors.items():
         assert again.tensors[name].dtype == np.float32
@@ -57,8 +61,11 @@ def test_an_update_survives_its_bytes(update: Update) -> None:
 
 def test_the_encoding_is_golden() -> None:
     update = Update(site="a", run="r", round=2, tensors={"w": np.array([[1.0, -2.0]], dtype=np.float32)})
-    header = b'{"site": "a", "run": "r", "round": 2, "tensors": [["w", [1, 2]]]}'
-    assert update.to_bytes() == MAGIC + b"\x41\0\0\0\0\0\0\0" + header + b"\0\0\x80\x3f\0\0\x00\xc0"
+    header = b'{"site": "a", "run": "r", "round": 2, "tensors": [["w", [1, 2]]], "scores": null}'
+    body = b"\0\0\x80\x3f\0\0\x00\xc0"
+    assert update.to_bytes() == MAGIC + b"\x51\0\0\0\0\0\0\0" + header + body
+    scored = dataclasses.replace(update, scores=(0.5, -2.0)).to_bytes()
+    assert scored == MAGIC + b"\x58\0\0\0\0\0\0\0" + header.replace(b"null", b"[0.5, -2.0]") + body
 
 
 def test_every_truncation_is_a_config_error() -> None:
@@ -90,14 +97,14 @@ def test_every_flipped_bit_is_a_config_error_or_another_whole_update() -> None:
     assert refused > 8 * header_end / 2
 
 
-FIELDS = {"site": "a", "run": "r", "round": 1, "tensors": []}
+FIELDS = {"site": "a", "run": "r", "round": 1, "tensors": [], "scores": None}
 
 
 @pytest.mark.parametrize(
     "data",
     [
         b"",
-        b"fedtune-update-2\n" + small().to_bytes()[len(MAGIC) :],
+        b"fedtune-update-1\n" + small().to_bytes()[len(MAGIC) :],
         MAGIC + struct.pack("<Q", 1 << 63) + b"{}",
         MAGIC + struct.pack("<Q", 100) + b"{}",
         encoded(b"[" * 100_000),  # deeper than Python parses
@@ -111,6 +118,15 @@ FIELDS = {"site": "a", "run": "r", "round": 1, "tensors": []}
         encoded(FIELDS | {"round": "1"}),
         encoded(FIELDS | {"round": 1.0}),
         encoded(FIELDS | {"site": 5}),
+        encoded(FIELDS | {"scores": [1.0]}),
+        encoded(FIELDS | {"scores": [1, 2]}),  # an exact count
+        encoded(FIELDS | {"scores": [True, 2.0]}),
+        encoded(FIELDS | {"scores": [0.5, 2.0, 0.1]}),
+        encoded(FIELDS | {"scores": ["0.5", 2.0]}),
+        encoded(FIELDS | {"scores": [0.5, float("nan")]}),
+        encoded(FIELDS | {"scores": [0.5, float("inf")]}),
+        encoded(FIELDS | {"scores": {}}),
+        encoded({name: value for name, value in FIELDS.items() if name != "scores"}),
         encoded(FIELDS | {"tensors": 5}),
         encoded(FIELDS | {"tensors": [["x"]]}),
         encoded(FIELDS | {"tensors": [["x", 5]]}),
@@ -135,19 +151,21 @@ def test_a_long_header_is_refused_before_it_is_read() -> None:
 
 def test_the_reasons_are_a_closed_list() -> None:
     # A new reason tells the server something about a site: add it here knowingly.
-    assert {reason.value for reason in Reason} == {
-        "plan_changed",
-        "plan_exhausted",
-        "round_requested_differently",
-        "reply_no_longer_stored",
-        "wrong_site",
-        "wrong_run",
-        "adapter_differs",
-        "adapter_out_of_range",
-        "ledger_behind_receipt",
-        "malformed_request",
-        "site_error",
+    of_the_policy = {
+        *("leads", "dataset", "tasks", "base_models", "target_modules", "max_rank", "train_head", "seeded_noise"),
+        *("updates", "metrics", "unit", "delta", "min_noise_multiplier", "max_sampling_rate", "max_grad_norm"),
+        *("max_local_steps", "max_rounds", "max_adapter_value"),
+        *("max_epsilon", "max_epsilon_per_run", "max_epsilon_per_period"),
     }
+    of_the_ledger = {
+        *("frozen", "plan_changed", "plan_exhausted", "run_ended", "round_requested_differently"),
+        *("reply_no_longer_stored", "ledger_behind_receipt"),
+    }
+    of_the_request = {
+        *("wrong_site", "wrong_run", "wrong_signature", "request_expired", "adapter_differs", "adapter_shape"),
+        *("malformed_request", "site_error"),
+    }
+    assert {reason.value for reason in Reason} == of_the_policy | of_the_ledger | of_the_request
     with pytest.raises(ValueError, match="is not a valid Reason"):
         Reason("23 records were skipped")
 
@@ -155,8 +173,12 @@ def test_the_reasons_are_a_closed_list() -> None:
 def test_nothing_leaves_beyond_the_documented_fields() -> None:
     # Whoever adds a field here has shown that it is noised, or comes from request, plan and ledger alone.
     released = {
-        Update: {"site", "run", "round", "tensors"},
-        Receipt: {"site", "run", "charged_rounds", "charged_steps", "sequence"},
+        Update: {"site", "run", "round", "tensors", "scores"},
+        Receipt: {
+            *("site", "run", "charged_rounds", "charged_steps"),
+            *("sequence", "restores", "head", "site_key", "signature"),
+        },
+        Offer: {"site", "most_rounds", "least_noise"},
         Refusal: {"site", "run", "round", "reason", "asked", "allowed"},
     }
     for released_type, fields in released.items():
@@ -170,7 +192,7 @@ def test_nothing_else_is_a_released_type() -> None:
         for name, value in vars(release).items()
         if isinstance(value, type) and value.__module__ == release.__name__ and dataclasses.is_dataclass(value)
     }
-    assert here == {"Update", "Receipt", "Refusal"}
+    assert here == {"Update", "Receipt", "Refusal", "Offer"}
 
 
 def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
@@ -179,3 +201,51 @@ def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
     assert refused.exit_code == 3
     assert (refused.reason, refused.asked, refused.allowed) == (Reason.PLAN_EXHAUSTED, "6", "5")
     assert Refused(Reason.SITE_ERROR).asked is None
+
+
+def signed(key: SigningKey, **changes: object) -> Receipt:
+    fields: dict[str, Any] = {
+        "site": "a",
+        "run": "r",
+        "charged_rounds": 2,
+        "charged_steps": 6,
+        "sequence": 9,
+        "restores": 0,
+        "head": "0" * 64,
+        "site_key": key.public,
+    }
+    fields |= changes
+    return Receipt(**fields, signature=key.sign(RECEIPT, Receipt(**fields, signature="").message()))
+
+
+def test_a_receipt_is_signed_on_every_field(site_key: SigningKey, make_key: Any) -> None:
+    receipt = signed(site_key)
+    assert receipt.is_signed()
+    changes: dict[str, object] = {
+        "site": "b",
+        "run": "s",
+        "charged_rounds": 1,
+        "charged_steps": 5,
+        "sequence": 8,
+        "restores": 1,
+        "head": "1" * 64,
+        "site_key": make_key(7).public,
+        "signature": signed(make_key(7)).signature,
+    }
+    assert set(changes) == {field.name for field in dataclasses.fields(Receipt)}
+    for name, value in changes.items():
+        assert not dataclasses.replace(receipt, **{name: value}).is_signed(), name
+
+
+def test_a_receipt_survives_json_and_nothing_else_is_one(site_key: SigningKey) -> None:
+    receipt = signed(site_key)
+    whole = json.loads(json.dumps(dataclasses.asdict(receipt)))
+    assert receipt_from_json(whole) == receipt
+    for name, value in whole.items():
+        for wrong in (None, -1, 1.5, True, [value]):
+            with pytest.raises((ValueError, TypeError)):
+                receipt_from_json(whole | {name: wrong})
+    with pytest.raises(TypeError):
+        receipt_from_json(whole | {"epsilon": 1})
+    with pytest.raises(TypeError):
+        receipt_from_json({name: value for name, value in whole.items() if name != "signature"})

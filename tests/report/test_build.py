@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
+from fedtune.privacy import events
 from fedtune.report.build import report_html, report_json, write_report
 
 _SITE = {
     "epsilon": 7.5,
     "epsilon_rdp": 8.6,
+    "rounds": 2,
     "steps": 4,
     "sampling_rate": 0.2,
     "noise_multiplier": 0.66,
+    "metrics_noise_multiplier": 0.0,
     "upper_bound": False,
 }
 _RUN: dict[str, Any] = {
@@ -86,6 +90,17 @@ def test_each_sites_event_can_be_recomputed(config: RunConfig, run: dict[str, An
             "event": {"kind": "gaussian", "noise_multiplier": 0.66},
         },
     }
+
+
+def test_the_scores_of_held_out_records_are_in_the_event(tiny: Any, run: dict[str, Any], tmp_path: Path) -> None:
+    noised = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=20", "data.heldout_fraction=0.2")
+    report = report_json(compose_run(tiny(*noised, into=tmp_path)), run)
+    event = events.from_json(report["sites"]["site-1"]["event"])
+    assert events.grouped([event]) == {
+        PoissonSampledDpEvent(0.2, GaussianDpEvent(0.66)): 4,
+        GaussianDpEvent(20.0): 2,
+    }
+    assert "noised scores" in report["releases"]
 
 
 def test_limits_and_scores_are_there(config: RunConfig, run: dict[str, Any]) -> None:

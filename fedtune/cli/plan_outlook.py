@@ -1,0 +1,106 @@
+"""Everything that `fedtune plan` found out, in one piece: for the terminal, for a page, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedtune import __version__
+from fedtune.config import RunConfig
+from fedtune.federation.planner import Change, Price
+from fedtune.federation.verdict import Verdict
+from fedtune.privacy.accountant import NEIGHBOURING_RELATION
+from fedtune.privacy.plan import Plan
+
+if TYPE_CHECKING:
+    from fedtune.federation.forecast import Forecast  # which imports torch
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """What is known of a run before any data is touched.
+
+    Attributes:
+        config: the run's settings; where something was solved for, `price.plan` has the answer.
+        solved: "noise", "rounds" or "sampling_rate", if the plan was solved for it.
+        epsilon: that `changes` keep within.
+        device: that the forecast was timed on.
+        lead_assumed: policies were asked for the first lead that each allows.
+    """
+
+    config: RunConfig
+    price: Price
+    solved: str | None
+    epsilon: float
+    changes: tuple[Change, ...]
+    forecast: Forecast | None
+    device: str
+    verdicts: tuple[Verdict, ...]
+    lead_assumed: bool
+
+    @property
+    def plan(self) -> Plan:
+        """The run's plan."""
+        return self.price.plan
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the noise was found from epsilon, and not given."""
+        return self.config.privacy.noise_multiplier is None and self.solved in (None, "noise")
+
+    @property
+    def guaranteed(self) -> bool:
+        """Whether the epsilons promise anything."""
+        return self.plan.private and not self.config.runtime.seeded_noise
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure as plain JSON; null stands for no bound."""
+        config = self.config
+        fields = {
+            "schema_version": SCHEMA_VERSION,
+            "fedtune_version": __version__,
+            "run": config.name,
+            "config_sha256": config.digest(),
+            "model": config.model.path,
+            "dataset": config.data.dataset,
+            "solved_for": self.solved,
+            "target_epsilon": config.privacy.epsilon if self.plan.private else None,
+            "guaranteed": self.guaranteed,
+            "seeded_noise": config.runtime.seeded_noise,
+            "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
+            "noise_calibrated": self.calibrated,
+            **dataclasses.asdict(self.price),
+            "sites": {name: self._site(name) for name in self.price.sites},
+            "steps": self.price.steps,
+            "what_if_epsilon": self.epsilon,
+            "what_if": [dataclasses.asdict(change) for change in self.changes],
+            "forecast": None if self.forecast is None else dataclasses.asdict(self.forecast) | {"device": self.device},
+            "lead_assumed": self.lead_assumed,
+            "policies": [dataclasses.asdict(one) | {"allowed": one.allowed} for one in self.verdicts],
+        }
+        return {key: _jsonable(value) for key, value in fields.items()}
+
+    def _site(self, name: str) -> dict[str, Any]:
+        """One site's figures, with those that all sites have in common."""
+        price, plan = self.price, self.plan
+        return dataclasses.asdict(price.sites[name]) | {
+            "steps": price.steps,
+            "sampling_rate": plan.sampling_rate,
+            "noise_multiplier": plan.noise_multiplier,
+            "epsilon": price.epsilon,
+            "epsilon_rdp": price.epsilon_rdp,
+            "epsilon_filter": price.epsilon_filter,
+        }
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no word for infinity but null."""
+    if isinstance(value, dict):
+        return {key: _jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,271 @@
+"""What a policy amounts to: the figures behind its caps, what to think twice about, and the ledger beside it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedtune.cli import ledger_json
+from fedtune.privacy import accountant, filter
+from fedtune.privacy.chain import Head
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.verify import Verified, verify
+from fedtune.spec import ConfigError
+
+LARGE_EPSILON = 10.0
+SMALL_NOISE = 0.3
+_NO_KEY = "0" * 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Amount:
+    """What a policy's caps come to.
+
+    Attributes:
+        order: of the filter, as a ledger made with this policy would fix it.
+        fixed_part: epsilon at that order that is due with the first noisy step, once.
+        reference_pld: epsilon of the reference run by PLD.
+        reference_filter: epsilon of the reference run alone by the filter.
+        runs_in_lifetime: reference runs that fit the lifetime cap, one after another; None: any number.
+        runs_in_period: the same for the period's cap.
+        reference_fits: whether the reference run itself keeps to the cap of one run and to the limits.
+    """
+
+    order: float
+    fixed_part: float
+    reference_pld: float
+    reference_filter: float
+    runs_in_lifetime: int | None
+    runs_in_period: int | None
+    reference_fits: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caution:
+    """Something allowed, but to think twice about."""
+
+    key: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """The ledger that a policy names.
+
+    Attributes:
+        path: where it is or would be.
+        verified: None where there is none yet.
+        differences: (key, what the ledger was made for, what the policy says): with any, the site cannot start.
+    """
+
+    path: Path
+    verified: Verified | None
+    differences: tuple[tuple[str, object, object], ...]
+
+
+def check_policy(file: Path, *, as_json: bool) -> None:
+    """Print what the policy in `file` means.
+
+    Raises:
+        ConfigError: the policy is wrong, or its ledger was made for something else.
+        RunError: its ledger cannot be trusted.
+    """
+    policy = read_policy(file)
+    amount = amount_of(policy)
+    cautions = (*cautions_of(policy, amount), *_cautions_of_files(policy, file.parent))
+    if as_json:
+        beside = beside_of(policy, file.parent)
+        sys.stdout.write(ledger_json.to_text(_to_json(policy, file, amount, cautions, beside)))
+    else:
+        from fedtune.cli import policy_tables
+
+        console = Console()
+        policy_tables.show_policy(console, file, policy, amount)
+        policy_tables.show_cautions(console, cautions)
+        beside = beside_of(policy, file.parent)
+        policy_tables.show_beside(console, beside)
+    for key, made_for, asked in beside.differences:
+        bound = f"does not fit ledger {beside.path}, which was made for {made_for}; it needs a ledger of its own"
+        raise ConfigError(f"{file}: {key}", asked, bound)
+
+
+def amount_of(policy: Policy) -> Amount:
+    """The figures behind the caps."""
+    budget, limits = policy.budget, policy.limits
+    reference, delta = budget.reference_event(), budget.delta
+    order = filter.best_order(reference, epsilon=budget.max_epsilon, delta=delta)
+    each = filter.divergence(reference, order)
+
+    def fitting(cap: float | None) -> int | None:
+        if cap is None or math.isinf(cap):
+            return None
+        return max(0, math.floor(filter.most_divergence(cap, order=order, delta=delta) / each))
+
+    alone = accountant.epsilon_pld([reference], delta)
+    within = (
+        budget.reference.noise_multiplier >= limits.min_noise_multiplier
+        and budget.reference.sampling_rate <= limits.max_sampling_rate
+        and budget.reference.steps <= limits.max_local_steps * limits.max_rounds
+        and alone <= (budget.max_epsilon_per_run or math.inf)
+    )
+    return Amount(
+        order=order,
+        fixed_part=filter.surcharge(order, delta),
+        reference_pld=alone,
+        reference_filter=filter.epsilon_filter([reference], order=order, delta=delta),
+        runs_in_lifetime=fitting(budget.max_epsilon),
+        runs_in_period=fitting(budget.max_epsilon_per_period),
+        reference_fits=within,
+    )
+
+
+def cautions_of(policy: Policy, amount: Amount) -> Iterator[Caution]:
+    """What to think twice about, most serious first."""
+    yield from _cautions_of_promise(policy)
+    yield from _cautions_of_requests(policy)
+    yield from _cautions_of_amounts(policy, amount)
+    if not policy.releases.reply_after_s:
+        text = "0: when an answer leaves tells roughly how many records there are; choose more than a round takes"
+        yield Caution(key="releases.reply_after_s", text=text)
+    if not policy.asserted.no_person_at_another_site:
+        text = "false: a person who is among several sites' records has to add up the epsilons of these sites"
+        yield Caution(key="asserted.no_person_at_another_site", text=text)
+
+
+def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
+    """Where little or nothing is promised."""
+    budget, limits = policy.budget, policy.limits
+    if policy.allow.seeded_noise:
+        text = (
+            "true: whoever knows the seed takes the noise away; for made-up records only. A ledger stays marked by it"
+        )
+        yield Caution(key="allow.seeded_noise", text=text)
+    if math.isinf(budget.max_epsilon):
+        yield Caution(key="budget.max_epsilon", text="inf: nothing is promised to anybody")
+    elif budget.max_epsilon > LARGE_EPSILON:
+        text = f"{budget.max_epsilon:g}: above {LARGE_EPSILON:g} a budget promises very little"
+        yield Caution(key="budget.max_epsilon", text=text)
+    if limits.min_noise_multiplier == 0:
+        text = "0: a run without any noise is stopped by nothing but the caps"
+        yield Caution(key="limits.min_noise_multiplier", text=text)
+    elif limits.min_noise_multiplier < SMALL_NOISE:
+        text = f"{limits.min_noise_multiplier:g}: below {SMALL_NOISE:g} a single step can tell who is in the data"
+        yield Caution(key="limits.min_noise_multiplier", text=text)
+    largest = max(dataset.declared_size for dataset in policy.dataset)
+    if budget.delta > 1 / (10 * largest):
+        text = (
+            f"{budget.delta:g}: the promise may fail with this probability for each of {largest:,} records; choose at "
+            f"most {10.0 ** math.floor(-math.log10(10 * largest)):.0e}"
+        )
+        yield Caution(key="budget.delta", text=text)
+    if not policy.anchor:
+        text = "empty: rollback is not excluded; nothing here notices when the ledger is put back to an older copy"
+        yield Caution(key="anchor", text=text)
+
+
+def _cautions_of_requests(policy: Policy) -> Iterator[Caution]:
+    """Where every request would be refused, or more of them accepted than it seems."""
+    allow = policy.allow
+    for key, empty in (
+        ("allow.leads", not allow.leads),
+        ("allow.tasks", not allow.tasks),
+        ("allow.base_models", not allow.base_models),
+        ("allow.target_modules", not allow.target_modules),
+    ):
+        if empty:
+            yield Caution(key=key, text="empty: every request is refused")
+    if not policy.releases.updates:
+        yield Caution(key="releases.updates", text="false: every request is refused")
+    if _NO_KEY in allow.leads:
+        yield Caution(key="allow.leads", text="only zeros is nobody's key: anybody can sign for it. Take it out")
+    if "unverified" in allow.base_models:
+        yield Caution(key="allow.base_models", text='"unverified": accepts runs that do not say which model they train')
+    for model in allow.base_models:
+        if model == _NO_KEY:
+            yield Caution(key="allow.base_models", text="only zeros is a place to fill in: no model has this digest")
+    for dataset in policy.dataset:
+        if not dataset.path:
+            yield Caution(key=f"dataset.{dataset.id}.path", text="empty: the site has nothing to train on")
+
+
+def _cautions_of_amounts(policy: Policy, amount: Amount) -> Iterator[Caution]:
+    """Where the caps do not go together."""
+    budget = policy.budget
+    if budget.max_epsilon_per_run is None and budget.max_epsilon_per_period is None:
+        text = "left out, as is max_epsilon_per_period: one run may use up the whole lifetime budget"
+        yield Caution(key="budget.max_epsilon_per_run", text=text)
+    if not amount.reference_fits:
+        text = "would itself be refused by the limits or by max_epsilon_per_run; is it what you expect a run to be?"
+        yield Caution(key="budget.reference", text=text)
+    for key, runs in (
+        ("budget.max_epsilon", amount.runs_in_lifetime),
+        ("budget.max_epsilon_per_period", amount.runs_in_period),
+    ):
+        if runs == 0:
+            yield Caution(key=key, text="leaves no room for a single run like the reference")
+
+
+def _cautions_of_files(policy: Policy, folder: Path) -> Iterator[Caution]:
+    """What is wrong with the files that the policy names; nothing where they are yet to be made."""
+    ledger, anchor = folder / policy.ledger, folder / policy.anchor
+    if ledger.is_file() and not (folder / policy.site_key).is_file():
+        text = "is missing, and a ledger needs the key that it was made with; restore it from its backup"
+        yield Caution(key="site_key", text=text)
+    if policy.anchor and ledger.is_file() and not anchor.is_file():
+        text = "is missing, and the ledger is not new: nothing is trained (docs/site_policy.md says what to do)"
+        yield Caution(key="anchor", text=text)
+    if policy.anchor and anchor.is_file() and ledger.is_file() and anchor.stat().st_dev == ledger.stat().st_dev:
+        text = "lies on the ledger's own disk: both can be put back together"
+        yield Caution(key="anchor", text=text)
+
+
+def beside_of(policy: Policy, folder: Path) -> Beside:
+    """The ledger that the policy in `folder` names.
+
+    Raises:
+        RunError: it cannot be trusted.
+    """
+    path, anchor, key = folder / policy.ledger, folder / policy.anchor, folder / policy.site_key
+    if not path.is_file():
+        return Beside(path=path, verified=None, differences=())
+    verified = verify(path, anchor=Head.read(anchor) if policy.anchor and anchor.is_file() else None)
+    opened = verified.history.opened
+    pairs: list[tuple[str, object, object]] = [
+        ("site", opened.site, policy.site),
+        ("population.name", opened.population, policy.population.name),
+        ("population.unit", opened.unit, policy.population.unit),
+        ("budget.delta", opened.delta, policy.budget.delta),
+    ]
+    if key.is_file():
+        pairs.append(("site_key", opened.site_key, SigningKey.load(key).public))
+    return Beside(path=path, verified=verified, differences=tuple(pair for pair in pairs if pair[1] != pair[2]))
+
+
+def _to_json(
+    policy: Policy, file: Path, amount: Amount, cautions: tuple[Caution, ...], beside: Beside
+) -> dict[str, Any]:
+    ledger: dict[str, Any] | None = None
+    if beside.verified is not None:
+        ledger = {
+            **ledger_json.identity_json(beside.path, beside.verified),
+            "fits": not beside.differences,
+            "differences": [{"key": key, "ledger": made, "policy": asked} for key, made, asked in beside.differences],
+            "spending": ledger_json.spending_json(beside.verified, ledger_json.figures_of(beside.verified)),
+        }
+    return {
+        "schema_version": ledger_json.SCHEMA_VERSION,
+        "path": str(file),
+        "sha256": policy.digest(),
+        "policy": policy.to_json(),
+        "amount": {key: ledger_json.finite(value) for key, value in asdict(amount).items()},
+        "warnings": [asdict(caution) for caution in cautions],
+        "ledger": ledger,
+    }

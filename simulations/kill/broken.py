@@ -1,0 +1,65 @@
+"""Ledgers that write in a wrong order.  The checks must catch each of them, or they would not show anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.proposal import Proposal
+
+Late = list[Callable[[], object]]
+
+
+def charged_after_training() -> Callable[[], None]:
+    """A round is charged together with its commit."""
+    _charge_in_commit()
+    return lambda: None
+
+
+def charged_after_the_reply() -> Callable[[], None]:
+    """A round is charged, and its reply stored, when the reply has left."""
+    _charge_in_commit()
+    return _commit_late()
+
+
+def stored_after_the_reply() -> Callable[[], None]:
+    """A round is charged in time, and its reply stored when it has left."""
+    return _commit_late()
+
+
+ORDERS = {
+    "charged after training": (charged_after_training, ("step: after", "training: after", "commit: before")),
+    "charged after the reply": (charged_after_the_reply, ("reply: after",)),
+    "stored after the reply": (stored_after_the_reply, ("reply: after",)),
+}
+"""Wrong orders by name, each with points at which a kill shows it."""
+
+
+def _charge_in_commit() -> None:
+    reserve, commit = Ledger.reserve, Ledger.commit
+    asked: dict[str, Proposal] = {}
+
+    def reserve_nothing(self: Ledger, proposal: Proposal, *, round: int, request: str) -> Reservation:
+        asked[request] = proposal
+        return Reservation(run=proposal.run, round=round, request=request, attempt=1)
+
+    def charge_and_commit(self: Ledger, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
+        reserve(self, asked[reservation.request], round=reservation.round, request=reservation.request)
+        commit(self, reservation, reply, fingerprint=fingerprint)
+
+    Ledger.reserve, Ledger.commit = reserve_nothing, charge_and_commit  # type: ignore[method-assign]
+
+
+def _commit_late() -> Callable[[], None]:
+    commit = Ledger.commit
+    late: Late = []
+
+    def later(self: Ledger, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
+        late.append(lambda: commit(self, reservation, reply, fingerprint=fingerprint))
+
+    def catch_up() -> None:
+        while late:
+            late.pop(0)()
+
+    Ledger.commit = later  # type: ignore[method-assign]
+    return catch_up

@@ -1,0 +1,200 @@
+"""A federation of two sites and a lead in a folder: what a process does there, and does again after a death."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from observer import Outside, Seen, kept_requests
+from points import Doomed, install
+from process import Job
+
+import fedtune.flower.client as client
+import fedtune.flower.simulation as simulation
+import fedtune.flower.virtual_site as virtual_site
+from fedtune.cli.compose import compose_run
+from fedtune.config import RunConfig
+from fedtune.federation.lead import LeadState
+from fedtune.federation.protocol import Reply, RoundRequest, Signed
+from fedtune.federation.site import Site, Trained, answer
+from fedtune.flower.participants import Participants
+from fedtune.model import Adapter
+from fedtune.privacy.policy import Policy
+from fedtune.spec import RefusedError, RunError
+
+ANCHORED = "site-1"
+"""The site whose policy names an anchor; the other one has none."""
+_OVERRIDES = (
+    "experiment=debug", "name=killed", "runtime.device=cpu", "runtime.num_threads=1", "privacy.noise_multiplier=4.0",
+    "data.train_fraction=0.02", "data.declared_sizes=90", "data.max_length=16", "data.validation_rows=10",
+    "data.test_rows=10", "federation.num_rounds=3",
+)  # fmt: skip
+SETTINGS = {
+    "spare rounds": ("federation.spare_rounds=4",),
+    "no spare round": ("federation.spare_rounds=0",),
+    "scores": ("federation.spare_rounds=2", "privacy.metrics=noised", "data.heldout_fraction=0.2"),
+}
+"""Kinds of runs, by name."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A kind of run, and everyone who takes part, built once in the parent."""
+
+    config: RunConfig
+    everyone: Participants
+
+    @classmethod
+    def of(cls, overrides: tuple[str, ...], folder: Path) -> Setting:
+        """Everything that needs no file of a site is loaded and computed here, before the first fork."""
+        config = compose_run([*_OVERRIDES, f"tracking.output_dir='{folder}'", *overrides])
+        everyone = Participants(config, folder)
+        _ = everyone.site_data, everyone._heldout_data, everyone.validation, everyone.test
+        virtual_site.generated_policy(config, everyone.plan, ANCHORED, lead="0" * 64)
+        return cls(config, everyone)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sites' names."""
+        return self.config.federation.active
+
+
+class _Silent:
+    """A listener to a run."""
+
+    def prepared(self, everyone: object, plan: object, state: LeadState) -> None: ...
+
+    def site_replied(self, number: int) -> None: ...
+
+    def round_finished(self, state: LeadState) -> None: ...
+
+
+Break = Callable[[], Callable[[], None]]
+"""Puts the ledger's writes into a wrong order; returns what is called once a reply has left."""
+
+
+def run(setting: Setting, folder: Path, *, spill: bool = False, broken: Break | None = None) -> Job:
+    """A job: run the federation in `folder`, or resume it, to its end."""
+
+    def job(doomed: Doomed, outside: Outside) -> None:
+        _prepare(setting, folder, doomed, outside, spill=spill, broken=broken)
+        begun = any((folder / "checkpoints").glob("round-*.safetensors"))
+        config = replace(setting.config, resume=str(folder)) if begun else setting.config
+        with doomed.within("lead"):
+            try:
+                simulation.simulate(config, folder, _Silent())
+            except RefusedError as refused:
+                outside.tell("refused", why=str(refused)[:2000])
+        crossed = {"points": doomed.crossed, "seconds": doomed.seconds}
+        (folder / "crossed.json").write_text(json.dumps(crossed))
+
+    return job
+
+
+def ask_again(setting: Setting, folder: Path, seen: Mapping[str, Seen]) -> Job:
+    """A job: at the sites in `folder`, ask every request again that was ever sent, with the newest receipt."""
+
+    def job(doomed: Doomed, outside: Outside) -> None:
+        requests = kept_requests(folder / "requests")
+        _prepare(setting, folder, doomed, outside)
+        for request, adapter in requests:
+            receipt = seen[request.site].receipt if request.site in seen else None
+            signed = replace(request, receipt=receipt).signed(setting.everyone.sites.lead_key())
+            with contextlib.suppress(RunError):  # the parent was told
+                site = setting.everyone.site(setting.names.index(request.site))
+                outside.reply(signed, answer(site, signed, adapter))
+
+    return job
+
+
+def _prepare(
+    setting: Setting,
+    folder: Path,
+    doomed: Doomed,
+    outside: Outside,
+    *,
+    spill: bool = False,
+    broken: Break | None = None,
+) -> None:
+    """Make this process work in `folder`, be seen, and have points."""
+    logging.disable(logging.ERROR)
+    everyone = setting.everyone
+    everyone.sites = replace(everyone.sites, folder=folder / "sites")
+    simulation.participants = lambda config_json, folder: everyone
+    _add_anchor()
+    late = None if broken is None else broken()
+    install(doomed, spill=spill)
+    _watch_training(everyone, doomed, outside)
+    _watch_replies(setting, doomed, outside, late)
+
+
+def _add_anchor() -> None:
+    generated = virtual_site.generated_policy
+
+    def anchored(config: RunConfig, plan: object, site: str, *, lead: str) -> Policy:
+        policy = generated(config, plan, site, lead=lead)  # type: ignore[arg-type]
+        return replace(policy, anchor=f"../anchors/{site}.json") if site == ANCHORED else policy
+
+    virtual_site.generated_policy = anchored
+
+
+def _watch_training(everyone: Participants, doomed: Doomed, outside: Outside) -> None:
+    """Tell the parent of each training that begins, and of what it made, and of a site that cannot be opened."""
+    open_site = everyone.site
+
+    def site(index: int) -> Site:
+        name = everyone.config.federation.active[index]
+        try:
+            opened = open_site(index)
+        except Exception as error:
+            outside.tell("failed", site=name, error=f"cannot be opened: {error!r}"[:1000])
+            raise
+
+        def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+            outside.tell("begun", site=name, round=request.round, attempt=attempt)
+            with doomed.within("training"):
+                trained = opened.train(request, adapter, attempt)
+            outside.tell("trained", site=name, noise=trained.adapter.digest())
+            return trained
+
+        return replace(opened, train=train)
+
+    everyone.site = site  # type: ignore[method-assign]
+
+
+def _watch_replies(setting: Setting, doomed: Doomed, outside: Outside, late: Callable[[], None] | None) -> None:
+    """Show each request and reply to the observer, who asks for the round again, once rightly and once wrongly.
+
+    Args:
+        late: what a ledger in a wrong order still has to write; such a ledger is asked once.
+    """
+
+    def seen(site: Site, signed: Signed, adapter: Adapter) -> Reply:
+        with doomed.within("answer"):
+            reply = answer(site, signed, adapter)
+        with doomed.within("reply"):
+            outside.reply(signed, reply)
+        return reply
+
+    def watched(site: Site, signed: Signed, adapter: Adapter) -> Reply:
+        outside.request(signed, adapter)
+        reply = seen(site, signed, adapter)
+        if late is not None:
+            late()
+        else:
+            seen(site, signed, adapter)
+            seen(site, *_other_request(setting, signed, adapter))
+        return reply
+
+    client.answer = watched
+
+
+def _other_request(setting: Setting, signed: Signed, adapter: Adapter) -> tuple[Signed, Adapter]:
+    """The same round from another adapter: would it be trained, one charge would buy two looks at the records."""
+    other = Adapter({name: value + 1 for name, value in adapter.tensors.items()})
+    request = replace(RoundRequest.of(signed), adapter_digest=other.digest())
+    return request.signed(setting.everyone.sites.lead_key()), other

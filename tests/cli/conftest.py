@@ -1,0 +1,126 @@
+"""A site in a folder, whose ledger has lived."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli.site import template_file
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Refused
+
+
+@dataclass(frozen=True)
+class SiteFolder:
+    """A site's files.  The policy is the shipped template with a lead, a model and an anchor in it."""
+
+    folder: Path
+
+    @property
+    def policy(self) -> Path:
+        return self.folder / "site.toml"
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger.db"
+
+    @property
+    def anchor(self) -> Path:
+        return self.folder / "anchor.json"
+
+    @property
+    def key(self) -> SigningKey:
+        return SigningKey.load_or_make(self.folder / "site_key.pem")
+
+    @property
+    def lead(self) -> SigningKey:
+        return SigningKey.load_or_make(self.folder / "lead.pem")
+
+    def write_policy(self, **changes: str | None) -> None:
+        """The template with some values replaced, as TOML, or left out."""
+        text = template_file().read_text(encoding="utf-8")
+        values: dict[str, str | None] = {
+            "anchor": '"anchor.json"',
+            "leads": f'["{self.lead.public}"]',
+            "base_models": f'["{"ab" * 32}"]',
+            "path": '"letters.csv"',
+        }
+        for key, value in {**values, **changes}.items():
+            line = "" if value is None else f"{key} = {value}"
+            text, count = re.subn(rf"^{key} = .*$", line, text, flags=re.MULTILINE)
+            assert count == 1, key
+        self.policy.write_text(text)
+
+    def open(self) -> Ledger:
+        """The ledger, as a site that starts opens it."""
+        return Ledger(self.ledger, read_policy(self.policy), self.key, anchor=self.anchor)
+
+    def proposal(self, run: str, *, seeded_noise: bool = False, **plan: Any) -> Proposal:
+        """A run that the policy allows: four rounds of ten steps."""
+        fields: dict[str, Any] = {
+            "unit": "record",
+            "delta": 1e-5,
+            "sampling_rate": 0.05,
+            "noise_multiplier": 2.0,
+            "max_grad_norm": 1.0,
+            "local_steps": 10,
+            "num_rounds": 4,
+        }
+        return Proposal(
+            run=run,
+            lead=self.lead.public,
+            dataset="discharge_letters",
+            task="classification",
+            base_model="ab" * 32,
+            target_modules=("query",),
+            rank=4,
+            train_head=True,
+            seeded_noise=seeded_noise,
+            num_sites=3,
+            plan=Plan(**{**fields, **plan}),
+        )
+
+    def train(self, ledger: Ledger, proposal: Proposal, *rounds: int, commit: bool = True) -> None:
+        """Charge rounds and, unless they are interrupted, store a reply."""
+        for round in rounds:
+            granted = ledger.reserve(proposal, round=round, request=f"{proposal.run} {round}")
+            assert isinstance(granted, Reservation)
+            if commit:
+                ledger.commit(granted, f"reply of {proposal.run} {round}".encode())
+
+    def refuse(self, ledger: Ledger, proposal: Proposal, *, named: str | None = None) -> None:
+        """Ask for too much, and record the refusal."""
+        with pytest.raises(Refused) as caught:
+            ledger.reserve(proposal, round=1, request="x")
+        ledger.refuse(caught.value, run=named or proposal.run, round=1, request="x")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> SiteFolder:
+    """A site that has a policy, and no ledger yet."""
+    made = SiteFolder(tmp_path / "north")
+    made.folder.mkdir()
+    made.write_policy()
+    return made
+
+
+@pytest.fixture
+def lived(site: SiteFolder) -> SiteFolder:
+    """The same with an ended run, an interrupted round, refusals and an open run."""
+    ledger = site.open()
+    first = site.proposal("diagnosis")
+    site.train(ledger, first, 1, 2)
+    site.train(ledger, first, 3, commit=False)
+    site.train(ledger, first, 3)
+    ledger.end("diagnosis")
+    site.refuse(ledger, site.proposal("greedy", noise_multiplier=0.5))
+    site.train(ledger, site.proposal("triage", noise_multiplier=2.5), 1)
+    return site

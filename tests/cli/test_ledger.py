@@ -1,0 +1,407 @@
+"""`fedtune ledger`: says what a ledger holds and no more, writes nothing when it reads, and repairs only upwards."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli.plain_words import REASONS, epsilon_text, odds_text, printable
+from fedtune.privacy import accountant, filter
+from fedtune.privacy.chain import Head
+from fedtune.privacy.release import Reason
+from fedtune.privacy.verify import verify
+
+READERS = ("show", "spent", "verify", "export")
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines long enough that a phrase is not broken."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def tampered(ledger: Path) -> None:
+    data = ledger.read_bytes()
+    ledger.write_bytes(data.replace(b"classification", b"Classification", 1))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_write_nothing(reader: str, lived: Any, command: Any) -> None:
+    before = bytes_of(lived.folder)
+    assert command("ledger", reader, str(lived.ledger)).code == 0
+    assert bytes_of(lived.folder) == before
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_folder_stands_for_the_ledger_in_it(reader: str, lived: Any, command: Any) -> None:
+    assert command("ledger", reader, str(lived.folder)).code == 0
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_ledger_that_is_not_there_is_wrong_input(reader: str, tmp_path: Path, command: Any) -> None:
+    outcome = command("ledger", reader, str(tmp_path / "none.db"))
+    assert outcome.code == 2
+    assert outcome.message == f"ledger = '{tmp_path}/none.db': must be a ledger.db, or a folder with one"
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_folder_names_its_ledgers(lived: Any, tmp_path: Path, command: Any) -> None:
+    inner = tmp_path / "run" / "sites" / "bank-a"
+    inner.mkdir(parents=True)
+    shutil.copy(lived.ledger, inner)
+    outcome = command("ledger", "show", str(tmp_path / "run"))
+    assert outcome.code == 2
+    assert outcome.message.endswith(f"must be one of {inner}/ledger.db")
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_changed_ledger_is_one_line_and_exit_code_one(reader: str, lived: Any, command: Any) -> None:
+    tampered(lived.ledger)
+    outcome = command("ledger", reader, str(lived.ledger))
+    assert outcome.code == 1
+    assert "event 2 was changed" in outcome.message or "event 3 was changed" in outcome.message
+    assert outcome.out == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database at all, but long enough to look like one" * 20])
+def test_another_file_is_no_ledger(content: bytes, tmp_path: Path, command: Any) -> None:
+    (tmp_path / "ledger.db").write_bytes(content)
+    outcome = command("ledger", "spent", str(tmp_path))
+    assert outcome.code == 1
+    assert str(tmp_path / "ledger.db") in outcome.message
+
+
+def test_show_has_a_row_for_each_event_in_words(lived: Any, command: Any) -> None:
+    out = command("ledger", "show", str(lived.ledger)).out
+    for words in (
+        "site north-hospital, population cardiology",
+        "ledger made for population cardiology",
+        "policy in force: lifetime cap epsilon 6, 2 a run, 4 a year",
+        "classification on discharge_letters, 4 rounds, each 10 noisy steps (rate 0.05, noise 2)",
+        "charged, again (attempt 2): 10 noisy steps (rate 0.05, noise 2)",
+        "reply stored",
+        "run over: what it had set aside and not spent is free again",
+        "refused: too little noise (asked for 0.5; allowed at least 1; rule min_noise_multiplier)",
+    ):
+        assert words in out, out
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_tables_fit_the_terminal(columns: str, lived: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for arguments in (["ledger", "show"], ["ledger", "spent"]):
+        for line in command(*arguments, str(lived.ledger)).out.splitlines():
+            assert len(line) <= int(columns) or str(lived.folder) in line
+        assert "…" not in line
+
+
+def test_show_last_is_the_newest_events(lived: Any, command: Any) -> None:
+    whole = json.loads(command("ledger", "show", str(lived.ledger), "--json").out)
+    last = json.loads(command("ledger", "show", str(lived.ledger), "--json", "--last", "3").out)
+    assert last["events"] == whole["events"][-3:]
+    assert [event["sequence"] for event in whole["events"]] == list(range(1, whole["num_events"] + 1))
+    assert command("ledger", "show", str(lived.ledger), "--last", "0").code == 2
+
+
+def test_a_run_s_name_cannot_steer_the_terminal(site: Any, command: Any) -> None:
+    site.refuse(site.open(), site.proposal("x", noise_multiplier=0.5), named="\x1b[31m[red]evil\u202e\n")
+    out = command("ledger", "show", str(site.ledger)).out
+    assert "?[31m[red]evil??" in out
+    assert "\x1b" not in out
+
+
+def test_spent_gives_each_figure_with_what_it_means(lived: Any, command: Any) -> None:
+    figures = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
+    out = command("ledger", "spent", str(lived.ledger)).out
+    for key in ("epsilon", "epsilon_with_set_aside", "epsilon_pld", "epsilon_rdp"):
+        assert epsilon_text(figures[key]) in out
+    assert "Holds even when every next run was chosen after seeing earlier results. Caps and verdicts use it." in out
+    assert "a proof only for what was fixed beforehand" in out
+    assert f"{figures['reference_runs_left']} runs like the policy's reference" in out
+    assert f"at most {odds_text(figures['epsilon'])}-fold" in out
+    assert "NO GUARANTEE" not in out
+    assert "FROZEN" not in out
+
+
+def test_spent_as_json_is_the_ledger_s_own_figures(lived: Any, command: Any) -> None:
+    figures = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
+    history = verify(lived.ledger).history
+    charged = history.charged()
+    assert figures["epsilon"] == filter.epsilon_filter(charged, order=history.order, delta=1e-5)
+    assert figures["epsilon_pld"] >= accountant.epsilon_pld(charged, 1e-5)
+    assert figures["epsilon_rdp"] == accountant.epsilon_rdp(charged, 1e-5)
+    assert figures["epsilon"] < figures["epsilon_with_set_aside"] < figures["max_epsilon"] == 6
+    assert math.isclose(figures["epsilon_left"], 6 - figures["epsilon_with_set_aside"])
+    assert [(run["run"], run["state"], run["rounds"]) for run in figures["runs"]] == [
+        ("diagnosis", "ended", 4),
+        ("triage", "open", 1),
+    ]
+    assert figures["guarantee"] is True
+
+
+def test_as_many_reference_runs_fit_as_spent_says(lived: Any, command: Any) -> None:
+    lived.write_policy(max_epsilon_per_period=None)
+    ledger = lived.open()
+    left = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)["reference_runs_left"]
+    for number in range(left):
+        lived.train(ledger, lived.proposal(f"next-{number}", local_steps=20, num_rounds=10), 1)
+    lived.refuse(ledger, lived.proposal("one-too-many", local_steps=20, num_rounds=10))
+    after = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
+    assert after["reference_runs_left"] == 0
+    assert after["share_with_set_aside"] <= 1
+
+
+def test_a_new_ledger_has_spent_nothing(site: Any, command: Any) -> None:
+    site.open()
+    out = command("ledger", "spent", str(site.ledger)).out
+    assert "Nothing was spent yet" in out
+    assert "No run was accepted yet." in out
+
+
+def test_seeded_noise_is_no_guarantee(site: Any, command: Any) -> None:
+    site.write_policy(seeded_noise="true")
+    site.train(site.open(), site.proposal("study", seeded_noise=True), 1)
+    outcome = command("ledger", "spent", str(site.ledger))
+    assert outcome.out.count("NO GUARANTEE") == 2
+    assert "NO GUARANTEE" in command("ledger", "show", str(site.ledger)).out
+    assert json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["guarantee"] is False
+
+
+def test_a_run_without_noise_is_unbounded_and_null(site: Any, command: Any) -> None:
+    site.write_policy(
+        max_epsilon="inf", max_epsilon_per_run=None, max_epsilon_per_period=None, min_noise_multiplier="0.0"
+    )
+    site.train(site.open(), site.proposal("bare", noise_multiplier=0.0), 1)
+    out = command("ledger", "spent", str(site.ledger)).out
+    assert "NO GUARANTEE" in out
+    assert "unbounded" in out
+    figures = json.loads(command("ledger", "spent", str(site.ledger), "--json").out)
+    for key in ("epsilon", "epsilon_pld", "epsilon_rdp", "max_epsilon", "epsilon_left", "reference_runs_left", "share"):
+        assert figures[key] is None, key
+    assert figures["guarantee"] is False
+    assert "WITHOUT NOISE" in command("ledger", "show", str(site.ledger)).out
+
+
+def test_a_raised_cap_is_told(lived: Any, command: Any) -> None:
+    lived.write_policy(max_epsilon="8.0")
+    lived.open()
+    assert "The lifetime cap was changed: at most 6" in command("ledger", "spent", str(lived.ledger)).out
+
+
+def test_verify_says_plainly_what_it_could_not_check(lived: Any, command: Any) -> None:
+    alone = command("ledger", "verify", str(lived.ledger)).out
+    assert "Rollback is NOT excluded" in alone
+    assert "Whose key it is" in alone
+    keyed = command("ledger", "verify", str(lived.ledger), "--site-key", lived.key.public).out
+    assert "Rollback is NOT excluded" in keyed
+    assert "Whose key it is" not in keyed
+    anchored = command("ledger", "verify", str(lived.ledger), "--anchor", str(lived.anchor)).out
+    assert "NOT" not in anchored
+    assert "rollback to before it is excluded" in anchored
+
+
+def test_verify_as_json(lived: Any, command: Any) -> None:
+    alone = json.loads(command("ledger", "verify", str(lived.ledger), "--json").out)
+    assert (alone["unchanged"], alone["rollback_excluded"], alone["anchor_sequence"]) == (True, False, None)
+    anchored = json.loads(command("ledger", "verify", str(lived.ledger), "--json", "--anchor", str(lived.anchor)).out)
+    assert (anchored["rollback_excluded"], anchored["anchor_sequence"]) == (True, alone["num_events"])
+    assert anchored["site_key"] == lived.key.public
+
+
+def test_verify_finds_another_site_s_ledger(lived: Any, command: Any) -> None:
+    outcome = command("ledger", "verify", str(lived.ledger), "--site-key", "ab" * 32)
+    assert outcome.code == 1
+    assert "names site key" in outcome.message
+    assert command("ledger", "verify", str(lived.ledger), "--site-key", "short").code == 2
+
+
+def test_verify_finds_a_ledger_that_was_put_back(lived: Any, command: Any) -> None:
+    backup = lived.folder / "backup.db"
+    shutil.copy(lived.ledger, backup)
+    lived.train(lived.open(), lived.proposal("triage", noise_multiplier=2.5), 2)
+    outcome = command("ledger", "verify", str(backup), "--anchor", str(lived.anchor))
+    assert outcome.code == 1
+    assert "put back" in outcome.message
+    assert command("ledger", "verify", str(backup), "--anchor", str(lived.folder / "none.json")).code == 2
+
+
+def test_export_is_everything_in_one_file(lived: Any, command: Any, tmp_path: Path) -> None:
+    output = tmp_path / "ledger.json"
+    assert command("ledger", "export", str(lived.ledger), "--output", str(output)).code == 0
+    whole = json.loads(output.read_text())
+    assert whole["events"] == json.loads(command("ledger", "show", str(lived.ledger), "--json").out)["events"]
+    assert whole["head"] == whole["events"][-1]
+    assert whole["spending"].items() <= json.loads(command("ledger", "spent", str(lived.ledger), "--json").out).items()
+    assert whole["verification"]["rollback_excluded"] is False
+    assert json.loads(command("ledger", "export", str(lived.ledger)).out) == whole
+
+
+def test_export_overwrites_nothing(lived: Any, command: Any) -> None:
+    for name in ("ledger.db", "site_key.pem"):
+        before = (lived.folder / name).read_bytes()
+        outcome = command("ledger", "export", str(lived.ledger), "--output", str(lived.folder / name))
+        assert outcome.code == 2
+        assert "exists already" in outcome.message
+        assert (lived.folder / name).read_bytes() == before
+
+
+def test_export_into_a_place_that_cannot_be_written_is_wrong_input(lived: Any, command: Any) -> None:
+    outcome = command("ledger", "export", str(lived.ledger), "--output", str(lived.ledger / "x.json"))
+    assert outcome.code == 2
+    assert "must be a file that can be written" in outcome.message
+
+
+def test_an_anchor_made_by_hand_is_as_good_as_the_ledger_s_own(lived: Any, command: Any, tmp_path: Path) -> None:
+    made, key = tmp_path / "anchor.json", lived.folder / "site_key.pem"
+    assert command("ledger", "anchor", str(lived.ledger), "--key", str(key), "--output", str(made)).code == 0
+    assert made.read_bytes() == lived.anchor.read_bytes()
+
+
+def test_an_anchor_is_not_replaced_by_an_older_one(lived: Any, command: Any, tmp_path: Path) -> None:
+    backup, key = tmp_path / "backup.db", lived.folder / "site_key.pem"
+    shutil.copy(lived.ledger, backup)
+    lived.open().end("triage")
+    before = lived.anchor.read_bytes()
+    outcome = command("ledger", "anchor", str(backup), "--key", str(key), "--output", str(lived.anchor))
+    assert outcome.code == 1
+    assert "put back" in outcome.message
+    assert lived.anchor.read_bytes() == before
+
+
+def test_an_anchor_needs_the_site_s_key_and_an_anchor_s_place(lived: Any, command: Any, tmp_path: Path) -> None:
+    other, output = lived.folder / "lead.pem", tmp_path / "anchor.json"
+    assert command("ledger", "anchor", str(lived.ledger), "--key", str(other), "--output", str(output)).code == 1
+    assert not output.exists()
+    key = lived.folder / "site_key.pem"
+    before = key.read_bytes()
+    assert command("ledger", "anchor", str(lived.ledger), "--key", str(key), "--output", str(key)).code == 2
+    assert key.read_bytes() == before
+
+
+@pytest.fixture
+def put_back(lived: Any) -> Any:
+    """A site whose ledger was lost after three more rounds, and replaced by a backup."""
+    backup = lived.folder / "backup.db"
+    shutil.copy(lived.ledger, backup)
+    ledger = lived.open()
+    lived.train(ledger, lived.proposal("triage", noise_multiplier=2.5), 2)
+    lived.train(ledger, lived.proposal("third"), 1, 2)
+    shutil.copy(backup, lived.ledger)
+    return lived
+
+
+Run = Callable[..., Any]
+
+
+def restored(site: Any, command: Run, *more: str) -> Any:
+    return command("ledger", "restore", "--policy", str(site.policy), *more)
+
+
+def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back: Any, command: Run) -> None:
+    lost = Head.read(put_back.anchor)
+    outcome = restored(put_back, command)
+    assert outcome.code == 0, outcome.err
+    assert "10 noisy steps (rate 0.05, noise 2.5)" in outcome.out
+    assert "20 noisy steps (rate 0.05, noise 2)" in outcome.out
+    verified = verify(put_back.ledger, anchor=Head.read(put_back.anchor))
+    assert verified.history.head(verified.hash, put_back.key).charged == lost.charged
+    put_back.train(put_back.open(), put_back.proposal("fourth"), 1)
+    assert "Backups put back so far: 1" in command("ledger", "spent", str(put_back.ledger)).out
+    assert "a backup was put back; charged what it lacked" in command("ledger", "show", str(put_back.ledger)).out
+
+
+def test_restore_happens_once(put_back: Any, command: Run, tmp_path: Path) -> None:
+    lost = tmp_path / "lost.json"
+    shutil.copy(put_back.anchor, lost)
+    assert restored(put_back, command, "--anchor", str(lost)).code == 0
+    before = put_back.ledger.read_bytes()
+    again = restored(put_back, command, "--anchor", str(lost))
+    assert again.code == 0
+    assert "Nothing was charged" in again.out
+    assert put_back.ledger.read_bytes() == before
+
+
+def test_restore_leaves_a_ledger_that_lacks_nothing_alone(lived: Any, command: Run) -> None:
+    before = lived.ledger.read_bytes()
+    outcome = restored(lived, command, str(lived.ledger), "--anchor", str(lived.anchor))
+    assert outcome.code == 0
+    assert "lacks nothing" in outcome.out
+    assert lived.ledger.read_bytes() == before
+
+
+def test_restore_refuses_a_changed_backup_and_another_ledger_s_anchor(
+    put_back: Any, command: Run, tmp_path: Path
+) -> None:
+    foreign = type(put_back)(tmp_path / "south")
+    foreign.folder.mkdir()
+    foreign.write_policy()
+    foreign.open()
+    before = put_back.ledger.read_bytes()
+    assert restored(put_back, command, "--anchor", str(foreign.anchor)).code == 1
+    tampered(put_back.ledger)
+    assert restored(put_back, command).code == 1
+    assert put_back.ledger.read_bytes() != before
+
+
+def test_restore_works_on_the_policy_s_own_ledger_alone(put_back: Any, command: Run) -> None:
+    outcome = restored(put_back, command, str(put_back.folder / "backup.db"))
+    assert outcome.code == 2
+    assert outcome.message.endswith(f"must be the policy's own ledger, {put_back.ledger}")
+    put_back.ledger.unlink()
+    assert restored(put_back, command).code == 2
+    assert not put_back.ledger.exists()
+
+
+def test_restore_without_any_anchor_says_so(put_back: Any, command: Run) -> None:
+    put_back.write_policy(anchor='""')
+    outcome = restored(put_back, command)
+    assert outcome.code == 2
+    assert outcome.message == "--anchor = None: is required, since the policy names no anchor"
+
+
+def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Run) -> None:
+    assert command("ledger", "freeze", "--policy", str(lived.policy), "--why", "consent withdrawn").code == 0
+    lived.refuse(lived.open(), lived.proposal("late"))
+    out = command("ledger", "show", str(lived.ledger)).out
+    assert "takes part in nothing any more: consent withdrawn" in out
+    spent = command("ledger", "spent", str(lived.ledger))
+    assert "FROZEN" in spent.out
+    assert "nothing, since it is frozen" in spent.out
+    figures = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
+    assert (figures["frozen"], figures["epsilon_left"], figures["reference_runs_left"]) == (True, 0, 0)
+
+
+def test_freeze_wants_a_reason_and_makes_no_ledger(site: Any, command: Run) -> None:
+    assert command("ledger", "freeze", "--policy", str(site.policy), "--why", " ").code == 2
+    assert command("ledger", "freeze", "--policy", str(site.policy), "--why", "x").code == 2
+    assert not site.ledger.exists()
+
+
+def test_every_reason_of_a_refusal_has_words() -> None:
+    assert set(REASONS) == set(Reason)
+
+
+@pytest.mark.parametrize(("epsilon", "shown"), [(1.0001, "1.001"), (2.0, "2.000"), (math.inf, "unbounded")])
+def test_epsilon_is_rounded_up(epsilon: float, shown: str) -> None:
+    assert epsilon_text(epsilon) == shown
+
+
+@pytest.mark.parametrize(("epsilon", "shown"), [(0.0, "1"), (0.5, "1.7"), (3.0, "21"), (6.0, "410"), (50.0, "10^22")])
+def test_odds_are_rounded_up(epsilon: float, shown: str) -> None:
+    assert odds_text(epsilon) == shown
+    assert epsilon <= math.log(float(shown.replace("10^", "1e"))) + 1e-12
+
+
+def test_text_from_outside_is_made_harmless_and_short() -> None:
+    assert printable("a\x1b[2Jb\u202e") == "a?[2Jb?"
+    assert printable("x" * 500) == "x" * 197 + "..."

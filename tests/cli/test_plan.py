@@ -1,0 +1,338 @@
+"""`fedtune plan`: what a person sees, and what it writes."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedtune.cli.compose import compose_run
+from fedtune.cli.plan_outlook import Outlook
+from fedtune.cli.plan_page import chart_svg, page_html
+from fedtune.cli.plan_text import show
+from fedtune.cli.plan_words import bytes_text, duration
+from fedtune.federation import planner, solver, verdict
+from fedtune.privacy import accountant
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.policy_tables import Dataset
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def plan(command: Callable[..., Any], tiny: Callable[..., list[str]], tmp_path: Path) -> Run:
+    """The command on the smallest run, without its model unless `model`; options come first."""
+
+    def run(*arguments: str, model: bool = False) -> Any:
+        options = [part for part in arguments if part.startswith("--")]
+        overrides = [part for part in arguments if not part.startswith("--")]
+        return command("plan", *tiny(*overrides, into=tmp_path), *([] if model else ["--no-model"]), *options)
+
+    return run
+
+
+@pytest.fixture
+def plan_json(plan: Run) -> Run:
+    """What the command prints as JSON."""
+
+    def run(*arguments: str, **options: Any) -> Any:
+        outcome = plan(*arguments, "--json", **options)
+        assert outcome.code == 0, outcome.err
+        return json.loads(outcome.out)
+
+    return run
+
+
+@pytest.fixture
+def outlook(tiny: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Outlook]:
+    """What is known of the smallest run with these overrides; its other plans are left out."""
+
+    def make(*overrides: str, **fields: Any) -> Outlook:
+        config = compose_run(tiny(*overrides, into=tmp_path))
+        planned = config.plan()
+        values: dict[str, Any] = {
+            "config": config,
+            "price": planner.price(planned, config.declared_sizes()),
+            "solved": None,
+            "epsilon": 8.0,
+            "changes": (),
+            "forecast": None,
+            "device": "",
+            "verdicts": (),
+            "lead_assumed": False,
+        }
+        return Outlook(**(values | fields))
+
+    return make
+
+
+def text(outlook: Outlook, width: int = 80) -> str:
+    out = io.StringIO()
+    show(Console(file=out, width=width), outlook)
+    return out.getvalue()
+
+
+def test_the_plan_says_what_the_run_will_say(plan_json: Run, simulate: Any, result_of: Any, tmp_path: Path) -> None:
+    promised = plan_json()
+    privacy = result_of(simulate(into=tmp_path))["privacy"]
+    assert promised["epsilon"] == privacy["epsilon"]
+    for name, site in privacy["sites"].items():
+        for key in ("epsilon", "epsilon_rdp", "steps", "sampling_rate", "noise_multiplier"):
+            assert promised["sites"][name][key] == site[key]
+
+
+def test_nothing_is_read_and_nothing_is_made(plan: Run, tmp_path: Path) -> None:
+    outcome = plan(f"data.train_file='{tmp_path}/missing.csv'", f"data.test_file='{tmp_path}/missing.csv'")
+    assert outcome.code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibrated_noise_is_the_run_s_own(plan_json: Run) -> None:
+    said = plan_json("privacy.noise_multiplier=null", "privacy.epsilon=3")
+    expected = accountant.calibrate_noise(epsilon=3.0, delta=1e-5, sampling_rate=0.2, steps=4)
+    assert said["plan"]["noise_multiplier"] == expected
+    assert said["noise_calibrated"]
+    assert said["epsilon"] <= 3.0
+
+
+def test_only_sites_that_take_part_are_shown(plan_json: Run) -> None:
+    said = plan_json("federation.num_sites=3", "data.declared_sizes=[90,80,70]", "federation.participants=[site-2]")
+    assert list(said["sites"]) == ["site-2"]
+    assert said["sites"]["site-2"]["weight"] == 1.0
+
+
+def test_bytes_and_time_come_from_the_model(plan_json: Run, simulate: Any, result_of: Any, tmp_path: Path) -> None:
+    found = plan_json(model=True)["forecast"]
+    (first, *_) = result_of(simulate(into=tmp_path))["rounds"]
+    # What really travels has a header beside the values.
+    assert 0 <= first["bytes_up"] - 2 * found["bytes_each_way"] < 20_000
+    assert found["device"] == "cpu"
+
+
+def test_solving_for_noise(plan_json: Run) -> None:
+    said = plan_json("--target=noise", "privacy.epsilon=2")
+    assert said["solved_for"] == "noise"
+    expected = accountant.calibrate_noise(epsilon=2.0, delta=1e-5, sampling_rate=0.2, steps=4)
+    assert said["plan"]["noise_multiplier"] == expected, "the given noise of 4 is not what was asked for"
+
+
+def test_solving_for_rounds_with_noise_that_a_run_would_refuse(plan_json: Run) -> None:
+    # Twenty rounds would pass epsilon 1, which a run says is wrong; here it is the question.
+    said = plan_json("--target=rounds", "privacy.epsilon=1", "federation.num_rounds=20")
+    assert 0.9 < said["epsilon"] <= 1.0
+    more = Plan(**(said["plan"] | {"num_rounds": said["plan"]["num_rounds"] + 1}))
+    assert solver.coarse_epsilon(more) > 1.0
+
+
+def test_solving_for_the_sampling_rate(plan_json: Run) -> None:
+    said = plan_json("--target=sampling_rate", "privacy.epsilon=1")
+    assert said["plan"]["sampling_rate"] > 0.2
+    assert 0.99 < said["epsilon"] <= 1.0
+
+
+def test_what_was_solved_for_can_be_pasted(plan: Run, tiny: Any, tmp_path: Path) -> None:
+    out = plan("--target=rounds", "privacy.epsilon=1").out
+    found = re.search(r"use it +(\S+) (\S+)\n", out)
+    assert found
+    config = compose_run(tiny("privacy.epsilon=1", *found.groups(), into=tmp_path))
+    assert config.federation.num_rounds > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["privacy.noise_multiplier=null", "--target=rounds"], "privacy.noise_multiplier = None: must be given"),
+        (["privacy=none", "--target=noise"], "--target = 'noise': needs a run with privacy"),
+        (["privacy.epsilon=0.01", "--target=rounds"], "privacy.noise_multiplier = 4.0: passes privacy.epsilon = 0.01"),
+        (["privacy.epsilon=0.01"], "privacy.noise_multiplier = 4.0: gives epsilon"),
+        (["--output=plan.pdf"], "--output = 'plan.pdf': must end in .html, .svg, .json"),
+        (["--lead=me"], "--lead = 'me': must be a public key"),
+        (["--policy=missing.toml"], "policy = 'missing.toml': must be a readable file"),
+        (["--output=missing/plan.svg"], "--output = 'missing/plan.svg': must be a file that can be written"),
+        (["nonsense=1"], "nonsense = '1': is not a setting"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(plan: Run, arguments: list[str], message: str) -> None:
+    outcome = plan(*arguments)
+    assert outcome.code == 2
+    assert outcome.message.startswith(message)
+
+
+def test_the_terminal_shows_every_part(outlook: Callable[..., Outlook]) -> None:
+    shown = text(outlook(), width=120)
+    for part in (
+        "epsilon at most 0.",
+        "2 rounds of 2 steps, sampling rate 0.2",
+        "multiplier 4 (given), clip norm 1",
+        "None dominates: all declare 90",
+        "Epsilon after each round",
+        "starts anew each round",
+        "WRONG for the run",
+        "Left out: no model was loaded.",
+    ):
+        assert part in shown
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_terminal_fits_its_width(outlook: Callable[..., Outlook], width: int) -> None:
+    names = "federation.site_names=[university-hospital,rural-clinic-in-the-north]"
+    shown = text(outlook(names, "data.declared_sizes=[120000,90]", "privacy.delta=1.0e-6"), width=width)
+    assert max(map(len, shown.splitlines())) <= width
+    assert "university-hospital" in shown
+    assert "…" not in shown
+
+
+def test_the_site_that_dominates_is_named(outlook: Callable[..., Outlook]) -> None:
+    shown = text(outlook("data.declared_sizes=[90,30]"), width=200)
+    assert "site-1 dominates" in shown
+    assert "delta must stay below 1 / 90 = 0.0111" in shown
+    assert "site-2 is the noisiest: 3 times the noise of site-1" in shown
+
+
+def test_bars_grow_with_epsilon(outlook: Callable[..., Outlook]) -> None:
+    bars = [line.count("█") for line in text(outlook("federation.num_rounds=4")).splitlines() if "█" in line]
+    assert bars[1:] == sorted(bars[1:])
+    assert bars[-1] > 15
+
+
+def test_other_plans_are_a_table(outlook: Callable[..., Outlook]) -> None:
+    known = outlook()
+    epsilon = solver.coarse_epsilon(known.plan)
+    changed = text(outlook(changes=planner.what_if(known.plan, epsilon=epsilon), epsilon=epsilon))
+    for change in ("as planned", "3 rounds", "4 rounds", "batches x 2 (rate 0.4)", "delta 1e-06"):
+        assert change in changed
+
+
+def test_seeded_noise_is_no_guarantee(outlook: Callable[..., Outlook]) -> None:
+    study = outlook("runtime.seeded_noise=true")
+    assert not study.guaranteed
+    assert text(study).splitlines()[1].startswith("NO GUARANTEE")
+    assert "NO GUARANTEE" in page_html(study)
+
+
+def test_without_privacy_no_epsilon_is_promised(outlook: Callable[..., Outlook]) -> None:
+    plain = outlook("privacy=none", "privacy.noise_multiplier=null")
+    shown = text(plain)
+    assert "No epsilon is promised" in shown
+    assert "Epsilon after each round" not in shown
+    assert "No epsilon is promised" in chart_svg(plain)
+    said = plain.to_json()
+    assert (said["epsilon"], said["rounds"], said["target_epsilon"]) == (None, [], None)
+    json.dumps(said, allow_nan=False)
+
+
+def test_spare_rounds_are_marked(outlook: Callable[..., Outlook]) -> None:
+    spared = outlook("federation.spare_rounds=1")
+    assert "After 2 rounds and 1 spare" in text(spared)
+    assert re.search(r"3\* +6 ", text(spared))
+    assert "spare rounds" in chart_svg(spared)
+
+
+def test_released_scores_are_mentioned(outlook: Callable[..., Outlook]) -> None:
+    scored = outlook("privacy.metrics=noised", "data.heldout_fraction=0.2")
+    assert "every epsilon here pays for them" in text(scored, width=200)
+
+
+def test_the_chart_is_an_svg_that_names_its_axes_and_lines(outlook: Callable[..., Outlook]) -> None:
+    known = outlook()
+    svg = chart_svg(known)
+    words = "".join(ElementTree.fromstring(svg).itertext())
+    for part in ("rounds (of 2 steps each)", "epsilon at delta 1e-05", "PLD", "RDP", "Renyi filter", "WRONG"):
+        assert part in words
+    assert svg == chart_svg(known), "the same figures give the same bytes"
+
+
+def test_the_page_needs_nothing_else(outlook: Callable[..., Outlook]) -> None:
+    page = page_html(outlook())
+    assert page.count("<svg") == 1
+    assert "<script" not in page
+    assert not re.search(r'(?:src|href)="(?!#)', page), "no file, no network"
+    assert "What each accountant would say of the whole run" in page
+
+
+@pytest.mark.parametrize("suffix", ["html", "svg", "json"])
+def test_the_output_is_what_its_ending_says(plan: Run, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"plan.{suffix}"
+    outcome = plan(f"--output={path}")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.endswith(f"written: {path}\n")
+    start = {"html": "<!doctype html>", "svg": "<?xml", "json": "{"}[suffix]
+    assert path.read_text().startswith(start)
+
+
+@pytest.fixture
+def policy_file(
+    tmp_path: Path, site_policy: Callable[..., Policy], lead_key: SigningKey, tiny: Callable[..., list[str]]
+) -> Callable[..., Path]:
+    """A site.toml that allows the smallest run; keywords change the policy."""
+
+    def make(**changes: Any) -> Path:
+        config = compose_run(tiny(into=tmp_path))
+        proposal = config.proposal(lead=lead_key.public, plan=config.plan())
+        allow = {
+            "leads": (lead_key.public,),
+            "base_models": (proposal.base_model,),
+            "target_modules": proposal.target_modules,
+        }
+        datasets = (Dataset(id=proposal.dataset, declared_size=90),)
+        write_policy(site_policy("site-1", allow=allow, dataset=datasets, **changes), tmp_path / "site.toml")
+        return tmp_path / "site.toml"
+
+    return make
+
+
+def test_a_policy_is_asked(plan_json: Run, policy_file: Callable[..., Path], lead_key: SigningKey) -> None:
+    said = plan_json(f"--policy={policy_file()}")
+    (policy,) = said["policies"]
+    assert (policy["allowed"], policy["site"], policy["ledger"]) == (True, "site-1", "new")
+    assert policy["lead"] == lead_key.public
+    assert said["lead_assumed"]
+
+
+def test_another_lead_is_refused(plan: Run, policy_file: Callable[..., Path]) -> None:
+    outcome = plan(f"--policy={policy_file()}", f"--lead={'0' * 64}")
+    assert outcome.code == 0, "the question was answered"
+    assert "site-1 would refuse the run" in outcome.out
+    assert "(leads)" in outcome.out
+    assert "Neither fewer rounds nor more noise alone would be accepted." in outcome.out
+
+
+def test_the_plan_that_was_solved_for_is_what_a_policy_is_asked_about(
+    plan: Run, policy_file: Callable[..., Path]
+) -> None:
+    outcome = plan("--target=rounds", "privacy.epsilon=1", f"--policy={policy_file()}")
+    assert "max_rounds" in outcome.out
+    assert "Would be accepted: 4 rounds, all else as planned." in outcome.out
+
+
+def test_a_verdict_is_on_the_page(
+    outlook: Callable[..., Outlook], policy_file: Callable[..., Path], lead_key: SigningKey
+) -> None:
+    known = outlook()
+    proposal = known.config.proposal(lead=lead_key.public, plan=known.plan)
+    said = verdict.ask(policy_file(), proposal, declared_sizes=known.config.declared_sizes())
+    page = page_html(outlook(verdicts=(said,)))
+    assert "site-1 would accept the run" in page
+    assert "No ledger beside the policy" in page
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.01, "0.1 s"), (61.2, "62 s"), (200, "4 min"), (9000, "2.5 h")])
+def test_a_time_is_about_as_exact_as_it_can_be(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(10, "10 bytes"), (2048, "2.0 KiB"), (3 * 2**20, "3.0 MiB"), (5 * 2**30, "5.0 GiB")]
+)
+def test_bytes_in_the_unit_that_fits(count: int, shown: str) -> None:
+    assert bytes_text(count) == shown

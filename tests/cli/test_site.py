@@ -1,0 +1,263 @@
+"""`fedtune site`: the template is a policy, and a policy's meaning is said in words with the ledger's own figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import tomllib
+import typing
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli.policy_check import amount_of
+from fedtune.cli.site import template_file
+from fedtune.privacy import accountant
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import read_policy
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines long enough that a phrase is not broken."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def warned(site: Any, command: Any, **changes: str | None) -> dict[str, str]:
+    """The warnings of a policy that differs in `changes` from one without any."""
+    site.write_policy(**{"anchor": '"elsewhere/anchor.json"', **changes})
+    outcome = command("site", "check-policy", str(site.policy), "--json")
+    assert outcome.code == 0, outcome.err
+    return {warning["key"]: warning["text"] for warning in json.loads(outcome.out)["warnings"]}
+
+
+def keys_of(cls: Any = Policy, prefix: str = "") -> set[str]:
+    """Dotted keys of everything a policy can say, lists of tables as one."""
+    keys: set[str] = set()
+    for name, hint in typing.get_type_hints(cls).items():
+        inner = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
+        keys |= keys_of(inner, f"{prefix}{name}.") if inner else {prefix + name}
+    return keys
+
+
+def keys_in(table: Any, prefix: str = "") -> set[str]:
+    if isinstance(table, list) and table and isinstance(table[0], dict):
+        return keys_in(table[0], prefix)
+    if not isinstance(table, dict) or prefix == "dataset.columns.":
+        return {prefix.removesuffix(".")}
+    return {leaf for name, value in table.items() for leaf in keys_in(value, f"{prefix}{name}.")}
+
+
+def test_the_template_is_a_policy(command: Any, tmp_path: Path) -> None:
+    outcome = command("site", "template")
+    assert outcome.code == 0
+    assert outcome.out == template_file().read_text(encoding="utf-8")
+    (tmp_path / "site.toml").write_text(outcome.out)
+    assert read_policy(tmp_path / "site.toml").site == "north-hospital"
+
+
+def test_the_template_sets_every_key() -> None:
+    assert keys_in(tomllib.loads(template_file().read_text(encoding="utf-8"))) == keys_of()
+
+
+def test_the_template_explains_every_key() -> None:
+    lines = template_file().read_text(encoding="utf-8").splitlines()
+    for before, line in pairwise(lines):
+        if re.match(r"\w+ = ", line):
+            explained = before.startswith("#") or re.match(r"(max_local_steps|path|max_epsilon_per_period) = ", before)
+            assert explained, line
+
+
+def test_the_template_lets_nobody_ask_until_it_is_filled_in(command: Any) -> None:
+    outcome = command("site", "check-policy", str(template_file()), "--json")
+    warnings = {warning["key"]: warning["text"] for warning in json.loads(outcome.out)["warnings"]}
+    assert warnings.keys() == {"allow.leads", "allow.base_models"}
+    assert warnings["allow.leads"] == "empty: every request is refused"
+
+
+def test_check_policy_says_what_a_policy_means(site: Any, command: Any) -> None:
+    outcome = command("site", "check-policy", str(site.policy))
+    assert outcome.code == 0
+    for words in (
+        "Policy of site north-hospital",
+        "The population cardiology; all its data sets share one budget.",
+        "A person with several records is protected less",
+        "Data set discharge_letters: published as 8,000 records",
+        site.lead.public,
+        "Tasks: classification.",
+        "Adapters up to rank 8 on the model's parts query, value.",
+        "For life: epsilon 6 at delta 1e-05",
+        "For one run: epsilon at most 2.",
+        "For one year (UTC): epsilon at most 4.",
+        "10 such runs fit into the lifetime cap",
+        "4 such runs fit into one year",
+        "costs epsilon 1.561 on its own",
+        "No scores of the site's records.",
+        "Answers leave at multiples of 600 s",
+        "reports show it as asserted by the site",
+        "No ledger yet at",
+        "No warnings.",
+    ):
+        assert words in outcome.out, words
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_the_meaning_fits_the_terminal(columns: str, site: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    site.write_policy(reply_after_s="0.0")
+    out = command("site", "check-policy", str(site.policy)).out
+    for line in out.splitlines():
+        assert len(line) <= int(columns) or str(site.folder) in line
+    assert "…" not in out
+    assert site.lead.public[:40] in out
+
+
+def test_the_figures_are_the_ledger_s(site: Any, command: Any) -> None:
+    amount = json.loads(command("site", "check-policy", str(site.policy), "--json").out)["amount"]
+    policy = read_policy(site.policy)
+    assert amount["reference_pld"] == accountant.epsilon_pld([policy.budget.reference_event()], 1e-5)
+    history = site.open().history
+    assert history.order == amount["order"]
+    left = json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["reference_runs_left"]
+    assert left == amount["runs_in_lifetime"]
+    assert dataclasses.asdict(amount_of(policy)) == amount
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "words"),
+    [
+        ("budget.max_epsilon", {"max_epsilon": "inf", "max_epsilon_per_period": None}, "nothing is promised"),
+        ("budget.max_epsilon", {"max_epsilon": "10.5", "max_epsilon_per_period": None}, "promises very little"),
+        ("budget.delta", {"delta": "1.3e-5"}, "choose at most 1e-05"),
+        ("limits.min_noise_multiplier", {"min_noise_multiplier": "0.2"}, "a single step can tell"),
+        ("limits.min_noise_multiplier", {"min_noise_multiplier": "0"}, "without any noise"),
+        ("anchor", {"anchor": '""'}, "rollback is not excluded"),
+        ("allow.leads", {"leads": "[]"}, "every request is refused"),
+        ("allow.tasks", {"tasks": "[]"}, "every request is refused"),
+        ("allow.base_models", {"base_models": '["unverified"]'}, "do not say which model"),
+        ("allow.seeded_noise", {"seeded_noise": "true"}, "whoever knows the seed"),
+        ("releases.updates", {"updates": "false"}, "every request is refused"),
+        ("releases.reply_after_s", {"reply_after_s": "0"}, "how many records there are"),
+        ("asserted.no_person_at_another_site", {"no_person_at_another_site": "false"}, "add up the epsilons"),
+        (
+            "budget.max_epsilon_per_run",
+            {"max_epsilon_per_run": None, "max_epsilon_per_period": None},
+            "one run may use up the whole lifetime budget",
+        ),
+        ("budget.reference", {"max_epsilon_per_run": "1.0"}, "would itself be refused"),
+        ("budget.max_epsilon_per_period", {"max_epsilon_per_period": "1.0"}, "no room for a single run"),
+        ("dataset.discharge_letters.path", {"path": '""'}, "nothing to train on"),
+    ],
+)
+def test_what_to_think_twice_about_is_warned_of(
+    key: str, changes: dict[str, str | None], words: str, site: Any, command: Any
+) -> None:
+    warnings = warned(site, command, **changes)
+    assert words in warnings[key]
+    assert warnings.keys() == {key}
+
+
+def test_a_place_holder_never_passes_for_a_lead_s_key(site: Any, command: Any) -> None:
+    # Only zeros is a point of small order: anybody can make signatures that verify under it.
+    site.write_policy(leads=f'["{"0" * 64}"]')
+    outcome = command("site", "check-policy", str(site.policy))
+    assert outcome.code == 2 or "anybody can sign for it" in outcome.out
+
+
+def test_an_ordinary_policy_is_warned_of_nothing(site: Any, command: Any) -> None:
+    assert warned(site, command) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_rank": "0"}, "allow.max_rank = 0: must be a finite number of at least 1"),
+        ({"max_rank": '"8"'}, "allow.max_rank = '8': must be a whole number"),
+        ({"max_epsilon": "-1.0"}, "budget.max_epsilon = -1.0: must be greater than 0"),
+        ({"unit": '"household"'}, "population.unit = 'household': must be one of record, user"),
+    ],
+)
+def test_a_wrong_value_names_key_value_and_bound(
+    changes: dict[str, str], message: str, site: Any, command: Any
+) -> None:
+    site.write_policy(**changes)
+    outcome = command("site", "check-policy", str(site.policy))
+    assert outcome.code == 2
+    assert outcome.message == f"{site.policy}: {message}"
+
+
+def test_a_misspelt_key_and_a_missing_file_are_wrong_input(site: Any, command: Any) -> None:
+    site.policy.write_text(site.policy.read_text().replace("max_rank", "max_rang"))
+    outcome = command("site", "check-policy", str(site.policy))
+    assert outcome.code == 2
+    assert "allow.max_rang" in outcome.message
+    assert command("site", "check-policy", str(site.folder / "none.toml")).code == 2
+
+
+def test_check_policy_writes_nothing(lived: Any, command: Any) -> None:
+    before = {path: path.read_bytes() for path in lived.folder.rglob("*") if path.is_file()}
+    assert command("site", "check-policy", str(lived.policy)).code == 0
+    assert {path: path.read_bytes() for path in lived.folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_ledger_beside_a_policy_says_what_is_left(lived: Any, command: Any) -> None:
+    outcome = command("site", "check-policy", str(lived.policy))
+    assert f"Ledger {lived.ledger}: spent epsilon" in outcome.out
+    assert "like the reference" in outcome.out
+    ledger = json.loads(command("site", "check-policy", str(lived.policy), "--json").out)["ledger"]
+    spent = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
+    assert ledger["fits"] is True
+    assert ledger["spending"].items() <= spent.items()
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "made_for"),
+    [
+        ("budget.delta", {"delta": "1e-6"}, "1e-05"),
+        ("population.name", {"name": '"oncology"'}, "cardiology"),
+        ("site", {"site": '"south"'}, "north-hospital"),
+    ],
+)
+def test_a_ledger_of_something_else_does_not_fit(
+    key: str, change: dict[str, str], made_for: str, lived: Any, command: Any
+) -> None:
+    lived.write_policy(**change)
+    outcome = command("site", "check-policy", str(lived.policy))
+    assert outcome.code == 2
+    assert f"{lived.policy}: {key} = " in outcome.message
+    assert f"was made for {made_for}" in outcome.message
+    assert "It does not fit this policy" in outcome.out
+    told = json.loads(command("site", "check-policy", str(lived.policy), "--json").out)["ledger"]
+    assert [difference["key"] for difference in told["differences"]] == [key]
+
+
+def test_another_key_does_not_fit(lived: Any, command: Any) -> None:
+    shutil.copy(lived.folder / "lead.pem", lived.folder / "site_key.pem")
+    outcome = command("site", "check-policy", str(lived.policy))
+    assert outcome.code == 2
+    assert "site_key" in outcome.message
+
+
+def test_missing_files_beside_a_ledger_are_warned_of(lived: Any, command: Any) -> None:
+    for path in (lived.anchor, lived.folder / "site_key.pem"):
+        path.unlink()
+    told = json.loads(command("site", "check-policy", str(lived.policy), "--json").out)["warnings"]
+    assert {warning["key"] for warning in told} == {"site_key", "anchor"}
+
+
+def test_an_anchor_on_the_ledger_s_own_disk_is_warned_of(lived: Any, command: Any) -> None:
+    assert "lies on the ledger's own disk" in command("site", "check-policy", str(lived.policy)).out
+
+
+def test_a_ledger_that_was_put_back_is_exit_code_one(lived: Any, command: Any) -> None:
+    backup = lived.folder / "backup.db"
+    shutil.copy(lived.ledger, backup)
+    lived.open().end("triage")
+    shutil.copy(backup, lived.ledger)
+    outcome = command("site", "check-policy", str(lived.policy))
+    assert outcome.code == 1
+    assert "put back" in outcome.message

@@ -1,0 +1,79 @@
+"""Bytes are counted, time is measured; nothing here looks at how long anything took."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedtune.federation.forecast import forecast, seconds_per_example
+from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModel, TaskModelSpec, build_task_model
+from fedtune.privacy.plan import Plan
+from fedtune.spec import ConfigError
+from fedtune.training.spec import RuntimeSpec
+
+SIZES = {"a": 100, "b": 50}
+
+
+def tiny_model(task: str = "classification", *, layers: tuple[int, ...] | None = None) -> TaskModel:
+    classes = task == "classification"
+    spec = TaskModelSpec(
+        model=ModelSpec(path="random:bert" if classes else "random:llama"),
+        lora=LoraSpec(rank=2, layers=layers),
+        head=HeadSpec(init="zero", centre=False),
+        task=task,  # type: ignore[arg-type]
+        labels=("x", "y", "z") if classes else (),
+        seed=0,
+    )
+    return build_task_model(spec)
+
+
+def test_bytes_are_those_of_the_adapter_both_ways(run_plan: Plan) -> None:
+    model = tiny_model()
+    found = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+    arrays = Adapter.of(model).tensors.values()
+    assert found.values == sum(array.size for array in arrays)
+    assert found.bytes_each_way == sum(array.nbytes for array in arrays)
+    assert found.bytes_total == 2 * found.bytes_each_way * 2 * 3, (
+        "both ways, two sites, three rounds without spare ones"
+    )
+
+
+def test_times_are_those_of_expected_batches(run_plan: Plan) -> None:
+    found = forecast(run_plan, tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+    assert found.step_seconds["a"] == pytest.approx(2 * found.step_seconds["b"])
+    assert found.round_seconds["a"] == pytest.approx(2 * found.step_seconds["a"])
+    steps = 3 * sum(found.round_seconds.values())
+    assert found.seconds_one_after_another == pytest.approx(found.first_seconds + steps)
+    assert found.step_seconds["a"] > 0
+
+
+def test_a_pass_leaves_the_model_as_it_was() -> None:
+    model = tiny_model()
+    before = Adapter.of(model).digest()
+    seconds_per_example(model, max_length=8, runtime=RuntimeSpec(), kept=True)
+    assert Adapter.of(model).digest() == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_frozen_layers_run_once_for_each_record_where_memory_suffices(run_plan: Plan) -> None:
+    model = tiny_model(layers=(-1,))
+    kept = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+    assert kept.frozen_states_kept
+    assert kept.first_seconds > 0
+    without = replace(RuntimeSpec(), kept_states_mib=0)
+    again = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=without)
+    assert not again.frozen_states_kept
+    assert again.first_seconds == 0
+
+
+def test_a_language_model_is_timed_too(run_plan: Plan) -> None:
+    found = forecast(run_plan, tiny_model("causal_lm"), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+    assert found.step_seconds["b"] > 0
+
+
+def test_a_length_that_the_model_cannot_take_is_a_mistake(run_plan: Plan) -> None:
+    model = tiny_model()
+    most = model.base.config.max_position_embeddings
+    with pytest.raises(ConfigError, match=rf"data\.max_length = {most + 1}: must be at most the model's {most}"):
+        forecast(run_plan, model, declared_sizes=SIZES, max_length=most + 1, runtime=RuntimeSpec())

@@ -1,0 +1,280 @@
+"""A lead that asks for what the site does not allow is told which rule stands against it, and gets nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.federation.protocol import Reply
+from fedtune.model import Adapter
+from fedtune.privacy.chain import Kind
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.release import Reason, Receipt, Refusal, Update
+
+# What is asked for, the rule that it breaks, and what the refusal says about it.
+_TOO_MUCH: list[tuple[dict[str, Any], Reason, str | None, str | None]] = [
+    ({"noise_multiplier": 0.0}, Reason.MIN_NOISE_MULTIPLIER, "0.0", "at least 4"),
+    ({"noise_multiplier": 3.9999}, Reason.MIN_NOISE_MULTIPLIER, "3.9999", "at least 4"),
+    ({"sampling_rate": 1.0}, Reason.MAX_SAMPLING_RATE, "1.0", "at most 0.2"),
+    ({"max_grad_norm": 1e6}, Reason.MAX_GRAD_NORM, "1000000.0", "at most 1"),
+    ({"local_steps": 50}, Reason.MAX_LOCAL_STEPS, "50", "at most 2"),
+    ({"num_rounds": 100}, Reason.MAX_ROUNDS, "101", "at most 4"),
+    ({"spare_rounds": 2}, Reason.MAX_ROUNDS, "5", "at most 4"),
+    ({"delta": 0.01}, Reason.DELTA, "0.01", "1e-05"),
+    ({"metrics_noise_multiplier": 20.0}, Reason.METRICS, "yes", "no"),
+    ({"metrics_noise_multiplier": 1e-3}, Reason.MIN_NOISE_MULTIPLIER, "0.001", "at least 4"),
+    ({"base_model": "cd" * 32}, Reason.BASE_MODELS, "cd" * 32, "ab" * 32),
+    ({"base_model": "unverified"}, Reason.BASE_MODELS, "unverified", "ab" * 32),
+    ({"dataset": "letters"}, Reason.DATASET, "letters", "patients"),
+    ({"task": "causal_lm"}, Reason.TASKS, "causal_lm", "classification"),
+    ({"target_modules": ("value", "embeddings")}, Reason.TARGET_MODULES, "embeddings", "query, value"),
+    ({"rank": 64}, Reason.MAX_RANK, "64", "at most 4"),
+    ({"seeded_noise": True}, Reason.SEEDED_NOISE, "yes", "no"),
+    # Within the policy, but not what the site makes of the run's configuration.
+    ({"noise_multiplier": 5.0}, Reason.PLAN_CHANGED, None, None),
+    ({"num_sites": 99}, Reason.PLAN_CHANGED, None, None),
+    ({"run": "another"}, Reason.WRONG_RUN, "another", "r"),
+]
+
+
+def refusal(reply: Reply) -> Refusal:
+    assert isinstance(reply.body, Refusal)
+    return reply.body
+
+
+def require_only_refused(site: Any, before: tuple[Any, ...], reason: Reason) -> None:
+    """One refusal was appended to the ledger; nothing was charged, set aside or trained."""
+    after = site.events()
+    assert after[: len(before)] == before
+    (added,) = after[len(before) :]
+    assert (added.kind, added.detail["reason"]) == (Kind.REFUSAL, reason.value)
+
+
+@pytest.mark.parametrize(("changes", "rule", "asked", "allowed"), _TOO_MUCH, ids=[str(row[0]) for row in _TOO_MUCH])
+@pytest.mark.parametrize("rounds_before", [0, 1], ids=["first request", "later request"])
+def test_asking_for_too_much_is_refused_with_the_rule(
+    site: Any, changes: dict[str, Any], rule: Reason, asked: str | None, allowed: str | None, rounds_before: int
+) -> None:
+    for round in range(1, rounds_before + 1):
+        site.ask(round)
+    site.ledger()
+    before = site.events()
+    reply = site.ask(rounds_before + 1, **changes)
+    assert refusal(reply).reason is rule
+    if asked is not None:
+        assert (refusal(reply).asked, refusal(reply).allowed) == (asked, allowed)
+    require_only_refused(site, before, rule)
+    assert len(site.trained) == rounds_before
+    assert reply.receipt is not None
+    assert reply.receipt.charged_rounds == rounds_before
+
+
+def test_a_lead_whom_the_site_does_not_know_is_refused(site: Any, stranger_key: SigningKey) -> None:
+    site.ledger()
+    before = site.events()
+    reply = site.ask(key=stranger_key, lead=stranger_key.public)
+    assert refusal(reply).reason is Reason.LEADS
+    require_only_refused(site, before, Reason.LEADS)
+
+
+def test_a_second_lead_of_the_site_has_no_say_in_the_run_of_the_first(
+    station: Callable[..., Any], lead_key: SigningKey, stranger_key: SigningKey
+) -> None:
+    site = station(allow={"leads": (lead_key.public, stranger_key.public)})
+    site.ask()
+    before = site.events()
+    assert refusal(site.ask(2, key=stranger_key, lead=stranger_key.public)).reason is Reason.PLAN_CHANGED
+    require_only_refused(site, before, Reason.PLAN_CHANGED)
+
+
+def test_what_is_not_signed_by_its_lead_is_refused_and_not_even_written_down(
+    site: Any, stranger_key: SigningKey
+) -> None:
+    # Anybody can send such a message; nobody may fill the ledger with them.
+    site.ledger()
+    before = site.events()
+    signed = site.request().signed(site.lead)
+    fields = json.loads(signed.text)
+    stolen = fields | {"site": "a", "round": 2}
+    for wrong in (
+        site.request().signed(stranger_key),
+        replace(signed, signature="00" * 64),
+        replace(signed, signature=""),
+        replace(signed, text=json.dumps(stolen, sort_keys=True)),
+    ):
+        assert refusal(site.send(wrong)).reason is Reason.WRONG_SIGNATURE
+    assert refusal(site.send(replace(signed, text="{"))).reason is Reason.MALFORMED_REQUEST
+    assert site.events() == before
+    assert site.trained == []
+
+
+def nan_in(adapter: Adapter) -> Adapter:
+    return Adapter(dict(adapter.tensors) | {"head": np.array([1, 1, 1, np.nan], np.float32)})
+
+
+_OTHER_ADAPTERS: dict[str, tuple[Callable[[Adapter], Adapter], Reason]] = {
+    "nan": (nan_in, Reason.MAX_ADAPTER_VALUE),
+    "infinity": (
+        lambda a: Adapter(dict(a.tensors) | {"head": np.full(4, np.inf, np.float32)}),
+        Reason.MAX_ADAPTER_VALUE,
+    ),
+    "huge": (lambda a: Adapter(dict(a.tensors) | {"head": np.full(4, 1e9, np.float32)}), Reason.MAX_ADAPTER_VALUE),
+    "a wrong shape": (
+        lambda a: Adapter(dict(a.tensors) | {"head": np.ones((2, 2), np.float32)}),
+        Reason.ADAPTER_SHAPE,
+    ),
+    "a longer tensor": (lambda a: Adapter(dict(a.tensors) | {"head": np.ones(5, np.float32)}), Reason.ADAPTER_SHAPE),
+    "a tensor more": (lambda a: Adapter(dict(a.tensors) | {"zz": np.ones(1, np.float32)}), Reason.ADAPTER_SHAPE),
+    "a tensor less": (lambda a: Adapter({"head": a.tensors["head"]}), Reason.ADAPTER_SHAPE),
+    "nothing": (lambda a: Adapter({}), Reason.ADAPTER_SHAPE),
+}
+
+
+@pytest.mark.parametrize("fault", list(_OTHER_ADAPTERS))
+def test_an_adapter_that_is_not_the_runs_is_refused(site: Any, adapter: Adapter, fault: str) -> None:
+    change, rule = _OTHER_ADAPTERS[fault]
+    site.ledger()
+    before = site.events()
+    assert refusal(site.ask(adapter=change(adapter))).reason is rule
+    require_only_refused(site, before, rule)
+    assert site.trained == []
+
+
+def test_another_adapter_than_was_signed_is_refused(site: Any, adapter: Adapter) -> None:
+    site.ledger()
+    before = site.events()
+    other = Adapter({name: 2 * value for name, value in adapter.tensors.items()})
+    reply = site.send(site.request().signed(site.lead), adapter=other)
+    assert refusal(reply).reason is Reason.ADAPTER_DIFFERS
+    require_only_refused(site, before, Reason.ADAPTER_DIFFERS)
+
+
+@pytest.mark.parametrize(
+    ("about", "rule"),
+    [
+        ({"site": "b"}, Reason.WRONG_SITE),
+        ({"expires": 1.6e9}, Reason.REQUEST_EXPIRED),
+        ({"adapter_digest": "00" * 32}, Reason.ADAPTER_DIFFERS),
+    ],
+    ids=["for another site", "expired", "of another adapter"],
+)
+def test_what_was_not_meant_for_it_now_is_refused(site: Any, about: dict[str, Any], rule: Reason) -> None:
+    site.ledger()
+    before = site.events()
+    assert refusal(site.ask(about=about)).reason is rule
+    require_only_refused(site, before, rule)
+    assert site.trained == []
+
+
+def test_a_replay_gets_the_same_bytes_and_later_nothing(site: Any) -> None:
+    overheard = site.request().signed(site.lead)
+    first = site.send(overheard)
+    before = site.events()
+    again = site.send(overheard)
+    assert isinstance(first.body, Update)
+    assert isinstance(again.body, Update)
+    assert again.body.to_bytes() == first.body.to_bytes()
+    assert site.events() == before, "free, since it says nothing new"
+    site.ask(2)
+    before = site.events()
+    assert refusal(site.send(overheard)).reason is Reason.REPLY_NO_LONGER_STORED
+    require_only_refused(site, before, Reason.REPLY_NO_LONGER_STORED)
+    assert site.trained == [(1, 1), (2, 1)]
+
+
+def test_a_round_is_not_trained_for_a_second_adapter(site: Any, adapter: Adapter) -> None:
+    site.ask()
+    before = site.events()
+    other = Adapter({name: 2 * value for name, value in adapter.tensors.items()})
+    reply = site.ask(adapter=other)
+    assert refusal(reply).reason is Reason.ROUND_REQUESTED_DIFFERENTLY
+    require_only_refused(site, before, Reason.ROUND_REQUESTED_DIFFERENTLY)
+    assert site.trained == [(1, 1)]
+
+
+def test_more_than_the_budget_is_refused_with_figures(station: Callable[..., Any]) -> None:
+    site = station(budget={"max_epsilon": 0.4})
+    site.ledger()
+    before = site.events()
+    body = refusal(site.ask())
+    assert body.reason is Reason.MAX_EPSILON
+    assert body.asked is not None
+    assert body.allowed is not None
+    assert float(body.asked) > 0.4
+    assert body.allowed.startswith("at most 0.4, of which 0.0000 is taken")
+    require_only_refused(site, before, Reason.MAX_EPSILON)
+
+
+def test_a_run_that_costs_too_much_alone_is_refused(station: Callable[..., Any]) -> None:
+    site = station(budget={"max_epsilon_per_run": 0.4})
+    assert refusal(site.ask()).reason is Reason.MAX_EPSILON_PER_RUN
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_ledger_that_lacks_the_leads_last_receipt_trains_nothing(site: Any, left: int) -> None:
+    backup = site.path.parent / "backup"
+    for round in (1, 2):
+        if round == left + 1:
+            site.ledger()
+            backup.write_bytes(site.path.read_bytes())
+        newest = site.ask(round)
+    backup.replace(site.path)
+    before = site.events()
+    body = refusal(site.ask(3, about={"receipt": newest.receipt}))
+    assert body.reason is Reason.LEDGER_BEHIND_RECEIPT
+    assert (int(body.asked or 0), int(body.allowed or 0)) == (newest.receipt.sequence, len(before))
+    require_only_refused(site, before, Reason.LEDGER_BEHIND_RECEIPT)
+    assert site.trained == [(1, 1), (2, 1)]
+
+
+def test_a_ledger_that_was_put_back_and_went_on_is_another_branch(site: Any) -> None:
+    backup = site.path.parent / "backup"
+    site.ask()
+    backup.write_bytes(site.path.read_bytes())
+    receipt = site.ask(2).receipt
+    backup.replace(site.path)
+    site.ask(3)
+    assert len(site.events()) == receipt.sequence, "as long as the ledger that gave the receipt"
+    before = site.events()
+    assert refusal(site.ask(2, about={"receipt": receipt})).reason is Reason.LEDGER_BEHIND_RECEIPT
+    require_only_refused(site, before, Reason.LEDGER_BEHIND_RECEIPT)
+
+
+_OTHER_RECEIPTS: dict[str, Callable[[Receipt], Receipt]] = {
+    "of fewer rounds": lambda receipt: replace(receipt, charged_rounds=0),
+    "from further on": lambda receipt: replace(receipt, sequence=receipt.sequence + 1),
+    "from before": lambda receipt: replace(receipt, sequence=0),
+    "unsigned": lambda receipt: replace(receipt, signature=""),
+}
+
+
+@pytest.mark.parametrize("change", list(_OTHER_RECEIPTS))
+def test_a_receipt_that_the_site_did_not_give_is_refused(site: Any, change: str) -> None:
+    receipt = site.ask().receipt
+    before = site.events()
+    reply = site.ask(2, about={"receipt": _OTHER_RECEIPTS[change](receipt)})
+    assert refusal(reply).reason is Reason.WRONG_SIGNATURE
+    require_only_refused(site, before, Reason.WRONG_SIGNATURE)
+    assert site.trained == [(1, 1)]
+
+
+def test_a_receipt_from_another_ledger_is_refused(
+    site: Any, receipt: Callable[..., Receipt], key_of: Callable[[str], SigningKey], tmp_path: Any
+) -> None:
+    site.ask()
+    before = site.events()
+    assert refusal(site.ask(2, about={"receipt": receipt("a")})).reason is Reason.WRONG_SIGNATURE
+    require_only_refused(site, before, Reason.WRONG_SIGNATURE)
+    # With the site's own key, but of a ledger that was begun anew: the same number of events, and another history.
+    other = replace(site, folder=tmp_path / "new", propose=partial(site.propose), trained=[])
+    other.folder.mkdir()
+    (other.folder / site.policy.site_key).write_bytes((site.folder / site.policy.site_key).read_bytes())
+    before = site.events()
+    assert refusal(site.ask(2, about={"receipt": other.ask().receipt})).reason is Reason.LEDGER_BEHIND_RECEIPT
+    require_only_refused(site, before, Reason.LEDGER_BEHIND_RECEIPT)

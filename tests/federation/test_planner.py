@@ -1,0 +1,141 @@
+"""Prices from public numbers, against figures that were checked elsewhere and against the accountant itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from fedtune.federation import planner, solver
+from fedtune.privacy import accountant, filter
+from fedtune.privacy.plan import Plan
+
+SIZES = {"a": 1200, "b": 560, "c": 320}
+
+
+def golden(**changes: float | int) -> Plan:
+    """The plan whose epsilon is 1.43 for one round and 5.62 for all of them."""
+    values: dict[str, object] = {
+        "unit": "record",
+        "delta": 1e-5,
+        "sampling_rate": 0.02,
+        "noise_multiplier": 1.0,
+        "max_grad_norm": 1.0,
+        "local_steps": 100,
+        "num_rounds": 20,
+    }
+    return Plan(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_the_accountant_that_forgets_shows_one_round_of_many() -> None:
+    price = planner.price(golden(), SIZES)
+    assert price.epsilon_of_one_round == pytest.approx(1.43, abs=0.005)
+    assert price.epsilon == pytest.approx(5.62, abs=0.005)
+
+
+def test_checked_figures_of_pld_and_rdp() -> None:
+    plan = golden(noise_multiplier=1.5, sampling_rate=0.04, local_steps=225, num_rounds=10)
+    price = planner.price(plan, SIZES)
+    assert price.epsilon == pytest.approx(6.769, abs=0.001)
+    assert price.epsilon_rdp == pytest.approx(7.329, abs=0.001)
+    assert price.steps == 2250
+
+
+def test_the_filter_s_figure_is_the_least_cap_with_room_for_the_plan(run_plan: Plan) -> None:
+    price = planner.price(run_plan, SIZES)
+    whole = run_plan.event(rounds=run_plan.most_rounds)
+    assert price.epsilon_filter == pytest.approx(filter.filter_cost(whole, delta=run_plan.delta))
+    assert price.filter_order in filter.ORDERS
+
+
+def test_rounds_rise_to_the_whole_plan_by_every_accountant(run_plan: Plan) -> None:
+    price = planner.price(run_plan, SIZES)
+    assert [one.round for one in price.rounds] == [1, 2, 3, 4]
+    assert [one.steps for one in price.rounds] == [2, 4, 6, 8]
+    assert [one.spare for one in price.rounds] == [False, False, False, True]
+    for figures in zip(*((one.pld, one.rdp, one.filter) for one in price.rounds), strict=True):
+        assert list(figures) == sorted(figures)
+    last = price.rounds[-1]
+    assert last.pld == pytest.approx(price.epsilon, abs=1e-3)
+    assert last.pld >= price.epsilon, "the coarse grid is the more pessimistic one"
+    assert (last.rdp, last.filter) == pytest.approx((price.epsilon_rdp, price.epsilon_filter))
+
+
+def test_each_round_is_what_the_accountant_says_of_it(run_plan: Plan) -> None:
+    second = planner.price(run_plan, SIZES).rounds[1]
+    spent = [run_plan.event(rounds=2)]
+    assert second.pld == pytest.approx(accountant.epsilon_pld(spent, run_plan.delta), abs=1e-3)
+    assert second.rdp == accountant.epsilon_rdp(spent, run_plan.delta)
+
+
+def test_many_rounds_are_thinned_out_and_keep_their_ends() -> None:
+    shown = [
+        one.round for one in planner.price(golden(noise_multiplier=4.0, local_steps=1, num_rounds=1000), SIZES).rounds
+    ]
+    assert len(shown) <= 21
+    assert (shown[0], shown[-1]) == (1, 1000)
+
+
+def test_released_scores_are_paid_for(run_plan: Plan) -> None:
+    with_scores = planner.price(replace(run_plan, metrics_noise_multiplier=5.0), SIZES)
+    without = planner.price(run_plan, SIZES)
+    assert with_scores.epsilon > 1.5 * without.epsilon
+    assert with_scores.epsilon_of_one_round > without.epsilon_of_one_round
+    assert with_scores.epsilon_filter > without.epsilon_filter
+
+
+def test_what_a_site_adds_depends_on_its_declared_size(run_plan: Plan) -> None:
+    price = planner.price(run_plan, SIZES)
+    largest = price.sites["a"]
+    assert largest.expected_batch == pytest.approx(0.2 * 1200)
+    assert largest.weight == pytest.approx(1200 / 2080)
+    assert largest.expected_failures == pytest.approx(0.012)
+    assert largest.step_noise == pytest.approx(4.0 * 1.0 / 240)
+    assert sum(site.weight for site in price.sites.values()) == pytest.approx(1)
+
+
+def test_the_largest_sites_are_named(run_plan: Plan) -> None:
+    assert planner.price(run_plan, SIZES).largest == ("a",)
+    assert planner.price(run_plan, {"a": 100, "b": 100}).largest == ("a", "b")
+
+
+def test_without_noise_nothing_is_bounded(run_plan: Plan) -> None:
+    price = planner.price(replace(run_plan, noise_multiplier=0.0), SIZES)
+    assert price.rounds == ()
+    assert price.filter_order is None
+    assert {price.epsilon, price.epsilon_rdp, price.epsilon_filter, price.epsilon_of_one_round} == {math.inf}
+    assert price.sites["b"].expected_batch == pytest.approx(112)
+
+
+def test_what_if_names_each_change_and_keeps_within_epsilon() -> None:
+    plan = golden(noise_multiplier=2.0, sampling_rate=0.1, local_steps=5, num_rounds=3)
+    epsilon = solver.coarse_epsilon(plan)
+    changes = {change.what: change for change in planner.what_if(plan, epsilon=epsilon)}
+    assert list(changes) == [
+        "5 rounds", "6 rounds", "batches x 1.5 (rate 0.15)", "batches x 2 (rate 0.2)", "delta 1e-06",
+        f"epsilon {epsilon / 2:.4g}",
+    ]  # fmt: skip
+    for change in changes.values():
+        assert change.noise_needed is not None
+        needed = replace(change.plan, noise_multiplier=change.noise_needed)
+        assert accountant.epsilon_pld([needed.event(rounds=needed.most_rounds)], needed.delta) <= change.epsilon
+        assert change.same_noise_epsilon == solver.coarse_epsilon(change.plan)
+    assert changes["5 rounds"].plan.num_rounds == 5
+    assert changes["delta 1e-06"].plan.delta == pytest.approx(1e-6)
+
+
+def test_what_if_says_what_a_larger_batch_does_to_the_mean_gradient() -> None:
+    plan = golden(noise_multiplier=2.0, sampling_rate=0.1, local_steps=5, num_rounds=3)
+    doubled = planner.what_if(plan, epsilon=solver.coarse_epsilon(plan))[3]
+    assert doubled.noise_needed is not None
+    assert doubled.step_noise == pytest.approx(doubled.noise_needed / 0.2 / (2.0 / 0.1))
+    assert doubled.noise_needed / 2.0 > 1 > doubled.noise_needed / 4.0, "more noise on the sum, less on the mean"
+
+
+def test_a_rate_ends_at_one() -> None:
+    plan = golden(noise_multiplier=8.0, sampling_rate=0.8, local_steps=2, num_rounds=2)
+    rates = {change.plan.sampling_rate for change in planner.what_if(plan, epsilon=2.0)}
+    assert rates == {0.8, 1.0}
+    full = replace(plan, sampling_rate=1.0)
+    assert {change.plan.sampling_rate for change in planner.what_if(full, epsilon=3.0)} == {1.0}

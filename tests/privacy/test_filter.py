@@ -1,0 +1,162 @@
+"""The Renyi filter: golden costs, the order that is chosen, and sums that do not depend on how a history is told."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.privacy import accountant, events, filter
+from fedtune.spec import ConfigError
+
+DELTA = 1e-5
+# PITFALLS: what a plan of PLD epsilon 8 costs by Renyi divergence.
+GOLDEN = events.dp_sgd(sampling_rate=0.2, noise_multiplier=0.949, steps=25)
+
+
+@pytest.mark.parametrize(("order", "golden", "off"), [(3.0, 9.10, 0.01), (4.0, 12.9, 0.05), (8.0, 66.0, 0.5)])
+def test_the_cost_at_an_order_is_golden(order: float, golden: float, off: float) -> None:
+    assert filter.epsilon_filter([GOLDEN], order=order, delta=DELTA) == pytest.approx(golden, abs=off)
+
+
+def test_the_cost_at_the_best_order_is_golden() -> None:
+    assert round(filter.filter_cost(GOLDEN, delta=DELTA), 2) == 9.06
+    assert accountant.epsilon_pld([GOLDEN], DELTA) == pytest.approx(8.0, abs=0.005)
+
+
+def test_one_gaussian_agrees_with_its_closed_form() -> None:
+    # Mironov 2017, corollary 3: a Gaussian of noise multiplier s has divergence a / (2 s^2) at order a.
+    for order in (1.5, 3.0, 64.0):
+        assert filter.divergence(GaussianDpEvent(2.0), order) == pytest.approx(order / 8, rel=1e-12)
+
+
+def test_the_surcharge_agrees_with_its_formula() -> None:
+    # Canonne, Kamath and Steinke 2020, proposition 12, term by term as there.
+    for order in (1.1, 2.0, 17.0):
+        written = math.log(1 / DELTA) / (order - 1) + math.log(1 - 1 / order) - math.log(order) / (order - 1)
+        assert filter.surcharge(order, DELTA) == pytest.approx(written, rel=1e-12)
+
+
+def test_room_is_what_a_cap_leaves_after_the_surcharge() -> None:
+    room = filter.most_divergence(9.1, order=3.0, delta=DELTA)
+    assert room + filter.surcharge(3.0, DELTA) == pytest.approx(9.1, rel=1e-12)
+    assert filter.most_divergence(1.0, order=1.5, delta=DELTA) < 0
+
+
+def test_nothing_spent_is_zero_and_no_guarantee_is_infinite() -> None:
+    assert filter.epsilon_filter([], order=3.0, delta=DELTA) == 0
+    assert filter.epsilon_filter([NonPrivateDpEvent()], order=3.0, delta=DELTA) == math.inf
+
+
+# Reference events of very different size, each with a cap that it fits into several times.
+REFERENCES = [
+    (GOLDEN, 9.1),
+    (GOLDEN, 30.0),
+    (events.dp_sgd(sampling_rate=0.01, noise_multiplier=1.0, steps=500), 3.0),
+    (GaussianDpEvent(20.0), 2.0),
+]
+
+
+@pytest.mark.parametrize(("reference", "cap"), REFERENCES)
+def test_the_best_order_is_the_one_that_lets_the_reference_repeat_most_often(reference: DpEvent, cap: float) -> None:
+    def repeats(order: float) -> float:
+        room = filter.most_divergence(cap, order=order, delta=DELTA)
+        return room / filter.divergence(reference, order) if room > 0 else 0.0
+
+    chosen = filter.best_order(reference, epsilon=cap, delta=DELTA)
+    assert chosen in filter.ORDERS
+    assert repeats(chosen) == max(map(repeats, filter.ORDERS))
+    assert repeats(chosen) >= 1
+
+
+def test_a_larger_budget_takes_a_smaller_order_than_the_plan_alone() -> None:
+    alone = min(filter.ORDERS, key=lambda order: filter.epsilon_filter([GOLDEN], order=order, delta=DELTA))
+    assert filter.best_order(GOLDEN, epsilon=9.07, delta=DELTA) == pytest.approx(alone, abs=0.05)
+    assert filter.best_order(GOLDEN, epsilon=40.0, delta=DELTA) < alone
+
+
+def test_a_cap_without_room_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"max_epsilon = 1e-06: leaves no room for anything at delta 1e-05"):
+        filter.best_order(GOLDEN, epsilon=1e-6, delta=DELTA)
+
+
+# Rates and noises from useful to absurd; few of each, so that divergences are computed once.
+mechanisms = st.builds(
+    lambda rate, noise: events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=1),
+    st.sampled_from([1e-9, 0.01, 0.2, 1.0]),
+    st.sampled_from([0.5, 1.0, 4.0, 1e8]),
+) | st.sampled_from([GaussianDpEvent(20.0)])
+histories = st.lists(st.tuples(mechanisms, st.integers(1, 400)), min_size=1, max_size=12)
+orders = st.sampled_from([1.1, 2.85, 6.0, 64.0])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(history=histories, order=orders, shuffle=st.randoms(use_true_random=False))
+def test_the_figure_depends_neither_on_order_nor_on_grouping(
+    history: list[tuple[DpEvent, int]], order: float, shuffle: random.Random
+) -> None:
+    listed = [event for event, count in history for _ in range(count % 20 + 1)]
+    shuffled = shuffle.sample(listed, len(listed))
+    figure = filter.epsilon_filter(listed, order=order, delta=DELTA)
+    assert filter.epsilon_filter(shuffled, order=order, delta=DELTA) == figure
+    assert filter.epsilon_filter(events.grouped(listed), order=order, delta=DELTA) == figure
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(history=histories, order=orders)
+def test_every_event_raises_the_figure_or_leaves_it(history: list[tuple[DpEvent, int]], order: float) -> None:
+    spent: dict[DpEvent, int] = {}
+    before = 0.0
+    for event, count in history:
+        spent[event] = spent.get(event, 0) + count
+        now = filter.epsilon_filter(spent, order=order, delta=DELTA)
+        assert now >= before
+        before = now
+
+
+@pytest.mark.parametrize("order", [1.1, 2.85, 64.0])
+def test_rounding_makes_no_event_a_refund(order: float) -> None:
+    # dp-accounting's own sums come out a little below 0 for events of next to no cost.
+    for rate in (1e-300, 1e-9, 0.1, 0.9):
+        for noise in (1e3, 1e10, 1e150):
+            event = events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=1)
+            assert filter.divergence(event, order) >= 0
+
+
+# A few settings and counts, so that slow loss distributions are few.
+counts = st.fixed_dictionaries(
+    {
+        events.dp_sgd(sampling_rate=0.2, noise_multiplier=1.0, steps=1): st.integers(0, 40),
+        events.dp_sgd(sampling_rate=0.05, noise_multiplier=0.8, steps=1): st.integers(0, 40),
+        GaussianDpEvent(20.0): st.integers(0, 5),
+    }
+)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(spent=counts, more=counts)
+def test_pld_and_rdp_are_monotone_and_depend_on_neither_order_nor_grouping(
+    spent: dict[DpEvent, int], more: dict[DpEvent, int]
+) -> None:
+    longer = {event: spent[event] + more[event] for event in spent}
+    for epsilon in (
+        lambda history: accountant.epsilon_pld(history, DELTA, interval=accountant.COARSE),
+        lambda history: accountant.epsilon_rdp(history, DELTA),
+    ):
+        figure = epsilon(spent)
+        told_otherwise = [event for event, count in reversed(spent.items()) for _ in range(count)]
+        assert epsilon(told_otherwise) == pytest.approx(figure, abs=1e-6)
+        assert epsilon(longer) >= figure - 1e-6
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(spent=counts)
+def test_the_filter_never_reports_less_than_pld(spent: dict[DpEvent, int]) -> None:
+    # A coarser grid moves a PLD figure by about 1e-3.
+    pld = accountant.epsilon_pld(spent, DELTA, interval=accountant.COARSE)
+    for order in (2.0, 2.85, 8.0):
+        assert filter.epsilon_filter(spent, order=order, delta=DELTA) >= pld - 2e-3

@@ -1,0 +1,110 @@
+"""Keys: made once, kept private, and every signature good for one key, one purpose and one message."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
+
+from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
+from fedtune.spec import ConfigError
+
+MakeKey = Callable[[int], SigningKey]
+
+
+def test_a_key_is_made_once_and_then_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "key.pem"
+    first = SigningKey.load_or_make(path)
+    assert SigningKey.load_or_make(path).public == SigningKey.load(path).public == first.public
+    assert SigningKey.load_or_make(tmp_path / "other.pem").public != first.public
+
+
+def test_only_its_owner_can_read_a_key_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    SigningKey.load_or_make(tmp_path / "key.pem")
+    assert stat.S_IMODE((tmp_path / "key.pem").stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["key.pem"]
+
+
+def test_the_key_of_a_process_that_was_first_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "key.pem"
+    first = SigningKey.load_or_make(path)
+    seen = iter([False])  # the other process made it just after this one looked
+    monkeypatch.setattr(Path, "exists", lambda self: next(seen))
+    assert SigningKey.load_or_make(path).public == first.public
+
+
+@pytest.mark.parametrize("content", [b"", b"-----BEGIN PRIVATE KEY-----\n", b"\xff\xfe", "rsa", "encrypted", None])
+def test_what_is_no_ed25519_key_is_a_config_error(tmp_path: Path, make_key: MakeKey, content: object) -> None:
+    path = tmp_path / "key.pem"
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    if content == "rsa":
+        key = generate_private_key(public_exponent=65537, key_size=1024)
+        content = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
+    elif content == "encrypted":
+        content = make_key(1)._private.private_bytes(pem, pkcs8, serialization.BestAvailableEncryption(b"secret"))
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"key\.pem.*must be a PEM file with an Ed25519 private key"):
+        SigningKey.load(path)
+
+
+def test_a_signature_is_good_for_its_key_purpose_and_message_alone(make_key: MakeKey) -> None:
+    key, other = make_key(1), make_key(2)
+    signature = key.sign("receipt", b"message")
+    assert is_signed(key.public, "receipt", b"message", signature)
+    assert not is_signed(other.public, "receipt", b"message", signature)
+    assert not is_signed(key.public, "ledger head", b"message", signature)
+    assert not is_signed(key.public, "receipt", b"massage", signature)
+    assert not is_signed(key.public, "receipt", b"message", other.sign("receipt", b"message"))
+
+
+def test_purpose_and_message_cannot_be_cut_elsewhere(make_key: MakeKey) -> None:
+    key = make_key(1)
+    assert not is_signed(key.public, "receipts", b"ent", key.sign("receipt", b"sent"))
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        str.upper,
+        lambda text: " " + text,
+        lambda text: text[:2] + " " + text[2:],
+        lambda text: text[:-2],
+        lambda text: text + "00",
+        lambda text: "",
+        lambda text: "x" * len(text),
+    ],
+)
+def test_signature_and_key_have_one_spelling(make_key: MakeKey, spelling: Callable[[str], str]) -> None:
+    # Or a stored signature could be changed without being found.
+    key = make_key(1)
+    signature = key.sign("receipt", b"message")
+    assert not is_signed(key.public, "receipt", b"message", spelling(signature))
+    assert not is_signed(spelling(key.public), "receipt", b"message", signature)
+
+
+def test_a_public_key_has_64_lower_case_hex_digits(make_key: MakeKey) -> None:
+    public = make_key(1).public
+    assert is_public_key(public)
+    for wrong in ("", public[:-1], public + "0", public.upper(), "g" + public[1:], "0x" + public[2:]):
+        assert not is_public_key(wrong)
+
+
+def test_secrets_differ_by_purpose_and_key_and_stay_the_same(make_key: MakeKey) -> None:
+    secrets = {
+        make_key(number).secret(purpose) for number in (1, 2) for purpose in ("receipt head", "data fingerprint")
+    }
+    assert len(secrets) == 4
+    assert {len(secret) for secret in secrets} == {32}
+    assert make_key(1).secret("receipt head") in secrets
+
+
+def test_no_secret_shows_in_a_key(make_key: MakeKey) -> None:
+    key = make_key(1)
+    shown = repr(key) + key.public
+    assert key._raw.hex() not in shown
+    assert key.secret("receipt head").hex() not in shown

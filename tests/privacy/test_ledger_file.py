@@ -1,0 +1,482 @@
+"""The ledger's file: durable, whole whenever it is copied, held by one writer at a time, and never half written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.privacy import durable, events, ledger_file
+from fedtune.privacy.chain import Head, Kind
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.verify import verify
+from fedtune.spec import RunError
+
+
+class PowerCut(Exception):
+    """What a test raises where a crash would strike."""
+
+
+def reserve(ledger: Ledger, proposal: Any, round: int) -> Reservation:
+    granted = ledger.reserve(proposal, round=round, request=f"digest {proposal.run} {round}")
+    assert isinstance(granted, Reservation)
+    return granted
+
+
+def rows(path: Path) -> list[tuple[int, str]]:
+    """What a second connection sees."""
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        return file.execute("SELECT sequence, kind FROM events ORDER BY sequence").fetchall()
+
+
+# Durability.
+
+
+def test_a_second_connection_sees_the_charge_before_reserve_returns_and_the_reply_before_commit_does(
+    opened: Any, proposal: Any, path: Path
+) -> None:
+    ledger = opened()
+    granted = reserve(ledger, proposal(), 1)
+    assert rows(path)[-2:] == [(3, "plan"), (4, "reserve")]
+    ledger.commit(granted, b"reply")
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        assert file.execute("SELECT request, reply FROM replies").fetchall() == [("digest r 1", b"reply")]
+
+
+def test_a_rollback_journal_and_every_sync_there_is_are_really_set(path: Path) -> None:
+    path.parent.mkdir()
+    with ledger_file.writing(path) as file:
+        assert file.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert file.execute("PRAGMA synchronous").fetchone() == (3,), "EXTRA"
+        assert file.in_transaction
+        file.execute("INSERT INTO replies VALUES ('r', 'q', x'00')")
+        assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.db", "ledger.db-journal"]
+
+
+def test_nothing_is_left_beside_the_ledger_and_only_its_owner_can_read_it(
+    opened: Any, proposal: Any, path: Path
+) -> None:
+    ledger = opened(anchor=path.parent / "anchor.json")
+    ledger.commit(reserve(ledger, proposal(), 1), b"reply")
+    verify(path)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["anchor.json", "ledger.db"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_write_ahead_log_does_not_stay(opened: Any, proposal: Any, path: Path) -> None:
+    opened()
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        assert file.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+    reserve(opened(), proposal(), 1)
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        assert file.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    assert [p.name for p in path.parent.iterdir()] == ["ledger.db"]
+
+
+def test_a_copy_between_two_transactions_is_whole(opened: Any, proposal: Any, path: Path, copied: Any) -> None:
+    ledger = opened()
+    for round in (1, 2, 3):
+        reserve(ledger, proposal(), round)
+        assert len(verify(copied(path)).events) == 3 + round
+
+
+def test_mistakes_cannot_rewrite_history(opened: Any, path: Path) -> None:
+    opened()
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        for statement in ("UPDATE events SET run = 'x'", "DELETE FROM events WHERE sequence = 1"):
+            with pytest.raises(sqlite3.IntegrityError, match="the ledger is append-only"):
+                file.execute(statement)
+        with pytest.raises(sqlite3.IntegrityError, match="cannot store TEXT value in INTEGER column"):
+            file.execute("INSERT INTO events SELECT 3, kind, time, run, 'one', request, attempt, dataset, cohort,"
+                         " code, detail, hash, signature FROM events WHERE sequence = 1")  # fmt: skip
+
+
+@pytest.mark.parametrize("struck", ["insert", "store_reply"])
+def test_a_crash_within_a_transaction_undoes_it(
+    opened: Any, proposal: Any, path: Path, monkeypatch: pytest.MonkeyPatch, struck: str
+) -> None:
+    ledger = opened()
+    ledger.commit(reserve(ledger, proposal(), 1), b"reply 1")
+    granted = reserve(ledger, proposal(), 2)
+    before = rows(path)
+
+    def cut(*args: Any, **named: Any) -> None:
+        whole(*args, **named)
+        raise PowerCut
+
+    whole = getattr(ledger_file, struck)
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger_file, struck, cut)
+        with pytest.raises(PowerCut):
+            ledger.commit(granted, b"reply 2")
+        if struck == "insert":
+            with pytest.raises(PowerCut):
+                ledger.reserve(proposal(run="2"), round=1, request="q")
+    assert rows(path) == before
+    for each in (ledger, opened()):
+        each.end("unknown")
+        assert each.receipt("r").charged_rounds == 2, "the interrupted round stays charged"
+        assert each.receipt("2").charged_rounds == 0
+    assert ledger.reserve(proposal(), round=1, request="digest r 1") == b"reply 1"
+    again = reserve(ledger, proposal(), 2)
+    assert again.attempt == 2, "the reply that was not committed must not be sent, and its noise not used again"
+    ledger.commit(again, b"reply 2, second attempt")
+    assert opened().reserve(proposal(), round=2, request="digest r 2") == b"reply 2, second attempt"
+    verify(path)
+
+
+KILLED = """
+import os, signal, sqlite3, sys
+from fedtune.privacy import ledger_file
+file = None
+with ledger_file.writing(sys.argv[1] and __import__("pathlib").Path(sys.argv[1])) as file:
+    file.execute("PRAGMA cache_spill = 1")
+    file.execute("INSERT INTO replies VALUES ('r', 'q', zeroblob(20000000))")  # more than is kept in memory
+    print("written", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_killed_while_it_writes_leaves_the_ledger_as_it_was(opened: Any, proposal: Any, path: Path) -> None:
+    ledger = opened()
+    reserve(ledger, proposal(), 1)
+    before = path.read_bytes()
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True, timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed.stdout == b"written\n"
+    assert path.read_bytes() != before, "the file was being written"
+    assert Path(f"{path}-journal").exists()
+    reserve(ledger, proposal(), 2)
+    assert not Path(f"{path}-journal").exists()
+    assert [kind for _, kind in rows(path)] == ["note", "note", "plan", "reserve", "reserve"]
+    verify(path)
+
+
+# What cannot be written, or is no ledger.
+
+
+@contextlib.contextmanager
+def full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The ledger's file cannot grow."""
+    real = ledger_file.writing
+
+    @contextlib.contextmanager
+    def writing(path: Path) -> Iterator[sqlite3.Connection]:
+        with real(path) as file:
+            (pages,) = file.execute("PRAGMA page_count").fetchone()
+            file.execute(f"PRAGMA max_page_count = {pages}")
+            yield file
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger_file, "writing", writing)
+        yield
+
+
+def test_on_a_full_disk_nothing_is_charged_in_memory_that_is_not_on_disk(
+    opened: Any, proposal: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = opened()
+    granted = reserve(ledger, proposal(), 1)
+    with full_disk(path, monkeypatch):
+        with pytest.raises(
+            RunError, match=r"cannot be read or written \(database or disk is full\); nothing is trained"
+        ):
+            ledger.commit(granted, bytes(100_000))
+        with pytest.raises(RunError, match="disk is full"):
+            for round in range(1, 100):  # until the last page is full
+                ledger.reserve(proposal(run="x" * 200, plan={"num_rounds": 5}), round=round, request="y" * 2000)
+    on_disk = verify(path).history
+    assert on_disk.runs["r"].replies == {}
+    for each in (ledger, opened()):
+        each.end("unknown")
+        assert each.history.charged() == on_disk.charged()
+        assert each.receipt("x" * 200).charged_rounds == (
+            on_disk.runs["x" * 200].charged_rounds if "x" * 200 in on_disk.runs else 0
+        )
+    ledger.commit(granted, bytes(100_000))  # the disk has room again
+    assert opened().reserve(proposal(), round=1, request="digest r 1") == bytes(100_000)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from fedtune.privacy import ledger_file
+path = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, resource.RLIM_INFINITY))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from fedtune.spec import RunError
+try:
+    with ledger_file.writing(path) as file:
+        ledger_file.store_reply(file, run="r", request="q", reply=bytes(100_000))
+except RunError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_the_system_lets_grow_no_more_is_a_run_error(opened: Any, path: Path) -> None:
+    opened()
+    before = rows(path)
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], capture_output=True, timeout=60, check=True)
+    assert b"cannot be read or written (" in done.stdout
+    assert rows(path) == before
+    verify(path)
+
+
+@pytest.mark.parametrize("blocked", ["folder is a file", "file is a folder", "folder cannot be made"])
+def test_a_ledger_that_cannot_be_made_is_a_run_error(opened: Any, path: Path, tmp_path: Path, blocked: str) -> None:
+    if blocked == "folder is a file":
+        path.parent.write_bytes(b"")
+    elif blocked == "file is a folder":
+        path.mkdir(parents=True)
+    else:
+        path = Path("/proc/nobody/ledger.db")
+    with pytest.raises(RunError, match=rf"ledger {path} cannot be (made|opened|read or written) \(.*\); nothing is tr"):
+        opened(path=path)
+
+
+def test_a_ledger_that_cannot_be_written_is_a_run_error(opened: Any, proposal: Any, path: Path, tmp_path: Path) -> None:
+    ledger = opened()
+    reserve(ledger, proposal(), 1)
+    charged = ledger.history.charged()
+    with mounted_read_only(path):
+        with pytest.raises(RunError, match=r"cannot be (opened|read or written) \(.*\); nothing is trained without it"):
+            ledger.reserve(proposal(), round=2, request="q")
+        assert ledger.history.charged() == charged
+        assert verify(path).history.charged() == charged, "it can still be read"
+    reserve(ledger, proposal(), 2)
+
+
+@contextlib.contextmanager
+def mounted_read_only(path: Path) -> Iterator[None]:
+    """Make file and folder read-only, so that root cannot write them either; skip where that is not possible."""
+    os.chmod(path, 0o400)
+    os.chmod(path.parent, 0o500)
+    try:
+        if os.access(path, os.W_OK):
+            immutable = subprocess.run(["chattr", "+i", str(path)], capture_output=True, check=False)
+            if immutable.returncode != 0:
+                pytest.skip("root writes read-only files here")
+        yield
+    finally:
+        if shutil.which("chattr"):
+            subprocess.run(["chattr", "-i", str(path)], capture_output=True, check=False)
+        os.chmod(path.parent, 0o700)
+        os.chmod(path, 0o600)
+
+
+def test_a_ledger_that_somebody_else_holds_for_too_long_is_a_run_error(
+    opened: Any, proposal: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = opened()
+    monkeypatch.setattr(ledger_file, "LOCK_TIMEOUT_S", 0.01)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(RunError, match=r"cannot be read or written \(database is locked\)"):
+            ledger.reserve(proposal(), round=1, request="q")
+    reserve(ledger, proposal(), 1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"no database at all, but longer than the hundred bytes of a header. " * 4, b"SQLite format 3\0" + bytes(84)],
+)
+def test_another_file_is_a_run_error_and_stays_as_it_is(opened: Any, path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="nothing is trained without it|does not have a ledger's tables"):
+        opened()
+    assert path.read_bytes() == content
+    with pytest.raises(RunError, match="cannot be read|does not have a ledger's tables"):
+        verify(path)
+
+
+def test_a_truncated_file_is_a_run_error(opened: Any, proposal: Any, path: Path) -> None:
+    ledger = opened()
+    ledger.commit(reserve(ledger, proposal(), 1), bytes(50_000))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for check in (opened, lambda: verify(path), lambda: ledger.reserve(proposal(), round=2, request="q")):
+        with pytest.raises(RunError):
+            check()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TABLE epsilon (spent REAL)",
+        "CREATE INDEX by_run ON events (run)",
+        "CREATE VIEW spent AS SELECT 0",
+        "DROP TRIGGER events_are_never_changed",
+        "DROP TRIGGER events_are_never_deleted",
+        "DROP TABLE replies",
+        "ALTER TABLE events ADD COLUMN more TEXT",
+        "CREATE TRIGGER more AFTER INSERT ON events BEGIN DELETE FROM replies; END",
+        "PRAGMA application_id = 5",
+    ],
+)
+def test_other_tables_than_a_ledgers_are_a_run_error(opened: Any, proposal: Any, path: Path, statement: str) -> None:
+    ledger = opened()
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        file.execute(statement)
+        file.commit()
+    for check in (opened, lambda: verify(path), lambda: ledger.reserve(proposal(), round=1, request="q")):
+        with pytest.raises(RunError, match="does not have a ledger's tables: it was changed, or is another file"):
+            check()
+
+
+def test_a_ledger_in_a_folder_of_any_name_can_be_read(opened: Any, tmp_path: Path) -> None:
+    path = tmp_path / "50% of #1? & more" / "ledger.db"
+    opened(path=path)
+    assert len(verify(path).events) == 2
+
+
+# Several processes.
+
+RACER = """
+import json, sys
+from pathlib import Path
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Refused
+
+folder, number = Path(sys.argv[1]), int(sys.argv[2])
+ledger = Ledger(folder / "ledger.db", read_policy(folder / "site.toml"), SigningKey.load(folder / "key.pem"),
+                anchor=folder / "anchor.json")
+own = Proposal.from_json(json.loads((folder / "proposal.json").read_text()) | {"run": f"own {number}"})
+shared = Proposal.from_json(json.loads((folder / "shared.json").read_text()))
+print("ready", flush=True)
+for proposal, round in ((own, 1), (shared, number)):
+    sys.stdin.readline()
+    try:
+        granted = ledger.reserve(proposal, round=round, request=f"{proposal.run} {number}")
+        assert isinstance(granted, Reservation)
+        ledger.commit(granted, b"reply of %d" % number)
+        print("granted", flush=True)
+    except Refused as refused:
+        print(refused.reason.value, flush=True)
+"""
+
+
+def test_of_eight_processes_that_race_for_the_last_slot_one_gets_it(
+    tmp_path: Path, policy: Any, proposal: Any, lead_key: Any
+) -> None:
+    """Twice: for the last room under the cap, each with a run of its own; then for the last round of one run."""
+    from fedtune.privacy.policy_file import write_policy
+
+    key = SigningKey.load_or_make(tmp_path / "key.pem")
+    write_policy(policy(), tmp_path / "site.toml")
+    (tmp_path / "proposal.json").write_text(json.dumps(proposal(plan={"num_rounds": 5}).to_json()))
+    shared = proposal(run="shared", plan={"num_rounds": 2})
+    (tmp_path / "shared.json").write_text(json.dumps(shared.to_json()))
+    ledger = Ledger(tmp_path / "ledger.db", policy(), key, anchor=tmp_path / "anchor.json")
+    ledger.commit(reserve(ledger, shared, 100), b"reply")  # of ten rounds two are held: one plan of five fits
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, str(tmp_path), str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for number in range(1, 9)
+    ]
+    results: list[Counter[str]] = []
+    try:
+        for racer in racers:
+            assert racer.stdout is not None
+            assert racer.stdout.readline() == "ready\n"
+        for _ in range(2):
+            for racer in racers:
+                assert racer.stdin is not None
+                racer.stdin.write("go\n")
+                racer.stdin.flush()
+            results.append(Counter(racer.stdout.readline().strip() for racer in racers if racer.stdout))
+        codes = [racer.wait(timeout=60) for racer in racers]
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()
+    assert codes == [0] * 8
+    assert results == [{"granted": 1, "max_epsilon": 7}, {"granted": 1, "plan_exhausted": 7}]
+    verified = verify(tmp_path / "ledger.db", anchor=Head.read(tmp_path / "anchor.json"))
+    assert verified.anchor_sequence == len(verified.events)
+    assert [event.kind for event in verified.events].count(Kind.RESERVE) == 3
+    assert verified.history.charged() == events.grouped([shared.plan.event()] * 3)
+
+
+# Writing a file whole.
+
+
+def test_durable_writing_leaves_the_old_bytes_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "new" / "file"
+    durable.write_durably(file, b"old")
+
+    def cut(*_: object) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patched:
+        patched.setattr(durable.os, "replace", cut)
+        with pytest.raises(PowerCut):
+            durable.write_durably(file, b"new")
+    assert file.read_bytes() == b"old"
+    durable.write_durably(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert [path.name for path in file.parent.iterdir()] == ["file"]
+
+
+def test_durable_writing_syncs_the_bytes_before_the_name_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    replace = os.replace
+
+    def fsync(handle: int) -> None:
+        order.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "bytes")
+
+    def named(source: Path, target: Path) -> None:
+        order.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(durable.os, "fsync", fsync)
+    monkeypatch.setattr(durable.os, "replace", named)
+    durable.write_durably(tmp_path / "file", b"x")
+    assert order == ["bytes", "name", "folder"]
+
+
+def test_two_processes_that_write_one_file_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def other_first(source: Path, target: Path) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(durable.os, "replace", replace)
+            patched.setattr(durable.os, "getpid", lambda: 1)
+            durable.write_durably(target, b"of the other process")
+        replace(source, target)
+
+    monkeypatch.setattr(durable.os, "replace", other_first)
+    durable.write_durably(tmp_path / "file", b"of this one")
+    assert (tmp_path / "file").read_bytes() == b"of this one"
+
+
+def test_a_refusal_leaves_the_file_as_it_is(opened: Any, proposal: Any, path: Path) -> None:
+    ledger = opened()
+    before = path.read_bytes()
+    with pytest.raises(Refused) as caught:
+        ledger.reserve(proposal(rank=9), round=1, request="q")
+    assert caught.value.reason is Reason.MAX_RANK
+    assert path.read_bytes() == before

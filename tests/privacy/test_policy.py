@@ -1,0 +1,275 @@
+"""Every rule of a site's policy: broken alone, it is named, with what was asked and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from fedtune.privacy.accountant import epsilon_pld
+from fedtune.privacy.policy import Policy, period_of, plan_epsilon
+from fedtune.privacy.policy_tables import Budget, Dataset, Population, Reference, Releases
+from fedtune.privacy.release import Reason, Refused
+from fedtune.spec import ConfigError
+
+# The proposal that breaks one rule, the rule, what is asked and what is allowed; the policy is the shared one.
+BROKEN: list[tuple[dict[str, Any], Reason, str, str]] = [
+    ({"lead": "0" * 64}, Reason.LEADS, "0" * 64, "1 keys"),
+    ({"dataset": "diaries"}, Reason.DATASET, "diaries", "notes, letters"),
+    ({"task": "generation"}, Reason.TASKS, "generation", "classification"),
+    ({"base_model": "unverified"}, Reason.BASE_MODELS, "unverified", "b" * 64),
+    ({"plan": {"delta": 1e-6}}, Reason.DELTA, "1e-06", "1e-05"),
+    ({"plan": {"delta": 2e-5}}, Reason.DELTA, "2e-05", "1e-05"),
+    (
+        {"target_modules": ("q_proj", "k_proj", "o_proj")},
+        Reason.TARGET_MODULES,
+        "k_proj, o_proj",
+        "q_proj, v_proj",
+    ),
+    ({"rank": 9}, Reason.MAX_RANK, "9", "at most 8"),
+    ({"plan": {"sampling_rate": 0.51}}, Reason.MAX_SAMPLING_RATE, "0.51", "at most 0.5"),
+    ({"plan": {"max_grad_norm": 1.1}}, Reason.MAX_GRAD_NORM, "1.1", "at most 1"),
+    ({"plan": {"local_steps": 11}}, Reason.MAX_LOCAL_STEPS, "11", "at most 10"),
+    ({"plan": {"num_rounds": 21}}, Reason.MAX_ROUNDS, "21", "at most 20"),
+    ({"plan": {"num_rounds": 19, "spare_rounds": 2}}, Reason.MAX_ROUNDS, "21", "at most 20"),
+    ({"plan": {"noise_multiplier": 0.59}}, Reason.MIN_NOISE_MULTIPLIER, "0.59", "at least 0.6"),
+    ({"plan": {"noise_multiplier": 0.0}}, Reason.MIN_NOISE_MULTIPLIER, "0.0", "at least 0.6"),
+    ({"seeded_noise": True}, Reason.SEEDED_NOISE, "yes", "no"),
+    ({"plan": {"metrics_noise_multiplier": 20.0}}, Reason.METRICS, "yes", "no"),
+]
+
+
+def broken(policy: Policy, proposal: Any) -> list[tuple[Reason, str | None, str | None]]:
+    return [(refused.reason, refused.asked, refused.allowed) for refused in policy.broken_rules(proposal)]
+
+
+def test_what_keeps_to_every_rule_passes(policy: Any, proposal: Any) -> None:
+    for each in (
+        proposal(),
+        proposal(dataset="letters", target_modules=("v_proj", "q_proj"), rank=8, train_head=False),
+        proposal(plan={"num_rounds": 20, "local_steps": 10, "max_grad_norm": 1.0, "sampling_rate": 0.5}),
+        proposal(plan={"noise_multiplier": 0.6}),
+    ):
+        policy().check(each)
+        assert policy().broken_rules(each) == []
+
+
+@pytest.mark.parametrize(("change", "reason", "asked", "allowed"), BROKEN, ids=lambda value: str(value)[:40])
+def test_a_broken_rule_is_named_alone(
+    policy: Any, proposal: Any, change: dict[str, Any], reason: Reason, asked: str, allowed: str
+) -> None:
+    assert broken(policy(), proposal(**change)) == [(reason, asked, allowed)]
+    with pytest.raises(Refused) as caught:
+        policy().check(proposal(**change))
+    assert caught.value.reason is reason
+
+
+@pytest.mark.parametrize(
+    ("site", "change", "reason"),
+    [
+        ({"allow": {"train_head": False}}, {}, Reason.TRAIN_HEAD),
+        ({"releases": {"updates": False}}, {}, Reason.UPDATES),
+        ({"allow": {"leads": ()}}, {}, Reason.LEADS),
+    ],
+)
+def test_a_stricter_policy_refuses_what_the_shared_one_allows(
+    policy: Any, proposal: Any, site: dict[str, Any], change: dict[str, Any], reason: Reason
+) -> None:
+    assert [refused.reason for refused in policy(**site).broken_rules(proposal(**change))] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("site", "change"),
+    [
+        ({"allow": {"seeded_noise": True}}, {"seeded_noise": True}),
+        ({"allow": {"train_head": False}}, {"train_head": False}),
+        ({"releases": {"metrics": "noised"}}, {"plan": {"metrics_noise_multiplier": 20.0}}),
+        ({"releases": {"metrics": "noised"}}, {}),
+    ],
+)
+def test_a_switch_lets_its_own_rule_through(policy: Any, proposal: Any, site: Any, change: Any) -> None:
+    assert broken(policy(**site), proposal(**change)) == []
+
+
+def test_released_scores_need_the_least_noise_too(policy: Any, proposal: Any) -> None:
+    asked = proposal(plan={"metrics_noise_multiplier": 0.5})
+    assert broken(policy(releases={"metrics": "noised"}), asked) == [
+        (Reason.MIN_NOISE_MULTIPLIER, "0.5", "at least 0.6")
+    ]
+
+
+def test_the_unit_is_the_populations(policy: Any, proposal: Any) -> None:
+    # A plan cannot have another unit yet, so the rule is shown with one that was forced in.
+    asked = proposal()
+    object.__setattr__(asked.plan, "unit", "user")
+    assert broken(policy(), asked) == [(Reason.UNIT, "user", "record")]
+
+
+def test_every_broken_rule_is_listed_for_a_person(policy: Any, proposal: Any) -> None:
+    asked = proposal(rank=9, task="generation", plan={"num_rounds": 21, "noise_multiplier": 0.1})
+    assert {reason for reason, _, _ in broken(policy(), asked)} == {
+        Reason.TASKS,
+        Reason.MAX_RANK,
+        Reason.MAX_ROUNDS,
+        Reason.MIN_NOISE_MULTIPLIER,
+    }
+
+
+def test_every_rule_of_a_proposal_alone_is_shown_above() -> None:
+    shown = {reason for _, reason, _, _ in BROKEN} | {Reason.TRAIN_HEAD, Reason.UPDATES, Reason.UNIT}
+    in_the_ledger = {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD, Reason.MAX_EPSILON_PER_RUN}
+    of_the_adapter = {Reason.MAX_ADAPTER_VALUE}
+    rules = [reason for reason in Reason if list(Reason).index(reason) < list(Reason).index(Reason.FROZEN)]
+    assert set(rules) == shown | in_the_ledger | of_the_adapter
+
+
+def test_a_runs_cap_is_on_its_whole_plan_spare_rounds_included(policy: Any, proposal: Any) -> None:
+    whole = {"num_rounds": 3, "spare_rounds": 2}
+    epsilon = epsilon_pld([proposal(plan=whole).plan.event(rounds=5)], 1e-5)
+    assert plan_epsilon(proposal(plan=whole).plan) == epsilon
+    policy(budget={"max_epsilon_per_run": epsilon + 0.01}).check(proposal(plan=whole))
+    tight = policy(budget={"max_epsilon_per_run": epsilon - 0.01})
+    assert broken(tight, proposal(plan=whole)) == [
+        (Reason.MAX_EPSILON_PER_RUN, f"{epsilon:.4g}", f"at most {epsilon - 0.01:g}")
+    ]
+    tight.check(proposal(plan={"num_rounds": 3, "spare_rounds": 1}))
+
+
+def test_a_plan_beyond_other_limits_is_not_accounted(policy: Any, proposal: Any, monkeypatch: Any) -> None:
+    # Its epsilon could take minutes; whoever asks must not have a site compute it.
+    def fail(*_: object) -> float:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr("fedtune.privacy.policy.plan_epsilon", fail)
+    asked = proposal(plan={"noise_multiplier": 0.01})
+    assert [reason for reason, _, _ in broken(policy(budget={"max_epsilon_per_run": 1.0}), asked)] == [
+        Reason.MIN_NOISE_MULTIPLIER
+    ]
+
+
+@pytest.mark.parametrize(
+    ("month", "expected"), [(1, (0, 0, 0)), (3, (2, 0, 0)), (4, (3, 1, 0)), (9, (8, 2, 0)), (12, (11, 3, 0))]
+)
+def test_periods_are_those_of_the_calendar(month: int, expected: tuple[int, int, int]) -> None:
+    moment = datetime(2030, month, 28, 23, 59, tzinfo=UTC)
+    assert [period_of(moment, period) for period in ("month", "quarter", "year")] == [(2030, n) for n in expected]
+
+
+REFERENCE = Reference(sampling_rate=0.2, noise_multiplier=1.0, steps=10)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Dataset(id="a b", declared_size=1), "id = 'a b': must be made of"),
+        (lambda: Dataset(id="", declared_size=1), "id = '': must be made of"),
+        (lambda: Dataset(id="a", declared_size=0), "declared_size = 0: must be .*at least 1"),
+        (lambda: Population(name="../x"), "name = '../x': must be made of"),
+        (lambda: Population(name="p", unit="user"), "unit = 'user': must be one of record"),
+        (lambda: Reference(sampling_rate=0, noise_multiplier=1, steps=1), "sampling_rate = 0"),
+        (lambda: Reference(sampling_rate=1, noise_multiplier=0, steps=1), "noise_multiplier = 0"),
+        (lambda: Reference(sampling_rate=1, noise_multiplier=1, steps=0), "steps = 0"),
+        (lambda: Budget(delta=0, max_epsilon=8, reference=REFERENCE), "delta = 0"),
+        (lambda: Budget(delta=1e-5, max_epsilon=0, reference=REFERENCE), "max_epsilon = 0: must be greater than 0"),
+        (lambda: Budget(delta=1e-5, max_epsilon=math.nan, reference=REFERENCE), "max_epsilon = nan"),
+        (lambda: Budget(delta=1e-5, max_epsilon=1e-6, reference=REFERENCE), "max_epsilon = 1e-06: leaves no room"),
+        (
+            lambda: Budget(delta=1e-5, max_epsilon=8, reference=REFERENCE, max_epsilon_per_run=0),
+            "max_epsilon_per_run = 0",
+        ),
+        (
+            lambda: Budget(delta=1e-5, max_epsilon=8, reference=REFERENCE, max_epsilon_per_period=math.inf),
+            "max_epsilon_per_period = inf",
+        ),
+        (lambda: Budget(delta=1e-5, max_epsilon=8, reference=REFERENCE, period="week"), "period = 'week'"),
+        (lambda: Releases(metrics="exact"), "metrics = 'exact': must be one of none, noised"),
+        (lambda: Releases(reply_after_s=-1), "reply_after_s = -1"),
+    ],
+)
+def test_a_value_out_of_bounds_names_its_key(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        ("limits", "min_noise_multiplier", -1.0),
+        ("limits", "min_noise_multiplier", math.nan),
+        ("limits", "max_sampling_rate", 0.0),
+        ("limits", "max_sampling_rate", 1.5),
+        ("limits", "max_grad_norm", 0.0),
+        ("limits", "max_grad_norm", math.inf),
+        ("limits", "max_local_steps", 0),
+        ("limits", "max_rounds", 0),
+        ("limits", "max_adapter_value", 0.0),
+        ("limits", "run_expires_after_days", 0.0),
+        ("allow", "leads", ("abc",)),
+        ("allow", "max_rank", 0),
+    ],
+)
+def test_a_limit_out_of_bounds_names_its_key(policy: Any, table: str, key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{key} = "):
+        policy(**{table: {key: value}})
+
+
+def test_a_policy_needs_a_name_and_distinct_data_sets(policy: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^site = 'a/b'"):
+        policy(site="a/b")
+    with pytest.raises(ConfigError, match=r"^dataset = .*must declare at least one"):
+        policy(dataset=())
+    twice = (Dataset(id="d", declared_size=1), Dataset(id="d", declared_size=2))
+    with pytest.raises(ConfigError, match=r"^dataset = .*must not repeat an id"):
+        policy(dataset=twice)
+
+
+def test_delta_must_be_below_one_over_the_largest_data_set(policy: Any) -> None:
+    large = (Dataset(id="d", declared_size=100_000), Dataset(id="e", declared_size=5))
+    with pytest.raises(ConfigError, match=r"^budget\.delta = 1e-05: must be below 1 / declared_size = 1e-05"):
+        policy(dataset=large)
+    policy(dataset=(Dataset(id="d", declared_size=99_999),))
+
+
+def test_an_infinite_cap_promises_nothing_and_is_null_in_json(policy: Any) -> None:
+    unlimited = policy(budget={"max_epsilon": math.inf})
+    assert unlimited.to_json()["budget"]["max_epsilon"] is None
+    assert policy().to_json()["budget"]["max_epsilon"] == 11.0
+    json.dumps(unlimited.to_json(), allow_nan=False)
+
+
+def test_every_key_is_in_the_digest(policy: Any, make_key: Any) -> None:
+    changes: list[dict[str, Any]] = [
+        {"site": "b"},
+        {"population": {"name": "staff"}},
+        {"dataset": (Dataset(id="notes", declared_size=2000, path="elsewhere.csv"),)},
+        {"budget": {"max_epsilon": 9.0}},
+        {"limits": {"max_rounds": 19}},
+        {"allow": {"leads": (make_key(3).public,)}},
+        {"releases": {"reply_after_s": 1.0}},
+        {"asserted": {"no_person_at_another_site": False}},
+        {"ledger": "other.db"},
+        {"site_key": "other.pem"},
+        {"anchor": "anchor.json"},
+    ]
+    assert {key for change in changes for key in change} == {field.name for field in dataclasses.fields(Policy)}
+    assert len({policy(**change).digest() for change in [{}, *changes]}) == len(changes) + 1
+
+
+def test_every_number_of_a_plan_is_bounded_by_a_rule(policy: Any, proposal: Any) -> None:
+    # Whoever adds a field to a plan says here which rule bounds it.
+    bounded_by = {
+        "unit": Reason.UNIT,
+        "delta": Reason.DELTA,
+        "sampling_rate": Reason.MAX_SAMPLING_RATE,
+        "noise_multiplier": Reason.MIN_NOISE_MULTIPLIER,
+        "max_grad_norm": Reason.MAX_GRAD_NORM,
+        "local_steps": Reason.MAX_LOCAL_STEPS,
+        "num_rounds": Reason.MAX_ROUNDS,
+        "spare_rounds": Reason.MAX_ROUNDS,
+        "metrics_noise_multiplier": Reason.METRICS,
+    }
+    assert set(bounded_by) == {field.name for field in dataclasses.fields(proposal().plan)}

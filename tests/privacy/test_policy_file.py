@@ -1,0 +1,182 @@
+"""site.toml: read strictly, written so that it reads back, and a template that explains every key."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_tables import Dataset, Reference
+from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.release import Reason, Refused
+from fedtune.spec import ConfigError
+
+TEMPLATE = Path(__file__).parents[2] / "conf" / "site.toml"
+
+
+@pytest.fixture
+def site_toml(tmp_path: Path, policy: Any) -> Path:
+    write_policy(policy(), tmp_path / "site.toml")
+    return tmp_path / "site.toml"
+
+
+def error_of(path: Path, *edits: tuple[str, str]) -> str:
+    """What reading says after each edit replaced its one place in the text."""
+    text = path.read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, (old, text)
+        text = text.replace(old, new)
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_policy(path)
+    assert str(caught.value).startswith(f"{path}: ") or str(path) in str(caught.value)
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+def test_a_policy_survives_its_file(policy: Any, tmp_path: Path) -> None:
+    for each in (
+        policy(),
+        policy(budget={"max_epsilon": math.inf, "max_epsilon_per_run": 3, "max_epsilon_per_period": 9.5}),
+        policy(allow={"leads": (), "target_modules": ()}, anchor="/elsewhere/anchor.json"),
+    ):
+        write_policy(each, tmp_path / "site.toml")
+        assert read_policy(tmp_path / "site.toml") == each
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(text=st.text(max_size=12), role=st.text(min_size=1, max_size=5), number=st.floats(1e-300, 1e300))
+def test_any_text_and_number_survives_the_file(
+    policy: Any, tmp_path_factory: pytest.TempPathFactory, text: str, role: str, number: float
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    data = (Dataset(id="d", declared_size=9, path=text, columns={role: text}),)
+    each = policy(dataset=data, limits={"max_grad_norm": number}, allow={"tasks": (text, text)})
+    write_policy(each, path)
+    assert read_policy(path) == each
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("max_rank = 8", "max_ranks = 8", "allow.max_ranks = 8: is not a key of a policy; here go leads, tasks"),
+        ('site = "a"', 'sites = "a"', "sites = 'a': is not a key of a policy; here go site, population"),
+        ("max_rank = 8\n", "", "allow.max_rank = None: is required"),
+        ('site = "a"\n', "", "site = None: is required"),
+        ("[population]\n", "[people]\n", "people = {'name': 'patients', 'unit': 'record'}: is not a key of a policy"),
+        ("max_rank = 8", 'max_rank = "8"', "allow.max_rank = '8': must be a whole number"),
+        ("max_rank = 8", "max_rank = 8.0", "allow.max_rank = 8.0: must be a whole number"),
+        ("max_rank = 8", "max_rank = true", "allow.max_rank = True: must be a whole number"),
+        ("max_rank = 8", "max_rank = 0", "allow.max_rank = 0: must be a finite number of at least 1"),
+        ("max_grad_norm = 1.0", "max_grad_norm = true", "limits.max_grad_norm = True: must be a number"),
+        ("max_grad_norm = 1.0", "max_grad_norm = nan", "limits.max_grad_norm = nan: must be a finite number"),
+        ("train_head = true", "train_head = 1", "allow.train_head = 1: must be true or false"),
+        ("train_head = true", 'train_head = "yes"', "allow.train_head = 'yes': must be true or false"),
+        ('unit = "record"', 'unit = "user"', "population.unit = 'user': must be one of record"),
+        ('unit = "record"', 'unit = "people"', "population.unit = 'people': must be one of record, user"),
+        ('unit = "record"', "unit = 1", "population.unit = 1: must be one of record, user"),
+        ('tasks = ["classification"]', 'tasks = "classification"', "allow.tasks = 'classification': must be a list"),
+        ('tasks = ["classification"]', "tasks = [1]", "allow.tasks = 1: must be a text"),
+        ("declared_size = 500", "declared_size = -1", "dataset[2].declared_size = -1: must be a finite number"),
+        ("declared_size = 500", "declared_sizes = 500", "dataset[2].declared_sizes = 500: is not a key of a policy"),
+        ('label = "code"', "label = 3", "dataset[1].columns.label = 3: must be a text"),
+        ("steps = 30", "steps = 0", "budget.reference.steps = 0: must be a finite number of at least 1"),
+        ("delta = 1e-05", "delta = 1", "budget.delta = 1.0: must lie in (0, 1)"),
+        ("delta = 1e-05", "delta = 0.001", "budget.delta = 0.001: must be below 1 / declared_size"),
+        ("max_epsilon = 11.0", "max_epsilon = 1e-6", "budget.max_epsilon = 1e-06: leaves no room for anything"),
+        ('period = "year"', 'period = "week"', "budget.period = 'week': must be one of month, quarter, year"),
+    ],
+)
+def test_a_mistake_names_file_key_value_and_what_would_be_right(
+    site_toml: Path, old: str, new: str, message: str
+) -> None:
+    assert error_of(site_toml, (old, new)).startswith(message)
+
+
+def test_a_value_in_place_of_a_table_is_named(site_toml: Path) -> None:
+    text = site_toml.read_text()
+    site_toml.write_text("asserted = true\n" + text.replace("[asserted]\nno_person_at_another_site = true\n", ""))
+    assert error_of(site_toml) == "asserted = True: must be a table, as in [asserted]"
+
+
+def test_one_table_in_place_of_a_list_of_tables_is_named(tmp_path: Path, policy: Any) -> None:
+    write_policy(policy(dataset=(Dataset(id="d", declared_size=9),)), tmp_path / "site.toml")
+    assert error_of(tmp_path / "site.toml", ("[[dataset]]", "[dataset]")).endswith("must be a list")
+    assert error_of(tmp_path / "site.toml", ("[dataset]", "dataset = [5]\n[allow2]")).startswith("allow2 = ")
+
+
+@pytest.mark.parametrize("content", [b"site = ", b"[budget\n", b'site = "a"\nsite = "b"', b"\xff\xfe"])
+def test_what_is_no_toml_is_a_config_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "site.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"policy = '.*site\.toml': must be TOML: "):
+        read_policy(path)
+
+
+def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"policy = '.*none\.toml': must be a readable file \(No such file"):
+        read_policy(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="must be a readable file"):
+        read_policy(tmp_path)
+
+
+def test_a_whole_number_is_a_number(site_toml: Path) -> None:
+    site_toml.write_text(site_toml.read_text().replace("max_grad_norm = 1.0", "max_grad_norm = 1"))
+    read = read_policy(site_toml).limits.max_grad_norm
+    assert read == 1.0
+    assert isinstance(read, float)
+
+
+def test_no_key_is_read_twice_or_forgotten(site_toml: Path) -> None:
+    # Each table of the file has exactly the fields of its class.
+    table = tomllib.loads(site_toml.read_text())
+    assert set(table) == {field.name for field in dataclasses.fields(Policy)}
+
+
+def test_the_template_names_every_key_and_explains_it(policy: Any) -> None:
+    table = tomllib.loads(TEMPLATE.read_text())
+    read = read_policy(TEMPLATE)
+    for name, spec in [("", read), *((field.name, getattr(read, field.name)) for field in dataclasses.fields(read))]:
+        if dataclasses.is_dataclass(spec):
+            keys = {field.name for field in dataclasses.fields(spec)}
+            assert keys == set(table[name] if name else table), f"[{name}] of the template"
+    assert all({"id", "declared_size", "path", "columns"} == set(each) for each in table["dataset"])
+    before = ""
+    for line in TEMPLATE.read_text().splitlines():
+        if "=" in line and not line.startswith("#"):
+            assert before.startswith("#") or "=" in before, f"{line!r} is not explained"
+        before = line
+
+
+def test_the_template_lets_a_usual_run_through(tmp_path: Path, proposal: Any, site_key: Any, lead_key: Any) -> None:
+    template = read_policy(TEMPLATE)
+    allow = dataclasses.replace(template.allow, leads=(lead_key.public,))
+    site = dataclasses.replace(template, allow=allow)
+    usual: Reference = site.budget.reference
+    plan = {
+        "delta": site.budget.delta,
+        "sampling_rate": usual.sampling_rate,
+        "noise_multiplier": usual.noise_multiplier,
+        "local_steps": 10,
+        "num_rounds": usual.steps // 10,
+    }
+    asked = proposal(
+        dataset=site.dataset[0].id,
+        task=allow.tasks[0],
+        base_model=allow.base_models[0],
+        target_modules=allow.target_modules,
+        plan=plan,
+    )
+    ledger = Ledger(tmp_path / "ledger.db", site, site_key)
+    assert isinstance(ledger.reserve(asked, round=1, request="q"), Reservation)
+    strict = Ledger(tmp_path / "strict.db", template, site_key)
+    with pytest.raises(Refused) as caught:
+        strict.reserve(asked, round=1, request="q")
+    assert caught.value.reason is Reason.LEADS

@@ -1,0 +1,109 @@
+"""A proposal comes from a server: its form is checked before anything else, and it has one digest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.privacy.proposal import Proposal
+from fedtune.spec import ConfigError
+
+
+def test_a_proposal_survives_json(proposal: Any) -> None:
+    for each in (proposal(), proposal(plan={"metrics_noise_multiplier": 20.0}), proposal(target_modules=())):
+        again = Proposal.from_json(json.loads(json.dumps(each.to_json())))
+        assert again == each
+        assert again.digest() == each.digest()
+
+
+def test_every_field_is_in_its_json_and_its_digest(proposal: Any, lead_key: Any, make_key: Any) -> None:
+    changes: dict[str, object] = {
+        "run": "r2",
+        "lead": make_key(3).public,
+        "dataset": "letters",
+        "task": "generation",
+        "base_model": "c" * 64,
+        "target_modules": ("v_proj",),
+        "rank": 5,
+        "train_head": False,
+        "seeded_noise": True,
+        "num_sites": 4,
+        "plan": {"spare_rounds": 1},
+    }
+    fields = {field.name for field in dataclasses.fields(Proposal)}
+    assert set(changes) == set(proposal().to_json()) == fields
+    digests = {proposal(**{name: value}).digest() for name, value in changes.items()}
+    assert len(digests | {proposal().digest()}) == len(fields) + 1
+
+
+def test_the_digest_is_golden(proposal: Any) -> None:
+    # It lies in ledgers and refusals: a change of it is a change of format.
+    assert proposal(lead="1" * 64).digest() == "dd113edfa4170a0e90b828e0fc0cfe54d9e7a42a9e4f1364103b6f13d150daa0"
+
+
+@pytest.mark.parametrize("name", ["run", "lead", "dataset", "task", "base_model"])
+@pytest.mark.parametrize("value", ["", 5, None, b"r", "x" * 301, "\ud800", "a\nb", "a\0b"])
+def test_what_is_no_text_is_refused(proposal: Any, name: str, value: object) -> None:
+    # A lone surrogate cannot be written to a ledger; a line break would forge a line of a log.
+    with pytest.raises(ConfigError, match=rf"^{name} = .*must be a printable text of 1 to 300 characters"):
+        proposal(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bound"),
+    [
+        ("target_modules", ["q_proj"], "must be names of modules"),
+        ("target_modules", "q_proj", "must be names of modules"),
+        ("target_modules", (5,), "must be names of modules"),
+        ("target_modules", ("q_proj", "q_proj"), "each once"),
+        ("rank", 0, "must be a whole number of at least 1"),
+        ("rank", 4.0, "must be a whole number of at least 1"),
+        ("rank", True, "must be a whole number of at least 1"),
+        ("num_sites", -1, "must be a whole number of at least 1"),
+        ("train_head", 1, "must be true or false"),
+        ("seeded_noise", None, "must be true or false"),
+    ],
+)
+def test_a_field_of_another_form_is_refused(proposal: Any, name: str, value: object, bound: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} = .*{bound}"):
+        proposal(**{name: value})
+
+
+def test_json_without_a_field_or_with_another_is_refused(proposal: Any) -> None:
+    whole = proposal().to_json()
+    for name in whole:
+        with pytest.raises(ConfigError):
+            Proposal.from_json({key: value for key, value in whole.items() if key != name})
+    for extra in (whole | {"epsilon": 0}, whole | {"plan": whole["plan"] | {"epsilon": 0}}):
+        with pytest.raises(ConfigError, match="must have exactly the fields of a"):
+            Proposal.from_json(extra)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data(), value=anything)
+def test_any_other_value_is_a_config_error_or_another_proposal(
+    proposal: Any, data: st.DataObject, value: object
+) -> None:
+    whole = proposal().to_json()
+    plan_field = data.draw(st.sampled_from([None, *whole["plan"]]))
+    if plan_field is None:
+        changed = whole | {data.draw(st.sampled_from(list(whole))): value}
+    else:
+        changed = whole | {"plan": whole["plan"] | {plan_field: value}}
+    try:
+        read = Proposal.from_json(changed)
+    except ConfigError:
+        return
+    assert read.to_json() == changed, "what was read says something else than what came"

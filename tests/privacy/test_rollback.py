@@ -1,0 +1,458 @@
+"""A ledger that was put back to an older state: found by its anchor or a receipt, and made up for by `charge_gap`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dp_accounting import DpEvent
+
+from fedtune.privacy import events
+from fedtune.privacy.chain import Head, Kind
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Receipt, Refused
+from fedtune.privacy.verify import verify
+from fedtune.spec import ConfigError, RunError
+
+
+@pytest.fixture
+def anchor(tmp_path: Path) -> Path:
+    return tmp_path / "elsewhere" / "anchor.json"
+
+
+@pytest.fixture
+def anchored(opened: Any, anchor: Path) -> Callable[..., Ledger]:
+    """Open the ledger with its anchor."""
+    return lambda **changes: opened(anchor=anchor, **changes)
+
+
+def answered(ledger: Ledger, proposal: Proposal, *rounds: int) -> None:
+    for round in rounds:
+        granted = ledger.reserve(proposal, round=round, request=f"digest {proposal.run} {round}")
+        assert isinstance(granted, Reservation)
+        ledger.commit(granted, b"reply")
+
+
+def refusal_of(ledger: Ledger, receipt: Receipt) -> Reason:
+    with pytest.raises(Refused) as caught:
+        ledger.require_contains(receipt)
+    return caught.value.reason
+
+
+# Anchors.
+
+
+def test_the_anchor_is_the_newest_head_after_every_transaction(
+    anchored: Any, anchor: Path, proposal: Any, path: Path, site_key: SigningKey
+) -> None:
+    ledger = anchored()
+    steps: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: answered(ledger, proposal(), 1),
+        lambda: ledger.refuse(Refused(Reason.LEADS), run="x", round=1, request="q"),
+        lambda: ledger.end("r"),
+        lambda: ledger.freeze("why"),
+    ]
+    for step in steps:
+        step()
+        head, newest = Head.read(anchor), verify(path).events[-1]
+        assert (head.sequence, head.hash, head.time) == (newest.sequence, newest.hash, newest.time)
+        assert head.site_key == site_key.public
+        assert head == ledger.head()
+    assert head.frozen
+    ((mechanism, count),) = head.charged
+    assert {events.from_json(mechanism): count} == events.grouped([proposal().plan.event()])
+
+
+def test_a_refused_request_leaves_the_anchor_alone(anchored: Any, anchor: Path, proposal: Any) -> None:
+    ledger = anchored()
+    before = anchor.stat().st_mtime_ns, anchor.read_bytes()
+    with pytest.raises(Refused):
+        ledger.reserve(proposal(rank=9), round=1, request="q")
+    assert (anchor.stat().st_mtime_ns, anchor.read_bytes()) == before
+
+
+def test_a_ledger_older_than_its_anchor_stops(anchored: Any, proposal: Any, path: Path, copied: Any) -> None:
+    answered(anchored(), proposal(), 1)
+    backup = copied(path)
+    answered(anchored(), proposal(), 2)
+    shutil.copy(backup, path)
+    with pytest.raises(RunError, match=r"is older than its anchor .* \(event 5 of at least 7\)"):
+        anchored()
+
+
+def test_another_branch_than_the_anchors_stops(
+    anchored: Any, anchor: Path, opened: Any, proposal: Any, path: Path, copied: Any
+) -> None:
+    answered(anchored(), proposal(), 1)
+    backup = copied(path)
+    answered(anchored(), proposal(), 2)
+    shutil.copy(backup, path)
+    answered(opened(), proposal(), 2, 3, 4)  # without the anchor it goes on, and gets longer
+    with pytest.raises(RunError, match="or is another branch"):
+        anchored()
+    with pytest.raises(RunError, match="another branch"):
+        verify(path, anchor=Head.read(anchor))
+
+
+def test_a_missing_anchor_stops_unless_nothing_was_charged(anchored: Any, anchor: Path, proposal: Any) -> None:
+    anchored()
+    anchor.unlink()
+    ledger = anchored()  # as after a crash before the first anchor was written
+    assert Head.read(anchor).sequence == 2
+    ledger.reserve(proposal(), round=1, request="q")
+    anchor.unlink()
+    with pytest.raises(RunError, match=r"anchor .* is missing, and ledger .* is not new"):
+        anchored()
+
+
+def test_a_lost_ledger_with_an_anchor_stops(anchored: Any, path: Path) -> None:
+    anchored()
+    path.unlink()
+    with pytest.raises(RunError, match=r"is missing: anchor .* knows 2 events of it"):
+        anchored()
+    path.write_bytes(b"")
+    with pytest.raises(RunError, match=r"is missing: anchor .* knows 2 events of it"):
+        anchored()
+
+
+def test_an_anchor_of_another_ledger_stops(anchored: Any, anchor: Path, opened: Any, tmp_path: Path) -> None:
+    anchored()
+    opened(path=tmp_path / "other.db", anchor=tmp_path / "other.json")
+    anchor.write_bytes((tmp_path / "other.json").read_bytes())
+    with pytest.raises(RunError, match="the anchor is of another ledger"):
+        anchored()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"null",
+        lambda data: data[:-40],
+        lambda data: data.replace(b'"sequence": 2', b'"sequence": 1'),
+        lambda data: data.replace(b'"restores": 0', b'"restores": -9'),
+        lambda data: data.replace(b'"frozen": false', b'"frozen": true'),
+        lambda data: json.dumps(json.loads(data) | {"charged": [1]}).encode(),
+        lambda data: json.dumps(json.loads(data) | {"more": 1}).encode(),
+        lambda data: json.dumps({k: v for k, v in json.loads(data).items() if k != "hash"}).encode(),
+        lambda data: json.dumps(json.loads(data) | {"signature": 5}).encode(),
+        lambda data: json.dumps(json.loads(data) | {"site_key": "0" * 64}).encode(),
+    ],
+)
+def test_a_damaged_anchor_stops(anchored: Any, anchor: Path, damage: Callable[[bytes], bytes]) -> None:
+    anchored()
+    before = anchor.read_bytes()
+    anchor.write_bytes(damage(before))
+    assert anchor.read_bytes() != before
+    with pytest.raises(ConfigError, match=r"anchor = '.*anchor\.json': must "):
+        anchored()
+
+
+def test_an_anchor_that_somebody_else_signed_stops(anchored: Any, anchor: Path, make_key: Any) -> None:
+    head = anchored().head()
+    fields = {name: getattr(head, name) for name in head.__slots__ if name not in ("site_key", "signature")}
+    anchor.write_bytes(Head.signed(make_key(9), **(fields | {"sequence": 1})).to_bytes())
+    with pytest.raises(RunError, match="the anchor is of another ledger"):
+        anchored()
+
+
+def test_a_crash_before_the_anchor_is_written_leaves_it_behind_and_the_ledger_good(
+    anchored: Any, anchor: Path, proposal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = anchored()
+    behind = anchor.read_bytes()
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedtune.privacy.ledger.write_durably", cut)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.reserve(proposal(), round=1, request="q")
+    assert anchor.read_bytes() == behind
+    assert ledger.receipt("r").charged_rounds == 0, "until it looks again"
+    assert anchored().receipt("r").charged_rounds == 1
+    answered(ledger, proposal(), 2)
+    assert Head.read(anchor).sequence == ledger.history.length == 6
+    assert ledger.receipt("r").charged_rounds == 2
+
+
+def test_an_anchor_that_cannot_be_written_stops(anchored: Any, anchor: Path, proposal: Any) -> None:
+    ledger = anchored()
+    anchor.unlink()
+    anchor.mkdir()
+    with pytest.raises(RunError, match=r"anchor .* cannot be used \(.*\); nothing is trained"):
+        ledger.reserve(proposal(), round=1, request="q")
+    anchor.rmdir()
+    ledger.end("r")  # charged, although leave to train was not given
+    assert Head.read(anchor).sequence == ledger.history.length
+    assert ledger.receipt("r").charged_rounds == 1
+
+
+def test_of_two_heads_the_newer_one_stays(anchored: Any, anchor: Path, proposal: Any, monkeypatch: Any) -> None:
+    """A second process writes its event and its anchor after the first one's event, before its anchor."""
+    first, second = anchored(), anchored()
+    write = Ledger._write_anchor
+
+    def late(self: Ledger, to: Path) -> None:
+        if self is first:
+            answered(second, proposal(run="2"), 1)
+        write(self, to)
+
+    monkeypatch.setattr(Ledger, "_write_anchor", late)
+    first.reserve(proposal(), round=1, request="q")
+    assert Head.read(anchor).sequence == 7
+    assert Head.read(anchor) == anchored().head()
+
+
+# Receipts.
+
+
+def test_a_receipt_that_the_ledger_contains_passes(opened: Any, proposal: Any) -> None:
+    ledger = opened()
+    early = ledger.receipt("r")
+    answered(ledger, proposal(), 1)
+    late = ledger.receipt("r")
+    answered(ledger, proposal(run="2"), 1)
+    for each in (ledger, opened()):
+        each.require_contains(early)
+        each.require_contains(late)
+
+
+def test_a_ledger_older_than_a_receipt_is_refused(opened: Any, proposal: Any, path: Path, copied: Any) -> None:
+    answered(opened(), proposal(), 1)
+    backup = copied(path)
+    answered(opened(), proposal(), 2)
+    receipt = opened().receipt("r")
+    shutil.copy(backup, path)
+    assert refusal_of(opened(), receipt) is Reason.LEDGER_BEHIND_RECEIPT
+    answered(opened(), proposal(), 3, 4)
+    assert refusal_of(opened(), receipt) is Reason.LEDGER_BEHIND_RECEIPT, "another event stands in its place"
+
+
+def test_a_new_ledger_is_behind_every_receipt_of_the_lost_one(opened: Any, path: Path) -> None:
+    receipt = opened().receipt("r")
+    path.unlink()
+    assert refusal_of(opened(), receipt) is Reason.LEDGER_BEHIND_RECEIPT
+
+
+def test_a_forged_receipt_is_refused_for_its_signature(
+    opened: Any, proposal: Any, make_key: Any, tmp_path: Path
+) -> None:
+    ledger = opened()
+    answered(ledger, proposal(), 1)
+    receipt = ledger.receipt("r")
+    forged = [
+        dataclasses.replace(receipt, sequence=receipt.sequence + 1),
+        dataclasses.replace(receipt, charged_rounds=0),
+        dataclasses.replace(receipt, restores=1),
+        dataclasses.replace(receipt, signature=receipt.signature[::-1]),
+        dataclasses.replace(receipt, signature=""),
+        opened(path=tmp_path / "o.db", key=make_key(9)).receipt("r"),
+    ]
+    assert [refusal_of(ledger, each) for each in forged] == [Reason.WRONG_SIGNATURE] * len(forged)
+
+
+# While it is open.
+
+
+def test_a_ledger_swapped_while_it_is_open_stops(opened: Any, proposal: Any, path: Path, copied: Any) -> None:
+    ledger = opened()
+    answered(ledger, proposal(), 1)
+    backup = copied(path)
+    answered(ledger, proposal(), 2)
+    shutil.copy(backup, path)
+    for act in (
+        lambda: ledger.reserve(proposal(), round=3, request="q"),
+        lambda: ledger.end("r"),
+        lambda: ledger.refuse(Refused(Reason.LEADS), run="r", round=1, request="q"),
+    ):
+        with pytest.raises(RunError, match="was changed or put back while it was open; nothing is trained"):
+            act()
+
+
+def test_a_ledger_deleted_while_it_is_open_stops(opened: Any, proposal: Any, path: Path) -> None:
+    ledger = opened()
+    path.unlink()
+    with pytest.raises(RunError, match="was changed or put back while it was open"):
+        ledger.reserve(proposal(), round=1, request="q")
+
+
+def test_another_branch_of_equal_length_is_seen_while_it_is_open(
+    opened: Any, proposal: Any, path: Path, copied: Any
+) -> None:
+    ledger = opened()
+    backup = copied(path)
+    answered(ledger, proposal(), 1)
+    shutil.copy(backup, path)
+    answered(opened(), proposal(run="2"), 1, 2)
+    with pytest.raises(RunError, match="was changed or put back while it was open"):
+        ledger.reserve(proposal(), round=2, request="q")
+
+
+# Putting a backup back.
+
+
+class Restored:
+    """A ledger of three rounds, put back to its first, and made up for with the anchor of the third.
+
+    Attributes:
+        lost: what the lost part charged.
+        receipt: the last one of the lost part.
+        newest: the last head of the lost part.
+        earlier: a head within the lost part.
+    """
+
+    def __init__(self, opened: Any, proposal: Any, path: Path, copied: Any, **lost: Any) -> None:
+        ledger = opened()
+        answered(ledger, proposal(), 1)
+        backup = copied(path)
+        answered(ledger, proposal(), 2)
+        self.earlier = ledger.head()
+        answered(ledger, proposal(run="2", plan={"noise_multiplier": 2.0}, **lost), 1)
+        self.newest, self.receipt = ledger.head(), ledger.receipt("r")
+        self.spent = ledger.spending().epsilon
+        self.lost = ledger.history.charged() - events.grouped([proposal().plan.event()])
+        shutil.copy(backup, path)
+
+
+@pytest.fixture
+def put_back(opened: Any, proposal: Any, path: Path, copied: Any) -> Restored:
+    return Restored(opened, proposal, path, copied)
+
+
+def test_the_gap_is_what_the_backup_lacks_and_nothing_else(
+    put_back: Restored, opened: Any, proposal: Any, path: Path
+) -> None:
+    ledger = opened()
+    gap = ledger.charge_gap(put_back.newest)
+    two, one = proposal().plan.event(), proposal(plan={"noise_multiplier": 2.0}).plan.event()
+    assert gap == put_back.lost == events.grouped([two, one])
+    assert ledger.history.charged() == events.grouped([two, two, one])
+    assert opened().spending().epsilon == pytest.approx(put_back.spent)
+    assert verify(path).history.gaps == gap
+    note = verify(path).events[-1]
+    assert (note.kind, note.detail["what"], note.detail["anchor_hash"]) == (Kind.NOTE, "restored", put_back.newest.hash)
+
+
+def test_after_the_gap_is_charged_old_anchors_and_receipts_pass(
+    put_back: Restored, opened: Any, anchor: Path, anchored: Any, path: Path, proposal: Any
+) -> None:
+    anchor.parent.mkdir(parents=True)
+    anchor.write_bytes(put_back.newest.to_bytes())
+    with pytest.raises(RunError, match="is older than its anchor"):
+        anchored()
+    opened().charge_gap(put_back.newest)
+    for head in (put_back.newest, put_back.earlier):
+        assert verify(path, anchor=head).rollback_excluded
+    ledger = anchored()
+    ledger.require_contains(put_back.receipt)
+    answered(ledger, proposal(), 2)
+    assert Head.read(anchor).sequence == ledger.history.length
+    assert verify(path, anchor=Head.read(anchor)).rollback_excluded
+
+
+def test_a_second_gap_charges_nothing_twice(put_back: Restored, opened: Any) -> None:
+    ledger = opened()
+    ledger.charge_gap(put_back.newest)
+    assert ledger.charge_gap(put_back.newest) == Counter()
+    assert ledger.charge_gap(put_back.earlier) == Counter()
+    assert ledger.spending().epsilon == pytest.approx(put_back.spent)
+
+
+def test_what_both_branches_charged_counts_once_and_the_rest_of_each_in_full(
+    put_back: Restored, opened: Any, proposal: Any
+) -> None:
+    ledger = opened()
+    answered(ledger, proposal(), 2)
+    answered(ledger, proposal(run="3", plan={"noise_multiplier": 3.0}), 1)
+    gap = ledger.charge_gap(put_back.newest)
+    assert gap == events.grouped([proposal(plan={"noise_multiplier": 2.0}).plan.event()])
+    charged: Counter[DpEvent] = ledger.history.charged()
+    known = Counter({events.from_json(data): count for data, count in put_back.newest.charged})
+    assert all(charged[event] >= count for event, count in known.items())
+
+
+def test_a_gap_that_uses_up_the_budget_stops_what_was_set_aside(
+    opened: Any, proposal: Any, path: Path, copied: Any
+) -> None:
+    ledger = opened()
+    answered(ledger, proposal(), 1)
+    backup = copied(path)
+    answered(ledger, proposal(), 2)
+    ledger.end("r")
+    answered(ledger, proposal(run="2", plan={"num_rounds": 8}), *range(1, 9))
+    newest = ledger.head()
+    shutil.copy(backup, path)
+    opened().charge_gap(newest)
+    with pytest.raises(Refused) as caught:  # whose run is open in the backup
+        opened().reserve(proposal(), round=2, request="digest r 2")
+    assert caught.value.reason is Reason.MAX_EPSILON
+
+
+def test_a_backup_put_back_twice_is_found_again(
+    put_back: Restored, opened: Any, anchored: Any, anchor: Path, proposal: Any, path: Path, copied: Any
+) -> None:
+    # The new branch has not yet reached the number of events that the lost one had.
+    opened().charge_gap(put_back.newest)
+    restored = copied(path)
+    anchor.parent.mkdir(parents=True)
+    anchor.write_bytes(opened().head().to_bytes())
+    ledger = anchored()
+    answered(ledger, proposal(), 2)
+    assert ledger.history.length < put_back.newest.sequence
+    receipt = ledger.receipt("r")
+    shutil.copy(restored, path)
+    with pytest.raises(RunError, match="is older than its anchor"):
+        anchored()
+    with pytest.raises(RunError, match="the ledger was put back"):
+        verify(path, anchor=Head.read(anchor))
+    assert refusal_of(opened(), receipt) is Reason.LEDGER_BEHIND_RECEIPT
+
+
+def test_a_backup_from_before_a_restore_is_found(put_back: Restored, opened: Any, path: Path, copied: Any) -> None:
+    backup = copied(path)
+    ledger = opened()
+    ledger.charge_gap(put_back.newest)
+    head, receipt = ledger.head(), ledger.receipt("r")
+    shutil.copy(backup, path)
+    with pytest.raises(RunError, match="the ledger was put back"):
+        verify(path, anchor=head)
+    assert refusal_of(opened(), receipt) is Reason.LEDGER_BEHIND_RECEIPT
+
+
+def test_a_restore_forgets_neither_a_seeded_run_nor_a_freeze(
+    opened: Any, policy: Any, proposal: Any, path: Path, copied: Any
+) -> None:
+    study = policy(allow={"seeded_noise": True})
+    put_back = Restored(lambda: opened(policy=study), proposal, path, copied, seeded_noise=True)
+    assert not opened().history.seeded
+    opened().charge_gap(put_back.newest)
+    assert opened().history.seeded
+    backup = copied(path)
+    opened().freeze("why")
+    frozen = opened().head()
+    shutil.copy(backup, path)
+    assert not opened().history.frozen
+    opened().charge_gap(frozen)
+    assert opened().history.frozen
+    assert verify(path).history.seeded
+
+
+def test_an_anchor_of_another_ledger_charges_nothing(
+    put_back: Restored, opened: Any, path: Path, tmp_path: Path, make_key: Any
+) -> None:
+    before = path.read_bytes()
+    for other in (opened(path=tmp_path / "a.db"), opened(path=tmp_path / "b.db", key=make_key(9))):
+        with pytest.raises(RunError, match="the anchor is of another ledger"):
+            opened().charge_gap(other.head())
+    assert path.read_bytes() == before
