@@ -23,7 +23,7 @@ import torch
 
 from fedtune.cli.compose import compose_run
 from fedtune.cli.main import main as fedtune
-from fedtune.federation.results import epsilon_text
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
 
 BEGIN, END = "<!-- results: written by simulations/study.py -->", "<!-- end of results -->"

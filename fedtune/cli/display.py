@@ -13,8 +13,8 @@ from rich.table import Table
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, site_charge
-from fedtune.federation.results import epsilon_text
 from fedtune.flower.participants import Participants
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.plan import Plan
 
 

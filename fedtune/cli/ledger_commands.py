@@ -11,8 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fedtune.cli import ledger_json, ledger_tables
-from fedtune.cli.plain_words import cap_text, counted, epsilon_text, mechanism_text
+from fedtune.cli.plain_words import cap_text, counted, mechanism_text
 from fedtune.privacy import events
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.chain import Head
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, is_public_key

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedtune.privacy import events, filter
+from fedtune.privacy import filter
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.chain import Event
 from fedtune.privacy.history import History

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli import ledger_json
-from fedtune.cli.plain_words import cap_text, counted, epsilon_text, event_text, odds_text, printable
+from fedtune.cli.plain_words import cap_text, counted, event_text, odds_text, printable
 from fedtune.privacy import filter
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.chain import Event
 from fedtune.privacy.history import History
 from fedtune.privacy.spending import RunSpending, Spending

@@ -59,13 +59,6 @@ def printable(text: object, most: int = 200) -> str:
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
-def epsilon_text(epsilon: float | None) -> str:
-    """Three decimals, rounded up: an epsilon that is shown is never below the one that was derived."""
-    if epsilon is None or not math.isfinite(epsilon):
-        return "unbounded"
-    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
-
-
 def odds_text(epsilon: float) -> str:
     """By what factor odds can change: e to the power of `epsilon`, rounded up to two digits."""
     if epsilon > 20:

@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from fedtune.cli import plan_words as words
-from fedtune.cli.plain_words import epsilon_text
 from fedtune.cli.plan_outlook import Outlook
 from fedtune.cli.plan_policies import policies
 from fedtune.cli.plan_words import Section
+from fedtune.privacy.accountant import epsilon_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from fedtune.cli.plain_words import REASONS, counted, epsilon_text, printable
+from fedtune.cli.plain_words import REASONS, counted, printable
 from fedtune.cli.plan_outlook import Outlook
 from fedtune.cli.plan_words import Section
 from fedtune.federation.verdict import Verdict
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.release import Reason
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedtune.cli.plain_words import counted, epsilon_text
+from fedtune.cli.plain_words import counted
 from fedtune.cli.plan_outlook import Outlook
+from fedtune.privacy.accountant import epsilon_text
 
 NOT_PRIVATE = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
 SEEDED = "NO GUARANTEE: the noise would come from the configured seed, and who knows it can take the noise away."

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from fedtune.cli import ledger_json
 from fedtune.cli.ledger_tables import rounded_down
-from fedtune.cli.plain_words import cap_text, counted, epsilon_text, odds_text, printable
+from fedtune.cli.plain_words import cap_text, counted, odds_text, printable
 from fedtune.cli.policy_check import Amount, Beside, Caution
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.policy import Policy
 
 

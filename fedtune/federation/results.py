@@ -68,13 +68,6 @@ def run_json(
     }
 
 
-def epsilon_text(epsilon: float | None) -> str:
-    """Three decimals, rounded up: an epsilon that is shown is never below the one that was derived."""
-    if epsilon is None or not math.isfinite(epsilon):
-        return "unbounded"
-    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
-
-
 def _jsonable(result: dict[str, Any]) -> dict[str, Any]:
     """A diverged model's loss may not be finite; JSON has no word for that but null."""
     return {

@@ -82,6 +82,13 @@ def calibrate_noise(
     return math.ceil(high * 1e4) / 1e4
 
 
+def epsilon_text(epsilon: float | None) -> str:
+    """Three decimals, rounded up: an epsilon that is shown is never below the one that was derived."""
+    if epsilon is None or not math.isfinite(epsilon):
+        return "unbounded"
+    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
+
+
 @contextlib.contextmanager
 def without_notes_on_skipped_orders() -> Iterator[None]:
     """dp-accounting notes each order whose series does not converge; leaving one out only raises the bound."""

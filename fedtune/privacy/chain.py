@@ -118,6 +118,17 @@ class Head:
         del fields["signature"]
         return canonical(fields)
 
+    def restored_note(self, gap: list[tuple[dict[str, Any], int]]) -> dict[str, Any]:
+        """Detail of the note that a ledger was put back and made up for what this head knows."""
+        return {
+            "what": "restored",
+            "anchor_sequence": self.sequence,
+            "anchor_hash": self.hash,
+            "gap": gap,
+            "seeded": self.seeded,
+            "frozen": self.frozen,
+        }
+
     def to_bytes(self) -> bytes:
         """The content of an anchor file."""
         return json.dumps(asdict(self), indent=1, sort_keys=True).encode() + b"\n"

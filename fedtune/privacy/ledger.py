@@ -102,10 +102,9 @@ class Ledger:
         `fingerprint` is an HMAC of the records trained on, under `fingerprint_key`; it stays in the ledger.
         """
         with self._store.transaction() as file:
-            run = self.history.runs.get(reservation.run)
-            current = run is not None and run.attempts[reservation.round] == reservation.attempt
-            assert current, "only the newest reservation of a round is committed"
-            assert run is not None
+            run = self.history.runs[reservation.run]
+            newest = run.attempts[reservation.round] == reservation.attempt
+            assert newest, "only the newest reservation of a round is committed"
             assert reservation.request not in run.replies, "a request is committed once"
             ledger_file.store_reply(file, run=reservation.run, request=reservation.request, reply=reply)
             self._store.append(
@@ -186,15 +185,7 @@ class Ledger:
             # What was charged after the anchor's time was charged on another branch, and makes up for nothing.
             known = self.history.charged(until=datetime.fromisoformat(anchor.time))
             gap = Counter({events.from_json(data): count for data, count in anchor.charged}) - known
-            detail = {
-                "what": "restored",
-                "anchor_sequence": anchor.sequence,
-                "anchor_hash": anchor.hash,
-                "gap": counted(gap),
-                "seeded": anchor.seeded,
-                "frozen": anchor.frozen,
-            }
-            self._note(file, detail)
+            self._note(file, anchor.restored_note(counted(gap)))
         return gap
 
     def head(self) -> Head:
@@ -270,9 +261,8 @@ class Ledger:
 
     def _open(self, file: sqlite3.Connection) -> None:
         """Write the first event: everything about the ledger that never changes."""
-        budget_spec = self.policy.budget
-        reference = budget_spec.reference_event()
-        order = best_order(reference, epsilon=budget_spec.max_epsilon, delta=budget_spec.delta)
+        budget = self.policy.budget
+        reference = budget.reference_event()
         self._note(
             file,
             {
@@ -281,8 +271,8 @@ class Ledger:
                 "site": self.policy.site,
                 "population": self.policy.population.name,
                 "unit": self.policy.population.unit,
-                "delta": budget_spec.delta,
-                "order": order,
+                "delta": budget.delta,
+                "order": best_order(reference, epsilon=budget.max_epsilon, delta=budget.delta),
                 "reference": events.to_json(reference),
                 "site_key": self._key.public,
                 "no_person_at_another_site": self.policy.asserted.no_person_at_another_site,

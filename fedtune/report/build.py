@@ -13,8 +13,8 @@ from typing import Any
 
 from fedtune import __version__
 from fedtune.config import RunConfig
-from fedtune.federation.results import epsilon_text
 from fedtune.privacy import events
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.plan import Plan
 

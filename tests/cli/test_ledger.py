@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.plain_words import REASONS, epsilon_text, odds_text, printable
+from fedtune.cli.plain_words import REASONS, odds_text, printable
 from fedtune.privacy import accountant, filter
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.chain import Head
 from fedtune.privacy.release import Reason
 from fedtune.privacy.verify import verify

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fedtune.privacy.ledger import Ledger, Reservation
 from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_tables import Dataset, Reference
 from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.policy_tables import Dataset, Reference
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError
 
