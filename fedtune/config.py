@@ -19,7 +19,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.spec import FederationSpec
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.privacy import accountant, events
+from fedtune.privacy import accountant
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
@@ -78,7 +78,7 @@ class RunConfig:
             self.data.check_task(self.task)
             sizes = self.data.sizes(self.federation.num_sites)
         if self.privacy.private:
-            _check_privacy(self.privacy, self.training, self.federation, largest_size=max(sizes))
+            _check_privacy(self, largest_size=max(sizes))
         if self.privacy.metrics == "noised" and self.data.heldout_fraction == 0:
             raise ConfigError("data.heldout_fraction", 0, "must be above 0 for privacy.metrics = noised")
         self.task_model()
@@ -168,23 +168,18 @@ def _keys_under(prefix: str) -> Iterator[None]:
         raise error.under(prefix) from None
 
 
-def _check_privacy(
-    privacy: PrivacySpec, training: TrainingSpec, federation: FederationSpec, *, largest_size: int
-) -> None:
+def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
     """The bounds on privacy settings that depend on the other settings."""
+    privacy = config.privacy
     if privacy.delta >= 1 / largest_size:
         bound = f"must be below 1 / data.declared_sizes = {1 / largest_size:.3g}"
         raise ConfigError("privacy.delta", privacy.delta, bound)
     if privacy.noise_multiplier is not None:
-        steps = training.local_steps * (federation.num_rounds + federation.spare_rounds)
-        event = events.dp_sgd(
-            sampling_rate=privacy.sampling_rate, noise_multiplier=privacy.noise_multiplier, steps=steps
-        )
-        # The coarse grid says at most a little more; only a close call is worth the fine one.
-        epsilon = accountant.epsilon_pld([event], privacy.delta, interval=accountant.COARSE)
-        if privacy.epsilon < epsilon < 1.01 * privacy.epsilon:
-            epsilon = accountant.epsilon_pld([event], privacy.delta)
-        if epsilon > privacy.epsilon:
+        plan = config.plan()
+        whole = plan.event(rounds=plan.most_rounds)
+        epsilon = accountant.epsilon_above([whole], privacy.delta, limit=privacy.epsilon)
+        if epsilon is not None:
+            steps = plan.local_steps * plan.most_rounds
             bound = f"gives epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"
             raise ConfigError("privacy.noise_multiplier", privacy.noise_multiplier, bound)
 

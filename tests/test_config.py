@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from dp_accounting import NeighboringRelation, dp_event
+from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig, parse
+from fedtune.privacy import events
+from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
 
@@ -31,7 +36,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 
 _numbers = st.floats(min_value=1e-6, max_value=1e6, allow_nan=False)
-_names = st.text("abcXYZ019_-", min_size=1, max_size=12)
+_names = st.from_regex(r"[abcXYZ019][abcXYZ019_-]{0,11}", fullmatch=True)
 _settings = st.fixed_dictionaries(
     {},
     optional={
@@ -78,6 +83,7 @@ _NO_RESULT_CHANGES = [
     {"runtime__num_threads": 3},
     {"runtime__micro_batch_tokens": 77},
     {"runtime__gradient_checkpointing": True},
+    {"runtime__sites_dir": "sites"},
     {"tracking__progress": False},
     {"tracking__output_dir": "elsewhere"},
     {"tracking__log_level": "debug"},
@@ -105,6 +111,7 @@ _RESULT_CHANGES = [
     {"lora__rank": 5},
     {"head__scale": 11.0},
     {"evaluation__max_new_tokens": 33},
+    {"federation__if_over_budget": "fewer_rounds"},
 ]
 
 
@@ -131,6 +138,69 @@ def test_the_plan_holds_the_configured_numbers() -> None:
     assert (plan.noise_multiplier, plan.local_steps, plan.num_rounds, plan.spare_rounds) == (4.0, 3, 2, 2)
     assert (plan.sampling_rate, plan.max_grad_norm, plan.delta, plan.unit) == (0.2, 1.0, 1e-5, "record")
     assert parse(changed(privacy__mechanism="none")).plan().noise_multiplier == 0
+
+
+NOISED = {"privacy__metrics": "noised", "data__heldout_fraction": 0.2}
+
+
+def test_scores_of_held_out_records_are_planned_only_where_they_are_asked_for() -> None:
+    noise = {"privacy__noise_multiplier": 4.0}
+    plain = parse(changed(**noise)).plan()
+    assert not plain.releases_metrics
+    assert plain.event(rounds=2) == events.dp_sgd(sampling_rate=0.2, noise_multiplier=4.0, steps=4)
+    unused = parse(changed(**noise, privacy__metrics_noise_multiplier=5.0)).plan()
+    assert unused.digest() == plain.digest()
+    measured = parse(changed(**noise, **NOISED, privacy__metrics_noise_multiplier=5.0)).plan()
+    assert measured.metrics_noise_multiplier == 5.0
+    assert measured.digest() != plain.digest()
+    assert replace(measured, metrics_noise_multiplier=0.0) == plain
+
+
+def test_noise_is_calibrated_for_the_scores_too() -> None:
+    plan = parse(changed(**NOISED, privacy__metrics_noise_multiplier=3.0)).plan()
+    assert plan.noise_multiplier > parse(BASE).plan().noise_multiplier
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant.compose(dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(plan.noise_multiplier)), 4)
+    accountant.compose(dp_event.GaussianDpEvent(3.0), 2)
+    assert 7.9 < accountant.get_epsilon(1e-5) <= 8.0
+
+
+def test_given_noise_has_to_pay_for_the_scores_too() -> None:
+    assert parse(changed(privacy__noise_multiplier=0.7)).privacy.noise_multiplier == 0.7
+    with pytest.raises(ConfigError, match=r"privacy\.noise_multiplier = 0\.7: gives epsilon .* above privacy\.epsilon"):
+        parse(changed(privacy__noise_multiplier=0.7, **NOISED, privacy__metrics_noise_multiplier=1.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"privacy__metrics": "noised"}, "data.heldout_fraction"),
+        ({**NOISED, "privacy__mechanism": "none"}, "privacy.metrics"),
+        ({**NOISED, "privacy__metrics_noise_multiplier": 0.0}, "privacy.metrics_noise_multiplier"),
+        ({"privacy__metrics": "exact"}, "privacy.metrics"),
+        ({"data__dataset": "our patients"}, "data.dataset"),
+        ({"data__dataset": "../patients"}, "data.dataset"),
+        ({"data__dataset": ""}, "data.dataset"),
+        ({"federation__if_over_budget": "spend"}, "federation.if_over_budget"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_promised_cannot_be_asked_for(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(changed(**changes))
+    assert error.value.key == key
+
+
+def test_the_proposal_says_what_a_policy_judges(lead_key: SigningKey) -> None:
+    config = parse(changed(privacy__noise_multiplier=4.0, federation__participants=["site-1"]))
+    proposal = config.proposal(lead=lead_key.public, plan=config.plan())
+    assert (proposal.run, proposal.lead, proposal.dataset) == (config.run_id(), lead_key.public, "banking77")
+    assert (proposal.task, proposal.rank, proposal.target_modules) == ("classification", 4, ("all-linear",))
+    assert (proposal.train_head, proposal.seeded_noise, proposal.num_sites) == (True, False, 1)
+    assert proposal.base_model == "unverified"
+    verified = parse(changed(privacy__noise_multiplier=4.0, lora__target_modules=["query", "value"]))
+    other = verified.proposal(lead=lead_key.public, plan=config.plan())
+    assert other.target_modules == ("query", "value")
 
 
 def test_sizes_are_by_name_and_only_of_those_who_take_part() -> None:

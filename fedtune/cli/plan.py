@@ -71,16 +71,17 @@ def plan(options: argparse.Namespace) -> None:
     leads = [options.lead or _first_lead(path) for path in policies]
     with Console(stderr=True).status("Working out the price ..."):
         outlook = _outlook(options, policies, leads)
+    if output is not None:
+        _write(output, outlook)  # first: whoever reads standard output may stop in the middle
     if options.json:
         sys.stdout.write(json.dumps(outlook.to_json(), indent=2) + "\n")
-    else:
-        from fedtune.cli.plan_text import show
+        return
+    from fedtune.cli.plan_text import show
 
-        show(Console(), outlook)
+    console = Console()
+    show(console, outlook)
     if output is not None:
-        _write(output, outlook)
-        if not options.json:
-            Console().print(f"written: {output}", soft_wrap=True, highlight=False)
+        console.print(f"written: {output}", soft_wrap=True, highlight=False)
 
 
 def _outlook(options: argparse.Namespace, policies: Sequence[Path], leads: Sequence[str]) -> Outlook:

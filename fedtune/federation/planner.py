@@ -136,7 +136,7 @@ def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
         plan=plan,
         sites=sites,
         largest=largest,
-        rounds=tuple(_round(plan, number, order) for number in _shown_rounds(plan.most_rounds)),
+        rounds=tuple(_round(plan, number, order) for number in _shown_rounds(plan)),
         epsilon=accountant.epsilon_pld([whole], delta),
         epsilon_rdp=accountant.epsilon_rdp([whole], delta),
         epsilon_filter=cap,
@@ -202,7 +202,8 @@ def _round(plan: Plan, number: int, order: float) -> RoundPrice:
     )
 
 
-def _shown_rounds(count: int) -> list[int]:
-    """All rounds, or about twenty of them at even distances, the first and the last among them."""
+def _shown_rounds(plan: Plan) -> list[int]:
+    """All rounds, or about twenty of them at even distances, with the first, the last and the last planned one."""
+    count = plan.most_rounds
     every = -(-count // _MOST_POINTS)
-    return sorted({1, *range(every, count, every), count})
+    return sorted({1, *range(every, count, every), plan.num_rounds, count})

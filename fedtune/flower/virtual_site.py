@@ -8,19 +8,21 @@ edited like those of a real site.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.config import RunConfig, parse
-from fedtune.privacy.filter import filter_cost
+from fedtune.privacy import events, filter, spending
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Reference, Releases
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
-from fedtune.spec import ConfigError, RefusedError
+from fedtune.spec import ConfigError, RefusedError, RunError
 
 LEAD_KEY = "lead_key.pem"
 POLICY = "site.toml"
@@ -88,25 +90,45 @@ def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
         return config  # a ledger that is made for the run always has room for it
     sites = VirtualSites.of(config, run_folder, config.plan())
     proposal = config.proposal(lead=sites.lead_key().public, plan=sites.plan)
-    offers, refusals = [], []
+    allowed: list[float] = []
+    without: list[str] = []
     for site in config.federation.active:
         try:
-            offers.append(sites.ledger(site).offer(proposal))
+            allowed.append(_allowed(sites.ledger(site), proposal, wanted=wanted))
         except Refused as refused:
-            refusals.append(f"{site}: {refused}")
-    rounds = [offer.most_rounds for offer in offers if offer.most_rounds]
-    noises = [offer.least_noise for offer in offers if offer.least_noise is not None]
-    usable = len(rounds) if wanted == "fewer_rounds" else len(noises)
-    if usable < config.federation.min_sites:
+            without.append(f"{site}: {refused.reason}, asked {refused.asked}, allowed {refused.allowed}")
+        except RunError as error:
+            without.append(f"{site}: {error}")
+    if len(allowed) < config.federation.min_sites:
         raise RefusedError(
-            f"{usable} sites have room for a run, min_sites = {config.federation.min_sites} are needed "
-            f"({', '.join(refusals) or 'the others allow no round at this noise'})"
+            f"{len(allowed)} of {len(config.federation.active)} sites have room for a run, and "
+            f"federation.min_sites = {config.federation.min_sites} ({', '.join(without)})"
         )
     settings = config.to_json()
-    settings["privacy"]["noise_multiplier"] = max(noises) if wanted == "more_noise" else sites.plan.noise_multiplier
-    if wanted == "fewer_rounds":
-        settings["federation"]["num_rounds"] = min(rounds)
+    if wanted == "fewer_rounds" and min(allowed) < proposal.plan.num_rounds:
+        settings["privacy"]["noise_multiplier"] = proposal.plan.noise_multiplier
+        settings["federation"]["num_rounds"] = min(allowed)
+    elif wanted == "more_noise" and max(allowed) > proposal.plan.noise_multiplier:
+        settings["privacy"]["noise_multiplier"] = max(allowed)
     return parse(settings)
+
+
+def _allowed(ledger: Ledger, proposal: Proposal, *, wanted: str) -> float:
+    """The most rounds, or the least noise, that one site allows now.
+
+    Raises:
+        Refused: it allows none; names the rule that the whole proposal breaks.
+        RunError: its ledger is not in order.
+    """
+    offer = ledger.offer(proposal)
+    most = offer.most_rounds if wanted == "fewer_rounds" else offer.least_noise
+    if most:
+        return most
+    ledger.policy.check(proposal)
+    now, whole = datetime.now(UTC), events.grouped([proposal.plan.event(rounds=proposal.plan.most_rounds)])
+    held = ledger.history.set_aside(now)
+    spending.require_room(ledger.history, ledger.policy, asked=whole, held=held, now=now)
+    raise RunError("its budget changed while it was asked; start again")
 
 
 def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> Policy:
@@ -114,10 +136,9 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
     proposal = config.proposal(lead=lead, plan=plan)
     cap, typical = math.inf, Reference(sampling_rate=plan.sampling_rate, noise_multiplier=1.0, steps=1)
     if plan.private:
-        cost = filter_cost(plan.event(rounds=plan.most_rounds), delta=plan.delta)
-        cap = math.ceil(cost * 10) / 10
         steps = plan.local_steps * plan.most_rounds
         typical = Reference(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
+        cap = _cap(plan)
     noises = [plan.noise_multiplier, *([plan.metrics_noise_multiplier] if plan.releases_metrics else [])]
     return Policy(
         site=site,
@@ -148,3 +169,16 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
         releases=Releases(metrics="noised" if plan.releases_metrics else "none"),
         asserted=Asserted(no_person_at_another_site=True),
     )
+
+
+def _cap(plan: Plan) -> float:
+    """The least cap, in tenths, under which the whole plan fits at the order that a ledger chooses for its training."""
+    whole = plan.event(rounds=plan.most_rounds)
+    training = replace(plan, metrics_noise_multiplier=0.0).event(rounds=plan.most_rounds)
+    tenths = math.ceil(filter.filter_cost(whole, delta=plan.delta) * 10)
+    while True:
+        order = filter.best_order(training, epsilon=tenths / 10, delta=plan.delta)
+        room = filter.most_divergence(tenths / 10, order=order, delta=plan.delta)
+        if filter.total_divergence([whole], order) <= room:
+            return tenths / 10
+        tenths += 1

@@ -39,6 +39,17 @@ def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) ->
     return float(accountant.get_epsilon(delta))
 
 
+def epsilon_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
+    """Epsilon by PLD where it is above `limit`, else None.
+
+    The coarse grid never says less than the fine one, and only a little more: a close call alone is worth the fine one.
+    """
+    epsilon = epsilon_pld(spent, delta, interval=COARSE)
+    if limit < epsilon < 1.01 * limit:
+        epsilon = epsilon_pld(spent, delta)
+    return epsilon if epsilon > limit else None
+
+
 def epsilon_rdp(spent: events.Spent, delta: float) -> float:
     """Epsilon at `delta` by Renyi differential privacy: looser than PLD, an independent check beside it.
 

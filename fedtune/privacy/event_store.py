@@ -69,7 +69,7 @@ class EventStore:
                 self._catch_up(file)
                 before = self.history.length
                 yield file
-            if self.history.length > before and self._anchor is not None:
+            if self._anchor is not None and (self.history.length > before or not self._anchor.exists()):
                 self._write_anchor(self._anchor)
         except BaseException as error:
             if self.history.length != before:
@@ -134,7 +134,8 @@ class EventStore:
         if self._anchor is None:
             return
         if not self._anchor.exists():
-            if self.history.length:
+            # Without a charge the ledger is as good as new: a crash came before its first anchor was written.
+            if self.history.charged():
                 raise RunError(
                     f"anchor {self._anchor} is missing, and ledger {self.path} is not new; nothing is trained"
                 )

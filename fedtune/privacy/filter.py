@@ -18,7 +18,9 @@ from fedtune.privacy import accountant
 from fedtune.privacy.events import Spent, grouped
 from fedtune.spec import ConfigError
 
-ORDERS = tuple(sorted({1 + x / 20 for x in range(2, 100)} | {*range(6, 65)} | {80.0, 96.0, 128.0, 192.0, 256.0, 512.0}))
+ORDERS = tuple(
+    sorted({1 + x / 20 for x in range(2, 100)} | {*map(float, range(6, 65))} | {80.0, 96.0, 128.0, 192.0, 256.0, 512.0})
+)
 """Orders to choose from when a ledger is made: 1.1, 1.15, ... 5.95, then whole numbers."""
 
 
@@ -76,9 +78,9 @@ def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
     usable = [order for order, left in room.items() if left > 0]
     if not usable:
         raise ConfigError("max_epsilon", epsilon, f"leaves no room for anything at delta {delta:g}")
-    return min(usable, key=lambda order: divergence(reference, order) / room[order])
+    return min(usable, key=lambda order: total_divergence([reference], order) / room[order])
 
 
 def filter_cost(plan: DpEvent, *, delta: float) -> float:
     """The least cap, at any order, under which `plan` fits whole."""
-    return min(divergence(plan, order) + surcharge(order, delta) for order in ORDERS)
+    return min(total_divergence([plan], order) + surcharge(order, delta) for order in ORDERS)

@@ -105,7 +105,8 @@ def read_events(file: sqlite3.Connection, *, after: int = 0) -> list[Event]:
     Raises:
         RunError: a row is not an event.
     """
-    rows = file.execute(f"SELECT {', '.join(_COLUMNS)} FROM events WHERE sequence > ? ORDER BY sequence", (after,))
+    query = f"SELECT {', '.join(_COLUMNS)} FROM events WHERE sequence > ? ORDER BY sequence"
+    rows = file.execute(query, (after,)).fetchall()  # a cursor left half-way would hold the lock after an error
     return [_event(dict(zip(_COLUMNS, row, strict=True))) for row in rows]
 
 

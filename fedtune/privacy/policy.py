@@ -137,14 +137,14 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
 def _over_per_run(policy: Policy, plan: Plan) -> Iterator[Broken]:
     """The dearest rule; only for a plan within all other limits, whose epsilon can be computed in bounded time."""
     most_a_run = policy.budget.max_epsilon_per_run
-    if most_a_run is not None and (epsilon := plan_epsilon(plan)) > most_a_run:
+    if most_a_run is not None and (epsilon := _plan_epsilon_above(plan, most_a_run)) is not None:
         yield Reason.MAX_EPSILON_PER_RUN, f"{epsilon:.4g}", f"at most {most_a_run:g}"
 
 
-@lru_cache(maxsize=64)
-def plan_epsilon(plan: Plan) -> float:
-    """Epsilon of a whole plan by PLD, which is a proof since a plan is fixed before anything is seen."""
-    return accountant.epsilon_pld([plan.event(rounds=plan.most_rounds)], plan.delta)
+@lru_cache(maxsize=256)
+def _plan_epsilon_above(plan: Plan, limit: float) -> float | None:
+    """Epsilon of a whole plan by PLD, which is a proof since a plan is fixed before anything is seen; None: within."""
+    return accountant.epsilon_above([plan.event(rounds=plan.most_rounds)], plan.delta, limit=limit)
 
 
 def period_of(moment: datetime, period: str) -> tuple[int, int]:

@@ -76,6 +76,9 @@ def _check_pages(file: sqlite3.Connection) -> None:
     (answer,) = file.execute("PRAGMA integrity_check(1)").fetchone()
     if answer != "ok":
         raise RunError(f"the file is damaged: {answer}")
+    (stray,) = file.execute("SELECT count(*) FROM events WHERE sequence < 1").fetchone()
+    if stray:
+        raise RunError(f"{stray} rows stand before event 1")
 
 
 def _check_replies(history: History, replies: list[tuple[str, str, bytes]]) -> None:

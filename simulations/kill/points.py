@@ -22,6 +22,7 @@ import fedtune.federation.checkpoint as checkpoint
 import fedtune.flower.participants as participants
 import fedtune.flower.simulation as simulation
 import fedtune.privacy.durable as durable
+import fedtune.privacy.event_store as event_store
 import fedtune.privacy.keys as keys
 import fedtune.privacy.ledger as ledger
 import fedtune.privacy.policy_file as policy_file
@@ -167,7 +168,7 @@ def install(doomed: Doomed, *, spill: bool) -> None:
         (ledger.Ledger, "end", "end of run"),
         (participants.Participants, "site", "site files"),
         (local, "dp_sgd_step", "step"),
-        (ledger, "write_durably", "anchor"),
+        (event_store, "write_durably", "anchor"),
         (checkpoint, "write_durably", _which_file),
         (policy_file, "write_durably", "site files"),
         (simulation, "write_durably", "result"),

@@ -54,7 +54,7 @@ class Setting:
         config = compose_run([*_OVERRIDES, f"tracking.output_dir='{folder}'", *overrides])
         everyone = Participants(config, folder)
         _ = everyone.site_data, everyone._heldout_data, everyone.validation, everyone.test
-        virtual_site.generated_policy(config, everyone.plan, ANCHORED, lead="0" * 64)
+        virtual_site.generated_policy(config, everyone.plan, ANCHORED, lead=everyone.sites.lead_key().public)
         return cls(config, everyone)
 
     @property

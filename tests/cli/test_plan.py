@@ -299,8 +299,8 @@ def test_a_policy_is_asked(plan_json: Run, policy_file: Callable[..., Path], lea
     assert said["lead_assumed"]
 
 
-def test_another_lead_is_refused(plan: Run, policy_file: Callable[..., Path]) -> None:
-    outcome = plan(f"--policy={policy_file()}", f"--lead={'0' * 64}")
+def test_another_lead_is_refused(plan: Run, policy_file: Callable[..., Path], stranger_key: SigningKey) -> None:
+    outcome = plan(f"--policy={policy_file()}", f"--lead={stranger_key.public}")
     assert outcome.code == 0, "the question was answered"
     assert "site-1 would refuse the run" in outcome.out
     assert "(leads)" in outcome.out

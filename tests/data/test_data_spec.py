@@ -35,6 +35,8 @@ def test_pydantic_builds_it_from_plain_data() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"dataset": "our patients"}, "dataset = 'our patients': must be made of at most 100 letters"),
+        ({"dataset": "../patients"}, "dataset = '../patients': must be made of at most 100 letters"),
         ({"train_file": " "}, "train_file = ' ': must not be blank"),
         ({"declared_sizes": 0}, "declared_sizes = 0: must be"),
         ({"declared_sizes": (5, 0)}, "declared_sizes = 0: must be"),

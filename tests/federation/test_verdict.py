@@ -11,10 +11,11 @@ import pytest
 from fedtune.federation import verdict
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy import filter
+from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
-from fedtune.privacy.policy import Policy, plan_epsilon
+from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
@@ -69,17 +70,21 @@ def test_too_many_rounds_can_be_mended_by_fewer(ask: Ask, site_policy: Callable[
     assert said.least_noise is None
 
 
+def whole_epsilon(proposal: Proposal) -> float:
+    return epsilon_pld([proposal.plan.event(rounds=proposal.plan.most_rounds)], proposal.plan.delta)
+
+
 def test_a_run_that_costs_too_much_is_told_what_would_fit(
     ask: Ask, site_policy: Callable[..., Policy], run_proposal: Callable[..., Proposal]
 ) -> None:
-    cap = 0.9 * plan_epsilon(run_proposal().plan)
+    cap = 0.9 * whole_epsilon(run_proposal())
     said = ask(site_policy(budget={"max_epsilon_per_run": cap}))
     assert [one.rule for one in said.broken] == ["max_epsilon_per_run"]
     assert 0 < said.most_rounds < 3
     assert said.least_noise is not None
     for changes in ({"num_rounds": said.most_rounds}, {"noise_multiplier": said.least_noise}):
-        assert plan_epsilon(run_proposal(**changes).plan) <= cap
-    assert plan_epsilon(run_proposal(num_rounds=said.most_rounds + 1).plan) > cap
+        assert whole_epsilon(run_proposal(**changes)) <= cap
+    assert whole_epsilon(run_proposal(num_rounds=said.most_rounds + 1)) > cap
 
 
 def test_the_verdict_is_what_the_ledger_then_does(

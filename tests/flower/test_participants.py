@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ import pytest
 import fedtune.flower.participants as participants
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
+from fedtune.evaluation.units import unit_scores
+from fedtune.federation.protocol import RoundRequest
 from fedtune.flower.participants import Participants
+from fedtune.privacy.mechanism import noised_scores
+from fedtune.privacy.randomness import SeededRandomness
 from fedtune.spec import ConfigError
 
 
@@ -46,14 +51,97 @@ def test_every_record_lies_at_exactly_one_site(config: Callable[..., RunConfig],
     assert tuple(map(sum, zip(*parts, strict=True))) == whole
 
 
-def test_each_site_has_a_ledger_of_its_own(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     everyone = Participants(config(), tmp_path)
-    for index in (0, 1):
-        everyone.site(index)
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("ledger.jsonl")) == [
-        "sites/site-1/ledger.jsonl",
-        "sites/site-2/ledger.jsonl",
-    ]
+    sites = [everyone.site(index) for index in (0, 1)]
+    of_a_site = {"site.toml", "site_key.pem", "ledger.db"}
+    assert {path.relative_to(tmp_path / "sites").as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {
+        "lead_key.pem",
+        *(f"{site}/{name}" for site in ("site-1", "site-2") for name in of_a_site),
+    }
+    receipts = [site.ledger.receipt("r") for site in sites]
+    assert len({receipt.site_key for receipt in receipts}) == 2
+    assert [site.ledger.policy.site for site in sites] == ["site-1", "site-2"]
+    again = everyone.site(0)
+    assert again.ledger.receipt("r") == receipts[0], "opening it again writes nothing"
+
+
+NOISED = ("privacy.metrics=noised", "data.heldout_fraction=0.3")
+
+
+def texts(dataset: Any) -> Counter[bytes]:
+    return Counter(token_ids.tobytes() for token_ids in dataset.input_ids)
+
+
+def test_held_out_records_are_never_trained_on(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    whole = Participants(config("data.max_length=64"), tmp_path)
+    split = Participants(config("data.max_length=64", *NOISED), tmp_path)
+    for site, all_records in whole.site_data.items():
+        training, heldout = texts(split.site_data[site]._dataset), texts(split._heldout_data[site])
+        assert training
+        assert heldout
+        assert not training & heldout
+        assert training + heldout == texts(all_records._dataset)
+        share = heldout.total() / texts(all_records._dataset).total()
+        assert 0.15 < share < 0.45
+
+
+def test_records_are_held_out_by_themselves_alone(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    # One record more or less moves no other between training and scoring.
+    some = Participants(config(*NOISED, "data.train_fraction=0.02"), tmp_path)._site_records["site-1"]
+    more = Participants(config(*NOISED, "data.train_fraction=0.03"), tmp_path)._site_records["site-1"]
+    assert len(more.training) > len(some.training)
+    assert all(record in more.training for record in some.training)
+    assert all(record in more.heldout for record in some.heldout)
+
+
+def test_a_round_scores_the_adapter_that_came_and_noises_it_as_planned(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    everyone = Participants(config(*NOISED, "runtime.seeded_noise=true"), tmp_path)
+    site = everyone.site(0)
+    request = RoundRequest(proposal=site.proposal, round=1, site="site-1", adapter_digest="ab" * 32)
+    trained = site.train(request, everyone.initial_adapter, 1)
+    assert trained.scores is not None
+    everyone.initial_adapter.load_into(everyone.model)
+    heldout = everyone._heldout_data["site-1"]
+    exact = unit_scores(everyone.model, heldout, task="classification", pad_id=everyone.tokenizer.pad_token_id)
+    expected = noised_scores(
+        exact,
+        declared_size=90 * 0.3,
+        noise_multiplier=20.0,
+        stream=SeededRandomness(everyone.config.seed).stream("site-1", 1, 1, "scores"),
+    )
+    assert trained.scores == expected
+    assert trained.adapter.digest() != everyone.initial_adapter.digest()
+    assert site.train(request, everyone.initial_adapter, 2).scores != expected, "a retry draws fresh noise"
+
+
+def test_without_noised_metrics_nothing_is_scored(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **rest: object) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(participants, "unit_scores", never)
+    everyone = Participants(config("data.heldout_fraction=0.3"), tmp_path)
+    site = everyone.site(0)
+    request = RoundRequest(proposal=site.proposal, round=1, site="site-1", adapter_digest="ab" * 32)
+    assert site.train(request, everyone.initial_adapter, 1).scores is None
+
+
+def test_the_fingerprint_follows_the_records_and_the_sites_key(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    def fingerprint(everyone: Participants) -> str:
+        site = everyone.site(0)
+        request = RoundRequest(proposal=site.proposal, round=1, site="site-1", adapter_digest="ab" * 32)
+        return site.train(request, everyone.initial_adapter, 1).fingerprint
+
+    one = fingerprint(Participants(config(), tmp_path / "a"))
+    assert fingerprint(Participants(config(), tmp_path / "a")) == one
+    assert fingerprint(Participants(config(), tmp_path / "b")) != one, "nobody without the key can test a guess"
+    assert fingerprint(Participants(config("seed=1"), tmp_path / "a")) != one, "another split, other records"
 
 
 def test_no_lead_files_are_no_scores(config: Callable[..., RunConfig], tmp_path: Path) -> None:

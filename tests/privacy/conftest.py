@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import sqlite3
@@ -16,8 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from scipy import stats
 
-from fedtune.privacy import ledger as ledger_module
-from fedtune.privacy import ledger_file
+from fedtune.privacy import event_store, ledger_file
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.plan import Plan
@@ -180,7 +180,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock at the beginning of a year."""
     clock = Clock(datetime(2030, 1, 10, tzinfo=UTC))
-    monkeypatch.setattr(ledger_module, "datetime", clock)
+    monkeypatch.setattr(event_store, "datetime", clock)
     return clock
 
 
@@ -189,15 +189,15 @@ def tamper() -> Callable[..., None]:
     """Run SQL on a ledger file as somebody would who can write it: past the triggers, and leaving them in place."""
 
     def run(path: Path, *statements: str, values: tuple[object, ...] = ()) -> None:
-        file = sqlite3.connect(path)
-        for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
-            file.execute(f"DROP TRIGGER {name}")
-        for statement in statements:
-            file.execute(statement, values)
-        for trigger in (sql for sql in ledger_file.SCHEMA if "TRIGGER" in sql):
-            file.execute(trigger)
-        file.commit()
-        file.close()
+        with contextlib.closing(sqlite3.connect(path)) as file:
+            file.executescript("PRAGMA synchronous = OFF; PRAGMA journal_mode = MEMORY")
+            for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+                file.execute(f"DROP TRIGGER {name}")
+            for statement in statements:
+                file.execute(statement, values)
+            for trigger in (sql for sql in ledger_file.SCHEMA if "TRIGGER" in sql):
+                file.execute(trigger)
+            file.commit()
 
     return run
 

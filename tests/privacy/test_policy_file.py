@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import tomllib
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.event_store import Reservation
+from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
 from fedtune.privacy.policy_tables import Dataset, Reference
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError
@@ -49,6 +51,7 @@ def test_a_policy_survives_its_file(policy: Any, tmp_path: Path) -> None:
     ):
         write_policy(each, tmp_path / "site.toml")
         assert read_policy(tmp_path / "site.toml") == each
+        assert policy_of(json.loads(json.dumps(each.to_json()))) == each
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

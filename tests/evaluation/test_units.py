@@ -1,0 +1,85 @@
+"""Scores of held-out units: bounded, and each of them a matter of its own unit alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.data.batching import collate
+from fedtune.data.tokenise import TextDataset
+from fedtune.evaluation.units import unit_scores
+from fedtune.model.task import CausalLMModel, ClassificationModel
+
+PAD = 2
+
+
+@pytest.fixture(params=["classification", "causal_lm"])
+def scored(request: pytest.FixtureRequest) -> tuple[Callable[[TextDataset], np.ndarray], TextDataset]:
+    """A model's scoring, and a dataset to score."""
+    task = request.param
+    names = {"classification": ("classifier", "labelled"), "causal_lm": ("language_model", "completions")}[task]
+    model, dataset = (request.getfixturevalue(name) for name in names)
+    return lambda given: unit_scores(model, given, task=task, pad_id=PAD), dataset
+
+
+def only(dataset: TextDataset, chosen: Any) -> TextDataset:
+    """The dataset with the units of these indices."""
+    targets = dataset.targets
+    return TextDataset(
+        input_ids=tuple(dataset.input_ids[index] for index in chosen),
+        targets=targets[list(chosen)] if isinstance(targets, np.ndarray) else tuple(targets[i] for i in chosen),
+    )
+
+
+def test_every_unit_has_one_score_between_zero_and_one(scored: Any) -> None:
+    score, dataset = scored
+    scores = score(dataset)
+    assert scores.shape == (len(dataset),)
+    assert scores.dtype == np.float64
+    assert scores.min() >= 0
+    assert scores.max() <= 1
+    assert len(set(scores.tolist())) > 1, "a constant would show nothing"
+
+
+def test_a_unit_more_changes_no_others_score_by_a_single_bit(scored: Any) -> None:
+    score, dataset = scored
+    whole = score(dataset)
+    for left_out in (0, 7, len(dataset) - 1):
+        others = [index for index in range(len(dataset)) if index != left_out]
+        assert score(only(dataset, others)).tobytes() == whole[others].tobytes()
+    order = np.random.default_rng(3).permutation(len(dataset))
+    assert score(only(dataset, order)).tobytes() == whole[order].tobytes()
+
+
+def test_without_units_there_are_no_scores(scored: Any) -> None:
+    score, dataset = scored
+    assert score(only(dataset, [])).shape == (0,)
+
+
+def test_a_class_is_right_or_wrong(classifier: ClassificationModel, labelled: TextDataset) -> None:
+    scores = unit_scores(classifier, labelled, task="classification", pad_id=PAD)
+    classifier.eval()
+    for index, score in enumerate(scores):
+        logits = classifier.logits(collate(labelled, np.array([index]), pad_id=PAD)).detach()
+        assert score == float(int(logits.argmax()) == labelled.targets[index])
+
+
+def test_a_text_scores_by_its_mean_loss(language_model: CausalLMModel, completions: TextDataset) -> None:
+    scores = unit_scores(language_model, completions, task="causal_lm", pad_id=PAD)
+    language_model.eval()
+    for index, score in enumerate(scores):
+        loss = language_model.losses(collate(completions, np.array([index]), pad_id=PAD)).detach()
+        assert score == pytest.approx(np.exp(-float(loss[0])), rel=1e-5)
+    assert scores[-1] == 1.0, "without a supervised token there is nothing to lose"
+
+
+def test_scoring_leaves_the_model_as_it_was(classifier: ClassificationModel, labelled: TextDataset) -> None:
+    flags = [module.training for module in classifier.modules()]
+    before = {name: value.clone() for name, value in classifier.trainable().items()}
+    unit_scores(classifier, labelled, task="classification", pad_id=PAD)
+    assert [module.training for module in classifier.modules()] == flags
+    assert all(bool((value == before[name]).all()) for name, value in classifier.trainable().items())
+    assert all(value.grad is None for value in classifier.trainable().values())

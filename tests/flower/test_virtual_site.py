@@ -1,0 +1,287 @@
+"""A simulated site's files: a policy that allows exactly its run, and what of a later run still fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli.compose import compose_run
+from fedtune.config import RunConfig
+from fedtune.flower.virtual_site import VirtualSites, fitted, generated_policy
+from fedtune.privacy.filter import filter_cost, surcharge, total_divergence
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Refused
+from fedtune.spec import ConfigError, RefusedError
+
+NOISED = ("privacy.metrics=noised", "data.heldout_fraction=0.3")
+MUCH_SCORED = (
+    *NOISED,
+    "privacy.metrics_noise_multiplier=1.5",
+    "privacy.noise_multiplier=0.7",
+    "privacy.sampling_rate=0.05",
+    "privacy.epsilon=20",
+)
+"""The scores cost more than the training, so that another order than the training's would suit the whole."""
+
+
+@pytest.fixture
+def config(tiny: Any, tmp_path: Path) -> Callable[..., RunConfig]:
+    return lambda *overrides: compose_run(tiny(*overrides, into=tmp_path))
+
+
+def policy_and_proposal(config: RunConfig, lead: str) -> tuple[Policy, Proposal]:
+    plan = config.plan()
+    return generated_policy(config, plan, "site-1", lead=lead), config.proposal(lead=lead, plan=plan)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        NOISED,
+        MUCH_SCORED,
+        ("privacy=none",),
+        ("federation.spare_rounds=2",),
+        ("runtime.seeded_noise=true",),
+        ("head.train=false",),
+    ],
+    ids=str,
+)
+def test_a_generated_policy_allows_its_run_to_the_end(
+    config: Callable[..., RunConfig], lead_key: SigningKey, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    policy, proposal = policy_and_proposal(config(*overrides), lead_key.public)
+    policy.check(proposal)
+    ledger = Ledger(tmp_path / "ledger.db", policy, SigningKey.load_or_make(tmp_path / "key.pem"))
+    for round in range(1, proposal.plan.most_rounds + 1):
+        ledger.reserve(proposal, round=round, request=f"{round}")
+    with pytest.raises(Refused) as refused:
+        ledger.reserve(proposal, round=99, request="99")
+    assert refused.value.reason is Reason.PLAN_EXHAUSTED
+
+
+# Each number of a plan a little beyond what was planned, and the rule that names it.
+_BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
+    "unit": (lambda unit: unit, Reason.UNIT),  # there is no other yet
+    "delta": (lambda delta: 2 * delta, Reason.DELTA),
+    "sampling_rate": (lambda rate: rate + 1e-9, Reason.MAX_SAMPLING_RATE),
+    "noise_multiplier": (lambda noise: noise - 1e-9, Reason.MIN_NOISE_MULTIPLIER),
+    "max_grad_norm": (lambda norm: norm + 1e-9, Reason.MAX_GRAD_NORM),
+    "local_steps": (lambda steps: steps + 1, Reason.MAX_LOCAL_STEPS),
+    "num_rounds": (lambda rounds: rounds + 1, Reason.MAX_ROUNDS),
+    "spare_rounds": (lambda rounds: rounds + 1, Reason.MAX_ROUNDS),
+    "metrics_noise_multiplier": (lambda noise: 20.0, Reason.METRICS),
+}
+
+
+def test_every_number_of_a_plan_is_bounded(config: Callable[..., RunConfig], lead_key: SigningKey) -> None:
+    policy, proposal = policy_and_proposal(config(), lead_key.public)
+    assert set(_BEYOND) == {field.name for field in dataclasses.fields(proposal.plan)}
+    for name, (change, rule) in _BEYOND.items():
+        value = getattr(proposal.plan, name)
+        if change(value) == value:
+            continue
+        plan = replace(proposal.plan, **{name: change(value)})
+        with pytest.raises(Refused) as refused:
+            policy.check(replace(proposal, plan=plan))
+        assert refused.value.reason is rule, name
+
+
+def test_less_than_was_planned_stays_allowed(config: Callable[..., RunConfig], lead_key: SigningKey) -> None:
+    policy, proposal = policy_and_proposal(config(), lead_key.public)
+    less = {"sampling_rate": 0.1, "noise_multiplier": 9.0, "max_grad_norm": 0.5, "local_steps": 1, "num_rounds": 1}
+    policy.check(replace(proposal, plan=replace(proposal.plan, **less)))
+
+
+def test_with_noised_metrics_their_noise_is_bounded_too(config: Callable[..., RunConfig], lead_key: SigningKey) -> None:
+    policy, proposal = policy_and_proposal(config(*NOISED, "privacy.metrics_noise_multiplier=2.5"), lead_key.public)
+    assert policy.limits.min_noise_multiplier == 2.5
+    assert policy.releases.metrics == "noised"
+    with pytest.raises(Refused) as refused:
+        policy.check(replace(proposal, plan=replace(proposal.plan, metrics_noise_multiplier=2.4)))
+    assert refused.value.reason is Reason.MIN_NOISE_MULTIPLIER
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"lead": "00" * 32}, Reason.LEADS),
+        ({"dataset": "letters"}, Reason.DATASET),
+        ({"task": "causal_lm"}, Reason.TASKS),
+        ({"base_model": "cd" * 32}, Reason.BASE_MODELS),
+        ({"target_modules": ("all-linear", "embeddings")}, Reason.TARGET_MODULES),
+        ({"rank": 5}, Reason.MAX_RANK),
+        ({"seeded_noise": True}, Reason.SEEDED_NOISE),
+    ],
+    ids=str,
+)
+def test_what_is_trained_and_for_whom_is_bounded(
+    config: Callable[..., RunConfig], lead_key: SigningKey, changes: dict[str, Any], rule: Reason
+) -> None:
+    policy, proposal = policy_and_proposal(config(), lead_key.public)
+    with pytest.raises(Refused) as refused:
+        policy.check(replace(proposal, **changes))
+    assert refused.value.reason is rule
+
+
+def test_a_head_is_released_only_where_the_run_trains_one(
+    config: Callable[..., RunConfig], lead_key: SigningKey
+) -> None:
+    policy, proposal = policy_and_proposal(config("head.train=false"), lead_key.public)
+    with pytest.raises(Refused) as refused:
+        policy.check(replace(proposal, train_head=True))
+    assert refused.value.reason is Reason.TRAIN_HEAD
+
+
+@pytest.mark.parametrize("overrides", [(), NOISED], ids=str)
+def test_the_lifetime_cap_is_what_the_run_costs_rounded_up(
+    config: Callable[..., RunConfig], lead_key: SigningKey, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    policy, proposal = policy_and_proposal(config(*overrides), lead_key.public)
+    plan = proposal.plan
+    cost = filter_cost(plan.event(rounds=plan.most_rounds), delta=plan.delta)
+    assert cost <= policy.budget.max_epsilon < cost + 0.1
+    # At the order that the ledger settles on, too, a second run finds no room.
+    ledger = Ledger(tmp_path / "ledger.db", policy, SigningKey.load_or_make(tmp_path / "key.pem"))
+    ledger.reserve(proposal, round=1, request="1")
+    with pytest.raises(Refused) as refused:
+        ledger.reserve(replace(proposal, run="second"), round=1, request="2")
+    assert refused.value.reason is Reason.MAX_EPSILON
+
+
+def test_without_privacy_nothing_is_capped(config: Callable[..., RunConfig], lead_key: SigningKey) -> None:
+    policy, _ = policy_and_proposal(config("privacy=none"), lead_key.public)
+    assert math.isinf(policy.budget.max_epsilon)
+    assert policy.limits.min_noise_multiplier == 0
+
+
+@pytest.fixture
+def kept(config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., RunConfig]:
+    """A run of up to four rounds whose sites are kept."""
+    return lambda *overrides: config(f"runtime.sites_dir={tmp_path}/kept", "federation.num_rounds=4", *overrides)
+
+
+def sites_of(config: RunConfig, tmp_path: Path) -> VirtualSites:
+    return VirtualSites.of(config, tmp_path / "run", config.plan())
+
+
+def test_kept_sites_lie_where_they_are_told(kept: Callable[..., RunConfig], config: Any, tmp_path: Path) -> None:
+    assert sites_of(kept(), tmp_path).folder == tmp_path / "kept"
+    assert sites_of(config(), tmp_path).folder == tmp_path / "run" / "sites"
+
+
+def test_a_policy_that_is_there_is_kept_and_read(kept: Callable[..., RunConfig], tmp_path: Path) -> None:
+    sites = sites_of(kept(), tmp_path)
+    first = sites.policy("site-1")
+    path = tmp_path / "kept" / "site-1" / "site.toml"
+    path.write_text(path.read_text().replace("max_rounds = 4", "max_rounds = 3"))
+    assert sites_of(kept("federation.num_rounds=9"), tmp_path).policy("site-1") == replace(
+        first, limits=replace(first.limits, max_rounds=3)
+    )
+
+
+def test_a_policy_of_another_site_is_not_this_ones(kept: Callable[..., RunConfig], tmp_path: Path) -> None:
+    sites = sites_of(kept(), tmp_path)
+    sites.policy("site-1")
+    (tmp_path / "kept" / "site-2").mkdir()
+    (tmp_path / "kept" / "site-1" / "site.toml").rename(tmp_path / "kept" / "site-2" / "site.toml")
+    with pytest.raises(ConfigError, match=r"site\.toml: site = 'site-1': must be site-2"):
+        sites.policy("site-2")
+
+
+def allow_rounds(sites: VirtualSites, site: str, count: float) -> None:
+    """Edit the site's cap so that `count` rounds of the run fit, and hardly more."""
+    policy = sites.policy(site)
+    with_cap = replace(policy, budget=replace(policy.budget, max_epsilon=1000.0))
+    write_policy(with_cap, sites.folder / site / "site.toml")
+    order = sites.ledger(site).history.order
+    divergence = count * total_divergence([sites.plan.event()], order)
+    cap = divergence + surcharge(order, policy.budget.delta) + 1e-6
+    write_policy(replace(policy, budget=replace(policy.budget, max_epsilon=cap)), sites.folder / site / "site.toml")
+
+
+def test_what_fits_anyway_is_left_as_it_was_asked(kept: Callable[..., RunConfig], tmp_path: Path) -> None:
+    for wanted in ("stop", "fewer_rounds", "more_noise"):
+        config = kept(f"federation.if_over_budget={wanted}", "privacy.noise_multiplier=null")
+        assert fitted(config, tmp_path / "run") == config
+
+
+def test_as_many_rounds_as_every_site_allows(kept: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = kept("federation.if_over_budget=fewer_rounds")
+    sites = sites_of(config, tmp_path)
+    allow_rounds(sites, "site-1", 3)
+    allow_rounds(sites, "site-2", 2)
+    changed = fitted(config, tmp_path / "run")
+    assert changed.federation.num_rounds == 2
+    assert changed.privacy.noise_multiplier == 4.0
+    assert replace(changed, federation=replace(changed.federation, num_rounds=4)) == config
+
+
+def test_as_little_noise_as_every_site_allows(kept: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = kept("federation.if_over_budget=more_noise")
+    sites = sites_of(config, tmp_path)
+    allow_rounds(sites, "site-1", 3)
+    allow_rounds(sites, "site-2", 2)
+    changed = fitted(config, tmp_path / "run")
+    assert changed.federation.num_rounds == 4
+    noise = changed.privacy.noise_multiplier
+    assert noise is not None
+    assert 4.0 < noise < 8.0
+    proposal = changed.proposal(lead=sites.lead_key().public, plan=changed.plan())
+    for site in ("site-1", "site-2"):
+        assert sites.ledger(site).offer(proposal).most_rounds == 4
+    less = replace(proposal, plan=replace(proposal.plan, noise_multiplier=noise * 0.999))
+    assert sites.ledger("site-2").offer(less).most_rounds < 4, "the least noise that does"
+
+
+def test_a_site_without_room_is_left_out_of_account_while_enough_others_have_some(
+    kept: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = kept("federation.if_over_budget=fewer_rounds")
+    sites = sites_of(config, tmp_path)
+    allow_rounds(sites, "site-1", 0.5)
+    allow_rounds(sites, "site-2", 3)
+    assert fitted(config, tmp_path / "run").federation.num_rounds == 3
+    with pytest.raises(RefusedError) as refused:
+        fitted(kept("federation.if_over_budget=fewer_rounds", "federation.min_sites=2"), tmp_path / "run")
+    assert "1 of 2 sites" in str(refused.value)
+    assert "site-1: max_epsilon, asked " in str(refused.value)
+
+
+@pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
+def test_no_room_at_all_is_refused_with_every_sites_rule(
+    kept: Callable[..., RunConfig], tmp_path: Path, wanted: str
+) -> None:
+    config = kept(f"federation.if_over_budget={wanted}")
+    sites = sites_of(config, tmp_path)
+    for site in ("site-1", "site-2"):
+        policy = sites.policy(site)
+        limits = replace(policy.limits, max_sampling_rate=0.1)
+        write_policy(replace(policy, limits=limits), sites.folder / site / "site.toml")
+    with pytest.raises(RefusedError) as refused:
+        fitted(config, tmp_path / "run")
+    for site in ("site-1", "site-2"):
+        assert f"{site}: max_sampling_rate, asked 0.2, allowed at most 0.1" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
+def test_a_broken_ledger_does_not_stop_the_others(kept: Callable[..., RunConfig], tmp_path: Path, wanted: str) -> None:
+    config = kept(f"federation.if_over_budget={wanted}")
+    sites = sites_of(config, tmp_path)
+    sites.policy("site-1")
+    (sites.folder / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
+    changed = fitted(config, tmp_path / "run")
+    assert changed.federation.num_rounds == 4
+    with pytest.raises(RefusedError, match=r"site-1: ledger .* cannot be read or written"):
+        fitted(kept(f"federation.if_over_budget={wanted}", "federation.min_sites=2"), tmp_path / "run")

@@ -1,0 +1,220 @@
+"""No sequence of requests passes a cap, also when each is chosen after seeing what was spent.
+
+The adversary is a strategy that reads the ledger's own figures before every move.  What was really charged is counted
+apart from the ledger, from the reservations that it gave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dp_accounting import DpEvent
+from dp_accounting.rdp import RdpAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.privacy import event_store, events, filter, spending
+from fedtune.privacy.event_store import Reservation
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.policy import Policy, period_of
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.verify import verify
+
+SETTINGS: list[dict[str, Any]] = [
+    {"sampling_rate": 0.25, "noise_multiplier": 1.0, "local_steps": 3},
+    {"sampling_rate": 0.5, "noise_multiplier": 0.7, "local_steps": 1},
+    {"sampling_rate": 0.01, "noise_multiplier": 0.6, "local_steps": 10},
+    {"sampling_rate": 0.25, "noise_multiplier": 4.0, "local_steps": 5, "metrics_noise_multiplier": 5.0},
+]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = datetime(2030, 1, 10, tzinfo=UTC)
+
+    def now(self, zone: object) -> datetime:
+        return self.time
+
+
+def divergence_of(charged: Counter[DpEvent], order: float) -> float:
+    """By dp-accounting alone, one event at a time."""
+    accountant = RdpAccountant(orders=[order])
+    for event, count in charged.items():
+        accountant.compose(event, count)
+    return float(accountant._rdp[0])
+
+
+class Game:
+    """A site, and somebody who asks for as much as they can get.
+
+    Attributes:
+        charged: each charge with its time, as the reservations say.
+        started: the runs that were accepted.
+    """
+
+    def __init__(self, path: Path, policy: Policy, key: SigningKey, proposal: Callable[..., Proposal]) -> None:
+        self.path, self.policy, self.key, self.proposal = path, policy, key, proposal
+        self.clock = Clock()
+        self.ledger = Ledger(path, policy, key)
+        self.order = self.ledger.history.order
+        self.charged: list[tuple[datetime, DpEvent]] = []
+        self.started: list[Proposal] = []
+        self.spent = 0.0
+        self.accepted = self.refused = 0
+
+    def would_accept(self, proposal: Proposal) -> bool:
+        """What the adversary computes from the site's own figures; nothing is asked of the site."""
+        now = max(self.clock.time, self.ledger.history.last_time or self.clock.time)
+        asked = events.grouped([proposal.plan.event(rounds=proposal.plan.most_rounds)])
+        held = self.ledger.history.set_aside(now)
+        try:
+            self.policy.check(proposal)
+            spending.require_room(self.ledger.history, self.policy, asked=asked, held=held, now=now)
+        except Refused:
+            return False
+        return True
+
+    def ask(self, proposal: Proposal, round: int, *, request: str, reply: bool) -> Reason | None:
+        """One request; returns why it was refused."""
+        new = proposal.run not in self.ledger.history.runs
+        before = self.ledger.history.charged()
+        try:
+            granted = self.ledger.reserve(proposal, round=round, request=request)
+        except Refused as refused:
+            self.refused += 1
+            assert self.ledger.history.charged() == before
+            return refused.reason
+        if new:
+            self.started.append(proposal)
+        if isinstance(granted, Reservation):
+            self.accepted += 1
+            assert self.ledger.history.last_time is not None
+            self.charged.append((self.ledger.history.last_time, proposal.plan.event()))
+            if reply:
+                self.ledger.commit(granted, b"reply")
+        self.check()
+        return None
+
+    def check(self) -> None:
+        history, budget = self.ledger.history, self.policy.budget
+        charged = events.grouped([event for _, event in self.charged])
+        assert history.charged() == charged
+        assert history.last_time is not None
+        held = history.set_aside(max(self.clock.time, history.last_time))
+        surcharge = filter.surcharge(self.order, budget.delta)
+        both = divergence_of(charged + held, self.order) + surcharge
+        assert both <= budget.max_epsilon + 1e-9, "charged and set aside"
+        now = filter.epsilon_filter(charged, order=self.order, delta=budget.delta)
+        assert now >= self.spent, "monotone"
+        self.spent = now
+        if budget.max_epsilon_per_period is not None:
+            sums: dict[tuple[int, int], Counter[DpEvent]] = {}
+            for moment, event in self.charged:
+                sums.setdefault(period_of(moment, budget.period), Counter()).update(events.grouped([event]))
+            for each in sums.values():
+                assert divergence_of(each, self.order) + surcharge <= budget.max_epsilon_per_period + 1e-9
+        rounds = Counter(run.proposal.run for run in history.runs.values() for _ in range(run.charged_rounds))
+        assert all(rounds[proposal.run] <= proposal.plan.most_rounds for proposal in self.started)
+
+
+def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
+    """One move of the adversary, chosen from what the ledger says of itself."""
+    name = f"run {len(game.started)}"
+    action = draw(st.sampled_from(["exact", "exact", "more", "any", "next", "next", "retry", "end", "time", "reopen"]))
+    if action in ("exact", "more", "any"):
+        plan = draw(st.sampled_from(SETTINGS))
+        wanted = game.proposal(run=name, plan=plan | {"num_rounds": 20})
+        fits = spending.most_rounds(wanted, game.would_accept)
+        count = {"exact": fits, "more": fits + 1, "any": draw(st.integers(1, 20))}[action]
+        if not 1 <= count <= 20:
+            return
+        asked = dataclasses.replace(wanted, plan=dataclasses.replace(wanted.plan, num_rounds=count))
+        reason = game.ask(asked, 1, request=name, reply=draw(st.booleans()))
+        assert (reason is None) == (count <= fits), (reason, count, fits)
+    elif action in ("next", "retry") and game.started:
+        asked = draw(st.sampled_from(game.started[-3:]))
+        round = draw(st.integers(1, asked.plan.most_rounds + 1))
+        request = f"{asked.run} {round}" if round > 1 else asked.run
+        for _ in range(3 if action == "retry" else 1):
+            game.ask(asked, round, request=request, reply=action == "next")
+    elif action == "end" and game.started:
+        game.ledger.end(draw(st.sampled_from(game.started)).run)
+        game.check()
+    elif action == "time":
+        game.clock.time += timedelta(days=draw(st.sampled_from([-400, -1, 20, 31])))
+    elif action == "reopen":
+        game.ledger = Ledger(game.path, game.policy, game.key)
+        game.check()
+
+
+@pytest.mark.parametrize("monthly", [False, True])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_no_chosen_sequence_of_requests_passes_a_cap(
+    tmp_path_factory: pytest.TempPathFactory,
+    policy: Any,
+    proposal: Any,
+    site_key: SigningKey,
+    monthly: bool,
+    data: st.DataObject,
+) -> None:
+    budget = {"max_epsilon_per_period": 8.5, "period": "month"} if monthly else {}
+    site = policy(budget=budget, releases={"metrics": "noised"})
+    game = Game(tmp_path_factory.mktemp("game") / "ledger.db", site, site_key, proposal)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(event_store, "datetime", game.clock)
+        for _ in range(data.draw(st.integers(1, 20))):
+            move(game, data.draw)
+    # The same events in any other order cost the same.
+    shuffled = [event for _, event in game.charged]
+    random.Random(0).shuffle(shuffled)
+    assert filter.epsilon_filter(shuffled, order=game.order, delta=1e-5) == game.spent
+    assert verify(game.path).history.charged() == events.grouped(shuffled)
+
+
+def test_an_adversary_who_takes_all_that_is_left_gets_close_to_the_cap_and_never_past_it(
+    path: Path, policy: Any, proposal: Any, site_key: SigningKey
+) -> None:
+    """The game above is not won by refusing everything: whoever asks for exactly what fits gets nearly all there is."""
+    game = Game(path, policy(releases={"metrics": "noised"}), site_key, proposal)
+    for number, plan in enumerate(SETTINGS * 3):
+        wanted = game.proposal(run=f"run {number}", plan=plan | {"num_rounds": 20})
+        fits = spending.most_rounds(wanted, game.would_accept)
+        for rounds, accepted in ((fits + 1, False), (fits, True)):
+            if not 1 <= rounds <= 20:
+                continue
+            asked = dataclasses.replace(wanted, plan=dataclasses.replace(wanted.plan, num_rounds=rounds))
+            assert (game.ask(asked, 1, request="1", reply=True) is None) is accepted
+            for round in range(2, rounds + 1) if accepted else ():
+                assert game.ask(asked, round, request=f"{round}", reply=True) is None
+    assert game.refused > 2
+    assert 10.9 < game.spent <= 11.0
+    share = game.ledger.spending().share
+    assert share is not None
+    assert 0.95 < share <= 1
+
+
+def test_what_is_asked_for_is_judged_by_what_others_spent_since(opened: Any, proposal: Any) -> None:
+    """Two who read the same figures and both ask for all of it: the second is refused."""
+    first, second = opened(), opened()
+    whole = {"num_rounds": 10}
+    assert isinstance(first.reserve(proposal(run="1", plan=whole), round=1, request="q"), Reservation)
+    with pytest.raises(Refused) as caught:
+        second.reserve(proposal(run="2", plan=whole), round=1, request="q")
+    assert caught.value.reason is Reason.MAX_EPSILON
+
+
+def test_the_ledgers_sum_is_dp_accountings(opened: Any, proposal: Any) -> None:
+    # The ledger's own sum must agree with dp-accounting's, or the game above shows nothing.
+    charged = events.grouped([proposal(plan=plan).plan.event(rounds=7) for plan in SETTINGS])
+    history = opened().history
+    assert history.divergence(charged) == pytest.approx(divergence_of(charged, history.order), rel=1e-9)

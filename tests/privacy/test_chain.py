@@ -1,0 +1,153 @@
+"""The hash chain: each event's hash covers all its values and everything before it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.privacy import chain
+from fedtune.privacy.chain import Event, Head, Kind
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import RunError
+
+
+def event(sequence: int, **changes: Any) -> Event:
+    fields: dict[str, Any] = {
+        "sequence": sequence,
+        "kind": Kind.NOTE,
+        "time": "2030-01-10T00:00:00+00:00",
+        "run": "r",
+        "round": 1,
+        "request": "q",
+        "attempt": 1,
+        "dataset": "d",
+        "cohort": "",
+        "code": "0.1.0",
+        "detail": {"what": "frozen", "why": ""},
+    }
+    return Event(**(fields | changes))
+
+
+def chained(*events: Event, before: str = chain.START) -> list[Event]:
+    made = []
+    for each in events:
+        before = each.hash_after(before)
+        made.append(dataclasses.replace(each, hash=before))
+    return made
+
+
+def test_the_hash_of_an_event_is_golden() -> None:
+    # It lies in ledgers: a change of it is a change of format.
+    assert event(1).hash_after(chain.START) == "2ebf57e37ffcde6b2bda9df1b9f42ca10c63cd8c3aa8446943fe3dd89d2d2f22"
+
+
+def test_every_value_is_in_the_hash_but_the_hash_and_its_signature() -> None:
+    changes: dict[str, object] = {
+        "kind": Kind.COMMIT,
+        "time": "2030-01-10T00:00:00.000001+00:00",
+        "run": "s",
+        "round": 2,
+        "request": "p",
+        "attempt": 2,
+        "dataset": "e",
+        "cohort": "c",
+        "code": "0.1.1",
+        "detail": {"what": "frozen", "why": " "},
+        "sequence": 2,
+    }
+    assert set(changes) == {field.name for field in dataclasses.fields(Event)} - {"hash", "signature"}
+    hashes = {dataclasses.replace(event(1), **{name: value}).hash_after(chain.START) for name, value in changes.items()}
+    assert len(hashes | {event(1).hash_after(chain.START), event(1).hash_after("1" * 64)}) == len(changes) + 2
+    assert dataclasses.replace(event(1), hash="x", signature="y").hash_after(chain.START) in {
+        event(1).hash_after(chain.START)
+    }
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(run=st.text(max_size=4), request=st.text(max_size=4), dataset=st.text(max_size=4))
+def test_values_cannot_move_from_one_field_to_the_next(run: str, request: str, dataset: str) -> None:
+    one = event(1, run=run, request=request, dataset=dataset)
+    for other in (
+        event(1, run=run + request, request="", dataset=dataset),
+        event(1, run=run, request=request + dataset, dataset=""),
+        event(1, run=request, request=run, dataset=dataset),
+    ):
+        assert (one.hash_after(chain.START) == other.hash_after(chain.START)) == (one == other)
+
+
+def test_a_chain_is_followed_to_its_last_hash() -> None:
+    whole = chained(*map(event, range(1, 6)))
+    assert chain.check_chain(whole) == whole[-1].hash
+    assert chain.check_chain(whole[2:], before=whole[1].hash, first=3) == whole[-1].hash
+    assert chain.check_chain([]) == chain.START
+
+
+def test_what_does_not_fit_is_named() -> None:
+    whole = chained(*map(event, range(1, 6)))
+    changed = [*whole[:2], dataclasses.replace(whole[2], run="x"), *whole[3:]]
+    for events, message in (
+        (changed, "event 3 was changed: its hash does not fit its values and the event before it"),
+        (whole[1:], r"event 1 is missing \(the next one is number 2\)"),
+        ([*whole[:2], *whole[3:]], r"event 3 is missing \(the next one is number 4\)"),
+        ([whole[0], whole[2], whole[1]], "event 2 is missing"),
+        ([*whole[:2], whole[1], *whole[2:]], "event 3 is missing"),
+        ([whole[0], *chained(event(2), before=chain.START)], "event 2 was changed"),
+    ):
+        with pytest.raises(RunError, match=message):
+            chain.check_chain(events)
+
+
+def test_an_event_is_signed_by_one_key(site_key: SigningKey, make_key: Any) -> None:
+    (one,) = chained(event(1))
+    signed = dataclasses.replace(one, signature=site_key.sign(chain.EVENT, one.hash.encode()))
+    chain.check_signature(signed, site_key.public)
+    for wrong, key in (
+        (signed, make_key(9).public),
+        (one, site_key.public),
+        (dataclasses.replace(signed, hash="0" * 64), site_key.public),
+        (dataclasses.replace(signed, signature=site_key.sign(chain.HEAD, one.hash.encode())), site_key.public),
+    ):
+        with pytest.raises(RunError, match=r"event 1 is not signed by the site's key"):
+            chain.check_signature(wrong, key)
+
+
+def test_json_has_one_spelling() -> None:
+    assert chain.canonical({"b": [1, 2.5, None, "ü"], "a": True}) == b'{"a":true,"b":[1,2.5,null,"\\u00fc"]}'
+    with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
+        chain.canonical({"epsilon": float("inf")})
+
+
+def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path, site_key: SigningKey) -> None:
+    fields: dict[str, Any] = {
+        "ledger": "0" * 32,
+        "sequence": 7,
+        "hash": "1" * 64,
+        "time": "2030-01-10T00:00:00+00:00",
+        "charged": (({"kind": "gaussian", "noise_multiplier": 2.0}, 3),),
+        "seeded": True,
+        "frozen": True,
+        "restores": 1,
+    }
+    head = Head.signed(site_key, **fields)
+    path = tmp_path / "anchor.json"
+    path.write_bytes(head.to_bytes())
+    assert Head.read(path) == head
+    others = {
+        "ledger": "1" * 32,
+        "sequence": 6,
+        "hash": "2" * 64,
+        "time": "2030-01-11T00:00:00+00:00",
+        "charged": (),
+        "seeded": False,
+        "frozen": False,
+        "restores": 0,
+        "site_key": "3" * 64,
+    }
+    assert set(others) | {"signature"} == {field.name for field in dataclasses.fields(Head)}
+    messages = {dataclasses.replace(head, **{name: value}).message() for name, value in others.items()}
+    assert len(messages | {head.message()}) == len(others) + 1

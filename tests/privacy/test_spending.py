@@ -1,0 +1,192 @@
+"""What is spent, what is left, and the largest run that still fits: figures that follow from the events alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from fedtune.privacy import accountant, events, filter, spending
+from fedtune.privacy.event_store import Reservation
+from fedtune.privacy.history import History
+from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Refused
+
+DELTA = 1e-5
+
+
+def answered(ledger: Ledger, proposal: Proposal, *rounds: int) -> None:
+    for round in rounds:
+        granted = ledger.reserve(proposal, round=round, request=f"digest {proposal.run} {round}")
+        assert isinstance(granted, Reservation)
+        ledger.commit(granted, b"reply")
+
+
+def test_a_new_ledger_has_spent_nothing(opened: Any) -> None:
+    figures = opened().spending()
+    assert (figures.epsilon, figures.epsilon_with_set_aside, figures.period_epsilon) == (0, 0, 0)
+    assert (figures.epsilon_pld, figures.epsilon_rdp, figures.mechanisms) == (0, 0, 0)
+    assert (figures.share, figures.share_with_set_aside) == (0, 0)
+    assert (figures.max_epsilon, figures.delta, figures.order) == (11.0, DELTA, 2.7)
+    assert (figures.seeded, figures.frozen, figures.runs) == (False, False, ())
+
+
+def test_the_figures_are_those_of_the_charged_events(opened: Any, proposal: Any) -> None:
+    ledger = opened()
+    answered(ledger, proposal(), 1, 2)
+    other = proposal(run="2", plan={"noise_multiplier": 2.0, "num_rounds": 3})
+    answered(ledger, other, 1)
+    charged = [*[proposal().plan.event()] * 2, other.plan.event()]
+    figures = ledger.spending()
+    assert figures.epsilon == filter.epsilon_filter(charged, order=figures.order, delta=DELTA)
+    assert figures.epsilon_pld == accountant.epsilon_pld(charged, DELTA, interval=accountant.COARSE)
+    assert figures.epsilon_rdp == pytest.approx(accountant.epsilon_rdp(charged, DELTA))
+    assert figures.mechanisms == 9
+    held = [*[proposal().plan.event()] * 3, *[other.plan.event()] * 2]
+    whole = filter.epsilon_filter([*charged, *held], order=figures.order, delta=DELTA)
+    assert figures.epsilon_with_set_aside == pytest.approx(whole)
+    assert figures.epsilon_pld < figures.epsilon < figures.epsilon_with_set_aside
+
+
+def test_a_share_is_of_the_caps_divergence(opened: Any, proposal: Any) -> None:
+    ledger = opened()
+    answered(ledger, proposal(plan={"num_rounds": 10}), 1)
+    figures = ledger.spending()
+    room = filter.most_divergence(11.0, order=figures.order, delta=DELTA)
+    one = filter.divergence(proposal().plan.event(), figures.order)
+    assert figures.share == pytest.approx(one / room)
+    assert figures.share_with_set_aside == pytest.approx(10 * one / room)
+    assert 10 * one / room <= 1
+
+
+def test_a_cap_below_what_its_order_allows_has_no_room_and_no_negative_share(opened: Any, policy: Any) -> None:
+    # At a small order turning divergence into epsilon costs more than such a cap is.
+    opened()
+    low = opened(policy=policy(budget={"max_epsilon": 3.0}))
+    assert filter.most_divergence(3.0, order=low.history.order, delta=DELTA) < 0
+    assert low.spending().share == 1
+
+
+def test_each_run_has_its_own_figures(opened: Any, proposal: Any, clock: Any, lead_key: Any) -> None:
+    ledger = opened()
+    answered(ledger, proposal(run="old"), 1)
+    clock.forward(days=40)
+    answered(ledger, proposal(run="ended", dataset="letters"), 1, 2)
+    ledger.end("ended")
+    answered(ledger, proposal(run="open", plan={"num_rounds": 2, "spare_rounds": 1}), 1)
+    runs = {run.run: run for run in ledger.spending().runs}
+    assert {name: run.state for name, run in runs.items()} == {"old": "expired", "ended": "ended", "open": "open"}
+    assert [run.rounds for run in runs.values()] == [1, 2, 1]
+    ended, plan = runs["ended"], proposal().plan
+    assert (ended.dataset, ended.lead, ended.steps, ended.most_rounds) == ("letters", lead_key.public, 6, 5)
+    assert (ended.noise_multiplier, ended.sampling_rate, ended.num_sites_claimed) == (1.0, 0.25, 3)
+    assert ended.epsilon == accountant.epsilon_pld([plan.event(rounds=2)], DELTA, interval=accountant.COARSE)
+    assert ended.epsilon_rdp == pytest.approx(accountant.epsilon_rdp([plan.event(rounds=2)], DELTA))
+    assert ended.planned_epsilon == accountant.epsilon_pld([plan.event(rounds=5)], DELTA, interval=accountant.COARSE)
+    assert runs["open"].most_rounds == 3
+
+
+def test_a_new_period_has_spent_nothing_yet(opened: Any, policy: Any, proposal: Any, clock: Any) -> None:
+    monthly = policy(budget={"period": "month", "max_epsilon_per_period": 9.0})
+    ledger = opened(policy=monthly)
+    answered(ledger, proposal(), 1)
+    figures = ledger.spending()
+    assert (figures.period, figures.max_epsilon_per_period) == ("month", 9.0)
+    assert figures.period_epsilon == figures.epsilon
+    clock.forward(days=31)
+    figures = ledger.spending()
+    assert figures.period_epsilon == 0
+    assert figures.epsilon > 0
+
+
+# Room.
+
+
+def room_refusal(
+    history: History, policy: Any, asked: Counter[Any], held: Counter[Any] | None = None
+) -> Refused | None:
+    try:
+        spending.require_room(
+            history, policy, asked=asked, held=held or Counter(), now=datetime(2030, 1, 10, tzinfo=UTC)
+        )
+    except Refused as refused:
+        return refused
+    return None
+
+
+def test_there_is_room_up_to_the_cap_and_not_beyond(opened: Any, policy: Any, proposal: Any) -> None:
+    history = opened().history
+    one = events.grouped([proposal().plan.event()])
+
+    def times(count: int) -> Counter[Any]:
+        return Counter({event: count * number for event, number in one.items()})
+
+    assert room_refusal(history, policy(), times(10)) is None
+    assert room_refusal(history, policy(), times(4), times(6)) is None
+    for asked, held in ((11, 0), (5, 6), (1, 10)):
+        refused = room_refusal(history, policy(), times(asked), times(held))
+        assert refused is not None
+        assert refused.reason is Reason.MAX_EPSILON
+        assert refused.asked == "11.4859"
+    assert room_refusal(history, policy(budget={"max_epsilon": math.inf}), times(10**6)) is None
+
+
+def test_what_is_no_number_does_not_fit(opened: Any, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = opened().history
+    monkeypatch.setattr(filter, "divergence", lambda event, order: math.nan)
+    assert room_refusal(history, policy(), Counter({"anything": 1})) is not None
+
+
+# The largest run that fits.
+
+
+def up_to(rounds: int) -> Callable[[Proposal], bool]:
+    return lambda proposal: proposal.plan.num_rounds <= rounds
+
+
+@pytest.mark.parametrize("fits", [0, 1, 2, 6, 19, 20, 21])
+def test_most_rounds_is_the_largest_number_that_is_accepted(proposal: Any, fits: int) -> None:
+    tried: list[int] = []
+
+    def accepts(each: Proposal) -> bool:
+        tried.append(each.plan.num_rounds)
+        return up_to(fits)(each)
+
+    assert spending.most_rounds(proposal(plan={"num_rounds": 20, "spare_rounds": 2}), accepts) == min(fits, 20)
+    assert len(tried) <= 5
+
+
+def test_rounds_are_all_that_is_changed_for_most_rounds(proposal: Any) -> None:
+    asked = proposal(plan={"num_rounds": 4, "spare_rounds": 2})
+
+    def accepts(each: Proposal) -> bool:
+        rounds = each.plan.num_rounds
+        assert each == dataclasses.replace(asked, plan=dataclasses.replace(asked.plan, num_rounds=rounds))
+        return True
+
+    assert spending.most_rounds(asked, accepts) == 4
+
+
+@pytest.mark.parametrize("bound", [0.0, 1.0, 1.00005, 1.23456, 7.0, 8000.0])
+def test_least_noise_is_accepted_and_hardly_more_than_needed(proposal: Any, bound: float) -> None:
+    found = spending.least_noise(proposal(), lambda each: each.plan.noise_multiplier >= bound)
+    assert found is not None
+    assert found >= max(bound, 1.0), "never less than was asked for"
+    assert found <= max(bound, 1.0) * 1.0002 + 1e-4
+    assert found == round(found, 4)
+
+
+def test_where_no_noise_is_enough_there_is_none(proposal: Any) -> None:
+    assert spending.least_noise(proposal(), lambda each: False) is None
+
+
+def test_a_plan_without_noise_is_given_some(proposal: Any) -> None:
+    silent = proposal(plan={"noise_multiplier": 0.0})
+    found = spending.least_noise(silent, lambda each: each.plan.noise_multiplier >= 0.5)
+    assert found == pytest.approx(0.5, abs=2e-4)

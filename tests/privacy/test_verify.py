@@ -1,0 +1,437 @@
+"""Which change of a ledger would go unseen?  None that somebody without the site's key can make."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedtune.privacy import chain, ledger_file
+from fedtune.privacy.chain import Head, Kind
+from fedtune.privacy.event_store import Reservation
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.verify import verify
+from fedtune.spec import RunError
+
+COLUMNS = (
+    *("sequence", "kind", "time", "run", "round", "request", "attempt", "dataset", "cohort", "code", "detail"),
+    *("hash", "signature"),
+)
+
+
+def lived_in(path: Path, policy: Any, proposal: Any, key: SigningKey) -> Head:
+    """A ledger with every kind of event and note; returns the head before its last five events."""
+    ledger = Ledger(path, policy(), key)
+
+    def answered(asked: Any, round: int) -> None:
+        granted = ledger.reserve(asked, round=round, request=f"digest {asked.run} {round}")
+        assert isinstance(granted, Reservation)
+        ledger.commit(granted, b"reply %d" % round, fingerprint="f")
+
+    answered(proposal(), 1)
+    backup = Path(shutil.copy(path, path.with_suffix(".backup")))
+    answered(proposal(), 2)
+    lost = ledger.head()
+    shutil.move(backup, path)
+    ledger = Ledger(path, policy(limits={"max_rounds": 19}), key)
+    ledger.charge_gap(lost)
+    two = proposal(run="2", dataset="letters", plan={"num_rounds": 3})
+    answered(two, 1)
+    before = ledger.head()
+    ledger.refuse(Refused(Reason.MAX_RANK, asked=9, allowed="at most 8"), run="3", round=1, request="q")
+    ledger.offer(proposal(run="4"))
+    ledger.reserve(two, round=2, request="digest 2 2")
+    ledger.end("2")
+    ledger.freeze("for this test")
+    return before
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, policy: Any, proposal: Any, site_key: SigningKey) -> Path:
+    """A ledger that nobody may change; tests copy it."""
+    path = tmp_path_factory.mktemp("whole") / "ledger.db"
+    head = lived_in(path, policy, proposal, site_key)
+    path.with_name("older.json").write_bytes(head.to_bytes())
+    path.with_name("newest.json").write_bytes(
+        Ledger(path, policy(limits={"max_rounds": 19}), site_key).head().to_bytes()
+    )
+    return path
+
+
+@pytest.fixture
+def victim(whole: Path, copied: Callable[[Path], Path]) -> Path:
+    return copied(whole)
+
+
+@pytest.fixture
+def newest(whole: Path) -> Head:
+    return Head.read(whole.with_name("newest.json"))
+
+
+def stored(path: Path) -> list[dict[str, Any]]:
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        file.row_factory = sqlite3.Row
+        return [dict(row) for row in file.execute("SELECT * FROM events ORDER BY sequence")]
+
+
+def found(path: Path, **expected: Any) -> str:
+    with pytest.raises(RunError) as caught:
+        verify(path, **expected)
+    return str(caught.value)
+
+
+def rehashed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a forger without the key can do: sequences and hashes that fit, signatures as they were."""
+    before, made = chain.START, []
+    for number, row in enumerate(rows, 1):
+        values = row | {"sequence": number, "kind": Kind(row["kind"]), "detail": json.loads(row["detail"])}
+        before = chain.Event(**values).hash_after(before)
+        made.append(row | {"sequence": number, "hash": before})
+    return made
+
+
+def replace_rows(path: Path, rows: list[dict[str, Any]], tamper: Any) -> None:
+    tamper(path, "DELETE FROM events")
+    marks = ", ".join(f":{name}" for name in COLUMNS)
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        file.execute("PRAGMA synchronous = OFF")
+        file.executemany(f"INSERT INTO events ({', '.join(COLUMNS)}) VALUES ({marks})", rows)
+        file.commit()
+
+
+# A ledger as it should be.
+
+
+def test_an_untouched_ledger_verifies(whole: Path, newest: Head, site_key: SigningKey) -> None:
+    verified = verify(whole)
+    assert {event.kind for event in verified.events} == set(Kind)
+    assert {event.detail["what"] for event in verified.events if event.kind is Kind.NOTE} == {
+        *("opened", "policy", "restored", "run_ended", "frozen")
+    }
+    assert (verified.site_key, verified.hash) == (site_key.public, newest.hash)
+    assert (verified.key_expected, verified.rollback_excluded, verified.anchor_sequence) == (False, False, 0)
+    expected = verify(whole, site_key=site_key.public)
+    assert (expected.key_expected, expected.rollback_excluded) == (True, False)
+    anchored = verify(whole, anchor=newest)
+    assert (anchored.key_expected, anchored.rollback_excluded) == (True, True)
+    assert anchored.anchor_sequence == len(anchored.events)
+    older = verify(whole, anchor=Head.read(whole.with_name("older.json")))
+    assert older.anchor_sequence == len(older.events) - 5
+
+
+def test_verifying_changes_nothing(victim: Path) -> None:
+    before = victim.read_bytes()
+    verify(victim)
+    assert victim.read_bytes() == before
+    victim.chmod(0o400)
+    verify(victim)
+
+
+def test_tampering_without_a_change_is_none(victim: Path, tamper: Any) -> None:
+    # The triggers that the tests below drop and make again are not what is found.
+    tamper(victim, "SELECT 1")
+    verify(victim)
+    replace_rows(victim, stored(victim), tamper)
+    verify(victim)
+
+
+# One value.
+
+
+def other_values(column: str, value: Any) -> list[Any]:
+    if isinstance(value, int):
+        return [value + 1, -1 if value == 0 else 0, 2**40]
+    others = [value + "x", "", "x" + value[1:], value.swapcase(), value.replace("1", "2"), value + " ", " " + value]
+    if column == "time":
+        others += [value.replace("+00:00", "Z"), value.replace("T", " "), "2020" + value[4:]]
+    if column == "kind":
+        others += [kind.value for kind in Kind]
+    if column == "detail":
+        fields = json.loads(value)
+        others += [json.dumps(fields), "{}", "[]", "null", value.replace(":", ": ", 1), value.replace("0", "00", 1)]
+        others += [
+            chain.canonical({name: other for name, other in fields.items() if name != left_out}).decode()
+            for left_out in fields
+        ]
+    return [other for other in dict.fromkeys(others) if other != value]
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_changed_value_is_found_in_every_column_of_every_kind_of_event(
+    whole: Path, victim: Path, tamper: Any, column: str
+) -> None:
+    pristine = whole.read_bytes()
+    tried = 0
+    for row in stored(whole):
+        for other in other_values(column, row[column]):
+            victim.write_bytes(pristine)
+            try:
+                tamper(victim, f"UPDATE events SET {column} = ? WHERE sequence = {row['sequence']}", values=(other,))
+            except sqlite3.IntegrityError:
+                continue  # a sequence that another row has
+            tried += 1
+            found(victim)
+    assert tried >= len(stored(whole))
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE replies SET reply = x'00' WHERE run = 'r'",
+        "UPDATE replies SET reply = x'' WHERE run = '2'",
+        "UPDATE replies SET request = 'another' WHERE run = 'r'",
+        "UPDATE replies SET run = 'another' WHERE run = 'r'",
+        "UPDATE replies SET run = CASE run WHEN 'r' THEN 'x' ELSE run END",
+        "DELETE FROM replies WHERE run = '2'",
+        "DELETE FROM replies",
+        "INSERT INTO replies VALUES ('3', 'q', x'00')",
+        "INSERT INTO replies SELECT 'another', request, reply FROM replies WHERE run = 'r'",
+    ],
+)
+def test_a_changed_reply_is_found(victim: Path, tamper: Any, sql: str) -> None:
+    tamper(victim, sql)
+    assert found(victim) == "the stored replies are not the newest ones that were committed"
+
+
+# Whole events.
+
+
+def test_a_deleted_event_is_found(whole: Path, victim: Path, tamper: Any) -> None:
+    pristine = whole.read_bytes()
+    for row in stored(whole)[:-1]:
+        victim.write_bytes(pristine)
+        tamper(victim, f"DELETE FROM events WHERE sequence = {row['sequence']}")
+        assert found(victim).startswith(f"event {row['sequence']} is missing")
+
+
+def test_reordered_events_are_found(whole: Path, victim: Path, tamper: Any) -> None:
+    pristine, last = whole.read_bytes(), len(stored(whole))
+    for first in range(1, last):
+        victim.write_bytes(pristine)
+        swap = f"CASE sequence WHEN {first} THEN {-first - 1} WHEN {first + 1} THEN {-first} ELSE sequence END"
+        tamper(victim, f"UPDATE events SET sequence = {swap}", "UPDATE events SET sequence = abs(sequence)")
+        assert "was changed: its hash does not fit" in found(victim)
+
+
+def test_an_inserted_event_is_found(whole: Path, victim: Path, tamper: Any) -> None:
+    rows = stored(whole)
+    for place in range(len(rows) + 1):
+        copy = rows[max(place - 1, 0)]
+        inserted = [row | {"sequence": number} for number, row in enumerate([*rows[:place], copy, *rows[place:]], 1)]
+        replace_rows(victim, inserted, tamper)
+        assert "its hash does not fit" in found(victim)
+
+
+@pytest.mark.parametrize("sequence", [0, -1, 10**6])
+def test_an_event_outside_the_numbers_is_found(whole: Path, victim: Path, tamper: Any, sequence: int) -> None:
+    replace_rows(victim, [*stored(whole), stored(whole)[-1] | {"sequence": sequence}], tamper)
+    found(victim)
+
+
+def test_an_event_that_is_not_text_is_found(victim: Path, tamper: Any) -> None:
+    tamper(victim, "UPDATE events SET run = CAST(x'ff' AS TEXT) WHERE sequence = 3")
+    assert "Could not decode to UTF-8" in found(victim)
+
+
+# A forger who recomputes every hash, but has no key.
+
+
+@pytest.mark.parametrize("column", [column for column in COLUMNS if column not in ("hash", "signature", "sequence")])
+def test_a_forger_without_the_key_is_found(whole: Path, victim: Path, tamper: Any, column: str) -> None:
+    rows = stored(whole)
+    for number, row in enumerate(rows):
+        value = row[column]
+        if column == "detail":
+            other: Any = chain.canonical(json.loads(value) | {"more": 1}).decode()
+        elif column == "kind":
+            other = "refusal"
+        elif column == "time":
+            other = value[:-6] + "1+00:00" if "." in value else value[:-6] + ".1+00:00"
+        else:
+            other = value + 1 if isinstance(value, int) else value + "x"
+        if other == value:
+            continue
+        replace_rows(victim, rehashed([*rows[:number], row | {column: other}, *rows[number + 1 :]]), tamper)
+        found(victim)
+
+
+def test_a_forger_who_deletes_reorders_or_inserts_is_found(whole: Path, victim: Path, tamper: Any) -> None:
+    rows = stored(whole)
+    for forged in (
+        [row for row in rows if row["kind"] != "refusal"],  # what looks bad
+        [*rows[:-1], rows[-2], rows[-1]],
+        [*rows[:-2], rows[-1]],
+        [rows[0], rows[1], *rows[2:-2], rows[-1], rows[-2]],
+    ):
+        replace_rows(victim, rehashed(forged), tamper)
+        message = found(victim)
+        assert "is not signed by the site's key" in message or "cannot be understood: its time lies before" in message
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@settings(
+    max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data(), value=anything)
+def test_whatever_a_forger_writes_into_a_detail_is_a_run_error(
+    whole: Path, victim: Path, tamper: Any, data: st.DataObject, value: Any
+) -> None:
+    rows = stored(whole)
+    number = data.draw(st.integers(0, len(rows) - 1))
+    detail = json.loads(rows[number]["detail"])
+    place = data.draw(st.sampled_from([None, *detail]))
+    changed = value if place is None else detail | {place: value}
+    if place is not None and isinstance(detail[place], dict) and detail[place]:
+        inner = data.draw(st.sampled_from([None, *detail[place]]))
+        changed = changed if inner is None else detail | {place: detail[place] | {inner: value}}
+    if changed == detail:
+        return
+    text = chain.canonical(changed).decode()
+    replace_rows(victim, rehashed([*rows[:number], rows[number] | {"detail": text}, *rows[number + 1 :]]), tamper)
+    found(victim)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"what":1e999}', '{"what":NaN}', "{"])
+def test_what_is_no_json_is_a_run_error(victim: Path, tamper: Any, text: str) -> None:
+    tamper(victim, "UPDATE events SET detail = ? WHERE sequence = 2", values=(text,))
+    assert found(victim) == "event 2 was changed: it is not written as fedtune writes events"
+
+
+# A forger with a key of their own.
+
+
+def resigned(rows: list[dict[str, Any]], key: SigningKey) -> list[dict[str, Any]]:
+    opening = json.loads(rows[0]["detail"]) | {"site_key": key.public}
+    fitting = rehashed([rows[0] | {"detail": chain.canonical(opening).decode()}, *rows[1:]])
+    return [row | {"signature": key.sign(chain.EVENT, row["hash"].encode())} for row in fitting]
+
+
+def test_a_ledger_signed_again_by_another_key_is_found_by_whoever_expects_the_sites(
+    whole: Path, victim: Path, tamper: Any, newest: Head, site_key: SigningKey, make_key: Any, policy: Any
+) -> None:
+    forger: SigningKey = make_key(9)
+    replace_rows(victim, resigned(stored(whole)[:-1], forger), tamper)
+    alone = verify(victim)
+    assert (alone.site_key, alone.key_expected) == (forger.public, False), "a ledger alone cannot show whose it is"
+    assert found(victim, site_key=site_key.public).endswith(f"names site key {forger.public}, not {site_key.public}")
+    assert found(victim, anchor=newest) == "the anchor is of another ledger"
+    with pytest.raises(RunError, match="is not signed by the site's key"):
+        Ledger(victim, policy(limits={"max_rounds": 19}), site_key)
+
+
+def test_one_event_signed_by_another_key_is_found(whole: Path, victim: Path, tamper: Any, make_key: Any) -> None:
+    rows = stored(whole)
+    for number in range(len(rows)):
+        changed = [dict(row) for row in rows]
+        changed[number]["signature"] = make_key(9).sign(chain.EVENT, rows[number]["hash"].encode())
+        replace_rows(victim, changed, tamper)
+        assert found(victim) == f"event {number + 1} is not signed by the site's key {verify(whole).site_key[:16]}..."
+
+
+# Rollback.
+
+
+def test_a_truncated_ledger_passes_without_an_anchor_and_is_found_with_one(
+    whole: Path, victim: Path, tamper: Any, newest: Head
+) -> None:
+    replace_rows(victim, stored(whole)[:-3], tamper)
+    verified = verify(victim)
+    assert not verified.rollback_excluded
+    length = len(stored(whole))
+    expected = f"the ledger was put back: it ends at event {length - 3}, the anchor knows {length}"
+    assert found(victim, anchor=newest) == expected
+
+
+def test_an_older_copy_passes_without_an_anchor_and_is_found_with_one(
+    whole: Path, victim: Path, policy: Any, proposal: Any, site_key: SigningKey, opened: Any, path: Path, copied: Any
+) -> None:
+    ledger = opened()
+    older = copied(path)
+    ledger.reserve(proposal(), round=1, request="q")
+    assert verify(older).rollback_excluded is False
+    assert found(older, anchor=ledger.head()).startswith("the ledger was put back: it ends at event 2")
+
+
+def test_another_branch_is_found_with_an_anchor(opened: Any, proposal: Any, path: Path, copied: Any) -> None:
+    ledger = opened()
+    branch = copied(path)
+    ledger.reserve(proposal(), round=1, request="q")
+    opened(path=branch).reserve(proposal(), round=1, request="another")
+    assert found(branch, anchor=ledger.head()) == (
+        "event 4 is not the one that the anchor knows: the ledger is another branch"
+    )
+
+
+def test_an_anchor_that_names_the_sites_key_without_its_signature_is_no_anchor(
+    newest: Head, tmp_path: Path, make_key: Any
+) -> None:
+    path = tmp_path / "anchor.json"
+    forged = dataclasses.replace(newest, sequence=1, signature=make_key(9).sign(chain.HEAD, newest.message()))
+    path.write_bytes(forged.to_bytes())
+    with pytest.raises(ValueError, match="must carry the signature of the site key that it names"):
+        Head.read(path)
+
+
+def test_a_ledger_opened_for_training_finds_changes_too(
+    whole: Path, victim: Path, tamper: Any, policy: Any, site_key: SigningKey
+) -> None:
+    rows = stored(whole)
+    site = policy(limits={"max_rounds": 19})
+    Ledger(victim, site, site_key)
+    for forged in (
+        [rows[0] | {"code": "x"}, *rows[1:]],
+        rehashed([rows[0] | {"code": "x"}, *rows[1:]]),
+        rehashed(rows[:3] + rows[4:]),
+    ):
+        replace_rows(victim, forged, tamper)
+        with pytest.raises(RunError, match="nothing is trained on a ledger in doubt"):
+            Ledger(victim, site, site_key)
+
+
+def test_an_event_that_cannot_be_followed_leaves_nothing_half_followed(
+    opened: Any, proposal: Any, path: Path, copied: Any, site_key: SigningKey
+) -> None:
+    """An event of the right key that makes no sense, as a faulty version might write; then the file is put right."""
+    ledger = opened()
+    ledger.reserve(proposal(), round=1, request="q")
+    good = copied(path)
+    before = ledger.history.charged()
+    row = stored(path)[-1]
+    wrong = row | {"sequence": 5, "attempt": 7, "kind": Kind.RESERVE, "detail": json.loads(row["detail"])}
+    event = chain.Event(**wrong).hash_after(row["hash"])
+    signed = dataclasses.replace(chain.Event(**wrong), hash=event, signature=site_key.sign(chain.EVENT, event.encode()))
+    with ledger_file.writing(path) as file:
+        ledger_file.insert(file, signed)
+    for check in (lambda: ledger.end("r"), lambda: verify(path)):
+        with pytest.raises(RunError, match=r"event 5 \(reserve\) cannot be understood: it does not follow"):
+            check()
+    shutil.copy(good, path)
+    ledger.end("unknown")
+    assert ledger.history.charged() == before
+    assert ledger.receipt("r").charged_rounds == 1
+
+
+def test_an_empty_ledger_and_a_missing_one_are_run_errors(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    assert found(path) == f"ledger {path} does not exist"
+    with ledger_file.writing(path):
+        pass
+    assert found(path) == f"ledger {path} is empty"
