@@ -7,6 +7,8 @@ from pathlib import Path
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 
+from fedtune.privacy.verify import verify
+
 folder = Path(sys.argv[1])
 run = json.loads((folder / "run.json").read_text())
 for name in (
@@ -21,7 +23,10 @@ for name in (
 assert len(run["rounds"]) == 2
 assert 0 < run["final"]["metrics"]["accuracy"] <= 1
 for site, spent in run["privacy"]["sites"].items():
-    assert (folder / "sites" / site / "ledger.jsonl").exists()
+    for name in ("site.toml", "site_key.pem", "ledger.db"):
+        assert (folder / "sites" / site / name).exists(), f"{name} of {site} is missing"
+    history = verify(folder / "sites" / site / "ledger.db").history
+    assert sum(history.charged().values()) == spent["steps"]
     accountant = PLDAccountant()
     event = PoissonSampledDpEvent(spent["sampling_rate"], GaussianDpEvent(spent["noise_multiplier"]))
     accountant.compose(event, spent["steps"])

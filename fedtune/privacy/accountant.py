@@ -47,7 +47,7 @@ def epsilon_above(spent: events.Spent, delta: float, *, limit: float) -> float |
     epsilon = epsilon_pld(spent, delta, interval=COARSE)
     if limit < epsilon < 1.01 * limit:
         epsilon = epsilon_pld(spent, delta)
-    return epsilon if epsilon > limit else None
+    return None if epsilon <= limit else epsilon  # also if it is no number
 
 
 def epsilon_rdp(spent: events.Spent, delta: float) -> float:

@@ -51,7 +51,7 @@ def train_round(
     parameters = model.trainable()
     everything = {id(p) for p in model.parameters() if p.requires_grad}
     assert everything == {id(p) for p in parameters.values()}, "a tensor trains outside the clipped set"
-    optimizer = make_optimizer(parameters, work.training)
+    optimizer = make_optimizer(parameters, work.training, clipped=work.plan.private)
     records = Records(count=len(examples), declared_size=work.declared_size, cut=examples.cut)
     purpose = (work.site, work.round, work.attempt)
     sampling = randomness.stream(*purpose, "sampling")

@@ -10,11 +10,13 @@ import torch
 from fedtune.training.spec import TrainingSpec
 
 
-def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], spec: TrainingSpec) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Mapping[str, torch.nn.Parameter], spec: TrainingSpec, *, clipped: bool = True
+) -> torch.optim.Optimizer:
     """A fresh optimizer over `parameters`, with one group for LoRA and one for the head."""
-    head_rate = spec.head_learning_rate or spec.learning_rate
+    lora_rate, head_rate = spec.peak_rates(clipped=clipped)
     groups = [
-        {"params": [p for name, p in parameters.items() if not name.startswith("head.")], "lr": spec.learning_rate},
+        {"params": [p for name, p in parameters.items() if not name.startswith("head.")], "lr": lora_rate},
         {"params": [p for name, p in parameters.items() if name.startswith("head.")], "lr": head_rate},
     ]
     groups = [group | {"peak_lr": group["lr"]} for group in groups if group["params"]]

@@ -19,6 +19,9 @@ class TrainingSpec:
         optimizer: "adamw" or "sgd"; its state starts anew each round.
         learning_rate: of the LoRA tensors at the schedule's peak.
         head_learning_rate: of the task head; null: the same as `learning_rate`.
+        unclipped_learning_rate: in place of `learning_rate` in a run without privacy, whose gradients are not clipped
+            and so several times larger; null: the same.
+        unclipped_head_learning_rate: likewise in place of `head_learning_rate`.
         weight_decay: decoupled for AdamW, added to the gradient for SGD.
         momentum: of SGD.
         betas: of AdamW.
@@ -30,6 +33,8 @@ class TrainingSpec:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-2
     head_learning_rate: float | None = None
+    unclipped_learning_rate: float | None = None
+    unclipped_head_learning_rate: float | None = None
     weight_decay: float = 0.0
     momentum: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -40,14 +45,22 @@ class TrainingSpec:
         check_at_least("local_steps", self.local_steps, 1)
         check_one_of("optimizer", self.optimizer, OPTIMIZERS)
         check_positive("learning_rate", self.learning_rate)
-        if self.head_learning_rate is not None:
-            check_positive("head_learning_rate", self.head_learning_rate)
+        for key in ("head_learning_rate", "unclipped_learning_rate", "unclipped_head_learning_rate"):
+            if getattr(self, key) is not None:
+                check_positive(key, getattr(self, key))
         check_at_least("weight_decay", self.weight_decay, 0)
         check_fraction("momentum", self.momentum, zero=True)
         for beta in self.betas:
             check_fraction("betas", beta, zero=True)
         check_one_of("schedule", self.schedule, SCHEDULES)
         check_at_least("warmup_steps", self.warmup_steps, 0)
+
+    def peak_rates(self, *, clipped: bool) -> tuple[float, float]:
+        """Learning rates of LoRA and head at the schedule's peak."""
+        lora, head = self.learning_rate, self.head_learning_rate
+        if not clipped:
+            lora, head = self.unclipped_learning_rate or lora, self.unclipped_head_learning_rate or head
+        return lora, head or lora
 
 
 @spec

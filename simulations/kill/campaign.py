@@ -28,6 +28,7 @@ from fedtune.privacy.durable import write_durably
 
 KILLS_A_RUN = 3
 _ONLY_AT_FIRST = (
+    *(f"lead: {when} {call}" for when in ("before", "after") for call in ("fsync", "link")),  # its key
     "open: before COMMIT",
     "open: after COMMIT",
     "site files: before replace",
@@ -91,7 +92,7 @@ class Campaign:
 
     Args:
         scratch: where the runs' folders are made.
-        most_starts: of processes; a process may come to its end before its kill.
+        chance: decides which points, moments and orders.
     """
 
     def __init__(self, scratch: Path, chance: random.Random) -> None:
@@ -136,7 +137,7 @@ class Campaign:
             kill = wanted.pop()
             hit = trial.kill(kill if start == 0 else self._sooner(kill))
             if hit is None:  # it came to its end first
-                wanted.append(kill if kill.point != START else self._sooner(kill))
+                wanted.append(kill if kill.delay_s is None else self._sooner(kill))
                 break
             self.hits.append(hit)
             self.problems += [
@@ -148,8 +149,8 @@ class Campaign:
 
     def _sooner(self, kill: Kill) -> Kill:
         """For a process that has less to do."""
-        if kill.point == START:
-            return replace(kill, delay_s=(kill.delay_s or 0) * self._chance.uniform(0.2, 1))
+        if kill.point == START and kill.delay_s is not None:
+            return replace(kill, delay_s=kill.delay_s * self._chance.uniform(0.2, 1))
         return replace(kill, number=self._chance.randint(1, max(1, kill.number // 2)))
 
 
@@ -208,7 +209,7 @@ def table(found: dict[str, Any]) -> str:
         "inside a writing call",
         "at another moment",
         "all",
-        "half-written transactions",
+        "a transaction to undo",
     ]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * 5]
     keys = ("named", "inside", "elsewhere", "all", "half written")

@@ -162,6 +162,8 @@ def _must_answer(run: Run | None, request: RoundRequest, plan: Plan) -> str | No
     if run is not None and request.digest() in run.replies:
         newest = list(run.replies)[-1] == request.digest()
         return run.replies[request.digest()] if newest else Reason.REPLY_NO_LONGER_STORED.value
+    if run is not None and run.expires is None:
+        return Reason.RUN_ENDED.value
     return Reason.PLAN_EXHAUSTED.value if run is not None and run.charged_rounds >= plan.most_rounds else None
 
 

@@ -35,7 +35,7 @@ WRITES = {
     **dict.fromkeys(("anchor", "site files", "journal", "checkpoint"), "fsync"),
 }
 """Phases that make something durable, the last two at the lead, and the call that does it."""
-PHASES = (*WRITES, "step", "reply")
+PHASES = (*WRITES, "answer", "training", "step", "reply", "lead")
 """Phases that must have named points, or the study would be empty where a function was renamed."""
 _FIELD = 64
 

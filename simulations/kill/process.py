@@ -47,6 +47,8 @@ def live(job: Job, *, kill: Kill | None, folder: Path) -> End:
     Args:
         folder: holds the child's log, and the requests that were sent.
     """
+    threads = Path("/proc/self/task")
+    assert not threads.exists() or len(list(threads.iterdir())) == 1, "only a single thread can be forked safely"
     place, (reading, writing) = Place(), os.pipe()
     sys.stdout.flush()
     pid = os.fork()

@@ -38,7 +38,16 @@ def state() -> Callable[..., LeadState]:
         }
         result = RoundResult(**(fields | changes))
         receipts = {
-            site: Receipt(site=site, run="r", charged_rounds=round, charged_steps=2 * round, sequence=1)
+            site: Receipt(
+                site=site,
+                run="r",
+                charged_rounds=round,
+                charged_steps=2 * round,
+                sequence=1,
+                head="00" * 32,
+                site_key="00" * 32,
+                signature="",
+            )
             for site in ("site-1", "site-2")
         }
         return LeadState(round=round, adapter=Adapter({}), receipts=receipts, rounds=[result], seconds=30.0 * round)

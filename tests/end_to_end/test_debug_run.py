@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dp_accounting import NeighboringRelation, dp_event
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from peft import PeftModel
@@ -25,6 +25,8 @@ from fedtune.cli.compose import saved_config
 from fedtune.data.load import lead_records, tokenise
 from fedtune.model import load_task_model, load_tokenizer
 from fedtune.model.tiny import tiny_base
+from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.verify import verify
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -56,10 +58,13 @@ def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == top
     adapter = {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json"}
     assert {path.name for path in (folder / "adapter").iterdir()} == adapter
-    assert {path.name for path in (folder / "sites").iterdir()} == {"site-1", "site-2"}
+    assert {path.name for path in (folder / "sites").iterdir()} == {"lead_key.pem", "site-1", "site-2"}
     for site in ("site-1", "site-2"):
-        assert (folder / "sites" / site / "ledger.jsonl").stat().st_size > 0
+        names = {path.name for path in (folder / "sites" / site).iterdir()}
+        assert names == {"ledger.db", "site.toml", "site_key.pem"}
     assert not list(folder.rglob("*.partial"))
+    for key in folder.rglob("*.pem"):
+        assert key.stat().st_mode & 0o077 == 0, "a private key is for its owner alone"
 
 
 def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) -> None:
@@ -70,7 +75,10 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
     assert result["config_sha256"] == saved_config(folder).digest()
     assert [entry["round"] for entry in result["rounds"]] == [1, 2, 3]
     for entry in result["rounds"]:
-        assert set(entry) == {"round", "seconds", "sites", "failed_sites", "bytes_down", "bytes_up", "metrics"}
+        assert set(entry) == {
+            "round", "seconds", "sites", "failed_sites", "bytes_down", "bytes_up", "metrics", "site_scores"
+        }  # fmt: skip
+        assert entry["site_scores"] == {}, "unless they are planned for, no scores leave a site"
         assert entry["sites"] == ["site-1", "site-2"]
         assert entry["failed_sites"] == {}
         assert min(entry["seconds"], entry["bytes_down"], entry["bytes_up"]) > 0
@@ -85,9 +93,12 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
     assert (privacy["unit"], privacy["neighbouring_relation"]) == ("record", "add_or_remove_one")
     assert privacy["seeded_noise"] is False
     for site in privacy["sites"].values():
-        fields = {"epsilon", "epsilon_rdp", "steps", "sampling_rate", "noise_multiplier", "upper_bound"}
-        assert set(site) == fields
-        assert (site["steps"], site["upper_bound"]) == (6, False)
+        assert set(site) == {
+            "epsilon", "epsilon_rdp", "rounds", "steps", "sampling_rate", "noise_multiplier",
+            "metrics_noise_multiplier", "upper_bound",
+        }  # fmt: skip
+        assert (site["rounds"], site["steps"], site["upper_bound"]) == (3, 6, False)
+        assert site["metrics_noise_multiplier"] == 0
 
 
 def test_bytes_are_those_of_the_adapter_and_little_more(result: Any, folder: Path) -> None:
@@ -117,9 +128,22 @@ def test_epsilon_keeps_below_its_target_and_equals_an_independent_computation(re
 
 def test_steps_are_those_in_the_sites_ledgers(result: Any, folder: Path) -> None:
     for site, spent in result["privacy"]["sites"].items():
-        lines = (folder / "sites" / site / "ledger.jsonl").read_text().splitlines()
-        reserved = [entry for entry in map(json.loads, lines) if entry["kind"] == "reserve"]
-        assert sum(entry["detail"]["event"]["count"] for entry in reserved) == spent["steps"]
+        verified = verify(folder / "sites" / site / "ledger.db")
+        step = PoissonSampledDpEvent(spent["sampling_rate"], GaussianDpEvent(spent["noise_multiplier"]))
+        assert verified.history.charged() == {step: spent["steps"]}
+        (run,) = verified.history.runs.values()
+        assert run.expires is None, "at the end nothing stays set aside"
+        kinds = [event.kind for event in verified.events]
+        assert kinds == ["note", "note", "plan", *["reserve", "commit"] * 3, "note"]
+        assert len({event.detail["fingerprint"] for event in verified.events if event.kind == "commit"}) == 1
+
+
+def test_a_generated_policy_says_what_the_run_was_allowed(result: Any, folder: Path) -> None:
+    for site, spent in result["privacy"]["sites"].items():
+        policy = read_policy(folder / "sites" / site / "site.toml")
+        assert policy.site == site
+        assert policy.limits.min_noise_multiplier == spent["noise_multiplier"]
+        assert spent["epsilon"] <= policy.budget.max_epsilon < 1.5 * spent["epsilon"]
 
 
 def test_the_report_repeats_the_figures_and_says_within(result: Any, folder: Path) -> None:

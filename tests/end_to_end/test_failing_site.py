@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import errno
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message
 
 import fedtune.flower.participants as participants
-from fedtune.flower.grid import InProcessGrid
 from fedtune.model import Adapter
 
 CANARY = "patient-4711-has-hepatitis"
@@ -32,35 +32,8 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return patch
 
 
-@pytest.fixture
-def replies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Message]]:
-    """Every message that a site hands to Flower."""
-    caught: list[Message] = []
-    pull = InProcessGrid.pull_messages
-
-    def spy(self: InProcessGrid, message_ids: Any) -> list[Message]:
-        messages = pull(self, message_ids)
-        caught.extend(messages)
-        return messages
-
-    monkeypatch.setattr(InProcessGrid, "pull_messages", spy)
-    return caught
-
-
-def everything_in(message: Message) -> bytes:
-    """All that a message would put on the wire."""
-    content = message.content if message.has_content() else None
-    error = message.error if message.has_error() else None
-    arrays = b"".join(
-        name.encode() + array.data
-        for record in (content.array_records.values() if content else ())
-        for name, array in record.items()
-    )
-    return repr((message.metadata, content, error)).encode() + arrays
-
-
 def test_the_run_goes_on_without_the_site_and_without_a_word_of_why(
-    fail: Callable[..., None], replies: list[Message], simulate: Any, tmp_path: Path, result_of: Any
+    fail: Callable[..., None], everything_sent: list[bytes], simulate: Any, tmp_path: Path, result_of: Any
 ) -> None:
     fail(("site-2", 1))
     folder = simulate(into=tmp_path)
@@ -69,8 +42,8 @@ def test_the_run_goes_on_without_the_site_and_without_a_word_of_why(
     assert [entry["failed_sites"] for entry in result["rounds"]] == [{"site-2": "site_error"}, {}]
     # The round was charged before it failed.
     assert result["privacy"]["sites"]["site-2"]["steps"] == 4
-    assert len(replies) == 2 + 4, "two introductions and two replies a round"
-    sent = b"".join(map(everything_in, replies))
+    assert len(everything_sent) == 2 + 4 + 2, "two introductions, two replies a round, and two nods at the end"
+    sent = b"".join(everything_sent)
     assert b"site_error" in sent
     for word in (CANARY, "patient", "ValueError", "Traceback", "tokenise"):
         assert word.encode() not in sent
@@ -79,6 +52,35 @@ def test_the_run_goes_on_without_the_site_and_without_a_word_of_why(
     assert "Traceback" in log
     for shown in ("run.json", "report.json", "report.html"):
         assert CANARY not in (folder / shown).read_text()
+
+
+def test_neither_records_nor_names_of_files_are_in_any_message(
+    everything_sent: list[bytes], command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The canary is in every record, in the name of their file, and in the folder with ledger, key and policy.
+    private = tmp_path / CANARY
+    private.mkdir()
+    records = private / f"{CANARY}.jsonl"
+    rows = [{"text": f"{CANARY} asked where card {number} is", "label": "card_arrival"} for number in range(60)]
+    records.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_round = participants.train_round
+
+    def train(model: Any, adapter: Adapter, examples: Any, work: Any, **rest: Any) -> Adapter:
+        if work.site == "site-2":
+            raise OSError(errno.EIO, f"cannot read {rows[0]}", str(records))
+        return train_round(model, adapter, examples, work, **rest)
+
+    monkeypatch.setattr(participants, "train_round", train)
+    where = (f"data.train_file={records}", "data.train_fraction=1.0", f"runtime.sites_dir={private}/sites")
+    outcome = command("simulate", *tiny(*where, into=tmp_path))
+    assert outcome.code == 0, outcome.err
+    assert (private / "sites" / "site-1" / "ledger.db").exists()
+    sent = b"".join(everything_sent)
+    assert b"site_error" in sent
+    assert b"site_key" in sent
+    for word in (CANARY, "hepatitis", "card_arrival", "where card", str(tmp_path), "ledger.db"):
+        assert word.encode() not in sent, word
+    assert CANARY in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_the_terminal_names_the_site_and_the_reason_only(

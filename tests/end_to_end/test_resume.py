@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ import pytest
 from fedtune.cli.compose import compose_run, saved_config, write_config
 from fedtune.federation.lead import LeadState
 from fedtune.flower.simulation import simulate as run_simulation
+from fedtune.privacy.ledger_file import SCHEMA
+from fedtune.privacy.verify import verify
 
 _ROUNDS = 3
 _STRATEGIES = {
@@ -134,10 +139,10 @@ def test_a_folder_that_moved_keeps_its_budget(simulate: Any, command: Any, tmp_p
     # Ledgers know a run by the name it began with; a new one would let every site start from zero.
     folder = simulate(into=tmp_path)
     (folder / "checkpoints" / "round-0002.safetensors").unlink()
-    before = [(folder / "sites" / site / "ledger.jsonl").read_text() for site in ("site-1", "site-2")]
+    before = [verify(folder / "sites" / site / "ledger.db").events for site in ("site-1", "site-2")]
     moved = folder.rename(tmp_path / "elsewhere")
     assert command("simulate", f"resume={moved}").code == 0
-    after = [(moved / "sites" / site / "ledger.jsonl").read_text() for site in ("site-1", "site-2")]
+    after = [verify(moved / "sites" / site / "ledger.db").events for site in ("site-1", "site-2")]
     assert after == before, "the second round was already charged and its reply is stored"
     assert result_of(moved)["privacy"]["sites"]["site-1"]["steps"] == 4
 
@@ -166,13 +171,14 @@ def test_a_damaged_ledger_keeps_its_site_from_training(
 ) -> None:
     folder = simulate(into=tmp_path)
     (folder / "checkpoints" / "round-0002.safetensors").unlink()
-    ledger = folder / "sites" / "site-1" / "ledger.jsonl"
-    lines = ledger.read_text().splitlines(keepends=True)
-    ledger.write_text("".join(lines[:1] + lines[2:]))
+    with contextlib.closing(sqlite3.connect(folder / "sites" / "site-1" / "ledger.db", isolation_level=None)) as file:
+        file.execute("DROP TRIGGER events_are_never_deleted")
+        file.execute("DELETE FROM events WHERE kind = 'reserve' AND round = 1")
+        file.execute(next(statement for statement in SCHEMA if "events_are_never_deleted" in statement))
     assert command("simulate", f"resume={folder}").code == 0
     result = result_of(folder)
     assert result["rounds"][1]["failed_sites"] == {"site-1": "site_error"}
-    assert "entries are missing" in (folder / "log.txt").read_text()
+    assert re.search(r"site-1/ledger\.db: event \d+ is missing", (folder / "log.txt").read_text())
     spent = result["privacy"]["sites"]
     # Without a receipt the lead can only bound what site-1 was charged.
     assert (spent["site-1"]["upper_bound"], spent["site-1"]["steps"]) == (True, 4)

@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import events
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION, calibrate_noise, epsilon_pld, epsilon_rdp
+from fedtune.privacy.accountant import NEIGHBOURING_RELATION, calibrate_noise, epsilon_above, epsilon_pld, epsilon_rdp
 from fedtune.spec import ConfigError
 
 # sampling rate, noise multiplier, steps, delta, epsilon; checked outside fedtune.
@@ -88,6 +88,18 @@ def test_without_noise_there_is_no_guarantee() -> None:
     assert epsilon_pld([event], 1e-5) == math.inf
     assert epsilon_rdp([event], 1e-5) == math.inf
     assert epsilon_pld([private, event], 1e-5) == math.inf
+
+
+def test_epsilon_above_a_limit_is_told_and_within_it_is_not() -> None:
+    event = events.dp_sgd(sampling_rate=0.1, noise_multiplier=2.0, steps=20)
+    fine, coarse = epsilon_pld([event], 1e-5), epsilon_pld([event], 1e-5, interval=1e-3)
+    assert fine < coarse
+    assert epsilon_above([event], 1e-5, limit=coarse) is None
+    assert epsilon_above([event], 1e-5, limit=(fine + coarse) / 2) is None, "a close call is decided on the fine grid"
+    assert epsilon_above([event], 1e-5, limit=0.999 * fine) == fine
+    assert epsilon_above([event], 1e-5, limit=0.5 * fine) == coarse
+    without = events.dp_sgd(sampling_rate=0.1, noise_multiplier=0.0, steps=1)
+    assert epsilon_above([without], 1e-5, limit=100.0) == math.inf
 
 
 def test_nothing_spent_is_zero() -> None:

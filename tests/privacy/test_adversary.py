@@ -57,8 +57,9 @@ class Game:
     """A site, and somebody who asks for as much as they can get.
 
     Attributes:
-        charged: each charge with its time, as the reservations say.
+        charged: each charge with its time and run, as the reservations say.
         started: the runs that were accepted.
+        expires: until when each run that has not ended holds its plan.
     """
 
     def __init__(self, path: Path, policy: Policy, key: SigningKey, proposal: Callable[..., Proposal]) -> None:
@@ -66,8 +67,9 @@ class Game:
         self.clock = Clock()
         self.ledger = Ledger(path, policy, key)
         self.order = self.ledger.history.order
-        self.charged: list[tuple[datetime, DpEvent]] = []
+        self.charged: list[tuple[datetime, str, DpEvent]] = []
         self.started: list[Proposal] = []
+        self.expires: dict[str, datetime] = {}
         self.spent = 0.0
         self.accepted = self.refused = 0
 
@@ -93,23 +95,37 @@ class Game:
             self.refused += 1
             assert self.ledger.history.charged() == before
             return refused.reason
+        last = self.ledger.history.last_time
+        assert last is not None
         if new:
             self.started.append(proposal)
+            self.expires[proposal.run] = last + timedelta(days=30)
         if isinstance(granted, Reservation):
             self.accepted += 1
-            assert self.ledger.history.last_time is not None
-            self.charged.append((self.ledger.history.last_time, proposal.plan.event()))
+            self.charged.append((last, proposal.run, proposal.plan.event()))
             if reply:
                 self.ledger.commit(granted, b"reply")
         self.check()
         return None
 
+    def end(self, proposal: Proposal) -> None:
+        self.ledger.end(proposal.run)
+        self.expires.pop(proposal.run, None)
+        self.check()
+
+    def held(self, now: datetime) -> Counter[DpEvent]:
+        """What open runs may still spend."""
+        rounds = Counter(run for _, run, _ in self.charged)
+        open_runs = [proposal for proposal in self.started if now < self.expires.get(proposal.run, now)]
+        left = [each.plan.event(rounds=each.plan.most_rounds - rounds[each.run]) for each in open_runs]
+        return events.grouped(left)
+
     def check(self) -> None:
         history, budget = self.ledger.history, self.policy.budget
-        charged = events.grouped([event for _, event in self.charged])
+        charged = events.grouped([event for _, _, event in self.charged])
         assert history.charged() == charged
         assert history.last_time is not None
-        held = history.set_aside(max(self.clock.time, history.last_time))
+        held = self.held(max(self.clock.time, history.last_time))
         surcharge = filter.surcharge(self.order, budget.delta)
         both = divergence_of(charged + held, self.order) + surcharge
         assert both <= budget.max_epsilon + 1e-9, "charged and set aside"
@@ -118,7 +134,7 @@ class Game:
         self.spent = now
         if budget.max_epsilon_per_period is not None:
             sums: dict[tuple[int, int], Counter[DpEvent]] = {}
-            for moment, event in self.charged:
+            for moment, _, event in self.charged:
                 sums.setdefault(period_of(moment, budget.period), Counter()).update(events.grouped([event]))
             for each in sums.values():
                 assert divergence_of(each, self.order) + surcharge <= budget.max_epsilon_per_period + 1e-9
@@ -147,8 +163,7 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
         for _ in range(3 if action == "retry" else 1):
             game.ask(asked, round, request=request, reply=action == "next")
     elif action == "end" and game.started:
-        game.ledger.end(draw(st.sampled_from(game.started)).run)
-        game.check()
+        game.end(draw(st.sampled_from(game.started)))
     elif action == "time":
         game.clock.time += timedelta(days=draw(st.sampled_from([-400, -1, 20, 31])))
     elif action == "reopen":
@@ -175,7 +190,7 @@ def test_no_chosen_sequence_of_requests_passes_a_cap(
         for _ in range(data.draw(st.integers(1, 20))):
             move(game, data.draw)
     # The same events in any other order cost the same.
-    shuffled = [event for _, event in game.charged]
+    shuffled = [event for _, _, event in game.charged]
     random.Random(0).shuffle(shuffled)
     assert filter.epsilon_filter(shuffled, order=game.order, delta=1e-5) == game.spent
     assert verify(game.path).history.charged() == events.grouped(shuffled)

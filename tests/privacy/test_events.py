@@ -86,6 +86,12 @@ def test_grouping_counts_every_mechanism_as_often_as_it_ran(history: list[DpEven
     assert events.grouped(history * 3) == events.grouped(tripled) == tripled
 
 
+def test_a_composition_that_is_counted_counts_its_parts() -> None:
+    assert events.grouped({SelfComposedDpEvent(GaussianDpEvent(1.0), 4): 3, GaussianDpEvent(1.0): 1}) == {
+        GaussianDpEvent(1.0): 13
+    }
+
+
 def test_what_is_sampled_stays_in_one_piece() -> None:
     # Sampling does not commute with composing: two mechanisms on one sample are not two samples.
     event = PoissonSampledDpEvent(0.1, SelfComposedDpEvent(GaussianDpEvent(1.0), 2))
@@ -93,8 +99,8 @@ def test_what_is_sampled_stays_in_one_piece() -> None:
 
 
 def test_many_events_in_few_settings_cost_what_each_of_them_costs() -> None:
-    settings_of_a_run = [events.dp_sgd(sampling_rate=0.1, noise_multiplier=1 + n / 10, steps=2) for n in range(4)]
-    history = [settings_of_a_run[n % 4] for n in range(24)]
+    settings_of_a_run = [events.dp_sgd(sampling_rate=0.1, noise_multiplier=1 + n / 10, steps=2) for n in range(3)]
+    history = [settings_of_a_run[n % 3] for n in range(12)]
     one_by_one = PLDAccountant(NEIGHBOURING_RELATION, value_discretization_interval=COARSE)
     rdp = RdpAccountant(neighboring_relation=NEIGHBOURING_RELATION)
     for event in history:

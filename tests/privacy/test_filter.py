@@ -137,7 +137,7 @@ counts = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(spent=counts, more=counts)
 def test_pld_and_rdp_are_monotone_and_depend_on_neither_order_nor_grouping(
     spent: dict[DpEvent, int], more: dict[DpEvent, int]
@@ -153,7 +153,7 @@ def test_pld_and_rdp_are_monotone_and_depend_on_neither_order_nor_grouping(
         assert epsilon(longer) >= figure - 1e-6
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(spent=counts)
 def test_the_filter_never_reports_less_than_pld(spent: dict[DpEvent, int]) -> None:
     # A coarser grid moves a PLD figure by about 1e-3.

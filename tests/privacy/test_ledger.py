@@ -484,6 +484,17 @@ def test_another_reference_does_not_move_the_filters_order(opened: Open, policy:
     assert filter.best_order(other, epsilon=11.0, delta=1e-5) != order, "a new ledger would have another"
 
 
+@pytest.mark.parametrize("cap", [1.0, 3.0, 40.0])
+def test_a_ledger_of_any_order_can_be_opened_again(opened: Open, policy: Any, cap: float) -> None:
+    site = policy(budget={"max_epsilon": cap})
+    order = opened(policy=site).history.order
+    assert (
+        opened(policy=site).history.order
+        == order
+        == filter.best_order(site.budget.reference_event(), epsilon=cap, delta=1e-5)
+    )
+
+
 def test_without_a_cap_even_a_run_without_privacy_is_accepted(opened: Open, policy: Any, proposal: Any) -> None:
     unlimited = policy(budget={"max_epsilon": math.inf}, limits={"min_noise_multiplier": 0.0})
     answered(opened(policy=unlimited), proposal(plan={"noise_multiplier": 0.0}), 1)

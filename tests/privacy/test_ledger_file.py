@@ -107,7 +107,7 @@ def test_mistakes_cannot_rewrite_history(opened: Any, path: Path) -> None:
                          " code, detail, hash, signature FROM events WHERE sequence = 1")  # fmt: skip
 
 
-@pytest.mark.parametrize("struck", ["insert", "store_reply"])
+@pytest.mark.parametrize("struck", ["insert", "store_reply", "the end"])
 def test_a_crash_within_a_transaction_undoes_it(
     opened: Any, proposal: Any, path: Path, monkeypatch: pytest.MonkeyPatch, struck: str
 ) -> None:
@@ -116,16 +116,27 @@ def test_a_crash_within_a_transaction_undoes_it(
     granted = reserve(ledger, proposal(), 2)
     before = rows(path)
 
+    whole = getattr(ledger_file, struck, None)
+    real = ledger_file.writing
+
     def cut(*args: Any, **named: Any) -> None:
         whole(*args, **named)
         raise PowerCut
 
-    whole = getattr(ledger_file, struck)
+    @contextlib.contextmanager
+    def writing(path: Path) -> Iterator[sqlite3.Connection]:
+        with real(path) as file:
+            yield file
+            raise PowerCut
+
     with monkeypatch.context() as patched:
-        patched.setattr(ledger_file, struck, cut)
+        if whole is None:
+            patched.setattr(ledger_file, "writing", writing)
+        else:
+            patched.setattr(ledger_file, struck, cut)
         with pytest.raises(PowerCut):
             ledger.commit(granted, b"reply 2")
-        if struck == "insert":
+        if struck != "store_reply":
             with pytest.raises(PowerCut):
                 ledger.reserve(proposal(run="2"), round=1, request="q")
     assert rows(path) == before
@@ -275,6 +286,17 @@ def mounted_read_only(path: Path) -> Iterator[None]:
             subprocess.run(["chattr", "-i", str(path)], capture_output=True, check=False)
         os.chmod(path.parent, 0o700)
         os.chmod(path, 0o600)
+
+
+def test_a_transaction_shuts_others_out_before_it_reads(path: Path) -> None:
+    # Or two could both see room, and one of them would fail when it writes.
+    path.parent.mkdir()
+    with ledger_file.writing(path), contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
+        with pytest.raises(sqlite3.OperationalError, match="database is locked"):
+            other.execute("BEGIN IMMEDIATE")
+        other.execute("BEGIN")
+    with ledger_file.writing(path):
+        pass
 
 
 def test_a_ledger_that_somebody_else_holds_for_too_long_is_a_run_error(

@@ -132,22 +132,25 @@ def test_a_runs_cap_is_on_its_whole_plan_spare_rounds_included(policy: Any, prop
     epsilon = epsilon_pld([proposal(plan=whole).plan.event(rounds=5)], 1e-5)
     policy(budget={"max_epsilon_per_run": epsilon + 0.01}).check(proposal(plan=whole))
     tight = policy(budget={"max_epsilon_per_run": epsilon - 0.01})
-    assert broken(tight, proposal(plan=whole)) == [
-        (Reason.MAX_EPSILON_PER_RUN, f"{epsilon:.4g}", f"at most {epsilon - 0.01:g}")
-    ]
+    ((reason, asked, allowed),) = broken(tight, proposal(plan=whole))
+    assert (reason, allowed) == (Reason.MAX_EPSILON_PER_RUN, f"at most {epsilon - 0.01:g}")
+    assert float(asked or 0) == pytest.approx(epsilon, abs=2e-3)
     tight.check(proposal(plan={"num_rounds": 3, "spare_rounds": 1}))
 
 
-def test_a_plan_beyond_other_limits_is_not_accounted(policy: Any, proposal: Any, monkeypatch: Any) -> None:
+def test_a_plan_beyond_other_limits_is_not_accounted(
+    policy: Any, proposal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Its epsilon could take minutes; whoever asks must not have a site compute it.
     def fail(*_: object, **__: object) -> float:
         raise AssertionError("computed")
 
-    monkeypatch.setattr("fedtune.privacy.accountant.epsilon_above", fail)
+    monkeypatch.setattr("fedtune.privacy.accountant.epsilon_pld", fail)
     asked = proposal(plan={"noise_multiplier": 0.01})
-    assert [reason for reason, _, _ in broken(policy(budget={"max_epsilon_per_run": 1.0}), asked)] == [
-        Reason.MIN_NOISE_MULTIPLIER
-    ]
+    capped = policy(budget={"max_epsilon_per_run": 1.2345})  # asked for nowhere else: answers are kept
+    assert [reason for reason, _, _ in broken(capped, asked)] == [Reason.MIN_NOISE_MULTIPLIER]
+    with pytest.raises(AssertionError, match="computed"):
+        capped.check(proposal())
 
 
 @pytest.mark.parametrize(

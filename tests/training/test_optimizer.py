@@ -33,6 +33,13 @@ def test_steps_past_the_planned_end_stay_at_the_last_value(schedule: Any, last: 
     assert [learning_rate_factor(spec, step=step, total_steps=5) for step in (5, 9)] == pytest.approx([last, last])
 
 
+def test_a_run_without_clipping_takes_its_own_rates_where_they_are_given() -> None:
+    recipe = TrainingSpec(learning_rate=0.1, head_learning_rate=0.5, unclipped_head_learning_rate=0.2)
+    assert recipe.peak_rates(clipped=True) == (0.1, 0.5)
+    assert recipe.peak_rates(clipped=False) == (0.1, 0.2)
+    assert TrainingSpec(learning_rate=0.1, unclipped_learning_rate=0.3).peak_rates(clipped=False) == (0.3, 0.3)
+
+
 def test_a_warmup_as_long_as_the_run() -> None:
     spec = TrainingSpec(schedule="linear", warmup_steps=4)
     factors = [learning_rate_factor(spec, step=step, total_steps=4) for step in range(4)]

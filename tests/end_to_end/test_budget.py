@@ -1,0 +1,241 @@
+"""Several runs against the same ledgers: each gets what the ones before it left, and then nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+
+from fedtune.cli.compose import saved_config
+from fedtune.privacy.chain import Event, Kind
+from fedtune.privacy.filter import surcharge, total_divergence
+from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.verify import Verified, verify
+
+ROUNDS = 4
+SITES = ("site-1", "site-2")
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """Where the sites are kept over the runs."""
+    return tmp_path / "kept"
+
+
+@pytest.fixture
+def run(command: Any, tiny: Any, kept: Path, tmp_path: Path) -> Callable[..., Any]:
+    """`fedtune simulate` of four rounds against the kept sites."""
+
+    def start(name: str, *overrides: str) -> Any:
+        settings = (f"runtime.sites_dir={kept}", f"federation.num_rounds={ROUNDS}")
+        return command("simulate", *tiny(*settings, *overrides, into=tmp_path / "runs", name=name))
+
+    return start
+
+
+def ledger(kept: Path, site: str) -> Verified:
+    return verify(kept / site / "ledger.db")
+
+
+def events(kept: Path) -> dict[str, tuple[Event, ...]]:
+    return {site: ledger(kept, site).events for site in SITES}
+
+
+def edit(kept: Path, site: str, **changes: dict[str, Any]) -> None:
+    """Change keys of a site's policy, as its owner would in an editor."""
+    path = kept / site / "site.toml"
+    policy = read_policy(path)
+    tables = {table: replace(getattr(policy, table), **values) for table, values in changes.items()}
+    write_policy(replace(policy, **tables), path)
+
+
+def allow_rounds(kept: Path, site: str, count: float) -> None:
+    """Raise a site's lifetime cap to the cost of so many rounds in all."""
+    history = ledger(kept, site).history
+    (first, *_) = history.runs.values()
+    divergence = count * total_divergence([first.plan.event()], history.order)
+    edit(kept, site, budget={"max_epsilon": divergence + surcharge(history.order, history.delta)})
+
+
+def require_only_refusals(kept: Path, before: dict[str, tuple[Event, ...]], rule: str) -> None:
+    """Each ledger got nothing but refusals; a changed policy is noted, and an offer is an answer too."""
+    for site, after in events(kept).items():
+        added = after[len(before[site]) :]
+        assert after[: len(before[site])] == before[site]
+        assert {event.kind for event in added} <= {Kind.REFUSAL, Kind.NOTE}
+        refusals = [event for event in added if event.kind is Kind.REFUSAL]
+        assert [event.detail["reason"] for event in refusals] == [rule]
+        assert {event.detail["what"] for event in added if event.kind is Kind.NOTE} <= {"policy"}
+
+
+def test_the_second_run_gets_what_is_left_and_the_third_is_refused(
+    run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
+) -> None:
+    assert run("first").code == 0
+    for site in SITES:
+        allow_rounds(kept, site, 1.5 * ROUNDS + 0.5)
+    second = run("second", "federation.if_over_budget=fewer_rounds")
+    assert (second.code, second.err) == (0, "")
+    assert "room for 2 rounds at noise multiplier 4" in second.out
+    folder = tmp_path / "runs" / "second"
+    assert saved_config(folder).federation.num_rounds == 2
+    result = result_of(folder)
+    assert [entry["round"] for entry in result["rounds"]] == [1, 2]
+    assert [entry["sites"] for entry in result["rounds"]] == [list(SITES)] * 2
+    for site in SITES:
+        spent = result["privacy"]["sites"][site]
+        assert (spent["rounds"], spent["steps"]) == (2, 4)
+        history = ledger(kept, site).history
+        step = PoissonSampledDpEvent(0.2, GaussianDpEvent(4.0))
+        assert history.charged() == {step: 2 * ROUNDS + 2 * 2}, "both runs, in one ledger"
+        assert history.cap > history.policies[0][1]
+    before = events(kept)
+    third = run("third", "federation.if_over_budget=fewer_rounds")
+    assert third.code == 3
+    assert third.message.startswith("0 of 2 sites have room for a run")
+    for site in SITES:
+        assert f"{site}: max_epsilon, asked " in third.message
+        assert f"allowed at most {read_policy(kept / site / 'site.toml').budget.max_epsilon:g}" in third.message
+        (offer,) = ledger(kept, site).events[len(before[site]) :]
+        assert (offer.kind, offer.detail["most_rounds"]) == (Kind.RELEASE, 0)
+    assert not (tmp_path / "runs" / "third").exists()
+
+
+def test_more_noise_instead_of_fewer_rounds(
+    run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
+) -> None:
+    assert run("first").code == 0
+    for site in SITES:
+        allow_rounds(kept, site, 1.5 * ROUNDS)
+    second = run("second", "federation.if_over_budget=more_noise")
+    assert (second.code, second.err) == (0, "")
+    result = result_of(tmp_path / "runs" / "second")
+    assert len(result["rounds"]) == ROUNDS
+    noise = result["privacy"]["sites"]["site-1"]["noise_multiplier"]
+    assert 4.0 < noise < 8.0
+    assert saved_config(tmp_path / "runs" / "second").privacy.noise_multiplier == noise
+    assert f"room for {ROUNDS} rounds at noise multiplier {noise:g}" in second.out
+    for site in SITES:
+        history = ledger(kept, site).history
+        assert history.charged()[PoissonSampledDpEvent(0.2, GaussianDpEvent(noise))] == 2 * ROUNDS
+    # What is left is next to nothing: only a run that learns nothing would still fit.
+    third = run("third")
+    assert third.code == 3
+    assert "site-1: max_epsilon" in third.message
+
+
+def test_a_run_that_is_too_expensive_is_refused_with_site_and_numbers(
+    run: Callable[..., Any], kept: Path, tmp_path: Path
+) -> None:
+    assert run("first").code == 0
+    before = events(kept)
+    second = run("second")
+    assert second.code == 3
+    assert second.message.startswith("round 1: refused by policy or budget, and federation.min_sites = 1")
+    for site in SITES:
+        cap = read_policy(kept / site / "site.toml").budget.max_epsilon
+        spent = ledger(kept, site).history
+        assert f"{site}: max_epsilon, asked " in second.message
+        assert f"allowed at most {cap:g}, of which " in second.message
+        assert spent.charged() == {PoissonSampledDpEvent(0.2, GaussianDpEvent(4.0)): 2 * ROUNDS}
+    require_only_refusals(kept, before, "max_epsilon")
+    run_json = json.loads((tmp_path / "runs" / "second" / "run.json").read_text())
+    # The lead's own books keep to the safe side: a round that it asked for may have been charged.
+    assert {(spent["rounds"], spent["upper_bound"]) for spent in run_json["privacy"]["sites"].values()} == {(1, True)}
+
+
+def test_one_site_without_budget_does_not_stop_the_other(
+    run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
+) -> None:
+    assert run("first").code == 0
+    allow_rounds(kept, "site-2", 2 * ROUNDS + 0.01)
+    before = events(kept)
+    second = run("second")
+    assert second.code == 0
+    assert "site-1: max_epsilon" in second.out
+    result = result_of(tmp_path / "runs" / "second")
+    assert [entry["sites"] for entry in result["rounds"]] == [["site-2"]] * ROUNDS
+    assert [entry["failed_sites"] for entry in result["rounds"]] == [{"site-1": "max_epsilon"}] * ROUNDS
+    assert {site: spent["steps"] for site, spent in result["privacy"]["sites"].items()} == {
+        "site-1": 0,
+        "site-2": 2 * ROUNDS,
+    }
+    added = ledger(kept, "site-1").events[len(before["site-1"]) :]
+    assert {event.kind for event in added} == {Kind.REFUSAL}
+
+
+@pytest.mark.parametrize(
+    ("changes", "override", "rule", "asked", "allowed"),
+    [
+        ({"limits": {"max_sampling_rate": 0.1}}, "seed=0", "max_sampling_rate", "0.2", "at most 0.1"),
+        ({"limits": {"min_noise_multiplier": 5.0}}, "seed=0", "min_noise_multiplier", "4.0", "at least 5"),
+        ({"allow": {"train_head": False}}, "seed=0", "train_head", "yes", "no"),
+        ({}, "runtime.seeded_noise=true", "seeded_noise", "yes", "no"),
+        ({}, "privacy.metrics=noised", "metrics", "yes", "no"),
+    ],
+    ids=["max_sampling_rate", "min_noise_multiplier", "train_head", "seeded_noise", "metrics"],
+)
+def test_a_rule_of_the_site_is_named(
+    run: Callable[..., Any],
+    kept: Path,
+    changes: dict[str, dict[str, Any]],
+    override: str,
+    rule: str,
+    asked: str,
+    allowed: str,
+) -> None:
+    assert run("first", "federation.num_rounds=1").code == 0
+    for site in SITES:
+        edit(kept, site, budget={"max_epsilon": 9.0}, **changes)
+    before = events(kept)
+    second = run("second", "federation.num_rounds=1", "data.heldout_fraction=0.2", override)
+    assert second.code == 3
+    for site in SITES:
+        assert f"{site}: {rule}, asked {asked}, allowed {allowed}" in second.message
+    require_only_refusals(kept, before, rule)
+
+
+def test_a_ledger_that_was_put_back_takes_part_in_nothing_and_the_other_goes_on(
+    run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
+) -> None:
+    assert run("first", "federation.num_rounds=1").code == 0
+    for site in SITES:
+        edit(kept, site, budget={"max_epsilon": 9.0})
+    path = kept / "site-1" / "site.toml"
+    write_policy(replace(read_policy(path), anchor=str(tmp_path / "elsewhere" / "anchor.json")), path)
+    ledger_path = kept / "site-1" / "ledger.db"
+    ledger_path.unlink()  # an anchor is begun with a ledger; one that is there already is not taken on trust
+    assert run("second", "federation.num_rounds=1").code == 0
+    shutil.copy(ledger_path, tmp_path / "backup")
+    assert run("third", "federation.num_rounds=1").code == 0
+    shutil.copy(tmp_path / "backup", ledger_path)
+    before = events(kept)
+    fourth = run("fourth", "federation.num_rounds=1")
+    assert fourth.code == 0
+    assert "site-1: site_error" in fourth.out
+    assert "anchor" not in fourth.out + fourth.err
+    folder = tmp_path / "runs" / "fourth"
+    assert result_of(folder)["rounds"][0]["sites"] == ["site-2"]
+    assert "is older than its anchor" in (folder / "log.txt").read_text()
+    assert ledger(kept, "site-1").events == before["site-1"]
+    assert run("fifth", "federation.num_rounds=1", "federation.min_sites=2").code == 1
+
+
+def test_a_policy_that_is_none_stops_before_anything_is_trained(
+    run: Callable[..., Any], kept: Path, tmp_path: Path
+) -> None:
+    assert run("first", "federation.num_rounds=1").code == 0
+    path = kept / "site-1" / "site.toml"
+    path.write_text(path.read_text().replace("max_rounds", "max_round"))
+    for wanted in ("fewer_rounds", "more_noise"):
+        outcome = run(wanted, f"federation.if_over_budget={wanted}")
+        assert outcome.code == 2
+        assert str(path) in outcome.message
+        assert "max_round = 1: is not a key of a policy" in outcome.message
+        assert not (tmp_path / "runs" / wanted).exists()

@@ -1,0 +1,125 @@
+"""Scores of held-out records that sites release with noise, in a whole run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+import fedtune.flower.participants as participants
+from fedtune.privacy import events
+from fedtune.privacy.mechanism import noised_scores
+from fedtune.privacy.verify import verify
+
+NOISE = 2.0
+NOISED = ("privacy.metrics=noised", f"privacy.metrics_noise_multiplier={NOISE}", "data.heldout_fraction=0.4")
+SITES = ("site-1", "site-2")
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Each site's exact scores, before noise; they stay with the test."""
+    seen: list[np.ndarray] = []
+
+    def spy(scores: np.ndarray, **rest: Any) -> tuple[float, float]:
+        seen.append(scores)
+        return noised_scores(scores, **rest)
+
+    monkeypatch.setattr(participants, "noised_scores", spy)
+    return seen
+
+
+def test_scores_are_near_the_true_ones_and_not_equal_to_them(
+    simulate: Callable[..., Path], tmp_path: Path, result_of: Any, exact: list[np.ndarray], everything_sent: list[bytes]
+) -> None:
+    result = result_of(simulate(*NOISED, "federation.num_rounds=3", into=tmp_path))
+    declared = 90 * 0.4
+    scale = NOISE * math.sqrt(2) / declared
+    released = [entry["site_scores"][site] for entry in result["rounds"] for site in SITES]
+    assert len(released) == len(exact) == 6
+    errors = []
+    for (score, count), scores in zip(released, exact, strict=True):
+        assert 0.2 < len(scores) / declared < 2, "the true number is not the declared one"
+        errors += [score - scores.sum() / declared, count - len(scores) / declared]
+        # Six standard deviations: wrong once in 10^8 runs.
+        assert max(map(abs, errors)) < 6 * scale
+    assert min(map(abs, errors)) > 0
+    assert np.std(errors) > scale / 6, "there is noise, and of that size"
+    # What travels is what is reported, and nothing beside it.
+    sent = b"".join(everything_sent)
+    assert sent.count(b'"scores": [') == len(released)
+    for pair in released:
+        assert f'"scores": {json.dumps(pair)}'.encode() in sent
+
+
+def test_by_default_no_score_leaves_a_site(
+    simulate: Callable[..., Path], tmp_path: Path, result_of: Any, exact: list[np.ndarray], everything_sent: list[bytes]
+) -> None:
+    result = result_of(simulate("data.heldout_fraction=0.4", into=tmp_path))
+    assert exact == []
+    assert [entry["site_scores"] for entry in result["rounds"]] == [{}, {}]
+    assert b'"scores": null' in b"".join(everything_sent)
+    assert b'"scores": [' not in b"".join(everything_sent)
+
+
+@pytest.fixture(scope="module")
+def calibrated(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose noise was calibrated for training and scores together."""
+    return simulate(*NOISED, "privacy.noise_multiplier=null", into=tmp_path_factory.mktemp("runs"))
+
+
+def test_epsilon_covers_the_scores_and_keeps_below_its_target(calibrated: Path, result_of: Any) -> None:
+    privacy = result_of(calibrated)["privacy"]
+    for spent in privacy["sites"].values():
+        assert (spent["rounds"], spent["metrics_noise_multiplier"]) == (2, NOISE)
+        step = PoissonSampledDpEvent(spent["sampling_rate"], GaussianDpEvent(spent["noise_multiplier"]))
+        for key, accountant in (
+            ("epsilon", PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)),
+            ("epsilon_rdp", RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)),
+        ):
+            accountant.compose(step, spent["steps"])
+            alone = accountant.get_epsilon(privacy["delta"])
+            accountant.compose(GaussianDpEvent(NOISE), spent["rounds"])
+            assert spent[key] == pytest.approx(accountant.get_epsilon(privacy["delta"]), abs=1e-3)
+            assert spent[key] > alone + 0.1
+        assert 7.9 < spent["epsilon"] <= 8.0
+    assert privacy["epsilon"] == max(spent["epsilon"] for spent in privacy["sites"].values())
+
+
+def test_ledger_and_report_hold_the_scores_events(calibrated: Path, result_of: Any) -> None:
+    report = json.loads((calibrated / "report.json").read_text())
+    assert report["verdict"]["state"] == "WITHIN"
+    for site, spent in result_of(calibrated)["privacy"]["sites"].items():
+        step = PoissonSampledDpEvent(spent["sampling_rate"], GaussianDpEvent(spent["noise_multiplier"]))
+        expected = {step: spent["steps"], GaussianDpEvent(NOISE): 2}
+        assert verify(calibrated / "sites" / site / "ledger.db").history.charged() == expected
+        assert events.grouped([events.from_json(report["sites"][site]["event"])]) == expected
+
+
+def test_a_resumed_run_keeps_the_scores_it_had(
+    simulate: Callable[..., Path], command: Any, tmp_path: Path, result_of: Any
+) -> None:
+    folder = simulate(*NOISED, into=tmp_path)
+    before = result_of(folder)
+    (folder / "checkpoints" / "round-0002.safetensors").unlink()
+    assert command("simulate", f"resume={folder}").code == 0
+    after = result_of(folder)
+    # The second round's replies are stored at the sites: drawing new noise for them would be a further release.
+    assert [entry["site_scores"] for entry in after["rounds"]] == [entry["site_scores"] for entry in before["rounds"]]
+    assert after["privacy"] == before["privacy"]
+
+
+def test_a_language_model_is_scored_too(simulate: Callable[..., Path], tmp_path: Path, result_of: Any) -> None:
+    generation = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.max_length=384")
+    folder = simulate(*generation, "data.declared_sizes=40", *NOISED, into=tmp_path)
+    for entry in result_of(folder)["rounds"]:
+        assert set(entry["site_scores"]) == set(SITES)
+        assert all(math.isfinite(value) for pair in entry["site_scores"].values() for value in pair)

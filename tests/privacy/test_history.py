@@ -1,0 +1,118 @@
+"""A ledger's events must follow from each other; what they add up to is derived from them alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from fedtune.privacy import events
+from fedtune.privacy.chain import Event
+from fedtune.privacy.event_store import Reservation
+from fedtune.privacy.history import History
+from fedtune.privacy.verify import verify
+from fedtune.spec import RunError
+
+NOW = datetime(2030, 1, 10, tzinfo=UTC)
+
+
+@pytest.fixture
+def told(opened: Any, proposal: Any, path: Any, clock: Any) -> list[Event]:
+    """opened, policy, plan, reserve 1, commit 1, reserve 2; a day between the rounds."""
+    ledger = opened()
+    granted = ledger.reserve(proposal(), round=1, request="q1")
+    assert isinstance(granted, Reservation)
+    ledger.commit(granted, b"reply")
+    clock.forward(days=1)
+    ledger.reserve(proposal(), round=2, request="q2")
+    return list(verify(path).events)
+
+
+def followed(told: list[Event]) -> History:
+    history = History()
+    for number, event in enumerate(told, 1):
+        history.follow(dataclasses.replace(event, sequence=number))
+    return history
+
+
+def changed(event: Event, /, **detail: Any) -> Event:
+    return dataclasses.replace(event, detail=event.detail | detail)
+
+
+def later(event: Event, **fields: Any) -> Event:
+    """An event again, after all others."""
+    return dataclasses.replace(event, time="2031-01-01T00:00:00+00:00", **fields)
+
+
+OTHER_NOISE = events.to_json(events.dp_sgd(sampling_rate=0.25, noise_multiplier=1.1, steps=3))
+NOTHING = events.to_json(events.dp_sgd(sampling_rate=0.25, noise_multiplier=1.0, steps=0))
+
+
+@pytest.mark.parametrize(
+    ("retell", "message"),
+    [
+        (lambda t: t[1:], "event 1 must be the note 'opened'"),
+        (lambda t: [t[0], *t[2:]], "event 2 must be the note 'policy'"),
+        (lambda t: [t[0], t[0]], "event 2 must be the note 'policy'"),
+        (lambda t: [*t, later(t[0])], "the ledger was opened before"),
+        (lambda t: [*t, later(t[2])], "the run was accepted before"),
+        (lambda t: [*t[:2], t[3]], r"event 3 \(reserve\) cannot be understood: 'r'"),
+        (lambda t: [*t[:3], t[4]], "it commits what was not reserved"),
+        (lambda t: [*t[:4], dataclasses.replace(t[4], attempt=2)], "it commits what was not reserved"),
+        (lambda t: [*t[:4], dataclasses.replace(t[4], request="other")], "it commits what was not reserved"),
+        (lambda t: [*t[:4], t[3]], "it does not follow the reservations before it"),
+        (lambda t: [*t[:4], dataclasses.replace(t[3], attempt=2, request="x")], "it does not follow the reservations"),
+        (lambda t: [*t[:3], changed(t[3], event=OTHER_NOISE)], "it charges something else than a round of the run's"),
+        (lambda t: [*t[:3], changed(t[3], event=NOTHING)], "it charges something else than a round of the run's"),
+        (lambda t: [*t, dataclasses.replace(t[4], time="2029-12-31T00:00:00+00:00")], "its time lies before the event"),
+        (lambda t: [*t, dataclasses.replace(t[4], time="yesterday")], "Invalid isoformat string"),
+        (lambda t: [*t, later(changed(t[1], what="refunded"))], "unknown note 'refunded'"),
+        (lambda t: [*t, later(changed(t[1], what="run_ended"), run="x")], "cannot be understood: 'x'"),
+        (lambda t: [changed(t[0], order=0.5)], "it does not open a ledger"),
+        (lambda t: [changed(t[0], delta=2.0)], "it does not open a ledger"),
+        (lambda t: [changed(t[0], site_key="0" * 64)], "it does not open a ledger"),
+        (lambda t: [changed(t[0], reference={"kind": "free"})], "must be a privacy event"),
+        (lambda t: [t[0], changed(t[1], policy=t[1].detail["policy"] | {"budget": {}})], "is required"),
+    ],
+)
+def test_events_that_do_not_follow_are_a_run_error(
+    told: list[Event], retell: Callable[[list[Event]], list[Event]], message: str
+) -> None:
+    followed(told)
+    with pytest.raises(RunError, match=message):
+        followed(retell(told))
+
+
+def test_what_a_history_adds_up_to(told: list[Event], proposal: Any) -> None:
+    history = followed(told)
+    assert (history.length, history.last_time) == (6, NOW + timedelta(days=1))
+    run = history.runs["r"]
+    assert (run.proposal, run.charged_rounds, dict(run.attempts)) == (proposal(), 2, {1: 1, 2: 1})
+    assert (run.reserved, list(run.replies)) == ({1: "q1", 2: "q2"}, ["q1"])
+    assert history.charged() == events.grouped([proposal().plan.event()] * 2)
+    assert history.charged(until=NOW) == events.grouped([proposal().plan.event()])
+    assert history.charged(until=NOW - timedelta(seconds=1)) == {}
+    assert history.charged(period="month", now=NOW) == history.charged()
+    assert history.charged(period="month", now=NOW + timedelta(days=31)) == {}
+
+
+def test_an_open_run_holds_the_rest_of_its_plan_until_it_expires(told: list[Event], proposal: Any) -> None:
+    history = followed(told)
+    rest = events.grouped([proposal().plan.event()] * 3)
+    assert history.set_aside(NOW) == rest
+    assert history.set_aside(NOW + timedelta(days=30) - timedelta(microseconds=1)) == rest
+    assert history.set_aside(NOW + timedelta(days=30)) == {}
+
+
+def test_two_who_read_the_same_events_derive_the_same(told: list[Event]) -> None:
+    one, other = followed(told), followed(told)
+    assert (one.charged(), one.order, one.delta, one.policy) == (
+        other.charged(),
+        other.order,
+        other.delta,
+        other.policy,
+    )
+    assert one.runs == other.runs
