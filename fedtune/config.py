@@ -176,8 +176,7 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
         raise ConfigError("privacy.delta", privacy.delta, bound)
     if privacy.noise_multiplier is not None:
         plan = config.plan()
-        whole = plan.event(rounds=plan.most_rounds)
-        epsilon = accountant.epsilon_above([whole], privacy.delta, limit=privacy.epsilon)
+        epsilon = accountant.epsilon_above([plan.whole], privacy.delta, limit=privacy.epsilon)
         if epsilon is not None:
             steps = plan.local_steps * plan.most_rounds
             bound = f"gives epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"

@@ -170,13 +170,13 @@ def site_policy(run_proposal: Callable[..., Proposal]) -> Callable[..., Policy]:
     Keywords override tables by dicts of their values, as in `limits={"max_rounds": 9}`, and other keys by values.
     """
 
-    def make(site: str = "a", **changes: Any) -> Policy:
+    def make(site: str = "a", *, declared_size: int = 100, **changes: Any) -> Policy:
         proposal = run_proposal()
         plan = proposal.plan
         policy = Policy(
             site=site,
             population=Population(name=f"{site}-patients"),
-            dataset=(Dataset(id=proposal.dataset, declared_size=100),),
+            dataset=(Dataset(id=proposal.dataset, declared_size=declared_size),),
             budget=Budget(
                 delta=plan.delta,
                 max_epsilon=5.0,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from dp_accounting import DpEvent
 from rich.console import Console
 
 from fedtune.cli import ledger_json, ledger_tables
@@ -18,10 +19,9 @@ from fedtune.privacy.chain import Head
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, is_public_key
 from fedtune.privacy.ledger import Ledger
-from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.verify import Verified, verify
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import ConfigError
 
 
 def show(options: argparse.Namespace) -> None:
@@ -83,25 +83,30 @@ def anchor(options: argparse.Namespace) -> None:
     key = SigningKey.load(Path(options.key))
     before = Head.read(output) if output.exists() else None
     verified = verify(path, anchor=before, site_key=key.public)
-    _write(output, verified.history.head(verified.hash, key).to_bytes())
+    _write(output, verified.history.head(key).to_bytes())
     _say(f"{output} now vouches for {path} up to event {len(verified.events)}. Keep it on another disk or machine.")
 
 
 def restore(options: argparse.Namespace) -> None:
     """Charge what a backup lacks, and bring the policy's anchor up to it."""
     site = _site(options)
-    source = Path(options.anchor) if options.anchor else site.anchor
-    if source is None:
+    sources = [Path(options.anchor)] if options.anchor else []
+    if site.anchor is not None and (site.anchor.is_file() or not sources):
+        sources.append(site.anchor)
+    if not sources:
         raise ConfigError("--anchor", None, "is required, since the policy names no anchor")
-    newest = Head.read(source)
-    try:
-        verify(site.ledger, anchor=newest)
-        _say(f"{site.ledger} lacks nothing that {source} knows. Nothing was charged.")
+    verify(site.ledger)  # an older ledger is what is expected here; one that was changed is not
+    ledger = Ledger(site.ledger, site.policy, SigningKey.load(site.site_key))
+    # The policy's own anchor is the one that knows most, whichever was given.
+    anchors = sorted((Head.read(source) for source in sources), key=lambda head: head.sequence, reverse=True)
+    gap: Counter[DpEvent] = Counter()
+    newest = anchors[0]
+    lacking = [anchor for anchor in anchors if not ledger.history.holds(anchor)]
+    for anchor in lacking:
+        gap += ledger.charge_gap(anchor)
+    if not lacking:
+        _say(f"{site.ledger} lacks nothing that {' and '.join(map(str, sources))} know. Nothing was charged.")
         return
-    except RunError:
-        verify(site.ledger)  # an older ledger is what is expected here; one that was changed is not
-    ledger = Ledger(site.ledger, site.policy, site.key)
-    gap = ledger.charge_gap(newest)
     if site.anchor is not None:
         _write(site.anchor, ledger.head().to_bytes())
     parts = [mechanism_text(event, count) for event, count in events.grouped(gap).items()]
@@ -118,7 +123,7 @@ def freeze(options: argparse.Namespace) -> None:
         raise ConfigError("--why", options.why, "must say why; the ledger keeps it")
     site = _site(options)
     verify(site.ledger)
-    Ledger(site.ledger, site.policy, site.key, anchor=site.anchor).freeze(options.why)
+    site.open().freeze(options.why)
     _say(f"{site.ledger} is frozen: this population takes part in nothing any more.")
 
 
@@ -149,27 +154,15 @@ def ledger_file(name: str) -> Path:
     raise ConfigError("ledger", name, bound)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Site:
-    """A site's policy, with the files that it names."""
-
-    policy: Policy
-    ledger: Path
-    key: SigningKey
-    anchor: Path | None
-
-
-def _site(options: argparse.Namespace) -> Site:
+def _site(options: argparse.Namespace) -> SiteFiles:
     """The site whose existing ledger is about to be changed."""
-    file = Path(options.policy)
-    policy = read_policy(file)
-    path = file.parent / policy.ledger
+    files = SiteFiles.of(Path(options.policy))
     # A ledger that does not exist would be made, and a copy beside the real one would be of no use.
-    given = path if options.path is None else ledger_file(options.path)
-    if not path.is_file() or not given.samefile(path):
-        raise ConfigError("ledger", str(given), f"must be the policy's own ledger, {path}")
-    key = SigningKey.load(file.parent / policy.site_key)
-    return Site(policy=policy, ledger=path, key=key, anchor=file.parent / policy.anchor if policy.anchor else None)
+    given = files.ledger if options.path is None else ledger_file(options.path)
+    if not files.ledger.is_file() or not given.samefile(files.ledger):
+        raise ConfigError("ledger", str(given), f"must be the policy's own ledger, {files.ledger}")
+    SigningKey.load(files.site_key)  # a missing one would be made
+    return files
 
 
 def _verified(options: argparse.Namespace) -> tuple[Path, Verified]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedtune.privacy import filter
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.chain import Event
 from fedtune.privacy.history import History
-from fedtune.privacy.spending import Spending, spending
+from fedtune.privacy.spending import Spending, divergence_left, runs_left, spending
 from fedtune.privacy.verify import Verified
 
 SCHEMA_VERSION = 1
@@ -21,31 +19,19 @@ SCHEMA_VERSION = 1
 
 def figures_of(verified: Verified) -> Spending:
     """What was spent by now, and never before the newest event."""
-    return spending(verified.history, moment_of(verified.history))
+    return spending(verified.history, verified.history.now())
 
 
-def moment_of(history: History) -> datetime:
-    """Now, or the newest event's time if this machine's clock is behind it."""
-    now, last = datetime.now(UTC), history.last_time
-    return now if last is None else max(now, last)
-
-
-def room_left(history: History) -> float:
-    """Divergence that new runs may still cause: epsilon that the lifetime cap leaves beside all set aside."""
-    if history.frozen:
-        return 0.0
-    if math.isinf(history.cap):
-        return math.inf
-    taken = history.divergence(history.charged() + history.set_aside(moment_of(history)))
-    return max(0.0, filter.most_divergence(history.cap, order=history.order, delta=history.delta) - taken)
+def epsilon_left(history: History) -> float:
+    """Epsilon that the lifetime cap leaves for new runs, beside all that is set aside."""
+    assert history.policy is not None
+    return divergence_left(history, history.policy, history.now())
 
 
 def reference_runs_left(history: History) -> int | None:
     """How many runs like the policy's reference still fit the lifetime cap; None: nothing bounds them."""
     assert history.policy is not None
-    event = history.policy.budget.reference_event()
-    left, each = room_left(history), filter.divergence(event, history.order)
-    return None if math.isinf(left) else math.floor(left / each)
+    return runs_left(history, history.policy, history.policy.budget.reference_event(), history.now())
 
 
 def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
@@ -87,7 +73,7 @@ def spending_json(verified: Verified, figures: Spending) -> dict[str, Any]:
     return {
         **fields,
         "guarantee": has_guarantee(figures),
-        "epsilon_left": finite(room_left(verified.history)),
+        "epsilon_left": finite(epsilon_left(verified.history)),
         "reference_runs_left": reference_runs_left(verified.history),
         "restored": len(verified.history.restored),
         "policies": [{"time": time, "max_epsilon": finite(cap)} for time, cap in verified.history.policies],

@@ -143,7 +143,7 @@ def _lifetime(history: History, figures: Spending) -> Table:
     table.add_column("epsilon", justify="right")
     table.add_column("share of cap", justify="right")
     cap = "unbounded" if math.isinf(figures.max_epsilon) else f"{figures.max_epsilon:g}"
-    left = ledger_json.room_left(history)
+    left = ledger_json.epsilon_left(history)
     table.add_row("charged so far", epsilon_text(figures.epsilon), _share(figures.share))
     table.add_row(
         "the same, with all that open runs have set aside",
@@ -185,8 +185,8 @@ def _methods(figures: Spending) -> Table:
     table.add_row(
         "PLD",
         epsilon_text(figures.epsilon_pld),
-        "The closest bound, but a proof only for what was fixed beforehand: for each run alone, below, it is one; "
-        "for all runs together only if the first run's results did not shape the later ones.",
+        "The closest bound, but a proof only for what was fixed beforehand: for each run's whole plan, below, it is "
+        "one; for all runs together only if the first run's results did not shape the later ones.",
     )
     table.add_row(
         "RDP", epsilon_text(figures.epsilon_rdp), "An older method, as a check on PLD; under the same condition."
@@ -195,7 +195,7 @@ def _methods(figures: Spending) -> Table:
 
 
 def _runs(runs: Iterable[RunSpending], history: History) -> Table:
-    table = Table(title="Each run alone (epsilon by PLD; planned: if all its rounds are used)", **_LEFT)
+    table = Table(title="Each run alone (epsilon: PLD of what is charged; planned: PLD of its whole plan)", **_LEFT)
     table.add_column("run", overflow="fold", min_width=8)
     table.add_column("state")
     for heading in ("rounds", "noise", "rate", "epsilon", "by RDP", "planned"):

@@ -22,7 +22,7 @@ from fedtune.spec import ConfigError
 
 LARGE_EPSILON = 10.0
 SMALL_NOISE = 0.3
-_NO_KEY = "0" * 64
+_PLACEHOLDER_DIGEST = "0" * 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +101,7 @@ def amount_of(policy: Policy) -> Amount:
     """The figures behind the caps."""
     budget, limits = policy.budget, policy.limits
     reference, delta = budget.reference_event(), budget.delta
-    order = filter.best_order(reference, epsilon=budget.max_epsilon, delta=delta)
+    order = budget.order()
     each = filter.divergence(reference, order)
 
     def fitting(cap: float | None) -> int | None:
@@ -184,12 +184,10 @@ def _cautions_of_requests(policy: Policy) -> Iterator[Caution]:
             yield Caution(key=key, text="empty: every request is refused")
     if not policy.releases.updates:
         yield Caution(key="releases.updates", text="false: every request is refused")
-    if _NO_KEY in allow.leads:
-        yield Caution(key="allow.leads", text="only zeros is nobody's key: anybody can sign for it. Take it out")
     if "unverified" in allow.base_models:
         yield Caution(key="allow.base_models", text='"unverified": accepts runs that do not say which model they train')
     for model in allow.base_models:
-        if model == _NO_KEY:
+        if model == _PLACEHOLDER_DIGEST:
             yield Caution(key="allow.base_models", text="only zeros is a place to fill in: no model has this digest")
     for dataset in policy.dataset:
         if not dataset.path:

@@ -59,7 +59,7 @@ def show_beside(console: Console, beside: Beside) -> None:
         console.print(Text(f"No ledger yet at {beside.path}; it is made when the site starts."), soft_wrap=True)
         return
     figures = ledger_json.figures_of(beside.verified)
-    left = ledger_json.room_left(beside.verified.history)
+    left = ledger_json.epsilon_left(beside.verified.history)
     runs = ledger_json.reference_runs_left(beside.verified.history)
     fits = "" if runs is None else f", enough for {counted(runs, 'run')} like the reference"
     console.print(

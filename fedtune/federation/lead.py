@@ -100,6 +100,8 @@ class SiteCharge:
         rounds: charged, retries included; `steps` are theirs.
         epsilon: by PLD, at the plan's delta; infinite without noise.
         epsilon_rdp: the same events by RDP.
+        planned_epsilon: of the whole plan, by PLD.  For a run that ended early this is the figure that is proved
+            whatever made it end: `epsilon` is one only where that did not depend on what the run had released.
         upper_bound: the site fell silent, so every round asked of it since its last receipt is counted as charged.
     """
 
@@ -107,6 +109,7 @@ class SiteCharge:
     steps: int
     epsilon: float
     epsilon_rdp: float
+    planned_epsilon: float
     upper_bound: bool
 
 
@@ -126,6 +129,7 @@ def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
         steps=rounds * plan.local_steps,
         epsilon=epsilon,
         epsilon_rdp=epsilon_rdp,
+        planned_epsilon=_epsilons(plan, plan.most_rounds)[0],
         upper_bound=silent > 0,
     )
 

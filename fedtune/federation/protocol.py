@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,8 +47,8 @@ class RoundRequest:
     round: int
     site: str
     adapter_digest: str
-    receipt: Receipt | None = None
-    expires: float = float("inf")
+    receipt: Receipt | None
+    expires: float
 
     @property
     def run(self) -> str:
@@ -74,7 +75,7 @@ class RoundRequest:
             proposal = Proposal.from_json(fields["proposal"])
             request = cls(**{**fields, "proposal": proposal, "receipt": receipt})
             check_name("site", request.site)  # it goes into a site's log
-            numbers = type(request.round) is int and type(request.expires) is float
+            numbers = type(request.round) is int and type(request.expires) is float and math.isfinite(request.expires)
             if not (numbers and 1 <= request.round < _MOST_ROUNDS and _SHA256.fullmatch(request.adapter_digest)):
                 raise ValueError("wrong type or out of range")
         except _NO_JSON as error:

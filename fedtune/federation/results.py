@@ -56,6 +56,7 @@ def run_json(
                     "epsilon": _finite(charge.epsilon),
                     "epsilon_rdp": _finite(charge.epsilon_rdp),
                     "rounds": charge.rounds,
+                    "planned_epsilon": _finite(charge.planned_epsilon),
                     "steps": charge.steps,
                     "sampling_rate": plan.sampling_rate,
                     "noise_multiplier": plan.noise_multiplier,

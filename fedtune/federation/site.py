@@ -46,6 +46,7 @@ class Site:
     Attributes:
         proposal: what the site itself makes of the run's configuration; a request for another is refused.
         template: an adapter with the names and shapes that this run trains.
+        declared_size: what the run takes the site's size to be; it must be the size that the policy declares.
         ledger: its own record of what was charged, under its own policy.
         train: reads the records.
     """
@@ -53,6 +54,7 @@ class Site:
     name: str
     proposal: Proposal
     template: Adapter
+    declared_size: int
     ledger: Ledger
     train: Train
 
@@ -61,7 +63,8 @@ def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
     """Answer a request with an update, or with a reason from the closed list.
 
     Guarantee: records are trained on only after the ledger has durably charged the round, and no text of an exception
-    leaves: an unforeseen failure is `site_error`, and its details stay in the site's log.
+    leaves: an unforeseen failure is `site_error`, and its details stay in the site's log.  Who is not an allowed lead
+    learns nothing of the ledger.
     """
     began = time.monotonic()
     body: Update | Refusal
@@ -71,6 +74,8 @@ def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
         body = Update.from_bytes(_update(site, request, adapter))
     except Refused as refused:
         body = _refuse(site, request, refused)
+        if refused.reason.is_of_a_stranger:
+            return Reply(body=body, receipt=None)
     except Exception:
         log.exception("%s failed in round %d", site.name, request.round if request else 0)
         body = _refusal(site, request, Refused(Reason.SITE_ERROR))
@@ -109,6 +114,9 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
         raise Refused(Reason.WRONG_RUN, asked=request.run, allowed=site.proposal.run)
     if request.proposal != site.proposal:
         raise Refused(Reason.PLAN_CHANGED, asked=request.proposal.digest(), allowed=site.proposal.digest())
+    declared = site.ledger.policy.declared_size(request.proposal.dataset)
+    if site.declared_size != declared:
+        raise Refused(Reason.DECLARED_SIZE, asked=site.declared_size, allowed=declared)
     _check_adapter(site, request, adapter)
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)

@@ -6,25 +6,21 @@ A site decides again, by itself, when the run's first request comes; between now
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from dp_accounting import DpEvent
 
 from fedtune.federation.solver import coarse_epsilon
 from fedtune.privacy import events, filter, spending
-from fedtune.privacy.chain import Head
 from fedtune.privacy.history import History
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.verify import verify
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import FedtuneError, RunError
 
 
@@ -85,11 +81,11 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
     Raises:
         ConfigError: the file is no policy.
     """
-    policy = read_policy(path)
+    files = SiteFiles.of(path)
+    policy = files.policy
     note = _size_note(policy, proposal, declared_sizes)
-    ledger = path.parent / policy.ledger
     try:
-        budget = _Budget(policy, _read(policy, path.parent) if ledger.exists() else _new_history(policy))
+        budget = _Budget(policy, _read(files))
     except FedtuneError as error:
         return _in_doubt(path, policy, proposal, note=f"the site would not start: {error}")
     broken = [*policy.broken_rules(proposal), *budget.refusals(proposal)]
@@ -99,9 +95,9 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
         site=policy.site,
         lead=proposal.lead,
         broken=tuple(BrokenRule(rule=why.reason.value, asked=why.asked, allowed=why.allowed) for why in broken),
-        ledger="read" if ledger.exists() else "new",
+        ledger="read" if files.ledger.is_file() else "new",
         taken=budget.epsilon(budget.taken),
-        would_be=budget.epsilon(budget.taken + _whole(plan)),
+        would_be=budget.epsilon(budget.taken + events.grouped([plan.whole])),
         max_epsilon=policy.budget.max_epsilon,
         runs_left=budget.runs_left(plan),
         most_rounds=spending.most_rounds(proposal, budget.accepts) if broken else plan.num_rounds,
@@ -114,12 +110,9 @@ class _Budget:
     """A policy and what is left of its budget at one moment."""
 
     def __init__(self, policy: Policy, history: History) -> None:
-        now = datetime.now(UTC)
-        # As the ledger counts time: a clock that was set back opens no new period.
-        self._now = max(now, history.last_time or now)
+        self._now = history.now()
         self._policy, self._history = policy, history
-        self._held = history.set_aside(self._now)
-        self.taken = history.charged() + self._held
+        self.taken = history.charged() + history.set_aside(self._now)
         # The cap on a run's epsilon is checked on the coarse grid below: many plans are tried, and the fine one takes
         # ten times as long for an answer that differs in the fifth digit.
         uncapped = dataclasses.replace(policy.budget, max_epsilon_per_run=None)
@@ -130,8 +123,7 @@ class _Budget:
         if self._history.frozen:
             yield Refused(Reason.FROZEN)
         try:
-            whole = _whole(proposal.plan)
-            spending.require_room(self._history, self._policy, asked=whole, held=self._held, now=self._now)
+            spending.require_plan_room(self._history, self._policy, proposal.plan, self._now)
         except Refused as refused:
             yield refused
 
@@ -148,39 +140,17 @@ class _Budget:
 
     def runs_left(self, plan: Plan) -> int | None:
         """How many runs with this plan still fit the lifetime cap; None where there is none."""
-        cap, history = self._policy.budget.max_epsilon, self._history
-        if math.isinf(cap):
-            return None
-        room = filter.most_divergence(cap, order=history.order, delta=history.delta) - history.divergence(self.taken)
-        return max(0, math.floor(room / history.divergence(_whole(plan))))
+        return spending.runs_left(self._history, self._policy, plan.whole, self._now)
 
 
-def _whole(plan: Plan) -> Counter[DpEvent]:
-    return events.grouped([plan.event(rounds=plan.most_rounds)])
-
-
-def _read(policy: Policy, folder: Path) -> History:
-    """The history of the site's ledger, every event of it checked, against its anchor too where that is at hand."""
-    anchor = folder / policy.anchor
-    head = Head.read(anchor) if policy.anchor and anchor.exists() else None
-    history = verify(folder / policy.ledger, anchor=head).history
-    for name, asked in (
-        ("site", policy.site),
-        ("population", policy.population.name),
-        ("unit", policy.population.unit),
-        ("delta", policy.budget.delta),
-    ):
-        if (made_for := getattr(history.opened, name)) != asked:
-            raise RunError(f"the ledger was made for {name} = {made_for}, the policy says {asked}")
-    return history
-
-
-def _new_history(policy: Policy) -> History:
-    """The history of a ledger that the site would begin with this policy."""
-    budget, history = policy.budget, History()
-    history.delta = budget.delta
-    history.order = filter.best_order(budget.reference_event(), epsilon=budget.max_epsilon, delta=budget.delta)
-    return history
+def _read(files: SiteFiles) -> History:
+    """The history of the site's ledger, every event of it checked; an empty one where there is no ledger yet."""
+    verified = files.verified()
+    if verified is None:
+        return History.before(files.policy)
+    for key, made_for, says in verified.history.opened.differences(files.policy):
+        raise RunError(f"the ledger was made for {key} = {made_for}, the policy says {says}")
+    return verified.history
 
 
 def _in_doubt(path: Path, policy: Policy, proposal: Proposal, *, note: str) -> Verdict:

@@ -144,7 +144,14 @@ class Participants:
             trained = self._train(request, adapter, attempt)
             return Trained(adapter=trained, scores=scores, fingerprint=self._fingerprint(name, ledger))
 
-        return Site(name=name, proposal=proposal, template=self.initial_adapter, ledger=ledger, train=train)
+        return Site(
+            name=name,
+            proposal=proposal,
+            template=self.initial_adapter,
+            declared_size=self.config.declared_sizes()[name],
+            ledger=ledger,
+            train=train,
+        )
 
     def score(self, adapter: Adapter, data: LeadData | None, *, generate: bool = False) -> dict[str, float]:
         """Scores of `adapter` on the lead's data; empty without data."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -23,7 +23,7 @@ from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason
+from fedtune.privacy.release import Reason, Receipt
 from fedtune.spec import ConfigError, RefusedError, RunError
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class Lead:
         declared_sizes: site -> the size it publishes; the weights of the average.
         evaluate: scores an adapter on the lead's own validation data.
         finished: called with the state after each round.
+        earlier_receipts: site -> the newest one of earlier runs, to be sent back until this run has one.
         elapsed: seconds since the run began, interruptions left out.
     """
 
@@ -51,6 +52,7 @@ class Lead:
     evaluate: Callable[[Adapter], Mapping[str, float]]
     finished: Callable[[LeadState], None]
     elapsed: Callable[[], float]
+    earlier_receipts: Mapping[str, Receipt] = field(default_factory=dict)
 
     @property
     def run(self) -> str:
@@ -142,7 +144,7 @@ def _requests(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]
             round=round,
             site=site,
             adapter_digest=digest,
-            receipt=state.receipts.get(site),
+            receipt=state.receipts.get(site, lead.earlier_receipts.get(site)),
             expires=time.time() + lead.federation.round_timeout_s,
         )
         message.content = records.from_request(request.signed(lead.key), arrays)

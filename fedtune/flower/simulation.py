@@ -56,10 +56,16 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> dict[str, o
     everyone = participants(config_json, str(folder))
     plan = everyone.plan
     checkpoints = Checkpoints(folder / "checkpoints", config.digest())
+    everyone.sites.check_dealt_out()
     state = _first_state(config, everyone, checkpoints)
     began -= state.seconds
     strategy = make_strategy(config.federation)
     restore_strategy(strategy, state.strategy)
+
+    def finished(state: LeadState) -> None:
+        everyone.sites.keep_receipts(state.receipts)
+        listener.round_finished(state)
+
     lead = Lead(
         proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=plan),
         key=everyone.sites.lead_key(),
@@ -68,8 +74,9 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> dict[str, o
         strategy=strategy,
         checkpoints=checkpoints,
         evaluate=lambda adapter: everyone.score(adapter, everyone.validation),
-        finished=listener.round_finished,
+        finished=finished,
         elapsed=lambda: time.monotonic() - began,
+        earlier_receipts=everyone.sites.receipts(),
     )
     listener.prepared(everyone, plan, state)
     client_app = simulated_client_app(config_json, str(folder))

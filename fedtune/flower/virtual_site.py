@@ -7,24 +7,30 @@ edited like those of a real site.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.config import RunConfig, parse
-from fedtune.privacy import events, filter, spending
+from fedtune.privacy import filter
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Reference, Releases
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Refused
+from fedtune.privacy.release import Receipt, Refused, receipt_from_json
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RefusedError, RunError
 
 LEAD_KEY = "lead_key.pem"
+DEALT = "dealt_out.json"
+RECEIPTS = "receipts.json"
 POLICY = "site.toml"
 
 
@@ -48,12 +54,49 @@ class VirtualSites:
         kept = config.runtime.sites_dir
         return cls(config, Path(kept) if kept else run_folder / "sites", plan)
 
+    def check_dealt_out(self) -> None:
+        """Note how records were dealt out to kept sites, or check that this run does it the same way.
+
+        Otherwise a record could move to another site, whose ledger knows nothing of what it has lost.
+
+        Raises:
+            ConfigError: names the first setting that differs.
+        """
+        path, data = self.folder / DEALT, self.config.data
+        partition = {
+            "seed": self.config.seed,
+            "federation.num_sites": self.config.federation.num_sites,
+            "federation.site_names": list(self.config.federation.names),
+            "data.train_file": data.train_file,
+            "data.partition": dataclasses.asdict(data.partition),
+        }
+        dealt = json.loads(json.dumps(partition))
+        if not path.exists():
+            write_durably(path, json.dumps(dealt, indent=1).encode() + b"\n")
+        before = json.loads(path.read_bytes())
+        for key, value in dealt.items():
+            if before.get(key) != value:
+                bound = f"must be {before.get(key)!r}: the sites in {self.folder} were dealt their records so"
+                raise ConfigError(key, value, bound)
+
+    def receipts(self) -> dict[str, Receipt]:
+        """The newest receipt of each kept site, which a new run of the same lead sends back."""
+        path = self.folder / RECEIPTS
+        if not path.exists():
+            return {}
+        return {site: receipt_from_json(fields) for site, fields in json.loads(path.read_bytes()).items()}
+
+    def keep_receipts(self, receipts: Mapping[str, Receipt]) -> None:
+        """Remember the newest receipts beyond this run."""
+        newest = {site: dataclasses.asdict(receipt) for site, receipt in {**self.receipts(), **receipts}.items()}
+        write_durably(self.folder / RECEIPTS, json.dumps(newest, indent=1).encode() + b"\n")
+
     def lead_key(self) -> SigningKey:
         """The simulated lead's key; every generated policy allows it."""
         return SigningKey.load_or_make(self.folder / LEAD_KEY)
 
-    def policy(self, site: str) -> Policy:
-        """The site's policy, written for this run where there is none yet.
+    def files(self, site: str) -> SiteFiles:
+        """The site's files, its policy written for this run where there is none yet.
 
         Raises:
             ConfigError: `site.toml` is there and is no policy, or is another site's.
@@ -61,20 +104,14 @@ class VirtualSites:
         path = self.folder / site / POLICY
         if not path.exists():
             write_policy(generated_policy(self.config, self.plan, site, lead=self.lead_key().public), path)
-        policy = read_policy(path)
-        if policy.site != site:
-            raise ConfigError("site", policy.site, f"must be {site}").in_file(path)
-        return policy
+        files = SiteFiles.of(path)
+        if files.policy.site != site:
+            raise ConfigError("site", files.policy.site, f"must be {site}").in_file(path)
+        return files
 
     def ledger(self, site: str) -> Ledger:
         """The site's ledger, opened under its policy as both stand now."""
-        return open_ledger(self.policy(site), self.folder / site)
-
-
-def open_ledger(policy: Policy, folder: Path) -> Ledger:
-    """The ledger that a policy in `folder` names; relative paths start there."""
-    key = SigningKey.load_or_make(folder / policy.site_key)
-    return Ledger(folder / policy.ledger, policy, key, anchor=folder / policy.anchor if policy.anchor else None)
+        return self.files(site).open()
 
 
 def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
@@ -124,10 +161,7 @@ def _allowed(ledger: Ledger, proposal: Proposal, *, wanted: str) -> float:
     most = offer.most_rounds if wanted == "fewer_rounds" else offer.least_noise
     if most:
         return most
-    ledger.policy.check(proposal)
-    now, whole = datetime.now(UTC), events.grouped([proposal.plan.event(rounds=proposal.plan.most_rounds)])
-    held = ledger.history.set_aside(now)
-    spending.require_room(ledger.history, ledger.policy, asked=whole, held=held, now=now)
+    ledger.require_acceptable(proposal)
     raise RunError("its budget changed while it was asked; start again")
 
 
@@ -139,7 +173,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
         steps = plan.local_steps * plan.most_rounds
         typical = Reference(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
         cap = _cap(plan)
-    noises = [plan.noise_multiplier, *([plan.metrics_noise_multiplier] if plan.releases_metrics else [])]
+    noises = plan.noises
     return Policy(
         site=site,
         population=Population(name=f"{site}-population", unit="record"),
@@ -173,7 +207,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
 
 def _cap(plan: Plan) -> float:
     """The least cap, in tenths, under which the whole plan fits at the order that a ledger chooses for its training."""
-    whole = plan.event(rounds=plan.most_rounds)
+    whole = plan.whole
     training = replace(plan, metrics_noise_multiplier=0.0).event(rounds=plan.most_rounds)
     tenths = math.ceil(filter.filter_cost(whole, delta=plan.delta) * 10)
     while True:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +20,7 @@ from fedtune.spec import ConfigError, RunError
 
 START = "0" * 64
 """What stands in the place of the hash before the first event."""
+_DENSE = 128
 EVENT, HEAD = "ledger event", "ledger head"
 """Purposes of signatures."""
 
@@ -88,6 +89,9 @@ class Head:
         hash: of that event.
         time: of that event.
         charged: every event charged so far, equal ones counted: what a ledger that was put back has to make up for.
+        runs: every run so far, with the rounds that it was charged.
+        path: (sequence, hash) of some events up to this one, dense near it: what a ledger that was put back is compared
+            with, to find where it left this chain.
         seeded: whether any run so far took its noise from a seed.
         frozen: whether the population takes part in nothing any more.
         restores: how often a backup of the ledger had been put back and made up for.
@@ -102,9 +106,11 @@ class Head:
     charged: tuple[tuple[dict[str, Any], int], ...]
     site_key: str
     signature: str
-    seeded: bool = False
-    frozen: bool = False
-    restores: int = 0
+    runs: tuple[tuple[str, int], ...]
+    path: tuple[tuple[int, str], ...]
+    seeded: bool
+    frozen: bool
+    restores: int
 
     @classmethod
     def signed(cls, key: SigningKey, **fields: Any) -> Head:
@@ -117,17 +123,6 @@ class Head:
         fields = asdict(self)
         del fields["signature"]
         return canonical(fields)
-
-    def restored_note(self, gap: list[tuple[dict[str, Any], int]]) -> dict[str, Any]:
-        """Detail of the note that a ledger was put back and made up for what this head knows."""
-        return {
-            "what": "restored",
-            "anchor_sequence": self.sequence,
-            "anchor_hash": self.hash,
-            "gap": gap,
-            "seeded": self.seeded,
-            "frozen": self.frozen,
-        }
 
     def to_bytes(self) -> bytes:
         """The content of an anchor file."""
@@ -143,13 +138,22 @@ class Head:
         try:
             fields = json.loads(path.read_bytes())
             charged = tuple((dict(event), count) for event, count in fields["charged"])
-            head = cls(**{**fields, "charged": charged})
+            runs = tuple((str(run), int(rounds)) for run, rounds in fields["runs"])
+            passed = tuple((int(sequence), str(hash)) for sequence, hash in fields["path"])
+            head = cls(**{**fields, "charged": charged, "runs": runs, "path": passed})
             right = is_public_key(head.site_key) and is_signed(head.site_key, HEAD, head.message(), head.signature)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError("anchor", str(path), "must be a readable anchor file that fedtune wrote") from error
         if not right:
             raise ConfigError("anchor", str(path), "must carry the signature of the site key that it names")
         return head
+
+
+def path_of(hashes: Sequence[str]) -> tuple[tuple[int, str], ...]:
+    """(sequence, hash) of the last 128 events, then of ever sparser ones before them."""
+    last = len(hashes)
+    back = [*range(min(last, _DENSE)), *(2**power for power in range(_DENSE.bit_length(), last.bit_length()))]
+    return tuple((last - step, hashes[last - step - 1]) for step in reversed(back) if step < last)
 
 
 def check_chain(events: Iterable[Event], *, before: str = START, first: int = 1) -> str:

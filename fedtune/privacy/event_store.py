@@ -10,10 +10,8 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from fedtune import __version__
 from fedtune.privacy import chain, ledger_file
@@ -21,17 +19,21 @@ from fedtune.privacy.chain import Event, Head, Kind
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.history import History
 from fedtune.privacy.keys import SigningKey
-from fedtune.spec import RunError
+from fedtune.privacy.release import Receipt
+from fedtune.spec import ConfigError, RunError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reservation:
-    """Leave to train one round, already charged; in an event, where it belongs."""
+class Place(TypedDict, total=False):
+    """Where an event belongs; what is left out is empty."""
 
     run: str
-    round: int = 0
-    request: str = ""
-    attempt: int = 0
+    round: int
+    request: str
+    attempt: int
+    dataset: str
+
+
+_NOWHERE = Place(run="", round=0, request="", attempt=0, dataset="")
 
 
 class EventStore:
@@ -48,14 +50,15 @@ class EventStore:
 
     def __init__(self, path: Path, key: SigningKey, anchor: Path | None) -> None:
         self.path, self.history = path, History()
-        self._key, self._anchor, self._hash = key, anchor, chain.START
+        self._key, self._anchor = key, anchor
+        self._open_file: sqlite3.Connection | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"ledger {path} cannot be made ({error.strerror}); nothing is trained without it") from error
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[None]:
         """Lock the file, follow what others wrote since, and write what the block appends; all of it or nothing.
 
         Guarantee: when the block has ended, what it appended is on disk, and so is the anchor.
@@ -67,69 +70,71 @@ class EventStore:
         try:
             with ledger_file.writing(self.path) as file:
                 self._catch_up(file)
-                before = self.history.length
-                yield file
+                self._require_anchored()
+                before, self._open_file = self.history.length, file
+                yield
             if self._anchor is not None and (self.history.length > before or not self._anchor.exists()):
                 self._write_anchor(self._anchor)
         except BaseException as error:
             if self.history.length != before:
-                self.history, self._hash = History(), chain.START  # what was followed may not have been written
+                self.history = History()  # what was followed may not have been written
             if isinstance(error, OSError):
                 raise RunError(
                     f"anchor {self._anchor} cannot be used ({error.strerror}); nothing is trained"
                 ) from error
             raise
+        finally:
+            self._open_file = None
 
-    def append(
-        self,
-        file: sqlite3.Connection,
-        kind: Kind,
-        detail: dict[str, Any],
-        *,
-        of: Reservation | None = None,
-        dataset: str = "",
-    ) -> None:
+    @property
+    def _file(self) -> sqlite3.Connection:
+        assert self._open_file is not None, "outside a transaction"
+        return self._open_file
+
+    def append(self, kind: Kind, detail: dict[str, Any], **place: Unpack[Place]) -> None:
         """Write one event behind the newest one, and follow it."""
-        place = of or Reservation(run="")
         unsigned: dict[str, Any] = {
             "sequence": self.history.length + 1,
             "kind": kind,
-            "time": self.now().isoformat(),
-            "run": place.run,
-            "round": place.round,
-            "request": place.request,
-            "attempt": place.attempt,
-            "dataset": dataset,
+            "time": self.history.now().isoformat(),
+            **_NOWHERE,
+            **place,
             "cohort": "",
             "code": __version__,
             "detail": json.loads(chain.canonical(detail)),
         }
-        hash = Event(**unsigned).hash_after(self._hash)
+        hash = Event(**unsigned).hash_after(self.history.hash)
         event = Event(**unsigned, hash=hash, signature=self._key.sign(chain.EVENT, hash.encode()))
-        ledger_file.insert(file, event)
+        ledger_file.insert(self._file, event)
         self.history.follow(event)
-        self._hash = hash
 
-    def now(self) -> datetime:
-        """The time, but never before the newest event: a clock that is set back opens no new period."""
-        now, last = datetime.now(UTC), self.history.last_time
-        return now if last is None else max(now, last)
+    def note(self, what: str, *, run: str = "", **detail: Any) -> None:
+        """Append a note."""
+        self.append(Kind.NOTE, {"what": what, **detail}, run=run)
+
+    def store_reply(self, *, run: str, request: str, reply: bytes) -> None:
+        """Keep `reply` as the newest of `run`."""
+        ledger_file.store_reply(self._file, run=run, request=request, reply=reply)
+
+    def reply_to(self, request: str) -> bytes | None:
+        """The stored reply to a request, if it is still there."""
+        return ledger_file.reply_to(self._file, request)
 
     def head(self) -> Head:
         """The newest head, for an anchor."""
-        return self.history.head(self._hash, self._key)
+        return self.history.head(self._key)
 
     def salted_head(self) -> str:
         """The newest event's hash under a salt of the site's own."""
-        return self._salted(self._hash)
+        return self._salted(self.history.hash)
 
-    def contains(self, sequence: int, salted_head: str) -> bool:
-        """Whether event `sequence` is the one that had this salted head."""
-        with ledger_file.reading(self.path) as file:
-            hash = ledger_file.hash_of(file, sequence)
-        return hash is not None and hmac.compare_digest(self._salted(hash), salted_head)
+    def contains(self, receipt: Receipt) -> bool:
+        """Whether the event that a receipt of this site names is here, or was made up for after a restore."""
+        here = self.history.hashes[receipt.sequence - 1 : receipt.sequence] if receipt.sequence else [chain.START]
+        known = [*here, *self.history.made_up_for(receipt.sequence, restores=receipt.restores)]
+        return any(hmac.compare_digest(self._salted(hash), receipt.head) for hash in known)
 
-    def require_anchored(self, file: sqlite3.Connection) -> None:
+    def _require_anchored(self) -> None:
         """Raise unless the ledger holds the head that the anchor outside it says it reached."""
         if self._anchor is None:
             return
@@ -140,20 +145,18 @@ class EventStore:
                     f"anchor {self._anchor} is missing, and ledger {self.path} is not new; nothing is trained"
                 )
             return
-        anchor = Head.read(self._anchor)
+        try:
+            anchor = Head.read(self._anchor)
+        except ConfigError as error:
+            raise RunError(f"{error}; nothing is trained") from error
         if not self.history.length:
             raise RunError(f"ledger {self.path} is missing: anchor {self._anchor} knows {anchor.sequence} events of it")
         self.require_same_ledger(anchor)
-        if self.lacks(file, anchor):
+        if not self.history.holds(anchor):
             raise RunError(
                 f"ledger {self.path} is older than its anchor {self._anchor} (event {self.history.length} of at least "
                 f"{anchor.sequence}), or is another branch; see `fedtune ledger restore`"
             )
-
-    def lacks(self, file: sqlite3.Connection, anchor: Head) -> bool:
-        """Whether events up to `anchor` are missing and were not made up for."""
-        made_up_for = self.history.makes_up_for(sequence=anchor.sequence, restores=anchor.restores)
-        return not made_up_for and ledger_file.hash_of(file, anchor.sequence) != anchor.hash
 
     def require_same_ledger(self, anchor: Head) -> None:
         """Raise unless the anchor is of this ledger."""
@@ -166,18 +169,17 @@ class EventStore:
         The newest event's signature vouches for all before it, since its hash covers them.
         """
         known = self.history.length
-        if known and ledger_file.hash_of(file, known) != self._hash:
+        if known and ledger_file.hash_of(file, known) != self.history.hash:
             raise RunError(f"ledger {self.path} was changed or put back while it was open; nothing is trained")
         try:
             new = ledger_file.read_events(file, after=known)
-            last = chain.check_chain(new, before=self._hash, first=known + 1)
+            chain.check_chain(new, before=self.history.hash, first=known + 1)
             if new:
                 chain.check_signature(new[-1], self._key.public)
             for event in new:
                 self.history.follow(event)
         except RunError as error:
             raise RunError(f"ledger {self.path}: {error}; nothing is trained on a ledger in doubt") from error
-        self._hash = last
 
     def _write_anchor(self, anchor: Path) -> None:
         """Bring the anchor up to the ledger: afterwards, so that a crash leaves it behind and never ahead."""

@@ -1,11 +1,12 @@
 """Privacy events as data: what ran on private records, never how much epsilon that was.
 
-An event is one of dp-accounting's `DpEvent`s.  Only the four kinds that fedtune's mechanisms produce can be
+An event is one of dp-accounting's `DpEvent`s.  Only the kinds that fedtune's mechanisms produce can be
 written down; anything else raises, so that no event is ever approximated by a smaller one.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -101,3 +102,9 @@ def from_json(data: object) -> DpEvent:
         case {"kind": "non_private"}:
             return NonPrivateDpEvent()
     raise ConfigError("event", data, "must be a privacy event that fedtune writes, with values in range")
+
+
+def counted(spent: Spent) -> list[tuple[Json, int]]:
+    """Counted mechanisms as JSON, in a fixed order."""
+    pairs = [(to_json(event), count) for event, count in grouped(spent).items()]
+    return sorted(pairs, key=lambda pair: json.dumps(pair[0], sort_keys=True))

@@ -8,56 +8,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
+from datetime import UTC, date, datetime
 
 from dp_accounting import DpEvent
 
 from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
-from fedtune.privacy.chain import Event, Head, Kind, canonical
-from fedtune.privacy.keys import SigningKey, is_public_key
+from fedtune.privacy.chain import START, Event, Head, Kind, path_of
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.notes import Opened, Restored
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy, period_of
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason
 from fedtune.spec import FedtuneError, RunError
 
 _FIRST = ("opened", "policy")
 """The notes that every ledger begins with."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Opened:
-    """What a ledger's first event says; none of it ever changes.
-
-    Attributes:
-        ledger: random id, in hex.
-        order: of the filter.
-        reference: the run that the order was chosen for, as an event's JSON.
-    """
-
-    ledger: str
-    site: str
-    population: str
-    unit: str
-    delta: float
-    order: float
-    reference: dict[str, Any]
-    site_key: str
-    no_person_at_another_site: bool
-
-    @classmethod
-    def of(cls, detail: dict[str, Any]) -> Opened:
-        """Read the first event's detail; raises ValueError, TypeError or KeyError for anything else."""
-        opened = cls(**{name: value for name, value in detail.items() if name != "what"})
-        texts = all(isinstance(getattr(opened, name), str) for name in ("ledger", "site", "population", "unit"))
-        numbers = type(opened.delta) is float and type(opened.order) is float
-        if not (texts and numbers and 0 < opened.delta < 1 and opened.order > 1 and is_public_key(opened.site_key)):
-            raise ValueError("it does not open a ledger")
-        dp_events.from_json(opened.reference)
-        return opened
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,13 +77,14 @@ class History:
         delta: at which every figure of the ledger is stated.
         order: of the filter.
         runs: run -> what became of it.
-        gaps: what was charged for events that a restored backup lacked.
         seeded: whether any accepted run took its noise from a seed.
         frozen: whether the population takes part in nothing any more.
-        restored: sequences of anchors whose gap was charged.
+        in_doubt: whether a genuine receipt showed that events are missing, and nothing has made up for them yet.
+        restored: what was made up for, each time a backup was put back.
+        lost_runs: run -> charged rounds, of runs that only a lost branch of the ledger knew whole.
+        hashes: of all events, in order.
         policies: caps in force, oldest first, as (time, max_epsilon).
-        answers: refusals and offers of each day.
-        length: number of events.
+        answers: refusals and offers of each day, and whether a stranger got them.
         last_time: of the newest event.
     """
 
@@ -122,15 +93,23 @@ class History:
         self.policy: Policy | None = None
         self.delta = self.order = math.nan
         self.runs: dict[str, Run] = {}
-        self.gaps: Counter[DpEvent] = Counter()
         self.seeded = False
         self.frozen = False
-        self.restored: list[int] = []
+        self.in_doubt = False
+        self.restored: list[Restored] = []
+        self.lost_runs: dict[str, int] = {}
         self.policies: list[tuple[str, float]] = []
-        self.length = 0
+        self.hashes: list[str] = []
         self.last_time: datetime | None = None
-        self.answers: Counter[str] = Counter()
-        self._charges: Counter[tuple[datetime, DpEvent]] = Counter()
+        self.answers: Counter[tuple[date, bool]] = Counter()
+        self._charges: list[tuple[int, datetime, DpEvent, int]] = []  # sequence, time, mechanism, count
+
+    @classmethod
+    def before(cls, policy: Policy) -> History:
+        """The empty history of a ledger that is yet to be made under `policy`."""
+        history = cls()
+        history.policy, history.delta, history.order = policy, policy.budget.delta, policy.budget.order()
+        return history
 
     def follow(self, event: Event) -> None:
         """Take the next event into account.
@@ -138,7 +117,7 @@ class History:
         Raises:
             RunError: the event does not say what its kind needs, or cannot follow those before it.
         """
-        self.length = event.sequence  # also if it fails: what was followed by half must not pass for what came before
+        self.hashes.append(event.hash)  # also if it fails: what was followed by half must not pass for what came before
         try:
             self._follow(event)
         except (FedtuneError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
@@ -166,7 +145,8 @@ class History:
                     raise ValueError("it commits what was not reserved")
                 run.replies[event.request] = str(event.detail["reply_sha256"])
             case Kind.REFUSAL | Kind.RELEASE:
-                self.answers[event.time[:10]] += 1
+                stranger = Reason(event.detail.get("reason", Reason.SITE_ERROR)).is_of_a_stranger
+                self.answers[moment.date(), stranger] += 1
             case Kind.NOTE:
                 self._note(event, moment)
 
@@ -182,7 +162,7 @@ class History:
         if charged != run.plan.event():
             raise ValueError("it charges something else than a round of the run's plan")
         for part, count in dp_events.grouped([charged]).items():
-            self._charges[moment, part] += count
+            self._charges.append((event.sequence, moment, part, count))
 
     def _note(self, event: Event, moment: datetime) -> None:
         match event.detail["what"]:
@@ -197,20 +177,25 @@ class History:
             case "run_ended":
                 self.runs[event.run].expires = None
             case "restored":
-                self.restored.append(int(event.detail["anchor_sequence"]))
-                for data, count in event.detail["gap"]:
-                    missing = dp_events.from_json(data)
-                    self.gaps[missing] += count
-                    self._charges[moment, missing] += count
-                self.seeded |= bool(event.detail["seeded"])
-                self.frozen |= bool(event.detail["frozen"])
-                # How far each run had really got is not known any more, so none of them goes on.
-                for run in self.runs.values():
-                    run.expires = None
+                self._restore(Restored.of(event.detail), event.sequence, moment)
+            case "in_doubt":
+                self.in_doubt = True
             case "frozen":
                 self.frozen = True
             case other:
                 raise ValueError(f"unknown note {other!r}")
+
+    def _restore(self, restored: Restored, sequence: int, moment: datetime) -> None:
+        self.restored.append(restored)
+        self._charges += [(sequence, moment, event, count) for event, count in restored.gap.items()]
+        self.seeded |= restored.seeded
+        self.frozen |= restored.frozen
+        self.in_doubt = False
+        # How far each run had really got is not known here, so none of them goes on, known or not.
+        for run in self.runs.values():
+            run.expires = None
+        for name, rounds in restored.runs.items():
+            self.lost_runs[name] = max(rounds, self.lost_runs.get(name, 0))
 
     @property
     def opened(self) -> Opened:
@@ -223,48 +208,73 @@ class History:
         """The newest lifetime cap."""
         return self.policies[-1][1]
 
-    def charged(
-        self, *, period: str | None = None, now: datetime | None = None, until: datetime | None = None
-    ) -> Counter[DpEvent]:
-        """Single mechanisms charged so far, counted.
+    @property
+    def length(self) -> int:
+        """Number of events."""
+        return len(self.hashes)
 
-        Args:
-            period: count only what was charged in the calendar period of `now`.
-            now: see `period`.
-            until: count only what was charged up to then.
-        """
-        chosen: Counter[DpEvent] = Counter()
-        for (moment, event), count in self._charges.items():
-            in_period = period is None or (now is not None and period_of(moment, period) == period_of(now, period))
-            if in_period and (until is None or moment <= until):
-                chosen[event] += count
-        return dp_events.grouped(chosen)
+    @property
+    def hash(self) -> str:
+        """Of the newest event."""
+        return self.hashes[-1] if self.hashes else START
 
-    def set_aside(self, now: datetime, *, leave_out: str = "") -> Counter[DpEvent]:
-        """What all open runs may still spend, but for the run `leave_out`."""
+    def charged_rounds(self, run: str) -> int:
+        """Rounds that a run was charged for, on a lost branch too."""
+        known = self.runs.get(run)
+        return max(known.charged_rounds if known else 0, self.lost_runs.get(run, 0))
+
+    def charged(self, *, up_to: int | None = None) -> Counter[DpEvent]:
+        """Single mechanisms charged so far, counted; with `up_to`, by events up to that sequence."""
+        return self._sum(lambda sequence, _: up_to is None or sequence <= up_to)
+
+    def charged_in_period(self, period: str, now: datetime) -> Counter[DpEvent]:
+        """The same in the calendar period that `now` lies in."""
+        return self._sum(lambda _, moment: period_of(moment, period) == period_of(now, period))
+
+    def _sum(self, chosen: Callable[[int, datetime], bool]) -> Counter[DpEvent]:
         total: Counter[DpEvent] = Counter()
-        for name, run in self.runs.items():
-            if name != leave_out:
-                total.update(run.set_aside(now))
+        for sequence, moment, event, count in self._charges:
+            if chosen(sequence, moment):
+                total[event] += count
         return dp_events.grouped(total)
 
-    def makes_up_for(self, *, sequence: int, restores: int) -> bool:
-        """Whether event `sequence`, known from outside when there had been `restores` restores, may be missing.
+    def set_aside(self, now: datetime) -> Counter[DpEvent]:
+        """What all open runs may still spend."""
+        total: Counter[DpEvent] = Counter()
+        for run in self.runs.values():
+            total.update(run.set_aside(now))
+        return dp_events.grouped(total)
 
-        It may if a backup was put back later and charged what it lacked up to there.
+    def now(self) -> datetime:
+        """The time, but never before the newest event: a clock that is set back opens no new period."""
+        now = datetime.now(UTC)
+        return now if self.last_time is None else max(now, self.last_time)
+
+    def made_up_for(self, sequence: int, *, restores: int) -> list[str]:
+        """Hashes that event `sequence` had on lost branches that were made up for.
+
+        `restores` is how often the ledger had been restored when somebody outside learnt of the event.
         """
-        return sequence <= max(self.restored[restores:], default=0)
+        return [one.path[sequence] for one in self.restored[restores:] if sequence in one.path]
 
-    def head(self, hash: str, key: SigningKey) -> Head:
-        """The head of a ledger whose newest event has this `hash`, signed."""
+    def holds(self, head: Head) -> bool:
+        """Whether no event up to `head` is missing, or what was is made up for."""
+        if head.sequence <= self.length and self.hashes[head.sequence - 1] == head.hash:
+            return True
+        return head.hash in self.made_up_for(head.sequence, restores=head.restores)
+
+    def head(self, key: SigningKey) -> Head:
+        """The newest head, signed."""
         assert self.last_time is not None
         return Head.signed(
             key,
             ledger=self.opened.ledger,
             sequence=self.length,
-            hash=hash,
+            hash=self.hash,
             time=self.last_time.isoformat(),
-            charged=tuple(counted(self.charged())),
+            charged=tuple(dp_events.counted(self.charged())),
+            runs=tuple((name, self.charged_rounds(name)) for name in sorted({*self.runs, *self.lost_runs})),
+            path=path_of(self.hashes),
             seeded=self.seeded,
             frozen=self.frozen,
             restores=len(self.restored),
@@ -273,9 +283,3 @@ class History:
     def divergence(self, spent: dp_events.Spent) -> float:
         """Of `spent`, at the ledger's order."""
         return filter.total_divergence(spent, self.order)
-
-
-def counted(spent: dp_events.Spent) -> list[tuple[dp_events.Json, int]]:
-    """Counted mechanisms as JSON, in a fixed order."""
-    pairs = [(dp_events.to_json(event), count) for event, count in dp_events.grouped(spent).items()]
-    return sorted(pairs, key=lambda pair: canonical(pair[0]))

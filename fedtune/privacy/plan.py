@@ -14,6 +14,8 @@ from fedtune.privacy import accountant, events
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
 
+_MOST_NOISE = 1e6
+
 
 @spec
 class Plan:
@@ -47,6 +49,11 @@ class Plan:
         check_one_of("unit", self.unit, ("record",))
         check_fraction("delta", self.delta)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
+        # Within these, accounting can be computed; no sensible plan is outside.
+        check_at_least("sampling_rate", self.sampling_rate, 1e-9)
+        for name in ("noise_multiplier", "metrics_noise_multiplier"):
+            if getattr(self, name) > _MOST_NOISE:
+                raise ConfigError(name, getattr(self, name), f"must be at most {_MOST_NOISE:g}")
         check_at_least("noise_multiplier", self.noise_multiplier, 0)
         check_at_least("metrics_noise_multiplier", self.metrics_noise_multiplier, 0)
         check_positive("max_grad_norm", self.max_grad_norm)
@@ -97,6 +104,16 @@ class Plan:
     def most_rounds(self) -> int:
         """Rounds that a site may be charged for, retries included."""
         return self.num_rounds + self.spare_rounds
+
+    @property
+    def whole(self) -> DpEvent:
+        """All rounds that may be charged, as one event."""
+        return self.event(rounds=self.most_rounds)
+
+    @property
+    def noises(self) -> tuple[float, ...]:
+        """Every noise multiplier that the plan uses."""
+        return (self.noise_multiplier, self.metrics_noise_multiplier)[: 1 + self.releases_metrics]
 
     def event(self, *, rounds: int = 1) -> DpEvent:
         """What `rounds` rounds of this plan do to the records, released scores included."""

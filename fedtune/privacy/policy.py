@@ -79,6 +79,10 @@ class Policy:
         broken = list(_broken_rules(self, proposal)) or list(_over_per_run(self, proposal.plan))
         return [Refused(reason, asked=asked, allowed=allowed) for reason, asked, allowed in broken]
 
+    def declared_size(self, dataset: str) -> int:
+        """The size that the site publishes for one of its data sets."""
+        return next(one.declared_size for one in self.dataset if one.id == dataset)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; an infinite cap becomes null."""
         fields = dataclasses.asdict(self)
@@ -121,9 +125,8 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     ):
         if number > most:
             yield reason, number, f"at most {most:g}"
-    noises = [plan.noise_multiplier, *([plan.metrics_noise_multiplier] if plan.releases_metrics else [])]
-    if min(noises) < limits.min_noise_multiplier:
-        yield Reason.MIN_NOISE_MULTIPLIER, min(noises), f"at least {limits.min_noise_multiplier:g}"
+    if min(plan.noises) < limits.min_noise_multiplier:
+        yield Reason.MIN_NOISE_MULTIPLIER, min(plan.noises), f"at least {limits.min_noise_multiplier:g}"
     for reason, wanted, granted in (
         (Reason.TRAIN_HEAD, proposal.train_head, allow.train_head),
         (Reason.SEEDED_NOISE, proposal.seeded_noise, allow.seeded_noise),
@@ -144,7 +147,7 @@ def _over_per_run(policy: Policy, plan: Plan) -> Iterator[Broken]:
 @lru_cache(maxsize=256)
 def _plan_epsilon_above(plan: Plan, limit: float) -> float | None:
     """Epsilon of a whole plan by PLD, which is a proof since a plan is fixed before anything is seen; None: within."""
-    return accountant.epsilon_above([plan.event(rounds=plan.most_rounds)], plan.delta, limit=limit)
+    return accountant.epsilon_above([plan.whole], plan.delta, limit=limit)
 
 
 def period_of(moment: datetime, period: str) -> tuple[int, int]:

@@ -95,7 +95,11 @@ class Budget:
             if getattr(self, key) is not None:
                 check_positive(key, getattr(self, key))
         check_one_of("period", self.period, PERIODS)
-        filter.best_order(self.reference_event(), epsilon=self.max_epsilon, delta=self.delta)
+        self.order()
+
+    def order(self) -> float:
+        """The filter's order for a ledger that is made under this budget."""
+        return filter.best_order(self.reference_event(), epsilon=self.max_epsilon, delta=self.delta)
 
     def reference_event(self) -> DpEvent:
         """One typical run, as an event."""

@@ -35,6 +35,7 @@ class Reason(StrEnum):
     # Rules of the site's policy, by the names they have in site.toml.
     LEADS = "leads"
     DATASET = "dataset"
+    DECLARED_SIZE = "declared_size"
     TASKS = "tasks"
     BASE_MODELS = "base_models"
     TARGET_MODULES = "target_modules"
@@ -77,7 +78,13 @@ class Reason(StrEnum):
         """Whether policy or budget refuse the run: asking again changes nothing."""
         return self not in _ABOUT_ONE_REQUEST
 
+    @property
+    def is_of_a_stranger(self) -> bool:
+        """Whether whoever asked is not known to be an allowed lead."""
+        return self in _OF_A_STRANGER
 
+
+_OF_A_STRANGER = {Reason.LEADS, Reason.WRONG_SIGNATURE, Reason.MALFORMED_REQUEST}
 _ABOUT_ONE_REQUEST = {
     Reason.ROUND_REQUESTED_DIFFERENTLY,
     Reason.REPLY_NO_LONGER_STORED,
@@ -178,6 +185,8 @@ def checked_scores(data: object) -> tuple[float, float] | None:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt:
     """What a site's ledger has charged to a run so far; the lead derives the site's epsilon from it.
+
+    Its sequence counts every event of the ledger, so leads can tell that others were there too.
 
     Attributes:
         charged_rounds: rounds reserved, whether or not a reply came of them.

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from dp_accounting import DpEvent
 
-from fedtune.privacy import accountant, filter
+from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.history import History, Run
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
@@ -105,7 +105,7 @@ def spending(history: History, now: datetime) -> Spending:
         epsilon_rdp=accountant.epsilon_rdp(charged, delta),
         period=budget.period,
         max_epsilon_per_period=budget.max_epsilon_per_period,
-        period_epsilon=filter.epsilon_filter(history.charged(period=budget.period, now=now), order=order, delta=delta),
+        period_epsilon=filter.epsilon_filter(history.charged_in_period(budget.period, now), order=order, delta=delta),
         mechanisms=charged.total(),
         seeded=history.seeded,
         frozen=history.frozen,
@@ -138,6 +138,46 @@ def _epsilon(plan: Plan, rounds: int) -> float:
     return accountant.epsilon_pld([plan.event(rounds=rounds)], plan.delta, interval=accountant.COARSE)
 
 
+def require_acceptable(history: History, policy: Policy, proposal: Proposal, now: datetime) -> None:
+    """Check that a new run breaks no rule, and that its whole plan fits beside what open runs have set aside.
+
+    Raises:
+        Refused: names the rule, what was asked and what is allowed.
+    """
+    require_usable(history)
+    if proposal.run in history.lost_runs:
+        raise Refused(Reason.RUN_ENDED)
+    policy.check(proposal)
+    require_plan_room(history, policy, proposal.plan, now)
+
+
+def require_usable(history: History) -> None:
+    """Raise Refused where nothing may be trained, whoever asks."""
+    if history.frozen:
+        raise Refused(Reason.FROZEN)
+    if history.in_doubt:
+        raise Refused(Reason.LEDGER_BEHIND_RECEIPT)
+
+
+def require_plan_room(history: History, policy: Policy, plan: Plan, now: datetime) -> None:
+    """Raise Refused unless the whole of `plan` fits every cap beside what open runs have set aside."""
+    require_room(history, policy, asked=events.grouped([plan.whole]), held=history.set_aside(now), now=now)
+
+
+def divergence_left(history: History, policy: Policy, now: datetime) -> float:
+    """What the lifetime cap leaves for new runs, as a divergence of the ledger's order: 0 or more, maybe infinite."""
+    if history.frozen or history.in_doubt:
+        return 0.0
+    room = filter.most_divergence(policy.budget.max_epsilon, order=history.order, delta=history.delta)
+    return max(0.0, room - history.divergence(history.charged() + history.set_aside(now)))
+
+
+def runs_left(history: History, policy: Policy, plan: DpEvent, now: datetime) -> int | None:
+    """How many runs that cost `plan` the lifetime cap still has room for; None: any number."""
+    left, each = divergence_left(history, policy, now), filter.total_divergence([plan], history.order)
+    return None if math.isinf(left) or each == 0 else math.floor(left / each)
+
+
 def require_room(
     history: History, policy: Policy, *, asked: Counter[DpEvent], held: Counter[DpEvent], now: datetime
 ) -> None:
@@ -150,7 +190,7 @@ def require_room(
         Refused: names the cap, what the figure would become, and what it may be.
     """
     budget = policy.budget
-    period = history.charged(period=budget.period, now=now)
+    period = history.charged_in_period(budget.period, now)
     for reason, cap, charged in (
         (Reason.MAX_EPSILON, budget.max_epsilon, history.charged()),
         (Reason.MAX_EPSILON_PER_PERIOD, budget.max_epsilon_per_period, period),

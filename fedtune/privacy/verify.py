@@ -92,9 +92,8 @@ def _check_replies(history: History, replies: list[tuple[str, str, bytes]]) -> N
 def _check_anchor(events: list[Event], history: History, anchor: Head, site_key: str) -> None:
     if (anchor.ledger, anchor.site_key) != (history.opened.ledger, site_key):
         raise RunError("the anchor is of another ledger")
-    if history.makes_up_for(sequence=anchor.sequence, restores=anchor.restores):
+    if history.holds(anchor):
         return
     if anchor.sequence > len(events):
         raise RunError(f"the ledger was put back: it ends at event {len(events)}, the anchor knows {anchor.sequence}")
-    if events[anchor.sequence - 1].hash != anchor.hash:
-        raise RunError(f"event {anchor.sequence} is not the one that the anchor knows: the ledger is another branch")
+    raise RunError(f"event {anchor.sequence} is not the one that the anchor knows: the ledger is another branch")

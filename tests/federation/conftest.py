@@ -83,6 +83,7 @@ class Station:
     propose: Callable[..., Proposal]
     lead: SigningKey
     template: Adapter
+    declared_size: int = 100
     trained: list[tuple[int, int]] = field(default_factory=list)
     before_training: list[list[Kind]] = field(default_factory=list)
 
@@ -102,6 +103,7 @@ class Station:
             name=self.policy.site,
             proposal=self.propose(),
             template=self.template,
+            declared_size=self.declared_size,
             ledger=self.ledger(),
             train=train or self._train,
         )
@@ -121,6 +123,8 @@ class Station:
             "round": round,
             "site": self.policy.site,
             "adapter_digest": (adapter or self.template).digest(),
+            "receipt": None,
+            "expires": 1e12,
         }
         return RoundRequest(**(fields | (about or {})))
 

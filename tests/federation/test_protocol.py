@@ -75,6 +75,8 @@ _FAULTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "a site of two lines": lambda fields: json.dumps(fields | {"site": "a\nanother line of the log"}),
     "no digest": lambda fields: json.dumps(fields | {"adapter_digest": "AB"}),
     "a numbered digest": lambda fields: json.dumps(fields | {"adapter_digest": 7}),
+    "no expiry": lambda fields: json.dumps(fields | {"expires": float("inf")}),
+    "an expiry that is no number": lambda fields: json.dumps(fields | {"expires": float("nan")}),
     "an expiry in words": lambda fields: json.dumps(fields | {"expires": "tomorrow"}),
     "a receipt of texts": lambda fields: json.dumps(fields | {"receipt": fields["receipt"] | {"sequence": "3"}}),
     "an empty receipt": lambda fields: json.dumps(fields | {"receipt": {}}),
@@ -111,7 +113,7 @@ def test_a_request_is_the_word_of_the_lead_that_it_names(
         request_.signed(stranger_key),
         replace(signed, signature=""),
         replace(signed, signature="not hex"),
-        replace(signed, signature=signed.signature[:-2] + "00"),
+        replace(signed, signature=signed.signature[:-2] + "ff"),  # no signature ends in it
         replace(signed, text=signed.text.replace('"round": 2', '"round": 3')),
         replace(signed, signature=notice.signature),
         replace(signed, signature=lead_key.sign(END, signed.text.encode())),

@@ -45,14 +45,16 @@ def site(
     def make(train: Any) -> Site:
         key = SigningKey.load_or_make(tmp_path / "site_key.pem")
         ledger = Ledger(tmp_path / "ledger.db", site_policy("a"), key)
-        return Site(name="a", proposal=run_proposal(), template=adapter, ledger=ledger, train=train)
+        return Site(name="a", proposal=run_proposal(), template=adapter, declared_size=100, ledger=ledger, train=train)
 
     return make
 
 
 @pytest.fixture
 def content(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: SigningKey) -> RecordDict:
-    request = RoundRequest(proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest())
+    request = RoundRequest(
+        proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
+    )
     return records.from_request(request.signed(lead_key), records.to_arrays(adapter.tensors))
 
 

@@ -14,6 +14,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.evaluation.units import unit_scores
 from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.site import Site
 from fedtune.flower.participants import Participants
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import SeededRandomness
@@ -69,6 +70,12 @@ def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Callable[.
 NOISED = ("privacy.metrics=noised", "data.heldout_fraction=0.3")
 
 
+def first_request(site: Site) -> RoundRequest:
+    return RoundRequest(
+        proposal=site.proposal, round=1, site=site.name, adapter_digest="ab" * 32, receipt=None, expires=1e12
+    )
+
+
 def texts(dataset: Any) -> Counter[bytes]:
     return Counter(token_ids.tobytes() for token_ids in dataset.input_ids)
 
@@ -100,7 +107,7 @@ def test_a_round_scores_the_adapter_that_came_and_noises_it_as_planned(
 ) -> None:
     everyone = Participants(config(*NOISED, "runtime.seeded_noise=true"), tmp_path)
     site = everyone.site(0)
-    request = RoundRequest(proposal=site.proposal, round=1, site="site-1", adapter_digest="ab" * 32)
+    request = first_request(site)
     trained = site.train(request, everyone.initial_adapter, 1)
     assert trained.scores is not None
     everyone.initial_adapter.load_into(everyone.model)
@@ -126,7 +133,7 @@ def test_without_noised_metrics_nothing_is_scored(
     monkeypatch.setattr(participants, "unit_scores", never)
     everyone = Participants(config("data.heldout_fraction=0.3"), tmp_path)
     site = everyone.site(0)
-    request = RoundRequest(proposal=site.proposal, round=1, site="site-1", adapter_digest="ab" * 32)
+    request = first_request(site)
     assert site.train(request, everyone.initial_adapter, 1).scores is None
 
 
@@ -135,7 +142,7 @@ def test_the_fingerprint_follows_the_records_and_the_sites_key(
 ) -> None:
     def fingerprint(everyone: Participants) -> str:
         site = everyone.site(0)
-        request = RoundRequest(proposal=site.proposal, round=1, site="site-1", adapter_digest="ab" * 32)
+        request = first_request(site)
         return site.train(request, everyone.initial_adapter, 1).fingerprint
 
     one = fingerprint(Participants(config(), tmp_path / "a"))

@@ -28,7 +28,10 @@ RECEIPT = Receipt(
 
 @pytest.fixture
 def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: SigningKey) -> Signed:
-    return RoundRequest(proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest()).signed(lead_key)
+    request = RoundRequest(
+        proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
+    )
+    return request.signed(lead_key)
 
 
 def test_a_request_arrives_as_it_was_sent(request_: Signed, adapter: Adapter) -> None:

@@ -182,26 +182,26 @@ def test_kept_sites_lie_where_they_are_told(kept: Callable[..., RunConfig], conf
 
 def test_a_policy_that_is_there_is_kept_and_read(kept: Callable[..., RunConfig], tmp_path: Path) -> None:
     sites = sites_of(kept(), tmp_path)
-    first = sites.policy("site-1")
+    first = sites.files("site-1").policy
     path = tmp_path / "kept" / "site-1" / "site.toml"
     path.write_text(path.read_text().replace("max_rounds = 4", "max_rounds = 3"))
-    assert sites_of(kept("federation.num_rounds=9"), tmp_path).policy("site-1") == replace(
+    assert sites_of(kept("federation.num_rounds=9"), tmp_path).files("site-1").policy == replace(
         first, limits=replace(first.limits, max_rounds=3)
     )
 
 
 def test_a_policy_of_another_site_is_not_this_ones(kept: Callable[..., RunConfig], tmp_path: Path) -> None:
     sites = sites_of(kept(), tmp_path)
-    sites.policy("site-1")
+    sites.files("site-1").policy
     (tmp_path / "kept" / "site-2").mkdir()
     (tmp_path / "kept" / "site-1" / "site.toml").rename(tmp_path / "kept" / "site-2" / "site.toml")
     with pytest.raises(ConfigError, match=r"site\.toml: site = 'site-1': must be site-2"):
-        sites.policy("site-2")
+        sites.files("site-2")
 
 
 def allow_rounds(sites: VirtualSites, site: str, count: float) -> None:
     """Edit the site's cap so that `count` rounds of the run fit, and hardly more."""
-    policy = sites.policy(site)
+    policy = sites.files(site).policy
     with_cap = replace(policy, budget=replace(policy.budget, max_epsilon=1000.0))
     write_policy(with_cap, sites.folder / site / "site.toml")
     order = sites.ledger(site).history.order
@@ -265,7 +265,7 @@ def test_no_room_at_all_is_refused_with_every_sites_rule(
     config = kept(f"federation.if_over_budget={wanted}")
     sites = sites_of(config, tmp_path)
     for site in ("site-1", "site-2"):
-        policy = sites.policy(site)
+        policy = sites.files(site).policy
         limits = replace(policy.limits, max_sampling_rate=0.1)
         write_policy(replace(policy, limits=limits), sites.folder / site / "site.toml")
     with pytest.raises(RefusedError) as refused:
@@ -279,7 +279,7 @@ def test_no_room_at_all_is_refused_with_every_sites_rule(
 def test_a_broken_ledger_does_not_stop_the_others(kept: Callable[..., RunConfig], tmp_path: Path, wanted: str) -> None:
     config = kept(f"federation.if_over_budget={wanted}")
     sites = sites_of(config, tmp_path)
-    sites.policy("site-1")
+    sites.files("site-1").policy
     (sites.folder / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
     changed = fitted(config, tmp_path / "run")
     assert changed.federation.num_rounds == 4

@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from scipy import stats
 
-from fedtune.privacy import event_store, ledger_file
+from fedtune.privacy import history, ledger_file
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.plan import Plan
@@ -165,6 +165,8 @@ def opened(path: Path, policy: Callable[..., Policy], site_key: SigningKey) -> C
 class Clock:
     """The time that ledgers see; it moves only when a test moves it."""
 
+    fromisoformat = staticmethod(datetime.fromisoformat)
+
     def __init__(self, now: datetime) -> None:
         self.time = now
 
@@ -180,7 +182,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock at the beginning of a year."""
     clock = Clock(datetime(2030, 1, 10, tzinfo=UTC))
-    monkeypatch.setattr(event_store, "datetime", clock)
+    monkeypatch.setattr(history, "datetime", clock)
     return clock
 
 

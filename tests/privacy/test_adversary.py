@@ -20,10 +20,9 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.privacy import event_store, events, filter, spending
-from fedtune.privacy.event_store import Reservation
+from fedtune.privacy import events, filter, history, spending
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger import Ledger, Reservation
 from fedtune.privacy.policy import Policy, period_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
@@ -38,6 +37,8 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 class Clock:
+    fromisoformat = staticmethod(datetime.fromisoformat)
+
     def __init__(self) -> None:
         self.time = datetime(2030, 1, 10, tzinfo=UTC)
 
@@ -186,7 +187,7 @@ def test_no_chosen_sequence_of_requests_passes_a_cap(
     site = policy(budget=budget, releases={"metrics": "noised"})
     game = Game(tmp_path_factory.mktemp("game") / "ledger.db", site, site_key, proposal)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(event_store, "datetime", game.clock)
+        patched.setattr(history, "datetime", game.clock)
         for _ in range(data.draw(st.integers(1, 20))):
             move(game, data.draw)
     # The same events in any other order cost the same.

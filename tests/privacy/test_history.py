@@ -11,8 +11,8 @@ import pytest
 
 from fedtune.privacy import events
 from fedtune.privacy.chain import Event
-from fedtune.privacy.event_store import Reservation
 from fedtune.privacy.history import History
+from fedtune.privacy.ledger import Reservation
 from fedtune.privacy.verify import verify
 from fedtune.spec import RunError
 
@@ -93,10 +93,10 @@ def test_what_a_history_adds_up_to(told: list[Event], proposal: Any) -> None:
     assert (run.proposal, run.charged_rounds, dict(run.attempts)) == (proposal(), 2, {1: 1, 2: 1})
     assert (run.reserved, list(run.replies)) == ({1: "q1", 2: "q2"}, ["q1"])
     assert history.charged() == events.grouped([proposal().plan.event()] * 2)
-    assert history.charged(until=NOW) == events.grouped([proposal().plan.event()])
-    assert history.charged(until=NOW - timedelta(seconds=1)) == {}
-    assert history.charged(period="month", now=NOW) == history.charged()
-    assert history.charged(period="month", now=NOW + timedelta(days=31)) == {}
+    assert history.charged(up_to=4) == events.grouped([proposal().plan.event()])
+    assert history.charged(up_to=3) == {}
+    assert history.charged_in_period("month", NOW) == history.charged()
+    assert history.charged_in_period("month", NOW + timedelta(days=31)) == {}
 
 
 def test_an_open_run_holds_the_rest_of_its_plan_until_it_expires(told: list[Event], proposal: Any) -> None:

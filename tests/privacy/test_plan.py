@@ -44,7 +44,7 @@ def test_every_field_is_in_its_json(plan: Any) -> None:
     assert Plan.from_json(plan().to_json()) == plan()
 
 
-@pytest.mark.parametrize("change", [{"epsilon": 1.0}, {"noise_multiplier": "1"}, {"noise_multiplier": 10**400}])
+@pytest.mark.parametrize("change", [{"epsilon": 1.0}, {"noise_multiplier": "1"}, {"noise_multiplier": [1.0]}])
 def test_other_json_is_a_config_error(plan: Any, change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="must have exactly the fields of a plan"):
         Plan.from_json(plan().to_json() | change)

@@ -122,7 +122,7 @@ def test_every_broken_rule_is_listed_for_a_person(policy: Any, proposal: Any) ->
 def test_every_rule_of_a_proposal_alone_is_shown_above() -> None:
     shown = {reason for _, reason, _, _ in BROKEN} | {Reason.TRAIN_HEAD, Reason.UPDATES, Reason.UNIT}
     in_the_ledger = {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD, Reason.MAX_EPSILON_PER_RUN}
-    of_the_adapter = {Reason.MAX_ADAPTER_VALUE}
+    of_the_adapter = {Reason.MAX_ADAPTER_VALUE, Reason.DECLARED_SIZE}  # what comes with a request beside its proposal
     rules = [reason for reason in Reason if list(Reason).index(reason) < list(Reason).index(Reason.FROZEN)]
     assert set(rules) == shown | in_the_ledger | of_the_adapter
 

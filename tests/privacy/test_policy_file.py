@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.privacy.event_store import Reservation
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger import Ledger, Reservation
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
 from fedtune.privacy.policy_tables import Dataset, Reference

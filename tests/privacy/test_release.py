@@ -152,7 +152,17 @@ def test_a_long_header_is_refused_before_it_is_read() -> None:
 def test_the_reasons_are_a_closed_list() -> None:
     # A new reason tells the server something about a site: add it here knowingly.
     of_the_policy = {
-        *("leads", "dataset", "tasks", "base_models", "target_modules", "max_rank", "train_head", "seeded_noise"),
+        *(
+            "leads",
+            "dataset",
+            "declared_size",
+            "tasks",
+            "base_models",
+            "target_modules",
+            "max_rank",
+            "train_head",
+            "seeded_noise",
+        ),
         *("updates", "metrics", "unit", "delta", "min_noise_multiplier", "max_sampling_rate", "max_grad_norm"),
         *("max_local_steps", "max_rounds", "max_adapter_value"),
         *("max_epsilon", "max_epsilon_per_run", "max_epsilon_per_period"),

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from fedtune.privacy import accountant, events, filter, spending
-from fedtune.privacy.event_store import Reservation
 from fedtune.privacy.history import History
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger import Ledger, Reservation
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 
@@ -141,6 +140,24 @@ def test_what_is_no_number_does_not_fit(opened: Any, policy: Any, monkeypatch: p
     history = opened().history
     monkeypatch.setattr(filter, "divergence", lambda event, order: math.nan)
     assert room_refusal(history, policy(), Counter({"anything": 1})) is not None
+
+
+def test_what_is_left_is_what_would_be_accepted(opened: Any, policy: Any, proposal: Any) -> None:
+    ledger = opened()
+    five = proposal().plan.event(rounds=5)
+    now = datetime.now(UTC)
+    assert spending.runs_left(ledger.history, policy(), five, now) == 2
+    assert spending.runs_left(History.before(policy()), policy(), five, now) == 2, "also before there is a ledger"
+    answered(ledger, proposal(), 1)
+    assert spending.runs_left(ledger.history, policy(), five, now) == 1, "the first holds its whole plan"
+    answered(ledger, proposal(run="2"), 1)
+    assert spending.runs_left(ledger.history, policy(), five, now) == 0
+    left = spending.divergence_left(ledger.history, policy(), now)
+    assert 0 < left < filter.divergence(proposal().plan.event(), ledger.history.order)
+    assert spending.runs_left(ledger.history, policy(budget={"max_epsilon": math.inf}), five, now) is None
+    assert spending.divergence_left(ledger.history, policy(budget={"max_epsilon": 6.0}), now) == 0
+    ledger.freeze("for this test")
+    assert spending.divergence_left(ledger.history, policy(budget={"max_epsilon": math.inf}), now) == 0
 
 
 # The largest run that fits.

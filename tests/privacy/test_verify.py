@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from fedtune.privacy import chain, ledger_file
 from fedtune.privacy.chain import Head, Kind
-from fedtune.privacy.event_store import Reservation
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger import Ledger, Reservation
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.verify import verify
 from fedtune.spec import RunError

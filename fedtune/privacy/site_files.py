@@ -1,0 +1,57 @@
+"""A site's files: its policy, and the ledger, key and anchor that the policy names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.privacy.chain import Head
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.verify import Verified, verify
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteFiles:
+    """Paths start at the policy's folder unless they are absolute.
+
+    Attributes:
+        anchor: None where the policy names none.
+    """
+
+    policy: Policy
+    ledger: Path
+    site_key: Path
+    anchor: Path | None
+
+    @classmethod
+    def of(cls, site_toml: Path) -> SiteFiles:
+        """The files of the site whose policy is `site_toml`.
+
+        Raises:
+            ConfigError: the file is no policy.
+        """
+        policy, folder = read_policy(site_toml), site_toml.parent
+        return cls(
+            policy=policy,
+            ledger=folder / policy.ledger,
+            site_key=folder / policy.site_key,
+            anchor=folder / policy.anchor if policy.anchor else None,
+        )
+
+    def open(self) -> Ledger:
+        """The ledger, for training; ledger and key are made when missing."""
+        return Ledger(self.ledger, self.policy, SigningKey.load_or_make(self.site_key), anchor=self.anchor)
+
+    def verified(self) -> Verified | None:
+        """The ledger as anybody can check it, against its anchor where that is at hand; None where there is none yet.
+
+        Raises:
+            RunError: it does not fit together, or is older than its anchor.
+        """
+        if not self.ledger.is_file():
+            return None
+        at_hand = self.anchor is not None and self.anchor.is_file()
+        return verify(self.ledger, anchor=Head.read(self.anchor) if self.anchor and at_hand else None)
