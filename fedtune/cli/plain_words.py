@@ -16,6 +16,7 @@ from fedtune.privacy.release import Reason
 REASONS: Mapping[Reason, str] = {
     Reason.LEADS: "who asked is not a lead of this site",
     Reason.DATASET: "the site has no such data set",
+    Reason.DECLARED_SIZE: "the run takes the site for another size than it declares",
     Reason.TASKS: "the task is not allowed",
     Reason.BASE_MODELS: "the base model is not allowed",
     Reason.TARGET_MODULES: "these parts of the model may not be trained",
@@ -156,8 +157,13 @@ def _noted(detail: dict[str, Any]) -> str:
         case "restored":
             gap = [mechanism_text(dp_events.from_json(data), count) for data, count in detail["gap"]]
             return (
-                f"a backup was put back; charged what it lacked up to event {detail['anchor_sequence']} of the "
+                f"a backup was put back; charged what it lacked up to event {detail['path'][-1][0]} of the "
                 f"lost ledger: {' and '.join(gap) or 'nothing'}"
+            )
+        case "in_doubt":
+            return (
+                f"IN DOUBT: a receipt of this site's own knows event {detail['receipt_sequence']}, which is missing; "
+                "nothing is trained until the ledger is restored"
             )
         case "frozen":
             return f"FROZEN, takes part in nothing any more: {printable(detail['why'])}"

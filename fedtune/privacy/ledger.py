@@ -244,6 +244,7 @@ class Ledger:
 
     def _require_another_round(self, run: Run, now: datetime) -> None:
         """Raise the reason to refuse one more round of an accepted run; policy and period may have changed since."""
+        spending.require_usable(self.history)
         if not run.is_open(now):
             raise Refused(Reason.RUN_ENDED)
         if run.charged_rounds >= run.plan.most_rounds:
@@ -254,8 +255,7 @@ class Ledger:
 
     def _repeated(self, run: Run, proposal: Proposal, round: int, request: str) -> bytes | None:
         """The stored reply to a request that was answered before; None for a round still to be trained."""
-        if self.history.frozen:
-            raise Refused(Reason.FROZEN)
+        spending.require_usable(self.history)
         if run.proposal != proposal:
             raise Refused(Reason.PLAN_CHANGED, asked=proposal.digest(), allowed=run.proposal.digest())
         if run.reserved.get(round, request) != request:

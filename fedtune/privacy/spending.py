@@ -168,6 +168,8 @@ def divergence_left(history: History, policy: Policy, now: datetime) -> float:
     """What the lifetime cap leaves for new runs, as a divergence of the ledger's order: 0 or more, maybe infinite."""
     if history.frozen or history.in_doubt:
         return 0.0
+    if math.isinf(policy.budget.max_epsilon):
+        return math.inf
     room = filter.most_divergence(policy.budget.max_epsilon, order=history.order, delta=history.delta)
     return max(0.0, room - history.divergence(history.charged() + history.set_aside(now)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli.plain_words import REASONS, odds_text, printable
-from fedtune.privacy import accountant, filter
+from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.chain import Head
 from fedtune.privacy.release import Reason
@@ -315,10 +316,22 @@ def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back:
     assert "10 noisy steps (rate 0.05, noise 2.5)" in outcome.out
     assert "20 noisy steps (rate 0.05, noise 2)" in outcome.out
     verified = verify(put_back.ledger, anchor=Head.read(put_back.anchor))
-    assert verified.history.head(verified.hash, put_back.key).charged == lost.charged
+    assert verified.history.head(put_back.key).charged == lost.charged
     put_back.train(put_back.open(), put_back.proposal("fourth"), 1)
     assert "Backups put back so far: 1" in command("ledger", "spent", str(put_back.ledger)).out
     assert "a backup was put back; charged what it lacked" in command("ledger", "show", str(put_back.ledger)).out
+
+
+def test_restore_takes_the_policys_anchor_where_it_knows_more(put_back: Any, command: Run, tmp_path: Path) -> None:
+    # An older anchor, given by hand, must not overwrite the newer one and forget what it knows.
+    newest = Head.read(put_back.anchor)
+    older = tmp_path / "older.json"
+    older.write_bytes(verify(put_back.ledger).history.head(put_back.key).to_bytes())
+    assert Head.read(older).sequence < newest.sequence
+    assert restored(put_back, command, "--anchor", str(older)).code == 0
+    assert verify(put_back.ledger, anchor=newest).history.charged() == Counter(
+        {events.from_json(event): count for event, count in newest.charged}
+    )
 
 
 def test_restore_happens_once(put_back: Any, command: Run, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_a_lead_whom_the_site_does_not_know_is_refused(site: Any, stranger_key: 
     before = site.events()
     reply = site.ask(key=stranger_key, lead=stranger_key.public)
     assert refusal(reply).reason is Reason.LEADS
+    assert reply.receipt is None, "a stranger learns nothing of the ledger"
     require_only_refused(site, before, Reason.LEADS)
 
 
@@ -108,7 +109,9 @@ def test_what_is_not_signed_by_its_lead_is_refused_and_not_even_written_down(
         replace(signed, signature=""),
         replace(signed, text=json.dumps(stolen, sort_keys=True)),
     ):
-        assert refusal(site.send(wrong)).reason is Reason.WRONG_SIGNATURE
+        reply = site.send(wrong)
+        assert refusal(reply).reason is Reason.WRONG_SIGNATURE
+        assert reply.receipt is None
     assert refusal(site.send(replace(signed, text="{"))).reason is Reason.MALFORMED_REQUEST
     assert site.events() == before
     assert site.trained == []
@@ -216,6 +219,33 @@ def test_a_run_that_costs_too_much_alone_is_refused(station: Callable[..., Any])
     assert refusal(site.ask()).reason is Reason.MAX_EPSILON_PER_RUN
 
 
+def test_a_run_for_another_size_than_the_site_declares_is_refused(site: Any) -> None:
+    # It would be trained with another denominator, and counted with another weight, than the site published.
+    site.ledger()
+    before = site.events()
+    site.declared_size = 99
+    body = refusal(site.ask())
+    assert (body.reason, body.asked, body.allowed) == (Reason.DECLARED_SIZE, "99", "100")
+    require_only_refused(site, before, Reason.DECLARED_SIZE)
+    assert site.trained == []
+
+
+def require_in_doubt(site: Any, before: tuple[Any, ...], receipt: Receipt, reply: Reply) -> None:
+    """The ledger lacks a receipt that the site gave: it says so, and nothing is trained any more for anybody."""
+    body = refusal(reply)
+    assert body.reason is Reason.LEDGER_BEHIND_RECEIPT
+    assert body.asked == str(receipt.sequence)
+    after = site.events()
+    assert after[: len(before)] == before
+    doubt, refused = after[len(before) :]
+    assert (doubt.kind, doubt.detail["what"]) == (Kind.NOTE, "in_doubt")
+    assert (refused.kind, refused.detail["reason"]) == (Kind.REFUSAL, Reason.LEDGER_BEHIND_RECEIPT.value)
+    trained = list(site.trained)
+    for round in (3, 4):
+        assert refusal(site.ask(round)).reason is Reason.LEDGER_BEHIND_RECEIPT, "also without the receipt"
+    assert site.trained == trained
+
+
 @pytest.mark.parametrize("left", [0, 1])
 def test_a_ledger_that_lacks_the_leads_last_receipt_trains_nothing(site: Any, left: int) -> None:
     backup = site.path.parent / "backup"
@@ -226,10 +256,8 @@ def test_a_ledger_that_lacks_the_leads_last_receipt_trains_nothing(site: Any, le
         newest = site.ask(round)
     backup.replace(site.path)
     before = site.events()
-    body = refusal(site.ask(3, about={"receipt": newest.receipt}))
-    assert body.reason is Reason.LEDGER_BEHIND_RECEIPT
-    assert (int(body.asked or 0), int(body.allowed or 0)) == (newest.receipt.sequence, len(before))
-    require_only_refused(site, before, Reason.LEDGER_BEHIND_RECEIPT)
+    reply = site.ask(3, about={"receipt": newest.receipt})
+    require_in_doubt(site, before, newest.receipt, reply)
     assert site.trained == [(1, 1), (2, 1)]
 
 
@@ -242,8 +270,7 @@ def test_a_ledger_that_was_put_back_and_went_on_is_another_branch(site: Any) -> 
     site.ask(3)
     assert len(site.events()) == receipt.sequence, "as long as the ledger that gave the receipt"
     before = site.events()
-    assert refusal(site.ask(2, about={"receipt": receipt})).reason is Reason.LEDGER_BEHIND_RECEIPT
-    require_only_refused(site, before, Reason.LEDGER_BEHIND_RECEIPT)
+    require_in_doubt(site, before, receipt, site.ask(2, about={"receipt": receipt}))
 
 
 _OTHER_RECEIPTS: dict[str, Callable[[Receipt], Receipt]] = {
@@ -275,6 +302,5 @@ def test_a_receipt_from_another_ledger_is_refused(
     other = replace(site, folder=tmp_path / "new", propose=partial(site.propose), trained=[])
     other.folder.mkdir()
     (other.folder / site.policy.site_key).write_bytes((site.folder / site.policy.site_key).read_bytes())
-    before = site.events()
-    assert refusal(site.ask(2, about={"receipt": other.ask().receipt})).reason is Reason.LEDGER_BEHIND_RECEIPT
-    require_only_refused(site, before, Reason.LEDGER_BEHIND_RECEIPT)
+    before, receipt = site.events(), other.ask().receipt
+    require_in_doubt(site, before, receipt, site.ask(2, about={"receipt": receipt}))

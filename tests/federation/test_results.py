@@ -47,9 +47,12 @@ def build(adapter: Adapter, plan: Plan, receipt: Callable[..., Receipt]) -> Call
 def test_the_runs_epsilon_is_its_largest_sites(build: Callable[..., dict[str, Any]]) -> None:
     privacy = build(charged={"a": 1, "b": 3, "c": 0})["privacy"]
     assert privacy["epsilon"] == privacy["sites"]["b"]["epsilon"] > privacy["sites"]["a"]["epsilon"] > 0
+    # Three of four planned rounds: what the whole plan costs is more.
+    assert privacy["sites"]["b"]["planned_epsilon"] > privacy["epsilon"]
     assert privacy["sites"]["c"] == {
         "epsilon": 0.0,
         "epsilon_rdp": 0.0,
+        "planned_epsilon": privacy["sites"]["a"]["planned_epsilon"],
         "rounds": 0,
         "steps": 0,
         "sampling_rate": 0.2,

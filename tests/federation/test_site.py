@@ -227,6 +227,14 @@ def test_refusals_and_failures_leave_at_a_whole_multiple_too(station: Callable[.
     assert clock.now - began == pytest.approx(60)
 
 
+def test_strangers_are_not_kept_waiting(station: Callable[..., Any], clock: Clock, stranger_key: SigningKey) -> None:
+    # Nothing that they are told depends on a record, and each would hold a worker.
+    site = station(releases={"reply_after_s": 60.0})
+    assert reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS
+    assert reason(site.ask(key=stranger_key)) is Reason.WRONG_SIGNATURE
+    assert clock.sleeps == []
+
+
 def test_a_reply_is_never_due_before_it_is_there(clock: Clock) -> None:
     # Dividing by 0.1 and multiplying again may round to a little less than what has passed.
     for number in range(1, 2000):

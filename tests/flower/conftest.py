@@ -114,7 +114,14 @@ class Federation:
         ledger = Ledger(
             folder / policy.ledger, policy, SigningKey.load_or_make(folder / policy.site_key), anchor=anchor
         )
-        return Site(name=name, proposal=self.run.proposal, template=self.adapter, ledger=ledger, train=self._train)
+        return Site(
+            name=name,
+            proposal=self.run.proposal,
+            template=self.adapter,
+            declared_size=self.sizes[name],
+            ledger=ledger,
+            train=self._train,
+        )
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         self.trained.append(request.site)
@@ -149,13 +156,17 @@ def federation(
         **settings: Any,
     ) -> Federation:
         spec = FederationSpec(**({"num_rounds": 1, "num_sites": 3} | settings))
+        declared = dict(zip(spec.names, sizes, strict=True))
         run = Run(
             proposal=run_proposal(**(asks or {})),
             lead_key=lead_key,
-            policies={site: site_policy(site, **(policies or {}).get(site, {})) for site in spec.names},
+            policies={
+                site: site_policy(site, declared_size=size, **(policies or {}).get(site, {}))
+                for site, size in declared.items()
+            },
             adapter=adapter,
             spec=spec,
-            sizes=dict(zip(spec.names, sizes, strict=True)),
+            sizes=declared,
         )
         return Federation(tmp_path / folder, run)
 

@@ -192,7 +192,7 @@ def test_a_policy_that_is_there_is_kept_and_read(kept: Callable[..., RunConfig],
 
 def test_a_policy_of_another_site_is_not_this_ones(kept: Callable[..., RunConfig], tmp_path: Path) -> None:
     sites = sites_of(kept(), tmp_path)
-    sites.files("site-1").policy
+    sites.files("site-1")
     (tmp_path / "kept" / "site-2").mkdir()
     (tmp_path / "kept" / "site-1" / "site.toml").rename(tmp_path / "kept" / "site-2" / "site.toml")
     with pytest.raises(ConfigError, match=r"site\.toml: site = 'site-1': must be site-2"):
@@ -279,7 +279,7 @@ def test_no_room_at_all_is_refused_with_every_sites_rule(
 def test_a_broken_ledger_does_not_stop_the_others(kept: Callable[..., RunConfig], tmp_path: Path, wanted: str) -> None:
     config = kept(f"federation.if_over_budget={wanted}")
     sites = sites_of(config, tmp_path)
-    sites.files("site-1").policy
+    sites.files("site-1")
     (sites.folder / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
     changed = fitted(config, tmp_path / "run")
     assert changed.federation.num_rounds == 4

@@ -150,7 +150,7 @@ def test_a_damaged_anchor_stops(anchored: Any, anchor: Path, damage: Callable[[b
     before = anchor.read_bytes()
     anchor.write_bytes(damage(before))
     assert anchor.read_bytes() != before
-    with pytest.raises(ConfigError, match=r"anchor = '.*anchor\.json': must "):
+    with pytest.raises(RunError, match=r"anchor = '.*anchor\.json': must .*; nothing is trained"):
         anchored()
 
 
@@ -185,14 +185,18 @@ def test_a_crash_before_the_anchor_is_written_leaves_it_behind_and_the_ledger_go
 
 def test_an_anchor_that_cannot_be_written_stops(anchored: Any, anchor: Path, proposal: Any) -> None:
     ledger = anchored()
+    behind = anchor.read_bytes()
     anchor.unlink()
-    anchor.mkdir()
+    anchor.parent.rmdir()
+    anchor.parent.write_bytes(b"a file where the folder was")
     with pytest.raises(RunError, match=r"anchor .* cannot be used \(.*\); nothing is trained"):
         ledger.reserve(proposal(), round=1, request="q")
-    anchor.rmdir()
-    ledger.end("r")  # charged, although leave to train was not given
+    anchor.parent.unlink()
+    anchor.parent.mkdir()
+    anchor.write_bytes(behind)
+    ledger.end("r")
     assert Head.read(anchor).sequence == ledger.history.length
-    assert ledger.receipt("r").charged_rounds == 1
+    assert ledger.receipt("r").charged_rounds == 1, "charged, although leave to train was not given"
 
 
 def test_of_two_heads_the_newer_one_stays(anchored: Any, anchor: Path, proposal: Any, monkeypatch: Any) -> None:
@@ -257,6 +261,35 @@ def test_a_forged_receipt_is_refused_for_its_signature(
         opened(path=tmp_path / "o.db", key=make_key(9)).receipt("r"),
     ]
     assert [refusal_of(ledger, each) for each in forged] == [Reason.WRONG_SIGNATURE] * len(forged)
+
+
+def test_after_a_genuine_receipt_of_lost_events_nobody_trains_until_they_are_made_up_for(
+    opened: Any, proposal: Any, path: Path, copied: Any
+) -> None:
+    ledger = opened()
+    answered(ledger, proposal(), 1)
+    backup = copied(path)
+    answered(ledger, proposal(), 2)
+    receipt, newest = ledger.receipt("r"), ledger.head()
+    shutil.copy(backup, path)
+    assert refusal_of(opened(), receipt) is Reason.LEDGER_BEHIND_RECEIPT
+    assert refusal_of(opened(), receipt) is Reason.LEDGER_BEHIND_RECEIPT
+    assert [event.detail.get("what") for event in verify(path).events].count("in_doubt") == 1
+    for asked, round in ((proposal(), 2), (proposal(run="another lead's"), 1)):
+        with pytest.raises(Refused) as caught:
+            opened().reserve(asked, round=round, request="q")
+        assert caught.value.reason is Reason.LEDGER_BEHIND_RECEIPT
+    opened().charge_gap(newest)
+    opened().require_contains(receipt)
+    answered(opened(), proposal(run="another lead's"), 1)
+
+
+def test_a_forged_receipt_puts_nothing_in_doubt(opened: Any, proposal: Any, make_key: Any, tmp_path: Path) -> None:
+    ledger = opened()
+    other = opened(path=tmp_path / "o.db", key=make_key(9))
+    answered(other, proposal(), 1, 2)
+    assert refusal_of(ledger, other.receipt("r")) is Reason.WRONG_SIGNATURE
+    answered(ledger, proposal(), 1)
 
 
 # While it is open.
@@ -356,6 +389,49 @@ def test_after_the_gap_is_charged_old_anchors_and_receipts_pass(
     answered(ledger, proposal(run="3"), 1)
     assert Head.read(anchor).sequence == ledger.history.length
     assert verify(path, anchor=Head.read(anchor)).rollback_excluded
+
+
+def test_a_run_that_only_the_lost_events_knew_whole_does_not_go_on(
+    put_back: Restored, opened: Any, proposal: Any
+) -> None:
+    ledger = opened()
+    ledger.charge_gap(put_back.newest)
+    assert (ledger.receipt("r").charged_rounds, ledger.receipt("2").charged_rounds) == (2, 1)
+    for run in ("r", "2"):
+        with pytest.raises(Refused) as caught:
+            opened().reserve(proposal(run=run), round=3, request="q")
+        assert caught.value.reason is Reason.RUN_ENDED
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 0), (1, 3), (140, 0), (140, 300)])
+def test_a_long_lost_branch_is_made_up_for_in_full(
+    opened: Any, proposal: Any, policy: Any, path: Path, copied: Any, before: int, after: int
+) -> None:
+    """An anchor knows only some hashes of a long branch: what it is not sure of is charged again, never left out."""
+
+    def refused(ledger: Ledger, times: int) -> None:
+        for _ in range(times):
+            ledger.refuse(Refused(Reason.TASKS), run="x", round=1, request="q")
+
+    ledger = opened()
+    answered(ledger, proposal(), 1)
+    refused(ledger, before)
+    answered(ledger, proposal(), 2)
+    backup = copied(path)
+    answered(ledger, proposal(), 3)
+    refused(ledger, after)
+    newest, whole = ledger.head(), ledger.history.charged()
+    shutil.copy(backup, path)
+    answered(opened(), proposal(run="fork", plan={"noise_multiplier": 3.0}), 1)
+    since = opened().history.charged()
+    gap = opened().charge_gap(newest)
+    lost = events.grouped([proposal().plan.event()])
+    assert gap >= lost
+    assert opened().history.charged() >= whole
+    assert opened().history.charged() == since + gap
+    if before + after < 100:
+        assert gap == lost
+    assert verify(path, anchor=newest).rollback_excluded
 
 
 def test_a_second_gap_charges_nothing_twice(put_back: Restored, opened: Any) -> None:
