@@ -595,6 +595,15 @@ def refusal_of_open(ledger: Ledger, proposal: Proposal, round: int = 1) -> Refus
     return caught.value
 
 
+def test_a_ledger_opened_under_an_older_policy_stops(opened: Open, policy: Any, proposal: Any) -> None:
+    ledger = opened()
+    opened(policy=policy(limits={"max_rounds": 3}))
+    for ask in (lambda: ledger.reserve(proposal(), round=1, request="q"), lambda: ledger.offer(proposal())):
+        with pytest.raises(RunError, match="was changed while it was open; open it anew"):
+            ask()
+    assert not opened(policy=policy(limits={"max_rounds": 3})).history.runs
+
+
 def test_times_never_run_backwards_over_processes(opened: Open, proposal: Any, clock: Any, path: Path) -> None:
     answered(opened(), proposal(), 1)
     clock.forward(days=-400)

@@ -21,7 +21,7 @@ from fedtune.privacy.ledger import Ledger, Reservation
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refused
 from fedtune.privacy.verify import verify
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import RunError
 
 
 @pytest.fixture
@@ -235,7 +235,9 @@ def test_a_ledger_older_than_a_receipt_is_refused(opened: Any, proposal: Any, pa
     answered(opened(), proposal(), 2)
     receipt = opened().receipt("r")
     shutil.copy(backup, path)
+    older = copied(path)
     assert refusal_of(opened(), receipt) is Reason.LEDGER_BEHIND_RECEIPT
+    shutil.copy(older, path)
     answered(opened(), proposal(), 3, 4)
     assert refusal_of(opened(), receipt) is Reason.LEDGER_BEHIND_RECEIPT, "another event stands in its place"
 
@@ -403,7 +405,7 @@ def test_a_run_that_only_the_lost_events_knew_whole_does_not_go_on(
         assert caught.value.reason is Reason.RUN_ENDED
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 0), (1, 3), (140, 0), (140, 300)])
+@pytest.mark.parametrize(("before", "after"), [(1, 0), (1, 3), (140, 0), (140, 150)])
 def test_a_long_lost_branch_is_made_up_for_in_full(
     opened: Any, proposal: Any, policy: Any, path: Path, copied: Any, before: int, after: int
 ) -> None:

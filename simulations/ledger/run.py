@@ -1,0 +1,140 @@
+"""How long a ledger of many years takes to write, open, verify and add up.
+
+    python simulations/ledger/run.py          writes results.json
+
+Twenty runs with different settings, 250 rounds each: 10,000 reservations and commits.  Spending is composed from all of
+them; a second figure composes 10,000 charges in 20 settings alone, without a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedtune.privacy import accountant, events, filter, spending
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Reference, Releases
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.verify import verify
+
+SETTINGS, ROUNDS = 20, 250
+
+
+def plan_of(number: int) -> Plan:
+    """Setting `number` of SETTINGS."""
+    return Plan(
+        unit="record",
+        delta=1e-6,
+        sampling_rate=0.01 + 0.002 * number,
+        noise_multiplier=4.0 + 0.1 * number,
+        max_grad_norm=1.0,
+        local_steps=1,
+        num_rounds=ROUNDS,
+    )
+
+
+def a_policy(lead: str) -> Policy:
+    """One that has room for everything."""
+    return Policy(
+        site="a",
+        population=Population(name="people"),
+        dataset=(Dataset(id="d", declared_size=100_000),),
+        budget=Budget(
+            delta=1e-6,
+            max_epsilon=50.0,
+            reference=Reference(sampling_rate=0.03, noise_multiplier=5.0, steps=ROUNDS),
+        ),
+        limits=Limits(
+            min_noise_multiplier=1.0, max_sampling_rate=0.1, max_grad_norm=1.0, max_local_steps=1, max_rounds=ROUNDS
+        ),
+        allow=Allow(
+            leads=(lead,), tasks=("t",), base_models=("b",), target_modules=("q",), max_rank=8, train_head=True
+        ),
+        releases=Releases(),
+        asserted=Asserted(no_person_at_another_site=True),
+    )
+
+
+def write_ledger(folder: Path) -> tuple[Policy, SigningKey, list[float]]:
+    """A ledger of 10,000 reservations and commits; seconds of every hundredth pair."""
+    key, lead = SigningKey.load_or_make(folder / "site.pem"), SigningKey.load_or_make(folder / "lead.pem")
+    policy, pairs = a_policy(lead.public), []
+    ledger = Ledger(folder / "ledger.db", policy, key)
+    for number in range(SETTINGS):
+        proposal = Proposal(
+            run=f"run-{number}",
+            lead=lead.public,
+            dataset="d",
+            task="t",
+            base_model="b",
+            target_modules=("q",),
+            rank=8,
+            train_head=True,
+            seeded_noise=False,
+            num_sites=4,
+            plan=plan_of(number),
+        )
+        for round in range(1, ROUNDS + 1):
+            began = time.perf_counter()
+            granted = ledger.reserve(proposal, round=round, request=f"{number}-{round}")
+            assert isinstance(granted, Reservation)
+            ledger.commit(granted, b"reply")
+            pairs.append(time.perf_counter() - began)
+    return policy, key, pairs
+
+
+def seconds(what: Callable[[], object], *, repeats: int = 3) -> float:
+    """Median wall time."""
+    taken = []
+    for _ in range(repeats):
+        filter.divergence.cache_clear()
+        spending._epsilon.cache_clear()
+        began = time.perf_counter()
+        what()
+        taken.append(time.perf_counter() - began)
+    return round(statistics.median(taken), 3)
+
+
+def main() -> None:
+    """Measure, print and write results.json."""
+    charges = [plan_of(number % SETTINGS).event() for number in range(10_000)]
+    results: dict[str, object] = {
+        "compose_10000_charges_in_20_settings": {
+            "pld_s": seconds(lambda: accountant.epsilon_pld(charges, 1e-6, interval=accountant.COARSE)),
+            "rdp_s": seconds(lambda: accountant.epsilon_rdp(charges, 1e-6)),
+            "filter_s": seconds(lambda: filter.epsilon_filter(charges, order=8.0, delta=1e-6)),
+            "distinct": len(events.grouped(charges)),
+        }
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        policy, key, pairs = write_ledger(folder)
+        path = folder / "ledger.db"
+        ledger = Ledger(path, policy, key)
+        results["ledger_of_10000_events"] = {
+            "events": ledger.history.length,
+            "megabytes": round(path.stat().st_size / 1e6, 1),
+            "reserve_and_commit_s_first_100": round(statistics.median(pairs[:100]), 4),
+            "reserve_and_commit_s_last_100": round(statistics.median(pairs[-100:]), 4),
+            "open_s": seconds(lambda: Ledger(path, policy, key)),
+            "spending_s": seconds(ledger.spending),
+            "verify_s": seconds(lambda: verify(path)),
+        }
+    results["hardware"] = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    text = json.dumps(results, indent=1)
+    write_durably(Path(__file__).parent / "results.json", text.encode() + b"\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
