@@ -20,7 +20,7 @@ from fedtune.spec import ConfigError, RunError
 
 START = "0" * 64
 """What stands in the place of the hash before the first event."""
-_DENSE = 128
+DENSE = 128
 EVENT, HEAD = "ledger event", "ledger head"
 """Purposes of signatures."""
 
@@ -152,7 +152,7 @@ class Head:
 def path_of(hashes: Sequence[str]) -> tuple[tuple[int, str], ...]:
     """(sequence, hash) of the last 128 events, then of ever sparser ones before them."""
     last = len(hashes)
-    back = [*range(min(last, _DENSE)), *(2**power for power in range(_DENSE.bit_length(), last.bit_length()))]
+    back = [*range(min(last, DENSE)), *(2**power for power in range(DENSE.bit_length(), last.bit_length()))]
     return tuple((last - step, hashes[last - step - 1]) for step in reversed(back) if step < last)
 
 

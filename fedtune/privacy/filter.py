@@ -72,8 +72,8 @@ def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
     Raises:
         ConfigError: the cap leaves room for nothing at any order.
     """
-    if math.isinf(epsilon):
-        return 2.0  # nothing is bounded, so every order says the same
+    if math.isinf(epsilon):  # every order lets everything in; take the one that says least of the reference
+        return min(ORDERS, key=lambda order: total_divergence([reference], order) + surcharge(order, delta))
     room = {order: most_divergence(epsilon, order=order, delta=delta) for order in ORDERS}
     usable = [order for order, left in room.items() if left > 0]
     if not usable:

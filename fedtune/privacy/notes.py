@@ -9,7 +9,7 @@ from typing import Any
 from dp_accounting import DpEvent
 
 from fedtune.privacy import events
-from fedtune.privacy.chain import Head
+from fedtune.privacy.chain import DENSE, Head
 from fedtune.privacy.keys import is_public_key
 from fedtune.privacy.policy import Policy
 
@@ -86,6 +86,10 @@ class Restored:
     seeded: bool
     frozen: bool
 
+    def skips(self, sequence: int) -> bool:
+        """Whether the path, sparse far from its end, says nothing of this event of the lost branch."""
+        return sequence not in self.path and sequence < max(self.path) - DENSE
+
     @classmethod
     def by(cls, anchor: Head, gap: Counter[DpEvent]) -> Restored:
         """The note for an anchor and the gap up to it."""
@@ -104,8 +108,8 @@ class Restored:
     @classmethod
     def of(cls, detail: dict[str, Any]) -> Restored:
         """Read the note's detail; raises ValueError, TypeError or KeyError for anything else."""
-        if any(type(count) is not int or count < 0 for count in detail["runs"].values()):
-            raise ValueError("a run's charged rounds")
+        if not detail["path"] or any(type(count) is not int or count < 0 for count in detail["runs"].values()):
+            raise ValueError("a path, or a run's charged rounds")
         return cls(
             path={int(sequence): str(hash) for sequence, hash in detail["path"]},
             gap=Counter({events.from_json(data): int(count) for data, count in detail["gap"]}),
