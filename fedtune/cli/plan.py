@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,14 +90,15 @@ def _outlook(options: argparse.Namespace, policies: Sequence[Path], leads: Seque
     # What a given noise comes to is kept; a calibrated one leaves a hair of what was asked for.
     given = config.privacy.noise_multiplier is not None or options.target in ("rounds", "sampling_rate")
     epsilon = solver.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
+    forecast, device = (None, "") if options.no_model else _forecast(config, planned)
     return Outlook(
         config=config,
         price=price,
         solved=options.target,
         epsilon=epsilon,
         changes=planner.what_if(planned, epsilon=epsilon) if planned.private else (),
-        forecast=None if options.no_model else _forecast(config, planned),
-        device="" if options.no_model else _device(config),
+        forecast=forecast,
+        device=device,
         verdicts=tuple(
             verdict.ask(path, config.proposal(lead=lead, plan=planned), declared_sizes=sizes)
             for path, lead in zip(policies, leads, strict=True)
@@ -139,26 +139,18 @@ def _first_lead(path: Path) -> str:
     return next(iter(read_policy(path).allow.leads), "nobody")
 
 
-def _device(config: RunConfig) -> str:
-    """Where this machine would train; a plan for a GPU can be made on a machine without one."""
-    import torch
-
-    return "cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _forecast(config: RunConfig, plan: Plan) -> Forecast:
+def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
+    """Bytes and time, and the kind of device that they hold for."""
     # Here, because torch and transformers take seconds to import, and a mistake should not wait for them.
-    import torch
-
     from fedtune.federation.forecast import forecast
-    from fedtune.model import build_task_model
+    from fedtune.training.machine import device_for, ready_model
 
-    torch.set_num_threads(config.runtime.num_threads or os.cpu_count() or 1)
-    model = build_task_model(config.task_model(), device=_device(config))
-    if config.runtime.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+    runtime, length = config.runtime, config.data.max_length
+    # A plan for a GPU can be made on a machine without one.
+    device = device_for(runtime.device, must_exist=False)
+    model = ready_model(config.task_model(), runtime, max_length=length, device=device)
     sizes = config.declared_sizes()
-    return forecast(plan, model, declared_sizes=sizes, max_length=config.data.max_length, runtime=config.runtime)
+    return forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime), device.type
 
 
 def _write(path: Path, outlook: Outlook) -> None:

@@ -11,7 +11,7 @@ import torch
 from fedtune.data import Batch
 from fedtune.model import TaskModel
 from fedtune.privacy.plan import Plan
-from fedtune.spec import ConfigError
+from fedtune.training.machine import keeps_frozen_states
 from fedtune.training.per_example import attached
 from fedtune.training.spec import RuntimeSpec
 
@@ -59,16 +59,10 @@ def forecast(
         declared_sizes: of the sites that take part.
         max_length: tokens of a full example.
         runtime: how this machine trains.
-
-    Raises:
-        ConfigError: the model takes no example of that length.
     """
-    positions = getattr(model.base.config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise ConfigError("data.max_length", max_length, f"must be at most the model's {positions}")
     num_values = sum(parameter.numel() for parameter in model.trainable().values())
     num_units = sum(declared_sizes.values())
-    kept = _keeps_frozen_states(model, runtime, num_tokens=num_units * max_length)
+    kept = keeps_frozen_states(model, runtime, num_tokens=num_units * max_length)
     below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept)
     steps = {site: plan.sampling_rate * size * above for site, size in declared_sizes.items()}
     rounds = {site: plan.local_steps * seconds for site, seconds in steps.items()}
@@ -109,12 +103,6 @@ def _least_seconds(model: TaskModel, work: Callable[[], object]) -> float:
             torch.cuda.synchronize(model.device)
         passes.append(time.perf_counter() - begun)
     return min(passes)
-
-
-def _keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
-    """Whether a simulation has the memory to keep what the frozen layers make of so many tokens."""
-    width = model.base.config.get_text_config().hidden_size * model.base.dtype.itemsize
-    return bool(num_tokens * width <= runtime.kept_states_mib * 2**20)
 
 
 def _made_up(model: TaskModel, max_length: int, *, count: int) -> Batch:

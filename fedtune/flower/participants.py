@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import RunConfig, parse
@@ -24,14 +22,14 @@ from fedtune.evaluation.units import unit_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Site, Trained
 from fedtune.flower.virtual_site import VirtualSites
-from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model, load_tokenizer
+from fedtune.model import Adapter, TaskModel, load_task_model, load_tokenizer
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
-from fedtune.spec import ConfigError
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.machine import device_for, keeps_frozen_states, ready_model
 from fedtune.training.preflight import check_examples_alone
 
 
@@ -46,15 +44,11 @@ class Participants:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config
         self.sites = VirtualSites.of(config, folder, config.plan())
-        torch.set_num_threads(config.runtime.num_threads or os.cpu_count() or 1)
-        self.device = torch.device(_device_name(config.runtime.device))
+        self.device = device_for(config.runtime.device)
         self.tokenizer = load_tokenizer(config.model)
-        self.model = build_task_model(config.task_model(), device=self.device)
-        if config.runtime.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
-        positions = getattr(self.model.base.config, "max_position_embeddings", None)
-        if positions is not None and config.data.max_length > positions:
-            raise ConfigError("data.max_length", config.data.max_length, f"must be at most the model's {positions}")
+        self.model = ready_model(
+            config.task_model(), config.runtime, max_length=config.data.max_length, device=self.device
+        )
         self.initial_adapter = Adapter.of(self.model)
         self._randomness: Randomness = (
             SeededRandomness(config.seed) if config.runtime.seeded_noise else SystemRandomness()
@@ -110,10 +104,9 @@ class Participants:
     @cached_property
     def _keeps_frozen_states(self) -> bool:
         """Whether what the frozen layers make of every site's records fits the memory set aside for it."""
-        width = self.model.base.config.get_text_config().hidden_size * self.model.base.dtype.itemsize
         # From public numbers: no site's records decide how another site's are computed.
         tokens = sum(self.config.declared_sizes().values()) * self.config.data.max_length
-        return bool(tokens * width <= self.config.runtime.kept_states_mib * 2**20)
+        return keeps_frozen_states(self.model, self.config.runtime, num_tokens=tokens)
 
     @cached_property
     def validation(self) -> LeadData | None:
@@ -226,7 +219,7 @@ def score_saved(config: RunConfig, adapter_folder: Path, data_file: str) -> dict
     """Scores of a saved adapter on a file that has the columns of `config`."""
     tokenizer = load_tokenizer(config.model)
     data = LeadData.read(data_file, config, tokenizer, rows=None, key="--data")
-    model = load_task_model(adapter_folder, model=config.model, device=_device_name(config.runtime.device))
+    model = load_task_model(adapter_folder, model=config.model, device=device_for(config.runtime.device))
     return _score(model, tokenizer, data, config, generate=True)
 
 
@@ -237,12 +230,3 @@ def _score(
     wanted = generate and spec.generate and config.task == "causal_lm"
     prompts = PromptSet.of(data.examples, data.records, rows=spec.generation_rows) if wanted else None
     return evaluate(model, data.examples, task=config.task, tokenizer=tokenizer, spec=spec, prompts=prompts)
-
-
-def _device_name(wanted: str) -> str:
-    has_gpu = torch.cuda.is_available()
-    if wanted == "cuda" and not has_gpu:
-        raise ConfigError(
-            "runtime.device", wanted, "needs a GPU and a torch build with CUDA; neither 'auto' nor 'cpu' does"
-        )
-    return "cuda" if wanted != "cpu" and has_gpu else "cpu"

@@ -9,7 +9,6 @@ import pytest
 from fedtune.federation.forecast import forecast, seconds_per_example
 from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModel, TaskModelSpec, build_task_model
 from fedtune.privacy.plan import Plan
-from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec
 
 SIZES = {"a": 100, "b": 50}
@@ -70,10 +69,3 @@ def test_frozen_layers_run_once_for_each_record_where_memory_suffices(run_plan: 
 def test_a_language_model_is_timed_too(run_plan: Plan) -> None:
     found = forecast(run_plan, tiny_model("causal_lm"), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
     assert found.step_seconds["b"] > 0
-
-
-def test_a_length_that_the_model_cannot_take_is_a_mistake(run_plan: Plan) -> None:
-    model = tiny_model()
-    most = model.base.config.max_position_embeddings
-    with pytest.raises(ConfigError, match=rf"data\.max_length = {most + 1}: must be at most the model's {most}"):
-        forecast(run_plan, model, declared_sizes=SIZES, max_length=most + 1, runtime=RuntimeSpec())

@@ -30,13 +30,13 @@ def test_there_is_one_base_model_whatever_the_number_of_sites(
     simulate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[object] = []
-    build = participants.build_task_model
+    build = participants.ready_model
 
     def spy(*arguments: Any, **rest: Any) -> Any:
         built.append(build(*arguments, **rest))
         return built[-1]
 
-    monkeypatch.setattr(participants, "build_task_model", spy)
+    monkeypatch.setattr(participants, "ready_model", spy)
     simulate("federation.num_sites=6", "privacy=none", into=tmp_path)
     assert len(built) == 1
 

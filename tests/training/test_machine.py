@@ -1,0 +1,37 @@
+"""A model is made ready for this machine, or a clear message says why it cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.spec import ConfigError
+from fedtune.training.machine import device_for, keeps_frozen_states, ready_model
+from fedtune.training.spec import RuntimeSpec
+
+TINY = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="classification", labels=("a", "b"))
+
+
+def test_a_length_that_the_model_cannot_take_is_a_mistake() -> None:
+    model = ready_model(TINY, RuntimeSpec(num_threads=1), max_length=8, device="cpu")
+    most = model.base.config.max_position_embeddings
+    with pytest.raises(ConfigError, match=rf"data\.max_length = {most + 1}: must be at most the model's {most}"):
+        ready_model(TINY, RuntimeSpec(num_threads=1), max_length=most + 1, device="cpu")
+
+
+def test_frozen_states_are_kept_while_they_fit() -> None:
+    model = ready_model(TINY, RuntimeSpec(num_threads=1), max_length=8, device="cpu")
+    fitting = 2**20 // (4 * model.base.config.hidden_size)
+    one_mib = RuntimeSpec(kept_states_mib=1)
+    assert keeps_frozen_states(model, one_mib, num_tokens=fitting)
+    assert not keeps_frozen_states(model, one_mib, num_tokens=fitting + 1)
+    assert not keeps_frozen_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_wanted_gpu_must_be_there_unless_the_run_is_only_planned() -> None:
+    assert device_for("auto").type == "cpu"
+    with pytest.raises(ConfigError, match=r"runtime\.device = 'cuda': needs a GPU"):
+        device_for("cuda")
+    assert device_for("cuda", must_exist=False).type == "cpu"
