@@ -108,7 +108,8 @@ def _make(folder: Path, config: RunConfig) -> None:
 
 
 def _remove(folder: Path) -> None:
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for name in ("checkpoints", "sites"):  # without a checkpoint no site was asked, so no ledger has begun
+        shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("config.yaml", "log.txt"):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()

@@ -56,7 +56,6 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> dict[str, o
     everyone = participants(config_json, str(folder))
     plan = everyone.plan
     checkpoints = Checkpoints(folder / "checkpoints", config.digest())
-    everyone.sites.check_dealt_out()
     state = _first_state(config, everyone, checkpoints)
     began -= state.seconds
     strategy = make_strategy(config.federation)
@@ -114,6 +113,7 @@ def _first_state(config: RunConfig, everyone: Participants, checkpoints: Checkpo
         state = checkpoints.load()
     everyone.check_model()
     _ = everyone.site_data, everyone.validation, everyone.test
+    everyone.sites.check_dealt_out()
     if config.resume is not None:
         return state
     adapter = everyone.initial_adapter

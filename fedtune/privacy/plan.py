@@ -50,7 +50,7 @@ class Plan:
         check_fraction("delta", self.delta)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         # Within these, accounting can be computed; no sensible plan is outside.
-        check_at_least("sampling_rate", self.sampling_rate, 1e-9)
+        check_at_least("sampling_rate", self.sampling_rate, 1e-15)
         for name in ("noise_multiplier", "metrics_noise_multiplier"):
             if getattr(self, name) > _MOST_NOISE:
                 raise ConfigError(name, getattr(self, name), f"must be at most {_MOST_NOISE:g}")

@@ -178,8 +178,9 @@ def test_one_site_without_budget_does_not_stop_the_other(
         ({"allow": {"train_head": False}}, "seed=0", "train_head", "yes", "no"),
         ({}, "runtime.seeded_noise=true", "seeded_noise", "yes", "no"),
         ({}, "privacy.metrics=noised", "metrics", "yes", "no"),
+        ({}, "data.declared_sizes=80", "declared_size", "80", "90"),
     ],
-    ids=["max_sampling_rate", "min_noise_multiplier", "train_head", "seeded_noise", "metrics"],
+    ids=["max_sampling_rate", "min_noise_multiplier", "train_head", "seeded_noise", "metrics", "declared_size"],
 )
 def test_a_rule_of_the_site_is_named(
     run: Callable[..., Any],
@@ -210,8 +211,10 @@ def test_a_ledger_that_was_put_back_takes_part_in_nothing_and_the_other_goes_on(
     path = kept / "site-1" / "site.toml"
     write_policy(replace(read_policy(path), anchor=str(tmp_path / "elsewhere" / "anchor.json")), path)
     ledger_path = kept / "site-1" / "ledger.db"
-    ledger_path.unlink()  # an anchor is begun with a ledger; one that is there already is not taken on trust
-    assert run("second", "federation.num_rounds=1").code == 0
+    # An anchor is begun with a ledger; one that is there already is not taken on trust.
+    ledger_path.unlink()
+    (kept / "receipts.json").unlink()  # by which the lead would miss the old one
+    assert run("second", "federation.num_rounds=1", "federation.min_sites=2").code == 0
     shutil.copy(ledger_path, tmp_path / "backup")
     assert run("third", "federation.num_rounds=1").code == 0
     shutil.copy(tmp_path / "backup", ledger_path)
@@ -225,6 +228,51 @@ def test_a_ledger_that_was_put_back_takes_part_in_nothing_and_the_other_goes_on(
     assert "is older than its anchor" in (folder / "log.txt").read_text()
     assert ledger(kept, "site-1").events == before["site-1"]
     assert run("fifth", "federation.num_rounds=1", "federation.min_sites=2").code == 1
+
+
+@pytest.mark.parametrize("what", ["put back", "begun anew"])
+def test_without_an_anchor_the_lead_s_receipts_of_earlier_runs_show_it(
+    run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any, what: str
+) -> None:
+    assert run("first", "federation.num_rounds=1").code == 0
+    for site in SITES:
+        edit(kept, site, budget={"max_epsilon": 9.0})
+    ledger_path = kept / "site-1" / "ledger.db"
+    shutil.copy(ledger_path, tmp_path / "backup")
+    assert run("second", "federation.num_rounds=1", "federation.min_sites=2").code == 0
+    ledger_path.unlink()
+    if what == "put back":
+        shutil.copy(tmp_path / "backup", ledger_path)
+    for name in ("third", "fourth"):
+        outcome = run(name, "federation.num_rounds=1")
+        assert outcome.code == 0
+        assert "site-1: ledger_behind_receipt" in outcome.out
+        assert result_of(tmp_path / "runs" / name)["rounds"][0]["sites"] == ["site-2"]
+    charged = ledger(kept, "site-1").history.charged()
+    assert sum(charged.values()) == (2 if what == "put back" else 0), "nothing was trained on it"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("seed=5", "seed = 5"),
+        ("data.partition.kind=dirichlet", "data.partition = "),
+        ("federation.num_sites=3", "federation.num_sites = 3"),
+        ("federation.site_names=[a,b]", "federation.site_names = "),
+        ("data.train_file=simulations/data/banking77/test.jsonl.gz", "data.train_file = "),
+    ],
+)
+def test_a_record_stays_at_the_site_whose_ledger_knows_it(
+    run: Callable[..., Any], kept: Path, tmp_path: Path, override: str, key: str
+) -> None:
+    assert run("first", "federation.num_rounds=1").code == 0
+    before = events(kept)
+    second = run("second", "federation.num_rounds=1", override)
+    assert second.code == 2
+    assert second.message.startswith(key)
+    assert f"the sites in {kept} were dealt their records so" in second.message
+    assert events(kept) == before
+    assert not (tmp_path / "runs" / "second").exists()
 
 
 def test_a_policy_that_is_none_stops_before_anything_is_trained(

@@ -58,7 +58,9 @@ def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == top
     adapter = {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json"}
     assert {path.name for path in (folder / "adapter").iterdir()} == adapter
-    assert {path.name for path in (folder / "sites").iterdir()} == {"lead_key.pem", "site-1", "site-2"}
+    assert {path.name for path in (folder / "sites").iterdir()} == {
+        "dealt_out.json", "lead_key.pem", "receipts.json", "site-1", "site-2"
+    }  # fmt: skip
     for site in ("site-1", "site-2"):
         names = {path.name for path in (folder / "sites" / site).iterdir()}
         assert names == {"ledger.db", "site.toml", "site_key.pem"}
@@ -94,7 +96,7 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
     assert privacy["seeded_noise"] is False
     for site in privacy["sites"].values():
         assert set(site) == {
-            "epsilon", "epsilon_rdp", "rounds", "steps", "sampling_rate", "noise_multiplier",
+            "epsilon", "epsilon_rdp", "planned_epsilon", "rounds", "steps", "sampling_rate", "noise_multiplier",
             "metrics_noise_multiplier", "upper_bound",
         }  # fmt: skip
         assert (site["rounds"], site["steps"], site["upper_bound"]) == (3, 6, False)

@@ -122,13 +122,16 @@ def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(
     assert result_of(folder)["privacy"]["sites"]["site-1"]["steps"] == 4
 
 
+@pytest.mark.parametrize(
+    "where", ["fedtune.flower.simulation._first_state", "fedtune.flower.participants.Participants.score"]
+)
 def test_ctrl_c_before_anything_was_trained_leaves_nothing(
-    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    def interrupt(*args: object) -> None:
+    def interrupt(*args: object, **rest: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedtune.flower.simulation._first_state", interrupt)
+    monkeypatch.setattr(where, interrupt)
     outcome = command("simulate", *tiny(into=tmp_path))
     assert outcome.code == 1
     assert "resume=" not in outcome.out

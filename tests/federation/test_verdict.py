@@ -155,7 +155,7 @@ def test_a_frozen_population_takes_part_in_nothing(
 
 @pytest.mark.parametrize(
     ("changes", "why"),
-    [({"site": "b"}, "made for site = a"), ({"budget": {"delta": 1e-6}}, "made for delta = 1e-05")],
+    [({"site": "b"}, "made for site = a"), ({"budget": {"delta": 1e-6}}, "made for budget.delta = 1e-05")],
 )
 def test_a_ledger_of_another_policy_is_in_doubt(
     changes: dict[str, Any],
