@@ -84,10 +84,15 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         RefusedError: so many sites have used up their plan that no round can succeed any more.
     """
     nodes = _introductions(grid, lead)
-    while state.round < lead.federation.num_rounds:
-        state = _run_round(grid, lead, state, nodes)
-        lead.checkpoints.save(state)
-        lead.finished(state)
+    try:
+        while state.round < lead.federation.num_rounds:
+            state = _run_round(grid, lead, state, nodes)
+            lead.checkpoints.save(state)
+            lead.finished(state)
+    except RefusedError:
+        # No round can succeed any more: the sites that accepted need not hold budget for it.
+        _tell_the_end(grid, lead, nodes)
+        raise
     _tell_the_end(grid, lead, nodes)
     return state
 

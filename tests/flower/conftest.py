@@ -106,20 +106,22 @@ class Federation:
     def ledger_path(self, site: str) -> Path:
         return self.folder / site / self.run.policies[site].ledger
 
+    def ledger(self, name: str) -> Ledger:
+        """A site's ledger, opened from its files."""
+        policy, folder = self.run.policies[name], self.folder / name
+        anchor = folder / policy.anchor if policy.anchor else None
+        key = SigningKey.load_or_make(folder / policy.site_key)
+        return Ledger(folder / policy.ledger, policy, key, anchor=anchor)
+
     def site(self, context: Context) -> Site:
         """The site of a node, opened from its files."""
         name = self._name(context)
-        policy, folder = self.run.policies[name], self.folder / name
-        anchor = folder / policy.anchor if policy.anchor else None
-        ledger = Ledger(
-            folder / policy.ledger, policy, SigningKey.load_or_make(folder / policy.site_key), anchor=anchor
-        )
         return Site(
             name=name,
             proposal=self.run.proposal,
             template=self.adapter,
             declared_size=self.sizes[name],
-            ledger=ledger,
+            ledger=self.ledger(name),
             train=self._train,
         )
 

@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from fedtune.federation.lead import site_charge
 from fedtune.flower import records
 from fedtune.flower.server import run_rounds
+from fedtune.privacy.events import grouped
 from fedtune.privacy.plan import Plan
 from fedtune.spec import RefusedError, RunError
 
@@ -211,3 +212,14 @@ def test_a_spent_plan_is_a_refusal_and_no_failure(federation: Any, plan: Plan) -
     with pytest.raises(RefusedError, match=r"round 5: refused .*\(site-1: plan_exhausted, .*spare_rounds"):
         run_rounds(many.grid, many.lead, many.start)
     assert len(many.finished) == plan.most_rounds
+
+
+def test_when_one_site_refuses_for_good_the_others_get_their_budget_back(federation: Any, run_plan: Plan) -> None:
+    made = federation(num_rounds=2, min_sites=3)
+    made.ledger("site-2").freeze("consent withdrawn")
+    with pytest.raises(RefusedError, match="site-2: frozen"):
+        run_rounds(made.grid, made.lead, made.start)
+    for site in ("site-1", "site-3"):
+        history = made.ledger(site).history
+        assert history.charged() == grouped([run_plan.event()]), "the round that was trained"
+        assert not history.set_aside(history.now())
