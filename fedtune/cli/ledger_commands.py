@@ -21,7 +21,7 @@ from fedtune.privacy.keys import SigningKey, is_public_key
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.verify import Verified, verify
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, RunError
 
 
 def show(options: argparse.Namespace) -> None:
@@ -100,17 +100,22 @@ def restore(options: argparse.Namespace) -> None:
     # The policy's own anchor is the one that knows most, whichever was given.
     anchors = sorted((Head.read(source) for source in sources), key=lambda head: head.sequence, reverse=True)
     gap: Counter[DpEvent] = Counter()
-    newest = anchors[0]
     lacking = [anchor for anchor in anchors if not ledger.history.holds(anchor)]
     for anchor in lacking:
         gap += ledger.charge_gap(anchor)
+    if lacking and site.anchor is not None:
+        _write(site.anchor, ledger.head().to_bytes())
+    if (doubt := ledger.history.in_doubt) is not None:
+        raise RunError(
+            f"{site.ledger} is still in doubt: a receipt of this site's own knows event {doubt.sequence}, which is "
+            "missing, and no anchor given knows it; find a newer anchor, or freeze the population"
+        )
     if not lacking:
         _say(f"{site.ledger} lacks nothing that {' and '.join(map(str, sources))} know. Nothing was charged.")
         return
-    if site.anchor is not None:
-        _write(site.anchor, ledger.head().to_bytes())
     parts = [mechanism_text(event, count) for event, count in events.grouped(gap).items()]
-    _say(f"{site.ledger} lacked events up to number {newest.sequence} of the lost ledger. Charged now, as one sum:")
+    last = max(anchor.sequence for anchor in lacking)
+    _say(f"{site.ledger} lacked events up to number {last} of the lost ledger. Charged now, as one sum:")
     _say("\n".join(f"  {part}" for part in parts or ["nothing: no round was charged in what is lost"]))
     figures = ledger.spending()
     _say(f"Spent now: epsilon {epsilon_text(figures.epsilon)} of {cap_text(figures.max_epsilon)}.")

@@ -157,12 +157,12 @@ def _noted(detail: dict[str, Any]) -> str:
         case "restored":
             gap = [mechanism_text(dp_events.from_json(data), count) for data, count in detail["gap"]]
             return (
-                f"a backup was put back; charged what it lacked up to event {detail['path'][-1][0]} of the "
+                f"a backup was put back; charged what it lacked up to event {detail['end']} of the "
                 f"lost ledger: {' and '.join(gap) or 'nothing'}"
             )
         case "in_doubt":
             return (
-                f"IN DOUBT: a receipt of this site's own knows event {detail['receipt_sequence']}, which is missing; "
+                f"IN DOUBT: a receipt of this site's own knows event {detail['sequence']}, which is missing; "
                 "nothing is trained until the ledger is restored"
             )
         case "frozen":

@@ -92,6 +92,15 @@ class LeadState:
         return receipt.is_signed() and (old is None or receipt.site_key == old.site_key)
 
 
+def newest_of(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[str, Receipt]:
+    """Of each site, the receipt that knows more of its ledger."""
+    newest = dict(one)
+    for site, receipt in other.items():
+        if site not in newest or receipt.sequence >= newest[site].sequence:
+            newest[site] = receipt
+    return newest
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteCharge:
     """A site's spending in one run, from its receipts.

@@ -104,6 +104,9 @@ def _read(signed: Signed) -> RoundRequest:
 
 
 def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
+    # First, so that a stranger is told nothing else and costs nothing.
+    if request.proposal.lead not in site.ledger.policy.allow.leads:
+        raise Refused(Reason.LEADS, asked=request.proposal.lead)
     if request.site != site.name:
         raise Refused(Reason.WRONG_SITE, asked=request.site, allowed=site.name)
     if time.time() > request.expires:

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedtune.federation.aggregation import RoundReplies, sort_replies
 from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.federation.lead import LeadState, RoundResult, newest_of
 from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import records
@@ -143,13 +143,14 @@ def _requests(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]
         nodes[message.metadata.dst_node_id]: message
         for message in lead.strategy.configure_train(round, arrays, ConfigRecord(), grid)
     }
+    receipts = newest_of(lead.earlier_receipts, state.receipts)
     for site, message in messages.items():
         request = RoundRequest(
             proposal=lead.proposal,
             round=round,
             site=site,
             adapter_digest=digest,
-            receipt=state.receipts.get(site, lead.earlier_receipts.get(site)),
+            receipt=receipts.get(site),
             expires=time.time() + lead.federation.round_timeout_s,
         )
         message.content = records.from_request(request.signed(lead.key), arrays)

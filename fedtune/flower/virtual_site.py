@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedtune.config import RunConfig, parse
+from fedtune.federation.lead import newest_of
 from fedtune.privacy import filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -69,6 +70,8 @@ class VirtualSites:
             "federation.site_names": list(self.config.federation.names),
             "data.train_file": data.train_file,
             "data.partition": dataclasses.asdict(data.partition),
+            # Records are dealt out by a hash of the fields that the task and the partition need.
+            "data.columns": data.needed_columns(self.config.task, partition=True),
         }
         dealt = json.loads(json.dumps(partition))
         if not path.exists():
@@ -84,11 +87,14 @@ class VirtualSites:
         path = self.folder / RECEIPTS
         if not path.exists():
             return {}
-        return {site: receipt_from_json(fields) for site, fields in json.loads(path.read_bytes()).items()}
+        try:
+            return {site: receipt_from_json(fields) for site, fields in json.loads(path.read_bytes()).items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RunError(f"{path} is damaged; the sites' last receipts are not known") from error
 
     def keep_receipts(self, receipts: Mapping[str, Receipt]) -> None:
         """Remember the newest receipts beyond this run."""
-        newest = {site: dataclasses.asdict(receipt) for site, receipt in {**self.receipts(), **receipts}.items()}
+        newest = {site: dataclasses.asdict(receipt) for site, receipt in newest_of(self.receipts(), receipts).items()}
         write_durably(self.folder / RECEIPTS, json.dumps(newest, indent=1).encode() + b"\n")
 
     def lead_key(self) -> SigningKey:
@@ -126,6 +132,7 @@ def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
     if wanted == "stop" or config.runtime.sites_dir is None or not config.privacy.private:
         return config  # a ledger that is made for the run always has room for it
     sites = VirtualSites.of(config, run_folder, config.plan())
+    sites.check_dealt_out()
     proposal = config.proposal(lead=sites.lead_key().public, plan=sites.plan)
     allowed: list[float] = []
     without: list[str] = []

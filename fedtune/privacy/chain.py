@@ -92,9 +92,9 @@ class Head:
         runs: every run so far, with the rounds that it was charged.
         path: (sequence, hash) of some events up to this one, dense near it: what a ledger that was put back is compared
             with, to find where it left this chain.
+        made_up: (sequence, hash) of events of lost branches that this one was made up for.
         seeded: whether any run so far took its noise from a seed.
         frozen: whether the population takes part in nothing any more.
-        restores: how often a backup of the ledger had been put back and made up for.
         site_key: public key of the site.
         signature: on all of the above.
     """
@@ -108,9 +108,9 @@ class Head:
     signature: str
     runs: tuple[tuple[str, int], ...]
     path: tuple[tuple[int, str], ...]
+    made_up: tuple[tuple[int, str], ...]
     seeded: bool
     frozen: bool
-    restores: int
 
     @classmethod
     def signed(cls, key: SigningKey, **fields: Any) -> Head:
@@ -139,8 +139,8 @@ class Head:
             fields = json.loads(path.read_bytes())
             charged = tuple((dict(event), count) for event, count in fields["charged"])
             runs = tuple((str(run), int(rounds)) for run, rounds in fields["runs"])
-            passed = tuple((int(sequence), str(hash)) for sequence, hash in fields["path"])
-            head = cls(**{**fields, "charged": charged, "runs": runs, "path": passed})
+            paths = {name: tuple((int(n), str(hash)) for n, hash in fields[name]) for name in ("path", "made_up")}
+            head = cls(**{**fields, "charged": charged, "runs": runs, **paths})
             right = is_public_key(head.site_key) and is_signed(head.site_key, HEAD, head.message(), head.signature)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError("anchor", str(path), "must be a readable anchor file that fedtune wrote") from error
@@ -152,7 +152,7 @@ class Head:
 def path_of(hashes: Sequence[str]) -> tuple[tuple[int, str], ...]:
     """(sequence, hash) of the last 128 events, then of ever sparser ones before them."""
     last = len(hashes)
-    back = [*range(min(last, DENSE)), *(2**power for power in range(DENSE.bit_length(), last.bit_length()))]
+    back = [*range(min(last, DENSE)), *(2**power for power in range(DENSE.bit_length() - 1, last.bit_length()))]
     return tuple((last - step, hashes[last - step - 1]) for step in reversed(back) if step < last)
 
 

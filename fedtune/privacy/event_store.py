@@ -19,7 +19,7 @@ from fedtune.privacy.chain import Event, Head, Kind
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.history import History
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.release import Receipt
+from fedtune.privacy.notes import Restored
 from fedtune.spec import ConfigError, RunError
 
 
@@ -128,14 +128,11 @@ class EventStore:
         """The newest event's hash under a salt of the site's own."""
         return self._salted(self.history.hash)
 
-    def contains(self, receipt: Receipt) -> bool:
-        """Whether the event that a receipt of this site names is here, or was made up for after a restore."""
-        here = self.history.hashes[receipt.sequence - 1 : receipt.sequence] if receipt.sequence else [chain.START]
-        known = [*here, *self.history.made_up_for(receipt.sequence, restores=receipt.restores)]
-        if any(hmac.compare_digest(self._salted(hash), receipt.head) for hash in known):
-            return True
-        # Of a lost branch's early events only some hashes are known; the rest is taken to be on the branch made up for.
-        return any(restored.skips(receipt.sequence) for restored in self.history.restored[receipt.restores :])
+    def knows(self, sequence: int, salted_head: str, *, besides: Restored | None = None) -> bool:
+        """Whether the event that had this salted head is here, or was made up for (`besides`: or would be)."""
+        return self.history.knows(
+            sequence, lambda hash: hmac.compare_digest(self._salted(hash), salted_head), besides=besides
+        )
 
     def _require_anchored(self) -> None:
         """Raise unless the ledger holds the head that the anchor outside it says it reached."""

@@ -18,7 +18,7 @@ from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
 from fedtune.privacy.chain import START, Event, Head, Kind, path_of
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.notes import Opened, Restored
+from fedtune.privacy.notes import Doubt, Opened, Restored
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy, period_of
 from fedtune.privacy.policy_file import policy_of
@@ -79,9 +79,9 @@ class History:
         runs: run -> what became of it.
         seeded: whether any accepted run took its noise from a seed.
         frozen: whether the population takes part in nothing any more.
-        in_doubt: whether a genuine receipt showed that events are missing, and nothing has made up for them yet.
+        in_doubt: a genuine receipt that shows that events are missing, until they are made up for.
         restored: what was made up for, each time a backup was put back.
-        lost_runs: run -> charged rounds, of runs that only a lost branch of the ledger knew whole.
+        lost_runs: run -> rounds that it was charged on lost branches alone.
         hashes: of all events, in order.
         policies: caps in force, oldest first, as (time, max_epsilon).
         answers: refusals and offers of each day, and whether a stranger got them.
@@ -95,13 +95,14 @@ class History:
         self.runs: dict[str, Run] = {}
         self.seeded = False
         self.frozen = False
-        self.in_doubt = False
+        self.in_doubt: Doubt | None = None
         self.restored: list[Restored] = []
         self.lost_runs: dict[str, int] = {}
         self.policies: list[tuple[str, float]] = []
         self.hashes: list[str] = []
         self.last_time: datetime | None = None
         self.answers: Counter[tuple[date, bool]] = Counter()
+        self._rounds: list[tuple[int, str]] = []  # sequence, run
         self._charges: list[tuple[int, datetime, DpEvent, int]] = []  # sequence, time, mechanism, count
 
     @classmethod
@@ -153,6 +154,7 @@ class History:
     def _reserve(self, event: Event, moment: datetime) -> None:
         run = self.runs[event.run]
         run.attempts[event.round] += 1
+        self._rounds.append((event.sequence, event.run))
         if (
             run.attempts[event.round] != event.attempt
             or run.reserved.setdefault(event.round, event.request) != event.request
@@ -179,7 +181,7 @@ class History:
             case "restored":
                 self._restore(Restored.of(event.detail), event.sequence, moment)
             case "in_doubt":
-                self.in_doubt = True
+                self.in_doubt = Doubt(sequence=int(event.detail["sequence"]), head=str(event.detail["head"]))
             case "frozen":
                 self.frozen = True
             case other:
@@ -190,12 +192,13 @@ class History:
         self._charges += [(sequence, moment, event, count) for event, count in restored.gap.items()]
         self.seeded |= restored.seeded
         self.frozen |= restored.frozen
-        self.in_doubt = False
+        if restored.clears_doubt:
+            self.in_doubt = None
         # How far each run had really got is not known here, so none of them goes on, known or not.
         for run in self.runs.values():
             run.expires = None
         for name, rounds in restored.runs.items():
-            self.lost_runs[name] = max(rounds, self.lost_runs.get(name, 0))
+            self.lost_runs[name] = rounds + self.lost_runs.get(name, 0)
 
     @property
     def opened(self) -> Opened:
@@ -221,7 +224,11 @@ class History:
     def charged_rounds(self, run: str) -> int:
         """Rounds that a run was charged for, on a lost branch too."""
         known = self.runs.get(run)
-        return max(known.charged_rounds if known else 0, self.lost_runs.get(run, 0))
+        return (known.charged_rounds if known else 0) + self.lost_runs.get(run, 0)
+
+    def rounds_up_to(self, sequence: int) -> Counter[str]:
+        """Run -> rounds charged by events up to `sequence`, here."""
+        return Counter(run for number, run in self._rounds if number <= sequence)
 
     def charged(self, *, up_to: int | None = None) -> Counter[DpEvent]:
         """Single mechanisms charged so far, counted; with `up_to`, by events up to that sequence."""
@@ -250,18 +257,20 @@ class History:
         now = datetime.now(UTC)
         return now if self.last_time is None else max(now, self.last_time)
 
-    def made_up_for(self, sequence: int, *, restores: int) -> list[str]:
-        """Hashes that event `sequence` had on lost branches that were made up for.
-
-        `restores` is how often the ledger had been restored when somebody outside learnt of the event.
-        """
-        return [one.path[sequence] for one in self.restored[restores:] if sequence in one.path]
+    def knows(self, sequence: int, matches: Callable[[str], bool], *, besides: Restored | None = None) -> bool:
+        """Whether the event `sequence` whose hash `matches` is here, or on a lost branch that was made up for."""
+        here = self.hashes[sequence - 1 : sequence] if sequence else [START]
+        lost = [*self.restored, *([besides] if besides else [])]
+        return any(map(matches, here)) or any(restored.knows(sequence, matches) for restored in lost)
 
     def holds(self, head: Head) -> bool:
-        """Whether no event up to `head` is missing, or what was is made up for."""
+        """Whether no event up to `head` is missing, or what was is made up for.
+
+        Unlike a receipt, a head that a lost branch's sparse path does not name is not trusted: it can be charged.
+        """
         if head.sequence <= self.length and self.hashes[head.sequence - 1] == head.hash:
             return True
-        return head.hash in self.made_up_for(head.sequence, restores=head.restores)
+        return any((head.sequence, head.hash) in restored.path for restored in self.restored)
 
     def head(self, key: SigningKey) -> Head:
         """The newest head, signed."""
@@ -275,9 +284,9 @@ class History:
             charged=tuple(dp_events.counted(self.charged())),
             runs=tuple((name, self.charged_rounds(name)) for name in sorted({*self.runs, *self.lost_runs})),
             path=path_of(self.hashes),
+            made_up=tuple(sorted({pair for restored in self.restored for pair in restored.path})),
             seeded=self.seeded,
             frozen=self.frozen,
-            restores=len(self.restored),
         )
 
     def divergence(self, spent: dp_events.Spent) -> float:

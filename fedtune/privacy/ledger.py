@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,6 @@ class Ledger:
             "charged_rounds": charged,
             "charged_steps": charged * steps,
             "sequence": self.history.length,
-            "restores": len(self.history.restored),
             "head": self._store.salted_head(),
             "site_key": self._key.public,
         }
@@ -173,10 +172,11 @@ class Ledger:
         """
         if receipt.site_key != self._key.public or not receipt.is_signed():
             raise Refused(Reason.WRONG_SIGNATURE)
-        if not self._store.contains(receipt):
-            with self._store.transaction():
-                if not self.history.in_doubt:
-                    self._store.note("in_doubt", receipt_sequence=receipt.sequence)
+        with self._store.transaction():
+            known = self._store.knows(receipt.sequence, receipt.head)
+            if not known and self.history.in_doubt is None:
+                self._store.note("in_doubt", sequence=receipt.sequence, head=receipt.head)
+        if not known:
             raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=receipt.sequence, allowed=self.history.length)
 
     def charge_gap(self, anchor: Head) -> Counter[DpEvent]:
@@ -193,10 +193,22 @@ class Ledger:
             if self.history.holds(anchor):
                 return Counter()
             # What lies behind the last event that both know was charged on another branch, and makes up for nothing.
-            shared = [n for n, hash in anchor.path if n <= self.history.length and self.history.hashes[n - 1] == hash]
-            known = self.history.charged(up_to=max(shared, default=0))
-            gap = Counter({events.from_json(data): count for data, count in anchor.charged}) - known
-            self._store.note("restored", **Restored.by(anchor, gap).to_json())
+            both = [n for n, hash in anchor.path if n <= self.history.length and self.history.hashes[n - 1] == hash]
+            shared = max(both, default=0)
+            gap = Counter({events.from_json(data): count for data, count in anchor.charged})
+            gap -= self.history.charged(up_to=shared)
+            restored = Restored(
+                shared=shared,
+                end=anchor.sequence,
+                path=frozenset(anchor.path + anchor.made_up),
+                gap=gap,
+                runs=dict(Counter(dict(anchor.runs)) - self.history.rounds_up_to(shared)),
+                seeded=anchor.seeded,
+                frozen=anchor.frozen,
+            )
+            doubt = self.history.in_doubt
+            cleared = doubt is None or self._store.knows(doubt.sequence, doubt.head, besides=restored)
+            self._store.note("restored", **replace(restored, clears_doubt=cleared).to_json())
         return gap
 
     def head(self) -> Head:

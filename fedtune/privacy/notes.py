@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from dp_accounting import DpEvent
 
 from fedtune.privacy import events
-from fedtune.privacy.chain import DENSE, Head
+from fedtune.privacy.chain import DENSE
 from fedtune.privacy.keys import is_public_key
 from fedtune.privacy.policy import Policy
 
@@ -75,45 +76,61 @@ class Restored:
     """That a backup was put back, and what an anchor knew of the events that it lacks.
 
     Attributes:
-        path: sequence -> hash, of events of the lost branch: heads and receipts on it are made up for.
-        gap: what was charged there and not here.
-        runs: run -> rounds that it had been charged; none of them goes on.
+        shared: newest event known to be on both branches; what the anchor knows beyond it was charged again.
+        end: the anchor's event.
+        path: (sequence, hash) of events of the lost branch, and of those that it had itself been made up for.
+        gap: what was charged there beyond `shared`.
+        runs: run -> rounds that it was charged there beyond `shared`; none of them goes on.
+        clears_doubt: whether the receipt that had put the ledger in doubt is made up for.
     """
 
-    path: dict[int, str]
+    shared: int
+    end: int
+    path: frozenset[tuple[int, str]]
     gap: Counter[DpEvent]
     runs: dict[str, int]
     seeded: bool
     frozen: bool
+    clears_doubt: bool = True
 
-    def skips(self, sequence: int) -> bool:
-        """Whether the path, sparse far from its end, says nothing of this event of the lost branch."""
-        return sequence not in self.path and sequence < max(self.path) - DENSE
-
-    @classmethod
-    def by(cls, anchor: Head, gap: Counter[DpEvent]) -> Restored:
-        """The note for an anchor and the gap up to it."""
-        return cls(path=dict(anchor.path), gap=gap, runs=dict(anchor.runs), seeded=anchor.seeded, frozen=anchor.frozen)
+    def knows(self, sequence: int, matches: Callable[[str], bool]) -> bool:
+        """Whether an event whose hash `matches` is on the path, or where the path, sparse far from its end, is mute."""
+        hashes = [hash for number, hash in self.path if number == sequence]
+        return any(map(matches, hashes)) or (not hashes and self.shared < sequence <= self.end - DENSE)
 
     def to_json(self) -> dict[str, Any]:
         """The note's detail."""
         return {
-            "path": sorted(self.path.items()),
+            "shared": self.shared,
+            "end": self.end,
+            "path": sorted(self.path),
             "gap": events.counted(self.gap),
             "runs": self.runs,
             "seeded": self.seeded,
             "frozen": self.frozen,
+            "clears_doubt": self.clears_doubt,
         }
 
     @classmethod
     def of(cls, detail: dict[str, Any]) -> Restored:
         """Read the note's detail; raises ValueError, TypeError or KeyError for anything else."""
-        if not detail["path"] or any(type(count) is not int or count < 0 for count in detail["runs"].values()):
-            raise ValueError("a path, or a run's charged rounds")
+        if any(type(count) is not int or count < 0 for count in detail["runs"].values()):
+            raise ValueError("a run's rounds")
         return cls(
-            path={int(sequence): str(hash) for sequence, hash in detail["path"]},
+            shared=int(detail["shared"]),
+            end=int(detail["end"]),
+            path=frozenset((int(sequence), str(hash)) for sequence, hash in detail["path"]),
             gap=Counter({events.from_json(data): int(count) for data, count in detail["gap"]}),
             runs=dict(detail["runs"]),
             seeded=bool(detail["seeded"]),
             frozen=bool(detail["frozen"]),
+            clears_doubt=bool(detail["clears_doubt"]),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Doubt:
+    """A genuine receipt that the ledger lacks: its event, and that event's salted hash."""
+
+    sequence: int
+    head: str

@@ -191,7 +191,6 @@ class Receipt:
     Attributes:
         charged_rounds: rounds reserved, whether or not a reply came of them.
         sequence: number of the ledger's newest event.
-        restores: how often a backup of the ledger had been put back and made up for.
         head: that event's hash under a secret salt, so that nobody can test a guess of what the ledger holds; the
             lead sends the receipt back with its next request, and a ledger that does not contain it was put back.
         site_key: the site's public key.
@@ -206,7 +205,6 @@ class Receipt:
     head: str
     site_key: str
     signature: str
-    restores: int = 0
 
     def message(self) -> bytes:
         """The bytes that are signed."""
@@ -221,7 +219,7 @@ class Receipt:
 def receipt_from_json(fields: dict[str, Any]) -> Receipt:
     """The receipt of these fields; raises ValueError, TypeError or KeyError for others."""
     receipt = Receipt(**fields)
-    counts = (receipt.charged_rounds, receipt.charged_steps, receipt.sequence, receipt.restores)
+    counts = (receipt.charged_rounds, receipt.charged_steps, receipt.sequence)
     texts = (receipt.site, receipt.run, receipt.head, receipt.site_key, receipt.signature)
     if not all(type(count) is int and count >= 0 for count in counts) or not all(type(t) is str for t in texts):
         raise ValueError("a receipt's fields")

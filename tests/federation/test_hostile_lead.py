@@ -75,6 +75,18 @@ def test_asking_for_too_much_is_refused_with_the_rule(
     assert reply.receipt.charged_rounds == rounds_before
 
 
+@pytest.mark.parametrize(
+    "about", [{}, {"site": "b"}, {"expires": 1.0}, {"round": 99}, {"adapter_digest": "0" * 64}], ids=str
+)
+def test_a_stranger_learns_nothing_whatever_else_is_wrong(
+    site: Any, stranger_key: SigningKey, about: dict[str, Any]
+) -> None:
+    site.ledger()
+    reply = site.ask(1, key=stranger_key, lead=stranger_key.public, about=about, run="another", rank=64)
+    assert refusal(reply).reason is Reason.LEADS
+    assert reply.receipt is None
+
+
 def test_a_lead_whom_the_site_does_not_know_is_refused(site: Any, stranger_key: SigningKey) -> None:
     site.ledger()
     before = site.events()

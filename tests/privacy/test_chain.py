@@ -131,9 +131,9 @@ def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path, site
         "charged": (({"kind": "gaussian", "noise_multiplier": 2.0}, 3),),
         "runs": (("r", 2),),
         "path": ((6, "3" * 64), (7, "1" * 64)),
+        "made_up": ((5, "4" * 64),),
         "seeded": True,
         "frozen": True,
-        "restores": 1,
     }
     head = Head.signed(site_key, **fields)
     path = tmp_path / "anchor.json"
@@ -147,9 +147,9 @@ def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path, site
         "charged": (),
         "runs": (),
         "path": (),
+        "made_up": (),
         "seeded": False,
         "frozen": False,
-        "restores": 0,
         "site_key": "3" * 64,
     }
     assert set(others) | {"signature"} == {field.name for field in dataclasses.fields(Head)}

@@ -186,7 +186,7 @@ def test_nothing_leaves_beyond_the_documented_fields() -> None:
         Update: {"site", "run", "round", "tensors", "scores"},
         Receipt: {
             *("site", "run", "charged_rounds", "charged_steps"),
-            *("sequence", "restores", "head", "site_key", "signature"),
+            *("sequence", "head", "site_key", "signature"),
         },
         Offer: {"site", "most_rounds", "least_noise"},
         Refusal: {"site", "run", "round", "reason", "asked", "allowed"},
@@ -220,7 +220,6 @@ def signed(key: SigningKey, **changes: object) -> Receipt:
         "charged_rounds": 2,
         "charged_steps": 6,
         "sequence": 9,
-        "restores": 0,
         "head": "0" * 64,
         "site_key": key.public,
     }
@@ -237,7 +236,6 @@ def test_a_receipt_is_signed_on_every_field(site_key: SigningKey, make_key: Any)
         "charged_rounds": 1,
         "charged_steps": 5,
         "sequence": 8,
-        "restores": 1,
         "head": "1" * 64,
         "site_key": make_key(7).public,
         "signature": signed(make_key(7)).signature,

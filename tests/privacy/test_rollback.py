@@ -136,7 +136,6 @@ def test_an_anchor_of_another_ledger_stops(anchored: Any, anchor: Path, opened: 
         lambda data: b"null",
         lambda data: data[:-40],
         lambda data: data.replace(b'"sequence": 2', b'"sequence": 1'),
-        lambda data: data.replace(b'"restores": 0', b'"restores": -9'),
         lambda data: data.replace(b'"frozen": false', b'"frozen": true'),
         lambda data: json.dumps(json.loads(data) | {"charged": [1]}).encode(),
         lambda data: json.dumps(json.loads(data) | {"more": 1}).encode(),
@@ -257,7 +256,6 @@ def test_a_forged_receipt_is_refused_for_its_signature(
     forged = [
         dataclasses.replace(receipt, sequence=receipt.sequence + 1),
         dataclasses.replace(receipt, charged_rounds=0),
-        dataclasses.replace(receipt, restores=1),
         dataclasses.replace(receipt, signature=receipt.signature[::-1]),
         dataclasses.replace(receipt, signature=""),
         opened(path=tmp_path / "o.db", key=make_key(9)).receipt("r"),
