@@ -17,7 +17,7 @@ from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.chain import Head
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.keys import SigningKey, is_public_key
+from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.verify import Verified, verify
@@ -171,8 +171,8 @@ def _site(options: argparse.Namespace) -> SiteFiles:
 
 
 def _verified(options: argparse.Namespace) -> tuple[Path, Verified]:
-    if options.site_key is not None and not is_public_key(options.site_key):
-        raise ConfigError("--site-key", options.site_key, "must be a public key of 64 lower-case hex digits")
+    if options.site_key is not None:
+        check_public_key("--site-key", options.site_key)
     path = ledger_file(options.path)
     anchor = None if options.anchor is None else Head.read(Path(options.anchor))
     return path, verify(path, anchor=anchor, site_key=options.site_key)

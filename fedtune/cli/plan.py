@@ -16,7 +16,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.cli.plan_outlook import Outlook
 from fedtune.config import RunConfig
 from fedtune.federation import planner, solver, verdict
-from fedtune.privacy.keys import is_public_key
+from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy_file import read_policy
 from fedtune.spec import ConfigError
@@ -64,8 +64,8 @@ def plan(options: argparse.Namespace) -> None:
     output = None if options.output is None else Path(options.output)
     if output is not None and output.suffix not in FORMATS:
         raise ConfigError("--output", options.output, f"must end in {', '.join(FORMATS)}")
-    if options.lead is not None and not is_public_key(options.lead):
-        raise ConfigError("--lead", options.lead, "must be a public key of 64 lower-case hex digits")
+    if options.lead is not None:
+        check_public_key("--lead", options.lead)
     policies = [Path(path) for path in options.policy]
     leads = [options.lead or _first_lead(path) for path in policies]
     with Console(stderr=True).status("Working out the price ..."):

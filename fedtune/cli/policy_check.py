@@ -13,11 +13,10 @@ from rich.console import Console
 
 from fedtune.cli import ledger_json
 from fedtune.privacy import accountant, filter
-from fedtune.privacy.chain import Head
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_file import read_policy
-from fedtune.privacy.verify import Verified, verify
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.verify import Verified
 from fedtune.spec import ConfigError
 
 LARGE_EPSILON = 10.0
@@ -78,11 +77,12 @@ def check_policy(file: Path, *, as_json: bool) -> None:
         ConfigError: the policy is wrong, or its ledger was made for something else.
         RunError: its ledger cannot be trusted.
     """
-    policy = read_policy(file)
+    files = SiteFiles.of(file)
+    policy = files.policy
     amount = amount_of(policy)
     cautions = (*cautions_of(policy, amount), *_cautions_of_files(policy, file.parent))
     if as_json:
-        beside = beside_of(policy, file.parent)
+        beside = beside_of(files)
         sys.stdout.write(ledger_json.to_text(_to_json(policy, file, amount, cautions, beside)))
     else:
         from fedtune.cli import policy_tables
@@ -90,7 +90,7 @@ def check_policy(file: Path, *, as_json: bool) -> None:
         console = Console()
         policy_tables.show_policy(console, file, policy, amount)
         policy_tables.show_cautions(console, cautions)
-        beside = beside_of(policy, file.parent)
+        beside = beside_of(files)
         policy_tables.show_beside(console, beside)
     for key, made_for, asked in beside.differences:
         bound = f"does not fit ledger {beside.path}, which was made for {made_for}; it needs a ledger of its own"
@@ -225,26 +225,20 @@ def _cautions_of_files(policy: Policy, folder: Path) -> Iterator[Caution]:
         yield Caution(key="anchor", text=text)
 
 
-def beside_of(policy: Policy, folder: Path) -> Beside:
-    """The ledger that the policy in `folder` names.
+def beside_of(files: SiteFiles) -> Beside:
+    """The ledger that the site's policy names.
 
     Raises:
         RunError: it cannot be trusted.
     """
-    path, anchor, key = folder / policy.ledger, folder / policy.anchor, folder / policy.site_key
-    if not path.is_file():
-        return Beside(path=path, verified=None, differences=())
-    verified = verify(path, anchor=Head.read(anchor) if policy.anchor and anchor.is_file() else None)
+    verified = files.verified()
+    if verified is None:
+        return Beside(path=files.ledger, verified=None, differences=())
     opened = verified.history.opened
-    pairs: list[tuple[str, object, object]] = [
-        ("site", opened.site, policy.site),
-        ("population.name", opened.population, policy.population.name),
-        ("population.unit", opened.unit, policy.population.unit),
-        ("budget.delta", opened.delta, policy.budget.delta),
-    ]
-    if key.is_file():
-        pairs.append(("site_key", opened.site_key, SigningKey.load(key).public))
-    return Beside(path=path, verified=verified, differences=tuple(pair for pair in pairs if pair[1] != pair[2]))
+    differences = opened.differences(files.policy)
+    if files.site_key.is_file() and (public := SigningKey.load(files.site_key).public) != opened.site_key:
+        differences.append(("site_key", opened.site_key, public))
+    return Beside(path=files.ledger, verified=verified, differences=tuple(differences))
 
 
 def _to_json(

@@ -129,7 +129,7 @@ def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
             filter_order=None,
             epsilon_of_one_round=none,
         )
-    whole, delta = plan.event(rounds=plan.most_rounds), plan.delta
+    whole, delta = plan.whole, plan.delta
     # As `filter.filter_cost`, and the order with it.
     cap, order = min((filter.epsilon_filter([whole], order=order, delta=delta), order) for order in filter.ORDERS)
     return Price(

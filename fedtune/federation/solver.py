@@ -24,7 +24,7 @@ _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong gu
 @lru_cache(maxsize=1024)
 def coarse_epsilon(plan: Plan) -> float:
     """Of the whole plan by PLD, on the coarse grid that calibration uses too: a little above the fine one's at most."""
-    whole = plan.event(rounds=plan.most_rounds)
+    whole = plan.whole
     return accountant.epsilon_pld([whole], plan.delta, interval=accountant.COARSE)
 
 

@@ -89,6 +89,12 @@ def is_public_key(text: str) -> bool:
     return _is_hex(text, 64) and _without_sign(text) not in _SMALL_ORDER
 
 
+def check_public_key(key: str, text: str) -> None:
+    """Require `text` to be what `is_public_key` takes for one."""
+    if not is_public_key(text):
+        raise ConfigError(key, text, "must be a public key of 64 lower-case hex digits")
+
+
 def _without_sign(public: str) -> str:
     return public[:62] + f"{int(public[62:], 16) & 0x7F:02x}"
 

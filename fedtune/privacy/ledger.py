@@ -1,7 +1,7 @@
 """A site's ledger: one SQLite file that says what was done to the records of one population, for ever.
 
 Every decision is one transaction: follow the events that others wrote since, check the policy and the budget, append.
-It is on disk when the call returns.  A round is charged before its first record is read, and its reply is stored before
+It is on disk when the call returns.  A round is charged before a record is trained on, and its reply is stored before
 it is sent; a crash between the two leaves the round charged.
 
 The file is in SQLite's rollback mode, so that a copy made between two transactions is whole.
@@ -79,8 +79,8 @@ class Ledger:
         """Charge a round before it is trained, or return the stored reply to the same request.
 
         Guarantee: policy, budget and charge are one transaction, and the charge is durable on return; no private
-        record needs to have been read before.  After any accepted request, what was charged and what is set aside for
-        open runs stay within every cap of the policy.
+        record needs to have been read before.  After any accepted request, what was charged stays within every cap of
+        the policy, and after a new run was accepted so does what is set aside for open runs.
 
         Raises:
             Refused: names the rule, what was asked and what is allowed; nothing is charged.
@@ -256,7 +256,6 @@ class Ledger:
 
     def _require_another_round(self, run: Run, now: datetime) -> None:
         """Raise the reason to refuse one more round of an accepted run; policy and period may have changed since."""
-        spending.require_usable(self.history)
         if not run.is_open(now):
             raise Refused(Reason.RUN_ENDED)
         if run.charged_rounds >= run.plan.most_rounds:

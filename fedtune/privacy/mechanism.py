@@ -1,4 +1,4 @@
-"""The two random steps of DP-SGD that must be right: who is sampled, and what noise is added."""
+"""The random steps that must be right: who is sampled, and what noise is added to sums and to scores."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Literal
 from dp_accounting import DpEvent
 
 from fedtune.privacy import events, filter
-from fedtune.privacy.keys import is_public_key
+from fedtune.privacy.keys import check_public_key
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 PERIODS = ("month", "quarter", "year")
@@ -164,8 +164,7 @@ class Allow:
 
     def __post_init__(self) -> None:
         for key in self.leads:
-            if not is_public_key(key):
-                raise ConfigError("leads", key, "must be a public key of 64 lower-case hex digits")
+            check_public_key("leads", key)
         check_at_least("max_rank", self.max_rank, 1)
 
 

@@ -1,4 +1,4 @@
-"""Everything that may leave a site, and nothing else: an update, a refusal, a receipt.
+"""Everything that may leave a site beside its name, and nothing else: an update, a refusal, a receipt, an offer.
 
 Each field is either noised (the update's tensors and scores) or computed from the request, the plan and the ledger's
 own events.  No exact count, loss, gradient norm, file name or exception text has a place here.

@@ -27,9 +27,9 @@ class RunSpending:
     """One run's part, charged so far.
 
     Attributes:
-        epsilon: by PLD; a proof for the run alone, whose plan was fixed beforehand.
+        epsilon: by PLD; a proof unless the run ended early because of what it had released.
         epsilon_rdp: the same events by RDP at their best order.
-        planned_epsilon: of the whole plan, by PLD.
+        planned_epsilon: of the whole plan, by PLD; a proof whatever ended the run.
         state: "open", "ended" or "expired".
     """
 
