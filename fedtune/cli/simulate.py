@@ -39,7 +39,7 @@ def _run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     from fedtune.cli.display import Display, show_result
     from fedtune.flower.simulation import simulate as run_simulation
-    from fedtune.flower.virtual_site import fitted
+    from fedtune.sites.virtual_site import fitted
     from fedtune.report.build import write_report
 
     if config.resume is None:

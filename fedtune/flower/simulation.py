@@ -20,7 +20,7 @@ from fedtune.federation.lead import LeadState
 from fedtune.federation.results import FinalResult, run_json
 from fedtune.flower.client import make_client_app
 from fedtune.flower.grid import InProcessGrid, in_process
-from fedtune.flower.participants import Participants, participants
+from fedtune.sites.participants import Participants, participants
 from fedtune.flower.server import Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.model import save_task_model

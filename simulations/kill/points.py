@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fedtune.federation.checkpoint as checkpoint
-import fedtune.flower.participants as participants
+import fedtune.sites.participants as participants
 import fedtune.flower.simulation as simulation
 import fedtune.privacy.durable as durable
 import fedtune.privacy.event_store as event_store

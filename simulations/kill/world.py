@@ -15,13 +15,13 @@ from process import Job
 
 import fedtune.flower.client as client
 import fedtune.flower.simulation as simulation
-import fedtune.flower.virtual_site as virtual_site
+import fedtune.sites.virtual_site as virtual_site
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
 from fedtune.federation.site import Site, Trained, answer
-from fedtune.flower.participants import Participants
+from fedtune.sites.participants import Participants
 from fedtune.model import Adapter
 from fedtune.privacy.policy import Policy
 from fedtune.spec import RefusedError, RunError

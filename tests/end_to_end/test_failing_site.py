@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import fedtune.flower.participants as participants
+import fedtune.sites.participants as participants
 from fedtune.model import Adapter
 
 CANARY = "patient-4711-has-hepatitis"

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 # `fedtune`, but training at one site in one round does not come back before it is killed.
 _HANGING = """
 import sys, time
-import fedtune.flower.participants as participants
+import fedtune.sites.participants as participants
 from fedtune.cli.main import main
 train_round = participants.train_round
 def train(model, adapter, examples, work, **rest):

@@ -14,7 +14,7 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-import fedtune.flower.participants as participants
+import fedtune.sites.participants as participants
 from fedtune.privacy import events
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.verify import verify

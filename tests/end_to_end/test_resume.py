@@ -123,7 +123,7 @@ def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(
 
 
 @pytest.mark.parametrize(
-    "where", ["fedtune.flower.simulation._first_state", "fedtune.flower.participants.Participants.score"]
+    "where", ["fedtune.flower.simulation._first_state", "fedtune.sites.participants.Participants.score"]
 )
 def test_ctrl_c_before_anything_was_trained_leaves_nothing(
     command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str

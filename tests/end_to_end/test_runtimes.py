@@ -80,7 +80,7 @@ def test_only_participants_take_part(simulate: Any, command: Any, tmp_path: Path
 def test_a_site_keeps_its_records_whoever_else_takes_part(
     simulate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedtune.flower.participants as participants
+    import fedtune.sites.participants as participants
 
     seen: dict[str, list[tuple[int, int]]] = {}
     train_round = participants.train_round

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-import fedtune.flower.participants as participants
+import fedtune.sites.participants as participants
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.evaluation.units import unit_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Site
-from fedtune.flower.participants import Participants
+from fedtune.sites.participants import Participants
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.spec import ConfigError

@@ -21,7 +21,7 @@ from fedtune.evaluation.generation import PromptSet
 from fedtune.evaluation.units import unit_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Site, Trained
-from fedtune.flower.virtual_site import VirtualSites
+from fedtune.sites.virtual_site import VirtualSites
 from fedtune.model import Adapter, TaskModel, load_task_model, load_tokenizer
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.mechanism import noised_scores

@@ -13,7 +13,7 @@ import pytest
 
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.flower.virtual_site import VirtualSites, fitted, generated_policy
+from fedtune.sites.virtual_site import VirtualSites, fitted, generated_policy
 from fedtune.privacy.filter import filter_cost, surcharge, total_divergence
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
