@@ -13,9 +13,9 @@ from rich.table import Table
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, site_charge
-from fedtune.sites.participants import Participants
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.plan import Plan
+from fedtune.sites.participants import Participants
 
 
 class Display:

@@ -39,8 +39,8 @@ def _run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     from fedtune.cli.display import Display, show_result
     from fedtune.flower.simulation import simulate as run_simulation
-    from fedtune.sites.virtual_site import fitted
     from fedtune.report.build import write_report
+    from fedtune.sites.virtual_site import fitted
 
     if config.resume is None:
         config = _told(console, config, fitted(config, folder))

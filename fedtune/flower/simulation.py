@@ -20,12 +20,12 @@ from fedtune.federation.lead import LeadState
 from fedtune.federation.results import FinalResult, run_json
 from fedtune.flower.client import make_client_app
 from fedtune.flower.grid import InProcessGrid, in_process
-from fedtune.sites.participants import Participants, participants
 from fedtune.flower.server import Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.model import save_task_model
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.plan import Plan
+from fedtune.sites.participants import Participants, participants
 
 
 class Listener(Protocol):

@@ -21,12 +21,12 @@ from fedtune.evaluation.generation import PromptSet
 from fedtune.evaluation.units import unit_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Site, Trained
-from fedtune.sites.virtual_site import VirtualSites
 from fedtune.model import Adapter, TaskModel, load_task_model, load_tokenizer
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
+from fedtune.sites.virtual_site import VirtualSites
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.machine import device_for, keeps_frozen_states, ready_model

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import fedtune.federation.checkpoint as checkpoint
-import fedtune.sites.participants as participants
 import fedtune.flower.simulation as simulation
 import fedtune.privacy.durable as durable
 import fedtune.privacy.event_store as event_store
 import fedtune.privacy.keys as keys
 import fedtune.privacy.ledger as ledger
 import fedtune.privacy.policy_file as policy_file
+import fedtune.sites.participants as participants
 import fedtune.training.local as local
 
 START = "lead: before"

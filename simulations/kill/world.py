@@ -21,9 +21,9 @@ from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
 from fedtune.federation.site import Site, Trained, answer
-from fedtune.sites.participants import Participants
 from fedtune.model import Adapter
 from fedtune.privacy.policy import Policy
+from fedtune.sites.participants import Participants
 from fedtune.spec import RefusedError, RunError
 
 ANCHORED = "site-1"

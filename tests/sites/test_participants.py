@@ -15,9 +15,9 @@ from fedtune.config import RunConfig
 from fedtune.evaluation.units import unit_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Site
-from fedtune.sites.participants import Participants
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import SeededRandomness
+from fedtune.sites.participants import Participants
 from fedtune.spec import ConfigError
 
 

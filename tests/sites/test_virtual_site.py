@@ -13,7 +13,6 @@ import pytest
 
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.sites.virtual_site import VirtualSites, fitted, generated_policy
 from fedtune.privacy.filter import filter_cost, surcharge, total_divergence
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
@@ -21,6 +20,7 @@ from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
+from fedtune.sites.virtual_site import VirtualSites, fitted, generated_policy
 from fedtune.spec import ConfigError, RefusedError
 
 NOISED = ("privacy.metrics=noised", "data.heldout_fraction=0.3")
