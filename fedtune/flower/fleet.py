@@ -1,0 +1,254 @@
+"""A site's end of the line: the node's half of Flower's Fleet protocol, over mutual TLS.
+
+It takes the place of Flower's SuperNode, so that one process polls, trains and answers, and stays warm.  Flower's app
+bundle is never asked for, let alone installed.  Written for Flower 1.41, whose internals it uses;
+tests/flower/test_fleet.py fails where they change.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, TIMESTAMP_HEADER
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    pull_and_inflate_object_from_tree,
+    push_objects,
+)
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedtune.flower.tls import Tls
+from fedtune.spec import ConfigError, RunError
+
+HELLO = "/v1/fedtune/hello"
+"""Where the server tells a site how it knows it; not Flower's."""
+_CALL_TIMEOUT_S = 30.0
+_HEARTBEAT_S = HEARTBEAT_MIN_INTERVAL / 2
+
+
+class Unauthorised(RunError):
+    """The server does not take this node: its key is unknown, or was revoked."""
+
+
+class Unreachable(RunError):
+    """The server cannot be reached, or has no time; asking again later may help."""
+
+
+class Dropped(RunError):
+    """The server takes no answer to this message any more; whoever asked will ask again."""
+
+
+class Fleet:
+    """A node's connection.  One thread at a time receives and replies; heartbeats have their own.
+
+    Args:
+        server: host:port.
+        tls: the site's certificates and key.
+    """
+
+    def __init__(self, server: str, tls: Tls) -> None:
+        private, public = node_key(tls.key)
+        self._public = public_key_to_bytes(public)
+        self._client = FleetHttpClient(
+            f"https://{server}",
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                NodeAuthHttpInterceptor(private, public),
+            ],
+            verify=tls.client_context(),
+            timeout=_CALL_TIMEOUT_S,
+        )
+        self._node: Node | None = None
+        self._stop = threading.Event()
+        self._beating: threading.Thread | None = None
+
+    def activate(self) -> None:
+        """Tell the server that this node is there, and keep telling it.
+
+        Raises:
+            Unauthorised: the server does not know the key.
+            Unreachable: no connection.
+        """
+        request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
+        with _in_our_words():
+            self._node = Node(node_id=self._client.ActivateNode(request).node_id)
+        # Flower's messages say from here who sends them.
+        TaskIdentity.node_id, TaskIdentity.task_id = self._node.node_id, 0
+        if self._beating is None:
+            self._beating = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
+            self._beating.start()
+
+    def receive(self) -> Message | None:
+        """The next message for this node, if there is one.
+
+        Raises:
+            Unauthorised, Unreachable: as for `activate`.
+        """
+        node = self._activated
+        with _in_our_words():
+            answer = self._client.PullMessages(PullMessagesRequest(node=node))
+            if not answer.messages_list:
+                return None
+            run_id = answer.messages_list[0].metadata.run_id
+            tree = answer.message_object_trees[0]
+            message = pull_and_inflate_object_from_tree(
+                tree,
+                make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
+                make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
+                return_type=Message,
+            )
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        TaskIdentity.run_id = run_id
+        return message
+
+    def reply(self, reply: Message) -> None:
+        """Send an answer.  It is safe to send the same one again after an error.
+
+        Raises:
+            Dropped: the Flower run is over.
+            Unauthorised, Unreachable: as for `activate`.
+        """
+        node, run_id = self._activated, reply.metadata.run_id
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        with _in_our_words(), no_object_id_recompute():
+            request = PushMessagesRequest(
+                node=node,
+                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[get_object_tree(reply)],
+                # Flower reports here how long the app ran, which grows with the true number of records.
+                clientapp_runtime_list=[0.0],
+            )
+            wanted = self._client.PushMessages(request)
+            push_objects(
+                get_all_nested_objects(reply),
+                make_push_object_fn_protobuf(self._client.PushObject, node, run_id, wanted.session_id),
+                object_ids_to_push=set(wanted.objects_to_push),
+            )
+
+    def close(self) -> None:
+        """Tell the server, if it hears, that the node is gone."""
+        self._stop.set()
+        if self._beating is not None:
+            self._beating.join(timeout=_CALL_TIMEOUT_S)
+        if self._node is not None:
+            with contextlib.suppress(httpx.HTTPError):  # it would notice by the missing heartbeats
+                self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
+        self._client.close()
+
+    @property
+    def _activated(self) -> Node:
+        assert self._node is not None, "activate comes first"
+        return self._node
+
+    def _beat(self) -> None:
+        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
+        while not self._stop.wait(_HEARTBEAT_S):
+            try:
+                self._client.SendNodeHeartbeat(request)
+            except (httpx.HTTPError, ValueError):
+                continue  # who polls meets the same trouble, and reports it
+
+
+def node_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
+    """The private key in a PEM file, and its public half.
+
+    Raises:
+        ConfigError: the file holds no EC key.
+    """
+    try:
+        private = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError("key", str(path), "must be a PEM file with an EC private key") from error
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise ConfigError("key", str(path), "must be a PEM file with an EC private key")
+    return private, private.public_key()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """What the server knows of a node.
+
+    Attributes:
+        site: its name.
+        server_time: the server's clock, seconds since 1970.
+    """
+
+    site: str
+    server_time: float
+
+
+def hello(server: str, tls: Tls) -> Hello:
+    """Ask the server how it knows this site; changes nothing there.
+
+    Raises:
+        Unauthorised: it does not, or no longer; the text says which.
+        Unreachable: no connection.
+    """
+    private, public = node_key(tls.key)
+    timestamp = now().isoformat()
+    headers = {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public_key_to_bytes(public)).decode(),
+        TIMESTAMP_HEADER: timestamp,
+        FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(private, timestamp.encode())).decode(),
+    }
+    with _in_our_words(), httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
+        answer = client.get(f"https://{server}{HELLO}", headers=headers)
+        fields = answer.json()
+        if answer.status_code != httpx.codes.OK:
+            raise Unauthorised(f"the server refused this site: {fields.get('reason', answer.status_code)}")
+        return Hello(site=str(fields["site"]), server_time=float(fields["time"]))
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    """Flower's and httpx's errors as the few that a site can do something about."""
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
+            raise Unauthorised(f"the server does not take this site's key ({status})") from error
+        if status < httpx.codes.INTERNAL_SERVER_ERROR:
+            raise Dropped(f"the server has no more use for this message ({status})") from error
+        raise Unreachable(f"the server answered {status}") from error
+    except (ObjectPullError, ObjectPushError) as error:
+        raise Dropped("the server no longer keeps this message") from error
+    except httpx.HTTPError as error:
+        raise Unreachable(f"no connection to the server ({type(error).__name__})") from error

@@ -1,0 +1,303 @@
+"""The lead's end of the line: a Flower grid over mutual TLS whose questions survive restarts at either end.
+
+A question stays open until it is answered or its time is up: it is asked again when its site comes back, or when the
+server forgot it.  That is safe, because a site answers the same request twice with the same bytes, charged once.
+Written for Flower 1.41, whose internals it uses; tests/flower/test_remote_grid.py fails where they change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import httpx
+from flwr.app import Message, RecordDict
+from flwr.common.constant import SubStatus
+from flwr.common.serde import run_from_proto
+from flwr.proto.control_pb2 import StartRunRequest, StartRunResponse
+from flwr.proto.fab_pb2 import Fab
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.serverapp import Grid
+from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from fedtune.flower.signed_calls import LeadSignature
+from fedtune.flower.tls import Tls
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import RunError
+
+log = logging.getLogger(__name__)
+
+_POLL_S, _RECONNECT_S, _HEARTBEAT_S = 0.2, 1.0, 10.0
+_BUNDLE = """\
+[project]
+name = "fedtune"
+version = "1.0.0"
+[tool.flwr.app]
+publisher = "fedtune"
+[tool.flwr.app.components]
+serverapp = "none:none"
+clientapp = "none:none"
+[tool.flwr.app.config]
+"""
+"""Flower wants a bundle for every run.  This one holds no code, and nobody fetches it."""
+
+
+@dataclass
+class _Question:
+    """What one site is asked, until it has answered.
+
+    Attributes:
+        message_ids: under which it was asked; an answer to any of them will do.
+        activation: when the site had last come online as it was asked; a later one means that it may have forgotten.
+        not_before: earliest moment, by the monotonic clock, to ask again.
+        provisional: an answer that asking again may change.
+    """
+
+    question: Message
+    message_ids: set[str]
+    activation: str = ""
+    not_before: float = 0.0
+    provisional: Message | None = None
+
+
+class RemoteGrid(Grid):
+    """The lead's connection to its sites.  Nodes are numbered 1, 2, ... in the order of `sites`, online or not.
+
+    Args:
+        server: host:port.
+        sites: name -> PEM of its connection key's public half, as the roster has them.
+        key: the lead's, with which it signs its calls.
+        ask_again: says of an answer after how many seconds to ask once more; None: it is final.
+        replied: called with the number of answers so far in an exchange.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        tls: Tls,
+        *,
+        sites: Mapping[str, bytes],
+        key: SigningKey,
+        ask_again: Callable[[Message], float | None],
+        replied: Callable[[int], None],
+    ) -> None:
+        self._server, self._tls, self._key = server, tls, key
+        self._numbers = {node_key: number for number, node_key in enumerate(sites.values(), 1)}
+        self._ask_again, self._replied = ask_again, replied
+        self._session: _Session | None = None
+
+    def __enter__(self) -> RemoteGrid:
+        self._open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def get_node_ids(self) -> Sequence[int]:
+        return list(self._numbers.values())
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """The answers that came within `timeout` seconds, each from the node that was asked."""
+        open_, answers = {m.metadata.dst_node_id: _Question(m, set()) for m in messages}, dict[int, Message]()
+        deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        while open_ and (left := deadline - time.monotonic()) > 0:
+            try:
+                self._ask(open_, ttl=left)
+                for number, answer in self._collect(open_):
+                    answers[number] = answer
+                    self._replied(len(answers))
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+                    self._wait_for_server(error)
+                else:
+                    log.warning("the server forgot this run (%s); asking anew", error.response.status_code)
+                    self._reopen(open_)
+            except httpx.HTTPError as error:
+                self._wait_for_server(error)
+            else:
+                time.sleep(_POLL_S)
+        provisional = {n: question.provisional for n, question in open_.items() if question.provisional}
+        return list({**provisional, **answers}.values())
+
+    def _ask(self, questions: Mapping[int, _Question], *, ttl: float) -> None:
+        """Send what was not sent yet, or may have been forgotten, to the sites that are online."""
+        session, now = self._opened, time.monotonic()
+        for number, node in session.nodes(self._numbers).items():
+            question = questions.get(number)
+            if question is None or now < question.not_before:
+                continue
+            if question.message_ids and node.last_activated_at == question.activation:
+                continue
+            asked = question.question
+            message = Message(
+                asked.content, node.node_id, asked.metadata.message_type, group_id=asked.metadata.group_id, ttl=ttl
+            )
+            (message_id,) = session.grid.push_messages([message])
+            if message_id:
+                question.message_ids.add(message_id)
+                question.activation = node.last_activated_at
+
+    def _collect(self, questions: dict[int, _Question]) -> list[tuple[int, Message]]:
+        """The final answers that are there; their questions are closed."""
+        asked = {id: number for number, question in questions.items() for id in question.message_ids}
+        if not asked:
+            return []
+        final = []
+        for answer in self._opened.grid.pull_messages(list(asked)):
+            number = asked[answer.metadata.reply_to_message_id]
+            question = questions.get(number)
+            if question is None:
+                continue  # its second answer
+            question.message_ids.discard(answer.metadata.reply_to_message_id)
+            if answer.has_error():
+                continue  # the site is offline, or what it was asked was lost: it is asked again when it is there
+            answer.metadata.__dict__["_src_node_id"] = number
+            after_s = self._ask_again(answer)
+            if after_s is None:
+                del questions[number]
+                final.append((number, answer))
+            else:
+                question.provisional, question.not_before = answer, time.monotonic() + after_s
+        return final
+
+    @property
+    def _opened(self) -> _Session:
+        assert self._session is not None, "used as a context manager"
+        return self._session
+
+    def _open(self) -> None:
+        try:
+            self._session = _Session(self._server, self._tls, self._key)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == httpx.codes.UNAUTHORIZED:
+                raise RunError(
+                    f"{self._server} does not take this lead's signature: another federation's kit, or a wrong clock"
+                ) from error
+            raise RunError(f"{self._server} cannot start a run ({error.response.status_code})") from error
+        except httpx.HTTPError as error:
+            raise RunError(f"{self._server} cannot be reached ({type(error).__name__}: {error})") from error
+
+    def _close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _reopen(self, questions: Mapping[int, _Question]) -> None:
+        self._close()
+        for question in questions.values():
+            question.message_ids.clear()
+        self._open()
+
+    def _wait_for_server(self, error: Exception) -> None:
+        log.warning("%s cannot be reached (%s); trying again", self._server, type(error).__name__)
+        time.sleep(_RECONNECT_S)
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError("a remote grid starts its own runs")
+
+    @property
+    def run(self) -> Run:
+        return self._opened.grid.run
+
+    def create_message(  # the base class's signature
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise NotImplementedError("only whole exchanges survive a restart: use send_and_receive")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise NotImplementedError("only whole exchanges survive a restart: use send_and_receive")
+
+
+class _Session:
+    """One of Flower's runs: started, claimed, kept alive, and ended by this process."""
+
+    def __init__(self, server: str, tls: Tls, key: SigningKey) -> None:
+        signature, version = LeadSignature(key), RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
+
+        def client(*token: RuntimeTokenHttpInterceptor) -> _LeadClient:
+            return _LeadClient(
+                f"https://{server}", interceptors=[version, *token, signature], verify=tls.client_context()
+            )
+
+        with client() as opening:
+            opening.start_run(StartRunRequest(fab=Fab(content=_bundle())))
+            # It may be one that another process has just started; any fresh run will do.
+            token = opening.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])).token
+        if not token:
+            raise RunError(f"{server} started a run and did not hand it out")
+        self._client = client(RuntimeTokenHttpInterceptor(token))
+        given = self._client.PullTaskInput(PullTaskInputRequest())
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
+            given.run.run_id,
+            given.context.node_id,
+            given.task_id,
+        )
+        self.grid = HttpGrid(server, token=token)
+        # HttpGrid would make a client without our certificate.
+        self.grid._client = self._client
+        self.grid.set_run(run_from_proto(given.run))
+        self._nodes: dict[int, NodeInfo] = {}
+        self._looked = float("-inf")
+        self._stop = threading.Event()
+        threading.Thread(target=self._beat, name="lead's heartbeats", daemon=True).start()
+
+    def nodes(self, numbers: Mapping[bytes, int]) -> Mapping[int, NodeInfo]:
+        """The sites that are online, by number; looked up once a second."""
+        if time.monotonic() - self._looked > 1.0:
+            online = self.grid.get_nodes()
+            self._nodes = {numbers[bytes(n.public_key)]: n for n in online if bytes(n.public_key) in numbers}
+            self._looked = time.monotonic()
+        return self._nodes
+
+    def close(self) -> None:
+        """End the run; messages that nobody fetched are dropped."""
+        self._stop.set()
+        with contextlib.suppress(httpx.HTTPError):  # it would end by itself without heartbeats
+            self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
+        self._client.close()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_HEARTBEAT_S):
+            try:
+                self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+            except (httpx.HTTPError, RuntimeError):
+                continue  # who asks and collects meets the same trouble
+
+
+class _LeadClient(RuntimeHttpClient):
+    """Flower's Runtime API, and the one call of its Control API that the lead needs."""
+
+    def start_run(self, request: StartRunRequest) -> StartRunResponse:
+        return self._unary_unary(
+            path="/v1/control/start-run",
+            rpc_method="/flwr.proto.Control/StartRun",
+            request=request,
+            response_type=StartRunResponse,
+        )
+
+
+def _bundle() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("pyproject.toml", _BUNDLE)
+    return stream.getvalue()

@@ -1,0 +1,161 @@
+"""The server: Flower's SuperLink in this process, behind a gate, over mutual TLS.
+
+It keeps messages until their receiver fetches them, in a database on disk.  It runs no app, installs nothing, and has
+neither the lead's key nor a model.  Flower 1.41 serves its Fleet, Runtime and Control APIs on one port, the last two of
+them to anybody; the gate lets through a site's calls that Flower itself authenticates, and the lead's signed ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import ssl
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before Flower is imported, which reads it then.
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+
+import uvicorn
+from flwr.common.constant import ISOLATION_MODE_PROCESS, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE
+from flwr.server.superlink.linkstate import LinkState
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.main import create_app
+
+from fedtune.flower.gate import Gate, Registered, Roster
+from fedtune.flower.tls import Tls
+
+log = logging.getLogger(__name__)
+
+_ROSTER_S = 2.0
+"""How often the roster is looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What a server needs to start.
+
+    Attributes:
+        lead: public key of who may start runs.
+        host: address to listen on.
+        database: file with messages and nodes, made when missing.
+        roster: the sites as they stand now; called every two seconds.
+    """
+
+    tls: Tls
+    lead: str
+    host: str
+    port: int
+    database: Path
+    roster: Roster
+
+
+def serve(settings: ServerSettings, *, ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what is being answered and return.
+
+    Args:
+        settings: who may connect, and where to.
+        ready: called when the server listens.
+    """
+    app = create_app(_superlink_config(settings), SuperLinkLifespan)
+    state: LinkState = app.state.linkstate_factory.state()
+    keep_roster(state, settings.roster())
+    server = _Server(
+        uvicorn.Config(
+            Gate(app, lead=settings.lead, roster=settings.roster),
+            host=settings.host,
+            port=settings.port,
+            ssl_keyfile=str(settings.tls.key),
+            ssl_certfile=str(settings.tls.certificate),
+            ssl_ca_certs=str(settings.tls.ca),
+            ssl_cert_reqs=ssl.CERT_REQUIRED,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=10,
+        ),
+        ready,
+    )
+    stop = threading.Event()
+    watching = threading.Thread(target=_watch, args=(state, settings, stop), name="roster", daemon=True)
+    watching.start()
+    # uvicorn raises the signal that stopped it once more when it is done; by then that is old news.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        server.run()
+    finally:
+        stop.set()
+        watching.join(timeout=2 * _ROSTER_S)
+        signal.signal(signal.SIGTERM, before)
+
+
+def keep_roster(state: LinkState, roster: Sequence[Registered]) -> None:
+    """Register sites that are new, and put out those that were revoked; all others are left alone."""
+    for member in roster:
+        node_id = state.get_node_id_by_public_key(member.node_key)
+        if member.revoked and node_id is not None:
+            state.delete_node(NOOP_FLWR_AID, node_id)
+            log.warning("%s was revoked", member.site)
+        elif not member.revoked and node_id is None:
+            try:
+                state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, member.node_key, 0, name=member.site)
+            except ValueError:
+                log.error("%s: its connection key was revoked before; it needs a new one", member.site)
+            else:
+                log.info("%s is registered", member.site)
+
+
+def _watch(state: LinkState, settings: ServerSettings, stop: threading.Event) -> None:
+    while not stop.wait(_ROSTER_S):
+        try:
+            keep_roster(state, settings.roster())
+        except Exception:  # a half-copied roster must not end the server: the next look may find a whole one
+            log.exception("the roster could not be read; the sites stay as they are")
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+def _superlink_config(settings: ServerSettings) -> SuperLinkLifespanConfig:
+    """Flower's own settings: nodes are authenticated, apps are run elsewhere, nothing is installed."""
+    tls = settings.tls
+    return SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=None,
+        host=settings.host,
+        port=settings.port,
+        insecure=False,
+        certificates=(tls.ca.read_bytes(), tls.certificate.read_bytes(), tls.key.read_bytes()),
+        superexec_auth_secret=None,
+        authn_plugin=NoOpControlAuthnPlugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=str(tls.ca),
+        ssl_certfile=str(tls.certificate),
+        ssl_keyfile=str(tls.key),
+        database=str(settings.database),
+        isolation=ISOLATION_MODE_PROCESS,
+        runtime_dependency_install=False,
+    )
