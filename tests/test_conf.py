@@ -12,7 +12,6 @@ import yaml
 
 from fedtune.cli.compose import compose_run, config_folder
 from fedtune.config import RunConfig
-from fedtune.spec import ConfigError
 
 CONF = config_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -115,10 +114,6 @@ def test_options_of_a_group_set_the_same_keys(group: str) -> None:
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["-".join(option) for option in OPTIONS])
 def test_every_option_composes(group: str, option: str) -> None:
     overrides = [*_BESIDE.get((group, option), []), f"{group}={option}", "name=x"]
-    if (group, option) == ("runtime", "deployment"):
-        with pytest.raises(ConfigError, match=r"runtime\.kind = 'deployment': is not available yet"):
-            compose_run(overrides)
-        return
     config = compose_run(overrides)
     if group == "experiment":
         return

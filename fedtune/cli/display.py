@@ -15,7 +15,8 @@ from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, site_charge
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.plan import Plan
-from fedtune.sites.participants import Participants
+from fedtune.privacy.proposal import Proposal
+from fedtune.sites.shared_model import SharedModel
 
 
 class Display:
@@ -53,11 +54,11 @@ class Display:
     ) -> None:
         self._progress.stop()
 
-    def prepared(self, everyone: Participants, plan: Plan, state: LeadState) -> None:
+    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
         """Show what is about to run."""
-        self._plan, self._done = plan, state.round * len(self._config.federation.active)
+        self._plan, self._done = proposal.plan, state.round * len(self._config.federation.active)
         if self._shown:
-            self._console.print(_settings_table(self._config, everyone, plan))
+            self._console.print(_settings_table(self._config, shared, proposal.plan))
             if state.metrics_before:
                 self._console.print(f"before training: {_scores(state.metrics_before)} (test file)")
             if state.round:
@@ -76,6 +77,12 @@ class Display:
             self._progress.update(
                 self._task, completed=self._done + number, description=self._round_text(finished + 1, number)
             )
+
+    def site_answered(self, site: str, what: str, num_bytes: int) -> None:
+        """Say what a real site answered; the bar moves with its updates."""
+        if self._shown:
+            text = f"{site}: {what} ({_bytes(num_bytes)})" if what == "update" else f"{site}: [yellow]{what}[/yellow]"
+            self._console.print(f"  {text}", soft_wrap=True)
 
     def round_finished(self, state: LeadState) -> None:
         """Print the round's line."""
@@ -155,12 +162,12 @@ def show_sweep(console: Console, results: Mapping[Path, Mapping[str, Any]]) -> N
     console.print(table)
 
 
-def _settings_table(config: RunConfig, everyone: Participants, plan: Plan) -> Table:
+def _settings_table(config: RunConfig, shared: SharedModel, plan: Plan) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    trained = sum(value.size for value in everyone.initial_adapter.tensors.values())
+    trained = sum(value.size for value in shared.initial_adapter.tensors.values())
     sizes = ", ".join(f"{site} {size:,}" for site, size in config.declared_sizes().items())
     rows = {
-        "model": f"{config.model.path}, {trained:,} trained parameters, on {everyone.device}",
+        "model": f"{config.model.path}, {trained:,} trained parameters, on {shared.device}",
         "data": f"{config.data.dataset}, declared sizes: {sizes}",
         "training": f"{plan.num_rounds} rounds x {plan.local_steps} steps, sampling rate {plan.sampling_rate:g}",
         "privacy": _promise(config, plan),
@@ -185,6 +192,10 @@ def _scores(metrics: Mapping[str, float | None]) -> str:
         name.replace("_", "-"): "not finite" if value is None else f"{value:.3f}" for name, value in metrics.items()
     }
     return ", ".join(f"{name} {text}" for name, text in texts.items())
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def _duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ def evaluate(run: str, *, data_file: str, device: str) -> None:
     config = saved_config(folder)
     if not (folder / "adapter").is_dir():
         raise ConfigError("run folder", run, "must hold a finished adapter/; resume the run first")
-    from fedtune.sites.participants import score_saved  # torch takes seconds to import
+    from fedtune.sites.shared_model import score_saved  # torch takes seconds to import
 
     settings = config.to_json()
     settings["runtime"]["device"] = device

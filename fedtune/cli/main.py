@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from fedtune import __version__
-from fedtune.cli import ledger, site
+from fedtune.cli import ledger, provision, run_arguments, server, site
 from fedtune.spec import FedtuneError
 
 _SIMULATE = """\
@@ -73,6 +73,14 @@ def _run(options: argparse.Namespace) -> None:
             ledger.run(options)
         case "site":
             site.run(options)
+        case "provision":
+            provision.run(options)
+        case "server":
+            server.run(options)
+        case "run":
+            from fedtune.cli.run import run
+
+            run(options)
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -115,5 +123,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to score (default: auto)"
     )
     ledger.add_arguments(command("ledger", "read a site's ledger: what was spent, what is left", ledger.DESCRIPTION))
-    site.add_arguments(command("site", "a site's own policy, in plain words", site.DESCRIPTION))
+    site.add_arguments(command("site", "a site: its policy, its keys, its process", site.DESCRIPTION))
+    provision.add_arguments(command("provision", "make a federation of real sites", provision.DESCRIPTION))
+    server.add_arguments(command("server", "a federation's server", server.DESCRIPTION))
+    run_arguments.add_arguments(command("run", "run a federation over real sites", run_arguments.DESCRIPTION))
     return parser

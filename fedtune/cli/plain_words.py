@@ -14,6 +14,10 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 
 REASONS: Mapping[Reason, str] = {
+    Reason.AWAITING_APPROVAL: "a person at the site is yet to approve the run",
+    Reason.BASE_MODEL_MISSING: "the base model is not installed at the site",
+    Reason.SETTINGS: "the run's settings are none that this version of fedtune knows",
+    Reason.PAUSED: "the site is paused",
     Reason.LEADS: "who asked is not a lead of this site",
     Reason.DATASET: "the site has no such data set",
     Reason.DECLARED_SIZE: "the run takes the site for another size than it declares",

@@ -53,6 +53,19 @@ def simulated_site_records(spec: DataSpec, *, task: str, num_sites: int, seed: i
     return split
 
 
+def own_records(spec: DataSpec, *, task: str, key: bytes) -> SiteRecords:
+    """A real site's records; `key` is its own secret, and decides by each record's hash what is held out.
+
+    Raises:
+        DataError: the file is missing or malformed, or holds no record to train on.
+    """
+    records = read_records(Path(spec.train_file), spec.needed_columns(task))
+    split = SiteRecords(*split_heldout(records, fraction=spec.heldout_fraction, key=key))
+    if not split.training:
+        raise DataError("path", spec.train_file, "holds no record to train on")
+    return split
+
+
 def lead_records(spec: DataSpec, name: str, *, task: str, rows: int | None, key: str) -> list[Record]:
     """The lead's own records from file `name`, which the setting `key` gave."""
     path = resolve_file(name, shipped_folders(), key=key)

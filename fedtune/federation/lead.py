@@ -76,10 +76,13 @@ class LeadState:
         before, is nobody's word; and one that went backwards comes of a ledger that was lost or put back.  Such a site
         counts as silent.
         """
-        given = {site: reply.receipt for site, reply in replies.items() if reply.receipt is not None}
+        return self.heard({site: reply.receipt for site, reply in replies.items() if reply.receipt}, run=run)
+
+    def heard(self, receipts: Mapping[str, Receipt], *, run: str) -> LeadState:
+        """The same for receipts that came without a reply to a round."""
         new = {
             site: receipt
-            for site, receipt in given.items()
+            for site, receipt in receipts.items()
             if (receipt.run, receipt.site) == (run, site) and self._is_credible(receipt)
         }
         unanswered = {site: count for site, count in self.unanswered.items() if site not in new}

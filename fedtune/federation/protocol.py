@@ -96,10 +96,15 @@ class RoundRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EndOfRun:
-    """The lead's word that a run is over, so that a site need not hold budget for it any longer."""
+    """The lead's word that a run is over, so that a site need not hold budget for it any longer.
+
+    Attributes:
+        adapter_digest: of the final adapter that travels with the notice; empty: none does.
+    """
 
     run: str
     lead: str
+    adapter_digest: str = ""
 
     def signed(self, lead: SigningKey) -> Signed:
         """The notice as it is sent."""
@@ -116,7 +121,7 @@ class EndOfRun:
         """
         try:
             fields = _parsed(signed.text)
-            notice = cls(run=str(fields["run"]), lead=str(fields["lead"]))
+            notice = cls(**{key: str(fields[key]) for key in ("run", "lead", "adapter_digest")})
         except _NO_JSON as error:
             raise ConfigError("end of run", signed.text[:80], "must be such a notice") from error
         if not is_signed(notice.lead, END, signed.text.encode(), signed.signature):

@@ -14,7 +14,7 @@ from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest, Signed
 from fedtune.model import Adapter
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason, Refusal, Refused, Update
+from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update
 from fedtune.spec import ConfigError
 
 log = logging.getLogger(__name__)
@@ -39,24 +39,48 @@ Train = Callable[[RoundRequest, Adapter, int], Trained]
 """Trains the adapter for the request's round and the given attempt; the only step that reads records."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """A site as a round sees it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """What a site makes of a run that its policy and budget allow.
 
     Attributes:
         proposal: what the site itself makes of the run's configuration; a request for another is refused.
         template: an adapter with the names and shapes that this run trains.
         declared_size: what the run takes the site's size to be; it must be the size that the policy declares.
-        ledger: its own record of what was charged, under its own policy.
-        train: reads the records.
+        train: trains on the records.
     """
 
-    name: str
     proposal: Proposal
     template: Adapter
     declared_size: int
-    ledger: Ledger
     train: Train
+
+
+def _never() -> bool:
+    return False
+
+
+def _nowhere(run: str, adapter: Adapter) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A site as a round sees it.
+
+    Attributes:
+        ledger: its own record of what was charged, under its own policy.
+        prepare: makes ready for a request that policy and budget allow; may raise Refused, and takes what time it
+            needs.
+        paused: whether a person at the site wants it to take part in nothing for now.
+        keep: stores a run's final adapter, given the run's name.
+    """
+
+    name: str
+    ledger: Ledger
+    prepare: Callable[[RoundRequest], Prepared]
+    paused: Callable[[], bool] = _never
+    keep: Callable[[str, Adapter], None] = _nowhere
 
 
 def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
@@ -79,21 +103,39 @@ def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
     except Exception:
         log.exception("%s failed in round %d", site.name, request.round if request else 0)
         body = _refusal(site, request, Refused(Reason.SITE_ERROR))
-    # A ledger that could not be written forgets what it had read, and must not say that nothing was charged.
-    receipt = site.ledger.receipt(site.proposal.run) if site.ledger.history.length else None
+    receipt = _receipt(site, request.run) if request else None
     _hold(began, site.ledger.policy.releases.reply_after_s)
     return Reply(body=body, receipt=receipt)
 
 
-def end_run(site: Site, signed: Signed) -> None:
-    """Give free what an ended run had set aside and not spent; only its own lead can end a run."""
+def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | None:
+    """Give free what an ended run had set aside and not spent; only its own lead can end a run.
+
+    Args:
+        site: who was told.
+        signed: the lead's notice.
+        adapter: the final one, if it travelled with the notice; kept where the policy says so.
+
+    Returns:
+        What the run was charged in all; None for one that the site took no part in.
+    """
     notice = EndOfRun.of(signed)
     known = site.ledger.history.runs.get(notice.run)
     if known is None:
-        return  # it never took part: nothing is set aside
+        return None
     if known.proposal.lead != notice.lead:
         raise Refused(Reason.LEADS, asked=notice.lead)
-    site.ledger.end(notice.run)
+    if adapter is not None and adapter.digest() != notice.adapter_digest:
+        raise Refused(Reason.ADAPTER_DIFFERS, asked=notice.adapter_digest, allowed=adapter.digest())
+    site.ledger.end(notice.run, adapter_sha256=notice.adapter_digest)
+    if adapter is not None and site.ledger.policy.final_adapter == "keep":
+        site.keep(notice.run, adapter)
+    return _receipt(site, notice.run)
+
+
+def _receipt(site: Site, run: str) -> Receipt | None:
+    # A ledger that could not be written forgets what it had read, and must not say that nothing was charged.
+    return site.ledger.receipt(run) if site.ledger.history.length else None
 
 
 def _read(signed: Signed) -> RoundRequest:
@@ -111,22 +153,26 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
         raise Refused(Reason.WRONG_SITE, asked=request.site, allowed=site.name)
     if time.time() > request.expires:
         raise Refused(Reason.REQUEST_EXPIRED)
-    # Before the comparison below, so that a request for too much is answered with the rule that it breaks.
+    if site.paused():
+        raise Refused(Reason.PAUSED)
+    # Before anything is prepared, so that a request for too much is answered with the rule that it breaks, at no cost.
     site.ledger.policy.check(request.proposal)
-    if request.run != site.proposal.run:
-        raise Refused(Reason.WRONG_RUN, asked=request.run, allowed=site.proposal.run)
-    if request.proposal != site.proposal:
-        raise Refused(Reason.PLAN_CHANGED, asked=request.proposal.digest(), allowed=site.proposal.digest())
+    site.ledger.require_startable(request.proposal)
+    run = site.prepare(request)
+    if request.run != run.proposal.run:
+        raise Refused(Reason.WRONG_RUN, asked=request.run, allowed=run.proposal.run)
+    if request.proposal != run.proposal:
+        raise Refused(Reason.PLAN_CHANGED, asked=request.proposal.digest(), allowed=run.proposal.digest())
     declared = site.ledger.policy.declared_size(request.proposal.dataset)
-    if site.declared_size != declared:
-        raise Refused(Reason.DECLARED_SIZE, asked=site.declared_size, allowed=declared)
-    _check_adapter(site, request, adapter)
+    if run.declared_size != declared:
+        raise Refused(Reason.DECLARED_SIZE, asked=run.declared_size, allowed=declared)
+    _check_adapter(site, request, adapter, template=run.template)
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
     if isinstance(granted, bytes):
         return granted
-    trained = site.train(request, adapter, granted.attempt)
+    trained = run.train(request, adapter, granted.attempt)
     reply = Update(
         site=site.name,
         run=request.run,
@@ -138,8 +184,8 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
     return reply
 
 
-def _check_adapter(site: Site, request: RoundRequest, adapter: Adapter) -> None:
-    if not adapter.same_shapes(site.template):
+def _check_adapter(site: Site, request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:
+    if not adapter.same_shapes(template):
         raise Refused(Reason.ADAPTER_SHAPE)
     if adapter.digest() != request.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=request.adapter_digest, allowed=adapter.digest())
@@ -163,7 +209,7 @@ def _refuse(site: Site, request: RoundRequest | None, refused: Refused) -> Refus
 def _refusal(site: Site, request: RoundRequest | None, refused: Refused) -> Refusal:
     return Refusal(
         site=site.name,
-        run=site.proposal.run,
+        run=request.run if request else "",
         round=request.round if request else 0,
         reason=refused.reason,
         asked=refused.asked,

@@ -16,13 +16,14 @@ from fedtune.privacy.release import Reason, Refusal
 log = logging.getLogger(__name__)
 
 
-def make_client_app(site_of: Callable[[Context], Site], name_of: Callable[[Context], str]) -> ClientApp:
+def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[Context], str]) -> ClientApp:
     """A ClientApp that answers as the site that `site_of` finds for a node.
 
     Nothing it does can raise into Flower, which would send an exception's type and text to the server.
 
     Args:
-        site_of: opens the site with its ledger; may fail.
+        site_of: opens the site with its ledger, for a run with these settings (JSON, unchecked; empty where a site
+            has them already); may fail.
         name_of: the site's public name; cannot fail.
     """
     app = ClientApp()
@@ -37,18 +38,21 @@ def make_client_app(site_of: Callable[[Context], Site], name_of: Callable[[Conte
 
     @app.query(records.END)
     def end(message: Message, context: Context) -> Message:
+        receipt = None
         try:
-            end_run(site_of(context), records.to_signed(message.content))
+            signed, adapter = records.to_end(message.content)
+            receipt = end_run(site_of(context, ""), signed, adapter)
         except Exception:
             log.exception("%s could not end a run", name_of(context))
-        return Message(RecordDict(), reply_to=message)
+        return Message(records.from_receipt(receipt), reply_to=message)
 
     def _reply(message: Message, context: Context) -> RecordDict:
         reason = Reason.MALFORMED_REQUEST
         try:
             signed, adapter = records.to_request(message.content)
+            settings = records.to_settings(message.content)
             reason = Reason.SITE_ERROR
-            return records.from_reply(answer(site_of(context), signed, adapter))
+            return records.from_reply(answer(site_of(context, settings), signed, adapter))
         except Exception:
             log.exception("%s could not answer", name_of(context))
         refusal = Refusal(site=name_of(context), run="", round=0, reason=reason)

@@ -13,10 +13,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedtune.federation.protocol import Reply, Signed
 from fedtune.model import Adapter
-from fedtune.privacy.release import Reason, Refusal, Update, checked_scores, receipt_from_json
+from fedtune.privacy.release import Reason, Receipt, Refusal, Update, checked_scores, receipt_from_json
 from fedtune.spec import ConfigError
 
-ARRAYS, REQUEST, REPLY, WEIGHT, SITE = "arrays", "request", "reply", "weight", "site"
+ARRAYS, REQUEST, SETTINGS, REPLY, RECEIPT = "arrays", "request", "settings", "reply", "receipt"
+WEIGHT, SITE = "weight", "site"
 END = "end"
 """Flower's action of the query that tells a site that a run is over."""
 WEIGHT_KEY = "num-examples"
@@ -40,14 +41,34 @@ def num_bytes(content: RecordDict) -> int:
     return arrays + texts
 
 
-def from_request(request: Signed, arrays: ArrayRecord) -> RecordDict:
-    """Content of the message that asks a site for a round."""
-    return RecordDict({ARRAYS: arrays, **from_signed(request)})
+def from_signed(signed: Signed, *, arrays: ArrayRecord | None = None, settings: str = "") -> RecordDict:
+    """Content of a message with a lead's signed word.
+
+    Args:
+        signed: a request for a round, or the end of a run.
+        arrays: the adapter that it speaks of.
+        settings: JSON of the run's configuration, for sites that do not have it.
+    """
+    content = RecordDict({REQUEST: ConfigRecord({"json": signed.text, "signature": signed.signature})})
+    if settings:
+        content[SETTINGS] = ConfigRecord({"json": settings})
+    if arrays is not None:
+        content[ARRAYS] = arrays
+    return content
 
 
-def from_signed(signed: Signed) -> RecordDict:
-    """Content of a message that carries a lead's signed word and nothing else."""
-    return RecordDict({REQUEST: ConfigRecord({"json": signed.text, "signature": signed.signature})})
+def to_settings(content: RecordDict) -> str:
+    """JSON of the run's configuration, as unchecked as anything that a server sends; empty where there is none.
+
+    Raises:
+        ConfigError: what is there is no text.
+    """
+    if SETTINGS not in content:
+        return ""
+    try:
+        return str(content.config_records[SETTINGS]["json"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError("message", sorted(content), "must hold settings as text") from error
 
 
 def to_request(content: RecordDict) -> tuple[Signed, Adapter]:
@@ -56,12 +77,47 @@ def to_request(content: RecordDict) -> tuple[Signed, Adapter]:
     Raises:
         ConfigError: the message does not hold these.
     """
+    return to_signed(content), to_adapter(content)
+
+
+def to_adapter(content: RecordDict) -> Adapter:
+    """The adapter in a message, unchecked.
+
+    Raises:
+        ConfigError: the message does not hold one.
+    """
     try:
-        return to_signed(content), Adapter(from_arrays(content.array_records[ARRAYS]))
-    except ConfigError:
-        raise
+        return Adapter(from_arrays(content.array_records[ARRAYS]))
     except Exception as error:  # numpy alone raises five kinds over bytes that are no array
         raise ConfigError("message", sorted(content), "must hold an adapter") from error
+
+
+def to_end(content: RecordDict) -> tuple[Signed, Adapter | None]:
+    """The lead's word that a run is over, and the final adapter where it is there; both unchecked.
+
+    Raises:
+        ConfigError: the message does not hold these.
+    """
+    return to_signed(content), to_adapter(content) if ARRAYS in content else None
+
+
+def from_receipt(receipt: Receipt | None) -> RecordDict:
+    """Content of a site's answer to the end of a run."""
+    text = json.dumps(None if receipt is None else asdict(receipt))
+    return RecordDict({RECEIPT: ConfigRecord({"json": text})})
+
+
+def to_receipt(content: RecordDict) -> Receipt | None:
+    """The receipt that `from_receipt` wrote.
+
+    Raises:
+        ConfigError: anything else; a site may send whatever it likes.
+    """
+    try:
+        fields = json.loads(str(content.config_records[RECEIPT]["json"]))
+        return None if fields is None else receipt_from_json(fields)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError("receipt", sorted(content), "must be a site's receipt") from error
 
 
 def to_signed(content: RecordDict) -> Signed:

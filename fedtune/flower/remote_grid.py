@@ -37,6 +37,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
+from fedtune.flower.packing import packed, unpacked
 from fedtune.flower.signed_calls import LeadSignature
 from fedtune.flower.tls import Tls
 from fedtune.privacy.keys import SigningKey
@@ -84,8 +85,7 @@ class RemoteGrid(Grid):
         server: host:port.
         sites: name -> PEM of its connection key's public half, as the roster has them.
         key: the lead's, with which it signs its calls.
-        ask_again: says of an answer after how many seconds to ask once more; None: it is final.
-        replied: called with the number of answers so far in an exchange.
+        ask_again: says of a node's answer after how many seconds to ask once more; None: it is final.
     """
 
     def __init__(
@@ -95,12 +95,11 @@ class RemoteGrid(Grid):
         *,
         sites: Mapping[str, bytes],
         key: SigningKey,
-        ask_again: Callable[[Message], float | None],
-        replied: Callable[[int], None],
+        ask_again: Callable[[int, Message], float | None],
     ) -> None:
         self._server, self._tls, self._key = server, tls, key
         self._numbers = {node_key: number for number, node_key in enumerate(sites.values(), 1)}
-        self._ask_again, self._replied = ask_again, replied
+        self._ask_again = ask_again
         self._session: _Session | None = None
 
     def __enter__(self) -> RemoteGrid:
@@ -122,7 +121,6 @@ class RemoteGrid(Grid):
                 self._ask(open_, ttl=left)
                 for number, answer in self._collect(open_):
                     answers[number] = answer
-                    self._replied(len(answers))
             except httpx.HTTPStatusError as error:
                 if error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
                     self._wait_for_server(error)
@@ -145,10 +143,8 @@ class RemoteGrid(Grid):
                 continue
             if question.message_ids and node.last_activated_at == question.activation:
                 continue
-            asked = question.question
-            message = Message(
-                asked.content, node.node_id, asked.metadata.message_type, group_id=asked.metadata.group_id, ttl=ttl
-            )
+            asked, about = packed(question.question.content), question.question.metadata
+            message = Message(asked, node.node_id, about.message_type, group_id=about.group_id, ttl=ttl)
             (message_id,) = session.grid.push_messages([message])
             if message_id:
                 question.message_ids.add(message_id)
@@ -169,7 +165,8 @@ class RemoteGrid(Grid):
             if answer.has_error():
                 continue  # the site is offline, or what it was asked was lost: it is asked again when it is there
             answer.metadata.__dict__["_src_node_id"] = number
-            after_s = self._ask_again(answer)
+            answer.content = unpacked(answer.content)
+            after_s = self._ask_again(number, answer)
             if after_s is None:
                 del questions[number]
                 final.append((number, answer))

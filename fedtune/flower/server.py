@@ -28,6 +28,8 @@ from fedtune.spec import ConfigError, RefusedError, RunError
 
 log = logging.getLogger(__name__)
 
+_END_TIMEOUT_S = 60.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lead:
@@ -41,6 +43,10 @@ class Lead:
         finished: called with the state after each round.
         earlier_receipts: site -> the newest one of earlier runs, to be sent back until this run has one.
         elapsed: seconds since the run began, interruptions left out.
+        settings: JSON of the run's configuration, sent to sites that do not have it; or empty.
+        site_keys: site -> the public key under which it signs receipts, where that is known beforehand.
+        nodes: node id -> site, where that is known; empty: each node is asked for its name.
+        gives_adapter: whether the sites receive the final adapter.
     """
 
     proposal: Proposal
@@ -53,6 +59,10 @@ class Lead:
     finished: Callable[[LeadState], None]
     elapsed: Callable[[], float]
     earlier_receipts: Mapping[str, Receipt] = field(default_factory=dict)
+    settings: str = ""
+    site_keys: Mapping[str, str] = field(default_factory=dict)
+    nodes: Mapping[int, str] = field(default_factory=dict)
+    gives_adapter: bool = False
 
     @property
     def run(self) -> str:
@@ -83,7 +93,7 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         RunError: fewer than `min_sites` updates came in a round; the checkpoint before it can be resumed.
         RefusedError: so many sites have used up their plan that no round can succeed any more.
     """
-    nodes = _introductions(grid, lead)
+    nodes = lead.nodes or _introductions(grid, lead)
     try:
         while state.round < lead.federation.num_rounds:
             state = _run_round(grid, lead, state, nodes)
@@ -91,9 +101,10 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
             lead.finished(state)
     except RefusedError:
         # No round can succeed any more: the sites that accepted need not hold budget for it.
-        _tell_the_end(grid, lead, nodes)
+        _tell_the_end(grid, lead, nodes, adapter=None)
         raise
-    _tell_the_end(grid, lead, nodes)
+    state = state.heard(_tell_the_end(grid, lead, nodes, adapter=state.adapter), run=lead.run)
+    lead.checkpoints.save(state)
     return state
 
 
@@ -104,7 +115,7 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str
     messages = _requests(grid, lead, state, nodes)
     bytes_down = sum(records.num_bytes(message.content) for message in messages)
     received = list(grid.send_and_receive(messages, timeout=lead.federation.round_timeout_s))
-    answers = _answers(received, nodes)
+    answers = _answers(received, nodes, lead.site_keys)
     state = state.answered({site: reply for site, (reply, _) in answers.items()}, run=lead.run)
     sorted_out = sort_replies(
         {site: reply for site, (reply, _) in answers.items()},
@@ -153,12 +164,14 @@ def _requests(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]
             receipt=receipts.get(site),
             expires=time.time() + lead.federation.round_timeout_s,
         )
-        message.content = records.from_request(request.signed(lead.key), arrays)
+        message.content = records.from_signed(request.signed(lead.key), arrays=arrays, settings=lead.settings)
     return [messages[site] for site in lead.declared_sizes if site in messages]
 
 
-def _answers(received: Iterable[Message], nodes: Mapping[int, str]) -> dict[str, tuple[Reply, Message]]:
-    """Each site's readable answer; an unreadable one counts as none."""
+def _answers(
+    received: Iterable[Message], nodes: Mapping[int, str], site_keys: Mapping[str, str]
+) -> dict[str, tuple[Reply, Message]]:
+    """Each site's readable answer; an unreadable one counts as none, as does a receipt under a foreign key."""
     answers = {}
     for message in received:
         site = nodes.get(message.metadata.src_node_id)
@@ -166,7 +179,11 @@ def _answers(received: Iterable[Message], nodes: Mapping[int, str]) -> dict[str,
             log.warning("%s: Flower delivered an error in place of a reply", site)
             continue
         try:
-            answers[site] = (records.to_reply(message.content), message)
+            reply = records.to_reply(message.content)
+            if reply.receipt and reply.receipt.site_key != site_keys.get(site, reply.receipt.site_key):
+                log.warning("%s: its receipt is signed with a key that the roster does not know", site)
+                reply = replace(reply, receipt=None)
+            answers[site] = (reply, message)
         except ConfigError as error:
             log.warning("%s sent an unreadable reply: %s", site, error)
     return answers
@@ -209,11 +226,30 @@ def _explained(replies: RoundReplies, site: str) -> str:
     return f"{refusal.reason}, asked {refusal.asked}, allowed {refusal.allowed}"
 
 
-def _tell_the_end(grid: Grid, lead: Lead, nodes: Mapping[int, str]) -> None:
-    """Let every site know that the run is over; who does not hear it waits until the run expires."""
-    notice = records.from_signed(EndOfRun(run=lead.run, lead=lead.key.public).signed(lead.key))
-    messages = [Message(notice, node_id, f"query.{records.END}") for node_id in nodes]
-    list(grid.send_and_receive(messages, timeout=lead.federation.round_timeout_s))
+def _tell_the_end(grid: Grid, lead: Lead, nodes: Mapping[int, str], *, adapter: Adapter | None) -> dict[str, Receipt]:
+    """Let every site know that the run is over; who does not hear it waits until the run expires.
+
+    Returns:
+        Each site's last receipt, as far as it answered.
+    """
+    given = adapter if lead.gives_adapter else None
+    notice = EndOfRun(run=lead.run, lead=lead.key.public, adapter_digest=given.digest() if given else "")
+    arrays = records.to_arrays(given.tensors) if given else None
+    content = records.from_signed(notice.signed(lead.key), arrays=arrays)
+    messages = [Message(content, node_id, f"query.{records.END}") for node_id in nodes]
+    receipts = {}
+    for message in grid.send_and_receive(messages, timeout=min(lead.federation.round_timeout_s, _END_TIMEOUT_S)):
+        site = nodes.get(message.metadata.src_node_id)
+        if site is None or message.has_error():
+            continue
+        try:
+            receipt = records.to_receipt(message.content)
+        except ConfigError as error:
+            log.warning("%s answered the end of the run unreadably: %s", site, error)
+            continue
+        if receipt and receipt.site_key == lead.site_keys.get(site, receipt.site_key):
+            receipts[site] = receipt
+    return receipts
 
 
 def _introductions(grid: Grid, lead: Lead) -> dict[int, str]:

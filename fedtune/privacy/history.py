@@ -26,8 +26,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.spec import FedtuneError, RunError
 
-_FIRST = ("opened", "policy")
-"""The notes that every ledger begins with."""
+_FIRST = ("opened", "policy")  # the notes that every ledger begins with
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,6 +84,8 @@ class History:
         hashes: of all events, in order.
         policies: caps in force, oldest first, as (time, max_epsilon).
         answers: refusals and offers of each day, and whether a stranger got them.
+        last_refusal: run and reason of the newest event, if that is a refusal.
+        approved: digests of the proposals that a person at the site approved.
         last_time: of the newest event.
     """
 
@@ -102,6 +103,8 @@ class History:
         self.hashes: list[str] = []
         self.last_time: datetime | None = None
         self.answers: Counter[tuple[date, bool]] = Counter()
+        self.last_refusal: tuple[str, str] | None = None
+        self.approved: set[str] = set()
         self._rounds: list[tuple[int, str]] = []  # sequence, run
         self._charges: list[tuple[int, datetime, DpEvent, int]] = []  # sequence, time, mechanism, count
 
@@ -129,6 +132,7 @@ class History:
         if self.last_time is not None and moment < self.last_time:
             raise ValueError("its time lies before the event in front of it")
         self.last_time = moment
+        self.last_refusal = (event.run, str(event.detail["reason"])) if event.kind is Kind.REFUSAL else None
         if event.sequence <= 2 and (event.kind, event.detail.get("what")) != (Kind.NOTE, _FIRST[event.sequence - 1]):
             raise ValueError(f"event {event.sequence} must be the note {_FIRST[event.sequence - 1]!r}")
         match event.kind:
@@ -176,6 +180,8 @@ class History:
             case "policy":
                 self.policy = policy_of(event.detail["policy"])
                 self.policies.append((event.time, self.policy.budget.max_epsilon))
+            case "approved":
+                self.approved.add(str(event.detail["proposal"]))
             case "run_ended":
                 self.runs[event.run].expires = None
             case "restored":

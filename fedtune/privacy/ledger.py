@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from fedtune.privacy.chain import Head, Kind
 from fedtune.privacy.event_store import EventStore
 from fedtune.privacy.history import History, Run
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.notes import Opened, Restored
+from fedtune.privacy.notes import Opened
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
+from fedtune.privacy.restore import charge_gap
 from fedtune.spec import RunError
 
 MOST_ANSWERS_A_DAY, MOST_STRANGERS_A_DAY = 1000, 10
@@ -88,10 +89,9 @@ class Ledger:
         """
         with self._store.transaction():
             self._require_newest_policy()
-            now = self.history.now()
-            run = self.history.runs.get(proposal.run)
+            now, run = self.history.now(), self.history.runs.get(proposal.run)
             if run is None:
-                spending.require_acceptable(self.history, self.policy, proposal, now)
+                self.require_startable(proposal)
                 expires = now + timedelta(days=self.policy.limits.run_expires_after_days)
                 detail = {"proposal": proposal.to_json(), "expires": expires.isoformat()}
                 self._store.append(Kind.PLAN, detail, run=proposal.run, dataset=proposal.dataset)
@@ -126,19 +126,38 @@ class Ledger:
             self._store.append(Kind.COMMIT, detail, **asdict(reservation), dataset=run.proposal.dataset)
 
     def refuse(self, refused: Refused, *, run: str, round: int, request: str) -> None:
-        """Record that a request was refused, and why."""
+        """Record that a request was refused, and why; that it still waits for a person, only once."""
         with self._store.transaction():
+            if refused.reason.is_waiting and self.history.last_refusal == (run, refused.reason.value):
+                return
             asked = refused.asked and refused.asked[:_MOST_TEXT]  # what is asked for comes from a server
             detail = {"reason": refused.reason.value, "asked": asked, "allowed": refused.allowed}
             if self._has_room_for_answer(stranger=refused.reason.is_of_a_stranger):
                 self._store.append(Kind.REFUSAL, detail, run=run, round=round, request=request)
 
-    def end(self, run: str) -> None:
-        """Note that a run is over: what its plan had set aside and not spent is free again."""
+    def end(self, run: str, *, adapter_sha256: str = "") -> None:
+        """Note that a run is over: what its plan had set aside and not spent is free again.
+
+        Args:
+            run: the one that ended.
+            adapter_sha256: digest of the final adapter, where the lead sent it.
+        """
         with self._store.transaction():
             known = self.history.runs.get(run)
             if known is not None and known.expires is not None:
-                self._store.note("run_ended", run=run)
+                self._store.note("run_ended", run=run, adapter_sha256=adapter_sha256)
+
+    def approve(self, proposal: Proposal) -> None:
+        """Note that a person at the site approves this proposal, to the letter.
+
+        Raises:
+            Refused: policy or budget would refuse it all the same.
+        """
+        with self._store.transaction():
+            self._require_newest_policy()
+            if proposal.run not in self.history.runs:
+                self.require_acceptable(proposal)
+            self._store.note("approved", run=proposal.run, proposal=proposal.digest())
 
     def freeze(self, why: str) -> None:
         """Take no part in anything any more; there is no way back."""
@@ -180,36 +199,12 @@ class Ledger:
             raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=receipt.sequence, allowed=self.history.length)
 
     def charge_gap(self, anchor: Head) -> Counter[DpEvent]:
-        """After a backup was put back: charge what the anchor says was charged and this ledger lacks.
-
-        Returns:
-            What was charged now.
+        """After a backup was put back: charge, and return, what the anchor says was charged and this ledger lacks.
 
         Raises:
             RunError: the anchor is of another ledger.
         """
-        self._store.require_same_ledger(anchor)
-        with self._store.transaction():
-            if self.history.holds(anchor):
-                return Counter()
-            # What lies behind the last event that both know was charged on another branch, and makes up for nothing.
-            both = [n for n, hash in anchor.path if n <= self.history.length and self.history.hashes[n - 1] == hash]
-            shared = max(both, default=0)
-            gap = Counter({events.from_json(data): count for data, count in anchor.charged})
-            gap -= self.history.charged(up_to=shared)
-            restored = Restored(
-                shared=shared,
-                end=anchor.sequence,
-                path=frozenset(anchor.path + anchor.made_up),
-                gap=gap,
-                runs=dict(Counter(dict(anchor.runs)) - self.history.rounds_up_to(shared)),
-                seeded=anchor.seeded,
-                frozen=anchor.frozen,
-            )
-            doubt = self.history.in_doubt
-            cleared = doubt is None or self._store.knows(doubt.sequence, doubt.head, besides=restored)
-            self._store.note("restored", **replace(restored, clears_doubt=cleared).to_json())
-        return gap
+        return charge_gap(self._store, anchor)
 
     def head(self) -> Head:
         """The newest head, for an anchor."""
@@ -240,6 +235,13 @@ class Ledger:
     def require_acceptable(self, proposal: Proposal) -> None:
         """Raise the reason to refuse a new run, as of the last transaction."""
         spending.require_acceptable(self.history, self.policy, proposal, self.history.now())
+
+    def require_startable(self, proposal: Proposal) -> None:
+        """The same for a run that is new to this ledger; a person may have to approve it, too."""
+        if proposal.run not in self.history.runs:
+            self.require_acceptable(proposal)
+            if self.policy.approval == "manual" and proposal.digest() not in self.history.approved:
+                raise Refused(Reason.AWAITING_APPROVAL)
 
     def fingerprint_key(self) -> bytes:
         """Secret key of the records' HMAC; a plain hash would let anyone test a candidate data set."""

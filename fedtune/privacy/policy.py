@@ -13,14 +13,23 @@ import math
 from collections.abc import Iterator
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from fedtune.privacy import accountant
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Releases
+from fedtune.privacy.policy_tables import (
+    Allow,
+    Asserted,
+    Budget,
+    Dataset,
+    Limits,
+    Machine,
+    Population,
+    Releases,
+)
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
-from fedtune.spec import ConfigError, check_name, spec
+from fedtune.spec import ConfigError, check_name, check_one_of, spec
 
 
 @spec
@@ -36,6 +45,9 @@ class Policy:
         allow: what may be trained, and for whom.
         releases: what may leave.
         asserted: what the site states.
+        approval: "manual": a person at the site approves each run before anything is done for it; "automatic".
+        final_adapter: whether to "keep" a run's final adapter when the lead sends it, or "decline" it.
+        machine: what the site trains on.
         ledger: path of the ledger, beside the policy file unless absolute.
         site_key: path of the site's private key, likewise.
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
@@ -49,12 +61,17 @@ class Policy:
     allow: Allow
     releases: Releases
     asserted: Asserted
+    approval: Literal["automatic", "manual"] = "automatic"
+    final_adapter: Literal["keep", "decline"] = "keep"
+    machine: Machine = Machine()
     ledger: str = "ledger.db"
     site_key: str = "site_key.pem"
     anchor: str = ""
 
     def __post_init__(self) -> None:
         check_name("site", self.site)
+        check_one_of("approval", self.approval, ("automatic", "manual"))
+        check_one_of("final_adapter", self.final_adapter, ("keep", "decline"))
         if not self.dataset:
             raise ConfigError("dataset", [], "must declare at least one data set")
         ids = [dataset.id for dataset in self.dataset]

@@ -189,6 +189,30 @@ class Releases:
 
 
 @spec
+class Machine:
+    """What the site trains on.  None of it changes what is released, but for rounding.
+
+    Attributes:
+        device: "auto", "cpu" or "cuda".
+        num_threads: of torch; 0: one for each core.
+        micro_batch_tokens: most tokens of a batch that is computed at once.
+        kept_states_mib: memory for what the frozen layers make of the records, which saves computing it anew.
+        gradient_checkpointing: slower, with less memory.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int = 0
+    micro_batch_tokens: int = 1024
+    kept_states_mib: int = 1024
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        check_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        for key, least in (("num_threads", 0), ("micro_batch_tokens", 1), ("kept_states_mib", 0)):
+            check_at_least(key, getattr(self, key), least)
+
+
+@spec
 class Asserted:
     """What the site states and no software can check; reports show it as asserted.
 

@@ -63,6 +63,11 @@ class Reason(StrEnum):
     ROUND_REQUESTED_DIFFERENTLY = "round_requested_differently"
     REPLY_NO_LONGER_STORED = "reply_no_longer_stored"
     LEDGER_BEHIND_RECEIPT = "ledger_behind_receipt"
+    BASE_MODEL_MISSING = "base_model_missing"
+    SETTINGS = "settings"
+    # What a person at the site has decided, or is yet to decide.
+    AWAITING_APPROVAL = "awaiting_approval"
+    PAUSED = "paused"
     # The request itself.
     WRONG_SITE = "wrong_site"
     WRONG_RUN = "wrong_run"
@@ -83,9 +88,18 @@ class Reason(StrEnum):
         """Whether whoever asked is not known to be an allowed lead."""
         return self in _OF_A_STRANGER
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a person at the site may change the answer: asking again later can help."""
+        return self in _WAITING
 
+
+_WAITING = {Reason.AWAITING_APPROVAL, Reason.PAUSED}
 _OF_A_STRANGER = {Reason.LEADS, Reason.WRONG_SIGNATURE, Reason.MALFORMED_REQUEST}
 _ABOUT_ONE_REQUEST = {
+    *_WAITING,
+    Reason.BASE_MODEL_MISSING,
+    Reason.SETTINGS,
     Reason.ROUND_REQUESTED_DIFFERENTLY,
     Reason.REPLY_NO_LONGER_STORED,
     Reason.LEDGER_BEHIND_RECEIPT,

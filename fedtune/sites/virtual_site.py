@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedtune.config import RunConfig, parse
-from fedtune.federation.lead import newest_of
+from fedtune.federation.receipt_book import ReceiptBook
 from fedtune.privacy import filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -25,7 +24,7 @@ from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Reference, Releases
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Receipt, Refused, receipt_from_json
+from fedtune.privacy.release import Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RefusedError, RunError
 
@@ -82,20 +81,9 @@ class VirtualSites:
                 bound = f"must be {before.get(key)!r}: the sites in {self.folder} were dealt their records so"
                 raise ConfigError(key, value, bound)
 
-    def receipts(self) -> dict[str, Receipt]:
-        """The newest receipt of each kept site, which a new run of the same lead sends back."""
-        path = self.folder / RECEIPTS
-        if not path.exists():
-            return {}
-        try:
-            return {site: receipt_from_json(fields) for site, fields in json.loads(path.read_bytes()).items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RunError(f"{path} is damaged; the sites' last receipts are not known") from error
-
-    def keep_receipts(self, receipts: Mapping[str, Receipt]) -> None:
-        """Remember the newest receipts beyond this run."""
-        newest = {site: dataclasses.asdict(receipt) for site, receipt in newest_of(self.receipts(), receipts).items()}
-        write_durably(self.folder / RECEIPTS, json.dumps(newest, indent=1).encode() + b"\n")
+    def receipts(self) -> ReceiptBook:
+        """The newest receipts of kept sites, which a new run of the same lead sends back."""
+        return ReceiptBook(self.folder / RECEIPTS)
 
     def lead_key(self) -> SigningKey:
         """The simulated lead's key; every generated policy allows it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
+from fedtune.spec import check_at_least, check_fraction, check_one_of, check_positive, spec
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -95,5 +95,3 @@ class RuntimeSpec:
             check_at_least("num_threads", self.num_threads, 1)
         check_at_least("micro_batch_tokens", self.micro_batch_tokens, 1)
         check_at_least("kept_states_mib", self.kept_states_mib, 0)
-        if self.kind == "deployment":
-            raise ConfigError("kind", self.kind, "is not available yet; use 'simulation' or 'ray'")

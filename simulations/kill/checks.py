@@ -109,7 +109,7 @@ def lead_problems(folder: Path, states: Mapping[str, Verified | None], setting: 
     try:
         lead = Checkpoints(folder / "checkpoints", setting.config.digest()).load()
     except ConfigError:  # no checkpoint yet, and so no request yet
-        lead = LeadState(round=0, adapter=setting.everyone.initial_adapter)
+        lead = LeadState(round=0, adapter=setting.everyone.shared.initial_adapter)
     for site, state in states.items():
         run = None if state is None else state.history.runs.get(run_id)
         charged = run.charged_rounds * plan.local_steps if run else 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fedtune.federation.checkpoint as checkpoint
-import fedtune.flower.simulation as simulation
+import fedtune.flower.federation_run as federation_run
 import fedtune.privacy.durable as durable
 import fedtune.privacy.event_store as event_store
 import fedtune.privacy.keys as keys
@@ -171,7 +171,7 @@ def install(doomed: Doomed, *, spill: bool) -> None:
         (event_store, "write_durably", "anchor"),
         (checkpoint, "write_durably", _which_file),
         (policy_file, "write_durably", "site files"),
-        (simulation, "write_durably", "result"),
+        (federation_run, "write_durably", "result"),
     ):
         setattr(owner, method, doomed.around(getattr(owner, method), phase))
     for module in (durable, keys):

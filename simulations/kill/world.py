@@ -20,7 +20,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
-from fedtune.federation.site import Site, Trained, answer
+from fedtune.federation.site import Prepared, Site, Trained, answer
 from fedtune.model import Adapter
 from fedtune.privacy.policy import Policy
 from fedtune.sites.participants import Participants
@@ -53,7 +53,8 @@ class Setting:
         """Everything that needs no file of a site is loaded and computed here, before the first fork."""
         config = compose_run([*_OVERRIDES, f"tracking.output_dir='{folder}'", *overrides])
         everyone = Participants(config, folder)
-        _ = everyone.site_data, everyone._heldout_data, everyone.validation, everyone.test
+        _ = [(work.examples, work._heldout) for work in everyone.work.values()]
+        _ = everyone.shared.validation, everyone.shared.test
         virtual_site.generated_policy(config, everyone.plan, ANCHORED, lead=everyone.sites.lead_key().public)
         return cls(config, everyone)
 
@@ -66,7 +67,7 @@ class Setting:
 class _Silent:
     """A listener to a run."""
 
-    def prepared(self, everyone: object, plan: object, state: LeadState) -> None: ...
+    def prepared(self, shared: object, proposal: object, state: LeadState) -> None: ...
 
     def site_replied(self, number: int) -> None: ...
 
@@ -154,14 +155,19 @@ def _watch_training(everyone: Participants, doomed: Doomed, outside: Outside) ->
             outside.tell("failed", site=name, error=f"cannot be opened: {error!r}"[:1000])
             raise
 
-        def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-            outside.tell("begun", site=name, round=request.round, attempt=attempt)
-            with doomed.within("training"):
-                trained = opened.train(request, adapter, attempt)
-            outside.tell("trained", site=name, noise=trained.adapter.digest())
-            return trained
+        def prepare(request: RoundRequest) -> Prepared:
+            prepared = opened.prepare(request)
 
-        return replace(opened, train=train)
+            def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+                outside.tell("begun", site=name, round=request.round, attempt=attempt)
+                with doomed.within("training"):
+                    trained = prepared.train(request, adapter, attempt)
+                outside.tell("trained", site=name, noise=trained.adapter.digest())
+                return trained
+
+            return replace(prepared, train=train)
+
+        return replace(opened, prepare=prepare)
 
     everyone.site = site  # type: ignore[method-assign]
 

@@ -48,6 +48,7 @@ class SiteFolder:
         """The template with some values replaced, as TOML, or left out."""
         text = template_file().read_text(encoding="utf-8")
         values: dict[str, str | None] = {
+            "approval": '"automatic"',
             "anchor": '"anchor.json"',
             "leads": f'["{self.lead.public}"]',
             "base_models": f'["{"ab" * 32}"]',

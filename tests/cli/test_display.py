@@ -56,7 +56,7 @@ def state() -> Callable[..., LeadState]:
 
 
 class Nobody:
-    """Stands in for the participants: what is shown of them is their adapter's size and device."""
+    """Stands in for the lead's model: what is shown of it is its adapter's size and device."""
 
     initial_adapter = Adapter({})
     device = "cpu"
@@ -66,7 +66,8 @@ def shown(config: RunConfig, *states: LeadState, terminal: bool = False, progres
     out = io.StringIO()
     console = Console(file=out, width=200, force_terminal=terminal)
     with Display(console, config, shown=progress) as display:
-        display.prepared(Nobody(), config.plan(), LeadState(round=0, adapter=Adapter({})))  # type: ignore[arg-type]
+        proposal = config.proposal(lead="ab" * 32, plan=config.plan())
+        display.prepared(Nobody(), proposal, LeadState(round=0, adapter=Adapter({})))  # type: ignore[arg-type]
         for state in states:
             display.site_replied(1)
             display.site_replied(2)

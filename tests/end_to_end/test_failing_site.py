@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import fedtune.sites.participants as participants
+import fedtune.sites.work as site_work
 from fedtune.model import Adapter
 
 CANARY = "patient-4711-has-hepatitis"
@@ -19,7 +20,7 @@ CANARY = "patient-4711-has-hepatitis"
 @pytest.fixture
 def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make training of the given (site, round) pairs raise with the canary in the text."""
-    train_round = participants.train_round
+    train_round = site_work.train_round
 
     def patch(*fails: tuple[str, int]) -> None:
         def train(model: Any, adapter: Adapter, examples: Any, work: Any, **rest: Any) -> Adapter:
@@ -27,7 +28,7 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise ValueError(f"cannot tokenise {CANARY}")
             return train_round(model, adapter, examples, work, **rest)
 
-        monkeypatch.setattr(participants, "train_round", train)
+        monkeypatch.setattr(site_work, "train_round", train)
 
     return patch
 
@@ -63,14 +64,14 @@ def test_neither_records_nor_names_of_files_are_in_any_message(
     records = private / f"{CANARY}.jsonl"
     rows = [{"text": f"{CANARY} asked where card {number} is", "label": "card_arrival"} for number in range(60)]
     records.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train_round = participants.train_round
+    train_round = site_work.train_round
 
     def train(model: Any, adapter: Adapter, examples: Any, work: Any, **rest: Any) -> Adapter:
         if work.site == "site-2":
             raise OSError(errno.EIO, f"cannot read {rows[0]}", str(records))
         return train_round(model, adapter, examples, work, **rest)
 
-    monkeypatch.setattr(participants, "train_round", train)
+    monkeypatch.setattr(site_work, "train_round", train)
     where = (f"data.train_file={records}", "data.train_fraction=1.0", f"runtime.sites_dir={private}/sites")
     outcome = command("simulate", *tiny(*where, into=tmp_path))
     assert outcome.code == 0, outcome.err

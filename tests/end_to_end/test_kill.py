@@ -21,15 +21,15 @@ REPOSITORY = Path(__file__).parents[2]
 # `fedtune`, but training at one site in one round does not come back before it is killed.
 _HANGING = """
 import sys, time
-import fedtune.sites.participants as participants
+import fedtune.sites.work as site_work
 from fedtune.cli.main import main
-train_round = participants.train_round
+train_round = site_work.train_round
 def train(model, adapter, examples, work, **rest):
     trained = train_round(model, adapter, examples, work, **rest)
     if [work.site, str(work.round)] == sys.argv[1:3]:
         time.sleep(300)
     return trained
-participants.train_round = train
+site_work.train_round = train
 raise SystemExit(main(sys.argv[3:]))
 """
 
@@ -109,7 +109,7 @@ def test_with_a_spare_round_an_interrupted_round_is_charged_and_tried_again(
     # What site-1 had committed is sent again as it was stored: only that the run is over is new in its ledger.
     (*before, end) = ledger_events(folder, "site-1")
     assert tuple(before) == first_site
-    assert end.detail == {"what": "run_ended"}
+    assert end.detail == {"what": "run_ended", "adapter_sha256": ""}
     assert kinds(folder, "site-2", 2) == ["reserve", "reserve", "commit"]
     assert [event.attempt for event in ledger_events(folder, "site-2") if event.round == 2] == [1, 2, 2]
     result = result_of(folder)

@@ -14,7 +14,7 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-import fedtune.sites.participants as participants
+import fedtune.sites.work as site_work
 from fedtune.privacy import events
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.verify import verify
@@ -33,7 +33,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
         seen.append(scores)
         return noised_scores(scores, **rest)
 
-    monkeypatch.setattr(participants, "noised_scores", spy)
+    monkeypatch.setattr(site_work, "noised_scores", spy)
     return seen
 
 

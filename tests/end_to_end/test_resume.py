@@ -38,7 +38,7 @@ class Follower:
         self.stop_after = stop_after
         self.rounds: list[int] = []
 
-    def prepared(self, everyone: object, plan: object, state: LeadState) -> None:
+    def prepared(self, shared: object, proposal: object, state: LeadState) -> None:
         self.rounds.append(state.round)
 
     def site_replied(self, number: int) -> None:
@@ -123,7 +123,8 @@ def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(
 
 
 @pytest.mark.parametrize(
-    "where", ["fedtune.flower.simulation._first_state", "fedtune.sites.participants.Participants.score"]
+    "where",
+    ["fedtune.flower.federation_run.FederationRun._first_state", "fedtune.sites.shared_model.SharedModel.score"],
 )
 def test_ctrl_c_before_anything_was_trained_leaves_nothing(
     command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str

@@ -80,16 +80,16 @@ def test_only_participants_take_part(simulate: Any, command: Any, tmp_path: Path
 def test_a_site_keeps_its_records_whoever_else_takes_part(
     simulate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedtune.sites.participants as participants
+    import fedtune.sites.work as site_work
 
     seen: dict[str, list[tuple[int, int]]] = {}
-    train_round = participants.train_round
+    train_round = site_work.train_round
 
     def spy(model: Any, adapter: Any, examples: Any, work: Any, **rest: Any) -> Any:
         seen.setdefault(work.site, []).append((len(examples), examples.num_tokens))
         return train_round(model, adapter, examples, work, **rest)
 
-    monkeypatch.setattr(participants, "train_round", spy)
+    monkeypatch.setattr(site_work, "train_round", spy)
     simulate("privacy=none", "federation.num_rounds=1", "federation.num_sites=3", into=tmp_path, name="all")
     everyone = dict(seen)
     seen.clear()

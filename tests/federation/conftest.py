@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest, Signed
-from fedtune.federation.site import Site, Train, Trained, answer, end_run
+from fedtune.federation.site import Prepared, Site, Train, Trained, answer, end_run
 from fedtune.model import Adapter
 from fedtune.privacy.chain import Event, Kind
 from fedtune.privacy.keys import SigningKey
@@ -99,14 +99,13 @@ class Station:
         return Ledger(self.path, self.policy, self.key)
 
     def open(self, train: Train | None = None) -> Site:
-        return Site(
-            name=self.policy.site,
+        prepared = Prepared(
             proposal=self.propose(),
             template=self.template,
             declared_size=self.declared_size,
-            ledger=self.ledger(),
             train=train or self._train,
         )
+        return Site(name=self.policy.site, ledger=self.ledger(), prepare=lambda request: prepared)
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         self.trained.append((request.round, attempt))
@@ -146,10 +145,13 @@ class Station:
         """The site's answer to whatever is sent."""
         return answer(self.open(train), signed, adapter or self.template)
 
-    def end(self, *, run: str = "r", key: SigningKey | None = None) -> None:
-        """Tell the site that a run is over, signed by the lead, or by `key`."""
+    def end(
+        self, *, run: str = "r", key: SigningKey | None = None, adapter: Adapter | None = None, digest: str = ""
+    ) -> Receipt | None:
+        """Tell the site that a run is over, signed by the lead, or by `key`; `adapter` travels with the notice."""
         lead = key or self.lead
-        end_run(self.open(), EndOfRun(run=run, lead=lead.public).signed(lead))
+        notice = EndOfRun(run=run, lead=lead.public, adapter_digest=digest)
+        return end_run(self.open(), notice.signed(lead), adapter)
 
     def events(self) -> tuple[Event, ...]:
         """The ledger's events, each of them checked."""

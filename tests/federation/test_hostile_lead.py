@@ -72,7 +72,10 @@ def test_asking_for_too_much_is_refused_with_the_rule(
     require_only_refused(site, before, rule)
     assert len(site.trained) == rounds_before
     assert reply.receipt is not None
-    assert reply.receipt.charged_rounds == rounds_before
+    # A receipt is of the run that was asked for; of one that the site does not know, it says that nothing was charged.
+    asked_for = changes.get("run", "r")
+    assert (reply.receipt.run, reply.receipt.charged_rounds) == (asked_for, rounds_before if asked_for == "r" else 0)
+    assert site.ledger().receipt("r").charged_rounds == rounds_before
 
 
 @pytest.mark.parametrize(

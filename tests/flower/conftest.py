@@ -14,7 +14,7 @@ from flwr.app import Context, Message
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.site import Site, Trained
+from fedtune.federation.site import Prepared, Site, Trained
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.client import make_client_app
 from fedtune.flower.grid import InProcessGrid
@@ -73,7 +73,7 @@ class Federation:
         self.spec, self.adapter, self.plan, self.sizes = run.spec, run.adapter, run.proposal.plan, run.sizes
         self.trained: list[str] = []
         self.fails: dict[str, BaseException] = {}
-        app = make_client_app(self.site, lambda context: self._name(context))
+        app = make_client_app(lambda context, settings: self.site(context), lambda context: self._name(context))
         self.grid = InProcessGrid(app, run.spec.num_sites, replied=lambda number: None)
         self.finished: list[LeadState] = []
         self.lead = Lead(
@@ -116,14 +116,13 @@ class Federation:
     def site(self, context: Context) -> Site:
         """The site of a node, opened from its files."""
         name = self._name(context)
-        return Site(
-            name=name,
+        prepared = Prepared(
             proposal=self.run.proposal,
             template=self.adapter,
             declared_size=self.sizes[name],
-            ledger=self.ledger(name),
             train=self._train,
         )
+        return Site(name=name, ledger=self.ledger(name), prepare=lambda request: prepared)
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         self.trained.append(request.site)
@@ -176,16 +175,16 @@ def federation(
 
 
 @pytest.fixture
-def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[Message]], list[Message]]], None]:
-    """Change what comes back from the sites in a round of training."""
+def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Change what comes back from the sites in a round of training, or in exchanges of other types."""
 
-    def patch(change: Callable[[list[Message]], list[Message]]) -> None:
+    def patch(change: Callable[[list[Message]], list[Message]], types: tuple[str, ...] = ("train",)) -> None:
         pull = InProcessGrid.pull_messages
 
         def changed(self: InProcessGrid, message_ids: Any) -> list[Message]:
             messages = pull(self, message_ids)
-            training = all(message.metadata.message_type == "train" for message in messages)
-            return change(messages) if training else messages
+            meant = all(message.metadata.message_type in types for message in messages)
+            return change(messages) if meant else messages
 
         monkeypatch.setattr(InProcessGrid, "pull_messages", changed)
 

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedtune.federation.protocol import EndOfRun, RoundRequest
-from fedtune.federation.site import Site, Trained
+from fedtune.federation.site import Prepared, Site, Trained
 from fedtune.flower import records
 from fedtune.flower.client import make_client_app
 from fedtune.flower.grid import InProcessGrid
@@ -26,7 +26,7 @@ from fedtune.privacy.release import Reason, Refusal, Update
 class Asked:
     """Sends one message to one site and returns the answer."""
 
-    def __init__(self, site_of: Callable[[Context], Site]) -> None:
+    def __init__(self, site_of: Callable[[Context, str], Site]) -> None:
         self.replies: list[int] = []
         app = make_client_app(site_of, lambda context: "a")
         self._grid = InProcessGrid(app, 1, replied=self.replies.append)
@@ -45,7 +45,8 @@ def site(
     def make(train: Any) -> Site:
         key = SigningKey.load_or_make(tmp_path / "site_key.pem")
         ledger = Ledger(tmp_path / "ledger.db", site_policy("a"), key)
-        return Site(name="a", proposal=run_proposal(), template=adapter, declared_size=100, ledger=ledger, train=train)
+        prepared = Prepared(proposal=run_proposal(), template=adapter, declared_size=100, train=train)
+        return Site(name="a", ledger=ledger, prepare=lambda request: prepared)
 
     return make
 
@@ -55,7 +56,7 @@ def content(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: S
     request = RoundRequest(
         proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
     )
-    return records.from_request(request.signed(lead_key), records.to_arrays(adapter.tensors))
+    return records.from_signed(request.signed(lead_key), arrays=records.to_arrays(adapter.tensors))
 
 
 def unchanged(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
@@ -63,14 +64,14 @@ def unchanged(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
 
 
 def test_it_gives_its_public_name(site: Callable[[Any], Site]) -> None:
-    asked = Asked(lambda context: site(None))
+    asked = Asked(lambda context, settings: site(None))
     answer = asked(RecordDict(), "query")
     assert answer.content.config_records[records.SITE]["name"] == "a"
     assert asked.replies == [], "an introduction is no progress of a round"
 
 
 def test_it_answers_a_round(site: Callable[[Any], Site], content: RecordDict, adapter: Adapter) -> None:
-    asked = Asked(lambda context: site(unchanged))
+    asked = Asked(lambda context, settings: site(unchanged))
     reply = records.to_reply(asked(content).content)
     assert isinstance(reply.body, Update)
     np.testing.assert_array_equal(reply.body.tensors["head"], adapter.tensors["head"])
@@ -85,7 +86,7 @@ def fails(*args: object) -> Any:
 def test_a_failure_is_a_reason_without_text(
     site: Callable[[Any], Site], content: RecordDict, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = Asked(fails if where == "opening the site" else lambda context: site(fails))
+    asked = Asked(fails if where == "opening the site" else lambda context, settings: site(fails))
     answer = asked(content)
     assert not answer.has_error()
     reply = records.to_reply(answer.content)
@@ -117,24 +118,24 @@ def test_a_malformed_request_is_refused_before_the_site_is_opened(content: Recor
 def test_a_request_of_no_words_is_refused(site: Callable[[Any], Site]) -> None:
     words = ConfigRecord({"json": "{}", "signature": "00"})
     arrays = ArrayRecord({"head": Array(np.ones(4, np.float32))})
-    reply = records.to_reply(
-        Asked(lambda context: site(unchanged))(RecordDict({records.REQUEST: words, records.ARRAYS: arrays})).content
-    )
+    request = RecordDict({records.REQUEST: words, records.ARRAYS: arrays})
+    reply = records.to_reply(Asked(lambda context, settings: site(unchanged))(request).content)
     assert isinstance(reply.body, Refusal)
     assert reply.body.reason is Reason.MALFORMED_REQUEST
 
 
-def test_the_end_of_a_run_is_noted_and_answered_with_nothing(
+def test_the_end_of_a_run_is_noted_and_answered_with_a_receipt_for_its_lead_alone(
     site: Callable[[Any], Site], content: RecordDict, lead_key: SigningKey, stranger_key: SigningKey
 ) -> None:
-    asked = Asked(lambda context: site(unchanged))
+    asked = Asked(lambda context, settings: site(unchanged))
     asked(content)
     assert asked.replies == [1]
     for key, ended in ((stranger_key, False), (lead_key, True)):
         notice = EndOfRun(run="r", lead=key.public).signed(key)
         answer = asked(records.from_signed(notice), f"query.{records.END}")
         assert not answer.has_error()
-        assert dict(answer.content) == {}
+        receipt = records.to_receipt(answer.content)
+        assert receipt == (site(None).ledger.receipt("r") if ended else None)
         assert (site(None).ledger.history.runs["r"].expires is None) == ended
 
 
@@ -142,9 +143,9 @@ def test_the_end_of_a_run_is_noted_and_answered_with_nothing(
 def test_a_notice_that_is_none_is_answered_like_any_other(
     site: Callable[[Any], Site], content: RecordDict, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answer = Asked(lambda context: site(unchanged))(content, f"query.{records.END}")
+    answer = Asked(lambda context, settings: site(unchanged))(content, f"query.{records.END}")
     assert not answer.has_error()
-    assert dict(answer.content) == {}
+    assert answer.content == records.from_receipt(None)
     assert "could not end a run" in caplog.text
 
 
@@ -153,4 +154,4 @@ def test_ctrl_c_is_not_swallowed(site: Callable[[Any], Site], content: RecordDic
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Asked(lambda context: site(interrupted))(content)
+        Asked(lambda context, settings: site(interrupted))(content)

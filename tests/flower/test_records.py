@@ -35,7 +35,7 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
 
 
 def test_a_request_arrives_as_it_was_sent(request_: Signed, adapter: Adapter) -> None:
-    request, received = records.to_request(records.from_request(request_, records.to_arrays(adapter.tensors)))
+    request, received = records.to_request(records.from_signed(request_, arrays=records.to_arrays(adapter.tensors)))
     assert request == request_
     assert received.digest() == adapter.digest()
 
@@ -86,7 +86,7 @@ _NO_REQUEST: dict[str, Callable[[RecordDict], RecordDict]] = {
 
 @pytest.mark.parametrize("fault", list(_NO_REQUEST))
 def test_anything_else_is_no_request(request_: Signed, adapter: Adapter, fault: str) -> None:
-    content = records.from_request(request_, records.to_arrays(adapter.tensors))
+    content = records.from_signed(request_, arrays=records.to_arrays(adapter.tensors))
     with pytest.raises(ValueError, match=r"must hold (an adapter|a signed request)"):
         records.to_request(_NO_REQUEST[fault](content))
 
@@ -98,7 +98,7 @@ def test_unreadable_replies_are_one_kind_of_error() -> None:
 
 
 def test_bytes_are_counted_with_names_and_texts(request_: Signed, adapter: Adapter) -> None:
-    content = records.from_request(request_, records.to_arrays(adapter.tensors))
+    content = records.from_signed(request_, arrays=records.to_arrays(adapter.tensors))
     payload = sum(value.nbytes for value in adapter.tensors.values())
     words = len(request_.text) + len(request_.signature)
     assert payload + words <= records.num_bytes(content) <= payload + words + 400

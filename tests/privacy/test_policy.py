@@ -12,7 +12,7 @@ import pytest
 
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.policy import Policy, period_of
-from fedtune.privacy.policy_tables import Budget, Dataset, Population, Reference, Releases
+from fedtune.privacy.policy_tables import Budget, Dataset, Machine, Population, Reference, Releases
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError
 
@@ -253,6 +253,9 @@ def test_every_key_is_in_the_digest(policy: Any, make_key: Any) -> None:
         {"allow": {"leads": (make_key(3).public,)}},
         {"releases": {"reply_after_s": 1.0}},
         {"asserted": {"no_person_at_another_site": False}},
+        {"approval": "manual"},
+        {"final_adapter": "decline"},
+        {"machine": Machine(device="cpu")},
         {"ledger": "other.db"},
         {"site_key": "other.pem"},
         {"anchor": "anchor.json"},

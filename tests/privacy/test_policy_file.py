@@ -160,7 +160,7 @@ def test_the_template_names_every_key_and_explains_it(policy: Any) -> None:
 def test_the_template_lets_a_usual_run_through(tmp_path: Path, proposal: Any, site_key: Any, lead_key: Any) -> None:
     template = read_policy(TEMPLATE)
     allow = dataclasses.replace(template.allow, leads=(lead_key.public,))
-    site = dataclasses.replace(template, allow=allow)
+    site = dataclasses.replace(template, allow=allow, approval="automatic")
     usual: Reference = site.budget.reference
     plan = {
         "delta": site.budget.delta,
@@ -178,7 +178,10 @@ def test_the_template_lets_a_usual_run_through(tmp_path: Path, proposal: Any, si
     )
     ledger = Ledger(tmp_path / "ledger.db", site, site_key)
     assert isinstance(ledger.reserve(asked, round=1, request="q"), Reservation)
-    strict = Ledger(tmp_path / "strict.db", template, site_key)
-    with pytest.raises(Refused) as caught:
-        strict.reserve(asked, round=1, request="q")
-    assert caught.value.reason is Reason.LEADS
+    for strict, reason in (
+        (template, Reason.LEADS),
+        (dataclasses.replace(template, allow=allow), Reason.AWAITING_APPROVAL),
+    ):
+        with pytest.raises(Refused) as caught:
+            Ledger(tmp_path / f"{reason}.db", strict, site_key).reserve(asked, round=1, request="q")
+        assert caught.value.reason is reason

@@ -171,11 +171,14 @@ def test_the_reasons_are_a_closed_list() -> None:
         *("frozen", "plan_changed", "plan_exhausted", "run_ended", "round_requested_differently"),
         *("reply_no_longer_stored", "ledger_behind_receipt"),
     }
+    of_what_it_prepares = {"base_model_missing", "settings"}
+    of_a_person_there = {"awaiting_approval", "paused"}
     of_the_request = {
         *("wrong_site", "wrong_run", "wrong_signature", "request_expired", "adapter_differs", "adapter_shape"),
         *("malformed_request", "site_error"),
     }
-    assert {reason.value for reason in Reason} == of_the_policy | of_the_ledger | of_the_request
+    of_the_site = of_the_policy | of_the_ledger | of_what_it_prepares | of_a_person_there
+    assert {reason.value for reason in Reason} == of_the_site | of_the_request
     with pytest.raises(ValueError, match="is not a valid Reason"):
         Reason("23 records were skipped")
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-import fedtune.sites.participants as participants
+import fedtune.sites.shared_model as shared_model
+import fedtune.sites.work as site_work
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.evaluation.units import unit_scores
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.site import Site
+from fedtune.federation.site import Site, Trained
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.sites.participants import Participants
@@ -30,13 +31,13 @@ def test_there_is_one_base_model_whatever_the_number_of_sites(
     simulate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[object] = []
-    build = participants.ready_model
+    build = shared_model.ready_model
 
     def spy(*arguments: Any, **rest: Any) -> Any:
         built.append(build(*arguments, **rest))
         return built[-1]
 
-    monkeypatch.setattr(participants, "ready_model", spy)
+    monkeypatch.setattr(shared_model, "ready_model", spy)
     simulate("federation.num_sites=6", "privacy=none", into=tmp_path)
     assert len(built) == 1
 
@@ -44,7 +45,7 @@ def test_there_is_one_base_model_whatever_the_number_of_sites(
 def test_every_record_lies_at_exactly_one_site(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     def sizes(sites: int) -> list[tuple[int, int]]:
         everyone = Participants(config(f"federation.num_sites={sites}"), tmp_path)
-        return [(len(data), data.num_tokens) for data in everyone.site_data.values()]
+        return [(len(work.examples), work.examples.num_tokens) for work in everyone.work.values()]
 
     parts, (whole,) = sizes(4), sizes(1)
     assert len(parts) == 4
@@ -70,10 +71,20 @@ def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Callable[.
 NOISED = ("privacy.metrics=noised", "data.heldout_fraction=0.3")
 
 
-def first_request(site: Site) -> RoundRequest:
+def first_request(everyone: Participants, site: Site) -> RoundRequest:
+    proposal = everyone.config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan)
     return RoundRequest(
-        proposal=site.proposal, round=1, site=site.name, adapter_digest="ab" * 32, receipt=None, expires=1e12
+        proposal=proposal, round=1, site=site.name, adapter_digest="ab" * 32, receipt=None, expires=1e12
     )
+
+
+def train(everyone: Participants, *, attempt: int = 1) -> Trained:
+    """What the first site makes of the initial adapter in round 1."""
+    site = everyone.site(0)
+    request = first_request(everyone, site)
+    prepared = site.prepare(request)
+    assert prepared.proposal == request.proposal
+    return prepared.train(request, everyone.shared.initial_adapter, attempt)
 
 
 def texts(dataset: Any) -> Counter[bytes]:
@@ -83,20 +94,22 @@ def texts(dataset: Any) -> Counter[bytes]:
 def test_held_out_records_are_never_trained_on(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     whole = Participants(config("data.max_length=64"), tmp_path)
     split = Participants(config("data.max_length=64", *NOISED), tmp_path)
-    for site, all_records in whole.site_data.items():
-        training, heldout = texts(split.site_data[site]._dataset), texts(split._heldout_data[site])
+    assert len(whole.work) == 2
+    for site, of_site in whole.work.items():
+        all_records = texts(of_site.examples._dataset)
+        training, heldout = texts(split.work[site].examples._dataset), texts(split.work[site]._heldout)
         assert training
         assert heldout
         assert not training & heldout
-        assert training + heldout == texts(all_records._dataset)
-        share = heldout.total() / texts(all_records._dataset).total()
+        assert training + heldout == all_records
+        share = heldout.total() / all_records.total()
         assert 0.15 < share < 0.45
 
 
 def test_records_are_held_out_by_themselves_alone(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     # One record more or less moves no other between training and scoring.
-    some = Participants(config(*NOISED, "data.train_fraction=0.02"), tmp_path)._site_records["site-1"]
-    more = Participants(config(*NOISED, "data.train_fraction=0.03"), tmp_path)._site_records["site-1"]
+    some = Participants(config(*NOISED, "data.train_fraction=0.02"), tmp_path).work["site-1"].records
+    more = Participants(config(*NOISED, "data.train_fraction=0.03"), tmp_path).work["site-1"].records
     assert len(more.training) > len(some.training)
     assert all(record in more.training for record in some.training)
     assert all(record in more.heldout for record in some.heldout)
@@ -106,13 +119,12 @@ def test_a_round_scores_the_adapter_that_came_and_noises_it_as_planned(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     everyone = Participants(config(*NOISED, "runtime.seeded_noise=true"), tmp_path)
-    site = everyone.site(0)
-    request = first_request(site)
-    trained = site.train(request, everyone.initial_adapter, 1)
+    shared = everyone.shared
+    trained = train(everyone)
     assert trained.scores is not None
-    everyone.initial_adapter.load_into(everyone.model)
-    heldout = everyone._heldout_data["site-1"]
-    exact = unit_scores(everyone.model, heldout, task="classification", pad_id=everyone.tokenizer.pad_token_id)
+    shared.initial_adapter.load_into(shared.model)
+    heldout = everyone.work["site-1"]._heldout
+    exact = unit_scores(shared.model, heldout, task="classification", pad_id=shared.tokenizer.pad_token_id)
     expected = noised_scores(
         exact,
         declared_size=90 * 0.3,
@@ -120,8 +132,8 @@ def test_a_round_scores_the_adapter_that_came_and_noises_it_as_planned(
         stream=SeededRandomness(everyone.config.seed).stream("site-1", 1, 1, "scores"),
     )
     assert trained.scores == expected
-    assert trained.adapter.digest() != everyone.initial_adapter.digest()
-    assert site.train(request, everyone.initial_adapter, 2).scores != expected, "a retry draws fresh noise"
+    assert trained.adapter.digest() != shared.initial_adapter.digest()
+    assert train(everyone, attempt=2).scores != expected, "a retry draws fresh noise"
 
 
 def test_without_noised_metrics_nothing_is_scored(
@@ -130,31 +142,23 @@ def test_without_noised_metrics_nothing_is_scored(
     def never(*args: object, **rest: object) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(participants, "unit_scores", never)
-    everyone = Participants(config("data.heldout_fraction=0.3"), tmp_path)
-    site = everyone.site(0)
-    request = first_request(site)
-    assert site.train(request, everyone.initial_adapter, 1).scores is None
+    monkeypatch.setattr(site_work, "unit_scores", never)
+    assert train(Participants(config("data.heldout_fraction=0.3"), tmp_path)).scores is None
 
 
 def test_the_fingerprint_follows_the_records_and_the_sites_key(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    def fingerprint(everyone: Participants) -> str:
-        site = everyone.site(0)
-        request = first_request(site)
-        return site.train(request, everyone.initial_adapter, 1).fingerprint
-
-    one = fingerprint(Participants(config(), tmp_path / "a"))
-    assert fingerprint(Participants(config(), tmp_path / "a")) == one
-    assert fingerprint(Participants(config(), tmp_path / "b")) != one, "nobody without the key can test a guess"
-    assert fingerprint(Participants(config("seed=1"), tmp_path / "a")) != one, "another split, other records"
+    one = train(Participants(config(), tmp_path / "a")).fingerprint
+    assert train(Participants(config(), tmp_path / "a")).fingerprint == one
+    assert train(Participants(config(), tmp_path / "b")).fingerprint != one, "nobody without the key can test a guess"
+    assert train(Participants(config("seed=1"), tmp_path / "a")).fingerprint != one, "another split, other records"
 
 
 def test_no_lead_files_are_no_scores(config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    everyone = Participants(config("data.validation_file=null", "data.test_file=null"), tmp_path)
-    assert everyone.validation is None
-    assert everyone.score(everyone.initial_adapter, everyone.test) == {}
+    shared = Participants(config("data.validation_file=null", "data.test_file=null"), tmp_path).shared
+    assert shared.validation is None
+    assert shared.score(shared.initial_adapter, shared.test) == {}
 
 
 def test_longer_texts_than_the_model_has_positions_for(config: Callable[..., RunConfig], tmp_path: Path) -> None:

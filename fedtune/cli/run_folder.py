@@ -1,0 +1,138 @@
+"""A run's folder on disk while a command runs it: made, locked, logged to, and cleared away where nothing began."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import reprlib
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from fedtune.cli.compose import saved_config, write_config
+from fedtune.config import RunConfig
+from fedtune.spec import ConfigError, RunError
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from fedtune.cli.display import Display
+
+Work = Callable[[RunConfig, Path, "Display"], dict[str, Any]]
+"""Runs a configuration in its folder, shows it, and returns the content of `run.json`."""
+
+
+def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str) -> dict[str, Any]:
+    """Run in a folder that is there, with a report at the end.
+
+    Args:
+        config: the run's.
+        folder: its own; removed again where nothing had begun.
+        console: where progress and result are shown.
+        work: the run.
+        again: the command that continues it.
+    """
+    from fedtune.cli.display import Display, show_result
+    from fedtune.report.build import write_report
+
+    display = Display(console, config, shown=config.tracking.progress)
+    try:
+        with only_one(folder), _log_to(folder / "log.txt", config.tracking.log_level), display:
+            result = work(config, folder, display)
+    except BaseException as error:
+        begun = any(folder.glob("checkpoints/round-*.safetensors"))
+        if config.resume is None and not begun:
+            _remove(folder)  # nothing ran: leave nothing behind
+        hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
+        if isinstance(error, KeyboardInterrupt):
+            console.print(f"\nInterrupted. {hint}", soft_wrap=True)
+        elif isinstance(error, RunError):
+            console.print(hint, soft_wrap=True)
+        raise
+    write_report(folder, config, result)
+    show_result(console, config, result, folder)
+    return result
+
+
+def folder_of(config: RunConfig) -> Path:
+    """The run's folder; it must be new, or the one to resume with the same configuration."""
+    if config.resume is None:
+        folder = Path(config.tracking.output_dir) / config.name
+        if folder.exists():
+            raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another, or resume={folder}")
+        return folder
+    folder = Path(config.resume)
+    saved = saved_config(folder)
+    if saved.digest() != config.digest():
+        differences = ", ".join(_differences(saved.decisive(), config.decisive()))
+        raise ConfigError("resume", config.resume, f"was made with another configuration ({differences})")
+    return folder
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in (key for key in old if old[key] != new.get(key)):
+        if isinstance(old[key], dict) and isinstance(new.get(key), dict):
+            yield from _differences(old[key], new[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key} was {reprlib.repr(old[key])}, is {reprlib.repr(new.get(key))}"
+
+
+def make(folder: Path, config: RunConfig) -> None:
+    """Make the run folder, with its configuration in it."""
+    try:
+        folder.mkdir(parents=True)
+        write_config(config, folder)
+    except FileExistsError:
+        raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another") from None
+    except OSError as error:
+        bound = f"must be a folder to write {config.name} into ({error.strerror})"
+        raise ConfigError("tracking.output_dir", config.tracking.output_dir, bound) from None
+
+
+def _remove(folder: Path) -> None:
+    for name in ("checkpoints", "sites"):  # without a checkpoint no site was asked, so no ledger has begun
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("config.yaml", "log.txt"):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keep two processes from running one folder: their ledgers and checkpoints would mix."""
+    with (folder / "log.txt").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError("resume", str(folder), "is running in another process") from None
+        yield
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the folder."""
+    try:
+        with only_one(folder):
+            return False
+    except ConfigError:
+        return True
+
+
+@contextmanager
+def _log_to(path: Path, level: str) -> Iterator[None]:
+    """Send fedtune's and Flower's log to a file; the terminal shows the run's progress only."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("fedtune", "flwr")]
+    before = [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        handler.close()
+        for logger, (old_level, handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(old_level)

@@ -1,0 +1,157 @@
+"""The commands of `fedtune site` that change something: join, start, approve, pause, leave."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fedtune.cli.plain_words import REASONS, counted, printable
+from fedtune.deploy.kits import Kit
+from fedtune.deploy.site_state import Pending, SiteState
+from fedtune.federation.verdict import Verdict, ask
+from fedtune.privacy.accountant import epsilon_pld, epsilon_text
+from fedtune.privacy.release import Reason
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.spec import ConfigError, RefusedError
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command that the arguments name."""
+    match options.site_command:
+        case "init":
+            _init(Path(options.site), out=Path(options.out) if options.out else None)
+        case "start":
+            _start(options)
+        case "approve":
+            _approve(options)
+        case "pause":
+            SiteState.of(_kit(options).folder).set_paused(True)
+            sys.stdout.write("Paused: every request is answered with 'paused'. A round that has begun is finished.\n")
+        case "resume":
+            SiteState.of(_kit(options).folder).set_paused(False)
+            sys.stdout.write("The site takes part again.\n")
+        case _:
+            _leave(_kit(options), SiteFiles.of(Path(options.site)))
+
+
+def _kit(options: argparse.Namespace) -> Kit:
+    return Kit.read(Path(options.kit), kind="site")
+
+
+def _init(site_toml: Path, *, out: Path | None) -> None:
+    from fedtune.deploy.join import next_steps, site_init
+
+    sys.stdout.write(next_steps(site_init(site_toml, out=out)))
+
+
+def _start(options: argparse.Namespace) -> None:
+    kit = _kit(options)
+    from fedtune.deploy.health import Health, serve_health
+    from fedtune.deploy.logs import configure_logs
+    from fedtune.deploy.site_service import SiteService  # torch and Flower take seconds to import
+
+    configure_logs(options.log_level)
+    health = Health()
+    with ExitStack() as stack:
+        if options.health:
+            stack.enter_context(serve_health(options.health, health, anywhere=options.health_anywhere))
+        SiteService(kit=kit, site_toml=Path(options.site), health=health).run()
+
+
+def _approve(options: argparse.Namespace) -> None:
+    """List what waits, or approve one run after showing its price."""
+    state, site_toml, console = SiteState.of(_kit(options).folder), Path(options.site), Console()
+    waiting = state.waiting()
+    if options.run is None:
+        console.print(_waiting_table(waiting) if waiting else "No run waits for approval.")
+        return
+    found = [pending for pending in waiting if pending.proposal.run == options.run]
+    if not found:
+        names = ", ".join(pending.proposal.run for pending in waiting) or "none"
+        raise ConfigError("RUN", options.run, f"must be a run that waits for approval: {names}")
+    files = SiteFiles.of(site_toml)
+    sizes = {files.policy.site: files.policy.declared_size(found[0].proposal.dataset)}
+    verdict = ask(site_toml, found[0].proposal, declared_sizes=sizes)
+    console.print(_price_table(found[0], verdict))
+    if not verdict.allowed:
+        raise RefusedError(f"policy or budget refuse this run: {_broken(verdict)}")
+    if not options.yes and not _agreed():
+        console.print("Not approved.")
+        return
+    files.open().approve(found[0].proposal)
+    state.forget(options.run)
+    console.print("Approved, and noted in the ledger. It begins with the lead's next request.")
+
+
+def _agreed() -> bool:
+    sys.stdout.write("Let it start? [y/N] ")
+    sys.stdout.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _waiting_table(waiting: list[Pending]) -> Table:
+    table = Table("run", "since", "data set", "epsilon", "asked by lead")
+    for pending in waiting:
+        asked = pending.proposal
+        table.add_row(
+            printable(asked.run), pending.since, printable(asked.dataset), _price(pending), f"{asked.lead[:16]}..."
+        )
+    return table
+
+
+def _price(pending: Pending) -> str:
+    plan = pending.proposal.plan
+    return epsilon_text(epsilon_pld([plan.whole], plan.delta) if plan.private else math.inf)
+
+
+def _price_table(pending: Pending, verdict: Verdict) -> Table:
+    """What the run would do, and cost."""
+    asked, plan = pending.proposal, pending.proposal.plan
+    cap = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"the lifetime cap is {verdict.max_epsilon:g}"
+    rows = {
+        "run": printable(asked.run),
+        "asked by": f"{asked.lead}, for {counted(asked.num_sites, 'site')} as it says",
+        "trains": f"{printable(asked.task)} on {printable(asked.dataset)}",
+        "base model": printable(asked.base_model, 64),
+        "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, 'noisy step')} each",
+        "mechanism": f"noise multiplier {plan.noise_multiplier:g}, clip norm {plan.max_grad_norm:g}, "
+        f"sampling rate {plan.sampling_rate:g}",
+        "releases": "updates and noised scores" if plan.releases_metrics else "updates",
+        "price": f"epsilon {_price(pending)} at delta {plan.delta:g}, for the whole run",
+        "lifetime": f"epsilon {epsilon_text(verdict.taken)} is taken, {epsilon_text(verdict.would_be)} with this run, "
+        f"by the filter; {cap}",
+    }
+    table = Table(show_header=False)
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
+
+
+def _broken(verdict: Verdict) -> str:
+    return "; ".join(
+        f"{REASONS[Reason(one.rule)]} (asked {one.asked}, allowed {one.allowed})" for one in verdict.broken
+    )
+
+
+def _leave(kit: Kit, files: SiteFiles) -> None:
+    """End what is open, and keep the process from starting again."""
+    if files.policy.site != kit.site:
+        raise ConfigError("site", files.policy.site, f"must be {kit.site}, as in the kit")
+    ledger = files.open()
+    open_runs = [name for name, run in ledger.history.runs.items() if run.is_open(ledger.history.now())]
+    for name in open_runs:
+        ledger.end(name)
+    state = SiteState.of(kit.folder)
+    state.left.touch()
+    sys.stdout.write(
+        f"{kit.site} has left {kit.federation}; {counted(len(open_runs), 'open run')} ended, and what they had set "
+        "aside is free.\nA running `fedtune site start` stops by itself. Ask the lead to shut the site out:\n"
+        f"  fedtune provision revoke-site {kit.site}\n"
+        f"Keep {files.ledger} and {files.site_key}: they show what was spent. To come back, remove {state.left}.\n"
+    )

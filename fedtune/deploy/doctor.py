@@ -1,0 +1,221 @@
+"""`fedtune site doctor`: everything that a site needs before it starts, each thing looked at on its own.
+
+Nothing is trained, and neither ledger nor policy is written.  What the lines hold is in `doctor_check.Check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedtune.config import RunConfig
+from fedtune.deploy import doctor_ledger, doctor_machine, doctor_site
+from fedtune.deploy.certificates import Certificate, read_certificate
+from fedtune.deploy.doctor_check import Check, PrivateLog, from_error, ok, skipped
+from fedtune.deploy.doctor_connection import AUTHENTICATION, DNS, TCP, TLS, Connection
+from fedtune.deploy.kits import Kit
+from fedtune.deploy.models import install_model
+from fedtune.privacy.history import History
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.spec import ConfigError, DataError, FedtuneError
+
+_KIT, _POLICY, _LEDGER = "the kit", "the policy", "the ledger"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patient:
+    """What to look at.
+
+    Attributes:
+        kit: the kit's folder.
+        site_toml: the policy.
+        model: a base model to install first, as `install_model` takes it.
+        run: settings of a run to try out; None: none was named.
+        timeout_s: of each connection.
+    """
+
+    kit: Path
+    site_toml: Path
+    model: Path | None = None
+    run: Callable[[], RunConfig] | None = None
+    timeout_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """One thing to look at: the names of its lines, what must have been read for it, and how it is done."""
+
+    names: tuple[str, ...]
+    needs: tuple[str, ...]
+    look: Callable[[], Iterable[Check]]
+
+
+def examine(patient: Patient) -> Iterator[Check]:
+    """Look at everything, one line after another; a check that goes wrong keeps no other from being made."""
+    return _Examination(patient).checks()
+
+
+class _Examination:
+    """What was read on the way, for the checks that come later."""
+
+    def __init__(self, patient: Patient) -> None:
+        self._patient = patient
+        self._log = PrivateLog(patient.kit / "state" / "doctor.log")
+        self._kit: Kit | None = None
+        self._files: SiteFiles | None = None
+        self._certificate: Certificate | None = None
+        self._history: History | None = None
+        self._clock_ahead_s: tuple[float, float] | None = None
+
+    def checks(self) -> Iterator[Check]:
+        """All of them."""
+        for look in self._looks():
+            there = {_KIT: self._kit, _POLICY: self._files, _LEDGER: self._history}
+            missing = [need for need in look.needs if there[need] is None]
+            if missing:
+                yield from (skipped(name, f"{missing[0]} cannot be used") for name in look.names)
+                continue
+            try:
+                yield from look.look()
+            except Exception as error:
+                yield self._gone_wrong(look.names[0], error)
+
+    def _gone_wrong(self, name: str, error: Exception) -> Check:
+        # A DataError's words are for whoever owns the file; other errors of ours are made to be shown.
+        if isinstance(error, FedtuneError) and not isinstance(error, DataError):
+            return from_error(name, error, fix="Put right what is named here.")
+        return doctor_site.unforeseen(name, error, self._log)
+
+    def _looks(self) -> tuple[_Look, ...]:
+        patient = self._patient
+        importing = (_Look(("import",), (_KIT,), self._import),) if patient.model is not None else ()
+        return (
+            _Look(("policy",), (), self._read_policy),
+            _Look(("kit",), (), self._read_kit),
+            _Look(("certificate",), (_KIT,), self._read_certificate),
+            _Look(("site's name",), (_KIT, _POLICY), lambda: [doctor_site.names(self.kit, self.policy)]),
+            _Look(("lead",), (_KIT, _POLICY), lambda: [doctor_site.lead(self.kit, self.policy)]),
+            _Look((DNS, TCP, TLS, AUTHENTICATION), (_KIT,), self._connect),
+            _Look(("clock",), (), self._clock),
+            _Look(("disks",), (), self._disks),
+            *importing,
+            _Look(("base models",), (_KIT, _POLICY), lambda: doctor_site.base_models(self.kit, self.policy)),
+            _Look(("memory",), (), self._memory),
+            _Look(("GPU",), (_POLICY,), self._gpu),
+            _Look(
+                ("data",), (_POLICY,), lambda: doctor_site.data_sets(self.policy, patient.site_toml.parent, self._log)
+            ),
+            _Look(("ledger",), (_POLICY,), self._read_ledger),
+            _Look(("site key",), (_POLICY,), lambda: [doctor_ledger.site_key(self.files, self._history)]),
+            _Look(("budget",), (_POLICY, _LEDGER), lambda: [doctor_ledger.budget(self.history, self.policy)]),
+            _Look(("serving",), (_POLICY,), self._serving),
+            self._trying_out(),
+        )
+
+    @property
+    def kit(self) -> Kit:
+        """The kit, for a check that needs it."""
+        assert self._kit is not None
+        return self._kit
+
+    @property
+    def files(self) -> SiteFiles:
+        """The policy and what it names, likewise."""
+        assert self._files is not None
+        return self._files
+
+    @property
+    def policy(self) -> Policy:
+        """The policy, likewise."""
+        return self.files.policy
+
+    @property
+    def history(self) -> History:
+        """The ledger's, likewise."""
+        assert self._history is not None
+        return self._history
+
+    def _read_policy(self) -> Iterator[Check]:
+        try:
+            self._files = SiteFiles.of(self._patient.site_toml)
+        except ConfigError as error:
+            yield from_error(
+                "policy", error, fix="Put right what is named here; `fedtune site template` explains every key."
+            )
+            return
+        yield ok("policy", f"can be read, for site {self.policy.site} and population {self.policy.population.name}")
+
+    def _read_kit(self) -> Iterator[Check]:
+        try:
+            self._kit = Kit.read(self._patient.kit, kind="site")
+        except ConfigError as error:
+            yield from_error("kit", error, fix="Unzip the kit that the lead sent, whole, into this folder.")
+            return
+        yield ok("kit", f"whole, for federation {self.kit.federation} at {self.kit.server}; its key is private")
+
+    def _read_certificate(self) -> Iterator[Check]:
+        yield doctor_site.certificate(self.kit, datetime.now(UTC))
+        with suppress(ConfigError):  # that it cannot be read is said by then
+            self._certificate = Certificate.of(read_certificate(self.kit.certificate))
+
+    def _connect(self) -> Iterator[Check]:
+        connection = Connection(self.kit, timeout_s=self._patient.timeout_s)
+        yield from connection.checks()
+        self._clock_ahead_s = connection.clock_ahead_s
+
+    def _clock(self) -> Iterator[Check]:
+        now = datetime.now(UTC)
+        yield doctor_machine.clock(self._clock_ahead_s, certificate=self._certificate, now=now)
+
+    def _disks(self) -> Iterator[Check]:
+        folders = {"kit": self._patient.kit}
+        if self._files is not None:
+            folders["ledger"] = self.files.ledger.parent
+            if self.files.anchor is not None:
+                folders["anchor"] = self.files.anchor.parent
+        yield from doctor_machine.disks(folders)
+        if self._files is not None:
+            yield doctor_machine.ledger_place(self.files.ledger)
+            yield doctor_machine.anchor_place(self.files.ledger, self.files.anchor)
+
+    def _import(self) -> Iterator[Check]:
+        assert self._patient.model is not None
+        installed = install_model(self._patient.model, self.kit)
+        state = "is installed now" if installed.new else "was installed before, and is unchanged"
+        yield ok("import", f"{installed.model.name} {state}, in {installed.folder}")
+
+    def _memory(self) -> Iterator[Check]:
+        both = self._kit is not None and self._files is not None
+        yield doctor_machine.memory(doctor_site.largest_model_bytes(self.kit, self.policy) if both else None)
+
+    def _gpu(self) -> Iterator[Check]:
+        yield doctor_machine.gpu(self.policy.machine.device, ask=doctor_machine.this_gpu)
+
+    def _read_ledger(self) -> Iterator[Check]:
+        check, self._history = doctor_ledger.ledger(self.files)
+        yield check
+
+    def _serving(self) -> Iterator[Check]:
+        yield doctor_ledger.serving(self.files, state=self._patient.kit / "state")
+
+    def _trying_out(self) -> _Look:
+        run = self._patient.run
+        if run is None:
+            return _Look(("run",), (), lambda: [skipped("run", "no experiment was named to try out")])
+
+        def try_out() -> list[Check]:
+            return [
+                doctor_ledger.experiment(
+                    run(),
+                    kit=self.kit,
+                    site_toml=self._patient.site_toml,
+                    policy=self.policy,
+                    history=self.history,
+                )
+            ]
+
+        return _Look(("run",), (_KIT, _POLICY, _LEDGER), try_out)

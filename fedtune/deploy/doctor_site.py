@@ -1,0 +1,190 @@
+"""Whether a site's own files are as they should be: kit, policy, base models and data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+
+from fedtune.data.records import iter_records
+from fedtune.data.spec import TASK_ROLES
+from fedtune.deploy.doctor_check import Check, PrivateLog, failed, from_error, ok, skipped, warning
+from fedtune.deploy.kits import Kit
+from fedtune.deploy.models import installed_weights, is_made_here, licence_files, model_place, verify_model
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_tables import Dataset
+from fedtune.spec import ConfigError, DataError
+
+SOON_DAYS = 30
+FEW, MANY = 0.5, 2.0
+"""True number of records, as a share of the declared size, below or above which a person should look again."""
+UNVERIFIED = "unverified"
+
+
+def certificate(kit: Kit, now: datetime) -> Check:
+    """Whether the site's certificate belongs to its key and to the authority, and for how long it is in force."""
+    name = "certificate"
+    try:
+        found = kit.check_certificate(now)
+    except ConfigError as error:
+        fix = "Unzip the kit that was made from this folder's join_request.json, or send the lead that request again."
+        return from_error(name, error, fix=fix)
+    said = f"in force until {found.not_after:%Y-%m-%d}, {found.days_left(now)} days from now"
+    if found.days_left(now) < SOON_DAYS:
+        fix = f"Ask the lead for a new kit (`fedtune provision renew-site {kit.site}`), and unzip it here."
+        return warning(name, said, fix=fix)
+    return ok(name, f"belongs to this site's key; {said}")
+
+
+def names(kit: Kit, policy: Policy) -> Check:
+    """Whether kit and policy are one site's."""
+    if kit.site == policy.site:
+        return ok("site's name", f"{policy.site}, in kit and policy")
+    found = f"the kit is for {kit.site}, the policy for {policy.site}"
+    return failed("site's name", found, fix="Use the kit that was made for this policy's site.")
+
+
+def lead(kit: Kit, policy: Policy) -> Check:
+    """Whether the policy lets the federation's lead ask for anything."""
+    name = "lead"
+    if kit.lead in policy.allow.leads:
+        return ok(name, f"the kit's lead {kit.lead[:16]}... is one of the policy's leads")
+    line = ", ".join(f'"{key}"' for key in (*policy.allow.leads, kit.lead))
+    found = f"the policy does not allow the kit's lead {kit.lead[:16]}...: all of its requests are refused"
+    return failed(name, found, fix=f"If you know the key to be the lead's, write under [allow]: leads = [{line}]")
+
+
+def base_models(kit: Kit, policy: Policy) -> Iterator[Check]:
+    """Whether each model that the policy allows lies in the store, unchanged; all weights are read for it."""
+    known = {model.sha256: model for model in kit.models}
+    for sha256 in policy.allow.base_models:
+        name = f"base model {known[sha256].name}" if sha256 in known else f"base model {sha256[:12]}"
+        if sha256 == UNVERIFIED:
+            found = "the policy accepts runs that do not say which model they train"
+            yield warning(name, found, fix='Take "unverified" out of allow.base_models, except for a test federation.')
+        elif sha256 not in known and not model_place(kit.folder, sha256).is_dir():
+            found = "the policy allows it, and no run of this federation may name it"
+            yield warning(name, found, fix="Take it out of allow.base_models, or ask the lead for it.")
+        else:
+            yield _installed(kit, sha256, name=name, licence=known[sha256].licence if sha256 in known else "")
+    for model in kit.models:
+        if model.sha256 not in policy.allow.base_models:
+            found = f"runs may name it, and the policy does not allow it (SHA-256 {model.sha256})"
+            yield ok(f"base model {model.name}", found)
+    if not policy.allow.base_models:
+        found = "the policy allows none: every request is refused"
+        fix = "Put the SHA-256 of the models that you agree to into allow.base_models in site.toml."
+        yield failed("base models", found, fix=fix)
+
+
+def _installed(kit: Kit, sha256: str, *, name: str, licence: str) -> Check:
+    place = model_place(kit.folder, sha256)
+    if not place.is_dir():
+        if is_made_here(sha256):
+            return ok(name, "a tiny made-up model for tests, of which nothing needs to be installed")
+        fix = (
+            "Get its files and run `fedtune site doctor ... --import-model PATH`, with PATH their folder or GGUF file."
+        )
+        return failed(name, f"is not installed (SHA-256 {sha256})", fix=fix)
+    try:
+        verify_model(kit.folder, sha256)
+    except (ConfigError, OSError) as error:
+        why = "its files cannot be read" if isinstance(error, OSError) else error.bound
+        fix = "Import it again with `fedtune site doctor ... --import-model PATH`, and find out what changed it."
+        return failed(name, f"in {place}: {why}", fix=fix)
+    papers = ", ".join(licence_files(kit.folder, sha256)) or "no licence file came with it"
+    if not licence:
+        fix = "Take it out of allow.base_models, or ask the lead to put it into the federation."
+        return warning(name, "installed and unchanged, and no run of this federation may name it", fix=fix)
+    return ok(name, f"installed and unchanged; licence {licence} ({papers})")
+
+
+def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
+    """Size of the largest installed base model's weights; None where none is installed."""
+    sizes = []
+    for sha256 in policy.allow.base_models:
+        try:
+            sizes.append(sum(file.stat().st_size for file in installed_weights(kit.folder, sha256)))
+        except (ConfigError, OSError):
+            continue
+    return max(sizes, default=None)
+
+
+def data_sets(policy: Policy, folder: Path, log: PrivateLog) -> Iterator[Check]:
+    """Whether each data set of the policy can be trained on; every record is read."""
+    for dataset in policy.dataset:
+        yield _data(dataset, folder, tasks=policy.allow.tasks, log=log)
+
+
+def _data(dataset: Dataset, folder: Path, *, tasks: tuple[str, ...], log: PrivateLog) -> Check:
+    name, block = f"data {dataset.id}", f"[[dataset]] {dataset.id} in site.toml"
+    if not dataset.path:
+        return failed(name, "has no file", fix=f"Set `path` in {block}.")
+    path = folder / dataset.path
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "its file is not there, or this account may not look"
+        return failed(name, found, fix=f"Set `path` in {block} to one .jsonl or .csv file, plain or with .gz behind.")
+    lacking = _roles_lacking(dataset.columns, tasks)
+    if lacking is None:
+        asked = " or ".join(f"{', '.join(TASK_ROLES[task])} ({task})" for task in tasks if task in TASK_ROLES)
+        fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
+        return failed(name, "its columns have not the roles of any task that the policy allows", fix=fix)
+    try:
+        count = sum(1 for _ in iter_records(path, dataset.columns))
+    except DataError as error:
+        return _unreadable(error, dataset, name=name, block=block, log=log)
+    if not count:
+        return failed(name, "holds no record", fix=f"Set `path` in {block} to the file with the records.")
+    return _sized(name, count / dataset.declared_size, lacking=lacking, block=block)
+
+
+def _roles_lacking(columns: Mapping[str, str], tasks: tuple[str, ...]) -> str | None:
+    """Tasks that `columns` does not serve, in words, empty for none; None where it serves no task at all."""
+    lacking = [task for task in tasks if not set(TASK_ROLES.get(task, ("",))) <= set(columns)]
+    return None if len(lacking) == len(tasks) else ", ".join(lacking)
+
+
+def _unreadable(error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog) -> Check:
+    """A file that cannot be read, without the error's own words.
+
+    They say in which line it is, which may be the last one and so the number of records, and which columns there are,
+    which in a file without a header are the first record.
+    """
+    where = log.keep(f"{name}: {error}")
+    # The key names the column, where it is about one, by the name that the policy has for it.
+    column = next((f"column {column!r}" for column in dataset.columns.values() if repr(column) in error.key), "")
+    if error.value == "absent":
+        fix = f"Name a column that the file has in `columns` of {block}; a CSV file begins with a header."
+        return failed(name, f"{column} is not in every record{where}", fix=fix)
+    found = f"a record cannot be read{f' at {column}' if column else ''}{where}"
+    fix = "Mend or take out that record: each must be a whole JSON object or CSV row, in UTF-8, without blank values."
+    return failed(name, found, fix=fix)
+
+
+def _sized(name: str, share: float, *, lacking: str, block: str) -> Check:
+    """The true number of records beside the declared size, in words alone."""
+    if share < FEW:
+        fix = f"See whether the file is whole; otherwise declare a smaller size in {block}."
+        return warning(name, "every record can be read; far fewer than the declared size", fix=fix)
+    if share > MANY:
+        fix = f"See whether it is the right file; otherwise declare a larger size in {block}."
+        return warning(name, "every record can be read; far more than the declared size", fix=fix)
+    found = "every record can be read; enough records for the declared size"
+    if lacking:
+        fix = f"Add the roles to `columns` in {block}, or take the task out of allow.tasks."
+        return warning(name, f"{found}; its columns have not the roles of task {lacking}", fix=fix)
+    return ok(name, found)
+
+
+def unforeseen(name: str, error: Exception, log: PrivateLog) -> Check:
+    """A check that itself went wrong; the error's text may hold anything, so it is not shown."""
+    import traceback
+
+    where = log.keep(f"{name}: {''.join(traceback.format_exception(error))}")
+    found = f"could not be looked at ({type(error).__name__}){where}"
+    return failed(name, found, fix="Report this as a bug, without the log's text unless you have read it.", exit_code=1)
+
+
+def not_read(name: str, what: str) -> Check:
+    """A check that needs what could not be read."""
+    return skipped(name, f"{what} could not be read")

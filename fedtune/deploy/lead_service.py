@@ -1,0 +1,116 @@
+"""`fedtune run`: a lead's runs over real sites, from its kit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedtune.config import RunConfig
+from fedtune.deploy.kits import Kit, Member, read_roster
+from fedtune.deploy.site_service import tls_of
+from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.flower.deployment import DeployedListener, KnownSite, LeadConnection, end_deployed, run_deployed
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import ConfigError
+
+RECEIPTS, RUNNING = "receipts.json", "running.json"
+
+
+def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
+    """The named sites of the roster, or all that are not revoked where none is named.
+
+    Raises:
+        ConfigError: there is no such site, or it was revoked, or named twice.
+    """
+    known = {member.site: member for member in read_roster(kit.roster)}
+    current = [name for name, member in known.items() if member.revoked is None]
+    if not names and not current:
+        raise ConfigError("sites", [], "the roster has no site yet: `fedtune provision add-site` adds one")
+    for name in names:
+        if name not in known:
+            raise ConfigError("sites", name, f"must be one of {', '.join(current)}")
+        if known[name].revoked is not None:
+            raise ConfigError("sites", name, f"was revoked at {known[name].revoked}")
+    if len(set(names)) != len(names):
+        raise ConfigError("sites", list(names), "must not repeat a name")
+    return tuple(known[name] for name in names or current)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeadService:
+    """A lead that is ready to run.
+
+    Attributes:
+        kit: the lead's.
+    """
+
+    kit: Kit
+
+    def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> dict[str, object]:
+        """Run `config` over its sites; returns the content of `run.json`.
+
+        Raises:
+            ConfigError: kit, roster or settings are wrong.
+            RunError: the server cannot be reached, or too few sites replied.
+            RefusedError: too many sites refuse.
+        """
+        connection = self._connection(config)
+        with _running(folder):
+            return run_deployed(
+                config,
+                folder,
+                connection=connection,
+                receipts=ReceiptBook(self.kit.folder / RECEIPTS),
+                listener=listener,
+            )
+
+    def end(self, config: RunConfig, *, timeout_s: float) -> list[str]:
+        """Tell the run's sites that it is over for good; returns those that heard it."""
+        return end_deployed(config, connection=self._connection(config), timeout_s=timeout_s)
+
+    def _connection(self, config: RunConfig) -> LeadConnection:
+        self.kit.check_certificate(datetime.now(UTC))
+        return LeadConnection(
+            server=self.kit.server,
+            tls=tls_of(self.kit),
+            key=SigningKey.load(self.kit.lead_key),
+            sites=[
+                KnownSite(name=member.site, node_key=member.node_key, site_key=member.site_key)
+                for member in members(self.kit, config.federation.active)
+            ],
+        )
+
+
+@contextmanager
+def _running(folder: Path) -> Iterator[None]:
+    """Say in the run folder which process runs it, so that `fedtune run stop` finds it."""
+    write_durably(folder / RUNNING, json.dumps({"pid": os.getpid()}).encode())
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    # Also in a background process, for which the shell ignores Ctrl-C's signal.
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        (folder / RUNNING).unlink(missing_ok=True)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def running_process(folder: Path) -> int | None:
+    """The process that runs a folder on this machine, if one does."""
+    try:
+        pid = int(json.loads((folder / RUNNING).read_bytes())["pid"])
+        os.kill(pid, 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return pid

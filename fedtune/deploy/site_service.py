@@ -1,0 +1,192 @@
+"""`fedtune site start`: the one long-lived process of a site.  It polls the server, answers, and keeps its model warm.
+
+It opens no port but a health endpoint on loopback.  What it answers is decided in `fedtune.federation.site`.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedtune.deploy.health import Health, State
+from fedtune.deploy.kits import Kit
+from fedtune.deploy.models import installed_model
+from fedtune.deploy.site_state import SiteState, serving
+from fedtune.federation.protocol import RoundRequest
+from fedtune.flower.fleet import Dropped, Fleet, Unauthorised, Unreachable
+from fedtune.flower.node import Exchange, SiteApp
+from fedtune.flower.tls import Tls
+from fedtune.privacy.release import Reason, Refusal
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.sites.real_site import RealSite, SitePlaces
+from fedtune.spec import ConfigError, RunError
+
+log = logging.getLogger(__name__)
+
+_POLL_S, _MOST_WAIT_S, _UNAUTHORISED_S = 0.3, 15.0, 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteService:
+    """A site that is ready to start.
+
+    Attributes:
+        kit: the site's.
+        site_toml: its policy.
+        health: told how the service is doing.
+    """
+
+    kit: Kit
+    site_toml: Path
+    health: Health
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; a round that has begun is finished first, a second signal abandons it.
+
+        Raises:
+            ConfigError: kit and policy do not fit, or another process serves the ledger.
+            RunError: the ledger cannot be trusted or written, or the site has left.
+        """
+        state = SiteState.of(self.kit.folder)
+        files = self._checked(state)
+        with serving(files.ledger), _until_stopped() as stop:
+            files.open()  # before anything is asked for
+            places = SitePlaces(
+                site_toml=self.site_toml,
+                installed=lambda sha256: installed_model(self.kit.folder, sha256),
+                paused=state.paused,
+                runs=state.runs,
+                adapters=self.kit.folder / "adapters",
+            )
+            app = SiteApp(RealSite(places).site, name=files.policy.site)
+            fleet = Fleet(self.kit.server, tls_of(self.kit))
+            log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
+            try:
+                _Loop(fleet, app, state, self.health, stop).run()
+            finally:
+                self.health.update(state="stopping")
+                fleet.close()
+            log.info("the site is down", extra={"site": files.policy.site})
+
+    def _checked(self, state: SiteState) -> SiteFiles:
+        self.kit.check_certificate(datetime.now(UTC))
+        files = SiteFiles.of(self.site_toml)
+        if files.policy.site != self.kit.site:
+            error = ConfigError("site", files.policy.site, f"must be {self.kit.site}, as in the kit")
+            raise error.in_file(self.site_toml)
+        if state.left.exists():
+            raise RunError(f"this site has left the federation; remove {state.left} to take part again")
+        if self.kit.lead not in files.policy.allow.leads:
+            log.warning("the kit's lead is not among the policy's allow.leads: all its requests will be refused")
+        return files
+
+
+class _Loop:
+    """Take a message, answer it, send the answer, until told to stop; nothing that goes wrong ends it."""
+
+    def __init__(self, fleet: Fleet, app: SiteApp, state: SiteState, health: Health, stop: threading.Event) -> None:
+        self._fleet, self._app, self._state, self._health, self._stop = fleet, app, state, health, stop
+        self._active = False
+        self._wait_s = 1.0
+        self._rounds = 0
+
+    def run(self) -> None:
+        while not self._stop.is_set() and not self._state.left.exists():
+            exchange = self._next()
+            if exchange is not None:
+                self._answer(exchange)
+            elif self._active:
+                self._stop.wait(_POLL_S)
+
+    def _next(self) -> Exchange | None:
+        try:
+            if not self._active:
+                self._fleet.activate()
+                self._active = True
+            message = self._fleet.receive()
+        except (Unreachable, Unauthorised) as error:
+            self._trouble(error)
+            return None
+        except Dropped as error:
+            log.info("a message was gone before it was fetched", extra={"reason": str(error)})
+            return None
+        self._wait_s = 1.0
+        state: State = "paused" if self._state.paused.exists() else "connected"
+        self._health.update(state=state, last_contact=datetime.now(UTC))
+        return None if message is None else Exchange(message)
+
+    def _answer(self, exchange: Exchange) -> None:
+        self._health.update(state="training")
+        began = time.monotonic()
+        self._app.answer(exchange)
+        self._note(exchange, seconds=time.monotonic() - began)
+        self._send(exchange)
+
+    def _send(self, exchange: Exchange) -> None:
+        """Send the answer, again and again while the server is away: it may be the only copy outside the ledger."""
+        while not exchange.is_void(time.time()):
+            try:
+                self._fleet.reply(exchange.reply)
+                return
+            except Dropped as error:
+                log.info("nobody waits for this answer any more", extra={"reason": str(error)})
+                return
+            except (Unreachable, Unauthorised) as error:
+                self._trouble(error)
+            if self._stop.is_set():
+                return  # the ledger has the bytes, and the lead will ask again
+
+    def _trouble(self, error: Unreachable | Unauthorised) -> None:
+        self._health.update(state="disconnected")
+        wait_s = self._wait_s if isinstance(error, Unreachable) else _UNAUTHORISED_S
+        log.warning("no contact: %s; trying again in %.0f s", error, wait_s)
+        self._active = self._active and isinstance(error, Unreachable)
+        self._stop.wait(wait_s)
+        self._wait_s = min(2 * self._wait_s, _MOST_WAIT_S)
+
+    def _note(self, exchange: Exchange, *, seconds: float) -> None:
+        """Say in the log what was answered, and put a run that waits where `fedtune site approve` finds it."""
+        answered = exchange.answered
+        if answered is None:
+            log.info("answered", extra={"what": exchange.kind})
+            return
+        refused = answered.reason if isinstance(answered, Refusal) else None
+        self._rounds += refused is None
+        self._health.update(rounds_answered=self._rounds)
+        what = "update" if refused is None else refused.value
+        about = {"run": answered.run, "round": answered.round, "seconds": round(seconds, 2)}
+        log.info("answered", extra={"what": what, **about})
+        if refused is Reason.AWAITING_APPROVAL:
+            proposal = RoundRequest.of(exchange.request).proposal
+            if self._state.wait_for_approval(proposal):
+                log.warning("a run waits for approval", extra={"run": proposal.run})
+
+
+def tls_of(kit: Kit) -> Tls:
+    """The kit's certificates and key."""
+    return Tls(ca=kit.ca, certificate=kit.certificate, key=kit.key)
+
+
+@contextmanager
+def _until_stopped() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; the second of them ends the process at once."""
+    stop = threading.Event()
+
+    def first(number: int, frame: object) -> None:
+        stop.set()
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.signal(each, first) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

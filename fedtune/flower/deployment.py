@@ -1,0 +1,145 @@
+"""A run over real sites: the lead's side of it, through the federation's server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedtune.config import RunConfig
+from fedtune.federation.lead import LeadState
+from fedtune.federation.protocol import EndOfRun
+from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.flower import records
+from fedtune.flower.federation_run import FederationRun, KnownSites, Listener
+from fedtune.flower.remote_grid import RemoteGrid
+from fedtune.flower.tls import Tls
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.release import Refusal
+from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_settings import for_sites
+from fedtune.spec import ConfigError
+
+_ASK_AGAIN_S = 5.0
+"""How soon to ask a site again that waits for a person there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownSite:
+    """A site in the lead's roster.
+
+    Attributes:
+        node_key: PEM of its connection key's public half.
+        site_key: public key under which it signs receipts.
+    """
+
+    name: str
+    node_key: bytes
+    site_key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeadConnection:
+    """How a lead reaches its sites.
+
+    Attributes:
+        server: host:port.
+        key: signs requests and calls.
+        sites: those that take part, in the order of the run's `federation.site_names`.
+    """
+
+    server: str
+    tls: Tls
+    key: SigningKey
+    sites: Sequence[KnownSite]
+
+
+class DeployedListener(Listener, Protocol):
+    """Also hears each site."""
+
+    def site_answered(self, site: str, what: str, num_bytes: int) -> None:
+        """A site's answer came in: "update", or why there is none."""
+
+
+def run_deployed(
+    config: RunConfig, folder: Path, *, connection: LeadConnection, receipts: ReceiptBook, listener: DeployedListener
+) -> dict[str, object]:
+    """Run `config` at real sites to its end, or from its newest checkpoint on, and write the run folder.
+
+    Returns:
+        The content of `run.json`.
+
+    Raises:
+        ConfigError: data, model or checkpoint don't fit the configuration; raised before any site is asked.
+        RunError: the server cannot be reached, or too few sites replied.
+        RefusedError: too many sites' policies or budgets refuse the run.
+    """
+    sent = for_sites(config)
+    names = {number: site.name for number, site in enumerate(connection.sites, 1)}
+    grid = _grid(connection, _Ears(names, listener))
+    return FederationRun(
+        config=config,
+        folder=folder,
+        shared=SharedModel(config),
+        proposal=sent.proposal(lead=connection.key.public, plan=sent.plan()),
+        key=connection.key,
+        receipts=receipts,
+        engine=lambda run: _over(grid, run),
+        ready=lambda: None,
+        sites=KnownSites(
+            settings=json.dumps(sent.to_json()),
+            keys={site.name: site.site_key for site in connection.sites},
+            nodes=names,
+        ),
+    ).to_its_end(listener)
+
+
+def end_deployed(config: RunConfig, *, connection: LeadConnection, timeout_s: float) -> list[str]:
+    """Tell the sites that a run is over, without a final adapter; returns those that heard it."""
+    run = for_sites(config).run_id()
+    notice = EndOfRun(run=run, lead=connection.key.public).signed(connection.key)
+    names = {number: site.name for number, site in enumerate(connection.sites, 1)}
+    with _grid(connection, _Ears(names, None)) as grid:
+        messages = [Message(records.from_signed(notice), number, f"query.{records.END}") for number in names]
+        return [names[answer.metadata.src_node_id] for answer in grid.send_and_receive(messages, timeout=timeout_s)]
+
+
+class _Ears:
+    """Reads each answer as it comes: tells the listener, and says when to ask a waiting site again."""
+
+    def __init__(self, names: dict[int, str], listener: DeployedListener | None) -> None:
+        self._names, self._listener = names, listener
+        self._said: dict[str, str] = {}
+
+    def __call__(self, number: int, answer: Message) -> float | None:
+        try:
+            body = records.to_reply(answer.content).body
+        except ConfigError:
+            return None  # the end of a run, or nonsense, which the round counts as none
+        site, refused = self._names[number], body.reason if isinstance(body, Refusal) else None
+        what = "update" if refused is None else refused.value
+        waiting = refused is not None and refused.is_waiting
+        if self._listener is not None and not (waiting and self._said.get(site) == what):
+            self._listener.site_answered(site, what, records.num_bytes(answer.content))
+        self._said[site] = what
+        return _ASK_AGAIN_S if waiting else None
+
+
+def _grid(connection: LeadConnection, ears: _Ears) -> RemoteGrid:
+    return RemoteGrid(
+        connection.server,
+        connection.tls,
+        sites={site.name: site.node_key for site in connection.sites},
+        key=connection.key,
+        ask_again=ears,
+    )
+
+
+def _over(grid: RemoteGrid, run: Callable[[Grid], LeadState]) -> LeadState:
+    with grid:
+        return run(grid)

@@ -1,0 +1,189 @@
+"""A run from the lead's side, whatever its sites run on: first state, rounds over a grid, result."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from flwr.serverapp import Grid
+
+from fedtune.config import RunConfig
+from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.lead import LeadState
+from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.federation.results import FinalResult, run_json
+from fedtune.flower.server import Lead, run_rounds
+from fedtune.flower.strategy import make_strategy, restore_strategy
+from fedtune.model import save_task_model
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.proposal import Proposal
+from fedtune.sites.shared_model import SharedModel
+
+
+class Listener(Protocol):
+    """Follows a run, to show it."""
+
+    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+        """Data and model are ready; training is about to begin."""
+
+    def site_replied(self, number: int) -> None:
+        """The `number`-th reply of the current round came in."""
+
+    def round_finished(self, state: LeadState) -> None:
+        """A round was aggregated, scored and checkpointed."""
+
+
+Engine = Callable[[Callable[[Grid], LeadState]], LeadState]
+"""Gives a grid to what is to run on it, and returns its result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationRun:
+    """What a runtime brings to a run; the rest is the same for all of them.
+
+    Attributes:
+        folder: the run folder.
+        shared: the lead's model and data.
+        key: the lead's.
+        receipts: of the sites, kept over runs.
+        engine: runs the rounds.
+        ready: reads and checks what only this runtime has, before anything is charged.
+        sites: of a real deployment, what the lead knows of them beforehand.
+    """
+
+    config: RunConfig
+    folder: Path
+    shared: SharedModel
+    proposal: Proposal
+    key: SigningKey
+    receipts: ReceiptBook
+    engine: Engine
+    ready: Callable[[], None]
+    sites: KnownSites | None = None
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints", self.config.digest())
+
+    def to_its_end(self, listener: Listener) -> dict[str, object]:
+        """Run from the start, or from the newest checkpoint on, and write the run folder.
+
+        Returns:
+            The content of `run.json`.
+
+        Raises:
+            ConfigError: data, model or checkpoint don't fit the configuration; raised before any training.
+            RunError: too few sites replied.
+        """
+        began = time.monotonic()
+        state = self._first_state()
+        began -= state.seconds
+
+        def elapsed() -> float:
+            return time.monotonic() - began
+
+        lead = self._lead(state, listener, elapsed)
+        listener.prepared(self.shared, self.proposal, state)
+        try:
+            state = self.engine(lambda grid: run_rounds(grid, lead, state))
+        except BaseException:
+            # What was charged is on record also for a run that ends early.
+            self._write_result(self._checkpoints.load(), metrics={}, seconds=elapsed())
+            raise
+        self.receipts.keep(state.receipts)
+        metrics = self.shared.score(state.adapter, self.shared.test, generate=True)
+        state.adapter.load_into(self.shared.model)
+        save_task_model(self.shared.model, self.folder / "adapter")
+        return self._write_result(state, metrics=metrics, seconds=elapsed())
+
+    def _lead(self, state: LeadState, listener: Listener, elapsed: Callable[[], float]) -> Lead:
+        strategy = make_strategy(self.config.federation)
+        restore_strategy(strategy, state.strategy)
+        known = self.sites or KnownSites()
+
+        def finished(state: LeadState) -> None:
+            self.receipts.keep(state.receipts)
+            listener.round_finished(state)
+
+        return Lead(
+            proposal=self.proposal,
+            key=self.key,
+            federation=self.config.federation,
+            declared_sizes=self.config.declared_sizes(),
+            strategy=strategy,
+            checkpoints=self._checkpoints,
+            evaluate=lambda adapter: self.shared.score(adapter, self.shared.validation),
+            finished=finished,
+            elapsed=elapsed,
+            earlier_receipts=self.receipts.read(),
+            settings=known.settings,
+            site_keys=known.keys,
+            nodes=known.nodes,
+            gives_adapter=self.sites is not None,
+        )
+
+    def _first_state(self) -> LeadState:
+        """Where the run starts: its newest checkpoint, or the initial adapter with its scores on the test file.
+
+        The model is tried, and every file read and tokenised, here: what cannot work ends before anything is charged.
+        """
+        if self.config.resume is not None:
+            state = self._checkpoints.load()
+        self.shared.check()
+        _ = self.shared.validation, self.shared.test
+        self.ready()
+        if self.config.resume is not None:
+            return state
+        adapter = self.shared.initial_adapter
+        before = self.shared.score(adapter, self.shared.test, generate=True)
+        state = LeadState(round=0, adapter=adapter, metrics_before=before)
+        self._checkpoints.save(state)
+        return state
+
+    def _write_result(self, state: LeadState, *, metrics: Mapping[str, float], seconds: float) -> dict[str, object]:
+        """Write `run.json`, and return its content."""
+        final = FinalResult(
+            metrics=metrics,
+            metrics_before=state.metrics_before,
+            seconds=seconds,
+            peak_memory_bytes=_peak_memory_bytes(),
+        )
+        result = run_json(
+            state,
+            final,
+            self.proposal.plan,
+            sites=self.config.federation.active,
+            task=self.config.task,
+            config_sha256=self.config.digest(),
+            seeded_noise=self.config.runtime.seeded_noise,
+        )
+        write_durably(self.folder / "run.json", json.dumps(result, indent=2).encode() + b"\n")
+        return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownSites:
+    """What a lead knows of real sites.
+
+    Attributes:
+        settings: JSON of the configuration that they are sent.
+        keys: site -> the public key under which it signs.
+        nodes: the grid's number -> site.
+    """
+
+    settings: str = ""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    nodes: Mapping[int, str] = field(default_factory=dict)
+
+
+def _peak_memory_bytes() -> int:
+    """Peak resident memory of this process (of each Ray actor not: they are not its children)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

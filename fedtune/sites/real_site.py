@@ -1,0 +1,158 @@
+"""A real site: its own files, records and models, and the runs that leads send it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.config import RunConfig
+from fedtune.data.load import own_records
+from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.site import Prepared, Site, Trained
+from fedtune.model import Adapter, save_task_model
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_settings import at_site, read_settings
+from fedtune.sites.work import SiteWork
+from fedtune.spec import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePlaces:
+    """Where a site's things lie.
+
+    Attributes:
+        site_toml: its policy.
+        installed: the folder of an installed base model, by hash; raises ConfigError for none.
+        paused: file that is there while the site takes part in nothing.
+        runs: folder for the settings that leads sent.
+        adapters: folder for final adapters.
+    """
+
+    site_toml: Path
+    installed: Callable[[str], Path]
+    paused: Path
+    runs: Path
+    adapters: Path
+
+
+class RealSite:
+    """Opens the site for each request, as its files stand then, and keeps model and records of the newest run."""
+
+    def __init__(self, places: SitePlaces) -> None:
+        self._places = places
+        self._warm: tuple[str, SiteWork] | None = None
+        self._shared: SharedModel | None = None
+
+    def site(self, settings: str) -> Site:
+        """The site, for a run with these settings (JSON as a lead sent it, unchecked).
+
+        Raises:
+            ConfigError: the policy cannot be read.
+            RunError: the ledger cannot be trusted or written.
+        """
+        files = SiteFiles.of(self._places.site_toml)
+        ledger = files.open()
+        return Site(
+            name=files.policy.site,
+            ledger=ledger,
+            prepare=lambda request: self._prepare(request, settings, files, ledger),
+            paused=self._places.paused.exists,
+            keep=lambda run, adapter: self._keep(run, adapter, files.policy),
+        )
+
+    def _prepare(self, request: RoundRequest, settings: str, files: SiteFiles, ledger: Ledger) -> Prepared:
+        sent = read_settings(settings)
+        if sent.run_id() != request.run:
+            # The run's name holds a digest of its settings, so that the lead's signature covers them.
+            raise Refused(Reason.WRONG_RUN, asked=request.run, allowed=sent.run_id())
+        sizes = sent.declared_sizes()
+        if files.policy.site not in sizes:
+            raise Refused(Reason.WRONG_SITE, asked=", ".join(sizes), allowed=files.policy.site)
+        work = self._work(request.run, sent, files)
+        write_durably(self._places.runs / f"{request.run}.json", settings.encode())
+
+        def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+            return work.do(request, adapter, attempt, fingerprint_key=ledger.fingerprint_key())
+
+        return Prepared(
+            # Its plan is what the settings come to here, so that one that does not follow from them is noticed.
+            proposal=sent.proposal(lead=request.proposal.lead, plan=sent.plan()),
+            template=work.shared.initial_adapter,
+            declared_size=sizes[files.policy.site],
+            train=train,
+        )
+
+    def _work(self, run: str, sent: RunConfig, files: SiteFiles) -> SiteWork:
+        """The run's model and records; kept until another run comes, or the policy's files or machine change."""
+        folder = self._places.site_toml.parent
+        config = at_site(sent, files.policy, folder=folder, installed=self._places.installed)
+        key = json.dumps([run, config.to_json()], sort_keys=True)
+        if self._warm is None or self._warm[0] != key:
+            self._warm = None  # first, so that two runs' records never fill the memory together
+            self._warm = key, self._loaded(config, files)
+        return self._warm[1]
+
+    def _loaded(self, config: RunConfig, files: SiteFiles) -> SiteWork:
+        began = time.monotonic()
+        shared = self._shared_model(config)
+        model_s = time.monotonic() - began
+        # A key of the site's own decides what is held out, so that nobody outside knows of a record which it is.
+        key = SigningKey.load(files.site_key).secret("held-out split")
+        records = own_records(config.data, task=config.task, key=key)
+        size = files.policy.declared_size(config.data.dataset)
+        work = SiteWork(
+            files.policy.site,
+            shared,
+            records,
+            declared_size=size,
+            keeps_frozen_states=shared.keeps_frozen_states(size),
+        )
+        _ = work.examples  # tokenised now, so that a record that cannot be read is found before the round is charged
+        log.info("ready for a run", extra={"run": config.run_id(), "model_s": round(model_s, 3)})
+        return work
+
+    def _shared_model(self, config: RunConfig) -> SharedModel:
+        """The model, kept while runs want the same one on the same machine."""
+        if self._shared is None or not _same_model(self._shared.config, config):
+            self._shared = None
+            log.info("loading the base model", extra={"sha256": config.model.sha256})
+            self._shared = SharedModel(config)
+            self._shared.check()
+        else:
+            self._shared = self._shared.for_run(config)
+        return self._shared
+
+    def _keep(self, run: str, adapter: Adapter, policy: Policy) -> None:
+        """Write the final adapter as a folder that `fedtune evaluate` takes."""
+        sent = read_settings((self._places.runs / f"{run}.json").read_text(encoding="utf-8"))
+        config = at_site(sent, policy, folder=self._places.site_toml.parent, installed=self._places.installed)
+        shared = self._shared_model(config)
+        if not adapter.same_shapes(shared.initial_adapter):
+            raise ConfigError("final adapter", run, "must have the names and shapes that the run trained")
+        adapter.load_into(shared.model)
+        folder = self._places.adapters / run
+        save_task_model(shared.model, folder / "adapter")
+        # JSON is YAML, too.
+        write_durably(folder / "config.yaml", json.dumps(config.to_json(), indent=1).encode() + b"\n")
+        log.info("the final adapter is kept", extra={"run": run})
+
+
+def _same_model(one: RunConfig, other: RunConfig) -> bool:
+    """Whether two runs train the same model, with the same machine settings and room for their examples."""
+
+    def decisive(config: RunConfig) -> tuple[object, ...]:
+        return config.task_model(), config.runtime, config.data.max_length, config.privacy.private
+
+    return decisive(one) == decisive(other)

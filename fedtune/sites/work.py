@@ -1,0 +1,108 @@
+"""A site's work in a round: what it does with its records, on the model that its process has loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from functools import cached_property
+
+from fedtune.data import TextDataset
+from fedtune.data.load import SiteRecords
+from fedtune.data.records import record_key
+from fedtune.evaluation.units import unit_scores
+from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.site import Trained
+from fedtune.model import Adapter
+from fedtune.privacy.mechanism import noised_scores
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
+from fedtune.sites.shared_model import SharedModel
+from fedtune.training.examples import SiteExamples
+from fedtune.training.local import RoundOfTraining, train_round
+
+
+@dataclass(frozen=True)
+class SiteWork:
+    """One site's records and the model to train on them.
+
+    Attributes:
+        site: its name.
+        shared: the model, which other sites of the process use in turn.
+        records: the site's own.
+        declared_size: the size that it publishes.
+        keeps_frozen_states: keep what the frozen layers make of each record.
+    """
+
+    site: str
+    shared: SharedModel
+    records: SiteRecords
+    declared_size: int
+    keeps_frozen_states: bool
+
+    @cached_property
+    def examples(self) -> SiteExamples:
+        """The tokenised training records."""
+        return SiteExamples(
+            self.shared.tokenised(self.records.training),
+            pad_id=self.shared.tokenizer.pad_token_id,
+            max_tokens=self.shared.config.runtime.micro_batch_tokens,
+            device=self.shared.device,
+        )
+
+    @cached_property
+    def _heldout(self) -> TextDataset:
+        return self.shared.tokenised(self.records.heldout)
+
+    def do(self, request: RoundRequest, adapter: Adapter, attempt: int, *, fingerprint_key: bytes) -> Trained:
+        """Score the adapter that was sent, where the plan says so, and train it.
+
+        Guarantee: what is released of the result is the round's `DpEvent`; its fingerprint is for the ledger alone.
+        """
+        plan, randomness = request.proposal.plan, randomness_of(request.proposal.seeded_noise, self.shared.config.seed)
+        scores = self._scores(plan, request, adapter, attempt, randomness) if plan.releases_metrics else None
+        trained = self._train(plan, request, adapter, attempt, randomness)
+        return Trained(adapter=trained, scores=scores, fingerprint=self._fingerprint(fingerprint_key))
+
+    def _train(
+        self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
+    ) -> Adapter:
+        if self.keeps_frozen_states:
+            self.examples.keep_frozen_states(self.shared.model)
+        work = RoundOfTraining(
+            site=self.site,
+            round=request.round,
+            attempt=attempt,
+            plan=plan,
+            training=self.shared.config.training,
+            declared_size=self.declared_size,
+        )
+        return train_round(self.shared.model, adapter, self.examples, work, randomness=randomness)
+
+    def _scores(
+        self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
+    ) -> tuple[float, float]:
+        """How the adapter does on the held-out records, noised as the plan says."""
+        config = self.shared.config
+        adapter.load_into(self.shared.model)
+        exact = unit_scores(
+            self.shared.model, self._heldout, task=config.task, pad_id=self.shared.tokenizer.pad_token_id
+        )
+        return noised_scores(
+            exact,
+            declared_size=self.declared_size * config.data.heldout_fraction,
+            noise_multiplier=plan.metrics_noise_multiplier,
+            stream=randomness.stream(self.site, request.round, attempt, "scores"),
+        )
+
+    def _fingerprint(self, key: bytes) -> str:
+        """HMAC, in hex, of the records that the site trained on, under a key of the site's own."""
+        digest = hmac.new(key, digestmod="sha256")
+        for record in self.records.training:
+            digest.update(hashlib.sha256(record_key(record)).digest())
+        return digest.hexdigest()
+
+
+def randomness_of(seeded: bool, seed: int) -> Randomness:
+    """Noise and samples from the operating system; in a marked study, from `seed`."""
+    return SeededRandomness(seed) if seeded else SystemRandomness()

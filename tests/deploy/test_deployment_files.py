@@ -1,0 +1,448 @@
+"""The files in deployment/: read by the tools that they are for, where these are here, and tried where it is possible."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DEPLOYMENT = ROOT / "deployment"
+UNITS = sorted((DEPLOYMENT / "systemd").glob("*.service"))
+COMPOSE = sorted((DEPLOYMENT / "docker").glob("compose*.yaml"))
+MANIFESTS = [DEPLOYMENT / "kubernetes" / name for name in ("server/server.yaml", "site/site.yaml")]
+POLICIES = sorted((DEPLOYMENT / "kubernetes").glob("*/network_policy.yaml"))
+OVERLAYS = sorted(path.parent for path in (DEPLOYMENT / "kubernetes").glob("*/kustomization.yaml"))
+SBATCH = DEPLOYMENT / "slurm/fedtune_site.sbatch"
+EXECUTABLE = "/opt/fedtune/bin/fedtune"
+
+
+def tool(name: str) -> str:
+    """Where a tool is, or a skipped test."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.skip(f"{name} is not installed on this machine")
+    return found
+
+
+def run(*command: object, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=120, check=False, **more
+    )
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(DEPLOYMENT))
+
+
+def test_every_kind_of_file_is_there() -> None:
+    assert len(UNITS) == 2
+    assert len(COMPOSE) == 2
+    assert len(POLICIES) == 2
+    assert len(OVERLAYS) == 3
+
+
+# systemd
+
+
+def unit(path: Path) -> configparser.SectionProxy:
+    """The [Service] section; of keys that are given twice the last counts, which is enough here."""
+    parsed = configparser.RawConfigParser(strict=False, interpolation=None, delimiters=("=",))
+    parsed.optionxform = str  # type: ignore[method-assign,assignment]
+    parsed.read_string(path.read_text())
+    return parsed["Service"]
+
+
+def verify(text: str, file: Path) -> str:
+    """What `systemd-analyze verify` has to say; it ends with 0 also when it ignored a line."""
+    file.write_text(text.replace(EXECUTABLE, shutil.which("true") or "/bin/true"))
+    done = run(tool("systemd-analyze"), "verify", "--man=no", "--recursive-errors=no", file)
+    return done.stdout + done.stderr + ("" if done.returncode == 0 else f"exit code {done.returncode}")
+
+
+@pytest.mark.parametrize("path", UNITS, ids=name_of)
+def test_systemd_takes_the_unit(path: Path, tmp_path: Path) -> None:
+    text = path.read_text()
+    assert verify(text, tmp_path / path.name) == ""
+    assert "RestartSecs" in verify(text.replace("RestartSec=", "RestartSecs="), tmp_path / path.name)
+
+
+@pytest.mark.parametrize("path", UNITS, ids=name_of)
+def test_systemd_finds_the_unit_hardened(path: Path, tmp_path: Path) -> None:
+    threshold = "25"  # in tenths; a service without any setting has 96
+    shutil.copy(path, tmp_path)
+    command = (tool("systemd-analyze"), "security", "--offline=true", f"--threshold={threshold}", "--no-pager")
+    done = run(*command, tmp_path / path.name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    weak = tmp_path / "weak.service"
+    weak.write_text("[Service]\nExecStart=/bin/true\n")
+    assert run(*command, weak).returncode != 0
+
+
+@pytest.mark.parametrize("path", UNITS, ids=name_of)
+def test_a_unit_starts_again_but_not_after_a_wrong_setting(path: Path) -> None:
+    service = unit(path)
+    assert service["Restart"] == "on-failure"
+    assert service["RestartPreventExitStatus"] == "2 3"
+    assert service["KillSignal"] == "SIGTERM"
+    assert service["TimeoutStopSec"]
+    assert "StartLimitBurst=" in path.read_text()
+    assert service["User"] not in ("", "root")
+    for key, value in {"NoNewPrivileges": "yes", "ProtectSystem": "strict", "PrivateTmp": "yes"}.items():
+        assert service[key] == value
+
+
+def test_the_site_s_unit_lets_the_gpu_through() -> None:
+    service = unit(DEPLOYMENT / "systemd/fedtune-site.service")
+    assert service["PrivateDevices"] == "no"
+    assert "DevicePolicy" not in service
+    assert "MemoryDenyWriteExecute" not in service
+    assert "ProcSubset" not in service
+
+
+# Docker
+
+
+def test_hadolint_takes_the_dockerfile(tmp_path: Path) -> None:
+    hadolint, dockerfile = tool("hadolint"), DEPLOYMENT / "docker/Dockerfile"
+    done = run(hadolint, dockerfile)
+    assert done.returncode == 0, done.stdout
+    broken = tmp_path / "Dockerfile"
+    broken.write_text(dockerfile.read_text().replace("ENTRYPOINT [", "ENTRYPOINTS ["))
+    assert run(hadolint, broken).returncode != 0
+
+
+def test_the_image_runs_without_privileges_and_asks_for_its_health() -> None:
+    text = (DEPLOYMENT / "docker/Dockerfile").read_text()
+    final = text[text.rindex("\nFROM ") :]
+    users = re.findall(r"^USER (.+)$", final, re.M)
+    assert users == ["${FEDTUNE_UID}:${FEDTUNE_UID}"]
+    assert re.search(r"^ARG FEDTUNE_UID=[1-9]\d{3,}$", final, re.M)
+    assert "HEALTHCHECK" in final
+    assert "fedtune.deploy.health" in final
+    assert "--constraint constraints.txt" in text
+    # torch in exactly the version that the tests ran with, from constraints.txt, as the Makefile reads it
+    assert "s/^torch==//p" in text
+
+
+def test_the_build_sees_only_what_the_image_is_made_of() -> None:
+    lines = (DEPLOYMENT / "docker/Dockerfile.dockerignore").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    assert patterns[0] == "*"
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (DEPLOYMENT / "docker/Dockerfile").read_text(), re.M)
+    sources = {source for line in copied for source in line.split()}
+    assert sources
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert f"!{source}" in patterns, source
+    last_let_in = max(number for number, pattern in enumerate(patterns) if pattern.startswith("!"))
+    for secret in ("**/*.pem", "**/*.db"):
+        assert patterns.index(secret) > last_let_in
+
+
+@pytest.mark.parametrize("path", COMPOSE, ids=name_of)
+def test_the_compose_file_fits_the_specification(path: Path, tmp_path: Path) -> None:
+    command = (tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec")
+    done = run(*command, path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    broken = tmp_path / path.name
+    broken.write_text(path.read_text().replace("  site:", "  site:\n    red_only: true", 1))
+    assert run(*command, broken).returncode != 0
+
+
+def test_the_services_of_compose_are_closed() -> None:
+    services = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]
+    assert set(services) == {"server", "site"}
+    for name, service in services.items():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert "no-new-privileges:true" in service["security_opt"]
+        assert not service["user"].startswith(("0", "root"))
+        assert service["profiles"] == [name]
+        assert all(volume["bind"] == {"create_host_path": False} for volume in service["volumes"])
+    assert "ports" not in services["site"]
+    assert "expose" not in services["site"]
+    assert services["server"]["ports"] == ["9092:9092"]
+    (records,) = (volume for volume in services["site"]["volumes"] if volume["target"] == "/records")
+    assert records["read_only"] is True
+
+
+# Kubernetes
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def only(path: Path, kind: str) -> dict[str, Any]:
+    (found,) = (document for document in documents(path) if document["kind"] == kind)
+    return found
+
+
+@pytest.mark.parametrize("path", [*MANIFESTS, *POLICIES], ids=name_of)
+def test_the_manifest_fits_kubernetes_own_schema(path: Path, tmp_path: Path) -> None:
+    command = (tool("kubernetes-validate"), "--strict", "--kubernetes-version", "1.32")
+    done = run(*command, path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(path.read_text().replace("spec:\n", "spec:\n  replcas: 1\n", 1))
+    assert run(*command, broken).returncode != 0
+
+
+@pytest.mark.parametrize("folder", OVERLAYS, ids=name_of)
+def test_kubectl_puts_the_manifests_together(folder: Path, tmp_path: Path) -> None:
+    done = run(tool("kubectl"), "kustomize", folder)
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "made.yaml"
+    made.write_text(done.stdout)
+    stateful = only(made, "StatefulSet")
+    containers = [*stateful["spec"]["template"]["spec"]["initContainers"], *pods(stateful)["containers"]]
+    assert {container["image"] for container in containers} == {"registry.example.org/fedtune:0.1.0"}
+    gpus = [container.get("resources", {}).get("limits", {}).get("nvidia.com/gpu") for container in containers]
+    assert gpus == [None, "1" if folder.name == "site-gpu" else None]
+    checked = run(tool("kubernetes-validate"), "--strict", "--kubernetes-version", "1.32", made)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def pods(stateful: dict[str, Any]) -> dict[str, Any]:
+    pod: dict[str, Any] = stateful["spec"]["template"]["spec"]
+    return pod
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=name_of)
+def test_pods_keep_to_the_restricted_standard(path: Path) -> None:
+    stateful = only(path, "StatefulSet")
+    pod = pods(stateful)
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    for container in [*pod["initContainers"], *pod["containers"]]:
+        context = container["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert container["resources"]["limits"]["memory"]
+    for volume in pod["volumes"]:
+        assert set(volume) - {"name"} <= {"secret", "emptyDir", "persistentVolumeClaim"}
+        assert volume.get("secret", {}).get("defaultMode", 0o440) == 0o440
+    (container,) = pod["containers"]
+    assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys()
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=name_of)
+def test_a_ledger_and_a_database_have_one_pod(path: Path) -> None:
+    spec = only(path, "StatefulSet")["spec"]
+    assert spec["replicas"] == 1
+    for claim in spec["volumeClaimTemplates"]:
+        assert claim["spec"]["accessModes"] == ["ReadWriteOncePod"]
+    assert set(spec["persistentVolumeClaimRetentionPolicy"].values()) == {"Retain"}
+    assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+
+
+def test_nothing_reaches_a_site_s_pod() -> None:
+    policy = only(DEPLOYMENT / "kubernetes/site/network_policy.yaml", "NetworkPolicy")["spec"]
+    site = DEPLOYMENT / "kubernetes/site/site.yaml"
+    assert policy["ingress"] == []
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    assert {port["port"] for rule in policy["egress"] for port in rule["ports"]} == {53, 9092}
+    stateful, service = only(site, "StatefulSet"), only(site, "Service")["spec"]
+    assert policy["podSelector"]["matchLabels"].items() <= stateful["spec"]["template"]["metadata"]["labels"].items()
+    assert service["clusterIP"] == "None"
+    assert "ports" not in service
+    (container,) = pods(stateful)["containers"]
+    assert "ports" not in container
+    # A round's length tells of the number of records, and so the endpoint stays inside the pod.
+    assert not [argument for argument in container["args"] if "anywhere" in argument]
+
+
+def start_script(manifest: str, **folders: Path) -> str:
+    """The script of the first container, with folders of this test for those of the pod."""
+    (container,) = pods(only(DEPLOYMENT / "kubernetes" / manifest, "StatefulSet"))["initContainers"]
+    assert container["command"][:2] == ["sh", "-euc"]
+    script: str = container["command"][2]
+    for name, folder in folders.items():
+        script = re.sub(rf"(?<![\w/])/{name}(?=/)", str(folder), script)
+    return script
+
+
+def fill(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text(f"{folder.name} {name}")
+        (folder / name).chmod(0o440)
+
+
+def test_the_site_s_first_container_makes_keys_private_and_keeps_the_ledger_s(tmp_path: Path) -> None:
+    secret, site = tmp_path / "secret", tmp_path / "pvc"
+    fill(secret / "site", "site.toml", "site_key.pem")
+    fill(secret / "kit", "kit.toml", "ca.pem", "site.pem", "connection_key.pem")
+    site.mkdir()
+    script = start_script("site/site.yaml", secret=secret, site=site)
+    for _ in range(2):
+        done = run("sh", "-euc", script)
+        assert done.returncode == 0, done.stderr
+        for name in (
+            "site.toml",
+            "site_key.pem",
+            "kit/connection_key.pem",
+            "kit/kit.toml",
+            "kit/ca.pem",
+            "kit/site.pem",
+        ):
+            assert (site / name).stat().st_mode & 0o777 == 0o600, name
+        (site / "site_key.pem").chmod(0o660)  # what a volume's fsGroup does to a restored one
+    new_certificate = secret / "kit/site.pem"
+    new_certificate.chmod(0o640)
+    new_certificate.write_text("renewed")
+    assert run("sh", "-euc", script).returncode == 0
+    assert (site / "kit/site.pem").read_text() == "renewed"
+    (secret / "site/site_key.pem").chmod(0o640)
+    (secret / "site/site_key.pem").write_text("another key")
+    refused = run("sh", "-euc", script)
+    assert refused.returncode == 2
+    assert "not the key" in refused.stderr
+    assert (site / "site_key.pem").read_text() == "site site_key.pem"
+
+
+def test_the_server_s_first_container_leaves_the_roster_a_link(tmp_path: Path) -> None:
+    secret, kit = tmp_path / "secret", tmp_path / "kit"
+    fill(secret, "kit.toml", "ca.pem", "server.pem", "server_key.pem", "roster.json")
+    kit.mkdir()
+    script = start_script("server/server.yaml", secret=secret, kit=kit)
+    for _ in range(2):
+        done = run("sh", "-euc", script)
+        assert done.returncode == 0, done.stderr
+    assert (kit / "server_key.pem").stat().st_mode & 0o777 == 0o600
+    (secret / "roster.json").chmod(0o640)
+    (secret / "roster.json").write_text("a new site")
+    assert (kit / "roster.json").read_text() == "a new site"
+
+
+# SLURM
+
+
+def test_bash_and_shellcheck_take_the_batch_script(tmp_path: Path) -> None:
+    assert run("bash", "-n", SBATCH).returncode == 0
+    done = run(tool("shellcheck"), SBATCH)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_batch_script_asks_slurm_for_a_signal_in_time() -> None:
+    options = re.findall(r"^#SBATCH (\S+)$", SBATCH.read_text(), re.M)
+    assert "--signal=B:TERM@120" in options
+    assert "--requeue" in options
+    assert "--dependency=singleton" in options
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Any:
+    """The batch script with a `fedtune` that notes what it is told, and a `scontrol` that notes that it was called."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "site").mkdir()
+    fedtune, scontrol = tmp_path / "bin/fedtune", tmp_path / "bin/scontrol"
+    fedtune.write_text(
+        "#!/bin/bash\n"
+        'echo "$PWD $*" > ../asked\n'
+        '[[ -z ${CODE:-} ]] || exit "$CODE"\n'
+        "trap 'echo TERM >> ../told; sleep 0.5; exit 0' TERM\n"
+        "echo > ../runs\n"
+        "while :; do sleep 0.05; done\n"
+    )
+    scontrol.write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/requeued\n')
+    for path in (fedtune, scontrol):
+        path.chmod(0o755)
+
+    def start(*, left_s: int, code: str = "") -> subprocess.Popen[bytes]:
+        environment = {
+            "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+            "HOME": str(tmp_path),
+            "FEDTUNE": str(fedtune),
+            "FEDTUNE_SITE": str(tmp_path / "site"),
+            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_END_TIME": str(int(time.time()) + left_s),
+            "CODE": code,
+        }
+        return subprocess.Popen(["bash", str(SBATCH)], env=environment)
+
+    return start
+
+
+def wait_for(path: Path) -> None:
+    ends = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < ends, f"{path.name} did not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("left_s", "again"), [(110, True), (7200, False)])
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_job_near_its_limit_ends_gracefully_and_queues_again(
+    left_s: int, again: bool, signals: int, batch: Any, tmp_path: Path
+) -> None:
+    job = batch(left_s=left_s)
+    wait_for(tmp_path / "runs")
+    for _ in range(signals):
+        job.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert job.wait(timeout=30) == 0
+    assert (tmp_path / "told").read_text() == "TERM\n"
+    assert (tmp_path / "requeued").exists() == again
+    if again:
+        assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+    assert (tmp_path / "asked").read_text() == f"{tmp_path}/site site start --kit kit --site site.toml\n"
+
+
+@pytest.mark.parametrize("code", ["2", "3", "1", "0"])
+def test_a_job_that_ends_by_itself_is_not_queued_again(code: str, batch: Any, tmp_path: Path) -> None:
+    assert batch(left_s=60, code=code).wait(timeout=30) == int(code)
+    assert not (tmp_path / "requeued").exists()
+
+
+# All of them
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every `fedtune ... start` in the files, as (where, its words)."""
+    found = []
+    for path in (*UNITS, SBATCH):
+        for line in path.read_text().splitlines():
+            if match := re.search(r'(?:fedtune|"\$fedtune") ((?:site|server) start .*?)(?: &)?$', line):
+                found.append((name_of(path), match[1].split()))
+    services = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]
+    found += [("docker/compose.yaml", service["command"]) for service in services.values()]
+    for path in MANIFESTS:
+        (container,) = pods(only(path, "StatefulSet"))["containers"]
+        found.append((name_of(path), container["args"]))
+    return found
+
+
+def test_every_file_starts_a_server_or_a_site_as_the_help_says() -> None:
+    assert len(commands()) == 7
+    for role in ("server", "site"):
+        done = run(sys.executable, "-m", "fedtune", role, "start", "--help")
+        assert done.returncode == 0, done.stderr
+        for where, words in commands():
+            options = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
+            if words[:2] == [role, "start"]:
+                assert "--kit" in options
+                for option in options:
+                    assert re.search(rf"{option}\b(?!-)", done.stdout), f"{where}: there is no option {option}"
+
+
+def test_no_secret_lies_among_the_files() -> None:
+    for path in DEPLOYMENT.rglob("*"):
+        if path.is_file():
+            assert "PRIVATE KEY" not in path.read_text(), path
+            assert path.suffix not in {".pem", ".db"}, path

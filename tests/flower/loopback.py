@@ -1,0 +1,182 @@
+"""A whole network on this machine: a real server and real sites, each a process of its own, over mutual TLS."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+
+from fedtune.flower.remote_grid import RemoteGrid
+from fedtune.flower.tls import Tls
+from fedtune.privacy.keys import SigningKey
+
+from .certificates import LOOPBACK, Authority, public_pem
+
+HERE, REPOSITORY = Path(__file__).parent, Path(__file__).parents[2]
+
+
+def wait_for(condition: Callable[[], Any], *, seconds: float = 30.0, what: str = "") -> None:
+    """Wait until `condition` holds; fail when it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what or condition}"
+        time.sleep(0.02)
+
+
+def start_process(script: str, folder: Path) -> subprocess.Popen[str]:
+    with (folder / "output.log").open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, str(HERE / script), str(folder)],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=output,
+            text=True,
+            # A shell that starts its work in the background has it ignore Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+
+def ended(process: subprocess.Popen[str], *, by: signal.Signals, seconds: float = 20.0) -> int:
+    """Send a signal to a process and wait for its end; its exit code."""
+    process.send_signal(by)
+    return process.wait(timeout=seconds)
+
+
+@dataclass
+class SiteProcess:
+    """A site that runs."""
+
+    folder: Path
+    process: subprocess.Popen[str]
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """What it noted of one kind, whole lines only."""
+        path = self.folder / "log.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        noted = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        return [event for event in noted if event["event"] == kind]
+
+    def wait_for(self, kind: str, *, count: int = 1, seconds: float = 30.0) -> None:
+        wait_for(lambda: len(self.events(kind)) >= count, seconds=seconds, what=f"{self.folder.name}: {kind}")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(timeout=20)
+
+
+class Loopback:
+    """A federation's server on a free port of this machine, with its authority, its lead and its sites.
+
+    Attributes:
+        members: the roster: name -> (PEM of its connection key, whether it was revoked).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.authority = Authority(folder / "certificates")
+        self.lead_tls = self.authority.issue("lead")
+        self.lead_key = SigningKey.load_or_make(folder / "lead_key.pem")
+        self.members: dict[str, dict[str, Any]] = {}
+        self.tls: dict[str, Tls] = {}
+        self.port = _free_port()
+        self._server: subprocess.Popen[str] | None = None
+        self._sites: list[SiteProcess] = []
+        self._write_roster()
+        tls = self.authority.issue("server", address=LOOPBACK)
+        settings = {"tls": _paths(tls), "lead": self.lead_key.public, "port": self.port}
+        (folder / "settings.json").write_text(json.dumps(settings))
+
+    @property
+    def address(self) -> str:
+        return f"{LOOPBACK}:{self.port}"
+
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        assert self._server is not None
+        return self._server
+
+    @property
+    def output(self) -> str:
+        """What the server has logged."""
+        return (self.folder / "output.log").read_text()
+
+    def enlist(self, name: str) -> Tls:
+        """Give a site its certificate and put it on the roster."""
+        self.tls[name] = self.authority.issue(name)
+        self.members[name] = {"site": name, "node_key": public_pem(self.tls[name]).decode(), "revoked": False}
+        self._write_roster()
+        return self.tls[name]
+
+    def set_revoked(self, name: str, revoked: bool = True) -> None:
+        self.members[name]["revoked"] = revoked
+        self._write_roster()
+
+    def start(self) -> None:
+        """Start the server, or start it again, and wait until it listens."""
+        before = self.output.count("ready\n") if (self.folder / "output.log").exists() else 0
+        self._server = start_process("server_process.py", self.folder)
+
+        def listens() -> bool:
+            assert self.process.poll() is None, self.output
+            return self.output.count("ready\n") > before
+
+        wait_for(listens, seconds=60, what="the server")
+
+    def kill(self) -> None:
+        assert ended(self.process, by=signal.SIGKILL) == -signal.SIGKILL
+
+    def site(self, name: str, **behaviour: Any) -> SiteProcess:
+        """Start a site; a second process of the same name notes what happens to it in a folder of its own."""
+        folder = self.folder / f"{len(self._sites)}-{name}"
+        folder.mkdir()
+        settings = {"server": self.address, "tls": _paths(self.tls[name]), "site": name, "behaviour": behaviour}
+        (folder / "settings.json").write_text(json.dumps(settings))
+        self._sites.append(SiteProcess(folder, start_process("site_process.py", folder)))
+        return self._sites[-1]
+
+    def grid(
+        self, names: Sequence[str], *, ask_again: Callable[[int, Message], float | None] = lambda number, answer: None
+    ) -> RemoteGrid:
+        """The lead's connection to the sites with these names, in this order."""
+        keys = {name: public_pem(self.tls[name]) for name in names}
+        return RemoteGrid(self.address, self.lead_tls, sites=keys, key=self.lead_key, ask_again=ask_again)
+
+    def stop_sites(self) -> None:
+        while self._sites:
+            self._sites.pop().stop()
+
+    def stop(self) -> None:
+        """End every process that is left."""
+        self.stop_sites()
+        if self._server is not None and self._server.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ended(self._server, by=signal.SIGTERM)
+            self._server.kill()
+            self._server.wait(timeout=20)
+
+    def _write_roster(self) -> None:
+        partial = self.folder / "roster.partial"
+        partial.write_text(json.dumps(list(self.members.values())))
+        os.replace(partial, self.folder / "roster.json")
+
+
+def _paths(tls: Tls) -> dict[str, str]:
+    return {name: str(path) for name, path in asdict(tls).items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind((LOOPBACK, 0))
+        return int(listening.getsockname()[1])

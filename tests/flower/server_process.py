@@ -1,0 +1,48 @@
+"""A server in a process of its own: `python server_process.py FOLDER`, where `settings.json` lies.
+
+`roster.json` is read anew each time.  Every connection that the process itself opens is noted in `outbound.log`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+FOLDER = Path(sys.argv[1])
+
+
+def note_outbound(event: str, arguments: tuple[object, ...]) -> None:
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        with (FOLDER / "outbound.log").open("a") as file:
+            file.write(f"{event} {arguments!r}\n")
+
+
+sys.addaudithook(note_outbound)
+
+from fedtune.flower.gate import Registered
+from fedtune.flower.superlink import ServerSettings, serve
+from fedtune.flower.tls import Tls
+
+
+def roster() -> list[Registered]:
+    members = json.loads((FOLDER / "roster.json").read_text())
+    return [Registered(**{**member, "node_key": member["node_key"].encode()}) for member in members]
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO)
+    given = json.loads((FOLDER / "settings.json").read_text())
+    settings = ServerSettings(
+        tls=Tls(**{name: Path(path) for name, path in given["tls"].items()}),
+        lead=given["lead"],
+        host="127.0.0.1",
+        port=given["port"],
+        database=FOLDER / "state.db",
+        roster=roster,
+    )
+    serve(settings, ready=lambda: print("ready", flush=True))
+
+
+main()
