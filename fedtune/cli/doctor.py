@@ -66,15 +66,15 @@ def doctor(options: argparse.Namespace) -> None:
         RefusedError: policy or budget would refuse the run that was named.
         RunError: the server cannot be reached, or does not take this site.
     """
-    from fedtune.deploy.doctor import Patient, examine  # the accountants and Flower take seconds to import
+    from fedtune.deploy.doctor import Visit, examine  # the accountants and Flower take seconds to import
 
-    patient = Patient(
+    visit = Visit(
         kit=Path(options.kit),
         site_toml=Path(options.site),
         model=Path(options.import_model) if options.import_model else None,
         run=(lambda: _run(options)) if options.experiment or options.overrides else None,
     )
-    checks = (print_json if options.json else print_lines)(examine(patient))
+    checks = (print_json if options.json else print_lines)(examine(visit))
     finish(checks)
 
 

@@ -27,7 +27,7 @@ _KIT, _POLICY, _LEDGER = "the kit", "the policy", "the ledger"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Patient:
+class Visit:
     """What to look at.
 
     Attributes:
@@ -54,17 +54,17 @@ class _Look:
     look: Callable[[], Iterable[Check]]
 
 
-def examine(patient: Patient) -> Iterator[Check]:
+def examine(visit: Visit) -> Iterator[Check]:
     """Look at everything, one line after another; a check that goes wrong keeps no other from being made."""
-    return _Examination(patient).checks()
+    return _Examination(visit).checks()
 
 
 class _Examination:
     """What was read on the way, for the checks that come later."""
 
-    def __init__(self, patient: Patient) -> None:
-        self._patient = patient
-        self._log = PrivateLog(patient.kit / "state" / "doctor.log")
+    def __init__(self, visit: Visit) -> None:
+        self._visit = visit
+        self._log = PrivateLog(visit.kit / "state" / "doctor.log")
         self._kit: Kit | None = None
         self._files: SiteFiles | None = None
         self._certificate: Certificate | None = None
@@ -86,13 +86,13 @@ class _Examination:
 
     def _gone_wrong(self, name: str, error: Exception) -> Check:
         # A DataError's words are for whoever owns the file; other errors of ours are made to be shown.
-        if isinstance(error, FedtuneError) and not isinstance(error, DataError):
+        if isinstance(error, FedtuneError) :
             return from_error(name, error, fix="Put right what is named here.")
         return doctor_site.unforeseen(name, error, self._log)
 
     def _looks(self) -> tuple[_Look, ...]:
-        patient = self._patient
-        importing = (_Look(("import",), (_KIT,), self._import),) if patient.model is not None else ()
+        visit = self._visit
+        importing = (_Look(("import",), (_KIT,), self._import),) if visit.model is not None else ()
         return (
             _Look(("policy",), (), self._read_policy),
             _Look(("kit",), (), self._read_kit),
@@ -106,9 +106,7 @@ class _Examination:
             _Look(("base models",), (_KIT, _POLICY), lambda: doctor_site.base_models(self.kit, self.policy)),
             _Look(("memory",), (), self._memory),
             _Look(("GPU",), (_POLICY,), self._gpu),
-            _Look(
-                ("data",), (_POLICY,), lambda: doctor_site.data_sets(self.policy, patient.site_toml.parent, self._log)
-            ),
+            _Look(("data",), (_POLICY,), lambda: doctor_site.data_sets(self.policy, visit.site_toml.parent, self._log)),
             _Look(("ledger",), (_POLICY,), self._read_ledger),
             _Look(("site key",), (_POLICY,), lambda: [doctor_ledger.site_key(self.files, self._history)]),
             _Look(("budget",), (_POLICY, _LEDGER), lambda: [doctor_ledger.budget(self.history, self.policy)]),
@@ -141,7 +139,7 @@ class _Examination:
 
     def _read_policy(self) -> Iterator[Check]:
         try:
-            self._files = SiteFiles.of(self._patient.site_toml)
+            self._files = SiteFiles.of(self._visit.site_toml)
         except ConfigError as error:
             yield from_error(
                 "policy", error, fix="Put right what is named here; `fedtune site template` explains every key."
@@ -151,7 +149,7 @@ class _Examination:
 
     def _read_kit(self) -> Iterator[Check]:
         try:
-            self._kit = Kit.read(self._patient.kit, kind="site")
+            self._kit = Kit.read(self._visit.kit, kind="site")
         except ConfigError as error:
             yield from_error("kit", error, fix="Unzip the kit that the lead sent, whole, into this folder.")
             return
@@ -163,7 +161,7 @@ class _Examination:
             self._certificate = Certificate.of(read_certificate(self.kit.certificate))
 
     def _connect(self) -> Iterator[Check]:
-        connection = Connection(self.kit, timeout_s=self._patient.timeout_s)
+        connection = Connection(self.kit, timeout_s=self._visit.timeout_s)
         yield from connection.checks()
         self._clock_ahead_s = connection.clock_ahead_s
 
@@ -172,7 +170,7 @@ class _Examination:
         yield doctor_machine.clock(self._clock_ahead_s, certificate=self._certificate, now=now)
 
     def _disks(self) -> Iterator[Check]:
-        folders = {"kit": self._patient.kit}
+        folders = {"kit": self._visit.kit}
         if self._files is not None:
             folders["ledger"] = self.files.ledger.parent
             if self.files.anchor is not None:
@@ -183,8 +181,8 @@ class _Examination:
             yield doctor_machine.anchor_place(self.files.ledger, self.files.anchor)
 
     def _import(self) -> Iterator[Check]:
-        assert self._patient.model is not None
-        installed = install_model(self._patient.model, self.kit)
+        assert self._visit.model is not None
+        installed = install_model(self._visit.model, self.kit)
         state = "is installed now" if installed.new else "was installed before, and is unchanged"
         yield ok("import", f"{installed.model.name} {state}, in {installed.folder}")
 
@@ -200,10 +198,10 @@ class _Examination:
         yield check
 
     def _serving(self) -> Iterator[Check]:
-        yield doctor_ledger.serving(self.files, state=self._patient.kit / "state")
+        yield doctor_ledger.serving(self.files, state=self._visit.kit / "state")
 
     def _trying_out(self) -> _Look:
-        run = self._patient.run
+        run = self._visit.run
         if run is None:
             return _Look(("run",), (), lambda: [skipped("run", "no experiment was named to try out")])
 
@@ -212,7 +210,7 @@ class _Examination:
                 doctor_ledger.experiment(
                     run(),
                     kit=self.kit,
-                    site_toml=self._patient.site_toml,
+                    site_toml=self._visit.site_toml,
                     policy=self.policy,
                     history=self.history,
                 )

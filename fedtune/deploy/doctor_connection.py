@@ -110,6 +110,10 @@ class Connection:
     def _encrypt(self) -> Check:
         try:
             context = self._tls.client_context()
+        except OSError as error:
+            found = f"the kit's certificates cannot be used ({getattr(error, 'reason', None) or error.strerror})"
+            return failed(TLS, found, fix="Put right what the lines on kit and certificate name.")
+        try:
             with closing(self._open()) as plain, context.wrap_socket(plain, server_hostname=self._host) as encrypted:
                 _wait_for_alert(encrypted)
                 answer = self._ask(encrypted)
@@ -212,6 +216,9 @@ class Connection:
         except RunError as error:
             fix = "Mend what the lines above name, or ask the lead whether the server is well."
             return failed(AUTHENTICATION, str(error), fix=fix, exit_code=SERVER)
+        except OSError as error:
+            found = f"the server could not be asked ({error.strerror or type(error).__name__})"
+            return failed(AUTHENTICATION, found, fix="Put right what the lines above name.", exit_code=SERVER)
         except (ValueError, KeyError, TypeError):
             fix = "Ask the lead whether a fedtune server of this version runs at this address."
             return failed(AUTHENTICATION, "the answer is not a fedtune server's", fix=fix, exit_code=SERVER)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedtune.config import RunConfig
 from fedtune.deploy.certificates import check_private
-from fedtune.deploy.doctor_check import REFUSED, Check, failed, from_error, ok, warning
+from fedtune.deploy.doctor_check import REFUSED, Check, failed, from_error, ok, skipped, warning
 from fedtune.deploy.kits import Kit
 from fedtune.federation import verdict
 from fedtune.federation.verdict import BrokenRule, Verdict
@@ -104,8 +104,10 @@ def serving(files: SiteFiles, *, state: Path) -> Check:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # held for no longer than it takes to ask
     except BlockingIOError:
         served = True
-    except OSError:
+    except FileNotFoundError:
         pass  # no lock was ever taken
+    except OSError:
+        return skipped(name, f"this account may not open {lock}")
     if (state / "paused").exists():
         return warning(name, "this site is paused: it trains nothing", fix=f"Remove {state / 'paused'} to go on.")
     return ok(name, "a process of this site is serving" if served else "no process of this site is serving now")
@@ -145,7 +147,7 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
     broken = [*said.broken, *_declared_otherwise(policy, dataset=proposal.dataset, asked=sizes.get(policy.site))]
     name = "run"
     if broken:
-        rules = "; ".join(f"{one.rule} ({_short(one.asked)} asked, {_short(one.allowed)} allowed)" for one in broken)
+        rules = "; ".join(f"{one.rule} (asked {_short(one.asked)}, allowed {_short(one.allowed)})" for one in broken)
         found, fix = f"would be refused: {rules}", _instead(said, plan, len(broken))
         if config.model.sha256 is None:
             fix = "Ask the lead for the SHA-256 of the run's base model, and add it here as model.sha256=HEX."

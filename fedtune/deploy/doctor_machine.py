@@ -92,12 +92,15 @@ def anchor_place(ledger: Path, anchor: Path | None) -> Check:
     return ok(name, "on another disk than the ledger")
 
 
-def memory(model_bytes: int | None, *, meminfo: Path = Path("/proc/meminfo")) -> Check:
+def memory(
+    model_bytes: int | None, *, meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> Check:
     """Memory beside a rough need: three times the largest model's files (weights, activations, gradients), and 1 GiB.
 
     Args:
         model_bytes: size of the largest installed base model's weights; None: none is installed.
         meminfo: Linux's own account.
+        cgroup: that of the container, where this runs in one that is limited.
     """
     name = "memory"
     try:
@@ -105,6 +108,8 @@ def memory(model_bytes: int | None, *, meminfo: Path = Path("/proc/meminfo")) ->
         total, available = int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
     except (OSError, KeyError):
         return skipped(name, "this system does not say how much there is")
+    if (limit := _number(cgroup / "memory.max")) is not None and limit < total:
+        total, available = limit, min(available, limit - (_number(cgroup / "memory.current") or 0))
     found = f"{available / _GIB:.1f} GiB of {total / _GIB:.1f} GiB available"
     if model_bytes is None:
         return ok(name, f"{found}; what is needed is known when a base model is installed")
@@ -113,6 +118,14 @@ def memory(model_bytes: int | None, *, meminfo: Path = Path("/proc/meminfo")) ->
     if available < needed:
         return warning(name, found, fix="End other processes, or run the site on a machine with more memory.")
     return ok(name, found)
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None where there is no such file, or a word in it."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -46,8 +46,8 @@ class Snapshot(TypedDict):
 
     Attributes:
         since: when the state was entered.
-        last_contact: when the server last answered (a server: when a site last asked); None before the first time.
-        rounds_answered: since the process started.
+        last_contact: when the server last answered a site; None before the first time.  A server sets it when it listens.
+        rounds_answered: by a site, since its process started.
     """
 
     state: State

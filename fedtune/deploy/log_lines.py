@@ -107,7 +107,7 @@ def _message(record: logging.LogRecord) -> str:
 def _plain(value: object) -> object:
     """`value` where it is plain; of anything else its type."""
     if isinstance(value, BaseException):
-        return f"{_type_name(value)}: {value}" if _is_of_settings(value) else _type_name(value)
+        return str(value) if _is_of_settings(value) else _type_name(value)
     return value if value is None or isinstance(value, str | numbers.Number | os.PathLike) else f"<{_type_name(value)}>"
 
 

@@ -204,7 +204,7 @@ def _is_paper(name: str) -> bool:
 def _is_whole(kit_folder: Path, sha256: str) -> bool:
     try:
         verify_model(kit_folder, sha256)
-    except ConfigError:
+    except (ConfigError, OSError):
         return False
     return True
 

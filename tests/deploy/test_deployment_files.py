@@ -1,4 +1,4 @@
-"""The files in deployment/: read by the tools that they are for, where these are here, and tried where it is possible."""
+"""The files in deployment/: read by the tools that they are for where these are here, tried where it is possible."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.deploy import doctor_ledger, doctor_site, membership, provision
-from fedtune.deploy.doctor import Patient, examine
+from fedtune.deploy.doctor import Visit, examine
 from fedtune.deploy.doctor_check import Check, PrivateLog, Status, exit_code_of
 from fedtune.deploy.join import REQUEST, site_init
 from fedtune.deploy.kits import Kit
@@ -98,8 +98,8 @@ class Home:
     def examined(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, Check]:
         """Every line, by its name; a run is tried out where one is asked for or changed."""
         named = (lambda: self.run(*overrides)) if run or overrides else None
-        patient = Patient(kit=self.kit, site_toml=self.site_toml, model=model, run=named, timeout_s=5.0)
-        return {check.name: check for check in examine(patient)}
+        visit = Visit(kit=self.kit, site_toml=self.site_toml, model=model, run=named, timeout_s=5.0)
+        return {check.name: check for check in examine(visit)}
 
     def run(self, *overrides: str) -> RunConfig:
         """The run that the policy allows."""
@@ -246,8 +246,8 @@ def test_a_run_that_was_not_named_is_skipped(home: Home) -> None:
 
 
 def test_without_kit_and_policy_everything_else_is_still_looked_at(tmp_path: Path) -> None:
-    patient = Patient(kit=tmp_path / "kit", site_toml=tmp_path / "site.toml")
-    checks = {check.name: check for check in examine(patient)}
+    visit = Visit(kit=tmp_path / "kit", site_toml=tmp_path / "site.toml")
+    checks = {check.name: check for check in examine(visit)}
     assert failures(checks).keys() == {"policy", "kit"}
     assert code(checks) == 2
     assert checks["encryption (TLS)"].found == "skipped, because the kit cannot be used"
@@ -273,7 +273,8 @@ def test_a_kit_of_another_key(home: Home, tmp_path: Path) -> None:
     other = site_init(home.site_toml, out=tmp_path / "again")
     shutil.copy(other / "connection_key.pem", home.kit / "connection_key.pem")
     checks = home.examined()
-    assert "made for another" in failures(checks)["certificate"]
+    assert failures(checks).keys() == {"certificate", "encryption (TLS)"}
+    assert "made for another" in checks["certificate"].found
     assert code(checks) == 2
 
 
@@ -350,11 +351,11 @@ def test_a_run_that_is_accepted_has_its_price(home: Home) -> None:
 @pytest.mark.parametrize(
     ("override", "rule"),
     [
-        ("lora.rank=8", "max_rank (8 asked, at most 4 allowed)"),
-        ("data.dataset=others", "dataset (others asked, patients allowed)"),
-        ("data.declared_sizes=90", "declared_size (90 asked, 100 allowed)"),
-        ("federation.num_rounds=9", "max_rounds (10 asked, at most 4 allowed)"),
-        ("privacy.noise_multiplier=3.0", "min_noise_multiplier (3.0 asked, at least 4 allowed)"),
+        ("lora.rank=8", "max_rank (asked 8, allowed at most 4)"),
+        ("data.dataset=others", "dataset (asked others, allowed patients)"),
+        ("data.declared_sizes=90", "declared_size (asked 90, allowed 100)"),
+        ("federation.num_rounds=9", "max_rounds (asked 10, allowed at most 4)"),
+        ("privacy.noise_multiplier=3.0", "min_noise_multiplier (asked 3.0, allowed at least 4)"),
     ],
 )
 def test_a_run_that_breaks_a_rule(home: Home, override: str, rule: str) -> None:
@@ -370,7 +371,7 @@ def test_a_run_that_is_refused_is_told_what_would_do(home: Home) -> None:
 
 def test_a_run_without_its_model_s_hash(home: Home) -> None:
     checks = home.examined("model.sha256=null")
-    assert "base_models (unverified asked" in failures(checks)["run"]
+    assert "base_models (asked unverified" in failures(checks)["run"]
     assert "model.sha256=HEX" in checks["run"].fix
 
 

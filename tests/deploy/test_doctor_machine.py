@@ -139,9 +139,15 @@ def test_how_much_memory_a_model_needs(tmp_path: Path, model_bytes: int | None, 
     meminfo.write_text(
         f"MemTotal:       {8 * MIB} kB\nMemFree:  1 kB\nMemAvailable:   {4 * MIB} kB\nHugePages_Total: 0\n"
     )
-    check = machine.memory(model_bytes, meminfo=meminfo)
+    check = machine.memory(model_bytes, meminfo=meminfo, cgroup=tmp_path)
     assert check.status is status
     assert check.found.startswith("4.0 GiB of 8.0 GiB available")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.memory(model_bytes, meminfo=meminfo, cgroup=tmp_path) == check
+    (tmp_path / "memory.max").write_text(f"{3 * GIB}\n")
+    (tmp_path / "memory.current").write_text(f"{GIB}\n")
+    limited = machine.memory(model_bytes, meminfo=meminfo, cgroup=tmp_path)
+    assert limited.found.startswith("2.0 GiB of 3.0 GiB available")
 
 
 def test_this_machine_s_memory() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.verify import verify
+
+from .loopback import Loopback
 
 STEPS = {"site-1": 1.0, "site-2": -2.0, "site-3": 0.125}
 """What each site adds to every value of the adapter in a round."""
@@ -208,3 +210,23 @@ def intercept(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Messa
         monkeypatch.setattr(InProcessGrid, "push_messages", changed)
 
     return patch
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    """A server in a process of its own, with the sites `a` and `b` on its roster; started once for a file of tests."""
+    made = Loopback(tmp_path_factory.mktemp("network"))
+    for name in ("a", "b"):
+        made.enlist(name)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def network(server: Loopback) -> Iterator[Loopback]:
+    """The same, with no site process left at the end of the test."""
+    yield server
+    server.stop_sites()

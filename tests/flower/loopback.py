@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -71,8 +72,11 @@ class SiteProcess:
         wait_for(lambda: len(self.events(kind)) >= count, seconds=seconds, what=f"{self.folder.name}: {kind}")
 
     def stop(self) -> None:
+        """End it so that the server knows that the site is gone; by force where that takes too long."""
         if self.process.poll() is None:
-            self.process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ended(self.process, by=signal.SIGTERM, seconds=5)
+        self.process.kill()
         self.process.wait(timeout=20)
 
 
@@ -93,6 +97,7 @@ class Loopback:
         self.port = _free_port()
         self._server: subprocess.Popen[str] | None = None
         self._sites: list[SiteProcess] = []
+        self._numbers = itertools.count(1)
         self._write_roster()
         tls = self.authority.issue("server", address=LOOPBACK)
         settings = {"tls": _paths(tls), "lead": self.lead_key.public, "port": self.port}
@@ -139,7 +144,7 @@ class Loopback:
 
     def site(self, name: str, **behaviour: Any) -> SiteProcess:
         """Start a site; a second process of the same name notes what happens to it in a folder of its own."""
-        folder = self.folder / f"{len(self._sites)}-{name}"
+        folder = self.folder / f"{next(self._numbers)}-{name}"
         folder.mkdir()
         settings = {"server": self.address, "tls": _paths(self.tls[name]), "site": name, "behaviour": behaviour}
         (folder / "settings.json").write_text(json.dumps(settings))

@@ -10,10 +10,13 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(sys.argv[1])
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 def note(event: str, **fields: object) -> None:
@@ -29,6 +32,7 @@ def note_outbound(event: str, arguments: tuple[object, ...]) -> None:
 
 sys.addaudithook(note_outbound)
 
+from faults import Faulty
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.flower.fleet import Dropped, Fleet, Unauthorised, Unreachable
@@ -43,11 +47,14 @@ class Behaviour:
         works_s: how long it takes to answer.
         dies_on: number of the message on which it dies before it answers; 0: none.
         replies: how often it sends each answer.
+        faults: (end of a path, "before" or "after"): each of them breaks one call, one after the other, and the next
+            one only after an answer was sent.
     """
 
     works_s: float = 0.0
     dies_on: int = 0
     replies: int = 1
+    faults: tuple[tuple[str, str], ...] = ()
 
 
 def answer(message: Message, name: str, number: int) -> Message:
@@ -57,36 +64,70 @@ def answer(message: Message, name: str, number: int) -> Message:
     return Message(content, reply_to=message)
 
 
+class Polling:
+    """The least that a site has to do: poll, answer, and send an answer again until it is taken or nobody waits."""
+
+    def __init__(self, fleet: Fleet, behaviour: Behaviour, name: str) -> None:
+        self._fleet, self._behaviour, self._name = fleet, behaviour, name
+        self._active, self._number = False, 0
+        self._faulty, self._faults = Faulty(fleet._client), iter(behaviour.faults)
+        self._next_fault()
+
+    def step(self) -> None:
+        message = self._tried(self._next)
+        if message is None:
+            time.sleep(0.1)
+            return
+        self._number += 1
+        note("received", type=message.metadata.message_type, number=self._number)
+        if self._number == self._behaviour.dies_on:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self._behaviour.works_s)
+        reply = answer(message, self._name, self._number)
+        for _ in range(self._behaviour.replies):
+            while not self._tried(lambda: self._sent(reply)):
+                time.sleep(0.2)
+
+    def _next_fault(self) -> None:
+        fault = next(self._faults, None)
+        if fault is not None:
+            note("fault", fault=list(fault))
+            self._faulty.break_at(*fault)
+
+    def _next(self) -> Message | None:
+        if not self._active:
+            self._fleet.activate()
+            self._active = True
+            note("activated")
+        return self._fleet.receive()
+
+    def _sent(self, reply: Message) -> bool:
+        try:
+            self._fleet.reply(reply)
+            note("replied", number=self._number)
+            if not self._faulty.waits:
+                self._next_fault()
+        except Dropped as error:
+            note("dropped", text=str(error))
+        return True
+
+    def _tried(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except (Unreachable, Unauthorised, Dropped) as error:
+            note("trouble", kind=type(error).__name__, text=str(error))
+            self._active = self._active and not isinstance(error, Unauthorised)
+            return None
+
+
 def main() -> None:
     given = json.loads((FOLDER / "settings.json").read_text())
-    behaviour, name = Behaviour(**given["behaviour"]), given["site"]
     fleet = Fleet(given["server"], Tls(**{key: Path(path) for key, path in given["tls"].items()}))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    active, number = False, 0
+    polling = Polling(fleet, Behaviour(**given["behaviour"]), given["site"])
     try:
         while True:
-            try:
-                if not active:
-                    fleet.activate()
-                    active = True
-                    note("activated")
-                message = fleet.receive()
-                if message is None:
-                    time.sleep(0.1)
-                    continue
-                number += 1
-                note("received", type=message.metadata.message_type, number=number)
-                if number == behaviour.dies_on:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(behaviour.works_s)
-                reply = answer(message, name, number)
-                for _ in range(behaviour.replies):
-                    fleet.reply(reply)
-                    note("replied", number=number)
-            except (Unreachable, Unauthorised, Dropped) as error:
-                note("trouble", kind=type(error).__name__, text=str(error))
-                active = active and not isinstance(error, Unauthorised)
-                time.sleep(0.2)
+            polling.step()
     finally:
         fleet.close()
 

@@ -1,0 +1,111 @@
+"""`fedtune site doctor` as a person sees it: lines, JSON, exit codes; what is checked is in tests/deploy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli import doctor
+from fedtune.deploy.doctor_check import REFUSED, SERVER, Check, Status, failed, ok, skipped, warning
+from fedtune.spec import FedtuneError
+
+KEY = "0123456789abcdef" * 4
+CHECKS = [
+    ok("policy", "can be read"),
+    warning("anchor's place", "on the ledger's own disk: " + "both can be put back " * 4, fix="Move it."),
+    failed("data discharge_letters", "holds no record", fix=f'Write under [allow]: leads = ["{KEY}", "{KEY}"]'),
+    skipped("clock", "nobody could be asked"),
+]
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal of old."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_lines_fit_a_narrow_terminal_and_keep_words_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.print_lines(iter(CHECKS)) == CHECKS
+    assert capsys.readouterr().out.splitlines() == [
+        "ok      policy              can be read",
+        "warning anchor's place      on the ledger's own disk: both can be put back both",
+        "                            can be put back both can be put back both can be put",
+        "                            back",
+        "        -> Move it.",
+        "failed  data discharge_letters",
+        "                            holds no record",
+        "        -> Write under [allow]: leads =",
+        f'           ["{KEY}",',
+        f'           "{KEY}"]',
+        "skipped clock               because nobody could be asked",
+        "",
+        "1 ok, 1 warning, 1 failed, 1 skipped",
+    ]
+
+
+def test_what_others_wrote_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.print_lines([ok("kit", "for \x1b[31mred\x1b[0m [bold]and bold[/bold]\n\rnorth")])
+    assert capsys.readouterr().out.splitlines()[0].endswith("for ?[31mred?[0m [bold]and bold[/bold]??north")
+
+
+def test_json_has_every_check(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.print_json(CHECKS)
+    data = json.loads(capsys.readouterr().out)
+    assert data["ok"] is False
+    assert data["checks"][0] == {"name": "policy", "status": "ok", "found": "can be read", "fix": ""}
+    assert [check["status"] for check in data["checks"]] == ["ok", "warning", "failed", "skipped"]
+    doctor.print_json(CHECKS[:2])
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+@pytest.mark.parametrize(("codes", "expected"), [((), 0), ((SERVER,), 1), ((SERVER, REFUSED), 3), ((SERVER, 3, 2), 2)])
+def test_the_exit_code_is_the_most_important_failure_s(codes: tuple[int, ...], expected: int) -> None:
+    checks = [Check(name=f"c{code}", status=Status.FAILED, found="x", fix="y", exit_code=code) for code in codes]
+    if not expected:
+        doctor.finish(checks)
+        return
+    with pytest.raises(FedtuneError) as caught:
+        doctor.finish(checks)
+    assert caught.value.exit_code == expected
+    assert all(check.name in str(caught.value) for check in checks)
+
+
+def test_a_folder_without_anything(command: Any, tmp_path: Path) -> None:
+    outcome = command("site", "doctor", "--kit", str(tmp_path), "--site", str(tmp_path / "site.toml"))
+    assert outcome.code == 2
+    assert "kit, policy" in outcome.message or "policy, kit" in outcome.message
+    assert "must be a readable file" in outcome.out
+    assert outcome.out.splitlines()[-1].endswith("skipped")
+
+
+def test_settings_of_a_run_may_stand_anywhere(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(doctor, "doctor", seen.append)
+    named = ["--kit", "kit", "--site", "site.toml"]
+    assert command("site", "doctor", "lora.rank=4", *named, "seed=1", "--experiment", "debug").code == 0
+    assert (seen[0].overrides, seen[0].experiment) == (["lora.rank=4", "seed=1"], "debug")
+    assert command("site", "doctor", *named).code == 0
+    assert (seen[1].overrides, seen[1].experiment, seen[1].import_model) == ([], None, None)
+
+
+def test_a_misspelt_setting_is_found_when_the_run_is_tried_out() -> None:
+    options = argparse.Namespace(experiment="debug", overrides=["lora.rnak=4"])
+    with pytest.raises(FedtuneError, match=r"lora\.rnak"):
+        doctor._run(options)
+    options.overrides = ["name=study"]
+    assert doctor._run(options).name == "study"
+
+
+def test_nothing_slow_is_imported_for_the_help() -> None:
+    code = (
+        "import sys, argparse; from fedtune.cli import doctor; doctor.add_doctor_arguments(argparse.ArgumentParser());"
+        "print([n for n in ('torch', 'flwr', 'hydra', 'rich', 'cryptography', 'dp_accounting') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"

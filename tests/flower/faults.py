@@ -1,0 +1,44 @@
+"""Connections that break at a chosen call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+
+class Faulty(httpx.BaseTransport):
+    """A transport that cuts off the first call whose path ends in `call`, once `break_at` was asked for.
+
+    Before: the server never gets the call.  After: it has answered, and the answer is lost.
+    """
+
+    def __init__(self, client: Any) -> None:
+        # Flower's clients keep an httpx client, which keeps its transport.
+        self._inner = client._client._transport
+        client._client._transport = self
+        self._call, self._when = "", ""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the fault is still to come."""
+        return bool(self._call)
+
+    def break_at(self, call: str, when: str) -> None:
+        self._call, self._when = call, when
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        fails = self.waits and request.url.path.endswith(f"/{self._call}")
+        if fails:
+            self._call = ""
+            if self._when == "before":
+                raise httpx.ConnectError("cut off", request=request)
+        response = self._inner.handle_request(request)
+        if fails:
+            response.read()
+            response.close()
+            raise httpx.ReadError("cut off", request=request)
+        return response
+
+    def close(self) -> None:
+        self._inner.close()
