@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from fedtune.config import RunConfig
-from fedtune.federation.lead import LeadState, site_charge
+from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
@@ -78,10 +78,12 @@ class Display:
                 self._task, completed=self._done + number, description=self._round_text(finished + 1, number)
             )
 
-    def site_answered(self, site: str, what: str, num_bytes: int) -> None:
-        """Say what a real site answered; the bar moves with its updates."""
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+        """Say what a real site answered, and what its receipt comes to."""
         if self._shown:
-            text = f"{site}: {what} ({_bytes(num_bytes)})" if what == "update" else f"{site}: [yellow]{what}[/yellow]"
+            text = f"{site}: {what}, {_bytes(num_bytes)}" if what == "update" else f"{site}: [yellow]{what}[/yellow]"
+            if charged_rounds is not None and self._plan is not None:
+                text += f", epsilon {epsilon_text(charged_epsilons(self._plan, charged_rounds)[0])}"
             self._console.print(f"  {text}", soft_wrap=True)
 
     def round_finished(self, state: LeadState) -> None:

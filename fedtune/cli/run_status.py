@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from fedtune.cli.compose import saved_config
 from fedtune.cli.run_folder import is_running
 from fedtune.config import RunConfig
+from fedtune.deploy.lead_service import latest_answers
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState, site_charge
 from fedtune.privacy.accountant import epsilon_text
@@ -27,29 +29,33 @@ def show_status(folder: Path, *, as_json: bool) -> None:
         RunError: its newest checkpoint is damaged.
     """
     config = saved_config(folder)
-    status = status_of(config, Checkpoints(folder / "checkpoints", config.digest()).load(), running=is_running(folder))
+    state = Checkpoints(folder / "checkpoints", config.digest()).load()
+    status = status_of(config, state, running=is_running(folder), answers=latest_answers(folder))
     if as_json:
         sys.stdout.write(json.dumps(status, indent=2) + "\n")
         return
     console = Console()
-    state = "running" if status["running"] else "finished" if status["finished"] else "stopped"
-    console.print(f"{folder}: {state}, {status['round']} of {status['num_rounds']} rounds are done", soft_wrap=True)
-    table = Table("site", "last round", "epsilon so far")
+    how = "running" if status["running"] else "finished" if status["finished"] else "stopped"
+    console.print(f"{folder}: {how}, {status['round']} of {status['num_rounds']} rounds are done", soft_wrap=True)
+    table = Table("site", "last answer", "at", "epsilon so far")
     for site, about in status["sites"].items():
         bound = " at most" if about["upper_bound"] else ""
-        table.add_row(site, about["last_round"], f"{epsilon_text(about['epsilon'])}{bound}")
+        table.add_row(site, about["last_answer"], about["at"] or "-", f"{epsilon_text(about['epsilon'])}{bound}")
     console.print(table)
 
 
-def status_of(config: RunConfig, state: LeadState, *, running: bool) -> dict[str, Any]:
+def status_of(
+    config: RunConfig, state: LeadState, *, running: bool, answers: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
     """The same as plain JSON; an epsilon of null means that nothing bounds the loss."""
     plan, last = config.plan(), state.rounds[-1] if state.rounds else None
     sites = {}
     for site in config.federation.active:
         charge = site_charge(state, site, plan)
-        answered = "-" if last is None else "update" if site in last.sites else last.failed_sites.get(site, "-")
+        answer = answers.get(site, {})
         sites[site] = {
-            "last_round": answered,
+            "last_answer": answer.get("what", "none yet"),
+            "at": answer.get("time"),
             "epsilon": charge.epsilon if math.isfinite(charge.epsilon) else None,
             "rounds_charged": charge.rounds,
             "upper_bound": charge.upper_bound,

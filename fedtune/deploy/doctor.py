@@ -86,7 +86,7 @@ class _Examination:
 
     def _gone_wrong(self, name: str, error: Exception) -> Check:
         # A DataError's words are for whoever owns the file; other errors of ours are made to be shown.
-        if isinstance(error, FedtuneError) :
+        if isinstance(error, FedtuneError) and not isinstance(error, DataError):
             return from_error(name, error, fix="Put right what is named here.")
         return doctor_site.unforeseen(name, error, self._log)
 

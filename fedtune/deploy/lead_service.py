@@ -20,7 +20,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
-RECEIPTS, RUNNING = "receipts.json", "running.json"
+RECEIPTS, RUNNING, ANSWERS = "receipts.json", "running.json", "answers.json"
 
 
 def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
@@ -68,7 +68,7 @@ class LeadService:
                 folder,
                 connection=connection,
                 receipts=ReceiptBook(self.kit.folder / RECEIPTS),
-                listener=listener,
+                listener=_Noted(listener, folder),
             )
 
     def end(self, config: RunConfig, *, timeout_s: float) -> list[str]:
@@ -86,6 +86,27 @@ class LeadService:
                 for member in members(self.kit, config.federation.active)
             ],
         )
+
+
+class _Noted:
+    """Tells a listener everything, and notes each site's latest answer in the run folder, for `fedtune run status`."""
+
+    def __init__(self, listener: DeployedListener, folder: Path) -> None:
+        self._listener, self._path = listener, folder / ANSWERS
+        self._answers: dict[str, dict[str, str]] = {}
+        self.prepared, self.round_finished = listener.prepared, listener.round_finished
+        self.site_replied = listener.site_replied
+
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+        self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_durably(self._path, json.dumps(self._answers, indent=1).encode() + b"\n")
+        self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged_rounds)
+
+
+def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
+    """Site -> what it last answered, and when (UTC); empty before the first answer."""
+    path = folder / ANSWERS
+    return dict(json.loads(path.read_bytes())) if path.exists() else {}
 
 
 @contextmanager

@@ -135,20 +135,21 @@ def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
     silent = state.unanswered.get(site, 0)
     charged = receipt.charged_rounds if receipt else 0
     rounds = max(charged, min(charged + silent, plan.most_rounds))
-    epsilon, epsilon_rdp = _epsilons(plan, rounds)
+    epsilon, epsilon_rdp = charged_epsilons(plan, rounds)
     return SiteCharge(
         rounds=rounds,
         steps=rounds * plan.local_steps,
         epsilon=epsilon,
         epsilon_rdp=epsilon_rdp,
-        planned_epsilon=_epsilons(plan, plan.most_rounds)[0],
+        planned_epsilon=charged_epsilons(plan, plan.most_rounds)[0],
         upper_bound=silent > 0,
     )
 
 
 @lru_cache(maxsize=256)
-def _epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
-    """Sites mostly stand at the same count, and composing takes a moment."""
+def charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
+    """Epsilon of so many charged rounds of a plan, by PLD and by RDP."""
+    # Cached: sites mostly stand at the same count, and composing takes a moment.
     if rounds == 0:
         return 0.0, 0.0
     spent = [plan.event(rounds=rounds)]

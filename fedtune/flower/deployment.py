@@ -62,8 +62,8 @@ class LeadConnection:
 class DeployedListener(Listener, Protocol):
     """Also hears each site."""
 
-    def site_answered(self, site: str, what: str, num_bytes: int) -> None:
-        """A site's answer came in: "update", or why there is none."""
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+        """A site's answer came in: "update", or why there is none, and what its receipt says was charged in all."""
 
 
 def run_deployed(
@@ -118,14 +118,16 @@ class _Ears:
 
     def __call__(self, number: int, answer: Message) -> float | None:
         try:
-            body = records.to_reply(answer.content).body
+            reply = records.to_reply(answer.content)
         except ConfigError:
             return None  # the end of a run, or nonsense, which the round counts as none
-        site, refused = self._names[number], body.reason if isinstance(body, Refusal) else None
+        site, refused = self._names[number], reply.body.reason if isinstance(reply.body, Refusal) else None
         what = "update" if refused is None else refused.value
         waiting = refused is not None and refused.is_waiting
         if self._listener is not None and not (waiting and self._said.get(site) == what):
-            self._listener.site_answered(site, what, records.num_bytes(answer.content))
+            charged = reply.receipt.charged_rounds if reply.receipt else None
+            num_bytes = records.num_bytes(answer.content)
+            self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged)
         self._said[site] = what
         return _ASK_AGAIN_S if waiting else None
 

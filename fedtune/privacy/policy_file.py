@@ -100,7 +100,7 @@ def from_table(cls: type[T], table: Mapping[str, Any]) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key, value in table.items():
         if key not in fields:
-            raise ConfigError(key, value, f"is not a key of a policy; here go {', '.join(fields)}")
+            raise ConfigError(key, value, f"is not a key here; known are {', '.join(fields)}")
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in table:

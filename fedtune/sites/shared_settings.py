@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from fedtune.config import RunConfig, parse
@@ -53,6 +54,7 @@ def for_sites(config: RunConfig) -> RunConfig:
     )
 
 
+@lru_cache(maxsize=4)
 def read_settings(text: str) -> RunConfig:
     """The configuration that a lead sent.
 

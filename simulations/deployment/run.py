@@ -49,7 +49,7 @@ def overhead(folder: Path) -> dict[str, Any]:
 
 
 def warm(folder: Path) -> dict[str, Any]:
-    """Rounds on the real sentence encoder, seeded: when the model is loaded, and how far from the simulation it ends."""
+    """Seeded rounds on the real sentence encoder: when it is loaded, and how far from the simulation they end."""
     made = LocalFederation(folder, ["experiment=banks_intents", *SEEDED, "federation.num_rounds=3"])
     with made.up():
         deployed = made.run("deployed")

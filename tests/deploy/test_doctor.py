@@ -43,6 +43,7 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.policy_tables import Dataset
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.spec import DataError
 
 CANARY = "Xylander-7391"
 """Stands in the records, and must stand in nothing that is printed."""
@@ -677,11 +678,12 @@ def test_every_data_set_has_its_line(home: Home) -> None:
 # What goes wrong in the doctor itself, and what the lines come to.
 
 
-def test_a_check_that_goes_wrong_shows_no_text(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError(f"cannot handle {CANARY}"), DataError("records.csv:3", CANARY, "x")])
+def test_a_check_that_goes_wrong_shows_no_text(home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise RuntimeError(f"cannot handle {CANARY}")
+        raise error
 
-    monkeypatch.setattr("fedtune.deploy.doctor_site.iter_records", broken)
+    monkeypatch.setattr("fedtune.deploy.doctor_site._sized", broken)
     checks = home.examined()
     assert failures(checks).keys() == {"data"}
     assert CANARY not in str(checks)
