@@ -46,7 +46,7 @@ class Snapshot(TypedDict):
 
     Attributes:
         since: when the state was entered.
-        last_contact: when the server last answered a site; None before the first time.  A server sets it when it listens.
+        last_contact: when the server last answered a site, or when a server began to listen; None before that.
         rounds_answered: by a site, since its process started.
     """
 
