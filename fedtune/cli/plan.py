@@ -104,6 +104,7 @@ def _outlook(options: argparse.Namespace, policies: Sequence[Path], leads: Seque
             for path, lead in zip(policies, leads, strict=True)
         ),
         lead_assumed=options.lead is None,
+        model_sha256=_model_sha256(config, load=not options.no_model),
     )
 
 
@@ -137,6 +138,15 @@ def _planned(overrides: Sequence[str], target: str | None) -> tuple[RunConfig, P
 def _first_lead(path: Path) -> str:
     """The lead to ask a policy for when none was given."""
     return next(iter(read_policy(path).allow.leads), "nobody")
+
+
+def _model_sha256(config: RunConfig, *, load: bool) -> str | None:
+    """The hash by which sites know the base model: as the settings pin it, or else that of its files."""
+    if config.model.sha256 is not None or not load:
+        return config.model.sha256
+    from fedtune.model.base import weights_sha256  # transformers takes seconds to import
+
+    return weights_sha256(config.model)
 
 
 def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:

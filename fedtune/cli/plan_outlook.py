@@ -30,6 +30,7 @@ class Outlook:
         epsilon: that `changes` keep within.
         device: that the forecast was timed on.
         lead_assumed: policies were asked for the first lead that each allows.
+        model_sha256: of the base model's weights; None: the settings do not pin it, and no model was loaded.
     """
 
     config: RunConfig
@@ -41,6 +42,7 @@ class Outlook:
     device: str
     verdicts: tuple[Verdict, ...]
     lead_assumed: bool
+    model_sha256: str | None = None
 
     @property
     def plan(self) -> Plan:
@@ -66,6 +68,7 @@ class Outlook:
             "run": config.name,
             "config_sha256": config.digest(),
             "model": config.model.path,
+            "model_sha256": self.model_sha256,
             "dataset": config.data.dataset,
             "solved_for": self.solved,
             "target_epsilon": config.privacy.epsilon if self.plan.private else None,

@@ -43,6 +43,7 @@ def facts(outlook: Outlook) -> dict[str, str]:
     config, plan, price = outlook.config, outlook.plan, outlook.price
     found = {
         "model": config.model.path,
+        **({"SHA-256": outlook.model_sha256} if outlook.model_sha256 else {}),
         "data": f"{config.data.dataset} at {counted(len(price.sites), 'site')}; no record was read",
         "training": f"{counted(plan.num_rounds, 'round')} of {counted(plan.local_steps, 'step')}, "
         f"sampling rate {plan.sampling_rate:.4g}",

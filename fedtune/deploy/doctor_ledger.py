@@ -109,7 +109,7 @@ def serving(files: SiteFiles, *, state: Path) -> Check:
     except OSError:
         return skipped(name, f"this account may not open {lock}")
     if (state / "paused").exists():
-        return warning(name, "this site is paused: it trains nothing", fix=f"Remove {state / 'paused'} to go on.")
+        return warning(name, "this site is paused: it trains nothing", fix="`fedtune site resume --kit DIR` goes on.")
     return ok(name, "a process of this site is serving" if served else "no process of this site is serving now")
 
 

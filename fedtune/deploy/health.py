@@ -1,7 +1,7 @@
 """How a process is doing, for the site's own monitoring: two addresses to read, on this machine only.
 
 `GET /health` answers 200 as long as the process runs; `GET /ready` answers 200 when a round that came now would be
-answered (state "connected" or "training"), else 503.  Both give the same six values and nothing of any record.
+answered (state "connected" or "training"), else 503.  Both give the same five values and nothing of any record.
 Still, how long a site is in state "training" tells roughly how many records it has, as the time of a reply would
 (docs/site_policy.md, `reply_after_s`): so an address that other machines reach has to be asked for.
 

@@ -120,8 +120,10 @@ class _Budget:
 
     def refusals(self, proposal: Proposal) -> Iterator[Refused]:
         """What of the ledger speaks against `proposal`."""
-        if self._history.frozen:
-            yield Refused(Reason.FROZEN)
+        try:
+            spending.require_usable(self._history)
+        except Refused as refused:
+            yield refused
         try:
             spending.require_plan_room(self._history, self._policy, proposal.plan, self._now)
         except Refused as refused:

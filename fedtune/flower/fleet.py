@@ -84,6 +84,7 @@ class Fleet:
     """
 
     def __init__(self, server: str, tls: Tls) -> None:
+        self._server, self._tls = server, tls
         private, public = node_key(tls.key)
         self._public = public_key_to_bytes(public)
         self._client = FleetHttpClient(
@@ -96,6 +97,7 @@ class Fleet:
             timeout=_CALL_TIMEOUT_S,
         )
         self._node: Node | None = None
+        self._may_have_lost_one = False
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
 
@@ -104,11 +106,17 @@ class Fleet:
 
         Raises:
             Unauthorised: the server does not know the key.
-            Unreachable: no connection.
+            Unreachable: no connection, or the server still takes an earlier process of this node, which died, for
+                alive: it waits for twenty seconds without its heartbeats.
         """
         request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
-        with _in_our_words():
-            self._node = Node(node_id=self._client.ActivateNode(request).node_id)
+        try:
+            with _in_our_words():
+                self._node = Node(node_id=self._client.ActivateNode(request).node_id)
+        except Unauthorised as error:
+            hello(self._server, self._tls)  # says whether, and why, the server does not know the key
+            raise Unreachable("an earlier connection of this site is not over yet") from error
+        self._may_have_lost_one = False
         # Flower's messages say from here who sends them.
         TaskIdentity.node_id, TaskIdentity.task_id = self._node.node_id, 0
         if self._beating is None:
@@ -119,8 +127,23 @@ class Fleet:
         """The next message for this node, if there is one.
 
         Raises:
+            Dropped: the message is no longer there.
             Unauthorised, Unreachable: as for `activate`.
         """
+        if self._may_have_lost_one:
+            self._come_back()
+        self._may_have_lost_one = True
+        message = self._next_message()
+        self._may_have_lost_one = False
+        return message
+
+    def _come_back(self) -> None:
+        """Leave and return: the server gives a message once, and the lead asks again when it sees a site return."""
+        with contextlib.suppress(Unauthorised), _in_our_words():  # the server thinks that it is away already
+            self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._activated.node_id))
+        self.activate()
+
+    def _next_message(self) -> Message | None:
         node = self._activated
         with _in_our_words():
             answer = self._client.PullMessages(PullMessagesRequest(node=node))
@@ -178,8 +201,9 @@ class Fleet:
         return self._node
 
     def _beat(self) -> None:
-        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
         while not self._stop.wait(_HEARTBEAT_S):
+            # The number may have changed: a server that lost its database gives new ones.
+            request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
             try:
                 self._client.SendNodeHeartbeat(request)
             except (httpx.HTTPError, ValueError):
@@ -230,10 +254,14 @@ def hello(server: str, tls: Tls) -> Hello:
     }
     with _in_our_words(), httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
         answer = client.get(f"https://{server}{HELLO}", headers=headers)
+    try:
         fields = answer.json()
-        if answer.status_code != httpx.codes.OK:
-            raise Unauthorised(f"the server refused this site: {fields.get('reason', answer.status_code)}")
-        return Hello(site=str(fields["site"]), server_time=float(fields["time"]))
+        if answer.status_code == httpx.codes.OK:
+            return Hello(site=str(fields["site"]), server_time=float(fields["time"]))
+        reason = str(fields["reason"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unreachable(f"what answers at {server} is no server of fedtune's ({answer.status_code})") from error
+    raise Unauthorised(f"the server refused this site: {reason}")
 
 
 @contextmanager
@@ -252,3 +280,5 @@ def _in_our_words() -> Iterator[None]:
         raise Dropped("the server no longer keeps this message") from error
     except httpx.HTTPError as error:
         raise Unreachable(f"no connection to the server ({type(error).__name__})") from error
+    except (ValueError, TypeError, LookupError) as error:  # a proxy's page, or bytes that are no message
+        raise Unreachable(f"the server's answer cannot be read ({type(error).__name__})") from error

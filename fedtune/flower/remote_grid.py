@@ -67,6 +67,7 @@ class _Question:
     Attributes:
         message_ids: under which it was asked; an answer to any of them will do.
         activation: when the site had last come online as it was asked; a later one means that it may have forgotten.
+        unsent: a message that may have reached the server in part: the site waits for the rest of it.
         not_before: earliest moment, by the monotonic clock, to ask again.
         provisional: an answer that asking again may change.
     """
@@ -74,6 +75,7 @@ class _Question:
     question: Message
     message_ids: set[str]
     activation: str = ""
+    unsent: Message | None = None
     not_before: float = 0.0
     provisional: Message | None = None
 
@@ -143,9 +145,9 @@ class RemoteGrid(Grid):
                 continue
             if question.message_ids and node.last_activated_at == question.activation:
                 continue
-            asked, about = packed(question.question.content), question.question.metadata
-            message = Message(asked, node.node_id, about.message_type, group_id=about.group_id, ttl=ttl)
-            (message_id,) = session.grid.push_messages([message])
+            question.unsent = question.unsent or _addressed(question.question, node.node_id, ttl=ttl)
+            (message_id,) = session.grid.push_messages([question.unsent])
+            question.unsent = None
             if message_id:
                 question.message_ids.add(message_id)
                 question.activation = node.last_activated_at
@@ -156,7 +158,7 @@ class RemoteGrid(Grid):
         if not asked:
             return []
         final = []
-        for answer in self._opened.grid.pull_messages(list(asked)):
+        for answer in self._pull(list(asked), questions):
             number = asked[answer.metadata.reply_to_message_id]
             question = questions.get(number)
             if question is None:
@@ -173,6 +175,15 @@ class RemoteGrid(Grid):
             else:
                 question.provisional, question.not_before = answer, time.monotonic() + after_s
         return final
+
+    def _pull(self, message_ids: list[str], questions: Mapping[int, _Question]) -> Iterable[Message]:
+        try:
+            return self._opened.grid.pull_messages(message_ids)
+        except httpx.HTTPError:
+            # The server gives an answer once: one that was on its way is lost, unless its site is asked again.
+            for question in questions.values():
+                question.activation = ""
+            raise
 
     @property
     def _opened(self) -> _Session:
@@ -200,6 +211,7 @@ class RemoteGrid(Grid):
         self._close()
         for question in questions.values():
             question.message_ids.clear()
+            question.unsent = None
         self._open()
 
     def _wait_for_server(self, error: Exception) -> None:
@@ -223,6 +235,11 @@ class RemoteGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         raise NotImplementedError("only whole exchanges survive a restart: use send_and_receive")
+
+
+def _addressed(question: Message, node_id: int, *, ttl: float) -> Message:
+    about = question.metadata
+    return Message(packed(question.content), node_id, about.message_type, group_id=about.group_id, ttl=ttl)
 
 
 class _Session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import re
 import shutil
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+
+from fedtune.deploy.health import READY, Health, State
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENT = ROOT / "deployment"
@@ -439,6 +442,31 @@ def test_every_file_starts_a_server_or_a_site_as_the_help_says() -> None:
                 assert "--kit" in options
                 for option in options:
                     assert re.search(rf"{option}\b(?!-)", done.stdout), f"{where}: there is no option {option}"
+
+
+@pytest.mark.parametrize("page", [DEPLOYMENT / "README.md", ROOT / "docs/operations.md", ROOT / "docs/air_gapped.md"])
+def test_the_pages_name_what_there_is(page: Path) -> None:
+    text = page.read_text()
+    for target, place in re.findall(r"\]\(([^)#]+)(?:#([^)]*))?\)", text):
+        assert (page.parent / target).exists(), target
+        if place:
+            headings = re.findall(r"^#+ (.+)$", (page.parent / target).read_text(), re.M)
+            assert place in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for name in re.findall(r"(?:deployment|docs|tests)/[\w/.-]+\w", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_page_on_operations_shows_what_processes_say() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    shown = [json.loads(line) for block in re.findall(r"```json\n(.*?)```", text, re.S) for line in block.splitlines()]
+    lines, healths = [one for one in shown if "logger" in one], [one for one in shown if "logger" not in one]
+    assert len(lines) == 3
+    for line in lines:
+        assert list(line)[:4] == ["time", "level", "logger", "event"]
+        assert (ROOT / (line["logger"].replace(".", "/") + ".py")).is_file()
+    assert [set(told) for told in healths] == [set(Health().snapshot())]
+    states = dict(re.findall(r"^\| `(\w+)` \| .* \| (200|503) \|$", text, re.M))
+    assert states == {state: "200" if state in READY else "503" for state in get_args(State)}
 
 
 def test_no_secret_lies_among_the_files() -> None:

@@ -140,6 +140,7 @@ def test_a_second_request_on_a_connection_gets_no_answer(address: str) -> None:
 
 def test_a_request_without_end_is_cut_off(address: str) -> None:
     host, _, port = address.rpartition(":")
+    began = time.monotonic()
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\n")
         try:
@@ -149,6 +150,7 @@ def test_a_request_without_end_is_cut_off(address: str) -> None:
         except ConnectionError:  # what was still on its way when the other side closed
             received = b""
     assert received == b""
+    assert time.monotonic() - began < 1.5  # by its length, before its time is over
     assert ask(address)[0] == 200
 
 

@@ -189,6 +189,26 @@ def test_a_ledger_that_was_put_back_is_in_doubt(
     assert (said.ledger, said.allowed, said.taken) == ("in doubt", False, None)
 
 
+def test_a_ledger_that_lacks_a_receipt_takes_part_in_nothing(
+    ask: Ask,
+    site_policy: Callable[..., Policy],
+    run_proposal: Callable[..., Proposal],
+    ledger_of: Callable[[Policy], Ledger],
+    tmp_path: Path,
+) -> None:
+    policy = site_policy()
+    ledger = ledger_of(policy)
+    old = (tmp_path / policy.ledger).read_bytes()
+    ledger.reserve(run_proposal(), round=1, request="0" * 64)
+    receipt = ledger.receipt(run_proposal().run)
+    (tmp_path / policy.ledger).write_bytes(old)
+    with pytest.raises(Refused):
+        ledger_of(policy).require_contains(receipt)
+    said = ask(policy, run="next")
+    assert [one.rule for one in said.broken] == ["ledger_behind_receipt"]
+    assert said.most_rounds == 0
+
+
 def test_another_declared_size_is_noted(ask: Ask, site_policy: Callable[..., Policy]) -> None:
     assert ask(site_policy(), {"a": 90}).note == "the site declares 100 records of patients, the run takes it for 90"
     assert ask(site_policy(), {"b": 90}).note == "the run names no site a"
