@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
     kit = Kit.read(Path(options.kit), kind="server")
     from fedtune.deploy.server_service import ServerService  # Flower takes seconds to import
 
+    os.umask(0o077)  # what the process writes is for its own account alone
     configure_logs(options.log_level)
     health = Health()
     with ExitStack() as stack:

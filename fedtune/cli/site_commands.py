@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,6 +57,7 @@ def _start(options: argparse.Namespace) -> None:
     from fedtune.deploy.logs import configure_logs
     from fedtune.deploy.site_service import SiteService  # torch and Flower take seconds to import
 
+    os.umask(0o077)  # what the process writes is for its own account alone
     configure_logs(options.log_level)
     health = Health()
     with ExitStack() as stack:

@@ -101,10 +101,10 @@ class RealSite:
         key = json.dumps([run, config.to_json()], sort_keys=True)
         if self._warm is None or self._warm[0] != key:
             self._warm = None  # first, so that two runs' records never fill the memory together
-            self._warm = key, self._loaded(config, files)
+            self._warm = key, self._loaded(run, config, files)
         return self._warm[1]
 
-    def _loaded(self, config: RunConfig, files: SiteFiles) -> SiteWork:
+    def _loaded(self, run: str, config: RunConfig, files: SiteFiles) -> SiteWork:
         began = time.monotonic()
         shared = self._shared_model(config)
         model_s = time.monotonic() - began
@@ -120,7 +120,7 @@ class RealSite:
             keeps_frozen_states=shared.keeps_frozen_states(size),
         )
         _ = work.examples  # tokenised now, so that a record that cannot be read is found before the round is charged
-        log.info("ready for a run", extra={"run": config.run_id(), "model_s": round(model_s, 3)})
+        log.info("ready for a run", extra={"run": run, "model_s": round(model_s, 3)})
         return work
 
     def _shared_model(self, config: RunConfig) -> SharedModel:
