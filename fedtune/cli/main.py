@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 from fedtune import __version__
-from fedtune.cli import ledger, provision, run_arguments, server, site
+from fedtune.cli import ledger, provision, report, run_arguments, server, site
 from fedtune.spec import FedtuneError
 
 _SIMULATE = """\
@@ -41,7 +41,7 @@ The file has the columns that the run's configuration names; scores are exact an
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 wrong input, 3 refused, 1 anything else."""
-    options = _options(sys.argv[1:] if arguments is None else arguments)
+    options = _options(report.with_command(sys.argv[1:] if arguments is None else arguments))
     try:
         _run(options)
         sys.stdout.flush()
@@ -73,6 +73,8 @@ def _run(options: argparse.Namespace) -> None:
             evaluate(options.run, data_file=options.data, device=options.device)
         case "ledger":
             ledger.run(options)
+        case "report":
+            report.run(options)
         case "site":
             site.run(options)
         case "provision":
@@ -125,6 +127,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to score (default: auto)"
     )
     ledger.add_arguments(command("ledger", "read a site's ledger: what was spent, what is left", ledger.DESCRIPTION))
+    report.add_arguments(command("report", "the privacy report of a run or a ledger", report.DESCRIPTION))
     site.add_arguments(command("site", "a site: its policy, its keys, its process", site.DESCRIPTION))
     provision.add_arguments(command("provision", "make a federation of real sites", provision.DESCRIPTION))
     server.add_arguments(command("server", "a federation's server", server.DESCRIPTION))

@@ -169,6 +169,8 @@ def _noted(detail: dict[str, Any]) -> str:
                 f"IN DOUBT: a receipt of this site's own knows event {detail['sequence']}, which is missing; "
                 "nothing is trained until the ledger is restored"
             )
+        case "approved":
+            return f"a person approved the proposal with digest {printable(detail['proposal'])[:12]}..."
         case "frozen":
             return f"FROZEN, takes part in nothing any more: {printable(detail['why'])}"
         case other:

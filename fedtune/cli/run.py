@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ from fedtune.deploy.kits import Kit, Member
 from fedtune.spec import ConfigError, RunError
 
 _STOP_S = 60.0
-_OURS = ("federation.num_sites", "federation.site_names", "federation.participants", "runtime")
+_OURS = ("federation.num_sites", "federation.site_names", "federation.participants", "runtime", "runtime.kind")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -80,19 +81,32 @@ def composed(words: Sequence[str], *, kit: Kit) -> RunConfig:
     if any(word.startswith("resume=") for word in others):
         if wanted:
             raise ConfigError("sites", wanted[-1].partition("=")[2], "cannot change in a run that is resumed")
-        return compose_run(others)
+        return _resumed(others)
     for word in others:
-        key, _, value = word.lstrip("+").partition("=")
+        key, value = _key_and_value(word)
         if key in _OURS:
-            bound = "is always deployment here" if key == "runtime" else "is set by sites=[a,b,...] here"
+            bound = "is always deployment here" if key.startswith("runtime") else "is set by sites=[a,b,...] here"
             raise ConfigError(key, value, bound)
     chosen = members(kit, _names(wanted[-1]) if wanted else ())
     given = [*others, "runtime=deployment", *_about(chosen)]
-    if any(word.startswith("data.declared_sizes=") for word in others):
+    if any(_key_and_value(word)[0] == "data.declared_sizes" for word in others):
         return compose_run(given)
     # Which data set it is, and so how large the sites declare it, is known once the rest is composed.
     dataset = compose_run([*given, "data.declared_sizes=2"]).data.dataset
     return compose_run([*given, f"data.declared_sizes=[{','.join(map(str, _sizes(chosen, dataset)))}]"])
+
+
+def _resumed(words: Sequence[str]) -> RunConfig:
+    config = compose_run(words)
+    if config.runtime.kind != "deployment":
+        bound = f"must be a run over real sites: fedtune simulate resume={config.resume} goes on with this one"
+        raise ConfigError("resume", config.resume, bound)
+    return config
+
+
+def _key_and_value(word: str) -> tuple[str, str]:
+    key, _, value = word.lstrip("+~").partition("=")
+    return key, value
 
 
 def _about(chosen: Sequence[Member]) -> list[str]:
@@ -102,7 +116,7 @@ def _about(chosen: Sequence[Member]) -> list[str]:
         f"federation.site_names=[{names}]",
         "federation.participants=[]",
         # How a simulation deals out its file says nothing of real sites.
-        "data.partition={kind:iid,alpha:1.0,proportions:[],sites:{}}",
+        "~data.partition",
     ]
 
 
@@ -131,7 +145,8 @@ def _stop(folder: Path, *, kit: Kit | None) -> None:
         pid = running_process(folder)
         if pid is None:
             raise RunError(f"{folder} is running, and does not say in which process; stop it where it was started")
-        os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_S
         while is_running(folder):
             if time.monotonic() > deadline:

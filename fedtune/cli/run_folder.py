@@ -20,6 +20,9 @@ from fedtune.spec import ConfigError, RunError
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.cli.display import Display
 
+_LOCK = "log.txt"
+"""Locked by the process that runs a folder, and its log."""
+
 Work = Callable[[RunConfig, Path, "Display"], dict[str, Any]]
 """Runs a configuration in its folder, shows it, and returns the content of `run.json`."""
 
@@ -39,7 +42,7 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
 
     display = Display(console, config, shown=config.tracking.progress)
     try:
-        with only_one(folder), _log_to(folder / "log.txt", config.tracking.log_level), display:
+        with only_one(folder), _log_to(folder / _LOCK, config.tracking.log_level), display:
             result = work(config, folder, display)
     except BaseException as error:
         begun = any(folder.glob("checkpoints/round-*.safetensors"))
@@ -94,7 +97,7 @@ def make(folder: Path, config: RunConfig) -> None:
 def _remove(folder: Path) -> None:
     for name in ("checkpoints", "sites"):  # without a checkpoint no site was asked, so no ledger has begun
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.yaml", "log.txt"):
+    for name in ("config.yaml", _LOCK):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()
 
@@ -102,7 +105,7 @@ def _remove(folder: Path) -> None:
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Keep two processes from running one folder: their ledgers and checkpoints would mix."""
-    with (folder / "log.txt").open("a") as lock:
+    with (folder / _LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -111,12 +114,16 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process holds the folder."""
-    try:
-        with only_one(folder):
-            return False
-    except ConfigError:
-        return True
+    """Whether a process holds the folder; changes nothing in it."""
+    path = folder / _LOCK
+    if not path.is_file():
+        return False
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 @contextmanager

@@ -10,16 +10,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from fedtune.cli.plain_words import REASONS, counted, printable
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.site_state import Pending, SiteState
-from fedtune.federation.verdict import Verdict, ask
+from fedtune.federation.verdict import BrokenRule, Verdict, ask
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import ConfigError, RefusedError
+from fedtune.spec import ConfigError, RefusedError, RunError
 
 
 def run(options: argparse.Namespace) -> None:
@@ -38,11 +39,21 @@ def run(options: argparse.Namespace) -> None:
             SiteState.of(_kit(options).folder).set_paused(False)
             sys.stdout.write("The site takes part again.\n")
         case _:
-            _leave(_kit(options), SiteFiles.of(Path(options.site)))
+            kit = _kit(options)
+            _leave(kit, _files(Path(options.site), kit))
 
 
 def _kit(options: argparse.Namespace) -> Kit:
     return Kit.read(Path(options.kit), kind="site")
+
+
+def _files(site_toml: Path, kit: Kit) -> SiteFiles:
+    """The site's files, which must be those of the site whose kit it is."""
+    files = SiteFiles.of(site_toml)
+    if files.policy.site != kit.site:
+        error = ConfigError("site", files.policy.site, f"must be {kit.site}, as in the kit")
+        raise error.in_file(site_toml)
+    return files
 
 
 def _init(site_toml: Path, *, out: Path | None) -> None:
@@ -68,7 +79,8 @@ def _start(options: argparse.Namespace) -> None:
 
 def _approve(options: argparse.Namespace) -> None:
     """List what waits, or approve one run after showing its price."""
-    state, site_toml, console = SiteState.of(_kit(options).folder), Path(options.site), Console()
+    kit, site_toml, console = _kit(options), Path(options.site), Console()
+    state = SiteState.of(kit.folder)
     waiting = state.waiting()
     if options.run is None:
         console.print(_waiting_table(waiting) if waiting else "No run waits for approval.")
@@ -77,10 +89,11 @@ def _approve(options: argparse.Namespace) -> None:
     if not found:
         names = ", ".join(pending.proposal.run for pending in waiting) or "none"
         raise ConfigError("RUN", options.run, f"must be a run that waits for approval: {names}")
-    files = SiteFiles.of(site_toml)
-    sizes = {files.policy.site: files.policy.declared_size(found[0].proposal.dataset)}
-    verdict = ask(site_toml, found[0].proposal, declared_sizes=sizes)
+    files = _files(site_toml, kit)
+    verdict = ask(site_toml, found[0].proposal, declared_sizes={})
     console.print(_price_table(found[0], verdict))
+    if verdict.ledger == "in doubt":
+        raise RunError(verdict.note)
     if not verdict.allowed:
         raise RefusedError(f"policy or budget refuse this run: {_broken(verdict)}")
     if not options.yes and not _agreed():
@@ -98,12 +111,14 @@ def _agreed() -> bool:
 
 
 def _waiting_table(waiting: list[Pending]) -> Table:
-    table = Table("run", "since", "data set", "epsilon", "asked by lead")
-    for pending in waiting:
+    names = [printable(pending.proposal.run) for pending in waiting]
+    # Whole, however narrow the terminal: a person has to type it.
+    run = Column("run", no_wrap=True, min_width=max(map(len, names)))
+    table = Table(run, "since", "data set", "epsilon", "asked by lead")
+    for name, pending in zip(names, waiting, strict=True):
         asked = pending.proposal
-        table.add_row(
-            printable(asked.run), pending.since, printable(asked.dataset), _price(pending), f"{asked.lead[:16]}..."
-        )
+        words = (name, pending.since, printable(asked.dataset), _price(pending), f"{asked.lead[:16]}...")
+        table.add_row(*map(escape, words))  # brackets that come from a lead are no markup
     return table
 
 
@@ -131,20 +146,22 @@ def _price_table(pending: Pending, verdict: Verdict) -> Table:
     }
     table = Table(show_header=False)
     for name, text in rows.items():
-        table.add_row(name, text)
+        table.add_row(name, escape(text))
     return table
 
 
 def _broken(verdict: Verdict) -> str:
-    return "; ".join(
-        f"{REASONS[Reason(one.rule)]} (asked {one.asked}, allowed {one.allowed})" for one in verdict.broken
-    )
+    return "; ".join(REASONS[Reason(one.rule)] + _numbers(one) for one in verdict.broken)
+
+
+def _numbers(rule: BrokenRule) -> str:
+    numbers = {"asked": rule.asked, "allowed": rule.allowed}
+    known = ", ".join(f"{word} {value}" for word, value in numbers.items() if value is not None)
+    return f" ({known})" if known else ""
 
 
 def _leave(kit: Kit, files: SiteFiles) -> None:
     """End what is open, and keep the process from starting again."""
-    if files.policy.site != kit.site:
-        raise ConfigError("site", files.policy.site, f"must be {kit.site}, as in the kit")
     ledger = files.open()
     open_runs = [name for name, run in ledger.history.runs.items() if run.is_open(ledger.history.now())]
     for name in open_runs:

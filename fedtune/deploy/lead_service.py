@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.config import RunConfig
+from fedtune.deploy.kit_tls import tls_of
 from fedtune.deploy.kits import Kit, Member, read_roster
-from fedtune.deploy.site_service import tls_of
 from fedtune.federation.receipt_book import ReceiptBook
 from fedtune.flower.deployment import DeployedListener, KnownSite, LeadConnection, end_deployed, run_deployed
 from fedtune.privacy.durable import write_durably
@@ -131,7 +131,9 @@ def running_process(folder: Path) -> int | None:
     """The process that runs a folder on this machine, if one does."""
     try:
         pid = int(json.loads((folder / RUNNING).read_bytes())["pid"])
+        if pid <= 0:  # to the system, a group of processes and none of them
+            return None
         os.kill(pid, 0)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return pid

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.deploy.health import Health
+from fedtune.deploy.kit_tls import tls_of
 from fedtune.deploy.kits import Kit, read_roster
-from fedtune.deploy.site_service import tls_of
 from fedtune.flower.gate import Registered
 from fedtune.flower.superlink import ServerSettings, serve
 from fedtune.spec import ConfigError

@@ -16,14 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.deploy.health import Health, State
+from fedtune.deploy.kit_tls import tls_of
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.models import installed_model
 from fedtune.deploy.site_state import SiteState, serving
-from fedtune.federation.protocol import RoundRequest
 from fedtune.flower.fleet import Dropped, Fleet, Unauthorised, Unreachable
 from fedtune.flower.node import Exchange, SiteApp
-from fedtune.flower.tls import Tls
-from fedtune.privacy.release import Reason, Refusal
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Refusal
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.sites.real_site import RealSite, SitePlaces
 from fedtune.spec import ConfigError, RunError
@@ -64,6 +64,7 @@ class SiteService:
                 paused=state.paused,
                 runs=state.runs,
                 adapters=self.kit.folder / "adapters",
+                awaits=lambda proposal: _put_up_for_approval(state, proposal),
             )
             app = SiteApp(RealSite(places).site, name=files.policy.site)
             fleet = Fleet(self.kit.server, tls_of(self.kit))
@@ -86,6 +87,11 @@ class SiteService:
         if self.kit.lead not in files.policy.allow.leads:
             log.warning("the kit's lead is not among the policy's allow.leads: all its requests will be refused")
         return files
+
+
+def _put_up_for_approval(state: SiteState, proposal: Proposal) -> None:
+    if state.wait_for_approval(proposal):
+        log.warning("a run waits for approval", extra={"run": proposal.run})
 
 
 class _Loop:
@@ -163,15 +169,6 @@ class _Loop:
         what = "update" if refused is None else refused.value
         about = {"run": answered.run, "round": answered.round, "seconds": round(seconds, 2)}
         log.info("answered", extra={"what": what, **about})
-        if refused is Reason.AWAITING_APPROVAL:
-            proposal = RoundRequest.of(exchange.request).proposal
-            if self._state.wait_for_approval(proposal):
-                log.warning("a run waits for approval", extra={"run": proposal.run})
-
-
-def tls_of(kit: Kit) -> Tls:
-    """The kit's certificates and key."""
-    return Tls(ca=kit.ca, certificate=kit.certificate, key=kit.key)
 
 
 @contextmanager

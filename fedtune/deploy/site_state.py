@@ -70,11 +70,13 @@ class SiteState:
     def wait_for_approval(self, proposal: Proposal) -> bool:
         """Keep a run for a person to approve; says whether it is new."""
         path = self._pending(proposal.run)
-        new = not path.exists()
-        since = datetime.now(UTC).isoformat(timespec="seconds") if new else self._read(path).since
-        fields = {"proposal": proposal.to_json(), "since": since}
+        try:
+            since = self._read(path).since if path.exists() else None
+        except RunError:
+            since = None  # damaged, so that it is written anew
+        fields = {"proposal": proposal.to_json(), "since": since or datetime.now(UTC).isoformat(timespec="seconds")}
         write_durably(path, json.dumps(fields, indent=1).encode() + b"\n")
-        return new
+        return since is None
 
     def waiting(self) -> list[Pending]:
         """The runs that wait, oldest first."""
@@ -96,7 +98,7 @@ class SiteState:
         try:
             fields = json.loads(path.read_bytes())
             return Pending(proposal=Proposal.from_json(fields["proposal"]), since=str(fields["since"]))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise RunError(f"{path} is damaged; remove it, and the lead's next request writes it anew") from error
 
 
@@ -108,6 +110,7 @@ def serving(ledger: Path) -> Iterator[None]:
         ConfigError: another process serves it.
     """
     path = ledger.with_name(f"{ledger.name}.serving")
+    path.parent.mkdir(parents=True, exist_ok=True)  # as for the ledger, which may be yet to be made
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:

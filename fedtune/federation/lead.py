@@ -28,6 +28,7 @@ class RoundResult:
         metrics: of the aggregated adapter on the lead's validation file.
         site_scores: site -> (noised score, noised share of the declared number) of its held-out units, for the adapter
             that the round began with; what `privacy.metrics=noised` releases.
+        ended: UTC, when the round was aggregated and scored; empty in runs of versions that did not note it.
     """
 
     round: int
@@ -38,6 +39,7 @@ class RoundResult:
     bytes_up: int
     metrics: Mapping[str, float]
     site_scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    ended: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,14 +56,6 @@ class Prepared:
     train: Train
 
 
-def _never() -> bool:
-    return False
-
-
-def _nowhere(run: str, adapter: Adapter) -> None:
-    pass
-
-
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """A site as a round sees it.
@@ -74,13 +66,15 @@ class Site:
             needs.
         paused: whether a person at the site wants it to take part in nothing for now.
         keep: stores a run's final adapter, given the run's name.
+        awaits: told of a run that a person at the site is yet to approve, before the answer is held back.
     """
 
     name: str
     ledger: Ledger
     prepare: Callable[[RoundRequest], Prepared]
-    paused: Callable[[], bool] = _never
-    keep: Callable[[str, Adapter], None] = _nowhere
+    paused: Callable[[], bool] = lambda: False
+    keep: Callable[[str, Adapter], None] = lambda run, adapter: None
+    awaits: Callable[[Proposal], None] = lambda _: None
 
 
 def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
@@ -201,7 +195,9 @@ def _refuse(site: Site, request: RoundRequest | None, refused: Refused) -> Refus
     if request is not None:
         try:
             site.ledger.refuse(refused, run=request.run, round=request.round, request=request.digest())
-        except Exception:  # it is refused, whether or not the ledger can say so
+            if refused.reason is Reason.AWAITING_APPROVAL:
+                site.awaits(request.proposal)
+        except Exception:  # it is refused, whether or not the site can say so
             log.exception("%s could not record a refusal", site.name)
     return _refusal(site, request, refused)
 

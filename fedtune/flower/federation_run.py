@@ -24,6 +24,7 @@ from fedtune.model import save_task_model
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
+from fedtune.sites.environment import note_environment
 from fedtune.sites.shared_model import SharedModel
 
 
@@ -84,6 +85,7 @@ class FederationRun:
         """
         began = time.monotonic()
         state = self._first_state()
+        note_environment(self.folder, self.shared)
         began -= state.seconds
 
         def elapsed() -> float:

@@ -27,6 +27,7 @@ from flwr.proto.fleet_pb2 import (
     DeactivateNodeRequest,
     PullMessagesRequest,
     PushMessagesRequest,
+    PushMessagesResponse,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
@@ -54,7 +55,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedtune.flower.tls import Tls
+from fedtune.flower.tls import Tls, refusal
 from fedtune.spec import ConfigError, RunError
 
 HELLO = "/v1/fedtune/hello"
@@ -98,6 +99,7 @@ class Fleet:
         )
         self._node: Node | None = None
         self._may_have_lost_one = False
+        self._begun: dict[str, PushMessagesResponse] = {}  # an answer that may have reached the server in part
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
 
@@ -106,8 +108,7 @@ class Fleet:
 
         Raises:
             Unauthorised: the server does not know the key.
-            Unreachable: no connection, or the server still takes an earlier process of this node, which died, for
-                alive: it waits for twenty seconds without its heartbeats.
+            Unreachable: no connection; or an earlier process of this node died less than twenty seconds ago.
         """
         request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
         try:
@@ -115,7 +116,7 @@ class Fleet:
                 self._node = Node(node_id=self._client.ActivateNode(request).node_id)
         except Unauthorised as error:
             hello(self._server, self._tls)  # says whether, and why, the server does not know the key
-            raise Unreachable("an earlier connection of this site is not over yet") from error
+            raise Unreachable("an earlier connection of this site is not over yet, or it was just added") from error
         self._may_have_lost_one = False
         # Flower's messages say from here who sends them.
         TaskIdentity.node_id, TaskIdentity.task_id = self._node.node_id, 0
@@ -165,25 +166,38 @@ class Fleet:
         """Send an answer.  It is safe to send the same one again after an error.
 
         Raises:
-            Dropped: the Flower run is over.
+            Dropped: the Flower run is over, or the server has lost it.
             Unauthorised, Unreachable: as for `activate`.
         """
-        node, run_id = self._activated, reply.metadata.run_id
-        reply.metadata.__dict__["_message_id"] = reply.object_id
-        with _in_our_words(), no_object_id_recompute():
-            request = PushMessagesRequest(
-                node=node,
-                messages_list=[message_to_proto(remove_content_from_message(reply))],
-                message_object_trees=[get_object_tree(reply)],
-                # Flower reports here how long the app ran, which grows with the true number of records.
-                clientapp_runtime_list=[0.0],
-            )
-            wanted = self._client.PushMessages(request)
-            push_objects(
-                get_all_nested_objects(reply),
-                make_push_object_fn_protobuf(self._client.PushObject, node, run_id, wanted.session_id),
-                object_ids_to_push=set(wanted.objects_to_push),
-            )
+        node, run_id, id = self._activated, reply.metadata.run_id, reply.object_id
+        reply.metadata.__dict__["_message_id"] = id
+        in_doubt, self._may_have_lost_one = self._may_have_lost_one, True
+        try:
+            with _in_our_words(), no_object_id_recompute():
+                begun = self._begun.get(id)
+                self._begun = {id: begun or self._announce(reply)}
+                send = make_push_object_fn_protobuf(self._client.PushObject, node, run_id, self._begun[id].session_id)
+
+                def push(object_id: str, content: bytes) -> None:
+                    # Of an answer that was begun some is there already; should it not arrive, the lead asks again.
+                    with contextlib.suppress(*(ObjectPushError,) if begun else ()):
+                        send(object_id, content)
+
+                push_objects(get_all_nested_objects(reply), push, object_ids_to_push={*self._begun[id].objects_to_push})
+        except Unauthorised as error:
+            self.activate()  # where that helps, the server has lost its database, and knows the node anew
+            raise Dropped("the server has forgotten who asked") from error
+        self._begun, self._may_have_lost_one = {}, in_doubt
+
+    def _announce(self, reply: Message) -> PushMessagesResponse:
+        request = PushMessagesRequest(
+            node=self._activated,
+            messages_list=[message_to_proto(remove_content_from_message(reply))],
+            message_object_trees=[get_object_tree(reply)],
+            # Flower reports here how long the app ran, which grows with the true number of records.
+            clientapp_runtime_list=[0.0],
+        )
+        return self._client.PushMessages(request)
 
     def close(self) -> None:
         """Tell the server, if it hears, that the node is gone."""
@@ -279,6 +293,6 @@ def _in_our_words() -> Iterator[None]:
     except (ObjectPullError, ObjectPushError) as error:
         raise Dropped("the server no longer keeps this message") from error
     except httpx.HTTPError as error:
-        raise Unreachable(f"no connection to the server ({type(error).__name__})") from error
+        raise Unreachable(f"no connection to the server ({refusal(error) or type(error).__name__})") from error
     except (ValueError, TypeError, LookupError) as error:  # a proxy's page, or bytes that are no message
         raise Unreachable(f"the server's answer cannot be read ({type(error).__name__})") from error

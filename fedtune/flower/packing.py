@@ -44,13 +44,16 @@ def unpacked(content: RecordDict) -> RecordDict:
 def _arrays(data: bytes) -> ArrayRecord:
     (size,) = struct.unpack_from("<Q", data)
     offset, arrays = 8 + size, {}
-    for name, shape in json.loads(data[8:offset]):
+    header = json.loads(data[8:offset])
+    for name, shape in header:
+        if type(name) is not str or type(shape) is not list:
+            raise ValueError("entry")
         if not all(type(length) is int and length >= 0 for length in shape):
             raise ValueError("shape")
         count = math.prod(shape)
         values = np.frombuffer(data, dtype=_FLOAT32, count=count, offset=offset)
-        arrays[str(name)] = Array(values.astype(np.float32).reshape(shape))
+        arrays[name] = Array(values.astype(np.float32).reshape(shape))
         offset += 4 * count
-    if offset != len(data):
+    if offset != len(data) or len(arrays) != len(header):
         raise ValueError("length")
     return ArrayRecord(arrays)

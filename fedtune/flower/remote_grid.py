@@ -7,57 +7,26 @@ Written for Flower 1.41, whose internals it uses; tests/flower/test_remote_grid.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import httpx
 from flwr.app import Message, RecordDict
-from flwr.common.constant import SubStatus
-from flwr.common.serde import run_from_proto
-from flwr.proto.control_pb2 import StartRunRequest, StartRunResponse
-from flwr.proto.fab_pb2 import Fab
-from flwr.proto.node_pb2 import NodeInfo
-from flwr.proto.runtime_pb2 import (
-    AcquireTaskRequest,
-    PullTaskInputRequest,
-    PushTaskOutputRequest,
-    SendTaskHeartbeatRequest,
-)
 from flwr.serverapp import Grid
-from flwr.supercore.constant import TaskType
-from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
-from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
 
+from fedtune.flower.lead_session import LeadSession
 from fedtune.flower.packing import packed, unpacked
-from fedtune.flower.signed_calls import LeadSignature
 from fedtune.flower.tls import Tls
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
 log = logging.getLogger(__name__)
 
-_POLL_S, _RECONNECT_S, _HEARTBEAT_S = 0.2, 1.0, 10.0
-_BUNDLE = """\
-[project]
-name = "fedtune"
-version = "1.0.0"
-[tool.flwr.app]
-publisher = "fedtune"
-[tool.flwr.app.components]
-serverapp = "none:none"
-clientapp = "none:none"
-[tool.flwr.app.config]
-"""
-"""Flower wants a bundle for every run.  This one holds no code, and nobody fetches it."""
+_POLL_S, _RECONNECT_S = 0.2, 1.0
 
 
 @dataclass
@@ -102,10 +71,15 @@ class RemoteGrid(Grid):
         self._server, self._tls, self._key = server, tls, key
         self._numbers = {node_key: number for number, node_key in enumerate(sites.values(), 1)}
         self._ask_again = ask_again
-        self._session: _Session | None = None
+        self._session: LeadSession | None = None
 
     def __enter__(self) -> RemoteGrid:
-        self._open()
+        try:
+            self._open()
+        except httpx.HTTPStatusError as error:
+            raise self._refused(error) from error
+        except httpx.HTTPError as error:
+            raise RunError(f"{self._server} cannot be reached ({type(error).__name__}: {error})") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,16 +94,19 @@ class RemoteGrid(Grid):
         deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
         while open_ and (left := deadline - time.monotonic()) > 0:
             try:
+                self._open()
                 self._ask(open_, ttl=left)
                 for number, answer in self._collect(open_):
                     answers[number] = answer
             except httpx.HTTPStatusError as error:
                 if error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
                     self._wait_for_server(error)
+                elif self._session is None:
+                    raise self._refused(error) from error
                 else:
                     log.warning("the server forgot this run (%s); asking anew", error.response.status_code)
-                    self._reopen(open_)
-            except httpx.HTTPError as error:
+                    self._forget(open_)
+            except (httpx.HTTPError, ObjectPushError) as error:
                 self._wait_for_server(error)
             else:
                 time.sleep(_POLL_S)
@@ -186,33 +163,32 @@ class RemoteGrid(Grid):
             raise
 
     @property
-    def _opened(self) -> _Session:
+    def _opened(self) -> LeadSession:
         assert self._session is not None, "used as a context manager"
         return self._session
 
     def _open(self) -> None:
-        try:
-            self._session = _Session(self._server, self._tls, self._key)
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code == httpx.codes.UNAUTHORIZED:
-                raise RunError(
-                    f"{self._server} does not take this lead's signature: another federation's kit, or a wrong clock"
-                ) from error
-            raise RunError(f"{self._server} cannot start a run ({error.response.status_code})") from error
-        except httpx.HTTPError as error:
-            raise RunError(f"{self._server} cannot be reached ({type(error).__name__}: {error})") from error
+        if self._session is None:
+            self._session = LeadSession(self._server, self._tls, self._key)
 
     def _close(self) -> None:
         if self._session is not None:
             self._session.close()
             self._session = None
 
-    def _reopen(self, questions: Mapping[int, _Question]) -> None:
+    def _forget(self, questions: Mapping[int, _Question]) -> None:
+        """Begin anew, as the server did."""
         self._close()
         for question in questions.values():
             question.message_ids.clear()
             question.unsent = None
-        self._open()
+
+    def _refused(self, error: httpx.HTTPStatusError) -> RunError:
+        if error.response.status_code == httpx.codes.UNAUTHORIZED:
+            return RunError(
+                f"{self._server} does not take this lead's signature: another federation's kit, or a wrong clock"
+            )
+        return RunError(f"{self._server} cannot start a run ({error.response.status_code})")
 
     def _wait_for_server(self, error: Exception) -> None:
         log.warning("%s cannot be reached (%s); trying again", self._server, type(error).__name__)
@@ -240,78 +216,3 @@ class RemoteGrid(Grid):
 def _addressed(question: Message, node_id: int, *, ttl: float) -> Message:
     about = question.metadata
     return Message(packed(question.content), node_id, about.message_type, group_id=about.group_id, ttl=ttl)
-
-
-class _Session:
-    """One of Flower's runs: started, claimed, kept alive, and ended by this process."""
-
-    def __init__(self, server: str, tls: Tls, key: SigningKey) -> None:
-        signature, version = LeadSignature(key), RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
-
-        def client(*token: RuntimeTokenHttpInterceptor) -> _LeadClient:
-            return _LeadClient(
-                f"https://{server}", interceptors=[version, *token, signature], verify=tls.client_context()
-            )
-
-        with client() as opening:
-            opening.start_run(StartRunRequest(fab=Fab(content=_bundle())))
-            # It may be one that another process has just started; any fresh run will do.
-            token = opening.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])).token
-        if not token:
-            raise RunError(f"{server} started a run and did not hand it out")
-        self._client = client(RuntimeTokenHttpInterceptor(token))
-        given = self._client.PullTaskInput(PullTaskInputRequest())
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
-            given.run.run_id,
-            given.context.node_id,
-            given.task_id,
-        )
-        self.grid = HttpGrid(server, token=token)
-        # HttpGrid would make a client without our certificate.
-        self.grid._client = self._client
-        self.grid.set_run(run_from_proto(given.run))
-        self._nodes: dict[int, NodeInfo] = {}
-        self._looked = float("-inf")
-        self._stop = threading.Event()
-        threading.Thread(target=self._beat, name="lead's heartbeats", daemon=True).start()
-
-    def nodes(self, numbers: Mapping[bytes, int]) -> Mapping[int, NodeInfo]:
-        """The sites that are online, by number; looked up once a second."""
-        if time.monotonic() - self._looked > 1.0:
-            online = self.grid.get_nodes()
-            self._nodes = {numbers[bytes(n.public_key)]: n for n in online if bytes(n.public_key) in numbers}
-            self._looked = time.monotonic()
-        return self._nodes
-
-    def close(self) -> None:
-        """End the run; messages that nobody fetched are dropped."""
-        self._stop.set()
-        with contextlib.suppress(httpx.HTTPError):  # it would end by itself without heartbeats
-            self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
-        self._client.close()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(_HEARTBEAT_S):
-            try:
-                self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
-            except (httpx.HTTPError, RuntimeError):
-                continue  # who asks and collects meets the same trouble
-
-
-class _LeadClient(RuntimeHttpClient):
-    """Flower's Runtime API, and the one call of its Control API that the lead needs."""
-
-    def start_run(self, request: StartRunRequest) -> StartRunResponse:
-        return self._unary_unary(
-            path="/v1/control/start-run",
-            rpc_method="/flwr.proto.Control/StartRun",
-            request=request,
-            response_type=StartRunResponse,
-        )
-
-
-def _bundle() -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("pyproject.toml", _BUNDLE)
-    return stream.getvalue()

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -136,6 +137,7 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str
         bytes_up=bytes_up,
         metrics=lead.evaluate(adapter),
         site_scores=sorted_out.scores,
+        ended=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return replace(
         state,

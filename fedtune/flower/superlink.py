@@ -87,13 +87,14 @@ def serve(settings: ServerSettings, *, ready: Callable[[], None]) -> None:
     watching = threading.Thread(target=_watch, args=(state, settings, stop), name="roster", daemon=True)
     watching.start()
     # uvicorn raises the signal that stopped it once more when it is done; by then that is old news.
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run()
     finally:
         stop.set()
         watching.join(timeout=2 * _ROSTER_S)
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def keep_roster(state: LinkState, roster: Sequence[Registered]) -> None:

@@ -6,6 +6,8 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tls:
@@ -27,3 +29,18 @@ class Tls:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(self.certificate, self.key)
         return context
+
+
+def refusal(error: BaseException) -> str | None:
+    """Which end does not accept the other's certificate, and why; None where that is not what went wrong."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"its certificate is not accepted here: {cause.verify_message}"
+        if isinstance(cause, ssl.SSLError) and "_ALERT_" in (cause.reason or ""):
+            said = cause.reason.rpartition("_ALERT_")[2].replace("_", " ").lower()
+            return f"it does not accept this site's certificate: {said}"
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, httpx.RemoteProtocolError):
+        return "it hung up, as it does where it does not accept this site's certificate"
+    return None

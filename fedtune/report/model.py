@@ -141,7 +141,7 @@ def from_json(text: str | bytes) -> Report:
         ConfigError: it is none of this version.
     """
     try:
-        return _ADAPTER.validate_json(text)
+        return _ADAPTER.validate_json(text, strict=True)  # strict: "1" and true are no numbers
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "report"

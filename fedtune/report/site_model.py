@@ -134,7 +134,12 @@ class Step:
 
 @spec
 class LifetimeRun:
-    """One run in a ledger."""
+    """One run in a ledger.
+
+    Attributes:
+        base_model: SHA-256 of the weights that the run named, or "unverified".
+        adapter_sha256: of the final adapter, where the lead gave it to the site.
+    """
 
     run: str
     lead: str
@@ -146,6 +151,8 @@ class LifetimeRun:
     epsilon: float | None
     planned_epsilon: float | None
     seeded_noise: bool
+    base_model: str = "unverified"
+    adapter_sha256: str | None = None
 
 
 @spec

@@ -17,7 +17,9 @@ from fedtune.model import Adapter, save_task_model
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.sites.shared_model import SharedModel
@@ -38,6 +40,7 @@ class SitePlaces:
         paused: file that is there while the site takes part in nothing.
         runs: folder for the settings that leads sent.
         adapters: folder for final adapters.
+        awaits: told of each run that a person is yet to approve.
     """
 
     site_toml: Path
@@ -45,6 +48,7 @@ class SitePlaces:
     paused: Path
     runs: Path
     adapters: Path
+    awaits: Callable[[Proposal], None] = lambda _: None
 
 
 class RealSite:
@@ -69,17 +73,23 @@ class RealSite:
             ledger=ledger,
             prepare=lambda request: self._prepare(request, settings, files, ledger),
             paused=self._places.paused.exists,
-            keep=lambda run, adapter: self._keep(run, adapter, files.policy),
+            awaits=self._places.awaits,
+            keep=lambda run, adapter: self._keep(run, adapter, files.policy, plan=ledger.history.runs[run].plan),
         )
 
     def _prepare(self, request: RoundRequest, settings: str, files: SiteFiles, ledger: Ledger) -> Prepared:
-        sent = read_settings(settings)
+        sent = read_settings(settings, plan=request.proposal.plan)
         if sent.run_id() != request.run:
             # The run's name holds a digest of its settings, so that the lead's signature covers them.
             raise Refused(Reason.WRONG_RUN, asked=request.run, allowed=sent.run_id())
         sizes = sent.declared_sizes()
         if files.policy.site not in sizes:
             raise Refused(Reason.WRONG_SITE, asked=", ".join(sizes), allowed=files.policy.site)
+        # Its plan is what the settings come to here, so that one that does not follow from them is noticed; before the
+        # model is loaded, since the policy has judged the request and not the settings.
+        proposal = sent.proposal(lead=request.proposal.lead, plan=sent.plan())
+        if proposal != request.proposal:
+            raise Refused(Reason.PLAN_CHANGED, asked=request.proposal.digest(), allowed=proposal.digest())
         work = self._work(request.run, sent, files)
         write_durably(self._places.runs / f"{request.run}.json", settings.encode())
 
@@ -87,8 +97,7 @@ class RealSite:
             return work.do(request, adapter, attempt, fingerprint_key=ledger.fingerprint_key())
 
         return Prepared(
-            # Its plan is what the settings come to here, so that one that does not follow from them is noticed.
-            proposal=sent.proposal(lead=request.proposal.lead, plan=sent.plan()),
+            proposal=proposal,
             template=work.shared.initial_adapter,
             declared_size=sizes[files.policy.site],
             train=train,
@@ -134,9 +143,9 @@ class RealSite:
             self._shared = self._shared.for_run(config)
         return self._shared
 
-    def _keep(self, run: str, adapter: Adapter, policy: Policy) -> None:
+    def _keep(self, run: str, adapter: Adapter, policy: Policy, *, plan: Plan) -> None:
         """Write the final adapter as a folder that `fedtune evaluate` takes."""
-        sent = read_settings((self._places.runs / f"{run}.json").read_text(encoding="utf-8"))
+        sent = read_settings((self._places.runs / f"{run}.json").read_text(encoding="utf-8"), plan=plan)
         config = at_site(sent, policy, folder=self._places.site_toml.parent, installed=self._places.installed)
         shared = self._shared_model(config)
         if not adapter.same_shapes(shared.initial_adapter):

@@ -10,19 +10,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from fedtune.config import RunConfig, parse
 from fedtune.data.partition import PartitionSpec
 from fedtune.model.base import weights_sha256
 from fedtune.model.spec import PACKAGE, RANDOM, ModelSpec
+from fedtune.privacy.mechanism import PrivacySpec
+from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec
 
 MOST_CHARACTERS = 1 << 20
+_MOST_SITES = 10_000
 _AT_SITE = "at-site"
-"""Stands in what is sent for every file."""
+"""Stands in what is sent for every file and folder."""
+_NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 
 
 def for_sites(config: RunConfig) -> RunConfig:
@@ -45,7 +50,7 @@ def for_sites(config: RunConfig) -> RunConfig:
     noise = config.plan().noise_multiplier
     return replace(
         config,
-        model=replace(config.model, sha256=config.model.sha256 or weights_sha256(config.model), cache_dir=None),
+        model=_named_model(config.model),
         data=data,
         privacy=replace(config.privacy, noise_multiplier=noise) if config.privacy.private else config.privacy,
         runtime=RuntimeSpec(kind="deployment", seeded_noise=config.runtime.seeded_noise),
@@ -55,18 +60,41 @@ def for_sites(config: RunConfig) -> RunConfig:
 
 
 @lru_cache(maxsize=4)
-def read_settings(text: str) -> RunConfig:
+def read_settings(text: str, *, plan: Plan) -> RunConfig:
     """The configuration that a lead sent.
 
+    Args:
+        text: as it came, from anybody.
+        plan: the one that the lead signed, and that policy and budget allow.
+
     Raises:
-        Refused: it is none of this version of fedtune.
+        Refused: it is none of this version of fedtune, or of another plan.
     """
     try:
         if len(text) > MOST_CHARACTERS:
             raise ValueError("too long")
-        return parse(dict(json.loads(text)))
-    except (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        fields = dict(json.loads(text))
+        # First, since to validate settings is to compute what they cost: of some plans that would take hours and all
+        # of the memory.
+        if _plan_of(fields) != plan:
+            raise Refused(Reason.PLAN_CHANGED)
+        return parse(fields)
+    except _NO_SETTINGS as error:
         raise Refused(Reason.SETTINGS) from error
+
+
+def _plan_of(fields: dict[str, Any]) -> Plan:
+    """The plan of settings that are yet to be validated."""
+    privacy, federation = PrivacySpec(**fields["privacy"]), fields["federation"]
+    if privacy.private and privacy.noise_multiplier is None:
+        raise ValueError("noise that is yet to be calibrated")
+    counts = {key: federation[key] for key in ("num_rounds", "spare_rounds")}
+    counts["local_steps"] = fields["training"]["local_steps"]
+    if any(type(count) is not int for count in (*counts.values(), federation["num_sites"])):
+        raise ValueError("a count that is no whole number")
+    if federation["num_sites"] > _MOST_SITES:
+        raise ValueError("too many sites")
+    return Plan.of(privacy, **counts)
 
 
 def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Callable[[str], Path]) -> RunConfig:
@@ -79,9 +107,11 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
         installed: the folder of the base model with a given hash; raises ConfigError where it is not installed.
 
     Raises:
-        Refused: the site has no such base model, or the run names no hash.
+        Refused: the site has no such data set or base model, or the run names no hash.
     """
-    dataset = next(one for one in policy.dataset if one.id == config.data.dataset)
+    dataset = next((one for one in policy.dataset if one.id == config.data.dataset), None)
+    if dataset is None:
+        raise Refused(Reason.DATASET, asked=config.data.dataset)
     machine = policy.machine
     runtime = RuntimeSpec(
         kind="deployment",
@@ -94,6 +124,13 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
     )
     data = replace(config.data, train_file=str(folder / dataset.path), columns=dict(dataset.columns))
     return replace(config, model=_local_model(config.model, installed), data=data, runtime=runtime)
+
+
+def _named_model(model: ModelSpec) -> ModelSpec:
+    """The model by its hash, without the place where the lead has it."""
+    sha256 = model.sha256 or weights_sha256(model)
+    path = model.path if model.path.startswith((RANDOM, PACKAGE)) else _AT_SITE
+    return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None)
 
 
 def _local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpec:

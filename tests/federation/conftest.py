@@ -76,6 +76,9 @@ class Station:
     Attributes:
         trained: (round, attempt) of each training.
         before_training: what the ledger held when each of them began.
+        prepared: rounds for which the site was made ready.
+        kept: (run, digest) of each final adapter that it stored.
+        paused: whether a person there wants it to take part in nothing.
     """
 
     folder: Path
@@ -86,6 +89,9 @@ class Station:
     declared_size: int = 100
     trained: list[tuple[int, int]] = field(default_factory=list)
     before_training: list[list[Kind]] = field(default_factory=list)
+    prepared: list[int] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
+    paused: bool = False
 
     @property
     def path(self) -> Path:
@@ -99,13 +105,22 @@ class Station:
         return Ledger(self.path, self.policy, self.key)
 
     def open(self, train: Train | None = None) -> Site:
-        prepared = Prepared(
-            proposal=self.propose(),
-            template=self.template,
-            declared_size=self.declared_size,
-            train=train or self._train,
+        def prepare(request: RoundRequest) -> Prepared:
+            self.prepared.append(request.round)
+            return Prepared(
+                proposal=self.propose(),
+                template=self.template,
+                declared_size=self.declared_size,
+                train=train or self._train,
+            )
+
+        return Site(
+            name=self.policy.site,
+            ledger=self.ledger(),
+            prepare=prepare,
+            paused=lambda: self.paused,
+            keep=lambda run, adapter: self.kept.append((run, adapter.digest())),
         )
-        return Site(name=self.policy.site, ledger=self.ledger(), prepare=lambda request: prepared)
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         self.trained.append((request.round, attempt))

@@ -10,7 +10,8 @@ import httpx
 class Faulty(httpx.BaseTransport):
     """A transport that cuts off the first call whose path ends in `call`, once `break_at` was asked for.
 
-    Before: the server never gets the call.  After: it has answered, and the answer is lost.
+    Before: the server never gets the call.  After: it has answered, and the answer is lost.  Garbled: somebody else
+    has answered, with a page of his own.
     """
 
     def __init__(self, client: Any) -> None:
@@ -33,6 +34,8 @@ class Faulty(httpx.BaseTransport):
             self._call = ""
             if self._when == "before":
                 raise httpx.ConnectError("cut off", request=request)
+            if self._when == "garbled":
+                return httpx.Response(200, text="<html>Please log in to the hotel's network", request=request)
         response = self._inner.handle_request(request)
         if fails:
             response.read()

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -94,13 +95,13 @@ class Loopback:
         self.lead_key = SigningKey.load_or_make(folder / "lead_key.pem")
         self.members: dict[str, dict[str, Any]] = {}
         self.tls: dict[str, Tls] = {}
-        self.port = _free_port()
+        self.port = free_port()
         self._server: subprocess.Popen[str] | None = None
         self._sites: list[SiteProcess] = []
         self._numbers = itertools.count(1)
         self._write_roster()
         tls = self.authority.issue("server", address=LOOPBACK)
-        settings = {"tls": _paths(tls), "lead": self.lead_key.public, "port": self.port}
+        settings = {"tls": _paths(tls), "lead": self.lead_key.public, "port": self.port, "upload_s": 8.0}
         (folder / "settings.json").write_text(json.dumps(settings))
 
     @property
@@ -142,6 +143,16 @@ class Loopback:
     def kill(self) -> None:
         assert ended(self.process, by=signal.SIGKILL) == -signal.SIGKILL
 
+    def rows(self, query: str) -> list[Any]:
+        """What the server has in its database."""
+        with contextlib.closing(sqlite3.connect(f"{(self.folder / 'state.db').as_uri()}?mode=ro", uri=True)) as file:
+            return file.execute(query).fetchall()
+
+    def lose_database(self) -> None:
+        """As on a disk that was lost; the server must not run."""
+        for path in self.folder.glob("state.db*"):
+            path.unlink()
+
     def site(self, name: str, **behaviour: Any) -> SiteProcess:
         """Start a site; a second process of the same name notes what happens to it in a folder of its own."""
         folder = self.folder / f"{next(self._numbers)}-{name}"
@@ -181,7 +192,7 @@ def _paths(tls: Tls) -> dict[str, str]:
     return {name: str(path) for name, path in asdict(tls).items()}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listening:
         listening.bind((LOOPBACK, 0))
         return int(listening.getsockname()[1])

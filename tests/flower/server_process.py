@@ -1,6 +1,7 @@
 """A server in a process of its own: `python server_process.py FOLDER`, where `settings.json` lies.
 
 `roster.json` is read anew each time.  Every connection that the process itself opens is noted in `outbound.log`.
+Flower waits for three minutes for the rest of an answer that arrived in part; here it waits for `upload_s` seconds.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ def note_outbound(event: str, arguments: tuple[object, ...]) -> None:
 
 sys.addaudithook(note_outbound)
 
-from fedtune.flower.gate import Registered
-from fedtune.flower.superlink import ServerSettings, serve
-from fedtune.flower.tls import Tls
+import flwr.supercore.corestate.sql_corestate as sql_corestate  # noqa: E402
+
+from fedtune.flower.gate import Registered  # noqa: E402
+from fedtune.flower.superlink import ServerSettings, serve  # noqa: E402
+from fedtune.flower.tls import Tls  # noqa: E402
 
 
 def roster() -> list[Registered]:
@@ -34,6 +37,7 @@ def roster() -> list[Registered]:
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
     given = json.loads((FOLDER / "settings.json").read_text())
+    sql_corestate.OBJECT_PUSH_SESSION_TTL_SECONDS = given["upload_s"]
     settings = ServerSettings(
         tls=Tls(**{name: Path(path) for name, path in given["tls"].items()}),
         lead=given["lead"],

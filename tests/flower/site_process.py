@@ -24,19 +24,19 @@ def note(event: str, **fields: object) -> None:
         file.write(json.dumps({"event": event, **fields}) + "\n")
 
 
-def note_outbound(event: str, arguments: tuple[object, ...]) -> None:
+def note_outbound(event: str, arguments: tuple[Any, ...]) -> None:
     if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
-        address = arguments[1:] if event == "socket.connect" else arguments[:2]
-        note("outbound", address=repr(address))
+        host, port = arguments[1] if event == "socket.connect" else arguments[:2]
+        note("outbound", address=[host, port])
 
 
 sys.addaudithook(note_outbound)
 
-from faults import Faulty
-from flwr.app import ConfigRecord, Message, RecordDict
+from faults import Faulty  # noqa: E402
+from flwr.app import ConfigRecord, Message, RecordDict  # noqa: E402
 
-from fedtune.flower.fleet import Dropped, Fleet, Unauthorised, Unreachable
-from fedtune.flower.tls import Tls
+from fedtune.flower.fleet import Dropped, Fleet, Unauthorised, Unreachable  # noqa: E402
+from fedtune.flower.tls import Tls  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

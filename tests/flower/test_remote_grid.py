@@ -1,10 +1,12 @@
-"""The lead's grid against a real server and real sites, each a process that may die."""
+"""The lead's grid against a real server and real sites, each a process of its own that may die."""
 
 from __future__ import annotations
 
+import itertools
+import socket
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,20 +15,24 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedtune.flower.records import ARRAYS
 from fedtune.flower.remote_grid import RemoteGrid
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import RunError
 
+from .certificates import Authority
 from .faults import Faulty
-from .loopback import Loopback
+from .loopback import LOOPBACK, Loopback, free_port, wait_for
 
 VALUES = {"b.lora_A": np.arange(6, dtype=np.float32).reshape(2, 3), "head": np.full(4, -0.5, np.float32)}
 
 
-def questions(numbers: Sequence[int] = (1, 2), values: dict[str, np.ndarray] = VALUES) -> list[Message]:
+def questions(*numbers: int, values: dict[str, np.ndarray] = VALUES) -> list[Message]:
     content = RecordDict({ARRAYS: ArrayRecord({name: Array(value) for name, value in values.items()})})
     return [Message(content, number, "train") for number in numbers]
 
 
 def sites_of(answers: Sequence[Message]) -> dict[int, str]:
-    """Node -> the site that says it has answered."""
+    """Node -> the site that says it has answered; two answers of one node are an error."""
+    assert len({answer.metadata.src_node_id for answer in answers}) == len(answers)
     return {answer.metadata.src_node_id: str(about(answer)["site"]) for answer in answers}
 
 
@@ -34,43 +40,222 @@ def about(answer: Message) -> Any:
     return answer.content.config_records["about"]
 
 
+@pytest.fixture
+def meanwhile() -> Iterator[Any]:
+    """Ask in the background."""
+    with ThreadPoolExecutor(1) as pool:
+
+        def ask(grid: RemoteGrid, *numbers: int, timeout: float = 60) -> Future[list[Message]]:
+            return pool.submit(grid.send_and_receive, questions(*numbers), timeout=timeout)
+
+        yield ask
+
+
 def test_arrays_travel_both_ways_and_nodes_are_numbered_in_the_order_of_the_roster(network: Loopback) -> None:
     network.site("a")
-    network.site("b")
+    network.site("b", works_s=0.5)
     with network.grid(["b", "a"]) as grid:
         assert list(grid.get_node_ids()) == [1, 2]
-        answers = grid.send_and_receive(questions(), timeout=30)
-    assert sites_of(answers) == {1: "b", 2: "a"}
+        answers = grid.send_and_receive(questions(1, 2), timeout=30)
+        assert sites_of(answers) == {1: "b", 2: "a"}
+        assert sites_of(grid.send_and_receive(questions(2), timeout=30)) == {2: "a"}, "only who is asked answers"
     for answer in answers:
         arrays = answer.content.array_records[ARRAYS]
         assert list(arrays) == list(VALUES)
         for name, value in VALUES.items():
             np.testing.assert_array_equal(arrays[name].numpy(), value)
             assert arrays[name].numpy().dtype == np.float32
+    # How long a site trained would tell how many records it has.
+    assert network.rows("SELECT DISTINCT clientapp_runtime FROM run") == [(0.0,)]
 
+
+def test_nobody_calls_anybody_but_the_server(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: set[Any] = set()
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+    monkeypatch.setattr(socket.socket, "connect", lambda self, to: (called.add(to), connect(self, to))[1])
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, port, *rest, **more: called.add((host, port)) or look_up(host, port, *rest, **more),
+    )
+    site = network.site("a")
+    with network.grid(["a"]) as grid:
+        assert len(grid.send_and_receive(questions(1), timeout=30)) == 1
+    assert called == {(LOOPBACK, network.port)}, "the lead"
+    site.stop()
+    assert {tuple(event["address"]) for event in site.events("outbound")} == {(LOOPBACK, network.port)}, "the site"
+    assert not (network.folder / "outbound.log").exists(), "the server calls nobody at all"
+
+
+def test_a_provisional_answer_is_asked_for_again_until_it_is_final(network: Loopback) -> None:
+    heard = []
+
+    def ask_again(number: int, answer: Message) -> float | None:
+        heard.append((number, about(answer)["number"]))
+        return 0.2 if about(answer)["number"] < 3 else None
+
+    site = network.site("a")
+    with network.grid(["b", "a"], ask_again=ask_again) as grid:
+        (answer,) = grid.send_and_receive(questions(2), timeout=30)
+    assert about(answer)["number"] == 3
+    assert heard == [(2, 1), (2, 2), (2, 3)]
+    assert len(site.events("received")) == 3
+
+
+def test_at_the_deadline_a_provisional_answer_is_better_than_none(network: Loopback) -> None:
+    network.site("a")
+    network.site("b")
+    with network.grid(["a", "b"], ask_again=lambda number, _: 60.0 if number == 1 else None) as grid:
+        began = time.monotonic()
+        answers = grid.send_and_receive(questions(1, 2), timeout=8)
+        assert time.monotonic() - began >= 8
+    assert sites_of(answers) == {1: "a", 2: "b"}
+    assert about(answers[0])["number"] == 1, "too early to ask again"
+
+
+def test_when_time_is_up_what_is_there_is_returned(network: Loopback) -> None:
+    network.site("a")
+    with network.grid(["a", "b"]) as grid:
+        began = time.monotonic()
+        assert sites_of(grid.send_and_receive(questions(1, 2), timeout=6)) == {1: "a"}
+        assert 6 <= time.monotonic() - began < 12
+        assert grid.send_and_receive(questions(2), timeout=1) == []
+
+
+def test_a_site_that_comes_late_is_asked_when_it_is_there(network: Loopback, meanwhile: Any) -> None:
+    on_time = network.site("a")
+    with network.grid(["a", "b"]) as grid:
+        asked = meanwhile(grid, 1, 2)
+        on_time.wait_for("replied")
+        network.site("b")
+        assert sites_of(asked.result(timeout=60)) == {1: "a", 2: "b"}
+    assert len(on_time.events("received")) == 1, "who has answered is left alone"
+
+
+def test_a_site_that_dies_with_a_message_is_asked_again_when_it_is_back(network: Loopback, meanwhile: Any) -> None:
+    dying = network.site("a", dies_on=1)
+    with network.grid(["a"]) as grid:
+        asked = meanwhile(grid, 1)
+        dying.process.wait(timeout=30)
+        assert len(dying.events("received")) == 1
+        again = network.site("a")
+        # The server takes the dead process for alive until it has missed its heartbeats for twenty seconds.
+        assert sites_of(asked.result(timeout=70)) == {1: "a"}
+    assert {event["kind"] for event in again.events("trouble")} <= {"Unreachable"}
+    assert any("an earlier connection" in event["text"] for event in again.events("trouble"))
+
+
+def test_an_answer_sent_twice_is_harmless(network: Loopback) -> None:
+    site = network.site("a", replies=2)
+    with network.grid(["a"]) as grid:
+        for number in (1, 2, 3):
+            (answer,) = grid.send_and_receive(questions(1), timeout=30)
+            assert about(answer)["number"] == number
+    assert site.process.poll() is None
+
+
+def test_an_answer_that_comes_too_late_is_dropped_and_the_site_goes_on(network: Loopback) -> None:
+    site = network.site("a", works_s=3.0)
+    site.wait_for("activated")
+    with network.grid(["a"]) as grid:
+        assert grid.send_and_receive(questions(1), timeout=2) == []
+        assert len(site.events("received")) == 1
+    site.wait_for("dropped")
+    with network.grid(["a"]) as grid:
+        assert sites_of(grid.send_and_receive(questions(1), timeout=30)) == {1: "a"}
 
 
 _LEADS_CALLS = ("get-nodes", "push-messages", "push-object", "pull-messages", "pull-object", "confirm-message-received")
 
 
-def test_lead_faults(network: Loopback) -> None:
-    network.site("a")
-    network.site("b", works_s=0.3)
+def test_whichever_call_of_the_lead_is_cut_off_every_question_is_answered(network: Loopback) -> None:
+    # "after": the server has done it, and its answer does not arrive.  It gives each message and each reply once.
+    sites = [network.site("a"), network.site("b", works_s=0.3)]
     with network.grid(["a", "b"]) as grid:
-        faulty = Faulty(grid._opened._client)
-        for call in _LEADS_CALLS:
-            for when in ("before", "after"):
-                faulty.break_at(call, when)
-                began = time.monotonic()
-                answers = grid.send_and_receive(questions(), timeout=12)
-                print(call, when, not faulty.waits, sites_of(answers), time.monotonic() - began)
+        grid.send_and_receive(questions(1, 2), timeout=30)
+        faulty = Faulty(grid._session._client)  # type: ignore[union-attr]
+        for call, when in itertools.product(_LEADS_CALLS, ("before", "after")):
+            faulty.break_at(call, when)
+            time.sleep(1.0 if call == "get-nodes" else 0.0)  # that one is called once a second
+            answers = grid.send_and_receive(questions(1, 2), timeout=30)
+            assert sites_of(answers) == {1: "a", 2: "b"}, (call, when)
+            assert not faulty.waits, f"{call} is not called any more: Flower's protocol changed"
+    assert all(site.process.poll() is None for site in sites)
 
 
-def test_site_faults(network: Loopback) -> None:
-    faults = [(call, when) for call in ("pull-messages", "pull-object", "confirm-message-received", "push-messages", "push-object") for when in ("before", "after")]
+_SITES_CALLS = ("pull-messages", "pull-object", "confirm-message-received", "push-messages", "push-object")
+
+
+def test_whichever_call_of_a_site_is_cut_off_the_question_is_answered(network: Loopback) -> None:
+    faults = list(itertools.product(_SITES_CALLS, ("before", "after")))
     site = network.site("a", faults=faults)
     with network.grid(["a"]) as grid:
-        for fault in faults:
-            began = time.monotonic()
-            answers = grid.send_and_receive(questions([1]), timeout=30)
-            print(sites_of(answers), time.monotonic() - began, site.events("fault")[-1], site.events("trouble")[-1:], site.events("dropped")[-1:])
+        for number, fault in enumerate(faults, 1):
+            assert sites_of(grid.send_and_receive(questions(1), timeout=45)) == {1: "a"}, fault
+            wait_for(lambda number=number: len(site.events("trouble")) >= number, what=f"the fault {fault}")
+    assert [tuple(event["fault"]) for event in site.events("fault")] == faults
+    assert site.process.poll() is None
+
+
+def test_a_server_that_is_killed_in_the_middle_forgets_nothing(network: Loopback, meanwhile: Any) -> None:
+    slow = network.site("a", works_s=2.0)
+    with network.grid(["a", "b"]) as grid:
+        asked = meanwhile(grid, 1, 2)
+        slow.wait_for("received")
+        network.kill()
+        slow.wait_for("trouble")  # it has its answer, and nobody takes it
+        network.start()
+        network.site("b")
+        assert sites_of(asked.result(timeout=60)) == {1: "a", 2: "b"}
+        # The same processes go on.
+        assert sites_of(grid.send_and_receive(questions(1, 2), timeout=30)) == {1: "a", 2: "b"}
+    assert slow.events("trouble")[0]["kind"] == "Unreachable"
+    assert len(slow.events("activated")) >= 1
+
+
+def test_a_server_that_lost_its_database_is_asked_anew(network: Loopback, meanwhile: Any) -> None:
+    site = network.site("a", works_s=1.0)
+    online_until = "SELECT online_until FROM node WHERE name = 'a'"
+    with network.grid(["a"]) as grid:
+        asked = meanwhile(grid, 1)
+        site.wait_for("received")
+        network.kill()
+        network.lose_database()
+        network.start()
+        assert sites_of(asked.result(timeout=60)) == {1: "a"}
+        # The node has a new number, under which its heartbeats must go on.
+        ((first,),) = network.rows(online_until)
+        wait_for(lambda: network.rows(online_until)[0][0] > first, seconds=20, what="a heartbeat")
+
+
+def test_without_a_server_there_is_no_run(network: Loopback) -> None:
+    nobody = RemoteGrid(
+        f"{LOOPBACK}:{free_port()}",
+        network.lead_tls,
+        sites={},
+        key=network.lead_key,
+        ask_again=lambda number, answer: None,
+    )
+    with pytest.raises(RunError, match=r"127\.0\.0\.1:\d+ cannot be reached \(ConnectError"), nobody:
+        pass
+
+
+def test_another_federations_server_is_not_spoken_to(network: Loopback, tmp_path: Any) -> None:
+    other = Authority(tmp_path / "other").issue("lead")
+    network.lead_tls, ours = other, network.lead_tls
+    try:
+        with pytest.raises(RunError, match=r"cannot be reached .*certificate"), network.grid(["a"]):
+            pass
+    finally:
+        network.lead_tls = ours
+
+
+def test_somebody_elses_signature_starts_no_run(network: Loopback, stranger_key: SigningKey) -> None:
+    before = network.rows("SELECT count(*) FROM run")
+    network.lead_key, ours = stranger_key, network.lead_key
+    try:
+        with pytest.raises(RunError, match="does not take this lead's signature"), network.grid(["a"]):
+            pass
+    finally:
+        network.lead_key = ours
+    assert network.rows("SELECT count(*) FROM run") == before

@@ -1,0 +1,86 @@
+"""What `fedtune report verify` checks of a report, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from fedtune.report import recompute, signing
+from fedtune.report.model import SCHEMA_VERSION, Report
+from fedtune.spec import RunError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One check and what it came to.
+
+    Attributes:
+        name: "schema", "signature", "figures", "verdict" or "configuration".
+        text: the result, in a sentence.
+        problems: what differs.
+    """
+
+    name: str
+    state: Literal["right", "wrong", "not_checked"]
+    text: str
+    problems: tuple[recompute.Problem, ...] = ()
+
+
+def checks(report: Report, *, key: str | None, config_sha256: str | None) -> tuple[Check, ...]:
+    """All of them.
+
+    Args:
+        report: that was read, and so has the form of one.
+        key: public key that must have signed it, if one is known.
+        config_sha256: hash that the run's configuration must have, if it is known.
+    """
+    form = Check(name="schema", state="right", text=f"It is a report of schema version {SCHEMA_VERSION}.")
+    return (form, _signature(report, key), *_figures(report), _configuration(report, config_sha256))
+
+
+def _signature(report: Report, key: str | None) -> Check:
+    try:
+        signer = signing.check(report, expected_key=key)
+    except RunError as error:
+        return Check(name="signature", state="wrong", text=f"{str(error)[0].upper()}{str(error)[1:]}.")
+    if signer is None:
+        text = "It is not signed: whoever had it could have changed what cannot be computed again."
+        return Check(name="signature", state="not_checked", text=text)
+    whose = "the key given" if key else "whose key that is was not checked: give the one you know with --key"
+    return Check(name="signature", state="right", text=f"It is signed by {signer} ({whose}), and nothing was changed.")
+
+
+def _figures(report: Report) -> Iterator[Check]:
+    problems = recompute.problems(report)
+    of_verdict = tuple(problem for problem in problems if ".verdict." in f".{problem.where}")
+    others = tuple(problem for problem in problems if problem not in of_verdict)
+    events = sum(charge.count for site in report.sites for row in site.mechanisms for charge in row.charges)
+    again = f"computed again from the {events:,} mechanisms that {_counted(len(report.sites), 'site')} ran"
+    if others:
+        yield Check(
+            name="figures", state="wrong", text=f"{_counted(len(others), 'figure')} not as {again}:", problems=others
+        )
+    else:
+        yield Check(name="figures", state="right", text=f"Every epsilon, {again}, is as it says.")
+    if of_verdict:
+        yield Check(name="verdict", state="wrong", text="The verdict does not fit the figures:", problems=of_verdict)
+    else:
+        yield Check(name="verdict", state="right", text="No verdict is better than its figures.")
+
+
+def _configuration(report: Report, expected: str | None) -> Check:
+    said = report.provenance.config_sha256
+    if expected is None:
+        text = "The run's configuration is not at hand: give its SHA-256 with --config."
+        if report.kind == "ledger":
+            text = "A ledger has no configuration; its policy is in the report."
+        return Check(name="configuration", state="not_checked", text=text)
+    if said != expected:
+        problem = recompute.Problem("provenance.config_sha256", said, expected)
+        return Check(name="configuration", state="wrong", text="It is of another configuration:", problems=(problem,))
+    return Check(name="configuration", state="right", text=f"It is of the configuration {expected}.")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,125 @@
+"""One of Flower's runs, as the lead holds it: started, claimed, kept alive and ended.
+
+Written for Flower 1.41, whose internals it uses; tests/flower/test_remote_grid.py fails where they change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+import time
+import zipfile
+from collections.abc import Mapping
+
+import httpx
+from flwr.common.constant import SubStatus
+from flwr.common.serde import run_from_proto
+from flwr.proto.control_pb2 import StartRunRequest, StartRunResponse
+from flwr.proto.fab_pb2 import Fab
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from fedtune.flower.signed_calls import LeadSignature
+from fedtune.flower.tls import Tls
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import RunError
+
+_HEARTBEAT_S = 10.0
+_BUNDLE = """\
+[project]
+name = "fedtune"
+version = "1.0.0"
+[tool.flwr.app]
+publisher = "fedtune"
+[tool.flwr.app.components]
+serverapp = "none:none"
+clientapp = "none:none"
+[tool.flwr.app.config]
+"""
+"""Flower wants a bundle for every run.  This one holds no code, and nobody fetches it."""
+
+
+class LeadSession:
+    """One of Flower's runs: started, claimed, kept alive, and ended by this process."""
+
+    def __init__(self, server: str, tls: Tls, key: SigningKey) -> None:
+        signature, version = LeadSignature(key), RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
+
+        def client(*token: RuntimeTokenHttpInterceptor) -> _LeadClient:
+            return _LeadClient(
+                f"https://{server}", interceptors=[version, *token, signature], verify=tls.client_context()
+            )
+
+        with client() as opening:
+            opening.start_run(StartRunRequest(fab=Fab(content=_bundle())))
+            # It may be one that another process has just started; any fresh run will do.
+            token = opening.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])).token
+        if not token:
+            raise RunError(f"{server} started a run and did not hand it out")
+        self._client = client(RuntimeTokenHttpInterceptor(token))
+        given = self._client.PullTaskInput(PullTaskInputRequest())
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
+            given.run.run_id,
+            given.context.node_id,
+            given.task_id,
+        )
+        self.grid = HttpGrid(server, token=token)
+        # HttpGrid would make a client without our certificate.
+        self.grid._client = self._client
+        self.grid.set_run(run_from_proto(given.run))
+        self._nodes: dict[int, NodeInfo] = {}
+        self._looked = float("-inf")
+        self._stop = threading.Event()
+        threading.Thread(target=self._beat, name="lead's heartbeats", daemon=True).start()
+
+    def nodes(self, numbers: Mapping[bytes, int]) -> Mapping[int, NodeInfo]:
+        """The sites that are online, by number; looked up once a second."""
+        if time.monotonic() - self._looked > 1.0:
+            online = self.grid.get_nodes()
+            self._nodes = {numbers[bytes(n.public_key)]: n for n in online if bytes(n.public_key) in numbers}
+            self._looked = time.monotonic()
+        return self._nodes
+
+    def close(self) -> None:
+        """End the run; messages that nobody fetched are dropped."""
+        self._stop.set()
+        with contextlib.suppress(httpx.HTTPError):  # it would end by itself without heartbeats
+            self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
+        self._client.close()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_HEARTBEAT_S):
+            try:
+                self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+            except (httpx.HTTPError, RuntimeError):
+                continue  # who asks and collects meets the same trouble
+
+
+class _LeadClient(RuntimeHttpClient):
+    """Flower's Runtime API, and the one call of its Control API that the lead needs."""
+
+    def start_run(self, request: StartRunRequest) -> StartRunResponse:
+        return self._unary_unary(
+            path="/v1/control/start-run",
+            rpc_method="/flwr.proto.Control/StartRun",
+            request=request,
+            response_type=StartRunResponse,
+        )
+
+
+def _bundle() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("pyproject.toml", _BUNDLE)
+    return stream.getvalue()

@@ -1,0 +1,169 @@
+"""The words of the report's page: one file of texts for each language, and how that language writes figures.
+
+Privacy loss is rounded up and what is left of a budget down; a missing bound is a word, never 0 and never blank.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.spec import ConfigError, check_one_of
+
+LANGUAGES = ("en", "de")
+_TEXTS = Path(__file__).parent / "texts"
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_TIMES = "\N{MULTIPLICATION SIGN}"
+_SMALLEST_PLAIN = Decimal("1e-7")  # smaller ones have too many zeros to count
+_ANY_FLOAT = Context(prec=700)  # digits enough for the largest float and the smallest
+_PREFIXES = ("", "k", "M", "G", "T")
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Texts by section and key.
+
+    Attributes:
+        language: as in the page's `lang`.
+    """
+
+    language: str
+    texts: Mapping[str, Mapping[str, str]]
+
+    def text(self, key: str, **values: object) -> Markup:
+        """The text `section.key` with its placeholders filled; values that are not Markup are escaped."""
+        section, name = key.split(".")
+        return Markup(escape(self.texts[section][name])).format(**values)
+
+    def has(self, section: str, code: str) -> bool:
+        """Whether there are words for a code."""
+        return code in self.texts[section]
+
+    def code(self, section: str, code: str) -> Markup:
+        """The words for a code of the report; one that is not known, of a later version, stays as it is written."""
+        return self.text(f"{section}.{code}") if self.has(section, code) else Markup("<code>{}</code>").format(code)
+
+    def listed(self, section: str, codes: list[str]) -> Markup:
+        """Several codes as one phrase: a, b and c."""
+        words = [self.code(section, code) for code in codes]
+        if len(words) < 2:
+            return words[0] if words else self.text("word.none")
+        return Markup(", ").join(words[:-1]) + self.text("word.list_end") + words[-1]
+
+    def figure(self, value: Any, kind: str) -> str:
+        """`value` as this language writes a figure of a kind.
+
+        Kinds: "epsilon" (up), "cap" (as it was set), "left" (down), "exact" (as it was set), "number" (six digits),
+        "score", "count", "of_100" (up, whole), "of_100_fine" (up), "percent" (up), "seconds", "bytes", "day", "moment".
+        None is "unbounded" for an epsilon, "no limit" for a cap and what is left of one, else "not known".
+        """
+        if kind == "epsilon":
+            text = epsilon_text(value)
+            return self.texts["word"]["unbounded"] if text == "unbounded" else self._marks(text)
+        if value is None:
+            return self.texts["word"]["no_cap" if kind in ("cap", "left") else "unknown"]
+        if isinstance(value, bool):
+            return self.texts["word"]["yes" if value else "no"]
+        if kind in ("day", "moment"):
+            return self._time(value, kind)
+        if isinstance(value, float) and not math.isfinite(value):
+            return self.texts["word"]["unbounded"]
+        return self._number(value, kind)
+
+    def digits(self, text: str) -> str:
+        """A number that is written already, with this language's marks and every digit that it has."""
+        value = Decimal(text)
+        return self._plain(value) if "e" in text else self._marks(f"{value:,f}")
+
+    def _number(self, value: float, kind: str) -> str:
+        exact = Decimal(repr(value))
+        match kind:
+            case "cap" | "exact":
+                return self._plain(exact)
+            case "left":
+                return self._marks(str(_rounded(exact, 3, ROUND_FLOOR)))
+            case "number" | "failures":
+                return self._plain(_significant(exact, 6 if kind == "number" else 2, kind))
+            case "score":
+                return self._marks(str(_rounded(exact, 4, ROUND_HALF_EVEN)))
+            case "count":
+                return self._marks(f"{value:,}")
+            case "of_100":
+                return str(_rounded(exact, 0, ROUND_CEILING))
+            case "of_100_fine":
+                return self._marks(str(_rounded(exact, 2, ROUND_CEILING)))
+            case "percent":
+                return self._plain(_significant(100 * exact, 3, "failures")) + " %"
+            case "seconds":
+                return self._marks(str(_rounded(exact, 1, ROUND_HALF_EVEN)))
+            case "bytes":
+                return self._bytes(value)
+        raise ValueError(f"no kind of figure: {kind}")
+
+    def _plain(self, value: Decimal) -> str:
+        """Without an exponent, unless it is tiny: then 1.5 × 10⁻⁹."""
+        if value and abs(value) < _SMALLEST_PLAIN:
+            power = value.adjusted()
+            return self._marks(f"{value.scaleb(-power).normalize():f}") + f" {_TIMES} {power_of_ten(power)}"
+        whole = value.to_integral_value()
+        return self._marks(f"{whole:,f}" if whole == value else f"{value.normalize():,f}")
+
+    def _bytes(self, value: float) -> str:
+        step = min(int(math.log10(value)) // 3, len(_PREFIXES) - 1) if value >= 1 else 0
+        scaled = _significant(Decimal(value).scaleb(-3 * step), 3, "number")
+        return f"{self._plain(scaled)} {_PREFIXES[step]}B"
+
+    def _time(self, value: str, kind: str) -> str:
+        try:
+            moment = datetime.fromisoformat(value)
+            moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        except (ValueError, OverflowError):
+            return value
+        texts = self.texts["language"]
+        fields = {"day": moment.day, "month": texts[f"month_{moment.month}"], "year": moment.year}
+        return texts[kind].format(**fields, clock=f"{moment:%H:%M}")
+
+    def _marks(self, text: str) -> str:
+        """A number in Python's notation, with this language's marks."""
+        marks = self.texts["language"]
+        return text.translate({ord("."): marks["decimal"], ord(","): marks["group"]})
+
+
+@lru_cache(maxsize=len(LANGUAGES))
+def catalogue(language: str) -> Catalogue:
+    """The texts of a language.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    check_one_of("report.language", language, LANGUAGES)
+    path = _TEXTS / f"{language}.toml"
+    try:
+        return Catalogue(language, tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError("report.language", language, f"must have a readable file of texts: {error}") from None
+
+
+def power_of_ten(exponent: int) -> str:
+    """10⁻⁵ and the like."""
+    return f"10{str(exponent).translate(_SUPERSCRIPTS)}"
+
+
+def _rounded(value: Decimal, places: int, rounding: str) -> Decimal:
+    return value.quantize(Decimal(1).scaleb(-places), rounding=rounding, context=_ANY_FLOAT)
+
+
+def _significant(value: Decimal, digits: int, kind: str) -> Decimal:
+    """So many significant digits; a share or a number of failures upwards."""
+    rounding = ROUND_CEILING if kind == "failures" else ROUND_HALF_EVEN
+    return _rounded(value, digits - 1 - value.adjusted(), rounding) if value else value

@@ -1,0 +1,190 @@
+"""The report of a run: what its lead can show, from the run folder, and what sites chose to release beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from fedtune.privacy.accountant import NEIGHBOURING_RELATION
+from fedtune.report import assumptions, cells, facts
+from fedtune.report.codes import NOT_RECORDED
+from fedtune.report.model import Provenance, Report, RoundCost, Scores, Utility
+from fedtune.report.run_record import RunRecord, read_run
+from fedtune.report.run_site import Charged, epsilon_by_round, largest, site_report
+from fedtune.report.site_model import SiteReport
+from fedtune.report.site_reports import by_site, joined, released_in
+from fedtune.report.verdicts import worst
+from fedtune.sites.environment import Environment
+
+LEAVES_OUT = (
+    "other_runs",
+    "tuning_trials",
+    "lead_evaluation",
+    "preprocessing",
+    "pretraining_data",
+    "unreleased_statistics",
+    "refusals_and_receipts",
+    "side_channels",
+)
+NOT_PROTECTED = (
+    "facts_about_people_in_general",
+    "outside_training",
+    "several_records",
+    "several_sites",
+    "reply_time_and_absence",
+    "public_choices",
+    "ledger_length",
+    "lead_files",
+    "pretraining_data",
+    "site_administrator",
+    "model_against_malicious_sites",
+)
+UNPROTECTED_FIGURES = ("scores_on_lead_files", "declared_sizes", "times", "bytes", "who_took_part")
+
+
+def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
+    """The report of the run in `folder`, finished or not.
+
+    Args:
+        folder: the run's.
+        site_reports: signed ones that sites released, beside those in the folder's `site_reports/`.
+
+    Raises:
+        ConfigError: the folder holds no run, its files belong to different runs, or a site report does not belong here.
+        RunError: what it holds is damaged.
+    """
+    record = read_run(folder)
+    sites = tuple(_sites(record, [*released_in(folder), *site_reports]))
+    provenance, released, date = _provenance(record), tuple(_released(record)), _date(record)
+    randomness = _randomness(record, sites)
+    known = facts.of_run(record, sites, provenance) | facts.of_report(
+        released=released, randomness=randomness, not_protected=NOT_PROTECTED, date=date
+    )
+    return Report(
+        kind="run",
+        name=record.config.name,
+        date=date,
+        verdict=worst(site.verdict for site in sites),
+        unit=record.plan.unit,
+        neighbouring_relation=NEIGHBOURING_RELATION.name.lower(),
+        delta=record.plan.delta,
+        epsilon=largest(site.spent.epsilon if site.spent else None for site in sites),
+        target_epsilon=record.config.privacy.epsilon if record.plan.private else None,
+        seeded_noise=record.seeded,
+        randomness=randomness,
+        released=released,
+        sites=sites,
+        covers=("rounds_and_steps", "charged_retries", *(("noised_scores",) if record.plan.releases_metrics else ())),
+        leaves_out=LEAVES_OUT,
+        not_protected=NOT_PROTECTED,
+        unprotected_figures=UNPROTECTED_FIGURES,
+        assumptions=assumptions.of_run(record, sites),
+        cells=cells.rows(known),
+        provenance=provenance,
+        utility=_utility(record, sites),
+    )
+
+
+def _sites(record: RunRecord, released: Iterable[Report]) -> Iterator[SiteReport]:
+    own = by_site(record, released)
+    sampling = record.environments[-1].sampling if record.environments else None
+    for site in record.config.federation.active:
+        if site in own:
+            yield joined(record, own[site])
+        else:
+            charged = Charged.by_receipts(record, site)
+            yield site_report(record, site, charged, sampling=sampling or NOT_RECORDED)
+
+
+def _date(record: RunRecord) -> str | None:
+    """Of the newest thing on record."""
+    times = [result.ended for result in record.rounds if result.ended]
+    return max([*times, *(environment.since for environment in record.environments)], default=None)
+
+
+def _randomness(record: RunRecord, sites: Sequence[SiteReport]) -> str:
+    """Where noise and samples came from, as far as somebody who knows has said so."""
+    if not record.plan.private:
+        return "none"
+    if record.seeded:
+        return "seeded"
+    noted = record.environments[-1].randomness if record.environments else None
+    # A site that signed its ledger's report runs fedtune, which draws from the operating system unless it is seeded.
+    if noted is None and all(site.source == "signed_site_report" for site in sites):
+        return "operating_system"
+    return noted or NOT_RECORDED
+
+
+def _released(record: RunRecord) -> Iterator[str]:
+    yield "updates"
+    if record.plan.releases_metrics:
+        yield "noised_scores"
+    yield from ("aggregates", "refusals_and_receipts")
+    if record.finished:
+        yield "final_adapter"
+
+
+def _provenance(record: RunRecord) -> Provenance:
+    config, environments = record.config, record.environments
+    return Provenance(
+        fedtune_version=_version(record),
+        config_sha256=record.config_sha256,
+        model=_model_name(config.model.path),
+        model_sha256=_one(environment.model_sha256 for environment in environments) or config.model.sha256,
+        model_licence=config.model.licence,
+        dataset=config.data.dataset,
+        task=config.task,
+        libraries=_libraries(environments),
+        python=_one(environment.python for environment in environments),
+        machine=_one(f"{one.system} {one.machine}, {one.device}" for one in environments),
+    )
+
+
+def _version(record: RunRecord) -> str:
+    noted = _one(environment.fedtune_version for environment in record.environments)
+    return noted or str(record.result.get("fedtune_version") or NOT_RECORDED)
+
+
+def _model_name(path: str) -> str:
+    """Without the folder on the lead's machine."""
+    return Path(path).name if path.startswith(("/", "~", ".")) else path
+
+
+def _libraries(environments: Sequence[Environment]) -> dict[str, str]:
+    names = dict.fromkeys(name for environment in environments for name in environment.libraries)
+    found = {name: _one(one.libraries[name] for one in environments if name in one.libraries) for name in names}
+    return {name: version for name, version in found.items() if version}
+
+
+def _one(values: Iterable[str]) -> str | None:
+    """What all parts of a run had in common, or in order what they had."""
+    return " / ".join(dict.fromkeys(values)) or None
+
+
+def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
+    epsilons, final = epsilon_by_round(record, sites), record.result.get("final", {})
+    before = record.state.metrics_before if record.state else final.get("metrics_before", {})
+    return Utility(
+        before=_scores(before),
+        final=_scores(final.get("metrics", {})),
+        non_private=None,
+        rounds=tuple(
+            RoundCost(
+                round=result.round,
+                sites=result.sites,
+                failed_sites=dict(result.failed_sites),
+                seconds=result.seconds,
+                bytes_down=result.bytes_down,
+                bytes_up=result.bytes_up,
+                scores=_scores(result.metrics),
+                epsilon=epsilons[result.round],
+            )
+            for result in record.rounds
+        ),
+    )
+
+
+def _scores(metrics: Mapping[str, float | None]) -> Scores:
+    """A model that diverged may have a loss that is no number; JSON has no word for it but null."""
+    return {name: None if value is None or not math.isfinite(value) else value for name, value in metrics.items()}

@@ -1,0 +1,119 @@
+"""A ledger as its file is: verified where it can be, and read as far as it makes sense where it cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from fedtune.privacy import ledger_file
+from fedtune.privacy.chain import Event, Head
+from fedtune.privacy.history import History
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.verify import Verified, verify
+from fedtune.spec import ConfigError, RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerRecord:
+    """What a ledger says, and whether to believe it.
+
+    Attributes:
+        events: in order, as far as they could be followed.
+        history: what they add up to.
+        verified: None: the ledger does not fit together, or is older than its anchor; `problem` says how.
+        problem: empty where it was verified.
+        policy_file: the policy in force, where it was given; else what the ledger noted last is all that is known.
+        anchor_at_hand: whether there was an anchor to check against.
+    """
+
+    events: tuple[Event, ...]
+    history: History
+    verified: Verified | None
+    problem: str
+    policy_file: Policy | None
+    anchor_at_hand: bool
+
+    @property
+    def policy(self) -> Policy:
+        """The newest one that the ledger noted."""
+        assert self.history.policy is not None, "a ledger begins with its policy"
+        return self.history.policy
+
+    @property
+    def now(self) -> datetime:
+        """The time of the newest event: a ledger's figures are as of then, whenever they are read."""
+        assert self.history.last_time is not None, "a ledger has events"
+        return self.history.last_time
+
+
+def read_ledger(path: Path, *, anchor: Path | None = None) -> LedgerRecord:
+    """The record of a `ledger.db`, or of the ledger that a `site.toml` names.
+
+    Args:
+        path: of either; with a `site.toml`, its site's key and anchor are used where they are at hand.
+        anchor: file that shows that no event is missing.
+
+    Raises:
+        ConfigError: there is no such file, it is no policy or anchor, or policy and ledger do not belong together.
+        RunError: the ledger cannot be read at all.
+    """
+    files = SiteFiles.of(path) if path.suffix == ".toml" else None
+    ledger = files.ledger if files else path
+    if not ledger.is_file():
+        raise ConfigError("ledger", str(ledger), "must be a ledger: there is no such file")
+    if anchor is None and files and files.anchor and files.anchor.is_file():
+        anchor = files.anchor
+    record = _read(ledger, anchor=Head.read(anchor) if anchor else None, files=files)
+    for key, made_for, says in record.history.opened.differences(files.policy) if files else []:
+        raise ConfigError(key, says, f"must be {made_for!r}, for which {ledger} was made").in_file(path)
+    return record
+
+
+def _read(ledger: Path, *, anchor: Head | None, files: SiteFiles | None) -> LedgerRecord:
+    policy = files.policy if files else None
+    key = SigningKey.load(files.site_key).public if files and files.site_key.is_file() else None
+    try:
+        verified = verify(ledger, anchor=anchor, site_key=key)
+    except RunError as error:
+        events, history = _followed(ledger)
+        return LedgerRecord(
+            events=events,
+            history=history,
+            verified=None,
+            problem=str(error).replace(str(ledger), ledger.name),  # folders are nobody else's business
+            policy_file=policy,
+            anchor_at_hand=anchor is not None,
+        )
+    return LedgerRecord(
+        events=verified.events,
+        history=verified.history,
+        verified=verified,
+        problem="",
+        policy_file=policy,
+        anchor_at_hand=anchor is not None,
+    )
+
+
+def _followed(ledger: Path) -> tuple[tuple[Event, ...], History]:
+    """The events up to the first that does not follow, unchecked.
+
+    Raises:
+        RunError: not even the first two do, without which nothing is known.
+    """
+    with ledger_file.reading(ledger) as file:
+        events = ledger_file.read_events(file)
+    history, followed = History(), list[Event]()
+    for event in events:
+        try:
+            history.follow(event)
+        except RunError:
+            if len(followed) < 2:
+                raise
+            break
+        followed.append(event)
+    if len(followed) < 2:
+        raise RunError(f"ledger {ledger} is empty")
+    return tuple(followed), history

@@ -1,0 +1,188 @@
+"""What a mechanism's own curve says: epsilon over delta, and how well the best attack on it can do.
+
+The privacy loss distribution of everything that was charged bounds delta at every epsilon at once, and with it every
+attack's hit rate; (epsilon, delta) is one point of that curve.  Each figure is an upper bound: losses are rounded up,
+add and remove are both covered, and each attack is bounded by the best of many points.
+
+Like every figure by PLD this is a proof for a plan that was fixed beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+
+from dp_accounting import DpEvent
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+from fedtune.privacy import accountant, events
+from fedtune.privacy.events import Spent
+from fedtune.report import explain
+from fedtune.report.site_model import CurvePoint, HitRate, Meaning, Posterior, Source
+
+DELTAS = tuple(10.0**-power for power in range(3, 11))
+"""Where the reports' curves are shown, beside their own delta."""
+_LARGEST_EPSILON = 60.0  # beyond it, a share that an attack misses is no longer seen in a float
+_Counted = tuple[tuple[DpEvent, int], ...]
+
+
+def interval_of(source: Source) -> float:
+    """The width of PLD's buckets for a site's epsilon: one run's is computed on the fine grid, a ledger's on the coarse.
+
+    Curves are always computed on the coarse grid, which only ever says more.
+    """
+    return accountant.COARSE if source == "own_ledger" else accountant.FINE
+
+
+def epsilon_pld(spent: Spent, delta: float, *, interval: float = accountant.COARSE) -> float | None:
+    """Epsilon at `delta` by PLD, from a composition that is kept; None: unbounded."""
+    return _bounded(_pld(_counted(spent), interval).get_epsilon(delta))
+
+
+def epsilon_rdp(spent: Spent, delta: float) -> float | None:
+    """Epsilon at `delta` by RDP, likewise."""
+    with accountant.without_notes_on_skipped_orders():
+        return _bounded(_rdp(_counted(spent)).get_epsilon(delta))
+
+
+def curve(spent: Spent, deltas: Iterable[float]) -> tuple[CurvePoint, ...]:
+    """Epsilon at each delta, by both accountants, the largest delta first."""
+    return tuple(
+        CurvePoint(delta=delta, epsilon_pld=epsilon_pld(spent, delta), epsilon_rdp=epsilon_rdp(spent, delta))
+        for delta in sorted(set(deltas), reverse=True)
+    )
+
+
+def curve_deltas(delta: float) -> tuple[float, ...]:
+    """The deltas of a report's curve: powers of ten, and the report's own."""
+    return tuple(sorted({*DELTAS, delta}, reverse=True))
+
+
+def hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
+    """Of the records that were used, the share that any attack on this mechanism finds: at most; None: unbounded.
+
+    For an attack with a share f of false alarms, and each epsilon >= 0 with its delta, the share is at most
+    e^epsilon f + delta, and at most 1 - (1 - delta - f) / e^epsilon.  The least over epsilon is the mechanism's
+    trade-off curve (Dong, Roth and Su 2019, arXiv 1905.02383, Section 2.3).
+    """
+    return _hit_rate_of(_counted(spent), false_alarms)
+
+
+@lru_cache(maxsize=256)
+def _hit_rate_of(counted: _Counted, false_alarms: float) -> float | None:
+    if _is_unbounded(counted):
+        return None
+
+    def more_alarms(epsilon: float) -> float:
+        return math.exp(epsilon) * false_alarms + _delta(counted, epsilon)
+
+    def fewer_misses(epsilon: float) -> float:
+        return 1 - (1 - _delta(counted, epsilon) - false_alarms) * math.exp(-epsilon)
+
+    return max(false_alarms, min(1.0, _least(more_alarms), _least(fewer_misses)))
+
+
+def hit_rates(spent: Spent, false_alarms: Iterable[float] = explain.FALSE_ALARMS) -> tuple[float | None, ...]:
+    """`hit_rate` at each share of false alarms."""
+    return tuple(hit_rate(spent, false_alarms=share) for share in false_alarms)
+
+
+def right_of_100(spent: Spent) -> float | None:
+    """Of 100 guesses whether a record was used, half of which were: so many are right at most; None: unbounded.
+
+    The best attack is right with probability (1 + delta) / 2, delta being the mechanism's own at epsilon 0.
+    """
+    counted = _counted(spent)
+    return None if _is_unbounded(counted) else 50 * (1 + _delta(counted, 0.0))
+
+
+def meaning(spent: Spent, *, epsilon: float | None, delta: float, declared_size: int | None) -> Meaning:
+    """What `epsilon` at `delta`, and the mechanism that `spent` it, mean as frequencies.
+
+    Args:
+        spent: everything charged.
+        epsilon: that the report states for it; None: unbounded.
+        delta: that it is stated at.
+        declared_size: number of units that the site publishes.
+    """
+    stated = math.inf if epsilon is None else epsilon
+    right = explain.right_of_100_ceiling(stated, delta)
+    rates = zip(explain.FALSE_ALARMS, hit_rates(spent), strict=True)
+    return Meaning(
+        right_of_100_ceiling=right,
+        right_of_100_mechanism=_at_most(right_of_100(spent), right),
+        posterior=tuple(
+            Posterior(prior=prior, ceiling=explain.posterior(stated, prior=prior)) for prior in explain.PRIORS
+        ),
+        hit_rates=tuple(_hit_rate(stated, delta, false_alarms=alarms, mechanism=rate) for alarms, rate in rates),
+        expected_failures=(
+            None if declared_size is None else explain.expected_failures(delta, declared_size=declared_size)
+        ),
+    )
+
+
+def _hit_rate(epsilon: float, delta: float, *, false_alarms: float, mechanism: float | None) -> HitRate:
+    ceiling = explain.hit_rate_ceiling(epsilon, delta, false_alarms=false_alarms)
+    return HitRate(false_alarms=false_alarms, ceiling=ceiling, mechanism=_at_most(mechanism, ceiling))
+
+
+def _at_most(mechanism: float | None, ceiling: float) -> float | None:
+    """Both bound the same attack; the coarse grid may say a little more than a ceiling from a finer one."""
+    return None if mechanism is None else min(mechanism, ceiling)
+
+
+def _least(bound: Callable[[float], float]) -> float:
+    """The least of a `bound` over epsilon, by golden section; it falls, then rises, and holds at every epsilon."""
+    ratio = (math.sqrt(5) - 1) / 2
+    low, high = 0.0, _LARGEST_EPSILON
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = bound(left), bound(right)
+    while high - low > 1e-5:
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = bound(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = bound(right)
+    return min(at_left, at_right, bound(0.0))
+
+
+def _counted(spent: Spent) -> _Counted:
+    """The mechanisms in a fixed order, so that equal histories give equal figures to the last digit."""
+    pairs = events.grouped(spent).items()
+    return tuple(sorted(pairs, key=lambda pair: json.dumps(events.to_json(pair[0]), sort_keys=True)))
+
+
+def _delta(mechanisms: _Counted, epsilon: float) -> float:
+    """Delta at `epsilon`, whichever of two neighbours has the unit more."""
+    return min(1.0, max(0.0, float(_pld(mechanisms, accountant.COARSE).get_delta(epsilon))))
+
+
+def _is_unbounded(mechanisms: _Counted) -> bool:
+    return math.isinf(_pld(mechanisms, accountant.COARSE).get_epsilon(0.5))
+
+
+@lru_cache(maxsize=64)
+def _pld(mechanisms: _Counted, interval: float) -> PLDAccountant:
+    made = PLDAccountant(accountant.NEIGHBOURING_RELATION, value_discretization_interval=interval)
+    for event, count in mechanisms:
+        made.compose(event, count)
+    return made
+
+
+@lru_cache(maxsize=64)
+def _rdp(mechanisms: _Counted) -> RdpAccountant:
+    made = RdpAccountant(neighboring_relation=accountant.NEIGHBOURING_RELATION)
+    with accountant.without_notes_on_skipped_orders():
+        for event, count in mechanisms:
+            made.compose(event, count)
+    return made
+
+
+def _bounded(epsilon: float) -> float | None:
+    return float(epsilon) if math.isfinite(epsilon) else None

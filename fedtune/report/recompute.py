@@ -1,0 +1,283 @@
+"""A report's figures again, from the events in it alone.
+
+Nothing but the charges is taken on trust: what they come to is computed anew, and compared with what the report says.
+Whether the charges are what really ran is for the ledger's signature, or the receipts, to show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
+
+from fedtune.privacy import accountant, events, filter
+from fedtune.report import profile
+from fedtune.report.model import Report
+from fedtune.report.site_model import Lifetime, Mechanism, SiteReport, State
+from fedtune.spec import ConfigError
+
+TOLERANCE = 1e-6
+"""Relative, upwards; downwards only what two machines' last digits may differ by."""
+_LAST_DIGITS = 1e-9
+_MOST_BUCKETS = 5e7
+_WORST_FIRST: tuple[State, ...] = ("no_guarantee", "exceeded", "within")
+
+Charges = Counter[DpEvent]
+
+
+class Problem(NamedTuple):
+    """A figure that differs: where it stands, what the report says, and what was found."""
+
+    where: str
+    said: object
+    found: object
+
+
+def problems(report: Report) -> list[Problem]:
+    """Every figure of the report that is not what its events come to, and every verdict that its figures contradict.
+
+    An epsilon may be larger than what is found by a millionth, and never smaller.
+    """
+    if not 0 < report.delta < 1:
+        return [Problem("delta", report.delta, "a number between 0 and 1")]
+    found = [problem for site in report.sites for problem in _of_site(report, site)]
+    found += _compared("epsilon", report.epsilon, _worst([site.spent.epsilon for site in report.sites if site.spent]))
+    worst = [state for state in _WORST_FIRST if state in {site.verdict.state for site in report.sites}]
+    if worst and _WORST_FIRST.index(report.verdict.state) > _WORST_FIRST.index(worst[0]):
+        found.append(Problem("verdict.state", report.verdict.state, worst[0]))
+    for number, cost in enumerate(report.utility.rounds if report.utility else ()):
+        after = [step.epsilon for site in report.sites for step in site.steps if step.round == cost.round]
+        found += _compared(f"utility.rounds.{number}.epsilon", cost.epsilon, _worst(after)) if after else ()
+    return found
+
+
+def charges_of(site: SiteReport) -> Charges:
+    """Everything that a site was charged, equal mechanisms counted.
+
+    Raises:
+        ConfigError: a charge is no event of fedtune's, or one whose epsilon cannot be computed.
+    """
+    total: Charges = Counter()
+    for mechanism in site.mechanisms:
+        total += _charges(mechanism)
+    noisy = Counter({event: count for event, count in total.items() if not isinstance(event, NonPrivateDpEvent)})
+    widest = profile.epsilon_rdp(noisy, 1e-12)
+    if widest is None or widest / accountant.FINE > _MOST_BUCKETS:
+        raise ConfigError("charges", f"epsilon {widest}", "must be mechanisms whose epsilon can be computed")
+    return total
+
+
+def _charges(mechanism: Mechanism) -> Charges:
+    total: Charges = Counter()
+    for charge in mechanism.charges:
+        if charge.count < 1:
+            raise ConfigError("count", charge.count, "must be at least 1")
+        total[events.from_json(charge.event)] += charge.count
+    total = events.grouped(total)
+    for event, count in total.items():
+        _check_size(event, count)
+    return total
+
+
+def _check_size(event: DpEvent, count: int) -> None:
+    """Refuse what no site would run, and what would keep this machine busy for hours."""
+    rate = event.sampling_probability if isinstance(event, PoissonSampledDpEvent) else 1.0
+    gaussian = event.event if isinstance(event, PoissonSampledDpEvent) else event
+    if isinstance(gaussian, GaussianDpEvent):
+        sigma = gaussian.noise_multiplier
+        widest = (10 / sigma + 1 / sigma**2) / accountant.FINE
+        if rate >= 1e-15 and sigma <= 1e6 and count <= 10**9 and widest <= _MOST_BUCKETS:
+            return
+    elif isinstance(event, NonPrivateDpEvent):
+        return
+    raise ConfigError(
+        "event", f"{count} x {events.to_json(event)}", "must be a mechanism whose epsilon can be computed"
+    )
+
+
+def _of_site(report: Report, site: SiteReport) -> list[Problem]:
+    where = f"sites.{site.site}"
+    try:
+        charged = charges_of(site)
+        if site.spent is None:
+            released = site.source != "not_released" or charged
+            return [Problem(f"{where}.spent", None, "figures, or no source")] if released else []
+        found = [*_figures(report, site, charged), *_sums(site)]
+        if site.lifetime:
+            found += _lifetime(report, site, site.lifetime)
+        found += _verdict(report, site)
+    except (ValueError, ArithmeticError, RecursionError) as error:  # ValueError: no event, or a value out of its range
+        return [Problem(f"{where}.mechanisms", "charges", f"that cannot be computed: {error}")]
+    return [Problem(f"{where}.{key}", said, right) for key, said, right in found]
+
+
+def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Problem]:
+    """What all charges of a site come to."""
+    spent, delta = site.spent, report.delta
+    assert spent is not None
+    pld = profile.epsilon_pld(charged, delta, interval=profile.interval_of(site.source))
+    by_filter = _by_filter(charged, site, delta)
+    yield from _compared("spent.epsilon_pld", spent.epsilon_pld, pld)
+    yield from _compared("spent.epsilon_rdp", spent.epsilon_rdp, profile.epsilon_rdp(charged, delta))
+    yield from _compared("spent.epsilon", spent.epsilon, by_filter if site.source == "own_ledger" else pld)
+    if spent.planned_epsilon is not None and not _at_most(pld, spent.planned_epsilon):
+        yield Problem("spent.planned_epsilon", spent.planned_epsilon, f"at least {pld}")
+    again = profile.curve(charged, [point.delta for point in site.curve])
+    yield from _compared("curve", [dataclasses.asdict(p) for p in site.curve], [dataclasses.asdict(p) for p in again])
+    if site.meaning is not None:
+        meant = profile.meaning(charged, epsilon=spent.epsilon, delta=delta, declared_size=site.declared_size)
+        yield from _compared("meaning", dataclasses.asdict(site.meaning), dataclasses.asdict(meant))
+    before: float | None = 0.0
+    for number, step in enumerate(site.steps):
+        if not (_at_most(before, step.epsilon) and _at_most(step.epsilon, spent.epsilon)):
+            yield Problem(f"steps.{number}.epsilon", step.epsilon, f"from {before} to {spent.epsilon}")
+        before = step.epsilon
+    if site.steps:
+        yield from _compared("steps.-1.epsilon", before, spent.epsilon)
+
+
+def _by_filter(charged: Charges, site: SiteReport, delta: float) -> float | None:
+    if site.lifetime is None or site.source != "own_ledger":
+        return None
+    order = site.lifetime.order
+    if not (1 < order < 1e4):
+        raise ConfigError("lifetime.order", order, "must be above 1, and an order that can be computed")
+    epsilon = filter.epsilon_filter(charged, order=order, delta=delta)
+    return epsilon if math.isfinite(epsilon) else None
+
+
+def _sums(site: SiteReport) -> Iterator[Problem]:
+    """Counts, and each run's settings against its charges."""
+    spent = site.spent
+    assert spent is not None
+    yield from _compared("spent.rounds", spent.rounds, sum(row.rounds for row in site.mechanisms))
+    yield from _compared("spent.steps", spent.steps, sum(row.rounds * row.local_steps for row in site.mechanisms))
+    for row in site.mechanisms:
+        if row.rounds and (charged := _with_noise(_charges(row))) != (settings := _with_noise(_by_settings(row))):
+            yield Problem(f"mechanisms.{row.run}", _listed(charged), _listed(settings))
+
+
+def _by_settings(row: Mechanism) -> Charges:
+    """The charges that a run's settings come to."""
+    training = events.dp_sgd(
+        sampling_rate=row.sampling_rate, noise_multiplier=row.noise_multiplier, steps=row.local_steps * row.rounds
+    )
+    made: Charges = Counter({training: 1})
+    if row.metrics_noise_multiplier > 0:
+        made[GaussianDpEvent(row.metrics_noise_multiplier)] = row.rounds
+    return events.grouped(made)
+
+
+def _with_noise(charged: Charges) -> Charges:
+    """Of what ran without noise it does not matter how often it did."""
+    return Counter({event: 1 if isinstance(event, NonPrivateDpEvent) else count for event, count in charged.items()})
+
+
+def _listed(charged: Charges) -> str:
+    return "; ".join(f"{count} x {event}" for event, count in events.counted(charged))
+
+
+def _lifetime(report: Report, site: SiteReport, life: Lifetime) -> Iterator[Problem]:
+    """A ledger's own figures, and those of its runs alone."""
+    assert site.spent is not None
+    if site.source == "own_ledger":  # what a lead joined holds no events but those of its own run
+        for key in ("epsilon", "epsilon_pld", "epsilon_rdp"):
+            yield from _compared(f"lifetime.{key}", getattr(life, key), getattr(site.spent, key))
+        yield from _runs(report, site, life)
+    for key, least, most in (
+        ("with_set_aside", life.epsilon, life.with_set_aside),
+        ("period_epsilon", life.period_epsilon, life.epsilon),
+    ):
+        if not _at_most(least, most):
+            yield Problem(f"lifetime.{key}", getattr(life, key), f"does not fit epsilon {life.epsilon}")
+    yield from _compared("lifetime.left", life.left, site.left)
+    cap = life.caps[-1].max_epsilon if life.caps else None
+    if site.approved:
+        yield from _compared("approved.max_epsilon", site.approved.max_epsilon, cap)
+    if (left := _left(life, cap)) is not None and (life.left is None or not _near(life.left, left)):
+        yield Problem("lifetime.left", life.left, left)
+
+
+def _runs(report: Report, site: SiteReport, life: Lifetime) -> Iterator[Problem]:
+    """Each run's own count and epsilon; one without charges has spent nothing."""
+    rows = {row.run: row for row in site.mechanisms}
+    for run in life.runs:
+        where, row = f"lifetime.runs.{run.run}", rows.get(run.run)
+        rounds, steps = (row.rounds, row.rounds * row.local_steps) if row else (0, 0)
+        epsilon = profile.epsilon_pld(_charges(row) if row else Counter(), report.delta)
+        for key, found in (("rounds", rounds), ("steps", steps), ("epsilon", epsilon)):
+            yield from _compared(f"{where}.{key}", getattr(run, key), found)
+        if not _at_most(run.epsilon, run.planned_epsilon):
+            yield Problem(f"{where}.planned_epsilon", run.planned_epsilon, f"at least {run.epsilon}")
+
+
+def _left(life: Lifetime, cap: float | None) -> float | None:
+    """What the cap leaves, where charges say it: before the first one a fixed part is still to come."""
+    if life.frozen or life.in_doubt:
+        return 0.0
+    if cap is None or life.with_set_aside == 0:
+        return None
+    return 0.0 if life.with_set_aside is None else max(0.0, cap - life.with_set_aside)
+
+
+def _verdict(report: Report, site: SiteReport) -> list[Problem]:
+    """The states that the figures leave open; what they cannot say, such as why nothing is promised, is not judged."""
+    spent, life, state = site.spent, site.lifetime, site.verdict.state
+    assert spent is not None
+    seeded = (report.seeded_noise and spent.epsilon != 0) or (life is not None and (life.seeded or life.in_doubt))
+    if seeded or spent.epsilon is None or (life and life.epsilon is None):
+        possible: tuple[State, ...] = ("no_guarantee",)
+    elif any(_above(*pair) for pair in _limits(report, site)):
+        possible = ("no_guarantee", "exceeded")
+    elif "above_run_cap" in site.verdict.reasons:  # as it was when the run was accepted; the report has the newest one
+        possible = ("no_guarantee", "exceeded", "within")
+    else:
+        possible = ("no_guarantee", "within")
+    return [] if state in possible else [Problem("verdict.state", state, " or ".join(possible))]
+
+
+def _limits(report: Report, site: SiteReport) -> Iterator[tuple[float | None, float | None]]:
+    """Each figure with the limit that it must not pass."""
+    spent, life, approved = site.spent, site.lifetime, site.approved
+    assert spent is not None
+    if report.kind == "run" and spent.epsilon != 0:  # a plan of which nothing was charged was no more than a plan
+        yield from ((spent.epsilon, report.target_epsilon), (spent.planned_epsilon, report.target_epsilon))
+    if life and approved and life.epsilon != 0:
+        yield from ((life.epsilon, approved.max_epsilon), (life.period_epsilon, approved.max_epsilon_per_period))
+
+
+def _above(epsilon: float | None, cap: float | None) -> bool:
+    return epsilon is not None and cap is not None and epsilon > cap * (1 + _LAST_DIGITS)
+
+
+def _compared(where: str, said: Any, found: Any) -> Iterator[Problem]:
+    """The differences between two pieces of plain data; numbers with a fraction are upper bounds."""
+    if isinstance(said, dict) and isinstance(found, dict) and said.keys() == found.keys():
+        for key in said:
+            yield from _compared(f"{where}.{key}", said[key], found[key])
+    elif isinstance(said, list | tuple) and isinstance(found, list | tuple) and len(said) == len(found):
+        for number, (one, other) in enumerate(zip(said, found, strict=True)):
+            yield from _compared(f"{where}.{number}", one, other)
+    elif isinstance(said, float) and isinstance(found, float | int):
+        if not -_LAST_DIGITS * abs(found) <= said - found <= TOLERANCE * abs(found):
+            yield Problem(where, said, float(found))
+    elif said != found:
+        yield Problem(where, said, found)
+
+
+def _near(left: float, found: float) -> bool:
+    """What is left may be smaller than found, but for the last digits."""
+    return -TOLERANCE * max(1.0, found) <= left - found <= _LAST_DIGITS * max(1.0, found)
+
+
+def _at_most(epsilon: float | None, most: float | None) -> bool:
+    """None is unbounded."""
+    return most is None or (epsilon is not None and epsilon <= most * (1 + _LAST_DIGITS))
+
+
+def _worst(epsilons: list[float | None]) -> float | None:
+    return None if None in epsilons else max((epsilon for epsilon in epsilons if epsilon is not None), default=0.0)

@@ -1,0 +1,176 @@
+"""A run folder as its files are: configuration, newest checkpoint, `run.json`, and what the run noted of itself.
+
+A run that crashed, was killed or still goes on has no `run.json`, or one without final scores; its checkpoint says what
+was asked of whom and which receipts came.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedtune.config import RunConfig, parse
+from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.release import Receipt
+from fedtune.sites.environment import Environment, read_environments
+from fedtune.spec import ConfigError, RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run left behind.
+
+    Attributes:
+        config: of `config.yaml`.
+        plan: what every site was asked to accept.
+        config_sha256: of the configuration that the run really had, where `run.json` says it.
+        result: the content of `run.json`; empty where there is none.
+        state: the newest checkpoint; None: none is left.
+        rounds: the finished ones.
+        environments: what it was made on.
+    """
+
+    config: RunConfig
+    plan: Plan
+    config_sha256: str
+    result: Mapping[str, Any]
+    state: LeadState | None
+    rounds: Sequence[RoundResult]
+    environments: tuple[Environment, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every round was aggregated."""
+        return len(self.rounds) >= self.config.federation.num_rounds
+
+    @property
+    def receipts(self) -> Mapping[str, Receipt]:
+        """Site -> its newest receipt of this run."""
+        return self.state.receipts if self.state else {}
+
+    @property
+    def run(self) -> str:
+        """What the sites' ledgers call the run."""
+        # Sites of a real deployment are sent other settings, whose digest is another one; they signed for it.
+        return next((receipt.run for receipt in self.receipts.values()), self.config.run_id())
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the sites were real ones."""
+        return self.config.runtime.kind == "deployment"
+
+    @property
+    def seeded(self) -> bool:
+        """Whether its noise came from a seed."""
+        said = bool(self.result and self.result["privacy"]["seeded_noise"])
+        return said or self.config.runtime.seeded_noise
+
+    @property
+    def config_unchanged(self) -> bool:
+        """Whether `config.yaml` is the one that the run had."""
+        return self.config.digest() == self.config_sha256
+
+    def charged(self, site: str) -> tuple[int, bool]:
+        """Rounds charged to this run at a site, and whether that is an upper bound because the site fell silent.
+
+        From its receipts; `run.json` says the same where no checkpoint is left.
+        """
+        if self.state is None:
+            spent = self.result["privacy"]["sites"][site]
+            return spent["rounds"], spent["upper_bound"]
+        receipt, silent = self.receipts.get(site), self.state.unanswered.get(site, 0)
+        known = receipt.charged_rounds if receipt else 0
+        return max(known, min(known + silent, self.plan.most_rounds)), silent > 0
+
+
+def read_run(folder: Path) -> RunRecord:
+    """The record of a run folder.
+
+    Raises:
+        ConfigError: it is none, or its files belong to different runs.
+        RunError: what it holds is damaged.
+    """
+    config, result = _config(folder), _result(folder)
+    digest = str(result.get("config_sha256") or config.digest())
+    state = _state(folder, digest, result)
+    return RunRecord(
+        config=config,
+        plan=_plan(folder, config, result),
+        config_sha256=digest,
+        result=result,
+        state=state,
+        rounds=state.rounds if state else _rounds(result),
+        environments=read_environments(folder),
+    )
+
+
+def _config(folder: Path) -> RunConfig:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError("run folder", str(folder), "must hold a config.yaml")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("no keys")
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise ConfigError("run folder", str(path), f"must hold a configuration ({type(error).__name__})") from None
+    try:
+        return parse(settings)
+    except ConfigError as error:
+        raise error.in_file(path) from None
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    if not path.is_file():
+        return {}
+    try:
+        result = dict(json.loads(path.read_bytes()))
+        _ = _rounds(result), result["final"]["metrics"], result["privacy"]["sites"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{path} is damaged: it is no run.json of fedtune") from error
+    return result
+
+
+def _plan(folder: Path, config: RunConfig, result: Mapping[str, Any]) -> Plan:
+    """The run's plan, with the noise that was calibrated then: searching for it again takes a second.
+
+    Raises:
+        ConfigError: `config.yaml` says something else than `run.json` about what the run cost.
+    """
+    if not result:
+        return config.plan()
+    privacy = result["privacy"]
+    spent = next(iter(privacy["sites"].values()))
+    plan = replace(config, privacy=replace(config.privacy, noise_multiplier=spent["noise_multiplier"] or None)).plan()
+    for key, value, noted in (
+        ("privacy.delta", plan.delta, privacy["delta"]),
+        ("privacy.noise_multiplier", plan.noise_multiplier, spent["noise_multiplier"]),
+        ("privacy.sampling_rate", plan.sampling_rate, spent["sampling_rate"]),
+        ("privacy.metrics_noise_multiplier", plan.metrics_noise_multiplier, spent["metrics_noise_multiplier"]),
+        ("training.local_steps", plan.local_steps * spent["rounds"], spent["steps"]),
+        ("federation.participants", sorted(config.federation.active), sorted(privacy["sites"])),
+    ):
+        if value != noted:
+            raise ConfigError(key, value, f"must be what run.json says it was, {noted}").in_file(folder / "config.yaml")
+    return plan
+
+
+def _state(folder: Path, digest: str, result: Mapping[str, Any]) -> LeadState | None:
+    checkpoints = folder / "checkpoints"
+    if not any(checkpoints.glob("round-*.safetensors")):
+        if not result:
+            raise ConfigError("run folder", str(folder), "must be one of a run that has begun: it has no checkpoint")
+        return None
+    return Checkpoints(checkpoints, digest).load()
+
+
+def _rounds(result: Mapping[str, Any]) -> list[RoundResult]:
+    return [RoundResult(**{**fields, "sites": tuple(fields["sites"])}) for fields in result["rounds"]]

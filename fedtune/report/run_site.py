@@ -1,0 +1,213 @@
+"""What a run's report says of one site: what the lead knows from receipts and rounds, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dp_accounting import DpEvent
+
+from fedtune.federation.aggregation import INVALID_UPDATE, NO_REPLY
+from fedtune.federation.lead import RoundResult, charged_epsilons
+from fedtune.privacy import accountant, events
+from fedtune.privacy.plan import Plan
+from fedtune.report import profile
+from fedtune.report.run_record import RunRecord
+from fedtune.report.site_model import Charge, Mechanism, Release, SiteReport, Source, Spent, Step, Verdict
+
+_MOST_FIGURES = 64
+"""Different numbers of rounds for which epsilon is computed; in between, that of the next larger one is shown."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Charged:
+    """What was charged to a run at one site.
+
+    Attributes:
+        rounds: retries included.
+        upper_bound: the site fell silent, and every round asked of it is counted.
+        source: who says so.
+    """
+
+    rounds: int
+    upper_bound: bool
+    source: Source
+
+    @classmethod
+    def by_receipts(cls, record: RunRecord, site: str) -> Charged:
+        """As the lead knows it."""
+        rounds, upper_bound = record.charged(site)
+        heard = record.state is None or site in record.receipts
+        return cls(rounds=rounds, upper_bound=upper_bound, source="charged_by_receipts" if heard else "not_released")
+
+
+def site_report(record: RunRecord, site: str, charged: Charged, *, sampling: str) -> SiteReport:
+    """One site of a run.
+
+    Args:
+        record: of the run.
+        site: its name.
+        charged: to the run at that site.
+        sampling: how units really joined its steps, or "not_recorded".
+    """
+    plan, size = record.plan, record.config.declared_sizes()[site]
+    mechanisms, spent = _mechanism_events(plan, charged.rounds), _spent(plan, charged)
+    return SiteReport(
+        site=site,
+        source=charged.source,
+        verdict=_verdict(record, charged),
+        declared_size=size,
+        approved=None,
+        spent=spent,
+        left=None,
+        # Whoever knows the seed is bound by nothing; what its figures would mean is not said.
+        meaning=None
+        if record.seeded
+        else profile.meaning(mechanisms, epsilon=spent.epsilon, delta=plan.delta, declared_size=size),
+        mechanisms=(mechanism_of(plan, run=record.run, rounds=charged.rounds, sampling=sampling),)
+        if charged.rounds
+        else (),
+        curve=profile.curve(mechanisms, profile.curve_deltas(plan.delta)) if mechanisms else (),
+        steps=tuple(_steps(record, site, charged.rounds)),
+        releases=tuple(_releases(record, site)),
+    )
+
+
+def epsilon_by_round(record: RunRecord, sites: Iterable[SiteReport]) -> dict[int, float | None]:
+    """Round -> the worst site's epsilon after it."""
+    worst: dict[int, list[float | None]] = {}
+    for site in sites:
+        for step in site.steps:
+            worst.setdefault(step.round or 0, []).append(step.epsilon)
+    return {number: largest(values) for number, values in worst.items()}
+
+
+def largest(epsilons: Iterable[float | None]) -> float | None:
+    """The worst of some epsilons; None, which nothing bounds, is worse than all."""
+    values = list(epsilons)
+    return None if None in values else max((value for value in values if value is not None), default=0.0)
+
+
+def _verdict(record: RunRecord, charged: Charged) -> Verdict:
+    """A run's plan was fixed beforehand, so that its whole cost is a proof whatever ended the run."""
+    plan, target = record.plan, record.config.privacy.epsilon
+    if charged.rounds == 0:
+        return Verdict(state="within", reasons=("nothing_spent",))
+    missing = [("no_noise", not plan.private), ("seeded_noise", record.seeded)]
+    if reasons := tuple(code for code, is_so in missing if is_so):
+        return Verdict(state="no_guarantee", reasons=reasons)
+    if max(charged_epsilons(plan, rounds)[0] for rounds in (charged.rounds, plan.most_rounds)) > target:
+        return Verdict(state="exceeded", reasons=("above_target",))
+    notes = [("not_finished", not record.finished), ("site_silent", charged.upper_bound)]
+    return Verdict(state="within", reasons=tuple(code for code, is_so in notes if is_so))
+
+
+def _spent(plan: Plan, charged: Charged) -> Spent:
+    mechanisms, grid = _mechanism_events(plan, charged.rounds), profile.interval_of(charged.source)
+    by_pld = profile.epsilon_pld(mechanisms, plan.delta, interval=grid)
+    return Spent(
+        epsilon=by_pld,
+        epsilon_pld=by_pld,
+        epsilon_rdp=profile.epsilon_rdp(mechanisms, plan.delta),
+        planned_epsilon=profile.epsilon_pld([plan.whole], plan.delta, interval=grid),
+        upper_bound=charged.upper_bound,
+        rounds=charged.rounds,
+        steps=charged.rounds * plan.local_steps,
+    )
+
+
+def bounded(epsilon: float) -> float | None:
+    """JSON has no infinity: None says that nothing bounds the loss."""
+    return epsilon if math.isfinite(epsilon) else None
+
+
+def _mechanism_events(plan: Plan, rounds: int) -> Mapping[DpEvent, int]:
+    return events.grouped([plan.event(rounds=rounds)])
+
+
+def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechanism:
+    """What `rounds` charged rounds of a plan did."""
+    charges = events.counted(_mechanism_events(plan, rounds))
+    return Mechanism(
+        run=run,
+        sampling_assumed="poisson",
+        sampling_run=sampling,
+        sampling_rate=plan.sampling_rate,
+        noise_multiplier=plan.noise_multiplier,
+        max_grad_norm=plan.max_grad_norm if plan.private else None,
+        local_steps=plan.local_steps,
+        rounds=rounds,
+        metrics_noise_multiplier=plan.metrics_noise_multiplier,
+        charges=tuple(Charge(event=event, count=count) for event, count in charges),
+    )
+
+
+def _steps(record: RunRecord, site: str, charged: int) -> Iterator[Step]:
+    """Epsilon after each round: at most all that was charged, but for one round for each later update of the site."""
+    took_part = [site in result.sites for result in record.rounds]
+    for index, result in enumerate(record.rounds):
+        so_far = max(0, charged - sum(took_part[index + 1 :]))
+        yield Step(
+            run=record.run,
+            round=result.round,
+            time=result.ended or None,
+            epsilon=_epsilon_after(record.plan, so_far, charged),
+        )
+
+
+def _epsilon_after(plan: Plan, rounds: int, charged: int) -> float | None:
+    every = math.ceil(charged / _MOST_FIGURES) or 1
+    shown = min(charged, math.ceil(rounds / every) * every)
+    final = charged_epsilons(plan, charged)[0]
+    return bounded(final if shown == charged else min(final, _coarse_epsilon(plan, shown)))
+
+
+@lru_cache(maxsize=256)
+def _coarse_epsilon(plan: Plan, rounds: int) -> float:
+    """Never less than on the fine grid, and several times faster."""
+    if rounds == 0:
+        return 0.0
+    return accountant.epsilon_pld([plan.event(rounds=rounds)], plan.delta, interval=accountant.COARSE)
+
+
+def _releases(record: RunRecord, site: str) -> Iterator[Release]:
+    """What came from a site over all rounds, by kind and reason."""
+    groups: dict[tuple[str, str | None], list[RoundResult]] = {}
+    for result in record.rounds:
+        if (what := _what_came(result, site)) is not None:
+            groups.setdefault(what, []).append(result)
+    for (kind, reason), results in groups.items():
+        times = [result.ended for result in results if result.ended]
+        yield Release(
+            kind=kind,
+            run=record.run,
+            reason=reason,
+            count=len(results),
+            first=min(times, default=None),
+            last=max(times, default=None),
+        )
+    receipt = record.receipts.get(site)
+    came = Counter({kind: len(results) for (kind, _), results in groups.items()})["update"]
+    if receipt and receipt.charged_rounds > came:
+        without = receipt.charged_rounds - came
+        yield Release(
+            kind="reservation_without_update", run=record.run, reason=None, count=without, first=None, last=None
+        )
+
+
+def _what_came(result: RoundResult, site: str) -> tuple[str, str | None] | None:
+    """Kind and reason; None where the site was not asked."""
+    if site in result.sites:
+        return "update", None
+    match result.failed_sites.get(site):
+        case None:
+            return None
+        case reason if reason == NO_REPLY:
+            return "no_answer", reason
+        case reason if reason == INVALID_UPDATE:
+            return "update", reason
+        case reason:
+            return "refusal", reason

@@ -1,0 +1,107 @@
+"""One way to write a report as bytes, its signature, and reading it back so that no digit can change unnoticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from fedtune.privacy.keys import SigningKey, is_signed
+from fedtune.report.model import Report, Signature, from_json, to_json
+from fedtune.spec import ConfigError, RunError
+
+PURPOSE = "report"
+"""Of the signature; one made for a receipt or a ledger does not pass for it."""
+
+
+def canonical(report: Report) -> bytes:
+    """Everything but the signature: JSON in UTF-8 with sorted keys, no spaces, and each float's shortest digits."""
+    fields = to_json(report)
+    del fields["signature"]
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def to_text(report: Report) -> str:
+    """The content of a `report.json`; `read` gives the report back."""
+    return json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read(data: bytes) -> Report:
+    """The report in a `report.json`.
+
+    Each number must be spelled as fedtune spells it, and each key must stand once: otherwise a digit behind the last
+    that a float can hold, or a second value, could be changed without changing what is signed.
+
+    Raises:
+        ConfigError: it is no report of this version.
+    """
+    try:
+        json.loads(
+            data,
+            parse_float=lambda text: _spelled(text, repr(float(text))),
+            parse_int=lambda text: _spelled(text, str(int(text))),
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_without_repeats,
+        )
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("report", type(error).__name__, f"must be JSON: {error}") from None
+    return from_json(data)
+
+
+def signed(report: Report, key: SigningKey) -> Report:
+    """The report with the signature of `key`, in place of any it had."""
+    return dataclasses.replace(
+        report, signature=Signature(key=key.public, signature=key.sign(PURPOSE, canonical(report)))
+    )
+
+
+def check(report: Report, *, expected_key: str | None = None) -> str | None:
+    """The public key that signed the report; None: nobody did.
+
+    Args:
+        report: that was read.
+        expected_key: who must have signed it, known from elsewhere than the report.
+
+    Guarantee: with `expected_key`, on success nobody without that key changed anything in the report.
+
+    Raises:
+        RunError: the signature is wrong or another's, or there is none although a key was expected.
+    """
+    signature = report.signature
+    if signature is None:
+        if expected_key is not None:
+            raise RunError(f"the report is not signed, by {expected_key} or anybody")
+        return None
+    if not is_signed(signature.key, PURPOSE, canonical(report), signature.signature):
+        raise RunError(f"the signature by {signature.key} does not fit the report: one of them was changed")
+    for other in (expected_key, *_ledger_keys(report)):
+        if other not in (None, signature.key):
+            raise RunError(f"the report is signed by {signature.key}, not by {other}")
+    return signature.key
+
+
+def _ledger_keys(report: Report) -> list[str]:
+    """A ledger's report is its site's word: the key that signs all its events signs the report."""
+    own = [site.verification.site_key for site in report.sites if site.verification]
+    return own if report.kind == "ledger" else []
+
+
+def _spelled(text: str, right: str) -> str:
+    if text != right:
+        raise ConfigError("report", text, f"must be a number as fedtune writes it: {right}")
+    return text
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ConfigError("report", text, "must be a finite number, or null where nothing bounds it")
+
+
+def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ConfigError("report", repeated, "must not stand twice among the keys of one object")
+    return dict(pairs)

@@ -1,0 +1,126 @@
+"""What a run was made on and with, noted in its folder by the run itself: a report made later, elsewhere, reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import fedtune
+from fedtune.privacy.durable import write_durably
+from fedtune.spec import RunError, spec
+
+if TYPE_CHECKING:  # it imports torch, which who only reads needs not
+    from fedtune.config import RunConfig
+    from fedtune.sites.shared_model import SharedModel
+
+FILE = "environment.json"
+_SCHEMA_VERSION = 1
+_LIBRARIES = (
+    "cryptography",
+    "dp-accounting",
+    "flwr",
+    "numpy",
+    "opacus",
+    "peft",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+
+
+@spec
+class Environment:
+    """One process's; it is the lead's, and in a simulation the sites' too.
+
+    Attributes:
+        since: UTC; when the run was first started, or resumed, here.
+        machine: such as "x86_64", with the number of its cores.
+        device: that the model was on.
+        model_sha256: of the base model's weights as they were loaded.
+        sampling: how units joined a step, where training took place in this process; None: elsewhere.
+        randomness: "operating_system" or "seeded", likewise.
+    """
+
+    since: str
+    fedtune_version: str
+    python: str
+    system: str
+    machine: str
+    device: str
+    libraries: Mapping[str, str]
+    model_sha256: str
+    sampling: str | None
+    randomness: str | None
+
+
+def note_environment(folder: Path, shared: SharedModel) -> None:
+    """Note what this process is, in the run folder, unless the newest note says just that."""
+    known, here = read_environments(folder), _here(shared)
+    if known and replace(here, since=known[-1].since) == known[-1]:
+        return
+    fields = {"schema_version": _SCHEMA_VERSION, "environments": [asdict(one) for one in (*known, here)]}
+    write_durably(folder / FILE, json.dumps(fields, indent=1).encode() + b"\n")
+
+
+def read_environments(folder: Path) -> tuple[Environment, ...]:
+    """What the run was made on, oldest first; empty for a run that noted nothing.
+
+    Raises:
+        RunError: the note is damaged.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return ()
+    try:
+        fields = json.loads(path.read_bytes())
+        if fields["schema_version"] != _SCHEMA_VERSION:
+            raise ValueError("schema_version")
+        return tuple(Environment(**one) for one in fields["environments"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{path} is damaged: what the run was made on is not known") from error
+
+
+def _here(shared: SharedModel) -> Environment:
+    trains = shared.config.runtime.kind != "deployment"
+    return Environment(
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+        fedtune_version=fedtune.__version__,
+        python=platform.python_version(),
+        system=platform.system(),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores",
+        device=_device(shared),
+        libraries={name: found for name in _LIBRARIES if (found := _version(name))},
+        model_sha256=_weights(shared.config),
+        # training.local knows one way to sample; tests/training/test_dp_step.py shows that it really happens.
+        sampling="poisson" if trains else None,
+        randomness=("seeded" if shared.config.runtime.seeded_noise else "operating_system") if trains else None,
+    )
+
+
+def _device(shared: SharedModel) -> str:
+    if shared.device.type != "cuda":
+        return str(shared.device.type)
+    import torch
+
+    return f"cuda, {torch.cuda.get_device_name(shared.device)}"
+
+
+def _weights(config: RunConfig) -> str:
+    """A pinned hash was checked when the weights were loaded."""
+    from fedtune.model import weights_sha256
+
+    return config.model.sha256 or weights_sha256(config.model)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

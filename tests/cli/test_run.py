@@ -1,0 +1,337 @@
+"""`fedtune run`: what a lead's words become, what they may not say, and looking at, stopping and resuming a run."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli.compose import compose_run, saved_config, write_config
+from fedtune.cli.run import composed
+from fedtune.config import RunConfig
+from fedtune.deploy import membership, provision
+from fedtune.deploy.join import REQUEST, site_init
+from fedtune.deploy.kits import Kit
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.policy_tables import Dataset
+from fedtune.spec import ConfigError
+
+SIZES = {"north": 230, "south": 180, "west": 90}
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines long enough that a phrase is not broken."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory, site_policy: Callable[..., Policy]) -> Kit:
+    """The kit of a lead with three sites, and `gone`, which was revoked; west has no data set but banking77."""
+    folder, now = tmp_path_factory.mktemp("federation"), datetime.now(UTC).replace(microsecond=0)
+    (folder / "federation.toml").write_text('name = "banks"\nserver = "127.0.0.1:9"\n')
+    provision.init(folder / "federation.toml", out=folder / "banks", now=now)
+    for name, size in {**SIZES, "gone": 50}.items():
+        (folder / name).mkdir()
+        others = [] if name == "west" else [Dataset(id="letters", declared_size=11)]
+        datasets = (*others, Dataset(id="banking77", declared_size=size))
+        write_policy(site_policy(name, dataset=datasets), folder / name / "site.toml")
+        request = site_init(folder / name / "site.toml", out=None) / REQUEST
+        membership.add_site(folder / "banks", request=request, days=None, now=now)
+    membership.revoke_site(folder / "banks", "gone", now=now)
+    return Kit.read(folder / "banks" / "lead", kind="lead")
+
+
+def words(*more: str) -> list[str]:
+    return ["experiment=debug", "name=one", "privacy.noise_multiplier=4.0", *more]
+
+
+def sizes_of(config: RunConfig) -> dict[str, int]:
+    return config.declared_sizes()
+
+
+# Which sites.
+
+
+@pytest.mark.parametrize(
+    "sites",
+    ["[west,north]", "west,north", "['west','north']", '["west", "north"]', "[ west , north ]", "'west',north"],
+)
+def test_sites_may_be_written_in_any_of_these_ways(kit: Kit, sites: str) -> None:
+    config = composed(words(f"sites={sites}"), kit=kit)
+    assert config.federation.active == ("west", "north")
+    assert sizes_of(config) == {"west": 90, "north": 230}
+    assert (config.runtime.kind, config.federation.num_sites) == ("deployment", 2)
+
+
+def test_without_a_word_all_sites_take_part_that_are_not_revoked(kit: Kit) -> None:
+    assert sizes_of(composed(words(), kit=kit)) == SIZES
+
+
+def test_the_last_word_on_sites_counts(kit: Kit) -> None:
+    assert sizes_of(composed(words("sites=[west]", "sites=south"), kit=kit)) == {"south": 180}
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        ("[north,east]", "sites = 'east': must be one of north, south, west"),
+        ("[gone]", "sites = 'gone': was revoked at "),
+        ("[north,north]", "sites = ['north', 'north']: must not repeat a name"),
+        ("", "sites = '': must look like [north,south]"),
+        ("[]", "sites = '[]': must look like [north,south]"),
+        ("[north,]", "sites = '[north,]': must look like [north,south]"),
+        ("[north south]", "sites = 'north south': must be one of north, south, west"),
+    ],
+)
+def test_other_sites_are_wrong_input(command: Any, kit: Kit, tmp_path: Path, sites: str, message: str) -> None:
+    outcome = command("run", "--kit", str(kit.folder), *words(f"sites={sites}", f"tracking.output_dir='{tmp_path}'"))
+    assert outcome.code == 2
+    assert outcome.message.startswith(message)
+    assert not (tmp_path / "one").exists()
+
+
+# Sizes.
+
+
+def test_a_data_set_that_a_site_did_not_declare_names_the_site(kit: Kit) -> None:
+    assert sizes_of(composed(words("data.dataset=letters", "sites=[north,south]"), kit=kit)) == {
+        "north": 11,
+        "south": 11,
+    }
+    with pytest.raises(ConfigError) as caught:
+        composed(words("data.dataset=letters"), kit=kit)
+    assert str(caught.value) == "data.dataset = 'letters': is no data set of west, which declared banking77"
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_sizes_that_are_given_win(kit: Kit, prefix: str) -> None:
+    if prefix == "+":  # in Hydra's grammar, for what is not there yet
+        with pytest.raises(ConfigError, match=r"data\.declared_sizes"):
+            composed(words("+data.declared_sizes=70"), kit=kit)
+        return
+    config = composed(words(f"{prefix}data.declared_sizes=70", "sites=[west,north]"), kit=kit)
+    assert sizes_of(config) == {"west": 70, "north": 70}
+    with_several = composed(words(f"{prefix}data.declared_sizes=[70,80]", "sites=[west,north]"), kit=kit)
+    assert sizes_of(with_several) == {"west": 70, "north": 80}
+    # Also for a data set that no site declared: the sites will say no.
+    assert composed(words(f"{prefix}data.declared_sizes=70", "data.dataset=unheard"), kit=kit).data.dataset == "unheard"
+
+
+def test_a_delta_that_is_too_large_for_a_declared_size_is_found_at_once(kit: Kit) -> None:
+    with pytest.raises(
+        ConfigError, match=r"privacy\.delta = 0\.005: must be below 1 / data\.declared_sizes = 0\.00435"
+    ):
+        composed(words("privacy.delta=0.005"), kit=kit)
+
+
+# Settings that real sites decide.
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "bound"),
+    [
+        ("federation.num_sites=2", "federation.num_sites", "is set by sites=[a,b,...] here"),
+        ("++federation.num_sites=2", "federation.num_sites", "is set by sites=[a,b,...] here"),
+        ("~federation.num_sites", "federation.num_sites", "is set by sites=[a,b,...] here"),
+        ("federation.site_names=[a]", "federation.site_names", "is set by sites=[a,b,...] here"),
+        ("federation.participants=[north]", "federation.participants", "is set by sites=[a,b,...] here"),
+        ("runtime=ray", "runtime", "is always deployment here"),
+        ("runtime=simulation", "runtime", "is always deployment here"),
+        ("runtime.kind=simulation", "runtime.kind", "is always deployment here"),
+    ],
+)
+def test_what_a_real_run_fixes_cannot_be_set(command: Any, kit: Kit, word: str, key: str, bound: str) -> None:
+    outcome = command("run", "--kit", str(kit.folder), *words(word))
+    assert outcome.code == 2
+    assert outcome.message.startswith(f"{key} = ")
+    assert outcome.message.endswith(bound)
+
+
+def test_other_settings_of_runtime_and_federation_are_the_leads(kit: Kit) -> None:
+    config = composed(words("runtime.num_threads=1", "federation.min_sites=2", "federation.num_rounds=1"), kit=kit)
+    assert (config.runtime.num_threads, config.federation.min_sites, config.federation.num_rounds) == (1, 2, 1)
+
+
+def test_how_a_simulation_deals_records_out_is_left_behind(kit: Kit) -> None:
+    by_column = ("data.partition.kind=column", "+data.partition.sites.a=0", "+data.columns.site=x")
+    for given in (("data.partition.kind=dirichlet", "data.partition.proportions=[1,2]"), by_column):
+        partition = composed(words(*given), kit=kit).data.partition
+        assert (partition.kind, partition.proportions, partition.sites) == ("iid", (), {})
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("trainig.local_steps=3", "trainig.local_steps = '3': is not a setting of fedtune; did you mean training."),
+        ("training.local_steps=0", "training.local_steps = 0: must be"),
+        ("experiment=nothing", "experiment = 'nothing': must be one of"),
+        ("+sites=[north]", "sites = ['north']: is not a setting of fedtune"),
+    ],
+)
+def test_mistakes_in_settings_are_one_line(command: Any, kit: Kit, word: str, message: str) -> None:
+    outcome = command("run", "--kit", str(kit.folder), *words(word))
+    assert outcome.code == 2
+    assert outcome.message.startswith(message)
+
+
+# The kit.
+
+
+def test_a_kit_is_needed(command: Any, kit: Kit, tmp_path: Path) -> None:
+    for given in (("experiment=debug",), ("resume", str(tmp_path)), ("stop", str(tmp_path), "--for-good")):
+        outcome = command("run", *given)
+        assert outcome.code == 2
+        assert outcome.message == "--kit = None: is required: the folder of the lead's kit"
+    server = kit.folder.parent / "server"
+    outcome = command("run", "--kit", str(server), "experiment=debug")
+    assert outcome.code == 2
+    assert outcome.message == f"{server / 'kit.toml'}: kind = 'server': must be 'lead' here"
+
+
+@pytest.mark.parametrize("action", ["status", "stop", "resume"])
+def test_an_action_needs_a_folder(command: Any, kit: Kit, action: str) -> None:
+    outcome = command("run", action, "--kit", str(kit.folder))
+    assert outcome.code == 2
+    assert outcome.message == f"run folder = None: is required: fedtune run {action} FOLDER"
+
+
+def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(command: Any, kit: Kit, tmp_path: Path) -> None:
+    small = ("sites=[north]", "data.validation_rows=2", "data.test_rows=2", f"tracking.output_dir='{tmp_path}'")
+    outcome = command("run", "--kit", str(kit.folder), *words(*small))
+    assert outcome.code == 1
+    assert "127.0.0.1:9 cannot be reached" in outcome.message
+    assert f"Continue with: fedtune run resume {tmp_path / 'one'} --kit {kit.folder}" in outcome.out
+    assert saved_config(tmp_path / "one").federation.active == ("north",)
+    assert not (tmp_path / "one" / "running.json").exists()
+    again = command("run", "--kit", str(kit.folder), *words(*small))
+    assert again.code == 2
+    assert "name = 'one': is taken" in again.message
+    resumed = command("run", "resume", str(tmp_path / "one"), "--kit", str(kit.folder))
+    assert resumed.code == 1
+    assert "127.0.0.1:9 cannot be reached" in resumed.message
+    other = command("run", "resume", str(tmp_path / "one"), "training.local_steps=9", "--kit", str(kit.folder))
+    assert other.code == 2
+    assert "was made with another configuration (training.local_steps was 2, is 9)" in other.message
+
+
+# A folder of a run.
+
+
+@pytest.fixture
+def folder(tmp_path: Path, kit: Kit) -> Path:
+    """The folder of a deployed run that has just been made."""
+    folder = tmp_path / "one"
+    write_config(composed(words(f"tracking.output_dir='{tmp_path}'"), kit=kit), folder)
+    return folder
+
+
+@pytest.fixture
+def runner(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a process that runs the folder; on SIGTERM it ends unless it is deaf."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*, deaf: bool = False, says_so: bool = True) -> subprocess.Popen[str]:
+        code = (
+            "import fcntl, json, os, signal, sys, time; from pathlib import Path; folder = Path(sys.argv[1])\n"
+            f"signal.signal(signal.SIGTERM, signal.SIG_IGN if {deaf} else signal.SIG_DFL)\n"
+            "lock = (folder / 'log.txt').open('a'); fcntl.flock(lock, fcntl.LOCK_EX)\n"
+            f"{says_so} and (folder / 'running.json').write_text(json.dumps({{'pid': os.getpid()}}))\n"
+            "print('running', flush=True); time.sleep(600)"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_stopping_what_does_not_run_says_so(command: Any, folder: Path) -> None:
+    outcome = command("run", "stop", str(folder))
+    assert (outcome.code, outcome.out) == (0, f"{folder} is not running.\n")
+
+
+def test_stopping_ends_the_process_and_says_how_to_go_on(command: Any, folder: Path, runner: Any) -> None:
+    process = runner()
+    outcome = command("run", "stop", str(folder))
+    assert outcome.code == 0
+    assert outcome.out == f"{folder} is stopped; `fedtune run resume {folder} --kit ...` goes on.\n"
+    assert process.wait(timeout=5) != 0
+
+
+def test_a_run_that_does_not_say_its_process_is_not_guessed_at(command: Any, folder: Path, runner: Any) -> None:
+    process = runner(says_so=False)
+    outcome = command("run", "stop", str(folder))
+    assert outcome.code == 1
+    assert "does not say in which process" in outcome.message
+    assert process.poll() is None
+
+
+def test_a_run_that_does_not_stop_is_said_to_go_on(
+    command: Any, folder: Path, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtune.cli.run._STOP_S", 0.3)
+    process = runner(deaf=True)
+    outcome = command("run", "stop", str(folder))
+    assert outcome.code == 1
+    assert outcome.message.startswith(f"process {process.pid} has not stopped within 0.3 s")
+
+
+def test_a_folder_without_a_run_is_wrong_input(command: Any, tmp_path: Path) -> None:
+    for action in ("status", "stop"):
+        outcome = command("run", action, str(tmp_path))
+        assert outcome.code == 2
+        assert outcome.message == f"run folder = {str(tmp_path)!r}: must hold a config.yaml"
+
+
+def test_a_resumed_run_keeps_its_sites(command: Any, kit: Kit, folder: Path) -> None:
+    outcome = command("run", "resume", str(folder), "sites=[north]", "--kit", str(kit.folder))
+    assert outcome.code == 2
+    assert outcome.message == "sites = '[north]': cannot change in a run that is resumed"
+    nowhere = command("run", "resume", str(folder / "no"), "--kit", str(kit.folder))
+    assert nowhere.code == 2
+    assert "must be a run folder" in nowhere.message
+
+
+def test_a_run_that_is_running_is_not_resumed_beside_it(command: Any, kit: Kit, folder: Path) -> None:
+    with (folder / "log.txt").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = command("run", "resume", str(folder), "--kit", str(kit.folder))
+    assert outcome.code == 2
+    assert outcome.message.endswith("is running in another process")
+    assert (folder / "config.yaml").exists()
+
+
+def test_simulations_and_real_runs_are_each_resumed_by_their_own_command(
+    command: Any, kit: Kit, folder: Path, tmp_path: Path
+) -> None:
+    outcome = command("simulate", f"resume={folder}")
+    assert outcome.code == 2
+    assert outcome.message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
+    simulated = tmp_path / "simulated"
+    write_config(replace(compose_run(words()), name="simulated"), simulated)
+    outcome = command("run", "resume", str(simulated), "--kit", str(kit.folder))
+    assert outcome.code == 2
+    assert "must be a run over real sites: fedtune simulate resume=" in outcome.message
+
+
+def test_simulating_a_deployment_is_wrong_input(command: Any, tmp_path: Path) -> None:
+    outcome = command("simulate", "experiment=debug", "runtime=deployment", f"tracking.output_dir='{tmp_path}'")
+    assert outcome.code == 2
+    assert outcome.message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
+    assert list(tmp_path.iterdir()) == []

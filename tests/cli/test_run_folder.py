@@ -1,0 +1,242 @@
+"""A run's folder: made, held by one process, cleared away where nothing began, and what `fedtune run status` reads."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedtune.cli.compose import compose_run, saved_config
+from fedtune.cli.run_folder import folder_of, is_running, make, only_one, run_in_folder
+from fedtune.config import RunConfig
+from fedtune.spec import ConfigError, RefusedError, RunError
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines long enough that a phrase is not broken."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+@pytest.fixture
+def config(tiny: Callable[..., list[str]], tmp_path: Path) -> RunConfig:
+    return compose_run([*tiny(into=tmp_path / "runs", name="one"), "tracking.progress=false"])
+
+
+@pytest.fixture
+def folder(config: RunConfig) -> Path:
+    """Where the run's folder will be."""
+    return folder_of(config)
+
+
+# Made, and held by one process.
+
+
+def test_a_folder_is_made_with_its_configuration(config: RunConfig, folder: Path) -> None:
+    make(folder, config)
+    assert saved_config(folder) == config
+    with pytest.raises(ConfigError, match=r"name = 'one': is taken"):
+        folder_of(config)
+    with pytest.raises(ConfigError, match=r"name = 'one': is taken"):
+        make(folder, config)  # somebody else was faster
+
+
+def test_a_place_that_cannot_be_written_names_the_setting(config: RunConfig, folder: Path) -> None:
+    folder.parent.write_text("no folder")
+    with pytest.raises(ConfigError, match=r"tracking\.output_dir = .*: must be a folder to write one into"):
+        make(folder, config)
+
+
+def test_nobody_runs_a_folder_without_a_log_and_looking_makes_none(config: RunConfig, folder: Path) -> None:
+    make(folder, config)
+    assert not is_running(folder)
+    assert not is_running(folder / "nowhere")
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_a_folder_that_may_only_be_read_can_be_looked_at(config: RunConfig, folder: Path) -> None:
+    make(folder, config)
+    (folder / "log.txt").touch(mode=0o400)
+    assert not is_running(folder)
+
+
+def test_one_process_runs_a_folder_until_it_dies(config: RunConfig, folder: Path) -> None:
+    make(folder, config)
+    code = (
+        "import sys, time; from pathlib import Path; from fedtune.cli.run_folder import only_one\n"
+        "with only_one(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "held\n"
+        assert is_running(folder)
+        with pytest.raises(ConfigError, match="is running in another process"), only_one(folder):
+            pytest.fail("two processes run one folder")
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert not is_running(folder)
+    with only_one(folder):
+        assert is_running(folder)
+
+
+# Cleared away where nothing began.
+
+
+def attempt(config: RunConfig, folder: Path, error: BaseException, *, begun: bool = False) -> str:
+    """Run something that ends in `error`; what is printed."""
+    said = io.StringIO()
+
+    def work(config: RunConfig, folder: Path, display: object) -> dict[str, Any]:
+        logging.getLogger("fedtune.somewhere").info("it was here")
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "sites").mkdir(exist_ok=True)
+        if begun:
+            (folder / "checkpoints" / "round-0000.safetensors").touch()
+        raise error
+
+    with pytest.raises(type(error)):
+        run_in_folder(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN")
+    return said.getvalue()
+
+
+@pytest.mark.parametrize(
+    "error", [RunError("no server"), ConfigError("a", 1, "b"), OSError("disk"), KeyboardInterrupt()]
+)
+def test_what_never_began_leaves_nothing_behind(config: RunConfig, folder: Path, error: BaseException) -> None:
+    make(folder, config)
+    said = attempt(config, folder, error)
+    assert not folder.exists()
+    told = isinstance(error, RunError | KeyboardInterrupt)
+    assert ("Nothing had been trained yet." in said) is told
+    assert ("Interrupted." in said) is isinstance(error, KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("error", [RunError("no server"), RefusedError("no"), KeyboardInterrupt()])
+def test_what_began_stays_and_says_how_to_go_on(config: RunConfig, folder: Path, error: BaseException) -> None:
+    make(folder, config)
+    said = attempt(config, folder, error, begun=True)
+    assert ("Continue with: fedtune AGAIN" in said) is not isinstance(error, RefusedError)
+    assert saved_config(folder) == config
+    assert "INFO fedtune.somewhere it was here" in (folder / "log.txt").read_text()
+
+
+def test_a_resumed_folder_is_never_cleared_away(config: RunConfig, folder: Path) -> None:
+    make(folder, config)
+    attempt(replace(config, resume=str(folder)), folder, RunError("no server"))
+    assert saved_config(folder) == config
+
+
+def test_logging_is_as_before_afterwards(config: RunConfig, folder: Path) -> None:
+    loggers = [logging.getLogger(name) for name in ("fedtune", "flwr")]
+    before = [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
+    make(folder, config)
+    attempt(config, folder, RunError("no server"), begun=True)
+    assert [(logger.level, logger.handlers, logger.propagate) for logger in loggers] == before
+
+
+def test_a_resumed_run_keeps_what_decides_its_result(config: RunConfig, folder: Path) -> None:
+    make(folder, config)
+    resumed = compose_run([f"resume={folder}", "runtime.num_threads=2", "tracking.log_level=debug"])
+    assert folder_of(resumed) == folder
+    with pytest.raises(ConfigError) as caught:
+        folder_of(compose_run([f"resume={folder}", "training.local_steps=9", "seed=4"]))
+    assert str(caught.value).endswith(
+        "was made with another configuration (training.local_steps was 2, is 9, seed was 0, is 4)"
+    )
+
+
+# How far a run is.
+
+
+@pytest.fixture(scope="module")
+def finished(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that came to its end; status reads every run folder alike."""
+    return simulate("federation.site_names=[north,south]", into=tmp_path_factory.mktemp("runs"), name="done")
+
+
+def status(command: Any, folder: Path) -> dict[str, Any]:
+    outcome = command("run", "status", str(folder), "--json")
+    assert outcome.code == 0, outcome.err
+    fields: dict[str, Any] = json.loads(outcome.out)
+    return fields
+
+
+def test_the_status_of_a_finished_run(command: Any, finished: Path, result_of: Any) -> None:
+    outcome = command("run", "status", str(finished))
+    assert outcome.code == 0
+    assert f"{finished}: finished, 2 of 2 rounds are done" in outcome.out
+    told = status(command, finished)
+    result = result_of(finished)
+    assert {key: told[key] for key in ("name", "running", "finished", "round", "num_rounds")} == {
+        "name": "done",
+        "running": False,
+        "finished": True,
+        "round": 2,
+        "num_rounds": 2,
+    }
+    assert told["metrics"] == result["rounds"][-1]["metrics"]
+    assert set(told["sites"]) == {"north", "south"}
+    for site, about in told["sites"].items():
+        assert about["epsilon"] == result["privacy"]["sites"][site]["epsilon"] > 0
+        assert (about["rounds_charged"], about["upper_bound"]) == (2, False)
+        assert (about["last_answer"], about["at"]) == ("none yet", None)
+        assert f"{about['epsilon']:.2f}"[:3] in outcome.out
+
+
+def test_the_status_shows_what_sites_said_and_changes_nothing(command: Any, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "log.txt").unlink()
+    answers = {"south": {"what": "awaiting_approval", "time": "2030-01-02T03:04:05+00:00"}}
+    (folder / "answers.json").write_text(json.dumps(answers))
+    before = sorted(path.name for path in folder.iterdir())
+    told = status(command, folder)["sites"]["south"]
+    assert (told["last_answer"], told["at"]) == ("awaiting_approval", "2030-01-02T03:04:05+00:00")
+    assert "awaiting_approval" in command("run", "status", str(folder)).out
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_the_status_of_a_run_that_goes_on(command: Any, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    for newest in (folder / "checkpoints").glob("round-0002*"):
+        newest.unlink()
+    assert "stopped, 1 of 2 rounds are done" in command("run", "status", str(folder)).out
+    with (folder / "log.txt").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "running, 1 of 2 rounds are done" in command("run", "status", str(folder)).out
+    told = status(command, folder)
+    assert (told["running"], told["finished"], told["round"]) == (False, False, 1)
+    # The second round was asked for, and the checkpoint does not know its receipts.
+    assert all(about["upper_bound"] for about in told["sites"].values())
+    assert "at most" in command("run", "status", str(folder)).out
+
+
+def test_a_run_that_has_not_begun_has_no_status(command: Any, config: RunConfig, folder: Path) -> None:
+    make(folder, config)
+    outcome = command("run", "status", str(folder))
+    assert outcome.code == 2
+    assert "must be a run folder with a checkpoint" in outcome.message
+
+
+def test_a_damaged_checkpoint_is_exit_code_one(command: Any, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "checkpoints" / "round-0002.safetensors").write_bytes(b"half")
+    outcome = command("run", "status", str(folder))
+    assert outcome.code == 1
+    assert "is damaged" in outcome.message

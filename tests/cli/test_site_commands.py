@@ -1,0 +1,354 @@
+"""`fedtune site start|approve|pause|resume|leave`: what they print, what they change, and their exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.deploy import membership, provision
+from fedtune.deploy.join import REQUEST, site_init
+from fedtune.deploy.logs import configured_logs
+from fedtune.deploy.site_state import SiteState, serving
+from fedtune.privacy.accountant import epsilon_pld, epsilon_text
+from fedtune.privacy.filter import epsilon_filter
+from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_files import SiteFiles
+
+Propose = Callable[..., Proposal]
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines long enough that a phrase is not broken."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+@pytest.fixture(autouse=True)
+def own_logs() -> Iterator[None]:
+    """A service that begins takes the process's logs over; afterwards they are as before."""
+    with configured_logs("info"):
+        yield
+
+
+@dataclass(frozen=True)
+class Here:
+    """A site that has joined: its folder with site.toml, keys and kit."""
+
+    folder: Path
+
+    @property
+    def toml(self) -> Path:
+        return self.folder / "site.toml"
+
+    @property
+    def state(self) -> SiteState:
+        return SiteState.of(self.folder / "kit")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return ("--kit", str(self.folder / "kit"), "--site", str(self.toml))
+
+    @property
+    def kit(self) -> tuple[str, ...]:
+        return self.words[:2]
+
+    def ledger(self) -> Ledger:
+        return SiteFiles.of(self.toml).open()
+
+    def edit(self, **changes: Any) -> None:
+        policy = read_policy(self.toml)
+        tables = {key: replace(getattr(policy, key), **value) for key, value in changes.items() if type(value) is dict}
+        write_policy(replace(policy, **(changes | tables)), self.toml)
+
+    def start_run(self, proposal: Proposal, *rounds: int) -> None:
+        ledger = self.ledger()
+        ledger.approve(proposal)
+        for round in rounds:
+            assert isinstance(ledger.reserve(proposal, round=round, request=f"{proposal.run} {round}"), Reservation)
+
+
+@pytest.fixture
+def joined(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., Here]:
+    """A site of one federation; it approves runs by hand."""
+
+    def make(name: str, *, days_ago: int = 0) -> Here:
+        begun = datetime.now(UTC).replace(microsecond=0) - timedelta(days=days_ago)
+        federation = tmp_path / "federation"
+        if not federation.exists():
+            (tmp_path / "federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:9"\n')
+            provision.init(tmp_path / "federation.toml", out=federation, now=begun)
+        here = Here(tmp_path / name)
+        here.folder.mkdir()
+        write_policy(site_policy(name, approval="manual"), here.toml)
+        request = site_init(here.toml, out=None) / REQUEST
+        archive = membership.add_site(federation, request=request, days=None, now=begun).archive
+        with zipfile.ZipFile(archive) as kit:
+            kit.extractall(request.parent)
+        return here
+
+    return make
+
+
+@pytest.fixture
+def north(joined: Callable[..., Here]) -> Here:
+    return joined("north")
+
+
+def approve(command: Any, here: Here, *words: str) -> Any:
+    return command("site", "approve", *words, *here.words)
+
+
+# Approving.
+
+
+def test_nothing_waits(command: Any, north: Here) -> None:
+    outcome = approve(command, north)
+    assert (outcome.code, outcome.out) == (0, "No run waits for approval.\n")
+
+
+def test_what_waits_is_listed_with_its_price(command: Any, north: Here, run_proposal: Propose) -> None:
+    for run in ("triage", "follow-up"):
+        north.state.wait_for_approval(run_proposal(run=run))
+    outcome = approve(command, north)
+    assert outcome.code == 0
+    plan = run_proposal().plan
+    price = epsilon_text(epsilon_pld([plan.whole], plan.delta))
+    for run in ("triage", "follow-up"):
+        (line,) = [line for line in outcome.out.splitlines() if run in line]
+        for word in ("patients", price, f"{run_proposal().lead[:16]}...", f"{datetime.now(UTC):%Y-%m}"):
+            assert word in line
+
+
+@pytest.mark.parametrize("waiting", [(), ("triage",)])
+def test_a_run_that_does_not_wait_cannot_be_approved(
+    command: Any, north: Here, run_proposal: Propose, waiting: tuple[str, ...]
+) -> None:
+    for run in waiting:
+        north.state.wait_for_approval(run_proposal(run=run))
+    outcome = approve(command, north, "other", "--yes")
+    assert outcome.code == 2
+    names = ", ".join(waiting) or "none"
+    assert outcome.message == f"RUN = 'other': must be a run that waits for approval: {names}"
+
+
+def test_approval_shows_the_price_is_noted_in_the_ledger_and_lets_the_run_start(
+    command: Any, north: Here, run_proposal: Propose
+) -> None:
+    earlier, asked = run_proposal(run="earlier"), run_proposal(run="triage", spare_rounds=0)
+    north.start_run(earlier, 1)
+    north.state.wait_for_approval(asked)
+    with pytest.raises(Refused) as refused:
+        north.ledger().reserve(asked, round=1, request="x")
+    assert refused.value.reason is Reason.AWAITING_APPROVAL
+    outcome = approve(command, north, "triage", "--yes")
+    assert outcome.code == 0
+    ledger = north.ledger()
+    delta, order = asked.plan.delta, ledger.history.order
+    before = epsilon_filter([earlier.plan.whole], order=order, delta=delta)
+    after = epsilon_filter([earlier.plan.whole, asked.plan.whole], order=order, delta=delta)
+    assert 0 < before < after < 5
+    for words in (
+        f"{asked.lead}, for 3 sites as it says",
+        "classification on patients",
+        asked.base_model,
+        "up to 3, of 2 noisy steps each",
+        "noise multiplier 4, clip norm 1, sampling rate 0.2",
+        f"epsilon {epsilon_text(epsilon_pld([asked.plan.whole], delta))} at delta 1e-05, for the whole run",
+        f"epsilon {epsilon_text(before)} is taken, {epsilon_text(after)} with this run, by the filter; "
+        "the lifetime cap is 5",
+        "Approved, and noted in the ledger.",
+    ):
+        assert words in outcome.out, words
+    assert ledger.history.approved == {earlier.digest(), asked.digest()}
+    assert isinstance(ledger.reserve(asked, round=1, request="x"), Reservation)
+    assert north.state.waiting() == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "approved"), [("y\n", True), ("YES\n", True), ("n\n", False), ("\n", False), ("", False)]
+)
+def test_a_person_is_asked(
+    command: Any, north: Here, run_proposal: Propose, typed: str, approved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    north.state.wait_for_approval(run_proposal())
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    outcome = approve(command, north, "r")
+    assert outcome.code == 0
+    assert "Let it start? [y/N]" in outcome.out
+    assert ("Not approved." in outcome.out) is not approved
+    assert bool(north.ledger().history.approved) is approved
+    assert (north.state.waiting() == []) is approved
+
+
+def test_what_the_budget_refuses_cannot_be_approved_and_waits_on(
+    command: Any, north: Here, run_proposal: Propose
+) -> None:
+    north.state.wait_for_approval(run_proposal())
+    north.edit(budget={"max_epsilon": 0.5}, limits={"max_rounds": 2})
+    outcome = approve(command, north, "r", "--yes")
+    assert outcome.code == 3
+    assert outcome.message.startswith("policy or budget refuse this run: ")
+    for words in ("the lifetime budget would be passed", "too many rounds (asked 4, allowed at most 2)"):
+        assert words in outcome.message
+    assert "epsilon 0.000 is taken" in outcome.out
+    assert len(north.state.waiting()) == 1
+    assert not (north.folder / "ledger.db").exists(), "asking made no ledger"
+
+
+def test_a_data_set_that_the_policy_no_longer_has_is_refused(command: Any, north: Here, run_proposal: Propose) -> None:
+    north.state.wait_for_approval(run_proposal())
+    north.edit(dataset=(replace(read_policy(north.toml).dataset[0], id="others"),))
+    outcome = approve(command, north, "r", "--yes")
+    assert outcome.code == 3
+    assert "the site has no such data set (asked patients" in outcome.message
+
+
+def test_a_ledger_that_does_not_fit_together_is_said_to_be_why(
+    command: Any, north: Here, run_proposal: Propose
+) -> None:
+    north.state.wait_for_approval(run_proposal())
+    (north.folder / "ledger.db").write_bytes(b"no ledger" * 1000)
+    outcome = approve(command, north, "r", "--yes")
+    assert outcome.code == 1
+    assert "the site would not start" in outcome.message
+
+
+@pytest.mark.parametrize("name", ["[bold]r[/bold]", "[/]", "a [red]b", "r\\"])
+def test_a_leads_brackets_are_shown_as_they_are(command: Any, north: Here, run_proposal: Propose, name: str) -> None:
+    north.state.wait_for_approval(run_proposal(run=name))
+    assert name in approve(command, north).out
+    outcome = approve(command, north, name, "--yes")
+    assert outcome.code == 0, outcome.err
+    assert name in outcome.out
+
+
+def test_a_damaged_file_of_a_waiting_run_is_one_line(command: Any, north: Here, run_proposal: Propose) -> None:
+    north.state.wait_for_approval(run_proposal())
+    (path,) = (north.state.folder / "pending").iterdir()
+    path.write_text("{")
+    outcome = approve(command, north)
+    assert outcome.code == 1
+    assert outcome.message == f"{path} is damaged; remove it, and the lead's next request writes it anew"
+
+
+# Pausing and leaving.
+
+
+def test_pausing_and_resuming_say_what_they_do_and_do_it_twice(command: Any, north: Here) -> None:
+    for _ in range(2):
+        outcome = command("site", "pause", *north.kit)
+        assert (outcome.code, outcome.out[:8]) == (0, "Paused: ")
+        assert north.state.paused.exists()
+    for _ in range(2):
+        outcome = command("site", "resume", *north.kit)
+        assert (outcome.code, outcome.out) == (0, "The site takes part again.\n")
+        assert not north.state.paused.exists()
+
+
+def test_leaving_ends_open_runs_and_frees_what_they_had_set_aside(
+    command: Any, north: Here, run_proposal: Propose
+) -> None:
+    north.start_run(run_proposal(run="over"), 1)
+    north.ledger().end("over")
+    north.start_run(run_proposal(run="open"), 1)
+    spent = north.ledger().spending()
+    assert spent.epsilon_with_set_aside > spent.epsilon
+    outcome = command("site", "leave", *north.words)
+    assert outcome.code == 0
+    assert "north has left cardiology; 1 open run ended" in outcome.out
+    assert "fedtune provision revoke-site north" in outcome.out
+    assert str(north.folder / "ledger.db") in outcome.out
+    ledger = north.ledger()
+    after = ledger.spending()
+    assert after.epsilon_with_set_aside == after.epsilon == spent.epsilon
+    with pytest.raises(Refused) as refused:
+        ledger.reserve(run_proposal(run="open"), round=2, request="x")
+    assert refused.value.reason is Reason.RUN_ENDED
+    assert north.state.left.exists()
+
+
+def test_after_leaving_a_site_does_not_start(command: Any, north: Here) -> None:
+    assert "0 open runs ended" in command("site", "leave", *north.words).out
+    again = command("site", "leave", *north.words)
+    assert again.code == 0
+    outcome = command("site", "start", *north.words)
+    assert outcome.code == 1
+    assert outcome.message == f"this site has left the federation; remove {north.state.left} to take part again"
+
+
+# Kits and policies that do not belong together.
+
+
+def test_the_policy_of_another_site_is_refused_by_all_who_read_it(
+    command: Any, joined: Callable[..., Here], run_proposal: Propose
+) -> None:
+    north, south = joined("north"), joined("south")
+    north.state.wait_for_approval(run_proposal())
+    mixed = (*north.kit, "--site", str(south.toml))
+    for words in (("start",), ("approve", "r", "--yes"), ("leave",)):
+        outcome = command("site", *words, *mixed)
+        assert outcome.code == 2, words
+        assert outcome.message == f"{south.toml}: site = 'south': must be north, as in the kit"
+    assert not (south.folder / "ledger.db").exists()
+    assert not north.state.left.exists()
+
+
+@pytest.mark.parametrize("words", [("start",), ("approve",), ("leave",), ("pause",), ("resume",)], ids=lambda w: w[0])
+def test_a_kit_of_another_kind_or_none_is_wrong_input(command: Any, north: Here, words: tuple[str, ...]) -> None:
+    site = () if words[0] in ("pause", "resume") else north.words[2:]
+    lead = north.folder.parent / "federation" / "lead"
+    outcome = command("site", *words, "--kit", str(lead), *site)
+    assert outcome.code == 2
+    assert outcome.message == f"{lead / 'kit.toml'}: kind = 'lead': must be 'site' here"
+    outcome = command("site", *words, "--kit", str(north.folder / "nowhere"), *site)
+    assert outcome.code == 2
+    assert "must be the folder of a site's kit" in outcome.message
+    assert not (lead / "state").exists()
+
+
+def test_a_key_that_others_can_read_is_refused(command: Any, north: Here) -> None:
+    key = north.folder / "kit" / "connection_key.pem"
+    key.chmod(0o640)
+    outcome = command("site", "start", *north.words)
+    assert outcome.code == 2
+    assert f"chmod 600 {key}" in outcome.message
+
+
+def test_an_expired_certificate_does_not_start(command: Any, joined: Callable[..., Here]) -> None:
+    old = joined("north", days_ago=400)
+    outcome = command("site", "start", *old.words)
+    assert outcome.code == 2
+    assert "is when the certificate expired: ask the lead for a new kit" in outcome.message
+    assert not (old.folder / "ledger.db").exists()
+
+
+def test_a_missing_policy_is_wrong_input(command: Any, north: Here) -> None:
+    north.toml.unlink()
+    for words in (("start",), ("leave",)):
+        outcome = command("site", *words, *north.words)
+        assert outcome.code == 2
+        assert "site.toml" in outcome.message
+
+
+def test_a_ledger_that_another_process_serves_is_left_to_it(command: Any, north: Here) -> None:
+    with serving(north.folder / "ledger.db"):
+        outcome = command("site", "start", *north.words)
+    assert outcome.code == 2
+    warning, message = outcome.err.splitlines()
+    assert f"is being served by process {os.getpid()} already" in message
+    assert json.loads(warning)["event"] == (
+        "the kit's lead is not among the policy's allow.leads: all its requests will be refused"
+    )

@@ -1,0 +1,225 @@
+"""A lead's service: which sites a run is with, who runs a folder, and what its sites last said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli.compose import compose_run
+from fedtune.config import RunConfig
+from fedtune.deploy import membership, provision
+from fedtune.deploy.kits import Kit
+from fedtune.deploy.lead_service import (
+    ANSWERS,
+    RUNNING,
+    LeadService,
+    _Noted,
+    _running,
+    latest_answers,
+    members,
+    running_process,
+)
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import ConfigError
+
+
+@pytest.fixture
+def lead(federation: Path) -> Callable[[], Kit]:
+    """The lead's kit, as its files stand."""
+    return lambda: Kit.read(federation / "lead", kind="lead")
+
+
+@pytest.fixture
+def three(joined: Callable[[str], Path], lead: Callable[[], Kit]) -> Kit:
+    """A lead with the sites north, south and west."""
+    for site in ("north", "south", "west"):
+        joined(site)
+    return lead()
+
+
+# Which sites.
+
+
+def names(kit: Kit, *asked: str) -> list[str]:
+    return [member.site for member in members(kit, asked)]
+
+
+def test_sites_come_in_the_order_in_which_they_were_named(three: Kit) -> None:
+    assert names(three, "west", "north") == ["west", "north"]
+    assert names(three) == ["north", "south", "west"]
+
+
+def test_a_site_that_nobody_let_in_is_named_with_those_that_are_there(three: Kit) -> None:
+    with pytest.raises(ConfigError) as caught:
+        members(three, ("north", "east"))
+    assert str(caught.value) == "sites = 'east': must be one of north, south, west"
+
+
+def test_a_revoked_site_takes_no_part(three: Kit, federation: Path, now: datetime) -> None:
+    membership.revoke_site(federation, "south", now=now)
+    assert names(three) == ["north", "west"]
+    with pytest.raises(ConfigError, match=r"sites = 'south': was revoked at \d{4}-"):
+        members(three, ("south",))
+    with pytest.raises(ConfigError, match="must be one of north, west"):
+        members(three, ("east",))
+
+
+def test_a_site_takes_part_once(three: Kit) -> None:
+    with pytest.raises(ConfigError, match=r"sites = \['north', 'north'\]: must not repeat a name"):
+        members(three, ("north", "north"))
+
+
+def test_without_any_site_there_is_nothing_to_run(
+    lead: Callable[[], Kit], joined: Callable[[str], Path], federation: Path, now: datetime
+) -> None:
+    with pytest.raises(ConfigError, match="add-site"):
+        members(lead(), ())
+    joined("north")
+    membership.revoke_site(federation, "north", now=now)
+    with pytest.raises(ConfigError, match="add-site"):
+        members(lead(), ())
+
+
+# What a run needs of the kit.
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return compose_run(
+        [
+            "experiment=debug",
+            "runtime=deployment",
+            f"tracking.output_dir={tmp_path}",
+            "name=one",
+            "federation.site_names=[west,north]",
+            "privacy.noise_multiplier=4.0",
+        ]
+    )
+
+
+def test_a_lead_knows_its_sites_keys_from_the_roster_alone(three: Kit, config: RunConfig, tmp_path: Path) -> None:
+    connection = LeadService(kit=three)._connection(config)
+    assert [site.name for site in connection.sites] == ["west", "north"]
+    of_north = connection.sites[1]
+    assert of_north.site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
+    assert of_north.node_key == members(three, ("north",))[0].node_key
+    assert connection.key.public == three.lead
+    assert (connection.server, connection.tls.key) == ("127.0.0.1:9092", three.key)
+
+
+def test_an_expired_certificate_stops_a_run_before_it_begins(
+    federation_toml: Path, config: RunConfig, now: datetime, tmp_path: Path
+) -> None:
+    provision.init(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
+    kit = Kit.read(tmp_path / "old" / "lead", kind="lead")
+    folder = tmp_path / "one"
+    folder.mkdir()
+    listener: Any = None
+    with pytest.raises(ConfigError, match=r"lead\.pem.*expired.*renew-lead"):
+        LeadService(kit=kit).run(config, folder, listener)
+    assert list(folder.iterdir()) == []
+
+
+# Who runs a folder.
+
+
+def test_a_folder_is_run_by_whoever_says_so(tmp_path: Path) -> None:
+    assert running_process(tmp_path) is None
+    with _running(tmp_path):
+        assert running_process(tmp_path) == os.getpid()
+        assert json.loads((tmp_path / RUNNING).read_text()) == {"pid": os.getpid()}
+    assert running_process(tmp_path) is None
+    assert not (tmp_path / RUNNING).exists()
+
+
+def test_a_file_that_a_killed_process_left_is_stale(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / RUNNING).write_text(json.dumps({"pid": gone.pid}))
+    assert running_process(tmp_path) is None
+
+
+def test_another_process_may_run_it(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        (tmp_path / RUNNING).write_text(json.dumps({"pid": other.pid}))
+        assert running_process(tmp_path) == other.pid
+    finally:
+        other.kill()
+        other.wait()
+    assert running_process(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"pid": null}', '{"pid": "x"}', '{"pid": 0}', '{"pid": -1}', '{"pid": 1e30}']
+)
+def test_a_file_that_names_no_process_is_nobodys(tmp_path: Path, text: str) -> None:
+    # 0 and -1 would stand for this very group of processes, and for all of them.
+    (tmp_path / RUNNING).write_text(text)
+    assert running_process(tmp_path) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_interrupts_a_run_and_its_handlers_are_put_back(tmp_path: Path, number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(KeyboardInterrupt), _running(tmp_path):
+        signal.raise_signal(number)
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    assert not (tmp_path / RUNNING).exists()
+
+
+# What its sites said.
+
+
+class Shown:
+    """What a person is shown."""
+
+    def __init__(self) -> None:
+        self.all: list[tuple[object, ...]] = []
+
+    def prepared(self, *about: object) -> None:
+        self.all.append(("prepared", *about))
+
+    def site_replied(self, number: int) -> None:
+        self.all.append(("site_replied", number))
+
+    def round_finished(self, state: object) -> None:
+        self.all.append(("round_finished", state))
+
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+        self.all.append((site, what, num_bytes, charged_rounds))
+
+
+def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_path: Path, now: datetime) -> None:
+    shown = Shown()
+    listener: Any = shown
+    noted = _Noted(listener, tmp_path)
+    assert latest_answers(tmp_path) == {}
+    noted.site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0)
+    noted.site_answered("south", "update", num_bytes=20, charged_rounds=1)
+    noted.site_answered("north", "update", num_bytes=30, charged_rounds=1)
+    answers = latest_answers(tmp_path)
+    assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
+    assert all(datetime.fromisoformat(answer["time"]) >= now for answer in answers.values())
+    assert set(json.loads((tmp_path / ANSWERS).read_text())) == {"north", "south"}
+    noted.site_replied(2)
+    state: Any = "a state"
+    noted.round_finished(state)
+    noted.prepared(state, state, state)
+    assert shown.all == [
+        ("north", "awaiting_approval", 10, 0),
+        ("south", "update", 20, 1),
+        ("north", "update", 30, 1),
+        ("site_replied", 2),
+        ("round_finished", "a state"),
+        ("prepared", "a state", "a state", "a state"),
+    ]

@@ -1,0 +1,80 @@
+"""What must be the same in a run's result, in its sites' ledgers and in the lead's receipts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file
+
+from fedtune.privacy import ledger_file
+from fedtune.privacy.release import Update
+
+from .federation import Federation, SiteFolder
+
+
+def check_books(
+    federation: Federation,
+    run: str,
+    *,
+    uncounted: Mapping[str, Sequence[int]] | None = None,
+    silent: Sequence[str] = (),
+) -> None:
+    """Check that no update of a run was lost or counted twice, and that what was charged is what is reported.
+
+    Args:
+        federation: whose run it is.
+        run: the name that it was given.
+        uncounted: site -> rounds whose updates it committed, and which came too late.
+        silent: sites that had been asked when the lead last heard of them, so that it can only bound their charge.
+    """
+    result = federation.result(run)
+    receipts = json.loads((federation.lead_kit / "receipts.json").read_bytes())
+    for name, about in result["privacy"]["sites"].items():
+        site = federation.sites[name]
+        events = site.events(run)
+        reserved = [(e.round, e.attempt) for e in events if e.kind.value == "reserve"]
+        committed = [e.round for e in events if e.kind.value == "commit"]
+        counted = [round["round"] for round in result["rounds"] if name in round["sites"]]
+        assert len(set(reserved)) == len(reserved)
+        assert len(set(committed)) == len(committed), f"{name} committed a round twice"
+        assert not Counter(committed) - Counter({round: 1 for round, _ in reserved})
+        assert Counter(committed) - Counter(counted) == Counter((uncounted or {}).get(name, ())), name
+        assert not Counter(counted) - Counter(committed), f"{name} is counted in a round that it never committed"
+        assert about["upper_bound"] == (name in silent), name
+        assert about["rounds"] >= len(reserved) if name in silent else about["rounds"] == len(reserved), name
+        if receipts[name]["run"].rpartition("-")[0] == run:
+            assert receipts[name]["charged_rounds"] == len(reserved), name
+        length = len(site.verified().events)
+        assert receipts[name]["sequence"] <= length
+
+
+def check_average(federation: Federation, run: str) -> None:
+    """Check that the run's adapter is the mean of the last round's updates, each of its sites' taken once.
+
+    The updates are those that the sites' ledgers keep; all sites have the same declared size, and so weight.
+    """
+    sites = federation.result(run)["rounds"][-1]["sites"]
+    updates = [_last_update(federation.sites[name], run) for name in sites]
+    assert updates
+    assert all(len(update.tensors) for update in updates)
+    for name, value in adapter(federation, run).items():
+        mean = np.mean([update.tensors[name].astype(np.float64) for update in updates], axis=0)
+        np.testing.assert_allclose(value, mean, atol=1e-6)
+
+
+def adapter(federation: Federation, run: str) -> dict[str, npt.NDArray[np.float32]]:
+    """The run's newest aggregated adapter, by the names that updates have."""
+    newest = sorted((federation.run_folder(run) / "checkpoints").glob("round-*.safetensors"))[-1]
+    tensors = load_file(newest)
+    return {name.removeprefix("adapter/"): value for name, value in tensors.items() if name.startswith("adapter/")}
+
+
+def _last_update(site: SiteFolder, run: str) -> Update:
+    with ledger_file.reading(site.folder / "ledger.db") as file:
+        replies = ledger_file.stored_replies(file)
+    (reply,) = (reply for name, _, reply in replies if name.rpartition("-")[0] == run)
+    return Update.from_bytes(reply)

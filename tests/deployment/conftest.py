@@ -1,0 +1,48 @@
+"""What tests of real deployments share: a federation for each module, and its logs where a test fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import pytest
+
+from .federation import Federation
+from .networks import wants_loopback, why_no_namespaces
+
+_TAIL = 4000
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the end of every log below a failure."""
+    report = yield
+    if report.failed:
+        for federation in Federation.active:
+            for log in federation.logs():
+                name = log.relative_to(federation.folder)
+                report.sections.append((f"end of {name}", log.read_text(errors="replace")[-_TAIL:]))
+    return report
+
+
+@pytest.fixture(scope="module")
+def make_federation(
+    tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]
+) -> Iterator[Callable[..., Federation]]:
+    """Make federations that end with the module."""
+    made: list[Federation] = []
+
+    def make(**arguments: Any) -> Federation:
+        made.append(Federation(tmp_path_factory.mktemp("federation"), command, **arguments))
+        return made[-1]
+
+    yield make
+    for federation in reversed(made):
+        federation.close()
+
+
+@pytest.fixture(scope="session")
+def own_networks() -> None:
+    """Skip where members cannot have networks of their own."""
+    if why := "FEDTUNE_TEST_NETWORK=loopback" if wants_loopback() else why_no_namespaces():
+        pytest.skip(why)

@@ -1,0 +1,313 @@
+"""A federation as people set it up: kits by the real commands, then a server, sites and a lead as processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import tomllib
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fedtune.cli.compose import compose_run
+from fedtune.config import RunConfig
+from fedtune.data import Record
+from fedtune.data.load import simulated_site_records
+from fedtune.deploy import provision
+from fedtune.privacy.chain import Event
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.policy_tables import Machine
+from fedtune.privacy.verify import Verified, verify
+from fedtune.sites.shared_settings import for_sites
+from fedtune.sites.virtual_site import generated_policy
+from fedtune.spec import RunError
+
+from .networks import SERVER, Network, best_network
+from .processes import FEDTUNE, RUN_S, Process, wait_for
+
+LEAD, NAMES = "lead", ("north", "south", "west")
+HELD_SITE = Path(__file__).with_name("held_site.py")
+DECLARED = 230
+MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+Command = Callable[..., Any]
+"""`fedtune` in the test's own process."""
+
+
+def settings(*overrides: str) -> list[str]:
+    """Overrides of a run that trains for a moment; given noise saves the search for it."""
+    return [
+        "experiment=debug",
+        "runtime.device=cpu",
+        "runtime.num_threads=1",
+        "privacy.noise_multiplier=4.0",
+        "data.max_length=16",
+        "data.validation_rows=10",
+        "data.test_rows=10",
+        *overrides,
+    ]
+
+
+def simulated(*overrides: str, names: Sequence[str] = NAMES) -> list[str]:
+    """The same run as a simulation, with records dealt out to the same sites."""
+    sites = [f"federation.num_sites={len(names)}", f"federation.site_names=[{','.join(names)}]"]
+    return [*overrides, *sites, f"data.declared_sizes={DECLARED}", "data.train_fraction=0.05"]
+
+
+@cache
+def dealt(names: tuple[str, ...]) -> dict[str, list[Record]]:
+    """Each site's records, as a simulation deals them out."""
+    config = compose_run(simulated(*settings("name=dealt"), names=names))
+    of_sites = simulated_site_records(config.data, task=config.task, num_sites=len(names), seed=config.seed)
+    return {name: records.training for name, records in zip(names, of_sites, strict=True)}
+
+
+@cache
+def _sent() -> RunConfig:
+    """What sites are asked in these tests, as far as policies go."""
+    return for_sites(compose_run(simulated(*settings("name=any", "runtime.seeded_noise=true"))))
+
+
+def policy_for(site: str, *, lead: str) -> Policy:
+    """A policy with room for all runs of these tests."""
+    policy = generated_policy(_sent(), _sent().plan(), NAMES[0], lead=lead)
+    columns = {"text": "question", "label": "intent"}
+    modules = ("all-linear", "value", "attention.output.dense")
+    return replace(
+        policy,
+        site=site,
+        population=replace(policy.population, name=f"{site}-population"),
+        dataset=(replace(policy.dataset[0], path="questions.csv", columns=columns),),
+        budget=replace(policy.budget, max_epsilon=60.0, max_epsilon_per_run=None),
+        limits=replace(policy.limits, min_noise_multiplier=0.3, max_sampling_rate=0.3, max_local_steps=5, max_rounds=9),
+        allow=replace(
+            policy.allow, base_models=(*policy.allow.base_models, MINILM), target_modules=modules, max_rank=8
+        ),
+        machine=Machine(num_threads=1),
+    )
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """A site's own file, with column names of its own."""
+    with path.open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["question", "intent"])
+        lines.writerows([record.fields["text"], record.fields["label"]] for record in records)
+
+
+@dataclass
+class SiteFolder:
+    """A site's machine: its folder, and the process that runs there."""
+
+    name: str
+    folder: Path
+    federation: Federation = field(repr=False)
+    site_key: str = ""
+    process: Process | None = None
+
+    @property
+    def kit(self) -> Path:
+        return self.folder / "kit"
+
+    @property
+    def site_toml(self) -> Path:
+        return self.folder / "site.toml"
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The arguments that its commands share."""
+        return ("--kit", str(self.kit), "--site", str(self.site_toml))
+
+    @property
+    def up(self) -> Process:
+        """Its process."""
+        assert self.process is not None
+        return self.process
+
+    def start(self, *, held: bool = False, wait: bool = True, env: dict[str, str] | None = None) -> Process:
+        """Start it, or start it again."""
+        program = [sys.executable, str(HELD_SITE), str(self.folder)] if held else list(FEDTUNE)
+        self.process = self.federation.run(self.name, self.name, [*program, "site", "start", *self.own], env=env)
+        if wait:
+            self.wait_until_up()
+        return self.process
+
+    def wait_until_up(self) -> None:
+        self.up.wait_for_text("the site is up")
+
+    def hold(self, held: bool) -> None:
+        """Hold its training up, or let it go on."""
+        (self.folder / "hold").touch() if held else (self.folder / "hold").unlink(missing_ok=True)
+
+    def verified(self) -> Verified:
+        """Its ledger, checked from the first event to the last."""
+        return verify(self.folder / "ledger.db", site_key=self.site_key or None)
+
+    def events(self, run: str, kind: str = "") -> list[Event]:
+        """Events of the run that was given the name `run`, or of one kind of them; also while the site writes."""
+        found: tuple[Event, ...] = ()
+        with suppress(RunError):  # it has no ledger yet
+            found = self.verified().events
+        return [e for e in found if e.run.rpartition("-")[0] == run and kind in ("", e.kind.value)]
+
+    def notes(self, run: str) -> list[str]:
+        """What its ledger notes about a run."""
+        return [event.detail["what"] for event in self.events(run, "note")]
+
+    def wait_for(self, run: str, kind: str, *, round: int, lead: Process | None = None) -> None:
+        """Wait until its ledger holds an event of a kind for a round; in vain once `lead` has ended."""
+
+        def there() -> bool:
+            return any(event.round == round for event in self.events(run, kind))
+
+        wait_for(there, seconds=RUN_S, what=f"{self.name} to {kind} round {round} of {run}", needs=lead)
+
+    def answered(self, what: str, run: str) -> int:
+        """How often its log says that it answered so."""
+        lines = self.up.lines("answered")
+        return sum(line["what"] == what and line.get("run", "").rpartition("-")[0] == run for line in lines)
+
+
+class Federation:
+    """A federation in a folder.
+
+    Args:
+        folder: its own, empty.
+        command: `fedtune` in this process, for what needs no process.
+        names: of its sites.
+        network: where it lives; None: the best that this machine has.
+        made: when it was provisioned; None: now.
+    """
+
+    active: ClassVar[list[Federation]] = []
+    """Those whose processes may be running, for the logs that a failure shows."""
+
+    def __init__(
+        self,
+        folder: Path,
+        command: Command,
+        *,
+        names: Sequence[str] = NAMES,
+        network: Network | None = None,
+        made: datetime | None = None,
+    ) -> None:
+        self.folder, self._command = folder, command
+        self.server: Process | None = None
+        self.sites: dict[str, SiteFolder] = {}
+        self._begun: list[Process] = []
+        self.network: Network = network or best_network([LEAD, *names])
+        self.active.append(self)
+        try:
+            self._provision(names, made)
+        except BaseException:
+            self.close()
+            raise
+
+    def _provision(self, names: Sequence[str], made: datetime | None) -> None:
+        text = f'name = "banks"\nserver = "{self.network.address}:{self.network.port}"\n'
+        (self.folder / "federation.toml").write_text(text)
+        file = self.folder / "federation.toml"
+        if made is None:
+            self.do("provision", "init", str(file), "--out", str(self.home))
+        else:
+            provision.init(file, out=self.home, now=made)
+        self.lead_key: str = tomllib.loads((self.lead_kit / "kit.toml").read_text())["lead"]
+        self.sites = {name: self.join(name, records) for name, records in dealt(tuple(names)).items()}
+
+    @property
+    def home(self) -> Path:
+        """What `fedtune provision init` made."""
+        return self.folder / "banks"
+
+    @property
+    def lead_kit(self) -> Path:
+        return self.home / "lead"
+
+    def do(self, *words: str, code: int = 0) -> Any:
+        """A command in this process; fails unless it ends with `code`."""
+        outcome = self._command(*words)
+        assert outcome.code == code, (words, outcome)
+        return outcome
+
+    def prepare(self, name: str, records: Sequence[Record]) -> SiteFolder:
+        """A site's folder with its policy, records, keys and request to join."""
+        site = SiteFolder(name, self.folder / "sites" / name, self)
+        site.folder.mkdir(parents=True)
+        write_records(site.folder / "questions.csv", records)
+        write_policy(policy_for(name, lead=self.lead_key), site.site_toml)
+        self.do("site", "init", "--site", str(site.site_toml))
+        site.site_key = json.loads((site.kit / "join_request.json").read_bytes())["site_key"]
+        return site
+
+    def join(self, name: str, records: Sequence[Record], *, home: Path | None = None) -> SiteFolder:
+        """Let a site in, as lead and site do it; `home`: in another copy of the lead's folder."""
+        site, home = self.prepare(name, records), home or self.home
+        self.do("provision", "add-site", str(site.kit / "join_request.json"), "--federation", str(home))
+        with zipfile.ZipFile(home / "sites" / f"{name}-kit.zip") as archive:
+            archive.extractall(site.kit)
+        return site
+
+    def run(self, name: str, member: str, words: Sequence[str], *, env: dict[str, str] | None = None) -> Process:
+        """Start a process at a member; its log is NAME.log in the federation's folder."""
+        flower = {"FLWR_HOME": str(self.folder / "flower" / name), **(env or {})}
+        command = self.network.inside(member, words)
+        self._begun.append(Process(name, command, log=self.folder / f"{name}.log", cwd=self.folder, env=flower))
+        return self._begun[-1]
+
+    def start_server(self) -> Process:
+        """Start the server, or start it again, and wait until it listens."""
+        words = [*FEDTUNE, "server", "start", "--kit", str(self.home / "server"), "--host", self.network.address]
+        self.server = self.run("server", SERVER, words)
+        self.server.wait_for_text("the server listens")
+        return self.server
+
+    def start(self, *names: str, held: bool = False) -> None:
+        """Start the server and all, or the named, sites, and wait for them."""
+        sites = [self.sites[name] for name in names or self.sites]
+        for site in sites:
+            site.start(held=held, wait=False)
+        self.start_server()
+        for site in sites:
+            site.wait_until_up()
+
+    def lead(self, name: str, *overrides: str, program: Sequence[str] = FEDTUNE) -> Process:
+        """Start a run; its folder is `result_folder(name)`."""
+        where = f"tracking.output_dir='{self.folder / 'runs'}'"
+        words = ["run", "--kit", str(self.lead_kit), *(overrides or settings()), f"name={name}", where]
+        return self.run(f"lead-{name}", LEAD, [*program, *words])
+
+    def resume(self, name: str) -> Process:
+        """Go on with a run."""
+        words = [*FEDTUNE, "run", "resume", str(self.run_folder(name)), "--kit", str(self.lead_kit)]
+        return self.run(f"lead-{name}", LEAD, words)
+
+    def run_folder(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def result(self, name: str) -> dict[str, Any]:
+        """The run.json of a run."""
+        return dict(json.loads((self.run_folder(name) / "run.json").read_bytes()))
+
+    def logs(self) -> list[Path]:
+        """Every log there is."""
+        return sorted([*self.folder.glob("*.log"), *self.folder.glob("runs/*/log.txt")])
+
+    def close(self) -> None:
+        """End every process and remove the network."""
+        try:
+            for site in self.sites.values():
+                site.hold(False)
+            others = [process for process in self._begun if process is not self.server]
+            for process in others:
+                process.ask_to_end()
+            for process in [*others, *([self.server] if self.server else [])]:
+                process.stop()
+        finally:
+            self.network.close()
+            self.active.remove(self)

@@ -1,0 +1,30 @@
+"""`fedtune`, but with training that a test can hold up or have fail: `python held_site.py FOLDER fedtune's arguments`.
+
+A trained round does not come back while FOLDER/hold is there.  With FOLDER/fail, it raises that file's text.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fedtune.sites.work as site_work
+from fedtune.cli.main import main
+
+_HOLD, _FAIL = Path(sys.argv[1]) / "hold", Path(sys.argv[1]) / "fail"
+_train_round = site_work.train_round
+
+
+def train(*given: Any, **more: Any) -> Any:
+    trained = _train_round(*given, **more)
+    while _HOLD.exists():
+        time.sleep(0.02)
+    if _FAIL.exists():
+        raise ValueError(_FAIL.read_text())
+    return trained
+
+
+site_work.train_round = train
+raise SystemExit(main(sys.argv[2:]))

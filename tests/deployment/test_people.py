@@ -1,0 +1,146 @@
+"""People at both ends: a run waits for a site's approval or its pause, and a lead looks, stops, resumes and ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedtune.deploy.lead_service import running_process
+from fedtune.privacy.policy_file import read_policy, write_policy
+
+from .books import check_average, check_books
+from .federation import LEAD, Federation, SiteFolder, settings
+from .processes import FEDTUNE, wait_for
+
+pytestmark = pytest.mark.xdist_group("deployment people")
+SITES = ("north", "south")
+
+
+@pytest.fixture(scope="module")
+def federation(make_federation: Callable[..., Federation]) -> Federation:
+    """Two sites that can be held up; a person at north approves each run."""
+    made = make_federation(names=SITES)
+    set_approval(made.sites["north"], "manual")
+    made.start(held=True)
+    return made
+
+
+def set_approval(site: SiteFolder, approval: str) -> None:
+    write_policy(replace(read_policy(site.site_toml), approval=approval), site.site_toml)
+
+
+def status(federation: Federation, run: str) -> dict[str, Any]:
+    """What `fedtune run status --json` says."""
+    outcome = federation.do("run", "status", str(federation.run_folder(run)), "--json")
+    return dict(json.loads(outcome.out))
+
+
+def test_a_run_waits_for_approval_and_then_goes_on(federation: Federation) -> None:
+    site = federation.sites["north"]
+    lead = federation.lead("asked", *settings("federation.num_rounds=1"))
+    site.up.wait_for_text("a run waits for approval")
+    federation.sites["south"].wait_for("asked", "commit", round=1)
+    # Before anybody has said yes, nothing was done for it.
+    assert not site.events("asked", "plan")
+    assert not site.up.lines("loading the base model")
+    listed = " ".join(federation.do("site", "approve", *site.own).out.split())
+    (waiting,) = (event.run for event in site.events("asked", "refusal"))
+    assert waiting in listed
+    assert "banking77" in listed
+    shown = " ".join(federation.do("site", "approve", waiting, *site.own, "--yes").out.split())
+    assert "up to 1, of 2 noisy steps each" in shown
+    assert "price" in shown
+    assert "epsilon 0.3" in shown
+    assert "Approved, and noted in the ledger" in shown
+    assert lead.end() == 0, lead.text
+    assert "awaiting_approval" in lead.text
+    check_books(federation, "asked")
+    check_average(federation, "asked")
+    order = [event.detail.get("what", event.kind.value) for event in site.events("asked")]
+    assert order == ["refusal", "approved", "plan", "reserve", "commit", "run_ended"]
+    assert "No run waits for approval" in federation.do("site", "approve", *site.own).out
+
+
+def test_a_paused_site_takes_part_in_nothing_until_it_goes_on(federation: Federation) -> None:
+    site = federation.sites["north"]
+    set_approval(site, "automatic")
+    federation.do("site", "pause", "--kit", str(site.kit))
+    lead = federation.lead("paused", *settings("federation.num_rounds=1"))
+    wait_for(lambda: site.answered("paused", "paused"), seconds=120, what="north to say that it is paused")
+    assert not site.events("paused", "plan")
+    assert lead.code is None
+    federation.do("site", "resume", "--kit", str(site.kit))
+    assert lead.end() == 0, lead.text
+    assert federation.result("paused")["rounds"][0]["sites"] == list(SITES)
+    check_books(federation, "paused")
+    check_average(federation, "paused")
+
+
+def test_a_run_is_looked_at_stopped_and_resumed(federation: Federation) -> None:
+    site, run = federation.sites["south"], "stopped"
+    folder = federation.run_folder(run)
+    site.hold(True)
+    lead = federation.lead(run)
+    site.wait_for(run, "reserve", round=1, lead=lead)
+    assert running_process(folder) == lead.pid
+    before = status(federation, run)
+    assert (before["running"], before["finished"], before["round"], before["num_rounds"]) == (True, False, 0, 2)
+    # Asked and not yet answered: counted as charged, for now.
+    assert before["sites"]["south"]["upper_bound"]
+    assert before["sites"]["south"]["rounds_charged"] == 1
+    assert f"{run} is stopped" in federation.do("run", "stop", str(folder)).out
+    assert lead.end(seconds=60) == 1
+    assert "Interrupted. Continue with: fedtune run resume" in " ".join(lead.text.split())
+    assert not (folder / "adapter").exists()
+    site.hold(False)
+    site.wait_for(run, "commit", round=1)
+    again = federation.resume(run)
+    assert again.end() == 0, again.text
+    after = status(federation, run)
+    assert (after["running"], after["finished"], after["round"]) == (False, True, 2)
+    assert {name: about["last_answer"] for name, about in after["sites"].items()} == dict.fromkeys(SITES, "update")
+    # What had been answered for the lead that stopped was not trained, or charged, again.
+    assert {name: about["rounds_charged"] for name, about in after["sites"].items()} == dict.fromkeys(SITES, 2)
+    check_books(federation, run)
+    check_average(federation, run)
+
+
+def test_a_run_that_is_stopped_for_good_ends_at_every_site(federation: Federation) -> None:
+    site, run = federation.sites["south"], "given-up"
+    folder = federation.run_folder(run)
+    site.hold(True)
+    lead = federation.lead(run)
+    site.wait_for(run, "reserve", round=1, lead=lead)
+    federation.do("run", "stop", str(folder))
+    assert lead.end(seconds=60) == 1
+    site.hold(False)
+    for each in federation.sites.values():
+        each.wait_for(run, "commit", round=1)
+        assert each.notes(run) == []
+    words = ["run", "stop", str(folder), "--for-good", "--kit", str(federation.lead_kit)]
+    end = federation.run("lead-end", LEAD, [*FEDTUNE, *words])
+    assert end.end() == 0, end.text
+    assert sorted(end.text.partition("Told that it is over: ")[2].strip().rstrip(".").split(", ")) == list(SITES)
+    for each in federation.sites.values():
+        assert each.notes(run) == ["run_ended"]
+        history = each.verified().history
+        (name,) = (name for name in history.runs if name.startswith(f"{run}-"))
+        assert history.runs[name].charged_rounds == 1
+        assert not history.runs[name].set_aside(history.now())
+
+
+def test_a_site_that_leaves_ends_by_itself(federation: Federation) -> None:
+    site = federation.sites["north"]
+    outcome = federation.do("site", "leave", *site.own)
+    assert "north has left banks" in outcome.out
+    assert site.up.end(seconds=60) == 0
+    assert site.up.lines("the site is down")
+    again = site.start(wait=False)
+    assert again.end(seconds=120) == 1
+    assert "this site has left the federation" in again.text
+    assert federation.sites["south"].up.code is None
+    assert site.verified().events

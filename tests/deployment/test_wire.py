@@ -1,0 +1,254 @@
+"""What leaves a site, byte by byte, and what of the lead's a site never takes in.
+
+Between one site and the server stands a proxy that ends TLS and writes down every request of the site: over an update,
+a round that fails with a record's text in the exception, a refusal, a pause, a bad record, and the ends of two runs.
+"""
+
+from __future__ import annotations
+
+import base64
+import getpass
+import json
+import re
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import fields
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from fedtune.flower import records
+from fedtune.flower.packing import unpacked
+from fedtune.privacy import ledger_file
+from fedtune.privacy.release import Reason, Receipt, Refusal, Update
+
+from .books import check_average, check_books
+from .federation import Federation
+from .foreign_bundle import bundle
+from .outbound import CALLS, announced_ids, kind_of, leaves_of, messages_of, numbers_in, objects_of
+from .processes import environment
+from .wire import COUNT, EXCEPTION, FIRST, PLANTED, SECOND, SITES, Wire, record
+
+pytestmark = pytest.mark.xdist_group("deployment wire")
+HEADERS = {
+    *("accept", "accept-encoding", "connection", "content-length", "content-type", "host", "user-agent"),
+    *("flwr-component-name", "flwr-package-name", "flwr-package-version"),
+    *("flwr-public-key", "flwr-signature", "flwr-timestamp"),
+}
+ANSWERS = [
+    (FIRST, 1, "update"),
+    (FIRST, 2, "site_error"),
+    (FIRST, 3, "max_local_steps"),
+    (FIRST, 0, "end"),
+    (SECOND, 1, "paused"),
+    (SECOND, 1, "site_error"),
+    (SECOND, 0, "end"),
+]
+
+
+@pytest.fixture(scope="module")
+def wire(make_federation: Callable[..., Federation], tmp_path_factory: pytest.TempPathFactory) -> Wire:
+    return record(make_federation(names=SITES), tmp_path_factory.mktemp("mark") / "mark")
+
+
+def names_of(kind: type) -> set[str]:
+    return {field.name for field in fields(kind)}
+
+
+def test_a_site_makes_the_known_calls_and_no_other(wire: Wire) -> None:
+    assert {call.path for call in wire.calls} == set(CALLS)
+    assert {call.method for call in wire.calls} == {"POST"}
+    headers = [header for call in wire.calls for header in call.headers]
+    assert {name for name, _ in headers} == HEADERS
+    certificate = x509.load_pem_x509_certificate((wire.north.kit / "site.pem").read_bytes())
+    public = certificate.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    said = {name: {value for other, value in headers if other == name} for name in HEADERS}
+    assert said["flwr-public-key"] == {base64.b64encode(public).decode()}
+    assert said["content-type"] == {"application/protobuf"}
+    assert said["flwr-component-name"] == {"SuperNode"}
+    (agent,) = said["user-agent"]
+    assert re.fullmatch(r"python-httpx/[\d.]+", agent)
+    for call in wire.calls:
+        assert call.request is not None  # it is parsed to the last byte
+
+
+def test_the_answers_are_fedtune_s_own_types(wire: Wire) -> None:
+    found = []
+    for request, content in messages_of(wire.calls):
+        assert list(request.clientapp_runtime_list) == [0.0]
+        assert list(content.metric_records) == []
+        found.append(checked_answer(content))
+    # A site that waits says so again and again.
+    assert [one for at, one in enumerate(found) if at == 0 or one != found[at - 1]] == ANSWERS
+    objects = objects_of(wire.calls)
+    assert set(map(kind_of, objects.values())) == {
+        "Message",
+        "RecordDict",
+        "ConfigRecord",
+        "ArrayRecord",
+        "Array",
+        "ArrayChunk",
+    }
+    # No object came that is part of no answer, and the one array is the update's.
+    assert set(objects) == announced_ids(wire.calls)
+    assert [kind for kind in map(kind_of, objects.values()) if "Array" in kind] == [
+        "ArrayChunk",
+        "Array",
+        "ArrayRecord",
+    ]
+
+
+def checked_answer(content: Any) -> tuple[str, int, str]:
+    """(run, round, what) of an answer, whose every field is one of a release type's."""
+    (config,) = content.config_records.values()
+    assert list(config) == ["json"]
+    said = json.loads(config["json"])
+    if records.RECEIPT in content:
+        assert set(content) == {records.RECEIPT}
+        assert said is None or set(said) == names_of(Receipt)
+        return (said["run"].rpartition("-")[0] if said else SECOND), 0, "end"
+    assert set(said["receipt"]) == names_of(Receipt)
+    reply = records.to_reply(unpacked(content))
+    assert reply.receipt is not None
+    assert reply.receipt.is_signed()
+    body = reply.body
+    run = body.run.rpartition("-")[0]
+    if isinstance(body, Update):
+        assert set(content) == {records.REPLY, records.ARRAYS}
+        assert set(said) - {"kind", "receipt"} == names_of(Update) - {"tensors"}
+        assert said["scores"] is None
+        return run, body.round, "update"
+    assert set(content) == {records.REPLY}
+    assert set(said) - {"kind", "receipt"} == names_of(Refusal)
+    assert body.reason is Reason.MAX_LOCAL_STEPS or (body.asked, body.allowed) == (None, None)
+    return run, body.round, body.reason.value
+
+
+def test_the_update_on_the_wire_is_the_one_that_the_ledger_stored(wire: Wire) -> None:
+    """Nothing rides along between the released numbers."""
+    (packed,) = (content for _, content in messages_of(wire.calls) if records.ARRAYS in content)
+    (array,) = packed.array_records[records.ARRAYS].values()
+    sent = records.to_reply(unpacked(packed)).body
+    with ledger_file.reading(wire.north.folder / "ledger.db") as file:
+        ((_, _, stored),) = ledger_file.stored_replies(file)
+    assert isinstance(sent, Update)
+    assert sent.to_bytes() == stored
+    floats = sum(value.nbytes for value in sent.tensors.values())
+    shapes = json.dumps([[name, list(value.shape)] for name, value in sent.tensors.items()])
+    assert len(array.numpy()) == 8 + len(shapes) + floats
+
+
+def secrets_of(wire: Wire) -> list[str]:
+    """Texts that have no business outside the site."""
+    own = [
+        str(wire.north.folder),
+        str(wire.federation.folder),
+        str(Path.home()),
+        socket.gethostname(),
+        getpass.getuser(),
+    ]
+    return [PLANTED, PLANTED.split()[0], EXCEPTION, EXCEPTION[:14], "ValueError", "Traceback", "questions.csv", *own]
+
+
+def test_no_record_path_name_or_exception_leaves(wire: Wire) -> None:
+    sent = [call.path.encode() + json.dumps(call.headers).encode() + call.body for call in wire.calls]
+    for secret in secrets_of(wire):
+        # A short name may be part of another word.
+        pattern = re.compile(rb"(?<![A-Za-z0-9])" + re.escape(secret.encode()) + rb"(?![A-Za-z0-9])", re.IGNORECASE)
+        assert not any(pattern.search(each) for each in sent), secret
+    assert any(b"max_local_steps" in each for each in sent)  # plain text would be found
+
+
+def test_the_true_count_does_not_leave(wire: Wire) -> None:
+    assert len((wire.north.folder / "questions.csv").read_text().splitlines()) == COUNT + 2
+    assert all(number != COUNT for _, number in all_numbers(wire))
+    assert {"flwr.proto.Node.node_id", "json", "shape"} < {name for name, _ in all_numbers(wire)}
+    for text in all_texts(wire):
+        # Not inside of longer numbers, hashes and signatures.
+        assert not re.search(rf"(?<![\w.+/=]){COUNT}(?![\w.+/=])", text), text
+
+
+def all_numbers(wire: Wire) -> Iterator[tuple[str, float]]:
+    """Every number in Flower's messages, objects and fedtune's JSON; not those of the update, which are noised."""
+    for call in wire.calls:
+        yield from numbers_in(call.request)
+    for _, content in messages_of(wire.calls):
+        for config in content.config_records.values():
+            yield from (("json", leaf) for leaf in leaves_of(json.loads(config["json"])) if type(leaf) in (int, float))
+        for arrays in content.array_records.values():
+            for array in arrays.values():
+                yield from (("shape", length) for length in array.shape)
+                unpacking = unpacked(content).array_records[records.ARRAYS]
+                yield from (("shape", length) for one in unpacking.values() for length in one.shape)
+
+
+def all_texts(wire: Wire) -> Iterator[str]:
+    for call in wire.calls:
+        # Its length is the body's, whatever it comes to.
+        assert ("content-length", str(len(call.body))) in call.headers
+        yield from (value for name, value in call.headers if name not in ("content-length", "flwr-timestamp"))
+    for _, content in messages_of(wire.calls):
+        yield from (str(config["json"]) for config in content.config_records.values())
+
+
+def test_no_log_or_file_elsewhere_holds_a_record(wire: Wire) -> None:
+    federation = wire.federation
+    assert "ValueError" in wire.north.up.text  # what went wrong is there, for the site's own people
+    assert "DataError" in wire.north.up.text
+    elsewhere = [path for name in ("banks", "runs") for path in (federation.folder / name).rglob("*")]
+    for path in [*federation.logs(), *elsewhere]:
+        if path.is_file():
+            content = path.read_bytes()
+            assert PLANTED.encode() not in content, path
+            assert PLANTED.split()[0].encode() not in content, path
+
+
+def test_the_books_of_both_runs(wire: Wire) -> None:
+    federation = wire.federation
+    check_books(federation, FIRST)
+    check_average(federation, FIRST)
+    first = federation.result(FIRST)
+    assert [result["failed_sites"] for result in first["rounds"]] == [
+        {},
+        {"north": "site_error"},
+        {"north": "max_local_steps"},
+    ]
+    # The round that failed had begun, and is charged.
+    assert first["privacy"]["sites"]["north"]["rounds"] == 2
+    check_books(federation, SECOND)
+    assert federation.result(SECOND)["rounds"][0]["failed_sites"] == {"north": "site_error"}
+    assert federation.result(SECOND)["privacy"]["sites"]["north"]["rounds"] == 0
+
+
+def test_a_foreign_bundle_is_not_run_installed_or_even_fetched(wire: Wire, tmp_path: Path) -> None:
+    assert not wire.mark.exists()
+    flower = wire.federation.folder / "flower"
+    assert not [path for path in flower.rglob("*") if path.is_file()]
+    # Fedtune's own code answered the run that came with it.
+    assert wire.federation.result(FIRST)["rounds"][0]["sites"] == list(SITES)
+    # Had anybody imported it, there would be a mark.
+    with zipfile.ZipFile(BytesIO(bundle(str(wire.mark)))) as archive:
+        archive.extractall(tmp_path)
+    importing = [sys.executable, "-c", "import marking"]
+    subprocess.run(importing, cwd=tmp_path, env=environment(), check=True, timeout=60)
+    assert wire.mark.read_text() == "marking\n"
+    wire.mark.unlink()
+
+
+def test_nobody_can_fetch_a_bundle_through_the_gate(wire: Wire) -> None:
+    closed = ["/v1/fleet/get-fab", "/v1/fleet/get-run", "/v1/fleet/register-node", "/v1/runtime/get-fab"]
+    closed += ["/v1/control/list-runs", "/v1/control/register-node", "/v1/runtime/create-task", "/health"]
+    lead_s = ["/v1/control/start-run", "/v1/runtime/acquire-task", "/v1/runtime/push-messages"]
+    expected = {**dict.fromkeys(closed, 404), **dict.fromkeys(lead_s, 401)}
+    assert wire.statuses([*closed, *lead_s]) == expected
+    assert wire.statuses(["/v1/fleet/pull-messages"])["/v1/fleet/pull-messages"] == 401  # there, and not without a key

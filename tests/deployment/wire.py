@@ -1,0 +1,142 @@
+"""Two runs with a proxy before one site, which fails, refuses and is paused, and with a foreign bundle."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedtune.data import Record
+from fedtune.deploy.authority import Authority, certificate_pem, make_key, private_pem
+from fedtune.deploy.kits import Kit
+from fedtune.deploy.site_service import tls_of
+from fedtune.flower.tls import Tls
+from fedtune.privacy.policy_file import read_policy, write_policy
+
+from .federation import Federation, SiteFolder, dealt, settings, write_records
+from .networks import free_port
+from .outbound import Call, read_calls
+from .processes import RUN_S, Process, wait_for
+
+HERE = Path(__file__).parent
+SITES = ("north", "south")
+COUNT = 137
+"""The true number of north's records; it appears nowhere else."""
+PLANTED = "zebra-quartz-4711 owes the hospital money"
+EXCEPTION = f"could not read {PLANTED!r} out of a cell"
+FIRST, SECOND = "first", "second"
+_PROBE = """
+import json, ssl, sys, httpx
+server, ca, certificate, key, *paths = sys.argv[1:]
+context = ssl.create_default_context(cafile=ca)
+context.load_cert_chain(certificate, key)
+headers = {"content-type": "application/protobuf", "accept": "application/protobuf"}
+with httpx.Client(verify=context, timeout=30) as client:
+    print(json.dumps({path: client.post(f"https://{server}{path}", headers=headers).status_code for path in paths}))
+"""
+
+
+@dataclass
+class Wire:
+    """A federation after the two runs, and what north sent meanwhile.
+
+    Attributes:
+        mark: file that a foreign bundle would have written.
+    """
+
+    federation: Federation
+    north: SiteFolder
+    calls: list[Call]
+    mark: Path
+
+    def statuses(self, paths: list[str]) -> dict[str, int]:
+        """What the server answers to a member's empty calls."""
+        network, tls = self.federation.network, tls_of(Kit.read(self.federation.sites["south"].kit, kind="site"))
+        files = [str(tls.ca), str(tls.certificate), str(tls.key)]
+        words = [sys.executable, "-c", _PROBE, f"{network.address}:{network.port}", *files, *paths]
+        probe = self.federation.run("probe", "south", words)
+        assert probe.end(seconds=60) == 0, probe.text
+        return dict(json.loads(probe.text))
+
+
+def record(federation: Federation, mark: Path) -> Wire:
+    """Do both runs."""
+    north, south = (federation.sites[name] for name in SITES)
+    few = [*dealt(SITES)["north"][: COUNT - 1], Record({"text": PLANTED, "label": "age_limit"})]
+    write_records(north.folder / "questions.csv", few)
+    recorded = federation.folder / "recorded.jsonl"
+    _start_proxy(federation, north, recorded)
+    federation.start(held=True)
+    _run_first(federation, mark)
+    _run_second(federation)
+    for site in (north, south):
+        site.up.ask_to_end()
+        assert site.up.end(seconds=60) == 0
+    return Wire(federation, north, read_calls(recorded), mark)
+
+
+def _run_first(federation: Federation, mark: Path) -> None:
+    """An update, a failure and a refusal of north's, while south answers each of three rounds."""
+    north, south = (federation.sites[name] for name in SITES)
+    policy = read_policy(north.site_toml)
+    south.hold(True)
+    lead = federation.lead(
+        FIRST,
+        *settings("federation.num_rounds=3", "federation.min_sites=1"),
+        program=[sys.executable, str(HERE / "foreign_bundle.py"), str(mark)],
+    )
+    north.wait_for(FIRST, "commit", round=1, lead=lead)
+    (north.folder / "fail").write_text(EXCEPTION)
+    _next_round(south, 1, lead=lead)
+    wait_for(lambda: north.answered("site_error", FIRST), seconds=RUN_S, what="north to fail", needs=lead)
+    (north.folder / "fail").unlink()
+    write_policy(replace(policy, limits=replace(policy.limits, max_local_steps=1)), north.site_toml)
+    _next_round(south, 2, lead=lead)
+    south.hold(False)
+    assert lead.end() == 0, lead.text
+    write_policy(policy, north.site_toml)
+
+
+def _next_round(site: SiteFolder, round: int, *, lead: Process) -> None:
+    """Let a site that is held up finish its round, and hold it up again in the next."""
+    site.wait_for(FIRST, "reserve", round=round, lead=lead)
+    site.hold(False)
+    site.wait_for(FIRST, "commit", round=round, lead=lead)
+    site.hold(True)
+
+
+def _run_second(federation: Federation) -> None:
+    """A run that finds north paused, and then with a label that nobody declared."""
+    north = federation.sites["north"]
+    with (north.folder / "questions.csv").open("a") as file:
+        file.write(f"what now,{PLANTED}\n")
+    federation.do("site", "pause", "--kit", str(north.kit))
+    lead = federation.lead(SECOND, *settings("federation.num_rounds=1", "federation.min_sites=1"))
+    wait_for(lambda: north.answered("paused", SECOND), seconds=RUN_S, what="north to answer in its pause", needs=lead)
+    federation.do("site", "resume", "--kit", str(north.kit))
+    assert lead.end() == 0, lead.text
+
+
+def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> None:
+    """Put a proxy before the server, for one site, whose kit then leads there."""
+    network, listen = federation.network, f"127.0.0.1:{free_port()}"
+    authority, key = Authority.load(federation.home / "authority"), make_key()
+    certificate = authority.issue_server(key.public_key(), hosts=["127.0.0.1"], days=1, now=datetime.now(UTC))
+    kit = Kit.read(site.kit, kind="site")
+    own = Tls(ca=kit.ca, certificate=federation.folder / "proxy.pem", key=federation.folder / "proxy_key.pem")
+    own.certificate.write_bytes(certificate_pem(certificate))
+    own.key.write_bytes(private_pem(key))
+    given = {
+        "listen": listen,
+        "server": f"{network.address}:{network.port}",
+        "own": {name: str(path) for name, path in asdict(own).items()},
+        "site": {name: str(path) for name, path in asdict(tls_of(kit)).items()},
+        "records": str(recorded),
+    }
+    (federation.folder / "proxy.json").write_text(json.dumps(given))
+    words = [sys.executable, str(HERE / "recording_proxy.py"), str(federation.folder / "proxy.json")]
+    federation.run("proxy", site.name, words).wait_for_text("the proxy listens")
+    file = site.kit / "kit.toml"
+    file.write_text(file.read_text().replace(kit.server, listen))

@@ -1,0 +1,234 @@
+"""docs/adding_a_site.md, followed to the letter, and every command on the pages, parsed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedtune.cli.main import _options
+from fedtune.deploy.kits import read_roster
+from fedtune.privacy import filter
+from fedtune.privacy.chain import Head
+from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.verify import verify
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "adding_a_site.md"
+PORT = "9092"
+SITES = ("north-hospital", "south-hospital")
+MOST_S = 600.0  # little more than a minute on a quiet machine
+BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+"""Language and content of each fenced block."""
+
+
+def script(page: str) -> str:
+    """All that the page has a person do, in its order: files to write, commands to type."""
+    parts = ["set -eu", "trap 'echo \"FAILED: $BASH_COMMAND\"' ERR"]
+    for language, content in BLOCKS.findall(page):
+        if language == "toml":
+            name = content.splitlines()[0].removeprefix("# ")
+            assert re.fullmatch(r"[\w./-]+\.toml", name), f"a file's first line is its name: {name}"
+            parts.append(f"cat > {name} <<'WHOLE FILE'\n{content}WHOLE FILE")
+        elif language == "sh":
+            parts.append(content)
+        else:
+            assert language == "text", f"is this to be done or to be read: {content}"
+    return "\n".join(parts)
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What came of it.
+
+    Attributes:
+        folder: the one that was empty.
+        printed: all that the commands said.
+    """
+
+    folder: Path
+    printed: str
+
+    def result(self) -> Any:
+        return json.loads((self.folder / "runs" / "first" / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Followed:
+    folder = tmp_path_factory.mktemp("empty")
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "120"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    output = tmp_path_factory.mktemp("printed") / "output.txt"  # no pipe, which those that it starts would hold open
+    with output.open("w") as file:
+        shell = subprocess.Popen(
+            ["bash", "-c", script(PAGE.read_text()).replace(PORT, free_port())],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,  # a process group, so that what it started can be ended
+        )
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            shell.wait(MOST_S)
+        logs = "".join(f"\n{log}:\n{log.read_text()}" for log in sorted(folder.rglob("*.log")))
+        assert shell.returncode == 0, output.read_text() + logs
+        with pytest.raises(ProcessLookupError):  # the page itself has stopped what it started
+            os.killpg(shell.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
+    return Followed(folder, output.read_text())
+
+
+def test_every_round_is_finished_with_every_site(followed: Followed) -> None:
+    rounds = followed.result()["rounds"]
+    assert [one["round"] for one in rounds] == [1, 2]
+    for one in rounds:
+        assert sorted(one["sites"]) == list(SITES)
+        assert one["failed_sites"] == {}
+
+
+def test_what_was_spent_is_within_each_policy_and_in_each_ledger(followed: Followed) -> None:
+    privacy = followed.result()["privacy"]
+    assert privacy["seeded_noise"] is False
+    assert sorted(privacy["sites"]) == list(SITES)
+    for site, spent in privacy["sites"].items():
+        files = SiteFiles.of(followed.folder / site / "site.toml")
+        assert files.anchor is not None
+        history = verify(files.ledger, anchor=Head.read(files.anchor)).history
+        assert sum(history.charged().values()) == spent["steps"] == 10
+        most = files.policy.budget.max_epsilon_per_run
+        assert most is not None
+        assert 0.9 * most < spent["epsilon"] <= most
+        charged = filter.epsilon_filter(history.charged(), order=history.order, delta=history.delta)
+        assert 0 < charged <= files.policy.budget.max_epsilon
+
+
+def test_nothing_was_done_before_a_person_approved_it(followed: Followed) -> None:
+    for site in SITES:
+        events = [event.kind for event in verify(followed.folder / site / "ledger.db").events]
+        assert events[:6] == ["note", "note", "refusal", "note", "plan", "reserve"]
+
+
+def test_each_site_has_the_final_adapter(followed: Followed) -> None:
+    ours = load_file(followed.folder / "runs/first/adapter/adapter_model.safetensors")
+    for site in SITES:
+        (kept,) = (followed.folder / site / "kit" / "adapters").iterdir()
+        theirs = load_file(kept / "adapter" / "adapter_model.safetensors")
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            np.testing.assert_array_equal(theirs[name], value)
+
+
+def test_in_the_end_one_site_is_renewed_and_the_other_has_left(followed: Followed) -> None:
+    members = {member.site: member for member in read_roster(followed.folder / "hospitals/server/roster.json")}
+    assert members["north-hospital"].revoked is None
+    assert members["south-hospital"].revoked is not None
+    assert (followed.folder / "south-hospital/kit/state/left").exists()
+
+
+def test_what_the_page_shows_was_printed(followed: Followed) -> None:
+    def shape(text: str) -> str:
+        """Without what differs from run to run: words with digits in them, and how text was broken into lines."""
+        return " ".join("#" if re.search(r"\d", word) else word for word in text.split())
+
+    printed = shape(followed.printed)
+    for language, content in BLOCKS.findall(PAGE.read_text()):
+        for line in content.splitlines() if language == "text" else ():
+            # How long the rest takes is said only while there is a rest.
+            line = re.sub(r" \| about .* left$", "", line)
+            assert shape(line) in printed, line
+
+
+def test_the_policy_is_the_template_but_for_the_lines_that_the_page_lists(followed: Followed) -> None:
+    def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in table.items():
+            value = value[0] if key == "dataset" else value
+            if isinstance(value, dict) and f"{prefix}{key}" in ("population", "dataset", *TABLES):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    read_policy(followed.folder / "template.toml")
+    ours, template = (
+        dict(flat(tomllib.loads((followed.folder / name).read_text())))
+        for name in ("south-hospital/site.toml", "template.toml")
+    )
+    assert ours.keys() == template.keys()
+    listed = re.findall(r"^\| (`[^|]*) \|", PAGE.read_text(), re.MULTILINE)
+    named = {key for cell in listed for key in re.findall(r"`([\w.]+)`", cell)}
+    assert named == {key for key in ours if ours[key] != template[key]}
+
+
+TABLES = ("budget", "limits", "allow", "releases", "machine", "asserted")
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def typed(text: str) -> Iterator[str]:
+    """Each fedtune command in a page's blocks, without what stands beside it: comments, pipes, files for its output."""
+    for _, content in BLOCKS.findall(text):
+        joined = re.sub(r"\\\n\s*", "", content)
+        for found in re.findall(r"^(?:\S*\w=\$\()?(?:\S*/)?(fedtune \S.*)$", joined, re.MULTILINE):
+            words = re.split(r"   +|\s+#|\s+[12]?>|\s+[&|;)]", found)[0]
+            # `show|spent PATH` stands for two commands.
+            several = re.search(r"\w+(\|\w+)+", words)
+            yield from [words.replace(several[0], one) for one in several[0].split("|")] if several else [words]
+
+
+def named(text: str) -> Iterator[str]:
+    """Each in its running text, mostly without its arguments."""
+    yield from re.findall(r"`(fedtune [^`]*)`", BLOCKS.sub("", text).replace("\n", " "))
+
+
+def mistake(command: str) -> str:
+    """What the command line has against a command; empty for nothing."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+        _options(shlex.split(command)[1:])
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_on_a_page_can_be_typed(page: Path) -> None:
+    text = page.read_text()
+    for command in typed(text):
+        assert not mistake(command), command
+    for command in named(text):
+        found = mistake(command)
+        assert not found or "are required" in found, f"{command}: {found}"
+
+
+def test_commands_are_found_and_mistakes_in_them_too() -> None:
+    assert len(list(typed(PAGE.read_text()))) > 25
+    assert len(list(named(PAGE.read_text()))) > 5
+    for wrong in ("fedtune site begin", "fedtune site doctor --kits x", "fedtune ledger show --json"):
+        assert mistake(wrong)

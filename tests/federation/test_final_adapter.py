@@ -1,0 +1,148 @@
+"""The end of a run: its lead says it, the ledger notes which adapter came of it, and the site keeps that or does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.federation.protocol import END, EndOfRun, Signed
+from fedtune.federation.site import end_run
+from fedtune.model import Adapter
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.release import Reason, Refused
+from fedtune.spec import ConfigError
+
+
+@pytest.fixture
+def final(adapter: Adapter) -> Adapter:
+    """What came of the run."""
+    return Adapter({name: value * 3 for name, value in adapter.tensors.items()})
+
+
+def ends(site: Any) -> list[dict[str, Any]]:
+    """What the ledger says of ended runs."""
+    return [dict(event.detail) for event in site.events() if event.detail.get("what") == "run_ended"]
+
+
+def test_the_final_adapter_is_kept_and_its_digest_is_in_the_ledger(site: Any, final: Adapter) -> None:
+    site.ask()
+    receipt = site.end(adapter=final, digest=final.digest())
+    assert site.kept == [("r", final.digest())]
+    assert ends(site) == [{"what": "run_ended", "adapter_sha256": final.digest()}]
+    assert (receipt.run, receipt.charged_rounds) == ("r", 1)
+    assert receipt.is_signed()
+    assert receipt.site_key == site.key.public
+    assert receipt.sequence == len(site.events()), "it covers the note of the end"
+
+
+def test_without_an_adapter_the_end_is_noted_all_the_same(site: Any) -> None:
+    site.ask()
+    assert site.end().charged_rounds == 1
+    assert ends(site) == [{"what": "run_ended", "adapter_sha256": ""}]
+    assert site.kept == []
+
+
+def test_a_site_that_declines_keeps_nothing_and_knows_what_it_declined(
+    station: Callable[..., Any], final: Adapter
+) -> None:
+    site = station(final_adapter="decline")
+    site.ask()
+    assert site.end(adapter=final, digest=final.digest()).charged_rounds == 1
+    assert site.kept == []
+    assert ends(site) == [{"what": "run_ended", "adapter_sha256": final.digest()}]
+
+
+def test_another_adapter_than_was_signed_for_is_neither_kept_nor_noted(site: Any, final: Adapter) -> None:
+    site.ask()
+    before = site.events()
+    for digest in (site.template.digest(), "", "00" * 32):
+        with pytest.raises(Refused) as refused:
+            site.end(adapter=final, digest=digest)
+        assert refused.value.reason is Reason.ADAPTER_DIFFERS
+    assert site.kept == []
+    assert site.events() == before, "the run goes on"
+    assert site.ledger().history.runs["r"].expires is not None
+
+
+def test_one_changed_value_is_another_adapter(site: Any, final: Adapter) -> None:
+    site.ask()
+    head = final.tensors["head"].copy()
+    head[0] = np.nextafter(head[0], np.float32(np.inf))
+    with pytest.raises(Refused):
+        site.end(adapter=Adapter({**final.tensors, "head": head}), digest=final.digest())
+    assert site.kept == []
+
+
+def test_another_lead_gives_a_site_no_adapter(
+    station: Callable[..., Any], lead_key: SigningKey, stranger_key: SigningKey, final: Adapter
+) -> None:
+    site = station(allow={"leads": (lead_key.public, stranger_key.public)})
+    site.ask()
+    before = site.events()
+    with pytest.raises(Refused) as refused:
+        site.end(key=stranger_key, adapter=final, digest=final.digest())
+    assert refused.value.reason is Reason.LEADS
+    assert site.kept == []
+    assert site.events() == before
+
+
+def test_a_notice_with_somebody_elses_signature_is_refused(site: Any, stranger_key: SigningKey, final: Adapter) -> None:
+    site.ask()
+    notice = EndOfRun(run="r", lead=site.lead.public, adapter_digest=final.digest()).signed(site.lead)
+    forged = replace(notice, signature=stranger_key.sign(END, notice.text.encode()))
+    other = json.loads(notice.text) | {"adapter_digest": "00" * 32}
+    for signed in (forged, replace(notice, text=json.dumps(other, sort_keys=True))):
+        with pytest.raises(Refused) as refused:
+            end_run(site.open(), signed, final)
+        assert refused.value.reason is Reason.WRONG_SIGNATURE
+    assert site.kept == ends(site) == []
+
+
+def test_a_site_that_took_no_part_keeps_nothing(site: Any, final: Adapter) -> None:
+    site.ask()
+    before = site.events()
+    assert site.end(run="another", adapter=final, digest=final.digest()) is None
+    assert site.kept == []
+    assert site.events() == before
+
+
+def test_a_second_notice_changes_nothing_in_the_ledger(site: Any, final: Adapter) -> None:
+    # The lead may not have heard the first answer, or the site may have failed to store the adapter.
+    site.ask()
+    first = site.end(adapter=final, digest=final.digest())
+    before = site.events()
+    second = site.end(adapter=final, digest=final.digest())
+    assert site.events() == before
+    assert second == first
+    assert set(site.kept) == {("r", final.digest())}
+
+
+def test_an_adapter_that_cannot_be_stored_is_asked_for_again(site: Any, final: Adapter) -> None:
+    def full(run: str, adapter: Adapter) -> None:
+        raise OSError("no space left on device")
+
+    site.ask()
+    notice = EndOfRun(run="r", lead=site.lead.public, adapter_digest=final.digest()).signed(site.lead)
+    with pytest.raises(OSError, match="no space left"):
+        end_run(replace(site.open(), keep=full), notice, final)
+    assert site.ledger().history.runs["r"].expires is None, "what was set aside is free all the same"
+    end_run(site.open(), notice, final)
+    assert site.kept == [("r", final.digest())]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"run": "r"}', '{"run": "r", "lead": "x"}', "9" * 5000, '{"run":' * 2000]
+)
+def test_what_is_no_notice_is_malformed(site: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"end of run = .*must be such a notice"):
+        end_run(site.open(), Signed(text=text, signature="00"), None)
+
+
+def test_a_notice_arrives_as_it_was_signed(lead_key: SigningKey) -> None:
+    notice = EndOfRun(run="r", lead=lead_key.public, adapter_digest="ab" * 32)
+    assert EndOfRun.of(notice.signed(lead_key)) == notice

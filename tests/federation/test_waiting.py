@@ -1,0 +1,178 @@
+"""Before anything is loaded or prepared: who asks, whether the site is paused, its rules, its budget, its people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedtune.federation.protocol import Reply, Signed
+from fedtune.privacy.chain import Kind
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.release import Reason, Refusal, Update
+
+
+def reason(reply: Reply) -> Reason:
+    assert isinstance(reply.body, Refusal)
+    return reply.body.reason
+
+
+@pytest.fixture
+def manual(station: Callable[..., Any]) -> Any:
+    """A site where a person approves each run."""
+    return station(approval="manual")
+
+
+def test_the_site_is_made_ready_once_all_that_is_known_beforehand_allows_it(site: Any) -> None:
+    assert isinstance(site.ask().body, Update)
+    assert site.prepared == [1]
+
+
+_REFUSED_AT_ONCE: dict[str, tuple[dict[str, Any], Reason]] = {
+    "for another site": ({"about": {"site": "b"}}, Reason.WRONG_SITE),
+    "expired": ({"about": {"expires": 1.0}}, Reason.REQUEST_EXPIRED),
+    "over the policy": ({"rank": 64}, Reason.MAX_RANK),
+    "another data set": ({"dataset": "letters"}, Reason.DATASET),
+    "over the budget": ({}, Reason.MAX_EPSILON),
+    "not approved": ({}, Reason.AWAITING_APPROVAL),
+}
+
+
+@pytest.mark.parametrize("why", list(_REFUSED_AT_ONCE))
+def test_nothing_is_prepared_for_what_is_refused_anyway(station: Callable[..., Any], why: str) -> None:
+    # Preparing loads a model and reads records: minutes of a machine, for whoever may ask.
+    policy: dict[str, dict[str, Any]] = {
+        "over the budget": {"budget": {"max_epsilon": 0.4}},
+        "not approved": {"approval": "manual"},
+    }
+    site = station(**policy.get(why, {}))
+    changes, rule = _REFUSED_AT_ONCE[why]
+    assert reason(site.ask(**changes)) is rule
+    assert site.prepared == []
+    assert site.trained == []
+    assert site.kinds() == [Kind.REFUSAL]
+
+
+def test_nothing_is_prepared_for_a_stranger(site: Any, stranger_key: SigningKey) -> None:
+    assert reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS
+    assert reason(site.ask(key=stranger_key)) is Reason.WRONG_SIGNATURE
+    signed = site.request().signed(site.lead)
+    assert reason(site.send(replace(signed, text="{"))) is Reason.MALFORMED_REQUEST
+    assert reason(site.send(Signed(text="", signature=""))) is Reason.MALFORMED_REQUEST
+    assert site.prepared == []
+
+
+def test_a_stranger_is_not_told_that_the_site_is_paused_or_waits(manual: Any, stranger_key: SigningKey) -> None:
+    manual.paused = True
+    assert reason(manual.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS
+
+
+def test_a_paused_site_does_nothing_and_charges_nothing(site: Any) -> None:
+    site.paused = True
+    reply = site.ask()
+    assert reason(reply) is Reason.PAUSED
+    assert (reply.body.asked, reply.body.allowed) == (None, None)
+    assert site.prepared == site.trained == []
+    assert site.kinds() == [Kind.REFUSAL]
+    assert reply.receipt.charged_rounds == 0
+
+
+def test_a_pause_comes_before_every_rule(station: Callable[..., Any]) -> None:
+    # What is asked for during a pause is not even looked at.
+    site = station(approval="manual", budget={"max_epsilon": 0.4})
+    site.paused = True
+    assert reason(site.ask(rank=64)) is Reason.PAUSED
+
+
+def test_a_run_goes_on_after_a_pause_as_if_there_had_been_none(site: Any) -> None:
+    assert isinstance(site.ask(1).body, Update)
+    site.paused = True
+    signed = site.request(2).signed(site.lead)
+    for _ in range(3):
+        assert reason(site.send(signed)) is Reason.PAUSED
+    site.paused = False
+    reply = site.send(signed)
+    assert isinstance(reply.body, Update)
+    assert reply.receipt.charged_rounds == 2
+    assert site.trained == [(1, 1), (2, 1)], "a pause is no interrupted round"
+    assert site.kinds().count(Kind.REFUSAL) == 1
+
+
+def test_a_paused_site_still_hears_that_a_run_is_over(site: Any) -> None:
+    site.ask()
+    site.paused = True
+    assert site.end().charged_rounds == 1
+    assert site.ledger().history.runs["r"].expires is None
+
+
+def test_the_same_request_is_answered_once_a_person_has_approved(manual: Any) -> None:
+    signed = manual.request().signed(manual.lead)
+    waiting = [manual.send(signed) for _ in range(3)]
+    assert [reason(reply) for reply in waiting] == [Reason.AWAITING_APPROVAL] * 3
+    assert waiting[-1].receipt.charged_rounds == 0
+    assert manual.kinds() == [Kind.REFUSAL], "said three times, written once"
+    manual.ledger().approve(manual.request().proposal)
+    reply = manual.send(signed)
+    assert isinstance(reply.body, Update)
+    assert manual.trained == [(1, 1)]
+    assert manual.kinds() == [Kind.REFUSAL, Kind.NOTE, Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
+    again = manual.send(signed)
+    assert isinstance(again.body, Update)
+    assert again.body.to_bytes() == reply.body.to_bytes(), "the same digest: the stored bytes, for free"
+    assert isinstance(manual.ask(2).body, Update), "further rounds ask nobody"
+
+
+def test_the_request_may_be_signed_anew_while_it_waits(manual: Any) -> None:
+    assert reason(manual.ask(about={"expires": 1e12})) is Reason.AWAITING_APPROVAL
+    manual.ledger().approve(manual.request().proposal)
+    first = manual.ask(about={"expires": 1e13})
+    again = manual.ask(about={"expires": 1e14, "receipt": first.receipt})
+    assert isinstance(first.body, Update)
+    assert isinstance(again.body, Update)
+    assert again.body.to_bytes() == first.body.to_bytes()
+
+
+def test_an_approval_of_another_plan_is_none_of_this_one(manual: Any) -> None:
+    # What a person was shown is what is trained: a lead cannot show one plan and run another.
+    manual.ledger().approve(manual.propose(num_rounds=2))
+    assert reason(manual.ask()) is Reason.AWAITING_APPROVAL
+    assert manual.prepared == []
+
+
+def test_an_approved_plan_must_still_be_what_the_site_makes_of_the_settings(manual: Any) -> None:
+    other = {"num_rounds": 2}
+    manual.ledger().approve(manual.propose(**other))
+    reply = manual.ask(**other)
+    assert reason(reply) is Reason.PLAN_CHANGED
+    assert manual.prepared == [1]
+    assert manual.trained == []
+    assert reply.receipt.charged_rounds == 0
+
+
+def test_what_preparing_refuses_is_a_reason_and_what_it_raises_is_none(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = site.open()
+
+    def refuses(request: Any) -> Any:
+        from fedtune.privacy.release import Refused
+
+        raise Refused(Reason.WRONG_RUN, asked="r", allowed="s")
+
+    def fails(request: Any) -> Any:
+        raise OSError("canary: /data/patients.csv")
+
+    for prepare, rule in ((refuses, Reason.WRONG_RUN), (fails, Reason.SITE_ERROR)):
+        monkeypatch.setattr(site, "open", lambda train, prepare=prepare: replace(opened, prepare=prepare))
+        reply = site.ask()
+        assert reason(reply) is rule
+        assert "canary" not in repr(reply)
+        assert reply.receipt.charged_rounds == 0
+
+
+def test_a_refusal_names_the_run_that_was_asked_for(site: Any) -> None:
+    assert site.ask(run="another").body.run == "another"
+    unreadable = site.send(Signed(text="{", signature="00"))
+    assert (unreadable.body.run, unreadable.body.round) == ("", 0)

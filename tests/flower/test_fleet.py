@@ -1,0 +1,232 @@
+"""A site's connection to a real server: who gets in, who is put out, and what a site is told about it."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from flwr.supercore.date import now
+
+import fedtune.flower.fleet as fleet_module
+from fedtune.flower.fleet import Fleet, Unauthorised, Unreachable, hello, node_key
+from fedtune.flower.tls import Tls
+from fedtune.spec import ConfigError
+
+from .certificates import LOOPBACK, Authority
+from .faults import Faulty
+from .loopback import Loopback, free_port, wait_for
+
+
+@pytest.fixture
+def joined(network: Loopback) -> Iterator[Callable[[Tls], Fleet]]:
+    """A connection with these certificates, in this process; closed at the end."""
+    made: list[Fleet] = []
+
+    def join(tls: Tls, *, address: str = network.address) -> Fleet:
+        made.append(Fleet(address, tls))
+        return made[-1]
+
+    yield join
+    for fleet in made:
+        if not fleet._stop.is_set():
+            fleet.close()
+
+
+def status_of(network: Loopback, name: str) -> list[str]:
+    return [status for (status,) in network.rows(f"SELECT status FROM node WHERE name = '{name}'")]
+
+
+def works(work: Callable[[], Any], *, error: type[Exception] | tuple[type[Exception], ...] = Unauthorised) -> bool:
+    try:
+        work()
+    except error:
+        return False
+    return True
+
+
+def test_a_member_is_greeted_by_its_name(network: Loopback) -> None:
+    greeting = hello(network.address, network.tls["a"])
+    assert greeting.site == "a"
+    assert abs(greeting.server_time - now().timestamp()) < 30
+    assert hello(network.address, network.tls["b"]).site == "b"
+
+
+def test_a_certificate_of_the_federation_is_not_enough(network: Loopback, joined: Any) -> None:
+    # The lead's, for example, or that of a site whose kit was made and not yet copied to the server.
+    for name in ("lead", "newcomer"):
+        tls = network.authority.issue(name)
+        with pytest.raises(Unauthorised, match="the server refused this site: unknown"):
+            hello(network.address, tls)
+        with pytest.raises(Unauthorised, match="unknown"):
+            joined(tls).activate()
+    assert network.rows("SELECT count(*) FROM node") == [(len(network.members),)], "nobody registers himself"
+
+
+@pytest.mark.parametrize(("seconds", "says"), [(-600, "600 s behind"), (60, "60 s ahead")])
+def test_a_wrong_clock_is_named(network: Loopback, monkeypatch: pytest.MonkeyPatch, seconds: int, says: str) -> None:
+    monkeypatch.setattr(fleet_module, "now", lambda: now() + datetime.timedelta(seconds=seconds))
+    with pytest.raises(Unauthorised, match=f"its clock is {says}"):
+        hello(network.address, network.tls["a"])
+
+
+def test_a_site_is_added_and_revoked_while_the_server_runs(network: Loopback, joined: Any) -> None:
+    bystander = joined(network.tls["a"])
+    bystander.activate()
+    tls = network.enlist("guest")
+    fleet = joined(tls)
+    wait_for(lambda: works(fleet.activate, error=(Unauthorised, Unreachable)), seconds=15, what="the roster")
+    assert hello(network.address, tls).site == "guest"
+    assert fleet.receive() is None
+
+    network.set_revoked("guest")
+    wait_for(lambda: not works(fleet.receive), seconds=15, what="the roster")
+    for call in (lambda: hello(network.address, tls), fleet.activate):
+        with pytest.raises(Unauthorised, match="the server refused this site: revoked"):
+            call()
+    assert bystander.receive() is None, "the others notice nothing"
+    assert status_of(network, "guest") == ["unregistered"]
+
+    # A revoked key stays out, whatever the roster says later: it may be in other hands.
+    network.set_revoked("guest", False)
+    wait_for(lambda: "guest: its connection key was revoked before" in network.output, seconds=15)
+    with pytest.raises((Unauthorised, Unreachable)):
+        joined(tls).activate()
+    assert status_of(network, "guest") == ["unregistered"]
+    assert bystander.receive() is None
+
+
+def test_a_site_cannot_speak_for_another(network: Loopback, joined: Any) -> None:
+    one, other = joined(network.tls["a"]), joined(network.tls["b"])
+    one.activate()
+    other.activate()
+    own = other._node
+    other._node = one._node
+    with pytest.raises(Unauthorised):
+        other._next_message()
+    other._node = own
+    assert other.receive() is None
+
+
+def test_a_second_process_is_told_to_wait_for_the_first(network: Loopback, joined: Any) -> None:
+    first, second = joined(network.tls["a"]), joined(network.tls["a"])
+    first.activate()
+    with pytest.raises(Unreachable, match="an earlier connection of this site is not over yet"):
+        second.activate()
+    first.close()
+    assert status_of(network, "a") == ["offline"]
+    second.activate()
+    assert status_of(network, "a") == ["online"]
+
+
+def test_a_proxy_that_answers_in_the_servers_place_is_an_error_and_no_crash(network: Loopback, joined: Any) -> None:
+    fleet = joined(network.tls["a"])
+    faulty = Faulty(fleet._client)
+    faulty.break_at("activate-node", "garbled")
+    with pytest.raises(Unreachable, match="cannot be read"):
+        fleet.activate()
+    fleet.activate()
+    faulty.break_at("pull-messages", "garbled")
+    with pytest.raises(Unreachable, match="cannot be read"):
+        fleet.receive()
+    assert fleet.receive() is None, "and it goes on"
+
+
+def test_without_a_server_a_site_says_so(tmp_path: Path) -> None:
+    authority, address = Authority(tmp_path / "ca"), f"{LOOPBACK}:{free_port()}"
+    tls = authority.issue("a")
+    fleet = Fleet(address, tls)
+    for call in (fleet.activate, lambda: hello(address, tls)):
+        with pytest.raises(Unreachable, match="no connection to the server"):
+            call()
+    fleet.close()
+
+
+def raw_client(tls: Tls | None, ca: Path) -> httpx.Client:
+    """Trusts `ca`, and shows a certificate where there is one."""
+    import ssl
+
+    context = ssl.create_default_context(cafile=str(ca))
+    if tls is not None:
+        context.load_cert_chain(tls.certificate, tls.key)
+    return httpx.Client(verify=context, timeout=10)
+
+
+@pytest.mark.parametrize("who", ["nobody", "somebody of another authority", "an expired member"])
+def test_without_a_certificate_of_the_federation_there_is_no_connection(
+    network: Loopback, tmp_path: Path, who: str
+) -> None:
+    tls = {
+        "nobody": lambda: None,
+        "somebody of another authority": lambda: Authority(tmp_path / "other").issue("a"),
+        "an expired member": lambda: network.authority.issue("late", days=-1),
+    }[who]()
+    with raw_client(tls, network.authority.file) as client:
+        for path in ("/", "/docs", fleet_module.HELLO, "/v1/fleet/pull-messages", "/v1/control/start-run"):
+            with pytest.raises((httpx.ReadError, httpx.ConnectError, httpx.RemoteProtocolError)):
+                client.post(f"https://{network.address}{path}")
+    with raw_client(network.tls["a"], network.authority.file) as client:
+        assert client.post(f"https://{network.address}/").status_code == 404, "with one there is"
+
+
+def test_an_expired_site_gets_no_connection(network: Loopback, joined: Any) -> None:
+    with pytest.raises(Unreachable):
+        joined(network.authority.issue("late", days=-1)).activate()
+
+
+def test_a_server_of_another_authority_is_not_spoken_to(network: Loopback, joined: Any, tmp_path: Path) -> None:
+    other = Authority(tmp_path / "other").issue("a")
+    with pytest.raises(Unreachable, match="no connection to the server"):
+        joined(other).activate()
+
+
+def test_a_server_under_another_name_is_not_spoken_to(network: Loopback, joined: Any) -> None:
+    # Its certificate is for 127.0.0.1 alone.
+    with pytest.raises(Unreachable, match="no connection to the server"):
+        joined(network.tls["a"], address=f"localhost:{network.port}").activate()
+
+
+def test_plain_text_is_not_answered(network: Loopback) -> None:
+    with socket.create_connection((LOOPBACK, network.port), timeout=10) as plain:
+        plain.sendall(b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n")
+        plain.settimeout(10)
+        try:
+            answer = plain.recv(100)
+        except ConnectionError:
+            answer = b""
+    assert b"HTTP" not in answer
+
+
+def test_closing_ends_the_heartbeats(network: Loopback) -> None:
+    fleet = Fleet(network.address, network.tls["b"])
+    fleet.activate()
+    assert [thread for thread in threading.enumerate() if thread.name == "heartbeats"]
+    fleet.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeats"]
+    assert status_of(network, "b") == ["offline"]
+
+
+def test_a_key_of_another_kind_is_named(tmp_path: Path) -> None:
+    wrong = ed25519.Ed25519PrivateKey.generate()
+    plain = serialization.NoEncryption()
+    (tmp_path / "wrong.pem").write_bytes(
+        wrong.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    )
+    (tmp_path / "none.pem").write_text("no key")
+    for name in ("wrong.pem", "none.pem", "missing.pem"):
+        with pytest.raises(ConfigError, match=rf"key = '.*{name}': must be a PEM file with an EC private key"):
+            node_key(tmp_path / name)
+    key = ec.generate_private_key(ec.SECP384R1())
+    (tmp_path / "right.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    )
+    private, public = node_key(tmp_path / "right.pem")
+    assert private.private_numbers() == key.private_numbers()
+    assert public.public_numbers() == key.public_key().public_numbers()

@@ -1,0 +1,251 @@
+"""What of Flower's server can be reached from outside, tried on a real one."""
+
+from __future__ import annotations
+
+import base64
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.routing import iter_route_contexts
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.proto.control_pb2 import StartRunRequest
+from flwr.proto.fab_pb2 import Fab
+from flwr.proto.message_pb2 import PullObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    FLWR_IN_MEMORY_DB_NAME,
+)
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.main import create_app
+
+from fedtune.flower import gate
+from fedtune.flower.fleet import HELLO, node_key
+from fedtune.flower.lead_session import _bundle
+from fedtune.flower.signed_calls import CALL, SIGNATURE, TIME, _message
+from fedtune.flower.superlink import ServerSettings, _superlink_config
+from fedtune.flower.tls import Tls
+from fedtune.privacy.keys import SigningKey
+
+from .certificates import LOOPBACK, Authority
+from .loopback import Loopback
+
+CLOSED = {"reason": "no such call"}
+
+
+@pytest.fixture(scope="module")
+def flowers_routes(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
+    """(method, path) of everything that the installed Flower would serve under our settings."""
+    tls = Authority(tmp_path_factory.mktemp("authority") / "ca").issue("server", address=LOOPBACK)
+    settings = ServerSettings(
+        tls=tls, lead="", host=LOOPBACK, port=1, database=Path(FLWR_IN_MEMORY_DB_NAME), roster=list
+    )
+    contexts = iter_route_contexts(create_app(_superlink_config(settings), SuperLinkLifespan).routes)
+    return {(method, context.path) for context in contexts for method in context.methods}
+
+
+@pytest.fixture
+def caller(network: Loopback) -> Iterator[Any]:
+    """Calls the server with somebody's certificate."""
+    clients: list[httpx.Client] = []
+
+    def make(tls: Tls) -> httpx.Client:
+        client = httpx.Client(verify=tls.client_context(), base_url=f"https://{network.address}", timeout=20)
+        clients.append(client)
+        return client
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+def by_lead(key: SigningKey, path: str, body: bytes, *, moment: str | None = None) -> dict[str, str]:
+    """Headers of a lead's call."""
+    moment = moment or repr(time.time())
+    signature = key.sign(CALL, _message(path, moment, body))
+    return {"content-type": PROTOBUF_MEDIA_TYPE, TIME: moment, SIGNATURE: signature}
+
+
+def by_site(tls: Tls, *, moment: str | None = None) -> dict[str, str]:
+    """Headers of a site's call."""
+    private, public = node_key(tls.key)
+    moment = moment or now().isoformat()
+    return {
+        "content-type": PROTOBUF_MEDIA_TYPE,
+        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public_key_to_bytes(public)).decode(),
+        FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(private, moment.encode())).decode(),
+        TIMESTAMP_HEADER: moment,
+    }
+
+
+def test_flower_still_has_every_call_that_is_let_through(flowers_routes: set[tuple[str, str]]) -> None:
+    for path in gate._SITE_CALLS | gate._LEAD_CALLS:
+        assert ("POST", path) in flowers_routes, f"Flower's protocol changed: {path}"
+        assert ("POST", path) in PROTOBUF_REQUEST_TYPES
+    # What a site calls is authenticated by Flower, which looks at the beginning of the path.
+    assert all(path.startswith("/v1/fleet/") for path in gate._SITE_CALLS)
+    assert not any(path.startswith("/v1/fleet/") for path in gate._LEAD_CALLS)
+
+
+def test_everything_else_that_flower_has_is_closed(
+    network: Loopback, flowers_routes: set[tuple[str, str]], caller: Any
+) -> None:
+    closed = {(m, path) for m, path in flowers_routes if path not in gate._SITE_CALLS | gate._LEAD_CALLS}
+    for path in (
+        *("/docs", "/openapi.json", "/health", "/v1/fleet/register-node", "/v1/fleet/unregister-node"),
+        *("/v1/fleet/get-fab", "/v1/fleet/get-run", "/v1/control/list-runs", "/v1/control/register-node"),
+        *("/v1/control/list-nodes", "/v1/control/pull-artifacts", "/v1/runtime/create-task"),
+    ):
+        assert any(path == other for _, other in closed), f"{path} was meant to be among them"
+    assert len(closed) > 50
+    site, lead = caller(network.tls["a"]), caller(network.lead_tls)
+    for method, path in sorted(closed):
+        for client, headers in ((site, by_site(network.tls["a"])), (lead, by_lead(network.lead_key, path, b""))):
+            answer = client.request(method, path, headers=headers)
+            assert answer.status_code == 404, (method, path)
+            assert method == "HEAD" or answer.json() == CLOSED, "the gate's own word, not Flower's"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/v1/fleet/pull-messages/",
+        "//v1/fleet/pull-messages",
+        "/v1/fleet/%2e%2e/control/start-run",
+        "/V1/fleet/pull-messages",
+        "/v1/control/start-run;x",
+        "/v1/fedtune/hello/",
+        "/v1/fedtune",
+        "/favicon.ico",
+    ],
+)
+def test_nearly_a_call_is_none(network: Loopback, caller: Any, path: str) -> None:
+    headers = by_lead(network.lead_key, path, b"")
+    raw = httpx.URL(f"https://{network.address}").copy_with(raw_path=path.encode())
+    assert caller(network.lead_tls).post(raw, headers=headers).json() == CLOSED
+
+
+_LEAD_CALLS = sorted(gate._LEAD_CALLS)
+
+
+def test_a_lead_s_call_needs_the_lead_s_signature(network: Loopback, caller: Any, stranger_key: SigningKey) -> None:
+    runs = network.rows("SELECT count(*) FROM run")
+    body = StartRunRequest(fab=Fab(content=_bundle())).SerializeToString()
+    old = repr(time.time() - 3600)
+    for who in (network.lead_tls, network.tls["a"]):
+        client = caller(who)
+        for path in _LEAD_CALLS:
+            right = by_lead(network.lead_key, path, body)
+            for why, headers, sent in (
+                ("unsigned", {"content-type": PROTOBUF_MEDIA_TYPE}, body),
+                ("a site's", by_site(network.tls["a"]), body),
+                ("another key's", by_lead(stranger_key, path, body), body),
+                ("an old one", by_lead(network.lead_key, path, body, moment=old), body),
+                ("an old one with a new time", right | {TIME: old}, body),
+                ("of another body", right, body + b"\0"),
+                ("of another path", by_lead(network.lead_key, "/v1/control/stop", body), body),
+                ("cut", right | {SIGNATURE: right[SIGNATURE][:-2]}, body),
+            ):
+                answer = client.post(path, content=sent, headers=headers)
+                assert answer.status_code == 401, (path, why)
+                assert "not signed by the lead" in answer.text
+    assert network.rows("SELECT count(*) FROM run") == runs
+
+
+def test_the_lead_s_own_call_passes(network: Loopback, caller: Any) -> None:
+    # Whatever certificate of the federation it comes with: the signature counts.
+    path, runs = "/v1/control/start-run", network.rows("SELECT count(*) FROM run")[0][0]
+    body = StartRunRequest(fab=Fab(content=_bundle())).SerializeToString()
+    answer = caller(network.lead_tls).post(path, content=body, headers=by_lead(network.lead_key, path, body))
+    assert answer.status_code == 200
+    assert network.rows("SELECT count(*) FROM run") == [(runs + 1,)]
+
+
+def test_a_site_s_call_needs_its_own_signature(network: Loopback, caller: Any) -> None:
+    body = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).SerializeToString()
+    client = caller(network.tls["a"])
+    for path in sorted(gate._SITE_CALLS):
+        for why, headers in (
+            ("unsigned", {"content-type": PROTOBUF_MEDIA_TYPE}),
+            ("the lead's", by_lead(network.lead_key, path, body)),
+            ("of a key that nobody knows", by_site(network.lead_tls)),
+            ("of another node's number", by_site(network.tls["a"])),
+            ("old", by_site(network.tls["a"], moment="2020-01-01T00:00:00+00:00")),
+        ):
+            answer = client.post(path, content=body, headers=headers)
+            assert answer.status_code in (400, 401, 412), (path, why, answer.text)
+        # Flower checks a signature only where it understands the call.
+        answer = client.post(path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 415, path
+        assert client.get(path).status_code == 405
+
+
+@pytest.mark.parametrize("host", ["x/v1/runtime/pull-object?", "x/v1/runtime/pull-object#", "x/nowhere?", "a@b:1"])
+def test_a_forged_host_does_not_get_around_the_signature(network: Loopback, caller: Any, host: str) -> None:
+    # Flower decides by the request's URL, which contains what the caller says that the host's name is.
+    body = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).SerializeToString()
+    headers = {"content-type": PROTOBUF_MEDIA_TYPE, "host": host}
+    answer = caller(network.tls["b"]).post("/v1/fleet/pull-object", content=body, headers=headers)
+    assert answer.status_code in (400, 401)
+
+
+@pytest.mark.parametrize("path", ["/docs", "/v1/fleet/pull-messages", "/v1/control/start-run"])
+def test_there_is_no_web_socket(network: Loopback, path: str) -> None:
+    context = network.tls["a"].client_context()
+    asked = (
+        f"GET {path} HTTP/1.1\r\nHost: {network.address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    with (
+        socket.create_connection((LOOPBACK, network.port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname=LOOPBACK) as line,
+    ):
+        line.sendall(asked.encode())
+        try:
+            answer = line.recv(200)
+        except (ssl.SSLError, ConnectionError):
+            answer = b""
+    assert b" 101 " not in answer
+
+
+def test_a_greeting_that_is_malformed_is_refused(network: Loopback, caller: Any) -> None:
+    client, right = caller(network.tls["a"]), by_site(network.tls["a"])
+    assert client.get(HELLO, headers=right).json()["site"] == "a"
+    other = by_site(network.tls["b"])
+    for reason, headers in (
+        ("malformed", {}),
+        ("malformed", right | {TIMESTAMP_HEADER: "yesterday"}),
+        ("malformed", right | {TIMESTAMP_HEADER: now().replace(tzinfo=None).isoformat()}),
+        ("malformed", right | {FLEET_HTTP_PUBLIC_KEY_HEADER: "AAAA"}),
+        ("malformed", right | {FLEET_HTTP_SIGNATURE_HEADER: "no base64!"}),
+        ("wrong signature", right | {FLEET_HTTP_SIGNATURE_HEADER: other[FLEET_HTTP_SIGNATURE_HEADER]}),
+        ("wrong signature", right | {FLEET_HTTP_PUBLIC_KEY_HEADER: other[FLEET_HTTP_PUBLIC_KEY_HEADER]}),
+        ("wrong signature", right | {TIMESTAMP_HEADER: now().isoformat()}),
+    ):
+        answer = client.get(HELLO, headers=headers)
+        assert (answer.status_code, answer.json()) == (401, {"reason": reason})
+
+
+def test_the_server_does_not_say_what_it_runs_on(network: Loopback, caller: Any) -> None:
+    for path in ("/", HELLO, "/v1/control/start-run"):
+        answer = caller(network.tls["a"]).post(path)
+        assert "server" not in answer.headers
+        assert not {"uvicorn", "flwr", "python"} & set(answer.text.lower().split())
+
+
+def test_after_all_that_the_server_still_serves(network: Loopback) -> None:
+    network.site("a").wait_for("activated")
+    assert network.process.poll() is None
+    assert "Traceback" not in network.output, "nothing of it was a surprise"

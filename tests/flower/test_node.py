@@ -1,0 +1,191 @@
+"""A real site's app: it answers whatever comes, with a release and never with an exception's text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.serde import message_to_proto
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedtune.federation.protocol import EndOfRun, RoundRequest
+from fedtune.federation.site import Prepared, Site, Trained
+from fedtune.flower import records
+from fedtune.flower.node import Exchange, SiteApp
+from fedtune.flower.packing import packed, unpacked
+from fedtune.model import Adapter
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Refusal, Update
+from fedtune.spec import ConfigError, RunError
+
+END = f"query.{records.END}"
+
+
+@pytest.fixture(autouse=True)
+def server() -> None:
+    """Messages come from a server, as Flower would make them."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 0, 0
+
+
+@pytest.fixture
+def app(
+    tmp_path: Path, adapter: Adapter, site_policy: Callable[..., Policy], run_proposal: Callable[..., Proposal]
+) -> SiteApp:
+    """The app of site `a`, which opens its ledger anew for every message and trains by adding one."""
+
+    def train(request: RoundRequest, given: Adapter, attempt: int) -> Trained:
+        return Trained(adapter=Adapter({name: value + np.float32(1) for name, value in given.tensors.items()}))
+
+    def open_site(settings: str) -> Site:
+        key = SigningKey.load_or_make(tmp_path / "site_key.pem")
+        ledger = Ledger(tmp_path / "ledger.db", site_policy("a"), key)
+        prepared = Prepared(proposal=run_proposal(), template=adapter, declared_size=100, train=train)
+        return Site(name="a", ledger=ledger, prepare=lambda request: prepared)
+
+    return SiteApp(open_site, name="a")
+
+
+@pytest.fixture
+def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: SigningKey) -> RecordDict:
+    """The request for the first round, as it travels."""
+    request = RoundRequest(
+        proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
+    )
+    return packed(records.from_signed(request.signed(lead_key), arrays=records.to_arrays(adapter.tensors)))
+
+
+def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exchange:
+    """A message that came from the server, and was answered."""
+    message = Message(RecordDict(), 5, kind)
+    if isinstance(content, Error):
+        message.__dict__.update({"_content": None, "_error": content})
+    else:
+        message.content = content
+    message.metadata.__dict__["_message_id"] = "m-1"
+    exchange = Exchange(message)
+    app.answer(exchange)
+    return exchange
+
+
+def test_a_round_is_answered_with_one_packed_object(app: SiteApp, request_: RecordDict, adapter: Adapter) -> None:
+    exchange = asked(app, request_)
+    (array,) = exchange.reply.content.array_records[records.ARRAYS].values()
+    assert len(array.data) < 2000
+    body = records.to_reply(unpacked(exchange.reply.content)).body
+    assert isinstance(body, Update)
+    np.testing.assert_array_equal(body.tensors["head"], adapter.tensors["head"] + 1)
+    assert exchange.kind == "train"
+    assert isinstance(exchange.answered, Update)
+    assert (exchange.answered.run, exchange.answered.round) == ("r", 1)
+    assert RoundRequest.of(exchange.request).round == 1
+    about = exchange.reply.metadata
+    assert (about.reply_to_message_id, about.src_node_id, about.dst_node_id, about.run_id) == ("m-1", 5, 0, 7)
+
+
+def test_the_same_message_again_is_answered_with_the_same_bytes(app: SiteApp, request_: RecordDict) -> None:
+    first, again = asked(app, request_), asked(app, request_)
+    assert again.reply.content.object_id == first.reply.content.object_id
+
+
+def test_a_refused_round_is_a_refusal(app: SiteApp, request_: RecordDict, adapter: Adapter) -> None:
+    others = {name: value + np.float32(1) for name, value in adapter.tensors.items()}
+    wrong = RecordDict({**request_, records.ARRAYS: records.to_arrays(others)})
+    answered = asked(app, wrong).answered
+    assert isinstance(answered, Refusal)
+    assert answered.reason is Reason.ADAPTER_DIFFERS
+
+
+def test_the_end_of_a_run_and_an_introduction_are_no_answer_to_a_round(app: SiteApp, lead_key: SigningKey) -> None:
+    notice = records.from_signed(EndOfRun(run="r", lead=lead_key.public).signed(lead_key))
+    ended = asked(app, notice, END)
+    assert ended.answered is None
+    assert records.to_receipt(ended.reply.content) is None, "it took no part in this run"
+    introduced = asked(app, RecordDict(), "query")
+    assert introduced.answered is None
+    assert introduced.reply.content.config_records[records.SITE]["name"] == "a"
+
+
+WORDS = {"json": "canary-31", "signature": "00"}
+ODD_CONTENTS: dict[str, RecordDict | Error] = {
+    "empty": RecordDict(),
+    "an error": Error(0, "canary-31"),
+    "metrics": RecordDict({"canary-31": MetricRecord({"a": 1.0})}),
+    "arrays alone": RecordDict({records.ARRAYS: ArrayRecord([np.ones(2, np.float32)])}),
+    "a request that is none": RecordDict({records.REQUEST: ConfigRecord(WORDS)}),
+    "a request of arrays": RecordDict({records.REQUEST: ArrayRecord([np.ones(2, np.float32)])}),
+    "settings that are none": RecordDict({records.SETTINGS: ConfigRecord({"json": [1.0]})}),
+}
+KINDS = ["train", "evaluate", "query", END, "train.canary", "query.canary", "system", "get_properties", "reconnect"]
+"""Of messages that Flower lets through."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("odd", ODD_CONTENTS)
+def test_whatever_comes_is_answered_and_nothing_of_it_comes_back(app: SiteApp, kind: str, odd: str) -> None:
+    exchange = asked(app, ODD_CONTENTS[odd], kind)
+    reply = exchange.reply
+    assert not reply.has_error()
+    assert b"canary-31" not in message_to_proto(reply).content.SerializeToString()
+    if exchange.answered is not None:
+        assert isinstance(exchange.answered, Refusal)
+        assert (exchange.answered.reason, exchange.answered.run) == (Reason.MALFORMED_REQUEST, "")
+        assert (exchange.answered.asked, exchange.answered.allowed) == (None, None)
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "train.canary", "system", "reconnect"])
+def test_another_action_than_a_rounds_is_malformed_even_with_a_good_request(
+    app: SiteApp, request_: RecordDict, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    answered = asked(app, request_, kind).answered
+    assert isinstance(answered, Refusal)
+    assert answered.reason is Reason.MALFORMED_REQUEST
+    assert "could not be answered" in caplog.text
+
+
+@pytest.mark.parametrize("failure", [RunError("canary-31"), ConfigError("canary-31", 1, "x"), OSError("canary-31")])
+@pytest.mark.parametrize("kind", ["train", END])
+def test_a_site_that_cannot_be_opened_says_no_more_than_that(
+    request_: RecordDict, failure: Exception, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(settings: str) -> Any:
+        raise failure
+
+    exchange = asked(SiteApp(fails, name="a"), request_, kind)
+    if kind == "train":
+        assert isinstance(exchange.answered, Refusal)
+        assert exchange.answered.reason is Reason.SITE_ERROR
+    assert b"canary-31" not in message_to_proto(exchange.reply).content.SerializeToString()
+    assert "canary-31" in caplog.text
+
+
+def test_settings_reach_the_site_as_they_were_sent(request_: RecordDict) -> None:
+    seen: list[str] = []
+
+    def note(settings: str) -> Any:
+        seen.append(settings)
+        raise RunError("enough")
+
+    app = SiteApp(note, name="a")
+    asked(app, RecordDict({**request_, records.SETTINGS: ConfigRecord({"json": "{}"})}))
+    asked(app, request_)
+    assert seen == ["{}", ""]
+
+
+def test_a_message_is_void_when_its_time_is_up(app: SiteApp) -> None:
+    exchange = asked(app, RecordDict(), "query")
+    about = exchange.message.metadata
+    about.created_at, about.ttl = 1000.0, 60.0
+    assert not exchange.is_void(1060.0)
+    assert exchange.is_void(1060.5)
+
+
+def test_the_request_of_a_message_without_one_is_wrong_input() -> None:
+    with pytest.raises(ConfigError, match="must hold a signed request"):
+        _ = Exchange(Message(RecordDict(), 5, "query")).request

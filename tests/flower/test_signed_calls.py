@@ -1,0 +1,91 @@
+"""A lead's calls: exactly this path, this body, about now, by this key."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.supercore.protobuf.client import ProtobufRequestContext
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.flower.signed_calls import SIGNATURE, TIME, TOLERANCE_S, LeadSignature, _message, is_from_lead
+from fedtune.privacy.keys import SigningKey
+
+KEY, OTHER = (SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)) for number in (1, 2))
+NOW = 1.8e9
+
+
+def headers_of(path: str, body: bytes, *, moment: str = repr(NOW), key: SigningKey = KEY) -> dict[str, str]:
+    return {TIME: moment, SIGNATURE: key.sign("call", _message(path, moment, body))}
+
+
+def accepted(headers: dict[str, str], *, path: str = "/p", body: bytes = b"b", now: float = NOW) -> bool:
+    return is_from_lead(headers, path=path, body=body, lead=KEY.public, now=now)
+
+
+def test_a_client_s_call_carries_its_signature() -> None:
+    sent: list[httpx.Request] = []
+
+    def transport(context: ProtobufRequestContext) -> httpx.Response:
+        sent.append(context.request)
+        return httpx.Response(200)
+
+    request = httpx.Request("POST", "https://server:1/v1/control/start-run?x=1", content=b"body")
+    context: Any = ProtobufRequestContext(rpc_method="", message=None, request=request)  # type: ignore[arg-type]
+    LeadSignature(KEY).intercept(context, transport)
+    headers = dict(sent[0].headers)
+    assert sent[0].read() == b"body"
+    for path, right in (("/v1/control/start-run", True), ("/v1/control/stop-run", False)):
+        assert is_from_lead(headers, path=path, body=b"body", lead=KEY.public, now=time.time()) is right
+
+
+@given(path=st.text(max_size=20), body=st.binary(max_size=50), other=st.binary(max_size=50))
+def test_any_other_body_path_time_or_key_is_refused(path: str, body: bytes, other: bytes) -> None:
+    right = headers_of(path, body)
+    assert accepted(right, path=path, body=body)
+    assert accepted(right, path=path, body=other) is (other == body)
+    assert not accepted(right, path=path + "/", body=body)
+    assert not accepted(right | {TIME: repr(NOW + 1)}, path=path, body=body)
+    assert not accepted(headers_of(path, body, key=OTHER), path=path, body=body)
+    assert not is_from_lead(right, path=path, body=body, lead=OTHER.public, now=NOW)
+
+
+@pytest.mark.parametrize("age", [0.0, TOLERANCE_S, -TOLERANCE_S, 1.5])
+def test_clocks_may_differ_a_little(age: float) -> None:
+    assert accepted(headers_of("/p", b"b"), now=NOW + age)
+
+
+@pytest.mark.parametrize("age", [TOLERANCE_S + 1, -TOLERANCE_S - 1, 86400.0, 1e300])
+def test_a_call_played_again_later_is_refused(age: float) -> None:
+    assert not accepted(headers_of("/p", b"b"), now=NOW + age)
+
+
+@pytest.mark.parametrize("moment", ["nan", "inf", "-inf", "", "now", "0x7", "1e999", "1,8", "\u0661" * 10])
+def test_a_time_that_is_none_is_refused_though_it_was_signed(moment: str) -> None:
+    assert not accepted(headers_of("/p", b"b", moment=moment))
+    assert not accepted(headers_of("/p", b"b", moment=moment), now=math.inf)
+
+
+def test_missing_headers_are_refused() -> None:
+    right = headers_of("/p", b"b")
+    for name in (TIME, SIGNATURE):
+        assert not accepted({key: value for key, value in right.items() if key != name})
+    assert not accepted({})
+    assert not accepted(right | {SIGNATURE: right[SIGNATURE].upper()}), "a signature has one spelling"
+
+
+def test_a_signature_for_another_purpose_is_refused() -> None:
+    # What a lead signed for a site must not start a run at the server.
+    moment = repr(NOW)
+    for purpose in ("round request", "end of run", ""):
+        assert not accepted({TIME: moment, SIGNATURE: KEY.sign(purpose, _message("/p", moment, b"b"))})
+
+
+def test_lines_cannot_be_moved_between_path_and_time() -> None:
+    moved = headers_of(f"/p\n{NOW!r}", b"b", moment=repr(NOW))
+    assert not accepted(moved, path="/p")

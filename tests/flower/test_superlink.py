@@ -1,0 +1,132 @@
+"""The server's process: how it starts, keeps its roster and ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
+from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
+
+from fedtune.flower.fleet import hello
+from fedtune.flower.gate import Registered
+from fedtune.flower.superlink import keep_roster
+
+from .certificates import Authority, public_pem
+from .loopback import Loopback, ended, start_process, wait_for
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Loopback]:
+    """A server of one's own, not yet started."""
+    (tmp_path / "network").mkdir()
+    made = Loopback(tmp_path / "network")
+    made.enlist("a")
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_within_seconds_with_exit_code_0(own: Loopback, by: signal.Signals) -> None:
+    own.start()
+    site = own.site("a")
+    site.wait_for("activated")
+    assert hello(own.address, own.tls["a"]).site == "a"
+    assert ended(own.process, by=by, seconds=15) == 0
+    site.wait_for("trouble")
+    assert site.process.poll() is None, "a site outlives its server"
+    assert "Traceback" not in own.output
+
+
+def test_a_port_that_is_taken_is_an_error(own: Loopback) -> None:
+    own.start()
+    second = start_process("server_process.py", own.folder)
+    assert second.wait(timeout=60) == 1
+    assert "address already in use" in own.output
+    assert own.process.poll() is None
+
+
+def test_a_roster_that_cannot_be_read_leaves_everybody_where_he_is(own: Loopback) -> None:
+    own.start()
+    roster, whole = own.folder / "roster.json", (own.folder / "roster.json").read_bytes()
+    roster.write_bytes(whole[:-5])
+    wait_for(lambda: "the roster could not be read; the sites stay as they are" in own.output, seconds=15)
+    own.site("a").wait_for("activated")
+    roster.write_bytes(whole)
+    newcomer = own.enlist("b")
+    wait_for(lambda: "b is registered" in own.output, seconds=15)
+    assert hello(own.address, newcomer).site == "b"
+
+
+def test_it_does_not_report_to_flowers_makers() -> None:
+    # Flower reads the variable when it is imported, and would call home at every start.
+    code = "import fedtune.flower.superlink, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "FLWR_TELEMETRY_ENABLED": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.strip() == "0"
+
+
+@pytest.fixture
+def state() -> LinkState:
+    """Flower's record of nodes."""
+    _, factory = get_objectstore_linkstate_factories(FLWR_IN_MEMORY_DB_NAME, get_federation_manager(False))
+    return factory.state()
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> list[bytes]:
+    authority = Authority(tmp_path / "ca")
+    return [public_pem(authority.issue(name)) for name in ("one", "other")]
+
+
+def registered(state: LinkState) -> dict[str, int]:
+    return {node.name: node.node_id for node in state.get_node_info() if node.status != "unregistered"}
+
+
+def test_keeping_a_roster_twice_changes_nothing(state: LinkState, keys: list[bytes]) -> None:
+    roster = [Registered(site=name, node_key=key, revoked=False) for name, key in zip("ab", keys, strict=True)]
+    keep_roster(state, roster)
+    first = registered(state)
+    assert set(first) == {"a", "b"}
+    keep_roster(state, roster)
+    keep_roster(state, roster[::-1])
+    assert registered(state) == first
+
+
+def test_who_is_revoked_or_gone_from_the_roster_is_put_out_and_nobody_else(
+    state: LinkState, keys: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = (Registered(site=name, node_key=key, revoked=False) for name, key in zip("ab", keys, strict=True))
+    keep_roster(state, [a, b])
+    first = registered(state)
+    keep_roster(state, [Registered(site="a", node_key=a.node_key, revoked=True), b])
+    assert registered(state) == {"b": first["b"]}
+    keep_roster(state, [])
+    assert registered(state) == {}
+    assert state.get_node_id_by_public_key(a.node_key) is None
+    with caplog.at_level(logging.ERROR):
+        keep_roster(state, [a])
+    assert "a: its connection key was revoked before; it needs a new one" in caplog.text
+    assert registered(state) == {}
+
+
+def test_a_renewed_key_takes_the_place_of_the_old_one(state: LinkState, keys: list[bytes]) -> None:
+    keep_roster(state, [Registered(site="a", node_key=keys[0], revoked=False)])
+    old = registered(state)["a"]
+    keep_roster(state, [Registered(site="a", node_key=keys[1], revoked=False)])
+    assert list(registered(state)) == ["a"]
+    assert registered(state)["a"] != old
+    assert state.get_node_id_by_public_key(keys[0]) is None, "the old key opens nothing any more"

@@ -1,0 +1,313 @@
+"""A person at the site approves each run: for that proposal to the letter, and never beyond policy and budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.privacy.chain import Event, Kind
+from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import policy_of
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.verify import verify
+from fedtune.spec import RunError
+
+Open = Callable[..., Ledger]
+
+
+@pytest.fixture
+def manual(opened: Open, policy: Callable[..., Policy]) -> Open:
+    """Open the ledger of a site that approves each run; keywords change its policy further."""
+    return lambda **changes: opened(policy=policy(approval="manual", **changes))
+
+
+def reason_of(work: Callable[..., object], *arguments: Any, **rest: Any) -> Reason:
+    with pytest.raises(Refused) as caught:
+        work(*arguments, **rest)
+    return caught.value.reason
+
+
+def reserve(ledger: Ledger, proposal: Proposal, round: int = 1) -> Reservation | bytes:
+    return ledger.reserve(proposal, round=round, request=f"digest {proposal.run} {round}")
+
+
+def kinds(path: Path) -> list[tuple[Kind, str]]:
+    """What the ledger says beside its opening and its policies."""
+    events = [(event.kind, str(event.detail.get("what", ""))) for event in verify(path).events]
+    return [event for event in events if event[1] not in ("opened", "policy")]
+
+
+APPROVED = (Kind.NOTE, "approved")
+
+
+def test_a_run_that_nobody_has_approved_is_charged_nothing(manual: Open, proposal: Any, path: Path) -> None:
+    ledger = manual()
+    assert reason_of(reserve, ledger, proposal()) is Reason.AWAITING_APPROVAL
+    assert kinds(path) == [], "not even its plan is noted: nothing is set aside for it"
+    assert manual().history.charged().total() == 0
+    assert manual().history.set_aside(manual().history.now()).total() == 0
+    assert ledger.receipt("r").charged_rounds == 0
+
+
+def test_once_approved_it_begins(manual: Open, proposal: Any, path: Path) -> None:
+    ledger = manual()
+    reason_of(reserve, ledger, proposal())
+    ledger.approve(proposal())
+    assert isinstance(reserve(ledger, proposal()), Reservation)
+    assert kinds(path) == [APPROVED, (Kind.PLAN, ""), (Kind.RESERVE, "")]
+    noted = next(event for event in verify(path).events if event.detail.get("what") == "approved")
+    assert noted.detail["proposal"] == proposal().digest()
+    for round in (2, 3):
+        assert isinstance(reserve(ledger, proposal(), round), Reservation), "it is approved as a whole"
+
+
+def test_without_manual_approval_nothing_waits(opened: Open, proposal: Any, path: Path) -> None:
+    assert isinstance(reserve(opened(), proposal()), Reservation)
+    assert kinds(path) == [(Kind.PLAN, ""), (Kind.RESERVE, "")]
+
+
+# Within the policy, so that nothing but the approval can stand against it.
+_CHANGES: dict[str, dict[str, Any]] = {
+    "run": {"run": "s"},
+    "dataset": {"dataset": "letters"},
+    "target_modules": {"target_modules": ("v_proj",)},
+    "rank": {"rank": 3},
+    "train_head": {"train_head": False},
+    "seeded_noise": {"seeded_noise": True},
+    "num_sites": {"num_sites": 2},
+    "sampling_rate": {"plan": {"sampling_rate": 0.2}},
+    "noise_multiplier": {"plan": {"noise_multiplier": 1.0000001}},
+    "max_grad_norm": {"plan": {"max_grad_norm": 0.25}},
+    "local_steps": {"plan": {"local_steps": 2}},
+    "num_rounds": {"plan": {"num_rounds": 4}},
+    "spare_rounds": {"plan": {"spare_rounds": 1}},
+    "metrics_noise_multiplier": {"plan": {"metrics_noise_multiplier": 9.0}},
+}
+_REFUSED_ANYWAY = {"lead", "task", "base_model", "unit", "delta"}
+"""Fields of which this policy allows one value alone."""
+
+
+def test_every_field_of_a_proposal_is_tried() -> None:
+    fields = {field.name for type_ in (Proposal, Plan) for field in dataclasses.fields(type_)} - {"plan"}
+    assert fields == _CHANGES.keys() | _REFUSED_ANYWAY
+
+
+def test_an_approval_is_for_one_proposal_to_the_letter(manual: Open, proposal: Any) -> None:
+    ledger = manual(allow={"seeded_noise": True}, releases={"metrics": "noised"})
+    ledger.approve(proposal())
+    ledger.require_startable(proposal())
+    for field, changes in _CHANGES.items():
+        changed = proposal(**changes)
+        assert reason_of(ledger.require_startable, changed) is Reason.AWAITING_APPROVAL, field
+        assert reason_of(reserve, ledger, changed) is Reason.AWAITING_APPROVAL, field
+    assert isinstance(reserve(ledger, proposal()), Reservation)
+
+
+def test_each_changed_proposal_needs_an_approval_of_its_own(manual: Open, proposal: Any) -> None:
+    ledger, other = manual(), proposal(rank=3)
+    ledger.approve(proposal())
+    assert reason_of(reserve, ledger, other) is Reason.AWAITING_APPROVAL
+    ledger.approve(other)
+    assert isinstance(reserve(ledger, other), Reservation), "the newest approval does not undo the others"
+    assert reason_of(reserve, ledger, proposal()) is Reason.PLAN_CHANGED, "one name is one run"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rank": 9}, Reason.MAX_RANK),
+        ({"plan": {"noise_multiplier": 0.5}}, Reason.MIN_NOISE_MULTIPLIER),
+        ({"plan": {"num_rounds": 20}}, Reason.MAX_EPSILON),
+        ({"dataset": "images"}, Reason.DATASET),
+    ],
+    ids=["rank", "noise", "budget", "dataset"],
+)
+def test_nobody_approves_what_policy_or_budget_refuse(
+    manual: Open, proposal: Any, path: Path, changes: dict[str, Any], reason: Reason
+) -> None:
+    ledger = manual()
+    assert reason_of(ledger.approve, proposal(**changes)) is reason
+    assert kinds(path) == [], "a note would say that it was approved"
+    assert reason_of(reserve, ledger, proposal(**changes)) is reason, "the lead is told the rule, not to wait"
+
+
+def test_an_approved_run_can_still_be_refused_for_what_was_spent_meanwhile(manual: Open, proposal: Any) -> None:
+    ledger, late = manual(), proposal(run="late")
+    ledger.approve(late)
+    for run in ("one", "two"):
+        ledger.approve(proposal(run=run))
+        assert isinstance(reserve(ledger, proposal(run=run)), Reservation)
+    assert reason_of(reserve, ledger, late) is Reason.MAX_EPSILON
+
+
+def test_a_frozen_site_approves_nothing(manual: Open, proposal: Any) -> None:
+    manual().freeze("consent withdrawn")
+    assert reason_of(manual().approve, proposal()) is Reason.FROZEN
+
+
+def test_a_stranger_s_run_cannot_be_approved(manual: Open, proposal: Any, make_key: Any) -> None:
+    assert reason_of(manual().approve, proposal(lead=make_key(9).public)) is Reason.LEADS
+
+
+def test_the_approval_of_another_process_counts(manual: Open, proposal: Any) -> None:
+    serving, at_the_keyboard = manual(), manual()
+    assert reason_of(reserve, serving, proposal()) is Reason.AWAITING_APPROVAL
+    at_the_keyboard.approve(proposal())
+    assert isinstance(reserve(serving, proposal()), Reservation)
+
+
+def test_an_approval_survives_a_restart(manual: Open, proposal: Any, path: Path, site_key: Any) -> None:
+    manual().approve(proposal())
+    manual().require_startable(proposal())
+    assert verify(path, site_key=site_key.public).history.approved == {proposal().digest()}
+    assert isinstance(reserve(manual(), proposal()), Reservation)
+
+
+def test_approving_twice_is_approving_once(manual: Open, proposal: Any) -> None:
+    ledger = manual()
+    ledger.approve(proposal())
+    ledger.approve(proposal())
+    assert isinstance(reserve(ledger, proposal()), Reservation)
+    ledger.approve(proposal())  # also when it has begun
+    assert ledger.history.approved == {proposal().digest()}
+    assert isinstance(reserve(ledger, proposal(), 2), Reservation)
+
+
+def test_an_approval_lasts_though_the_policy_changes(manual: Open, proposal: Any) -> None:
+    manual().approve(proposal())
+    assert isinstance(reserve(manual(limits={"max_rounds": 19}), proposal()), Reservation)
+
+
+def test_an_approval_does_not_outlive_the_rule_that_allowed_it(manual: Open, proposal: Any) -> None:
+    manual().approve(proposal())
+    assert reason_of(reserve, manual(allow={"max_rank": 1}), proposal()) is Reason.MAX_RANK
+
+
+def test_a_policy_that_becomes_manual_does_not_stop_an_accepted_run(opened: Open, manual: Open, proposal: Any) -> None:
+    assert isinstance(reserve(opened(), proposal()), Reservation)
+    ledger = manual()
+    ledger.require_startable(proposal())
+    assert isinstance(reserve(ledger, proposal(), 2), Reservation)
+    assert reason_of(reserve, ledger, proposal(run="s")) is Reason.AWAITING_APPROVAL
+    assert isinstance(reserve(opened(), proposal(run="s")), Reservation), "and back again"
+
+
+def test_approving_needs_the_newest_policy(opened: Open, manual: Open, proposal: Any) -> None:
+    ledger = manual()
+    opened()
+    with pytest.raises(RunError, match=r"policy of ledger .* was changed while it was open"):
+        ledger.approve(proposal())
+
+
+# What is recorded.
+
+
+def refuse(ledger: Ledger, reason: Reason, *, run: str = "r", round: int = 1) -> None:
+    ledger.refuse(Refused(reason), run=run, round=round, request=f"digest {run} {round}")
+
+
+@pytest.mark.parametrize("reason", [Reason.AWAITING_APPROVAL, Reason.PAUSED])
+def test_that_a_run_waits_is_recorded_once_however_often_it_asks(manual: Open, path: Path, reason: Reason) -> None:
+    for _ in range(5):
+        refuse(manual(), reason)
+    assert kinds(path) == [(Kind.REFUSAL, "")]
+    assert verify(path).events[-1].detail["reason"] == reason.value
+    assert manual().history.last_refusal == ("r", reason.value)
+
+
+def test_what_changes_while_it_waits_is_recorded(manual: Open, path: Path, proposal: Any) -> None:
+    ledger = manual()
+    for run, reason in (
+        ("r", Reason.AWAITING_APPROVAL),
+        ("r", Reason.AWAITING_APPROVAL),
+        ("r", Reason.PAUSED),
+        ("s", Reason.PAUSED),
+        ("s", Reason.PAUSED),
+    ):
+        refuse(ledger, reason, run=run)
+    ledger.approve(proposal())
+    refuse(ledger, Reason.PAUSED, run="s")
+    told = [(event.run, event.detail["reason"]) for event in verify(path).events if event.kind is Kind.REFUSAL]
+    assert told == [("r", "awaiting_approval"), ("r", "paused"), ("s", "paused"), ("s", "paused")]
+
+
+def test_other_refusals_are_recorded_each_time(manual: Open, path: Path) -> None:
+    for _ in range(3):
+        refuse(manual(), Reason.MAX_RANK)
+    assert kinds(path) == [(Kind.REFUSAL, "")] * 3
+
+
+def test_only_a_person_s_decision_is_waited_for() -> None:
+    assert {reason for reason in Reason if reason.is_waiting} == {Reason.AWAITING_APPROVAL, Reason.PAUSED}
+    assert not any(reason.is_final for reason in Reason if reason.is_waiting), "asking again can help"
+
+
+# Ledgers from before.
+
+_NEW_KEYS = ("approval", "final_adapter", "machine")
+
+
+@pytest.fixture
+def old_ledger(opened: Open, proposal: Any, monkeypatch: pytest.MonkeyPatch) -> Policy:
+    """A ledger with a run, made when policies had none of the new keys; the policy that it was made under."""
+    to_json = Policy.to_json
+
+    def without(self: Policy) -> dict[str, Any]:
+        return {key: value for key, value in to_json(self).items() if key not in _NEW_KEYS}
+
+    with monkeypatch.context() as then:
+        then.setattr(Policy, "to_json", without)
+        ledger = opened()
+        granted = reserve(ledger, proposal())
+        assert isinstance(granted, Reservation)
+        ledger.commit(granted, b"reply")
+    return ledger.policy
+
+
+def policy_note(path: Path) -> Event:
+    return next(event for event in verify(path).events if event.detail.get("what") == "policy")
+
+
+def test_an_old_ledger_can_be_read(old_ledger: Policy, path: Path, site_key: Any) -> None:
+    detail = policy_note(path).detail
+    assert not set(_NEW_KEYS) & detail["policy"].keys(), "it is an old one"
+    assert detail["sha256"] == hashlib.sha256(json.dumps(detail["policy"], sort_keys=True).encode()).hexdigest()
+    assert detail["sha256"] != old_ledger.digest()
+    history = verify(path, site_key=site_key.public).history
+    assert history.policy == old_ledger == policy_of(detail["policy"])
+    assert (history.policy.approval, history.policy.final_adapter) == ("automatic", "keep")
+    assert history.approved == set()
+
+
+def test_an_old_ledger_goes_on_under_the_new_program(
+    old_ledger: Policy, path: Path, opened: Open, manual: Open, proposal: Any
+) -> None:
+    before = verify(path).events
+    ledger = opened()
+    assert verify(path).events == before, "the same policy is not noted again"
+    assert ledger.reserve(proposal(), round=1, request="digest r 1") == b"reply"
+    assert isinstance(reserve(ledger, proposal(), 2), Reservation)
+    changed = manual()
+    assert [event.detail.get("what") for event in verify(path).events].count("policy") == 2
+    assert isinstance(reserve(changed, proposal(), 3), Reservation)
+
+
+# The end of a run.
+
+
+def test_the_end_of_a_run_names_the_adapter_that_was_sent(opened: Open, proposal: Any, path: Path) -> None:
+    reserve(opened(), proposal())
+    opened().end("r", adapter_sha256="ab" * 32)
+    opened().end("r", adapter_sha256="cd" * 32)
+    ended = [event.detail for event in verify(path).events if event.detail.get("what") == "run_ended"]
+    assert ended == [{"what": "run_ended", "adapter_sha256": "ab" * 32}], "the first word counts"
+    assert not opened().history.runs["r"].is_open(opened().history.now())

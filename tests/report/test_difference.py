@@ -1,0 +1,121 @@
+"""Two reports beside each other: all that differs, nothing that does not, both values as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fedtune.report.difference import Change, differences
+from fedtune.report.model import Audit, Report
+from fedtune.spec import ConfigError
+
+Make = Callable[..., Report]
+
+
+def with_mechanism(report: Report, **changes: Any) -> Report:
+    """The report with its first site's mechanism changed."""
+    first, *others = report.sites
+    rows = (dataclasses.replace(first.mechanisms[0], **changes), *first.mechanisms[1:])
+    return dataclasses.replace(report, sites=(dataclasses.replace(first, mechanisms=rows), *others))
+
+
+def test_equal_reports_differ_in_nothing(a_report: Make, a_ledger_report: Make) -> None:
+    assert differences(a_report(), a_report()) == ()
+    assert differences(a_ledger_report(), a_ledger_report()) == ()
+
+
+def test_a_changed_setting_is_named_once_with_both_values(a_report: Make) -> None:
+    after = with_mechanism(a_report(), noise_multiplier=1.25, run="tighter-fedcba9876543210")
+    assert differences(a_report(), after) == (
+        Change(
+            group="settings",
+            key="sites.north-hospital.mechanism.noise_multiplier",
+            before=1.5,
+            after=1.25,
+            missing=None,
+        ),
+    )
+
+
+def test_each_group_has_its_own(a_report: Make) -> None:
+    report = a_report()
+    assert report.utility
+    one, *others = report.utility.rounds
+    rounds = (dataclasses.replace(one, seconds=4.5, failed_sites={"south-hospital": "no_reply"}), *others)
+    after = a_report(
+        delta=1e-6,
+        epsilon=0.9,
+        utility=dataclasses.replace(report.utility, rounds=rounds, final={"accuracy": 0.8, "loss": 0.6}),
+        provenance=dataclasses.replace(report.provenance, libraries={"torch": "2.9.0", "dp-accounting": "0.6.0"}),
+    )
+    assert [(change.group, change.key, change.before, change.after) for change in differences(report, after)] == [
+        ("settings", "delta", 1e-5, 1e-6),
+        ("settings", "provenance.libraries.torch", "2.8.0", "2.9.0"),
+        ("privacy", "epsilon", report.epsilon, 0.9),
+        ("utility", "final.accuracy", 0.75, 0.8),
+        ("cost", "seconds", 10.0, 12.0),
+        ("cost", "sites_that_failed", 0, 1),
+    ]
+
+
+def test_a_site_or_score_that_one_report_lacks_is_missing_and_not_zero(a_report: Make) -> None:
+    report = a_report()
+    changes = differences(report, a_report(sites=report.sites[:1]))
+    assert {change.missing for change in changes} == {"after"}
+    assert "sites.south-hospital.spent.epsilon" in {change.key for change in changes}
+    utility = report.utility
+    assert utility
+    (found,) = differences(report, a_report(utility=dataclasses.replace(utility, non_private={"accuracy": 0.9})))
+    assert (found.key, found.before, found.after, found.missing) == ("non_private.accuracy", None, 0.9, "before")
+    assert {change.group for change in differences(a_report(utility=None), report)} == {"utility", "cost"}
+
+
+def test_losing_the_guarantee_is_a_change_of_privacy(a_report: Make, a_report_without_privacy: Make) -> None:
+    changes = {change.key: change for change in differences(a_report(), a_report_without_privacy())}
+    assert (changes["verdict.state"].before, changes["verdict.state"].after) == ("within", "no_guarantee")
+    assert changes["verdict.reasons"].after == "no_noise"
+    assert changes["epsilon"].after is None
+    assert changes["epsilon"].missing is None  # there, and unbounded
+    assert changes["target_epsilon"].after is None
+
+
+def test_a_ledger_a_year_later(a_ledger_report: Make) -> None:
+    report = a_ledger_report()
+    (site,) = report.sites
+    assert site.lifetime
+    assert site.approved
+    earlier = dataclasses.replace(
+        site,
+        mechanisms=site.mechanisms[:1],
+        lifetime=dataclasses.replace(site.lifetime, left=5.0),
+        approved=dataclasses.replace(site.approved, max_epsilon=7.0),
+    )
+    changes = {change.key: change for change in differences(a_ledger_report(sites=(earlier,)), report)}
+    assert changes["sites.north-hospital.runs.triage.noise_multiplier"].missing == "before"
+    assert changes["sites.north-hospital.runs.triage.rounds"].after == 3
+    assert changes["sites.north-hospital.lifetime.left"].before == 5.0
+    assert changes["sites.north-hospital.approved.max_epsilon"].before == 7.0
+
+
+def test_an_audit_belongs_to_privacy(a_report: Make) -> None:
+    audit = Audit(method="one_run", lower_bound=0.3, confidence=0.95, best_possible=1.1, num_canaries=1000)
+    changes = differences(a_report(), a_report(audit=audit))
+    assert ("privacy", "audit.lower_bound", 0.3) in [(change.group, change.key, change.after) for change in changes]
+
+
+def test_the_runs_configurations_are_settings(a_report: Make) -> None:
+    before = {"training": {"learning_rate": 0.1, "optimizer": "adamw"}, "lora": {"target_modules": ["q", "v"]}}
+    after = {"training": {"learning_rate": 0.2, "optimizer": "adamw"}, "lora": {"target_modules": ["q"]}}
+    found = differences(a_report(), a_report(), settings=(before, after))
+    assert [(change.group, change.key, change.before, change.after) for change in found] == [
+        ("settings", "config.training.learning_rate", 0.1, 0.2),
+        ("settings", "config.lora.target_modules", "q, v", "q"),
+    ]
+
+
+def test_a_run_and_a_ledger_cannot_be_compared(a_report: Make, a_ledger_report: Make) -> None:
+    with pytest.raises(ConfigError, match="first report, run"):
+        differences(a_report(), a_ledger_report())

@@ -1,0 +1,214 @@
+"""The mechanism's own curve: an upper bound on every attack, and close to the best one."""
+
+from __future__ import annotations
+
+import math
+import time
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
+
+from fedtune.privacy import accountant, events
+from fedtune.report import explain, profile
+
+_NORMAL = NormalDist()
+_SHARES = (0.0001, 0.001, 0.01, 0.1, 0.5, 0.9)
+
+
+def sampled(rate: float, sigma: float, steps: int = 1) -> dict[DpEvent, int]:
+    return {PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)): steps}
+
+
+def forget() -> None:
+    for cached in (profile._pld, profile._rdp, profile._hit_rate_of):
+        cached.cache_clear()
+
+
+_MECHANISMS = {
+    "one Gaussian": {GaussianDpEvent(2.0): 1},
+    "one sampled step": sampled(0.1, 1.0),
+    "a run": sampled(0.05, 1.5, 40),
+    "a run with scores": {**sampled(0.05, 1.5, 40), GaussianDpEvent(20.0): 4},
+    "little noise": sampled(0.2, 0.6, 100),
+}
+
+
+@pytest.fixture(params=_MECHANISMS.values(), ids=list(_MECHANISMS))
+def spent(request: pytest.FixtureRequest) -> dict[DpEvent, int]:
+    return dict(request.param)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 5.0, 40.0])
+def test_a_gaussian_s_curve_is_known_exactly(sigma: float) -> None:
+    spent, mu = [GaussianDpEvent(sigma)], 1 / sigma
+    for point in profile.curve(spent, (1e-3, 1e-5, 1e-8)):
+        assert point.epsilon_pld is not None
+        assert point.epsilon_rdp is not None
+        # At the epsilon that is claimed, the mechanism really has no more than this delta; a bucket less, and it has.
+        assert explain.gaussian_delta(mu, point.epsilon_pld) <= point.delta * (1 + 1e-9)
+        if point.epsilon_pld > 0.01:
+            assert explain.gaussian_delta(mu, point.epsilon_pld - 2e-3) > point.delta
+        assert point.epsilon_rdp >= point.epsilon_pld
+    for alarms in _SHARES:
+        rate, exact = profile.hit_rate(spent, false_alarms=alarms), explain.gaussian_hit_rate(mu, false_alarms=alarms)
+        assert rate is not None
+        assert exact - 1e-12 <= rate <= exact * (1 + 1e-5)
+    right = profile.right_of_100(spent)
+    assert right is not None
+    assert explain.gaussian_right_of_100(mu) - 1e-9 <= right <= explain.gaussian_right_of_100(mu) + 1e-3
+
+
+def best_attacks(rate: float, sigma: float, alarms: float) -> tuple[float, float]:
+    """Exact hit rates of the best tests for, and against, a record in one sampled step."""
+    over = sigma * _NORMAL.inv_cdf(1 - alarms)
+    for_it = (1 - rate) * alarms + rate * (1 - _NORMAL.cdf((over - 1) / sigma))
+    low, high = -50.0 * sigma, 50.0 * sigma  # below it, so many outcomes with the record lie
+    while high - low > 1e-12 * sigma:
+        middle = (low + high) / 2
+        with_it = (1 - rate) * _NORMAL.cdf(middle / sigma) + rate * _NORMAL.cdf((middle - 1) / sigma)
+        low, high = (middle, high) if with_it < alarms else (low, middle)
+    return for_it, _NORMAL.cdf(low / sigma)
+
+
+@pytest.mark.parametrize(("rate", "sigma"), [(0.01, 0.8), (0.1, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize("alarms", _SHARES)
+def test_one_sampled_step_s_best_attacks_are_known_exactly(rate: float, sigma: float, alarms: float) -> None:
+    bound = profile.hit_rate(sampled(rate, sigma), false_alarms=alarms)
+    assert bound is not None
+    best = max(best_attacks(rate, sigma, alarms))
+    assert best * (1 - 1e-9) <= bound
+    # The curve that covers add and remove at once is the convex one above both.
+    assert bound <= best * 1.05
+
+
+def test_no_simulated_attack_does_better() -> None:
+    rate, sigma, steps, draws = 0.2, 1.0, 10, 200_000
+    spent, random = sampled(rate, sigma, steps), np.random.default_rng(7)
+
+    def losses(used: bool) -> np.ndarray:
+        joined = random.random((draws, steps)) < (rate if used else 0.0)
+        seen = joined + sigma * random.standard_normal((draws, steps))
+        return np.log1p(rate * np.expm1((2 * seen - 1) / (2 * sigma**2))).sum(axis=1)
+
+    without, with_it = losses(False), losses(True)
+    for alarms in (0.001, 0.01, 0.1):
+        bound = profile.hit_rate(spent, false_alarms=alarms)
+        assert bound is not None
+        for others, sought in ((without, with_it), (-with_it, -without)):
+            rate_found = (sought > np.quantile(others, 1 - alarms)).mean()
+            assert rate_found <= bound + 5 * math.sqrt(bound / draws) + 5 * bound * math.sqrt(1 / (alarms * draws))
+        # The test for the record is the best there is here: the bound is not far above it.
+        assert bound <= 1.25 * (with_it > np.quantile(without, 1 - alarms)).mean()
+    right = profile.right_of_100(spent)
+    found = 50 * ((with_it > 0).mean() + (without <= 0).mean())
+    assert right is not None
+    assert found - 0.5 <= right <= found + 0.5
+
+
+def test_the_curve_lies_below_each_of_its_points(spent: dict[DpEvent, int]) -> None:
+    for point in profile.curve(spent, profile.curve_deltas(1e-5)):
+        assert point.epsilon_pld is not None
+        for alarms in _SHARES:
+            rate = profile.hit_rate(spent, false_alarms=alarms)
+            ceiling = explain.hit_rate_ceiling(point.epsilon_pld, point.delta, false_alarms=alarms)
+            assert rate is not None
+            assert alarms <= rate <= ceiling + 1e-7
+        right = profile.right_of_100(spent)
+        assert right is not None
+        assert 50 <= right <= explain.right_of_100_ceiling(point.epsilon_pld, point.delta) + 1e-6
+
+
+def test_more_alarms_and_more_steps_never_mean_fewer_hits(spent: dict[DpEvent, int]) -> None:
+    rates = [profile.hit_rate(spent, false_alarms=alarms) for alarms in _SHARES]
+    assert rates == sorted(rate for rate in rates if rate is not None)
+    twice = {event: 2 * count for event, count in spent.items()}
+    for alarms, rate in zip(_SHARES, rates, strict=True):
+        again = profile.hit_rate(twice, false_alarms=alarms)
+        assert again is not None
+        assert rate is not None
+        assert rate <= again + 1e-9
+    once, more = profile.right_of_100(spent), profile.right_of_100(twice)
+    assert once is not None
+    assert more is not None
+    assert once < more
+
+
+def test_epsilon_falls_with_delta(spent: dict[DpEvent, int]) -> None:
+    points = profile.curve(spent, (1e-8, 1e-3, 1e-5, 1e-5))
+    assert [point.delta for point in points] == [1e-3, 1e-5, 1e-8]
+    for figures in ([point.epsilon_pld for point in points], [point.epsilon_rdp for point in points]):
+        assert figures == sorted(figure for figure in figures if figure is not None)
+
+
+def test_figures_are_the_accountants_own(spent: dict[DpEvent, int]) -> None:
+    for interval in (accountant.FINE, accountant.COARSE):
+        found = profile.epsilon_pld(spent, 1e-5, interval=interval)
+        assert found == pytest.approx(accountant.epsilon_pld(spent, 1e-5, interval=interval), rel=1e-9)
+    assert profile.epsilon_rdp(spent, 1e-5) == pytest.approx(accountant.epsilon_rdp(spent, 1e-5), rel=1e-12)
+
+
+def test_equal_histories_give_equal_digits() -> None:
+    one = {**sampled(0.05, 1.5, 40), GaussianDpEvent(20.0): 4, **sampled(0.1, 2.0, 7)}
+    other = [event for event, count in reversed(one.items()) for _ in range(count)]
+    forget()
+    first = profile.meaning(one, epsilon=2.0, delta=1e-5, declared_size=1000), profile.curve(one, (1e-5,))
+    forget()
+    assert first == (profile.meaning(other, epsilon=2.0, delta=1e-5, declared_size=1000), profile.curve(other, (1e-5,)))
+
+
+def test_what_it_means(spent: dict[DpEvent, int]) -> None:
+    epsilon = profile.epsilon_pld(spent, 1e-5)
+    meant = profile.meaning(spent, epsilon=epsilon, delta=1e-5, declared_size=2000)
+    assert epsilon is not None
+    assert meant.right_of_100_ceiling == explain.right_of_100_ceiling(epsilon, 1e-5)
+    assert meant.right_of_100_mechanism == profile.right_of_100(spent)
+    assert meant.expected_failures == pytest.approx(0.02)
+    assert [(one.prior, one.ceiling) for one in meant.posterior] == [
+        (prior, explain.posterior(epsilon, prior=prior)) for prior in explain.PRIORS
+    ]
+    assert [one.false_alarms for one in meant.hit_rates] == list(explain.FALSE_ALARMS)
+    for one in meant.hit_rates:
+        assert one.mechanism is not None
+        assert one.false_alarms < one.mechanism <= one.ceiling
+
+
+def test_the_mechanism_never_looks_worse_than_its_ceiling() -> None:
+    # An epsilon by the fine grid may be a little below what the coarse one, of the curve, says.
+    meant = profile.meaning([GaussianDpEvent(1.0)], epsilon=0.0, delta=1e-5, declared_size=None)
+    assert meant.right_of_100_mechanism == meant.right_of_100_ceiling
+    assert all(one.mechanism == one.ceiling for one in meant.hit_rates)
+
+
+@pytest.mark.parametrize("spent", [[NonPrivateDpEvent()], {**sampled(0.1, 1.0), NonPrivateDpEvent(): 2}])
+def test_without_noise_nothing_is_bounded(spent: events.Spent) -> None:
+    meant = profile.meaning(spent, epsilon=None, delta=1e-5, declared_size=None)
+    assert (meant.right_of_100_ceiling, meant.right_of_100_mechanism) == (100, None)
+    assert [one.ceiling for one in meant.posterior] == [1, 1, 1, 1]
+    assert [(one.ceiling, one.mechanism) for one in meant.hit_rates] == [(1, None), (1, None)]
+    assert meant.expected_failures is None
+    (point,) = profile.curve(spent, (1e-5,))
+    assert (point.epsilon_pld, point.epsilon_rdp) == (None, None)
+
+
+def test_hardly_any_noise_is_bounded_all_the_same() -> None:
+    rate = profile.hit_rate([GaussianDpEvent(0.05)], false_alarms=0.01)
+    assert rate == pytest.approx(1.0)
+    assert profile.right_of_100([GaussianDpEvent(0.05)]) == pytest.approx(100.0)
+
+
+def test_nothing_spent_helps_no_attacker() -> None:
+    assert profile.hit_rate([], false_alarms=0.01) == 0.01
+    assert profile.right_of_100([]) == 50
+    assert profile.epsilon_pld([], 1e-5) == 0
+    assert profile.epsilon_rdp([], 1e-5) == 0
+
+
+def test_twenty_settings_take_a_second_or_two() -> None:
+    spent = {PoissonSampledDpEvent(0.01 + number / 500, GaussianDpEvent(1 + number / 10)): 250 for number in range(20)}
+    forget()
+    begun = time.process_time()
+    profile.meaning(spent, epsilon=5.0, delta=1e-5, declared_size=1000)
+    profile.curve(spent, profile.curve_deltas(1e-5))
+    assert time.process_time() - begun < 3  # 0.9 s on a quiet machine

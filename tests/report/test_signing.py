@@ -1,0 +1,177 @@
+"""A signature covers every value of a report, and each value has one spelling."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedtune.privacy.keys import SigningKey
+from fedtune.report import signing
+from fedtune.report.model import Report, Signature, from_json, to_json
+from fedtune.spec import ConfigError, FedtuneError, RunError
+
+Make = Callable[..., Report]
+
+
+@pytest.fixture(scope="module")
+def key() -> SigningKey:
+    return SigningKey(Ed25519PrivateKey.generate())
+
+
+def test_what_is_written_is_read_back(a_report: Make, a_ledger_report: Make, key: SigningKey) -> None:
+    for report in (a_report(), a_ledger_report(), signing.signed(a_report(), key)):
+        assert signing.read(signing.to_text(report).encode()) == report
+
+
+def test_the_canonical_form_is_sorted_dense_and_without_the_signature(a_report: Make, key: SigningKey) -> None:
+    report = a_report(name="Königsberg")
+    text = signing.canonical(report).decode()
+    assert '"name":"Königsberg"' in text
+    assert ": " not in text.replace("Apache-2.0", "")
+    assert '"delta":1e-05' in text
+    assert '"signature"' not in text
+    assert list(json.loads(text)) == sorted(json.loads(text))
+    assert signing.canonical(signing.signed(report, key)) == text.encode()
+
+
+def test_a_signature_names_its_key(a_report: Make, key: SigningKey) -> None:
+    report = signing.signed(a_report(), key)
+    assert signing.check(report) == key.public
+    assert signing.check(report, expected_key=key.public) == key.public
+    assert signing.signed(report, key) == report
+
+
+def test_a_missing_signature_is_an_error_only_where_one_is_expected(a_report: Make, key: SigningKey) -> None:
+    assert signing.check(a_report()) is None
+    with pytest.raises(RunError, match="not signed"):
+        signing.check(a_report(), expected_key=key.public)
+
+
+def test_somebody_else_s_signature_is_found(a_report: Make, key: SigningKey) -> None:
+    other = SigningKey(Ed25519PrivateKey.generate())
+    report = signing.signed(a_report(), key)
+    with pytest.raises(RunError, match=f"not by {other.public}"):
+        signing.check(report, expected_key=other.public)
+    assert report.signature
+    for signature in (
+        Signature(key=other.public, signature=report.signature.signature),
+        Signature(key=report.signature.key, signature=report.signature.signature.replace("a", "A")),
+        Signature(key="00" * 32, signature="00" * 64),
+        Signature(key="", signature=""),
+    ):
+        with pytest.raises(RunError, match="does not fit"):
+            signing.check(dataclasses.replace(report, signature=signature))
+
+
+def test_a_signature_for_another_purpose_does_not_pass(a_report: Make, key: SigningKey) -> None:
+    report = a_report()
+    made = Signature(key=key.public, signature=key.sign("receipt", signing.canonical(report)))
+    with pytest.raises(RunError, match="does not fit"):
+        signing.check(dataclasses.replace(report, signature=made))
+
+
+def test_a_ledger_s_report_is_signed_by_its_site(a_ledger_report: Make, key: SigningKey) -> None:
+    report = a_ledger_report()
+    (site,) = report.sites
+    with pytest.raises(RunError, match="ef" * 32):
+        signing.check(signing.signed(report, key))
+    assert site.verification
+    own = dataclasses.replace(site, verification=dataclasses.replace(site.verification, site_key=key.public))
+    assert signing.check(signing.signed(dataclasses.replace(report, sites=(own,)), key)) == key.public
+
+
+def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if isinstance(data, dict | list):
+        for key in data if isinstance(data, dict) else range(len(data)):
+            yield from leaves(data[key], (*path, key))
+    else:
+        yield path, data
+
+
+def test_each_value_is_covered(a_ledger_report: Make, a_report: Make, key: SigningKey) -> None:
+    report = signing.signed(a_report(sites=(*a_report().sites, *a_ledger_report().sites)), key)
+    changed = 0
+    for path, value in leaves(to_json(report)):
+        data = to_json(report)
+        part = data
+        for step in path[:-1]:
+            part = part[step]
+        part[path[-1]] = (
+            not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else f"{value}x"
+        )
+        try:
+            other = from_json(json.dumps(data))
+        except ConfigError:
+            continue
+        with pytest.raises(RunError):
+            signing.check(other)
+        changed += 1
+    assert changed > 300
+
+
+@given(data=st.data())
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_digit_can_be_changed_anywhere(a_report: Make, key: SigningKey, data: st.DataObject) -> None:
+    text = signing.to_text(signing.signed(a_report(), key))
+    places = [place for place, letter in enumerate(text) if letter in "0123456789"]
+    place = data.draw(st.sampled_from(places))
+    digit = data.draw(st.sampled_from([digit for digit in "0123456789" if digit != text[place]]))
+    with pytest.raises(FedtuneError):
+        signing.check(signing.read(f"{text[:place]}{digit}{text[place + 1 :]}".encode()))
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_edit_passes_for_another_report(a_report: Make, key: SigningKey, data: st.DataObject) -> None:
+    report = signing.signed(a_report(), key)
+    text = signing.to_text(report)
+    begin = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(begin, min(len(text), begin + 8)))
+    edited = text[:begin] + data.draw(st.text(max_size=3)) + text[end:]
+    try:
+        read = signing.read(edited.encode())
+        signing.check(read)
+    except FedtuneError:
+        return
+    assert dataclasses.replace(read, signature=None) == dataclasses.replace(report, signature=None)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"delta": 1e-05', '"delta": 1.0e-05'),  # one value, two spellings
+        ('"delta": 1e-05', '"delta": 0.00001'),
+        ('"delta": 1e-05', '"delta": 1.0000000000000000001e-05'),
+        ('"delta": 1e-05', '"delta": NaN'),
+        ('"epsilon": ', '"epsilon": Infinity, "epsilon_before": '),
+        ('"delta": 1e-05', '"delta": 1e-05, "delta": 1e-05'),
+        ('"delta": 1e-05', '"delta": "1e-05"'),
+        ('"seeded_noise": false', '"seeded_noise": 0'),
+        ('"rounds": 4', '"rounds": true'),
+        ('"rounds": 4', '"rounds": "4"'),
+        ('"rounds": 4', '"rounds": 4.0'),
+        ('"schema_version": 2', '"schema_version": 1'),
+        ('"kind": "run"', '"kind": "rum"'),
+        ('"kind": "run"', '"kind": "run", "note": "x"'),
+        ("{", "["),
+        ("{", '{"a": ' * 100_000),
+    ],
+)
+def test_what_is_no_report_is_refused(a_report: Make, before: str, after: str) -> None:
+    text = signing.to_text(a_report())
+    assert before in text
+    with pytest.raises(ConfigError):
+        signing.read(text.replace(before, after, 1).encode())
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe\x00", b"null", b"[]", b"{}", b"1" * 5000])
+def test_what_is_no_json_object_is_refused(data: bytes) -> None:
+    with pytest.raises(ConfigError):
+        signing.read(data)

@@ -1,0 +1,218 @@
+"""A run of a tiny model, and a real site in a folder with records of its own that answers the run's lead."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config import RunConfig
+from fedtune.data.spec import DataSpec
+from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
+from fedtune.federation.site import answer, end_run
+from fedtune.federation.spec import FederationSpec
+from fedtune.model import Adapter
+from fedtune.model.base import weights_sha256
+from fedtune.model.spec import LoraSpec, ModelSpec
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.mechanism import PrivacySpec
+from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.policy_tables import Machine
+from fedtune.privacy.release import Reason, Receipt, Refusal, Update
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.sites.real_site import RealSite, SitePlaces
+from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_settings import for_sites
+from fedtune.sites.virtual_site import generated_policy
+from fedtune.spec import ConfigError
+from fedtune.training.spec import RuntimeSpec, TrainingSpec
+
+LABELS = ("invoice", "complaint", "praise")
+COLUMNS = {"text": "body", "label": "kind"}
+"""Of the sites' files; the lead's have other names."""
+
+
+def changed(config: RunConfig, **groups: Any) -> RunConfig:
+    """`config` with other values: of a group by a dict, of a key by its value."""
+    values = {
+        name: replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in groups.items()
+    }
+    return replace(config, **values)
+
+
+@pytest.fixture(scope="session")
+def letters() -> Callable[..., RunConfig]:
+    """A lead's configuration of a run over the sites north and south; keywords change groups of it."""
+    config = RunConfig(
+        name="trial",
+        task="classification",
+        model=ModelSpec(path="random:bert", sha256=weights_sha256(ModelSpec(path="random:bert"))),
+        data=DataSpec(
+            dataset="letters",
+            train_file="unused.csv",
+            columns={"text": "text", "label": "label"},
+            labels=LABELS,
+            declared_sizes=40,
+            max_length=12,
+        ),
+        lora=LoraSpec(rank=2, alpha=4.0),
+        privacy=PrivacySpec(noise_multiplier=4.0, sampling_rate=0.5),
+        training=TrainingSpec(local_steps=2),
+        federation=FederationSpec(num_rounds=3, num_sites=2, site_names=("north", "south")),
+        runtime=RuntimeSpec(kind="deployment", device="cpu", num_threads=1, seeded_noise=True),
+    )
+    return lambda **groups: changed(config, **groups)
+
+
+def write_records(path: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """A site's data file."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS.values())
+        writer.writerows(rows)
+
+
+@dataclass
+class Station:
+    """A site in a folder, and the lead who asks it.
+
+    Attributes:
+        real: what the site's process holds in memory; `restart` makes it anew.
+        first: the lead's initial adapter.
+    """
+
+    folder: Path
+    lead: SigningKey
+    first: Adapter
+    name: str
+    config: RunConfig
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    @property
+    def site_toml(self) -> Path:
+        return self.folder / "site.toml"
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "mail.csv"
+
+    @property
+    def paused(self) -> Path:
+        return self.folder / "paused"
+
+    @property
+    def adapters(self) -> Path:
+        return self.folder / "adapters"
+
+    def restart(self) -> None:
+        """The site's process ends, and another begins in the same folder."""
+        places = SitePlaces(
+            site_toml=self.site_toml,
+            installed=self.installed,
+            paused=self.paused,
+            runs=self.folder / "runs",
+            adapters=self.adapters,
+        )
+        self.real = RealSite(places)
+
+    def installed(self, sha256: str) -> Path:
+        raise ConfigError("base model", sha256, "is not installed")
+
+    def edit(self, **changes: Any) -> None:
+        """Write another policy: tables are changed by dicts, the one data set by `dataset`."""
+        policy = read_policy(self.site_toml)
+        dataset = replace(policy.dataset[0], **changes.pop("dataset", {}))
+        tables = {
+            key: replace(getattr(policy, key), **value) if isinstance(value, dict) else value
+            for key, value in changes.items()
+        }
+        write_policy(replace(policy, dataset=(dataset,), **tables), self.site_toml)
+
+    def ledger(self) -> Ledger:
+        return SiteFiles.of(self.site_toml).open()
+
+    def request(self, config: RunConfig | None = None, *, round: int = 1, **about: Any) -> RoundRequest:
+        """What the lead asks for; `about` are fields of the request, or of its proposal."""
+        sent = for_sites(config or self.config)
+        proposal = sent.proposal(lead=self.lead.public, plan=sent.plan())
+        of_proposal = {key: value for key, value in about.items() if hasattr(proposal, key)}
+        fields: dict[str, Any] = {
+            "proposal": replace(proposal, **of_proposal),
+            "round": round,
+            "site": self.name,
+            "adapter_digest": self.first.digest(),
+            "receipt": None,
+            "expires": 1e12,
+        }
+        return RoundRequest(**fields | {key: value for key, value in about.items() if key not in of_proposal})
+
+    def ask(
+        self,
+        config: RunConfig | None = None,
+        *,
+        round: int = 1,
+        settings: str | None = None,
+        adapter: Adapter | None = None,
+        key: SigningKey | None = None,
+        **about: Any,
+    ) -> Reply:
+        """The answer to a round's request; `settings` travel with it in place of the configuration's own."""
+        adapter = adapter or self.first
+        request = self.request(config, round=round, adapter_digest=adapter.digest(), **about)
+        text = json.dumps(for_sites(config or self.config).to_json()) if settings is None else settings
+        return answer(self.real.site(text), request.signed(key or self.lead), adapter)
+
+    def update(self, config: RunConfig | None = None, **about: Any) -> Update:
+        """The update that must be the answer."""
+        reply = self.ask(config, **about)
+        assert isinstance(reply.body, Update), reply.body
+        return reply.body
+
+    def refusal(self, config: RunConfig | None = None, **about: Any) -> Reason:
+        """The reason why there must be none."""
+        reply = self.ask(config, **about)
+        assert isinstance(reply.body, Refusal)
+        return reply.body.reason
+
+    def end(self, adapter: Adapter, config: RunConfig | None = None) -> Receipt | None:
+        """Tell the site that the run is over, with its final adapter."""
+        run = for_sites(config or self.config).run_id()
+        notice = EndOfRun(run=run, lead=self.lead.public, adapter_digest=adapter.digest())
+        return end_run(self.real.site(""), notice.signed(self.lead), adapter)
+
+
+@pytest.fixture(scope="session")
+def first_adapter(letters: Callable[..., RunConfig]) -> Adapter:
+    """What every run of the tiny model begins with."""
+    return SharedModel(letters()).initial_adapter
+
+
+@pytest.fixture
+def station(
+    tmp_path: Path, lead_key: SigningKey, letters: Callable[..., RunConfig], first_adapter: Adapter
+) -> Callable[..., Station]:
+    """A site that allows several runs like its configuration's; keywords change that configuration."""
+
+    def make(name: str = "north", **groups: Any) -> Station:
+        config = letters(**groups)
+        made = Station(tmp_path / name, lead_key, first_adapter, name, config)
+        made.folder.mkdir()
+        sent = for_sites(config)
+        policy = generated_policy(sent, sent.plan(), name, lead=lead_key.public)
+        dataset = replace(policy.dataset[0], path=made.data.name, columns=COLUMNS)
+        budget = replace(policy.budget, max_epsilon=10 * policy.budget.max_epsilon)
+        machine = Machine(device="cpu", num_threads=1)
+        write_policy(replace(policy, dataset=(dataset,), budget=budget, machine=machine), made.site_toml)
+        write_records(made.data, [(f"letter {n} of {n % 7}", LABELS[n % 3]) for n in range(40)])
+        return made
+
+    return make

@@ -1,0 +1,333 @@
+"""A real site: whose settings, records and models it takes, what it refuses before it opens anything, what it keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedtune.sites.real_site as real_site
+from fedtune.config import RunConfig, parse
+from fedtune.federation.protocol import Reply
+from fedtune.model import Adapter
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.release import Reason, Refusal, Update
+from fedtune.sites.shared_model import SharedModel, score_saved
+from fedtune.sites.shared_settings import for_sites
+from fedtune.sites.work import SiteWork
+
+MakeStation = Callable[..., Any]
+
+
+@pytest.fixture
+def site(station: MakeStation) -> Any:
+    """The site north."""
+    return station()
+
+
+def sent_text(config: RunConfig, **groups: dict[str, Any]) -> str:
+    """The settings that sites are sent, with values changed by somebody on the way."""
+    fields = for_sites(config).to_json()
+    for group, values in groups.items():
+        fields[group] |= values
+    return json.dumps(fields)
+
+
+def charged(reply: Reply) -> int:
+    assert reply.receipt is not None
+    assert reply.receipt.is_signed()
+    return reply.receipt.charged_rounds
+
+
+def test_a_round_is_answered_with_a_trained_adapter_and_a_receipt(site: Any, first_adapter: Adapter) -> None:
+    reply = site.ask()
+    assert isinstance(reply.body, Update)
+    assert (reply.body.site, reply.body.round) == ("north", 1)
+    assert Adapter(reply.body.tensors).same_shapes(first_adapter)
+    assert Adapter(reply.body.tensors).digest() != first_adapter.digest()
+    assert charged(reply) == 1
+
+
+# Whose run it is.
+
+
+def test_settings_that_the_lead_did_not_sign_for_are_another_run(site: Any) -> None:
+    for changes in ({"training": {"learning_rate": 1.0}}, {"data": {"max_length": 13}}, {"model": {"licence": "MIT"}}):
+        assert site.refusal(settings=sent_text(site.config, **changes)) is Reason.WRONG_RUN, changes
+    assert site.ledger().history.runs == {}
+
+
+def test_settings_of_another_plan_than_was_signed_are_refused(site: Any) -> None:
+    assert site.refusal(settings=sent_text(site.config, privacy={"max_grad_norm": 2.0})) is Reason.PLAN_CHANGED
+    # Signed by an allowed lead, allowed by the policy in every number, and not what the settings come to.
+    assert site.refusal(rank=1) is Reason.PLAN_CHANGED
+    assert site.ledger().history.runs == {}
+
+
+def test_settings_of_runs_without_this_site_are_refused(site: Any, letters: Callable[..., RunConfig]) -> None:
+    elsewhere = letters(federation={"site_names": ("west", "south")})
+    assert site.refusal(elsewhere) is Reason.WRONG_SITE
+    left_out = letters(federation={"participants": ("south",)})
+    assert site.refusal(left_out) is Reason.WRONG_SITE
+
+
+def test_a_run_that_takes_the_site_for_another_size_is_refused(site: Any) -> None:
+    site.edit(dataset={"declared_size": 41})
+    assert site.refusal() is Reason.DECLARED_SIZE
+
+
+def test_no_settings_are_refused_without_a_charge(site: Any) -> None:
+    for text in ("", "{}", "[]", "null", "\ud800"):
+        assert site.refusal(settings=text) is Reason.SETTINGS, text
+    assert site.ledger().history.runs == {}
+
+
+# What is not even opened.
+
+
+@pytest.fixture
+def untouchable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where a model or a record is reached for, it is noted, and fails."""
+    reached: list[str] = []
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def reach(*_: Any, **__: Any) -> Any:
+            reached.append(name)
+            raise AssertionError(name)
+
+        return reach
+
+    for name in ("SharedModel", "own_records"):
+        monkeypatch.setattr(real_site, name, refuse(name))
+    return reached
+
+
+def _stranger(site: Any, stranger: SigningKey) -> Reason:
+    return Reason(site.refusal(lead=stranger.public, key=stranger))
+
+
+def _forger(site: Any, stranger: SigningKey) -> Reason:
+    return Reason(site.refusal(key=stranger))
+
+
+def _over_budget(site: Any, stranger: SigningKey) -> Reason:
+    site.edit(budget={"max_epsilon": 0.01})
+    return Reason(site.refusal())
+
+
+def _over_a_limit(site: Any, stranger: SigningKey) -> Reason:
+    site.edit(limits={"max_local_steps": 1})
+    return Reason(site.refusal())
+
+
+def _unapproved(site: Any, stranger: SigningKey) -> Reason:
+    site.edit(approval="manual")
+    return Reason(site.refusal())
+
+
+def _paused(site: Any, stranger: SigningKey) -> Reason:
+    site.paused.touch()
+    return Reason(site.refusal())
+
+
+def _expired(site: Any, stranger: SigningKey) -> Reason:
+    return Reason(site.refusal(expires=1.0))
+
+
+def _other_proposal(site: Any, stranger: SigningKey) -> Reason:
+    return Reason(site.refusal(rank=1))
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (_stranger, Reason.LEADS),
+        (_forger, Reason.WRONG_SIGNATURE),
+        (_over_budget, Reason.MAX_EPSILON),
+        (_over_a_limit, Reason.MAX_LOCAL_STEPS),
+        (_unapproved, Reason.AWAITING_APPROVAL),
+        (_paused, Reason.PAUSED),
+        (_expired, Reason.REQUEST_EXPIRED),
+        (_other_proposal, Reason.PLAN_CHANGED),
+    ],
+    ids=["stranger", "forger", "over budget", "over a limit", "unapproved", "paused", "expired", "another proposal"],
+)
+def test_for_a_refused_request_no_model_is_loaded_and_no_record_opened(
+    site: Any, stranger_key: SigningKey, untouchable: list[str], case: Any, reason: Reason
+) -> None:
+    assert case(site, stranger_key) is reason
+    assert untouchable == []
+    assert not list((site.folder / "runs").glob("*")), "nor are its settings kept"
+
+
+def test_the_trap_of_the_test_above_works(site: Any, untouchable: list[str]) -> None:
+    assert site.refusal() is Reason.SITE_ERROR
+    assert untouchable == ["SharedModel"]
+
+
+def test_a_data_file_that_cannot_be_read_costs_nothing_and_tells_nothing(
+    site: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults: list[Callable[[], object]] = [
+        lambda: site.data.write_text("body,kind\nsecret-17,never declared\n"),
+        lambda: site.data.write_text("other,columns\n1,2\n"),
+        lambda: site.data.write_bytes(b"body,kind\n\xff\xfe,praise\n"),
+        site.data.unlink,
+    ]
+    for make in faults:
+        make()
+        reply = site.ask()
+        assert isinstance(reply.body, Refusal)
+        assert reply.body.reason is Reason.SITE_ERROR
+        assert (reply.body.asked, reply.body.allowed) == (None, None)
+        assert charged(reply) == 0
+        assert "mail.csv" not in repr(reply)
+    assert "mail.csv" in caplog.text
+    assert "secret-17" not in caplog.text
+
+
+# What stays in memory.
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every model that is loaded, and every data file that is read."""
+    seen: list[str] = []
+
+    class Counted(SharedModel):
+        def __init__(self, config: RunConfig) -> None:
+            seen.append("model")
+            super().__init__(config)
+
+    read = real_site.own_records
+
+    def counted(spec: Any, **rest: Any) -> Any:
+        seen.append("records")
+        return read(spec, **rest)
+
+    monkeypatch.setattr(real_site, "SharedModel", Counted)
+    monkeypatch.setattr(real_site, "own_records", counted)
+    return seen
+
+
+def test_model_and_records_stay_for_the_rounds_of_a_run(site: Any, loaded: list[str]) -> None:
+    site.update()
+    site.update(round=2)
+    site.update(round=2)
+    assert loaded == ["model", "records"]
+
+
+def test_another_run_of_the_same_model_reads_the_records_anew(
+    site: Any, loaded: list[str], letters: Callable[..., RunConfig]
+) -> None:
+    site.update()
+    site.update(letters(name="second"))
+    assert loaded == ["model", "records", "records"]
+    site.update(round=2)
+    assert loaded == ["model", "records", "records", "records"], "the newest run's alone are kept"
+
+
+@pytest.mark.parametrize("machine", [{"micro_batch_tokens": 64}, {"kept_states_mib": 0}])
+def test_another_machine_in_the_policy_loads_the_model_anew(
+    site: Any, loaded: list[str], machine: dict[str, Any]
+) -> None:
+    site.update()
+    site.edit(machine=machine)
+    site.update(round=2)
+    assert loaded == ["model", "records"] * 2
+
+
+def test_another_model_is_loaded(site: Any, loaded: list[str], letters: Callable[..., RunConfig]) -> None:
+    site.update()
+    other = letters(name="second", seed=5)
+    site.update(other, adapter=SharedModel(for_sites(other)).initial_adapter)
+    assert loaded == ["model", "records"] * 2
+
+
+def test_a_policy_takes_effect_with_the_next_request(site: Any) -> None:
+    site.update()
+    site.edit(limits={"max_rounds": 1})
+    assert site.refusal(round=2) is Reason.MAX_ROUNDS
+    site.edit(limits={"max_rounds": 3}, dataset={"columns": {"text": "kind", "label": "kind"}})
+    # The label column as text: other records, another update.
+    other = site.update(round=2)
+    site.edit(dataset={"columns": {"text": "body", "label": "kind"}})
+    assert Adapter(site.update(round=3).tensors).digest() != Adapter(other.tensors).digest()
+
+
+def test_an_answer_survives_a_restart_to_the_byte_and_is_charged_once(site: Any) -> None:
+    first = site.ask()
+    site.restart()
+    again = site.ask()
+    assert isinstance(first.body, Update)
+    assert isinstance(again.body, Update)
+    assert again.body.to_bytes() == first.body.to_bytes()
+    assert charged(again) == charged(first) == 1
+    assert again.receipt == first.receipt
+
+
+# What is held out.
+
+HELD_OUT = {"data": {"heldout_fraction": 0.5}}
+
+
+def held_out(site: Any, config: RunConfig) -> set[str]:
+    """Texts of the records that the site keeps from training."""
+    site.ask(config, adapter=SharedModel(for_sites(config)).initial_adapter)
+    _, work = site.real._warm
+    assert isinstance(work, SiteWork)
+    texts = {record.fields["text"] for record in work.records.heldout}
+    assert texts.isdisjoint(record.fields["text"] for record in work.records.training)
+    assert 5 < len(texts) < 35
+    return texts
+
+
+def test_each_site_holds_out_records_by_a_key_of_its_own(
+    station: MakeStation, letters: Callable[..., RunConfig]
+) -> None:
+    north, south = station("north", **HELD_OUT), station("south", **HELD_OUT)
+    assert north.data.read_bytes() == south.data.read_bytes()
+    by_north = held_out(north, north.config)
+    assert by_north != held_out(south, south.config)
+    assert held_out(north, letters(name="second", seed=7, **HELD_OUT)) == by_north, "the lead's seed has no say"
+    north.restart()
+    assert held_out(north, north.config) == by_north
+
+
+# The final adapter.
+
+
+def kept_folder(site: Any) -> Path:
+    return Path(site.adapters / for_sites(site.config).run_id())
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["same process", "after a restart"])
+def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, restarted: bool) -> None:
+    final = Adapter(site.update().tensors)
+    if restarted:
+        site.restart()
+    receipt = site.end(final)
+    assert receipt is not None
+    assert receipt.charged_rounds == 1
+    folder = kept_folder(site)
+    config = parse(json.loads((folder / "config.yaml").read_text()))
+    scores = score_saved(config, folder / "adapter", str(site.data))
+    shared = SharedModel(config)
+    data = shared.lead_data(str(site.data), rows=None, key="data")
+    assert scores == shared.score(final, data)
+    assert scores != shared.score(shared.initial_adapter, data)
+
+
+def test_a_declined_adapter_is_not_written(site: Any) -> None:
+    site.edit(final_adapter="decline")
+    final = Adapter(site.update().tensors)
+    assert site.end(final) is not None
+    assert not site.adapters.exists()
+
+
+def test_the_adapter_of_a_run_that_nobody_began_is_not_written(site: Any, first_adapter: Adapter) -> None:
+    assert site.end(first_adapter) is None
+    assert not site.adapters.exists()

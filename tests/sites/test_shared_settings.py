@@ -1,0 +1,314 @@
+"""What a lead's settings become on their way to a site, and that nobody's settings make a site do anything else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.config import RunConfig, parse
+from fedtune.data.partition import PartitionSpec
+from fedtune.model.base import weights_sha256
+from fedtune.model.spec import ModelSpec
+from fedtune.privacy import accountant
+from fedtune.privacy.release import Reason, Refused
+from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, read_settings
+from fedtune.spec import ConfigError
+
+Letters = Callable[..., RunConfig]
+HASH = "ab" * 32
+
+# Whatever may be different in a run, and whether that makes it another run to its sites.
+DECISIVE: dict[str, Any] = {
+    "task": "causal_lm",
+    "seed": 1,
+    "model.path": "random:llama",
+    "model.sha256": HASH,
+    "model.gguf_file": "small.gguf",
+    "model.dtype": "bfloat16",
+    "model.licence": "MIT",
+    "data.dataset": "notes",
+    "data.declared_sizes": (40, 41),
+    "data.max_length": 13,
+    "data.labels": ("invoice", "praise"),
+    "data.prompt_template": "Say: {prompt}",
+    "data.heldout_fraction": 0.1,
+    "lora.rank": 3,
+    "lora.alpha": 5.0,
+    "lora.target_modules": ("query",),
+    "lora.layers": (0,),
+    "lora.rslora": True,
+    "lora.train_a": False,
+    "head.scale": 5.0,
+    "head.centre": True,
+    "head.init": "label_names",
+    "head.train": False,
+    "head.label_texts": ("one", "two", "three"),
+    "privacy.mechanism": "none",
+    "privacy.epsilon": 7.0,
+    "privacy.delta": 1e-6,
+    "privacy.noise_multiplier": 5.0,
+    "privacy.max_grad_norm": 0.5,
+    "privacy.sampling_rate": 0.4,
+    "privacy.metrics": "noised",
+    "privacy.metrics_noise_multiplier": 30.0,
+    "training.local_steps": 3,
+    "training.optimizer": "sgd",
+    "training.learning_rate": 0.5,
+    "training.head_learning_rate": 0.5,
+    "training.unclipped_learning_rate": 0.5,
+    "training.unclipped_head_learning_rate": 0.5,
+    "training.weight_decay": 0.1,
+    "training.momentum": 0.1,
+    "training.betas": (0.8, 0.9),
+    "training.schedule": "linear",
+    "training.warmup_steps": 1,
+    "federation.num_rounds": 4,
+    "federation.site_names": ("north", "west"),
+    "federation.participants": ("north",),
+    "federation.min_sites": 2,
+    "federation.spare_rounds": 1,
+    "federation.if_over_budget": "fewer_rounds",
+    "federation.strategy": "fedadam",
+    "federation.server_learning_rate": 0.5,
+    "federation.server_momentum": 0.5,
+    "federation.server_beta_2": 0.5,
+    "federation.server_tau": 0.5,
+    "evaluation.generate": True,
+    "evaluation.max_new_tokens": 5,
+    "evaluation.generation_rows": 5,
+    "runtime.seeded_noise": False,
+}
+NEUTRAL: dict[str, Any] = {
+    "resume": "/home/ada/canary/run",
+    "model.cache_dir": "/home/ada/canary/cache",
+    "model.revision": "canary",
+    "data.train_file": "/home/ada/canary/train.csv",
+    "data.validation_file": "/home/ada/canary/validation.csv",
+    "data.test_file": "canary/test.csv",
+    "data.columns": {"text": "canary a", "label": "canary b", "unused": "canary c"},
+    "data.partition": PartitionSpec(proportions=(1.0, 2.0)),
+    "data.train_fraction": 0.5,
+    "data.validation_rows": 5,
+    "data.test_rows": 5,
+    "federation.round_timeout_s": 9.0,
+    "evaluation.max_tokens": 64,
+    "runtime.kind": "simulation",
+    "runtime.device": "auto",
+    "runtime.num_threads": 3,
+    "runtime.micro_batch_tokens": 64,
+    "runtime.kept_states_mib": 0,
+    "runtime.gradient_checkpointing": True,
+    "runtime.sites_dir": "/home/ada/canary/sites",
+    "tracking.progress": False,
+    "tracking.output_dir": "/home/ada/canary/runs",
+    "tracking.log_level": "debug",
+}
+FIXED = {"name": "is part of the identifier itself", "privacy.unit": "has one value so far"}
+WITH = {
+    "task": {"data": {"labels": (), "columns": {"prompt": "a", "completion": "b"}}},
+    "privacy.metrics": {"data": {"heldout_fraction": 0.1}},
+    "data.prompt_template": {"data": {"columns": {"text": "text", "label": "label", "prompt": "p"}}},
+}
+"""What a change needs beside it."""
+
+
+def with_change(letters: Letters, key: str, value: object) -> RunConfig:
+    group, _, name = key.rpartition(".")
+    changes: dict[str, Any] = {name: value} if not group else {group: {name: value}}
+    for other, more in WITH.get(key, {}).items():
+        changes[other] = {**changes.get(other, {}), **more}
+    return letters(**changes)
+
+
+def text_of(sent: RunConfig) -> str:
+    return json.dumps(sent.to_json())
+
+
+def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in fields.items():
+        if isinstance(value, dict) and key not in ("columns", "partition"):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_every_setting_is_in_one_of_the_tables(letters: Letters) -> None:
+    listed = [*DECISIVE, *NEUTRAL, *FIXED, "federation.num_sites"]
+    assert sorted(listed) == sorted(leaves(letters().to_json()))
+
+
+@pytest.mark.parametrize("key", DECISIVE)
+def test_whatever_decides_a_result_makes_another_run(letters: Letters, key: str) -> None:
+    without = letters() if key == "task" else letters(**WITH.get(key, {}))
+    assert for_sites(with_change(letters, key, DECISIVE[key])).run_id() != for_sites(without).run_id()
+
+
+@pytest.mark.parametrize("key", NEUTRAL)
+def test_places_and_speeds_of_the_lead_make_no_difference_and_do_not_travel(letters: Letters, key: str) -> None:
+    sent = for_sites(with_change(letters, key, NEUTRAL[key]))
+    assert sent.run_id() == for_sites(letters()).run_id()
+    assert "canary" not in json.dumps(sent.to_json())
+
+
+def test_a_number_of_sites_makes_another_run(letters: Letters) -> None:
+    three = letters(federation={"num_sites": 3, "site_names": ("north", "south", "west")})
+    assert for_sites(three).run_id() != for_sites(letters()).run_id()
+
+
+def test_a_run_is_known_by_name_and_settings(letters: Letters) -> None:
+    one, other = for_sites(letters()), for_sites(letters(name="second"))
+    assert one.run_id().startswith("trial-")
+    assert one.run_id().removeprefix("trial") == other.run_id().removeprefix("second")
+
+
+def test_where_a_lead_has_its_model_does_not_travel(letters: Letters) -> None:
+    places = ("/home/ada/canary/minilm", "canary/minilm", "~/canary", "canary-labs/minilm")
+    (text,) = {text_of(for_sites(letters(model={"path": path, "sha256": HASH}))) for path in places}
+    assert "canary" not in text
+    assert HASH in text
+    packaged = letters(model={"path": "package:some_weights/model", "sha256": HASH})
+    assert for_sites(packaged).model.path == "package:some_weights/model", "the same on every machine"
+
+
+def test_weights_are_named_by_their_hash(letters: Letters) -> None:
+    for path in ("random:bert", "random:llama"):
+        sent = for_sites(letters(model={"path": path, "sha256": None}))
+        assert sent.model.sha256 == weights_sha256(ModelSpec(path=path))
+    assert for_sites(letters(model={"sha256": None})) == for_sites(letters())
+    with pytest.raises(ConfigError, match=r"model\.path"):
+        for_sites(letters(model={"path": "./nowhere", "sha256": None}))
+
+
+def test_noise_is_calibrated_by_the_lead_alone(letters: Letters, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = letters(privacy={"noise_multiplier": None, "epsilon": 3.0})
+    plan, sent = config.plan(), for_sites(config)
+    assert sent.privacy.noise_multiplier == plan.noise_multiplier > 0
+    monkeypatch.setattr(accountant, "calibrate_noise", None)
+    assert read_settings(text_of(sent), plan=plan).plan() == plan
+    assert for_sites(letters(privacy={"mechanism": "none", "noise_multiplier": None})).privacy.noise_multiplier is None
+
+
+@pytest.mark.parametrize("key", ["seed", *DECISIVE, *NEUTRAL])
+def test_what_is_sent_is_read_as_it_was_sent(letters: Letters, key: str) -> None:
+    value = DECISIVE[key] if key in DECISIVE else NEUTRAL[key]
+    sent = for_sites(with_change(letters, key, value))
+    assert parse(sent.to_json()) == sent
+    assert read_settings(text_of(sent), plan=sent.plan()) == sent
+    assert read_settings(text_of(sent), plan=sent.plan()).run_id() == sent.run_id()
+
+
+# What a site reads.
+
+
+@pytest.fixture(scope="module")
+def sent(letters: Letters) -> RunConfig:
+    """What the run's sites are sent."""
+    return for_sites(letters())
+
+
+def outcome(text: str, sent: RunConfig) -> Reason | None:
+    """Why the text is refused by a site that expects what was sent; None: it is taken."""
+    try:
+        read_settings(text, plan=sent.plan())
+    except Refused as refusal:
+        return refusal.reason
+    return None
+
+
+def with_leaf(sent: RunConfig, path: str, value: object) -> str:
+    fields = sent.to_json()
+    group = fields
+    *outer, last = path.split(".")
+    for name in outer:
+        group = group[name]
+    group[last] = value
+    return json.dumps(fields)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "null", "3", "[]", '"text"', "{}", "[[1, 2]]", "\ud800"),
+        *("[" * 100_000, '{"a":' * 100_000, '{"name": ' + "9" * 5000 + "}", "{" + " " * MOST_CHARACTERS + "}"),
+    ],
+    ids=lambda text: f"{text[:12]!r} of {len(text)}",
+)
+def test_what_is_no_settings_is_refused_as_such(sent: RunConfig, text: str) -> None:
+    assert outcome(text, sent) is Reason.SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("new_key", 1),
+        ("training.new_key", 1),
+        ("training.learning_rate", "fast"),
+        ("training.learning_rate", float("nan")),
+        ("privacy.noise_multiplier", None),
+        ("privacy.epsilon", float("inf")),
+        ("privacy", []),
+        ("federation", None),
+        ("federation.num_sites", 10**12),
+        ("federation.num_sites", 2.5),
+        ("federation.num_rounds", 3.0),
+        ("seed", 10**400),
+        ("seed", -1),
+        ("lora.rank", True),
+        ("lora.rank", 10**400),
+        ("head.scale", {}),
+        ("data.labels", ["one"]),
+        ("data.columns", "text"),
+        ("model.path", "package:../secret"),
+        ("model.sha256", "AB" * 32),
+        ("task", "translation"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_newer_version_or_of_nonsense_are_refused(sent: RunConfig, path: str, value: object) -> None:
+    assert outcome(with_leaf(sent, path, value), sent) is Reason.SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("training.local_steps", 10**9),
+        ("federation.num_rounds", 10**12),
+        ("privacy.noise_multiplier", 0.01),
+        ("privacy.delta", 1e-7),
+        ("privacy.metrics", "noised"),
+    ],
+    ids=str,
+)
+def test_the_cost_of_another_plan_than_was_signed_is_never_computed(
+    sent: RunConfig, path: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some of these would take all of a machine's memory.
+    plan = sent.plan()
+    monkeypatch.setattr(accountant, "epsilon_above", None)
+    with pytest.raises(Refused) as caught:
+        read_settings(with_leaf(sent, path, value), plan=plan)
+    assert caught.value.reason is Reason.PLAN_CHANGED
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(text=st.text() | JSON.map(json.dumps))
+def test_no_text_raises_anything_else(sent: RunConfig, text: str) -> None:
+    assert outcome(text, sent) is Reason.SETTINGS
+
+
+@given(data=st.data(), value=JSON)
+def test_no_value_anywhere_raises_anything_else(sent: RunConfig, data: st.DataObject, value: object) -> None:
+    keys = [*leaves(sent.to_json()), "data", "model", "privacy", "federation"]
+    text = with_leaf(sent, data.draw(st.sampled_from(keys)), value)
+    assert outcome(text, sent) in (None, Reason.SETTINGS, Reason.PLAN_CHANGED)

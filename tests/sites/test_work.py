@@ -1,0 +1,135 @@
+"""A site's work in a round: what it makes of its records, and that a real site makes what a simulated one does."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config import RunConfig
+from fedtune.data import Record
+from fedtune.data.load import SiteRecords
+from fedtune.data.partition import PartitionSpec
+from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.site import Trained
+from fedtune.model import Adapter
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
+from fedtune.sites.participants import Participants
+from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.work import SiteWork, randomness_of
+
+LETTERS = [(f"letter {n} of {n % 7}", ("invoice", "complaint", "praise")[n % 3]) for n in range(40)]
+"""The records of a station, in the order of its file."""
+
+
+def in_a_simulation(config: RunConfig, folder: Path) -> Callable[[int], Adapter]:
+    """What the simulated site north trains in a round, from the initial adapter, with the same records."""
+    with (folder / "all.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "site"])
+        writer.writerows([*((*letter, "north") for letter in LETTERS), ("elsewhere", "praise", "south")])
+    partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
+    columns = {"text": "text", "label": "label", "site": "site"}
+    data = replace(config.data, train_file=str(folder / "all.csv"), columns=columns, partition=partition)
+    runtime = replace(config.runtime, kind="simulation")
+    everyone = Participants(replace(config, data=data, runtime=runtime), folder)
+    site = everyone.site(0)
+
+    def train(round: int) -> Adapter:
+        proposal = everyone.config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan)
+        digest = everyone.shared.initial_adapter.digest()
+        request = RoundRequest(
+            proposal=proposal, round=round, site="north", adapter_digest=digest, receipt=None, expires=1e12
+        )
+        return site.prepare(request).train(request, everyone.shared.initial_adapter, 1).adapter
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {},
+        {"privacy": {"noise_multiplier": None, "max_grad_norm": 0.3}},
+        {"runtime": {"kept_states_mib": 0}, "seed": 3},
+    ],
+    ids=["given noise", "calibrated noise", "nothing kept"],
+)
+def test_a_real_site_trains_to_the_bit_what_a_simulated_one_does(
+    station: Callable[..., Any], tmp_path: Path, groups: dict[str, Any]
+) -> None:
+    site = station(**groups)
+    site.first = SharedModel(site.config).initial_adapter
+    simulated = in_a_simulation(site.config, tmp_path)
+    for round in (1, 2):
+        assert Adapter(site.update(round=round).tensors).digest() == simulated(round).digest()
+    assert simulated(1).digest() != simulated(2).digest()
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_noise_repeats_only_from_a_seed(station: Callable[..., Any], seeded: bool) -> None:
+    site = station(runtime={"seeded_noise": seeded})
+    first = Adapter(site.update().tensors)
+    # A new ledger knows of no answer, so that the same round is trained again.
+    site.edit(ledger="another.db")
+    assert (Adapter(site.update().tensors).digest() == first.digest()) is seeded
+    assert isinstance(randomness_of(seeded, 7), SeededRandomness if seeded else SystemRandomness)
+
+
+@pytest.fixture(scope="module")
+def shared(letters: Callable[..., RunConfig]) -> SharedModel:
+    """The model of a run with held-out records and noised scores."""
+    return SharedModel(letters(data={"heldout_fraction": 0.5}, privacy={"metrics": "noised"}))
+
+
+def do(shared: SharedModel, lead: SigningKey, records: SiteRecords, *, key: bytes = b"k", attempt: int = 1) -> Trained:
+    """A round at the site north."""
+    proposal = shared.config.proposal(lead=lead.public, plan=shared.config.plan())
+    request = RoundRequest(
+        proposal=proposal, round=1, site="north", adapter_digest="ab" * 32, receipt=None, expires=1e12
+    )
+    work = SiteWork("north", shared, records, declared_size=40, keeps_frozen_states=False)
+    return work.do(request, shared.initial_adapter, attempt, fingerprint_key=key)
+
+
+def read(letters: list[tuple[str, str]]) -> list[Record]:
+    return [Record({"text": text, "label": label}) for text, label in letters]
+
+
+RECORDS = SiteRecords(training=read(LETTERS[:20]), heldout=read(LETTERS[20:]))
+
+
+def test_scores_are_of_held_out_records_and_updates_of_the_others(shared: SharedModel, lead_key: SigningKey) -> None:
+    whole = do(shared, lead_key, RECORDS)
+    others_held_out = do(shared, lead_key, replace(RECORDS, heldout=RECORDS.heldout[:5]))
+    assert others_held_out.adapter.digest() == whole.adapter.digest()
+    assert others_held_out.scores != whole.scores
+    fewer_trained = do(shared, lead_key, replace(RECORDS, training=RECORDS.training[:5]))
+    assert fewer_trained.scores == whole.scores
+    assert fewer_trained.adapter.digest() != whole.adapter.digest()
+
+
+def test_a_site_without_held_out_records_still_releases_noise(shared: SharedModel, lead_key: SigningKey) -> None:
+    scores = do(shared, lead_key, replace(RECORDS, heldout=[])).scores
+    assert scores is not None
+    assert all(scores)
+
+
+def test_a_retry_draws_fresh_noise(shared: SharedModel, lead_key: SigningKey) -> None:
+    first, second = do(shared, lead_key, RECORDS), do(shared, lead_key, RECORDS, attempt=2)
+    assert first.adapter.digest() != second.adapter.digest()
+    assert first.scores != second.scores
+
+
+def test_a_fingerprint_is_of_the_training_records_under_the_given_key(
+    shared: SharedModel, lead_key: SigningKey
+) -> None:
+    one = do(shared, lead_key, RECORDS).fingerprint
+    assert do(shared, lead_key, replace(RECORDS, heldout=[])).fingerprint == one
+    assert do(shared, lead_key, replace(RECORDS, training=RECORDS.training[1:])).fingerprint != one
+    assert do(shared, lead_key, RECORDS, key=b"another").fingerprint != one
