@@ -8,11 +8,13 @@ from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 
 from fedtune.privacy.verify import verify
+from fedtune.report import recompute, signing
 
 folder = Path(sys.argv[1])
 run = json.loads((folder / "run.json").read_text())
 for name in (
     "config.yaml",
+    "environment.json",
     "log.txt",
     "report.html",
     "report.json",
@@ -32,4 +34,7 @@ for site, spent in run["privacy"]["sites"].items():
     accountant.compose(event, spent["steps"])
     assert abs(accountant.get_epsilon(run["privacy"]["delta"]) - spent["epsilon"]) < 1e-3
     assert spent["epsilon"] <= 8
+report = signing.read((folder / "report.json").read_bytes())
+assert recompute.problems(report) == []
+assert (report.verdict.state, report.epsilon) == ("within", run["privacy"]["epsilon"])
 sys.stdout.write(f"run folder is right: {folder.name}\n")

@@ -111,6 +111,9 @@ class RunConfig:
             rank=self.lora.rank,
             train_head=self.task == "classification" and self.head.train,
             seeded_noise=self.runtime.seeded_noise,
+            dtype=self.model.dtype,
+            lora_scale=self.lora.scale,
+            head_scale=self.head.scale if self.task == "classification" else 0.0,
             num_sites=len(self.federation.active),
             plan=plan,
         )
@@ -142,7 +145,7 @@ class RunConfig:
 
     def run_id(self) -> str:
         """Identifies the run at its sites."""
-        return f"{self.name}-{self.digest()[:16]}"
+        return f"{self.name}-{self.digest()[:32]}"
 
 
 def parse(settings: Mapping[str, Any]) -> RunConfig:

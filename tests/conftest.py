@@ -156,6 +156,9 @@ def run_proposal(lead_key: SigningKey, run_plan: Plan) -> Callable[..., Proposal
             "train_head": True,
             "seeded_noise": False,
             "num_sites": 3,
+            "dtype": "float32",
+            "lora_scale": 1.0,
+            "head_scale": 10.0,
             "plan": plan,
         }
         return Proposal(**(values | {key: value for key, value in changes.items() if key not in of_plan}))

@@ -37,6 +37,9 @@ REASONS: Mapping[Reason, str] = {
     Reason.MAX_LOCAL_STEPS: "too many steps in a round",
     Reason.MAX_ROUNDS: "too many rounds",
     Reason.MAX_ADAPTER_VALUE: "the adapter to train from has too large values",
+    Reason.DTYPES: "the base model may not be computed in this number format",
+    Reason.MAX_LORA_SCALE: "the adapter is scaled up too much",
+    Reason.MAX_HEAD_SCALE: "the task head is scaled up too much",
     Reason.MAX_EPSILON: "the lifetime budget would be passed",
     Reason.MAX_EPSILON_PER_RUN: "the run's plan costs too much",
     Reason.MAX_EPSILON_PER_PERIOD: "the budget of this period would be passed",
@@ -170,7 +173,7 @@ def _noted(detail: dict[str, Any]) -> str:
                 "nothing is trained until the ledger is restored"
             )
         case "approved":
-            return f"a person approved the proposal with digest {printable(detail['proposal'])[:12]}..."
+            return "a person at the site approved the run as it was proposed"
         case "frozen":
             return f"FROZEN, takes part in nothing any more: {printable(detail['why'])}"
         case other:

@@ -74,7 +74,7 @@ def _configuration(report: Report, expected: str | None) -> Check:
     if expected is None:
         text = "The run's configuration is not at hand: give its SHA-256 with --config."
         if report.kind == "ledger":
-            text = "A ledger has no configuration; its policy is in the report."
+            text = "A ledger is of many runs, and has no configuration of its own."
         return Check(name="configuration", state="not_checked", text=text)
     if said != expected:
         problem = recompute.Problem("provenance.config_sha256", said, expected)

@@ -38,7 +38,6 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
         again: the command that continues it.
     """
     from fedtune.cli.display import Display, show_result
-    from fedtune.report.build import write_report
 
     display = Display(console, config, shown=config.tracking.progress)
     try:
@@ -54,7 +53,9 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
         elif isinstance(error, RunError):
             console.print(hint, soft_wrap=True)
         raise
-    write_report(folder, config, result)
+    from fedtune.report.write import write_report  # draws, which takes a second to import
+
+    write_report(folder)
     show_result(console, config, result, folder)
     return result
 

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
-
-from fedtune.cli.plain_words import REASONS, counted, printable
+from fedtune.cli.plain_words import counted
 from fedtune.deploy.kits import Kit
-from fedtune.deploy.site_state import Pending, SiteState
-from fedtune.federation.verdict import BrokenRule, Verdict, ask
-from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.privacy.release import Reason
+from fedtune.deploy.site_state import SiteState
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import ConfigError, RefusedError, RunError
+from fedtune.spec import ConfigError
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command that the arguments name."""
+    os.umask(0o077)  # what a site writes is for its own account alone
     match options.site_command:
         case "init":
             _init(Path(options.site), out=Path(options.out) if options.out else None)
@@ -68,7 +61,6 @@ def _start(options: argparse.Namespace) -> None:
     from fedtune.deploy.logs import configure_logs
     from fedtune.deploy.site_service import SiteService  # torch and Flower take seconds to import
 
-    os.umask(0o077)  # what the process writes is for its own account alone
     configure_logs(options.log_level)
     health = Health()
     with ExitStack() as stack:
@@ -78,86 +70,14 @@ def _start(options: argparse.Namespace) -> None:
 
 
 def _approve(options: argparse.Namespace) -> None:
-    """List what waits, or approve one run after showing its price."""
-    kit, site_toml, console = _kit(options), Path(options.site), Console()
-    state = SiteState.of(kit.folder)
-    waiting = state.waiting()
+    from fedtune.cli.approve import approve, show_waiting
+
+    kit, site_toml = _kit(options), Path(options.site)
+    state, files = SiteState.of(kit.folder), _files(site_toml, kit)
     if options.run is None:
-        console.print(_waiting_table(waiting) if waiting else "No run waits for approval.")
-        return
-    found = [pending for pending in waiting if pending.proposal.run == options.run]
-    if not found:
-        names = ", ".join(pending.proposal.run for pending in waiting) or "none"
-        raise ConfigError("RUN", options.run, f"must be a run that waits for approval: {names}")
-    files = _files(site_toml, kit)
-    verdict = ask(site_toml, found[0].proposal, declared_sizes={})
-    console.print(_price_table(found[0], verdict))
-    if verdict.ledger == "in doubt":
-        raise RunError(verdict.note)
-    if not verdict.allowed:
-        raise RefusedError(f"policy or budget refuse this run: {_broken(verdict)}")
-    if not options.yes and not _agreed():
-        console.print("Not approved.")
-        return
-    files.open().approve(found[0].proposal)
-    state.forget(options.run)
-    console.print("Approved, and noted in the ledger. It begins with the lead's next request.")
-
-
-def _agreed() -> bool:
-    sys.stdout.write("Let it start? [y/N] ")
-    sys.stdout.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _waiting_table(waiting: list[Pending]) -> Table:
-    names = [printable(pending.proposal.run) for pending in waiting]
-    # Whole, however narrow the terminal: a person has to type it.
-    run = Column("run", no_wrap=True, min_width=max(map(len, names)))
-    table = Table(run, "since", "data set", "epsilon", "asked by lead")
-    for name, pending in zip(names, waiting, strict=True):
-        asked = pending.proposal
-        words = (name, pending.since, printable(asked.dataset), _price(pending), f"{asked.lead[:16]}...")
-        table.add_row(*map(escape, words))  # brackets that come from a lead are no markup
-    return table
-
-
-def _price(pending: Pending) -> str:
-    plan = pending.proposal.plan
-    return epsilon_text(epsilon_pld([plan.whole], plan.delta) if plan.private else math.inf)
-
-
-def _price_table(pending: Pending, verdict: Verdict) -> Table:
-    """What the run would do, and cost."""
-    asked, plan = pending.proposal, pending.proposal.plan
-    cap = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"the lifetime cap is {verdict.max_epsilon:g}"
-    rows = {
-        "run": printable(asked.run),
-        "asked by": f"{asked.lead}, for {counted(asked.num_sites, 'site')} as it says",
-        "trains": f"{printable(asked.task)} on {printable(asked.dataset)}",
-        "base model": printable(asked.base_model, 64),
-        "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, 'noisy step')} each",
-        "mechanism": f"noise multiplier {plan.noise_multiplier:g}, clip norm {plan.max_grad_norm:g}, "
-        f"sampling rate {plan.sampling_rate:g}",
-        "releases": "updates and noised scores" if plan.releases_metrics else "updates",
-        "price": f"epsilon {_price(pending)} at delta {plan.delta:g}, for the whole run",
-        "lifetime": f"epsilon {epsilon_text(verdict.taken)} is taken, {epsilon_text(verdict.would_be)} with this run, "
-        f"by the filter; {cap}",
-    }
-    table = Table(show_header=False)
-    for name, text in rows.items():
-        table.add_row(name, escape(text))
-    return table
-
-
-def _broken(verdict: Verdict) -> str:
-    return "; ".join(REASONS[Reason(one.rule)] + _numbers(one) for one in verdict.broken)
-
-
-def _numbers(rule: BrokenRule) -> str:
-    numbers = {"asked": rule.asked, "allowed": rule.allowed}
-    known = ", ".join(f"{word} {value}" for word, value in numbers.items() if value is not None)
-    return f" ({known})" if known else ""
+        show_waiting(state)
+    else:
+        approve(state, options.run, site_toml=site_toml, files=files, yes=options.yes)
 
 
 def _leave(kit: Kit, files: SiteFiles) -> None:

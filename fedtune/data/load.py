@@ -9,7 +9,7 @@ from pathlib import Path
 
 import fedtune
 from fedtune.data.partition import is_selected, partition_records, split_heldout
-from fedtune.data.records import Record, iter_records, read_records, resolve_file
+from fedtune.data.records import Record, iter_records, read_records, resolve_file, usable_records
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import TextDataset, Tokenizer, tokenise_causal_lm, tokenise_classification
 from fedtune.spec import DataError
@@ -56,14 +56,17 @@ def simulated_site_records(spec: DataSpec, *, task: str, num_sites: int, seed: i
 def own_records(spec: DataSpec, *, task: str, key: bytes) -> SiteRecords:
     """A real site's records; `key` is its own secret, and decides by each record's hash what is held out.
 
+    A record that a run has no use for (no value, or a label that the run does not declare) is left out by itself, and
+    no record at all is fine: what a lead asks for must not make the answer depend on whether some record fits it.
+
     Raises:
-        DataError: the file is missing or malformed, or holds no record to train on.
+        DataError: the file cannot be read or parsed, whatever the run.
     """
-    records = read_records(Path(spec.train_file), spec.needed_columns(task))
-    split = SiteRecords(*split_heldout(records, fraction=spec.heldout_fraction, key=key))
-    if not split.training:
-        raise DataError("path", spec.train_file, "holds no record to train on")
-    return split
+    records = usable_records(Path(spec.train_file), spec.needed_columns(task))
+    if task == "classification":
+        declared = set(spec.labels)
+        records = (record for record in records if record.fields["label"] in declared)
+    return SiteRecords(*split_heldout(records, fraction=spec.heldout_fraction, key=key))
 
 
 def lead_records(spec: DataSpec, name: str, *, task: str, rows: int | None, key: str) -> list[Record]:
@@ -72,12 +75,16 @@ def lead_records(spec: DataSpec, name: str, *, task: str, rows: int | None, key:
     return read_records(path, spec.needed_columns(task), rows=rows)
 
 
-def tokenise(records: Sequence[Record], tokenizer: Tokenizer, *, spec: DataSpec, task: str) -> TextDataset:
-    """Tokenise for `task`, each record alone.
+def tokenise(
+    records: Sequence[Record], tokenizer: Tokenizer, *, spec: DataSpec, task: str, lenient: bool = False
+) -> TextDataset:
+    """Tokenise for `task`, each record alone; `lenient` as for `tokenise_classification`.
 
     Raises:
         DataError: a label was never declared, or a text has no token.
     """
     if task == "classification":
-        return tokenise_classification(records, tokenizer, labels=spec.labels, max_length=spec.max_length)
+        return tokenise_classification(
+            records, tokenizer, labels=spec.labels, max_length=spec.max_length, lenient=lenient
+        )
     return tokenise_causal_lm(records, tokenizer, template=spec.prompt_template, max_length=spec.max_length)

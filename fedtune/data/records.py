@@ -7,6 +7,7 @@ Error messages name file, line and column but never quote a record's text: they 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
@@ -101,6 +102,17 @@ def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
     for line, row in _rows(path, columns):
         fields = {role: _field(row, column, role=role, at=_at(path, line)) for role, column in columns.items()}
         yield Record(fields, file=str(path), line=line)
+
+
+def usable_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
+    """The same, without the records that lack a value: which columns are wanted is not the site's own choice alone.
+
+    Each record is judged by itself, so that one more or less changes nothing about the others.
+    """
+    for line, row in _rows(path, columns):
+        with contextlib.suppress(DataError):
+            fields = {role: _field(row, column, role=role, at=_at(path, line)) for role, column in columns.items()}
+            yield Record(fields, file=str(path), line=line)
 
 
 def _rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Mapping[str, object]]]:

@@ -8,6 +8,8 @@ from string import Formatter
 from fedtune.data.partition import PartitionSpec
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, spec
 
+_MOST_TEMPLATE, _MOST_LABELS = 4096, 10_000
+"""Of characters and of labels: both are worked through for each record, or at each site, before it has answered."""
 TASK_ROLES = {"classification": ("text", "label"), "causal_lm": ("prompt", "completion")}
 
 
@@ -110,6 +112,8 @@ class DataSpec:
 
 
 def _check_labels(labels: tuple[str, ...]) -> None:
+    if len(labels) > _MOST_LABELS:
+        raise ConfigError("labels", f"{len(labels)} labels", f"must be at most {_MOST_LABELS}")
     seen: set[str] = set()
     for label in labels:
         if not label or label != label.strip():
@@ -121,6 +125,8 @@ def _check_labels(labels: tuple[str, ...]) -> None:
 
 def _template_roles(template: str) -> tuple[str, ...]:
     """The roles that a template names, in plain braces: more of `str.format` would reach into attributes."""
+    if len(template) > _MOST_TEMPLATE:
+        raise ConfigError("prompt_template", f"{len(template)} characters", f"must have at most {_MOST_TEMPLATE}")
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:

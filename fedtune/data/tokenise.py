@@ -50,7 +50,7 @@ class TextDataset:
 
 
 def tokenise_classification(
-    records: Sequence[Record], tokenizer: Tokenizer, *, labels: Sequence[str], max_length: int
+    records: Sequence[Record], tokenizer: Tokenizer, *, labels: Sequence[str], max_length: int, lenient: bool = False
 ) -> TextDataset:
     """Encode the roles `text` and `label`.
 
@@ -59,6 +59,7 @@ def tokenise_classification(
         tokenizer: adds its own special tokens.
         labels: the declared label set; a label's class is its place there.
         max_length: most tokens of an example, special ones included.
+        lenient: take token 0 for a text that has none, so that no single record can stop the others.
 
     Raises:
         DataError: when a label is not declared, or a text has no token at all.
@@ -67,7 +68,7 @@ def tokenise_classification(
     targets = np.array([_class_of(record, classes) for record in records], dtype=np.int64)
     texts = [record.fields["text"] for record in records]
     encoded = _encode(texts, tokenizer, special_tokens=True, max_length=max_length)
-    input_ids = tuple(np.array(ids, dtype=np.int32) for ids in encoded)
+    input_ids = tuple(np.array(ids or [0] * lenient, dtype=np.int32) for ids in encoded)
     for record, ids in zip(records, input_ids, strict=True):
         if len(ids) == 0:
             raise DataError(record.at("text"), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")

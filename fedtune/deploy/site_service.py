@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedtune.deploy.certificates import check_private
 from fedtune.deploy.health import Health, State
 from fedtune.deploy.kit_tls import tls_of
 from fedtune.deploy.kits import Kit
@@ -57,14 +58,16 @@ class SiteService:
         state = SiteState.of(self.kit.folder)
         files = self._checked(state)
         with serving(files.ledger), _until_stopped() as stop:
-            files.open()  # before anything is asked for
+            if state.has_served() and not files.ledger.is_file():
+                raise RunError(f"ledger {files.ledger} is gone, and this site has served one; put it back")
+            state.check_ledger(files.open().history.opened.ledger)
             places = SitePlaces(
                 site_toml=self.site_toml,
                 installed=lambda sha256: installed_model(self.kit.folder, sha256),
-                paused=state.paused,
+                paused=lambda: state.paused.exists() or state.left.exists(),
                 runs=state.runs,
                 adapters=self.kit.folder / "adapters",
-                awaits=lambda proposal: _put_up_for_approval(state, proposal),
+                awaits=lambda proposal, settings: _put_up_for_approval(state, proposal, settings),
             )
             app = SiteApp(RealSite(places).site, name=files.policy.site)
             fleet = Fleet(self.kit.server, tls_of(self.kit))
@@ -82,6 +85,10 @@ class SiteService:
         if files.policy.site != self.kit.site:
             error = ConfigError("site", files.policy.site, f"must be {self.kit.site}, as in the kit")
             raise error.in_file(self.site_toml)
+        if not files.site_key.is_file():
+            bound = "is missing: `fedtune site init` made it, and without it the ledger cannot go on"
+            raise ConfigError("site_key", str(files.site_key), bound)
+        check_private(files.site_key)
         if state.left.exists():
             raise RunError(f"this site has left the federation; remove {state.left} to take part again")
         if self.kit.lead not in files.policy.allow.leads:
@@ -89,8 +96,8 @@ class SiteService:
         return files
 
 
-def _put_up_for_approval(state: SiteState, proposal: Proposal) -> None:
-    if state.wait_for_approval(proposal):
+def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str) -> None:
+    if state.wait_for_approval(proposal, settings):
         log.warning("a run waits for approval", extra={"run": proposal.run})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
 
+MOST_WAITING = 100
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pending:
@@ -23,10 +24,12 @@ class Pending:
 
     Attributes:
         proposal: what is to be approved, to the letter.
+        settings: JSON of the run's configuration, which the proposal's run is named after.
         since: when it was first asked for, in UTC.
     """
 
     proposal: Proposal
+    settings: str
     since: str
 
 
@@ -67,37 +70,71 @@ class SiteState:
         else:
             self.paused.unlink(missing_ok=True)
 
-    def wait_for_approval(self, proposal: Proposal) -> bool:
-        """Keep a run for a person to approve; says whether it is new."""
-        path = self._pending(proposal.run)
+    def wait_for_approval(self, proposal: Proposal, settings: str) -> bool:
+        """Keep a run for a person to approve; says whether it is new.
+
+        Raises:
+            RunError: too many wait already.
+        """
+        path, waiting = self._pending(proposal), self._waiting_files()
         try:
-            since = self._read(path).since if path.exists() else None
+            since = self._read(path).since if path in waiting else None
         except RunError:
             since = None  # damaged, so that it is written anew
-        fields = {"proposal": proposal.to_json(), "since": since or datetime.now(UTC).isoformat(timespec="seconds")}
+        if path not in waiting and len(waiting) >= MOST_WAITING:
+            raise RunError(f"{MOST_WAITING} runs wait for approval already; approve some, or remove {path.parent}")
+        fields = {
+            "proposal": proposal.to_json(),
+            "settings": settings,
+            "since": since or datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         write_durably(path, json.dumps(fields, indent=1).encode() + b"\n")
         return since is None
 
     def waiting(self) -> list[Pending]:
         """The runs that wait, oldest first."""
-        found = [self._read(path) for path in (self.folder / "pending").glob("*.json")]
-        return sorted(found, key=lambda pending: pending.since)
+        return sorted(map(self._read, self._waiting_files()), key=lambda pending: pending.since)
 
-    def forget(self, run: str) -> None:
+    def forget(self, proposal: Proposal) -> None:
         """The run waits no longer."""
-        self._pending(run).unlink(missing_ok=True)
+        self._pending(proposal).unlink(missing_ok=True)
 
-    def _pending(self, run: str) -> Path:
+    def check_ledger(self, ledger: str) -> None:
+        """Require the ledger with this id to be the one that was served before, and remember it.
+
+        Raises:
+            RunError: it is another one: what was spent would be forgotten.
+        """
+        path = self.folder / "ledger_id"
+        if path.exists() and (before := path.read_text().strip()) != ledger:
+            raise RunError(
+                f"this site served ledger {before} before, and now there is ledger {ledger}: put the old one back, or "
+                f"remove {path} if its budget really ended with it"
+            )
+        write_durably(path, f"{ledger}\n".encode())
+
+    def has_served(self) -> bool:
+        """Whether a ledger was served before."""
+        return (self.folder / "ledger_id").exists()
+
+    def _waiting_files(self) -> set[Path]:
+        return set((self.folder / "pending").glob("*.json"))
+
+    def _pending(self, proposal: Proposal) -> Path:
         folder = self.folder / "pending"
         folder.mkdir(exist_ok=True)
-        # By its hash, since nobody has yet checked the name that a lead gave the run.
-        return folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.json"
+        # By its digest: two leads may give two runs one name.
+        return folder / f"{proposal.digest()[:32]}.json"
 
     @staticmethod
     def _read(path: Path) -> Pending:
         try:
             fields = json.loads(path.read_bytes())
-            return Pending(proposal=Proposal.from_json(fields["proposal"]), since=str(fields["since"]))
+            return Pending(
+                proposal=Proposal.from_json(fields["proposal"]),
+                settings=str(fields["settings"]),
+                since=str(fields["since"]),
+            )
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise RunError(f"{path} is damaged; remove it, and the lead's next request writes it anew") from error
 

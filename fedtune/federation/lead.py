@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -13,7 +13,7 @@ from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
 from fedtune.privacy import accountant
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.release import Receipt
+from fedtune.privacy.release import Receipt, Update
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 
@@ -78,19 +78,24 @@ class LeadState:
         before, is nobody's word; and one that went backwards comes of a ledger that was lost or put back.  Such a site
         counts as silent.
         """
-        return self.heard({site: reply.receipt for site, reply in replies.items() if reply.receipt}, run=run)
+        updates = {site for site, reply in replies.items() if isinstance(reply.body, Update)}
+        receipts = {site: reply.receipt for site, reply in replies.items() if reply.receipt}
+        return self.heard(receipts, run=run, updates=updates)
 
-    def heard(self, receipts: Mapping[str, Receipt], *, run: str) -> LeadState:
-        """The same for receipts that came without a reply to a round."""
+    def heard(self, receipts: Mapping[str, Receipt], *, run: str, updates: Collection[str] = ()) -> LeadState:
+        """The same for receipts alone; `updates` names the sites whose update of a round under way they came with."""
         new = {
             site: receipt
             for site, receipt in receipts.items()
-            if (receipt.run, receipt.site) == (run, site) and self._is_credible(receipt)
+            if (receipt.run, receipt.site) == (run, site) and self._is_credible(receipt, least=site in updates)
         }
         unanswered = {site: count for site, count in self.unanswered.items() if site not in new}
         return replace(self, receipts={**self.receipts, **new}, unanswered=unanswered)
 
-    def _is_credible(self, receipt: Receipt) -> bool:
+    def _is_credible(self, receipt: Receipt, *, least: int) -> bool:
+        # Each update was charged: a receipt that counts fewer is an old one, which a server put in a newer one's place.
+        if receipt.charged_rounds < least + sum(receipt.site in result.sites for result in self.rounds):
+            return False
         old = self.receipts.get(receipt.site)
         if old is not None and (receipt.charged_rounds < old.charged_rounds or receipt.sequence < old.sequence):
             return False
@@ -98,10 +103,11 @@ class LeadState:
 
 
 def newest_of(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[str, Receipt]:
-    """Of each site, the receipt that knows more of its ledger."""
+    """Of each site, the receipt that knows more of its ledger; `other`'s where their keys, and so the ledgers, differ."""
     newest = dict(one)
     for site, receipt in other.items():
-        if site not in newest or receipt.sequence >= newest[site].sequence:
+        known = newest.get(site)
+        if known is None or receipt.site_key != known.site_key or receipt.sequence >= known.sequence:
             newest[site] = receipt
     return newest
 

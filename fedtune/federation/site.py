@@ -62,8 +62,9 @@ class Site:
 
     Attributes:
         ledger: its own record of what was charged, under its own policy.
-        prepare: makes ready for a request that policy and budget allow; may raise Refused, and takes what time it
-            needs.
+        understand: reads what the lead sent of the run, before a person is asked about it; may raise Refused.
+        prepare: makes ready for a request that policy, budget and person allow; may raise Refused, and takes what time
+            it needs.  It opens no record, or a request that is refused in the end would tell of them.
         paused: whether a person at the site wants it to take part in nothing for now.
         keep: stores a run's final adapter, given the run's name.
         awaits: told of a run that a person at the site is yet to approve, before the answer is held back.
@@ -72,6 +73,7 @@ class Site:
     name: str
     ledger: Ledger
     prepare: Callable[[RoundRequest], Prepared]
+    understand: Callable[[RoundRequest], object] = lambda _: None
     paused: Callable[[], bool] = lambda: False
     keep: Callable[[str, Adapter], None] = lambda run, adapter: None
     awaits: Callable[[Proposal], None] = lambda _: None
@@ -117,12 +119,13 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
     known = site.ledger.history.runs.get(notice.run)
     if known is None:
         return None
-    if known.proposal.lead != notice.lead:
+    if known.proposal.lead != notice.lead or notice.lead not in site.ledger.policy.allow.leads:
         raise Refused(Reason.LEADS, asked=notice.lead)
     if adapter is not None and adapter.digest() != notice.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=notice.adapter_digest, allowed=adapter.digest())
     site.ledger.end(notice.run, adapter_sha256=notice.adapter_digest)
-    if adapter is not None and site.ledger.policy.final_adapter == "keep":
+    # The first notice counts, so that what is kept is what the ledger names.
+    if adapter is not None and known.adapter == notice.adapter_digest and site.ledger.policy.final_adapter == "keep":
         site.keep(notice.run, adapter)
     return _receipt(site, notice.run)
 
@@ -151,6 +154,8 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
         raise Refused(Reason.PAUSED)
     # Before anything is prepared, so that a request for too much is answered with the rule that it breaks, at no cost.
     site.ledger.policy.check(request.proposal)
+    site.ledger.require_startable(request.proposal, approved=False)
+    site.understand(request)
     site.ledger.require_startable(request.proposal)
     run = site.prepare(request)
     if request.run != run.proposal.run:
@@ -183,7 +188,8 @@ def _check_adapter(site: Site, request: RoundRequest, adapter: Adapter, *, templ
         raise Refused(Reason.ADAPTER_SHAPE)
     if adapter.digest() != request.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=request.adapter_digest, allowed=adapter.digest())
-    most = site.ledger.policy.limits.max_adapter_value
+    # The product of two matrices is scaled, so each of them by the root.
+    most = site.ledger.policy.limits.max_adapter_value / math.sqrt(max(1.0, request.proposal.lora_scale))
     # Written so that NaN is refused too.
     if not all(bool((np.abs(value) <= most).all()) for value in adapter.tensors.values()):
         raise Refused(Reason.MAX_ADAPTER_VALUE, allowed=f"at most {most:g}")

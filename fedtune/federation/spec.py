@@ -56,8 +56,10 @@ class FederationSpec:
             check_name("site_names", name)
         if len(set(self.site_names)) != len(self.site_names):
             raise ConfigError("site_names", list(self.site_names), "must not repeat a name")
+        names = set(self.names)
         for name in self.participants:
-            check_one_of("participants", name, self.names)
+            if name not in names:
+                check_one_of("participants", name, self.names)
         if self.min_sites > len(self.active):
             raise ConfigError(
                 "min_sites", self.min_sites, f"must be at most the {len(self.active)} sites that take part"
@@ -78,4 +80,5 @@ class FederationSpec:
     @property
     def active(self) -> tuple[str, ...]:
         """The sites that take part, in the order of `names`."""
-        return tuple(name for name in self.names if not self.participants or name in self.participants)
+        chosen = set(self.participants or self.names)
+        return tuple(name for name in self.names if name in chosen)

@@ -124,7 +124,11 @@ class FederationRun:
             evaluate=lambda adapter: self.shared.score(adapter, self.shared.validation),
             finished=finished,
             elapsed=elapsed,
-            earlier_receipts=self.receipts.read(),
+            earlier_receipts={
+                site: receipt
+                for site, receipt in self.receipts.read().items()
+                if receipt.site_key == known.keys.get(site, receipt.site_key)
+            },
             settings=known.settings,
             site_keys=known.keys,
             nodes=known.nodes,

@@ -220,8 +220,8 @@ class Fleet:
             request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
             try:
                 self._client.SendNodeHeartbeat(request)
-            except (httpx.HTTPError, ValueError):
-                continue  # who polls meets the same trouble, and reports it
+            except Exception:  # who polls meets the same trouble, and reports it
+                continue
 
 
 def node_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
@@ -294,5 +294,5 @@ def _in_our_words() -> Iterator[None]:
         raise Dropped("the server no longer keeps this message") from error
     except httpx.HTTPError as error:
         raise Unreachable(f"no connection to the server ({refusal(error) or type(error).__name__})") from error
-    except (ValueError, TypeError, LookupError) as error:  # a proxy's page, or bytes that are no message
+    except Exception as error:  # a proxy's page, or bytes that are no message: each library has errors of its own
         raise Unreachable(f"the server's answer cannot be read ({type(error).__name__})") from error

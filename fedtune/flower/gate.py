@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import hashlib
 import json
 import logging
 import time
@@ -17,7 +18,7 @@ from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 
 from fedtune.flower.fleet import HELLO
-from fedtune.flower.signed_calls import is_from_lead
+from fedtune.flower.signed_calls import body_of_lead
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ _LEAD_CALLS = frozenset(
         )
     }
 )
+_MOST_BYTES = 1 << 30
+"""Of one call's body, from whoever may call at all."""
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -85,19 +88,32 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        if scope["type"] == "lifespan" or path in _SITE_CALLS:
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-        elif scope["type"] == "http" and path in _LEAD_CALLS:
+        elif scope["type"] != "http":
+            return
+        elif path in _SITE_CALLS:
+            await self._site_call(scope, receive, send)
+        elif path in _LEAD_CALLS:
             await self._lead_call(scope, receive, send)
-        elif scope["type"] == "http" and path == HELLO:
-            await _answer(send, *_hello(_headers(scope), self._roster()))
-        elif scope["type"] == "http":
+        elif path == HELLO:
+            await _answer(send, *_hello(_headers(scope), self._roster))
+        else:
             await _answer(send, 404, {"reason": "no such call"})
 
+    async def _site_call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Flower authenticates it again; but only after it has read a body, which a revoked site may make large."""
+        status, about = _hello(_headers(scope), self._roster)
+        if status == 200:
+            await self._app(scope, _limited(receive), send)
+        else:
+            await _answer(send, 401, about)
+
     async def _lead_call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _body(receive)
         path = scope["path"]
-        if not is_from_lead(_headers(scope), path=path, body=body, lead=self._lead, now=time.time()):
+        signed = body_of_lead(_headers(scope), path=path, lead=self._lead, now=time.time())
+        body = await _body(_limited(receive)) if signed else None
+        if body is None or hashlib.sha256(body).hexdigest() != signed:
             log.warning("a call to %s without the lead's signature", path)
             await _answer(send, 401, {"reason": "not signed by the lead, or its clock is wrong"})
             return
@@ -113,7 +129,7 @@ class Gate:
         await self._app(scope, again, send)
 
 
-def _hello(headers: dict[str, str], roster: Sequence[Registered]) -> tuple[int, dict[str, object]]:
+def _hello(headers: dict[str, str], roster: Roster) -> tuple[int, dict[str, object]]:
     """Status and content of the answer to who asks how the server knows it."""
     try:
         key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
@@ -121,18 +137,31 @@ def _hello(headers: dict[str, str], roster: Sequence[Registered]) -> tuple[int, 
         moment = headers[TIMESTAMP_HEADER]
         age = (now() - datetime.datetime.fromisoformat(moment)).total_seconds()
         signed = verify_signature(bytes_to_public_key(key), moment.encode("ascii"), signature)
-    except (KeyError, ValueError, TypeError):
+    except Exception:  # a key of another kind is an AttributeError, an unknown curve cryptography's own
         return 401, {"reason": "malformed"}
     if not signed:
         return 401, {"reason": "wrong signature"}
     if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE:
         return 403, {"reason": f"its clock is {abs(age):.0f} s {'behind' if age > 0 else 'ahead'}"}
-    known = [member for member in roster if member.node_key == key]
+    known = [member for member in roster() if member.node_key == key]
     if not known:
         return 403, {"reason": "unknown"}
     if known[0].revoked:
         return 403, {"reason": "revoked"}
     return 200, {"site": known[0].site, "time": time.time()}
+
+
+def _limited(receive: Receive) -> Receive:
+    """A caller that sends too much is taken to have hung up."""
+    left = _MOST_BYTES
+
+    async def limited() -> MutableMapping[str, Any]:
+        nonlocal left
+        message = await receive()
+        left -= len(message.get("body", b""))
+        return message if left >= 0 else {"type": "http.disconnect"}
+
+    return limited
 
 
 def _headers(scope: Scope) -> dict[str, str]:
@@ -144,7 +173,7 @@ async def _body(receive: Receive) -> bytes:
     while True:
         message = await receive()
         parts.append(message.get("body", b""))
-        if not message.get("more_body"):
+        if not message.get("more_body"):  # nor after a hang-up
             return b"".join(parts)
 
 

@@ -19,7 +19,7 @@ from fedtune.privacy.keys import SigningKey, is_signed
 
 CALL = "call"
 """Purpose of the signatures."""
-TIME, SIGNATURE = "fedtune-time", "fedtune-signature"
+TIME, BODY, SIGNATURE = "fedtune-time", "fedtune-body", "fedtune-signature"
 TOLERANCE_S = 120.0
 """How far the clocks of lead and server may differ; a signature is good for so long."""
 
@@ -32,23 +32,31 @@ class LeadSignature:
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         request = context.request
-        moment = repr(time.time())
-        signature = self._key.sign(CALL, _message(request.url.path, moment, request.read()))
-        add_headers(request, {TIME: moment, SIGNATURE: signature})
+        moment, body = repr(time.time()), hashlib.sha256(request.read()).hexdigest()
+        signature = self._key.sign(CALL, _message(request.url.path, moment, body))
+        add_headers(request, {TIME: moment, BODY: body, SIGNATURE: signature})
         return call_next(context)
 
 
 def is_from_lead(headers: Mapping[str, str], *, path: str, body: bytes, lead: str, now: float) -> bool:
     """Whether the holder of the public key `lead` made this call within two minutes of `now` (seconds since 1970)."""
-    moment = headers.get(TIME, "")
+    return body_of_lead(headers, path=path, lead=lead, now=now) == hashlib.sha256(body).hexdigest()
+
+
+def body_of_lead(headers: Mapping[str, str], *, path: str, lead: str, now: float) -> str | None:
+    """SHA-256, in hex, of the body that the lead signed for this call; None where its signature is not there.
+
+    It takes the headers alone, so that nobody else's body need be read.
+    """
+    moment, body = headers.get(TIME, ""), headers.get(BODY, "")
     try:
         age = now - float(moment)
     except ValueError:
-        return False
+        return None
     if not (math.isfinite(age) and abs(age) <= TOLERANCE_S):
-        return False
-    return is_signed(lead, CALL, _message(path, moment, body), headers.get(SIGNATURE, ""))
+        return None
+    return body if is_signed(lead, CALL, _message(path, moment, body), headers.get(SIGNATURE, "")) else None
 
 
-def _message(path: str, moment: str, body: bytes) -> bytes:
-    return f"{path}\n{moment}\n{hashlib.sha256(body).hexdigest()}".encode()
+def _message(path: str, moment: str, body: str) -> bytes:
+    return f"{path}\n{moment}\n{body}".encode()

@@ -6,6 +6,7 @@ transformers and PEFT need to be imported.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal, TypeAlias
 
@@ -78,6 +79,11 @@ class LoraSpec:
     layers: tuple[int, ...] | None = None
     rslora: bool = False
     train_a: bool = True
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two matrices is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def __post_init__(self) -> None:
         check_at_least("rank", self.rank, 1)

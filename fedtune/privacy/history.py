@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 
 from dp_accounting import DpEvent
@@ -19,53 +18,14 @@ from fedtune.privacy import filter
 from fedtune.privacy.chain import START, Event, Head, Kind, path_of
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.notes import Doubt, Opened, Restored
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy, period_of
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
+from fedtune.privacy.run import Run
 from fedtune.spec import FedtuneError, RunError
 
 _FIRST = ("opened", "policy")  # the notes that every ledger begins with
-
-
-@dataclass(kw_only=True, slots=True)
-class Run:
-    """One accepted run.
-
-    Attributes:
-        proposal: what was accepted.
-        expires: until when its plan is set aside; None: it has ended.
-        reserved: round -> digest of the request that it was charged for.
-        attempts: round -> reservations made for it.
-        replies: request digest -> SHA-256 of the committed reply.
-    """
-
-    proposal: Proposal
-    expires: datetime | None
-    reserved: dict[int, str] = field(default_factory=dict)
-    attempts: Counter[int] = field(default_factory=Counter)
-    replies: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def plan(self) -> Plan:
-        """What the run's releases cost."""
-        return self.proposal.plan
-
-    @property
-    def charged_rounds(self) -> int:
-        """Rounds charged, retries included."""
-        return self.attempts.total()
-
-    def is_open(self, now: datetime) -> bool:
-        """Whether the run may still be charged."""
-        return self.expires is not None and now < self.expires
-
-    def set_aside(self, now: datetime) -> Counter[DpEvent]:
-        """What the run may still spend: the rest of its plan while it is open, else nothing."""
-        left = self.plan.most_rounds - self.charged_rounds
-        once = dp_events.grouped([self.plan.event()]) if self.is_open(now) else Counter()
-        return Counter({event: count * left for event, count in once.items()})
 
 
 class History:
@@ -85,7 +45,7 @@ class History:
         policies: caps in force, oldest first, as (time, max_epsilon).
         answers: refusals and offers of each day, and whether a stranger got them.
         last_refusal: run and reason of the newest event, if that is a refusal.
-        approved: digests of the proposals that a person at the site approved.
+        approved: digest of each proposal that a person at the site approved -> when.
         last_time: of the newest event.
     """
 
@@ -104,7 +64,7 @@ class History:
         self.last_time: datetime | None = None
         self.answers: Counter[tuple[date, bool]] = Counter()
         self.last_refusal: tuple[str, str] | None = None
-        self.approved: set[str] = set()
+        self.approved: dict[str, datetime] = {}
         self._rounds: list[tuple[int, str]] = []  # sequence, run
         self._charges: list[tuple[int, datetime, DpEvent, int]] = []  # sequence, time, mechanism, count
 
@@ -181,9 +141,10 @@ class History:
                 self.policy = policy_of(event.detail["policy"])
                 self.policies.append((event.time, self.policy.budget.max_epsilon))
             case "approved":
-                self.approved.add(str(event.detail["proposal"]))
+                self.approved[Proposal.from_json(event.detail["proposal"]).digest()] = moment
             case "run_ended":
-                self.runs[event.run].expires = None
+                ended = self.runs[event.run]
+                ended.expires, ended.adapter = None, str(event.detail.get("adapter_sha256", ""))
             case "restored":
                 self._restore(Restored.of(event.detail), event.sequence, moment)
             case "in_doubt":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,20 @@ from dp_accounting import DpEvent
 from fedtune.privacy import events, spending
 from fedtune.privacy.chain import Head, Kind
 from fedtune.privacy.event_store import EventStore
-from fedtune.privacy.history import History, Run
+from fedtune.privacy.history import History
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.notes import Opened
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
 from fedtune.privacy.restore import charge_gap
+from fedtune.privacy.run import Reservation, Run
 from fedtune.spec import RunError
 
 MOST_ANSWERS_A_DAY, MOST_STRANGERS_A_DAY = 1000, 10
 """Refusals beyond these, of allowed leads and of strangers, are given and logged but not recorded: nobody can fill a
 site's disk, and no stranger can use up what is there for leads.  An offer that cannot be recorded is not made."""
 _MOST_TEXT = 300
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reservation:
-    """Leave to train one round, already charged."""
-
-    run: str
-    round: int
-    request: str
-    attempt: int
 
 
 class Ledger:
@@ -157,7 +148,7 @@ class Ledger:
             self._require_newest_policy()
             if proposal.run not in self.history.runs:
                 self.require_acceptable(proposal)
-            self._store.note("approved", run=proposal.run, proposal=proposal.digest())
+            self._store.note("approved", run=proposal.run, proposal=proposal.to_json())
 
     def freeze(self, why: str) -> None:
         """Take no part in anything any more; there is no way back."""
@@ -236,11 +227,15 @@ class Ledger:
         """Raise the reason to refuse a new run, as of the last transaction."""
         spending.require_acceptable(self.history, self.policy, proposal, self.history.now())
 
-    def require_startable(self, proposal: Proposal) -> None:
-        """The same for a run that is new to this ledger; a person may have to approve it, too."""
-        if proposal.run not in self.history.runs:
-            self.require_acceptable(proposal)
-            if self.policy.approval == "manual" and proposal.digest() not in self.history.approved:
+    def require_startable(self, proposal: Proposal, *, approved: bool = True) -> None:
+        """The same for a run that is new to this ledger; unless not `approved` yet, a person must have approved it."""
+        if proposal.run in self.history.runs:
+            return
+        self.require_acceptable(proposal)
+        if approved and self.policy.approval == "manual":
+            since = self.history.approved.get(proposal.digest())
+            good_for = timedelta(days=self.policy.limits.run_expires_after_days)
+            if since is None or self.history.now() - since > good_for:
                 raise Refused(Reason.AWAITING_APPROVAL)
 
     def fingerprint_key(self) -> bytes:

@@ -126,6 +126,7 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         (Reason.DATASET, proposal.dataset, datasets),
         (Reason.TASKS, proposal.task, allow.tasks),
         (Reason.BASE_MODELS, proposal.base_model, allow.base_models),
+        (Reason.DTYPES, proposal.dtype, allow.dtypes),
         (Reason.UNIT, plan.unit, [policy.population.unit]),
         (Reason.DELTA, plan.delta, [policy.budget.delta]),
     ):
@@ -135,6 +136,8 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         yield Reason.TARGET_MODULES, ", ".join(others), ", ".join(allow.target_modules)
     for reason, number, most in (
         (Reason.MAX_RANK, proposal.rank, allow.max_rank),
+        (Reason.MAX_LORA_SCALE, proposal.lora_scale, limits.max_lora_scale),
+        (Reason.MAX_HEAD_SCALE, proposal.head_scale, limits.max_head_scale),
         (Reason.MAX_SAMPLING_RATE, plan.sampling_rate, limits.max_sampling_rate),
         (Reason.MAX_GRAD_NORM, plan.max_grad_norm, limits.max_grad_norm),
         (Reason.MAX_LOCAL_STEPS, plan.local_steps, limits.max_local_steps),

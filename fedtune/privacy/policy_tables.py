@@ -117,8 +117,11 @@ class Limits:
         max_grad_norm: largest clip norm.
         max_local_steps: most noisy steps in a round.
         max_rounds: most rounds in a run, spare ones included.
-        max_adapter_value: largest absolute value of an adapter to train from.  Rounding grows with the adapter, and one
-            record can move the others' terms by rounding (docs/threat_model.md); trained adapters stay far below 50.
+        max_adapter_value: largest absolute value of an adapter to train from, divided by the root of its scale where
+            that is above 1.  Rounding grows with the adapter, and one record can move the others' terms by rounding
+            (docs/threat_model.md); trained adapters stay below 1.5.
+        max_lora_scale: largest factor of an adapter's product of matrices.
+        max_head_scale: largest factor of a task head's scores.
         run_expires_after_days: an accepted run holds its budget that long, unless it ends earlier.
     """
 
@@ -127,13 +130,16 @@ class Limits:
     max_grad_norm: float
     max_local_steps: int
     max_rounds: int
-    max_adapter_value: float = 50.0
+    max_adapter_value: float = 5.0
+    max_lora_scale: float = 32.0
+    max_head_scale: float = 100.0
     run_expires_after_days: float = 30.0
 
     def __post_init__(self) -> None:
         check_at_least("min_noise_multiplier", self.min_noise_multiplier, 0)
         check_fraction("max_sampling_rate", self.max_sampling_rate, one=True)
-        for key in ("max_grad_norm", "max_adapter_value", "run_expires_after_days"):
+        factors = ("max_adapter_value", "max_lora_scale", "max_head_scale")
+        for key in ("max_grad_norm", *factors, "run_expires_after_days"):
             check_positive(key, getattr(self, key))
         for key in ("max_local_steps", "max_rounds"):
             check_at_least(key, getattr(self, key), 1)
@@ -150,6 +156,7 @@ class Allow:
         target_modules: modules that may get LoRA matrices.
         max_rank: largest LoRA rank.
         train_head: whether a task head may be trained and released.
+        dtypes: number formats that the base model may be computed in; bfloat16 rounds a thousand times more coarsely.
         seeded_noise: accept runs whose noise comes from a seed.  For a test federation: such a run has no guarantee
             and marks the ledger for ever.
     """
@@ -160,6 +167,7 @@ class Allow:
     target_modules: tuple[str, ...]
     max_rank: int
     train_head: bool
+    dtypes: tuple[str, ...] = ("float32",)
     seeded_noise: bool = False
 
     def __post_init__(self) -> None:

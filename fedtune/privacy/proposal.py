@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from typing import Any
 
 from fedtune.privacy.plan import Plan
@@ -28,6 +29,9 @@ class Proposal:
         rank: of the LoRA matrices.
         train_head: whether a task head is trained and released too.
         seeded_noise: noise from a seed: a study without a guarantee.
+        dtype: number format of the frozen weights.
+        lora_scale: what an adapter's product of matrices is multiplied by; `head_scale` the head's scores.  Rounding,
+            which the accounting does not cover, grows with both.
         num_sites: how many sites the lead says take part.  A claim, shown as such; nothing relies on it.
         plan: what the releases cost.
     """
@@ -43,10 +47,13 @@ class Proposal:
     seeded_noise: bool
     num_sites: int
     plan: Plan
+    dtype: str
+    lora_scale: float
+    head_scale: float
 
     def __post_init__(self) -> None:
         # A proposal comes from a server: its form is checked here, its content by the policy.
-        for name in ("run", "lead", "dataset", "task", "base_model"):
+        for name in ("run", "lead", "dataset", "task", "base_model", "dtype"):
             _require(name, getattr(self, name), _is_text(getattr(self, name)), _TEXT)
         modules = self.target_modules
         right = isinstance(modules, tuple) and all(map(_is_text, modules)) and len(set(modules)) == len(modules)
@@ -54,6 +61,10 @@ class Proposal:
         for name in ("rank", "num_sites"):
             value = getattr(self, name)
             _require(name, value, type(value) is int and value >= 1, "must be a whole number of at least 1")
+        for name in ("lora_scale", "head_scale"):
+            value = getattr(self, name)
+            right = type(value) is float and math.isfinite(value) and value >= 0
+            _require(name, value, right, "must be a number of at least 0")
         for name in ("train_head", "seeded_noise"):
             _require(name, getattr(self, name), isinstance(getattr(self, name), bool), "must be true or false")
 

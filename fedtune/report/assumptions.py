@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedtune.privacy.chain import Kind
+from fedtune.report.ledger_lifetime import caps_of
 from fedtune.report.ledger_record import LedgerRecord
 from fedtune.report.model import Assumption
-from fedtune.report.run_record import RunRecord
 from fedtune.report.site_model import SiteReport
+
+if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
+    from fedtune.report.run_record import RunRecord
 
 Status = Literal["violated", "assumed", "asserted", "verified"]
 WORST_FIRST: tuple[Status, ...] = ("violated", "assumed", "asserted", "verified")
@@ -125,7 +128,7 @@ def _randomness(seeded: bool, why: str, said_by: str) -> _Found:
 
 def _of_any(delta: float, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     largest = max((site.declared_size or 0 for site in sites), default=0)
-    compared = f"{delta:g} and 1 / {largest}"
+    compared = f"delta={delta:g}; declared_size={largest}"
     yield "delta_below_one_over_size", "verified" if delta * largest < 1 else "violated", compared
     spent = [site.spent for site in sites if site.spent and site.spent.epsilon_pld and site.spent.epsilon_rdp]
     if spent:
@@ -202,7 +205,7 @@ def _of_file(record: LedgerRecord) -> Iterator[_Found]:
 def _of_history(record: LedgerRecord) -> Iterator[_Found]:
     history = record.history
     yield "order_fixed_beforehand", "verified", f"1: {history.order:g}"
-    caps = ", ".join(f"{time[:10]}: {cap:g}" for time, cap in history.policies)
+    caps = ", ".join(f"{cap.time[:10]}: {cap.max_epsilon}" for cap in caps_of(history))
     yield "cap_never_raised", "violated" if cap_was_raised(record) else "verified", caps
     if len(history.runs) > 1:
         yield "runs_fixed_beforehand", "assumed", "PLD, RDP"

@@ -103,7 +103,7 @@ class Catalogue:
             case "of_100_fine":
                 return self._marks(str(_rounded(exact, 2, ROUND_CEILING)))
             case "percent":
-                return self._plain(_significant(100 * exact, 3, "failures")) + " %"
+                return self._plain(_significant(100 * exact, 4, "failures")) + " %"
             case "seconds":
                 return self._marks(str(_rounded(exact, 1, ROUND_HALF_EVEN)))
             case "bytes":
@@ -165,5 +165,10 @@ def _rounded(value: Decimal, places: int, rounding: str) -> Decimal:
 
 def _significant(value: Decimal, digits: int, kind: str) -> Decimal:
     """So many significant digits; a share or a number of failures upwards."""
-    rounding = ROUND_CEILING if kind == "failures" else ROUND_HALF_EVEN
-    return _rounded(value, digits - 1 - value.adjusted(), rounding) if value else value
+    if not value:
+        return value
+    if kind != "failures":
+        return _rounded(value, digits - 1 - value.adjusted(), ROUND_HALF_EVEN)
+    # What a float adds in its last digits (0.0023000000000000004) is not worth a digit that people see.
+    value = _rounded(value, 12 - value.adjusted(), ROUND_HALF_EVEN)
+    return _rounded(value, digits - 1 - value.adjusted(), ROUND_CEILING)

@@ -7,6 +7,7 @@ from fedtune.report.words import Column
 
 NOT_RELEASED = "word.not_released"
 SITE = Column(heading="page.site", at="@site", kind="text")
+SHORT_SITE = Column(heading="page.site", at="@site", kind="name")
 RUN = Column(heading="page.run", at="run", kind="text")
 STATE = Column(heading="budget.verdict", at="verdict/state", kind="code:state")
 DECLARED = Column(heading="budget.declared", at="declared_size", kind="count")
@@ -32,7 +33,7 @@ LIMIT = Column(heading="budget.approved", at="approved/max_epsilon", kind="cap",
 LEFT = Column(heading="budget.left", at="left", kind="left")
 
 BUDGET_OF_RUN = (
-    SITE,
+    SHORT_SITE,
     STATE,
     epsilon("budget.this_run", "spent/epsilon"),
     epsilon("budget.all_runs", "lifetime/epsilon"),
@@ -40,7 +41,7 @@ BUDGET_OF_RUN = (
     Column(heading="budget.left", at="lifetime/left", kind="left", absent=NOT_RELEASED),
 )
 BUDGET_OF_LEDGER = (
-    SITE,
+    SHORT_SITE,
     STATE,
     DECLARED,
     epsilon("budget.all_runs", "spent/epsilon"),

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.ledger_record import LedgerRecord
 from fedtune.report.model import Provenance, Scores
-from fedtune.report.run_record import RunRecord
 from fedtune.report.site_model import SiteReport
 from fedtune.report.verdicts import worst
+
+if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
+    from fedtune.report.run_record import RunRecord
 
 Facts = dict[str, str | None]
 _TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
@@ -135,7 +138,7 @@ def _figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
 def _of_software(provenance: Provenance) -> Facts:
     version = provenance.libraries.get("dp-accounting")
     return {
-        "accountant": f"PLD, RDP: dp-accounting {version}" if version else None,
+        "accountant": f"PLD, RDP: dp-accounting {version}" if version else "PLD, RDP: dp-accounting",
         "base_model": provenance.model,
         "base_model_sha256": provenance.model_sha256,
         "base_model_licence": provenance.model_licence,

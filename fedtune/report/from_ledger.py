@@ -16,8 +16,8 @@ from fedtune.privacy.spending import Spending, spending
 from fedtune.report import assumptions, cells, facts, ledger_rounds, profile
 from fedtune.report.ledger_lifetime import caps_of, lifetime_of, run_caps
 from fedtune.report.ledger_record import LedgerRecord, read_ledger
+from fedtune.report.mechanisms import bounded
 from fedtune.report.model import Provenance, Report
-from fedtune.report.run_site import bounded
 from fedtune.report.site_model import (
     Approved,
     Mechanism,

@@ -10,7 +10,7 @@ from fedtune.privacy.history import History
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.spending import RunSpending, Spending, divergence_left, runs_left
 from fedtune.report.ledger_record import LedgerRecord
-from fedtune.report.run_site import bounded
+from fedtune.report.mechanisms import bounded
 from fedtune.report.site_model import Cap, Lifetime, LifetimeRun, Mechanism
 
 

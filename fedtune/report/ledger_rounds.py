@@ -13,7 +13,7 @@ from fedtune.privacy import filter
 from fedtune.privacy.chain import Event, Kind
 from fedtune.privacy.history import History
 from fedtune.report.codes import NOT_RECORDED
-from fedtune.report.run_site import bounded, mechanism_of
+from fedtune.report.mechanisms import bounded, mechanism_of
 from fedtune.report.site_model import Charge, Mechanism, Release, Step
 
 MOST_STEPS = 400

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dp_accounting import DpEvent
-
 from fedtune.federation.aggregation import INVALID_UPDATE, NO_REPLY
 from fedtune.federation.lead import RoundResult, charged_epsilons
-from fedtune.privacy import accountant, events
+from fedtune.privacy import accountant
 from fedtune.privacy.plan import Plan
 from fedtune.report import profile
+from fedtune.report.mechanisms import bounded, charged_events, mechanism_of
 from fedtune.report.run_record import RunRecord
-from fedtune.report.site_model import Charge, Mechanism, Release, SiteReport, Source, Spent, Step, Verdict
+from fedtune.report.site_model import Release, SiteReport, Source, Spent, Step, Verdict
 
 _MOST_FIGURES = 64
 """Different numbers of rounds for which epsilon is computed; in between, that of the next larger one is shown."""
@@ -54,7 +53,7 @@ def site_report(record: RunRecord, site: str, charged: Charged, *, sampling: str
         sampling: how units really joined its steps, or "not_recorded".
     """
     plan, size = record.plan, record.config.declared_sizes()[site]
-    mechanisms, spent = _mechanism_events(plan, charged.rounds), _spent(plan, charged)
+    mechanisms, spent = charged_events(plan, charged.rounds), _spent(plan, charged)
     return SiteReport(
         site=site,
         source=charged.source,
@@ -106,7 +105,7 @@ def _verdict(record: RunRecord, charged: Charged) -> Verdict:
 
 
 def _spent(plan: Plan, charged: Charged) -> Spent:
-    mechanisms, grid = _mechanism_events(plan, charged.rounds), profile.interval_of(charged.source)
+    mechanisms, grid = charged_events(plan, charged.rounds), profile.interval_of(charged.source)
     by_pld = profile.epsilon_pld(mechanisms, plan.delta, interval=grid)
     return Spent(
         epsilon=by_pld,
@@ -116,32 +115,6 @@ def _spent(plan: Plan, charged: Charged) -> Spent:
         upper_bound=charged.upper_bound,
         rounds=charged.rounds,
         steps=charged.rounds * plan.local_steps,
-    )
-
-
-def bounded(epsilon: float) -> float | None:
-    """JSON has no infinity: None says that nothing bounds the loss."""
-    return epsilon if math.isfinite(epsilon) else None
-
-
-def _mechanism_events(plan: Plan, rounds: int) -> Mapping[DpEvent, int]:
-    return events.grouped([plan.event(rounds=rounds)])
-
-
-def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechanism:
-    """What `rounds` charged rounds of a plan did."""
-    charges = events.counted(_mechanism_events(plan, rounds))
-    return Mechanism(
-        run=run,
-        sampling_assumed="poisson",
-        sampling_run=sampling,
-        sampling_rate=plan.sampling_rate,
-        noise_multiplier=plan.noise_multiplier,
-        max_grad_norm=plan.max_grad_norm if plan.private else None,
-        local_steps=plan.local_steps,
-        rounds=rounds,
-        metrics_noise_multiplier=plan.metrics_noise_multiplier,
-        charges=tuple(Charge(event=event, count=count) for event, count in charges),
     )
 
 

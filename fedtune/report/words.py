@@ -20,7 +20,8 @@ from fedtune.report.model import Report
 
 MOST_ROWS = 40
 """Rows of a table on the page; report.json holds the others."""
-_TEXTS = ("text", "hash", "key", "json", "names", "failures_by_site", "code", "yes_no")
+_TEXTS = ("text", "name", "hash", "key", "json", "names", "failures_by_site", "code", "yes_no")
+_LONGEST_NAME = 32  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SEVERITY = ("no_guarantee", "exceeded", "within")
 _ABSENT = object()
@@ -33,7 +34,7 @@ class Column:
     Attributes:
         heading: key of its text.
         at: where each row's cell is, from the row on; "../" in front: from what holds the row; "@": from its site on.
-        kind: of figure, as in `Catalogue.figure`; or "text", "hash", "key", "json", "names", "failures_by_site",
+        kind: of figure, as in `Catalogue.figure`; or "text", "name" (shortened), "hash", "key", "json", "names", "failures_by_site",
             "code:SECTION"; a trailing "?" puts "at most" in front where the site fell silent.
         absent: key of the text where there is nothing.
         is_named: the heading is a name of the report, not a key.
@@ -157,6 +158,8 @@ class Words:
         if value is None or value in ([], {}):
             return self.text("word.unknown" if value is None else "word.none")
         match kind.split(":"):
+            case ["name"]:
+                return Markup("{}").format(shortened(value, _LONGEST_NAME))
             case ["hash"]:
                 return Markup("<code>{}</code>").format(value)
             case ["key"]:

@@ -37,18 +37,18 @@ class SitePlaces:
     Attributes:
         site_toml: its policy.
         installed: the folder of an installed base model, by hash; raises ConfigError for none.
-        paused: file that is there while the site takes part in nothing.
+        paused: whether the site takes part in nothing for now.
         runs: folder for the settings that leads sent.
         adapters: folder for final adapters.
-        awaits: told of each run that a person is yet to approve.
+        awaits: told of each run that a person is yet to approve, with its settings.
     """
 
     site_toml: Path
     installed: Callable[[str], Path]
-    paused: Path
+    paused: Callable[[], bool]
     runs: Path
     adapters: Path
-    awaits: Callable[[Proposal], None] = lambda _: None
+    awaits: Callable[[Proposal, str], None] = lambda proposal, settings: None
 
 
 class RealSite:
@@ -71,74 +71,77 @@ class RealSite:
         return Site(
             name=files.policy.site,
             ledger=ledger,
+            understand=lambda request: self._check_settings(request, settings, files.policy),
             prepare=lambda request: self._prepare(request, settings, files, ledger),
-            paused=self._places.paused.exists,
-            awaits=self._places.awaits,
+            paused=self._places.paused,
+            awaits=lambda proposal: self._places.awaits(proposal, settings),
             keep=lambda run, adapter: self._keep(run, adapter, files.policy, plan=ledger.history.runs[run].plan),
         )
 
-    def _prepare(self, request: RoundRequest, settings: str, files: SiteFiles, ledger: Ledger) -> Prepared:
+    def _check_settings(self, request: RoundRequest, settings: str, policy: Policy) -> RunConfig:
+        """What was sent, with the site's own files in it; loads nothing."""
         sent = read_settings(settings, plan=request.proposal.plan)
         if sent.run_id() != request.run:
             # The run's name holds a digest of its settings, so that the lead's signature covers them.
             raise Refused(Reason.WRONG_RUN, asked=request.run, allowed=sent.run_id())
-        sizes = sent.declared_sizes()
-        if files.policy.site not in sizes:
-            raise Refused(Reason.WRONG_SITE, asked=", ".join(sizes), allowed=files.policy.site)
-        # Its plan is what the settings come to here, so that one that does not follow from them is noticed; before the
-        # model is loaded, since the policy has judged the request and not the settings.
+        if policy.site not in sent.declared_sizes():
+            raise Refused(Reason.WRONG_SITE, asked=", ".join(sent.declared_sizes()), allowed=policy.site)
+        # Made of the settings, since it is the request alone that the policy has judged.
         proposal = sent.proposal(lead=request.proposal.lead, plan=sent.plan())
         if proposal != request.proposal:
             raise Refused(Reason.PLAN_CHANGED, asked=request.proposal.digest(), allowed=proposal.digest())
-        work = self._work(request.run, sent, files)
-        write_durably(self._places.runs / f"{request.run}.json", settings.encode())
+        return at_site(sent, policy, folder=self._places.site_toml.parent, installed=self._places.installed)
+
+    def _prepare(self, request: RoundRequest, settings: str, files: SiteFiles, ledger: Ledger) -> Prepared:
+        config = self._check_settings(request, settings, files.policy)
+        shared = self._shared_model(config)
 
         def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+            # The round is charged by now: only now is anything written for it, and a record read.
+            write_durably(self._places.runs / f"{request.run}.json", settings.encode())
+            work = self._work(request.run, shared, files)
             return work.do(request, adapter, attempt, fingerprint_key=ledger.fingerprint_key())
 
         return Prepared(
-            proposal=proposal,
-            template=work.shared.initial_adapter,
-            declared_size=sizes[files.policy.site],
+            proposal=request.proposal,
+            template=shared.initial_adapter,
+            declared_size=config.declared_sizes()[files.policy.site],
             train=train,
         )
 
-    def _work(self, run: str, sent: RunConfig, files: SiteFiles) -> SiteWork:
-        """The run's model and records; kept until another run comes, or the policy's files or machine change."""
-        folder = self._places.site_toml.parent
-        config = at_site(sent, files.policy, folder=folder, installed=self._places.installed)
-        key = json.dumps([run, config.to_json()], sort_keys=True)
+    def _work(self, run: str, shared: SharedModel, files: SiteFiles) -> SiteWork:
+        """The run's records with the model; kept until another run comes, or files, policy or machine change."""
+        data = Path(shared.config.data.train_file).stat()
+        version = [data.st_ino, data.st_size, data.st_mtime_ns]
+        key = json.dumps([run, version, shared.config.to_json()], sort_keys=True)
         if self._warm is None or self._warm[0] != key:
             self._warm = None  # first, so that two runs' records never fill the memory together
-            self._warm = key, self._loaded(run, config, files)
+            self._warm = key, self._loaded(shared, files)
+            log.info("ready for a run", extra={"run": run})
         return self._warm[1]
 
-    def _loaded(self, run: str, config: RunConfig, files: SiteFiles) -> SiteWork:
-        began = time.monotonic()
-        shared = self._shared_model(config)
-        model_s = time.monotonic() - began
+    def _loaded(self, shared: SharedModel, files: SiteFiles) -> SiteWork:
         # A key of the site's own decides what is held out, so that nobody outside knows of a record which it is.
         key = SigningKey.load(files.site_key).secret("held-out split")
-        records = own_records(config.data, task=config.task, key=key)
-        size = files.policy.declared_size(config.data.dataset)
-        work = SiteWork(
+        size = files.policy.declared_size(shared.config.data.dataset)
+        return SiteWork(
             files.policy.site,
             shared,
-            records,
+            own_records(shared.config.data, task=shared.config.task, key=key),
             declared_size=size,
             keeps_frozen_states=shared.keeps_frozen_states(size),
+            lenient=True,
         )
-        _ = work.examples  # tokenised now, so that a record that cannot be read is found before the round is charged
-        log.info("ready for a run", extra={"run": run, "model_s": round(model_s, 3)})
-        return work
 
     def _shared_model(self, config: RunConfig) -> SharedModel:
         """The model, kept while runs want the same one on the same machine."""
         if self._shared is None or not _same_model(self._shared.config, config):
-            self._shared = None
-            log.info("loading the base model", extra={"sha256": config.model.sha256})
+            self._shared = self._warm = None  # the old one goes before the new one comes
+            began = time.monotonic()
             self._shared = SharedModel(config)
             self._shared.check()
+            about = {"sha256": config.model.sha256, "model_s": round(time.monotonic() - began, 3)}
+            log.info("the base model is loaded", extra=about)
         else:
             self._shared = self._shared.for_run(config)
         return self._shared

@@ -59,9 +59,9 @@ class SharedModel:
             self.model, self.config.runtime, num_tokens=num_records * self.config.data.max_length
         )
 
-    def tokenised(self, records: Sequence[Record]) -> TextDataset:
-        """Records as this model reads them."""
-        return tokenise(records, self.tokenizer, spec=self.config.data, task=self.config.task)
+    def tokenised(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
+        """Records as this model reads them; `lenient`: whatever they are."""
+        return tokenise(records, self.tokenizer, spec=self.config.data, task=self.config.task, lenient=lenient)
 
     @cached_property
     def validation(self) -> LeadData | None:

@@ -123,7 +123,10 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
         seeded_noise=config.runtime.seeded_noise,
     )
     data = replace(config.data, train_file=str(folder / dataset.path), columns=dict(dataset.columns))
-    return replace(config, model=_local_model(config.model, installed), data=data, runtime=runtime)
+    try:
+        return replace(config, model=_local_model(config.model, installed), data=data, runtime=runtime)
+    except ConfigError as error:  # a column that the site's data has not got
+        raise Refused(Reason.SETTINGS) from error
 
 
 def _named_model(model: ModelSpec) -> ModelSpec:

@@ -185,6 +185,10 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
             max_grad_norm=plan.max_grad_norm,
             max_local_steps=plan.local_steps,
             max_rounds=plan.most_rounds,
+            max_lora_scale=max(proposal.lora_scale, 1.0),
+            max_head_scale=max(proposal.head_scale, 1.0),
+            # Nothing bounds an adapter that is trained without clipping, and nothing is promised for it.
+            **({} if plan.private else {"max_adapter_value": 1e6}),
         ),
         allow=Allow(
             leads=(lead,),
@@ -193,6 +197,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
             target_modules=proposal.target_modules,
             max_rank=proposal.rank,
             train_head=proposal.train_head,
+            dtypes=(proposal.dtype,),
             seeded_noise=proposal.seeded_noise,
         ),
         releases=Releases(metrics="noised" if plan.releases_metrics else "none"),

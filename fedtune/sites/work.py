@@ -32,6 +32,7 @@ class SiteWork:
         records: the site's own.
         declared_size: the size that it publishes.
         keeps_frozen_states: keep what the frozen layers make of each record.
+        lenient: no record may make the work fail, since a lead that chose the settings would learn of it.
     """
 
     site: str
@@ -39,12 +40,13 @@ class SiteWork:
     records: SiteRecords
     declared_size: int
     keeps_frozen_states: bool
+    lenient: bool = False
 
     @cached_property
     def examples(self) -> SiteExamples:
         """The tokenised training records."""
         return SiteExamples(
-            self.shared.tokenised(self.records.training),
+            self.shared.tokenised(self.records.training, lenient=self.lenient),
             pad_id=self.shared.tokenizer.pad_token_id,
             max_tokens=self.shared.config.runtime.micro_batch_tokens,
             device=self.shared.device,
@@ -52,7 +54,7 @@ class SiteWork:
 
     @cached_property
     def _heldout(self) -> TextDataset:
-        return self.shared.tokenised(self.records.heldout)
+        return self.shared.tokenised(self.records.heldout, lenient=self.lenient)
 
     def do(self, request: RoundRequest, adapter: Adapter, attempt: int, *, fingerprint_key: bytes) -> Trained:
         """Score the adapter that was sent, where the plan says so, and train it.

@@ -19,10 +19,10 @@ from fedtune.privacy import accountant
 from fedtune.privacy.chain import Head, Kind
 from fedtune.privacy.events import grouped
 from fedtune.privacy.filter import epsilon_filter
-from fedtune.privacy.history import Run
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Reason
+from fedtune.privacy.run import Run
 from fedtune.privacy.verify import Verified, verify
 from fedtune.spec import ConfigError, FedtuneError
 

@@ -82,6 +82,9 @@ def write_ledger(folder: Path) -> tuple[Policy, SigningKey, list[float]]:
             train_head=True,
             seeded_noise=False,
             num_sites=4,
+            dtype="float32",
+            lora_scale=2.0,
+            head_scale=20.0,
             plan=plan_of(number),
         )
         for round in range(1, ROUNDS + 1):

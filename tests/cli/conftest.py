@@ -86,6 +86,9 @@ class SiteFolder:
             train_head=True,
             seeded_noise=seeded_noise,
             num_sites=3,
+            dtype="float32",
+            lora_scale=2.0,
+            head_scale=20.0,
             plan=Plan(**{**fields, **plan}),
         )
 

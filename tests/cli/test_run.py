@@ -292,6 +292,33 @@ def test_a_run_that_does_not_stop_is_said_to_go_on(
     assert outcome.message.startswith(f"process {process.pid} has not stopped within 0.3 s")
 
 
+def test_stopping_for_good_says_which_sites_heard_it(
+    command: Any, kit: Kit, folder: Path, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[RunConfig] = []
+
+    def tell(config: RunConfig, *, connection: Any, timeout_s: float) -> list[str]:
+        asked.append(config)
+        assert process.poll() is not None, "first it is stopped"
+        return [site.name for site in connection.sites if site.name != "south"]
+
+    monkeypatch.setattr("fedtune.deploy.lead_service.end_deployed", tell)
+    process = runner()
+    outcome = command("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
+    assert outcome.code == 0
+    assert asked == [saved_config(folder)]
+    stopped, told, silent = outcome.out.splitlines()
+    assert "is stopped" in stopped
+    assert told == "Told that it is over: north, west."
+    assert silent == "Not reached: south; their budget is free when the run expires."
+
+
+def test_without_its_server_nobody_hears_that_a_run_is_over(command: Any, kit: Kit, folder: Path) -> None:
+    outcome = command("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
+    assert outcome.code == 1
+    assert "127.0.0.1:9 cannot be reached" in outcome.message
+
+
 def test_a_folder_without_a_run_is_wrong_input(command: Any, tmp_path: Path) -> None:
     for action in ("status", "stop"):
         outcome = command("run", action, str(tmp_path))

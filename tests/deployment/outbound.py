@@ -107,11 +107,20 @@ def kind_of(content: bytes) -> str:
 
 def numbers_in(message: Proto) -> Iterator[tuple[str, float]]:
     """Every number in a protobuf message, however deep, with its field's name."""
+    return ((name, value) for name, value in _values_in(message) if isinstance(value, int | float))
+
+
+def texts_in(message: Proto) -> Iterator[str]:
+    """Every text in a protobuf message, however deep."""
+    return (value for _, value in _values_in(message) if isinstance(value, str))
+
+
+def _values_in(message: Proto) -> Iterator[tuple[str, Any]]:
     for field, value in message.ListFields():
         for one in value if field.is_repeated else [value]:
             if isinstance(one, Proto):
-                yield from numbers_in(one)
-            elif isinstance(one, int | float):
+                yield from _values_in(one)
+            else:
                 yield field.full_name, one
 
 

@@ -135,7 +135,7 @@ def test_a_site_listens_to_nobody(finished: Federation) -> None:
 def test_the_model_is_loaded_once(finished: Federation) -> None:
     for site in finished.sites.values():
         assert site.answered("update", "one") == 2
-        assert len(site.up.lines("loading the base model")) == 1
+        assert len(site.up.lines("the base model is loaded")) == 1
 
 
 def test_a_run_goes_to_the_named_sites_only(finished: Federation) -> None:
@@ -149,7 +149,7 @@ def test_a_run_goes_to_the_named_sites_only(finished: Federation) -> None:
     assert left_out.verified().events == before
     assert left_out.up.text == said
     # The other two had the model already.
-    assert len(finished.sites["west"].up.lines("loading the base model")) == 1
+    assert len(finished.sites["west"].up.lines("the base model is loaded")) == 1
 
 
 @needs_minilm

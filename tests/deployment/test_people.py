@@ -46,7 +46,7 @@ def test_a_run_waits_for_approval_and_then_goes_on(federation: Federation) -> No
     federation.sites["south"].wait_for("asked", "commit", round=1)
     # Before anybody has said yes, nothing was done for it.
     assert not site.events("asked", "plan")
-    assert not site.up.lines("loading the base model")
+    assert not site.up.lines("the base model is loaded")
     listed = " ".join(federation.do("site", "approve", *site.own).out.split())
     (waiting,) = (event.run for event in site.events("asked", "refusal"))
     assert waiting in listed

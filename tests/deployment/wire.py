@@ -108,10 +108,10 @@ def _next_round(site: SiteFolder, round: int, *, lead: Process) -> None:
 
 
 def _run_second(federation: Federation) -> None:
-    """A run that finds north paused, and then with a label that nobody declared."""
+    """A run that finds north paused, and then with a file that is no text."""
     north = federation.sites["north"]
-    with (north.folder / "questions.csv").open("a") as file:
-        file.write(f"what now,{PLANTED}\n")
+    with (north.folder / "questions.csv").open("ab") as file:
+        file.write(PLANTED.encode() + b"\xff,age_limit\n")
     federation.do("site", "pause", "--kit", str(north.kit))
     lead = federation.lead(SECOND, *settings("federation.num_rounds=1", "federation.min_sites=1"))
     wait_for(lambda: north.answered("paused", SECOND), seconds=RUN_S, what="north to answer in its pause", needs=lead)

@@ -54,7 +54,10 @@ def result(folder: Path) -> Any:
 
 
 def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
-    top = {"config.yaml", "run.json", "adapter", "checkpoints", "log.txt", "report.html", "report.json", "sites"}
+    top = {
+        "config.yaml", "run.json", "environment.json", "adapter", "checkpoints", "log.txt", "report.html",
+        "report.json", "sites"
+    }  # fmt: skip
     assert {path.name for path in folder.iterdir()} == top
     adapter = {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json"}
     assert {path.name for path in (folder / "adapter").iterdir()} == adapter
@@ -78,7 +81,7 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
     assert [entry["round"] for entry in result["rounds"]] == [1, 2, 3]
     for entry in result["rounds"]:
         assert set(entry) == {
-            "round", "seconds", "sites", "failed_sites", "bytes_down", "bytes_up", "metrics", "site_scores"
+            "round", "seconds", "sites", "failed_sites", "bytes_down", "bytes_up", "metrics", "site_scores", "ended"
         }  # fmt: skip
         assert entry["site_scores"] == {}, "unless they are planned for, no scores leave a site"
         assert entry["sites"] == ["site-1", "site-2"]
@@ -150,18 +153,23 @@ def test_a_generated_policy_says_what_the_run_was_allowed(result: Any, folder: P
 
 def test_the_report_repeats_the_figures_and_says_within(result: Any, folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
-    assert report["verdict"]["state"] == "WITHIN"
+    assert report["verdict"]["state"] == "within"
     assert (report["epsilon"], report["target_epsilon"]) == (result["privacy"]["epsilon"], 8.0)
-    assert report["mechanism"]["randomness"] == "operating system's CSPRNG"
-    for site, spent in result["privacy"]["sites"].items():
-        assert spent.items() <= report["sites"][site].items()
-        event = report["sites"][site]["event"]
-        assert (event["count"], event["event"]["sampling_probability"]) == (spent["steps"], spent["sampling_rate"])
-        assert event["event"]["event"]["noise_multiplier"] == spent["noise_multiplier"]
+    assert report["randomness"] == "operating_system"
+    sites = {site["site"]: site for site in report["sites"]}
+    for name, said in result["privacy"]["sites"].items():
+        spent = sites[name]["spent"]
+        assert (spent["epsilon"], spent["epsilon_rdp"]) == (said["epsilon"], said["epsilon_rdp"])
+        assert (spent["steps"], spent["upper_bound"]) == (said["steps"], said["upper_bound"])
+        (mechanism,) = sites[name]["mechanisms"]
+        (charge,) = mechanism["charges"]
+        event = charge["event"]
+        assert (charge["count"], event["sampling_probability"]) == (said["steps"], said["sampling_rate"])
+        assert event["event"]["noise_multiplier"] == said["noise_multiplier"]
     page = (folder / "report.html").read_text()
-    assert "WITHIN" in page
+    assert "Within the approved budget" in page
     assert "<script" not in page
-    assert "http" not in page
+    assert 'src="http' not in page
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -242,12 +250,14 @@ def test_without_privacy_epsilon_is_null_and_nothing_is_promised(unprotected: Pa
         assert (site["epsilon"], site["epsilon_rdp"], site["noise_multiplier"]) == (None, None, 0.0)
         assert site["steps"] == 4
     report = json.loads((unprotected / "report.json").read_text())
-    assert report["verdict"]["state"] == "NO GUARANTEE"
-    assert (report["promise"], report["target_epsilon"], report["epsilon"]) == (None, None, None)
-    assert all(site["event"] == {"kind": "non_private"} for site in report["sites"].values())
+    assert report["verdict"] == {"state": "no_guarantee", "reasons": ["no_noise"]}
+    assert (report["target_epsilon"], report["epsilon"]) == (None, None)
+    for site in report["sites"]:
+        (mechanism,) = site["mechanisms"]
+        assert [charge["event"] for charge in mechanism["charges"]] == [{"kind": "non_private"}]
     page = (unprotected / "report.html").read_text()
-    assert "NO GUARANTEE" in page
-    assert "not protected by differential privacy" in page
+    assert "No guarantee" in page
+    assert "There is no promise" in page
 
 
 def test_a_seeded_study_is_marked_wherever_its_epsilon_stands(
@@ -258,8 +268,7 @@ def test_a_seeded_study_is_marked_wherever_its_epsilon_stands(
     assert "study without a guarantee" in outcome.out
     assert result_of(tmp_path / "run")["privacy"]["seeded_noise"] is True
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["verdict"]["state"] == "NO GUARANTEE"
-    assert "configured seed" in report["verdict"]["why"]
+    assert report["verdict"] == {"state": "no_guarantee", "reasons": ["seeded_noise"]}
 
 
 def test_unseeded_runs_differ_and_seeded_runs_do_not(

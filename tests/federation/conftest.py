@@ -78,6 +78,7 @@ class Station:
         before_training: what the ledger held when each of them began.
         prepared: rounds for which the site was made ready.
         kept: (run, digest) of each final adapter that it stored.
+        awaited: runs that it was told to put before a person.
         paused: whether a person there wants it to take part in nothing.
     """
 
@@ -91,6 +92,7 @@ class Station:
     before_training: list[list[Kind]] = field(default_factory=list)
     prepared: list[int] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
+    awaited: list[Proposal] = field(default_factory=list)
     paused: bool = False
 
     @property
@@ -120,6 +122,7 @@ class Station:
             prepare=prepare,
             paused=lambda: self.paused,
             keep=lambda run, adapter: self.kept.append((run, adapter.digest())),
+            awaits=self.awaited.append,
         )
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:

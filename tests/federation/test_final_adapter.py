@@ -1,4 +1,4 @@
-"""The end of a run: its lead says it, the ledger notes which adapter came of it, and the site keeps that or does not."""
+"""The end of a run: its lead says it, the ledger notes which adapter came of it, and the site keeps that or not."""
 
 from __future__ import annotations
 
@@ -120,6 +120,27 @@ def test_a_second_notice_changes_nothing_in_the_ledger(site: Any, final: Adapter
     assert site.events() == before
     assert second == first
     assert set(site.kept) == {("r", final.digest())}
+
+
+def test_a_later_notice_does_not_exchange_the_adapter(site: Any, final: Adapter) -> None:
+    # Else the site would use another one than its ledger names.
+    site.ask()
+    site.end(adapter=final, digest=final.digest())
+    other = Adapter({name: value + 1 for name, value in final.tensors.items()})
+    site.end(adapter=other, digest=other.digest())
+    assert site.kept == [("r", final.digest())]
+    assert [end["adapter_sha256"] for end in ends(site)] == [final.digest()]
+
+
+def test_a_lead_that_the_site_no_longer_knows_gives_it_no_adapter(
+    site: Any, stranger_key: SigningKey, final: Adapter
+) -> None:
+    site.ask()
+    site.policy = replace(site.policy, allow=replace(site.policy.allow, leads=(stranger_key.public,)))
+    with pytest.raises(Refused) as refused:
+        site.end(adapter=final, digest=final.digest())
+    assert refused.value.reason is Reason.LEADS
+    assert site.kept == ends(site) == []
 
 
 def test_an_adapter_that_cannot_be_stored_is_asked_for_again(site: Any, final: Adapter) -> None:

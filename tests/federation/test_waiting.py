@@ -11,7 +11,7 @@ import pytest
 from fedtune.federation.protocol import Reply, Signed
 from fedtune.privacy.chain import Kind
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.release import Reason, Refusal, Update
+from fedtune.privacy.release import Reason, Refusal, Refused, Update
 
 
 def reason(reply: Reply) -> Reason:
@@ -124,6 +124,65 @@ def test_the_same_request_is_answered_once_a_person_has_approved(manual: Any) ->
     assert isinstance(manual.ask(2).body, Update), "further rounds ask nobody"
 
 
+def test_who_is_to_approve_is_told_what(manual: Any) -> None:
+    assert reason(manual.ask()) is Reason.AWAITING_APPROVAL
+    assert manual.awaited == [manual.request().proposal]
+    assert reason(manual.ask(rank=64)) is Reason.MAX_RANK
+    manual.paused = True
+    manual.ask()
+    assert len(manual.awaited) == 1, "nobody is asked about what is refused anyway"
+    manual.paused = False
+    manual.ledger().approve(manual.request().proposal)
+    assert isinstance(manual.ask().body, Update)
+    assert len(manual.awaited) == 1
+
+
+@pytest.fixture
+def understanding(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Note when a site reads a run's settings, which may be refused."""
+
+    def watch(site: Any, *, refused: bool) -> list[str]:
+        read: list[str] = []
+        opened = site.open
+
+        def understand(request: Any) -> None:
+            read.append(request.run)
+            if refused:
+                raise Refused(Reason.SETTINGS)
+
+        monkeypatch.setattr(site, "open", lambda train=None: replace(opened(train), understand=understand))
+        return read
+
+    return watch
+
+
+def test_settings_that_do_not_fit_are_refused_before_a_person_is_asked(
+    manual: Any, understanding: Callable[..., list[str]]
+) -> None:
+    read = understanding(manual, refused=True)
+    assert reason(manual.ask()) is Reason.SETTINGS
+    assert read == ["r"]
+    assert manual.awaited == manual.prepared == []
+    manual.ledger().approve(manual.request().proposal)
+    assert reason(manual.ask()) is Reason.SETTINGS
+
+
+def test_settings_are_not_read_for_what_is_refused_anyway(
+    station: Callable[..., Any], understanding: Callable[..., list[str]], stranger_key: SigningKey
+) -> None:
+    site = station()
+    read = understanding(site, refused=False)
+    site.ask(rank=64)
+    site.ask(key=stranger_key, lead=stranger_key.public)
+    site.ask(about={"expires": 1.0})
+    site.paused = True
+    site.ask()
+    assert read == []
+    site.paused = False
+    assert isinstance(site.ask().body, Update)
+    assert read == ["r"]
+
+
 def test_the_request_may_be_signed_anew_while_it_waits(manual: Any) -> None:
     assert reason(manual.ask(about={"expires": 1e12})) is Reason.AWAITING_APPROVAL
     manual.ledger().approve(manual.request().proposal)
@@ -157,8 +216,6 @@ def test_what_preparing_refuses_is_a_reason_and_what_it_raises_is_none(
     opened = site.open()
 
     def refuses(request: Any) -> Any:
-        from fedtune.privacy.release import Refused
-
         raise Refused(Reason.WRONG_RUN, asked="r", allowed="s")
 
     def fails(request: Any) -> Any:

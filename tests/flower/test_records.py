@@ -109,6 +109,53 @@ def test_a_notice_of_the_end_arrives_as_it_was_sent(lead_key: SigningKey) -> Non
     assert records.to_signed(records.from_signed(notice)) == notice
 
 
+def test_a_notice_of_the_end_may_bring_the_final_adapter(lead_key: SigningKey, adapter: Adapter) -> None:
+    notice = EndOfRun(run="r", lead=lead_key.public, adapter_digest=adapter.digest()).signed(lead_key)
+    signed, without = records.to_end(records.from_signed(notice))
+    assert (signed, without) == (notice, None)
+    signed, received = records.to_end(records.from_signed(notice, arrays=records.to_arrays(adapter.tensors)))
+    assert signed == notice
+    assert received is not None
+    assert received.digest() == adapter.digest()
+    broken = records.from_signed(notice, arrays=ArrayRecord([np.ones(3, np.int64)]))
+    with pytest.raises(ConfigError, match="must hold an adapter"):
+        records.to_end(broken)
+
+
+@pytest.mark.parametrize("receipt", [RECEIPT, None])
+def test_the_answer_to_the_end_arrives_as_it_was_sent(receipt: Receipt | None) -> None:
+    content = records.from_receipt(receipt)
+    assert set(content) == {records.RECEIPT}
+    assert records.to_receipt(content) == receipt
+
+
+_NO_RECEIPT = ("", "{", "[]", "7", '"text"', '{"site": "a"}', "[" * 5000, '{"charged_rounds": 1e999}')
+
+
+@pytest.mark.parametrize("text", _NO_RECEIPT)
+def test_any_other_answer_to_the_end_is_one_kind_of_error(text: str) -> None:
+    for content in (RecordDict({records.RECEIPT: ConfigRecord({"json": text})}), RecordDict()):
+        with pytest.raises(ConfigError, match="must be a site's receipt"):
+            records.to_receipt(content)
+
+
+def test_settings_arrive_as_they_were_sent_and_count_as_bytes(request_: Signed) -> None:
+    settings = '{"name": "Größe"}'
+    content = records.from_signed(request_, settings=settings)
+    assert records.to_settings(content) == settings
+    plain = records.from_signed(request_)
+    assert records.to_settings(plain) == ""
+    assert set(plain) == {records.REQUEST}
+    assert records.num_bytes(content) - records.num_bytes(plain) == len(settings)
+
+
+@pytest.mark.parametrize("record", [ConfigRecord({"text": "{}"}), ArrayRecord([np.ones(1, np.float32)])])
+def test_settings_that_are_no_text_are_an_error(record: object) -> None:
+    content = RecordDict({records.SETTINGS: record})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match="must hold settings as text"):
+        records.to_settings(content)
+
+
 def test_the_weight_is_the_declared_size(adapter: Adapter) -> None:
     content = records.weighted(adapter, 90)
     assert dict(content.metric_records[records.WEIGHT]) == {"num-examples": 90}

@@ -140,6 +140,9 @@ def proposal(lead_key: SigningKey, plan: Callable[..., Plan]) -> Callable[..., P
             "train_head": True,
             "seeded_noise": False,
             "num_sites": 3,
+            "dtype": "float32",
+            "lora_scale": 1.0,
+            "head_scale": 10.0,
         }
         return Proposal(**(values | changes | {"plan": plan(**{"num_rounds": 5, **changes.get("plan", {})})}))
 

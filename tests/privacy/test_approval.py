@@ -65,7 +65,7 @@ def test_once_approved_it_begins(manual: Open, proposal: Any, path: Path) -> Non
     assert isinstance(reserve(ledger, proposal()), Reservation)
     assert kinds(path) == [APPROVED, (Kind.PLAN, ""), (Kind.RESERVE, "")]
     noted = next(event for event in verify(path).events if event.detail.get("what") == "approved")
-    assert noted.detail["proposal"] == proposal().digest()
+    assert noted.detail["proposal"] == proposal().to_json(), "in full: an auditor sees what was agreed to"
     for round in (2, 3):
         assert isinstance(reserve(ledger, proposal(), round), Reservation), "it is approved as a whole"
 
@@ -83,6 +83,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "rank": {"rank": 3},
     "train_head": {"train_head": False},
     "seeded_noise": {"seeded_noise": True},
+    "lora_scale": {"lora_scale": 2.0},
+    "head_scale": {"head_scale": 1.0},
     "num_sites": {"num_sites": 2},
     "sampling_rate": {"plan": {"sampling_rate": 0.2}},
     "noise_multiplier": {"plan": {"noise_multiplier": 1.0000001}},
@@ -92,7 +94,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "spare_rounds": {"plan": {"spare_rounds": 1}},
     "metrics_noise_multiplier": {"plan": {"metrics_noise_multiplier": 9.0}},
 }
-_REFUSED_ANYWAY = {"lead", "task", "base_model", "unit", "delta"}
+_REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "unit", "delta"}
 """Fields of which this policy allows one value alone."""
 
 
@@ -168,7 +170,7 @@ def test_the_approval_of_another_process_counts(manual: Open, proposal: Any) -> 
 def test_an_approval_survives_a_restart(manual: Open, proposal: Any, path: Path, site_key: Any) -> None:
     manual().approve(proposal())
     manual().require_startable(proposal())
-    assert verify(path, site_key=site_key.public).history.approved == {proposal().digest()}
+    assert verify(path, site_key=site_key.public).history.approved.keys() == {proposal().digest()}
     assert isinstance(reserve(manual(), proposal()), Reservation)
 
 
@@ -178,8 +180,28 @@ def test_approving_twice_is_approving_once(manual: Open, proposal: Any) -> None:
     ledger.approve(proposal())
     assert isinstance(reserve(ledger, proposal()), Reservation)
     ledger.approve(proposal())  # also when it has begun
-    assert ledger.history.approved == {proposal().digest()}
+    assert ledger.history.approved.keys() == {proposal().digest()}
     assert isinstance(reserve(ledger, proposal(), 2), Reservation)
+
+
+def test_an_approval_that_nobody_uses_ends(manual: Open, proposal: Any, clock: Any) -> None:
+    ledger = manual()
+    ledger.approve(proposal())
+    clock.forward(days=30)
+    ledger.require_startable(proposal())
+    clock.forward(seconds=1)
+    assert reason_of(reserve, ledger, proposal()) is Reason.AWAITING_APPROVAL
+    ledger.approve(proposal())
+    assert isinstance(reserve(ledger, proposal()), Reservation), "approved anew"
+    clock.forward(days=29)
+    assert isinstance(reserve(ledger, proposal(), 2), Reservation), "who has begun needs no other"
+
+
+def test_policy_and_budget_can_be_asked_before_a_person_is(manual: Open, proposal: Any) -> None:
+    ledger = manual()
+    ledger.require_startable(proposal(), approved=False)
+    assert reason_of(ledger.require_startable, proposal()) is Reason.AWAITING_APPROVAL
+    assert reason_of(ledger.require_startable, proposal(rank=9), approved=False) is Reason.MAX_RANK
 
 
 def test_an_approval_lasts_though_the_policy_changes(manual: Open, proposal: Any) -> None:
@@ -285,7 +307,7 @@ def test_an_old_ledger_can_be_read(old_ledger: Policy, path: Path, site_key: Any
     history = verify(path, site_key=site_key.public).history
     assert history.policy == old_ledger == policy_of(detail["policy"])
     assert (history.policy.approval, history.policy.final_adapter) == ("automatic", "keep")
-    assert history.approved == set()
+    assert not history.approved
 
 
 def test_an_old_ledger_goes_on_under_the_new_program(
@@ -310,4 +332,5 @@ def test_the_end_of_a_run_names_the_adapter_that_was_sent(opened: Open, proposal
     opened().end("r", adapter_sha256="cd" * 32)
     ended = [event.detail for event in verify(path).events if event.detail.get("what") == "run_ended"]
     assert ended == [{"what": "run_ended", "adapter_sha256": "ab" * 32}], "the first word counts"
+    assert opened().history.runs["r"].adapter == "ab" * 32
     assert not opened().history.runs["r"].is_open(opened().history.now())

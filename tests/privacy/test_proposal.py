@@ -33,6 +33,9 @@ def test_every_field_is_in_its_json_and_its_digest(proposal: Any, lead_key: Any,
         "train_head": False,
         "seeded_noise": True,
         "num_sites": 4,
+        "dtype": "bfloat16",
+        "lora_scale": 3.0,
+        "head_scale": 0.0,
         "plan": {"spare_rounds": 1},
     }
     fields = {field.name for field in dataclasses.fields(Proposal)}
@@ -43,10 +46,10 @@ def test_every_field_is_in_its_json_and_its_digest(proposal: Any, lead_key: Any,
 
 def test_the_digest_is_golden(proposal: Any) -> None:
     # It lies in ledgers and refusals: a change of it is a change of format.
-    assert proposal(lead="1" * 64).digest() == "dd113edfa4170a0e90b828e0fc0cfe54d9e7a42a9e4f1364103b6f13d150daa0"
+    assert proposal(lead="1" * 64).digest() == "9fe65ef37203d6d13194fbdf13d39e9ec9a6a5a7bfc720d482e8c9b10ece0fd8"
 
 
-@pytest.mark.parametrize("name", ["run", "lead", "dataset", "task", "base_model"])
+@pytest.mark.parametrize("name", ["run", "lead", "dataset", "task", "base_model", "dtype"])
 @pytest.mark.parametrize("value", ["", 5, None, b"r", "x" * 301, "\ud800", "a\nb", "a\0b"])
 def test_what_is_no_text_is_refused(proposal: Any, name: str, value: object) -> None:
     # A lone surrogate cannot be written to a ledger; a line break would forge a line of a log.
@@ -65,6 +68,10 @@ def test_what_is_no_text_is_refused(proposal: Any, name: str, value: object) -> 
         ("rank", 4.0, "must be a whole number of at least 1"),
         ("rank", True, "must be a whole number of at least 1"),
         ("num_sites", -1, "must be a whole number of at least 1"),
+        ("lora_scale", -1.0, "must be a number of at least 0"),
+        ("lora_scale", float("inf"), "must be a number of at least 0"),
+        ("head_scale", float("nan"), "must be a number of at least 0"),
+        ("head_scale", 1, "must be a number of at least 0"),
         ("train_head", 1, "must be true or false"),
         ("seeded_noise", None, "must be true or false"),
     ],

@@ -267,7 +267,7 @@ def test_what_is_no_settings_is_refused_as_such(sent: RunConfig, text: str) -> N
         ("model.sha256", "AB" * 32),
         ("task", "translation"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:20],
 )
 def test_settings_of_a_newer_version_or_of_nonsense_are_refused(sent: RunConfig, path: str, value: object) -> None:
     assert outcome(with_leaf(sent, path, value), sent) is Reason.SETTINGS

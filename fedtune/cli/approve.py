@@ -1,0 +1,153 @@
+"""`fedtune site approve`: what a run would do and cost, and a person's word that it may start."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from fedtune.cli.plain_words import REASONS, counted, printable
+from fedtune.deploy.site_state import Pending, SiteState
+from fedtune.federation.verdict import BrokenRule, Verdict, ask
+from fedtune.privacy.accountant import epsilon_pld, epsilon_text
+from fedtune.privacy.release import Reason
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.spec import ConfigError, RefusedError, RunError
+
+_SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime", "task")
+"""Groups of settings that the proposal's own rows say already, or that are not the run's."""
+
+
+def show_waiting(state: SiteState) -> None:
+    """List the runs that wait."""
+    waiting = state.waiting()
+    Console().print(_waiting_table(waiting) if waiting else "No run waits for approval.")
+
+
+def approve(state: SiteState, run: str, *, site_toml: Path, files: SiteFiles, yes: bool) -> None:
+    """Show a run's price and settings, ask, and note the approval in the ledger.
+
+    Raises:
+        ConfigError: no such run waits.
+        RefusedError: policy or budget would refuse it all the same.
+        RunError: the ledger cannot be trusted.
+    """
+    console, pending = Console(), _chosen(state.waiting(), run)
+    verdict = ask(site_toml, pending.proposal, declared_sizes={})
+    console.print(_price_table(pending, verdict))
+    console.print(_settings_table(pending.settings))
+    if verdict.ledger == "in doubt":
+        raise RunError(verdict.note)
+    if not verdict.allowed:
+        raise RefusedError(f"policy or budget refuse this run: {_broken(verdict)}")
+    if not yes and not _agreed():
+        console.print("Not approved.")
+        return
+    files.open().approve(pending.proposal)
+    state.forget(pending.proposal)
+    console.print("Approved, and noted in the ledger. It begins with the lead's next request.")
+
+
+def _chosen(waiting: list[Pending], run: str) -> Pending:
+    """The run with this name, or with a proposal whose digest begins so: two leads may use one name."""
+    found = [p for p in waiting if p.proposal.run == run or (len(run) >= 12 and p.proposal.digest().startswith(run))]
+    if not found:
+        names = ", ".join(printable(pending.proposal.run) for pending in waiting) or "none"
+        raise ConfigError("RUN", run, f"must be a run that waits for approval: {names}")
+    if len(found) > 1:
+        digests = ", ".join(f"{p.proposal.digest()[:12]} (lead {p.proposal.lead[:16]}...)" for p in found)
+        raise ConfigError("RUN", run, f"was proposed in {len(found)} ways; name one by its digest: {digests}")
+    return found[0]
+
+
+def _agreed() -> bool:
+    sys.stdout.write("Let it start? [y/N] ")
+    sys.stdout.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _waiting_table(waiting: list[Pending]) -> Table:
+    names = [printable(pending.proposal.run) for pending in waiting]
+    # Whole, however narrow the terminal: a person has to type it.
+    run = Column("run", no_wrap=True, min_width=max(map(len, names)))
+    table = Table(run, "since", "data set", "epsilon", "asked by lead")
+    for name, pending in zip(names, waiting, strict=True):
+        asked = pending.proposal
+        words = (name, pending.since, printable(asked.dataset), _price(pending), f"{asked.lead[:16]}...")
+        table.add_row(*map(escape, words))  # brackets that come from a lead are no markup
+    return table
+
+
+def _price(pending: Pending) -> str:
+    asked = pending.proposal
+    if asked.seeded_noise or not asked.plan.private:
+        return "NO GUARANTEE"
+    return epsilon_text(epsilon_pld([asked.plan.whole], asked.plan.delta))
+
+
+def _price_table(pending: Pending, verdict: Verdict) -> Table:
+    """What the run would do, and cost."""
+    asked, plan = pending.proposal, pending.proposal.plan
+    cap = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"the lifetime cap is {verdict.max_epsilon:g}"
+    price = f"epsilon {_price(pending)} at delta {plan.delta:g} for each {plan.unit}, for the whole run"
+    if not plan.private:
+        price = "NO GUARANTEE: the run adds no noise"
+    elif asked.seeded_noise:
+        price = "NO GUARANTEE: its noise comes from a seed, and can be taken away again; it marks the ledger for ever"
+    head = f", and a head scaled by {asked.head_scale:g}" if asked.train_head else ""
+    rows = {
+        "price": price,
+        "lifetime": f"epsilon {epsilon_text(verdict.taken)} is taken, {epsilon_text(verdict.would_be)} with this run, "
+        f"by the filter; {cap}",
+        "run": printable(asked.run),
+        "asked by": f"{asked.lead}, for {counted(asked.num_sites, 'site')} as it says",
+        "trains": f"{printable(asked.task)} on {printable(asked.dataset)}",
+        "base model": f"{printable(asked.base_model, 64)}, in {printable(asked.dtype)}",
+        "adapter": f"rank {asked.rank}, scaled by {asked.lora_scale:g}, on "
+        f"{printable(', '.join(asked.target_modules))}{head}",
+        "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, 'noisy step')} each",
+        "mechanism": f"noise multiplier {plan.noise_multiplier:g}, clip norm {plan.max_grad_norm:g}, "
+        f"sampling rate {plan.sampling_rate:g}",
+        "releases": "updates and noised scores" if plan.releases_metrics else "updates",
+    }
+    return _two_columns(rows)
+
+
+def _settings_table(settings: str) -> Table:
+    """Every other setting that the run's name stands for; the site understood them before the run was put up."""
+    fields = {key: value for key, value in json.loads(settings).items() if key not in _SHOWN_ABOVE}
+    return _two_columns(dict(_flat(fields)))
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value:
+            yield f"{prefix}{key}", printable(f"{len(value)}: {', '.join(map(str, value))}", 1000)
+        elif value not in (None, [], {}, ""):
+            yield f"{prefix}{key}", printable(value, 1000)
+
+
+def _two_columns(rows: Mapping[str, str]) -> Table:
+    table = Table(Column("", no_wrap=True), Column("", overflow="fold"), show_header=False)
+    for name, text in rows.items():
+        table.add_row(escape(name), escape(text))
+    return table
+
+
+def _broken(verdict: Verdict) -> str:
+    return "; ".join(REASONS[Reason(one.rule)] + _numbers(one) for one in verdict.broken)
+
+
+def _numbers(rule: BrokenRule) -> str:
+    numbers = {"asked": rule.asked, "allowed": rule.allowed}
+    known = ", ".join(f"{word} {value}" for word, value in numbers.items() if value is not None)
+    return f" ({known})" if known else ""

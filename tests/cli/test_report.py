@@ -1,0 +1,468 @@
+"""`fedtune report`: writes whole reports, finds what was changed in one, and says what differs between two."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedtune.cli.report import with_command
+from fedtune.privacy.keys import SigningKey
+from fedtune.report import signing
+from fedtune.report.model import Report
+
+HASH = "0123456789abcdef" * 4
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines long enough that a phrase is not broken."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+@pytest.fixture(scope="module")
+def finished(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, command: Any) -> Path:
+    """A run's folder, with its report, not to be changed."""
+    folder = simulate(into=tmp_path_factory.mktemp("runs"), name="one")
+    assert command("report", str(folder)).code == 0
+    return folder
+
+
+@pytest.fixture
+def run_folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "one"))
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lead") / "lead_key.pem"
+    SigningKey.load_or_make(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def once_signed(finished: Path, key_file: Path, tmp_path_factory: pytest.TempPathFactory, command: Any) -> Path:
+    folder = tmp_path_factory.mktemp("signed")
+    assert command("report", str(finished), "--sign", str(key_file), "--output", str(folder)).code == 0
+    return folder / "report.json"
+
+
+@pytest.fixture
+def signed(run_folder: Path, once_signed: Path) -> Path:
+    """The signed report of a run, its configuration beside it."""
+    return Path(shutil.copy(once_signed, run_folder))
+
+
+def report_in(folder: Path) -> Report:
+    return signing.read((folder / "report.json").read_bytes())
+
+
+def edit(path: Path, *keys: Any, to: Any) -> None:
+    """Change one value in a JSON file."""
+    data = json.loads(path.read_text())
+    part = data
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = to(part[keys[-1]]) if callable(to) else to
+    path.write_text(json.dumps(data, indent=1))
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        (["report", "runs/a"], ["report", "build", "runs/a"]),
+        (["report", "--pdf", "runs/a"], ["report", "build", "--pdf", "runs/a"]),
+        (["report", "build", "runs/a"], ["report", "build", "runs/a"]),
+        (["report", "./verify"], ["report", "build", "./verify"]),
+        (["report", "verify", "a.json"], ["report", "verify", "a.json"]),
+        (["report", "diff", "a", "b"], ["report", "diff", "a", "b"]),
+        (["report", "--help"], ["report", "--help"]),
+        (["report"], ["report"]),
+        (["ledger", "show", "report"], ["ledger", "show", "report"]),
+        ([], []),
+    ],
+)
+def test_the_word_build_may_be_left_out(said: list[str], meant: list[str]) -> None:
+    assert with_command(said) == meant
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["report"], "fedtune report verify"),
+        (["report", "build"], "--language"),
+        (["report", "runs/a"], "--site-report"),
+        (["report", "verify"], "--config"),
+        (["report", "diff"], "--json"),
+    ],
+)
+def test_each_command_explains_itself(arguments: list[str], word: str, capsys: Any, command: Any) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command(*arguments, "--help")
+    assert exit.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--pdf"], ["a", "b"], ["verify"], ["diff", "a"], ["a", "--language", "fr"], ["verify", "a", "b"]]
+)
+def test_a_wrong_command_line_is_exit_code_two(arguments: list[str], command: Any) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command("report", *arguments)
+    assert exit.value.code == 2
+
+
+def test_the_arguments_are_fast_to_import() -> None:
+    slow = ("dp_accounting", "pydantic", "hydra", "jinja2", "matplotlib", "numpy")
+    code = f"import sys, fedtune.cli.main; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[]\n"
+
+
+# Writing
+
+
+def test_a_run_s_report_lies_in_its_folder(run_folder: Path, command: Any) -> None:
+    for name in ("report.json", "report.html"):
+        (run_folder / name).unlink(missing_ok=True)
+    outcome = command("report", str(run_folder))
+    assert outcome.code == 0
+    first, *others = outcome.out.splitlines()
+    assert first.startswith("WITHIN the approved budget: epsilon 0.")
+    assert "at delta 1e-05 for each record" in first
+    assert [line.split()[-1] for line in others] == [
+        str(run_folder / f"report.{ending}") for ending in ("json", "html")
+    ]
+    digest = hashlib.sha256((run_folder / "report.json").read_bytes()).hexdigest()
+    assert digest in (run_folder / "report.html").read_text()
+    assert report_in(run_folder).kind == "run"
+    assert not list(run_folder.glob("*.partial"))
+
+
+def test_one_run_gives_one_report(run_folder: Path, tmp_path: Path, command: Any) -> None:
+    for name in ("a", "b"):
+        assert command("report", str(run_folder), "--output", str(tmp_path / name), "--language", "de").code == 0
+    for name in ("report.json", "report.html"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert 'lang="de"' in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_a_signed_report_is_its_key_s(signed: Path, key_file: Path, command: Any) -> None:
+    key = SigningKey.load(key_file)
+    assert signing.check(signing.read(signed.read_bytes()), expected_key=key.public) == key.public
+    assert command("report", "verify", str(signed), "--key", key.public).code == 0
+
+
+def test_a_ledger_s_report_lies_beside_it(lived: Any, command: Any) -> None:
+    before = lived.ledger.read_bytes()
+    for path in (lived.ledger, lived.folder):
+        outcome = command("report", str(path))
+        assert outcome.code == 0, outcome.err
+        report = report_in(lived.folder / "ledger.db.report")
+        assert (report.kind, report.sites[0].source) == ("ledger", "own_ledger")
+        assert report.sites[0].verification
+        assert not report.sites[0].verification.rollback_excluded
+        assert command("report", "verify", str(lived.folder / "ledger.db.report")).code == 0
+    assert lived.ledger.read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments", [["site.toml"], ["ledger.db", "--anchor", "anchor.json"]])
+def test_an_anchor_excludes_rollback(arguments: list[str], lived: Any, command: Any) -> None:
+    named = [str(lived.folder / part) if "." in part else part for part in arguments]
+    key = str(lived.folder / "site_key.pem")
+    assert command("report", *named, "--sign", key).code == 0
+    report = report_in(lived.folder / "ledger.db.report")
+    assert report.sites[0].verification
+    assert report.sites[0].verification.rollback_excluded
+    checked = command("report", "verify", str(lived.folder / "ledger.db.report"), "--key", lived.key.public)
+    assert checked.code == 0, checked.out + checked.err
+
+
+def test_a_ledger_s_report_is_signed_by_its_site_or_not_at_all(lived: Any, key_file: Path, command: Any) -> None:
+    outcome = command("report", str(lived.ledger), "--sign", str(key_file))
+    assert outcome.code == 1
+    assert f"not by {lived.key.public}" in outcome.message
+    assert not (lived.folder / "ledger.db.report").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "ledger = 'nowhere': must be"),
+        (["{run}", "--anchor", "a.json"], "--anchor = 'a.json': belongs to a ledger's report"),
+        (["{ledger}", "--site-report", "a.json"], "--site-report = 'a.json': belongs to a run's report"),
+        (["{run}", "--site-report", "nowhere.json"], "must be a readable file"),
+        (["{run}", "--sign", "nowhere.pem"], "must be a PEM file"),
+        (["{run}", "--output", "{run}/config.yaml"], "must be a folder that can be written"),
+        (["{ledger}", "--anchor", "nowhere.json"], "must be a readable anchor file"),
+    ],
+)
+def test_what_cannot_be_is_wrong_input(
+    arguments: list[str], words: str, run_folder: Path, lived: Any, command: Any
+) -> None:
+    named = [part.format(run=run_folder, ledger=lived.ledger) for part in arguments]
+    outcome = command("report", *named)
+    assert outcome.code == 2
+    assert words in outcome.message
+
+
+# Verifying
+
+
+def test_verify_prints_a_line_for_each_check(signed: Path, key_file: Path, command: Any) -> None:
+    outcome = command("report", "verify", str(signed.parent), "--key", SigningKey.load(key_file).public)
+    assert outcome.code == 0
+    lines = outcome.out.splitlines()
+    assert lines[0].endswith("report.json: report of run one")
+    assert [line.split()[:2] for line in lines[1:]] == [
+        ["schema", "right"],
+        ["signature", "right"],
+        ["figures", "right"],
+        ["verdict", "right"],
+        ["configuration", "right"],
+    ]
+
+
+def test_a_missing_signature_or_key_is_said(signed: Path, key_file: Path, command: Any) -> None:
+    outcome = command("report", "verify", str(signed))
+    assert outcome.code == 0
+    assert "whose key that is was not checked" in outcome.out
+    edit(signed, "signature", to=None)
+    outcome = command("report", "verify", str(signed))
+    assert outcome.code == 0
+    assert "signature     not checked It is not signed" in outcome.out
+    assert command("report", "verify", str(signed), "--key", SigningKey.load(key_file).public).code == 1
+
+
+_SITE = ("sites", 0)
+_CHARGE = (*_SITE, "mechanisms", 0, "charges")
+_EPSILON = (*_SITE, "spent", "epsilon_pld")
+
+
+@pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])
+@pytest.mark.parametrize(
+    ("keys", "to"),
+    [
+        (_EPSILON, lambda epsilon: epsilon - 0.01),
+        (("epsilon",), lambda epsilon: epsilon - 0.01),
+        ((*_CHARGE, 0, "event", "event", "noise_multiplier"), 5.0),
+        ((*_CHARGE, 0, "count"), 3),
+        (_CHARGE, lambda charges: charges[1:]),
+        ((*_SITE, "mechanisms"), []),
+        (("target_epsilon",), 0.1),
+    ],
+    ids=["epsilon", "worst epsilon", "event", "count", "removed event", "removed run", "target"],
+)
+def test_what_was_changed_is_found(keys: Any, to: Any, unsigned: bool, signed: Path, command: Any) -> None:
+    edit(signed, *keys, to=to)
+    if unsigned:
+        edit(signed, "signature", to=None)
+    outcome = command("report", "verify", str(signed))
+    assert outcome.code == 1
+    assert "does not hold" in outcome.message
+    assert ("WRONG" in outcome.out.splitlines()[2]) != unsigned
+    assert "found" in outcome.out  # both figures, whatever became of the signature
+
+
+def test_another_signature_is_found(signed: Path, tmp_path: Path, key_file: Path, command: Any) -> None:
+    other = SigningKey(Ed25519PrivateKey.generate())
+    assert command("report", "verify", str(signed), "--key", other.public).code == 1
+    report = signing.read(signed.read_bytes())
+    signed.write_text(signing.to_text(signing.signed(report, other)))
+    assert command("report", "verify", str(signed)).code == 0  # whose it is was not asked
+    outcome = command("report", "verify", str(signed), "--key", SigningKey.load(key_file).public)
+    assert outcome.code == 1
+    assert f"The report is signed by {other.public}" in outcome.out
+    edit(signed, "signature", "signature", to=lambda text: text[:-2] + ("00" if text[-2:] != "00" else "01"))
+    assert "one of them was changed" in command("report", "verify", str(signed)).out
+
+
+def test_another_configuration_is_found(signed: Path, command: Any) -> None:
+    said = signing.read(signed.read_bytes()).provenance.config_sha256
+    assert said
+    assert command("report", "verify", str(signed), "--config", said).code == 0
+    outcome = command("report", "verify", str(signed), "--config", HASH)
+    assert outcome.code == 1
+    assert f"provenance.config_sha256 says {said}, found {HASH}" in outcome.out
+    settings = signed.with_name("config.yaml")
+    settings.write_text(settings.read_text().replace("local_steps: 2", "local_steps: 3"))
+    assert command("report", "verify", str(signed)).code == 1
+    settings.unlink()
+    outcome = command("report", "verify", str(signed))
+    assert outcome.code == 0
+    assert "configuration not checked" in outcome.out
+
+
+def test_a_report_of_another_run_is_found_in_a_folder(signed: Path, looser: Path, tmp_path: Path, command: Any) -> None:
+    other = shutil.copytree(looser, tmp_path / "two")
+    shutil.copy(signed, other)
+    outcome = command("report", "verify", str(other))
+    assert outcome.code == 1
+    assert outcome.message.endswith("does not hold: configuration")
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_changed_digit_passes(data: st.DataObject, signed: Path, command: Any) -> None:
+    text = signed.read_text()
+    places = [place for place, letter in enumerate(text) if letter.isdecimal()]
+    place = data.draw(st.sampled_from(places))
+    digit = data.draw(st.sampled_from([digit for digit in "0123456789" if digit != text[place]]))
+    other = signed.with_name("changed.json")
+    other.write_text(f"{text[:place]}{digit}{text[place + 1 :]}")
+    assert command("report", "verify", str(other)).code in (1, 2)
+
+
+def test_verify_as_json(signed: Path, command: Any) -> None:
+    edit(signed, *_EPSILON, to=0.25)
+    outcome = command("report", "verify", str(signed), "--json")
+    assert outcome.code == 1
+    checks = {check["name"]: check for check in json.loads(outcome.out)["checks"]}
+    assert {name: check["state"] for name, check in checks.items()} == {
+        "schema": "right",
+        "signature": "wrong",
+        "figures": "wrong",
+        "verdict": "right",
+        "configuration": "right",
+    }
+    where, said, found = checks["figures"]["problems"][0]
+    assert (where, said) == ("sites.site-1.spent.epsilon_pld", 0.25)
+    assert found > 0.25
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "no JSON", '{"schema_version": 1}', "[" * 100_000])
+def test_no_report_is_wrong_input(content: str | None, tmp_path: Path, command: Any) -> None:
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    for path in (tmp_path, tmp_path / "report.json"):
+        outcome = command("report", "verify", str(path))
+        assert outcome.code == 2
+        assert str(tmp_path) in outcome.message
+
+
+@pytest.mark.parametrize("option", [["--key", "ab"], ["--key", "00" * 32], ["--config", "12"], ["--config", "X" * 64]])
+def test_a_key_or_a_hash_that_is_none_is_wrong_input(option: list[str], signed: Path, command: Any) -> None:
+    outcome = command("report", "verify", str(signed), *option)
+    assert outcome.code == 2
+    assert option[0] in outcome.message
+
+
+def test_a_name_cannot_steer_the_terminal(signed: Path, command: Any) -> None:
+    edit(signed, "name", to="\x1b[31m[red]evil\u202e\n")
+    edit(signed, "provenance", "config_sha256", to="[bold]\x1b[2J")
+    out = command("report", "verify", str(signed)).out + command("report", "diff", str(signed), str(signed)).out
+    assert "[red]evil" in out
+    assert "[bold]" in out
+    assert "\x1b" not in out
+    assert "\u202e" not in out
+
+
+# Comparing
+
+
+@pytest.fixture(scope="module")
+def looser(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, command: Any) -> Path:
+    """Another one."""
+    changed = ("privacy.noise_multiplier=3.0", "training.learning_rate=0.5")
+    folder = simulate(*changed, into=tmp_path_factory.mktemp("runs"), name="two")
+    assert command("report", str(folder)).code == 0
+    return folder
+
+
+def test_diff_shows_both_values_group_by_group(run_folder: Path, looser: Path, command: Any) -> None:
+    outcome = command("report", "diff", str(run_folder), str(looser))
+    assert outcome.code == 0, outcome.err
+    for words in ("Settings: ", "Privacy: ", "config.privacy.noise_multiplier", "config.training.learning_rate"):
+        assert words in outcome.out
+    (line,) = (line for line in outcome.out.splitlines() if "sites.site-1.mechanism.noise_multiplier" in line)
+    assert [part.strip() for part in line.strip("│ ").split("│")][1:] == ["4", "3"]
+    (line,) = (line for line in outcome.out.splitlines() if line.strip("│ ").startswith("epsilon "))
+    before, after = (float(part) for part in line.strip("│ ").split("│")[1:])
+    assert before < after
+    assert "not beside the reports" not in outcome.out
+
+
+def test_diff_as_json(run_folder: Path, looser: Path, command: Any) -> None:
+    outcome = command("report", "diff", str(run_folder / "report.json"), str(looser / "report.json"), "--json")
+    changes = {change["key"]: change for change in json.loads(outcome.out)["changes"]}
+    noise = changes["sites.site-2.mechanism.noise_multiplier"]
+    assert noise == {
+        "group": "settings",
+        "key": "sites.site-2.mechanism.noise_multiplier",
+        "before": 4.0,
+        "after": 3.0,
+        "missing": None,
+    }
+    assert changes["config.training.learning_rate"]["after"] == 0.5
+    assert changes["seconds"]["group"] == "cost"
+
+
+def test_a_report_alone_is_compared_without_its_configuration(
+    run_folder: Path, looser: Path, tmp_path: Path, command: Any
+) -> None:
+    alone = tmp_path / "alone.json"
+    shutil.copy(run_folder / "report.json", alone)
+    outcome = command("report", "diff", str(alone), str(looser))
+    assert outcome.code == 0
+    assert "config." not in outcome.out.replace("config_sha256", "")
+    assert "not beside the reports" in outcome.out
+
+
+def test_diff_of_a_report_with_itself(run_folder: Path, command: Any) -> None:
+    out = command("report", "diff", str(run_folder), str(run_folder)).out
+    assert out.splitlines() == [
+        "Settings: no difference.",
+        "Privacy: no difference.",
+        "Scores on the lead's files: no difference.",
+        "Cost: no difference.",
+    ]
+
+
+def test_values_that_round_alike_are_told_apart(run_folder: Path, tmp_path: Path, command: Any) -> None:
+    other = tmp_path / "other.json"
+    shutil.copy(run_folder / "report.json", other)
+    edit(other, "sites", 0, "spent", "epsilon_rdp", to=lambda epsilon: epsilon + 1e-9)
+    (line,) = (
+        line
+        for line in command("report", "diff", str(run_folder), str(other)).out.splitlines()
+        if "epsilon_rdp" in line
+    )
+    before, after = (part.strip() for part in line.strip("│ ").split("│")[1:])
+    assert before != after
+
+
+def test_a_run_and_a_ledger_cannot_be_compared(run_folder: Path, lived: Any, command: Any) -> None:
+    assert command("report", str(lived.ledger)).code == 0
+    assert command("report", "diff", str(run_folder), str(lived.folder / "ledger.db.report")).code == 2
+    assert command("report", "diff", str(run_folder), str(run_folder / "nowhere")).code == 2
+
+
+def test_a_report_with_a_wrong_signature_is_not_compared(signed: Path, command: Any) -> None:
+    edit(signed, *_EPSILON, to=0.25)
+    outcome = command("report", "diff", str(signed), str(signed))
+    assert outcome.code == 1
+    assert str(signed) in outcome.message
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_tables_fit_the_terminal(
+    columns: str, run_folder: Path, looser: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.chdir(run_folder.parent)
+    for arguments in (["verify", "one"], ["diff", "one", str(looser)]):
+        for line in command("report", *arguments).out.splitlines():
+            assert len(line) <= int(columns) or "report of run" in line, line

@@ -1,0 +1,253 @@
+"""Whose receipts the lead believes, what it hears at the end of a run, and what it sends along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from fedtune.federation.lead import site_charge
+from fedtune.federation.site import Site
+from fedtune.flower import records
+from fedtune.flower.client import make_client_app
+from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.server import run_rounds
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import RefusedError
+
+SITES = ("site-1", "site-2", "site-3")
+
+
+def known_keys(made: Any) -> dict[str, str]:
+    """What a roster says: the keys under which the sites sign."""
+    return {name: SigningKey.load_or_make(made.folder / name / "site_key.pem").public for name in SITES}
+
+
+def without(node: int) -> Callable[[list[Message]], list[Message]]:
+    return lambda messages: [message for message in messages if message.metadata.src_node_id != node]
+
+
+def charges(made: Any, state: Any) -> dict[str, tuple[int, bool]]:
+    charged = {site: site_charge(state, site, made.plan) for site in SITES}
+    return {site: (charge.rounds, charge.upper_bound) for site, charge in charged.items()}
+
+
+def test_receipts_under_the_keys_of_the_roster_count(federation: Callable[..., Any]) -> None:
+    made = federation(num_rounds=2)
+    state = run_rounds(made.grid, replace(made.lead, site_keys=known_keys(made)), made.start)
+    assert charges(made, state) == dict.fromkeys(SITES, (2, False))
+
+
+def test_a_receipt_under_another_key_is_nobody_s_word(
+    federation: Callable[..., Any], stranger_key: SigningKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = federation(num_rounds=2)
+    keys = known_keys(made) | {"site-2": stranger_key.public}
+    state = run_rounds(made.grid, replace(made.lead, site_keys=keys), made.start)
+    # Its update is as good as another's; what it was charged is not known, in the rounds and at the end.
+    assert [result.sites for result in state.rounds] == [SITES, SITES]
+    assert charges(made, state) == {"site-1": (2, False), "site-2": (2, True), "site-3": (2, False)}
+    assert "site-2" not in state.receipts
+    assert "site-2: its receipt is signed with a key that the roster does not know" in caplog.text
+
+
+def test_a_site_that_the_roster_does_not_name_is_believed_as_before(federation: Callable[..., Any]) -> None:
+    made = federation()
+    keys = {"site-1": known_keys(made)["site-1"]}
+    state = run_rounds(made.grid, replace(made.lead, site_keys=keys), made.start)
+    assert charges(made, state) == dict.fromkeys(SITES, (1, False))
+
+
+def test_the_last_word_of_a_site_that_was_silent_says_what_it_was_charged(
+    federation: Callable[..., Any], tamper: Callable[..., None]
+) -> None:
+    # Its answers were lost on the way, and the last question was not.
+    made = federation(num_rounds=2)
+    tamper(without(2))
+    state = run_rounds(made.grid, made.lead, made.start)
+    assert charges(made, made.finished[-1])["site-2"] == (2, True)
+    assert charges(made, state) == dict.fromkeys(SITES, (2, False))
+    saved = made.lead.checkpoints.load()
+    assert charges(made, saved) == dict.fromkeys(SITES, (2, False)), "and it is kept"
+    assert saved.round == 2
+
+
+def test_a_site_that_failed_in_silence_may_have_been_charged_less(federation: Callable[..., Any]) -> None:
+    made = federation(num_rounds=2)
+    refuses = made.grid.push_messages
+
+    def lose_the_second_round(messages: Any) -> list[str]:
+        given = list(messages)
+        if len(made.finished) == 1 and given[0].metadata.message_type == "train":
+            given = [message for message in given if message.metadata.dst_node_id != 2]
+        return list(refuses(given))
+
+    made.grid.push_messages = lose_the_second_round
+    state = run_rounds(made.grid, made.lead, made.start)
+    assert charges(made, made.finished[-1])["site-2"] == (2, True)
+    assert charges(made, state)["site-2"] == (1, False), "it was never asked the second time"
+
+
+def answer_the_end(change: Callable[[Message], None]) -> Callable[[list[Message]], list[Message]]:
+    def changed(messages: list[Message]) -> list[Message]:
+        for message in messages:
+            if message.metadata.src_node_id == 2:
+                change(message)
+        return messages
+
+    return changed
+
+
+def put(**fields: Any) -> Callable[[Message], None]:
+    """Change fields of the receipt in the answer to the end of a run."""
+
+    def change(message: Message) -> None:
+        receipt = json.loads(str(message.content.config_records[records.RECEIPT]["json"])) | fields
+        message.content[records.RECEIPT] = ConfigRecord({"json": json.dumps(receipt)})
+
+    return change
+
+
+def replace_by(content: RecordDict) -> Callable[[Message], None]:
+    def change(message: Message) -> None:
+        message.content = content
+
+    return change
+
+
+_LAST_WORDS: dict[str, Callable[[Message], None]] = {
+    "nothing": replace_by(RecordDict()),
+    "no receipt": replace_by(records.from_receipt(None)),
+    "no json": replace_by(RecordDict({records.RECEIPT: ConfigRecord({"json": "{"})})),
+    "a list": replace_by(RecordDict({records.RECEIPT: ConfigRecord({"json": "[1]"})})),
+    "a number": replace_by(RecordDict({records.RECEIPT: ConfigRecord({"json": 7})})),
+    "of fewer rounds": put(charged_rounds=0),
+    "of another run": put(run="s"),
+    "of another site": put(site="site-1"),
+    "unsigned": put(signature=""),
+    "with more in it": put(note="x"),
+}
+
+
+@pytest.mark.parametrize("what", list(_LAST_WORDS))
+def test_a_last_word_that_is_none_changes_nothing(
+    federation: Callable[..., Any], tamper: Callable[..., None], what: str
+) -> None:
+    made = federation()
+    tamper(without(2))
+    tamper(answer_the_end(_LAST_WORDS[what]), ("query.end",))
+    state = run_rounds(made.grid, made.lead, made.start)
+    assert charges(made, state) == {"site-1": (1, False), "site-2": (1, True), "site-3": (1, False)}
+    assert state.round == 1, "the run is over all the same"
+
+
+def test_settings_travel_to_each_site_in_each_round(federation: Callable[..., Any]) -> None:
+    made, seen = federation(num_rounds=2), []
+
+    def site_of(context: Context, settings: str) -> Site:
+        seen.append((made._name(context), settings))
+        return made.site(context)
+
+    grid = InProcessGrid(make_client_app(site_of, lambda context: made._name(context)), 3, replied=lambda number: None)
+    settings = json.dumps({"task": "classification", "name": "Größe"})
+    run_rounds(grid, replace(made.lead, settings=settings), made.start)
+    rounds, ends = seen[:6], seen[6:]
+    assert rounds == [(name, settings) for name in SITES] * 2
+    assert ends == [(name, "") for name in SITES], "the end of a run needs none"
+
+
+def test_without_settings_none_are_sent(federation: Callable[..., Any], intercept: Any) -> None:
+    made, contents = federation(), []
+    intercept(1, lambda message: contents.append(message.content))
+    run_rounds(made.grid, made.lead, made.start)
+    (content,) = contents
+    assert set(content) == {records.ARRAYS, records.REQUEST}
+    assert records.to_settings(content) == ""
+
+
+@pytest.fixture
+def giving(federation: Callable[..., Any]) -> Callable[..., Any]:
+    """A federation whose lead sends the final adapter, and what its sites kept of it."""
+
+    def make(**settings: Any) -> tuple[Any, InProcessGrid, dict[str, tuple[str, str]]]:
+        made, kept = federation(**settings), {}
+
+        def site_of(context: Context, _: str) -> Site:
+            name = made._name(context)
+            return replace(made.site(context), keep=lambda run, adapter: kept.update({name: (run, adapter.digest())}))
+
+        app = make_client_app(site_of, lambda context: made._name(context))
+        grid = InProcessGrid(app, made.spec.num_sites, replied=lambda number: None)
+        made.lead = replace(made.lead, gives_adapter=True)
+        return made, grid, kept
+
+    return make
+
+
+def test_the_sites_receive_the_final_adapter(giving: Callable[..., Any]) -> None:
+    made, grid, kept = giving(num_rounds=2)
+    state = run_rounds(grid, made.lead, made.start)
+    assert kept == dict.fromkeys(SITES, ("r", state.adapter.digest()))
+    assert state.adapter.digest() != made.adapter.digest()
+    for site in SITES:
+        (ended,) = [event for event in made.events(site) if event.detail.get("what") == "run_ended"]
+        assert ended.detail["adapter_sha256"] == state.adapter.digest()
+
+
+def test_a_simulation_sends_none(giving: Callable[..., Any]) -> None:
+    made, grid, kept = giving()
+    run_rounds(grid, replace(made.lead, gives_adapter=False), made.start)
+    assert kept == {}
+
+
+def test_a_run_that_is_refused_leaves_no_adapter(giving: Callable[..., Any]) -> None:
+    made, grid, kept = giving(num_rounds=2, min_sites=3)
+    made.ledger("site-2").freeze("consent withdrawn")
+    with pytest.raises(RefusedError, match="site-2: frozen"):
+        run_rounds(grid, made.lead, made.start)
+    assert kept == {}
+    assert made.ledger("site-1").history.runs["r"].expires is None, "but its end is told"
+
+
+def test_an_adapter_that_was_exchanged_on_the_way_is_not_kept(
+    giving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, grid, kept = giving()
+    push = grid.push_messages
+
+    def exchange(messages: Any) -> list[str]:
+        given = list(messages)
+        for message in given:
+            if message.metadata.message_type == "query.end" and message.metadata.dst_node_id == 2:
+                message.content = RecordDict(
+                    {**message.content, records.ARRAYS: records.to_arrays(made.adapter.tensors)}
+                )
+        return list(push(given))
+
+    monkeypatch.setattr(grid, "push_messages", exchange)
+    state = run_rounds(grid, made.lead, made.start)
+    assert set(kept) == {"site-1", "site-3"}
+    assert made.ledger("site-2").history.runs["r"].expires is not None
+    assert charges(made, state)["site-2"] == (1, False), "its receipt of the round is there"
+
+
+def test_known_nodes_are_not_asked_for_their_names(
+    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, types = federation(), []
+    push = made.grid.push_messages
+
+    def note(messages: Any) -> list[str]:
+        given = list(messages)
+        types.extend(message.metadata.message_type for message in given)
+        return list(push(given))
+
+    monkeypatch.setattr(made.grid, "push_messages", note)
+    nodes = dict(enumerate(SITES, 1))
+    state = run_rounds(made.grid, replace(made.lead, nodes=nodes), made.start)
+    assert state.rounds[0].sites == SITES
+    assert types == ["train"] * 3 + ["query.end"] * 3

@@ -1,0 +1,174 @@
+"""What a guarantee rests on: each assumption's status, in the cases that change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.release import Reason, Refused
+from fedtune.report import assumptions, from_ledger, from_run
+from fedtune.report.model import Report
+from fedtune.report.run_record import read_run
+
+from .site_ledgers import Books
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulate(into=tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def books(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., Books]:
+    return lambda **changes: Books.made(tmp_path / "site", site_policy(**changes))
+
+
+def statuses(report: Report) -> dict[str, str]:
+    return {one.code: one.status for one in report.assumptions}
+
+
+def evidence(report: Report, code: str) -> str:
+    (found,) = [one.evidence for one in report.assumptions if one.code == code]
+    return found
+
+
+def test_codes_are_told_and_stand_once(run: Path, books: Callable[..., Books]) -> None:
+    for report in (from_run.build(run), from_ledger.build(books().site_toml)):
+        codes = [one.code for one in report.assumptions]
+        assert len(set(codes)) == len(codes)
+        assert set(codes) <= set(assumptions.CODES)
+        order = [assumptions.WORST_FIRST.index(one.status) for one in report.assumptions]
+        assert order == sorted(order)
+
+
+def test_a_test_that_is_named_as_evidence_exists(run: Path, books: Callable[..., Books], run_proposal: Any) -> None:
+    made = books()
+    made.charge(run_proposal(), 1)
+    for report in (from_run.build(run), from_ledger.build(made.ledger)):
+        for one in report.assumptions:
+            for word in one.evidence.replace(";", " ").split():
+                if word.startswith(("tests/", "docs/")):
+                    assert (REPOSITORY / word).exists(), word
+
+
+def test_of_a_simulation_the_process_itself_knows(run: Path) -> None:
+    found = statuses(from_run.build(run))
+    assert found == {
+        "clipping_but_for_rounding": "assumed",
+        "one_record_is_one_unit": "assumed",
+        "units_at_one_site_only": "assumed",
+        "noise_in_every_step": "verified",
+        "poisson_sampling": "verified",
+        "unpredictable_randomness": "verified",
+        "delta_below_one_over_size": "verified",
+        "accountants_agree": "verified",
+        "receipts_signed": "verified",
+        "configuration_unchanged": "verified",
+    }
+
+
+def test_of_real_sites_the_lead_knows_what_it_holds(run: Path) -> None:
+    record = read_run(run)
+    deployed = replace(
+        record,
+        config=replace(record.config, runtime=replace(record.config.runtime, kind="deployment")),
+        environments=tuple(replace(one, sampling=None, randomness=None) for one in record.environments),
+    )
+    found = {one.code: one.status for one in assumptions.of_run(deployed, from_run.build(run).sites)}
+    assert found["sites_run_their_own_software"] == "assumed"
+    assert found["unpredictable_randomness"] == "assumed"
+    assert found["receipts_signed"] == "verified"
+
+
+def test_a_receipt_that_is_not_signed_is_found(run: Path) -> None:
+    record = read_run(run)
+    assert record.state is not None
+    forged = {"site-1": replace(record.receipts["site-1"], charged_rounds=1)}
+    state = replace(record.state, receipts={**record.receipts, **forged})
+    found = assumptions.of_run(replace(record, state=state), from_run.build(run).sites)
+    assert found[0].code == "receipts_signed"
+    assert (found[0].status, found[0].evidence) == ("violated", "site-1")
+
+
+def test_a_site_that_denies_is_heard(books: Callable[..., Books]) -> None:
+    report = from_ledger.build(books(asserted={"no_person_at_another_site": False}).ledger)
+    assert statuses(report)["units_at_one_site_only"] == "violated"
+    assert report.assumptions[0].code == "units_at_one_site_only"
+
+
+def test_delta_that_is_too_large_for_the_size_is_violated(run: Path) -> None:
+    report = from_run.build(run)
+    large = [replace(site, declared_size=200_000) for site in report.sites]
+    found = {one.code: one for one in assumptions.of_run(read_run(run), large)}["delta_below_one_over_size"]
+    assert (found.status, found.evidence) == ("violated", "delta=1e-05; declared_size=200000")
+
+
+def test_an_accountant_that_contradicts_the_other_is_violated(run: Path) -> None:
+    report = from_run.build(run)
+    (first, *others) = report.sites
+    wrong = replace(first, spent=replace(first.spent, epsilon_rdp=0.01))
+    found = {one.code: one.status for one in assumptions.of_run(read_run(run), [wrong, *others])}
+    assert found["accountants_agree"] == "violated"
+
+
+def test_of_a_ledger_what_was_checked_and_what_its_site_says(books: Callable[..., Books], run_proposal: Any) -> None:
+    made = books()
+    made.charge(run_proposal(), 1)
+    assert statuses(from_ledger.build(made.ledger)) == {
+        "clipping_but_for_rounding": "assumed",
+        "one_record_is_one_unit": "assumed",
+        "no_event_missing": "assumed",
+        "site_key_known": "assumed",
+        "poisson_sampling": "asserted",
+        "unpredictable_randomness": "asserted",
+        "units_at_one_site_only": "asserted",
+        "noise_in_every_step": "verified",
+        "delta_below_one_over_size": "verified",
+        "accountants_agree": "verified",
+        "ledger_intact": "verified",
+        "order_fixed_beforehand": "verified",
+        "cap_never_raised": "verified",
+    }
+
+
+def test_several_runs_need_more_than_one_for_their_pld_figure(books: Callable[..., Books], run_proposal: Any) -> None:
+    made = books(limits={"max_rounds": 50})
+    made.charge(run_proposal(), 1)
+    assert "runs_fixed_beforehand" not in statuses(from_ledger.build(made.ledger))
+    made.charge(run_proposal(run="s"), 1)
+    assert statuses(from_ledger.build(made.ledger))["runs_fixed_beforehand"] == "assumed"
+
+
+def test_a_seeded_or_unprotected_run_is_named(books: Callable[..., Books], run_proposal: Any) -> None:
+    made = books(
+        allow={"seeded_noise": True}, limits={"min_noise_multiplier": 0.0}, budget={"max_epsilon": float("inf")}
+    )
+    made.charge(run_proposal(run="study", seeded_noise=True), 1)
+    made.charge(run_proposal(run="open", noise_multiplier=0.0), 1)
+    report = from_ledger.build(made.ledger)
+    assert statuses(report)["unpredictable_randomness"] == statuses(report)["noise_in_every_step"] == "violated"
+    assert evidence(report, "unpredictable_randomness") == "study"
+    assert evidence(report, "noise_in_every_step") == "open"
+
+
+def test_a_ledger_in_doubt_misses_events(books: Callable[..., Books], run_proposal: Any) -> None:
+    made = books()
+    made.charge(run_proposal(), 1)
+    backup = made.copied("backup.db")
+    made.charge(run_proposal(), 2)
+    receipt = made.open().receipt("r")
+    backup.replace(made.ledger)
+    with pytest.raises(Refused) as caught:
+        made.open().require_contains(receipt)
+    assert caught.value.reason is Reason.LEDGER_BEHIND_RECEIPT
+    report = from_ledger.build(made.ledger)
+    assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("ledger_in_doubt",))
+    assert statuses(report)["no_event_missing"] == "violated"
+    assert report.sites[0].meaning is None

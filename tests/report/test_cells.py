@@ -1,0 +1,117 @@
+"""Cells of an impact assessment: who fills which, and that nothing legal is filled by fedtune."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.privacy.policy import Policy
+from fedtune.report import cells, from_ledger, from_run
+from fedtune.report.model import Cell, Report
+
+from .site_ledgers import Books
+
+# REPORT: purpose, legal basis, necessity, rights, retention and every judgement are the site's own.
+LEGAL = {"purpose", "legal_basis", "retention", "claim", "judgement", "determination", "legal_role", "high_risk_class"}
+
+
+@pytest.fixture(scope="module")
+def of_run(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return from_run.build(simulate(into=tmp_path_factory.mktemp("runs")))
+
+
+@pytest.fixture(scope="module")
+def of_ledger(
+    site_policy: Callable[..., Policy], run_proposal: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Report:
+    books = Books.made(tmp_path_factory.mktemp("sites") / "a", site_policy())
+    books.charge(run_proposal(), 1)
+    return from_ledger.build(books.ledger)
+
+
+def facts(report: Report, state: str) -> dict[str, dict[str, str]]:
+    return {cell.code: dict(cell.facts) for cell in report.cells if cell.state == state}
+
+
+@pytest.mark.parametrize("which", ["of_run", "of_ledger"])
+def test_every_row_is_there_and_names_what_the_site_supplies(which: str, request: pytest.FixtureRequest) -> None:
+    report: Report = request.getfixturevalue(which)
+    rows = {row.code: row for row in cells.ROWS}
+    assert {cell.code for cell in report.cells} == rows.keys()
+    for code, row in rows.items():
+        of_row = {cell.state: cell for cell in report.cells if cell.code == code}
+        assert tuple(of_row["site"].facts) == row.of_the_site
+        known = {name for state in ("auto", "missing") if state in of_row for name in of_row[state].facts}
+        assert known == set(row.facts)
+
+
+@pytest.mark.parametrize("which", ["of_run", "of_ledger"])
+def test_only_what_fedtune_knows_has_a_value(which: str, request: pytest.FixtureRequest) -> None:
+    report: Report = request.getfixturevalue(which)
+    for cell in report.cells:
+        assert all(bool(value) == (cell.state == "auto") for value in cell.facts.values()), cell
+
+
+def test_nothing_legal_is_filled_by_fedtune() -> None:
+    by_fedtune = {name for row in cells.ROWS for name in row.facts}
+    by_the_site = {name for row in cells.ROWS for name in row.of_the_site}
+    assert by_the_site >= LEGAL
+    assert not by_fedtune & by_the_site
+    assert by_fedtune.isdisjoint(LEGAL)
+
+
+@pytest.mark.parametrize("which", ["of_run", "of_ledger"])
+def test_no_value_is_prose_or_a_verdict_of_law(which: str, request: pytest.FixtureRequest) -> None:
+    report: Report = request.getfixturevalue(which)
+    for values in facts(report, "auto").values():
+        for name, value in values.items():
+            assert not re.search("anonym|complian|lawful|gdpr|hipaa|impossible", value, re.IGNORECASE), name
+            assert not value.endswith("."), "a sentence"
+
+
+def test_a_run_fills_in_what_it_knows(of_run: Report) -> None:
+    auto = facts(of_run, "auto")
+    assert auto["dpia_description"]["declared_sizes"] == "site-1: 90, site-2: 90"
+    assert auto["dpia_risks"]["epsilon"] == "0.414"
+    assert auto["dpia_measures"] == {
+        "mechanism": "dp_sgd",
+        "sampling_run": "poisson",
+        "randomness": "operating_system",
+        "transport": "in_process",
+        "secure_aggregation": "no",
+    }
+    assert auto["dpia_advice"]["verdict"] == "within"
+    assert auto["ai_act_general"]["base_model_sha256"] == of_run.provenance.model_sha256
+    assert auto["ai_act_validation"]["scores_final"].startswith("accuracy 0.")
+    # No attack was tried, and nobody said what languages the records are in.
+    assert "attack_results" in facts(of_run, "missing")["dpia_risks"]
+    assert "languages" in facts(of_run, "missing")["gpai_summary"]
+
+
+def test_a_ledger_fills_in_what_it_knows(of_ledger: Report) -> None:
+    auto = facts(of_ledger, "auto")
+    assert auto["dpia_description"]["declared_sizes"] == "patients: 100"
+    assert auto["dpia_risks"]["rollback_excluded"] == "no"
+    assert auto["dpia_measures"]["ledger_verified"] == "yes"
+    assert "scores_final" in facts(of_ledger, "missing")["ai_act_validation"], "scores are the lead's"
+
+
+def test_a_run_without_noise_has_nothing_that_bounds_it(simulate: Callable[..., Path], tmp_path: Path) -> None:
+    auto = facts(from_run.build(simulate("privacy=none", into=tmp_path)), "auto")
+    assert (auto["dpia_risks"]["epsilon"], auto["dpia_risks"]["right_of_100_ceiling"]) == ("unbounded", "100")
+    assert auto["wp216_tests"]["singling_out_bound"] == "100"
+    assert auto["ico_pets"] == {
+        "technologies_on": "federated_learning",
+        "technologies_off": "secure_aggregation, differential_privacy",
+    }
+    assert "right_of_100_mechanism" not in auto["dpia_risks"]
+
+
+def test_a_fact_that_no_cell_shows_is_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="no cell shows"):
+        cells.rows({"weather": "fine"})
+    assert cells.rows({"unit": "record"})[0] == Cell(code="dpia_description", state="auto", facts={"unit": "record"})

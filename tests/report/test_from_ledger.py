@@ -1,0 +1,358 @@
+"""A ledger's report: against the ledger itself, and for ledgers that promise nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.privacy import events as dp_events
+from fedtune.privacy import filter
+from fedtune.privacy.chain import Kind
+from fedtune.privacy.event_store import EventStore
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason
+from fedtune.privacy.verify import verify
+from fedtune.report import from_ledger, ledger_rounds, profile, recompute, signing
+from fedtune.report.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASE_KINDS, RELEASED
+from fedtune.report.model import Report
+from fedtune.spec import ConfigError, RunError
+
+from .site_ledgers import Books
+
+Proposals = Callable[..., Proposal]
+
+
+@pytest.fixture
+def books(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., Books]:
+    """New books; keywords change the policy."""
+    wide = {"limits": {"min_noise_multiplier": 1.0, "max_rounds": 50}}
+
+    def make(**changes: Any) -> Books:
+        return Books.made(tmp_path / "site", site_policy(**(wide | changes)))
+
+    return make
+
+
+@pytest.fixture
+def charged(books: Callable[..., Books], run_proposal: Proposals) -> Books:
+    """Two runs: `r` with two rounds, and `s` with more noise and one; nothing is over yet."""
+    made = books()
+    made.charge(run_proposal(), 1, 2)
+    made.charge(run_proposal(run="s", noise_multiplier=6.0), 1)
+    return made
+
+
+def status(report: Report, code: str) -> str:
+    (found,) = [assumption.status for assumption in report.assumptions if assumption.code == code]
+    return found
+
+
+def test_the_figures_are_the_ledgers_own(charged: Books) -> None:
+    report = from_ledger.build(charged.ledger)
+    history = verify(charged.ledger).history
+    (site,) = report.sites
+    assert (site.site, site.source, report.kind) == ("a", "own_ledger", "ledger")
+    expected = filter.epsilon_filter(history.charged(), order=history.order, delta=history.delta)
+    assert report.epsilon == site.spent.epsilon == site.lifetime.epsilon == expected
+    assert (site.spent.rounds, site.spent.steps) == (3, 6)
+    assert {m.run: (m.rounds, m.noise_multiplier) for m in site.mechanisms} == {"r": (2, 4.0), "s": (1, 6.0)}
+    assert site.lifetime.with_set_aside > site.lifetime.epsilon, "both runs are open"
+    assert {run.run: (run.state, run.rounds, run.most_rounds) for run in site.lifetime.runs} == {
+        "r": ("open", 2, 4),
+        "s": ("open", 1, 4),
+    }
+    assert report.date == history.last_time.isoformat()
+    assert recompute.problems(report) == []
+    assert report.verdict.state == "within"
+
+
+def test_each_code_is_one_that_the_catalogue_is_told_of(charged: Books) -> None:
+    charged.refuse(Reason.MAX_RANK, run="r")
+    report = from_ledger.build(charged.ledger)
+    assert set(report.released) <= set(RELEASED)
+    assert set(report.covers) <= set(COVERS)
+    assert set(report.leaves_out) <= set(LEAVES_OUT)
+    assert set(report.not_protected) <= set(NOT_PROTECTED)
+    assert {release.kind for release in report.sites[0].releases} <= set(RELEASE_KINDS)
+
+
+def test_steps_end_at_what_was_spent_and_name_each_round(charged: Books) -> None:
+    (site,) = from_ledger.build(charged.ledger).sites
+    assert [(step.run, step.round) for step in site.steps] == [("r", 1), ("r", 2), ("s", 1)]
+    epsilons = [step.epsilon for step in site.steps]
+    assert epsilons == sorted(epsilons)
+    assert epsilons[-1] == site.spent.epsilon
+
+
+def test_only_the_newest_runs_are_shown_by_round(charged: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = from_ledger.build(charged.ledger).sites[0].steps
+    monkeypatch.setattr(ledger_rounds, "MOST_STEPS", 2)
+    (site,) = from_ledger.build(charged.ledger).sites
+    assert [(step.run, step.round) for step in site.steps] == [("r", None), ("s", 1)]
+    assert [step.epsilon for step in site.steps] == [every[1].epsilon, every[2].epsilon]
+
+
+def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books, run_proposal: Proposals) -> None:
+    charged.charge(run_proposal(run="s", noise_multiplier=6.0), 2, committed=False)
+    for run in ("r", "r", "never", "seen"):
+        charged.refuse(Reason.MAX_RANK, run=run)
+    charged.open().offer(run_proposal(run="t"))
+    (site,) = from_ledger.build(charged.ledger).sites
+    assert {(one.run, one.kind, one.reason): one.count for one in site.releases} == {
+        ("r", "update", None): 2,
+        ("s", "update", None): 1,
+        ("s", "reservation_without_update", None): 1,
+        ("r", "refusal", "max_rank"): 2,
+        # Whatever names a lead makes up for runs that the site refuses, there is one line for them.
+        ("", "refusal", "max_rank"): 2,
+        ("", "offer", None): 1,
+    }
+    times = {event.time for event in verify(charged.ledger).events}
+    assert all(one.first in times and one.last in times and one.first <= one.last for one in site.releases)
+
+
+def test_nothing_of_the_records_and_no_path_is_in_it(charged: Books, site_policy: Callable[..., Policy]) -> None:
+    text = signing.to_text(from_ledger.build(charged.site_toml))
+    assert "f1" * 32 not in text, "a fingerprint of records must stay in the ledger"
+    assert str(charged.folder) not in text
+    for name in ("site_key.pem", "ledger.db", "path", 'columns"'):
+        assert name not in text
+
+
+def test_an_empty_ledger_has_spent_nothing(books: Callable[..., Books]) -> None:
+    report = from_ledger.build(books().ledger)
+    (site,) = report.sites
+    assert (report.verdict.state, report.verdict.reasons, report.epsilon) == ("within", ("nothing_spent",), 0.0)
+    assert (site.steps, site.releases, site.mechanisms, site.curve) == ((), (), (), ())
+    assert recompute.problems(report) == []
+
+
+def test_a_site_toml_brings_key_and_anchor(books: Callable[..., Books], run_proposal: Proposals) -> None:
+    made = books(anchor="elsewhere/anchor.json")
+    made.charge(run_proposal(), 1)
+    (alone,) = from_ledger.build(made.ledger).sites
+    assert (alone.verification.key_expected, alone.verification.rollback_excluded) == (False, False)
+    report = from_ledger.build(made.site_toml)
+    (site,) = report.sites
+    assert (site.verification.key_expected, site.verification.rollback_excluded) == (True, True)
+    assert site.verification.anchor_sequence == site.verification.num_events
+    assert (status(report, "no_event_missing"), status(report, "policy_noted")) == ("verified", "verified")
+    by_hand = from_ledger.build(made.ledger, anchor=made.folder / "elsewhere" / "anchor.json")
+    assert by_hand.sites[0].verification.rollback_excluded
+
+
+def test_a_policy_that_the_ledger_has_not_noted_is_told_of(charged: Books) -> None:
+    text = charged.site_toml.read_text()
+    charged.site_toml.write_text(text.replace("max_epsilon = 5.0", "max_epsilon = 4.0"))
+    report = from_ledger.build(charged.site_toml)
+    assert status(report, "policy_noted") == "violated"
+    assert report.assumptions[0].code == "policy_noted", "violated ones come first"
+    assert report.sites[0].approved.max_epsilon == 5.0
+
+
+def test_a_cap_that_was_lowered_below_what_is_spent_is_exceeded(charged: Books) -> None:
+    spent = from_ledger.build(charged.ledger).epsilon
+    charged.edit(budget={"max_epsilon": round(spent * 0.9, 3)})
+    report = from_ledger.build(charged.ledger)
+    assert (report.verdict.state, report.verdict.reasons) == ("exceeded", ("above_lifetime_cap",))
+    assert [cap.max_epsilon for cap in report.sites[0].lifetime.caps] == [5.0, round(spent * 0.9, 3)]
+    assert status(report, "cap_never_raised") == "verified"
+    assert report.sites[0].left == 0
+    assert recompute.problems(report) == []
+
+
+def test_a_period_that_is_overdrawn_is_exceeded(charged: Books) -> None:
+    charged.edit(budget={"max_epsilon_per_period": 0.4})
+    report = from_ledger.build(charged.ledger)
+    assert (report.verdict.state, report.verdict.reasons) == ("exceeded", ("above_period_cap",))
+    assert recompute.problems(report) == []
+
+
+def test_a_lower_cap_per_run_judges_later_runs_only(books: Callable[..., Books], run_proposal: Proposals) -> None:
+    made = books(budget={"max_epsilon_per_run": 2.0})
+    made.charge(run_proposal(), 1)
+    made.edit(budget={"max_epsilon_per_run": 0.1})
+    report = from_ledger.build(made.ledger)
+    assert report.verdict.state == "within"
+    assert report.sites[0].approved.max_epsilon_per_run == 0.1
+
+
+def test_a_cap_that_was_raised_after_something_was_released_is_said(charged: Books) -> None:
+    charged.edit(budget={"max_epsilon": 6.0})
+    report = from_ledger.build(charged.ledger)
+    assert (report.verdict.state, report.verdict.reasons) == ("within", ("cap_raised",))
+    assert status(report, "cap_never_raised") == "violated"
+
+
+def test_a_cap_that_was_raised_before_anything_was_released_is_none(books: Callable[..., Books]) -> None:
+    made = books()
+    made.edit(budget={"max_epsilon": 6.0})
+    assert status(from_ledger.build(made.ledger), "cap_never_raised") == "verified"
+
+
+def test_without_a_lifetime_cap_nothing_is_promised(books: Callable[..., Books], run_proposal: Proposals) -> None:
+    made = books(budget={"max_epsilon": float("inf")})
+    made.charge(run_proposal(), 1)
+    report = from_ledger.build(made.ledger)
+    assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("no_lifetime_cap",))
+    assert (report.sites[0].left, report.sites[0].approved.max_epsilon) == (None, None)
+    assert recompute.problems(report) == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("UPDATE events SET time = replace(time, '+00:00', '+00:01') WHERE sequence = 5", "event 5 was changed"),
+        ("DELETE FROM events WHERE sequence = 4", "event 4 is missing"),
+        ("UPDATE replies SET reply = x'00'", "the stored replies are not the newest"),
+        ("UPDATE events SET detail = '{}' WHERE sequence = 6", "event 6"),
+    ],
+)
+def test_a_ledger_that_was_changed_gives_a_report_that_promises_nothing(
+    charged: Books, statement: str, says: str
+) -> None:
+    charged.tamper(statement)
+    for path in (charged.ledger, charged.site_toml):
+        report = from_ledger.build(path)
+        assert report.verdict.state == "no_guarantee"
+        assert "ledger_not_verified" in report.verdict.reasons
+        (broken,) = [one for one in report.assumptions if one.code == "ledger_intact"]
+        assert broken.status == "violated"
+        assert says in broken.evidence
+        assert str(charged.folder) not in broken.evidence
+        (site,) = report.sites
+        assert (site.verification, site.meaning) == (None, None)
+
+
+def test_a_ledger_under_another_key_than_the_sites_is_not_verified(charged: Books) -> None:
+    charged.folder.joinpath("site_key.pem").unlink()
+    SigningKey.load_or_make(charged.folder / "site_key.pem")
+    assert from_ledger.build(charged.ledger).verdict.state == "within"
+    assert from_ledger.build(charged.site_toml).verdict.reasons == ("ledger_not_verified",)
+
+
+def test_a_ledger_that_was_put_back_is_not_verified(books: Callable[..., Books], run_proposal: Proposals) -> None:
+    made = books(anchor="anchor.json")
+    made.charge(run_proposal(), 1)
+    backup = made.copied("backup.db")
+    made.charge(run_proposal(), 2)
+    shutil.copy(backup, made.ledger)
+    report = from_ledger.build(made.site_toml)
+    assert report.verdict.reasons == ("ledger_not_verified",)
+    assert "was put back" in report.assumptions[0].evidence
+
+
+@pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + bytes(100)])
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "ledger.db"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"ledger\.db"):
+        from_ledger.build(path)
+
+
+def test_a_missing_ledger_policy_or_anchor_is_said(charged: Books, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such file"):
+        from_ledger.build(tmp_path / "none.db")
+    with pytest.raises(ConfigError, match=r"none\.toml"):
+        from_ledger.build(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="anchor"):
+        from_ledger.build(charged.ledger, anchor=tmp_path / "none.json")
+    charged.ledger.unlink()
+    with pytest.raises(ConfigError, match=r"ledger\.db.*there is no such file"):
+        from_ledger.build(charged.site_toml)
+
+
+def test_a_policy_of_another_site_is_refused(charged: Books) -> None:
+    charged.site_toml.write_text(charged.site_toml.read_text().replace('site = "a"', 'site = "b"'))
+    with pytest.raises(ConfigError, match=r"site\.toml: site = 'b': must be 'a'"):
+        from_ledger.build(charged.site_toml)
+
+
+def test_equal_ledgers_give_equal_bytes(charged: Books) -> None:
+    one, other = (signing.to_text(from_ledger.build(charged.site_toml)) for _ in range(2))
+    assert one == other
+    assert signing.read(one.encode()) == from_ledger.build(charged.site_toml)
+    assert json.loads(one)["schema_version"] == 2
+
+
+def test_the_adapter_that_the_lead_gave_is_named_by_its_digest(charged: Books) -> None:
+    charged.open().end("r", adapter_sha256="ad" * 32)
+    charged.open().end("s")
+    (site,) = from_ledger.build(charged.ledger).sites
+    assert {run.run: (run.state, run.adapter_sha256) for run in site.lifetime.runs} == {
+        "r": ("ended", "ad" * 32),
+        "s": ("ended", None),
+    }
+    assert site.lifetime.with_set_aside == site.lifetime.epsilon
+
+
+def test_rounds_that_a_lost_branch_was_charged_are_in_its_run(
+    books: Callable[..., Books], run_proposal: Proposals
+) -> None:
+    made = books()
+    made.charge(run_proposal(), 1)
+    backup = made.copied("backup.db")
+    made.charge(run_proposal(), 2)
+    made.charge(run_proposal(run="lost", noise_multiplier=6.0), 1)
+    head = made.open().head()
+    before = from_ledger.build(made.ledger).epsilon
+    shutil.copy(backup, made.ledger)
+    made.open().charge_gap(head)
+    report = from_ledger.build(made.ledger)
+    (site,) = report.sites
+    assert report.epsilon == before
+    assert (site.lifetime.restored, status(report, "lost_events_made_up_for")) == (1, "verified")
+    assert "lost_branches" in report.covers
+    # The second round of `r` is one of its rounds; what the unknown run did stands by itself.
+    assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("", 1, 6.0)]
+    assert [(run.run, run.rounds) for run in site.lifetime.runs] == [("r", 2)]
+    assert site.steps[-1].run == ""
+    assert recompute.problems(report) == []
+
+
+def test_ten_thousand_events_in_twenty_settings_take_seconds(
+    books: Callable[..., Books], run_proposal: Proposals
+) -> None:
+    made = books(limits={"max_rounds": 250, "min_noise_multiplier": 1.0}, budget={"max_epsilon": 50.0})
+    store = EventStore(made.ledger, made.key, None)
+    with store.transaction():  # one for all of them: to write them as a site does takes minutes
+        for number in range(20):
+            proposal = run_proposal(
+                run=f"run-{number}",
+                sampling_rate=0.01 + 0.002 * number,
+                noise_multiplier=4.0 + 0.1 * number,
+                local_steps=1,
+                num_rounds=250,
+                spare_rounds=0,
+            )
+            expires = (store.history.now() + timedelta(days=30)).isoformat()
+            store.append(Kind.PLAN, {"proposal": proposal.to_json(), "expires": expires}, run=proposal.run)
+            charge = {"event": dp_events.to_json(proposal.plan.event())}
+            for round in range(1, 251):
+                place = {"run": proposal.run, "round": round, "request": f"{number}-{round}", "attempt": 1}
+                store.append(Kind.RESERVE, charge, **place)
+                store.append(Kind.COMMIT, {"reply_sha256": hashlib.sha256(b"").hexdigest()}, **place)
+            store.store_reply(run=proposal.run, request=f"{number}-250", reply=b"")
+    filter.divergence.cache_clear()
+    profile._pld.cache_clear()
+    profile._rdp.cache_clear()
+    began = time.process_time()
+    report = from_ledger.build(made.ledger)
+    taken = time.process_time() - began
+    assert taken <= 6, taken  # of processor time: what else the machine does is not counted
+    (site,) = report.sites
+    assert site.verification.num_events == 10_022
+    assert (len(site.mechanisms), site.spent.rounds) == (20, 5000)
+    assert len(site.steps) <= ledger_rounds.MOST_STEPS
+    assert {(one.kind, one.count) for one in site.releases} == {("update", 250)}
+    assert len(signing.to_text(report)) < 200_000

@@ -1,0 +1,297 @@
+"""A run's report: against the run's own files, also those of a run that did not get to its end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedtune.cli.display as display
+from fedtune.cli.compose import saved_config
+from fedtune.federation.checkpoint import Checkpoints
+from fedtune.report import from_run, recompute, run_site, signing
+from fedtune.report.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASED, UNPROTECTED_FIGURES
+from fedtune.report.model import Report
+from fedtune.sites import environment
+from fedtune.sites.participants import Participants
+from fedtune.spec import ConfigError, RunError
+
+SITES = ("site-1", "site-2")
+
+
+@pytest.fixture(scope="module")
+def made(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with different sites; tests that change it take a copy."""
+    return simulate("data.declared_sizes=[80,90]", into=tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture
+def stopped(command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was interrupted after its first round."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(display.Display, "round_finished", interrupt)
+        assert command("simulate", *tiny(into=tmp_path, name="stopped")).code == 1
+    return tmp_path / "stopped"
+
+
+def result_of(folder: Path) -> Any:
+    return json.loads((folder / "run.json").read_text())
+
+
+def status(report: Report, code: str) -> str:
+    (found,) = [assumption.status for assumption in report.assumptions if assumption.code == code]
+    return found
+
+
+def test_the_figures_are_those_of_run_json(made: Path) -> None:
+    report, result = from_run.build(made), result_of(made)
+    assert (report.kind, report.name, report.provenance.config_sha256) == (
+        "run",
+        "run",
+        result["config_sha256"],
+    )
+    assert (report.epsilon, report.delta) == (result["privacy"]["epsilon"], result["privacy"]["delta"])
+    assert (report.target_epsilon, report.seeded_noise) == (8.0, False)
+    for site in report.sites:
+        said = result["privacy"]["sites"][site.site]
+        spent = site.spent
+        assert (spent.epsilon, spent.epsilon_rdp) == (said["epsilon"], said["epsilon_rdp"])
+        assert (spent.rounds, spent.steps, spent.upper_bound) == (said["rounds"], said["steps"], False)
+        assert spent.planned_epsilon == said["planned_epsilon"]
+        assert site.source == "charged_by_receipts"
+        assert (site.approved, site.lifetime, site.left) == (None, None, None), "the site has not told"
+    assert [site.declared_size for site in report.sites] == [80, 90]
+    assert recompute.problems(report) == []
+
+
+def test_each_code_is_one_that_the_catalogue_is_told_of(made: Path) -> None:
+    report = from_run.build(made)
+    for said, known in (
+        (report.released, RELEASED),
+        (report.covers, COVERS),
+        (report.leaves_out, LEAVES_OUT),
+        (report.not_protected, NOT_PROTECTED),
+        (report.unprotected_figures, UNPROTECTED_FIGURES),
+    ):
+        assert said
+        assert set(said) <= set(known)
+
+
+def test_rounds_have_what_run_json_has_and_the_epsilon_so_far(made: Path) -> None:
+    report, result = from_run.build(made), result_of(made)
+    assert report.utility.final == result["final"]["metrics"]
+    assert report.utility.before == result["final"]["metrics_before"]
+    for cost, entry in zip(report.utility.rounds, result["rounds"], strict=True):
+        assert (cost.round, list(cost.sites), cost.scores) == (entry["round"], entry["sites"], entry["metrics"])
+        assert (cost.seconds, cost.bytes_down, cost.bytes_up) == (
+            entry["seconds"], entry["bytes_down"], entry["bytes_up"]
+        )  # fmt: skip
+    first, last = (cost.epsilon for cost in report.utility.rounds)
+    assert 0 < first < last == report.epsilon
+    times = [step.time for step in report.sites[0].steps]
+    assert times == [entry["ended"] for entry in result["rounds"]]
+    assert report.date == times[-1]
+
+
+def test_many_rounds_cost_a_bounded_number_of_compositions(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = from_run.read_run(made)
+    composed = []
+
+    def epsilon(spent: Any, delta: float, **rest: Any) -> float:
+        composed.append(spent)
+        return 0.1 * len(composed)
+
+    monkeypatch.setattr(run_site.accountant, "epsilon_pld", epsilon)
+    plan = record.plan
+    shown = [run_site._epsilon_after(plan, rounds, 5000) for rounds in range(1, 5001)]
+    assert len(composed) <= run_site._MOST_FIGURES + 2
+    assert None not in shown
+
+
+def test_the_environment_is_the_runs_own_and_not_the_readers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = json.loads((folder / "environment.json").read_text())
+    noted["environments"][0] |= {
+        "python": "3.0.0",
+        "machine": "abacus",
+        "device": "beads",
+        "system": "Stone",
+        "fedtune_version": "0.0.1",
+        "libraries": {"torch": "0.0.7"},
+    }
+    (folder / "environment.json").write_text(json.dumps(noted))
+    provenance = from_run.build(folder).provenance
+    assert (provenance.python, provenance.machine) == ("3.0.0", "Stone abacus, beads")
+    assert (provenance.fedtune_version, provenance.libraries) == ("0.0.1", {"torch": "0.0.7"})
+
+
+def test_a_run_that_noted_no_environment_says_so(folder: Path) -> None:
+    (folder / "environment.json").unlink()
+    report = from_run.build(folder)
+    provenance = report.provenance
+    assert (provenance.python, provenance.machine, provenance.libraries) == (None, None, {})
+    assert (report.randomness, report.sites[0].mechanisms[0].sampling_run) == ("not_recorded", "not_recorded")
+    assert (status(report, "poisson_sampling"), status(report, "unpredictable_randomness")) == ("assumed", "assumed")
+
+
+def test_a_damaged_environment_is_an_error(folder: Path) -> None:
+    (folder / "environment.json").write_text('{"schema_version": 1}')
+    with pytest.raises(RunError, match=r"environment\.json is damaged"):
+        from_run.build(folder)
+
+
+def test_a_resumed_run_on_another_machine_names_both(folder: Path) -> None:
+    noted = json.loads((folder / "environment.json").read_text())
+    (first,) = noted["environments"]
+    noted["environments"].append(first | {"since": "2040-01-01T00:00:00+00:00", "python": "4.0"})
+    (folder / "environment.json").write_text(json.dumps(noted))
+    provenance = from_run.build(folder).provenance
+    assert provenance.python == f"{first['python']} / 4.0"
+    assert provenance.machine.count("/") == 0
+
+
+def test_the_lead_s_folder_is_not_told(folder: Path) -> None:
+    text = signing.to_text(from_run.build(folder))
+    assert str(folder) not in text
+    assert str(folder.parent) not in text
+
+
+def test_a_run_that_stopped_is_reported_as_far_as_it_went(stopped: Path) -> None:
+    report = from_run.build(stopped)
+    assert (report.verdict.state, report.verdict.reasons) == ("within", ("not_finished",))
+    assert report.utility.final == {}
+    assert [cost.round for cost in report.utility.rounds] == [1]
+    assert [site.spent.rounds for site in report.sites] == [1, 1]
+    assert all(site.spent.epsilon < site.spent.planned_epsilon for site in report.sites)
+    assert status(report, "end_independent_of_releases") == "assumed"
+    assert "final_adapter" not in report.released
+    assert recompute.problems(report) == []
+
+
+def test_a_killed_run_counts_the_round_that_it_had_asked_for(stopped: Path) -> None:
+    # As a process leaves it that dies in its second round: the journal has the round, and nothing wrote run.json.
+    (stopped / "run.json").unlink()
+    Checkpoints(stopped / "checkpoints", saved_config(stopped).digest()).ask(2, list(SITES))
+    report = from_run.build(stopped)
+    assert (report.verdict.state, report.verdict.reasons) == ("within", ("not_finished", "site_silent"))
+    assert [(site.spent.rounds, site.spent.upper_bound) for site in report.sites] == [(2, True)] * 2
+    assert status(report, "every_site_answered") == "violated"
+    assert report.assumptions[0].code == "every_site_answered"
+    assert recompute.problems(report) == []
+
+
+def test_without_checkpoints_run_json_is_what_is_known(folder: Path) -> None:
+    whole = from_run.build(folder)
+    shutil.rmtree(folder / "checkpoints")
+    report = from_run.build(folder)
+    assert (report.epsilon, report.verdict) == (whole.epsilon, whole.verdict)
+    assert [site.spent for site in report.sites] == [site.spent for site in whole.sites]
+    assert status(report, "receipts_signed") == "assumed"
+
+
+def test_a_folder_that_holds_no_run_or_none_that_began_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
+        from_run.build(tmp_path)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "run.json").unlink()
+    with pytest.raises(ConfigError, match="has begun"):
+        from_run.build(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "error", "match"),
+    [
+        ("config.yaml", lambda text: "[1", ConfigError, "must hold a configuration"),
+        ("config.yaml", lambda text: "- 1", ConfigError, "must hold a configuration"),
+        ("config.yaml", lambda text: text.replace("rank: 4", "rank: 0"), ConfigError, r"config\.yaml: lora\.rank"),
+        ("run.json", lambda text: text[:-20], RunError, r"run\.json is damaged"),
+        ("run.json", lambda text: "{}", RunError, r"run\.json is damaged"),
+        ("run.json", lambda text: text.replace('"bytes_up"', '"bites_up"'), RunError, r"run\.json is damaged"),
+    ],
+)
+def test_damaged_files_are_said(folder: Path, name: str, damage: Any, error: type[Exception], match: str) -> None:
+    path = folder / name
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(error, match=match):
+        from_run.build(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("sampling_rate: 0.2", "sampling_rate: 0.1", "privacy.sampling_rate"),
+        ("delta: 1.0e-05", "delta: 1.0e-06", "privacy.delta"),
+        ("local_steps: 2", "local_steps: 1", "training.local_steps"),
+    ],
+)
+def test_a_configuration_of_another_cost_is_refused(folder: Path, old: str, new: str, key: str) -> None:
+    path = folder / "config.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=f"{key}.*must be what run.json says"):
+        from_run.build(folder)
+
+
+def test_a_configuration_that_was_changed_otherwise_is_marked(folder: Path) -> None:
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("max_grad_norm: 1.0", "max_grad_norm: 2.0"))
+    report = from_run.build(folder)
+    assert status(report, "configuration_unchanged") == "violated"
+    assert report.provenance.config_sha256 == result_of(folder)["config_sha256"]
+
+
+def test_a_damaged_checkpoint_is_an_error(folder: Path) -> None:
+    (newest,) = folder.glob("checkpoints/round-0002*")
+    newest.write_bytes(newest.read_bytes()[:-9])
+    with pytest.raises(RunError, match="is damaged"):
+        from_run.build(folder)
+
+
+def test_a_score_that_is_no_number_is_null(folder: Path) -> None:
+    result = result_of(folder)
+    result["final"]["metrics"]["loss"] = None
+    (folder / "run.json").write_text(json.dumps(result))
+    assert from_run.build(folder).utility.final["loss"] is None
+
+
+def test_a_site_that_fell_silent_has_an_upper_bound_and_no_receipt(
+    simulate: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_site = Participants.site
+
+    def broken(self: Participants, index: int) -> Any:
+        if index == 1:
+            raise OSError("the disk is gone")
+        return open_site(self, index)
+
+    monkeypatch.setattr(Participants, "site", broken)
+    report = from_run.build(simulate(into=tmp_path))
+    answered, silent = report.sites
+    assert (answered.source, answered.spent.upper_bound) == ("charged_by_receipts", False)
+    assert (silent.source, silent.spent.upper_bound, silent.spent.rounds) == ("not_released", True, 2)
+    assert silent.verdict.reasons == ("site_silent",)
+    assert {(one.kind, one.reason): one.count for one in silent.releases} == {("refusal", "site_error"): 2}
+    assert (status(report, "every_site_answered"), status(report, "receipts_signed")) == ("violated", "assumed")
+    assert recompute.problems(report) == []
+
+
+def test_the_environment_is_noted_once_for_each_machine(simulate: Any, command: Any, tmp_path: Path) -> None:
+    folder = simulate(into=tmp_path)
+    (noted,) = environment.read_environments(folder)
+    assert command("simulate", f"resume={folder}").code == 0
+    assert environment.read_environments(folder) == (noted,)
+    assert (noted.sampling, noted.randomness, noted.device) == ("poisson", "operating_system", "cpu")
+    assert len(noted.model_sha256) == 64

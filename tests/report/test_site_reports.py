@@ -1,0 +1,227 @@
+"""Reports that sites sign and release: who is believed, and what a lead's report then says."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.report import from_ledger, from_run, recompute, signing
+from fedtune.report.model import Report
+from fedtune.report.site_reports import FOLDER, read_site_report
+from fedtune.spec import ConfigError
+
+
+@pytest.fixture(scope="module")
+def made(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs at kept sites; `<folder>/first`, `<folder>/second`, and the sites in `<folder>/sites`."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("first", "second"):
+        simulate(f"runtime.sites_dir={folder / 'sites'}", "federation.num_rounds=1", into=folder, name=name)
+        for site in ("site-1", "site-2"):
+            widen(folder / "sites" / site / "site.toml", max_epsilon=2.0)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+def widen(site_toml: Path, **budget: Any) -> None:
+    policy = read_policy(site_toml)
+    write_policy(replace(policy, budget=replace(policy.budget, **budget)), site_toml)
+
+
+def key_of(folder: Path, site: str) -> SigningKey:
+    return SigningKey.load(folder / "sites" / site / "site_key.pem")
+
+
+def signed_report(folder: Path, site: str, **changes: Any) -> Report:
+    """What `fedtune report site.toml --sign` writes at the site; `changes` are made before it is signed."""
+    report = from_ledger.build(folder / "sites" / site / "site.toml")
+    return signing.signed(replace(report, **changes), key_of(folder, site))
+
+
+def with_run(report: Report, **changes: Any) -> dict[str, Any]:
+    """The report's sites, with the newest run's line in the lifetime figures changed."""
+    (site,) = report.sites
+    (*earlier, newest) = site.lifetime.runs
+    lifetime = replace(site.lifetime, runs=(*earlier, replace(newest, **changes)))
+    return {"sites": (replace(site, lifetime=lifetime),)}
+
+
+def test_what_a_site_released_is_shown_beside_what_the_lead_knows(folder: Path) -> None:
+    alone = from_run.build(folder / "second")
+    own = signed_report(folder, "site-1")
+    report = from_run.build(folder / "second", site_reports=[own])
+    joined, other = report.sites
+    assert (joined.source, other.source) == ("signed_site_report", "charged_by_receipts")
+    assert (joined.approved, joined.lifetime, joined.left) == (
+        own.sites[0].approved,
+        own.sites[0].lifetime,
+        own.sites[0].left,
+    )
+    assert joined.approved.max_epsilon == 2.0
+    assert joined.verification.site_key == key_of(folder, "site-1").public
+    assert joined.asserted == {"no_person_at_another_site": True}
+    # This run's own figures stay what they were, and all runs' stand beside them.
+    assert joined.spent == alone.sites[0].spent
+    assert joined.mechanisms == alone.sites[0].mechanisms
+    assert joined.lifetime.epsilon > joined.spent.epsilon
+    assert [run.rounds for run in joined.lifetime.runs] == [1, 1]
+    assert {release.run for release in joined.releases} == {joined.mechanisms[0].run}
+    assert (other.approved, other.lifetime, other.asserted) == (None, None, {})
+    assert report.verdict.state == "within"
+    assert recompute.problems(report) == []
+
+
+def test_the_assumptions_say_who_asserts_what(folder: Path) -> None:
+    def statuses(*sites: str) -> dict[str, str]:
+        report = from_run.build(folder / "second", site_reports=[signed_report(folder, site) for site in sites])
+        return {one.code: one.status for one in report.assumptions}
+
+    assert statuses()["units_at_one_site_only"] == "assumed"
+    assert statuses("site-1")["units_at_one_site_only"] == "assumed"
+    both = statuses("site-1", "site-2")
+    assert (both["units_at_one_site_only"], both["site_reports_agree"]) == ("asserted", "verified")
+
+
+def test_reports_in_the_run_folder_are_taken(folder: Path) -> None:
+    own = signed_report(folder, "site-2")
+    (folder / "second" / FOLDER).mkdir()
+    (folder / "second" / FOLDER / "site-2.json").write_text(signing.to_text(own))
+    report = from_run.build(folder / "second")
+    assert [site.source for site in report.sites] == ["charged_by_receipts", "signed_site_report"]
+    assert from_run.build(folder / "second", site_reports=[own]) == report, "the same one twice is one"
+    assert read_site_report(folder / "second" / FOLDER / "site-2.json") == own
+
+
+def test_an_earlier_runs_report_takes_the_same_site_report(folder: Path) -> None:
+    report = from_run.build(folder / "first", site_reports=[signed_report(folder, "site-1")])
+    assert report.sites[0].lifetime.runs[0].run == report.sites[0].mechanisms[0].run
+
+
+def test_a_site_that_is_beyond_its_own_cap_makes_the_runs_verdict(folder: Path) -> None:
+    widen(folder / "sites" / "site-1" / "site.toml", max_epsilon=0.36)
+    SiteFiles.of(folder / "sites" / "site-1" / "site.toml").open()
+    report = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")])
+    assert (report.verdict.state, report.verdict.reasons) == ("exceeded", ("above_lifetime_cap",))
+    assert [site.verdict.state for site in report.sites] == ["exceeded", "within"]
+    assert recompute.problems(report) == []
+
+
+def test_a_report_that_says_less_than_the_receipts_promises_nothing(folder: Path) -> None:
+    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
+    for changes in ({"rounds": 0}, {"seeded_noise": True}, {"most_rounds": 9}):
+        less = signed_report(folder, "site-1", **with_run(own, **changes))
+        report = from_run.build(folder / "second", site_reports=[less])
+        assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("site_report_disagrees",))
+        assert report.sites[1].verdict.state == "within"
+        assert report.sites[0].meaning is None
+        assert [one.status for one in report.assumptions if one.code == "site_reports_agree"] == ["violated"]
+
+
+def test_a_report_of_other_noise_promises_nothing(folder: Path) -> None:
+    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
+    (site,) = own.sites
+    (*earlier, newest) = site.mechanisms
+    other = replace(site, mechanisms=(*earlier, replace(newest, noise_multiplier=9.0)))
+    report = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1", sites=(other,))])
+    assert report.sites[0].verdict.reasons == ("site_report_disagrees",)
+
+
+def test_a_report_that_says_more_is_believed(folder: Path) -> None:
+    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
+    more = signed_report(folder, "site-1", **with_run(own, rounds=3))
+    report = from_run.build(folder / "second", site_reports=[more])
+    assert report.sites[0].spent.rounds == 3
+    assert report.epsilon == report.sites[0].spent.epsilon > report.sites[1].spent.epsilon
+
+
+def test_a_ledger_that_does_not_verify_promises_nothing_here_either(folder: Path) -> None:
+    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
+    (site,) = own.sites
+    verdict = replace(own.verdict, state="no_guarantee", reasons=("ledger_not_verified",))
+    broken = replace(site, verdict=verdict, verification=None, meaning=None)
+    report = from_run.build(
+        folder / "second", site_reports=[signed_report(folder, "site-1", verdict=verdict, sites=(broken,))]
+    )
+    assert report.verdict.reasons == ("ledger_not_verified",)
+
+
+def refused(folder: Path, report: Report, run: str = "second") -> str:
+    with pytest.raises(ConfigError) as caught:
+        from_run.build(folder / run, site_reports=[report])
+    assert caught.value.key == "site report"
+    return caught.value.bound
+
+
+def test_a_report_that_nobody_signed_is_refused(folder: Path) -> None:
+    assert "it is not signed" in refused(folder, replace(signed_report(folder, "site-1"), signature=None))
+
+
+def test_a_report_that_was_changed_is_refused(folder: Path) -> None:
+    changed = replace(signed_report(folder, "site-1"), epsilon=0.1)
+    assert "must carry its site's signature" in refused(folder, changed)
+
+
+def test_a_report_signed_by_another_key_is_refused(folder: Path) -> None:
+    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
+    assert "must carry its site's signature" in refused(folder, signing.signed(own, key_of(folder, "site-2")))
+    # Nor does it help to leave out what names the ledger's key.
+    (site,) = own.sites
+    without = replace(own, sites=(replace(site, verification=None),))
+    assert "as the receipts of site-1 are" in refused(folder, signing.signed(without, key_of(folder, "site-2")))
+
+
+def test_a_report_of_another_site_s_ledger_is_refused(folder: Path) -> None:
+    own = from_ledger.build(folder / "sites" / "site-2" / "site.toml")
+    (site,) = own.sites
+    posing = replace(own, sites=(replace(site, site="site-1"),))
+    assert "as the receipts of site-1 are" in refused(folder, signing.signed(posing, key_of(folder, "site-2")))
+    stranger = replace(own, sites=(replace(site, site="west"),))
+    assert "must be about a site of this run (site-1, site-2), not west" in refused(
+        folder, signing.signed(stranger, key_of(folder, "site-2"))
+    )
+
+
+def test_a_ledger_without_this_run_is_refused(folder: Path) -> None:
+    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
+    (site,) = own.sites
+    early = replace(site, lifetime=replace(site.lifetime, runs=site.lifetime.runs[:1]))
+    report = signed_report(folder, "site-1", sites=(early,))
+    assert "must be of a ledger that knows the run second-" in refused(folder, report)
+    assert from_run.build(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
+
+
+def test_a_runs_report_is_no_sites(folder: Path) -> None:
+    assert "must be a site's report of its own ledger" in refused(folder, from_run.build(folder / "first"))
+
+
+def test_two_different_reports_of_one_site_are_refused(folder: Path) -> None:
+    one, other = signed_report(folder, "site-1"), signed_report(folder, "site-1", date=None)
+    with pytest.raises(ConfigError, match="must be the only report of site-1"):
+        from_run.build(folder / "second", site_reports=[one, other])
+
+
+def test_without_receipts_no_report_can_be_checked(folder: Path) -> None:
+    shutil.rmtree(folder / "second" / "checkpoints")
+    assert "gave this run no receipt" in refused(folder, signed_report(folder, "site-1"))
+
+
+def test_a_file_that_is_no_report_is_named(folder: Path) -> None:
+    (folder / "second" / FOLDER).mkdir()
+    path = folder / "second" / FOLDER / "site-1.json"
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match=r"site-1\.json"):
+        from_run.build(folder / "second")
+    with pytest.raises(ConfigError, match="must be a readable file"):
+        read_site_report(folder / "none.json")

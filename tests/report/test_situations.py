@@ -1,0 +1,240 @@
+"""Real runs and real ledgers in the situations that a report must tell truly, each against a golden file."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedtune.cli.display as display
+from fedtune.cli.compose import saved_config
+from fedtune.federation.checkpoint import Checkpoints
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason
+from fedtune.report import from_ledger, from_run, recompute, signing
+from fedtune.report.catalogue import catalogue
+from fedtune.report.model import Report
+from fedtune.report.page import render
+from fedtune.sites.participants import Participants
+
+from .masking import check_golden, masked
+from .site_ledgers import Books
+
+Proposals = Callable[..., Proposal]
+
+
+def check(name: str, report: Report) -> Report:
+    """The report is whole, its figures follow from its events, and it is the one that somebody has read."""
+    assert signing.read(signing.to_text(report).encode()) == report
+    assert recompute.problems(report) == []
+    found = masked(report)
+    if name not in ("within", "two_runs"):
+        del found["cells"]  # test_cells.py looks at them; two kinds of reports show them whole
+    check_golden(name, found)
+    check_page(report)
+    return report
+
+
+def check_page(report: Report) -> None:
+    """The page says the verdict with each of its reasons, and every site's epsilon, rounded up."""
+    words = catalogue("en")
+    page = re.sub(r"<(style|svg).*?</\1>", "", render(report, language="en"), flags=re.DOTALL)
+    text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
+    verdict = report.verdict
+    for key in (f"verdict.{verdict.state}", *(f"reason.{reason}" for reason in verdict.reasons)):
+        assert html.unescape(str(words.text(key))) in text, key
+    for site in report.sites:
+        assert site.site in text
+        assert words.figure(site.spent.epsilon, "epsilon") in text
+    for word in ("anonymous", "compliant", "impossible"):
+        assert word not in text.lower()
+
+
+def verdict(report: Report) -> tuple[str, tuple[str, ...]]:
+    return report.verdict.state, report.verdict.reasons
+
+
+@pytest.fixture
+def edit() -> Callable[..., None]:
+    """Change a simulated site's policy, tables by dicts, as its owner would."""
+
+    def change(site_toml: Path, **tables: dict[str, Any]) -> None:
+        policy = read_policy(site_toml)
+        values = {name: replace(getattr(policy, name), **table) for name, table in tables.items()}
+        write_policy(replace(policy, **values), site_toml)
+
+    return change
+
+
+@pytest.fixture
+def books(tmp_path: Path, site_policy: Callable[..., Policy]) -> Books:
+    """A site whose policy allows the runs below."""
+    limits = {"min_noise_multiplier": 1.0, "max_rounds": 50}
+    return Books.made(tmp_path / "site", site_policy(limits=limits, anchor="anchor.json"))
+
+
+# Runs.
+
+
+def test_a_run_within_its_target(simulate: Callable[..., Path], tmp_path: Path) -> None:
+    report = check("within", from_run.build(simulate(into=tmp_path)))
+    assert verdict(report) == ("within", ())
+    assert 0 < report.epsilon < report.target_epsilon
+
+
+def test_a_run_without_privacy(simulate: Callable[..., Path], tmp_path: Path) -> None:
+    report = check("without_privacy", from_run.build(simulate("privacy=none", into=tmp_path)))
+    assert verdict(report) == ("no_guarantee", ("no_noise",))
+    assert (report.epsilon, report.target_epsilon, report.randomness) == (None, None, "none")
+    assert [site.spent.epsilon for site in report.sites] == [None, None], "unbounded, never 0"
+    assert report.assumptions[0].code == "noise_in_every_step"
+
+
+def test_a_study_with_noise_from_a_seed(simulate: Callable[..., Path], tmp_path: Path) -> None:
+    report = check("seeded", from_run.build(simulate("runtime.seeded_noise=true", into=tmp_path)))
+    assert verdict(report) == ("no_guarantee", ("seeded_noise",))
+    assert [site.meaning for site in report.sites] == [None, None]
+    assert (report.seeded_noise, report.randomness) == (True, "seeded")
+
+
+@pytest.fixture
+def kept(simulate: Callable[..., Path], edit: Callable[..., None], tmp_path: Path) -> Path:
+    """Two runs on the same sites, the first of which wants more noise in the second than that one has."""
+    for name in ("first", "second"):
+        simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
+        edit(tmp_path / "sites/site-1/site.toml", limits={"min_noise_multiplier": 9.0})
+        edit(tmp_path / "sites/site-2/site.toml", budget={"max_epsilon": 2.0})
+    return tmp_path
+
+
+def test_a_run_that_one_site_refused(kept: Path) -> None:
+    report = check("refused_site", from_run.build(kept / "second"))
+    refusing, training = report.sites
+    assert (refusing.verdict.reasons, refusing.spent.epsilon, refusing.spent.rounds) == (("nothing_spent",), 0.0, 0)
+    assert [(one.kind, one.reason, one.count) for one in refusing.releases] == [("refusal", "min_noise_multiplier", 2)]
+    assert training.spent.epsilon == report.epsilon > 0
+    assert verdict(report) == ("within", ())
+
+
+def test_two_runs_on_one_data_set(kept: Path) -> None:
+    report = check("two_runs", from_ledger.build(kept / "sites/site-2/site.toml"))
+    (site,) = report.sites
+    assert [(run.rounds, run.state) for run in site.lifetime.runs] == [(2, "ended")] * 2
+    assert site.lifetime.epsilon > max(run.epsilon for run in site.lifetime.runs)
+    # The cap went up between the two, and that is said.
+    assert verdict(report) == ("within", ("cap_raised",))
+    check("two_runs_refusing_site", from_ledger.build(kept / "sites/site-1/site.toml"))
+
+
+def test_a_run_that_crashed(command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(display.Display, "round_finished", interrupt)
+    assert command("simulate", *tiny(into=tmp_path)).code == 1
+    folder = tmp_path / "run"
+    report = check("crashed", from_run.build(folder))
+    assert verdict(report) == ("within", ("not_finished",))
+    assert (report.utility.final, [site.spent.rounds for site in report.sites]) == ({}, [1, 1])
+    # The same, as a process leaves it that dies in its second round.
+    (folder / "run.json").unlink()
+    Checkpoints(folder / "checkpoints", saved_config(folder).digest()).ask(2, ["site-1", "site-2"])
+    report = check("killed", from_run.build(folder))
+    assert verdict(report) == ("within", ("not_finished", "site_silent"))
+    assert [(site.spent.rounds, site.spent.upper_bound) for site in report.sites] == [(2, True)] * 2
+
+
+def test_a_run_with_a_site_that_fell_silent(
+    simulate: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Participants.site
+
+    def broken(self: Participants, index: int) -> Any:
+        if index == 1:
+            raise OSError("the disk is gone")
+        return opened(self, index)
+
+    monkeypatch.setattr(Participants, "site", broken)
+    report = check("silent_site", from_run.build(simulate(into=tmp_path)))
+    assert verdict(report) == ("within", ("site_silent",))
+    assert [site.spent.upper_bound for site in report.sites] == [False, True]
+
+
+def test_a_run_with_noised_metrics(simulate: Callable[..., Path], tmp_path: Path) -> None:
+    noised = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=5", "data.heldout_fraction=0.4")
+    folder = simulate(*noised, into=tmp_path)
+    report = check("noised_metrics", from_run.build(folder))
+    assert "noised_scores" in report.covers
+    (mechanism,) = report.sites[0].mechanisms
+    assert sorted(charge.count for charge in mechanism.charges) == [2, 4], "scores once a round, two steps a round"
+    of_site = check("noised_metrics_site", from_ledger.build(folder / "sites/site-1/site.toml"))
+    assert "noised_scores" in of_site.released
+
+
+# Ledgers.
+
+
+def test_a_ledger_with_uncommitted_reservations(books: Books, run_proposal: Proposals) -> None:
+    books.charge(run_proposal(), 1)
+    books.charge(run_proposal(), 2, 3, committed=False)
+    report = check("uncommitted", from_ledger.build(books.site_toml))
+    (site,) = report.sites
+    assert {one.kind: one.count for one in site.releases} == {"update": 1, "reservation_without_update": 2}
+    assert (site.spent.rounds, len(site.steps)) == (3, 3), "a round that was reserved is charged"
+    assert site.lifetime.with_set_aside > site.lifetime.epsilon
+
+
+def test_a_frozen_ledger(books: Books, run_proposal: Proposals) -> None:
+    books.charge(run_proposal(), 1)
+    books.open().freeze("the study is over")
+    books.refuse(Reason.FROZEN, run="r")
+    report = check("frozen", from_ledger.build(books.site_toml))
+    (site,) = report.sites
+    assert (site.lifetime.frozen, site.left, site.lifetime.reference_runs_left) == (True, 0.0, 0)
+    assert verdict(report) == ("within", ())
+
+
+def test_a_restored_ledger(books: Books, run_proposal: Proposals) -> None:
+    books.charge(run_proposal(), 1)
+    backup = books.copied("backup.db")
+    books.charge(run_proposal(), 2)
+    spent = from_ledger.build(books.ledger).epsilon
+    head = books.open().head()
+    shutil.copy(backup, books.ledger)
+    assert verdict(from_ledger.build(books.site_toml)) == ("no_guarantee", ("ledger_not_verified",))
+    # Its owner takes the anchor away, which keeps it from training, and has it made up for.
+    (books.folder / "anchor.json").unlink()
+    books_without = Books(books.folder)
+    policy = read_policy(books.site_toml)
+    write_policy(replace(policy, anchor=""), books.site_toml)
+    books_without.open().charge_gap(head)
+    report = check("restored", from_ledger.build(books.site_toml))
+    assert report.epsilon == spent
+    assert report.sites[0].lifetime.restored == 1
+    assert "lost_branches" in report.covers
+
+
+def test_two_runs_with_different_noise(books: Books, run_proposal: Proposals) -> None:
+    books.charge(run_proposal(), 1, 2)
+    books.charge(run_proposal(run="s", noise_multiplier=2.0, sampling_rate=0.1), 1)
+    books.open().end("r", adapter_sha256="ad" * 32)
+    report = check("different_noise", from_ledger.build(books.site_toml))
+    (site,) = report.sites
+    assert [(m.noise_multiplier, m.sampling_rate) for m in site.mechanisms] == [(4.0, 0.2), (2.0, 0.1)]
+    assert site.verification.rollback_excluded
+
+
+def test_a_ledger_that_was_changed(books: Books, run_proposal: Proposals) -> None:
+    books.charge(run_proposal(), 1)
+    books.tamper("UPDATE events SET code = '0.0' WHERE sequence = 4")
+    report = check("changed", from_ledger.build(books.ledger))
+    assert verdict(report) == ("no_guarantee", ("ledger_not_verified",))
+    assert report.sites[0].verification is None
