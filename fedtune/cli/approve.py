@@ -77,7 +77,8 @@ def _waiting_table(waiting: list[Pending]) -> Table:
     names = [printable(pending.proposal.run) for pending in waiting]
     # Whole, however narrow the terminal: a person has to type it.
     run = Column("run", no_wrap=True, min_width=max(map(len, names)))
-    table = Table(run, "since", "data set", "epsilon", "asked by lead")
+    others = [Column(name, overflow="fold") for name in ("since", "data set", "epsilon", "asked by lead")]
+    table = Table(run, *others)
     for name, pending in zip(names, waiting, strict=True):
         asked = pending.proposal
         words = (name, pending.since, printable(asked.dataset), _price(pending), f"{asked.lead[:16]}...")

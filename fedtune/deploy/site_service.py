@@ -6,6 +6,7 @@ It opens no port but a health endpoint on loopback.  What it answers is decided 
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -31,7 +32,7 @@ from fedtune.spec import ConfigError, RunError
 
 log = logging.getLogger(__name__)
 
-_POLL_S, _MOST_WAIT_S, _UNAUTHORISED_S = 0.3, 15.0, 30.0
+_POLL_S, _MOST_WAIT_S, _UNAUTHORISED_S, _FETCHED_S = 0.3, 15.0, 30.0, 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,7 @@ class _Loop:
         self._active = False
         self._wait_s = 1.0
         self._rounds = 0
+        self._sent = -math.inf
 
     def run(self) -> None:
         while not self._stop.is_set() and not self._state.left.exists():
@@ -117,6 +119,8 @@ class _Loop:
                 self._answer(exchange)
             elif self._active:
                 self._stop.wait(_POLL_S)
+        # Flower gives nobody the answer of a node that has said that it goes: the lead is to have fetched it before.
+        time.sleep(max(0.0, self._sent + _FETCHED_S - time.monotonic()))
 
     def _next(self) -> Exchange | None:
         try:
@@ -147,6 +151,7 @@ class _Loop:
         while not exchange.is_void(time.time()):
             try:
                 self._fleet.reply(exchange.reply)
+                self._sent = time.monotonic()
                 return
             except Dropped as error:
                 log.info("nobody waits for this answer any more", extra={"reason": str(error)})

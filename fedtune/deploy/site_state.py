@@ -130,6 +130,8 @@ class SiteState:
     def _read(path: Path) -> Pending:
         try:
             fields = json.loads(path.read_bytes())
+            if type(json.loads(fields["settings"])) is not dict:
+                raise ValueError("settings")
             return Pending(
                 proposal=Proposal.from_json(fields["proposal"]),
                 settings=str(fields["settings"]),

@@ -65,11 +65,11 @@ def serve(settings: ServerSettings, *, ready: Callable[[], None]) -> None:
         ready: called when the server listens.
     """
     app = create_app(_superlink_config(settings), SuperLinkLifespan)
-    state: LinkState = app.state.linkstate_factory.state()
-    keep_roster(state, settings.roster())
+    roster = _KeptRoster(settings.roster, app.state.linkstate_factory.state())
+    roster.look()
     server = _Server(
         uvicorn.Config(
-            Gate(app, lead=settings.lead, roster=settings.roster),
+            Gate(app, lead=settings.lead, roster=lambda: roster.members),
             host=settings.host,
             port=settings.port,
             ssl_keyfile=str(settings.tls.key),
@@ -84,7 +84,7 @@ def serve(settings: ServerSettings, *, ready: Callable[[], None]) -> None:
         ready,
     )
     stop = threading.Event()
-    watching = threading.Thread(target=_watch, args=(state, settings, stop), name="roster", daemon=True)
+    watching = threading.Thread(target=_watch, args=(roster, stop), name="roster", daemon=True)
     watching.start()
     # uvicorn raises the signal that stopped it once more when it is done; by then that is old news.
     before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)}
@@ -118,10 +118,23 @@ def keep_roster(state: LinkState, roster: Sequence[Registered]) -> None:
                 log.info("%s is registered", member.site)
 
 
-def _watch(state: LinkState, settings: ServerSettings, stop: threading.Event) -> None:
+class _KeptRoster:
+    """The roster as it was when it could last be read; gate and Flower always see the same one."""
+
+    def __init__(self, read: Roster, state: LinkState) -> None:
+        self._read, self._state = read, state
+        self.members: Sequence[Registered] = ()
+
+    def look(self) -> None:
+        members = self._read()
+        keep_roster(self._state, members)
+        self.members = members
+
+
+def _watch(roster: _KeptRoster, stop: threading.Event) -> None:
     while not stop.wait(_ROSTER_S):
         try:
-            keep_roster(state, settings.roster())
+            roster.look()
         except Exception:  # a half-copied roster must not end the server: the next look may find a whole one
             log.exception("the roster could not be read; the sites stay as they are")
 

@@ -84,7 +84,7 @@ MECHANISMS = (
     Column(heading="mechanism.clip", at="max_grad_norm", kind="number", absent="word.none"),
     count("mechanism.local_steps", "local_steps"),
     count("mechanism.rounds", "rounds"),
-    Column(heading="mechanism.metrics_noise", at="metrics_noise_multiplier", kind="number"),
+    Column(heading="mechanism.metrics_noise", at="metrics_noise_multiplier", kind="number", zero="mechanism.no_scores"),
 )
 EVENTS = (
     SITE,

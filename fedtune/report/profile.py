@@ -30,7 +30,7 @@ _Counted = tuple[tuple[DpEvent, int], ...]
 
 
 def interval_of(source: Source) -> float:
-    """The width of PLD's buckets for a site's epsilon: one run's is computed on the fine grid, a ledger's on the coarse.
+    """The width of PLD's buckets for a site's epsilon: fine for one run's, coarse for a ledger's.
 
     Curves are always computed on the coarse grid, which only ever says more.
     """

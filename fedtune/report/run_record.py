@@ -57,9 +57,10 @@ class RunRecord:
 
     @property
     def run(self) -> str:
-        """What the sites' ledgers call the run."""
-        # Sites of a real deployment are sent other settings, whose digest is another one; they signed for it.
-        return next((receipt.run for receipt in self.receipts.values()), self.config.run_id())
+        """What the sites' ledgers call the run; of real sites that gave no receipt, only its plain name is known."""
+        # They are sent other settings than the lead's, so that the digest in the name is another one.
+        unheard = self.config.name if self.deployed else self.config.run_id()
+        return next((receipt.run for receipt in self.receipts.values()), unheard)
 
     @property
     def deployed(self) -> bool:

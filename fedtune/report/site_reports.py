@@ -49,7 +49,7 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
     """Site -> its report, each one checked.
 
     Guarantee: each was made, and signed, by whoever holds the key under which the site gave this run its receipts, and
-    is about a ledger that knows the run.
+    is about a ledger that knows the run, unless the receipts say that nothing was charged to it.
 
     Raises:
         ConfigError: a report is about something else, is not signed so, or a site has two different ones.
@@ -84,16 +84,18 @@ def joined(record: RunRecord, report: Report) -> SiteReport:
     )
 
 
-def _charged(record: RunRecord, site: str, run: LifetimeRun) -> Charged:
+def _charged(record: RunRecord, site: str, run: LifetimeRun | None) -> Charged:
     """The larger of both words, unless the ledger can charge nothing more to the run: then its own."""
     rounds, upper_bound = record.charged(site)
-    if upper_bound and run.state != "open":
+    if run and upper_bound and run.state != "open":
         rounds, upper_bound = record.receipts[site].charged_rounds, False
-    return Charged(rounds=max(rounds, run.rounds), upper_bound=upper_bound, source="signed_site_report")
+    return Charged(rounds=max(rounds, run.rounds if run else 0), upper_bound=upper_bound, source="signed_site_report")
 
 
-def _disagrees(record: RunRecord, report: Report, run: LifetimeRun) -> bool:
+def _disagrees(record: RunRecord, report: Report, run: LifetimeRun | None) -> bool:
     """Whether the report says less than the site's receipts, or something else than what the run asked for."""
+    if run is None:
+        return False
     plan, own = record.plan, report.sites[0]
     if run.rounds < record.receipts[own.site].charged_rounds or run.seeded_noise != record.seeded:
         return True
@@ -107,12 +109,15 @@ def _disagrees(record: RunRecord, report: Report, run: LifetimeRun) -> bool:
     )
 
 
-def _this_run(record: RunRecord, report: Report) -> LifetimeRun:
-    lifetime = report.sites[0].lifetime
-    for run in lifetime.runs if lifetime else ():
-        if run.run == record.run:
-            return run
-    raise _refused(report, f"must be of a ledger that knows the run {record.run}")
+def _this_run(record: RunRecord, report: Report) -> LifetimeRun | None:
+    """The run in the site's ledger; None: the site refused all of it."""
+    own = report.sites[0]
+    if own.lifetime is None:
+        raise _refused(report, "must hold the ledger's figures over all its runs")
+    known = next((run for run in own.lifetime.runs if run.run == record.run), None)
+    if known is None and record.receipts[own.site].charged_rounds:
+        raise _refused(report, f"must be of a ledger that knows the run {record.run}")
+    return known
 
 
 def _checked(record: RunRecord, report: Report) -> SiteReport:

@@ -21,7 +21,9 @@ class Tables:
         self._sites = [f"/sites/{place}" for place in words.order]
 
     def _table(self, caption: str, columns: Sequence[Column], rows: Sequence[str], **values: object) -> Table:
-        # A ledger's rows are a history, whose end matters most; a run's begin with the least favourable site.
+        # A ledger's rows are a history of one site, whose end matters most; a run's begin with the least favourable site.
+        if self._is_ledger:
+            columns = [column for column in columns if column is not of.SITE]
         return self._words.table(self._words.text(caption, **values), columns, rows, last=self._is_ledger)
 
     def _of_sites(self, caption: str, columns: Sequence[Column], *, having: str = "site", **values: object) -> Table:

@@ -36,7 +36,7 @@ class Column:
         at: where each row's cell is, from the row on; "../" in front: from what holds the row; "@": from its site on.
         kind: of figure, as in `Catalogue.figure`; or "text", "name" (shortened), "hash", "key", "json", "names", "failures_by_site",
             "code:SECTION"; a trailing "?" puts "at most" in front where the site fell silent.
-        absent: key of the text where there is nothing.
+        absent: key of the text where there is nothing, and `zero` where there is a 0.
         is_named: the heading is a name of the report, not a key.
     """
 
@@ -44,6 +44,7 @@ class Column:
     at: str
     kind: str
     absent: str = "word.unknown"
+    zero: str = ""
     is_named: bool = False
 
     @property
@@ -149,6 +150,8 @@ class Words:
         found = self._find(pointer)
         if found is _ABSENT or (found is None and column.absent != "word.unknown"):
             return self.text(column.absent)
+        if column.zero and found == 0:
+            return self.text(column.zero)
         if column.is_figure:
             within = pointer.removeprefix(f"{site}/")
             return self.spent(site, within, kind) if column.kind.endswith("?") else self.figure(pointer, kind)

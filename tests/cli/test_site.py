@@ -68,7 +68,9 @@ def test_the_template_explains_every_key() -> None:
     lines = template_file().read_text(encoding="utf-8").splitlines()
     for before, line in pairwise(lines):
         if re.match(r"\w+ = ", line):
-            explained = before.startswith("#") or re.match(r"(max_local_steps|path|max_epsilon_per_period) = ", before)
+            explained = before.startswith("#") or re.match(
+                r"(max_local_steps|path|max_epsilon_per_period|max_adapter_value|max_lora_scale) = ", before
+            )
             assert explained, line
 
 

@@ -20,6 +20,7 @@ from fedtune.deploy.logs import configured_logs
 from fedtune.deploy.site_state import SiteState, serving
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.filter import epsilon_filter
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger, Reservation
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy, write_policy
@@ -28,6 +29,7 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
 
 Propose = Callable[..., Proposal]
+SETTINGS = json.dumps({"name": "r", "seed": 3, "training": {"learning_rate": 0.25}, "data": {"labels": ["a[/]", "b"]}})
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +39,12 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_logs() -> Iterator[None]:
-    """A service that begins takes the process's logs over; afterwards they are as before."""
+def own_process() -> Iterator[None]:
+    """A command takes its process's logs and umask over; afterwards they are as before."""
+    before = os.umask(0o022)
     with configured_logs("info"):
         yield
+    os.umask(before)
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def test_nothing_waits(command: Any, north: Here) -> None:
 
 def test_what_waits_is_listed_with_its_price(command: Any, north: Here, run_proposal: Propose) -> None:
     for run in ("triage", "follow-up"):
-        north.state.wait_for_approval(run_proposal(run=run))
+        north.state.wait_for_approval(run_proposal(run=run), SETTINGS)
     outcome = approve(command, north)
     assert outcome.code == 0
     plan = run_proposal().plan
@@ -137,7 +141,7 @@ def test_a_run_that_does_not_wait_cannot_be_approved(
     command: Any, north: Here, run_proposal: Propose, waiting: tuple[str, ...]
 ) -> None:
     for run in waiting:
-        north.state.wait_for_approval(run_proposal(run=run))
+        north.state.wait_for_approval(run_proposal(run=run), SETTINGS)
     outcome = approve(command, north, "other", "--yes")
     assert outcome.code == 2
     names = ", ".join(waiting) or "none"
@@ -149,7 +153,7 @@ def test_approval_shows_the_price_is_noted_in_the_ledger_and_lets_the_run_start(
 ) -> None:
     earlier, asked = run_proposal(run="earlier"), run_proposal(run="triage", spare_rounds=0)
     north.start_run(earlier, 1)
-    north.state.wait_for_approval(asked)
+    north.state.wait_for_approval(asked, SETTINGS)
     with pytest.raises(Refused) as refused:
         north.ledger().reserve(asked, round=1, request="x")
     assert refused.value.reason is Reason.AWAITING_APPROVAL
@@ -166,13 +170,13 @@ def test_approval_shows_the_price_is_noted_in_the_ledger_and_lets_the_run_start(
         asked.base_model,
         "up to 3, of 2 noisy steps each",
         "noise multiplier 4, clip norm 1, sampling rate 0.2",
-        f"epsilon {epsilon_text(epsilon_pld([asked.plan.whole], delta))} at delta 1e-05, for the whole run",
+        f"epsilon {epsilon_text(epsilon_pld([asked.plan.whole], delta))} at delta 1e-05 for each record, for the whole run",
         f"epsilon {epsilon_text(before)} is taken, {epsilon_text(after)} with this run, by the filter; "
         "the lifetime cap is 5",
         "Approved, and noted in the ledger.",
     ):
         assert words in outcome.out, words
-    assert ledger.history.approved == {earlier.digest(), asked.digest()}
+    assert set(ledger.history.approved) == {earlier.digest(), asked.digest()}
     assert isinstance(ledger.reserve(asked, round=1, request="x"), Reservation)
     assert north.state.waiting() == []
 
@@ -183,7 +187,7 @@ def test_approval_shows_the_price_is_noted_in_the_ledger_and_lets_the_run_start(
 def test_a_person_is_asked(
     command: Any, north: Here, run_proposal: Propose, typed: str, approved: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    north.state.wait_for_approval(run_proposal())
+    north.state.wait_for_approval(run_proposal(), SETTINGS)
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     outcome = approve(command, north, "r")
     assert outcome.code == 0
@@ -196,7 +200,7 @@ def test_a_person_is_asked(
 def test_what_the_budget_refuses_cannot_be_approved_and_waits_on(
     command: Any, north: Here, run_proposal: Propose
 ) -> None:
-    north.state.wait_for_approval(run_proposal())
+    north.state.wait_for_approval(run_proposal(), SETTINGS)
     north.edit(budget={"max_epsilon": 0.5}, limits={"max_rounds": 2})
     outcome = approve(command, north, "r", "--yes")
     assert outcome.code == 3
@@ -209,7 +213,7 @@ def test_what_the_budget_refuses_cannot_be_approved_and_waits_on(
 
 
 def test_a_data_set_that_the_policy_no_longer_has_is_refused(command: Any, north: Here, run_proposal: Propose) -> None:
-    north.state.wait_for_approval(run_proposal())
+    north.state.wait_for_approval(run_proposal(), SETTINGS)
     north.edit(dataset=(replace(read_policy(north.toml).dataset[0], id="others"),))
     outcome = approve(command, north, "r", "--yes")
     assert outcome.code == 3
@@ -219,16 +223,50 @@ def test_a_data_set_that_the_policy_no_longer_has_is_refused(command: Any, north
 def test_a_ledger_that_does_not_fit_together_is_said_to_be_why(
     command: Any, north: Here, run_proposal: Propose
 ) -> None:
-    north.state.wait_for_approval(run_proposal())
+    north.state.wait_for_approval(run_proposal(), SETTINGS)
     (north.folder / "ledger.db").write_bytes(b"no ledger" * 1000)
     outcome = approve(command, north, "r", "--yes")
     assert outcome.code == 1
     assert "the site would not start" in outcome.message
 
 
+def test_every_setting_that_is_approved_is_shown(command: Any, north: Here, run_proposal: Propose) -> None:
+    north.state.wait_for_approval(run_proposal(), SETTINGS)
+    lines = [line.replace("│", " ").split() for line in approve(command, north, "r", "--yes").out.splitlines()]
+    for words in (["training.learning_rate", "0.25"], ["data.labels", "2:", "a[/],", "b"], ["seed", "3"]):
+        assert words in lines, words
+
+
+def test_a_run_without_a_guarantee_is_not_given_a_price(command: Any, north: Here, run_proposal: Propose) -> None:
+    north.edit(allow={"seeded_noise": True})
+    north.state.wait_for_approval(run_proposal(seeded_noise=True), SETTINGS)
+    assert "NO GUARANTEE" in approve(command, north).out
+    outcome = approve(command, north, "r", "--yes")
+    assert outcome.code == 0
+    assert "NO GUARANTEE: its noise comes from a seed" in outcome.out
+    assert f"epsilon {epsilon_text(epsilon_pld([run_proposal().plan.whole], 1e-5))} at" not in outcome.out
+
+
+def test_of_two_runs_with_one_name_one_is_approved_by_its_digest(
+    command: Any, north: Here, run_proposal: Propose, stranger_key: SigningKey
+) -> None:
+    one, other = run_proposal(), run_proposal(lead=stranger_key.public)
+    north.edit(allow={"leads": (one.lead, other.lead)})
+    for proposal in (one, other):
+        north.state.wait_for_approval(proposal, SETTINGS)
+    outcome = approve(command, north, "r", "--yes")
+    assert outcome.code == 2
+    assert "was proposed in 2 ways" in outcome.message
+    for proposal in (one, other):
+        assert f"{proposal.digest()[:12]} (lead {proposal.lead[:16]}...)" in outcome.message
+    assert approve(command, north, other.digest()[:12], "--yes").code == 0
+    assert set(north.ledger().history.approved) == {other.digest()}
+    assert [pending.proposal for pending in north.state.waiting()] == [one]
+
+
 @pytest.mark.parametrize("name", ["[bold]r[/bold]", "[/]", "a [red]b", "r\\"])
 def test_a_leads_brackets_are_shown_as_they_are(command: Any, north: Here, run_proposal: Propose, name: str) -> None:
-    north.state.wait_for_approval(run_proposal(run=name))
+    north.state.wait_for_approval(run_proposal(run=name), SETTINGS)
     assert name in approve(command, north).out
     outcome = approve(command, north, name, "--yes")
     assert outcome.code == 0, outcome.err
@@ -236,7 +274,7 @@ def test_a_leads_brackets_are_shown_as_they_are(command: Any, north: Here, run_p
 
 
 def test_a_damaged_file_of_a_waiting_run_is_one_line(command: Any, north: Here, run_proposal: Propose) -> None:
-    north.state.wait_for_approval(run_proposal())
+    north.state.wait_for_approval(run_proposal(), SETTINGS)
     (path,) = (north.state.folder / "pending").iterdir()
     path.write_text("{")
     outcome = approve(command, north)
@@ -296,7 +334,7 @@ def test_the_policy_of_another_site_is_refused_by_all_who_read_it(
     command: Any, joined: Callable[..., Here], run_proposal: Propose
 ) -> None:
     north, south = joined("north"), joined("south")
-    north.state.wait_for_approval(run_proposal())
+    north.state.wait_for_approval(run_proposal(), SETTINGS)
     mixed = (*north.kit, "--site", str(south.toml))
     for words in (("start",), ("approve", "r", "--yes"), ("leave",)):
         outcome = command("site", *words, *mixed)

@@ -12,22 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message
-from flwr.supercore.task_identity import TaskIdentity
 
 import fedtune.deploy.site_state as site_state
-from fedtune.deploy.health import Health
-from fedtune.deploy.site_service import _Loop
-from fedtune.deploy.site_state import SiteState, serving
-from fedtune.federation.protocol import Reply, RoundRequest
-from fedtune.flower import records
-from fedtune.flower.node import Exchange
+from fedtune.deploy.site_state import MOST_WAITING, SiteState, serving
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason, Refusal
 from fedtune.spec import ConfigError, RunError
 
 Propose = Callable[..., Proposal]
+SETTINGS = '{"seed": 3}'
 
 
 @pytest.fixture
@@ -71,11 +64,11 @@ def test_a_waiting_run_keeps_the_time_at_which_it_was_first_asked_for(
     state: SiteState, run_proposal: Propose, clock: Callable[[str], None]
 ) -> None:
     clock("2030-01-02T10:00:00+00:00")
-    assert state.wait_for_approval(run_proposal(run="second")) is True
+    assert state.wait_for_approval(run_proposal(run="second"), SETTINGS) is True
     clock("2030-01-01T10:00:00+00:00")
-    assert state.wait_for_approval(run_proposal(run="first")) is True
+    assert state.wait_for_approval(run_proposal(run="first"), SETTINGS) is True
     clock("2030-01-03T10:00:00+00:00")
-    assert state.wait_for_approval(run_proposal(run="second")) is False
+    assert state.wait_for_approval(run_proposal(run="second"), SETTINGS) is False
     assert [(one.proposal.run, one.since[:10]) for one in state.waiting()] == [
         ("first", "2030-01-01"),
         ("second", "2030-01-02"),
@@ -85,14 +78,14 @@ def test_a_waiting_run_keeps_the_time_at_which_it_was_first_asked_for(
 def test_a_waiting_run_is_kept_to_the_letter_until_it_is_forgotten(state: SiteState, run_proposal: Propose) -> None:
     proposal = run_proposal(target_modules=("query", "value"), spare_rounds=1)
     assert state.waiting() == []
-    state.wait_for_approval(proposal)
+    state.wait_for_approval(proposal, SETTINGS)
     (pending,) = SiteState.of(state.folder.parent).waiting()
-    assert pending.proposal == proposal
+    assert (pending.proposal, pending.settings) == (proposal, SETTINGS)
     assert pending.proposal.digest() == proposal.digest()
-    state.forget("another")
+    state.forget(run_proposal(run="another"))
     assert len(state.waiting()) == 1
     for _ in range(2):
-        state.forget(proposal.run)
+        state.forget(proposal)
         assert state.waiting() == []
 
 
@@ -104,11 +97,11 @@ def test_a_run_by_any_name_stays_inside_the_folder(
     tmp_path: Path, state: SiteState, run_proposal: Propose, name: str
 ) -> None:
     before = files_under(tmp_path)
-    state.wait_for_approval(run_proposal(run=name))
+    state.wait_for_approval(run_proposal(run=name), SETTINGS)
     (made,) = files_under(tmp_path) - before
     assert Path(made).parent == Path("kit/state/pending")
     assert [pending.proposal.run for pending in state.waiting()] == [name]
-    state.forget(name)
+    state.forget(run_proposal(run=name))
     assert files_under(tmp_path) == before
 
 
@@ -120,15 +113,24 @@ DAMAGE += ['{"proposal": null, "since": "x"}', '{"proposal": ["a", 1], "since": 
 def test_a_damaged_file_says_what_to_do_and_the_next_request_mends_it(
     state: SiteState, run_proposal: Propose, text: str
 ) -> None:
-    state.wait_for_approval(run_proposal())
+    state.wait_for_approval(run_proposal(), SETTINGS)
     (path,) = (state.folder / "pending").iterdir()
     path.write_text(text)
     with pytest.raises(RunError) as caught:
         state.waiting()
     assert str(path) in str(caught.value)
     assert "remove it, and the lead's next request writes it anew" in str(caught.value)
-    assert state.wait_for_approval(run_proposal()) is True, "the lead asks again every few seconds"
+    assert state.wait_for_approval(run_proposal(), SETTINGS) is True, "the lead asks again every few seconds"
     assert [pending.proposal for pending in state.waiting()] == [run_proposal()]
+
+
+@pytest.mark.parametrize("settings", ["", "no JSON", "[]", "null", None, 3])
+def test_settings_that_cannot_be_shown_are_damage(state: SiteState, run_proposal: Propose, settings: object) -> None:
+    state.wait_for_approval(run_proposal(), SETTINGS)
+    (path,) = (state.folder / "pending").iterdir()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": settings}))
+    with pytest.raises(RunError, match="is damaged"):
+        state.waiting()
 
 
 def test_settings_have_a_folder_of_their_own(state: SiteState) -> None:
@@ -136,45 +138,38 @@ def test_settings_have_a_folder_of_their_own(state: SiteState) -> None:
     assert state.runs == state.runs
 
 
-# A site's process puts up for approval what it has refused.
+def test_so_many_runs_wait_and_no_more(state: SiteState, run_proposal: Propose) -> None:
+    for number in range(MOST_WAITING):
+        state.wait_for_approval(run_proposal(run=f"run-{number}"), SETTINGS)
+    with pytest.raises(RunError, match="100 runs wait for approval already"):
+        state.wait_for_approval(run_proposal(run="one more"), SETTINGS)
+    assert state.wait_for_approval(run_proposal(run="run-0"), SETTINGS) is False, "one of them may ask again"
+    state.forget(run_proposal(run="run-7"))
+    assert state.wait_for_approval(run_proposal(run="one more"), SETTINGS) is True
 
 
-def refused(reason: Reason, proposal: Proposal, lead: SigningKey) -> Exchange:
-    """A request and its refusal, as the process has them."""
-    request = RoundRequest(
-        proposal=proposal, round=1, site="a", adapter_digest="ab" * 32, receipt=None, expires=1e12
-    ).signed(lead)
-    refusal = Refusal(site="a", run=proposal.run, round=1, reason=reason)
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 0, 0
-    exchange = Exchange(Message(records.from_signed(request), 5, "train"))
-    content = records.from_reply(Reply(body=refusal, receipt=None))
-    exchange._reply = Message(content, reply_to=exchange.message)
-    return exchange
+def test_two_leads_may_use_one_name(state: SiteState, run_proposal: Propose, stranger_key: SigningKey) -> None:
+    one, other = run_proposal(), run_proposal(lead=stranger_key.public)
+    for proposal in (one, other):
+        assert state.wait_for_approval(proposal, SETTINGS) is True
+    state.forget(one)
+    assert [pending.proposal for pending in state.waiting()] == [other]
 
 
-@pytest.fixture
-def loop(state: SiteState) -> _Loop:
-    """A process's loop without a server."""
-    nobody: Any = None
-    return _Loop(nobody, nobody, state, Health(), nobody)
+# Which ledger was served.
 
 
-def test_only_what_waits_for_approval_is_put_up(
-    loop: _Loop, state: SiteState, run_proposal: Propose, lead_key: SigningKey
-) -> None:
-    for reason in (Reason.PAUSED, Reason.MAX_EPSILON, Reason.SITE_ERROR):
-        loop._note(refused(reason, run_proposal(), lead_key), seconds=0.1)
-    assert state.waiting() == []
-    loop._note(refused(Reason.AWAITING_APPROVAL, run_proposal(), lead_key), seconds=0.1)
-    assert [pending.proposal for pending in state.waiting()] == [run_proposal()]
-
-
-def test_a_folder_that_cannot_be_written_does_not_end_the_process(
-    loop: _Loop, state: SiteState, run_proposal: Propose, lead_key: SigningKey, caplog: pytest.LogCaptureFixture
-) -> None:
-    (state.folder / "pending").write_text("no folder")
-    loop._note(refused(Reason.AWAITING_APPROVAL, run_proposal(), lead_key), seconds=0.1)
-    assert "could not be noted" in caplog.text
+def test_a_site_remembers_the_ledger_that_it_served(state: SiteState) -> None:
+    assert not state.has_served()
+    for _ in range(2):
+        state.check_ledger("ab" * 16)
+        assert SiteState.of(state.folder.parent).has_served()
+    with pytest.raises(RunError) as caught:
+        state.check_ledger("cd" * 16)
+    assert str(caught.value).startswith(
+        f"this site served ledger {'ab' * 16} before, and now there is ledger {'cd' * 16}"
+    )
+    state.check_ledger("ab" * 16)
 
 
 # Who serves a ledger.

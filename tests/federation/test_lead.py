@@ -7,12 +7,12 @@ import pytest
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 
-from fedtune.federation.lead import LeadState, site_charge
+from fedtune.federation.lead import LeadState, RoundResult, site_charge
 from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.release import Reason, Receipt, Refusal
+from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 
 MakeReceipt = Callable[..., Receipt]
 
@@ -128,3 +128,19 @@ def test_a_receipt_that_went_backwards_is_not_believed(state: LeadState, plan: P
     charge = site_charge(restored, "a", plan)
     assert charge.upper_bound
     assert charge.steps == min(4, plan.most_rounds) * plan.local_steps
+
+
+def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(
+    state: LeadState, plan: Plan, receipt: MakeReceipt, update: Callable[..., Update]
+) -> None:
+    # A server may put an old genuine receipt beside each new update; the charges would seem to stand still.
+    old = receipt(charged=1)
+    first = RoundResult(round=1, seconds=1.0, sites=("a",), failed_sites={}, bytes_down=0, bytes_up=0, metrics={})
+    state = replace(state.asked(["a"]).answered({"a": Reply(body=update(), receipt=old)}, run="r"), rounds=(first,))
+    assert site_charge(state, "a", plan).upper_bound is False
+    replayed = state.asked(["a"]).answered({"a": Reply(body=update(round=2), receipt=old)}, run="r")
+    charge = site_charge(replayed, "a", plan)
+    assert (charge.rounds, charge.upper_bound) == (2, True)
+    honest = state.asked(["a"]).answered({"a": Reply(body=update(round=2), receipt=receipt(charged=2))}, run="r")
+    assert (site_charge(honest, "a", plan).rounds, site_charge(honest, "a", plan).upper_bound) == (2, False)
+    assert honest.heard({"a": old}, run="r").receipts["a"].charged_rounds == 2

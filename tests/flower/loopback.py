@@ -28,7 +28,7 @@ from .certificates import LOOPBACK, Authority, public_pem
 HERE, REPOSITORY = Path(__file__).parent, Path(__file__).parents[2]
 
 
-def wait_for(condition: Callable[[], Any], *, seconds: float = 30.0, what: str = "") -> None:
+def wait_for(condition: Callable[[], Any], *, seconds: float = 60.0, what: str = "") -> None:
     """Wait until `condition` holds; fail when it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -69,7 +69,7 @@ class SiteProcess:
         noted = [json.loads(line) for line in lines if line.endswith(b"\n")]
         return [event for event in noted if event["event"] == kind]
 
-    def wait_for(self, kind: str, *, count: int = 1, seconds: float = 30.0) -> None:
+    def wait_for(self, kind: str, *, count: int = 1, seconds: float = 60.0) -> None:
         wait_for(lambda: len(self.events(kind)) >= count, seconds=seconds, what=f"{self.folder.name}: {kind}")
 
     def stop(self) -> None:

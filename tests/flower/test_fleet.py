@@ -82,12 +82,12 @@ def test_a_site_is_added_and_revoked_while_the_server_runs(network: Loopback, jo
     bystander.activate()
     tls = network.enlist("guest")
     fleet = joined(tls)
-    wait_for(lambda: works(fleet.activate, error=(Unauthorised, Unreachable)), seconds=15, what="the roster")
+    wait_for(lambda: works(fleet.activate, error=(Unauthorised, Unreachable)), what="the roster")
     assert hello(network.address, tls).site == "guest"
     assert fleet.receive() is None
 
     network.set_revoked("guest")
-    wait_for(lambda: not works(fleet.receive), seconds=15, what="the roster")
+    wait_for(lambda: not works(fleet.receive), what="the roster")
     for call in (lambda: hello(network.address, tls), fleet.activate):
         with pytest.raises(Unauthorised, match="the server refused this site: revoked"):
             call()
@@ -96,7 +96,7 @@ def test_a_site_is_added_and_revoked_while_the_server_runs(network: Loopback, jo
 
     # A revoked key stays out, whatever the roster says later: it may be in other hands.
     network.set_revoked("guest", False)
-    wait_for(lambda: "guest: its connection key was revoked before" in network.output, seconds=15)
+    wait_for(lambda: "guest: its connection key was revoked before" in network.output)
     with pytest.raises((Unauthorised, Unreachable)):
         joined(tls).activate()
     assert status_of(network, "guest") == ["unregistered"]

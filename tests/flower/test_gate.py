@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import socket
 import ssl
 import time
@@ -33,7 +34,7 @@ from flwr.superlink.main import create_app
 from fedtune.flower import gate
 from fedtune.flower.fleet import HELLO, node_key
 from fedtune.flower.lead_session import _bundle
-from fedtune.flower.signed_calls import CALL, SIGNATURE, TIME, _message
+from fedtune.flower.signed_calls import BODY, CALL, SIGNATURE, TIME, _message
 from fedtune.flower.superlink import ServerSettings, _superlink_config
 from fedtune.flower.tls import Tls
 from fedtune.privacy.keys import SigningKey
@@ -72,9 +73,9 @@ def caller(network: Loopback) -> Iterator[Any]:
 
 def by_lead(key: SigningKey, path: str, body: bytes, *, moment: str | None = None) -> dict[str, str]:
     """Headers of a lead's call."""
-    moment = moment or repr(time.time())
-    signature = key.sign(CALL, _message(path, moment, body))
-    return {"content-type": PROTOBUF_MEDIA_TYPE, TIME: moment, SIGNATURE: signature}
+    moment, digest = moment or repr(time.time()), hashlib.sha256(body).hexdigest()
+    signature = key.sign(CALL, _message(path, moment, digest))
+    return {"content-type": PROTOBUF_MEDIA_TYPE, TIME: moment, BODY: digest, SIGNATURE: signature}
 
 
 def by_site(tls: Tls, *, moment: str | None = None) -> dict[str, str]:
@@ -155,6 +156,7 @@ def test_a_lead_s_call_needs_the_lead_s_signature(network: Loopback, caller: Any
                 ("an old one", by_lead(network.lead_key, path, body, moment=old), body),
                 ("an old one with a new time", right | {TIME: old}, body),
                 ("of another body", right, body + b"\0"),
+                ("of another body with its digest", right | {BODY: hashlib.sha256(b"").hexdigest()}, b""),
                 ("of another path", by_lead(network.lead_key, "/v1/control/stop", body), body),
                 ("cut", right | {SIGNATURE: right[SIGNATURE][:-2]}, body),
             ):
@@ -183,13 +185,14 @@ def test_a_site_s_call_needs_its_own_signature(network: Loopback, caller: Any) -
             ("of a key that nobody knows", by_site(network.lead_tls)),
             ("of another node's number", by_site(network.tls["a"])),
             ("old", by_site(network.tls["a"], moment="2020-01-01T00:00:00+00:00")),
+            ("unsigned, and not what Flower understands", {"content-type": "application/json"}),
         ):
             answer = client.post(path, content=body, headers=headers)
             assert answer.status_code in (400, 401, 412), (path, why, answer.text)
-        # Flower checks a signature only where it understands the call.
-        answer = client.post(path, content=body, headers={"content-type": "application/json"})
-        assert answer.status_code == 415, path
-        assert client.get(path).status_code == 405
+        # Flower itself checks a signature only where it understands the call.
+        right = by_site(network.tls["a"])
+        assert client.post(path, content=body, headers=right | {"content-type": "text/plain"}).status_code == 415
+        assert client.get(path, headers=right).status_code == 405
 
 
 @pytest.mark.parametrize("host", ["x/v1/runtime/pull-object?", "x/v1/runtime/pull-object#", "x/nowhere?", "a@b:1"])

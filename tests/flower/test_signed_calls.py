@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from typing import Any
@@ -13,15 +14,27 @@ from flwr.supercore.protobuf.client import ProtobufRequestContext
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.flower.signed_calls import SIGNATURE, TIME, TOLERANCE_S, LeadSignature, _message, is_from_lead
+from fedtune.flower.signed_calls import (
+    BODY,
+    SIGNATURE,
+    TIME,
+    TOLERANCE_S,
+    LeadSignature,
+    _message,
+    body_of_lead,
+    is_from_lead,
+)
 from fedtune.privacy.keys import SigningKey
 
 KEY, OTHER = (SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)) for number in (1, 2))
 NOW = 1.8e9
 
 
-def headers_of(path: str, body: bytes, *, moment: str = repr(NOW), key: SigningKey = KEY) -> dict[str, str]:
-    return {TIME: moment, SIGNATURE: key.sign("call", _message(path, moment, body))}
+def headers_of(
+    path: str, body: bytes, *, moment: str = repr(NOW), key: SigningKey = KEY, purpose: str = "call"
+) -> dict[str, str]:
+    digest = hashlib.sha256(body).hexdigest()
+    return {TIME: moment, BODY: digest, SIGNATURE: key.sign(purpose, _message(path, moment, digest))}
 
 
 def accepted(headers: dict[str, str], *, path: str = "/p", body: bytes = b"b", now: float = NOW) -> bool:
@@ -53,6 +66,16 @@ def test_any_other_body_path_time_or_key_is_refused(path: str, body: bytes, othe
     assert not accepted(right | {TIME: repr(NOW + 1)}, path=path, body=body)
     assert not accepted(headers_of(path, body, key=OTHER), path=path, body=body)
     assert not is_from_lead(right, path=path, body=body, lead=OTHER.public, now=NOW)
+    # Who swaps the digest with the body does not hold the key.
+    assert not accepted(right | {BODY: hashlib.sha256(b"x" + body).hexdigest()}, path=path, body=b"x" + body)
+
+
+def test_which_body_was_signed_is_known_without_reading_one() -> None:
+    right = headers_of("/p", b"b")
+    digest = hashlib.sha256(b"b").hexdigest()
+    assert body_of_lead(right, path="/p", lead=KEY.public, now=NOW) == digest
+    assert body_of_lead(right, path="/p", lead=OTHER.public, now=NOW) is None
+    assert body_of_lead(right | {BODY: digest.upper()}, path="/p", lead=KEY.public, now=NOW) is None
 
 
 @pytest.mark.parametrize("age", [0.0, TOLERANCE_S, -TOLERANCE_S, 1.5])
@@ -73,7 +96,7 @@ def test_a_time_that_is_none_is_refused_though_it_was_signed(moment: str) -> Non
 
 def test_missing_headers_are_refused() -> None:
     right = headers_of("/p", b"b")
-    for name in (TIME, SIGNATURE):
+    for name in (TIME, BODY, SIGNATURE):
         assert not accepted({key: value for key, value in right.items() if key != name})
     assert not accepted({})
     assert not accepted(right | {SIGNATURE: right[SIGNATURE].upper()}), "a signature has one spelling"
@@ -81,9 +104,9 @@ def test_missing_headers_are_refused() -> None:
 
 def test_a_signature_for_another_purpose_is_refused() -> None:
     # What a lead signed for a site must not start a run at the server.
-    moment = repr(NOW)
+    assert accepted(headers_of("/p", b"b", purpose="call"))
     for purpose in ("round request", "end of run", ""):
-        assert not accepted({TIME: moment, SIGNATURE: KEY.sign(purpose, _message("/p", moment, b"b"))})
+        assert not accepted(headers_of("/p", b"b", purpose=purpose))
 
 
 def test_lines_cannot_be_moved_between_path_and_time() -> None:

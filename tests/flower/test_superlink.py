@@ -57,11 +57,11 @@ def test_a_roster_that_cannot_be_read_leaves_everybody_where_he_is(own: Loopback
     own.start()
     roster, whole = own.folder / "roster.json", (own.folder / "roster.json").read_bytes()
     roster.write_bytes(whole[:-5])
-    wait_for(lambda: "the roster could not be read; the sites stay as they are" in own.output, seconds=15)
+    wait_for(lambda: "the roster could not be read; the sites stay as they are" in own.output)
     own.site("a").wait_for("activated")
     roster.write_bytes(whole)
     newcomer = own.enlist("b")
-    wait_for(lambda: "b is registered" in own.output, seconds=15)
+    wait_for(lambda: "b is registered" in own.output)
     assert hello(own.address, newcomer).site == "b"
 
 

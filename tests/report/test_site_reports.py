@@ -202,6 +202,23 @@ def test_a_ledger_without_this_run_is_refused(folder: Path) -> None:
     assert from_run.build(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
 
 
+def test_a_site_that_refused_the_run_may_release_its_report(simulate: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
+        widen(tmp_path / "sites" / "site-2" / "site.toml", max_epsilon=2.0)
+    own = signed_report(tmp_path, "site-1")
+    assert [run.run[:5] for run in own.sites[0].lifetime.runs] == ["first"]
+    site = from_run.build(tmp_path / "second", site_reports=[own]).sites[0]
+    assert (site.source, site.spent.rounds, site.verdict.state) == ("signed_site_report", 0, "within")
+    assert site.lifetime.epsilon > site.spent.epsilon == 0
+
+
+def test_a_report_without_lifetime_figures_is_refused(folder: Path) -> None:
+    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
+    without = signed_report(folder, "site-1", sites=(replace(own.sites[0], lifetime=None),))
+    assert "must hold the ledger's figures" in refused(folder, without)
+
+
 def test_a_runs_report_is_no_sites(folder: Path) -> None:
     assert "must be a site's report of its own ledger" in refused(folder, from_run.build(folder / "first"))
 

@@ -49,7 +49,7 @@ def check_page(report: Report) -> None:
     page = re.sub(r"<(style|svg).*?</\1>", "", render(report, language="en"), flags=re.DOTALL)
     text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
     verdict = report.verdict
-    for key in (f"verdict.{verdict.state}", *(f"reason.{reason}" for reason in verdict.reasons)):
+    for key in (f"verdict.{verdict.state}_{report.kind}", *(f"reason.{reason}" for reason in verdict.reasons)):
         assert html.unescape(str(words.text(key))) in text, key
     for site in report.sites:
         assert site.site in text

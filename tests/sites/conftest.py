@@ -24,6 +24,7 @@ from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.policy_tables import Machine
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.sites.real_site import RealSite, SitePlaces
@@ -85,6 +86,7 @@ class Station:
 
     Attributes:
         real: what the site's process holds in memory; `restart` makes it anew.
+        waits: told of runs that a person is yet to approve.
         first: the lead's initial adapter.
     """
 
@@ -93,6 +95,7 @@ class Station:
     first: Adapter
     name: str
     config: RunConfig
+    waits: Callable[[Proposal, str], None] = lambda proposal, settings: None
 
     def __post_init__(self) -> None:
         self.restart()
@@ -118,9 +121,10 @@ class Station:
         places = SitePlaces(
             site_toml=self.site_toml,
             installed=self.installed,
-            paused=self.paused,
+            paused=self.paused.exists,
             runs=self.folder / "runs",
             adapters=self.adapters,
+            awaits=lambda proposal, settings: self.waits(proposal, settings),
         )
         self.real = RealSite(places)
 

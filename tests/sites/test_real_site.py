@@ -14,6 +14,7 @@ from fedtune.config import RunConfig, parse
 from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.sites.shared_model import SharedModel, score_saved
 from fedtune.sites.shared_settings import for_sites
@@ -163,30 +164,73 @@ def test_for_a_refused_request_no_model_is_loaded_and_no_record_opened(
     assert not list((site.folder / "runs").glob("*")), "nor are its settings kept"
 
 
-def test_the_trap_of_the_test_above_works(site: Any, untouchable: list[str]) -> None:
+def test_a_run_that_waits_for_a_person_is_put_up_with_the_settings_that_it_is_named_after(site: Any) -> None:
+    put_up: list[tuple[Proposal, str]] = []
+    site.waits = lambda *about: put_up.append(about)
+    site.edit(approval="manual")
+    assert site.refusal() is Reason.AWAITING_APPROVAL
+    assert put_up == [(site.request().proposal, sent_text(site.config))]
+    # What nobody can approve is not put up: a run that is refused, or whose settings are not what was signed.
+    assert site.refusal(settings=sent_text(site.config, training={"learning_rate": 1.0})) is Reason.WRONG_RUN
+    site.paused.touch()
+    assert site.refusal() is Reason.PAUSED
+    assert len(put_up) == 1
+
+
+def test_a_run_that_cannot_be_put_up_is_refused_all_the_same(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def full(proposal: Proposal, settings: str) -> None:
+        raise OSError("no space left")
+
+    site.waits = full
+    site.edit(approval="manual")
+    assert site.refusal() is Reason.AWAITING_APPROVAL
+    assert "no space left" in caplog.text
+
+
+def test_an_approved_run_is_trained(site: Any) -> None:
+    site.edit(approval="manual")
+    site.ledger().approve(site.request().proposal)
+    assert site.update().round == 1
+
+
+def test_an_allowed_request_does_reach_for_the_model(site: Any, untouchable: list[str]) -> None:
     assert site.refusal() is Reason.SITE_ERROR
     assert untouchable == ["SharedModel"]
 
 
-def test_a_data_file_that_cannot_be_read_costs_nothing_and_tells_nothing(
-    site: Any, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("fault", ["gone", "another header", "no text"])
+def test_a_data_file_that_cannot_be_read_is_an_error_without_words(
+    site: Any, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    faults: list[Callable[[], object]] = [
-        lambda: site.data.write_text("body,kind\nsecret-17,never declared\n"),
-        lambda: site.data.write_text("other,columns\n1,2\n"),
-        lambda: site.data.write_bytes(b"body,kind\n\xff\xfe,praise\n"),
-        site.data.unlink,
-    ]
-    for make in faults:
-        make()
-        reply = site.ask()
-        assert isinstance(reply.body, Refusal)
-        assert reply.body.reason is Reason.SITE_ERROR
-        assert (reply.body.asked, reply.body.allowed) == (None, None)
-        assert charged(reply) == 0
-        assert "mail.csv" not in repr(reply)
+    if fault == "gone":
+        site.data.unlink()
+    else:
+        site.data.write_bytes({"another header": b"a,b\nsecret-17,2\n", "no text": b"body,kind\n\xff,praise\n"}[fault])
+    reply = site.ask()
+    assert isinstance(reply.body, Refusal)
+    assert reply.body.reason is Reason.SITE_ERROR
+    assert (reply.body.asked, reply.body.allowed) == (None, None)
+    # No record is opened before its round is charged, or a lead could ask of the file for nothing.
+    assert charged(reply) == 1
+    assert "mail.csv" not in repr(reply)
     assert "mail.csv" in caplog.text
     assert "secret-17" not in caplog.text
+
+
+def test_no_single_record_makes_a_difference_to_whether_there_is_an_answer(site: Any) -> None:
+    odd = ["body,kind", "a letter,never declared", ",praise", "a letter,", "\u200b,praise", "\x07,invoice"]
+    for count in range(1, len(odd) + 1):
+        site.data.write_text("\n".join(odd[:count]) + "\n")
+        site.edit(ledger=f"{count}.db")
+        assert site.update().round == 1, odd[:count]
+
+
+def test_records_that_were_changed_are_read_anew(site: Any) -> None:
+    first = Adapter(site.update().tensors)
+    lines = site.data.read_text().splitlines(keepends=True)
+    site.data.write_text("".join(lines[:5]))
+    site.edit(ledger="another.db")
+    assert Adapter(site.update().tensors).digest() != first.digest()
 
 
 # What stays in memory.
@@ -274,9 +318,9 @@ def test_an_answer_survives_a_restart_to_the_byte_and_is_charged_once(site: Any)
 HELD_OUT = {"data": {"heldout_fraction": 0.5}}
 
 
-def held_out(site: Any, config: RunConfig) -> set[str]:
-    """Texts of the records that the site keeps from training."""
-    site.ask(config, adapter=SharedModel(for_sites(config)).initial_adapter)
+def held_out(site: Any, config: RunConfig, *, round: int = 1) -> set[str]:
+    """Texts of the records that the site keeps from training in a round."""
+    site.update(config, round=round, adapter=SharedModel(for_sites(config)).initial_adapter)
     _, work = site.real._warm
     assert isinstance(work, SiteWork)
     texts = {record.fields["text"] for record in work.records.heldout}
@@ -294,7 +338,7 @@ def test_each_site_holds_out_records_by_a_key_of_its_own(
     assert by_north != held_out(south, south.config)
     assert held_out(north, letters(name="second", seed=7, **HELD_OUT)) == by_north, "the lead's seed has no say"
     north.restart()
-    assert held_out(north, north.config) == by_north
+    assert held_out(north, north.config, round=2) == by_north
 
 
 # The final adapter.

@@ -1,0 +1,125 @@
+"""A lead chooses the settings: whatever it chooses, an answer must not depend on whether some record fits them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedtune.sites.real_site as real_site
+from fedtune.model import Adapter
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.release import Reason, Refusal, Refused, Update
+from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_settings import for_sites
+
+
+def put(path: Path, *rows: tuple[str, str]) -> None:
+    """The site's records, as texts and labels."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("body", "kind"), *rows])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"labels": ("invoice", "complaint")},
+        {"labels": ("never", "declared")},
+        {"heldout_fraction": 0.999999},
+        {"max_length": 3},
+    ],
+    ids=str,
+)
+def test_no_setting_makes_a_record_fail(asked: dict[str, Any], station: Callable[..., Any]) -> None:
+    site = station(data=asked)
+    first = SharedModel(for_sites(site.config)).initial_adapter
+    put(site.data, ("one letter", "praise"), ("", "praise"), ("two letters", ""), ("three", "unheard of"))
+    reply = site.ask(adapter=first)
+    assert isinstance(reply.body, Update), reply.body
+    put(site.data)
+    assert isinstance(site.ask(round=2, adapter=first).body, Update), "nor does it tell whether there is any"
+
+
+def test_no_setting_makes_a_held_out_record_fail(station: Callable[..., Any]) -> None:
+    noised = {"metrics": "noised", "metrics_noise_multiplier": 50.0}
+    site = station(data={"labels": ("invoice", "complaint"), "heldout_fraction": 0.5}, privacy=noised)
+    put(site.data, *[(f"letter {n}", "praise" if n % 2 else "invoice") for n in range(40)])
+    reply = site.ask(adapter=SharedModel(for_sites(site.config)).initial_adapter)
+    assert isinstance(reply.body, Update), reply.body
+    assert reply.body.scores is not None
+
+
+def test_a_record_is_opened_only_for_a_round_that_is_charged(
+    station: Callable[..., Any], first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, charged_then, read = station(), [], real_site.own_records
+
+    def reading(*args: Any, **rest: Any) -> Any:
+        charged_then.append(site.ledger().history.charged().total())
+        return read(*args, **rest)
+
+    monkeypatch.setattr(real_site, "own_records", reading)
+    useless = Adapter({"another": next(iter(first_adapter.tensors.values()))})
+    reply = site.ask(adapter=useless)
+    assert isinstance(reply.body, Refusal)
+    assert reply.body.reason is Reason.ADAPTER_SHAPE
+    assert charged_then == []
+    assert not list((site.folder / "runs").glob("*")), "nor is anything written for it"
+    assert isinstance(site.ask().body, Update)
+    assert len(charged_then) == 1
+    assert charged_then[0] > 0
+
+
+def test_a_file_that_cannot_be_read_is_found_once_the_round_is_charged(
+    station: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    site = station()
+    faults: list[Callable[[], object]] = [
+        lambda: site.data.write_text("other,columns\nsecret-17,2\n"),
+        lambda: site.data.write_bytes(b"body,kind\n\xff\xfe,praise\n"),
+        site.data.unlink,
+    ]
+    for number, make in enumerate(faults, 1):
+        make()
+        reply = site.ask()
+        assert isinstance(reply.body, Refusal)
+        assert (reply.body.reason, reply.body.asked, reply.body.allowed) == (Reason.SITE_ERROR, None, None)
+        assert reply.receipt.charged_rounds == number
+    assert "secret-17" not in caplog.text
+
+
+def test_a_record_that_was_taken_out_is_not_trained_on_in_the_next_round(station: Callable[..., Any]) -> None:
+    site = station()
+    site.update()
+    put(site.data, ("the only one that stayed", "praise"))
+    site.update(round=2)
+    assert len(site.real._warm[1].records.training) == 1
+
+
+def test_the_first_final_adapter_counts(station: Callable[..., Any], first_adapter: Adapter) -> None:
+    site = station()
+    update = Adapter(site.update().tensors)
+    site.end(update)
+    digest = site.ledger().history.runs[for_sites(site.config).run_id()].adapter
+    assert digest == update.digest()
+    kept = {path: path.read_bytes() for path in site.adapters.rglob("*") if path.is_file()}
+    site.end(first_adapter)
+    assert {path: path.read_bytes() for path in site.adapters.rglob("*") if path.is_file()} == kept
+
+
+def test_a_lead_that_was_struck_off_ends_nothing(
+    station: Callable[..., Any], first_adapter: Adapter, stranger_key: SigningKey
+) -> None:
+    site = station()
+    site.update()
+    policy = read_policy(site.site_toml)
+    site.edit(allow={"leads": (stranger_key.public,)})
+    assert policy.allow.leads != read_policy(site.site_toml).allow.leads
+    with pytest.raises(Refused, match="leads"):
+        site.end(first_adapter)
+    write_policy(policy, site.site_toml)
+    assert site.end(first_adapter) is not None
