@@ -52,7 +52,7 @@ class ServerService:
             host=self.host,
             port=self.port or self.kit.port,
             database=folder / DATABASE,
-            roster=_Roster(self.kit.roster),
+            roster=self._roster,
         )
 
         def ready() -> None:
@@ -64,27 +64,8 @@ class ServerService:
         self.health.update(state="stopping")
         log.info("the server is down")
 
-
-class _Roster:
-    """The roster, read again when its file changes; while that is half copied, what it was before."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._version: tuple[int, int, int] | None = None
-        self._members: list[Registered] = []
-
-    def __call__(self) -> list[Registered]:
-        try:
-            about = self._path.stat()
-            version = about.st_ino, about.st_size, about.st_mtime_ns
-            if version != self._version:
-                self._members = [
-                    Registered(site=member.site, node_key=member.node_key, revoked=member.revoked is not None)
-                    for member in read_roster(self._path)
-                ]
-                self._version = version
-        except (OSError, ConfigError):
-            if self._version is None:
-                raise
-            log.warning("roster.json cannot be read; the sites stay as they are")
-        return self._members
+    def _roster(self) -> list[Registered]:
+        return [
+            Registered(site=member.site, node_key=member.node_key, revoked=member.revoked is not None)
+            for member in read_roster(self.kit.roster)
+        ]

@@ -103,7 +103,7 @@ class LeadState:
 
 
 def newest_of(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[str, Receipt]:
-    """Of each site, the receipt that knows more of its ledger; `other`'s where their keys, and so the ledgers, differ."""
+    """Of each site, the receipt that knows more of its ledger; `other`'s where the keys, and so the ledgers, differ."""
     newest = dict(one)
     for site, receipt in other.items():
         known = newest.get(site)

@@ -122,6 +122,8 @@ class EndOfRun:
         try:
             fields = _parsed(signed.text)
             notice = cls(**{key: str(fields[key]) for key in ("run", "lead", "adapter_digest")})
+            if notice.adapter_digest and not _SHA256.fullmatch(notice.adapter_digest):
+                raise ValueError("adapter_digest")
         except _NO_JSON as error:
             raise ConfigError("end of run", signed.text[:80], "must be such a notice") from error
         if not is_signed(notice.lead, END, signed.text.encode(), signed.signature):

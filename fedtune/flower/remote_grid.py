@@ -20,6 +20,7 @@ from flwr.supercore.run import Run
 
 from fedtune.flower.lead_session import LeadSession
 from fedtune.flower.packing import packed, unpacked
+from fedtune.flower.signed_calls import TOLERANCE_S
 from fedtune.flower.tls import Tls
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
@@ -122,8 +123,12 @@ class RemoteGrid(Grid):
                 continue
             if question.message_ids and node.last_activated_at == question.activation:
                 continue
-            question.unsent = question.unsent or _addressed(question.question, node.node_id, ttl=ttl)
-            (message_id,) = session.grid.push_messages([question.unsent])
+            # The clocks of lead and server may differ by so much.
+            question.unsent = question.unsent or _addressed(question.question, node.node_id, ttl=ttl + TOLERANCE_S)
+            message_ids = list(session.grid.push_messages([question.unsent]))
+            if not message_ids:
+                raise RunError(f"{self._server}, or a proxy in between, takes no message of this size")
+            (message_id,) = message_ids
             question.unsent = None
             if message_id:
                 question.message_ids.add(message_id)

@@ -23,7 +23,6 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 import uvicorn
 from flwr.common.constant import ISOLATION_MODE_PROCESS, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE
 from flwr.server.superlink.linkstate import LinkState
-from flwr.supercore.constant import NodeStatus
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -98,12 +97,11 @@ def serve(settings: ServerSettings, *, ready: Callable[[], None]) -> None:
 
 
 def keep_roster(state: LinkState, roster: Sequence[Registered]) -> None:
-    """Register sites that are new, and put out those that were revoked or changed their key; others are left alone."""
-    current = {member.node_key for member in roster}
-    for node in state.get_node_info():
-        if node.status != NodeStatus.UNREGISTERED and bytes(node.public_key) not in current:
-            state.delete_node(NOOP_FLWR_AID, node.node_id)
-            log.warning("%s: a key that is no longer in the roster was put out", node.name)
+    """Register sites that are new, and put out those that were revoked; all others are left alone.
+
+    A key that the roster no longer names stays as it is, for Flower never takes one back, and an old roster may have
+    been copied by mistake: the gate lets it do nothing.
+    """
     for member in roster:
         node_id = state.get_node_id_by_public_key(member.node_key)
         if member.revoked and node_id is not None:

@@ -44,7 +44,7 @@ class History:
         hashes: of all events, in order.
         policies: caps in force, oldest first, as (time, max_epsilon).
         answers: refusals and offers of each day, and whether a stranger got them.
-        last_refusal: run and reason of the newest event, if that is a refusal.
+        refused: (day, run, reason) of each refusal.
         approved: digest of each proposal that a person at the site approved -> when.
         last_time: of the newest event.
     """
@@ -63,7 +63,7 @@ class History:
         self.hashes: list[str] = []
         self.last_time: datetime | None = None
         self.answers: Counter[tuple[date, bool]] = Counter()
-        self.last_refusal: tuple[str, str] | None = None
+        self.refused: set[tuple[date, str, str]] = set()
         self.approved: dict[str, datetime] = {}
         self._rounds: list[tuple[int, str]] = []  # sequence, run
         self._charges: list[tuple[int, datetime, DpEvent, int]] = []  # sequence, time, mechanism, count
@@ -92,7 +92,6 @@ class History:
         if self.last_time is not None and moment < self.last_time:
             raise ValueError("its time lies before the event in front of it")
         self.last_time = moment
-        self.last_refusal = (event.run, str(event.detail["reason"])) if event.kind is Kind.REFUSAL else None
         if event.sequence <= 2 and (event.kind, event.detail.get("what")) != (Kind.NOTE, _FIRST[event.sequence - 1]):
             raise ValueError(f"event {event.sequence} must be the note {_FIRST[event.sequence - 1]!r}")
         match event.kind:
@@ -112,6 +111,7 @@ class History:
             case Kind.REFUSAL | Kind.RELEASE:
                 stranger = Reason(event.detail.get("reason", Reason.SITE_ERROR)).is_of_a_stranger
                 self.answers[moment.date(), stranger] += 1
+                self.refused.add((moment.date(), event.run, str(event.detail.get("reason"))))
             case Kind.NOTE:
                 self._note(event, moment)
 

@@ -117,9 +117,10 @@ class Ledger:
             self._store.append(Kind.COMMIT, detail, **asdict(reservation), dataset=run.proposal.dataset)
 
     def refuse(self, refused: Refused, *, run: str, round: int, request: str) -> None:
-        """Record that a request was refused, and why; that it still waits for a person, only once."""
+        """Record that a request was refused, and why; that it still waits for a person, once a day."""
         with self._store.transaction():
-            if refused.reason.is_waiting and self.history.last_refusal == (run, refused.reason.value):
+            today = self.history.now().date()
+            if refused.reason.is_waiting and (today, run, refused.reason.value) in self.history.refused:
                 return
             asked = refused.asked and refused.asked[:_MOST_TEXT]  # what is asked for comes from a server
             detail = {"reason": refused.reason.value, "asked": asked, "allowed": refused.allowed}

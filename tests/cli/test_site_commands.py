@@ -164,13 +164,14 @@ def test_approval_shows_the_price_is_noted_in_the_ledger_and_lets_the_run_start(
     before = epsilon_filter([earlier.plan.whole], order=order, delta=delta)
     after = epsilon_filter([earlier.plan.whole, asked.plan.whole], order=order, delta=delta)
     assert 0 < before < after < 5
+    price = epsilon_text(epsilon_pld([asked.plan.whole], delta))
     for words in (
         f"{asked.lead}, for 3 sites as it says",
         "classification on patients",
         asked.base_model,
         "up to 3, of 2 noisy steps each",
         "noise multiplier 4, clip norm 1, sampling rate 0.2",
-        f"epsilon {epsilon_text(epsilon_pld([asked.plan.whole], delta))} at delta 1e-05 for each record, for the whole run",
+        f"epsilon {price} at delta 1e-05 for each record, for the whole run",
         f"epsilon {epsilon_text(before)} is taken, {epsilon_text(after)} with this run, by the filter; "
         "the lifetime cap is 5",
         "Approved, and noted in the ledger.",
@@ -379,6 +380,31 @@ def test_a_missing_policy_is_wrong_input(command: Any, north: Here) -> None:
         outcome = command("site", *words, *north.words)
         assert outcome.code == 2
         assert "site.toml" in outcome.message
+
+
+def test_a_site_key_that_is_gone_or_open_to_others_does_not_start(command: Any, north: Here) -> None:
+    key = north.folder / "site_key.pem"
+    key.chmod(0o640)
+    assert f"chmod 600 {key}" in command("site", "start", *north.words).message
+    key.unlink()
+    outcome = command("site", "start", *north.words)
+    assert outcome.code == 2
+    assert f"site_key = {str(key)!r}: is missing" in outcome.message
+    assert not key.exists(), "another key would be another site's"
+
+
+def test_a_site_does_not_start_without_the_ledger_that_it_served(command: Any, north: Here) -> None:
+    north.state.check_ledger(north.ledger().history.opened.ledger)
+    ledger = north.folder / "ledger.db"
+    ledger.unlink()
+    gone = command("site", "start", *north.words)
+    assert gone.code == 1
+    assert gone.err.splitlines()[-1].endswith(f"ledger {ledger} is gone, and this site has served one; put it back")
+    assert not ledger.exists(), "nor is a new one made"
+    north.ledger()
+    another = command("site", "start", *north.words)
+    assert another.code == 1
+    assert "put the old one back, or remove" in another.err
 
 
 def test_a_ledger_that_another_process_serves_is_left_to_it(command: Any, north: Here) -> None:

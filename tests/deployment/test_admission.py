@@ -26,7 +26,6 @@ from .federation import Command, Federation, SiteFolder, dealt
 from .networks import Loopback
 from .processes import FEDTUNE, Process
 
-pytestmark = pytest.mark.xdist_group("deployment admission")
 LONG_AGO = datetime.now(UTC) - timedelta(days=3)
 RECORDS = 20
 

@@ -21,7 +21,6 @@ from .books import adapter, check_average, check_books
 from .federation import NAMES, Command, Federation, dealt, simulated
 from .listening import listening_ports
 
-pytestmark = pytest.mark.xdist_group("deployment end to end")
 MACHINE = ("runtime.device=cpu", "runtime.num_threads=1", "runtime.seeded_noise=true")
 DEBUG = ("experiment=debug", *MACHINE, "data.validation_rows=10", "data.test_rows=10")
 BANKS = (

@@ -11,7 +11,6 @@ from .books import check_average, check_books
 from .federation import NAMES, Federation, settings
 from .processes import RUN_S
 
-pytestmark = pytest.mark.xdist_group("deployment kills")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +14,15 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 
 from .books import check_average, check_books
 from .federation import LEAD, Federation, SiteFolder, settings
-from .processes import FEDTUNE, wait_for
+from .processes import FEDTUNE, RUN_S, wait_for
 
-pytestmark = pytest.mark.xdist_group("deployment people")
 SITES = ("north", "south")
 
 
 @pytest.fixture(scope="module")
 def federation(make_federation: Callable[..., Federation]) -> Federation:
-    """Two sites that can be held up; a person at north approves each run."""
+    """Two sites that can be held up."""
     made = make_federation(names=SITES)
-    set_approval(made.sites["north"], "manual")
     made.start(held=True)
     return made
 
@@ -39,18 +37,32 @@ def status(federation: Federation, run: str) -> dict[str, Any]:
     return dict(json.loads(outcome.out))
 
 
-def test_a_run_waits_for_approval_and_then_goes_on(federation: Federation) -> None:
+@pytest.fixture
+def careful(federation: Federation) -> Iterator[SiteFolder]:
+    """north, where a person approves each run."""
     site = federation.sites["north"]
-    lead = federation.lead("asked", *settings("federation.num_rounds=1"))
+    set_approval(site, "manual")
+    yield site
+    set_approval(site, "automatic")
+
+
+def test_a_run_waits_for_approval_and_then_goes_on(
+    federation: Federation, careful: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, loaded = careful, len(careful.up.lines("the base model is loaded"))
+    lead = federation.lead("asked", *settings("federation.num_rounds=1", "data.max_length=17"))
     site.up.wait_for_text("a run waits for approval")
-    federation.sites["south"].wait_for("asked", "commit", round=1)
+    federation.sites["south"].wait_for("asked", "commit", round=1, lead=lead)
     # Before anybody has said yes, nothing was done for it.
     assert not site.events("asked", "plan")
-    assert not site.up.lines("the base model is loaded")
-    listed = " ".join(federation.do("site", "approve", *site.own).out.split())
+    assert len(site.up.lines("the base model is loaded")) == loaded
     (waiting,) = (event.run for event in site.events("asked", "refusal"))
-    assert waiting in listed
-    assert "banking77" in listed
+    monkeypatch.setenv("COLUMNS", "80")
+    assert f" {waiting} " in federation.do("site", "approve", *site.own).out
+    monkeypatch.setenv("COLUMNS", "160")
+    listed = " ".join(federation.do("site", "approve", *site.own).out.split())
+    assert f"{waiting} │" in listed
+    assert "banking77 │ 0.304 │" in listed
     shown = " ".join(federation.do("site", "approve", waiting, *site.own, "--yes").out.split())
     assert "up to 1, of 2 noisy steps each" in shown
     assert "price" in shown
@@ -62,15 +74,15 @@ def test_a_run_waits_for_approval_and_then_goes_on(federation: Federation) -> No
     check_average(federation, "asked")
     order = [event.detail.get("what", event.kind.value) for event in site.events("asked")]
     assert order == ["refusal", "approved", "plan", "reserve", "commit", "run_ended"]
+    assert len(site.up.lines("the base model is loaded")) == loaded + 1
     assert "No run waits for approval" in federation.do("site", "approve", *site.own).out
 
 
 def test_a_paused_site_takes_part_in_nothing_until_it_goes_on(federation: Federation) -> None:
     site = federation.sites["north"]
-    set_approval(site, "automatic")
     federation.do("site", "pause", "--kit", str(site.kit))
     lead = federation.lead("paused", *settings("federation.num_rounds=1"))
-    wait_for(lambda: site.answered("paused", "paused"), seconds=120, what="north to say that it is paused")
+    wait_for(lambda: site.answered("paused", "paused"), seconds=RUN_S, what="north to pause", needs=lead)
     assert not site.events("paused", "plan")
     assert lead.code is None
     federation.do("site", "resume", "--kit", str(site.kit))

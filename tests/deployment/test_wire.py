@@ -37,7 +37,6 @@ from .outbound import CALLS, announced_ids, kind_of, leaves_of, messages_of, num
 from .processes import environment
 from .wire import COUNT, EXCEPTION, FIRST, PLANTED, SECOND, SITES, Wire, record
 
-pytestmark = pytest.mark.xdist_group("deployment wire")
 HEADERS = {
     *("accept", "accept-encoding", "connection", "content-length", "content-type", "host", "user-agent"),
     *("flwr-component-name", "flwr-package-name", "flwr-package-version"),
