@@ -20,6 +20,7 @@ from fedtune.report.words import Words, pointer, shortened
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LONGEST_NAME = 40  # in the running footer
+_LONGEST_TITLE = 60
 
 
 def render(report: Report, *, language: str) -> str:
@@ -47,6 +48,7 @@ def render(report: Report, *, language: str) -> str:
         fields=Fields(words),
         columns=COLUMNS,
         pointer=pointer,
+        title=words.text("page.title", name=shortened(report.name, _LONGEST_TITLE)),
         digest=digest,
         footer=css_string(footer.unescape()),
     )

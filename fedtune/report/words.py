@@ -21,7 +21,7 @@ from fedtune.report.model import Report
 MOST_ROWS = 40
 """Rows of a table on the page; report.json holds the others."""
 _TEXTS = ("text", "name", "hash", "key", "json", "names", "failures_by_site", "code", "yes_no")
-_LONGEST_NAME = 32  # where room is scarce; other tables show it whole
+_LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SEVERITY = ("no_guarantee", "exceeded", "within")
 _ABSENT = object()

@@ -73,28 +73,6 @@ def test_the_roster_is_read_anew_each_time(
     assert all(b"PUBLIC KEY" in one.node_key for one in settings.roster())
 
 
-def test_a_roster_that_is_half_copied_changes_nothing_until_it_is_whole(
-    service: ServerService,
-    served: list[ServerSettings],
-    joined: Callable[[str], Path],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    joined("north")
-    service.run()
-    roster, path = served[0].roster, service.kit.roster
-    before, whole = roster(), path.read_bytes()
-    assert [one.site for one in before] == ["north"]
-    for damage in (whole[:100], b"{}", b""):
-        path.write_bytes(damage)
-        assert roster() == before
-    path.unlink()
-    assert roster() == before
-    assert "the sites stay as they are" in caplog.text
-    path.write_bytes(whole)
-    joined("south")
-    assert [one.site for one in roster()] == ["north", "south"]
-
-
 def test_a_server_does_not_begin_without_a_roster(service: ServerService, served: list[ServerSettings]) -> None:
     service.run()
     service.kit.roster.write_text("{")
