@@ -12,7 +12,6 @@ from .federation import NAMES, Federation, settings
 from .processes import RUN_S
 
 
-
 @pytest.fixture(scope="module")
 def whole(make_federation: Callable[..., Federation]) -> Federation:
     """A federation whose sites can be held up in a round."""
