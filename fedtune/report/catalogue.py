@@ -64,7 +64,8 @@ class Catalogue:
         """`value` as this language writes a figure of a kind.
 
         Kinds: "epsilon" (up), "cap" (as it was set), "left" (down), "exact" (as it was set), "number" (six digits),
-        "score", "count", "of_100" (up, whole), "of_100_fine" (up), "percent" (up), "seconds", "bytes", "day", "moment".
+        "score", "count", "of_100" (up, whole), "of_100_fine" (up), "percent" (up), "seconds", "bytes", "day", "moment",
+        "length" (of a list).
         None is "unbounded" for an epsilon, "no limit" for a cap and what is left of one, else "not known".
         """
         if kind == "epsilon":
@@ -72,8 +73,8 @@ class Catalogue:
             return self.texts["word"]["unbounded"] if text == "unbounded" else self._marks(text)
         if value is None:
             return self.texts["word"]["no_cap" if kind in ("cap", "left") else "unknown"]
-        if isinstance(value, bool):
-            return self.texts["word"]["yes" if value else "no"]
+        if kind == "length":
+            return self._number(len(value), "count")
         if kind in ("day", "moment"):
             return self._time(value, kind)
         if isinstance(value, float) and not math.isfinite(value):

@@ -153,22 +153,30 @@ class Charts:
 
         def draw(axes: Sequence[Axes]) -> None:
             rounds = self._numbers(f"{row}/round" for row in rows)
-            axes[0].bar(rounds, self._numbers(f"{row}/seconds" for row in rows), color="#999999", edgecolor="#000000")
-            for shift, key, hatch in ((-0.2, "down", ""), (0.2, "up", "///")):
+            self._bars(axes[0], rounds, self._numbers(f"{row}/seconds" for row in rows), number=0, of=1)
+            for number, key in enumerate(("down", "up")):
                 megabytes = [size / 1e6 for size in self._numbers(f"{row}/bytes_{key}" for row in rows)]
                 label = self._words.text(f"chart.{key}").unescape()
-                fill: dict[str, Any] = {
-                    "color": "#56B4E9" if key == "down" else "#ffffff",
-                    "hatch": hatch,
-                    "edgecolor": "#000000",
-                }
-                axes[1].bar([r + shift for r in rounds], megabytes, width=0.4, label=label, **fill)
+                self._bars(axes[1], rounds, megabytes, number=number, of=2, label=label)
             self._label(axes[0], x=None, y="axis_seconds")
             self._label(axes[1], x="axis_round", y="axis_megabytes")
             drawing.whole_numbers(axes[1])
             drawing.legend(axes[1])
 
         return self._chart("cost", self._tables.cost(), draw if rows else None, panels=2)
+
+    def _bars(
+        self, axes: Axes, rounds: Sequence[float], sizes: Sequence[float], *, number: int, of: int, label: str = ""
+    ) -> None:
+        """Bars beside each other, or lines where there are too many."""
+        if len(rounds) > _MOST_BARS:
+            axes.plot(rounds, sizes, label=label, **drawing.line_style(number))
+            axes.set_ylim(bottom=0)
+            return
+        shift = (number - (of - 1) / 2) * 0.8 / of
+        fill: dict[str, Any] = {"color": "#ffffff" if number else "#56B4E9", "hatch": "///" if number else ""}
+        places = [place + shift for place in rounds]
+        axes.bar(places, sizes, width=0.8 / of, label=label, edgecolor="#000000", **fill)
 
     @property
     def _is_ledger(self) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fedtune.report.words import Column
 
-
 NOT_RELEASED = "word.not_released"
 SITE = Column(heading="page.site", at="@site", kind="text")
 SHORT_SITE = Column(heading="page.site", at="@site", kind="name")
 RUN = Column(heading="page.run", at="run", kind="text")
+RUN_OF_CHARGE = Column(heading="page.run", at="../../run", kind="text")
 STATE = Column(heading="budget.verdict", at="verdict/state", kind="code:state")
 DECLARED = Column(heading="budget.declared", at="declared_size", kind="count")
 
@@ -88,7 +88,7 @@ MECHANISMS = (
 )
 EVENTS = (
     SITE,
-    Column(heading="page.run", at="../../run", kind="text"),
+    RUN_OF_CHARGE,
     Column(heading="mechanism.event", at="event", kind="json"),
     count("mechanism.count", "count"),
 )
@@ -144,7 +144,7 @@ LEDGER_STATE = (
 )
 RUNS = (
     SITE,
-    RUN,
+    Column(heading="page.run", at="run", kind="text"),
     Column(heading="page.lead", at="lead", kind="key"),
     Column(heading="ledger.dataset", at="dataset", kind="text"),
     Column(heading="ledger.run_state", at="state", kind="code:run_state"),
@@ -166,8 +166,8 @@ RELEASES = (
     Column(heading="release.kind", at="kind", kind="code:release"),
     Column(heading="release.reason", at="reason", kind="code:refusal", absent="word.dash"),
     count("release.count", "count"),
-    Column(heading="release.first", at="first", kind="moment"),
-    Column(heading="release.last", at="last", kind="moment"),
+    Column(heading="release.first", at="first", kind="moment", absent="word.dash"),
+    Column(heading="release.last", at="last", kind="moment", absent="word.dash"),
 )
 ROUND = count("page.round", "round")
 COST = (
@@ -175,7 +175,7 @@ COST = (
     Column(heading="cost.seconds", at="seconds", kind="seconds"),
     Column(heading="cost.down", at="bytes_down", kind="bytes"),
     Column(heading="cost.up", at="bytes_up", kind="bytes"),
-    Column(heading="cost.sites", at="sites", kind="names"),
+    Column(heading="cost.sites", at="sites", kind="length"),
     Column(heading="cost.failed", at="failed_sites", kind="failures_by_site"),
 )
 EPSILON_SO_FAR = epsilon("utility.epsilon", "epsilon")
@@ -189,7 +189,6 @@ BUDGET_LEFT = (
 STEPS = (
     SITE,
     RUN,
-    Column(heading="page.round", at="round", kind="count", absent="word.dash"),
     Column(heading="ledger.from", at="time", kind="moment", absent="word.dash"),
     Column(heading="utility.epsilon", at="epsilon", kind="epsilon"),
 )

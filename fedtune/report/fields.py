@@ -19,8 +19,28 @@ _SECTIONS = {
     "sampling_run": "sampling",
     "verdict": "state",
     "unit": "unit",
-}
-"""Facts whose values are codes of another section than "value"."""
+} | dict.fromkeys(
+    (
+        "candidate_criteria",
+        "epsilon",
+        "erasure_reaches_model",
+        "erasure_reaches_records",
+        "inference_covered",
+        "ledger_verified",
+        "mechanism",
+        "modality",
+        "raw_records_leave_site",
+        "rollback_excluded",
+        "runtime",
+        "secure_aggregation",
+        "source_type",
+        "technologies_off",
+        "technologies_on",
+        "transport",
+    ),
+    "value",
+)
+"""Facts whose values are codes, and the section of texts that has them; the others are names and figures."""
 _NUMBERS = (
     "compute_ratio",
     "declared_sizes",
@@ -97,13 +117,13 @@ class Fields:
             return Markup("")
         if key == "date":
             return self._words.figure(where, "moment")
-        section = _SECTIONS.get(key, "value")
+        section = _SECTIONS.get(key)
         tokens = [self._token(section, key, token) for token in value.split(", ")]
         separator = "; " if section == "not_protected" else ", "
         return Markup('<span data-at="{}" data-as="fact">{}</span>').format(where, Markup(separator).join(tokens))
 
-    def _token(self, section: str, key: str, token: str) -> Markup:
-        if self._words.catalogue.has(section, token):
+    def _token(self, section: str | None, key: str, token: str) -> Markup:
+        if section and self._words.catalogue.has(section, token):
             return self._words.code(section, token)
         return Markup("{}").format(_NUMBER.sub(self._number, token) if key in _NUMBERS else token)
 

@@ -35,22 +35,26 @@ def render(report: Report, *, language: str) -> str:
     tables = Tables(words)
     digest = hashlib.sha256(to_text(report).encode()).hexdigest()
     footer = words.text("page.footer", name=shortened(report.name, _LONGEST_NAME), digest=digest)
-    return _environment().get_template("report.html.j2").render(
-        language=language,
-        report=report,
-        words=words,
-        t=words.text,
-        figure=words.figure,
-        code=words.code,
-        tables=tables,
-        charts=Charts(words, tables),
-        one=PageOne(words),
-        fields=Fields(words),
-        columns=COLUMNS,
-        pointer=pointer,
-        title=words.text("page.title", name=shortened(report.name, _LONGEST_TITLE)),
-        digest=digest,
-        footer=css_string(footer.unescape()),
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            language=language,
+            report=report,
+            words=words,
+            t=words.text,
+            figure=words.figure,
+            code=words.code,
+            tables=tables,
+            charts=Charts(words, tables),
+            one=PageOne(words),
+            fields=Fields(words),
+            columns=COLUMNS,
+            pointer=pointer,
+            title=words.text("page.title", name=shortened(report.name, _LONGEST_TITLE)),
+            digest=digest,
+            footer=css_string(footer.unescape()),
+        )
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from markupsafe import Markup
+
 from fedtune.report import columns as of
-from fedtune.report.words import Column, Table, Words, pointer
+from fedtune.report.drawing import MOST_LINES
+from fedtune.report.words import MOST_ROWS, Column, Table, Words, pointer, shortened
 
 PAGE_ONE_SITES = 4
 """Sites on page 1, the least favourable first; later tables list each."""
+_LONGEST_HEADING = 20
 
 
 class Tables:
@@ -22,8 +26,8 @@ class Tables:
 
     def _table(self, caption: str, columns: Sequence[Column], rows: Sequence[str], **values: object) -> Table:
         # A ledger's rows are a history of one site, whose end matters most; a run's begin with the least favourable site.
-        if self._is_ledger:
-            columns = [column for column in columns if column is not of.SITE]
+        same = (of.SITE,) if self._is_ledger else (of.RUN, of.RUN_OF_CHARGE)
+        columns = [column for column in columns if column not in same]
         return self._words.table(self._words.text(caption, **values), columns, rows, last=self._is_ledger)
 
     def _of_sites(self, caption: str, columns: Sequence[Column], *, having: str = "site", **values: object) -> Table:
@@ -117,8 +121,31 @@ class Tables:
         return self._words.table(self._words.text("assumptions.heading"), of.ASSUMPTIONS, rows, last=False)
 
     def steps(self) -> Table:
-        """Epsilon after each round or run."""
-        return self._of_list("chart.epsilon_spent", of.STEPS, "steps")
+        """Epsilon after each run of a ledger; of a run, after each round at the sites that are drawn."""
+        if self._is_ledger:
+            return self._of_list("chart.epsilon_spent", of.STEPS, "steps")
+        sites = [site for site in self._sites if self._words.at(f"{site}/steps")][:MOST_LINES]
+        steps = {site: {step["round"]: n for n, step in enumerate(self._words.at(f"{site}/steps"))} for site in sites}
+        rounds = sorted({number for known in steps.values() for number in known if number is not None})
+        shown = rounds[-MOST_ROWS:]
+        return Table(
+            caption=self._words.text("chart.epsilon_spent"),
+            columns=((self._words.text("page.round"), False), *((self._name(site), True) for site in sites)),
+            rows=tuple((self._round(steps, number), *self._epsilons(steps, number)) for number in shown),
+            all=len(rounds),
+        )
+
+    def _name(self, site: str) -> Markup:
+        return Markup("{}").format(shortened(self._words.at(f"{site}/site"), _LONGEST_HEADING))
+
+    def _round(self, steps: Mapping[str, Mapping[int, int]], number: int) -> Markup:
+        site = next(site for site, known in steps.items() if number in known)
+        return self._words.figure(f"{site}/steps/{steps[site][number]}/round", "count")
+
+    def _epsilons(self, steps: Mapping[str, Mapping[int, int]], number: int) -> Iterator[Markup]:
+        for site, known in steps.items():
+            at = f"{site}/steps/{known[number]}/epsilon" if number in known else None
+            yield self._words.text("word.dash") if at is None else self._words.figure(at, "epsilon")
 
     def budget_left(self) -> Table:
         """Spent, held, limit and what is left."""
@@ -126,12 +153,13 @@ class Tables:
 
     def cost(self) -> Table:
         """Time and traffic."""
-        return self._table("cost.caption", of.COST, self.rounds())
+        return self._words.table(self._words.text("cost.caption"), of.COST, self.rounds())
 
     def utility(self) -> Table:
         """Scores by round, beside what was spent by then."""
         scores = (of.score(name, at=pointer("scores", name)[1:]) for name in self.score_names())
-        return self._table("utility.caption", (of.ROUND, *scores, of.EPSILON_SO_FAR), self.rounds())
+        columns = (of.ROUND, *scores, of.EPSILON_SO_FAR)
+        return self._words.table(self._words.text("utility.caption"), columns, self.rounds())
 
     def rounds(self) -> list[str]:
         """Pointers to the rounds of a run's report."""

@@ -94,6 +94,7 @@ class RealSite:
 
     def _prepare(self, request: RoundRequest, settings: str, files: SiteFiles, ledger: Ledger) -> Prepared:
         config = self._check_settings(request, settings, files.policy)
+        Path(config.data.train_file).stat()  # a file that is missing tells of no record, and need not cost a round
         shared = self._shared_model(config)
 
         def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
