@@ -43,6 +43,17 @@ class TrackingSpec:
 
 
 @spec
+class ReportSpec:
+    """How a run's report is written.
+
+    Attributes:
+        language: of the page, "en" or "de"; report.json is the same in every language.
+    """
+
+    language: Literal["en", "de"] = "en"
+
+
+@spec
 class RunConfig:
     """Everything that defines a run.
 
@@ -65,6 +76,7 @@ class RunConfig:
     evaluation: EvaluationSpec = EvaluationSpec()
     runtime: RuntimeSpec = RuntimeSpec()
     tracking: TrackingSpec = TrackingSpec()
+    report: ReportSpec = ReportSpec()
     seed: int = 0
     resume: str | None = None
 
@@ -133,7 +145,7 @@ class RunConfig:
         Whether noise is seeded belongs to it, since that changes what the result is worth.
         """
         fields = self.to_json()
-        for key in ("name", "resume", "tracking"):
+        for key in ("name", "resume", "tracking", "report"):
             del fields[key]
         for group, key in (("evaluation", "max_tokens"), ("federation", "round_timeout_s"), ("model", "cache_dir")):
             del fields[group][key]

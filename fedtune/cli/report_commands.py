@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from fedtune.cli import report_checks, report_tables
+from fedtune.cli.compose import saved_config
 from fedtune.cli.ledger_commands import ledger_file
-from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
@@ -33,40 +32,11 @@ def build(options: argparse.Namespace) -> None:
         report = signing.signed(report, key)
         signing.check(report)  # a ledger's report is signed by the key that its events are signed by
     folder = folder if options.output is None else Path(options.output)
-    paths = write_report(folder, report, language=options.language or "en", pdf=options.pdf)
+    from fedtune.report.write import write_files  # draws, which takes a second to import
+
+    language = options.language or (saved_config(path).report.language if report.kind == "run" else "en")
+    paths = write_files(folder, report, language=language, pdf=options.pdf)
     report_tables.show_written(Console(highlight=False), report, paths)
-
-
-def write_report(folder: Path, report: Report, *, language: str, pdf: bool = False) -> list[Path]:
-    """Write `report.json`, `report.html` and, if asked for, `report.pdf`; each is whole at any moment.
-
-    Returns:
-        The files.
-
-    Raises:
-        ConfigError: there is no such language, what makes a PDF is not installed, or the folder cannot be written.
-    """
-    from fedtune.report import page
-
-    html = page.render(report, language=language)
-    files = {"report.json": signing.to_text(report).encode(), "report.html": html.encode()}
-    if pdf:
-        files["report.pdf"] = _pdf(html)
-    try:
-        for name, data in files.items():
-            write_durably(folder / name, data)
-    except OSError as error:
-        raise ConfigError("--output", str(folder), f"must be a folder that can be written ({error.strerror})") from None
-    return [folder / name for name in files]
-
-
-def _pdf(html: str) -> bytes:
-    from fedtune.report import pdf
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "report.pdf"
-        pdf.write(html, path)
-        return path.read_bytes()
 
 
 def _of_run(folder: Path, options: argparse.Namespace) -> tuple[Report, Path]:

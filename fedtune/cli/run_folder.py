@@ -55,7 +55,7 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
         raise
     from fedtune.report.write import write_report  # draws, which takes a second to import
 
-    write_report(folder)
+    write_report(folder, language=config.report.language)
     show_result(console, config, result, folder)
     return result
 

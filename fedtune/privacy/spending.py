@@ -127,7 +127,7 @@ def _run(name: str, run: Run, now: datetime) -> RunSpending:
         noise_multiplier=plan.noise_multiplier,
         sampling_rate=plan.sampling_rate,
         epsilon=_epsilon(plan, rounds),
-        epsilon_rdp=accountant.epsilon_rdp([plan.event(rounds=rounds)], plan.delta),
+        epsilon_rdp=_epsilon_rdp(plan, rounds),
         planned_epsilon=_epsilon(plan, plan.most_rounds),
         num_sites_claimed=run.proposal.num_sites,
     )
@@ -137,6 +137,11 @@ def _run(name: str, run: Run, now: datetime) -> RunSpending:
 def _epsilon(plan: Plan, rounds: int) -> float:
     """Of some rounds of a plan, by PLD; a ledger may hold many runs of one plan."""
     return accountant.epsilon_pld([plan.event(rounds=rounds)], plan.delta, interval=accountant.COARSE)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon_rdp(plan: Plan, rounds: int) -> float:
+    return accountant.epsilon_rdp([plan.event(rounds=rounds)], plan.delta)
 
 
 def require_acceptable(history: History, policy: Policy, proposal: Proposal, now: datetime) -> None:

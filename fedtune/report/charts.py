@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MOST_BARS = 12
 _MOST_POINTS = 200
+_LONGEST_NAME = 18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,7 +188,7 @@ class Charts:
 
     def _name(self, site: str) -> str:
         # A legend leaves out labels that begin with "_".
-        name = shortened(self._words.at(f"{site}/site"), 24)
+        name = shortened(self._words.at(f"{site}/site"), _LONGEST_NAME)
         return f" {name}" if name.startswith("_") else name
 
     def _numbers(self, pointers: Any) -> list[float]:
@@ -246,7 +247,7 @@ class Charts:
         if draw is None:
             return Chart(code=code, svg=None, table=table)
         title, description = self._words.text(f"chart.{code}"), self._words.text(f"chart.{code}_desc")
-        svg = drawing.drawn(code, draw, panels=panels, height=height or 1.4 + 1.6 * panels)
+        svg = drawing.drawn(code, draw, panels=panels, height=height or 1.2 + 1.5 * panels)
         return Chart(code=code, svg=drawing.inline(svg, code, title, description), table=table)
 
 

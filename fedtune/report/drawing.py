@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MOST_LINES = 6
 """Sites that are drawn as lines; more could not be told apart."""
-_WIDTH = 5.2  # inches, at which text of 10 points reads well at half a page's width and on a phone
+_WIDTH = 4.3  # inches, at which text of 10 points reads well at half a page's width and on a phone
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00")
 _DASHES = ("-", (0, (6, 2)), (0, (2, 1)), (0, (6, 2, 1, 2)), (0, (10, 3)), (0, (1, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "X")

@@ -9,22 +9,25 @@ from markupsafe import Markup
 from fedtune.report.model import Assumption
 from fedtune.report.words import Words
 
+Access = dict[str, tuple[str, ...]]
+"""Who -> a code for each of `COLUMNS`."""
+
 COLUMNS = ("raw", "before_noise", "after_noise", "combined", "final")
 """What there is to see."""
 _MOST_ASSUMPTIONS = 5
 _COIN_TOSSING = 50
-_SEES = {
+_SEES: Access = {
     "own_site": ("yes", "yes", "own", "yes", "yes"),
     "other_sites": ("no", "no", "no", "yes", "yes"),
     "lead": ("no", "no", "yes", "yes", "yes"),
     "users": ("no", "no", "no", "no", "yes"),
     "public": ("no", "no", "no", "no", "if_published"),
 }
-_WITHOUT_NOISE = {
+_WITHOUT_NOISE: Access = {
     "own_site": ("yes", "yes", "none_made", "yes", "yes"),
     "lead": ("no", "same_as_before", "none_made", "yes", "yes"),
 }
-_WITH_A_SEED = {"lead": ("no", "with_seed", "yes", "yes", "yes")}
+_WITH_A_SEED: Access = {"lead": ("no", "with_seed", "yes", "yes", "yes")}
 
 
 class PageOne:
@@ -33,11 +36,11 @@ class PageOne:
     def __init__(self, words: Words) -> None:
         self._words = words
 
-    def access(self) -> dict[str, tuple[str, ...]]:
-        """Who -> a code for each of `COLUMNS`."""
+    def access(self) -> Access:
+        """What each of five sees."""
         return _SEES | self._seen_besides()
 
-    def _seen_besides(self) -> dict[str, tuple[str, ...]]:
+    def _seen_besides(self) -> Access:
         report = self._words.report
         noises = [one.noise_multiplier for site in report.sites for one in site.mechanisms]
         if 0 in noises or "no_noise" in report.verdict.reasons:

@@ -25,7 +25,7 @@ class Tables:
         self._sites = [f"/sites/{place}" for place in words.order]
 
     def _table(self, caption: str, columns: Sequence[Column], rows: Sequence[str], **values: object) -> Table:
-        # A ledger's rows are a history of one site, whose end matters most; a run's begin with the least favourable site.
+        # A ledger's rows are one site's history, whose end matters most; a run's begin with the least favourable site.
         same = (of.SITE,) if self._is_ledger else (of.RUN, of.RUN_OF_CHARGE)
         columns = [column for column in columns if column not in same]
         return self._words.table(self._words.text(caption, **values), columns, rows, last=self._is_ledger)

@@ -20,10 +20,11 @@ from fedtune.report.model import Report
 
 MOST_ROWS = 40
 """Rows of a table on the page; report.json holds the others."""
-_TEXTS = ("text", "name", "hash", "key", "json", "names", "failures_by_site", "code", "yes_no")
+_TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "code", "yes_no")
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SEVERITY = ("no_guarantee", "exceeded", "within")
+_SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
 _ABSENT = object()
 
 
@@ -34,8 +35,8 @@ class Column:
     Attributes:
         heading: key of its text.
         at: where each row's cell is, from the row on; "../" in front: from what holds the row; "@": from its site on.
-        kind: of figure, as in `Catalogue.figure`; or "text", "name" (shortened), "hash", "key", "json", "names", "failures_by_site",
-            "code:SECTION"; a trailing "?" puts "at most" in front where the site fell silent.
+        kind: of figure, as in `Catalogue.figure`; or "text", "name" (shortened), "hash", "key", "json",
+            "failures_by_site", "code:SECTION"; a trailing "?" puts "at most" in front where the site fell silent.
         absent: key of the text where there is nothing, and `zero` where there is a 0.
         is_named: the heading is a name of the report, not a key.
     """
@@ -138,7 +139,9 @@ class Words:
     def spent(self, site: str, at: str, kind: str = "epsilon") -> Markup:
         """A figure of a site's charges; "at most" where it fell silent."""
         figure = self.figure(f"{site}/{at}", kind)
-        return self.text("word.at_most", figure=figure) if self.at(f"{site}/spent/upper_bound") else figure
+        if not self.at(f"{site}/spent/upper_bound"):
+            return figure
+        return Markup("<span>{}</span>").format(self.text("word.at_most", figure=figure))
 
     def cell(self, row: str, column: Column) -> Markup:
         """What a table shows of the row at a pointer."""
@@ -148,7 +151,7 @@ class Words:
         pointer = f"{start}/{at[3 * parents :]}"
         kind = column.kind.removesuffix("?")
         found = self._find(pointer)
-        if found is _ABSENT or (found is None and column.absent != "word.unknown"):
+        if found is _ABSENT or (found is None and kind not in _SAYING_WHY):
             return self.text(column.absent)
         if column.zero and found == 0:
             return self.text(column.zero)
@@ -170,9 +173,7 @@ class Words:
             case ["yes_no"]:
                 return self.text("word.yes" if value else "word.no")
             case ["json"]:
-                return Markup("<code>{}</code>").format(json.dumps(value, sort_keys=True, separators=(",", ":")))
-            case ["names"]:
-                return Markup("{}").format(", ".join(value))
+                return Markup("<code>{}</code>").format(json.dumps(value, separators=(",", ":")))
             case ["failures_by_site"]:
                 return Markup(", ").join(
                     Markup("{}: {}").format(site, self.code("refusal", why)) for site, why in value.items()
