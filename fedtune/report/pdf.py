@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError
 
-_EARLIEST = "315532800"  # 1 January 1980, for fonts that would otherwise note when they were put in
-
 
 def write(html: str, path: Path) -> None:
-    """Write `html`, a page of `page.render`, as tagged PDF; equal pages give equal files on one machine.
+    """Write `html`, a page of `page.render`, to the file `path`, as `made` makes it."""
+    write_durably(path, made(html))
 
-    Nothing is fetched: a page that names anything outside itself is made without it.
+
+def made(html: str) -> bytes:
+    """`html`, a page of `page.render`, as tagged PDF; equal pages give equal bytes on one machine.
+
+    Nothing is fetched: what a page names outside itself is left out.
 
     Raises:
-        ConfigError: WeasyPrint is not installed, or its libraries (Pango) are missing.
+        ConfigError: WeasyPrint is not installed, or a library of the system that it needs.
     """
     weasyprint = _weasyprint()
     # A class made here, since its base may be missing.
     refusing = type("Refusing", (weasyprint.urls.URLFetcher,), {"fetch": _refuse})
-    with _without_dates():
-        made = weasyprint.HTML(string=html, base_url=None, url_fetcher=refusing()).write_pdf(
-            pdf_identifier=hashlib.sha256(html.encode()).digest()[:16], pdf_tags=True
-        )
-    write_durably(path, made)
+    document = weasyprint.HTML(string=html, base_url=None, url_fetcher=refusing())
+    identifier = hashlib.sha256(html.encode()).digest()[:16]
+    return bytes(document.write_pdf(pdf_identifier=identifier, pdf_tags=True))
 
 
 def _weasyprint() -> Any:
@@ -47,15 +45,3 @@ def _weasyprint() -> Any:
 
 def _refuse(_: object, url: str, *__: object, **___: object) -> None:
     raise ValueError(f"a report needs nothing from outside, and not {url}")
-
-
-@contextmanager
-def _without_dates() -> Iterator[None]:
-    """While fonts are put in: they note the time, unless this variable tells another one."""
-    before = os.environ.get("SOURCE_DATE_EPOCH")
-    os.environ["SOURCE_DATE_EPOCH"] = before or _EARLIEST
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["SOURCE_DATE_EPOCH"]

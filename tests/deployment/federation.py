@@ -138,6 +138,16 @@ class SiteFolder:
             self.wait_until_up()
         return self.process
 
+    @property
+    def is_up(self) -> bool:
+        """Whether its process runs."""
+        return self.process is not None and self.process.code is None
+
+    def stop(self) -> None:
+        """End it, if it runs."""
+        if self.process is not None:
+            self.process.stop()
+
     def wait_until_up(self) -> None:
         self.up.wait_for_text("the site is up")
 

@@ -78,20 +78,6 @@ def test_a_run_waits_for_approval_and_then_goes_on(
     assert "No run waits for approval" in federation.do("site", "approve", *site.own).out
 
 
-def test_a_paused_site_takes_part_in_nothing_until_it_goes_on(federation: Federation) -> None:
-    site = federation.sites["north"]
-    federation.do("site", "pause", "--kit", str(site.kit))
-    lead = federation.lead("paused", *settings("federation.num_rounds=1"))
-    wait_for(lambda: site.answered("paused", "paused"), seconds=RUN_S, what="north to pause", needs=lead)
-    assert not site.events("paused", "plan")
-    assert lead.code is None
-    federation.do("site", "resume", "--kit", str(site.kit))
-    assert lead.end() == 0, lead.text
-    assert federation.result("paused")["rounds"][0]["sites"] == list(SITES)
-    check_books(federation, "paused")
-    check_average(federation, "paused")
-
-
 def test_a_run_is_looked_at_stopped_and_resumed(federation: Federation) -> None:
     site, run = federation.sites["south"], "stopped"
     folder = federation.run_folder(run)
@@ -121,25 +107,31 @@ def test_a_run_is_looked_at_stopped_and_resumed(federation: Federation) -> None:
     check_average(federation, run)
 
 
-def test_a_run_that_is_stopped_for_good_ends_at_every_site(federation: Federation) -> None:
-    site, run = federation.sites["south"], "given-up"
+def test_a_paused_site_takes_part_in_nothing_and_a_run_that_is_stopped_for_good_ends_everywhere(
+    federation: Federation,
+) -> None:
+    paused, held, run = federation.sites["north"], federation.sites["south"], "given-up"
     folder = federation.run_folder(run)
-    site.hold(True)
+    held.hold(True)
+    federation.do("site", "pause", "--kit", str(paused.kit))
     lead = federation.lead(run)
-    site.wait_for(run, "reserve", round=1, lead=lead)
+    held.wait_for(run, "reserve", round=1, lead=lead)
+    wait_for(lambda: paused.answered("paused", run), seconds=RUN_S, what="north to pause", needs=lead)
+    assert not paused.events(run, "plan")
+    federation.do("site", "resume", "--kit", str(paused.kit))
+    paused.wait_for(run, "commit", round=1, lead=lead)
     federation.do("run", "stop", str(folder))
     assert lead.end(seconds=60) == 1
-    site.hold(False)
-    for each in federation.sites.values():
-        each.wait_for(run, "commit", round=1)
-        assert each.notes(run) == []
+    held.hold(False)
+    held.wait_for(run, "commit", round=1)
+    assert [site.notes(run) for site in federation.sites.values()] == [[], []]
     words = ["run", "stop", str(folder), "--for-good", "--kit", str(federation.lead_kit)]
     end = federation.run("lead-end", LEAD, [*FEDTUNE, *words])
     assert end.end() == 0, end.text
     assert sorted(end.text.partition("Told that it is over: ")[2].strip().rstrip(".").split(", ")) == list(SITES)
-    for each in federation.sites.values():
-        assert each.notes(run) == ["run_ended"]
-        history = each.verified().history
+    for site in federation.sites.values():
+        assert site.notes(run) == ["run_ended"]
+        history = site.verified().history
         (name,) = (name for name in history.runs if name.startswith(f"{run}-"))
         assert history.runs[name].charged_rounds == 1
         assert not history.runs[name].set_aside(history.now())
@@ -151,8 +143,5 @@ def test_a_site_that_leaves_ends_by_itself(federation: Federation) -> None:
     assert "north has left banks" in outcome.out
     assert site.up.end(seconds=60) == 0
     assert site.up.lines("the site is down")
-    again = site.start(wait=False)
-    assert again.end(seconds=120) == 1
-    assert "this site has left the federation" in again.text
     assert federation.sites["south"].up.code is None
     assert site.verified().events

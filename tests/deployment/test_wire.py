@@ -1,7 +1,7 @@
 """What leaves a site, byte by byte, and what of the lead's a site never takes in.
 
 Between one site and the server stands a proxy that ends TLS and writes down every request of the site: over an update,
-a round that fails with a record's text in the exception, a refusal, a pause, a bad record, and the ends of two runs.
+a round that fails with a record's text in the exception, a refusal, a pause, a broken file, and the end of a run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .federation import Federation
 from .foreign_bundle import bundle
 from .outbound import CALLS, announced_ids, kind_of, leaves_of, messages_of, numbers_in, objects_of, texts_in
 from .processes import environment
-from .wire import COUNT, EXCEPTION, FIRST, PLANTED, SECOND, SITES, Wire, record
+from .wire import COUNT, EXCEPTION, PLANTED, RUN, SITES, Wire, record
 
 HEADERS = {
     *("accept", "accept-encoding", "connection", "content-length", "content-type", "host", "user-agent"),
@@ -44,14 +44,14 @@ HEADERS = {
 }
 NOT_WORDS = {"content-length", "flwr-public-key", "flwr-signature", "flwr-timestamp"}
 ANSWERS = [
-    (FIRST, 1, "update"),
-    (FIRST, 2, "site_error"),
-    (FIRST, 3, "max_local_steps"),
-    (FIRST, 0, "end"),
-    (SECOND, 1, "paused"),
-    (SECOND, 1, "site_error"),
-    (SECOND, 0, "end"),
+    (1, "update"),
+    (2, "site_error"),
+    (3, "max_local_steps"),
+    (4, "paused"),
+    (4, "site_error"),
+    (0, "end"),
 ]
+"""North's, by rounds."""
 
 
 @pytest.fixture(scope="module")
@@ -108,30 +108,31 @@ def test_the_answers_are_fedtune_s_own_types(wire: Wire) -> None:
     ]
 
 
-def checked_answer(content: Any) -> tuple[str, int, str]:
-    """(run, round, what) of an answer, whose every field is one of a release type's."""
+def checked_answer(content: Any) -> tuple[int, str]:
+    """(round, what) of an answer, whose every field is one of a release type's."""
     (config,) = content.config_records.values()
     assert list(config) == ["json"]
     said = json.loads(config["json"])
     if records.RECEIPT in content:
         assert set(content) == {records.RECEIPT}
         assert set(said) == names_of(Receipt)
-        return said["run"].rpartition("-")[0], 0, "end"
+        assert said["run"].startswith(f"{RUN}-")
+        return 0, "end"
     assert set(said["receipt"]) == names_of(Receipt)
     reply = records.to_reply(unpacked(content))
     assert reply.receipt is not None
     assert reply.receipt.is_signed()
     body = reply.body
-    run = body.run.rpartition("-")[0]
+    assert body.run.startswith(f"{RUN}-")
     if isinstance(body, Update):
         assert set(content) == {records.REPLY, records.ARRAYS}
         assert set(said) - {"kind", "receipt"} == names_of(Update) - {"tensors"}
         assert said["scores"] is None
-        return run, body.round, "update"
+        return body.round, "update"
     assert set(content) == {records.REPLY}
     assert set(said) - {"kind", "receipt"} == names_of(Refusal)
     assert body.reason is Reason.MAX_LOCAL_STEPS or (body.asked, body.allowed) == (None, None)
-    return run, body.round, body.reason.value
+    return body.round, body.reason.value
 
 
 def test_the_update_on_the_wire_is_the_one_that_the_ledger_stored(wire: Wire) -> None:
@@ -214,22 +215,14 @@ def test_no_log_or_file_elsewhere_holds_a_record(wire: Wire) -> None:
             assert PLANTED.split()[0].encode() not in content, path
 
 
-def test_the_books_of_both_runs(wire: Wire) -> None:
-    federation = wire.federation
-    check_books(federation, FIRST)
-    check_average(federation, FIRST)
-    first = federation.result(FIRST)
-    assert [result["failed_sites"] for result in first["rounds"]] == [
-        {},
-        {"north": "site_error"},
-        {"north": "max_local_steps"},
-    ]
-    # The round that failed had begun, and is charged.
-    assert first["privacy"]["sites"]["north"]["rounds"] == 2
-    check_books(federation, SECOND)
-    assert federation.result(SECOND)["rounds"][0]["failed_sites"] == {"north": "site_error"}
-    # It is charged before a record is read.
-    assert federation.result(SECOND)["privacy"]["sites"]["north"]["rounds"] == 1
+def test_the_books_of_the_run(wire: Wire) -> None:
+    check_books(wire.federation, RUN)
+    check_average(wire.federation, RUN)
+    result = wire.federation.result(RUN)
+    failed = [round["failed_sites"].get("north", "update") for round in result["rounds"]]
+    assert failed == ["update", "site_error", "max_local_steps", "site_error"]
+    # The rounds that failed had begun, and are charged: before a record is read.
+    assert result["privacy"]["sites"]["north"]["rounds"] == 3
 
 
 def test_a_foreign_bundle_is_not_run_installed_or_even_fetched(wire: Wire, tmp_path: Path) -> None:
@@ -237,7 +230,7 @@ def test_a_foreign_bundle_is_not_run_installed_or_even_fetched(wire: Wire, tmp_p
     flower = wire.federation.folder / "flower"
     assert not [path for path in flower.rglob("*") if path.is_file()]
     # Fedtune's own code answered the run that came with it.
-    assert wire.federation.result(FIRST)["rounds"][0]["sites"] == list(SITES)
+    assert wire.federation.result(RUN)["rounds"][0]["sites"] == list(SITES)
     # Had anybody imported it, there would be a mark.
     with zipfile.ZipFile(BytesIO(bundle(str(wire.mark)))) as archive:
         archive.extractall(tmp_path)

@@ -1,4 +1,4 @@
-"""Two runs with a proxy before one site, which fails, refuses and is paused, and with a foreign bundle."""
+"""A run with a proxy before one site, which fails, refuses and is paused in it, and with a foreign bundle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COUNT = 137
 """The true number of north's records; it appears nowhere else."""
 PLANTED = "zebra-quartz-4711 owes the hospital money"
 EXCEPTION = f"could not read {PLANTED!r} out of a cell"
-FIRST, SECOND = "first", "second"
+RUN = "wire"
 _PROBE = """
 import json, ssl, sys, httpx
 server, ca, certificate, key, *paths = sys.argv[1:]
@@ -40,7 +40,7 @@ with httpx.Client(verify=context, timeout=30) as client:
 
 @dataclass
 class Wire:
-    """A federation after the two runs, and what north sent meanwhile.
+    """A federation after the run, and what north sent meanwhile.
 
     Attributes:
         mark: file that a foreign bundle would have written.
@@ -62,61 +62,59 @@ class Wire:
 
 
 def record(federation: Federation, mark: Path) -> Wire:
-    """Do both runs."""
+    """Do the run."""
     north, south = (federation.sites[name] for name in SITES)
     few = [*dealt(SITES)["north"][: COUNT - 1], Record({"text": PLANTED, "label": "age_limit"})]
     write_records(north.folder / "questions.csv", few)
     recorded = federation.folder / "recorded.jsonl"
     _start_proxy(federation, north, recorded)
     federation.start(held=True)
-    _run_first(federation, mark)
-    _run_second(federation)
+    _run(federation, mark)
     for site in (north, south):
         site.up.ask_to_end()
         assert site.up.end(seconds=60) == 0
     return Wire(federation, north, read_calls(recorded), mark)
 
 
-def _run_first(federation: Federation, mark: Path) -> None:
-    """An update, a failure and a refusal of north's, while south answers each of three rounds."""
+def _run(federation: Federation, mark: Path) -> None:
+    """North sends an update, fails, refuses, pauses and meets a broken file, while south answers each of four rounds."""
     north, south = (federation.sites[name] for name in SITES)
     policy = read_policy(north.site_toml)
     south.hold(True)
     lead = federation.lead(
-        FIRST,
-        *settings("federation.num_rounds=3", "federation.min_sites=1"),
+        RUN,
+        *settings("federation.num_rounds=4", "federation.min_sites=1"),
         program=[sys.executable, str(HERE / "foreign_bundle.py"), str(mark)],
     )
-    north.wait_for(FIRST, "commit", round=1, lead=lead)
+
+    def answered(what: str) -> None:
+        wait_for(lambda: north.answered(what, RUN), seconds=RUN_S, what=f"north's {what}", needs=lead)
+
+    answered("update")
     (north.folder / "fail").write_text(EXCEPTION)
     _next_round(south, 1, lead=lead)
-    wait_for(lambda: north.answered("site_error", FIRST), seconds=RUN_S, what="north to fail", needs=lead)
+    answered("site_error")
     (north.folder / "fail").unlink()
     write_policy(replace(policy, limits=replace(policy.limits, max_local_steps=1)), north.site_toml)
     _next_round(south, 2, lead=lead)
-    south.hold(False)
-    assert lead.end() == 0, lead.text
+    answered("max_local_steps")
     write_policy(policy, north.site_toml)
+    with (north.folder / "questions.csv").open("ab") as file:
+        file.write(PLANTED.encode() + b"\xff,age_limit\n")
+    federation.do("site", "pause", "--kit", str(north.kit))
+    _next_round(south, 3, lead=lead)
+    answered("paused")
+    south.hold(False)
+    federation.do("site", "resume", "--kit", str(north.kit))
+    assert lead.end() == 0, lead.text
 
 
 def _next_round(site: SiteFolder, round: int, *, lead: Process) -> None:
     """Let a site that is held up finish its round, and hold it up again in the next."""
-    site.wait_for(FIRST, "reserve", round=round, lead=lead)
+    site.wait_for(RUN, "reserve", round=round, lead=lead)
     site.hold(False)
-    site.wait_for(FIRST, "commit", round=round, lead=lead)
+    site.wait_for(RUN, "commit", round=round, lead=lead)
     site.hold(True)
-
-
-def _run_second(federation: Federation) -> None:
-    """A run that finds north paused, and then with a file that is no text."""
-    north = federation.sites["north"]
-    with (north.folder / "questions.csv").open("ab") as file:
-        file.write(PLANTED.encode() + b"\xff,age_limit\n")
-    federation.do("site", "pause", "--kit", str(north.kit))
-    lead = federation.lead(SECOND, *settings("federation.num_rounds=1", "federation.min_sites=1"))
-    wait_for(lambda: north.answered("paused", SECOND), seconds=RUN_S, what="north to answer in its pause", needs=lead)
-    federation.do("site", "resume", "--kit", str(north.kit))
-    assert lead.end() == 0, lead.text
 
 
 def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> None:

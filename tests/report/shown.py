@@ -1,0 +1,230 @@
+"""Pages of reports in many situations, and their elements, for the tests that look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from typing import Any
+
+from fedtune.report import assumptions, cells, codes
+from fedtune.report.model import Assumption, Report
+from fedtune.report.site_model import Cap, Release, Spent, Step, Verdict
+
+Make = Callable[..., Report]
+
+HOSTILE = "<script>alert(1)</script>\"'&{x}{{y}}</style>]]>$\\frac{1}$"
+"""A name that no policy would allow, but a file may hold."""
+LONG = "university-hospital-of-the-northern-region-cardiology-and-internal-medicine-of-the-year-2026-abcdefgh"
+
+
+def filled(report: Report, **changes: Any) -> Report:
+    """The report with every kind of code, field and assumption, as a real one has them."""
+    known = {
+        "unit": "record",
+        "dataset": "letters",
+        "declared_sizes": "north-hospital: 1200, south-hospital: 800",
+        "runtime": "simulation",
+        "released": "updates, aggregates",
+        "date": "2026-03-01T09:30:00+00:00",
+        "raw_records_leave_site": "no",
+        "trained_parameters": "73728",
+        "epsilon": "1.105",
+        "delta": "1e-05",
+        "scores_final": "accuracy 0.7500, loss 0.6000",
+        "base_model_sha256": "34" * 32,
+        "libraries": "torch 2.8.0, dp-accounting 0.6.0",
+        "known_limits": "outside_training, several_records",
+        "technologies_on": "federated_learning, differential_privacy",
+        "verdict": report.verdict.state,
+    }
+    supposed = (
+        Assumption(code="units_at_one_site_only", status="violated", evidence="north-hospital"),
+        Assumption(code="clipping_but_for_rounding", status="assumed", evidence="docs/threat_model.md"),
+        Assumption(code="one_record_is_one_unit", status="assumed", evidence="unit=record"),
+        Assumption(code="sites_run_their_own_software", status="asserted", evidence="tests/deployment"),
+        *(
+            Assumption(code=code, status="verified", evidence="tests/training/test_dp_step.py")
+            for code in assumptions.CODES[:9]
+        ),
+    )
+    fields: dict[str, Any] = {
+        "cells": cells.rows(known),
+        "not_protected": codes.NOT_PROTECTED,
+        "unprotected_figures": codes.UNPROTECTED_FIGURES,
+        "covers": codes.COVERS[:3],
+        "leaves_out": codes.LEAVES_OUT,
+        "released": codes.RELEASED,
+        "assumptions": supposed,
+    }
+    return replace(report, **{**fields, **changes})
+
+
+def situations(a_report: Make, a_report_without_privacy: Make, a_ledger_report: Make) -> dict[str, Report]:
+    """The situations whose page 1 is kept as golden text."""
+    run = a_report()
+    north, south = run.sites
+    exceeded = Verdict(state="exceeded", reasons=("above_target",))
+    seeded = Verdict(state="no_guarantee", reasons=("seeded_noise",))
+    silent = Verdict(state="within", reasons=("site_silent",))
+    unreleased = replace(
+        south, source="not_released", spent=None, meaning=None, mechanisms=(), curve=(), steps=(), releases=()
+    )
+    return {
+        "within": filled(run),
+        "exceeded": filled(run, target_epsilon=1.0, verdict=exceeded, sites=(replace(north, verdict=exceeded), south)),
+        "no_guarantee": filled(
+            run,
+            seeded_noise=True,
+            randomness="seeded",
+            verdict=seeded,
+            sites=tuple(replace(site, verdict=seeded, meaning=None) for site in run.sites),
+        ),
+        "unbounded": filled(a_report_without_privacy(verdict=Verdict(state="no_guarantee", reasons=("no_noise",)))),
+        "upper_bound": filled(
+            run,
+            verdict=silent,
+            sites=(replace(north, verdict=silent, spent=_silent(north.spent), source="not_released"), south),
+        ),
+        "not_released": filled(run, sites=(north, unreleased)),
+        "ledger": filled(a_ledger_report()),
+    }
+
+
+def _silent(spent: Spent | None) -> Spent:
+    assert spent is not None
+    return replace(spent, upper_bound=True)
+
+
+def wide_run(a_report: Make) -> Report:
+    """Ten sites, some with long or strange names, and sixty rounds."""
+    run = a_report()
+    names = (LONG, HOSTILE, "_underscore", "klinikum-süd", "病院", "f", "g", "h", "i", "j")
+    last = run.sites[0].steps[-1]
+    steps = tuple(replace(last, round=number, epsilon=1.105 * number / 60) for number in range(1, 61))
+    sites = tuple(replace(run.sites[0], site=name, steps=steps) for name in names)
+    assert run.utility is not None
+    rounds = tuple(
+        replace(run.utility.rounds[0], round=number, failed_sites={HOSTILE: "max_epsilon"} if number % 7 == 0 else {})
+        for number in range(1, 61)
+    )
+    utility = replace(run.utility, rounds=rounds, non_private={"accuracy": 0.9})
+    exceeded = Verdict(state="exceeded", reasons=("above_target", "above_run_cap"))
+    sites = (*sites[:-1], replace(sites[-1], verdict=exceeded))
+    return filled(run, name=LONG, sites=sites, utility=utility, verdict=exceeded)
+
+
+def wide_ledger(a_ledger_report: Make, *, runs: int = 500) -> Report:
+    """Many runs in one ledger, with limits that changed."""
+    report = a_ledger_report()
+    (site,) = report.sites
+    assert site.lifetime is not None
+
+    def many(items: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(replace(items[n % len(items)], run=f"run-{n:04d}-0123456789abcdef") for n in range(runs))
+
+    steps = tuple(
+        Step(
+            run=f"run-{n:04d}", round=None, time=f"{2020 + n // 100}-03-01T08:00:00+00:00", epsilon=2.0 * (n + 1) / runs
+        )
+        for n in range(runs)
+    )
+    lifetime = replace(
+        site.lifetime,
+        runs=many(site.lifetime.runs),
+        caps=tuple(Cap(time=f"{2020 + n}-01-01T08:00:00+00:00", max_epsilon=4.0 + n) for n in range(3)),
+        with_set_aside=2.5,
+    )
+    refusal = Release(
+        kind="refusal", run=HOSTILE, reason="max_epsilon", count=12345, first=None, last="2026-02-01T08:00:00+00:00"
+    )
+    wide = replace(
+        site,
+        site=HOSTILE,
+        lifetime=lifetime,
+        steps=steps,
+        mechanisms=many(site.mechanisms),
+        releases=(*many(site.releases), refusal),
+    )
+    return filled(report, name=HOSTILE, sites=(wide,))
+
+
+def all_pages(a_report: Make, a_report_without_privacy: Make, a_ledger_report: Make) -> dict[str, Report]:
+    """All situations, and the wide ones."""
+    found = situations(a_report, a_report_without_privacy, a_ledger_report)
+    return found | {"wide_run": wide_run(a_report), "wide_ledger": wide_ledger(a_ledger_report)}
+
+
+@dataclass
+class Element:
+    """A tag with what is in it; text is a child, too."""
+
+    tag: str
+    attributes: dict[str, str]
+    children: list[Element | str] = field(default_factory=list)
+
+    def walk(self) -> Iterator[Element]:
+        """This one, and all within it."""
+        yield self
+        for child in self.children:
+            if isinstance(child, Element):
+                yield from child.walk()
+
+    def all(self, tag: str = "", **attributes: str) -> list[Element]:
+        """Those with a tag and attributes (`_` for `-`)."""
+        wanted = {name.replace("_", "-"): value for name, value in attributes.items()}
+        return [
+            one
+            for one in self.walk()
+            if (not tag or one.tag == tag) and all(one.attributes.get(name) == value for name, value in wanted.items())
+        ]
+
+    @property
+    def text(self) -> str:
+        """All text within, as it is written."""
+        return "".join(child if isinstance(child, str) else child.text for child in self.children)
+
+    def texts(self, *, without: tuple[str, ...]) -> Iterator[str]:
+        """Pieces of text that are not within an element of these tags."""
+        for child in self.children:
+            if isinstance(child, str):
+                yield child
+            elif child.tag not in without:
+                yield from child.texts(without=without)
+
+
+class _Parser(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = [Element("", {})]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = Element(tag, {name: value or "" for name, value in attrs})
+        self.open[-1].children.append(element)
+        if tag not in {"meta", "link", "br", "img"}:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open[-1].children.append(Element(tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop().tag == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].children.append(data)
+
+
+def parsed(html: str) -> Element:
+    """The page's elements; every tag that is opened is closed."""
+    parser = _Parser()
+    parser.feed(html)
+    parser.close()
+    assert len(parser.open) == 1
+    return parser.open[0]
+
+
+def lookup(data: Any, pointer: str) -> Any:
+    """What a JSON pointer names."""
+    for part in pointer.split("/")[1:]:
+        data = data[int(part)] if isinstance(data, list) else data[part.replace("~1", "/").replace("~0", "~")]
+    return data

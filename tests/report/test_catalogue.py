@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedtune.report
+from fedtune.privacy.policy_tables import PERIODS
+from fedtune.privacy.release import Reason
+from fedtune.report import assumptions, cells, codes, page_one
+from fedtune.report.catalogue import LANGUAGES, catalogue
+from fedtune.report.model import Assumption, Cell, Report
+from fedtune.report.site_model import SiteReport, Verdict
+from fedtune.spec import ConfigError
+
+PACKAGE = Path(fedtune.report.__file__).parent
+TEXTS = {path.stem: tomllib.loads(path.read_text()) for path in (PACKAGE / "texts").glob("*.toml")}
+KEYS = {(section, key) for section, texts in TEXTS["en"].items() for key in texts}
+
+STATES = get_args(get_type_hints(Verdict)["state"])
+SEEN = {
+    code
+    for table in (page_one._SEES, page_one._WITHOUT_NOISE, page_one._WITH_A_SEED)
+    for who, sees in table.items()
+    for code in (who, *sees)
+}
+CODES: dict[str, set[str]] = {
+    "kind": set(get_args(get_type_hints(Report)["kind"])),
+    "state": set(STATES),
+    "reason": set(codes.VERDICT_REASONS),
+    "released": set(codes.RELEASED),
+    "covers": set(codes.COVERS),
+    "leaves_out": set(codes.LEAVES_OUT),
+    "not_protected": set(codes.NOT_PROTECTED),
+    "unprotected_figure": set(codes.UNPROTECTED_FIGURES),
+    "randomness": set(codes.RANDOMNESS),
+    "release": set(codes.RELEASE_KINDS),
+    "refusal": {str(reason) for reason in Reason} | set(codes.RELEASE_REASONS),
+    "sampling": set(codes.SAMPLING),
+    "run_state": set(codes.RUN_STATES),
+    "source": set(get_args(get_type_hints(SiteReport)["source"])),
+    "status": set(get_args(get_type_hints(Assumption)["status"])),
+    "assumption": set(assumptions.CODES),
+    "field": {row.code for row in cells.ROWS},
+    "fact": {name for row in cells.ROWS for name in (*row.facts, *row.of_the_site)},
+    "period": set(PERIODS),
+    "unit": {"record", "user"},
+    "relation": {"add_or_remove_one"},
+}
+"""Every code that a report may hold, by the section that has words for it."""
+
+
+def sources() -> Iterator[str]:
+    for path in [*PACKAGE.glob("*.py"), *PACKAGE.glob("templates/*.j2")]:
+        yield path.read_text()
+
+
+def test_every_language_has_its_file() -> None:
+    assert set(TEXTS) == set(LANGUAGES)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_languages_have_the_same_keys_and_placeholders(language: str) -> None:
+    other = {(section, key) for section, texts in TEXTS[language].items() for key in texts}
+    assert other == KEYS
+    for section, key in KEYS:
+        found = [sorted(re.findall(r"\{\w*\}", TEXTS[one][section][key])) for one in ("en", language)]
+        assert found[0] == found[1], (section, key)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("section", CODES)
+def test_every_code_of_a_report_has_words(language: str, section: str) -> None:
+    assert set(TEXTS[language][section]) >= CODES[section]
+
+
+def test_no_text_is_left_over() -> None:
+    written = "\n".join(sources())
+    whole = {(section, key) for section, key in re.findall(r'"(\w+)\.(\w+)"', written)}
+    # Keys that are put together: "chart." ~ code, and the like.
+    charts = {"epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost"}
+    whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
+    whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "charts.py").read_text())}
+    whole |= {("verdict", f"{state}_{kind}") for state in STATES for kind in CODES["kind"]}
+    whole |= {("access", key) for key in (*SEEN, *page_one.COLUMNS)}
+    whole |= {("strength", band + end) for band in ("strong", "reasonable", "weak") for end in ("", "_range")}
+    whole |= {("strength", "none")} | {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_")}
+    whole |= {("meaning", key + end) for key in ("ceiling", "mechanism") for end in ("", "_note")}
+    whole |= {("language", f"month_{number}") for number in range(1, 13)}
+    whole |= {("language", key) for key in ("decimal", "group", "day", "moment")}
+    whole |= {("cells", state + end) for state in get_args(get_type_hints(Cell)["state"]) for end in ("", "_means")}
+    whole |= {(section, code) for section, known in CODES.items() for code in known}
+    templates = "\n".join(path.read_text() for path in PACKAGE.glob("templates/*.j2"))
+    for section in ("formulae", "provenance", "sign_off", "utility", "page", "word", "cells", "ledger"):
+        whole |= {(section, key) for key in re.findall(r'"(\w+)"', templates + (PACKAGE / "catalogue.py").read_text())}
+    whole |= {(section, "heading") for section in re.findall(r'"(\w+)"', templates)}
+    whole |= {("value", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "facts.py").read_text())}
+    assert KEYS - whole == set()
+
+
+def test_every_key_that_is_used_is_there() -> None:
+    for text in sources():
+        for section, key in re.findall(r'(?:\bt|\.text|heading=|absent=|zero=)\(?"(\w+)\.(\w+)"', text):
+            assert (section, key) in KEYS
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_nothing_claims_what_only_people_can(language: str) -> None:
+    for section, texts in TEXTS[language].items():
+        for key, text in texts.items():
+            assert not re.search("anonym|complian|konform|impossible|unmöglich|✓|✔|guaranteed safe", text, re.I), (
+                section,
+                key,
+            )
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "english", "german"),
+    [
+        ("epsilon", 1.2341, "1.235", "1,235"),
+        ("epsilon", 0.0, "0.000", "0,000"),
+        ("epsilon", None, "unbounded", "unbegrenzt"),
+        ("epsilon", float("inf"), "unbounded", "unbegrenzt"),
+        ("left", 1.2349, "1.234", "1,234"),
+        ("left", None, "no limit set", "keine Obergrenze"),
+        ("cap", 8.0, "8", "8"),
+        ("cap", 0.5, "0.5", "0,5"),
+        ("cap", None, "no limit set", "keine Obergrenze"),
+        ("exact", 1e-05, "0.00001", "0,00001"),
+        ("exact", 1e-07, "0.0000001", "0,0000001"),
+        ("exact", 1.5e-10, "1.5 × 10⁻¹⁰", "1,5 × 10⁻¹⁰"),
+        ("number", 0.0333333333, "0.0333333", "0,0333333"),
+        ("number", 12345.0, "12,345", "12.345"),
+        ("failures", 230 * 1e-05, "0.0023", "0,0023"),
+        ("failures", 0.01201, "0.013", "0,013"),
+        ("failures", 0.0, "0", "0"),
+        ("score", 0.75, "0.7500", "0,7500"),
+        ("score", None, "not known", "nicht bekannt"),
+        ("count", 1234567, "1,234,567", "1.234.567"),
+        ("of_100", 75.11, "76", "76"),
+        ("of_100", 50.0, "50", "50"),
+        ("of_100", 99.97, "100", "100"),
+        ("of_100_fine", 99.9712, "99.98", "99,98"),
+        ("percent", 0.999665, "99.97 %", "99,97 %"),
+        ("percent", 0.01, "1 %", "1 %"),
+        ("seconds", 2.54, "2.5", "2,5"),
+        ("bytes", 0, "0 B", "0 B"),
+        ("bytes", 40000, "40 kB", "40 kB"),
+        ("bytes", 123456789, "123 MB", "123 MB"),
+        ("length", ["a", "b"], "2", "2"),
+        ("day", "2026-03-01T09:30:00+01:00", "1 March 2026", "1. März 2026"),
+        ("moment", "2026-03-01T09:30:00+01:00", "1 March 2026, 08:30 UTC", "1. März 2026, 08:30 Uhr UTC"),
+        ("moment", "2026-03-01T09:30:00", "1 March 2026, 09:30 UTC", "1. März 2026, 09:30 Uhr UTC"),
+        ("moment", "yesterday", "yesterday", "yesterday"),
+    ],
+)
+def test_figures_in_both_languages(kind: str, value: object, english: str, german: str) -> None:
+    assert catalogue("en").figure(value, kind) == english
+    assert catalogue("de").figure(value, kind) == german
+
+
+@given(st.floats(min_value=0, max_value=1e300))
+def test_a_loss_is_never_rounded_down_nor_what_is_left_up(value: float) -> None:
+    def read(text: str) -> float:
+        return float(text.replace(".", "").replace(",", "."))
+
+    german = catalogue("de")
+    assert read(german.figure(value, "epsilon")) >= value
+    assert read(german.figure(value, "left")) <= value
+    assert read(german.figure(value, "of_100")) >= value
+
+
+@given(
+    st.sampled_from(["exact", "number", "failures", "score", "of_100_fine", "percent", "seconds", "bytes", "left"]),
+    st.floats(allow_nan=False),
+)
+def test_any_float_can_be_shown(kind: str, value: float) -> None:
+    assert catalogue("en").figure(value if kind != "bytes" else abs(value), kind)
+
+
+def test_values_are_escaped_and_not_formatted_again() -> None:
+    text = catalogue("en").text("page.title", name="<b>{digest}</b>")
+    assert text == "Privacy report: &lt;b&gt;{digest}&lt;/b&gt;"
+
+
+def test_a_code_of_a_later_version_stays_as_it_is() -> None:
+    assert catalogue("en").code("reason", "<new>") == "<code>&lt;new&gt;</code>"
+    assert catalogue("de").code("reason", "no_noise").startswith("Es wurde kein Rauschen")
+
+
+def test_lists_read_as_a_sentence() -> None:
+    words = catalogue("en")
+    assert (
+        words.listed("unprotected_figure", ["times", "bytes", "declared_sizes"]) == "times, traffic and declared sizes"
+    )
+    assert words.listed("unprotected_figure", ["times"]) == "times"
+    assert words.listed("unprotected_figure", []) == "none"
+
+
+def test_another_language_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"report\.language = 'fr': must be one of en, de"):
+        catalogue("fr")
