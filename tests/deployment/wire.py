@@ -77,7 +77,7 @@ def record(federation: Federation, mark: Path) -> Wire:
 
 
 def _run(federation: Federation, mark: Path) -> None:
-    """North sends an update, fails, refuses, pauses and meets a broken file, while south answers each of four rounds."""
+    """North sends an update, fails, refuses, pauses and meets a broken file, while south answers all four rounds."""
     north, south = (federation.sites[name] for name in SITES)
     policy = read_policy(north.site_toml)
     south.hold(True)

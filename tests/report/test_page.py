@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.report import page, signing
+from fedtune.report.catalogue import LANGUAGES, catalogue
+from fedtune.report.model import Report, to_json
+from fedtune.report.words import MOST_ROWS, Words, pointer
+from fedtune.spec import ConfigError
+
+from .shown import HOSTILE, Element, Make, all_pages, filled, lookup, parsed, situations, wide_ledger
+
+GOLDEN = Path(__file__).parent / "golden_pages"
+NAMES = (
+    "within",
+    "exceeded",
+    "no_guarantee",
+    "unbounded",
+    "upper_bound",
+    "not_released",
+    "ledger",
+    "wide_run",
+    "wide_ledger",
+)
+
+
+@pytest.fixture
+def reports(a_report: Make, a_report_without_privacy: Make, a_ledger_report: Make) -> dict[str, Report]:
+    return all_pages(a_report, a_report_without_privacy, a_ledger_report)
+
+
+@pytest.fixture(params=LANGUAGES)
+def language(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=NAMES)
+def shown(request: pytest.FixtureRequest, reports: dict[str, Report], language: str) -> tuple[Report, str]:
+    report = reports[request.param]
+    return report, page.render(report, language=language)
+
+
+def main(html: str) -> Element:
+    (found,) = parsed(html).all("main")
+    return found
+
+
+def words_of(element: Element) -> str:
+    return " ".join(element.text.split())
+
+
+def test_every_figure_is_in_the_json(shown: tuple[Report, str], language: str) -> None:
+    report, html = shown
+    data, figures = json.loads(json.dumps(to_json(report))), main(html).all("data")
+    assert len(figures) > 40
+    for figure in figures:
+        found = lookup(data, figure.attributes["data-at"])
+        assert json.loads(figure.attributes["value"]) == found
+        assert figure.text == catalogue(language).figure(found, figure.attributes["data-as"])
+
+
+def test_every_name_and_code_is_in_the_json(shown: tuple[Report, str], language: str) -> None:
+    report, html = shown
+    data, words = json.loads(json.dumps(to_json(report))), Words(report, catalogue(language))
+    texts = [one for one in main(html).walk() if "data-at" in one.attributes and one.tag != "data"]
+    assert len(texts) > 30
+    for element in texts:
+        found, text = lookup(data, element.attributes["data-at"]), element.text
+        sections = words.catalogue.texts.values()
+        spoken = {section[found] for section in sections if isinstance(found, str) and found in section}
+        if isinstance(found, str) and element.attributes.get("data-as") != "fact":
+            short = re.escape(text).replace("…", ".*")
+            assert text == found or text in spoken or re.fullmatch(short, found, re.DOTALL), (found, text)
+
+
+def test_no_other_number_is_shown(shown: tuple[Report, str], language: str) -> None:
+    """Outside of figures there are numbers only in fixed texts, names, and how many rows are left out."""
+    report, html = shown
+    tree = main(html)
+    for element in tree.walk():
+        if element.attributes.get("class", "").endswith("rows"):
+            element.children.clear()
+        element.children = [
+            child for child in element.children if isinstance(child, str) or "data-at" not in child.attributes
+        ]
+    fixed = " ".join(text for texts in catalogue(language).texts.values() for text in texts.values())
+    named = " ".join([report.name, *(site.site for site in report.sites), *report.provenance.libraries])
+    source = "arXiv 2303.00654"
+    left = " ".join(tree.texts(without=("code", "svg")))
+    assert set(numbers(left)) <= set(numbers(f"{fixed} {named} {source}"))
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"\d+(?:[.,]\d+)*", text)
+
+
+def test_tables_hold_the_rows_of_the_json(shown: tuple[Report, str]) -> None:
+    report, html = shown
+    for at, of in (
+        ("mechanisms", "mechanisms"),
+        ("lifetime/runs", "lifetime/runs"),
+        ("lifetime/caps", "lifetime/caps"),
+        ("releases", "releases"),
+    ):
+        rows = [
+            f"/sites/{place}/{at}/{number}"
+            for place, site in enumerate(to_json(report)["sites"])
+            for number in range(len(_within(site, of) or ()))
+        ]
+        shown_rows = {row for row in rows if f'data-at="{row}/' in html}
+        assert len(shown_rows) == min(len(rows), MOST_ROWS), at
+    assert report.utility is None or html.count("/utility/rounds/") > 3
+
+
+def _within(data: Any, at: str) -> Any:
+    for part in at.split("/"):
+        data = None if data is None else data[part]
+    return data
+
+
+def test_a_row_tells_of_one_thing(shown: tuple[Report, str]) -> None:
+    """No row mixes the figures of two sites, runs or rounds."""
+    _, html = shown
+    for row in main(html).all("tr"):
+        places = {
+            match.group()
+            for cell in row.walk()
+            if (
+                match := re.match(
+                    r"/sites/\d+(/(mechanisms|releases|lifetime/runs|curve)/\d+)?", cell.attributes.get("data-at", "")
+                )
+            )
+        }
+        longest = {
+            place for place in places if not any(other != place and other.startswith(place + "/") for other in places)
+        }
+        is_by_round = any("/steps/" in cell.attributes.get("data-at", "") for cell in row.walk())
+        assert len(longest) <= 1 or is_by_round
+
+
+def test_each_site_is_listed_worst_first(reports: dict[str, Report], language: str) -> None:
+    html = main(page.render(reports["wide_run"], language=language))
+    budget = next(one for one in html.walk() if one.attributes.get("id") == "budget")
+    assert [len(table.all("tr")) for table in budget.all("table")] == [5]
+    first = budget.all("tr")[1]  # the one that exceeded its budget
+    assert first.all(data_at="/sites/9/site")
+    for place in range(10):
+        assert html.all(data_at=f"/sites/{place}/spent/epsilon_pld")
+
+
+def test_nothing_is_left_open(shown: tuple[Report, str]) -> None:
+    tree = main(shown[1])
+    text = tree.text.replace(HOSTILE, "")
+    for element in [*tree.all("code"), *tree.all("text")]:  # events as JSON, and shortened names in charts
+        text = text.replace(element.text, "")
+    assert not re.search(r"\{\w*\}|\{\{|\{%|undefined|None\b|\bnull\b", text)
+
+
+def test_the_page_needs_nothing_else(shown: tuple[Report, str]) -> None:
+    _, html = shown
+    page_ = parsed(html)
+    tags = {one.tag for one in page_.walk()}
+    assert not tags & {"script", "iframe", "object", "embed", "img", "form", "input", "base", "audio", "video"}
+    for element in page_.walk():
+        for name, value in element.attributes.items():
+            assert not name.startswith("on"), name
+            if name in ("href", "src", "xlink:href", "action", "data", "poster", "srcset"):
+                assert value.startswith(("#", "data:,")), value
+    assert not re.search(r"@import|url\((?!#)|expression\(", "".join(one.text for one in page_.all("style")))
+    assert "default-src 'none'" in html
+    ids = [one.attributes["id"] for one in page_.walk() if "id" in one.attributes]
+    assert len(ids) == len(set(ids))
+    assert {one.attributes["href"][1:] for one in page_.all("a")} <= set(ids)
+
+
+def test_hostile_names_stay_text(reports: dict[str, Report], language: str) -> None:
+    for name in ("wide_run", "wide_ledger"):
+        html = page.render(reports[name], language=language)
+        assert "<script" not in html
+        assert html.count("</style>") == 1
+        assert html.count("<svg") == html.count("</svg>")
+        assert any(one.text == HOSTILE for one in main(html).walk())
+
+
+@pytest.mark.parametrize("text", [HOSTILE, 'a\\b\n"; } body { display: none', "</style><script>", "ü病"])
+def test_a_style_sheets_string_cannot_be_left(text: str) -> None:
+    made = page.css_string(text)
+    assert re.fullmatch(r'"(?:[A-Za-z0-9]|\\[0-9a-f]+ )*"', made)
+    back = re.sub(r"\\([0-9a-f]+) ", lambda match: chr(int(match.group(1), 16)), made[1:-1])
+    assert back == text
+
+
+def test_the_pages_hash_is_that_of_the_file(shown: tuple[Report, str]) -> None:
+    report, html = shown
+    digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
+    # Under the signatures, for technical documentation, how to check, and at the foot of each page.
+    assert html.count(digest) == 4
+
+
+def test_equal_reports_give_equal_pages(reports: dict[str, Report], language: str) -> None:
+    for name in ("within", "ledger"):
+        assert page.render(reports[name], language=language) == page.render(reports[name], language=language)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("wide")])
+def test_page_one_reads_as_it_was_read(name: str, reports: dict[str, Report], language: str) -> None:
+    html = main(page.render(reports[name], language=language))
+    (first,) = html.all("section", id="page-1")
+    text = re.sub(r"\b[0-9a-f]{64}\b", "HASH", as_lines(first))
+    path = GOLDEN / f"{name}-{language}.txt"
+    if os.environ.get("FEDTUNE_WRITE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text(), "\n".join(difflib.unified_diff(path.read_text().splitlines(), text.splitlines()))
+
+
+def as_lines(element: Element) -> str:
+    """Its text, a line for each block."""
+    blocks = {"p", "h1", "h2", "h3", "li", "tr", "div", "section", "header", "ul", "ol", "table", "thead", "tbody"}
+
+    def walk(one: Element) -> str:
+        if one.tag == "svg":
+            return f"[{one.attributes['aria-label']}]\n"
+        inner = "".join(child if isinstance(child, str) else walk(child) for child in one.children)
+        if one.tag in ("td", "th"):
+            return " ".join(inner.split()) + " | "
+        return f"\n{inner}\n" if one.tag in blocks else inner
+
+    lines = (" ".join(line.split()).removesuffix(" |") for line in walk(element).splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+UNBOUNDED = {"en": "unbounded", "de": "unbegrenzt"}
+AT_MOST = {"en": "at most", "de": "höchstens"}
+NOT_RELEASED = {"en": "not released", "de": "nicht mitgeteilt"}
+
+
+def cells(html: Element, where: str) -> list[str]:
+    return [
+        words_of(cell)
+        for row in html.all("tr")
+        for cell in row.all("td")
+        if any(where in inner.attributes.get("data-at", "") for inner in cell.walk())
+    ]
+
+
+def test_what_nothing_bounds_is_never_a_number_or_blank(reports: dict[str, Report], language: str) -> None:
+    html = main(page.render(reports["unbounded"], language=language))
+    for where in ("spent/epsilon", "spent/epsilon_pld", "spent/epsilon_rdp", "spent/planned_epsilon"):
+        found = cells(html, f"/sites/0/{where}")
+        assert found
+        assert set(found) == {UNBOUNDED[language]}
+    assert not html.all(id="chart-epsilon_spent")[0].all("svg")
+    assert words_of(html.all(id="promise")[0]).count(
+        words_of(Element("p", {}, [str(catalogue(language).text("promise.none"))]))
+    )
+
+
+def test_a_silent_sites_figures_are_upper_bounds(reports: dict[str, Report], language: str) -> None:
+    html = main(page.render(reports["upper_bound"], language=language))
+    for where in ("epsilon", "epsilon_pld", "epsilon_rdp", "rounds", "steps"):
+        assert all(text.startswith(AT_MOST[language]) for text in cells(html, f"/sites/0/spent/{where}"))
+        assert not any(text.startswith(AT_MOST[language]) for text in cells(html, f"/sites/1/spent/{where}"))
+
+
+def test_what_a_site_keeps_to_itself_is_said(reports: dict[str, Report], language: str) -> None:
+    html = main(page.render(reports["not_released"], language=language))
+    row = next(row for row in html.all(id="budget")[0].all("tr") if row.all(data_at="/sites/1/site"))
+    assert [words_of(cell) for cell in row.all("td")][1:] == [NOT_RELEASED[language]] * 4
+
+
+def test_no_promise_is_made_without_a_guarantee(reports: dict[str, Report], language: str) -> None:
+    for name in ("no_guarantee", "unbounded"):
+        html = main(page.render(reports[name], language=language))
+        text = words_of(html.all(id="promise")[0])
+        assert "e^" not in text
+        assert not html.all("svg", **{"class": "guesses"})
+        assert not html.all("li", **{"class": "here"})
+
+
+def test_an_epsilon_is_rounded_up(a_report: Make) -> None:
+    report = a_report()
+    north = replace(report.sites[0], spent=replace(report.sites[0].spent, epsilon=1.2341))
+    html = page.render(replace(report, epsilon=1.2341, sites=(north, report.sites[1])), language="en")
+    assert "e^<data" in html
+    assert ">1.235</data>" in html
+    assert ">1.234</data>" not in html
+
+
+def test_cells_of_three_states_are_told_apart(reports: dict[str, Report], language: str) -> None:
+    html = main(page.render(reports["within"], language=language))
+    (section,) = html.all("section", id="cells")
+    words = catalogue(language)
+    for state in ("auto", "site", "missing"):
+        found = [one for one in section.walk() if one.attributes.get("class") == f"cell {state}"]
+        assert found
+        assert all(str(words.text(f"cells.{state}")) in one.text for one in found)
+    css = "".join(one.text for one in parsed(page.render(reports["within"], language=language)).all("style"))
+    borders = {
+        re.search(rf"\.cell\.{state} \{{ [^}}]*border[^:]*: \d+px (\w+)", css).group(1)
+        for state in ("auto", "site", "missing")
+    }  # type: ignore[union-attr]
+    assert borders == {"solid", "dashed", "double"}
+    for blank in (one for one in section.walk() if one.attributes.get("class") == "cell site"):
+        assert all(not words_of(value) for value in blank.all("dd"))
+        assert (
+            words_of(blank).endswith(f"{words.text('cells.who')}{words.text('cells.when')}")
+            or words.text("cells.when") in blank.text
+        )
+
+
+def test_violated_assumptions_come_first_and_all_of_them(a_report: Make, language: str) -> None:
+    report = filled(a_report())
+    turned = tuple(replace(one, status="violated") for one in report.assumptions[:8])
+    html = main(page.render(replace(report, assumptions=(*turned, *report.assumptions[8:])), language=language))
+    listed = html.all(id="assumptions")[0].all("li")
+    assert [one.attributes["class"] for one in listed] == ["violated"] * 8
+
+
+def test_without_noise_the_lead_sees_what_is_behind_it(reports: dict[str, Report]) -> None:
+    def row(name: str, who: int) -> list[str]:
+        html = main(page.render(reports[name], language="en"))
+        return [words_of(cell) for cell in html.all(id="access")[0].all("tr")[who].all("td")]
+
+    assert row("within", 3) == ["no", "no", "yes", "yes", "yes"]
+    assert row("unbounded", 3) == ["no", "yes: no noise", "there is none", "yes", "yes"]
+    assert row("no_guarantee", 3) == ["no", "yes, with the seed", "yes", "yes", "yes"]
+    assert row("within", 2) == ["no", "no", "no", "yes", "yes"]
+
+
+def test_a_ledgers_history_shows_its_end(a_ledger_report: Make) -> None:
+    html = page.render(wide_ledger(a_ledger_report, runs=100), language="en")
+    assert "/sites/0/lifetime/runs/99/" in html
+    assert "/sites/0/lifetime/runs/0/" not in html
+    assert f"{MOST_ROWS} of 100 rows are shown" in html
+
+
+def test_the_report_of_many_runs_is_quick(a_ledger_report: Make) -> None:
+    report = wide_ledger(a_ledger_report, runs=2500)  # 10,000 rounds, four in each run
+    page.render(report, language="en")
+    begin = time.process_time()
+    page.render(report, language="de")
+    assert time.process_time() - begin < 2.0
+
+
+def test_another_language_is_refused(a_report: Make) -> None:
+    with pytest.raises(ConfigError, match=r"report\.language = 'fr'"):
+        page.render(a_report(), language="fr")
+
+
+def test_a_pointer_finds_names_with_any_letter() -> None:
+    assert lookup({"a/b~c": [{"": 1}]}, pointer("a/b~c", 0, "")) == 1
+
+
+def test_situations_differ(a_report: Make, a_report_without_privacy: Make, a_ledger_report: Make) -> None:
+    made = situations(a_report, a_report_without_privacy, a_ledger_report)
+    assert len({page.render(report, language="en") for report in made.values()}) == len(made)
