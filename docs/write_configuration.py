@@ -17,7 +17,19 @@ from fedtune.cli.compose import compose_run, config_folder
 from fedtune.data.spec import PartitionSpec
 
 PAGE = Path(__file__).with_name("configuration.md")
-GROUPS = ("model", "data", "lora", "head", "privacy", "training", "federation", "evaluation", "runtime", "tracking", "report")
+GROUPS = (
+    "model",
+    "data",
+    "lora",
+    "head",
+    "privacy",
+    "training",
+    "federation",
+    "evaluation",
+    "runtime",
+    "tracking",
+    "report",
+)
 
 HEAD = """\
 # Configuration
