@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import RunConfig, parse
+from fedtune.config import ReportSpec, RunConfig, parse
 from fedtune.data.partition import PartitionSpec
 from fedtune.model.base import weights_sha256
 from fedtune.model.spec import PACKAGE, RANDOM, ModelSpec
@@ -55,6 +55,7 @@ def for_sites(config: RunConfig) -> RunConfig:
         privacy=replace(config.privacy, noise_multiplier=noise) if config.privacy.private else config.privacy,
         runtime=RuntimeSpec(kind="deployment", seeded_noise=config.runtime.seeded_noise),
         tracking=replace(config.tracking, output_dir=_AT_SITE),
+        report=ReportSpec(),
         resume=None,
     )
 

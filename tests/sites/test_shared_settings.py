@@ -106,6 +106,7 @@ NEUTRAL: dict[str, Any] = {
     "runtime.sites_dir": "/home/ada/canary/sites",
     "tracking.progress": False,
     "tracking.output_dir": "/home/ada/canary/runs",
+    "report.language": "de",
     "tracking.log_level": "debug",
 }
 FIXED = {"name": "is part of the identifier itself", "privacy.unit": "has one value so far"}
