@@ -106,7 +106,7 @@ def test_keeping_a_roster_twice_changes_nothing(state: LinkState, keys: list[byt
     assert registered(state) == first
 
 
-def test_who_is_revoked_or_gone_from_the_roster_is_put_out_and_nobody_else(
+def test_who_is_revoked_is_put_out_and_nobody_else(
     state: LinkState, keys: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     a, b = (Registered(site=name, node_key=key, revoked=False) for name, key in zip("ab", keys, strict=True))
@@ -114,19 +114,18 @@ def test_who_is_revoked_or_gone_from_the_roster_is_put_out_and_nobody_else(
     first = registered(state)
     keep_roster(state, [Registered(site="a", node_key=a.node_key, revoked=True), b])
     assert registered(state) == {"b": first["b"]}
-    keep_roster(state, [])
-    assert registered(state) == {}
     assert state.get_node_id_by_public_key(a.node_key) is None
+    # An old roster that was copied by mistake burns no key: Flower never takes one back.
+    keep_roster(state, [])
+    assert registered(state) == {"b": first["b"]}
     with caplog.at_level(logging.ERROR):
-        keep_roster(state, [a])
+        keep_roster(state, [a, b])
     assert "a: its connection key was revoked before; it needs a new one" in caplog.text
-    assert registered(state) == {}
+    assert registered(state) == {"b": first["b"]}
 
 
-def test_a_renewed_key_takes_the_place_of_the_old_one(state: LinkState, keys: list[bytes]) -> None:
+def test_a_renewed_key_is_registered_beside_the_old_one(state: LinkState, keys: list[bytes]) -> None:
     keep_roster(state, [Registered(site="a", node_key=keys[0], revoked=False)])
-    old = registered(state)["a"]
+    old = state.get_node_id_by_public_key(keys[0])
     keep_roster(state, [Registered(site="a", node_key=keys[1], revoked=False)])
-    assert list(registered(state)) == ["a"]
-    assert registered(state)["a"] != old
-    assert state.get_node_id_by_public_key(keys[0]) is None, "the old key opens nothing any more"
+    assert state.get_node_id_by_public_key(keys[1]) not in (None, old)
