@@ -206,22 +206,23 @@ class Connection:
             return None
 
     def _authenticate(self) -> Check:
-        from fedtune.flower.fleet import Unauthorised, hello  # Flower takes a second to import
+        from fedtune.flower.fleet import hello  # Flower takes a second to import
+        from fedtune.flower.fleet_errors import Foreign, Unauthorised
 
         site = self._kit.site
         try:
             known = hello(self._server, self._tls)
         except Unauthorised as error:
             return failed(AUTHENTICATION, str(error), fix=_remedy(str(error), site=site or ""), exit_code=SERVER)
+        except Foreign as error:
+            fix = "Ask the lead whether a fedtune server of this version runs at this address."
+            return failed(AUTHENTICATION, str(error), fix=fix, exit_code=SERVER)
         except RunError as error:
             fix = "Mend what the lines above name, or ask the lead whether the server is well."
             return failed(AUTHENTICATION, str(error), fix=fix, exit_code=SERVER)
         except OSError as error:
             found = f"the server could not be asked ({error.strerror or type(error).__name__})"
             return failed(AUTHENTICATION, found, fix="Put right what the lines above name.", exit_code=SERVER)
-        except (ValueError, KeyError, TypeError):
-            fix = "Ask the lead whether a fedtune server of this version runs at this address."
-            return failed(AUTHENTICATION, "the answer is not a fedtune server's", fix=fix, exit_code=SERVER)
         if known.site != site:
             fix = "Ask the lead to provision this site anew: names and keys were mixed up."
             found = f"the server knows this key as {known.site}, and the kit is for {site}"

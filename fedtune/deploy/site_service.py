@@ -22,7 +22,8 @@ from fedtune.deploy.kit_tls import tls_of
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.models import installed_model
 from fedtune.deploy.site_state import SiteState, serving
-from fedtune.flower.fleet import Dropped, Fleet, Unauthorised, Unreachable
+from fedtune.flower.fleet import Fleet
+from fedtune.flower.fleet_errors import Dropped, Unauthorised, Unreachable
 from fedtune.flower.node import Exchange, SiteApp
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refusal

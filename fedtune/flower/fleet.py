@@ -55,25 +55,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedtune.flower.fleet_errors import Dropped, Foreign, Unauthorised, Unreachable
 from fedtune.flower.tls import Tls, refusal
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import ConfigError
 
 HELLO = "/v1/fedtune/hello"
 """Where the server tells a site how it knows it; not Flower's."""
 _CALL_TIMEOUT_S = 30.0
 _HEARTBEAT_S = HEARTBEAT_MIN_INTERVAL / 2
-
-
-class Unauthorised(RunError):
-    """The server does not take this node: its key is unknown, or was revoked."""
-
-
-class Unreachable(RunError):
-    """The server cannot be reached, or has no time; asking again later may help."""
-
-
-class Dropped(RunError):
-    """The server takes no answer to this message any more; whoever asked will ask again."""
 
 
 class Fleet:
@@ -257,6 +246,7 @@ def hello(server: str, tls: Tls) -> Hello:
 
     Raises:
         Unauthorised: it does not, or no longer; the text says which.
+        Foreign: the answer is no fedtune server's.
         Unreachable: no connection.
     """
     private, public = node_key(tls.key)
@@ -274,7 +264,7 @@ def hello(server: str, tls: Tls) -> Hello:
             return Hello(site=str(fields["site"]), server_time=float(fields["time"]))
         reason = str(fields["reason"])
     except (ValueError, KeyError, TypeError) as error:
-        raise Unreachable(f"what answers at {server} is no server of fedtune's ({answer.status_code})") from error
+        raise Foreign(f"what answers at {server} is no server of fedtune's ({answer.status_code})") from error
     raise Unauthorised(f"the server refused this site: {reason}")
 
 

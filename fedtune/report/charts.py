@@ -84,8 +84,9 @@ class Charts:
 
     def profile(self) -> Chart:
         """Epsilon over delta, by both accountants, at the site that spent most."""
-        rows = self._words.rows("curve", sites=[int((self._words.worst or "/sites/0").rsplit("/", 1)[1])])
-        rows = [row for row in rows if self._words.at(f"{row}/epsilon_pld") is not None] if self._words.worst else []
+        worst = self._words.worst
+        rows = [] if worst is None else self._words.rows("curve", sites=[int(worst.rsplit("/", 1)[1])])
+        rows = [row for row in rows if self._words.at(f"{row}/epsilon_pld") is not None]
 
         def draw(axes: Sequence[Axes]) -> None:
             for number, key in enumerate(("pld", "rdp")):

@@ -68,6 +68,7 @@ def inline(svg: str, code: str, title: Markup, description: Markup) -> Markup:
     inner = re.sub(r"<(style|metadata)\b.*?</\1>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     inner = re.sub(r'\bid="', f'id="{code}-', inner)
     inner = re.sub(r'xlink:href="#|\bhref="#', f'href="#{code}-', inner).replace("url(#", f"url(#{code}-")
+    inner = re.sub(r' style="([^"]*)"', _attributes, inner)
     opening, rest = inner.split(">", 1)
     (box,) = re.findall(r'viewBox="([^"]*)"', opening)
     names = f'<title id="{code}-title">{title}</title><desc id="{code}-desc">{description}</desc>'
@@ -76,6 +77,12 @@ def inline(svg: str, code: str, title: Markup, description: Markup) -> Markup:
         f' aria-labelledby="{code}-title {code}-desc">'
     )
     return Markup(head + names + rest)  # matplotlib escapes the texts that it was given
+
+
+def _attributes(style: re.Match[str]) -> str:
+    """A style as attributes, which every reader of SVG knows; the font is the page's own."""
+    pairs = re.findall(r"([\w-]+):\s*([^;]+)", style.group(1))
+    return "".join(f' {name}="{value}"' for name, value in pairs if name != "font-family")
 
 
 def line_style(number: int) -> dict[str, Any]:

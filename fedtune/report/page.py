@@ -19,8 +19,8 @@ from fedtune.report.tables import Tables
 from fedtune.report.words import Words, pointer, shortened
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_LONGEST_NAME = 40  # in the running footer
-_LONGEST_TITLE = 60
+_LONGEST_NAME = 28  # in the running footer, and within a sentence
+_LONGEST_TITLE = 40
 
 
 def render(report: Report, *, language: str) -> str:
@@ -52,6 +52,7 @@ def render(report: Report, *, language: str) -> str:
             columns=COLUMNS,
             pointer=pointer,
             title=words.text("page.title", name=shortened(report.name, _LONGEST_TITLE)),
+            short=lambda name: shortened(name, _LONGEST_NAME),
             digest=digest,
             footer=css_string(footer.unescape()),
         )

@@ -174,9 +174,25 @@ class Tables:
         named = {name: None for one in utility.rounds for name in one.scores}  # in their order
         return [name for name in named if all(name in one.scores for one in utility.rounds)]
 
-    def all_score_names(self) -> list[str]:
-        """Scores of any kind, in their order."""
-        utility = self._words.report.utility
-        if utility is None:
-            return []
-        return list({**utility.before, **utility.final, **(utility.non_private or {})})
+    def scores(self) -> Table:
+        """Before and after training, and without privacy where that is known."""
+        utility = self._words.json["utility"] or {}
+        kinds = [kind for kind in ("before", "final", "non_private") if utility.get(kind) is not None]
+        names = list({name: None for kind in kinds for name in utility[kind]})
+        return Table(
+            caption=self._words.text("utility.scores_caption"),
+            columns=(
+                (self._words.text("utility.score"), False),
+                *((self._words.text(f"utility.{kind}"), True) for kind in kinds),
+            ),
+            rows=tuple(
+                (Markup("{}").format(name), *(self._score(kind, name, utility[kind]) for kind in kinds))
+                for name in names
+            ),
+            all=len(names),
+        )
+
+    def _score(self, kind: str, name: str, known: Mapping[str, object]) -> Markup:
+        if name not in known:
+            return self._words.text("word.unknown")
+        return self._words.figure(pointer("utility", kind, name), "score")

@@ -293,9 +293,9 @@ def test_a_server_that_never_answers(kit: Any, stack: ExitStack) -> None:
         (403, {"reason": "revoked"}, "revoked", "why this site was revoked"),
         (403, {"reason": "its clock is 12 s ahead"}, "clock is 12 s ahead", "time synchronisation"),
         (200, {"site": "south", "time": 0}, "knows this key as south, and the kit is for north", "mixed up"),
-        (200, b"<html>Welcome to nginx</html>", "not a fedtune server's", "this version"),
-        (200, {}, "not a fedtune server's", "this version"),
-        (200, [1], "not a fedtune server's", "this version"),
+        (200, b"<html>Welcome to nginx</html>", "no server of fedtune's", "this version"),
+        (200, {}, "no server of fedtune's", "this version"),
+        (200, [1], "no server of fedtune's", "this version"),
     ],
 )
 def test_what_the_server_says_to_our_key(kit: Any, served: Any, status: int, hello: Any, found: str, fix: str) -> None:

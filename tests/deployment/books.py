@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from fedtune.privacy import ledger_file
 from fedtune.privacy.release import Update
 
-from .federation import Federation, SiteFolder
+from .federation import Federation
+from .site_folder import SiteFolder
 
 
 def check_books(

@@ -13,8 +13,9 @@ from fedtune.deploy.lead_service import running_process
 from fedtune.privacy.policy_file import read_policy, write_policy
 
 from .books import check_average, check_books
-from .federation import LEAD, Federation, SiteFolder, settings
+from .federation import LEAD, Federation, settings
 from .processes import FEDTUNE, RUN_S, wait_for
+from .site_folder import SiteFolder
 
 SITES = ("north", "south")
 

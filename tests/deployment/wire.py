@@ -15,10 +15,11 @@ from fedtune.deploy.site_service import tls_of
 from fedtune.flower.tls import Tls
 from fedtune.privacy.policy_file import read_policy, write_policy
 
-from .federation import Federation, SiteFolder, dealt, settings, write_records
+from .federation import Federation, dealt, settings, write_records
 from .networks import free_port
 from .outbound import Call, read_calls
 from .processes import RUN_S, Process, wait_for
+from .site_folder import SiteFolder
 
 HERE = Path(__file__).parent
 SITES = ("north", "south")

@@ -35,7 +35,8 @@ sys.addaudithook(note_outbound)
 from faults import Faulty  # noqa: E402
 from flwr.app import ConfigRecord, Message, RecordDict  # noqa: E402
 
-from fedtune.flower.fleet import Dropped, Fleet, Unauthorised, Unreachable  # noqa: E402
+from fedtune.flower.fleet import Fleet  # noqa: E402
+from fedtune.flower.fleet_errors import Dropped, Unauthorised, Unreachable  # noqa: E402
 from fedtune.flower.tls import Tls  # noqa: E402
 
 

@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from flwr.supercore.date import now
 
 import fedtune.flower.fleet as fleet_module
-from fedtune.flower.fleet import Fleet, Unauthorised, Unreachable, hello, node_key
+from fedtune.flower.fleet import Fleet, hello, node_key
+from fedtune.flower.fleet_errors import Unauthorised, Unreachable
 from fedtune.flower.tls import Tls
 from fedtune.spec import ConfigError
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from typing import Any
 
-from fedtune.report import assumptions, cells, codes
+import pytest
+
+from fedtune.report import assumptions, cells, codes, page
 from fedtune.report.model import Assumption, Report
 from fedtune.report.site_model import Cap, Release, Spent, Step, Verdict
 
@@ -15,6 +17,18 @@ Make = Callable[..., Report]
 
 HOSTILE = "<script>alert(1)</script>\"'&{x}{{y}}</style>]]>$\\frac{1}$"
 """A name that no policy would allow, but a file may hold."""
+NAMES = (
+    "within",
+    "exceeded",
+    "no_guarantee",
+    "unbounded",
+    "upper_bound",
+    "not_released",
+    "ledger",
+    "wide_run",
+    "wide_ledger",
+)
+"""Of the situations that there are pages of."""
 LONG = "university-hospital-of-the-northern-region-cardiology-and-internal-medicine-of-the-year-2026-abcdefgh"
 
 
@@ -153,6 +167,25 @@ def all_pages(a_report: Make, a_report_without_privacy: Make, a_ledger_report: M
     """All situations, and the wide ones."""
     found = situations(a_report, a_report_without_privacy, a_ledger_report)
     return found | {"wide_run": wide_run(a_report), "wide_ledger": wide_ledger(a_ledger_report)}
+
+
+_REPORTS: dict[str, Report] = {}
+_PAGES: dict[tuple[str, str], str] = {}
+
+
+def reports_of(request: pytest.FixtureRequest) -> dict[str, Report]:
+    """By situation; made once, since their figures take a while."""
+    if not _REPORTS:
+        makers = ("a_report", "a_report_without_privacy", "a_ledger_report")
+        _REPORTS.update(all_pages(*(request.getfixturevalue(maker) for maker in makers)))
+    return _REPORTS
+
+
+def page_of(request: pytest.FixtureRequest, name: str, language: str) -> str:
+    """The page of a situation in a language; made once, too."""
+    if (name, language) not in _PAGES:
+        _PAGES[name, language] = page.render(reports_of(request)[name], language=language)
+    return _PAGES[name, language]
 
 
 @dataclass

@@ -97,8 +97,9 @@ def test_no_text_is_left_over() -> None:
     whole |= {("cells", state + end) for state in get_args(get_type_hints(Cell)["state"]) for end in ("", "_means")}
     whole |= {(section, code) for section, known in CODES.items() for code in known}
     templates = "\n".join(path.read_text() for path in PACKAGE.glob("templates/*.j2"))
+    put_together = templates + "".join((PACKAGE / name).read_text() for name in ("catalogue.py", "tables.py"))
     for section in ("formulae", "provenance", "sign_off", "utility", "page", "word", "cells", "ledger"):
-        whole |= {(section, key) for key in re.findall(r'"(\w+)"', templates + (PACKAGE / "catalogue.py").read_text())}
+        whole |= {(section, key) for key in re.findall(r'"(\w+)"', put_together)}
     whole |= {(section, "heading") for section in re.findall(r'"(\w+)"', templates)}
     whole |= {("value", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "facts.py").read_text())}
     assert KEYS - whole == set()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,20 @@ from fedtune.report.model import Report, to_json
 from fedtune.report.words import MOST_ROWS, Words, pointer, shortened
 from fedtune.spec import ConfigError
 
-from .shown import HOSTILE, Element, Make, all_pages, filled, lookup, parsed, situations, wide_ledger
+from .shown import HOSTILE, NAMES, Element, Make, filled, lookup, page_of, parsed, reports_of, wide_ledger
 
+Rendered = Callable[[str, str], str]
 GOLDEN = Path(__file__).parent / "golden_pages"
-NAMES = (
-    "within",
-    "exceeded",
-    "no_guarantee",
-    "unbounded",
-    "upper_bound",
-    "not_released",
-    "ledger",
-    "wide_run",
-    "wide_ledger",
-)
 
 
 @pytest.fixture
-def reports(a_report: Make, a_report_without_privacy: Make, a_ledger_report: Make) -> dict[str, Report]:
-    return all_pages(a_report, a_report_without_privacy, a_ledger_report)
+def reports(request: pytest.FixtureRequest) -> dict[str, Report]:
+    return reports_of(request)
+
+
+@pytest.fixture
+def rendered(request: pytest.FixtureRequest) -> Rendered:
+    return lambda name, language: page_of(request, name, language)
 
 
 @pytest.fixture(params=LANGUAGES)
@@ -45,9 +41,10 @@ def language(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=NAMES)
-def shown(request: pytest.FixtureRequest, reports: dict[str, Report], language: str) -> tuple[Report, str]:
-    report = reports[request.param]
-    return report, page.render(report, language=language)
+def shown(
+    request: pytest.FixtureRequest, reports: dict[str, Report], rendered: Rendered, language: str
+) -> tuple[Report, str]:
+    return reports[request.param], rendered(request.param, language)
 
 
 def main(html: str) -> Element:
@@ -148,8 +145,8 @@ def test_a_row_tells_of_one_thing(shown: tuple[Report, str]) -> None:
         assert len(longest) <= 1 or is_by_round
 
 
-def test_each_site_is_listed_worst_first(reports: dict[str, Report], language: str) -> None:
-    html = main(page.render(reports["wide_run"], language=language))
+def test_each_site_is_listed_worst_first(rendered: Rendered, language: str) -> None:
+    html = main(rendered("wide_run", language))
     budget = next(one for one in html.walk() if one.attributes.get("id") == "budget")
     assert [len(table.all("tr")) for table in budget.all("table")] == [5]
     first = budget.all("tr")[1]  # the one that exceeded its budget
@@ -182,9 +179,9 @@ def test_the_page_needs_nothing_else(shown: tuple[Report, str]) -> None:
     assert {one.attributes["href"][1:] for one in page_.all("a")} <= set(ids)
 
 
-def test_hostile_names_stay_text(reports: dict[str, Report], language: str) -> None:
+def test_hostile_names_stay_text(rendered: Rendered, language: str) -> None:
     for name in ("wide_run", "wide_ledger"):
-        html = page.render(reports[name], language=language)
+        html = rendered(name, language)
         assert "<script" not in html
         assert html.count("</style>") == 1
         assert html.count("<svg") == html.count("</svg>")
@@ -206,14 +203,14 @@ def test_the_pages_hash_is_that_of_the_file(shown: tuple[Report, str]) -> None:
     assert html.count(digest) == 4
 
 
-def test_equal_reports_give_equal_pages(reports: dict[str, Report], language: str) -> None:
+def test_equal_reports_give_equal_pages(reports: dict[str, Report], rendered: Rendered, language: str) -> None:
     for name in ("within", "ledger"):
-        assert page.render(reports[name], language=language) == page.render(reports[name], language=language)
+        assert rendered(name, language) == page.render(reports[name], language=language)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("wide")])
-def test_page_one_reads_as_it_was_read(name: str, reports: dict[str, Report], language: str) -> None:
-    html = main(page.render(reports[name], language=language))
+def test_page_one_reads_as_it_was_read(name: str, rendered: Rendered, language: str) -> None:
+    html = main(rendered(name, language))
     (first,) = html.all("section", id="page-1")
     text = re.sub(r"\b[0-9a-f]{64}\b", "HASH", as_lines(first))
     path = GOLDEN / f"{name}-{language}.txt"
@@ -233,6 +230,8 @@ def as_lines(element: Element) -> str:
         inner = "".join(child if isinstance(child, str) else walk(child) for child in one.children)
         if one.tag in ("td", "th"):
             return " ".join(inner.split()) + " | "
+        if one.tag == "tr":
+            return f"\n{' '.join(inner.split())}\n"
         return f"\n{inner}\n" if one.tag in blocks else inner
 
     lines = (" ".join(line.split()).removesuffix(" |") for line in walk(element).splitlines())
@@ -253,8 +252,8 @@ def cells(html: Element, where: str) -> list[str]:
     ]
 
 
-def test_what_nothing_bounds_is_never_a_number_or_blank(reports: dict[str, Report], language: str) -> None:
-    html = main(page.render(reports["unbounded"], language=language))
+def test_what_nothing_bounds_is_never_a_number_or_blank(rendered: Rendered, language: str) -> None:
+    html = main(rendered("unbounded", language))
     for where in ("spent/epsilon", "spent/epsilon_pld", "spent/epsilon_rdp", "spent/planned_epsilon"):
         found = cells(html, f"/sites/0/{where}")
         assert found
@@ -265,22 +264,22 @@ def test_what_nothing_bounds_is_never_a_number_or_blank(reports: dict[str, Repor
     )
 
 
-def test_a_silent_sites_figures_are_upper_bounds(reports: dict[str, Report], language: str) -> None:
-    html = main(page.render(reports["upper_bound"], language=language))
+def test_a_silent_sites_figures_are_upper_bounds(rendered: Rendered, language: str) -> None:
+    html = main(rendered("upper_bound", language))
     for where in ("epsilon", "epsilon_pld", "epsilon_rdp", "rounds", "steps"):
         assert all(text.startswith(AT_MOST[language]) for text in cells(html, f"/sites/0/spent/{where}"))
         assert not any(text.startswith(AT_MOST[language]) for text in cells(html, f"/sites/1/spent/{where}"))
 
 
-def test_what_a_site_keeps_to_itself_is_said(reports: dict[str, Report], language: str) -> None:
-    html = main(page.render(reports["not_released"], language=language))
+def test_what_a_site_keeps_to_itself_is_said(rendered: Rendered, language: str) -> None:
+    html = main(rendered("not_released", language))
     row = next(row for row in html.all(id="budget")[0].all("tr") if row.all(data_at="/sites/1/site"))
     assert [words_of(cell) for cell in row.all("td")][1:] == [NOT_RELEASED[language]] * 4
 
 
-def test_no_promise_is_made_without_a_guarantee(reports: dict[str, Report], language: str) -> None:
+def test_no_promise_is_made_without_a_guarantee(rendered: Rendered, language: str) -> None:
     for name in ("no_guarantee", "unbounded"):
-        html = main(page.render(reports[name], language=language))
+        html = main(rendered(name, language))
         text = words_of(html.all(id="promise")[0])
         assert "e^" not in text
         assert not html.all("svg", **{"class": "guesses"})
@@ -296,15 +295,15 @@ def test_an_epsilon_is_rounded_up(a_report: Make) -> None:
     assert ">1.234</data>" not in html
 
 
-def test_cells_of_three_states_are_told_apart(reports: dict[str, Report], language: str) -> None:
-    html = main(page.render(reports["within"], language=language))
+def test_cells_of_three_states_are_told_apart(rendered: Rendered, language: str) -> None:
+    html = main(rendered("within", language))
     (section,) = html.all("section", id="cells")
     words = catalogue(language)
     for state in ("auto", "site", "missing"):
         found = [one for one in section.walk() if one.attributes.get("class") == f"cell {state}"]
         assert found
         assert all(str(words.text(f"cells.{state}")) in one.text for one in found)
-    css = "".join(one.text for one in parsed(page.render(reports["within"], language=language)).all("style"))
+    css = "".join(one.text for one in parsed(rendered("within", language)).all("style"))
     borders = {
         re.search(rf"\.cell\.{state} \{{ [^}}]*border[^:]*: \d+px (\w+)", css).group(1)
         for state in ("auto", "site", "missing")
@@ -326,9 +325,9 @@ def test_violated_assumptions_come_first_and_all_of_them(a_report: Make, languag
     assert [one.attributes["class"] for one in listed] == ["violated"] * 8
 
 
-def test_without_noise_the_lead_sees_what_is_behind_it(reports: dict[str, Report]) -> None:
+def test_without_noise_the_lead_sees_what_is_behind_it(rendered: Rendered) -> None:
     def row(name: str, who: int) -> list[str]:
-        html = main(page.render(reports[name], language="en"))
+        html = main(rendered(name, "en"))
         return [words_of(cell) for cell in html.all(id="access")[0].all("tr")[who].all("td")]
 
     assert row("within", 3) == ["no", "no", "yes", "yes", "yes"]
@@ -361,6 +360,5 @@ def test_a_pointer_finds_names_with_any_letter() -> None:
     assert lookup({"a/b~c": [{"": 1}]}, pointer("a/b~c", 0, "")) == 1
 
 
-def test_situations_differ(a_report: Make, a_report_without_privacy: Make, a_ledger_report: Make) -> None:
-    made = situations(a_report, a_report_without_privacy, a_ledger_report)
-    assert len({page.render(report, language="en") for report in made.values()}) == len(made)
+def test_situations_differ(rendered: Rendered) -> None:
+    assert len({rendered(name, "en") for name in NAMES}) == len(NAMES)

@@ -1,0 +1,103 @@
+"""A site's machine as a test sees it: folder, process, ledger and log."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.privacy.chain import Event
+from fedtune.privacy.verify import Verified, verify
+from fedtune.spec import RunError
+
+from .processes import FEDTUNE, RUN_S, Process, wait_for
+
+if TYPE_CHECKING:
+    from .federation import Federation
+
+HELD_SITE = Path(__file__).with_name("held_site.py")
+
+
+@dataclass
+class SiteFolder:
+    """A site's machine: its folder, and the process that runs there."""
+
+    name: str
+    folder: Path
+    federation: Federation = field(repr=False)
+    site_key: str = ""
+    process: Process | None = None
+
+    @property
+    def kit(self) -> Path:
+        return self.folder / "kit"
+
+    @property
+    def site_toml(self) -> Path:
+        return self.folder / "site.toml"
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The arguments that its commands share."""
+        return ("--kit", str(self.kit), "--site", str(self.site_toml))
+
+    @property
+    def up(self) -> Process:
+        """Its process."""
+        assert self.process is not None
+        return self.process
+
+    def start(self, *, held: bool = False, wait: bool = True, env: dict[str, str] | None = None) -> Process:
+        """Start it, or start it again."""
+        program = [sys.executable, str(HELD_SITE), str(self.folder)] if held else list(FEDTUNE)
+        self.process = self.federation.run(self.name, self.name, [*program, "site", "start", *self.own], env=env)
+        if wait:
+            self.wait_until_up()
+        return self.process
+
+    @property
+    def is_up(self) -> bool:
+        """Whether its process runs."""
+        return self.process is not None and self.process.code is None
+
+    def stop(self) -> None:
+        """End it, if it runs."""
+        if self.process is not None:
+            self.process.stop()
+
+    def wait_until_up(self) -> None:
+        self.up.wait_for_text("the site is up")
+
+    def hold(self, held: bool) -> None:
+        """Hold its training up, or let it go on."""
+        (self.folder / "hold").touch() if held else (self.folder / "hold").unlink(missing_ok=True)
+
+    def verified(self) -> Verified:
+        """Its ledger, checked from the first event to the last."""
+        return verify(self.folder / "ledger.db", site_key=self.site_key or None)
+
+    def events(self, run: str, kind: str = "") -> list[Event]:
+        """Events of the run that was given the name `run`, or of one kind of them; also while the site writes."""
+        found: tuple[Event, ...] = ()
+        with suppress(RunError):  # it has no ledger yet
+            found = self.verified().events
+        return [e for e in found if e.run.rpartition("-")[0] == run and kind in ("", e.kind.value)]
+
+    def notes(self, run: str) -> list[str]:
+        """What its ledger notes about a run."""
+        return [event.detail["what"] for event in self.events(run, "note")]
+
+    def wait_for(self, run: str, kind: str, *, round: int, lead: Process | None = None) -> None:
+        """Wait until its ledger holds an event of a kind for a round; in vain once `lead` has ended."""
+
+        def there() -> bool:
+            return any(event.round == round for event in self.events(run, kind))
+
+        wait_for(there, seconds=RUN_S, what=f"{self.name} to {kind} round {round} of {run}", needs=lead)
+
+    def answered(self, what: str, run: str) -> int:
+        """How often its log says that it answered so."""
+        lines = self.up.lines("answered")
+        return sum(line["what"] == what and line.get("run", "").rpartition("-")[0] == run for line in lines)

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedtune.report import drawing
+from fedtune.report.catalogue import catalogue
+from fedtune.report.charts import Chart, Charts
+from fedtune.report.model import Report
+from fedtune.report.site_model import Cap
+from fedtune.report.tables import Tables
+from fedtune.report.words import Words
+
+from .shown import HOSTILE, Make, filled, wide_ledger, wide_run
+
+CODES = ("epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost")
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def charts(report: Report, language: str = "en") -> Charts:
+    words = Words(report, catalogue(language))
+    return Charts(words, Tables(words))
+
+
+def chart(report: Report, code: str, language: str = "en") -> Chart:
+    made = getattr(charts(report, language), code)()
+    assert isinstance(made, Chart)
+    return made
+
+
+def drawn(report: Report, code: str, language: str = "en") -> ElementTree.Element:
+    svg = chart(report, code, language).svg
+    assert svg is not None
+    return ElementTree.fromstring(str(svg))
+
+
+def texts(svg: ElementTree.Element) -> list[str]:
+    return ["".join(one.itertext()).strip() for one in svg.iter(f"{SVG}text")]
+
+
+def markers(svg: ElementTree.Element) -> int:
+    return sum(1 for one in svg.iter(f"{SVG}use") if "line2d" not in str(one.attrib))
+
+
+@pytest.fixture
+def run(a_report: Make) -> Report:
+    return filled(a_report())
+
+
+@pytest.fixture
+def ledger(a_ledger_report: Make) -> Report:
+    return filled(a_ledger_report())
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("language", ["en", "de"])
+def test_each_chart_is_named_for_who_cannot_see_it(code: str, language: str, run: Report, ledger: Report) -> None:
+    svg = drawn(ledger if code == "budget_left" else run, code, language)
+    words = catalogue(language)
+    assert svg.attrib["role"] == "img"
+    title, description = svg.attrib["aria-labelledby"].split()
+    named = {one.attrib["id"]: one.text for one in svg if "id" in one.attrib}
+    assert named[title] == words.text(f"chart.{code}").unescape()
+    assert named[description] == words.text(f"chart.{code}_desc").unescape()
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_equal_charts_have_equal_bytes_in_every_process(code: str, run: Report, ledger: Report) -> None:
+    report = ledger if code == "budget_left" else run
+    assert chart(report, code).svg == chart(report, code).svg
+    assert not re.search(r"\d{4}-\d\d-\d\dT| style=", str(chart(report, code).svg))
+
+
+def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
+    program = (
+        "from fedtune.report.drawing import drawn, line_style, legend; import hashlib\n"
+        "def draw(axes):\n"
+        "    axes[0].plot([1, 2], [3, 4], label='a', **line_style(0)); axes[0].bar([1], [2], hatch='//', label='b')\n"
+        "    legend(axes[0])\n"
+        "print(hashlib.sha256(drawn('x', draw, panels=1, height=2).encode()).hexdigest())"
+    )
+    made = {
+        subprocess.run(
+            [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(made) == 1
+
+
+def test_lines_differ_in_more_than_colour() -> None:
+    styles = [drawing.line_style(number) for number in range(drawing.MOST_LINES)]
+    for aspect in ("color", "linestyle", "marker"):
+        assert len({str(style[aspect]) for style in styles}) == drawing.MOST_LINES
+
+
+def test_colours_are_told_apart_in_grey_or_by_their_dashes() -> None:
+    # Okabe and Ito's, of which yellow and sky blue are too light for a line on white.
+    for colour in drawing.COLOURS:
+        red, green, blue = (int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5))
+        assert 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.5
+
+
+def test_epsilon_by_round_has_a_point_for_each_round_and_the_target(run: Report) -> None:
+    found = texts(drawn(run, "epsilon_spent"))
+    assert {"north-hospital", "south-hospital", "limit"} <= set(found)
+    without = texts(drawn(replace(run, target_epsilon=None), "epsilon_spent"))
+    assert "limit" not in without
+    rows = chart(run, "epsilon_spent").table.rows
+    assert len(rows) == 4
+    assert [re.sub("<[^>]*>", "", cell) for cell in rows[3]] == ["4", "1.104", "–"]  # noqa: RUF001 - a dash: no round
+
+
+def test_epsilon_by_run_shows_the_limit_of_its_time(ledger: Report) -> None:
+    site = ledger.sites[0]
+    assert site.lifetime is not None
+    caps = (
+        Cap(time="2026-01-01T08:00:00+00:00", max_epsilon=6.0),
+        Cap(time="2026-02-01T07:00:00+00:00", max_epsilon=9.0),
+    )
+    raised = replace(ledger, sites=(replace(site, lifetime=replace(site.lifetime, caps=caps)),))
+    assert chart(raised, "epsilon_spent").svg != chart(ledger, "epsilon_spent").svg
+    assert "limit" in texts(drawn(raised, "epsilon_spent"))
+
+
+def test_figures_on_the_axes_are_the_languages(run: Report) -> None:
+    assert any(
+        re.fullmatch(r"\d\.\d+", text)
+        for text in texts(drawn(run, "profile", "en")) + texts(drawn(run, "mechanism", "en"))
+    )
+    german = texts(drawn(run, "mechanism", "de"))
+    assert any(re.fullmatch(r"\d,\d+", text) for text in german)
+    assert not any("." in text for text in german)
+    assert "10⁻⁵" in texts(drawn(run, "profile"))
+
+
+def test_the_score_chart_leaves_out_losses(run: Report) -> None:
+    assert "accuracy" in texts(drawn(run, "utility"))
+    assert run.utility is not None
+    compared = replace(run, utility=replace(run.utility, non_private={"accuracy": 0.9}))
+    assert "Without privacy" in texts(drawn(compared, "utility"))
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        ("epsilon_spent", {"sites": ()}),
+        ("budget_left", {}),
+        ("profile", {"sites": ()}),
+        ("utility", {"utility": None}),
+        ("mechanism", {"sites": ()}),
+        ("cost", {"utility": None}),
+    ],
+)
+def test_without_figures_there_is_no_chart(code: str, changes: dict[str, Any], run: Report) -> None:
+    assert chart(replace(run, **changes), code).svg is None
+    assert catalogue("en").has("chart", f"{code}_none")
+
+
+def test_what_nothing_bounds_is_not_drawn(a_report_without_privacy: Make) -> None:
+    report = a_report_without_privacy()
+    assert chart(report, "epsilon_spent").svg is None
+    assert chart(report, "profile").svg is None
+    assert chart(report, "utility").svg is None
+    assert chart(report, "mechanism").svg is not None
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_strange_names_stay_text(code: str, a_report: Make, a_ledger_report: Make) -> None:
+    for report in (wide_run(a_report), wide_ledger(a_ledger_report, runs=60)):
+        svg = chart(report, code).svg
+        if svg is None:
+            continue
+        root = ElementTree.fromstring(str(svg))
+        assert not [one for one in root.iter() if "script" in one.tag.lower()]
+        assert not re.search(r"<(?:script|style|metadata|!--)", str(svg))
+    found = texts(drawn(wide_run(a_report), "epsilon_spent"))
+    assert any(text.startswith("<script>") for text in found)  # shortened, and nothing but text
+    assert any("_underscore" in text for text in found)  # a legend would leave it out
+
+
+def test_ids_of_charts_do_not_meet(run: Report) -> None:
+    ids: list[str] = []
+    for code in CODES:
+        if (svg := chart(run, code).svg) is not None:
+            ids += re.findall(r'\bid="([^"]*)"', str(svg))
+            used = re.findall(r'(?:href="|url\()#([^")]*)', str(svg))
+            assert set(used) <= set(ids)
+    assert len(ids) == len(set(ids))
+
+
+def test_only_as_many_sites_as_can_be_told_apart_are_drawn(a_report: Make) -> None:
+    report = wide_run(a_report)
+    legend = [text for text in texts(drawn(report, "epsilon_spent")) if not re.fullmatch(r"[\d.]*|round|epsilon", text)]
+    assert len(legend) == drawing.MOST_LINES + 1
+    assert HOSTILE not in legend
+
+
+def test_budget_left_adds_up_to_the_limit(ledger: Report) -> None:
+    found = texts(drawn(ledger, "budget_left"))
+    assert {"spent", "held for open runs", "left", "north-hospital"} <= set(found)
+    (row,) = chart(ledger, "budget_left").table.rows
+    site, spent, held, limit, left = (re.sub("<[^>]*>", "", cell) for cell in row)
+    assert site == "north-hospital"
+    assert float(spent) <= float(held)
+    assert float(limit) - float(spent) == pytest.approx(float(left), abs=0.002)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import contextlib
+import http.server
+import re
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.report import page, pdf
+from fedtune.report.catalogue import LANGUAGES
+from fedtune.spec import ConfigError
+
+from .shown import LONG, NAMES, Make, page_of
+
+try:
+    import weasyprint
+except (ImportError, OSError) as missing:
+    weasyprint, REASON = None, f"WeasyPrint cannot be imported: {missing}"
+else:
+    REASON = ""
+needs_weasyprint = pytest.mark.skipif(weasyprint is None, reason=REASON)
+
+
+def pages(html: str) -> list[Any]:
+    return list(weasyprint.HTML(string=html).render().pages)
+
+
+@needs_weasyprint
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_page_one_is_one_side(language: str, request: pytest.FixtureRequest) -> None:
+    for name in NAMES:
+        html = page_of(request, name, language)
+        # The first page and how the next one begins are all that this looks at.
+        start, rest = html.split('<nav aria-labelledby="contents">')
+        heading = rest[rest.index("<section") :].split("<h3>")[0]
+        first, second, *more = pages(f"{start}{heading}</section></main></body></html>")
+        assert not more, name
+        assert {"verdict", "sign-off"} <= set(first.anchors), name
+        assert "engineer" in second.anchors, name
+
+
+@needs_weasyprint
+def test_a_pdf_is_whole_and_the_same_each_time(a_report: Make, tmp_path: Path) -> None:
+    html = page.render(a_report(), language="de")
+    pdf.write(html, tmp_path / "a.pdf")
+    data = (tmp_path / "a.pdf").read_bytes()
+    assert data.startswith(b"%PDF-")
+    assert data.rstrip().endswith(b"%%EOF")
+    assert data == pdf.made(html)
+    objects = data + b"".join(_unpacked(data))
+    assert b"/MarkInfo" in objects  # tagged: a screen reader finds headings and tables
+    assert not re.search(rb"/(JavaScript|Launch|EmbeddedFile)\b", objects)
+
+
+def _unpacked(data: bytes) -> Iterator[bytes]:
+    for stream in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", data, re.DOTALL):
+        with contextlib.suppress(zlib.error):
+            yield zlib.decompress(stream)
+
+
+@needs_weasyprint
+def test_each_page_names_the_report_and_its_hash(a_report: Make) -> None:
+    html = page.render(a_report(name=LONG), language="en")
+    digest = re.findall(r"\b[0-9a-f]{64}\b", html)[-1]
+    for one in pages(html):
+        footer = " ".join(
+            str(box.text)
+            for box in one._page_box.descendants()
+            if type(box).__name__ == "TextBox" and _in_margin(box, one)
+        )
+        assert digest in footer.replace(" ", "")
+        assert "universi" in footer
+
+
+def _in_margin(box: Any, one: Any) -> bool:
+    return bool(box.position_y > one.height - 60)
+
+
+@needs_weasyprint
+def test_nothing_is_fetched(a_report: Make) -> None:
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        image = f'<img src="http://127.0.0.1:{server.server_port}/x.png"><img src="file:///etc/hostname">'
+        style = f'<link rel="stylesheet" href="http://127.0.0.1:{server.server_port}/x.css">'
+        assert pdf.made(f"<html><head>{style}</head><body>{image}<p>text</p></body></html>").startswith(b"%PDF-")
+        server.shutdown()
+    assert asked == []
+
+
+def test_without_weasyprint_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "weasyprint", None)
+    monkeypatch.setitem(sys.modules, "weasyprint.urls", None)
+    with pytest.raises(ConfigError, match=re.escape("--pdf = True: needs WeasyPrint: pip install 'fedtune[pdf]'")):
+        pdf.write("<p>", tmp_path / "a.pdf")
+    assert not (tmp_path / "a.pdf").exists()
+
+
+def test_without_pango_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError("cannot load library 'libpango-1.0-0'")
+
+    monkeypatch.setattr(pdf.importlib, "import_module", fail)
+    with pytest.raises(ConfigError, match=r"needs Pango .*libpango-1\.0-0"):
+        pdf.made("<p>")
