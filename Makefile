@@ -1,5 +1,6 @@
 # make simulate   fresh clone to finished demo
 # make test       fresh clone to green checks, the same that CI runs
+# make nightly    the tests that take too long for that: every mutant
 # ARGS="..." passes overrides to the demo, as in: make simulate ARGS="privacy.epsilon=3"
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: simulate test checks format clean
+.PHONY: simulate test checks nightly format clean
 
 simulate: $(VENV)/.demo
 	$(VENV)/bin/fedtune simulate $(ARGS)
@@ -31,6 +32,9 @@ checks:
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python docs/write_configuration.py --check
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+nightly: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m nightly
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
