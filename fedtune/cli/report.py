@@ -15,6 +15,7 @@ Write the privacy report of a run, or of a site's ledger: what was promised, wha
   fedtune report site.toml --sign site_key.pem       a site's view over all its runs and years, signed
   fedtune report verify ledger.db.report/report.json --key HEX    was it changed? is epsilon right?
   fedtune report diff runs/tighter runs/looser       what changed in settings, privacy, utility, cost
+  fedtune report schema                              the JSON schema of report.json
 
 It writes report.html, which needs no network and prints well, and report.json with every figure in it; with --pdf a
 report.pdf too. A run's report lies in its folder, a ledger's in a folder beside it that ends in .report.
@@ -37,7 +38,10 @@ Show what changed from one report to another: settings, privacy, utility and cos
 
 A and B are report.json files, or folders that hold one. Two runs are compared, or two reports of one ledger.
 """
-_COMMANDS = ("build", "verify", "diff")
+_SCHEMA = """\
+Print the JSON schema that every report.json of this version fits.
+"""
+_COMMANDS = ("build", "verify", "diff", "schema")
 
 
 def with_command(arguments: Sequence[str]) -> list[str]:
@@ -80,6 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff = command("diff", "what changed between two reports", _DIFF)
     diff.add_argument("before", metavar="A", help="a report.json, or a folder that holds one")
     diff.add_argument("after", metavar="B", help="another")
+    command("schema", "the JSON schema of report.json", _SCHEMA)
+
     for answering in (verify, diff):
         answering.add_argument("--json", action="store_true", help="for machines")
 

@@ -19,7 +19,7 @@ from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
 from fedtune.report.difference import differences
-from fedtune.report.model import Report
+from fedtune.report.model import Report, schema_text
 from fedtune.spec import ConfigError, RunError
 
 
@@ -113,6 +113,11 @@ def diff(options: argparse.Namespace) -> None:
         report_tables.show_differences(Console(highlight=False), names, changes, configured=configured)
 
 
+def schema(options: argparse.Namespace) -> None:
+    """Print the schema that is published."""
+    sys.stdout.write(schema_text())
+
+
 def _settings(path: Path, report: Report) -> Mapping[str, Any]:
     """The settings of a run whose configuration lies beside its report; none if that is another one."""
     if not (path.parent / "config.yaml").is_file():
@@ -144,4 +149,9 @@ def _print_json(data: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {"build": build, "verify": verify, "diff": diff}
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "build": build,
+    "verify": verify,
+    "diff": diff,
+    "schema": schema,
+}

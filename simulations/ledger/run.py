@@ -1,4 +1,4 @@
-"""How long a ledger of many years takes to write, open, verify and add up.
+"""How long a ledger of many years takes to write, open, verify, add up and report.
 
     python simulations/ledger/run.py          writes results.json
 
@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -96,6 +98,13 @@ def write_ledger(folder: Path) -> tuple[Policy, SigningKey, list[float]]:
     return policy, key, pairs
 
 
+def report(ledger: Path) -> None:
+    """Write its report as a person does: a process of its own, from the command to the files."""
+    subprocess.run(
+        [sys.executable, "-m", "fedtune", "report", str(ledger)], capture_output=True, check=True, timeout=120
+    )
+
+
 def seconds(what: Callable[[], object], *, repeats: int = 3) -> float:
     """Median wall time."""
     taken = []
@@ -132,6 +141,7 @@ def main() -> None:
             "open_s": seconds(lambda: Ledger(path, policy, key)),
             "spending_s": seconds(ledger.spending),
             "verify_s": seconds(lambda: verify(path)),
+            "report_s": seconds(lambda: report(path), repeats=5),
         }
     results["hardware"] = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
     text = json.dumps(results, indent=1)

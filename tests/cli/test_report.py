@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedtune.cli.main import main
 from fedtune.cli.report import with_command
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
@@ -108,12 +109,14 @@ def test_the_word_build_may_be_left_out(said: list[str], meant: list[str]) -> No
         (["report", "runs/a"], "--site-report"),
         (["report", "verify"], "--config"),
         (["report", "diff"], "--json"),
+        (["report", "schema"], "every report.json"),
     ],
 )
-def test_each_command_explains_itself(arguments: list[str], word: str, capsys: Any, command: Any) -> None:
+def test_each_command_explains_itself(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        command(*arguments, "--help")
+        main([*arguments, "--help"])
     assert exit.value.code == 0
+    assert word in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,10 @@ def test_the_arguments_are_fast_to_import() -> None:
     code = f"import sys, fedtune.cli.main; print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_schema_is_printed(command: Any) -> None:
+    assert json.loads(command("report", "schema").out)["title"] == "fedtune report"
 
 
 # Writing

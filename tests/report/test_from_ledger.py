@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -320,7 +319,7 @@ def test_rounds_that_a_lost_branch_was_charged_are_in_its_run(
     assert recompute.problems(report) == []
 
 
-def test_ten_thousand_events_in_twenty_settings_take_seconds(
+def test_ten_thousand_events_in_twenty_settings_are_composed_once_a_setting(
     books: Callable[..., Books], run_proposal: Proposals
 ) -> None:
     made = books(limits={"max_rounds": 250, "min_noise_multiplier": 1.0}, budget={"max_epsilon": 50.0})
@@ -346,10 +345,10 @@ def test_ten_thousand_events_in_twenty_settings_take_seconds(
     filter.divergence.cache_clear()
     profile._pld.cache_clear()
     profile._rdp.cache_clear()
-    began = time.process_time()
     report = from_ledger.build(made.ledger)
-    taken = time.process_time() - began
-    assert taken <= 6, taken  # of processor time: what else the machine does is not counted
+    # What takes the time: simulations/report has the seconds.
+    assert profile._pld.cache_info().misses <= 2 * 20 + 2
+    assert profile._rdp.cache_info().misses <= 2 * 20 + 2
     (site,) = report.sites
     assert site.verification.num_events == 10_022
     assert (len(site.mechanisms), site.spent.rounds) == (20, 5000)

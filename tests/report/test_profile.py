@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from statistics import NormalDist
 
 import numpy as np
@@ -205,10 +204,11 @@ def test_nothing_spent_helps_no_attacker() -> None:
     assert profile.epsilon_rdp([], 1e-5) == 0
 
 
-def test_twenty_settings_take_a_second_or_two() -> None:
+def test_twenty_settings_are_composed_once_for_each_purpose() -> None:
     spent = {PoissonSampledDpEvent(0.01 + number / 500, GaussianDpEvent(1 + number / 10)): 250 for number in range(20)}
     forget()
-    begun = time.process_time()
     profile.meaning(spent, epsilon=5.0, delta=1e-5, declared_size=1000)
     profile.curve(spent, profile.curve_deltas(1e-5))
-    assert time.process_time() - begun < 3  # 0.9 s on a quiet machine
+    # The composition is what takes time; each point of a curve is read off it.
+    assert profile._pld.cache_info().misses <= 2
+    assert profile._rdp.cache_info().misses == 1

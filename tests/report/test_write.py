@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jsonschema
 import pytest
 
-from fedtune.report import from_run, page, signing
+from fedtune.report import from_run, model, page, signing
 from fedtune.report.write import write_report
 from fedtune.spec import ConfigError
+
+from .shown import NAMES, reports_of
+
+SCHEMA = Path(model.__file__).parent / "schema" / f"report-{model.SCHEMA_VERSION}.json"
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +55,24 @@ def test_a_ledgers_report_needs_no_model() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_published_schema_is_that_of_the_code() -> None:
+    if os.environ.get("FEDTUNE_WRITE_GOLDEN"):
+        SCHEMA.write_text(model.schema_text())
+    assert SCHEMA.read_text() == model.schema_text(), "rewrite it, and raise SCHEMA_VERSION where readers would break"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reports_fit_the_published_schema(name: str, request: pytest.FixtureRequest) -> None:
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    data = json.loads(signing.to_text(reports_of(request)[name]))
+    validator.validate(data)
+    assert not validator.is_valid({**data, "epsilon": "much"})
+    assert not validator.is_valid({**data, "surprise": 1})
+
+
+def test_the_report_of_a_run_fits_the_published_schema(folder: Path) -> None:
+    jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(
+        json.loads((folder / "report.json").read_bytes())
+    )
