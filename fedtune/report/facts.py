@@ -35,7 +35,7 @@ def of_run(record: RunRecord, sites: Sequence[SiteReport], provenance: Provenanc
         "task": config.task,
         "declared_sizes": _pairs(sizes),
         "declared_total": str(sum(sizes.values())),
-        "columns_used": _listed(data.needed_columns(config.task)),
+        "columns_used": _listed(data.needed_columns(config.task, unit=record.plan.unit)),
         "num_sites": str(len(sites)),
         "runtime": config.runtime.kind,
         "most_tokens": str(data.max_length),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ def made(html: str) -> bytes:
         ConfigError: WeasyPrint is not installed, or a library of the system that it needs.
     """
     weasyprint = _weasyprint()
+    # It tells of each rule of the style sheet that is for screens only.
+    logging.getLogger("weasyprint").setLevel(logging.ERROR)
     # A class made here, since its base may be missing.
     refusing = type("Refusing", (weasyprint.urls.URLFetcher,), {"fetch": _refuse})
     document = weasyprint.HTML(string=html, base_url=None, url_fetcher=refusing())

@@ -91,8 +91,12 @@ class RunRecord:
         return max(known, min(known + silent, self.plan.most_rounds)), silent > 0
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
     """The record of a run folder.
+
+    Args:
+        folder: the run's.
+        plan: of an earlier reading of the same folder; without it, noise that is not on record is searched for again.
 
     Raises:
         ConfigError: it is none, or its files belong to different runs.
@@ -103,7 +107,7 @@ def read_run(folder: Path) -> RunRecord:
     state = _state(folder, digest, result)
     return RunRecord(
         config=config,
-        plan=_plan(folder, config, result),
+        plan=plan or _plan(folder, config, result),
         config_sha256=digest,
         result=result,
         state=state,

@@ -70,7 +70,7 @@ def site_report(record: RunRecord, site: str, charged: Charged, *, sampling: str
         if charged.rounds
         else (),
         curve=profile.curve(mechanisms, profile.curve_deltas(plan.delta)) if mechanisms else (),
-        steps=tuple(_steps(record, site, charged.rounds)),
+        steps=tuple(steps_of(record, site, charged.rounds)),
         releases=tuple(_releases(record, site)),
     )
 
@@ -118,7 +118,7 @@ def _spent(plan: Plan, charged: Charged) -> Spent:
     )
 
 
-def _steps(record: RunRecord, site: str, charged: int) -> Iterator[Step]:
+def steps_of(record: RunRecord, site: str, charged: int) -> Iterator[Step]:
     """Epsilon after each round: at most all that was charged, but for one round for each later update of the site."""
     took_part = [site in result.sites for result in record.rounds]
     for index, result in enumerate(record.rounds):
