@@ -11,8 +11,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fedtune.data.spec import DataSpec
@@ -22,7 +24,7 @@ from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.spec import ConfigError, check_at_least, spec
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
@@ -88,6 +90,7 @@ class RunConfig:
         check_at_least("seed", self.seed, 0)
         with _keys_under("data"):
             self.data.check_task(self.task)
+            self.data.check_unit(self.privacy.unit)
             sizes = self.data.sizes(self.federation.num_sites)
         if self.privacy.private:
             _check_privacy(self, largest_size=max(sizes))
@@ -118,7 +121,7 @@ class RunConfig:
             lead=lead,
             dataset=self.data.dataset,
             task=self.task,
-            base_model=self.model.sha256 or "unverified",
+            base_model=self.model.sha256 or UNVERIFIED,
             target_modules=(targets,) if isinstance(targets, str) else targets,
             rank=self.lora.rank,
             train_head=self.task == "classification" and self.head.train,
@@ -158,6 +161,34 @@ class RunConfig:
     def run_id(self) -> str:
         """Identifies the run at its sites."""
         return f"{self.name}-{self.digest()[:32]}"
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without references: some hundred bytes of them can stand for more values than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a reference")
+        return super().compose_node(parent, index)
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """What the `config.yaml` of a run folder says, yet to be validated.
+
+    Raises:
+        ConfigError: there is none, or it is not YAML of keys and values.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError("run folder", str(folder), "must hold a config.yaml")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
+        if not isinstance(settings, dict):
+            raise ValueError("no keys")
+    # The others come of texts that only look like a date or a tag of YAML's.
+    except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError("run folder", str(path), f"must hold a configuration ({type(error).__name__})") from None
+    return {str(key): value for key, value in settings.items()}
 
 
 def parse(settings: Mapping[str, Any]) -> RunConfig:

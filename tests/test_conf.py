@@ -20,6 +20,8 @@ OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent != CON
 _BESIDE = {
     ("data", "medical_abstracts"): ["experiment=hospitals_abstracts"],
     ("data", "e2e_nlg"): ["experiment=smollm2_e2e"],
+    ("data", "users_ubuntu_irc"): ["experiment=debug_users"],
+    ("data", "users_shakespeare"): ["experiment=debug_users"],
     ("data", "own"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"],
     ("experiment", "own_data"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"],
 }

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from fedtune.cli.plain_words import REASONS, counted, printable
+from fedtune.cli.plain_words import REASONS, contribution, counted, printable
 from fedtune.deploy.site_state import Pending, SiteState
 from fedtune.federation.verdict import BrokenRule, Verdict, ask
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
@@ -116,6 +116,7 @@ def _price_table(pending: Pending, verdict: Verdict) -> Table:
         "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, 'noisy step')} each",
         "mechanism": f"noise multiplier {plan.noise_multiplier:g}, clip norm {plan.max_grad_norm:g}, "
         f"sampling rate {plan.sampling_rate:g}",
+        "protects": contribution(plan) if plan.unit == "user" else "each record by itself",
         "releases": "updates and noised scores" if plan.releases_metrics else "updates",
     }
     return _two_columns(rows)

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fedtune.config import RunConfig, parse
+from fedtune.config import RunConfig, parse, saved_settings
 from fedtune.data.load import shipped_folders
 from fedtune.spec import ConfigError
 
@@ -71,16 +71,7 @@ def saved_config(folder: Path) -> RunConfig:
     Raises:
         ConfigError: the folder has none, or one that this version does not understand.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError("run folder", str(folder), "must hold a config.yaml")
-    try:
-        settings = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
-        raise ConfigError("run folder", str(path), "must be YAML") from error
-    if not isinstance(settings, dict):
-        raise ConfigError("run folder", str(path), "must hold a configuration")
-    return parse({str(key): value for key, value in settings.items()})
+    return parse(saved_settings(folder))
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

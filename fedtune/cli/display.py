@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fedtune.cli.plain_words import counted
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
 from fedtune.privacy.accountant import epsilon_text
@@ -185,8 +186,12 @@ def _promise(config: RunConfig, plan: Plan) -> str:
     marked = "; [yellow]seeded noise: a study without a guarantee[/yellow]" if config.runtime.seeded_noise else ""
     return (
         f"epsilon at most {config.privacy.epsilon:g} at delta {plan.delta:g} for each {plan.unit}: "
-        f"clip {plan.max_grad_norm:g}, noise multiplier {plan.noise_multiplier:g}{marked}"
+        f"clip {plan.max_grad_norm:g}, noise multiplier {plan.noise_multiplier:g}{_contribution(plan)}{marked}"
     )
+
+
+def _contribution(plan: Plan) -> str:
+    return f", at most {counted(plan.records_per_user, 'record')} of a user in a step" if plan.unit == "user" else ""
 
 
 def _scores(metrics: Mapping[str, float | None]) -> str:

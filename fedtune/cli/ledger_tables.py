@@ -27,9 +27,10 @@ _UNITS = {"record": "one record", "user": "one person with all records of theirs
 def show_events(console: Console, path: Path, verified: Verified, chosen: Sequence[Event]) -> None:
     """One row an event."""
     show_identity(console, path, verified)
+    unit = verified.history.opened.unit
     table = Table(
         title=f"{len(chosen)} of {counted(len(verified.events), 'event')}",
-        caption="rate: probability with which each record joins a step; noise: in units of the most that one record "
+        caption=f"rate: probability with which each {unit} joins a step; noise: in units of the most that one {unit} "
         "can move a step's sum",
         **_LEFT,
     )

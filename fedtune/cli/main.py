@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 from fedtune import __version__
-from fedtune.cli import ledger, provision, report, run_arguments, server, site
+from fedtune.cli import audit, ledger, provision, report, run_arguments, server, site, watch
 from fedtune.spec import FedtuneError
 
 _SIMULATE = """\
@@ -71,10 +71,16 @@ def _run(options: argparse.Namespace) -> None:
             from fedtune.cli.evaluate import evaluate
 
             evaluate(options.run, data_file=options.data, device=options.device)
+        case "audit":
+            from fedtune.cli.audit_command import audit as audit_run
+
+            audit_run(options.overrides)
         case "ledger":
             ledger.run(options)
         case "report":
             report.run(options)
+        case "watch":
+            watch.watch(options)
         case "site":
             site.run(options)
         case "provision":
@@ -120,6 +126,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         from fedtune.cli import plan
 
         plan.add_arguments(planning)
+    audit.add_arguments(command("audit", "attack a run on this machine, to test its guarantee", audit.DESCRIPTION))
     evaluate = command("evaluate", "score a saved adapter", _EVALUATE)
     evaluate.add_argument("run", metavar="RUN", help="a run folder, such as runs/tighter")
     evaluate.add_argument("--data", required=True, metavar="FILE", help=".jsonl or .csv, plain or .gz")
@@ -128,6 +135,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     ledger.add_arguments(command("ledger", "read a site's ledger: what was spent, what is left", ledger.DESCRIPTION))
     report.add_arguments(command("report", "the privacy report of a run or a ledger", report.DESCRIPTION))
+    watch.add_arguments(command("watch", "follow a run in a browser", watch.DESCRIPTION))
     site.add_arguments(command("site", "a site: its policy, its keys, its process", site.DESCRIPTION))
     provision.add_arguments(command("provision", "make a federation of real sites", provision.DESCRIPTION))
     server.add_arguments(command("server", "a federation's server", server.DESCRIPTION))

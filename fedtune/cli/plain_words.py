@@ -10,6 +10,7 @@ from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.chain import Event, Kind
+from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 
@@ -36,6 +37,7 @@ REASONS: Mapping[Reason, str] = {
     Reason.MAX_GRAD_NORM: "the clip norm is too large",
     Reason.MAX_LOCAL_STEPS: "too many steps in a round",
     Reason.MAX_ROUNDS: "too many rounds",
+    Reason.MAX_RECORDS_PER_USER: "too many records of one user in a step",
     Reason.MAX_ADAPTER_VALUE: "the adapter to train from has too large values",
     Reason.DTYPES: "the base model may not be computed in this number format",
     Reason.MAX_LORA_SCALE: "the adapter is scaled up too much",
@@ -84,6 +86,12 @@ def cap_text(cap: float | None) -> str:
 def counted(count: int, noun: str) -> str:
     """`1 round`, `2 rounds`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def contribution(plan: Plan) -> str:
+    """What one user adds to a step of a plan whose unit is that."""
+    most = counted(plan.records_per_user, "record")
+    return f"of each user at most {most} in a step, their mean gradient clipped once; sizes count users"
 
 
 def mechanism_text(event: DpEvent, count: int) -> str:

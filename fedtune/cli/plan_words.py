@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedtune.cli.plain_words import counted
+from fedtune.cli.plain_words import contribution, counted
 from fedtune.cli.plan_outlook import Outlook
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.plan import Plan
 
 NOT_PRIVATE = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
 SEEDED = "NO GUARANTEE: the noise would come from the configured seed, and who knows it can take the noise away."
@@ -47,6 +48,7 @@ def facts(outlook: Outlook) -> dict[str, str]:
         "data": f"{config.data.dataset} at {counted(len(price.sites), 'site')}; no record was read",
         "training": f"{counted(plan.num_rounds, 'round')} of {counted(plan.local_steps, 'step')}, "
         f"sampling rate {plan.sampling_rate:.4g}",
+        **({"contribution": contribution(plan)} if plan.unit == "user" else {}),
     }
     if plan.spare_rounds:
         found["training"] += f"; {counted(plan.spare_rounds, 'spare round')} paid for beforehand"
@@ -55,7 +57,9 @@ def facts(outlook: Outlook) -> dict[str, str]:
         found["noise"] = f"multiplier {plan.noise_multiplier:g} ({how}), clip norm {plan.max_grad_norm:g}"
     if plan.releases_metrics:
         noise = f"noise multiplier {plan.metrics_noise_multiplier:g}"
-        found["scores"] = f"noised scores of held-out records each round, {noise}; every epsilon here pays for them"
+        found["scores"] = (
+            f"noised scores of held-out {plan.unit}s each round, {noise}; every epsilon here pays for them"
+        )
     return found | _solution(outlook)
 
 
@@ -134,7 +138,7 @@ def _about_sites(outlook: Outlook) -> tuple[str, ...]:
         noisiest = min(price.sites, key=lambda name: price.sites[name].declared_size)
         ratio = price.sites[noisiest].step_noise / price.sites[price.largest[0]].step_noise
         notes.append(f"The mean gradient of {noisiest} is the noisiest: {ratio:.3g} times the noise of {who}.")
-    notes.append("delta x size: how many records the guarantee may fail, at the very worst; keep it far below 1.")
+    notes.append(f"delta x size: how many {plan.unit}s the guarantee may fail, at the very worst; keep it far below 1.")
     return tuple(notes)
 
 
@@ -245,9 +249,13 @@ def bytes_and_time(outlook: Outlook) -> Section:
         ),
         notes=(
             f"Times are for this machine ({outlook.device}) with every example at its full "
-            f"{outlook.config.data.max_length} tokens; evaluation and start-up come on top.",
+            f"{outlook.config.data.max_length} tokens{_full_users(outlook.plan)}; evaluation and start-up come on top.",
         ),
     )
+
+
+def _full_users(plan: Plan) -> str:
+    return f" and {counted(plan.records_per_user, 'record')} of each user" if plan.unit == "user" else ""
 
 
 def bytes_text(count: float) -> str:

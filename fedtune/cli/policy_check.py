@@ -15,6 +15,7 @@ from fedtune.cli import ledger_json
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy import Policy
+from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.verify import Verified
 from fedtune.spec import ConfigError
@@ -162,8 +163,8 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
     largest = max(dataset.declared_size for dataset in policy.dataset)
     if budget.delta > 1 / (10 * largest):
         text = (
-            f"{budget.delta:g}: the promise may fail with this probability for each of {largest:,} records; choose at "
-            f"most {10.0 ** math.floor(-math.log10(10 * largest)):.0e}"
+            f"{budget.delta:g}: the promise may fail with this probability for each of {largest:,} "
+            f"{policy.population.unit}s; choose at most {10.0 ** math.floor(-math.log10(10 * largest)):.0e}"
         )
         yield Caution(key="budget.delta", text=text)
     if not policy.anchor:
@@ -184,7 +185,7 @@ def _cautions_of_requests(policy: Policy) -> Iterator[Caution]:
             yield Caution(key=key, text="empty: every request is refused")
     if not policy.releases.updates:
         yield Caution(key="releases.updates", text="false: every request is refused")
-    if "unverified" in allow.base_models:
+    if UNVERIFIED in allow.base_models:
         yield Caution(key="allow.base_models", text='"unverified": accepts runs that do not say which model they train')
     for model in allow.base_models:
         if model == _PLACEHOLDER_DIGEST:

@@ -84,6 +84,9 @@ def _whose(policy: Policy) -> Iterator[str]:
     yield f"The population {policy.population.name}; all its data sets share one budget."
     if unit == "record":
         yield "Protected is each single record. A person with several records is protected less: the epsilons add up."
+    else:
+        yield "Protected is each person with all records of theirs here. Each record must name its one person."
+        yield f"A step looks at no more than {counted(policy.limits.max_records_per_user, 'record')} of one person."
     for dataset in policy.dataset:
         yield f"Data set {dataset.id}: published as {counted(dataset.declared_size, unit)}, whatever the true number."
 
@@ -108,7 +111,8 @@ def _for_what(policy: Policy) -> Iterator[str]:
 
 def _limits(policy: Policy) -> Iterator[str]:
     limits = policy.limits
-    yield f"Noise of at least {limits.min_noise_multiplier:g} times the most that one record can move a step's sum."
+    unit = policy.population.unit
+    yield f"Noise of at least {limits.min_noise_multiplier:g} times the most that one {unit} can move a step's sum."
     yield f"At most {limits.max_sampling_rate * 100:g} % of the declared size in a step."
     yield (
         f"At most {limits.max_rounds} rounds of {limits.max_local_steps} noisy steps; clip norm at most "

@@ -8,6 +8,7 @@ from typing import Literal
 
 from fedtune.report import recompute, signing
 from fedtune.report.model import SCHEMA_VERSION, Report
+from fedtune.report.site_model import SiteReport
 from fedtune.spec import RunError
 
 
@@ -16,7 +17,7 @@ class Check:
     """One check and what it came to.
 
     Attributes:
-        name: "schema", "signature", "figures", "verdict" or "configuration".
+        name: "schema", "signature", "figures", "verdict", "taken" or "configuration".
         text: the result, in a sentence.
         problems: what differs.
     """
@@ -36,7 +37,13 @@ def checks(report: Report, *, key: str | None, config_sha256: str | None) -> tup
         config_sha256: hash that the run's configuration must have, if it is known.
     """
     form = Check(name="schema", state="right", text=f"It is a report of schema version {SCHEMA_VERSION}.")
-    return (form, _signature(report, key), *_figures(report), _configuration(report, config_sha256))
+    return (
+        form,
+        _signature(report, key),
+        *_figures(report),
+        *_taken(report),
+        _configuration(report, config_sha256),
+    )
 
 
 def _signature(report: Report, key: str | None) -> Check:
@@ -62,11 +69,25 @@ def _figures(report: Report) -> Iterator[Check]:
             name="figures", state="wrong", text=f"{_counted(len(others), 'figure')} not as {again}:", problems=others
         )
     else:
-        yield Check(name="figures", state="right", text=f"Every epsilon, {again}, is as it says.")
+        yield Check(name="figures", state="right", text=f"Each epsilon that its events give, {again}, is as it says.")
     if of_verdict:
         yield Check(name="verdict", state="wrong", text="The verdict does not fit the figures:", problems=of_verdict)
     else:
         yield Check(name="verdict", state="right", text="No verdict is better than its figures.")
+
+
+def _taken(report: Report) -> Iterator[Check]:
+    """What no event in the report gives: a joined ledger's figures over all its runs."""
+    if joined := [f"{site.site} ({site.reported or 'undated'})" for site in report.sites if _is_joined(site)]:
+        text = (
+            f"Not computed again: the figures over all runs of {', '.join(joined)} (spent, set aside, left, period, "
+            "runs), taken from a report that the site signed."
+        )
+        yield Check(name="taken", state="not_checked", text=text)
+
+
+def _is_joined(site: SiteReport) -> bool:
+    return site.source == "signed_site_report" and site.lifetime is not None
 
 
 def _configuration(report: Report, expected: str | None) -> Check:

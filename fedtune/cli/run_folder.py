@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from fedtune.audit.result import MARK
 from fedtune.cli.compose import saved_config, write_config
 from fedtune.config import RunConfig
 from fedtune.spec import ConfigError, RunError
@@ -68,6 +69,8 @@ def folder_of(config: RunConfig) -> Path:
             raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another, or resume={folder}")
         return folder
     folder = Path(config.resume)
+    if (folder / MARK).exists():
+        raise ConfigError("resume", config.resume, "is an audit, whose data holds canaries; an audit is not continued")
     saved = saved_config(folder)
     if saved.digest() != config.digest():
         differences = ", ".join(_differences(saved.decisive(), config.decisive()))

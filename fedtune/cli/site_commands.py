@@ -12,7 +12,6 @@ from fedtune.cli.plain_words import counted
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.site_state import SiteState
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import ConfigError
 
 
 def run(options: argparse.Namespace) -> None:
@@ -33,20 +32,11 @@ def run(options: argparse.Namespace) -> None:
             sys.stdout.write("The site takes part again.\n")
         case _:
             kit = _kit(options)
-            _leave(kit, _files(Path(options.site), kit))
+            _leave(kit, kit.site_files(Path(options.site)))
 
 
 def _kit(options: argparse.Namespace) -> Kit:
     return Kit.read(Path(options.kit), kind="site")
-
-
-def _files(site_toml: Path, kit: Kit) -> SiteFiles:
-    """The site's files, which must be those of the site whose kit it is."""
-    files = SiteFiles.of(site_toml)
-    if files.policy.site != kit.site:
-        error = ConfigError("site", files.policy.site, f"must be {kit.site}, as in the kit")
-        raise error.in_file(site_toml)
-    return files
 
 
 def _init(site_toml: Path, *, out: Path | None) -> None:
@@ -73,7 +63,7 @@ def _approve(options: argparse.Namespace) -> None:
     from fedtune.cli.approve import approve, show_waiting
 
     kit, site_toml = _kit(options), Path(options.site)
-    state, files = SiteState.of(kit.folder), _files(site_toml, kit)
+    state, files = SiteState.of(kit.folder), kit.site_files(site_toml)
     if options.run is None:
         show_waiting(state)
     else:

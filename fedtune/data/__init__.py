@@ -1,7 +1,7 @@
 """Reading, partitioning, tokenising and collating text, each record by itself.
 
 Nothing here lets one record change another's place: whether a record is used, held out or given to
-a site, and what its tokens are, is a function of that record alone (and of public settings).
+a site, and what its tokens are, is a function of that record, or of its user, alone (and of public settings).
 """
 
 from fedtune.data.batching import Batch, collate, micro_batches
@@ -13,6 +13,7 @@ from fedtune.data.partition import (
     partition_records,
     split_heldout,
     unit_hash,
+    users_of,
 )
 from fedtune.data.records import Record, iter_records, read_records, record_key, resolve_file
 from fedtune.data.spec import DataSpec
@@ -39,4 +40,5 @@ __all__ = [
     "tokenise_causal_lm",
     "tokenise_classification",
     "unit_hash",
+    "users_of",
 ]

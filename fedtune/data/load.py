@@ -12,6 +12,7 @@ from fedtune.data.partition import is_selected, partition_records, split_heldout
 from fedtune.data.records import Record, iter_records, read_records, resolve_file, usable_records
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import TextDataset, Tokenizer, tokenise_causal_lm, tokenise_classification
+from fedtune.privacy.mechanism import Unit
 from fedtune.spec import DataError
 
 _PACKAGE = Path(fedtune.__file__).parent
@@ -29,44 +30,49 @@ def split_key(seed: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class SiteRecords:
-    """One site's records: those it trains on, and those held out by their hash."""
+    """One site's records: those it trains on, and those held out by their own hash or their user's."""
 
     training: list[Record]
     heldout: list[Record]
 
 
-def simulated_site_records(spec: DataSpec, *, task: str, num_sites: int, seed: int) -> tuple[SiteRecords, ...]:
-    """Each simulated site's records out of the one training file.
+def simulated_site_records(
+    spec: DataSpec, *, task: str, num_sites: int, seed: int, unit: Unit = "record"
+) -> tuple[SiteRecords, ...]:
+    """Each simulated site's records out of the one training file; with unit "user" no user is parted.
 
     Raises:
-        DataError: the file is missing or malformed, or a site would have no record.
+        DataError: the file is missing or malformed, or a site would have no record, or a user would be at two.
     """
     key = split_key(seed)
     path = resolve_file(spec.train_file, shipped_folders(), key="data.train_file")
-    columns = spec.needed_columns(task, partition=True)
-    chosen = (r for r in iter_records(path, columns) if is_selected(r, fraction=spec.train_fraction, key=key))
-    sites = partition_records(chosen, spec.partition, num_sites=num_sites, key=key)
-    split = tuple(SiteRecords(*split_heldout(site, fraction=spec.heldout_fraction, key=key)) for site in sites)
+    rows = iter_records(path, spec.needed_columns(task, partition=True, unit=unit))
+    chosen = (row for row in rows if is_selected(row, fraction=spec.train_fraction, key=key, unit=unit))
+    sites = partition_records(chosen, spec.partition, num_sites=num_sites, key=key, unit=unit)
+    split = tuple(
+        SiteRecords(*split_heldout(site, fraction=spec.heldout_fraction, key=key, unit=unit)) for site in sites
+    )
     for number, records in enumerate(split, 1):
         if not records.training:
             raise DataError("data.train_file", spec.train_file, f"leaves site {number} of {num_sites} without a record")
     return split
 
 
-def own_records(spec: DataSpec, *, task: str, key: bytes) -> SiteRecords:
-    """A real site's records; `key` is its own secret, and decides by each record's hash what is held out.
+def own_records(spec: DataSpec, *, task: str, key: bytes, unit: Unit = "record") -> SiteRecords:
+    """A real site's records; `key` is its own secret, and decides by each record's (or user's) hash what is held out.
 
-    A record that a run has no use for (no value, or a label that the run does not declare) is left out by itself, and
-    no record at all is fine: what a lead asks for must not make the answer depend on whether some record fits it.
+    A record that a run has no use for (no value, or a label that the run does not declare, or with unit "user" not
+    exactly one user) is left out by itself, and no record at all is fine: what a lead asks for must not make the answer
+    depend on whether some record fits it.
 
     Raises:
         DataError: the file cannot be read or parsed, whatever the run.
     """
-    records = usable_records(Path(spec.train_file), spec.needed_columns(task))
+    records = usable_records(Path(spec.train_file), spec.needed_columns(task, unit=unit))
     if task == "classification":
         declared = set(spec.labels)
         records = (record for record in records if record.fields["label"] in declared)
-    return SiteRecords(*split_heldout(records, fraction=spec.heldout_fraction, key=key))
+    return SiteRecords(*split_heldout(records, fraction=spec.heldout_fraction, key=key, unit=unit))
 
 
 def lead_records(spec: DataSpec, name: str, *, task: str, rows: int | None, key: str) -> list[Record]:

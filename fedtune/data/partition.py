@@ -1,23 +1,26 @@
-"""Which site a record belongs to, and which records are held out: functions of each record alone.
+"""Which site a record belongs to, and which records are held out: functions of each privacy unit alone.
 
-Each decision compares a keyed hash of the record with fixed bounds.  Adding or removing a record
-therefore moves no other one, which a shuffled, stratified or balanced split cannot promise and which
-the privacy guarantee needs.  Equal records always fall on the same side.
+Each decision compares a keyed hash of the unit with fixed bounds: of the record, or of its user, whose
+records then stay together.  Adding or removing a unit therefore moves no other one, which a shuffled,
+stratified or balanced split cannot promise and which the privacy guarantee needs.  Equal records always
+fall on the same side.
 """
 
 from __future__ import annotations
 
 import hmac
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from functools import lru_cache
 from itertools import accumulate
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from fedtune.data.records import Record, record_key
+from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError, check_one_of, check_positive, spec
 
 
@@ -59,49 +62,66 @@ class PartitionSpec:
             raise ConfigError("sites", dict(self.sites), bound)
 
 
-def unit_hash(record: Record, *, purpose: str, key: bytes) -> float:
-    """A number in [0, 1) from the record alone: HMAC-SHA256 of purpose and record, its top 53 bits.
+def unit_hash(record: Record, *, purpose: str, key: bytes, unit: Unit = "record") -> float:
+    """A number in [0, 1) from the record, or its user, alone: HMAC-SHA256 of purpose and unit, its top 53 bits.
 
     Different purposes give independent numbers, so that one decision says nothing about another.
     """
-    digest = hmac.digest(key, purpose.encode() + b"\0" + record_key(record), "sha256")
+    whole = record if unit == "record" else Record({"user": record.fields["user"]})
+    digest = hmac.digest(key, purpose.encode() + b"\0" + record_key(whole), "sha256")
     return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
 
 
-def is_heldout(record: Record, *, fraction: float, key: bytes) -> bool:
-    """Whether a record is among the `fraction` (in expectation) that is kept from training."""
-    return unit_hash(record, purpose="heldout", key=key) < fraction
+def is_heldout(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
+    """Whether a record's unit is among the `fraction` (in expectation) that is kept from training."""
+    return unit_hash(record, purpose="heldout", key=key, unit=unit) < fraction
 
 
-def is_selected(record: Record, *, fraction: float, key: bytes) -> bool:
-    """Whether a record is among the `fraction` (in expectation) that a smaller run uses at all."""
-    return unit_hash(record, purpose="selected", key=key) < fraction
+def is_selected(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
+    """Whether a record's unit is among the `fraction` (in expectation) that a smaller run uses at all."""
+    return unit_hash(record, purpose="selected", key=key, unit=unit) < fraction
 
 
-def split_heldout(records: Iterable[Record], *, fraction: float, key: bytes) -> tuple[list[Record], list[Record]]:
+def split_heldout(
+    records: Iterable[Record], *, fraction: float, key: bytes, unit: Unit = "record"
+) -> tuple[list[Record], list[Record]]:
     """(training, held-out) records, each in the order given."""
     sides: tuple[list[Record], list[Record]] = ([], [])
     for record in records:
-        sides[is_heldout(record, fraction=fraction, key=key)].append(record)
+        sides[is_heldout(record, fraction=fraction, key=key, unit=unit)].append(record)
     return sides
 
 
 def partition_records(
-    records: Iterable[Record], spec: PartitionSpec, *, num_sites: int, key: bytes
+    records: Iterable[Record], spec: PartitionSpec, *, num_sites: int, key: bytes, unit: Unit = "record"
 ) -> tuple[list[Record], ...]:
     """The records of each site, in the order given; a site may end up with none.
 
     Raises:
-        DataError: as `assign_site`.
+        DataError: as `assign_site`; or a user's records name several sites.
     """
     sites: tuple[list[Record], ...] = tuple([] for _ in range(num_sites))
+    site_of: dict[str, int] = {}
     for record in records:
-        sites[assign_site(record, spec, num_sites=num_sites, key=key)].append(record)
+        site = assign_site(record, spec, num_sites=num_sites, key=key, unit=unit)
+        if unit == "user" and site_of.setdefault(record.fields["user"], site) != site:
+            # Each site would promise for its part alone, and the person would lose the sum.
+            bound = "must lead to one site for all records of a user, as privacy.unit is user"
+            raise DataError(record.at("site"), record.fields["site"], bound)
+        sites[site].append(record)
     return sites
 
 
-def assign_site(record: Record, spec: PartitionSpec, *, num_sites: int, key: bytes) -> int:
-    """The site, in [0, num_sites), of one record.
+def users_of(records: Sequence[Record]) -> list[npt.NDArray[np.int64]]:
+    """For each user, in the order of their first records, the places of all their records, ascending."""
+    places: dict[str, list[int]] = {}
+    for place, record in enumerate(records):
+        places.setdefault(record.fields["user"], []).append(place)
+    return [np.array(of_one, dtype=np.int64) for of_one in places.values()]
+
+
+def assign_site(record: Record, spec: PartitionSpec, *, num_sites: int, key: bytes, unit: Unit = "record") -> int:
+    """The site, in [0, num_sites), of one record; with unit "user", of its user.
 
     Raises:
         DataError: when the value of the `site` role is not declared in `spec.sites`.
@@ -116,7 +136,7 @@ def assign_site(record: Record, spec: PartitionSpec, *, num_sites: int, key: byt
         bounds = _dirichlet_bounds(record.fields["label"], alpha=spec.alpha, proportions=proportions, key=key)
     else:
         bounds = _bounds(proportions)
-    return bisect_right(bounds, unit_hash(record, purpose="site", key=key))
+    return bisect_right(bounds, unit_hash(record, purpose="site", key=key, unit=unit))
 
 
 @lru_cache(maxsize=4096)

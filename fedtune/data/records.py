@@ -21,7 +21,13 @@ from typing import BinaryIO, cast
 from fedtune.spec import DataError
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
-CATEGORY_ROLES = frozenset({"label", "site"})
+CATEGORY_ROLES = frozenset({"label", "site", "user"})
+_MOST_BYTES = 1 << 24
+"""Of a line: far above any record that a model reads."""
+_BETWEEN_NAMES = ",;|"
+"""What lists of names are written with, and so no part of a user's id."""
+SEVERAL_USERS = "a list of users"
+"""The value in the message about a record of several users."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +190,10 @@ def _lines(path: Path) -> Iterator[str]:
     line = 0
     try:
         with _open(path) as stream:
-            for line, raw in enumerate(stream, start=1):
+            for line, raw in enumerate(iter(lambda: stream.readline(_MOST_BYTES + 1), b""), start=1):
+                if len(raw) > _MOST_BYTES:  # a few kilobytes of gzip can hold a line that fills the memory
+                    found, bound = f"more than {_MOST_BYTES} bytes", f"must have at most {_MOST_BYTES} bytes a line"
+                    raise DataError(_at(path, line), found, bound)
                 yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         found = f"byte 0x{error.object[error.start]:02x} at place {error.start + 1} of the line"
@@ -204,6 +213,8 @@ def _field(row: Mapping[str, object], column: str, *, role: str, at: str) -> str
     if column not in row:
         raise _absent(row, column, role=role, at=at)
     value, at = row[column], f"{at}, column {column!r}"
+    if role == "user":
+        _require_one_user(value, at=at)
     if role in CATEGORY_ROLES and type(value) is int:
         value = str(value)
     if not isinstance(value, str):
@@ -214,6 +225,14 @@ def _field(row: Mapping[str, object], column: str, *, role: str, at: str) -> str
     if not _is_unicode(value):
         raise DataError(at, "half a surrogate pair", f"must be valid Unicode (role {role})")
     return value.strip() if role in CATEGORY_ROLES else value
+
+
+def _require_one_user(value: object, *, at: str) -> None:
+    """Refuse a record of several users: it would count for one of them, and the others would not be protected."""
+    several = isinstance(value, list) or (isinstance(value, str) and any(mark in value for mark in _BETWEEN_NAMES))
+    if several:
+        bound = "must name one user: a record of several has no place in training by user (docs/user_level.md), and an "
+        raise DataError(at, SEVERAL_USERS, f"{bound}id holds no {' '.join(_BETWEEN_NAMES)} (role user)")
 
 
 def _absent(present: Iterable[str], column: str, *, role: str, at: str) -> DataError:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from string import Formatter
 
 from fedtune.data.partition import PartitionSpec
+from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, spec
 
 _MOST_TEMPLATE, _MOST_LABELS = 4096, 10_000
@@ -24,14 +25,16 @@ class DataSpec:
         test_file: the lead's own records, scored before and after the run only; or none.
         columns: role to column name in the files.  Roles: `text` and `label` (classification);
             `prompt`, `completion` and whatever else `prompt_template` names (causal_lm); `label`
-            (partition "dirichlet") and `site` (partition "column").
+            (partition "dirichlet"); `site` (partition "column"); `user` (privacy.unit "user"), whose values
+            are opaque ids, one a record.
         labels: the declared label set, in the order of the classes; never discovered from records.
-        declared_sizes: records that each site publishes as its size; one number for all, or one a site.
+        declared_sizes: records (users, with privacy.unit "user") that each site publishes as its size; one number
+            for all, or one a site.
         prompt_template: text before the completion, with roles in braces; a brace itself is doubled.
         max_length: tokens of an example; what is longer is cut off at the end.
         partition: how a simulation deals out `train_file`.
-        heldout_fraction: share of each site's records kept from training, by each record's hash.
-        train_fraction: share of `train_file` used at all, by each record's hash, for smaller runs.
+        heldout_fraction: share of each site's records kept from training, by each record's hash, or its user's.
+        train_fraction: share of `train_file` used at all, likewise, for smaller runs.
         validation_rows: use the first so many records of `validation_file` only.
         test_rows: the same for `test_file`.
     """
@@ -85,9 +88,24 @@ class DataSpec:
         if task == "causal_lm" and self.labels:
             raise ConfigError("labels", self.labels, "must be empty for task causal_lm")
 
-    def needed_columns(self, task: str, *, partition: bool = False) -> dict[str, str]:
-        """The columns a file must have: the task's, those of the prompt, and what the partition goes by."""
+    def check_unit(self, unit: Unit) -> None:
+        """Check that records can be dealt out and counted by `unit`; errors name keys of this spec.
+
+        Raises:
+            ConfigError: users have no column, or the partition goes by what differs between records of one user.
+        """
+        if unit == "user" and "user" not in self.columns:
+            bound = "must name the column for role 'user', as privacy.unit is user"
+            raise ConfigError("columns", dict(self.columns), bound)
+        if unit == "user" and self.partition.kind == "dirichlet":
+            bound = "deals records out by their labels, which would part a user; with privacy.unit = user: iid, column"
+            raise ConfigError("partition.kind", self.partition.kind, bound)
+
+    def needed_columns(self, task: str, *, partition: bool = False, unit: Unit = "record") -> dict[str, str]:
+        """The columns a file must have: the task's, the prompt's, the unit's, and what the partition goes by."""
         roles = set(TASK_ROLES[task]) | set(_template_roles(self.prompt_template) if task == "causal_lm" else ())
+        if unit == "user":
+            roles.add("user")
         if partition:
             roles |= {"dirichlet": {"label"}, "column": {"site"}, "iid": set()}[self.partition.kind]
         return {role: column for role, column in self.columns.items() if role in roles}

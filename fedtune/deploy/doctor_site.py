@@ -6,19 +6,20 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
-from fedtune.data.records import iter_records
+from fedtune.data.records import SEVERAL_USERS, iter_records
 from fedtune.data.spec import TASK_ROLES
-from fedtune.deploy.doctor_check import Check, PrivateLog, failed, from_error, ok, skipped, warning
+from fedtune.deploy.doctor_check import Check, PrivateLog, failed, from_error, ok, warning
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.models import installed_weights, is_made_here, licence_files, model_place, verify_model
+from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_tables import Dataset
+from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.spec import ConfigError, DataError
 
 SOON_DAYS = 30
 FEW, MANY = 0.5, 2.0
-"""True number of records, as a share of the declared size, below or above which a person should look again."""
-UNVERIFIED = "unverified"
+"""True number of records (or users), as a share of the declared size, below or above which a person should look."""
 
 
 def certificate(kit: Kit, now: datetime) -> Check:
@@ -113,10 +114,11 @@ def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
 def data_sets(policy: Policy, folder: Path, log: PrivateLog) -> Iterator[Check]:
     """Whether each data set of the policy can be trained on; every record is read."""
     for dataset in policy.dataset:
-        yield _data(dataset, folder, tasks=policy.allow.tasks, log=log)
+        yield _data(dataset, folder, policy, log=log)
 
 
-def _data(dataset: Dataset, folder: Path, *, tasks: tuple[str, ...], log: PrivateLog) -> Check:
+def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) -> Check:
+    tasks, unit = policy.allow.tasks, policy.population.unit
     name, block = f"data {dataset.id}", f"[[dataset]] {dataset.id} in site.toml"
     if not dataset.path:
         return failed(name, "has no file", fix=f"Set `path` in {block}.")
@@ -130,12 +132,18 @@ def _data(dataset: Dataset, folder: Path, *, tasks: tuple[str, ...], log: Privat
         fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
         return failed(name, "its columns have not the roles of any task that the policy allows", fix=fix)
     try:
-        count = sum(1 for _ in iter_records(path, dataset.columns))
+        count = _count(path, dataset, unit)
     except DataError as error:
         return _unreadable(error, dataset, name=name, block=block, log=log)
     if not count:
         return failed(name, "holds no record", fix=f"Set `path` in {block} to the file with the records.")
-    return _sized(name, count / dataset.declared_size, lacking=lacking, block=block)
+    return _sized(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
+
+
+def _count(path: Path, dataset: Dataset, unit: Unit) -> int:
+    """The true number of privacy units; reads every record."""
+    records = iter_records(path, dataset.columns)
+    return sum(1 for _ in records) if unit == "record" else len({record.fields["user"] for record in records})
 
 
 def _roles_lacking(columns: Mapping[str, str], tasks: tuple[str, ...]) -> str | None:
@@ -151,6 +159,9 @@ def _unreadable(error: DataError, dataset: Dataset, *, name: str, block: str, lo
     which in a file without a header are the first record.
     """
     where = log.keep(f"{name}: {error}")
+    if error.value == SEVERAL_USERS:
+        fix = "Leave out what belongs to several people, or say whose it is: each record has one id, without , ; or |."
+        return failed(name, f"a record names several users; runs leave such records out{where}", fix=fix)
     # The key names the column, where it is about one, by the name that the policy has for it.
     column = next((f"column {column!r}" for column in dataset.columns.values() if repr(column) in error.key), "")
     if error.value == "absent":
@@ -161,15 +172,15 @@ def _unreadable(error: DataError, dataset: Dataset, *, name: str, block: str, lo
     return failed(name, found, fix=fix)
 
 
-def _sized(name: str, share: float, *, lacking: str, block: str) -> Check:
-    """The true number of records beside the declared size, in words alone."""
+def _sized(name: str, share: float, *, units: str, lacking: str, block: str) -> Check:
+    """The true number of records, or of users, beside the declared size, in words alone."""
     if share < FEW:
         fix = f"See whether the file is whole; otherwise declare a smaller size in {block}."
-        return warning(name, "every record can be read; far fewer than the declared size", fix=fix)
+        return warning(name, f"every record can be read; far fewer {units} than the declared size", fix=fix)
     if share > MANY:
         fix = f"See whether it is the right file; otherwise declare a larger size in {block}."
-        return warning(name, "every record can be read; far more than the declared size", fix=fix)
-    found = "every record can be read; enough records for the declared size"
+        return warning(name, f"every record can be read; far more {units} than the declared size", fix=fix)
+    found = f"every record can be read; enough {units} for the declared size"
     if lacking:
         fix = f"Add the roles to `columns` in {block}, or take the task out of allow.tasks."
         return warning(name, f"{found}; its columns have not the roles of task {lacking}", fix=fix)
@@ -183,8 +194,3 @@ def unforeseen(name: str, error: Exception, log: PrivateLog) -> Check:
     where = log.keep(f"{name}: {''.join(traceback.format_exception(error))}")
     found = f"could not be looked at ({type(error).__name__}){where}"
     return failed(name, found, fix="Report this as a bug, without the log's text unless you have read it.", exit_code=1)
-
-
-def not_read(name: str, what: str) -> Check:
-    """A check that needs what could not be read."""
-    return skipped(name, f"{what} could not be read")

@@ -113,7 +113,7 @@ class FederationFolder:
             raise ConfigError("file", str(path), f"must be a readable file ({error.strerror})") from None
         except ConfigError as error:
             raise error.in_file(path) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConfigError("file", str(path), "must be JSON") from None
 
     def retire(self, node_key: bytes) -> None:

@@ -28,7 +28,7 @@ def read_spec(cls: type[T], path: Path) -> T:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError("file", str(path), f"must be a readable file ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, an integer of thousands of digits
         raise ConfigError("file", str(path), f"must be TOML: {error}") from None
     try:
         return from_table(cls, table)

@@ -21,6 +21,7 @@ from fedtune.deploy.certificates import (
 from fedtune.deploy.kit_file import KitFile, KitModel, read_spec
 from fedtune.deploy.roster import Member, read_roster
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError
 
 __all__ = ["Certificate", "Kit", "KitModel", "Member", "read_roster"]
@@ -94,6 +95,17 @@ class Kit:
         if self.kind == "lead" and (public := SigningKey.load(self.lead_key).public) != self.lead:
             bound = f"must be the public key of {self.lead_key}, {public}"
             raise ConfigError("lead", self.lead, bound).in_file(self.folder / "kit.toml")
+
+    def site_files(self, site_toml: Path) -> SiteFiles:
+        """The files that `site_toml` names, which must be those of the site whose kit this is.
+
+        Raises:
+            ConfigError: it is no policy, or another site's.
+        """
+        files = SiteFiles.of(site_toml)
+        if files.policy.site != self.site:
+            raise ConfigError("site", files.policy.site, f"must be {self.site}, as in the kit").in_file(site_toml)
+        return files
 
     @property
     def ca(self) -> Path:

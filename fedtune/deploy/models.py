@@ -90,11 +90,6 @@ def licence_files(kit_folder: Path, sha256: str) -> list[str]:
     return sorted(name for name in names if name.upper().startswith(_PAPERS[:2]))
 
 
-def import_model(path: Path, kit: Kit) -> Path:
-    """Install the model at `path`, as `install_model` does, and return its folder in the store."""
-    return install_model(path, kit).folder
-
-
 def install_model(path: Path, kit: Kit) -> Installed:
     """Copy a model of the kit's manifest into the store; a crash leaves the whole model or none.
 

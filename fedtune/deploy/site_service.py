@@ -83,10 +83,7 @@ class SiteService:
 
     def _checked(self, state: SiteState) -> SiteFiles:
         self.kit.check_certificate(datetime.now(UTC))
-        files = SiteFiles.of(self.site_toml)
-        if files.policy.site != self.kit.site:
-            error = ConfigError("site", files.policy.site, f"must be {self.kit.site}, as in the kit")
-            raise error.in_file(self.site_toml)
+        files = self.kit.site_files(self.site_toml)
         if not files.site_key.is_file():
             bound = "is missing: `fedtune site init` made it, and without it the ledger cannot go on"
             raise ConfigError("site_key", str(files.site_key), bound)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,9 +14,9 @@ from fedtune.model.task import TaskModel
 
 
 def unit_scores(task_model: TaskModel, dataset: TextDataset, *, task: str, pad_id: int) -> npt.NDArray[np.float64]:
-    """(units,) scores in [0, 1]: whether the predicted class is right; for a language model, exp(-loss).
+    """(records,) scores in [0, 1]: whether the predicted class is right; for a language model, exp(-loss).
 
-    Each unit goes through the model alone.  In a shared batch, one unit's length would move the others' logits by
+    Each record goes through the model alone.  In a shared batch, one unit's length would move the others' logits by
     rounding, and a prediction on the edge could flip: one unit would then change more than its own score.
 
     The scores themselves are exact and must not leave the site.
@@ -28,3 +30,16 @@ def unit_scores(task_model: TaskModel, dataset: TextDataset, *, task: str, pad_i
             else:
                 scores[index] = float(np.exp(-float(task_model.losses(batch)[0])))
     return scores
+
+
+def user_scores(scores: npt.NDArray[np.float64], users: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:
+    """(users,) scores in [0, 1] of users as units: the mean over all of a user's records; 0 for one that is not finite.
+
+    However many records a user has, it adds one score in [0, 1] and counts once, as `mechanism.noised_scores` needs.
+
+    Args:
+        scores: one for each record.
+        users: for each user the places of its records, at least one.
+    """
+    usable = np.clip(np.where(np.isfinite(scores), scores, 0.0), 0.0, 1.0)
+    return np.array([usable[places].mean() for places in users], dtype=np.float64)

@@ -94,7 +94,7 @@ class Checkpoints:
             for asked in map(json.loads, self._whole_lines()):
                 if asked["round"] > state.round:
                     state = state.asked(asked["sites"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise RunError(f"{self._asked} is damaged; which rounds were asked for is not known") from error
         return state
 

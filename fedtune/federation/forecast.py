@@ -34,7 +34,8 @@ class Forecast:
         round_seconds: of one round, by site; sites of their own work at the same time.
         seconds_one_after_another: of all training where one machine plays all sites, as a simulation does.
 
-    Times are upper estimates for this machine: every example has full length.  Evaluation, start-up and the way over
+    Times are upper estimates for this machine: every example has full length, and every user as many records as may
+    take part.  Evaluation, start-up and the way over
     a network are not in them.
     """
 
@@ -61,20 +62,21 @@ def forecast(
         runtime: how this machine trains.
     """
     num_values = sum(parameter.numel() for parameter in model.trainable().values())
-    num_units = sum(declared_sizes.values())
-    kept = keeps_frozen_states(model, runtime, num_tokens=num_units * max_length)
+    num_records = sum(declared_sizes.values()) * plan.records_per_user
+    kept = keeps_frozen_states(model, runtime, num_tokens=num_records * max_length)
     below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept)
-    steps = {site: plan.sampling_rate * size * above for site, size in declared_sizes.items()}
+    in_step = plan.sampling_rate * plan.records_per_user  # records, for each declared unit
+    steps = {site: in_step * size * above for site, size in declared_sizes.items()}
     rounds = {site: plan.local_steps * seconds for site, seconds in steps.items()}
     return Forecast(
         values=num_values,
         bytes_each_way=num_values * _BYTES_A_VALUE,
         bytes_total=2 * num_values * _BYTES_A_VALUE * len(declared_sizes) * plan.num_rounds,
         frozen_states_kept=below > 0,
-        first_seconds=num_units * below,
+        first_seconds=num_records * below,
         step_seconds=steps,
         round_seconds=rounds,
-        seconds_one_after_another=num_units * below + plan.num_rounds * sum(rounds.values()),
+        seconds_one_after_another=num_records * below + plan.num_rounds * sum(rounds.values()),
     )
 
 

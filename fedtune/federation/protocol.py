@@ -134,6 +134,7 @@ class EndOfRun:
 def _parsed(text: str) -> dict[str, Any]:
     if len(text) > _MOST_CHARACTERS:
         raise ValueError("too long")
+    text.encode()  # a ValueError for half of a surrogate pair: what is signed are bytes
     return dict(json.loads(text))
 
 

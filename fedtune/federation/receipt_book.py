@@ -30,7 +30,7 @@ class ReceiptBook:
             return {}
         try:
             return {site: receipt_from_json(fields) for site, fields in json.loads(self.path.read_bytes()).items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RunError(f"{self.path} is damaged; the sites' last receipts are not known") from error
 
     def keep(self, receipts: Mapping[str, Receipt]) -> None:

@@ -47,6 +47,7 @@ def run_json(
         "final": _jsonable(asdict(final)),
         "privacy": {
             "unit": plan.unit,
+            "records_per_user": plan.records_per_user,
             "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
             "delta": plan.delta,
             "epsilon": _finite(max(epsilons)),

@@ -7,6 +7,8 @@ from typing import Literal
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 STRATEGIES = ("fedavg", "fedadam", "fedavgm", "fedmedian")
+MOST_SITES = 10_000
+"""Each has a name and a declared size, and settings also come from others."""
 
 
 @spec
@@ -47,6 +49,8 @@ class FederationSpec:
     def __post_init__(self) -> None:
         for name in ("num_rounds", "num_sites", "min_sites"):
             check_at_least(name, getattr(self, name), 1)
+        if self.num_sites > MOST_SITES:
+            raise ConfigError("num_sites", self.num_sites, f"must be at most {MOST_SITES}")
         check_at_least("spare_rounds", self.spare_rounds, 0)
         if self.site_names and len(self.site_names) != self.num_sites:
             raise ConfigError("site_names", list(self.site_names), f"must hold num_sites = {self.num_sites} names")

@@ -62,10 +62,13 @@ def load_task_model(folder: Path, *, model: ModelSpec | None = None, device: tor
     try:
         spec = _spec_from(settings, model)
         expected = settings["adapter_digest"]
+        tensors = _read_tensors(folder, spec)
+        # Before matrices of that rank are made: any number can stand in a file, and fill the memory.
+        if spec.lora.rank not in {length for array in tensors.values() for length in array.shape}:
+            raise ConfigError("lora.rank", spec.lora.rank, "must be that of the saved matrices")
+        loaded = assemble(spec, device=device)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(str(folder / "fedtune.json"), type(error).__name__, f"is malformed: {error}") from error
-    loaded = assemble(spec, device=device)
-    tensors = _read_tensors(folder, spec)
     centre = tensors.pop(_CENTRE, None)
     copy_tensors(tensors, loaded.adapter_parameters())
     if isinstance(loaded, ClassificationModel) and centre is not None:
@@ -133,7 +136,7 @@ def _read_tensors(folder: Path, spec: TaskModelSpec) -> dict[str, np.ndarray]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError("adapter", str(path), f"must be an adapter's settings ({error})") from error
     if not isinstance(settings, dict) or settings.get("schema_version") != _SCHEMA_VERSION:
         raise ConfigError("adapter", str(path), f"must be an adapter's settings of version {_SCHEMA_VERSION}")

@@ -49,8 +49,14 @@ def weights_files(spec: ModelSpec) -> tuple[Path, ...]:
         return (folder / spec.gguf_file,)
     if (folder / _WEIGHTS).is_file():
         return (folder / _WEIGHTS,)
-    index = json.loads((folder / _SHARD_INDEX).read_text(encoding="utf-8"))
-    return tuple(folder / name for name in sorted(set(index["weight_map"].values())))
+    try:
+        index = json.loads((folder / _SHARD_INDEX).read_text(encoding="utf-8"))
+        names = sorted({str(name) for name in index["weight_map"].values()})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError("model.path", str(folder / _SHARD_INDEX), "must be an index of weight files") from error
+    if not names or any(Path(name).name != name for name in names):
+        raise ConfigError("model.path", str(folder / _SHARD_INDEX), "must name files of its own folder")
+    return tuple(folder / name for name in names)
 
 
 def files_sha256(files: tuple[Path, ...]) -> str:

@@ -142,7 +142,7 @@ class Head:
             paths = {name: tuple((int(n), str(hash)) for n, hash in fields[name]) for name in ("path", "made_up")}
             head = cls(**{**fields, "charged": charged, "runs": runs, **paths})
             right = is_public_key(head.site_key) and is_signed(head.site_key, HEAD, head.message(), head.signature)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise ConfigError("anchor", str(path), "must be a readable anchor file that fedtune wrote") from error
         if not right:
             raise ConfigError("anchor", str(path), "must carry the signature of the site key that it names")

@@ -9,7 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.privacy.randomness import RandomStream
-from fedtune.spec import ConfigError, check_fraction, check_one_of, check_positive, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
+
+Unit = Literal["record", "user"]
+"""What one (epsilon, delta) protects: each record by itself, or each person with all records of theirs at a site."""
+UNITS: tuple[Unit, ...] = ("record", "user")
 
 
 @spec
@@ -18,7 +22,9 @@ class PrivacySpec:
 
     Attributes:
         mechanism: "dp_sgd", or "none" for training without a guarantee.
-        unit: what one (epsilon, delta) protects.
+        unit: what one (epsilon, delta) protects: "record", or "user": whoever the records' role `user` names, with
+            all of their records at a site.  Every size, rate and denominator then counts users.
+        records_per_user: with unit "user", the most records of one user in a step; of more, others are drawn in each.
         epsilon: target over all rounds and steps of the run, at every site.
         delta: must stay below one over every site's declared size.
         noise_multiplier: noise standard deviation over clip norm; null: calibrated to the target.
@@ -30,7 +36,8 @@ class PrivacySpec:
     """
 
     mechanism: Literal["dp_sgd", "none"] = "dp_sgd"
-    unit: Literal["record", "user"] = "record"
+    unit: Unit = "record"
+    records_per_user: int = 8
     epsilon: float = 8.0
     delta: float = 1e-5
     noise_multiplier: float | None = None
@@ -41,8 +48,10 @@ class PrivacySpec:
 
     def __post_init__(self) -> None:
         check_one_of("mechanism", self.mechanism, ("dp_sgd", "none"))
-        if self.unit != "record":
-            raise ConfigError("unit", self.unit, "only 'record' is supported so far")
+        check_one_of("unit", self.unit, UNITS)
+        if type(self.records_per_user) is not int:
+            raise ConfigError("records_per_user", self.records_per_user, "must be a whole number")
+        check_at_least("records_per_user", self.records_per_user, 1)
         check_positive("epsilon", self.epsilon)
         check_fraction("delta", self.delta)
         if self.noise_multiplier is not None:
@@ -60,6 +69,11 @@ class PrivacySpec:
         return self.mechanism == "dp_sgd"
 
     @property
+    def contribution(self) -> int:
+        """The most records of one unit in a step."""
+        return self.records_per_user if self.unit == "user" else 1
+
+    @property
     def metrics_noise(self) -> float:
         """Noise multiplier of the released scores; 0 where none are released."""
         return self.metrics_noise_multiplier if self.metrics == "noised" else 0.0
@@ -71,6 +85,23 @@ def poisson_sample(num_units: int, sampling_rate: float, stream: RandomStream) -
     The size of the sample is random and may be zero; an empty step still adds noise and counts.
     """
     return np.flatnonzero(stream.bernoulli(num_units, sampling_rate))
+
+
+def choose_records(num_records: int, most: int, stream: RandomStream) -> npt.NDArray[np.int64]:
+    """Which of a sampled user's records take part in a step: all of them, or `most` at random, afresh in each step.
+
+    Fresh draws let every record have its turn over a run; a fixed choice would never learn from the others.  They cost
+    nothing: a user's draws depend on its own records alone, and whatever they turn out to be, the user's clipped mean
+    has at most the clip norm.  So for each outcome of all draws the step is the Gaussian mechanism on a Poisson sample,
+    and a mixture of such steps, whose weights are the same with and without one user, is at most as telling as the
+    worst of them (hockey-stick divergence is jointly convex).
+
+    Returns:
+        Ascending places in [0, num_records).
+    """
+    if num_records <= most:
+        return np.arange(num_records, dtype=np.int64)
+    return np.sort(np.argsort(stream.uniform64(num_records), kind="stable")[:most]).astype(np.int64)
 
 
 def add_gaussian_noise(

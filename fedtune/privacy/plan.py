@@ -11,7 +11,7 @@ from typing import Any
 from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfComposedDpEvent
 
 from fedtune.privacy import accountant, events
-from fedtune.privacy.mechanism import PrivacySpec
+from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
 
 _MOST_NOISE = 1e6
@@ -32,9 +32,11 @@ class Plan:
         spare_rounds: further rounds that are paid for beforehand, for retries of interrupted rounds.
         metrics_noise_multiplier: noise of each round's held-out scores, as in `mechanism.noised_scores`; 0: a site
             releases none.
+        records_per_user: most records of one unit in a step.  Its clipped mean has the clip norm however many they
+            are, so no epsilon depends on it; a site may bound it all the same.
     """
 
-    unit: str
+    unit: Unit
     delta: float
     sampling_rate: float
     noise_multiplier: float
@@ -43,10 +45,11 @@ class Plan:
     num_rounds: int
     spare_rounds: int = 0
     metrics_noise_multiplier: float = 0.0
+    records_per_user: int = 1
 
     def __post_init__(self) -> None:
         # A plan also comes from a server's request: nothing about it is taken on trust.
-        check_one_of("unit", self.unit, ("record",))
+        check_one_of("unit", self.unit, UNITS)
         check_fraction("delta", self.delta)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         # Within these, accounting can be computed; no sensible plan is outside.
@@ -57,11 +60,13 @@ class Plan:
         check_at_least("noise_multiplier", self.noise_multiplier, 0)
         check_at_least("metrics_noise_multiplier", self.metrics_noise_multiplier, 0)
         check_positive("max_grad_norm", self.max_grad_norm)
-        for name, least in (("local_steps", 1), ("num_rounds", 1), ("spare_rounds", 0)):
+        for name, least in (("local_steps", 1), ("num_rounds", 1), ("spare_rounds", 0), ("records_per_user", 1)):
             count = getattr(self, name)
             if type(count) is not int:
                 raise ConfigError(name, count, "must be a whole number")
             check_at_least(name, count, least)
+        if self.unit == "record" and self.records_per_user != 1:
+            raise ConfigError("records_per_user", self.records_per_user, "must be 1 for unit 'record'")
 
     @classmethod
     def of(cls, privacy: PrivacySpec, *, local_steps: int, num_rounds: int, spare_rounds: int = 0) -> Plan:
@@ -88,6 +93,7 @@ class Plan:
             num_rounds=num_rounds,
             spare_rounds=spare_rounds,
             metrics_noise_multiplier=privacy.metrics_noise,
+            records_per_user=privacy.contribution,
         )
 
     @property
@@ -116,7 +122,7 @@ class Plan:
         return (self.noise_multiplier, self.metrics_noise_multiplier)[: 1 + self.releases_metrics]
 
     def event(self, *, rounds: int = 1) -> DpEvent:
-        """What `rounds` rounds of this plan do to the records, released scores included."""
+        """What `rounds` rounds of this plan do to the data set, released scores included; one unit more or less."""
         training = events.dp_sgd(
             sampling_rate=self.sampling_rate,
             noise_multiplier=self.noise_multiplier,
@@ -126,8 +132,15 @@ class Plan:
         return ComposedDpEvent((training, *scores)) if scores else training  # a tuple: events are counted, so hashed
 
     def to_json(self) -> dict[str, object]:
-        """Plain JSON, the canonical form that `digest` hashes."""
-        return dataclasses.asdict(self)
+        """Plain JSON, the canonical form that `digest` hashes.
+
+        A plan of records has no `records_per_user`, so that it is written as it was before there were others: ledgers
+        and requests of that time keep their digests.
+        """
+        fields = dataclasses.asdict(self)
+        if self.unit == "record":
+            del fields["records_per_user"]
+        return fields
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Plan:

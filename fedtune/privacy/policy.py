@@ -77,6 +77,10 @@ class Policy:
         ids = [dataset.id for dataset in self.dataset]
         if len(set(ids)) != len(ids):
             raise ConfigError("dataset", ids, "must not repeat an id")
+        for dataset in self.dataset:
+            if self.population.unit == "user" and dataset.columns and "user" not in dataset.columns:
+                bound = "must name the column for role 'user', as population.unit is user"
+                raise ConfigError(f"dataset {dataset.id} columns", dict(dataset.columns), bound)
         largest = max(dataset.declared_size for dataset in self.dataset)
         if self.budget.delta >= 1 / largest and math.isfinite(self.budget.max_epsilon):
             bound = f"must be below 1 / declared_size = {1 / largest:.3g} of the largest data set"
@@ -142,6 +146,7 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         (Reason.MAX_GRAD_NORM, plan.max_grad_norm, limits.max_grad_norm),
         (Reason.MAX_LOCAL_STEPS, plan.local_steps, limits.max_local_steps),
         (Reason.MAX_ROUNDS, plan.most_rounds, limits.max_rounds),
+        (Reason.MAX_RECORDS_PER_USER, plan.records_per_user, limits.max_records_per_user),
     ):
         if number > most:
             yield reason, number, f"at most {most:g}"

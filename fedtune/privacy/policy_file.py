@@ -32,7 +32,7 @@ def read_policy(path: Path) -> Policy:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError("policy", str(path), f"must be a readable file ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, an integer of thousands of digits
         raise ConfigError("policy", str(path), f"must be TOML: {error}") from None
     try:
         return from_table(Policy, table)

@@ -10,6 +10,7 @@ from dp_accounting import DpEvent
 
 from fedtune.privacy import events, filter
 from fedtune.privacy.keys import check_public_key
+from fedtune.privacy.mechanism import UNITS, Unit
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 PERIODS = ("month", "quarter", "year")
@@ -42,15 +43,15 @@ class Population:
 
     Attributes:
         name: of the population.
-        unit: what one (epsilon, delta) protects; fixed when the ledger is made.
+        unit: what one (epsilon, delta) protects, "record" or "user"; fixed when the ledger is made.
     """
 
     name: str
-    unit: Literal["record", "user"] = "record"
+    unit: Unit = "record"
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        check_one_of("unit", self.unit, ("record",))
+        check_one_of("unit", self.unit, UNITS)
 
 
 @spec
@@ -122,6 +123,8 @@ class Limits:
             (docs/threat_model.md); trained adapters stay below 1.5.
         max_lora_scale: largest factor of an adapter's product of matrices.
         max_head_scale: largest factor of a task head's scores.
+        max_records_per_user: where the unit is "user", most records of one person in a step.  No epsilon depends on
+            it; time does, and how much of a person's data one step may look at.
         run_expires_after_days: an accepted run holds its budget that long, unless it ends earlier.
     """
 
@@ -133,6 +136,7 @@ class Limits:
     max_adapter_value: float = 5.0
     max_lora_scale: float = 32.0
     max_head_scale: float = 100.0
+    max_records_per_user: int = 64
     run_expires_after_days: float = 30.0
 
     def __post_init__(self) -> None:
@@ -141,7 +145,7 @@ class Limits:
         factors = ("max_adapter_value", "max_lora_scale", "max_head_scale")
         for key in ("max_grad_norm", *factors, "run_expires_after_days"):
             check_positive(key, getattr(self, key))
-        for key in ("max_local_steps", "max_rounds"):
+        for key in ("max_local_steps", "max_rounds", "max_records_per_user"):
             check_at_least(key, getattr(self, key), 1)
 
 

@@ -14,6 +14,9 @@ from fedtune.spec import ConfigError, spec
 _MOST_TEXT = 300
 _TEXT = f"must be a printable text of 1 to {_MOST_TEXT} characters"
 
+UNVERIFIED = "unverified"
+"""Stands for the base model's SHA-256 where a run names none."""
+
 
 @spec
 class Proposal:

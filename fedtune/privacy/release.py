@@ -51,6 +51,7 @@ class Reason(StrEnum):
     MAX_GRAD_NORM = "max_grad_norm"
     MAX_LOCAL_STEPS = "max_local_steps"
     MAX_ROUNDS = "max_rounds"
+    MAX_RECORDS_PER_USER = "max_records_per_user"
     MAX_ADAPTER_VALUE = "max_adapter_value"
     DTYPES = "dtypes"
     MAX_LORA_SCALE = "max_lora_scale"

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from fedtune.privacy.chain import Kind
+from fedtune.report import profile
 from fedtune.report.ledger_lifetime import caps_of
 from fedtune.report.ledger_record import LedgerRecord
 from fedtune.report.model import Assumption
@@ -30,6 +31,7 @@ CODES = (
     "delta_below_one_over_size",
     "accountants_agree",
     "one_record_is_one_unit",
+    "every_record_names_its_person",
     "units_at_one_site_only",
     # Of a run.
     "receipts_signed",
@@ -37,6 +39,7 @@ CODES = (
     "end_independent_of_releases",
     "configuration_unchanged",
     "site_reports_agree",
+    "site_reports_are_newest",
     "sites_run_their_own_software",
     # Of a ledger.
     "ledger_intact",
@@ -45,16 +48,36 @@ CODES = (
     "order_fixed_beforehand",
     "cap_never_raised",
     "runs_fixed_beforehand",
+    "ends_independent_of_releases",
     "policy_noted",
     "lost_events_made_up_for",
 )
 
+NEVER_CHECKED = (
+    "clipping_but_for_rounding",
+    "one_record_is_one_unit",
+    "every_record_names_its_person",
+    "end_independent_of_releases",
+    "ends_independent_of_releases",
+    "runs_fixed_beforehand",
+    "site_reports_are_newest",
+)
+"""What nothing in fedtune checks, and nobody is asked to assert."""
+
 _Found = tuple[str, Status, str]
+_MOST_NAMED = 5  # runs; report.json lists all of them
+_OF_USERS: _Found = ("every_record_names_its_person", "assumed", "unit=user; docs/user_level.md")
 
 
 def of_run(record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
     """Those of a run, as its lead knows them; violated ones first."""
-    return _ordered([*_of_mechanism(record, sites), *_of_any(record.plan.delta, sites), *_of_lead(record, sites)])
+    return _ordered(
+        [
+            *_of_mechanism(record, sites),
+            *of_figures(record.plan.delta, sites, unit=record.plan.unit),
+            *_of_lead(record, sites),
+        ]
+    )
 
 
 def of_ledger(record: LedgerRecord, site: SiteReport) -> tuple[Assumption, ...]:
@@ -75,11 +98,17 @@ def of_ledger(record: LedgerRecord, site: SiteReport) -> tuple[Assumption, ...]:
             history.seeded, _named(name for name, run in history.runs.items() if run.proposal.seeded_noise), by_site
         ),
         ("clipping_but_for_rounding", "assumed", "docs/threat_model.md"),
-        *_of_any(history.delta, [site]),
+        *of_figures(history.delta, [site], unit=history.opened.unit),
         *_of_file(record),
-        *_of_history(record),
+        *_of_history(record, site),
     ]
-    return _ordered(found)
+    return _ordered(found if record.verified else list(map(_unverified, found)))
+
+
+def _unverified(found: _Found) -> _Found:
+    """What a ledger says that does not fit together shows nothing, not even what its site asserts."""
+    code, status, evidence = found
+    return (code, status, evidence) if status == "violated" else (code, "assumed", evidence)
 
 
 def cap_was_raised(record: LedgerRecord) -> bool:
@@ -94,13 +123,14 @@ def cap_was_raised(record: LedgerRecord) -> bool:
 def _of_mechanism(record: RunRecord, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     """What a simulation's own process knows, and of real sites only those that signed a report."""
     noted = record.environments[-1] if record.environments else None
-    private = record.plan.private
-    yield (
-        "noise_in_every_step",
-        "verified" if private else "violated",
-        "tests/training/test_dp_step.py" if private else "privacy.mechanism=none",
-    )
     said = [site.site for site in sites if site.source == "signed_site_report"]
+    if not record.plan.private:
+        yield "noise_in_every_step", "violated", "privacy.mechanism=none"
+    elif noted and noted.sampling:
+        yield "noise_in_every_step", "verified", "environment.json; tests/training/test_dp_step.py"
+    else:
+        all_said = len(said) == len(sites)
+        yield "noise_in_every_step", "asserted" if all_said else "assumed", _named(said) or "the sites' fedtune"
     sampled = {mechanism.sampling_run for site in sites for mechanism in site.mechanisms}
     if noted and noted.sampling == "poisson":
         yield "poisson_sampling", "verified", "environment.json; tests/training/test_dp_step.py"
@@ -126,20 +156,20 @@ def _randomness(seeded: bool, why: str, said_by: str) -> _Found:
     return "unpredictable_randomness", "violated" if seeded else "asserted", why if seeded else said_by
 
 
-def _of_any(delta: float, sites: Sequence[SiteReport]) -> Iterator[_Found]:
+def of_figures(delta: float, sites: Sequence[SiteReport], *, unit: str) -> Iterator[_Found]:
+    """What the sites' figures themselves say, each with its status and evidence."""
     largest = max((site.declared_size or 0 for site in sites), default=0)
     compared = f"delta={delta:g}; declared_size={largest}"
     yield "delta_below_one_over_size", "verified" if delta * largest < 1 else "violated", compared
-    spent = [site.spent for site in sites if site.spent and site.spent.epsilon_pld and site.spent.epsilon_rdp]
-    if spent:
-        # RDP is looser; where it says less, one of the two is wrong.
-        agree = all((one.epsilon_pld or 0) <= (one.epsilon_rdp or 0) for one in spent)
+    spent = [(site.source, site.spent) for site in sites if site.spent]
+    if any(one.epsilon_pld and one.epsilon_rdp for _, one in spent):
+        agree = all(profile.accountants_agree(one, width=profile.interval_of(source)) for source, one in spent)
         yield (
             "accountants_agree",
             "verified" if agree else "violated",
             "PLD <= RDP; tests/privacy/test_accountant.py",
         )
-    yield "one_record_is_one_unit", "assumed", "unit=record"
+    yield ("one_record_is_one_unit", "assumed", "unit=record") if unit == "record" else _OF_USERS
     yield _units_at_one_site_only(sites)
 
 
@@ -170,6 +200,8 @@ def _of_lead(record: RunRecord, sites: Sequence[SiteReport]) -> Iterator[_Found]
             "violated" if disagree else "verified",
             _named(disagree or [site.site for site in said]),
         )
+        # A lead may keep a newer one back; the site alone knows.
+        yield "site_reports_are_newest", "assumed", _named(f"{site.site}: {site.reported}" for site in said)
     if record.deployed:
         yield "sites_run_their_own_software", "assumed", "tests/deployment"
 
@@ -179,9 +211,8 @@ def _receipts(record: RunRecord, sites: Sequence[SiteReport]) -> _Found:
     code = "receipts_signed"
     if record.state is None:
         return code, "assumed", "run.json"
-    wrong = [site for site, receipt in record.receipts.items() if not receipt.is_signed() or receipt.site != site]
-    if wrong:
-        return code, "violated", _named(wrong)
+    if record.doubtful:
+        return code, "violated", _named(record.doubtful)
     without = [site.site for site in sites if site.spent and site.spent.rounds and site.site not in record.receipts]
     if without:
         return code, "assumed", _named(without)
@@ -196,19 +227,22 @@ def _of_file(record: LedgerRecord) -> Iterator[_Found]:
     yield "ledger_intact", "verified", f"{len(found.events)}: {found.hash}"
     yield (
         "no_event_missing",
-        "violated" if record.history.in_doubt else "verified" if found.rollback_excluded else "assumed",
-        f"{found.anchor_sequence}" if found.rollback_excluded else "anchor: none",
+        "violated" if record.history.in_doubt else "verified" if record.anchored_to_the_end else "assumed",
+        f"anchor: {found.anchor_sequence} / {len(found.events)}" if found.rollback_excluded else "anchor: none",
     )
     yield "site_key_known", "verified" if found.key_expected else "assumed", found.site_key
 
 
-def _of_history(record: LedgerRecord) -> Iterator[_Found]:
+def _of_history(record: LedgerRecord, site: SiteReport) -> Iterator[_Found]:
     history = record.history
     yield "order_fixed_beforehand", "verified", f"1: {history.order:g}"
     caps = ", ".join(f"{cap.time[:10]}: {cap.max_epsilon}" for cap in caps_of(history))
     yield "cap_never_raised", "violated" if cap_was_raised(record) else "verified", caps
     if len(history.runs) > 1:
         yield "runs_fixed_beforehand", "assumed", "PLD, RDP"
+    if early := [run for run in site.lifetime.runs if 0 < run.rounds < run.most_rounds] if site.lifetime else []:
+        parts = _named(f"{run.run}: {run.rounds} / {run.most_rounds}" for run in early[:_MOST_NAMED])
+        yield "ends_independent_of_releases", "assumed", parts + (", …" if len(early) > _MOST_NAMED else "")
     if record.policy_file is not None:
         noted = record.policy_file.to_json() == record.policy.to_json()
         yield "policy_noted", "verified" if noted else "violated", record.policy_file.digest()

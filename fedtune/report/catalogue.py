@@ -40,6 +40,17 @@ class Catalogue:
     language: str
     texts: Mapping[str, Mapping[str, str]]
 
+    def for_unit(self, unit: str) -> Catalogue:
+        """These texts as they speak of a privacy unit: "by_user" has other words for some, as `section__key`."""
+        if unit != "user":
+            return self
+        others = {tuple(key.split("__")): text for key, text in self.texts["by_user"].items()}
+        texts = {
+            section: {key: others.get((section, key), text) for key, text in of_section.items()}
+            for section, of_section in self.texts.items()
+        }
+        return Catalogue(self.language, texts)
+
     def text(self, key: str, **values: object) -> Markup:
         """The text `section.key` with its placeholders filled; values that are not Markup are escaped."""
         section, name = key.split(".")
@@ -130,6 +141,8 @@ class Catalogue:
             moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
         except (ValueError, OverflowError):
             return value
+        if len(value) == len("2026-03-01"):
+            kind = "day"  # no more is known of it
         texts = self.texts["language"]
         fields = {"day": moment.day, "month": texts[f"month_{moment.month}"], "year": moment.year}
         return texts[kind].format(**fields, clock=f"{moment:%H:%M}")

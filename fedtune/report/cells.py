@@ -1,7 +1,8 @@
 """Fields of an impact assessment and of technical documentation: what fedtune knows, and what only a site can say.
 
-A cell is "auto" (facts of the run or ledger), "site" (the names of facts that a person at the site supplies) or
-"missing" (facts that belong on record and are not).  No prose, no judgement: purpose, legal basis and necessity are the
+A cell is "auto" (facts of the run or ledger), "design" (what is so in every run of an unchanged fedtune, and was not
+observed in this one), "site" (the names of facts that a person at the site supplies) or "missing" (facts that belong on
+record and are not).  No prose, no judgement: purpose, legal basis and necessity are the
 controller's, and whether anything is anonymous or lawful is nobody's to compute.
 """
 
@@ -139,6 +140,20 @@ ROWS = (
 )
 
 
+BY_DESIGN: Mapping[str, str] = {
+    "raw_records_leave_site": "no",
+    "erasure_reaches_records": "yes",
+    "erasure_reaches_model": "no",
+    "secure_aggregation": "no",
+    "candidate_criteria": "innovative_technology",
+    "inference_covered": "no",
+    "recompute_with": "fedtune report verify report.json",
+    "modality": "text",
+    "source_type": "held_by_sites",
+}
+"""Facts that are so in every run of fedtune: no record of a run shows them."""
+
+
 def rows(known: Mapping[str, str]) -> tuple[Cell, ...]:
     """The cells, filled from what is known.
 
@@ -150,8 +165,11 @@ def rows(known: Mapping[str, str]) -> tuple[Cell, ...]:
 
 
 def _cells(row: Row, known: Mapping[str, str]) -> Iterator[Cell]:
-    if found := {name: known[name] for name in row.facts if name in known}:
-        yield Cell(code=row.code, state="auto", facts=found)
+    found = {name: known[name] for name in row.facts if name in known}
+    if of_record := {name: value for name, value in found.items() if name not in BY_DESIGN}:
+        yield Cell(code=row.code, state="auto", facts=of_record)
+    if by_design := {name: value for name, value in found.items() if name in BY_DESIGN}:
+        yield Cell(code=row.code, state="design", facts=by_design)
     if unknown := {name: "" for name in row.facts if name not in known}:
         yield Cell(code=row.code, state="missing", facts=unknown)
     yield Cell(code=row.code, state="site", facts=dict.fromkeys(row.of_the_site, ""))

@@ -254,7 +254,7 @@ class Charts:
 
 def _cap_at(caps: Sequence[Mapping[str, Any]], time: str | None) -> float | None:
     """The limit in force at a time; where none was yet, the first."""
-    before = [cap for cap in caps if time is None or cap["time"] <= time] or list(caps[:1])
+    before = [cap for cap in caps if time is None or cap["time"][: len(time)] <= time] or list(caps[:1])
     return before[-1]["max_epsilon"] if before else None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 VERDICT_REASONS = (
     # No guarantee.
     "no_noise",
@@ -10,6 +12,9 @@ VERDICT_REASONS = (
     "ledger_in_doubt",
     "no_lifetime_cap",
     "site_report_disagrees",
+    "configuration_changed",
+    "receipts_not_believed",
+    "accountants_disagree",
     # Exceeded.
     "above_target",
     "above_lifetime_cap",
@@ -19,6 +24,7 @@ VERDICT_REASONS = (
     "nothing_spent",
     "not_finished",
     "site_silent",
+    "sampling_not_recorded",
     "cap_raised",
 )
 
@@ -55,12 +61,19 @@ NOT_PROTECTED = (
     "model_against_malicious_sites",
 )
 
+
+def of_unit(not_protected: Sequence[str], unit: str) -> tuple[str, ...]:
+    """Those of `NOT_PROTECTED` that hold for a privacy unit: by user, a person's records are protected as a whole."""
+    return tuple(code for code in not_protected if unit == "record" or code != "several_records")
+
+
 UNPROTECTED_FIGURES = (
     "scores_on_lead_files",
     "declared_sizes",
     "times",
     "bytes",
     "who_took_part",
+    "attack_on_real_records",
     "counts_of_events",
 )
 """Exact figures of a report that no noise covers."""

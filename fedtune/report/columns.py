@@ -39,6 +39,7 @@ BUDGET_OF_RUN = (
     epsilon("budget.all_runs", "lifetime/epsilon"),
     LIMIT,
     Column(heading="budget.left", at="lifetime/left", kind="left", absent=NOT_RELEASED),
+    Column(heading="budget.reported", at="reported", kind="day", absent=NOT_RELEASED),
 )
 BUDGET_OF_LEDGER = (
     SHORT_SITE,
@@ -86,6 +87,7 @@ MECHANISMS = (
     count("mechanism.rounds", "rounds"),
     Column(heading="mechanism.metrics_noise", at="metrics_noise_multiplier", kind="number", zero="mechanism.no_scores"),
 )
+MECHANISMS_BY_USER = (*MECHANISMS, count("mechanism.records_per_user", "records_per_user"))
 EVENTS = (
     SITE,
     RUN_OF_CHARGE,
@@ -116,6 +118,7 @@ POSTERIOR = (
 )
 VERIFICATION = (
     SITE,
+    Column(heading="ledger.reported", at="reported", kind="day", absent="word.dash"),
     count("ledger.events", "verification/num_events"),
     Column(heading="ledger.head", at="verification/head", kind="hash", absent="ledger.not_verified"),
     Column(heading="ledger.public_key", at="verification/site_key", kind="hash", absent="ledger.not_verified"),
@@ -196,4 +199,27 @@ ASSUMPTIONS = (
     Column(heading="assumptions.assumption", at="code", kind="code:assumption"),
     Column(heading="assumptions.status", at="status", kind="code:status"),
     Column(heading="assumptions.evidence", at="evidence", kind="text"),
+)
+AUDIT_SITE = Column(heading="page.site", at="site", kind="text", absent="audit.all_sites")
+AUDIT = (
+    AUDIT_SITE,
+    Column(heading="audit.claimed", at="claimed_epsilon", kind="epsilon"),
+    Column(heading="audit.shown", at="lower_bound", kind="left"),
+    Column(heading="audit.best_possible", at="best_possible", kind="left"),
+    count("audit.canaries", "canaries"),
+    count("audit.guesses", "guesses"),
+    count("audit.right", "right"),
+)
+MEMBERSHIP = (
+    AUDIT_SITE,
+    Column(heading="audit.guessed_by", at="score", kind="code:audit_score"),
+    Column(heading="audit.auroc", at="auroc", kind="score"),
+    Column(heading="audit.low", at="auroc_low", kind="score"),
+    Column(heading="audit.high", at="auroc_high", kind="score"),
+    Column(heading="audit.found_1", at="hit_rates/0/found", kind="percent", absent="audit.too_few"),
+    Column(heading="audit.high", at="hit_rates/0/high", kind="percent", absent="audit.too_few"),
+    Column(heading="audit.found_01", at="hit_rates/1/found", kind="percent", absent="audit.too_few"),
+    Column(heading="audit.high", at="hit_rates/1/high", kind="percent", absent="audit.too_few"),
+    count("audit.trained_on", "trained_on"),
+    count("audit.never_used", "never_used"),
 )

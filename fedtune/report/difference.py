@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from fedtune.report.model import Report
+from fedtune.report.model import Audit, Report
 from fedtune.report.site_model import Mechanism, SiteReport
 from fedtune.spec import ConfigError
 
@@ -23,6 +23,7 @@ _MECHANISM = (
     "max_grad_norm",
     "local_steps",
     "metrics_noise_multiplier",
+    "records_per_user",
 )
 
 
@@ -120,8 +121,17 @@ def _privacy(report: Report) -> Figures:
             found[f"{_row(report, site, row)}.rounds"] = row.rounds
     found |= {f"assumptions.{one.code}": one.status for one in report.assumptions}
     if report.audit:
-        found |= {f"audit.{key}": value for key, value in _flat(asdict(report.audit))}
+        found |= dict(_audit(report.audit))
     return found
+
+
+def _audit(audit: Audit) -> Iterator[tuple[str, Value]]:
+    yield from (("audit.method", audit.method), ("audit.confidence", audit.confidence))
+    for bound in audit.bounds:
+        where = f"audit.{bound.site or 'all_sites'}"
+        yield from ((f"{where}.{key}", getattr(bound, key)) for key in ("lower_bound", "best_possible", "canaries"))
+    for attack in audit.membership:
+        yield f"audit.{attack.site or 'all_sites'}.{attack.score}.auroc", attack.auroc
 
 
 def _utility(report: Report) -> Figures:

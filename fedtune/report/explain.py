@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import NamedTuple
 
 PRIORS = (0.5, 0.1, 0.01, 0.001)
 """How sure an attacker may be beforehand, in the reports' tables."""
@@ -20,17 +19,11 @@ _LARGEST_EXPONENT = 700.0  # e to it is still a number
 _NORMAL = NormalDist()
 
 
-class Band(NamedTuple):
-    """A word for the size of epsilon, and the publication that uses it so; no regulator sets one."""
-
-    code: str
-    source: str
-
-
 def posterior(epsilon: float, *, prior: float) -> float:
-    """How sure an attacker can become that a record was used: at most, except with a probability of about delta.
+    """How sure an attacker can become that a record was used, from epsilon alone.
 
-    Posterior odds are at most e^epsilon times the `prior` odds.
+    Posterior odds are e^epsilon times the `prior` odds.  With a delta above 0 this bounds no single outcome: the chance
+    of an outcome that passes it is at least delta, and can be many times delta.
     """
     factor = _inverse_exponential(epsilon)
     return prior / (prior + (1 - prior) * factor)
@@ -127,11 +120,11 @@ def expected_failures(delta: float, *, declared_size: int) -> float:
     return delta * declared_size
 
 
-def strength_band(epsilon: float | None) -> Band:
-    """A word for the size of `epsilon` (None: unbounded), by the tiers of "How to DP-fy ML"."""
+def strength_band(epsilon: float | None) -> str:
+    """A word for the size of `epsilon` (None: unbounded), by the tiers of `TIERS_SOURCE`; no regulator sets one."""
     if epsilon is None or math.isinf(epsilon):
-        return Band("none", TIERS_SOURCE)
-    return Band(next((code for most, code in _TIERS if epsilon <= most), "weak"), TIERS_SOURCE)
+        return "none"
+    return next((code for most, code in _TIERS if epsilon <= most), "weak")
 
 
 def _exponential(epsilon: float) -> float:

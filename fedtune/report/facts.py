@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.report.cells import BY_DESIGN
 from fedtune.report.ledger_record import LedgerRecord
 from fedtune.report.model import Provenance, Scores
 from fedtune.report.site_model import SiteReport
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
     from fedtune.report.run_record import RunRecord
 
 Facts = dict[str, str | None]
+_ALWAYS: Facts = dict(BY_DESIGN)
 _TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
 
 
@@ -28,7 +30,7 @@ def of_run(record: RunRecord, sites: Sequence[SiteReport], provenance: Provenanc
     sizes = config.declared_sizes()
     final = record.result.get("final", {})
     targets = config.lora.target_modules
-    known = _always() | _figures(sites, delta=record.plan.delta) | _of_software(provenance)
+    known = _ALWAYS | figures(sites, delta=record.plan.delta) | _of_software(provenance)
     known |= {
         "unit": record.plan.unit,
         "dataset": data.dataset,
@@ -62,7 +64,7 @@ def of_ledger(record: LedgerRecord, site: SiteReport, provenance: Provenance) ->
     policy, history = record.policy, record.history
     sizes = {dataset.id: dataset.declared_size for dataset in policy.dataset}
     proposals = [run.proposal for run in history.runs.values()]
-    known = _always() | _figures([site], delta=history.delta) | _of_software(provenance)
+    known = _ALWAYS | figures([site], delta=history.delta) | _of_software(provenance)
     known |= {
         "unit": history.opened.unit,
         "dataset": _listed(sizes),
@@ -73,7 +75,7 @@ def of_ledger(record: LedgerRecord, site: SiteReport, provenance: Provenance) ->
         "rank": _listed(str(proposal.rank) for proposal in proposals),
         "target_modules": _listed(name for proposal in proposals for name in proposal.target_modules),
         "mechanism": _listed("dp_sgd" if run.plan.private else "none" for run in history.runs.values()),
-        "rollback_excluded": _yes_or_no(record.verified is not None and record.verified.rollback_excluded),
+        "rollback_excluded": _rollback_excluded(record),
         "ledger_verified": _yes_or_no(record.verified is not None),
         "base_model": _listed(proposal.base_model for proposal in proposals),
     }
@@ -94,23 +96,8 @@ def of_report(
     )
 
 
-def _always() -> Facts:
-    """What is so in every run of fedtune."""
-    return {
-        "raw_records_leave_site": "no",
-        "erasure_reaches_records": "yes",
-        "erasure_reaches_model": "no",
-        "secure_aggregation": "no",
-        "candidate_criteria": "innovative_technology",
-        "inference_covered": "no",
-        "recompute_with": "fedtune report verify report.json",
-        "modality": "text",
-        "source_type": "held_by_sites",
-    }
-
-
-def _figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
-    """Of the worst site each."""
+def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
+    """Those that follow from the sites' own figures, of the worst site each."""
     verdict = worst(site.verdict for site in sites)
     promised = verdict.state != "no_guarantee"
     epsilons = [site.spent.epsilon if site.spent else None for site in sites]
@@ -126,7 +113,7 @@ def _figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
         "delta": f"{delta:g}",
         "expected_failures": _number(max(failures, default=None)),
         "right_of_100_ceiling": ceiling,
-        "right_of_100_mechanism": _of_100(by_mechanism) if promised and None not in by_mechanism else None,
+        "right_of_100_mechanism": _by_mechanism(by_mechanism) if promised else None,
         "singling_out_bound": ceiling,
         "linkability_bound": ceiling,
         "sampling_run": _listed(sorted(mechanisms)),
@@ -159,6 +146,16 @@ def _per_record(parameters: str | None, records: int) -> str | None:
 def _scores(metrics: Scores) -> str | None:
     shown = [(name, value) for name, value in metrics.items() if value is not None and math.isfinite(value)]
     return _listed(f"{name} {value:.4f}" for name, value in shown)
+
+
+def _by_mechanism(values: Sequence[float | None]) -> str | None:
+    return "not_computed" if None in values else _of_100(values)
+
+
+def _rollback_excluded(record: LedgerRecord) -> str:
+    if record.verified is not None and record.verified.rollback_excluded and not record.anchored_to_the_end:
+        return "up_to_the_anchor"
+    return _yes_or_no(record.anchored_to_the_end)
 
 
 def _of_100(values: Iterable[float | None]) -> str | None:

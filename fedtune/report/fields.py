@@ -30,6 +30,7 @@ _SECTIONS = {
         "mechanism",
         "modality",
         "raw_records_leave_site",
+        "right_of_100_mechanism",
         "rollback_excluded",
         "runtime",
         "secure_aggregation",

@@ -12,9 +12,10 @@ from fedtune.privacy import accountant, filter
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.chain import Kind
 from fedtune.privacy.history import History
+from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.spending import Spending, spending
-from fedtune.report import assumptions, cells, facts, ledger_rounds, profile
-from fedtune.report.ledger_lifetime import caps_of, lifetime_of, run_caps
+from fedtune.report import assumptions, cells, codes, facts, ledger_rounds, profile
+from fedtune.report.ledger_lifetime import caps_of, lifetime_of, run_caps, spent_without_cap
 from fedtune.report.ledger_record import LedgerRecord, read_ledger
 from fedtune.report.mechanisms import bounded
 from fedtune.report.model import Provenance, Report
@@ -26,25 +27,11 @@ from fedtune.report.site_model import (
     Verdict,
     Verification,
 )
+from fedtune.report.verdicts import has_meaning, with_foundations
 
-LEAVES_OUT = (
-    "other_ledgers",
-    "preprocessing",
-    "pretraining_data",
-    "unreleased_statistics",
-    "refusals_and_receipts",
-    "side_channels",
-)
-NOT_PROTECTED = (
-    "facts_about_people_in_general",
-    "outside_training",
-    "several_records",
-    "several_sites",
-    "reply_time_and_absence",
-    "public_choices",
-    "ledger_length",
-    "pretraining_data",
-    "site_administrator",
+LEAVES_OUT = tuple(code for code in codes.LEAVES_OUT if code not in ("other_runs", "tuning_trials", "lead_evaluation"))
+NOT_PROTECTED = tuple(
+    code for code in codes.NOT_PROTECTED if code not in ("lead_files", "model_against_malicious_sites")
 )
 UNPROTECTED_FIGURES = ("declared_sizes", "times", "counts_of_events")
 
@@ -66,10 +53,14 @@ def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
     record = read_ledger(site_toml_or_ledger, anchor=anchor)
     history, figures = record.history, spending(record.history, record.now)
     site = _site(record, figures)
-    provenance, released, date = _provenance(record), tuple(_released(record)), record.now.isoformat()
+    provenance, released = _provenance(record), tuple(_released(record))
+    date = ledger_rounds.day_of(record.now.isoformat())
     randomness = _randomness(history)
     known = facts.of_ledger(record, site, provenance) | facts.of_report(
-        released=released, randomness=randomness, not_protected=NOT_PROTECTED, date=date
+        released=released,
+        randomness=randomness,
+        not_protected=codes.of_unit(NOT_PROTECTED, history.opened.unit),
+        date=date,
     )
     return Report(
         kind="ledger",
@@ -87,7 +78,7 @@ def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
         sites=(site,),
         covers=tuple(_covers(history)),
         leaves_out=LEAVES_OUT,
-        not_protected=NOT_PROTECTED,
+        not_protected=codes.of_unit(NOT_PROTECTED, history.opened.unit),
         unprotected_figures=UNPROTECTED_FIGURES,
         assumptions=assumptions.of_ledger(record, site),
         cells=cells.rows(known),
@@ -99,8 +90,10 @@ def _site(record: LedgerRecord, figures: Spending) -> SiteReport:
     history, policy = record.history, record.policy
     ran, charged = ledger_rounds.mechanisms(history), history.charged()
     size = sum(dataset.declared_size for dataset in policy.dataset)
-    verdict, spent, lifetime = _verdict(record, figures), _spent(figures, ran), lifetime_of(record, figures, ran)
-    promised = record.verified is not None and not (history.seeded or history.in_doubt)
+    spent, lifetime = _spent(figures, ran), lifetime_of(record, figures, ran)
+    agree = profile.accountants_agree(spent, width=accountant.COARSE)
+    verdict = with_foundations(_verdict(record, figures), () if agree else ("accountants_disagree",))
+    fixed = ledger_rounds.were_fixed(history, ran)
     return SiteReport(
         site=history.opened.site,
         source="own_ledger",
@@ -109,8 +102,8 @@ def _site(record: LedgerRecord, figures: Spending) -> SiteReport:
         approved=_approved(record),
         spent=spent,
         left=lifetime.left,
-        meaning=profile.meaning(charged, epsilon=spent.epsilon, delta=history.delta, declared_size=size)
-        if promised
+        meaning=profile.meaning(charged, epsilon=spent.epsilon, delta=history.delta, declared_size=size, fixed=fixed)
+        if has_meaning(verdict)
         else None,
         mechanisms=ran,
         curve=profile.curve(charged, profile.curve_deltas(history.delta)) if charged else (),
@@ -124,7 +117,7 @@ def _site(record: LedgerRecord, figures: Spending) -> SiteReport:
 
 def _verdict(record: LedgerRecord, figures: Spending) -> Verdict:
     """What was spent against what is approved now; each run's plan against what was approved when it was accepted."""
-    history, budget = record.history, record.policy.budget
+    history, budget = record.history, record.in_force.budget
     spent_something = figures.mechanisms > 0
     nothing_promised = {
         "ledger_not_verified": record.verified is None,
@@ -132,10 +125,10 @@ def _verdict(record: LedgerRecord, figures: Spending) -> Verdict:
         "seeded_noise": history.seeded,
         "no_noise": math.isinf(figures.epsilon),
         # A filter bounds anything only while a cap is fixed and never passed.
-        "no_lifetime_cap": math.isinf(history.cap) and spent_something,
+        "no_lifetime_cap": spent_without_cap(record) or (math.isinf(budget.max_epsilon) and spent_something),
     }
     passed = {
-        "above_lifetime_cap": _above(history, history.cap, history.divergence(history.charged())),
+        "above_lifetime_cap": _above(history, budget.max_epsilon, history.divergence(history.charged())),
         "above_period_cap": budget.max_epsilon_per_period is not None
         and _above(history, budget.max_epsilon_per_period, _in_period(history, budget.period, record.now)),
         "above_run_cap": any(_plans_above_their_caps(record, figures)),
@@ -148,8 +141,8 @@ def _verdict(record: LedgerRecord, figures: Spending) -> Verdict:
     return Verdict(state="within", reasons=_those_that_hold(notes))
 
 
-def _those_that_hold(codes: Mapping[str, bool]) -> tuple[str, ...]:
-    return tuple(code for code, is_so in codes.items() if is_so)
+def _those_that_hold(known: Mapping[str, bool]) -> tuple[str, ...]:
+    return tuple(code for code, is_so in known.items() if is_so)
 
 
 def _above(history: History, cap: float, divergence: float) -> bool:
@@ -172,13 +165,13 @@ def _plans_above_their_caps(record: LedgerRecord, figures: Spending) -> Iterator
 
 
 def _approved(record: LedgerRecord) -> Approved:
-    budget = record.policy.budget
+    budget, noted = record.in_force.budget, record.policy.budget
     return Approved(
         max_epsilon=bounded(budget.max_epsilon),
         max_epsilon_per_run=budget.max_epsilon_per_run,
         max_epsilon_per_period=budget.max_epsilon_per_period,
         period=budget.period,
-        since=caps_of(record.history)[-1].time,
+        since=caps_of(record.history)[-1].time if budget.max_epsilon == noted.max_epsilon else None,
     )
 
 
@@ -204,7 +197,7 @@ def _verification(record: LedgerRecord) -> Verification | None:
         head=found.hash,
         site_key=found.site_key,
         key_expected=found.key_expected,
-        rollback_excluded=found.rollback_excluded,
+        rollback_excluded=record.anchored_to_the_end,
         anchor_sequence=found.anchor_sequence if found.rollback_excluded else None,
     )
 
@@ -244,7 +237,7 @@ def _provenance(record: LedgerRecord) -> Provenance:
         fedtune_version=" / ".join(dict.fromkeys(event.code for event in record.events)),
         config_sha256=None,
         model=None,
-        model_sha256=models.pop() if len(models) == 1 and models != {"unverified"} else None,
+        model_sha256=models.pop() if len(models) == 1 and models != {UNVERIFIED} else None,
         model_licence=None,
         dataset=", ".join(dataset.id for dataset in record.policy.dataset),
         task=", ".join(dict.fromkeys(proposal.task for proposal in proposals)) or None,

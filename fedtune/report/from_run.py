@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
-from fedtune.report import assumptions, cells, facts
-from fedtune.report.codes import NOT_RECORDED
-from fedtune.report.model import Provenance, Report, RoundCost, Scores, Utility
+from fedtune.report import assumptions, cells, codes, facts
+from fedtune.report.audit_record import judged, read_audit
+from fedtune.report.model import Audit, Provenance, Report, RoundCost, Scores, Utility
 from fedtune.report.run_record import RunRecord, read_run
 from fedtune.report.run_site import Charged, epsilon_by_round, largest, site_report
 from fedtune.report.site_model import SiteReport
@@ -17,30 +17,7 @@ from fedtune.report.site_reports import by_site, joined, released_in
 from fedtune.report.verdicts import worst
 from fedtune.sites.environment import Environment
 
-LEAVES_OUT = (
-    "other_runs",
-    "tuning_trials",
-    "lead_evaluation",
-    "preprocessing",
-    "pretraining_data",
-    "unreleased_statistics",
-    "refusals_and_receipts",
-    "side_channels",
-)
-NOT_PROTECTED = (
-    "facts_about_people_in_general",
-    "outside_training",
-    "several_records",
-    "several_sites",
-    "reply_time_and_absence",
-    "public_choices",
-    "ledger_length",
-    "lead_files",
-    "pretraining_data",
-    "site_administrator",
-    "model_against_malicious_sites",
-)
-UNPROTECTED_FIGURES = ("scores_on_lead_files", "declared_sizes", "times", "bytes", "who_took_part")
+LEAVES_OUT = tuple(code for code in codes.LEAVES_OUT if code != "other_ledgers")
 
 
 def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
@@ -55,11 +32,15 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
         RunError: what it holds is damaged.
     """
     record = read_run(folder)
-    sites = tuple(_sites(record, [*released_in(folder), *site_reports]))
+    audit = read_audit(folder)
+    sites = judged(_sites(record, [*released_in(folder), *site_reports]), audit)
     provenance, released, date = _provenance(record), tuple(_released(record)), _date(record)
     randomness = _randomness(record, sites)
     known = facts.of_run(record, sites, provenance) | facts.of_report(
-        released=released, randomness=randomness, not_protected=NOT_PROTECTED, date=date
+        released=released,
+        randomness=randomness,
+        not_protected=codes.of_unit(codes.NOT_PROTECTED, record.plan.unit),
+        date=date,
     )
     return Report(
         kind="run",
@@ -77,12 +58,13 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
         sites=sites,
         covers=("rounds_and_steps", "charged_retries", *(("noised_scores",) if record.plan.releases_metrics else ())),
         leaves_out=LEAVES_OUT,
-        not_protected=NOT_PROTECTED,
-        unprotected_figures=UNPROTECTED_FIGURES,
+        not_protected=codes.of_unit(codes.NOT_PROTECTED, record.plan.unit),
+        unprotected_figures=tuple(_unprotected_figures(sites, audit)),
         assumptions=assumptions.of_run(record, sites),
         cells=cells.rows(known),
         provenance=provenance,
         utility=_utility(record, sites),
+        audit=audit,
     )
 
 
@@ -94,7 +76,7 @@ def _sites(record: RunRecord, released: Iterable[Report]) -> Iterator[SiteReport
             yield joined(record, own[site])
         else:
             charged = Charged.by_receipts(record, site)
-            yield site_report(record, site, charged, sampling=sampling or NOT_RECORDED)
+            yield site_report(record, site, charged, sampling=sampling or codes.NOT_RECORDED)
 
 
 def _date(record: RunRecord) -> str | None:
@@ -113,7 +95,7 @@ def _randomness(record: RunRecord, sites: Sequence[SiteReport]) -> str:
     # A site that signed its ledger's report runs fedtune, which draws from the operating system unless it is seeded.
     if noted is None and all(site.source == "signed_site_report" for site in sites):
         return "operating_system"
-    return noted or NOT_RECORDED
+    return noted or codes.NOT_RECORDED
 
 
 def _released(record: RunRecord) -> Iterator[str]:
@@ -123,6 +105,15 @@ def _released(record: RunRecord) -> Iterator[str]:
     yield from ("aggregates", "refusals_and_receipts")
     if record.finished:
         yield "final_adapter"
+
+
+def _unprotected_figures(sites: Sequence[SiteReport], audit: Audit | None) -> Iterator[str]:
+    """Exact figures of this report: a joined site's count of entries, and how an attack did on records trained on."""
+    there = {
+        "attack_on_real_records": audit is not None and bool(audit.membership),
+        "counts_of_events": any(site.verification for site in sites),
+    }
+    yield from (code for code in codes.UNPROTECTED_FIGURES if there.get(code, True))
 
 
 def _provenance(record: RunRecord) -> Provenance:
@@ -143,7 +134,7 @@ def _provenance(record: RunRecord) -> Provenance:
 
 def _version(record: RunRecord) -> str:
     noted = _one(environment.fedtune_version for environment in record.environments)
-    return noted or str(record.result.get("fedtune_version") or NOT_RECORDED)
+    return noted or str(record.result.get("fedtune_version") or codes.NOT_RECORDED)
 
 
 def _model_name(path: str) -> str:

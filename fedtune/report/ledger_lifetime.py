@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
-from fedtune.privacy import accountant
+from fedtune.privacy import accountant, filter
 from fedtune.privacy.chain import Kind
 from fedtune.privacy.history import History
 from fedtune.privacy.policy_file import policy_of
@@ -22,7 +23,8 @@ def lifetime_of(record: LedgerRecord, figures: Spending, ran: Iterable[Mechanism
         figures: what it has spent.
         ran: what each run did.
     """
-    history, policy, now = record.history, record.policy, record.now
+    history, policy, now = record.history, record.in_force, record.now
+    in_period = history.charged_in_period(policy.budget.period, now)
     rounds, adapters = {row.run: row.rounds for row in ran}, _final_adapters(record)
     return Lifetime(
         order=figures.order,
@@ -31,8 +33,8 @@ def lifetime_of(record: LedgerRecord, figures: Spending, ran: Iterable[Mechanism
         epsilon_pld=bounded(figures.epsilon_pld),
         epsilon_rdp=bounded(figures.epsilon_rdp),
         left=bounded(divergence_left(history, policy, now)),
-        period=figures.period,
-        period_epsilon=bounded(figures.period_epsilon),
+        period=policy.budget.period,
+        period_epsilon=bounded(filter.epsilon_filter(in_period, order=history.order, delta=history.delta)),
         reference_runs_left=runs_left(history, policy, policy.budget.reference_event(), now),
         caps=caps_of(history),
         runs=tuple(_run(history, run, rounds[run.run], adapters.get(run.run)) for run in figures.runs),
@@ -81,6 +83,18 @@ def caps_of(history: History) -> tuple[Cap, ...]:
         if not caps or caps[-1].max_epsilon != bounded(cap):
             caps.append(Cap(time=time, max_epsilon=bounded(cap)))
     return tuple(caps)
+
+
+def spent_without_cap(record: LedgerRecord) -> bool:
+    """Whether something was charged while no lifetime cap was in force: no later cap makes that a promise."""
+    cap = math.inf
+    for event in record.events:
+        what = event.detail.get("what")
+        if event.kind is Kind.NOTE and what == "policy":
+            cap = policy_of(event.detail["policy"]).budget.max_epsilon
+        elif math.isinf(cap) and (event.kind is Kind.RESERVE or (event.kind is Kind.NOTE and what == "restored")):
+            return True
+    return False
 
 
 def run_caps(record: LedgerRecord) -> Mapping[str, float | None]:

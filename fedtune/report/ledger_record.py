@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -26,7 +26,6 @@ class LedgerRecord:
         verified: None: the ledger does not fit together, or is older than its anchor; `problem` says how.
         problem: empty where it was verified.
         policy_file: the policy in force, where it was given; else what the ledger noted last is all that is known.
-        anchor_at_hand: whether there was an anchor to check against.
     """
 
     events: tuple[Event, ...]
@@ -34,7 +33,6 @@ class LedgerRecord:
     verified: Verified | None
     problem: str
     policy_file: Policy | None
-    anchor_at_hand: bool
 
     @property
     def policy(self) -> Policy:
@@ -43,10 +41,46 @@ class LedgerRecord:
         return self.history.policy
 
     @property
+    def in_force(self) -> Policy:
+        """The newest policy that the ledger noted, under the smaller of its caps and those of the policy in force.
+
+        A site lowers a cap by writing it down; that the ledger has not noted it yet makes it no larger.
+        """
+        noted, own = self.policy.budget, self.policy_file.budget if self.policy_file else None
+        if own is None:
+            return self.policy
+        of_period = noted
+        if own.max_epsilon_per_period is not None and own.period != noted.period:
+            of_period = own
+        return replace(
+            self.policy,
+            budget=replace(
+                noted,
+                max_epsilon=min(noted.max_epsilon, own.max_epsilon),
+                max_epsilon_per_run=_smaller(noted.max_epsilon_per_run, own.max_epsilon_per_run),
+                period=of_period.period,
+                max_epsilon_per_period=_smaller(of_period.max_epsilon_per_period, own.max_epsilon_per_period)
+                if of_period.period == own.period
+                else noted.max_epsilon_per_period,
+            ),
+        )
+
+    @property
+    def anchored_to_the_end(self) -> bool:
+        """Whether an anchor shows that no event is missing, and not only none up to the anchor's."""
+        found = self.verified
+        return found is not None and found.rollback_excluded and found.anchor_sequence >= len(found.events)
+
+    @property
     def now(self) -> datetime:
         """The time of the newest event: a ledger's figures are as of then, whenever they are read."""
         assert self.history.last_time is not None, "a ledger has events"
         return self.history.last_time
+
+
+def _smaller(one: float | None, other: float | None) -> float | None:
+    """Of two caps; None is no cap."""
+    return min((cap for cap in (one, other) if cap is not None), default=None)
 
 
 def read_ledger(path: Path, *, anchor: Path | None = None) -> LedgerRecord:
@@ -85,7 +119,6 @@ def _read(ledger: Path, *, anchor: Head | None, files: SiteFiles | None) -> Ledg
             verified=None,
             problem=str(error).replace(str(ledger), ledger.name),  # folders are nobody else's business
             policy_file=policy,
-            anchor_at_hand=anchor is not None,
         )
     return LedgerRecord(
         events=verified.events,
@@ -93,7 +126,6 @@ def _read(ledger: Path, *, anchor: Head | None, files: SiteFiles | None) -> Ledg
         verified=verified,
         problem="",
         policy_file=policy,
-        anchor_at_hand=anchor is not None,
     )
 
 

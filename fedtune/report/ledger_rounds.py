@@ -39,6 +39,16 @@ def mechanisms(history: History) -> tuple[Mechanism, ...]:
     return (*known, *(_of_lost_run(event, count) for event, count in unexplained.items() if count > 0))
 
 
+def were_fixed(history: History, ran: Sequence[Mechanism]) -> bool:
+    """Whether all that was charged was fixed before any of it was released: one run, charged its whole plan.
+
+    A later run may be chosen, and an earlier one ended, because of what was released.
+    """
+    charged = [row for row in ran if row.rounds]
+    known = history.runs.get(charged[0].run) if len(charged) == 1 else None
+    return known is not None and charged[0].rounds == known.plan.most_rounds
+
+
 def _of_lost_run(event: DpEvent, count: int) -> Mechanism:
     """A mechanism that ran on a branch that was lost, of which nothing else is known: steps as those of one round."""
     ((json, _),) = dp_events.counted([event])
@@ -62,6 +72,11 @@ def _of_lost_run(event: DpEvent, count: int) -> Mechanism:
         metrics_noise_multiplier=scores,
         charges=(Charge(event=json, count=count),),
     )
+
+
+def day_of(time: str) -> str:
+    """The day of an event: a policy may hide from everybody when exactly its site trained."""
+    return time[:10]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +108,7 @@ def steps(events: Sequence[Event], history: History, *, epsilon: float) -> tuple
             # Summed in another order than the ledger's own figure, from which it differs in the last digits.
             so_far = epsilon if number == len(charges) - 1 else min(epsilon, max(0.0, total + surcharge))
             shown = charge.round if charge.run in by_round else None
-            made.append(Step(run=charge.run, round=shown, time=charge.time, epsilon=bounded(so_far)))
+            made.append(Step(run=charge.run, round=shown, time=day_of(charge.time), epsilon=bounded(so_far)))
     return tuple(made)
 
 
@@ -144,6 +159,6 @@ def releases(events: Sequence[Event], history: History) -> tuple[Release, ...]:
     for (name, _, _), time in unanswered.items():
         groups.setdefault((name, "reservation_without_update", None), []).append(time)
     return tuple(
-        Release(kind=kind, run=run, reason=reason, count=len(times), first=times[0], last=times[-1])
+        Release(kind=kind, run=run, reason=reason, count=len(times), first=day_of(times[0]), last=day_of(times[-1]))
         for (run, kind, reason), times in groups.items()
     )

@@ -1,4 +1,4 @@
-"""What rounds of a plan did to the records, as a report says it."""
+"""What rounds of a plan did to the privacy units, as a report says it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechani
         rounds=rounds,
         metrics_noise_multiplier=plan.metrics_noise_multiplier,
         charges=tuple(Charge(event=event, count=count) for event, count in charges),
+        records_per_user=plan.records_per_user,
     )
 
 

@@ -25,9 +25,17 @@ _SEES: Access = {
 }
 _WITHOUT_NOISE: Access = {
     "own_site": ("yes", "yes", "none_made", "yes", "yes"),
+    "other_sites": ("no", "no", "none_made", "yes", "yes"),
     "lead": ("no", "same_as_before", "none_made", "yes", "yes"),
 }
-_WITH_A_SEED: Access = {"lead": ("no", "with_seed", "yes", "yes", "yes")}
+# The sites make their noise from the same seed.
+_WITH_A_SEED: Access = {
+    "other_sites": ("no", "with_seed", "no", "yes", "yes"),
+    "lead": ("no", "with_seed", "yes", "yes", "yes"),
+}
+_RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
+"""The column of the result that a site is left with when it takes its own from all combined."""
+_MOST_FOR_SUBTRACTION = 2
 
 
 class PageOne:
@@ -38,14 +46,22 @@ class PageOne:
 
     def access(self) -> Access:
         """What each of five sees."""
-        return _SEES | self._seen_besides()
+        noise = self._words.noise
+        sees = _SEES | {"noised": {}, "seeded": _WITH_A_SEED, "no_noise": _WITHOUT_NOISE}[noise]
+        if how := self._by_subtraction():
+            others = list(sees["other_sites"])
+            others[_RESULT[noise]] = how
+            sees["other_sites"] = tuple(others)
+        return sees
 
-    def _seen_besides(self) -> Access:
+    def _by_subtraction(self) -> str | None:
+        """How one of two sites sees the other's result: it takes its own from the average of both."""
         report = self._words.report
-        noises = [one.noise_multiplier for site in report.sites for one in site.mechanisms]
-        if 0 in noises or "no_noise" in report.verdict.reasons:
-            return _WITHOUT_NOISE
-        return _WITH_A_SEED if report.seeded_noise else {}
+        if report.kind == "ledger":
+            return "if_two_sites"  # of its runs the ledger knows no others that took part
+        rounds = report.utility.rounds if report.utility else ()
+        took_part = [len(report.sites), *(len(one.sites) for one in rounds if one.sites)]
+        return "by_subtraction" if min(took_part) <= _MOST_FOR_SUBTRACTION else None
 
     def is_simulated(self) -> bool:
         """Whether the record says that no real sites took part."""

@@ -5,16 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
-from pathlib import Path
 from typing import Any
 
-from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError
-
-
-def write(html: str, path: Path) -> None:
-    """Write `html`, a page of `page.render`, to the file `path`, as `made` makes it."""
-    write_durably(path, made(html))
 
 
 def made(html: str) -> bytes:

@@ -22,6 +22,7 @@ from fedtune.privacy import accountant, events
 from fedtune.privacy.events import Spent
 from fedtune.report import explain
 from fedtune.report.site_model import CurvePoint, HitRate, Meaning, Posterior, Source
+from fedtune.report.site_model import Spent as Figures
 
 DELTAS = tuple(10.0**-power for power in range(3, 11))
 """Where the reports' curves are shown, beside their own delta."""
@@ -46,6 +47,17 @@ def epsilon_rdp(spent: Spent, delta: float) -> float | None:
     """Epsilon at `delta` by RDP, likewise."""
     with accountant.without_notes_on_skipped_orders():
         return _bounded(_rdp(_counted(spent)).get_epsilon(delta))
+
+
+def accountants_agree(figures: Figures, *, width: float) -> bool:
+    """Whether RDP, which is looser, says no less than PLD; where it does, one of the two may be wrong.
+
+    Both are upper bounds.  PLD's grows with the `width` of its buckets, by no more than about the root of the number of
+    mechanisms; of many with next to no loss, RDP may say less by that.
+    """
+    if not figures.epsilon_pld or not figures.epsilon_rdp:
+        return True
+    return figures.epsilon_pld <= figures.epsilon_rdp + width * math.sqrt(figures.steps + figures.rounds)
 
 
 def curve(spent: Spent, deltas: Iterable[float]) -> tuple[CurvePoint, ...]:
@@ -99,7 +111,9 @@ def right_of_100(spent: Spent) -> float | None:
     return None if _is_unbounded(counted) else 50 * (1 + _delta(counted, 0.0))
 
 
-def meaning(spent: Spent, *, epsilon: float | None, delta: float, declared_size: int | None) -> Meaning:
+def meaning(
+    spent: Spent, *, epsilon: float | None, delta: float, declared_size: int | None, fixed: bool = True
+) -> Meaning:
     """What `epsilon` at `delta`, and the mechanism that `spent` it, mean as frequencies.
 
     Args:
@@ -107,13 +121,14 @@ def meaning(spent: Spent, *, epsilon: float | None, delta: float, declared_size:
         epsilon: that the report states for it; None: unbounded.
         delta: that it is stated at.
         declared_size: number of units that the site publishes.
+        fixed: whether all that was charged was fixed beforehand; else the mechanism's curve bounds nothing.
     """
     stated = math.inf if epsilon is None else epsilon
     right = explain.right_of_100_ceiling(stated, delta)
-    rates = zip(explain.FALSE_ALARMS, hit_rates(spent), strict=True)
+    rates = zip(explain.FALSE_ALARMS, hit_rates(spent) if fixed else (None, None), strict=True)
     return Meaning(
         right_of_100_ceiling=right,
-        right_of_100_mechanism=_at_most(right_of_100(spent), right),
+        right_of_100_mechanism=_at_most(right_of_100(spent) if fixed else None, right),
         posterior=tuple(
             Posterior(prior=prior, ceiling=explain.posterior(stated, prior=prior)) for prior in explain.PRIORS
         ),

@@ -10,35 +10,29 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.report import profile
+from fedtune.report.contradictions import Problem as Problem
+from fedtune.report.contradictions import contradictions, denied
 from fedtune.report.model import Report
 from fedtune.report.site_model import Lifetime, Mechanism, SiteReport, State
+from fedtune.report.verdicts import WORST_FIRST
 from fedtune.spec import ConfigError
 
 TOLERANCE = 1e-6
 """Relative, upwards; downwards only what two machines' last digits may differ by."""
 _LAST_DIGITS = 1e-9
 _MOST_BUCKETS = 5e7
-_WORST_FIRST: tuple[State, ...] = ("no_guarantee", "exceeded", "within")
 
 Charges = Counter[DpEvent]
 
 
-class Problem(NamedTuple):
-    """A figure that differs: where it stands, what the report says, and what was found."""
-
-    where: str
-    said: object
-    found: object
-
-
 def problems(report: Report) -> list[Problem]:
-    """Every figure of the report that is not what its events come to, and every verdict that its figures contradict.
+    """Every figure of the report that is not what its events come to, and all that another part of it contradicts.
 
     An epsilon may be larger than what is found by a millionth, and never smaller.
     """
@@ -46,12 +40,16 @@ def problems(report: Report) -> list[Problem]:
         return [Problem("delta", report.delta, "a number between 0 and 1")]
     found = [problem for site in report.sites for problem in _of_site(report, site)]
     found += _compared("epsilon", report.epsilon, _worst([site.spent.epsilon for site in report.sites if site.spent]))
-    worst = [state for state in _WORST_FIRST if state in {site.verdict.state for site in report.sites}]
-    if worst and _WORST_FIRST.index(report.verdict.state) > _WORST_FIRST.index(worst[0]):
+    worst = [state for state in WORST_FIRST if state in {site.verdict.state for site in report.sites}]
+    if worst and WORST_FIRST.index(report.verdict.state) > WORST_FIRST.index(worst[0]):
         found.append(Problem("verdict.state", report.verdict.state, worst[0]))
     for number, cost in enumerate(report.utility.rounds if report.utility else ()):
         after = [step.epsilon for site in report.sites for step in site.steps if step.round == cost.round]
         found += _compared(f"utility.rounds.{number}.epsilon", cost.epsilon, _worst(after)) if after else ()
+    try:
+        found += contradictions(report)
+    except (ValueError, ArithmeticError, LookupError) as error:  # a time that is none, an order of 0
+        found.append(Problem("report", "figures", f"that cannot be compared: {error}"))
     return found
 
 
@@ -115,6 +113,13 @@ def _of_site(report: Report, site: SiteReport) -> list[Problem]:
     return [Problem(f"{where}.{key}", said, right) for key, said, right in found]
 
 
+def _was_fixed(site: SiteReport) -> bool:
+    """Whether a ledger's charges are those of one whole plan: only then its mechanism's curve bounds anything."""
+    charged = [row for row in site.mechanisms if row.rounds]
+    most = {run.run: run.most_rounds for run in site.lifetime.runs} if site.lifetime else {}
+    return len(charged) == 1 and most.get(charged[0].run) == charged[0].rounds
+
+
 def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Problem]:
     """What all charges of a site come to."""
     spent, delta = site.spent, report.delta
@@ -129,7 +134,8 @@ def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Pro
     again = profile.curve(charged, [point.delta for point in site.curve])
     yield from _compared("curve", [dataclasses.asdict(p) for p in site.curve], [dataclasses.asdict(p) for p in again])
     if site.meaning is not None:
-        meant = profile.meaning(charged, epsilon=spent.epsilon, delta=delta, declared_size=site.declared_size)
+        size, fixed = site.declared_size, site.source != "own_ledger" or _was_fixed(site)
+        meant = profile.meaning(charged, epsilon=spent.epsilon, delta=delta, declared_size=size, fixed=fixed)
         yield from _compared("meaning", dataclasses.asdict(site.meaning), dataclasses.asdict(meant))
     before: float | None = 0.0
     for number, step in enumerate(site.steps):
@@ -141,7 +147,7 @@ def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Pro
 
 
 def _by_filter(charged: Charges, site: SiteReport, delta: float) -> float | None:
-    if site.lifetime is None or site.source != "own_ledger":
+    if site.lifetime is None:
         return None
     order = site.lifetime.order
     if not (1 < order < 1e4):
@@ -188,6 +194,12 @@ def _lifetime(report: Report, site: SiteReport, life: Lifetime) -> Iterator[Prob
         for key in ("epsilon", "epsilon_pld", "epsilon_rdp"):
             yield from _compared(f"lifetime.{key}", getattr(life, key), getattr(site.spent, key))
         yield from _runs(report, site, life)
+    elif "site_report_disagrees" not in site.verdict.reasons:
+        # The ledger counts this run, too; of one that is open and fell silent, in what it has set aside.
+        least = _by_filter(charges_of(site), site, report.delta)
+        most = life.with_set_aside if site.spent.upper_bound else life.epsilon
+        if not _at_most(least, most):
+            yield Problem("lifetime.epsilon", most, f"at least {least}, by this run alone")
     for key, least, most in (
         ("with_set_aside", life.epsilon, life.with_set_aside),
         ("period_epsilon", life.period_epsilon, life.epsilon),
@@ -197,7 +209,11 @@ def _lifetime(report: Report, site: SiteReport, life: Lifetime) -> Iterator[Prob
     yield from _compared("lifetime.left", life.left, site.left)
     cap = life.caps[-1].max_epsilon if life.caps else None
     if site.approved:
-        yield from _compared("approved.max_epsilon", site.approved.max_epsilon, cap)
+        said = site.approved.max_epsilon
+        # One that the policy in force has and the ledger has not noted yet is smaller, and stands since nobody knows.
+        if said != cap and not (site.approved.since is None and _at_most(said, cap)):
+            yield Problem("approved.max_epsilon", said, cap)
+        cap = said
     if (left := _left(life, cap)) is not None and (life.left is None or not _near(life.left, left)):
         yield Problem("lifetime.left", life.left, left)
 
@@ -226,10 +242,8 @@ def _left(life: Lifetime, cap: float | None) -> float | None:
 
 def _verdict(report: Report, site: SiteReport) -> list[Problem]:
     """The states that the figures leave open; what they cannot say, such as why nothing is promised, is not judged."""
-    spent, life, state = site.spent, site.lifetime, site.verdict.state
-    assert spent is not None
-    seeded = (report.seeded_noise and spent.epsilon != 0) or (life is not None and (life.seeded or life.in_doubt))
-    if seeded or spent.epsilon is None or (life and life.epsilon is None):
+    state = site.verdict.state
+    if denied(report, site):
         possible: tuple[State, ...] = ("no_guarantee",)
     elif any(_above(*pair) for pair in _limits(report, site)):
         possible = ("no_guarantee", "exceeded")

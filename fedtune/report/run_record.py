@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fedtune.config import RunConfig, parse
+from fedtune.config import RunConfig, parse, saved_settings
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState, RoundResult
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Receipt
+from fedtune.report import run_json
 from fedtune.sites.environment import Environment, read_environments
 from fedtune.spec import ConfigError, RunError
 
@@ -50,17 +50,48 @@ class RunRecord:
         """Whether every round was aggregated."""
         return len(self.rounds) >= self.config.federation.num_rounds
 
-    @property
+    @cached_property
     def receipts(self) -> Mapping[str, Receipt]:
-        """Site -> its newest receipt of this run."""
-        return self.state.receipts if self.state else {}
+        """Site -> its newest receipt of this run, where it is the site's own word."""
+        stored = self._stored
+        return {
+            site: receipt
+            for site, receipt in stored.items()
+            if (receipt.site, receipt.run) == (site, self.run) and receipt.is_signed()
+        }
+
+    @cached_property
+    def doubtful(self) -> tuple[str, ...]:
+        """Sites with a receipt on file that is not signed, of something else, or older than the site's updates.
+
+        As rounds come in, an older receipt counts as none, and the round as unanswered: what is missing in both was
+        put there later.
+        """
+        unanswered = self.state.unanswered if self.state else {}
+        credible = {
+            site
+            for site, receipt in self.receipts.items()
+            if receipt.charged_rounds + unanswered.get(site, 0) >= self.updates(site)
+        }
+        return tuple(site for site in self._stored if site not in credible)
 
     @property
+    def _stored(self) -> Mapping[str, Receipt]:
+        return self.state.receipts if self.state else {}
+
+    @cached_property
     def run(self) -> str:
         """What the sites' ledgers call the run; of real sites that gave no receipt, only its plain name is known."""
-        # They are sent other settings than the lead's, so that the digest in the name is another one.
-        unheard = self.config.name if self.deployed else self.config.run_id()
-        return next((receipt.run for receipt in self.receipts.values()), unheard)
+        own = f"{self.config.name}-" if self.deployed else f"{self.config.name}-{self.config_sha256[:32]}"
+        for site, receipt in self._stored.items():
+            # Real sites are sent other settings than the lead's, so that the digest in the name is another one.
+            if receipt.site == site and receipt.run.startswith(own) and receipt.is_signed():
+                return receipt.run
+        return self.config.name if self.deployed else own
+
+    def updates(self, site: str) -> int:
+        """Finished rounds that hold an update of the site: each of them was charged."""
+        return sum(site in result.sites for result in self.rounds)
 
     @property
     def deployed(self) -> bool:
@@ -79,16 +110,23 @@ class RunRecord:
         return self.config.digest() == self.config_sha256
 
     def charged(self, site: str) -> tuple[int, bool]:
-        """Rounds charged to this run at a site, and whether that is an upper bound because the site fell silent.
+        """Rounds charged to this run at a site, and whether that is an upper bound because the site's word is missing.
 
-        From its receipts; `run.json` says the same where no checkpoint is left.
+        From its receipts; `run.json` says the same where no checkpoint is left.  Where neither covers the site's
+        updates, its whole plan counts: the site's ledger grants no more, and less is nobody's word.
         """
+        updates = self.updates(site)
         if self.state is None:
             spent = self.result["privacy"]["sites"][site]
-            return spent["rounds"], spent["upper_bound"]
-        receipt, silent = self.receipts.get(site), self.state.unanswered.get(site, 0)
-        known = receipt.charged_rounds if receipt else 0
-        return max(known, min(known + silent, self.plan.most_rounds)), silent > 0
+            known, silent = spent["rounds"], 0
+            upper_bound = bool(spent["upper_bound"])
+        else:
+            receipt, silent = self.receipts.get(site), self.state.unanswered.get(site, 0)
+            known = receipt.charged_rounds if receipt else 0
+            upper_bound = silent > 0
+        if known + silent < updates or site in self.doubtful:
+            return max(known, updates, self.plan.most_rounds), True
+        return max(known, min(known + silent, self.plan.most_rounds)), upper_bound
 
 
 def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
@@ -117,29 +155,23 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
 
 
 def _config(folder: Path) -> RunConfig:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError("run folder", str(folder), "must hold a config.yaml")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("no keys")
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise ConfigError("run folder", str(path), f"must hold a configuration ({type(error).__name__})") from None
+    settings = saved_settings(folder)
     try:
         return parse(settings)
     except ConfigError as error:
-        raise error.in_file(path) from None
+        raise error.in_file(folder / "config.yaml") from None
 
 
 def _result(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.is_file():
         return {}
+    data = path.read_bytes()
     try:
-        result = dict(json.loads(path.read_bytes()))
-        _ = _rounds(result), result["final"]["metrics"], result["privacy"]["sites"]
-    except (ValueError, TypeError, KeyError) as error:
+        run_json.check(data)
+        result = dict(json.loads(data))
+        _ = _rounds(result)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RunError(f"{path} is damaged: it is no run.json of fedtune") from error
     return result
 
@@ -156,6 +188,7 @@ def _plan(folder: Path, config: RunConfig, result: Mapping[str, Any]) -> Plan:
     spent = next(iter(privacy["sites"].values()))
     plan = replace(config, privacy=replace(config.privacy, noise_multiplier=spent["noise_multiplier"] or None)).plan()
     for key, value, noted in (
+        ("privacy.unit", plan.unit, privacy.get("unit", plan.unit)),
         ("privacy.delta", plan.delta, privacy["delta"]),
         ("privacy.noise_multiplier", plan.noise_multiplier, spent["noise_multiplier"]),
         ("privacy.sampling_rate", plan.sampling_rate, spent["sampling_rate"]),

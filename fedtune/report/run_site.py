@@ -13,9 +13,11 @@ from fedtune.federation.lead import RoundResult, charged_epsilons
 from fedtune.privacy import accountant
 from fedtune.privacy.plan import Plan
 from fedtune.report import profile
+from fedtune.report.codes import NOT_RECORDED
 from fedtune.report.mechanisms import bounded, charged_events, mechanism_of
 from fedtune.report.run_record import RunRecord
 from fedtune.report.site_model import Release, SiteReport, Source, Spent, Step, Verdict
+from fedtune.report.verdicts import has_meaning, with_foundations
 
 _MOST_FIGURES = 64
 """Different numbers of rounds for which epsilon is computed; in between, that of the next larger one is shown."""
@@ -39,8 +41,8 @@ class Charged:
     def by_receipts(cls, record: RunRecord, site: str) -> Charged:
         """As the lead knows it."""
         rounds, upper_bound = record.charged(site)
-        heard = record.state is None or site in record.receipts
-        return cls(rounds=rounds, upper_bound=upper_bound, source="charged_by_receipts" if heard else "not_released")
+        source: Source = "charged_by_receipts" if site in record.receipts else "not_released"
+        return cls(rounds=rounds, upper_bound=upper_bound, source="run_record" if record.state is None else source)
 
 
 def site_report(record: RunRecord, site: str, charged: Charged, *, sampling: str) -> SiteReport:
@@ -54,18 +56,19 @@ def site_report(record: RunRecord, site: str, charged: Charged, *, sampling: str
     """
     plan, size = record.plan, record.config.declared_sizes()[site]
     mechanisms, spent = charged_events(plan, charged.rounds), _spent(plan, charged)
+    verdict = with_foundations(_verdict(record, charged, sampling), _violated(record, site, spent))
     return SiteReport(
         site=site,
         source=charged.source,
-        verdict=_verdict(record, charged),
+        verdict=verdict,
         declared_size=size,
         approved=None,
         spent=spent,
         left=None,
-        # Whoever knows the seed is bound by nothing; what its figures would mean is not said.
-        meaning=None
-        if record.seeded
-        else profile.meaning(mechanisms, epsilon=spent.epsilon, delta=plan.delta, declared_size=size),
+        # Where nothing is promised, what its figures would mean is not said.
+        meaning=profile.meaning(mechanisms, epsilon=spent.epsilon, delta=plan.delta, declared_size=size)
+        if has_meaning(verdict)
+        else None,
         mechanisms=(mechanism_of(plan, run=record.run, rounds=charged.rounds, sampling=sampling),)
         if charged.rounds
         else (),
@@ -90,7 +93,17 @@ def largest(epsilons: Iterable[float | None]) -> float | None:
     return None if None in values else max((value for value in values if value is not None), default=0.0)
 
 
-def _verdict(record: RunRecord, charged: Charged) -> Verdict:
+def _violated(record: RunRecord, site: str, spent: Spent) -> Iterator[str]:
+    """What the figures rest on, and is known not to hold."""
+    if not record.config_unchanged:
+        yield "configuration_changed"
+    if site in record.doubtful:
+        yield "receipts_not_believed"
+    if not profile.accountants_agree(spent, width=accountant.FINE):
+        yield "accountants_disagree"
+
+
+def _verdict(record: RunRecord, charged: Charged, sampling: str) -> Verdict:
     """A run's plan was fixed beforehand, so that its whole cost is a proof whatever ended the run."""
     plan, target = record.plan, record.config.privacy.epsilon
     if charged.rounds == 0:
@@ -100,7 +113,11 @@ def _verdict(record: RunRecord, charged: Charged) -> Verdict:
         return Verdict(state="no_guarantee", reasons=reasons)
     if max(charged_epsilons(plan, rounds)[0] for rounds in (charged.rounds, plan.most_rounds)) > target:
         return Verdict(state="exceeded", reasons=("above_target",))
-    notes = [("not_finished", not record.finished), ("site_silent", charged.upper_bound)]
+    notes = [
+        ("not_finished", not record.finished),
+        ("site_silent", charged.upper_bound),
+        ("sampling_not_recorded", sampling == NOT_RECORDED),
+    ]
     return Verdict(state="within", reasons=tuple(code for code, is_so in notes if is_so))
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal
 
+from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.spec import spec
 
 State = Literal["within", "exceeded", "no_guarantee"]
-Source = Literal["charged_by_receipts", "own_ledger", "signed_site_report", "not_released"]
+Source = Literal["charged_by_receipts", "run_record", "own_ledger", "signed_site_report", "not_released"]
 
 
 @spec
@@ -25,7 +26,7 @@ class Approved:
     """What the site's policy allows; None: no bound of that kind.
 
     Attributes:
-        since: when the newest lifetime cap was noted.
+        since: when the newest lifetime cap was noted; None: it stands in the policy, and the ledger has not noted it.
     """
 
     max_epsilon: float | None
@@ -43,7 +44,7 @@ class Spent:
         epsilon: the figure that the verdict uses: of a run by PLD, of a ledger by the filter.
         epsilon_pld: the same charges by PLD, and `epsilon_rdp` by RDP.
         planned_epsilon: of the whole plan by PLD; None for a ledger.
-        upper_bound: a site fell silent, and every round asked of it is counted.
+        upper_bound: a site fell silent, or its receipts are missing, and every round that may be charged is counted.
     """
 
     epsilon: float | None
@@ -57,7 +58,10 @@ class Spent:
 
 @spec
 class Posterior:
-    """How sure an attacker can become that a record was used; `ceiling` holds except with probability delta."""
+    """How sure an attacker can become that a record was used, from epsilon alone.
+
+    No bound for every single outcome: `ceiling` is passed with a small chance, which can be many times delta.
+    """
 
     prior: float
     ceiling: float
@@ -99,7 +103,11 @@ class Charge:
 
 @spec
 class Mechanism:
-    """What one run did at one site, and the events from which its epsilon can be computed again."""
+    """What one run did at one site, and the events from which its epsilon can be computed again.
+
+    Attributes:
+        records_per_user: most records of one unit in a step; 1 where the unit is a record.
+    """
 
     run: str
     sampling_assumed: str
@@ -111,6 +119,7 @@ class Mechanism:
     rounds: int
     metrics_noise_multiplier: float
     charges: tuple[Charge, ...]
+    records_per_user: int = 1
 
 
 @spec
@@ -151,7 +160,7 @@ class LifetimeRun:
     epsilon: float | None
     planned_epsilon: float | None
     seeded_noise: bool
-    base_model: str = "unverified"
+    base_model: str = UNVERIFIED
     adapter_sha256: str | None = None
 
 
@@ -203,6 +212,7 @@ class Release:
     Attributes:
         kind: "update", "refusal", "offer", "reservation_without_update".
         reason: of a refusal.
+        first: when; a ledger's only to the day, since a policy may hide when exactly its site trained.
     """
 
     kind: str
@@ -219,6 +229,7 @@ class SiteReport:
 
     Attributes:
         source: where the figures come from.
+        reported: day of the site's own report, where the figures over all runs come from one.
         left: epsilon that the lifetime cap leaves for new runs.
         asserted: what the site states and no software can check.
     """
@@ -238,3 +249,4 @@ class SiteReport:
     verification: Verification | None = None
     releases: tuple[Release, ...] = ()
     asserted: Mapping[str, bool] = field(default_factory=dict)
+    reported: str | None = None

@@ -1,6 +1,7 @@
 """Reports that sites made of their own ledgers, signed, and gave to the lead: checked, then joined into its own.
 
-A site's word about its ledger is worth what its signature is, and no more than the receipts that it gave before.
+A site's word about its ledger is worth what its signature is, and no more than the receipts that it gave before.  It is
+checked by itself, because the figures over all runs cannot be computed again from what is joined.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedtune.report import signing
+from fedtune.report import recompute, signing
 from fedtune.report.codes import NOT_RECORDED
 from fedtune.report.model import Report
 from fedtune.report.run_record import RunRecord
@@ -49,7 +50,9 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
     """Site -> its report, each one checked.
 
     Guarantee: each was made, and signed, by whoever holds the key under which the site gave this run its receipts, and
-    is about a ledger that knows the run, unless the receipts say that nothing was charged to it.
+    is about a ledger that knows the run, unless the receipts say that nothing was charged to it.  Its figures follow
+    from its own events, and it is no older than the run's newest receipt; whether there is a newer one, only the site
+    knows.
 
     Raises:
         ConfigError: a report is about something else, is not signed so, or a site has two different ones.
@@ -81,6 +84,7 @@ def joined(record: RunRecord, report: Report) -> SiteReport:
         verification=own.verification,
         releases=tuple(release for release in own.releases if release.run == record.run),
         asserted=own.asserted,
+        reported=report.date[:10] if report.date else None,
     )
 
 
@@ -88,8 +92,14 @@ def _charged(record: RunRecord, site: str, run: LifetimeRun | None) -> Charged:
     """The larger of both words, unless the ledger can charge nothing more to the run: then its own."""
     rounds, upper_bound = record.charged(site)
     if run and upper_bound and run.state != "open":
-        rounds, upper_bound = record.receipts[site].charged_rounds, False
+        rounds, upper_bound = _by_receipt(record, site), False
     return Charged(rounds=max(rounds, run.rounds if run else 0), upper_bound=upper_bound, source="signed_site_report")
+
+
+def _by_receipt(record: RunRecord, site: str) -> int:
+    """Rounds that the site signed for; no fewer than the updates that it gave."""
+    receipt = record.receipts.get(site)
+    return max(record.updates(site), receipt.charged_rounds if receipt else 0)
 
 
 def _disagrees(record: RunRecord, report: Report, run: LifetimeRun | None) -> bool:
@@ -97,16 +107,13 @@ def _disagrees(record: RunRecord, report: Report, run: LifetimeRun | None) -> bo
     if run is None:
         return False
     plan, own = record.plan, report.sites[0]
-    if run.rounds < record.receipts[own.site].charged_rounds or run.seeded_noise != record.seeded:
+    if run.rounds < _by_receipt(record, own.site) or run.seeded_noise != record.seeded:
         return True
     if (report.unit, report.delta, run.most_rounds) != (plan.unit, plan.delta, plan.most_rounds):
         return True
-    asked = (plan.sampling_rate, plan.noise_multiplier, plan.local_steps, plan.metrics_noise_multiplier)
-    return any(
-        (m.sampling_rate, m.noise_multiplier, m.local_steps, m.metrics_noise_multiplier) != asked
-        for m in own.mechanisms
-        if m.run == record.run
-    )
+    keys = ("sampling_rate", "noise_multiplier", "local_steps", "metrics_noise_multiplier", "records_per_user")
+    ran = [mechanism for mechanism in own.mechanisms if mechanism.run == record.run]
+    return any(getattr(mechanism, key) != getattr(plan, key) for mechanism in ran for key in keys)
 
 
 def _this_run(record: RunRecord, report: Report) -> LifetimeRun | None:
@@ -115,7 +122,7 @@ def _this_run(record: RunRecord, report: Report) -> LifetimeRun | None:
     if own.lifetime is None:
         raise _refused(report, "must hold the ledger's figures over all its runs")
     known = next((run for run in own.lifetime.runs if run.run == record.run), None)
-    if known is None and record.receipts[own.site].charged_rounds:
+    if known is None and _by_receipt(record, own.site):
         raise _refused(report, f"must be of a ledger that knows the run {record.run}")
     return known
 
@@ -136,6 +143,12 @@ def _checked(record: RunRecord, report: Report) -> SiteReport:
         by = f"is signed by {key}" if key else "is not signed"
         raise _refused(report, f"must be signed by {receipt.site_key}, as the receipts of {own.site} are; it {by}")
     _this_run(record, report)
+    if own.verification is not None and own.verification.num_events < receipt.sequence:
+        had = f"{own.verification.num_events} entries, and the site's receipt was given at entry {receipt.sequence}"
+        raise _refused(report, f"must be no older than this run: its ledger had {had}")
+    if found := recompute.problems(report):
+        first = found[0]
+        raise _refused(report, f"must agree with itself: {first.where} says {first.said}, found {first.found}")
     return own
 
 

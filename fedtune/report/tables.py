@@ -64,7 +64,8 @@ class Tables:
 
     def mechanisms(self) -> Table:
         """What each run did at each site."""
-        return self._of_list("mechanism.caption", of.MECHANISMS, "mechanisms")
+        columns = of.MECHANISMS_BY_USER if self._words.report.unit == "user" else of.MECHANISMS
+        return self._of_list("mechanism.caption", columns, "mechanisms")
 
     def events(self) -> Table:
         """From which epsilon is computed."""
@@ -119,6 +120,18 @@ class Tables:
         """With the evidence for each."""
         rows = [f"/assumptions/{n}" for n in range(len(self._words.report.assumptions))]
         return self._words.table(self._words.text("assumptions.heading"), of.ASSUMPTIONS, rows, last=False)
+
+    def audit(self) -> Table:
+        """Lower bounds beside claims."""
+        return self._of_audit("audit.caption", of.AUDIT, "bounds")
+
+    def membership(self) -> Table:
+        """How well real records that were trained on are told from others."""
+        return self._of_audit("audit.membership_caption", of.MEMBERSHIP, "membership")
+
+    def _of_audit(self, caption: str, columns: Sequence[Column], name: str) -> Table:
+        rows = [f"/audit/{name}/{n}" for n in range(len(self._words.at(f"/audit/{name}") or ()))]
+        return self._words.table(self._words.text(caption), columns, rows, last=False)
 
     def steps(self) -> Table:
         """Epsilon after each run of a ledger; of a run, after each round at the sites that are drawn."""

@@ -39,9 +39,9 @@ class WatchCharts:
                 axes[0].plot(*zip(*points, strict=True), label=_name(site), **_style(number, len(points)))
             if self._now.target_epsilon is not None:
                 style: dict[str, Any] = {"color": "#000000", "linestyle": (0, (4, 3)), "linewidth": 1.2}
-                axes[0].axhline(self._now.target_epsilon, label=self._said("chart.limit"), **style)
+                axes[0].axhline(self._now.target_epsilon, label=self._said("watch.target"), **style)
             self._label(axes[0], x="chart.axis_round", y="chart.axis_epsilon")
-            axes[0].set_ylim(bottom=0)
+            _from_zero(axes[0])
             drawing.legend(axes[0])
 
         return self._drawn("epsilon", draw) if lines else None
@@ -79,7 +79,7 @@ class WatchCharts:
             self._label(axes[0], x=None, y="chart.axis_seconds")
             self._label(axes[1], x="chart.axis_round", y="chart.axis_megabytes")
             for panel in axes:
-                panel.set_ylim(bottom=0)
+                _from_zero(panel)
             drawing.legend(axes[1])
 
         return self._drawn("traffic", draw, panels=2) if rounds else None
@@ -88,10 +88,10 @@ class WatchCharts:
         """Names of the axes, and figures as the language writes them."""
         from matplotlib.ticker import FuncFormatter
 
+        figure = self._words.figure
         for axis, key in ((axes.xaxis, x), (axes.yaxis, y)):
             if key is not None:
                 axis.set_label_text(self._said(key))
-            figure = self._words.figure
             axis.set_major_formatter(FuncFormatter(lambda value, _: figure(round(float(value), 12), "number")))
         drawing.whole_numbers(axes)
 
@@ -115,6 +115,11 @@ def _style(number: int, points: int) -> dict[str, Any]:
     """Of a line; so many markers that they touch say nothing."""
     style = drawing.line_style(number)
     return style if points <= _MOST_MARKERS else style | {"marker": ""}
+
+
+def _from_zero(axes: Axes) -> None:
+    """With room for the marker of the largest value."""
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
 
 
 def _name(name: str) -> str:

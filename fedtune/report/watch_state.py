@@ -89,7 +89,7 @@ def run_now(seen: Seen) -> RunNow:
         ended=(rounds[-1].ended or None) if rounds else None,
         left=None,
         epsilon=worst,
-        upper_bound=any(site.upper_bound for site in sites if site.epsilon == worst),
+        upper_bound=all(site.upper_bound for site in sites if site.epsilon == worst),
         sites=sites,
         rounds=tuple(_round(result) for result in rounds),
         failures=tuple(_failures(rounds)),
@@ -143,13 +143,27 @@ def _site(seen: Seen, site: str) -> SiteNow:
 
 
 def _steps(seen: Seen, site: str, charged: int) -> Iterator[Step]:
-    """Without the round that is under way, which belongs to none of the finished ones."""
-    if seen.record is None:
-        return
-    receipt = seen.record.receipts.get(site)
-    settled = charged - sum(site in sites for round, sites in seen.asked if round > len(seen.rounds))
-    for step in steps_of(seen.record, site, max(settled, receipt.charged_rounds if receipt else 0)):
-        yield Step(round=step.round or 0, epsilon=step.epsilon)
+    """Epsilon after each finished round."""
+    if seen.record is not None:
+        for step in steps_of(seen.record, site, _settled(seen.record, site, charged, under_way=_asks(seen, site))):
+            yield Step(round=step.round or 0, epsilon=step.epsilon)
+
+
+def _asks(seen: Seen, site: str) -> int:
+    """How often the site was asked for the round under way."""
+    return sum(site in sites for round, sites in seen.asked if round > len(seen.rounds))
+
+
+def _settled(record: RunRecord, site: str, charged: int, *, under_way: int) -> int:
+    """Rounds charged without the one that is under way, which belongs to none of the finished ones."""
+    receipt = record.receipts.get(site)
+    known, silent = (
+        receipt.charged_rounds if receipt else 0,
+        record.state.unanswered.get(site, 0) if record.state else 0,
+    )
+    if charged > known + silent:  # the site's word is missing, and its whole plan counts
+        return charged
+    return max(known, min(known + silent - under_way, record.plan.most_rounds))
 
 
 def _latest(seen: Seen, site: str) -> Answer:

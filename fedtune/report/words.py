@@ -15,15 +15,15 @@ from markupsafe import Markup
 
 from fedtune.report import model
 from fedtune.report.catalogue import Catalogue
-from fedtune.report.explain import strength_band
+from fedtune.report.explain import TIERS_SOURCE, strength_band
 from fedtune.report.model import Report
+from fedtune.report.verdicts import WORST_FIRST
 
 MOST_ROWS = 40
 """Rows of a table on the page; report.json holds the others."""
 _TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "code", "yes_no")
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
-_SEVERITY = ("no_guarantee", "exceeded", "within")
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
 _ABSENT = object()
 
@@ -68,7 +68,7 @@ class Words:
     """A report and the language that it is told in."""
 
     def __init__(self, report: Report, catalogue: Catalogue) -> None:
-        self.report, self.catalogue = report, catalogue
+        self.report, self.catalogue = report, catalogue.for_unit(report.unit)
         self.json = model.to_json(report)
         self.order = tuple(sorted(range(len(report.sites)), key=self._favour))
         """Places of the sites, the least favourable result first."""
@@ -76,7 +76,7 @@ class Words:
     def _favour(self, place: int) -> tuple[int, float]:
         site = self.report.sites[place]
         epsilon = None if site.spent is None else site.spent.epsilon
-        return _SEVERITY.index(site.verdict.state), -float("inf") if epsilon is None else -epsilon
+        return WORST_FIRST.index(site.verdict.state), -float("inf") if epsilon is None else -epsilon
 
     @property
     def worst(self) -> str | None:
@@ -94,14 +94,22 @@ class Words:
         return self.report.verdict.state != "no_guarantee" and self.report.epsilon is not None
 
     @property
+    def noise(self) -> str:
+        """Whether there was noise that hides anything: "noised", "seeded", or "no_noise" where some lacked it."""
+        noises = [one.noise_multiplier for site in self.report.sites for one in site.mechanisms]
+        if 0 in noises or "no_noise" in self.report.verdict.reasons:
+            return "no_noise"
+        return "seeded" if self.report.seeded_noise else "noised"
+
+    @property
     def band(self) -> str:
         """Code of the strength."""
-        return strength_band(self.report.epsilon if self.promises else None).code
+        return strength_band(self.report.epsilon if self.promises else None)
 
     @property
     def band_source(self) -> str:
         """Who uses these words for these sizes."""
-        return strength_band(None).source
+        return TIERS_SOURCE
 
     def at(self, pointer: str) -> Any:
         """The value in report.json that a JSON pointer names, or None where one of its parents is null."""

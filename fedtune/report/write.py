@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from fedtune.privacy.durable import write_durably
@@ -35,19 +34,12 @@ def write_files(folder: Path, report: Report, *, language: str, pdf: bool = Fals
     html = page.render(report, language=language)
     files = {"report.json": signing.to_text(report).encode(), "report.html": html.encode()}
     if pdf:
-        files["report.pdf"] = _pdf(html)
+        from fedtune.report.pdf import made
+
+        files["report.pdf"] = made(html)
     try:
         for name, data in files.items():
             write_durably(folder / name, data)
     except OSError as error:
         raise ConfigError("--output", str(folder), f"must be a folder that can be written ({error.strerror})") from None
     return [folder / name for name in files]
-
-
-def _pdf(html: str) -> bytes:
-    from fedtune.report import pdf
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "report.pdf"
-        pdf.write(html, path)
-        return path.read_bytes()

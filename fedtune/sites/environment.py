@@ -83,7 +83,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
         if fields["schema_version"] != _SCHEMA_VERSION:
             raise ValueError("schema_version")
         return tuple(Environment(**one) for one in fields["environments"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RunError(f"{path} is damaged: what the run was made on is not known") from error
 
 

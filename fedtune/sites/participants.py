@@ -35,7 +35,11 @@ class Participants:
         """What each active site does in a round, with its records."""
         config, federation = self.config, self.config.federation
         records = simulated_site_records(
-            config.data, task=config.task, num_sites=federation.num_sites, seed=config.seed
+            config.data,
+            task=config.task,
+            num_sites=federation.num_sites,
+            seed=config.seed,
+            unit=config.privacy.unit,
         )
         sizes = config.declared_sizes()
         # From public numbers: no site's records decide how another site's are computed.

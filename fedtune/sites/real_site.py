@@ -128,7 +128,7 @@ class RealSite:
         return SiteWork(
             files.policy.site,
             shared,
-            own_records(shared.config.data, task=shared.config.task, key=key),
+            own_records(shared.config.data, task=shared.config.task, key=key, unit=shared.config.privacy.unit),
             declared_size=size,
             keeps_frozen_states=shared.keeps_frozen_states(size),
             lenient=True,

@@ -53,8 +53,12 @@ class SharedModel:
         if self.config.privacy.private:
             check_examples_alone(self.model, task=self.config.task)
 
-    def keeps_frozen_states(self, num_records: int) -> bool:
-        """Whether what the frozen layers make of so many records fits the memory set aside for it."""
+    def keeps_frozen_states(self, declared_size: int) -> bool:
+        """Whether what the frozen layers make of a site's records fits the memory set aside for it.
+
+        An estimate from public numbers, so that no record decides: full length, and of a user the records of a step.
+        """
+        num_records = declared_size * self.config.privacy.contribution
         return keeps_frozen_states(
             self.model, self.config.runtime, num_tokens=num_records * self.config.data.max_length
         )

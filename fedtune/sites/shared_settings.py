@@ -19,6 +19,7 @@ from fedtune.model.spec import PACKAGE, RANDOM, ModelSpec
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
+from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec
@@ -43,7 +44,7 @@ def for_sites(config: RunConfig) -> RunConfig:
         test_file=None,
         validation_rows=None,
         test_rows=None,
-        columns={role: role for role in config.data.needed_columns(config.task)},
+        columns={role: role for role in config.data.needed_columns(config.task, unit=config.privacy.unit)},
         partition=PartitionSpec(),
         train_fraction=1.0,
     )
@@ -140,7 +141,7 @@ def _named_model(model: ModelSpec) -> ModelSpec:
 def _local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpec:
     """The model where it lies here; its hash is checked when it is loaded."""
     if model.sha256 is None:
-        raise Refused(Reason.BASE_MODELS, asked="unverified", allowed="a SHA-256 of the weights")
+        raise Refused(Reason.BASE_MODELS, asked=UNVERIFIED, allowed="a SHA-256 of the weights")
     if model.path.startswith(RANDOM):
         return model
     try:

@@ -64,18 +64,19 @@ class VirtualSites:
         """
         path, data = self.folder / DEALT, self.config.data
         partition = {
+            "privacy.unit": self.config.privacy.unit,
             "seed": self.config.seed,
             "federation.num_sites": self.config.federation.num_sites,
             "federation.site_names": list(self.config.federation.names),
             "data.train_file": data.train_file,
             "data.partition": dataclasses.asdict(data.partition),
-            # Records are dealt out by a hash of the fields that the task and the partition need.
-            "data.columns": data.needed_columns(self.config.task, partition=True),
+            # Records are dealt out by a hash of the fields that the task and the partition need, users by their ids.
+            "data.columns": data.needed_columns(self.config.task, partition=True, unit=self.config.privacy.unit),
         }
         dealt = json.loads(json.dumps(partition))
         if not path.exists():
             write_durably(path, json.dumps(dealt, indent=1).encode() + b"\n")
-        before = json.loads(path.read_bytes())
+        before = {"privacy.unit": "record"} | json.loads(path.read_bytes())  # all there was when none was noted
         for key, value in dealt.items():
             if before.get(key) != value:
                 bound = f"must be {before.get(key)!r}: the sites in {self.folder} were dealt their records so"
@@ -171,7 +172,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
     noises = plan.noises
     return Policy(
         site=site,
-        population=Population(name=f"{site}-population", unit="record"),
+        population=Population(name=f"{site}-population", unit=config.privacy.unit),
         dataset=(Dataset(id=proposal.dataset, declared_size=config.declared_sizes()[site]),),
         budget=Budget(
             delta=plan.delta,
@@ -185,6 +186,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
             max_grad_norm=plan.max_grad_norm,
             max_local_steps=plan.local_steps,
             max_rounds=plan.most_rounds,
+            max_records_per_user=plan.records_per_user,
             max_lora_scale=max(proposal.lora_scale, 1.0),
             max_head_scale=max(proposal.head_scale, 1.0),
             # Nothing bounds an adapter that is trained without clipping, and nothing is promised for it.

@@ -7,10 +7,10 @@ import hmac
 from dataclasses import dataclass
 from functools import cached_property
 
-from fedtune.data import TextDataset
+from fedtune.data import TextDataset, users_of
 from fedtune.data.load import SiteRecords
 from fedtune.data.records import record_key
-from fedtune.evaluation.units import unit_scores
+from fedtune.evaluation.units import unit_scores, user_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Trained
 from fedtune.model import Adapter
@@ -20,6 +20,7 @@ from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRando
 from fedtune.sites.shared_model import SharedModel
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.users import UserExamples
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SiteWork:
         site: its name.
         shared: the model, which other sites of the process use in turn.
         records: the site's own.
-        declared_size: the size that it publishes.
+        declared_size: the size that it publishes, in privacy units.
         keeps_frozen_states: keep what the frozen layers make of each record.
         lenient: no record may make the work fail, since a lead that chose the settings would learn of it.
     """
@@ -43,14 +44,18 @@ class SiteWork:
     lenient: bool = False
 
     @cached_property
-    def examples(self) -> SiteExamples:
-        """The tokenised training records."""
-        return SiteExamples(
+    def examples(self) -> SiteExamples | UserExamples:
+        """The tokenised training records, by user where the run's unit is that."""
+        examples = SiteExamples(
             self.shared.tokenised(self.records.training, lenient=self.lenient),
             pad_id=self.shared.tokenizer.pad_token_id,
             max_tokens=self.shared.config.runtime.micro_batch_tokens,
             device=self.shared.device,
         )
+        privacy = self.shared.config.privacy
+        if privacy.unit == "record":
+            return examples
+        return UserExamples(examples, users_of(self.records.training), most_records=privacy.contribution)
 
     @cached_property
     def _heldout(self) -> TextDataset:
@@ -84,14 +89,14 @@ class SiteWork:
     def _scores(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
     ) -> tuple[float, float]:
-        """How the adapter does on the held-out records, noised as the plan says."""
+        """How the adapter does on the held-out units, noised as the plan says."""
         config = self.shared.config
         adapter.load_into(self.shared.model)
         exact = unit_scores(
             self.shared.model, self._heldout, task=config.task, pad_id=self.shared.tokenizer.pad_token_id
         )
         return noised_scores(
-            exact,
+            exact if plan.unit == "record" else user_scores(exact, users_of(self.records.heldout)),
             declared_size=self.declared_size * config.data.heldout_fraction,
             noise_multiplier=plan.metrics_noise_multiplier,
             stream=randomness.stream(self.site, request.round, attempt, "scores"),

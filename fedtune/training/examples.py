@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,10 @@ import torch
 
 from fedtune.data import Batch, TextDataset, collate, micro_batches
 from fedtune.model import TaskModel
+
+if TYPE_CHECKING:  # both are above this in a step
+    from fedtune.training.dp_step import UnitGradients
+    from fedtune.training.per_example import PerExampleGradients
 
 
 class SiteExamples:
@@ -33,6 +38,16 @@ class SiteExamples:
         return len(self._dataset)
 
     @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """(records,) tokens of each."""
+        return self._dataset.lengths
+
+    @property
+    def max_tokens(self) -> int:
+        """Padded tokens in a micro-batch."""
+        return self._max_tokens
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all records together."""
         return int(self._dataset.lengths.sum())
@@ -40,9 +55,17 @@ class SiteExamples:
     def cut(self, indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
         """The chosen records in micro-batches of similar length; how they are cut changes no clipped sum."""
         for part in micro_batches(indices, self._dataset.lengths, max_tokens=self._max_tokens):
-            batch = collate(self._dataset, part, pad_id=self._pad_id)
-            kept = batch if self._states is None else replace(batch, prefix=self._kept(part, batch))
-            yield kept.to(self._device)
+            yield self.batch(part)
+
+    def batch(self, part: npt.NDArray[np.int64]) -> Batch:
+        """The chosen records as one micro-batch, in the order given."""
+        batch = collate(self._dataset, part, pad_id=self._pad_id)
+        kept = batch if self._states is None else replace(batch, prefix=self._kept(part, batch))
+        return kept.to(self._device)
+
+    def gradients(self, of_each: PerExampleGradients) -> UnitGradients:
+        """What turns a micro-batch of `cut` into one gradient for each unit: here a unit is an example."""
+        return of_each
 
     def keep_frozen_states(self, model: TaskModel) -> None:
         """Run the layers below the first trained one over every record, once, and start later passes behind them.

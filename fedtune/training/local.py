@@ -16,6 +16,7 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
+from fedtune.training.users import UserBatch, UserExamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +39,25 @@ class RoundOfTraining:
 def train_round(
     model: TaskModel,
     adapter: Adapter,
-    examples: SiteExamples,
+    examples: SiteExamples | UserExamples,
     work: RoundOfTraining,
     *,
     randomness: Randomness,
 ) -> Adapter:
     """Train `adapter` on `examples` for one round of `work.plan` and return the adapter that may be released.
 
-    Guarantee: with noise, the result is post-processing of `work.plan.event()` on the records; without noise, none.
+    Guarantee: with noise, the result is post-processing of `work.plan.event()` on the units of `work.plan.unit`;
+    without noise, none.
     """
     adapter.load_into(model)
     parameters = model.trainable()
     everything = {id(p) for p in model.parameters() if p.requires_grad}
     assert everything == {id(p) for p in parameters.values()}, "a tensor trains outside the clipped set"
     optimizer = make_optimizer(parameters, work.training, clipped=work.plan.private)
-    records = Records(count=len(examples), declared_size=work.declared_size, cut=examples.cut)
     purpose = (work.site, work.round, work.attempt)
+    by_user = isinstance(examples, UserExamples)
+    assert by_user == (work.plan.unit == "user"), "what is sampled and what the plan counts differ"
+    records = _units(examples, work, randomness)
     sampling = randomness.stream(*purpose, "sampling")
     noise = randomness.stream(*purpose, "noise")
 
@@ -68,7 +72,7 @@ def train_round(
         with attached(model) as gradients:
             take_steps(
                 lambda: dp_sgd_step(
-                    gradients,
+                    examples.gradients(gradients),
                     records,
                     work.plan,
                     parameters=parameters,
@@ -85,13 +89,25 @@ def train_round(
     return released
 
 
+def _units(examples: SiteExamples | UserExamples, work: RoundOfTraining, randomness: Randomness) -> Records:
+    """The privacy units that a step samples from."""
+    if not isinstance(examples, UserExamples):
+        return Records(count=len(examples), declared_size=work.declared_size, cut=examples.cut)
+    # A stream of its own, drawn from in every step: which of a sampled user's records take part.
+    choosing = randomness.stream(work.site, work.round, work.attempt, "records")
+    return Records(count=len(examples), declared_size=work.declared_size, cut=examples.cut_with(choosing))
+
+
 def plain_step(
     model: TaskModel, records: Records, plan: Plan, *, optimizer: torch.optim.Optimizer, sampling: RandomStream
 ) -> None:
     """The same step without clipping and noise.  Guarantee: none."""
     optimizer.zero_grad(set_to_none=True)
     for batch in records.cut(poisson_sample(records.count, plan.sampling_rate, sampling)):
-        model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
+        if isinstance(batch, UserBatch):
+            batch.add_plain_gradient(model)
+        else:
+            model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
     for parameter in model.trainable().values():
         if parameter.grad is not None:
             parameter.grad /= plan.sampling_rate * records.declared_size

@@ -2,10 +2,11 @@
 
     python simulations/data/make_slices.py SOURCE [--into FOLDER]
 
-SOURCE holds banking77/{train,test}.jsonl.gz, medical_abstracts/{train,test}.jsonl.gz and
-e2e_nlg/{dev,test}.jsonl.gz.  Rows are copied as they are.  A row goes to validation by the keyed hash
-of one of its fields alone, so rows that share that field (repeated abstracts, references of one
-meaning) stay together.  The same source gives the same bytes (with the same zlib).
+SOURCE holds banking77/{train,test}.jsonl.gz, medical_abstracts/{train,test}.jsonl.gz,
+e2e_nlg/{dev,test}.jsonl.gz and users_{ubuntu_irc,shakespeare}/all.jsonl.gz.  Rows are copied as they
+are.  A row goes to validation (and where the source has no test file, to test) by the keyed hash of
+one of its fields alone, so rows that share that field (repeated abstracts, references of one meaning,
+everything of one user) stay together.  The same source gives the same bytes (with the same zlib).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.data import Record, is_heldout
+from fedtune.data import Record, is_heldout, unit_hash
 
 KEY = b"fedtune simulations: validation"
 
@@ -30,17 +31,21 @@ class Slices:
         train: source file that is split into train and validation.
         group: field whose hash decides.
         fraction: share of the distinct values of `group` that go to validation.
+        test_fraction: share of the others that go to test; 0: the source has a test file.
     """
 
     train: str = "train.jsonl.gz"
     group: str = "text"
     fraction: float
+    test_fraction: float = 0.0
 
 
 SLICES = {
     "banking77": Slices(fraction=0.07),
     "medical_abstracts": Slices(fraction=0.12),
     "e2e_nlg": Slices(train="dev.jsonl.gz", group="mr", fraction=0.08),
+    "users_ubuntu_irc": Slices(train="all.jsonl.gz", group="user", fraction=0.1, test_fraction=0.15),
+    "users_shakespeare": Slices(train="all.jsonl.gz", group="user", fraction=0.1, test_fraction=0.15),
 }
 
 
@@ -50,18 +55,23 @@ def is_validation(row: dict[str, object], slices: Slices) -> bool:
     return is_heldout(group, fraction=slices.fraction, key=KEY)
 
 
+def is_test(row: dict[str, object], slices: Slices) -> bool:
+    """Whether a row that is not for validation goes to test, by its group alone."""
+    group = Record({slices.group: str(row[slices.group])})
+    return unit_hash(group, purpose="test", key=KEY) < slices.test_fraction
+
+
 def make(source: Path, into: Path, slices: Slices) -> dict[str, int]:
     """Write the three files of one dataset; returns the rows of each."""
     into.mkdir(parents=True, exist_ok=True)
-    train: list[bytes] = []
-    validation: list[bytes] = []
+    sides: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
     for line in _lines(source / slices.train):
-        (validation if is_validation(json.loads(line), slices) else train).append(line)
-    return {
-        "train": _write(into / "train.jsonl.gz", train),
-        "validation": _write(into / "validation.jsonl.gz", validation),
-        "test": _write(into / "test.jsonl.gz", list(_lines(source / "test.jsonl.gz"))),
-    }
+        row = json.loads(line)
+        side = "validation" if is_validation(row, slices) else "test" if is_test(row, slices) else "train"
+        sides[side].append(line)
+    if not slices.test_fraction:
+        sides["test"] = list(_lines(source / "test.jsonl.gz"))
+    return {side: _write(into / f"{side}.jsonl.gz", lines) for side, lines in sides.items()}
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -19,11 +19,15 @@ ROWS = {
     "banking77": (9275, 728, 3080),
     "medical_abstracts": (2044, 272, 572),
     "e2e_nlg": (4251, 421, 4693),
+    "users_ubuntu_irc": (7301, 605, 1319),
+    "users_shakespeare": (5020, 1275, 800),
 }
 COLUMNS = {
     "banking77": {"text": "text", "label": "label"},
     "medical_abstracts": {"text": "text", "label": "label"},
     "e2e_nlg": {"prompt": "mr", "completion": "ref"},
+    "users_ubuntu_irc": {"completion": "text", "user": "user"},
+    "users_shakespeare": {"completion": "text", "user": "user"},
 }
 
 
@@ -59,6 +63,16 @@ def test_validation_is_what_its_own_hash_says(name: str, make_slices: ModuleType
     train, validation = (rows(FOLDER / name / f"{side}.jsonl.gz") for side in ("train", "validation"))
     assert not any(make_slices.is_validation(row, slices) for row in train)
     assert all(make_slices.is_validation(row, slices) for row in validation)
+
+
+@pytest.mark.parametrize("name", ["users_ubuntu_irc", "users_shakespeare"])
+def test_no_user_is_in_two_files(name: str, make_slices: ModuleType) -> None:
+    sides = {side: rows(FOLDER / name / f"{side}.jsonl.gz") for side in ("train", "validation", "test")}
+    users = {side: {row["user"] for row in of_side} for side, of_side in sides.items()}
+    assert sum(map(len, users.values())) == len(set().union(*users.values()))
+    slices = make_slices.SLICES[name]
+    assert all(make_slices.is_test(row, slices) for row in sides["test"])
+    assert not any(make_slices.is_test(row, slices) for row in sides["train"])
 
 
 def test_made_twice_the_bytes_are_the_same(tmp_path: Path, make_slices: ModuleType) -> None:

@@ -33,7 +33,7 @@ from fedtune.deploy.doctor import Visit, examine
 from fedtune.deploy.doctor_check import Check, PrivateLog, Status, exit_code_of
 from fedtune.deploy.join import REQUEST, site_init
 from fedtune.deploy.kits import Kit
-from fedtune.deploy.models import import_model, model_place
+from fedtune.deploy.models import install_model, model_place
 from fedtune.model.base import weights_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy.keys import SigningKey
@@ -200,7 +200,7 @@ def home(tmp_path: Path, mailbox: Mailbox, site_policy: Callable[..., Policy], n
     admitted = membership.add_site(federation, request=request, days=None, now=now)
     with zipfile.ZipFile(admitted.archive) as archive:
         archive.extractall(site.kit)
-    import_model(model, Kit.read(site.kit, kind="site"))
+    install_model(model, Kit.read(site.kit, kind="site"))
     return site
 
 
@@ -237,6 +237,37 @@ def test_no_line_tells_of_the_records(home: Home) -> None:
     for secret in (CANARY, "113", "114", "records.csv", "outcome", "well"):
         assert secret not in texts, secret
     assert "enough records for the declared size" in texts
+
+
+def of_users(home: Home, records_a_user: int, *, users: int = 100) -> None:
+    """A site whose population is protected by user, with records of so many."""
+    columns = {"text": "letter", "label": "outcome", "user": "patient"}
+    home.change_data(columns=columns)
+    home.change(population={"unit": "user"})
+    rows = [f"came on day {n},well,{CANARY} {user}" for user in range(users) for n in range(records_a_user)]
+    home.records.write_text("\n".join(["letter,outcome,patient", *rows]) + "\n")
+
+
+def test_by_user_the_declared_size_is_a_number_of_users(home: Home) -> None:
+    of_users(home, 9)
+    found = home.examined()["data patients"]
+    assert (found.status, found.found) == (
+        Status.OK,
+        "every record can be read; enough users for the declared size",
+    )
+    of_users(home, 100, users=9)
+    found = home.examined()["data patients"]
+    assert found.status is Status.WARNING
+    assert "far fewer users than the declared size" in found.found
+
+
+def test_a_record_of_several_users_is_found_before_a_run_leaves_it_out(home: Home) -> None:
+    of_users(home, 1)
+    home.records.write_text(home.records.read_text() + f'ours,well,"{CANARY} 1; {CANARY} 2"\n')
+    found = home.examined()["data patients"]
+    assert found.status is Status.FAILED
+    assert found.found.startswith("a record names several users; runs leave such records out")
+    assert CANARY not in json.dumps(found.to_json())
 
 
 def test_a_run_that_was_not_named_is_skipped(home: Home) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from fedtune.deploy import models
 from fedtune.deploy.kit_file import KitModel
 from fedtune.deploy.kits import Kit
-from fedtune.deploy.models import import_model, install_model, installed_model, licence_files, verify_model
+from fedtune.deploy.models import install_model, installed_model, licence_files, verify_model
 from fedtune.model.base import weights_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError, RunError
@@ -68,7 +68,7 @@ def sha256(path: Path) -> str:
 
 def refused(path: Path, kit: Kit, *, because: str) -> ConfigError:
     with pytest.raises(ConfigError, match=because) as caught:
-        import_model(path, kit)
+        install_model(path, kit)
     assert caught.value.key == "--import-model"
     left = names(kit.folder / "models") if (kit.folder / "models").exists() else set()
     assert not left, "nothing is left behind"
@@ -91,7 +91,7 @@ def test_a_folder_is_copied_by_the_hash_that_a_run_checks(folder: Path, kit: Any
 
 def test_a_second_import_changes_nothing(folder: Path, kit: Any) -> None:
     site = kit(sha256(folder / "model.safetensors"))
-    first = import_model(folder, site)
+    first = install_model(folder, site).folder
     before = first.stat().st_ino
     again = install_model(folder, site)
     assert not again.new
@@ -107,7 +107,7 @@ def test_shards_are_copied_with_their_index(folder: Path, kit: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     lines = "".join(f"{sha256(folder / name)}  {name}\n" for name in shards)
     digest = hashlib.sha256(lines.encode()).hexdigest()
-    installed = import_model(folder, kit(digest))
+    installed = install_model(folder, kit(digest)).folder
     assert names(installed) == (WANTED - {"model.safetensors"}) | {*shards, "model.safetensors.index.json"}
     (installed / shards[1]).unlink()
     with pytest.raises(ConfigError, match=f"must hold {shards[1]}"):
@@ -136,7 +136,7 @@ def test_a_gguf_file_is_copied_under_its_name_with_its_papers_alone(tmp_path: Pa
     for name in ("LICENSE.txt", "patients.json", "letters.txt", "old.bin"):
         (downloads / name).write_text("x")
     site = kit(sha256(file))
-    installed = import_model(file, site)
+    installed = install_model(file, site).folder
     assert names(installed) == {"Small-Q4_1.gguf", "LICENSE.txt"}
     assert weights_sha256(ModelSpec(path=str(installed), gguf_file=file.name)) == sha256(file)
     verify_model(site.folder, sha256(file))
@@ -146,10 +146,10 @@ def test_a_folder_with_one_gguf_file(tmp_path: Path, kit: Any) -> None:
     folder = tmp_path / "small"
     folder.mkdir()
     (folder / "a.gguf").write_bytes(b"GGUF a")
-    assert names(import_model(folder, kit(sha256(folder / "a.gguf")))) == {"a.gguf"}
+    assert names(install_model(folder, kit(sha256(folder / "a.gguf"))).folder) == {"a.gguf"}
     (folder / "b.gguf").write_bytes(b"GGUF b")
     with pytest.raises(ConfigError, match="exactly one GGUF file; it holds 2"):
-        import_model(folder, kit("0" * 64))
+        install_model(folder, kit("0" * 64))
 
 
 def test_a_gguf_file_that_no_run_could_name(tmp_path: Path, kit: Any) -> None:
@@ -166,8 +166,8 @@ def test_a_model_in_a_python_package(tmp_path: Path, folder: Path, kit: Any, mon
     monkeypatch.syspath_prepend(str(package.parent))
     first, second = sha256(folder / "model.safetensors"), sha256(package / "tiny.gguf")
     site = kit(first, second)
-    assert names(import_model(Path("package:some_weights/model"), site)) == WANTED
-    assert names(import_model(Path("package:some_weights/tiny.gguf"), site)) == {"tiny.gguf"}
+    assert names(install_model(Path("package:some_weights/model"), site).folder) == WANTED
+    assert names(install_model(Path("package:some_weights/tiny.gguf"), site).folder) == {"tiny.gguf"}
     for wrong, because in (
         ("package:not_there/model", "not installed"),
         ("package:some_weights/nothing", "must be a folder"),
@@ -175,7 +175,7 @@ def test_a_model_in_a_python_package(tmp_path: Path, folder: Path, kit: Any, mon
         ("package:../x", "must look like"),
     ):
         with pytest.raises(ConfigError, match=because) as caught:
-            import_model(Path(wrong), site)
+            install_model(Path(wrong), site)
         assert caught.value.key == "--import-model"
 
 
@@ -202,14 +202,14 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, folder: Path, kit: 
 
 def test_links_inside_the_folder_are_followed(folder: Path, kit: Any) -> None:
     (folder / "special_tokens_map.json").symlink_to("config.json")
-    installed = import_model(folder, kit(sha256(folder / "model.safetensors")))
+    installed = install_model(folder, kit(sha256(folder / "model.safetensors"))).folder
     assert not (installed / "special_tokens_map.json").is_symlink()
     assert (installed / "special_tokens_map.json").read_text() == "{}"
 
 
 def test_what_is_no_file_is_left_alone(folder: Path, kit: Any) -> None:
     os.mkfifo(folder / "pipe.json")  # reading it would wait for ever
-    assert names(import_model(folder, kit(sha256(folder / "model.safetensors")))) == WANTED
+    assert names(install_model(folder, kit(sha256(folder / "model.safetensors"))).folder) == WANTED
 
 
 @pytest.mark.parametrize("made", ["nothing", "empty", "model.safetensors"])
@@ -230,7 +230,7 @@ def test_a_model_that_is_not_installed_is_missed_with_what_to_do(kit: Any) -> No
 def test_a_changed_byte_is_found_and_a_new_import_mends_it(folder: Path, kit: Any) -> None:
     digest = sha256(folder / "model.safetensors")
     site = kit(digest)
-    weights = import_model(folder, site) / "model.safetensors"
+    weights = install_model(folder, site).folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
@@ -259,7 +259,7 @@ def test_a_disk_that_is_too_full(folder: Path, kit: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
     site = kit(sha256(folder / "model.safetensors"))
     with pytest.raises(RunError, match="nothing was installed"):
-        import_model(folder, site)
+        install_model(folder, site)
     assert names(site.folder / "models") == set()
 
 
@@ -273,7 +273,7 @@ def test_a_copy_that_fails_half_way_leaves_nothing(folder: Path, kit: Any, monke
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copyfileobj", full)
         with pytest.raises(RunError, match="No space left on device"):
-            import_model(folder, site)
+            install_model(folder, site)
     assert names(site.folder / "models") == set()
     assert install_model(folder, site).new
 
@@ -284,7 +284,7 @@ def test_what_a_crash_left_is_cleared_away(folder: Path, kit: Any) -> None:
     left = site.folder / "models" / f".{digest}.partial"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half of it")
-    import_model(folder, site)
+    install_model(folder, site)
     assert names(site.folder / "models") == {digest}
 
 

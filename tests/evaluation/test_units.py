@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.units import unit_scores
+from fedtune.evaluation.units import unit_scores, user_scores
 from fedtune.model.task import CausalLMModel, ClassificationModel
 
 PAD = 2
@@ -57,6 +57,23 @@ def test_a_unit_more_changes_no_others_score_by_a_single_bit(scored: Any) -> Non
 def test_without_units_there_are_no_scores(scored: Any) -> None:
     score, dataset = scored
     assert score(only(dataset, [])).shape == (0,)
+
+
+def test_a_user_scores_the_mean_over_its_records_and_counts_once() -> None:
+    users = [np.array([0, 3]), np.array([1]), np.array([2, 4, 5])]
+    scores = user_scores(np.array([1.0, 0.25, 0.0, 0.5, 1.0, 0.5]), users)
+    assert scores.tolist() == [0.75, 0.25, 0.5]
+    assert user_scores(np.zeros(0), []).shape == (0,)
+
+
+def test_no_records_of_one_user_move_more_than_one_score_within_its_bounds() -> None:
+    # However many they are and whatever came out: noised_scores adds (score, 1) for one unit.
+    wild = np.array([np.nan, np.inf, -5.0, 7.0, 1.0])
+    users = [np.array([0]), np.array([1, 2, 3, 4])]
+    assert user_scores(wild, users).tolist() == [0.0, 0.5]
+    for count in (1, 10, 1000):
+        (score,) = user_scores(np.full(count, 1e9), [np.arange(count)])
+        assert score == 1.0
 
 
 def test_a_class_is_right_or_wrong(classifier: ClassificationModel, labelled: TextDataset) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from fedtune.federation import forecast as forecast_module
 from fedtune.federation.forecast import forecast, seconds_per_example
 from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModel, TaskModelSpec, build_task_model
 from fedtune.privacy.plan import Plan
@@ -45,6 +46,18 @@ def test_times_are_those_of_expected_batches(run_plan: Plan) -> None:
     steps = 3 * sum(found.round_seconds.values())
     assert found.seconds_one_after_another == pytest.approx(found.first_seconds + steps)
     assert found.step_seconds["a"] > 0
+
+
+def test_users_bring_as_many_records_as_may_take_part(run_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast_module, "seconds_per_example", lambda *_, **__: (0.5, 2.0))
+    by_user = replace(run_plan, unit="user", records_per_user=8)
+    once, many = (
+        forecast(plan, tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+        for plan in (run_plan, by_user)
+    )
+    assert many.step_seconds == {site: pytest.approx(8 * seconds) for site, seconds in once.step_seconds.items()}
+    assert many.first_seconds == pytest.approx(8 * once.first_seconds)
+    assert many.bytes_total == once.bytes_total
 
 
 def test_a_pass_leaves_the_model_as_it_was() -> None:

@@ -94,8 +94,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "spare_rounds": {"plan": {"spare_rounds": 1}},
     "metrics_noise_multiplier": {"plan": {"metrics_noise_multiplier": 9.0}},
 }
-_REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "unit", "delta"}
-"""Fields of which this policy allows one value alone."""
+_REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "unit", "delta", "records_per_user"}
+"""Fields of which this policy allows one value alone; the last is 1 wherever the unit is a record."""
 
 
 def test_every_field_of_a_proposal_is_tried() -> None:

@@ -306,13 +306,34 @@ def test_a_ledger_is_of_one_population_site_and_delta(
     assert kinds_of(path) == OPENED
 
 
-def test_a_ledger_is_of_one_unit(opened: Open, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+BY_USER = {"unit": "user", "records_per_user": 8}
+OF_USERS = (
+    Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "body", "label": "code", "user": "who"}),
+)
+
+
+def test_a_ledger_is_of_one_unit(opened: Open, policy: Any, path: Path) -> None:
     opened()
-    users = policy()
-    object.__setattr__(users, "population", dataclasses.replace(users.population))
-    object.__setattr__(users.population, "unit", "user")  # which no policy may say yet
     with pytest.raises(RunError, match=r"was made for population\.unit = record, the policy says user"):
-        opened(policy=users)
+        opened(policy=policy(population={"unit": "user"}, dataset=OF_USERS))
+    opened(path=path.with_name("users.db"), policy=policy(population={"unit": "user"}, dataset=OF_USERS))
+    with pytest.raises(RunError, match=r"was made for population\.unit = user, the policy says record"):
+        opened(path=path.with_name("users.db"), policy=policy(dataset=OF_USERS))
+
+
+def test_a_ledger_of_one_unit_charges_no_run_of_another(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
+    records, users = proposal(), proposal(run="u", plan=BY_USER)
+    refused = refusal_of(opened(), users)
+    assert (refused.reason, refused.asked, refused.allowed) == (Reason.UNIT, "user", "record")
+    ledger = opened(path=path.with_name("users.db"), policy=policy(population={"unit": "user"}, dataset=OF_USERS))
+    refused = refusal_of(ledger, records)
+    assert (refused.reason, refused.asked, refused.allowed) == (Reason.UNIT, "record", "user")
+    answered(ledger, users, 1)
+    # The same mechanism at the same price: the unit says who is protected, and is no factor of anything.
+    answered(opened(), records, 1)
+    assert ledger.history.charged() == verify(path).history.charged()
+    again = verify(path.with_name("users.db")).history
+    assert (again.opened.unit, again.runs["u"].plan) == ("user", users.plan)
 
 
 def test_a_ledger_is_of_one_key(opened: Open, make_key: Any) -> None:

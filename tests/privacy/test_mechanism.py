@@ -161,7 +161,9 @@ def test_scores_of_nobody_are_noise_alone() -> None:
     ("key", "value"),
     [
         ("mechanism", "gaussian"),
-        ("unit", "user"),
+        ("unit", "household"),
+        ("records_per_user", 0),
+        ("records_per_user", 2.5),
         ("epsilon", 0.0),
         ("epsilon", -1.0),
         ("epsilon", float("nan")),

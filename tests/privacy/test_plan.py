@@ -40,8 +40,35 @@ def test_every_number_is_in_the_digest(plan: Any, change: dict[str, float]) -> N
 
 
 def test_every_field_is_in_its_json(plan: Any) -> None:
-    assert set(plan().to_json()) == {field.name for field in dataclasses.fields(Plan)}
-    assert Plan.from_json(plan().to_json()) == plan()
+    by_user = plan(unit="user", records_per_user=8)
+    assert set(by_user.to_json()) == {field.name for field in dataclasses.fields(Plan)}
+    for each in (plan(), by_user):
+        assert Plan.from_json(each.to_json()) == each
+
+
+def test_a_plan_of_records_is_written_as_it_was_before_there_were_users(plan: Any) -> None:
+    # Ledgers and requests of that time are read, and keep their digests; the golden one above is theirs.
+    assert "records_per_user" not in plan().to_json()
+    assert Plan.from_json({**plan().to_json(), "records_per_user": 1}) == plan()
+
+
+def test_users_and_what_they_contribute_are_in_the_digest(plan: Any) -> None:
+    plans = [plan(), *(plan(unit="user", records_per_user=most) for most in (1, 8, 9))]
+    assert len({each.digest() for each in plans}) == 4
+
+
+def test_a_user_costs_what_a_record_would(plan: Any) -> None:
+    # The unit says who is protected.  Both are sampled by Poisson and clipped once, so the mechanism is the same.
+    for most in (1, 8):
+        assert plan(unit="user", records_per_user=most).event(rounds=2) == plan().event(rounds=2)
+
+
+def test_of_takes_the_unit_over() -> None:
+    privacy = PrivacySpec(unit="user", records_per_user=5, noise_multiplier=2.0)
+    plan = Plan.of(privacy, local_steps=1, num_rounds=1)
+    assert (plan.unit, plan.records_per_user) == ("user", 5)
+    by_record = Plan.of(dataclasses.replace(privacy, unit="record"), local_steps=1, num_rounds=1)
+    assert (by_record.unit, by_record.records_per_user) == ("record", 1), "a record contributes itself"
 
 
 @pytest.mark.parametrize("change", [{"epsilon": 1.0}, {"noise_multiplier": "1"}, {"noise_multiplier": [1.0]}])
@@ -132,7 +159,11 @@ def test_scores_that_spend_the_whole_epsilon_alone_are_refused() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("unit", "user"),  # training clips records, so a request must not have a site promise more
+        ("unit", "household"),
+        ("records_per_user", 8),  # of a plan of records
+        ("records_per_user", 0),
+        ("records_per_user", 1.0),
+        ("records_per_user", True),
         ("delta", 0.0),
         ("sampling_rate", 0.0),
         ("sampling_rate", 1.5),

@@ -22,6 +22,7 @@ BROKEN: list[tuple[dict[str, Any], Reason, str, str]] = [
     ({"dataset": "diaries"}, Reason.DATASET, "diaries", "notes, letters"),
     ({"task": "generation"}, Reason.TASKS, "generation", "classification"),
     ({"base_model": "unverified"}, Reason.BASE_MODELS, "unverified", "b" * 64),
+    ({"plan": {"unit": "user", "records_per_user": 8}}, Reason.UNIT, "user", "record"),
     ({"plan": {"delta": 1e-6}}, Reason.DELTA, "1e-06", "1e-05"),
     ({"plan": {"delta": 2e-5}}, Reason.DELTA, "2e-05", "1e-05"),
     (
@@ -105,11 +106,31 @@ def test_released_scores_need_the_least_noise_too(policy: Any, proposal: Any) ->
     ]
 
 
+def by_user(policy: Any, **changes: Any) -> Policy:
+    """The policy of a population whose unit is the user, with data that says whose each record is."""
+    columns = {"text": "body", "label": "code", "user": "patient"}
+    data = (Dataset(id="notes", declared_size=2000, path="notes.csv", columns=columns),)
+    made: Policy = policy(population={"unit": "user"}, dataset=data, **changes)
+    return made
+
+
 def test_the_unit_is_the_populations(policy: Any, proposal: Any) -> None:
-    # A plan cannot have another unit yet, so the rule is shown with one that was forced in.
-    asked = proposal()
-    object.__setattr__(asked.plan, "unit", "user")
-    assert broken(policy(), asked) == [(Reason.UNIT, "user", "record")]
+    # Neither is turned into the other: of a record's promise no factor makes a person's, and the reverse was not asked.
+    users = proposal(plan={"unit": "user", "records_per_user": 8})
+    assert broken(by_user(policy), users) == []
+    assert broken(by_user(policy), proposal()) == [(Reason.UNIT, "record", "user")]
+    assert broken(policy(), users) == [(Reason.UNIT, "user", "record")]
+
+
+def test_a_site_bounds_what_one_person_contributes(policy: Any, proposal: Any) -> None:
+    strict = by_user(policy, limits={"max_records_per_user": 8})
+    for most, expected in ((8, []), (9, [(Reason.MAX_RECORDS_PER_USER, "9", "at most 8")])):
+        assert broken(strict, proposal(plan={"unit": "user", "records_per_user": most})) == expected
+
+
+def test_a_population_of_users_needs_to_know_whose_each_record_is(policy: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^dataset notes columns = .*must name the column for role 'user'"):
+        policy(population={"unit": "user"})
 
 
 def test_every_broken_rule_is_listed_for_a_person(policy: Any, proposal: Any) -> None:
@@ -123,7 +144,8 @@ def test_every_broken_rule_is_listed_for_a_person(policy: Any, proposal: Any) ->
 
 
 def test_every_rule_of_a_proposal_alone_is_shown_above() -> None:
-    shown = {reason for _, reason, _, _ in BROKEN} | {Reason.TRAIN_HEAD, Reason.UPDATES, Reason.UNIT}
+    shown = {reason for _, reason, _, _ in BROKEN}
+    shown |= {Reason.TRAIN_HEAD, Reason.UPDATES, Reason.MAX_RECORDS_PER_USER}
     in_the_ledger = {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD, Reason.MAX_EPSILON_PER_RUN}
     of_the_adapter = {Reason.MAX_ADAPTER_VALUE, Reason.DECLARED_SIZE}  # what comes with a request beside its proposal
     rules = [reason for reason in Reason if list(Reason).index(reason) < list(Reason).index(Reason.FROZEN)]
@@ -174,7 +196,7 @@ REFERENCE = Reference(sampling_rate=0.2, noise_multiplier=1.0, steps=10)
         (lambda: Dataset(id="", declared_size=1), "id = '': must be made of"),
         (lambda: Dataset(id="a", declared_size=0), "declared_size = 0: must be .*at least 1"),
         (lambda: Population(name="../x"), "name = '../x': must be made of"),
-        (lambda: Population(name="p", unit="user"), "unit = 'user': must be one of record"),
+        (lambda: Population(name="p", unit="household"), "unit = 'household': must be one of record, user"),
         (lambda: Reference(sampling_rate=0, noise_multiplier=1, steps=1), "sampling_rate = 0"),
         (lambda: Reference(sampling_rate=1, noise_multiplier=0, steps=1), "noise_multiplier = 0"),
         (lambda: Reference(sampling_rate=1, noise_multiplier=1, steps=0), "steps = 0"),
@@ -211,6 +233,7 @@ def test_a_value_out_of_bounds_names_its_key(make: Any, message: str) -> None:
         ("limits", "max_grad_norm", math.inf),
         ("limits", "max_local_steps", 0),
         ("limits", "max_rounds", 0),
+        ("limits", "max_records_per_user", 0),
         ("limits", "max_adapter_value", 0.0),
         ("limits", "run_expires_after_days", 0.0),
         ("allow", "leads", ("abc",)),
@@ -271,6 +294,7 @@ def test_every_number_of_a_plan_is_bounded_by_a_rule(policy: Any, proposal: Any)
     # Whoever adds a field to a plan says here which rule bounds it.
     bounded_by = {
         "unit": Reason.UNIT,
+        "records_per_user": Reason.MAX_RECORDS_PER_USER,
         "delta": Reason.DELTA,
         "sampling_rate": Reason.MAX_SAMPLING_RATE,
         "noise_multiplier": Reason.MIN_NOISE_MULTIPLIER,

@@ -53,6 +53,15 @@ def test_a_policy_survives_its_file(policy: Any, tmp_path: Path) -> None:
         assert policy_of(json.loads(json.dumps(each.to_json()))) == each
 
 
+def test_a_policy_of_an_earlier_version_reads_as_it_was_meant(policy: Any, site_toml: Path) -> None:
+    # Before there were users.  A ledger's notes of that time equal today's policy, so that none is noted again.
+    fields = policy().to_json()
+    del fields["limits"]["max_records_per_user"]
+    assert policy_of(fields) == policy()
+    site_toml.write_text(site_toml.read_text().replace("max_records_per_user = 64\n", ""))
+    assert read_policy(site_toml) == policy()
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(text=st.text(max_size=12), role=st.text(min_size=1, max_size=5), number=st.floats(1e-300, 1e300))
 def test_any_text_and_number_survives_the_file(
@@ -81,7 +90,11 @@ def test_any_text_and_number_survives_the_file(
         ("max_grad_norm = 1.0", "max_grad_norm = nan", "limits.max_grad_norm = nan: must be a finite number"),
         ("train_head = true", "train_head = 1", "allow.train_head = 1: must be true or false"),
         ("train_head = true", 'train_head = "yes"', "allow.train_head = 'yes': must be true or false"),
-        ('unit = "record"', 'unit = "user"', "population.unit = 'user': must be one of record"),
+        (
+            'unit = "record"',
+            'unit = "user"',
+            "dataset notes columns = {'text': 'body', 'label': 'code'}: must name the ",
+        ),
         ('unit = "record"', 'unit = "people"', "population.unit = 'people': must be one of record, user"),
         ('unit = "record"', "unit = 1", "population.unit = 1: must be one of record, user"),
         ('tasks = ["classification"]', 'tasks = "classification"', "allow.tasks = 'classification': must be a list"),

@@ -140,7 +140,7 @@ def ledger_site(runs: dict[str, tuple[Plan, int]], *, cap: float = 6.0) -> SiteR
             steps=sum(run.steps for run in lives),
         ),
         left=max(0.0, cap - epsilon),
-        meaning=profile.meaning(charged, epsilon=epsilon, delta=DELTA, declared_size=1200),
+        meaning=profile.meaning(charged, epsilon=epsilon, delta=DELTA, declared_size=1200, fixed=len(runs) == 1),
         mechanisms=tuple(mechanism(of_run, run=run, rounds=rounds) for run, (of_run, rounds) in runs.items()),
         curve=profile.curve(charged, profile.curve_deltas(DELTA)),
         steps=tuple(steps),
@@ -279,5 +279,13 @@ def a_ledger_report() -> Callable[..., Report]:
         }
     )
     return lambda **changes: dataclasses.replace(
-        report_of((site,), kind="ledger", name="north-hospital", target_epsilon=None, utility=None), **changes
+        report_of(
+            (site,),
+            kind="ledger",
+            name="north-hospital",
+            target_epsilon=None,
+            utility=None,
+            assumptions=(Assumption(code="poisson_sampling", status="asserted", evidence="north-hospital"),),
+        ),
+        **changes,
     )

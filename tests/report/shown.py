@@ -25,6 +25,7 @@ NAMES = (
     "upper_bound",
     "not_released",
     "ledger",
+    "by_user",
     "wide_run",
     "wide_ledger",
 )
@@ -64,7 +65,7 @@ def filled(report: Report, **changes: Any) -> Report:
     )
     fields: dict[str, Any] = {
         "cells": cells.rows(known),
-        "not_protected": codes.NOT_PROTECTED,
+        "not_protected": codes.of_unit(codes.NOT_PROTECTED, report.unit),
         "unprotected_figures": codes.UNPROTECTED_FIGURES,
         "covers": codes.COVERS[:3],
         "leaves_out": codes.LEAVES_OUT,
@@ -102,7 +103,24 @@ def situations(a_report: Make, a_report_without_privacy: Make, a_ledger_report: 
         ),
         "not_released": filled(run, sites=(north, unreleased)),
         "ledger": filled(a_ledger_report()),
+        "by_user": by_user(run),
     }
+
+
+def by_user(run: Report) -> Report:
+    """The same run with people for rows."""
+    people = Assumption(
+        code="every_record_names_its_person", status="assumed", evidence="unit=user; docs/user_level.md"
+    )
+    sites = tuple(
+        replace(site, mechanisms=tuple(replace(one, records_per_user=8) for one in site.mechanisms))
+        for site in run.sites
+    )
+    report = filled(replace(run, unit="user", sites=sites))
+    return replace(
+        report,
+        assumptions=tuple(people if one.code == "one_record_is_one_unit" else one for one in report.assumptions),
+    )
 
 
 def _silent(spent: Spent | None) -> Spent:
@@ -119,7 +137,12 @@ def wide_run(a_report: Make) -> Report:
     sites = tuple(replace(run.sites[0], site=name, steps=steps) for name in names)
     assert run.utility is not None
     rounds = tuple(
-        replace(run.utility.rounds[0], round=number, failed_sites={HOSTILE: "max_epsilon"} if number % 7 == 0 else {})
+        replace(
+            run.utility.rounds[0],
+            round=number,
+            sites=names,
+            failed_sites={HOSTILE: "max_epsilon"} if number % 7 == 0 else {},
+        )
         for number in range(1, 61)
     )
     utility = replace(run.utility, rounds=rounds, non_private={"accuracy": 0.9})

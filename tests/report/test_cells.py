@@ -45,7 +45,7 @@ def test_every_row_is_there_and_names_what_the_site_supplies(which: str, request
     for code, row in rows.items():
         of_row = {cell.state: cell for cell in report.cells if cell.code == code}
         assert tuple(of_row["site"].facts) == row.of_the_site
-        known = {name for state in ("auto", "missing") if state in of_row for name in of_row[state].facts}
+        known = {name for state in ("auto", "design", "missing") if state in of_row for name in of_row[state].facts}
         assert known == set(row.facts)
 
 
@@ -53,7 +53,7 @@ def test_every_row_is_there_and_names_what_the_site_supplies(which: str, request
 def test_only_what_fedtune_knows_has_a_value(which: str, request: pytest.FixtureRequest) -> None:
     report: Report = request.getfixturevalue(which)
     for cell in report.cells:
-        assert all(bool(value) == (cell.state == "auto") for value in cell.facts.values()), cell
+        assert all(bool(value) == (cell.state in ("auto", "design")) for value in cell.facts.values()), cell
 
 
 def test_nothing_legal_is_filled_by_fedtune() -> None:
@@ -82,14 +82,23 @@ def test_a_run_fills_in_what_it_knows(of_run: Report) -> None:
         "sampling_run": "poisson",
         "randomness": "operating_system",
         "transport": "in_process",
-        "secure_aggregation": "no",
     }
+    assert facts(of_run, "design")["dpia_measures"] == {"secure_aggregation": "no"}
     assert auto["dpia_advice"]["verdict"] == "within"
     assert auto["ai_act_general"]["base_model_sha256"] == of_run.provenance.model_sha256
     assert auto["ai_act_validation"]["scores_final"].startswith("accuracy 0.")
     # No attack was tried, and nobody said what languages the records are in.
     assert "attack_results" in facts(of_run, "missing")["dpia_risks"]
     assert "languages" in facts(of_run, "missing")["gpai_summary"]
+
+
+@pytest.mark.parametrize("which", ["of_run", "of_ledger"])
+def test_what_no_record_shows_is_by_design_and_not_from_the_record(which: str, request: pytest.FixtureRequest) -> None:
+    report: Report = request.getfixturevalue(which)
+    by_design = {name: value for found in facts(report, "design").values() for name, value in found.items()}
+    assert by_design == dict(cells.BY_DESIGN)
+    assert by_design["raw_records_leave_site"] == "no"
+    assert not {name for found in facts(report, "auto").values() for name in found} & by_design.keys()
 
 
 def test_a_ledger_fills_in_what_it_knows(of_ledger: Report) -> None:

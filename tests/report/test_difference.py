@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedtune.report.difference import Change, differences
-from fedtune.report.model import Audit, Report
+from fedtune.report.model import Audit, AuditBound, Report
 from fedtune.spec import ConfigError
 
 Make = Callable[..., Report]
@@ -101,9 +101,20 @@ def test_a_ledger_a_year_later(a_ledger_report: Make) -> None:
 
 
 def test_an_audit_belongs_to_privacy(a_report: Make) -> None:
-    audit = Audit(method="one_run", lower_bound=0.3, confidence=0.95, best_possible=1.1, num_canaries=1000)
+    bound = AuditBound(
+        site="a", claimed_epsilon=1.0, lower_bound=0.3, best_possible=1.1, canaries=1000, guesses=10, right=9
+    )
+    audit = Audit(
+        method="gradient_canaries",
+        confidence=0.95,
+        delta=1e-5,
+        seeded=False,
+        exceeded=False,
+        bounds=(bound,),
+        membership=(),
+    )
     changes = differences(a_report(), a_report(audit=audit))
-    assert ("privacy", "audit.lower_bound", 0.3) in [(change.group, change.key, change.after) for change in changes]
+    assert ("privacy", "audit.a.lower_bound", 0.3) in [(change.group, change.key, change.after) for change in changes]
 
 
 def test_the_runs_configurations_are_settings(a_report: Make) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.report import explain
+from fedtune.report.catalogue import catalogue
 
 # At delta 1e-6, in percent.  "gen" is from (epsilon, delta) alone, "gau" of a Gaussian mechanism with just that pair.
 # One cell is corrected: the source has 99.995 for 99.99551 (epsilon 10, hit rate at 1 % false alarms).
@@ -52,6 +54,20 @@ def test_every_cell_of_the_table(line: str) -> None:
     for cell, value in zip(printed, row(float(printed[0])), strict=True):
         digits = len(cell.partition(".")[2])
         assert round(value, digits) == float(cell), (cell, value)
+
+
+def test_the_chance_to_pass_the_posterior_can_be_many_times_delta() -> None:
+    # Of a Gaussian with just this pair, the chance that the loss of an outcome is above epsilon: Phi(mu/2 - eps/mu).
+    epsilon = 0.5
+    mu = explain.gaussian_mu(epsilon, _DELTA)
+    passed = NormalDist().cdf(mu / 2 - epsilon / mu)
+    assert passed > 30 * _DELTA
+    for language, words in (("en", "many times delta"), ("de", "ein Vielfaches von Delta")):
+        texts = catalogue(language).texts
+        for text in (texts["meaning"]["posterior_note"], texts["formulae"]["posterior"]):
+            assert words in text
+            assert "about delta" not in text
+            assert "etwa delta" not in text.lower()
 
 
 def test_the_examples_beside_the_table() -> None:
@@ -152,4 +168,4 @@ def test_a_gaussian_never_passes_the_ceiling_of_its_pair(epsilon: float, delta: 
     ],
 )
 def test_the_band_names_its_source(epsilon: float | None, code: str) -> None:
-    assert explain.strength_band(epsilon) == (code, "arXiv 2303.00654")
+    assert explain.strength_band(epsilon) == code

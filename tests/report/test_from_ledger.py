@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fedtune.privacy.chain import Kind
 from fedtune.privacy.event_store import EventStore
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.verify import verify
@@ -70,7 +72,7 @@ def test_the_figures_are_the_ledgers_own(charged: Books) -> None:
         "r": ("open", 2, 4),
         "s": ("open", 1, 4),
     }
-    assert report.date == history.last_time.isoformat()
+    assert report.date == history.last_time.date().isoformat()
     assert recompute.problems(report) == []
     assert report.verdict.state == "within"
 
@@ -116,8 +118,8 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books, run
         ("", "refusal", "max_rank"): 2,
         ("", "offer", None): 1,
     }
-    times = {event.time for event in verify(charged.ledger).events}
-    assert all(one.first in times and one.last in times and one.first <= one.last for one in site.releases)
+    days = {event.time[:10] for event in verify(charged.ledger).events}
+    assert all(one.first in days and one.last in days and one.first <= one.last for one in site.releases)
 
 
 def test_nothing_of_the_records_and_no_path_is_in_it(charged: Books, site_policy: Callable[..., Policy]) -> None:
@@ -156,7 +158,36 @@ def test_a_policy_that_the_ledger_has_not_noted_is_told_of(charged: Books) -> No
     report = from_ledger.build(charged.site_toml)
     assert status(report, "policy_noted") == "violated"
     assert report.assumptions[0].code == "policy_noted", "violated ones come first"
-    assert report.sites[0].approved.max_epsilon == 5.0
+    assert (report.sites[0].approved.max_epsilon, report.sites[0].approved.since) == (4.0, None)
+    assert report.sites[0].left == report.sites[0].lifetime.left < from_ledger.build(charged.ledger).sites[0].left
+    assert recompute.problems(report) == []
+
+
+@pytest.mark.parametrize("key", ["max_epsilon", "max_epsilon_per_period"])
+def test_a_policy_in_force_below_what_is_spent_is_exceeded(charged: Books, key: str) -> None:
+    spent = from_ledger.build(charged.site_toml).epsilon
+    policy = read_policy(charged.site_toml)
+    lower = replace(policy.budget, **{key: round(spent * 0.8, 3)})
+    write_policy(replace(policy, budget=lower), charged.site_toml)  # nobody opened the ledger since
+    report = from_ledger.build(charged.site_toml)
+    name = "above_lifetime_cap" if key == "max_epsilon" else "above_period_cap"
+    assert (report.verdict.state, report.verdict.reasons) == ("exceeded", (name,))
+    assert getattr(report.sites[0].approved, key) == round(spent * 0.8, 3)
+    assert recompute.problems(report) == []
+    higher = replace(policy.budget, max_epsilon=50.0, max_epsilon_per_period=60.0)
+    write_policy(replace(policy, budget=higher), charged.site_toml)
+    approved = from_ledger.build(charged.site_toml).sites[0].approved
+    assert approved.max_epsilon == 5.0, "a cap that the ledger has not noted raises nothing"
+
+
+def test_a_policy_in_force_with_another_period_is_judged_by_its_own(charged: Books) -> None:
+    policy = read_policy(charged.site_toml)
+    assert policy.budget.period == "year"
+    lower = replace(policy.budget, period="month", max_epsilon_per_period=0.1)
+    write_policy(replace(policy, budget=lower), charged.site_toml)
+    report = from_ledger.build(charged.site_toml)
+    assert report.verdict.reasons == ("above_period_cap",)
+    assert (report.sites[0].approved.period, report.sites[0].lifetime.period) == ("month", "month")
 
 
 def test_a_cap_that_was_lowered_below_what_is_spent_is_exceeded(charged: Books) -> None:
@@ -208,6 +239,90 @@ def test_without_a_lifetime_cap_nothing_is_promised(books: Callable[..., Books],
     assert recompute.problems(report) == []
 
 
+def test_a_cap_that_came_after_the_spending_promises_nothing(
+    books: Callable[..., Books], run_proposal: Proposals
+) -> None:
+    made = books(budget={"max_epsilon": float("inf")})
+    made.charge(run_proposal(), 1)
+    made.edit(budget={"max_epsilon": 5.0})
+    report = from_ledger.build(made.ledger)
+    assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("no_lifetime_cap",))
+    assert report.sites[0].approved.max_epsilon == 5.0
+    assert report.sites[0].meaning is None
+    assert recompute.problems(report) == []
+
+
+def test_a_cap_that_came_before_the_spending_is_one(books: Callable[..., Books], run_proposal: Proposals) -> None:
+    made = books(budget={"max_epsilon": float("inf")})
+    made.edit(budget={"max_epsilon": 5.0})
+    made.charge(run_proposal(), 1)
+    assert from_ledger.build(made.ledger).verdict.state == "within"
+
+
+def test_without_a_promise_nothing_is_said_to_follow_from_the_figures(
+    books: Callable[..., Books], run_proposal: Proposals
+) -> None:
+    made = books(budget={"max_epsilon": float("inf")})
+    made.charge(run_proposal(), 1)
+    assert from_ledger.build(made.ledger).sites[0].meaning is None
+
+
+def test_an_old_anchor_excludes_a_rollback_no_further_than_it_reaches(
+    books: Callable[..., Books], run_proposal: Proposals, tmp_path: Path
+) -> None:
+    made = books(anchor="anchor.json")
+    made.charge(run_proposal(), 1)
+    old = shutil.copy(made.folder / "anchor.json", tmp_path / "old.json")
+    made.charge(run_proposal(), 2)
+    backup = made.copied("backup.db")
+    made.charge(run_proposal(), 3)
+    shutil.copy(backup, made.ledger)  # the third round is gone, and the old anchor cannot tell
+    report = from_ledger.build(made.ledger, anchor=Path(old))
+    found = report.sites[0].verification
+    assert (found.rollback_excluded, found.num_events - found.anchor_sequence) == (False, 2)
+    assert status(report, "no_event_missing") == "assumed"
+    evidence = [one.evidence for one in report.assumptions if one.code == "no_event_missing"]
+    assert evidence == [f"anchor: {found.anchor_sequence} / {found.num_events}"]
+    said = {cell.facts["rollback_excluded"] for cell in report.cells if "rollback_excluded" in cell.facts}
+    assert said == {"up_to_the_anchor"}
+    assert recompute.problems(report) == []
+
+
+def test_times_are_told_to_the_day_only(charged: Books) -> None:
+    report = from_ledger.build(charged.site_toml)
+    (site,) = report.sites
+    events = verify(charged.ledger).events
+    told = {report.date, *(step.time for step in site.steps)}
+    told |= {time for release in site.releases for time in (release.first, release.last)}
+    assert told == {events[-1].time[:10]}
+    text = signing.to_text(report)
+    for event in events:
+        if event.kind in (Kind.RESERVE, Kind.COMMIT, Kind.PLAN):
+            assert event.time not in text
+
+
+@pytest.mark.parametrize(
+    ("charged_rounds", "more", "known"),
+    [((1, 2), [], True), ((1,), [], False), ((1, 2), ["s"], False)],
+    ids=["a whole plan", "a part of one", "two runs"],
+)
+def test_a_mechanisms_own_curve_bounds_only_what_was_fixed(
+    charged_rounds: tuple[int, ...], more: list[str], known: bool, books: Callable[..., Books], run_proposal: Proposals
+) -> None:
+    made = books()
+    for run in ["r", *more]:
+        made.charge(run_proposal(run=run, num_rounds=2, spare_rounds=0), *charged_rounds)
+    report = from_ledger.build(made.site_toml)
+    (site,) = report.sites
+    figures = [site.meaning.right_of_100_mechanism, *(rate.mechanism for rate in site.meaning.hit_rates)]
+    assert [figure is not None for figure in figures] == [known] * len(figures)
+    found = {one.code: one.status for one in report.assumptions}
+    assert found.get("ends_independent_of_releases") == ("assumed" if len(charged_rounds) == 1 else None)
+    assert recompute.problems(report) == []
+    shown = {cell.facts.get("right_of_100_mechanism") for cell in report.cells} - {None}
+    assert ("not_computed" in shown) == (not known)
+
+
 @pytest.mark.parametrize(
     ("statement", "says"),
     [
@@ -231,6 +346,7 @@ def test_a_ledger_that_was_changed_gives_a_report_that_promises_nothing(
         assert str(charged.folder) not in broken.evidence
         (site,) = report.sites
         assert (site.verification, site.meaning) == (None, None)
+        assert {one.status for one in report.assumptions} <= {"violated", "assumed"}, "its own word shows nothing"
 
 
 def test_a_ledger_under_another_key_than_the_sites_is_not_verified(charged: Books) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedtune.cli.display as display
 from fedtune.cli.compose import saved_config
 from fedtune.federation.checkpoint import Checkpoints
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.release import RECEIPT, Receipt
 from fedtune.report import from_run, recompute, run_site, signing
 from fedtune.report.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASED, UNPROTECTED_FIGURES
 from fedtune.report.model import Report
@@ -199,6 +204,100 @@ def test_without_checkpoints_run_json_is_what_is_known(folder: Path) -> None:
     assert (report.epsilon, report.verdict) == (whole.epsilon, whole.verdict)
     assert [site.spent for site in report.sites] == [site.spent for site in whole.sites]
     assert status(report, "receipts_signed") == "assumed"
+    assert [site.source for site in report.sites] == ["run_record"] * 2, "no receipt was read"
+    assert recompute.problems(report) == []
+
+
+def change_receipts(folder: Path, change: Callable[[Receipt], Receipt], *, taken: bool = False) -> None:
+    """Change the receipts in the newest checkpoint, or take them away."""
+    record = from_run.read_run(folder)
+    assert record.state is not None
+    receipts = {} if taken else {site: change(receipt) for site, receipt in record.state.receipts.items()}
+    Checkpoints(folder / "checkpoints", record.config_sha256).save(replace(record.state, receipts=receipts))
+
+
+@pytest.mark.parametrize("changes", [{"charged_rounds": 0}, {"site": "site-9"}, {"run": "run-of-others"}])
+def test_a_receipt_that_is_not_the_sites_word_counts_as_none(folder: Path, changes: Any) -> None:
+    whole = from_run.build(folder)
+    change_receipts(folder, lambda receipt: replace(receipt, **changes))
+    report = from_run.build(folder)
+    most = from_run.read_run(folder).plan.most_rounds
+    assert [(site.spent.rounds, site.spent.upper_bound) for site in report.sites] == [(most, True)] * 2
+    assert report.epsilon == report.sites[0].spent.planned_epsilon >= whole.epsilon
+    assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("receipts_not_believed",))
+    assert status(report, "receipts_signed") == "violated"
+    assert [site.meaning for site in report.sites] == [None, None]
+    assert recompute.problems(report) == []
+
+
+def test_a_signed_receipt_of_another_run_counts_as_none(folder: Path) -> None:
+    key = SigningKey(Ed25519PrivateKey.generate())
+
+    def of_another_run(receipt: Receipt) -> Receipt:
+        other = replace(receipt, run="run-" + "0" * 32, site_key=key.public, charged_rounds=9)
+        return replace(other, signature=key.sign(RECEIPT, other.message()))
+
+    change_receipts(folder, of_another_run)
+    report = from_run.build(folder)
+    assert report.verdict.reasons == ("receipts_not_believed",)
+    assert {one.run for site in report.sites for one in site.mechanisms} == {saved_config(folder).run_id()}
+
+
+def test_a_genuine_receipt_that_is_older_than_the_updates_counts_as_none(folder: Path) -> None:
+    record = from_run.read_run(folder)
+    (newest,) = folder.glob("checkpoints/round-0002*")
+    newest.rename(folder / "kept")
+    older = Checkpoints(folder / "checkpoints", record.config_sha256).load().receipts
+    (folder / "kept").rename(newest)
+    assert {site: receipt.charged_rounds for site, receipt in older.items()} == dict.fromkeys(SITES, 1)
+    change_receipts(folder, lambda receipt: older[receipt.site])
+    report = from_run.build(folder)
+    assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("receipts_not_believed",))
+    assert all(site.spent.rounds >= 2 and site.spent.upper_bound for site in report.sites)
+    assert recompute.problems(report) == []
+
+
+def test_updates_without_any_receipt_are_charged_as_the_whole_plan(folder: Path) -> None:
+    change_receipts(folder, lambda receipt: receipt, taken=True)
+    report = from_run.build(folder)
+    most = from_run.read_run(folder).plan.most_rounds
+    assert [(site.source, site.spent.rounds) for site in report.sites] == [("not_released", most)] * 2
+    assert all(site.spent.upper_bound for site in report.sites)
+    assert status(report, "receipts_signed") == "assumed"
+    assert recompute.problems(report) == []
+
+
+def test_how_records_were_drawn_is_said_where_the_lead_does_not_know(folder: Path) -> None:
+    path = folder / "environment.json"
+    noted = json.loads(path.read_text())
+    noted["environments"] = [one | {"sampling": None, "randomness": None} for one in noted["environments"]]
+    path.write_text(json.dumps(noted))  # as a lead of real sites notes it
+    report = from_run.build(folder)
+    assert (report.verdict.state, report.verdict.reasons) == ("within", ("sampling_not_recorded",))
+    for code in ("noise_in_every_step", "poisson_sampling", "unpredictable_randomness"):
+        assert status(report, code) == "assumed"
+    assert recompute.problems(report) == []
+
+
+def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Path) -> None:
+    before = from_run.build(folder)
+    assert "attack_on_real_records" not in before.unprotected_figures
+    found = {
+        "method": "gradient_canaries", "confidence": 0.95, "delta": 1e-5, "seeded": False, "exceeded": True,
+        "bounds": [{"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": 0.5, "best_possible": 3.0,
+                    "canaries": 9, "guesses": 9, "right": 9}],
+        "membership": [{"site": None, "score": "loss", "trained_on": 9, "never_used": 9, "auroc": 0.6,
+                        "auroc_low": 0.5, "auroc_high": 0.7, "hit_rates": []}],
+    }  # fmt: skip
+    (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 1}))
+    report = from_run.build(folder)
+    assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("refuted_by_audit",))
+    assert [site.meaning is None for site in report.sites] == [True, False]
+    assert "attack_on_real_records" in report.unprotected_figures
+    assert recompute.problems(report) == []
+    # Nor does it help that the bounds are gone while it says that one was passed.
+    (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 1, "bounds": []}))
+    assert [site.verdict.state for site in from_run.build(folder).sites] == ["no_guarantee"] * 2
 
 
 def test_a_folder_that_holds_no_run_or_none_that_began_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -245,11 +344,31 @@ def test_a_configuration_of_another_cost_is_refused(folder: Path, old: str, new:
         from_run.build(folder)
 
 
+def test_a_configuration_with_another_unit_is_refused(folder: Path) -> None:
+    path = folder / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["privacy"]["unit"], settings["data"]["columns"]["user"] = "user", "text"
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match=r"privacy\.unit.*must be what run\.json says"):
+        from_run.build(folder)
+
+
+def test_a_target_that_was_raised_after_the_run_promises_nothing(folder: Path) -> None:
+    path = folder / "config.yaml"
+    assert "epsilon: 8.0" in path.read_text()
+    path.write_text(path.read_text().replace("epsilon: 8.0", "epsilon: 80.0"))
+    report = from_run.build(folder)
+    assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("configuration_changed",))
+
+
 def test_a_configuration_that_was_changed_otherwise_is_marked(folder: Path) -> None:
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("max_grad_norm: 1.0", "max_grad_norm: 2.0"))
     report = from_run.build(folder)
     assert status(report, "configuration_unchanged") == "violated"
+    assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("configuration_changed",))
+    assert [site.source for site in report.sites] == ["charged_by_receipts"] * 2, "the receipts are still this run's"
+    assert recompute.problems(report) == []
     assert report.provenance.config_sha256 == result_of(folder)["config_sha256"]
 
 

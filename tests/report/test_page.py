@@ -18,7 +18,7 @@ from fedtune.report.model import Report, to_json
 from fedtune.report.words import MOST_ROWS, Words, pointer, shortened
 from fedtune.spec import ConfigError
 
-from .shown import HOSTILE, NAMES, Element, Make, filled, lookup, page_of, parsed, reports_of, wide_ledger
+from .shown import HOSTILE, NAMES, Element, Make, filled, lookup, page_of, parsed, reports_of, wide_ledger, wide_run
 
 Rendered = Callable[[str, str], str]
 GOLDEN = Path(__file__).parent / "golden_pages"
@@ -273,7 +273,7 @@ def test_a_silent_sites_figures_are_upper_bounds(rendered: Rendered, language: s
 def test_what_a_site_keeps_to_itself_is_said(rendered: Rendered, language: str) -> None:
     html = main(rendered("not_released", language))
     row = next(row for row in html.all(id="budget")[0].all("tr") if row.all(data_at="/sites/1/site"))
-    assert [words_of(cell) for cell in row.all("td")][1:] == [NOT_RELEASED[language]] * 4
+    assert [words_of(cell) for cell in row.all("td")][1:] == [NOT_RELEASED[language]] * 5
 
 
 def test_no_promise_is_made_without_a_guarantee(rendered: Rendered, language: str) -> None:
@@ -294,20 +294,20 @@ def test_an_epsilon_is_rounded_up(a_report: Make) -> None:
     assert ">1.234</data>" not in html
 
 
-def test_cells_of_three_states_are_told_apart(rendered: Rendered, language: str) -> None:
+def test_cells_of_each_state_are_told_apart(rendered: Rendered, language: str) -> None:
     html = main(rendered("within", language))
     (section,) = html.all("section", id="cells")
     words = catalogue(language)
-    for state in ("auto", "site", "missing"):
+    for state in ("auto", "design", "site", "missing"):
         found = [one for one in section.walk() if one.attributes.get("class") == f"cell {state}"]
         assert found
         assert all(str(words.text(f"cells.{state}")) in one.text for one in found)
     css = "".join(one.text for one in parsed(rendered("within", language)).all("style"))
     borders = {
         re.search(rf"\.cell\.{state} \{{ [^}}]*border[^:]*: \d+px (\w+)", css).group(1)
-        for state in ("auto", "site", "missing")
+        for state in ("auto", "design", "site", "missing")
     }  # type: ignore[union-attr]
-    assert borders == {"solid", "dashed", "double"}
+    assert borders == {"solid", "dotted", "dashed", "double"}
     for blank in (one for one in section.walk() if one.attributes.get("class") == "cell site"):
         assert all(not words_of(value) for value in blank.all("dd"))
         assert (
@@ -332,7 +332,37 @@ def test_without_noise_the_lead_sees_what_is_behind_it(rendered: Rendered) -> No
     assert row("within", 3) == ["no", "no", "yes", "yes", "yes"]
     assert row("unbounded", 3) == ["no", "yes: no noise", "there is none", "yes", "yes"]
     assert row("no_guarantee", 3) == ["no", "yes, with the seed", "yes", "yes", "yes"]
-    assert row("within", 2) == ["no", "no", "no", "yes", "yes"]
+    assert row("wide_run", 2) == ["no", "no", "no", "yes", "yes"]
+
+
+def test_one_of_two_sites_sees_the_others_result_by_subtraction(rendered: Rendered, a_report: Make) -> None:
+    def row(html: str) -> list[str]:
+        return [words_of(cell) for cell in main(html).all(id="access")[0].all("tr")[2].all("td")]
+
+    assert row(rendered("within", "en")) == ["no", "no", "by subtraction", "yes", "yes"]
+    assert row(rendered("unbounded", "en")) == ["no", "by subtraction", "there is none", "yes", "yes"]
+    assert row(rendered("no_guarantee", "en")) == ["no", "yes, with the seed", "by subtraction", "yes", "yes"]
+    assert row(rendered("ledger", "en")) == ["no", "no", "if two sites: by subtraction", "yes", "yes"]
+    # Ten sites are enough, unless in a round all but two were missing.
+    wide = wide_run(a_report)
+    one, *others = wide.utility.rounds
+    few = replace(wide.utility, rounds=(replace(one, sites=("a", "b")), *others))
+    assert row(page.render(replace(wide, utility=few), language="en"))[2] == "by subtraction"
+
+
+def test_a_run_without_noise_is_not_described_as_one_with_noise(rendered: Rendered, language: str) -> None:
+    texts = catalogue(language).texts
+    noised = (
+        texts["documentation"]["method_text"],
+        texts["setting"]["model_text"],
+        texts["setting"]["dropout_text"],
+        texts["mechanism"]["note"],
+    )
+    for name, said in (("within", True), ("ledger", True), ("unbounded", False), ("no_guarantee", False)):
+        text = words_of(main(rendered(name, language)))
+        assert [one in text for one in noised] == [said] * len(noised), name
+    assert texts["setting"]["contribution_text"] not in words_of(main(rendered("unbounded", language)))
+    assert texts["documentation"]["method_text_seeded"] in words_of(main(rendered("no_guarantee", language)))
 
 
 def test_a_ledgers_history_shows_its_end(a_ledger_report: Make) -> None:

@@ -7,7 +7,6 @@ import sys
 import threading
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,10 +45,9 @@ def test_page_one_is_one_side(language: str, request: pytest.FixtureRequest) -> 
 
 
 @needs_weasyprint
-def test_a_pdf_is_whole_and_the_same_each_time(a_report: Make, tmp_path: Path) -> None:
+def test_a_pdf_is_whole_and_the_same_each_time(a_report: Make) -> None:
     html = page.render(a_report(), language="de")
-    pdf.write(html, tmp_path / "a.pdf")
-    data = (tmp_path / "a.pdf").read_bytes()
+    data = pdf.made(html)
     assert data.startswith(b"%PDF-")
     assert data.rstrip().endswith(b"%%EOF")
     assert data == pdf.made(html)
@@ -100,12 +98,11 @@ def test_nothing_is_fetched(a_report: Make) -> None:
     assert asked == []
 
 
-def test_without_weasyprint_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_weasyprint_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "weasyprint", None)
     monkeypatch.setitem(sys.modules, "weasyprint.urls", None)
     with pytest.raises(ConfigError, match=re.escape("--pdf = True: needs WeasyPrint: pip install 'fedtune[pdf]'")):
-        pdf.write("<p>", tmp_path / "a.pdf")
-    assert not (tmp_path / "a.pdf").exists()
+        pdf.made("<p>")
 
 
 def test_without_pango_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

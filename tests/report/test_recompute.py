@@ -287,6 +287,8 @@ def test_a_ledger_s_verdict_follows_from_its_caps(a_ledger_report: Make) -> None
     for flag in ("seeded", "in_doubt"):
         left = 0.0 if flag == "in_doubt" else life.left
         marked = with_site(report, lifetime=dataclasses.replace(life, **{flag: True, "left": left}), left=left)
+        if flag == "seeded":
+            marked = dataclasses.replace(marked, seeded_noise=True, randomness="seeded")
         assert judged(marked, "within") == {place}
         assert judged(marked, "no_guarantee") == set()
 

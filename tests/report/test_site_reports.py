@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 
+from fedtune.cli.report_checks import checks
+from fedtune.federation.checkpoint import Checkpoints
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.release import RECEIPT
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.report import from_ledger, from_run, recompute, signing
+from fedtune.report import from_ledger, from_run, page, recompute, signing
 from fedtune.report.model import Report
 from fedtune.report.site_reports import FOLDER, read_site_report
 from fedtune.spec import ConfigError
+
+from .site_ledgers import Books
 
 
 @pytest.fixture(scope="module")
@@ -120,40 +125,92 @@ def test_a_site_that_is_beyond_its_own_cap_makes_the_runs_verdict(folder: Path) 
 
 def test_a_report_that_says_less_than_the_receipts_promises_nothing(folder: Path) -> None:
     own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
-    for changes in ({"rounds": 0}, {"seeded_noise": True}, {"most_rounds": 9}):
-        less = signed_report(folder, "site-1", **with_run(own, **changes))
-        report = from_run.build(folder / "second", site_reports=[less])
-        assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("site_report_disagrees",))
-        assert report.sites[1].verdict.state == "within"
-        assert report.sites[0].meaning is None
-        assert [one.status for one in report.assumptions if one.code == "site_reports_agree"] == ["violated"]
+    less = signed_report(folder, "site-1", **with_run(own, most_rounds=9))
+    report = from_run.build(folder / "second", site_reports=[less])
+    assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("site_report_disagrees",))
+    assert report.sites[1].verdict.state == "within"
+    assert report.sites[0].meaning is None
+    assert [one.status for one in report.assumptions if one.code == "site_reports_agree"] == ["violated"]
+    assert recompute.problems(report) == []
 
 
-def test_a_report_of_other_noise_promises_nothing(folder: Path) -> None:
+def test_a_report_that_contradicts_itself_is_refused(folder: Path) -> None:
     own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
     (site,) = own.sites
     (*earlier, newest) = site.mechanisms
-    other = replace(site, mechanisms=(*earlier, replace(newest, noise_multiplier=9.0)))
-    report = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1", sites=(other,))])
-    assert report.sites[0].verdict.reasons == ("site_report_disagrees",)
+    little = replace(
+        site.lifetime, epsilon=0.001, with_set_aside=0.001, epsilon_pld=0.001, epsilon_rdp=0.001, left=1.999
+    )
+    for changes in (
+        with_run(own, rounds=0),
+        with_run(own, seeded_noise=True),
+        {"sites": (replace(site, mechanisms=(*earlier, replace(newest, noise_multiplier=9.0))),)},
+        {"sites": (replace(site, lifetime=little, left=1.999),)},
+        {"sites": (replace(site, verification=None),)},
+    ):
+        forged = signed_report(folder, "site-1", **changes)
+        assert "must agree with itself" in refused(folder, forged)
+
+
+def test_a_report_that_is_older_than_the_runs_receipts_is_refused(folder: Path) -> None:
+    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
+    (site,) = own.sites
+    receipt = from_run.read_run(folder / "second").receipts["site-1"]
+    assert site.verification.num_events >= receipt.sequence
+    early = replace(site, verification=replace(site.verification, num_events=receipt.sequence - 1))
+    assert "must be no older than this run" in refused(folder, signed_report(folder, "site-1", sites=(early,)))
+
+
+def test_the_day_of_a_sites_report_stands_beside_its_figures(folder: Path) -> None:
+    own = signed_report(folder, "site-1")
+    report = from_run.build(folder / "second", site_reports=[own])
+    assert [site.reported for site in report.sites] == [own.date, None]
+    (found,) = [one for one in report.assumptions if one.code == "site_reports_are_newest"]
+    assert (found.status, found.evidence) == ("assumed", f"site-1: {own.date}")
+    html = page.render(report, language="en")
+    first = html[html.index('id="budget"') : html.index('id="limits"')]
+    assert "As of" in first
+    assert 'data-at="/sites/0/reported"' in first
+    assert "counts_of_events" in report.unprotected_figures, "the ledger's number of entries is among the figures"
+
+
+def test_figures_over_all_runs_that_do_not_cover_this_run_are_found(folder: Path) -> None:
+    report = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")])
+    site, other = report.sites
+    life = replace(site.lifetime, epsilon=0.001, with_set_aside=0.001, left=1.999)
+    changed = replace(report, sites=(replace(site, lifetime=life, left=1.999), other))
+    assert "sites.site-1.lifetime.epsilon" in {problem.where for problem in recompute.problems(changed)}
+
+
+def test_verify_says_which_figures_are_a_sites_word(folder: Path) -> None:
+    joined = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")])
+    (taken,) = [one for one in checks(joined, key=None, config_sha256=None) if one.name == "taken"]
+    assert taken.state == "not_checked"
+    assert "site-1" in taken.text
+    assert "all runs" in taken.text
+    alone = checks(from_run.build(folder / "second"), key=None, config_sha256=None)
+    assert [one for one in alone if one.name == "taken"] == []
 
 
 def test_a_report_that_says_more_is_believed(folder: Path) -> None:
-    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
-    more = signed_report(folder, "site-1", **with_run(own, rounds=3))
-    report = from_run.build(folder / "second", site_reports=[more])
-    assert report.sites[0].spent.rounds == 3
-    assert report.epsilon == report.sites[0].spent.epsilon > report.sites[1].spent.epsilon
+    # As if the site had been asked, and its answer had been lost on the way.
+    record, key = from_run.read_run(folder / "second"), key_of(folder, "site-1")
+    less = replace(record.receipts["site-1"], charged_rounds=0)
+    less = replace(less, signature=key.sign(RECEIPT, less.message()))
+    rounds = [replace(one, sites=("site-2",), failed_sites={"site-1": "no_reply"}) for one in record.state.rounds]
+    state = replace(record.state, receipts={**record.state.receipts, "site-1": less}, rounds=rounds)
+    Checkpoints(folder / "second" / "checkpoints", record.config_sha256).save(state)
+    assert from_run.build(folder / "second").sites[0].spent.rounds == 0
+    report = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")])
+    assert report.sites[0].spent.rounds == 1
+    assert report.sites[0].spent.epsilon == report.sites[1].spent.epsilon
 
 
 def test_a_ledger_that_does_not_verify_promises_nothing_here_either(folder: Path) -> None:
-    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
-    (site,) = own.sites
-    verdict = replace(own.verdict, state="no_guarantee", reasons=("ledger_not_verified",))
-    broken = replace(site, verdict=verdict, verification=None, meaning=None)
-    report = from_run.build(
-        folder / "second", site_reports=[signed_report(folder, "site-1", verdict=verdict, sites=(broken,))]
-    )
+    Books(folder / "sites" / "site-1").tamper("UPDATE events SET code = '0.0' WHERE sequence = 4")
+    own = signed_report(folder, "site-1")
+    assert own.sites[0].verification is None
+    report = from_run.build(folder / "second", site_reports=[own])
     assert report.verdict.reasons == ("ledger_not_verified",)
 
 
@@ -224,7 +281,8 @@ def test_a_runs_report_is_no_sites(folder: Path) -> None:
 
 
 def test_two_different_reports_of_one_site_are_refused(folder: Path) -> None:
-    one, other = signed_report(folder, "site-1"), signed_report(folder, "site-1", date=None)
+    one = signed_report(folder, "site-1")
+    other = signed_report(folder, "site-1", provenance=replace(one.provenance, task="regression"))
     with pytest.raises(ConfigError, match="must be the only report of site-1"):
         from_run.build(folder / "second", site_reports=[one, other])
 

@@ -212,7 +212,8 @@ def station(
         made.folder.mkdir()
         sent = for_sites(config)
         policy = generated_policy(sent, sent.plan(), name, lead=lead_key.public)
-        dataset = replace(policy.dataset[0], path=made.data.name, columns=COLUMNS)
+        columns = COLUMNS if config.privacy.unit == "record" else {**COLUMNS, "user": "kind"}
+        dataset = replace(policy.dataset[0], path=made.data.name, columns=columns)
         budget = replace(policy.budget, max_epsilon=10 * policy.budget.max_epsilon)
         machine = Machine(device="cpu", num_threads=1)
         write_policy(replace(policy, dataset=(dataset,), budget=budget, machine=machine), made.site_toml)

@@ -49,6 +49,8 @@ DECISIVE: dict[str, Any] = {
     "head.train": False,
     "head.label_texts": ("one", "two", "three"),
     "privacy.mechanism": "none",
+    "privacy.unit": "user",
+    "privacy.records_per_user": 5,
     "privacy.epsilon": 7.0,
     "privacy.delta": 1e-6,
     "privacy.noise_multiplier": 5.0,
@@ -109,9 +111,10 @@ NEUTRAL: dict[str, Any] = {
     "report.language": "de",
     "tracking.log_level": "debug",
 }
-FIXED = {"name": "is part of the identifier itself", "privacy.unit": "has one value so far"}
+FIXED = {"name": "is part of the identifier itself"}
 WITH = {
     "task": {"data": {"labels": (), "columns": {"prompt": "a", "completion": "b"}}},
+    "privacy.unit": {"data": {"columns": {"text": "text", "label": "label", "user": "who"}}},
     "privacy.metrics": {"data": {"heldout_fraction": 0.1}},
     "data.prompt_template": {"data": {"columns": {"text": "text", "label": "label", "prompt": "p"}}},
 }
@@ -282,6 +285,7 @@ def test_settings_of_a_newer_version_or_of_nonsense_are_refused(sent: RunConfig,
         ("privacy.noise_multiplier", 0.01),
         ("privacy.delta", 1e-7),
         ("privacy.metrics", "noised"),
+        ("privacy.unit", "user"),
     ],
     ids=str,
 )

@@ -54,6 +54,7 @@ def policy_and_proposal(config: RunConfig, lead: str) -> tuple[Policy, Proposal]
         ("federation.spare_rounds=2",),
         ("runtime.seeded_noise=true",),
         ("head.train=false",),
+        ("privacy.unit=user", "+data.columns.user=label"),
     ],
     ids=str,
 )
@@ -72,7 +73,7 @@ def test_a_generated_policy_allows_its_run_to_the_end(
 
 # Each number of a plan a little beyond what was planned, and the rule that names it.
 _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
-    "unit": (lambda unit: unit, Reason.UNIT),  # there is no other yet
+    "unit": (lambda unit: "user", Reason.UNIT),
     "delta": (lambda delta: 2 * delta, Reason.DELTA),
     "sampling_rate": (lambda rate: rate + 1e-9, Reason.MAX_SAMPLING_RATE),
     "noise_multiplier": (lambda noise: noise - 1e-9, Reason.MIN_NOISE_MULTIPLIER),
@@ -81,11 +82,18 @@ _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
     "num_rounds": (lambda rounds: rounds + 1, Reason.MAX_ROUNDS),
     "spare_rounds": (lambda rounds: rounds + 1, Reason.MAX_ROUNDS),
     "metrics_noise_multiplier": (lambda noise: 20.0, Reason.METRICS),
+    "records_per_user": (lambda most: most + (most > 1), Reason.MAX_RECORDS_PER_USER),
 }
 
 
-def test_every_number_of_a_plan_is_bounded(config: Callable[..., RunConfig], lead_key: SigningKey) -> None:
-    policy, proposal = policy_and_proposal(config(), lead_key.public)
+BY_USER = ("privacy.unit=user", "+data.columns.user=label")
+
+
+@pytest.mark.parametrize("overrides", [(), BY_USER], ids=["record", "user"])
+def test_every_number_of_a_plan_is_bounded(
+    config: Callable[..., RunConfig], lead_key: SigningKey, overrides: tuple[str, ...]
+) -> None:
+    policy, proposal = policy_and_proposal(config(*overrides), lead_key.public)
     assert set(_BEYOND) == {field.name for field in dataclasses.fields(proposal.plan)}
     for name, (change, rule) in _BEYOND.items():
         value = getattr(proposal.plan, name)

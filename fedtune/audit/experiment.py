@@ -1,0 +1,158 @@
+"""An audit from its start to `audit.json`: a simulated run with canaries, an attack, and a bound beside each claim."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedtune.audit.gradient_attack import GradientAttack
+from fedtune.audit.guesses import Count
+from fedtune.audit.one_run import best_possible, epsilon_lower_bound
+from fedtune.audit.record_attack import RecordAttack
+from fedtune.audit.result import AuditResult, Bound, Place, mark, write_result
+from fedtune.audit.spec import AuditSpec
+from fedtune.config import RunConfig, parse
+from fedtune.federation.lead import LeadState
+from fedtune.flower.federation_run import Listener
+from fedtune.flower.simulation import simulate
+from fedtune.model import Adapter
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.sites.participants import Participants, participants
+from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.virtual_site import POLICY, generated_policy
+from fedtune.spec import ConfigError
+
+_LARGEST_ADAPTER = 1e6
+"""Canaries move an adapter further than records do, and without clipping a thousand times further."""
+
+
+def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
+    """The configuration of the audited run: `config`, with records kept from training where the attack needs some.
+
+    Raises:
+        ConfigError: there is nothing to audit, or it is nothing that may be audited.
+    """
+    if config.runtime.sites_dir is not None:
+        bound = "must be null: an audit plants made-up records and is never charged to a ledger that is kept"
+        raise ConfigError("runtime.sites_dir", config.runtime.sites_dir, bound)
+    if config.runtime.kind != "simulation":
+        raise ConfigError("runtime", config.runtime.kind, "must be simulation: an audit plants made-up records")
+    if config.resume is not None:
+        raise ConfigError("resume", config.resume, "must be null: an audit runs from its start, with coins of its own")
+    if not config.privacy.private:
+        raise ConfigError("privacy", config.privacy.mechanism, "claims nothing that could be audited")
+    if config.privacy.unit != "record":
+        raise ConfigError("privacy.unit", config.privacy.unit, "must be 'record': canaries are records")
+    for site in audited_sites(config, spec):
+        if site not in config.federation.active:
+            raise ConfigError("audit.sites", site, f"must be one of {', '.join(config.federation.active)}")
+    if spec.kind == "gradient" or config.data.heldout_fraction > 0:
+        return config
+    settings = config.to_json()
+    settings["data"]["heldout_fraction"] = spec.never_used
+    return parse(settings)
+
+
+def audited_sites(config: RunConfig, spec: AuditSpec) -> tuple[str, ...]:
+    """The sites that get canaries."""
+    return spec.sites or tuple(config.federation.active)
+
+
+def run_audit(config: RunConfig, spec: AuditSpec, folder: Path, listener: Listener) -> dict[str, object]:
+    """Run `config`, which `auditable` gave, attack it, and write the run folder with `audit.json` in it.
+
+    Returns:
+        The content of `run.json`.
+
+    Raises:
+        ConfigError: the canaries don't fit the model, or as `simulate`.
+        RunError: as `simulate`.
+    """
+    sites = audited_sites(config, spec)
+    everyone = participants(json.dumps(config.to_json()), str(folder))
+    try:
+        _allow_large_adapters(everyone)
+        attack = (GradientAttack if spec.kind == "gradient" else RecordAttack)(everyone, spec, sites)
+        history = _History(listener, folder, what=_planted(spec, sites))
+        with attack.watching():
+            run = simulate(config, folder, history)
+        counts = attack.counts(history.adapters)
+        membership = attack.membership() if isinstance(attack, RecordAttack) else ()
+    finally:
+        participants.cache_clear()  # nothing else shall find these participants
+    bounds = tuple(_bounds(counts, _claims(run, sites), delta=config.privacy.delta, confidence=spec.confidence))
+    result = AuditResult(
+        method="gradient_canaries" if spec.kind == "gradient" else "record_canaries",
+        confidence=spec.confidence,
+        delta=config.privacy.delta,
+        seeded=config.runtime.seeded_noise,
+        bounds=bounds,
+        membership=membership,
+        exceeded=any(bound.exceeds for bound in bounds),
+    )
+    write_result(folder, result)
+    return run
+
+
+def _planted(spec: AuditSpec, sites: Sequence[str]) -> str:
+    kind = "gradients" if spec.kind == "gradient" else "records"
+    return f"about {spec.canaries // 2} made-up {kind} at each of {', '.join(sites)}"
+
+
+def _allow_large_adapters(everyone: Participants) -> None:
+    """Let no site refuse an adapter for its size: a broken clip is to show as a bound, not to end the run."""
+    config, sites = everyone.config, everyone.sites
+    for site in config.federation.active:
+        policy = generated_policy(config, sites.plan, site, lead=sites.lead_key().public)
+        limits = replace(policy.limits, max_adapter_value=_LARGEST_ADAPTER)
+        write_policy(replace(policy, limits=limits), sites.folder / site / POLICY)
+
+
+def _claims(run: Mapping[str, Any], sites: Sequence[str]) -> dict[Place, float]:
+    """What the run charged each audited site; of the average, which is made of all, the most that any of them did."""
+    claims: dict[Place, float] = {site: float(run["privacy"]["sites"][site]["epsilon"]) for site in sites}
+    return {**claims, None: max(claims.values())}
+
+
+def _bounds(
+    counts: Mapping[Place, Count], claims: Mapping[Place, float], *, delta: float, confidence: float
+) -> list[Bound]:
+    found = []
+    for site, count in counts.items():
+        m, r = count.canaries, count.guesses
+        found.append(
+            Bound(
+                site=site,
+                claimed_epsilon=claims[site],
+                lower_bound=epsilon_lower_bound(m, r, count.right, delta=delta, confidence=confidence),
+                best_possible=best_possible(m, guesses=r, delta=delta, confidence=confidence),
+                canaries=m,
+                guesses=r,
+                right=count.right,
+            )
+        )
+    return found
+
+
+class _History:
+    """Keeps each round's adapter, marks the folder before training begins, and passes everything on."""
+
+    def __init__(self, listener: Listener, folder: Path, *, what: str) -> None:
+        self._listener, self._folder, self._what = listener, folder, what
+        self.adapters: list[Adapter] = []
+
+    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+        mark(self._folder, self._what)
+        self.adapters.append(state.adapter)
+        self._listener.prepared(shared, proposal, state)
+
+    def site_replied(self, number: int) -> None:
+        self._listener.site_replied(number)
+
+    def round_finished(self, state: LeadState) -> None:
+        self.adapters.append(state.adapter)
+        self._listener.round_finished(state)

@@ -1,0 +1,192 @@
+"""White-box canaries: made-up records whose gradient is one direction of the adapter, far larger than the clip norm.
+
+A canary has a coordinate of the joint vector of all trainable tensors for itself.  Its raw gradient there is 1,000
+times the clip norm, so that it shows if nothing clips it.  Behind that it is a record like any other: it is sampled
+with the records, goes through `dp_step.add_clipped`, the noise and the optimizer, and its site is charged no
+differently.
+
+Only what a simulated site *has* is changed, its `examples`, and only from here: above every module that a real site
+runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from fedtune.data import Batch
+from fedtune.model import TaskModel
+from fedtune.training import dp_step
+from fedtune.training.dp_step import UnitGradients
+from fedtune.training.examples import SiteExamples
+from fedtune.training.per_example import PerExampleGradients
+
+RAW_SIZE = 1000.0
+"""Of a canary's gradient before it is clipped, in clip norms."""
+_MOST_VALUES = 2**23
+"""In the dense gradients of one micro-batch of canaries: 32 MiB in float32."""
+
+Vector = npt.NDArray[np.float64]
+Places = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CanaryBatch(Batch):
+    """A micro-batch of canaries; it has no tokens that matter.
+
+    Attributes:
+        coordinates: (n,) of each, in the joint vector.
+    """
+
+    coordinates: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, coordinates: Places) -> CanaryBatch:
+        """The canaries at these coordinates."""
+        nothing = torch.zeros(len(coordinates), 1, dtype=torch.int64)
+        return cls(nothing, nothing, nothing, coordinates=torch.from_numpy(coordinates))
+
+
+@dataclass
+class Tally:
+    """What an attacker adds up over a site's steps, in clip norms: the noisy sums less what the records added to them.
+
+    The attacker knows the model, the plan, every record but the canaries, and which of the records each step drew; the
+    guarantee holds against that.  What the records added is made anew, by the function that the step itself uses.
+
+    Attributes:
+        max_grad_norm: the plan's clip norm.
+        denominator: of the site's steps.
+        total: (parameters,) over all steps so far.
+        steps: how many.
+    """
+
+    max_grad_norm: float
+    denominator: float
+    total: Vector
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self._records: dp_step.Sums = {}
+
+    def begin(self) -> None:
+        """A step has sampled."""
+        self._records = {}
+
+    def add_records(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """A micro-batch of records takes part."""
+        if not self._records:
+            self._records = {name: g.new_zeros(g.shape[1:], dtype=torch.float64) for name, g in gradients.items()}
+        dp_step.add_clipped(self._records, gradients, self.max_grad_norm)
+
+    def end(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """The optimizer is about to step with the noisy mean as its gradient."""
+        parts = []
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None, "a step comes with a gradient for every trainable tensor"
+            noisy = parameter.grad.double() * self.denominator
+            parts.append((noisy - self._records[name] if self._records else noisy).flatten().cpu())
+        self.total += torch.cat(parts).numpy() / self.max_grad_norm
+        self.steps += 1
+
+
+class Observer:
+    """Sees every step of the process, and tells the tally of the site that is training.
+
+    Args:
+        parameters: the trainable tensors, in the order of the joint vector.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._training: Tally | None = None
+
+    def begin(self, tally: Tally) -> None:
+        """The site with this tally has sampled a step."""
+        self._training = tally
+        tally.begin()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See the steps that are taken meanwhile."""
+        handle = register_optimizer_step_pre_hook(self._before_step)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _before_step(self, *_: object) -> None:
+        if self._training is not None:  # a site without canaries is not watched
+            self._training.end(self.parameters)
+            self._training = None
+
+
+class CanaryGradients:
+    """Gradients of records by the hooks, and those of canaries made up, dense, like what the hooks give."""
+
+    def __init__(self, of_each: PerExampleGradients, examples: CanaryExamples) -> None:
+        self._of_each, self._examples = of_each, examples
+
+    def of(self, batch: Any) -> dict[str, torch.Tensor]:
+        """Name -> (n, *parameter shape)."""
+        if isinstance(batch, CanaryBatch):
+            return self._examples.raw_gradients(batch)
+        gradients = self._of_each.of(batch)
+        self._examples.tally.add_records(gradients)
+        return gradients
+
+
+class CanaryExamples(SiteExamples):
+    """A site's records, and behind them its canaries that are in.
+
+    Args:
+        records: the site's.
+        coordinates: of the canaries that are in.
+        observer: told of each step.
+        tally: of the site.
+    """
+
+    def __init__(self, records: SiteExamples, coordinates: Places, *, observer: Observer, tally: Tally) -> None:
+        # Not the parent's: the records keep their own state, and nothing of theirs is copied.
+        self._records, self._coordinates = records, coordinates
+        self._observer, self.tally = observer, tally
+        self._ends = np.cumsum([parameter.numel() for parameter in observer.parameters.values()])
+
+    def __len__(self) -> int:
+        return len(self._records) + len(self._coordinates)
+
+    def cut(self, indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
+        """The sampled records as ever, then the sampled canaries."""
+        self._observer.begin(self.tally)
+        yield from self._records.cut(indices[indices < len(self._records)])
+        canaries = self._coordinates[indices[indices >= len(self._records)] - len(self._records)]
+        size = max(1, _MOST_VALUES // int(self._ends[-1]))
+        for first in range(0, len(canaries), size):
+            yield CanaryBatch.of(canaries[first : first + size])
+
+    def gradients(self, of_each: PerExampleGradients) -> UnitGradients:
+        """With those of the canaries."""
+        return CanaryGradients(of_each, self)
+
+    def keep_frozen_states(self, model: TaskModel) -> None:
+        """Of the records; canaries have none."""
+        self._records.keep_frozen_states(model)
+
+    def raw_gradients(self, batch: CanaryBatch) -> dict[str, torch.Tensor]:
+        """Each canary's own direction, `RAW_SIZE` clip norms long."""
+        size = RAW_SIZE * self.tally.max_grad_norm
+        gradients, first = {}, 0
+        for (name, parameter), end in zip(self._observer.parameters.items(), self._ends.tolist(), strict=True):
+            rows = torch.nonzero((batch.coordinates >= first) & (batch.coordinates < end)).squeeze(1)
+            dense = torch.zeros(len(batch), parameter.numel(), device=parameter.device)
+            dense[rows.to(parameter.device), (batch.coordinates[rows] - first).to(parameter.device)] = size
+            gradients[name] = dense.view(len(batch), *parameter.shape)
+            first = end
+        return gradients

@@ -1,0 +1,92 @@
+"""How far a count of right guesses refutes an (epsilon, delta): privacy auditing with one training run.
+
+Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846).  Of m canaries each is put into the training data or left out by a
+fair coin of its own.  After training, an attacker who sees what was released says of r of them whether they were in.
+If training is (epsilon, delta)-differentially private, the attacker can hardly be right more often than somebody who
+tosses r coins of bias e^epsilon / (1 + e^epsilon).  Pure numpy, so that it can be read and checked alone.
+
+The number of guesses r has to be fixed before anything is looked at; which r canaries are guessed, and how, may depend
+on everything that was released.  fedtune takes one r for an audit (`audit.guesses`), so nothing is corrected for having
+tried several.  Who computes bounds for k values of r and keeps the largest has to ask each for the confidence
+1 - (1 - confidence) / k (Bonferroni).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+_PRECISION = 1e-6
+
+
+def p_value(canaries: int, guesses: int, right: int, *, epsilon: float, delta: float) -> float:
+    """The chance, at most, of so many right guesses or more if training is (epsilon, delta)-DP.
+
+    Theorem 5.2 of the paper, in the form with abstentions (Corollary 5.4).  Let W be Binomial(r, q) with
+    q = e^epsilon / (1 + e^epsilon).  With delta = 0, each guess is right with a chance of at most q whatever the other
+    coins were, so the number of right guesses is stochastically at most W.  With delta > 0, the theorem gives at most
+    W + F, where F is a whole number, independent of W for any one outcome of training, that counts coins on which
+    training failed to be epsilon-DP.  Each of the m coins fails with a chance of at most delta on either of its sides,
+    so the mean of F is at most 2 m delta; all m coins count, guessed or not.  Hence
+
+        P[right >= v]  <=  P[W + F >= v]  =  P[W >= v] + sum_i P[F = i] P[v > W >= v - i]
+                       <=  beta + E[F] max_i P[v > W >= v - i] / i  <=  beta + 2 m delta alpha
+
+    with beta = P[W >= v] and alpha the maximum over i = 1 ... v: all of F's mean goes where a failure helps most.
+
+    Args:
+        canaries: m, each in or out by a fair coin of its own.
+        guesses: r, the number of canaries that were not abstained from.
+        right: v of them.
+        epsilon: that is doubted.
+        delta: beside it.
+    """
+    assert 0 <= right <= guesses <= canaries
+    chances = binomial(guesses, log_odds=epsilon)
+    beta = float(chances[right:].sum())
+    below = np.cumsum(chances[:right][::-1])  # P[v > W >= v - i] for i = 1, 2, ... v
+    alpha = float((below / np.arange(1, right + 1)).max(initial=0.0))
+    return min(1.0, beta + 2 * canaries * delta * alpha)
+
+
+def epsilon_lower_bound(canaries: int, guesses: int, right: int, *, delta: float, confidence: float) -> float:
+    """The largest epsilon that so many right guesses refute, or 0.
+
+    Guarantee: if training is (epsilon, delta)-DP, the bound is above epsilon with a chance of at most 1 - confidence.
+
+    >>> round(epsilon_lower_bound(1000, 100, 75, delta=1e-4, confidence=0.95), 3)  # Appendix D of the paper
+    0.673
+    """
+    error = 1 - confidence
+
+    def refuted(epsilon: float) -> bool:
+        return p_value(canaries, guesses, right, epsilon=epsilon, delta=delta) < error
+
+    if not refuted(0.0):
+        return 0.0
+    low, high = 0.0, 1.0
+    while refuted(high):
+        low, high = high, 2 * high
+    while high - low > _PRECISION:
+        middle = (low + high) / 2
+        low, high = (middle, high) if refuted(middle) else (low, middle)
+    return low
+
+
+def best_possible(canaries: int, *, delta: float, confidence: float, guesses: int | None = None) -> float:
+    """The bound with every guess right: no audit of so many canaries can show more, whatever is broken.
+
+    >>> [round(best_possible(m, delta=1e-5, confidence=0.95), 2) for m in (1000, 5000, 15000)]
+    [5.78, 7.28, 8.08]
+    """
+    guesses = canaries if guesses is None else guesses
+    return epsilon_lower_bound(canaries, guesses, guesses, delta=delta, confidence=confidence)
+
+
+def binomial(count: int, *, log_odds: float) -> npt.NDArray[np.float64]:
+    """(count + 1,) chances of so many hits in `count` trials, each by its logarithm."""
+    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
+    hits = np.arange(count + 1)
+    log_hit, log_miss = -np.logaddexp(0.0, -log_odds), -np.logaddexp(0.0, log_odds)
+    ways = log_factorials[count] - log_factorials - log_factorials[::-1]
+    return np.exp(ways + hits * log_hit + (count - hits) * log_miss)  # type: ignore[no-any-return]

@@ -1,0 +1,194 @@
+"""The black-box attack: plants made-up records, and guesses from the final model's losses which were trained on.
+
+Beside it, the plain baselines of membership inference on real records: those trained on against those never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from fedtune.audit.guesses import Coins, Count, Values, by_rank, counted
+from fedtune.audit.membership import auroc, hit_rate
+from fedtune.audit.result import HitRate, Membership, Place
+from fedtune.audit.spec import AuditSpec
+from fedtune.data import Record
+from fedtune.evaluation.forward import batches_by_length, scoring
+from fedtune.model import Adapter
+from fedtune.privacy.randomness import RandomStream
+from fedtune.sites.participants import Participants
+from fedtune.sites.work import randomness_of
+
+FALSE_ALARMS = (0.01, 0.001)
+_WORDS = 8
+"""In each text of a canary: short enough to be read whole, random enough to be nobody's."""
+_FEWEST_WORDS = 100
+_LARGEST_LOSS = 1e30
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlantedRecords:
+    """One site's canaries, and its real records.
+
+    Attributes:
+        canaries: whether in or not.
+        inserted: (canaries,) the coins.
+        trained_on: the site's real training records.
+        never_used: its held-out ones, which a keyed hash picked.
+    """
+
+    canaries: list[Record]
+    inserted: Coins
+    trained_on: list[Record]
+    never_used: list[Record]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Losses:
+    """Of some records under the initial adapter and under the final one."""
+
+    before: Values
+    after: Values
+
+    @property
+    def gain(self) -> Values:
+        """How much likelier training has made each, as a log ratio of likelihoods."""
+        return self.before - self.after
+
+
+class RecordAttack:
+    """Plants its canaries when it is made.
+
+    Args:
+        everyone: the participants of the run, whose data nobody has tokenised yet.
+        spec: the audit's settings.
+        sites: those that get canaries.
+    """
+
+    method = "record_canaries"
+
+    def __init__(self, everyone: Participants, spec: AuditSpec, sites: Sequence[str]) -> None:
+        self._everyone, self._spec = everyone, spec
+        self._words = _vocabulary(everyone)
+        self.planted = {site: self._plant(site) for site in sites}
+        self._losses: dict[str, tuple[_Losses, _Losses, _Losses]] = {}
+
+    def _plant(self, site: str) -> PlantedRecords:
+        config, work = self._everyone.config, self._everyone.work[site]
+        randomness = randomness_of(config.runtime.seeded_noise, config.seed)
+        inserted = randomness.stream(site, "audit", "coins").bernoulli(self._spec.canaries, 0.5)
+        texts = randomness.stream(site, "audit", "records")
+        canaries = [self._made_up(texts) for _ in range(self._spec.canaries)]
+        chosen = [canary for canary, is_in in zip(canaries, inserted, strict=True) if is_in]
+        real = work.records
+        self._everyone.work[site] = replace(work, records=replace(real, training=[*real.training, *chosen]))
+        return PlantedRecords(
+            canaries=canaries, inserted=inserted, trained_on=list(real.training), never_used=list(real.heldout)
+        )
+
+    def _made_up(self, stream: RandomStream) -> Record:
+        """Random words, and a random label where the task has labels."""
+        data = self._everyone.config.data
+
+        def text(role: str) -> str:
+            choices = data.labels if role == "label" else self._words
+            count = 1 if role == "label" else _WORDS
+            return " ".join(choices[int(draw % np.uint64(len(choices)))] for draw in stream.uniform64(count))
+
+        return Record({role: text(role) for role in data.needed_columns(self._everyone.config.task)})
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Nothing is watched: the attacker sees the final model alone."""
+        yield
+
+    def counts(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
+        """How the guesses went, by site and over all sites; also scores the real records.
+
+        Args:
+            adapters: the initial one, and the aggregated one after each round.
+        """
+        self._losses = {site: self._losses_at(planted, adapters) for site, planted in self.planted.items()}
+        evidence = {site: by_rank(losses[0].gain) for site, losses in self._losses.items()}
+        guesses = self._spec.guesses or self._spec.canaries
+        counts: dict[Place, Count] = {
+            site: counted(evidence[site], self.planted[site].inserted, guesses=guesses) for site in evidence
+        }
+        together = by_rank(np.concatenate([losses[0].gain for losses in self._losses.values()]))
+        inserted = np.concatenate([planted.inserted for planted in self.planted.values()])
+        return {**counts, None: counted(together, inserted, guesses=guesses * len(self.planted))}
+
+    def membership(self) -> tuple[Membership, ...]:
+        """The baselines on real records, by site and over all sites; after `counts`."""
+        by_site = list(self._losses.values())
+        pooled = tuple(
+            _Losses(
+                before=np.concatenate([losses[place].before for losses in by_site]),
+                after=np.concatenate([losses[place].after for losses in by_site]),
+            )
+            for place in range(3)
+        )
+        return tuple(
+            self._baseline(site, score, trained_on=losses[1], never_used=losses[2])
+            for site, losses in [*self._losses.items(), (None, pooled)]
+            if len(losses[1].after) and len(losses[2].after)
+            for score in ("loss", "reference_ratio")
+        )
+
+    def _baseline(
+        self, site: Place, score: Literal["loss", "reference_ratio"], *, trained_on: _Losses, never_used: _Losses
+    ) -> Membership:
+        members, others = (one.gain if score == "reference_ratio" else -one.after for one in (trained_on, never_used))
+        confidence = self._spec.confidence
+        area, low, high = auroc(members, others, confidence=confidence)
+        rates = []
+        for false_alarms in FALSE_ALARMS:
+            found = hit_rate(members, others, false_alarms=false_alarms, confidence=confidence)
+            share, least, most = found or (None, None, None)
+            rates.append(HitRate(false_alarms=false_alarms, found=share, low=least, high=most))
+        return Membership(
+            site=site,
+            score=score,
+            trained_on=len(members),
+            never_used=len(others),
+            auroc=area,
+            auroc_low=low,
+            auroc_high=high,
+            hit_rates=tuple(rates),
+        )
+
+    def _losses_at(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> tuple[_Losses, _Losses, _Losses]:
+        """Of canaries, records trained on, and records never used."""
+        groups = (planted.canaries, planted.trained_on, planted.never_used)
+        first, last = (
+            [self._losses_of(records, adapter) for records in groups] for adapter in (adapters[0], adapters[-1])
+        )
+        canaries, trained_on, never_used = (
+            _Losses(before=before, after=after) for before, after in zip(first, last, strict=True)
+        )
+        return canaries, trained_on, never_used
+
+    def _losses_of(self, records: Sequence[Record], adapter: Adapter) -> Values:
+        losses = np.zeros(len(records))
+        if not records:
+            return losses
+        shared, evaluation = self._everyone.shared, self._everyone.config.evaluation
+        adapter.load_into(shared.model)
+        examples = shared.tokenised(records)
+        pad_id = shared.tokenizer.pad_token_id
+        with scoring(shared.model):
+            for places, batch in batches_by_length(examples, pad_id=pad_id, max_tokens=evaluation.max_tokens):
+                losses[places] = shared.model.losses(batch.to(shared.device)).double().cpu().numpy()
+        # A model that diverged gives no number for some; to the attack that is the largest loss.
+        return np.where(np.isfinite(losses), losses, _LARGEST_LOSS)
+
+
+def _vocabulary(everyone: Participants) -> tuple[str, ...]:
+    """Words that the model has tokens for."""
+    tokens = (token.strip("Ġ▁#") for token in everyone.shared.tokenizer.get_vocab())
+    words = sorted({token for token in tokens if token.isascii() and token.isalpha() and len(token) > 2})
+    return tuple(words) if len(words) >= _FEWEST_WORDS else tuple(f"word{number}" for number in range(1000))

@@ -1,0 +1,45 @@
+"""The settings of an audit."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, spec
+
+
+@spec
+class AuditSpec:
+    """How a simulated run is attacked.
+
+    Attributes:
+        kind: "gradient": canaries are gradients far beyond the clip norm, and the attacker sees every noisy step;
+            "records": canaries are made-up records, and the attacker sees the losses of the final model; beside them,
+            which real records were trained on is guessed from their losses.
+        canaries: at each audited site, each put in by a coin of its own.
+        guesses: canaries of a site that the attacker does not abstain from; null: all of them.  Fixed beforehand: fewer
+            come closer to what a sound run leaks, more to the highest bound that the canaries can give.
+        confidence: of each lower bound.
+        sites: names of the sites that get canaries; empty: every site that takes part.
+        never_used: share of each site's records kept from training, to compare with, where `kind` is "records" and
+            `data.heldout_fraction` keeps none.
+    """
+
+    kind: Literal["gradient", "records"] = "gradient"
+    canaries: int = 1000
+    guesses: int | None = None
+    confidence: float = 0.95
+    sites: tuple[str, ...] = ()
+    never_used: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_one_of("kind", self.kind, ("gradient", "records"))
+        check_at_least("canaries", self.canaries, 2)
+        if self.guesses is not None:
+            check_at_least("guesses", self.guesses, 1)
+            if self.guesses > self.canaries:
+                raise ConfigError("guesses", self.guesses, f"must be at most audit.canaries = {self.canaries}")
+        check_fraction("confidence", self.confidence)
+        check_fraction("never_used", self.never_used)
+        for site in self.sites:
+            if self.sites.count(site) > 1:
+                raise ConfigError("sites", site, "must be named once")

@@ -1,0 +1,32 @@
+"""Faults that an audit must find, put into the private step of this process and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fedtune.training import dp_step
+
+
+def no_noise() -> None:
+    """The clipped sum is released as it is."""
+
+    def add_gaussian_noise(sums: Mapping[str, Any], **_: object) -> dict[str, Any]:
+        return dict(sums)
+
+    dp_step.add_gaussian_noise = add_gaussian_noise
+
+
+def no_clipping() -> None:
+    """Every gradient joins the sum at its own length; the noise is as planned."""
+
+    def add_clipped(sums: dict[str, torch.Tensor], gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> None:
+        for name, gradient in gradients.items():
+            sums[name] += gradient.double().sum(dim=0)
+
+    dp_step.add_clipped = add_clipped
+
+
+FAULTS: dict[str, Callable[[], None]] = {"none": lambda: None, "no noise": no_noise, "no clipping": no_clipping}

@@ -1,0 +1,44 @@
+"""Audits of a tiny federation, and faults to be found in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.audit.result import AuditResult, read_result
+from fedtune.training import dp_step
+
+
+def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dp_step, "add_gaussian_noise", lambda sums, **_: dict(sums))
+
+
+def without_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(sums: Any, gradients: Any, max_grad_norm: float) -> None:
+        for name, gradient in gradients.items():
+            sums[name] += gradient.double().sum(dim=0)
+
+    monkeypatch.setattr(dp_step, "add_clipped", add)
+
+
+FAULTS = {"no noise": without_noise, "no clipping": without_clipping}
+
+
+@pytest.fixture
+def break_it(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Put a named fault into the private step of this process."""
+    return lambda fault: FAULTS[fault](monkeypatch)
+
+
+@pytest.fixture
+def audited(command: Any, tiny: Any, tmp_path: Path) -> Callable[..., tuple[Any, AuditResult, Path]]:
+    """Outcome of `fedtune audit` on a run of seconds, what it found, and its folder."""
+
+    def run(*overrides: str, name: str = "audited") -> tuple[Any, AuditResult, Path]:
+        outcome = command("audit", *tiny("tracking=quiet", *overrides, into=tmp_path, name=name))
+        return outcome, read_result(tmp_path / name), tmp_path / name
+
+    return run

@@ -1,0 +1,153 @@
+"""A whole audit: a sound run passes, broken ones are found, and what it writes says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from fedtune.audit.one_run import best_possible
+from fedtune.audit.result import AuditResult, json_schema, read_result
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.report.audit_record import read_audit
+from fedtune.spec import RunError
+
+EVERY_TIME = ("privacy.sampling_rate=1.0", "audit.canaries=120")
+"""Each canary that is in is in every step, so that few of them show much."""
+
+
+@pytest.fixture(scope="module")
+def sound(command: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, AuditResult, Path]:
+    """Outcome, findings and folder of one audit of fedtune as it is."""
+    into = tmp_path_factory.mktemp("runs")
+    outcome = command("audit", *tiny("tracking=quiet", *EVERY_TIME, into=into, name="sound"))
+    return outcome, read_result(into / "sound"), into / "sound"
+
+
+def test_a_sound_run_passes(sound: Any) -> None:
+    outcome, found, folder = sound
+    assert outcome.code == 0, outcome.err
+    assert not found.exceeded
+    claimed = json.loads((folder / "run.json").read_text())["privacy"]
+    assert [bound.site for bound in found.bounds] == ["site-1", "site-2", None]
+    for bound in found.bounds:
+        site = bound.site or "site-1"
+        assert bound.claimed_epsilon == claimed["sites"][site]["epsilon"]
+        assert bound.lower_bound < bound.claimed_epsilon
+        assert bound.canaries == bound.guesses == (120 if bound.site else 240)
+        assert bound.best_possible == best_possible(bound.canaries, delta=1e-5, confidence=0.95)
+    assert "No bound is above its claim" in outcome.out
+    assert "canaries: use it for nothing else" in outcome.out
+
+
+@pytest.mark.parametrize("fault", ["no noise", "no clipping"])
+def test_a_broken_run_is_found(fault: str, audited: Callable[..., Any], break_it: Callable[[str], None]) -> None:
+    break_it(fault)
+    outcome, found, folder = audited(*EVERY_TIME)
+    assert outcome.code == 1
+    assert "the implementation or the claim is wrong" in outcome.message
+    assert "site-1: epsilon is at least 3." in outcome.message
+    assert found.exceeded
+    of_sites = [bound for bound in found.bounds if bound.site]
+    assert all(bound.right == bound.guesses for bound in of_sites), "a canary in every step is told for certain"
+    assert all(bound.lower_bound == bound.best_possible > bound.claimed_epsilon for bound in of_sites)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["verdict"] == {"state": "no_guarantee", "reasons": ["refuted_by_audit"]}
+    assert report["audit"]["exceeded"]
+
+
+def test_the_aggregated_model_alone_gives_a_broken_run_away(
+    audited: Callable[..., Any], break_it: Callable[[str], None]
+) -> None:
+    """Whoever is only sent each round's average, with plain steps."""
+    break_it("no noise")
+    _, found, _ = audited(*EVERY_TIME, "training=sgd", "audit.sites=[site-2]")
+    assert [bound.site for bound in found.bounds] == ["site-2", None]
+    assert found.bounds[1].lower_bound > found.bounds[1].claimed_epsilon
+
+
+def test_planted_records_and_membership(audited: Callable[..., Any]) -> None:
+    outcome, found, folder = audited("audit.kind=records", "audit.canaries=40", "data.train_fraction=0.1")
+    assert outcome.code == 0, outcome.err
+    assert found.method == "record_canaries"
+    assert [(one.site, one.score) for one in found.membership] == [
+        (site, score) for site in ("site-1", "site-2", None) for score in ("loss", "reference_ratio")
+    ]
+    everywhere = found.membership[-1]
+    assert everywhere.trained_on == sum(one.trained_on for one in found.membership[:4:2])
+    # Never used are those that the hash held out: about 30 %.
+    assert 0.2 < everywhere.never_used / (everywhere.never_used + everywhere.trained_on) < 0.4
+    assert everywhere.auroc_low < 0.5 < everywhere.auroc_high or abs(everywhere.auroc - 0.5) < 0.1
+    assert everywhere.hit_rates[1].found is None, "too few records for one false alarm in a thousand"
+    assert "few records" in outcome.out
+    assert "trained on, or never used?" in outcome.out
+    assert "made-up records" in (folder / "AUDIT.txt").read_text()
+
+
+def test_a_model_that_learns_its_records_by_heart_is_found(
+    audited: Callable[..., Any], break_it: Callable[[str], None]
+) -> None:
+    break_it("no noise")
+    _, found, _ = audited(
+        "audit.kind=records",
+        "audit.canaries=60",
+        "privacy.sampling_rate=1.0",
+        "privacy.noise_multiplier=20.0",
+        "training.local_steps=25",
+        "training.learning_rate=0.02",
+        "model=random_bert",
+    )
+    together = found.bounds[-1]
+    assert together.right / together.guesses > 0.75
+    assert together.lower_bound > 0
+    assert all(one.auroc_low > 0.5 for one in found.membership if one.site is None)
+
+
+def test_what_is_written_fits_the_schema_and_the_report(sound: Any) -> None:
+    _, found, folder = sound
+    written = json.loads((folder / "audit.json").read_text())
+    jsonschema.validate(written, dict(json_schema()))
+    assert written["schema_version"] == 1
+    assert (written["confidence"], written["delta"], written["seeded"]) == (0.95, 1e-5, False)
+    in_report = read_audit(folder)
+    assert in_report is not None
+    assert [bound.lower_bound for bound in in_report.bounds] == [bound.lower_bound for bound in found.bounds]
+    page = (folder / "report.html").read_text()
+    assert "Epsilon claimed, and epsilon shown by the attack" in page
+    assert 'data-at="/audit/bounds/2/lower_bound"' in page
+
+
+def test_guesses_and_confidence_are_as_asked(audited: Callable[..., Any]) -> None:
+    _, found, _ = audited("audit.canaries=40", "audit.guesses=20", "audit.confidence=0.9", "audit.sites=[site-2]")
+    assert found.confidence == 0.9
+    assert [(bound.site, bound.canaries, bound.guesses) for bound in found.bounds] == [
+        ("site-2", 40, 20),
+        (None, 40, 20),
+    ]
+    assert found.bounds[0].best_possible == best_possible(40, guesses=20, delta=1e-5, confidence=0.9)
+
+
+def test_the_folder_is_marked_and_is_not_continued(sound: Any, command: Any) -> None:
+    folder = sound[2]
+    assert "about 60 made-up gradients at each of site-1, site-2" in (folder / "AUDIT.txt").read_text()
+    outcome = command("simulate", f"resume={folder}")
+    assert outcome.code == 2
+    assert "is an audit" in outcome.message
+
+
+def test_sites_of_an_audit_take_any_adapter(sound: Any) -> None:
+    """Made for it alone, so that a broken clip shows as a bound and not as a refusal."""
+    files = SiteFiles.of(sound[2] / "sites" / "site-1" / "site.toml")
+    assert files.policy.limits.max_adapter_value == 1e6
+
+
+def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "audit.json").write_text('{"schema_version": 1}')
+    for read in (read_result, read_audit):
+        with pytest.raises(RunError, match="damaged"):
+            read(tmp_path)
+    assert read_audit(tmp_path / "nowhere") is None

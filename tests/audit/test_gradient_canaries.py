@@ -1,0 +1,175 @@
+"""Canaries go the way of records: sampled, clipped, noised, stepped; and nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.audit.experiment import auditable, run_audit
+from fedtune.audit.gradient_attack import GradientAttack
+from fedtune.audit.gradient_canaries import RAW_SIZE, CanaryBatch, CanaryExamples, Observer, Tally
+from fedtune.audit.spec import AuditSpec
+from fedtune.cli.compose import compose_run
+from fedtune.federation.protocol import RoundRequest
+from fedtune.flower.simulation import simulate
+from fedtune.model import Adapter
+from fedtune.sites.participants import Participants
+from fedtune.training import dp_step
+from fedtune.training.examples import SiteExamples
+
+
+@pytest.fixture
+def everyone(tiny: Any, tmp_path: Path) -> Callable[..., Participants]:
+    """The participants of a tiny run; keywords as for `tiny`."""
+
+    def make(*overrides: str) -> Participants:
+        config = compose_run(tiny("runtime.seeded_noise=true", *overrides, into=tmp_path))
+        return Participants(config, tmp_path / "run")
+
+    return make
+
+
+def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapter:
+    """What one site makes of the initial adapter."""
+    proposal = everyone.config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan)
+    digest = everyone.shared.initial_adapter.digest()
+    request = RoundRequest(proposal=proposal, round=round, site=site, adapter_digest=digest, receipt=None, expires=1e12)
+    return everyone.work[site].do(request, everyone.shared.initial_adapter, 1, fingerprint_key=b"k" * 32).adapter
+
+
+def test_every_draw_adds_exactly_the_clip_norm(
+    everyone: Callable[..., Participants], break_it: Callable[[str], None]
+) -> None:
+    break_it("no noise")
+    run = everyone("privacy.sampling_rate=1.0", "privacy.max_grad_norm=0.3")
+    attack = GradientAttack(run, AuditSpec(canaries=200), ["site-1"])
+    with attack.watching():
+        train(run)
+    planted = attack.planted["site-1"]
+    steps = run.plan.local_steps
+    assert planted.tally.steps == steps
+    assert 60 < planted.inserted.sum() < 140
+    # In clip norms: one for each step where a canary is in; elsewhere nothing, since records are subtracted.
+    wanted = np.zeros_like(planted.tally.total)
+    wanted[planted.coordinates[planted.inserted]] = steps
+    assert planted.tally.total == pytest.approx(wanted, abs=1e-4)
+
+
+def test_noise_is_what_the_plan_says_along_every_direction(everyone: Callable[..., Participants]) -> None:
+    run = everyone()
+    attack = GradientAttack(run, AuditSpec(canaries=200), ["site-1"])
+    with attack.watching():
+        train(run)
+    planted = attack.planted["site-1"]
+    noise = np.delete(planted.tally.total, planted.coordinates)
+    expected = run.plan.noise_multiplier * np.sqrt(run.plan.local_steps)
+    # Five standard errors of a standard deviation.
+    assert noise.std() == pytest.approx(expected, rel=5 / np.sqrt(2 * len(noise)))
+
+
+def test_canaries_are_sampled_like_records(
+    everyone: Callable[..., Participants], break_it: Callable[[str], None]
+) -> None:
+    break_it("no noise")
+    run = everyone("privacy.sampling_rate=0.3", "training.local_steps=10", "privacy.noise_multiplier=8.0")
+    attack = GradientAttack(run, AuditSpec(canaries=2000), ["site-1"])
+    with attack.watching():
+        train(run)
+    planted = attack.planted["site-1"]
+    drawn = planted.tally.total[planted.coordinates[planted.inserted]].round()
+    expected, count = 10 * 0.3, int(planted.inserted.sum())
+    assert drawn.mean() == pytest.approx(expected, abs=5 * np.sqrt(10 * 0.3 * 0.7 / count))
+    assert drawn.var() == pytest.approx(10 * 0.3 * 0.7, rel=0.3)
+
+
+def test_without_a_canary_in_training_is_as_ever(everyone: Callable[..., Participants]) -> None:
+    for seed in range(50):
+        run = everyone(f"seed={seed}")
+        attack = GradientAttack(run, AuditSpec(canaries=2), ["site-1"])
+        if not attack.planted["site-1"].inserted.any():
+            break
+    with attack.watching():
+        audited = train(run)
+    assert audited.digest() == train(everyone(f"seed={seed}")).digest()
+
+
+def test_coins_are_fresh_unless_a_study_seeds_them(everyone: Callable[..., Participants]) -> None:
+    def coins(*overrides: str) -> list[bool]:
+        attack = GradientAttack(everyone(*overrides), AuditSpec(canaries=64), ["site-1"])
+        return attack.planted["site-1"].inserted.tolist()
+
+    assert coins() == coins()
+    assert coins("runtime.seeded_noise=false") != coins("runtime.seeded_noise=false")
+
+
+def test_nobody_is_watched_afterwards(everyone: Callable[..., Participants]) -> None:
+    run = everyone()
+    attack = GradientAttack(run, AuditSpec(canaries=10), ["site-1"])
+    with attack.watching():
+        train(run)
+        train(run, "site-2")  # has no canaries
+    train(run)
+    assert attack.planted["site-1"].tally.steps == run.plan.local_steps
+
+
+def test_an_audit_is_charged_like_the_run_that_it_audits(tiny: Any, tmp_path: Path) -> None:
+    results = {}
+    for name in ("plain", "audited"):
+        config = compose_run(tiny(into=tmp_path, name=name))
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "plain":
+            results[name] = simulate(config, folder, Silent())
+        else:
+            results[name] = run_audit(
+                auditable(config, AuditSpec(canaries=50)), AuditSpec(canaries=50), folder, Silent()
+            )
+    assert results["audited"]["privacy"] == results["plain"]["privacy"]
+
+
+class Silent:
+    """Follows a run and shows nothing."""
+
+    def prepared(self, *_: object) -> None: ...
+    def site_replied(self, number: int) -> None: ...
+    def round_finished(self, state: object) -> None: ...
+
+
+def test_as_many_as_15000_canaries_go_through_in_small_dense_batches() -> None:
+    parameters = {"a": torch.nn.Parameter(torch.zeros(384, 8)), "head.weight": torch.nn.Parameter(torch.zeros(77, 384))}
+    size = sum(parameter.numel() for parameter in parameters.values())
+    tally = Tally(max_grad_norm=2.0, denominator=1.0, total=np.zeros(size))
+    coordinates = np.random.default_rng(0).permutation(size)[:15_000]
+    examples = CanaryExamples(NoRecords(), coordinates, observer=Observer(parameters), tally=tally)
+    assert len(examples) == 15_000
+    seen = np.zeros(size)
+    for batch in examples.cut(np.arange(0, 15_000, 7)):
+        assert isinstance(batch, CanaryBatch)
+        gradients = examples.raw_gradients(batch)
+        assert sum(gradient.numel() for gradient in gradients.values()) <= 2**23
+        sums = dp_step.zeros(parameters)
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()], dim=1).norm(dim=1)
+        assert torch.equal(norms, torch.full((len(batch),), RAW_SIZE * 2.0))
+        dp_step.add_clipped(sums, gradients, 2.0)
+        seen += np.concatenate([total.flatten().numpy() for total in sums.values()])
+    wanted = np.zeros(size)
+    wanted[coordinates[np.arange(0, 15_000, 7)]] = 2.0
+    assert seen == pytest.approx(wanted, abs=1e-5)
+
+
+class NoRecords(SiteExamples):
+    """A site without records."""
+
+    def __init__(self) -> None: ...
+
+    def __len__(self) -> int:
+        return 0
+
+    def cut(self, indices: Any) -> Any:
+        assert len(indices) == 0
+        return iter(())

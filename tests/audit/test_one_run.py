@@ -1,0 +1,136 @@
+"""The auditor itself: printed figures of the paper, another implementation's goldens, and how often it is wrong."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy import stats
+
+from fedtune.audit.guesses import counted
+from fedtune.audit.one_run import best_possible, epsilon_lower_bound, p_value
+from fedtune.privacy.accountant import calibrate_noise
+
+DELTA = 1e-5
+CHANCE = 1e-4
+"""Of a right auditor failing one of the tests below."""
+
+
+@pytest.mark.parametrize(
+    ("canaries", "guesses", "right", "delta", "printed"),
+    [
+        (100, 100, 75, 0.0, 0.702),  # appendix D
+        (100, 100, 75, 1e-4, 0.699),
+        (1000, 100, 75, 1e-4, 0.673),
+        (100_000, 1510, 1439, 1e-5, 2.675),  # section 7, which cuts off the next digit
+    ],
+)
+def test_the_paper_s_figures(canaries: int, guesses: int, right: int, delta: float, printed: float) -> None:
+    found = epsilon_lower_bound(canaries, guesses, right, delta=delta, confidence=0.95)
+    assert found == pytest.approx(printed, abs=1e-3)
+
+
+@pytest.mark.parametrize(("canaries", "most"), [(1000, 5.78), (5000, 7.28), (15_000, 8.08)])
+def test_what_so_many_canaries_can_show_at_most(canaries: int, most: float) -> None:
+    assert best_possible(canaries, delta=DELTA, confidence=0.95) == pytest.approx(most, abs=5e-3)
+    one_wrong = epsilon_lower_bound(canaries, canaries, canaries - 1, delta=DELTA, confidence=0.95)
+    assert one_wrong < best_possible(canaries, delta=DELTA, confidence=0.95) - 0.1
+
+
+@pytest.mark.parametrize("canaries", [10, 100, 1000])
+@pytest.mark.parametrize("delta", [0.0, 1e-6, 1e-3, 0.1])
+@pytest.mark.parametrize("epsilon", [0.0, 0.5, 3.0])
+def test_the_p_value_against_its_definition(canaries: int, delta: float, epsilon: float) -> None:
+    for guesses in (1, canaries // 2, canaries):
+        for right in {0, 1, guesses // 2, guesses}:
+            trials = stats.binom(guesses, 1 / (1 + np.exp(-epsilon)))
+            beta = trials.sf(right - 1)
+            shares = [(trials.cdf(right - 1) - trials.cdf(right - i - 1)) / i for i in range(1, right + 1)]
+            defined = min(1.0, beta + 2 * canaries * delta * max(shares, default=0.0))
+            assert p_value(canaries, guesses, right, epsilon=epsilon, delta=delta) == pytest.approx(defined, abs=1e-9)
+
+
+def test_a_larger_epsilon_explains_more() -> None:
+    for right in (60, 80, 100):
+        values = [p_value(100, 100, right, epsilon=epsilon, delta=1e-3) for epsilon in np.linspace(0, 8, 81)]
+        assert np.diff(values).min() > -1e-12
+
+
+def test_guessing_shows_nothing() -> None:
+    assert epsilon_lower_bound(1000, 1000, 500, delta=DELTA, confidence=0.95) == 0
+    assert epsilon_lower_bound(1000, 1000, 0, delta=DELTA, confidence=0.95) == 0
+
+
+@cache
+def bound(canaries: int, guesses: int, right: int, delta: float) -> float:
+    return epsilon_lower_bound(canaries, guesses, right, delta=delta, confidence=0.95)
+
+
+def too_many(trials: int) -> int:
+    """More failures than a bound with 95 % confidence has in so many trials, but with `CHANCE`."""
+    return int(stats.binom(trials, 0.05).isf(CHANCE))
+
+
+def test_on_randomised_response_a_bound_is_wrong_one_time_in_twenty() -> None:
+    generator, trials, canaries = np.random.default_rng(1), 4000, 200
+    right = generator.binomial(canaries, 1 / (1 + np.exp(-1.0)), size=trials)
+    wrong = sum(bound(canaries, canaries, int(count), 0.0) > 1.0 for count in right)
+    assert wrong <= too_many(trials)
+    # Nothing is given away either: the mechanism is the worst that epsilon = 1 allows, so the bound is nearly exact.
+    assert wrong >= 0.025 * trials
+
+
+@pytest.mark.parametrize("guesses", [40, 400])
+def test_on_a_gaussian_mechanism_a_bound_keeps_its_confidence(guesses: int) -> None:
+    epsilon, trials, canaries = 2.0, 400, 400
+    sigma = calibrate_noise(epsilon=epsilon, delta=DELTA, sampling_rate=1.0, steps=1)
+    wrong = sum(shown > epsilon for shown in gaussian_bounds(sigma, trials, canaries, guesses))
+    assert wrong <= too_many(trials)
+    # And one that adds a tenth of the noise is found out.
+    assert min(gaussian_bounds(sigma / 10, 20, canaries, guesses)) > epsilon
+
+
+def gaussian_bounds(sigma: float, trials: int, canaries: int, guesses: int) -> list[float]:
+    generator, bounds = np.random.default_rng(2), []
+    for _ in range(trials):
+        inserted = generator.random(canaries) < 0.5
+        scores = inserted + sigma * generator.normal(size=canaries)
+        count = counted(scores - 0.5, inserted, guesses=guesses)
+        bounds.append(bound(count.canaries, count.guesses, count.right, DELTA))
+    return bounds
+
+
+@pytest.mark.parametrize(("shift", "golden"), [(1, 1.13346), (2, 2.311945), (4, 4.395568)])
+def test_the_goldens_of_jax_privacy(shift: int, golden: float) -> None:
+    """Its auditor on exact normal scores: "in" above a threshold, the best one on the ROC's hull, by Bonferroni."""
+    quantiles = stats.norm.ppf((np.arange(10_000) + 0.5) / 10_000)
+    thresholds = np.concatenate([np.sort(np.concatenate([quantiles, quantiles + shift])), [np.inf]])
+    found = 10_000 - np.searchsorted(quantiles + shift, thresholds)
+    false_alarms = 10_000 - np.searchsorted(quantiles, thresholds)
+    corners = hull(false_alarms, found)
+    error, best = 0.05 / len(corners), 0.0
+    precision = {place: found[place] / max(1, found[place] + false_alarms[place]) for place in corners}
+    for place in sorted(corners, key=lambda place: -precision[place]):
+        if precision[place] <= 1 / (1 + np.exp(-best)):
+            break  # no later one can show more
+        right, guesses = int(found[place]), int(found[place] + false_alarms[place])
+        if p_value(20_000, guesses, right, epsilon=best, delta=1e-6) < error:
+            best = epsilon_lower_bound(20_000, guesses, right, delta=1e-6, confidence=1 - error)
+    assert best == pytest.approx(golden, rel=1e-5)
+
+
+def hull(false_alarms: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> list[int]:
+    """Places of the corners of the curve's upper hull; both counts fall along it."""
+    corners: list[int] = []
+    for place in range(len(found)):
+        while len(corners) >= 2:
+            first, second = corners[-2], corners[-1]
+            ahead = (int(false_alarms[second] - false_alarms[first]), int(found[second] - found[first]))
+            beyond = (int(false_alarms[place] - false_alarms[second]), int(found[place] - found[second]))
+            if ahead[0] * beyond[1] - ahead[1] * beyond[0] > 0:
+                break
+            corners.pop()
+        corners.append(place)
+    return corners

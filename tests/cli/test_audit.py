@@ -1,0 +1,65 @@
+"""`fedtune audit`: what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.audit.spec import AuditSpec
+from fedtune.cli.audit import DESCRIPTION
+from fedtune.cli.audit_command import audit_spec
+from fedtune.spec import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("audit.canaries=1", "audit.canaries = 1: must be a finite number of at least 2"),
+        ("audit.canaries=many", "audit.canaries = 'many': must be a valid integer"),
+        ("audit.canaries=2.5", "audit.canaries = 2.5: must be a valid integer"),
+        ("audit.canaries=true", "audit.canaries = 'True': must be one plain value"),
+        ("audit.canaries=10,20", "audit.canaries"),
+        ("audit.guesses=1001", "audit.guesses = 1001: must be at most audit.canaries = 1000"),
+        ("audit.confidence=95", "audit.confidence = 95.0: must lie in (0, 1)"),
+        ("audit.kind=magic", "audit.kind = 'magic': must be 'gradient' or 'records'"),
+        ("audit.canries=10", "audit.canries = 10: is not a setting of an audit (kind, canaries, "),
+        ("audit.canaries", "override = 'audit.canaries': must look like audit.key=value"),
+        ("audit.sites=[nowhere]", "audit.sites = 'nowhere': must be one of site-1, site-2"),
+        ("audit.sites=[site-1,site-1]", "audit.sites"),
+        ("privacy=none", "privacy = 'none': claims nothing that could be audited"),
+        ("runtime=deployment", "runtime"),
+        ("runtime=ray", "runtime = 'ray': must be simulation"),
+        ("runtime.sites_dir=kept", "runtime.sites_dir = 'kept': must be null: an audit plants made-up records"),
+        ("audit.canaries=5000", "audit.canaries = 5000: must be at most 2974: each of them at 2 sites needs one of"),
+        ("privacy.epsiln=1", "privacy.epsiln"),
+    ],
+)
+def test_wrong_input(override: str, message: str, command: Any, tiny: Any, tmp_path: Path) -> None:
+    outcome = command("audit", *tiny("tracking=quiet", override, into=tmp_path))
+    assert outcome.code == 2, outcome.err
+    assert outcome.message.startswith(message)
+    assert not (tmp_path / "run").exists(), "nothing is left behind"
+
+
+def test_resume_is_refused(command: Any, simulate: Any, tmp_path: Path) -> None:
+    folder = simulate("federation.num_rounds=1", into=tmp_path)
+    outcome = command("audit", f"resume={folder}")
+    assert outcome.code == 2
+    assert "must be null: an audit runs from its start" in outcome.message
+    assert not (folder / "AUDIT.txt").exists()
+
+
+def test_settings_as_given() -> None:
+    assert audit_spec([]) == AuditSpec()
+    given = audit_spec(["audit.kind=records", "+audit.canaries=50", "audit.guesses=null", "audit.sites=[a,b]"])
+    assert given == AuditSpec(kind="records", canaries=50, sites=("a", "b"))
+    with pytest.raises(ConfigError, match=r"audit\.never_used"):
+        audit_spec(["audit.never_used=1"])
+
+
+def test_the_help_names_every_setting() -> None:
+    for field in fields(AuditSpec):
+        assert f"audit.{field.name}" in DESCRIPTION

@@ -1,0 +1,212 @@
+"""Users: whose a record is, and that no user can change another's place, nor lie at two of them."""
+
+from __future__ import annotations
+
+import gzip
+import hmac
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.data import (
+    DataSpec,
+    PartitionSpec,
+    Record,
+    is_selected,
+    iter_records,
+    partition_records,
+    split_heldout,
+    unit_hash,
+    users_of,
+)
+from fedtune.data.load import own_records, simulated_site_records
+from fedtune.spec import ConfigError, DataError
+
+KEY = b"a key of these tests"
+COLUMNS = {"text": "text", "user": "who"}
+SPECS = [
+    PartitionSpec(),
+    PartitionSpec(proportions=(1.0, 2.0, 3.0)),
+    PartitionSpec(kind="column", sites={"north": 0, "east": 1, "west": 1, "south": 2}),
+]
+HOME = {"ann": "north", "bob": "east", "cleo": "west", "dan": "south", "eve": "north"}
+RECORD = st.builds(
+    lambda user, text: Record({"user": user, "text": text, "site": HOME[user]}),
+    st.sampled_from(sorted(HOME)),
+    st.text("ab", max_size=3),
+)
+
+
+def fates(rows: list[Record], spec: PartitionSpec) -> dict[str, list[tuple[int, int, bool]]]:
+    """For each user, in order, where each record went: site, side, and whether a smaller run would use it."""
+    found: dict[str, list[tuple[int, int, bool]]] = {}
+    for site, held in enumerate(partition_records(rows, spec, num_sites=3, key=KEY, unit="user")):
+        for side, records in enumerate(split_heldout(held, fraction=0.5, key=KEY, unit="user")):
+            for record in records:
+                used = is_selected(record, fraction=0.5, key=KEY, unit="user")
+                found.setdefault(record.fields["user"], []).append((site, side, used))
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.lists(RECORD, max_size=12), gone=st.sampled_from(sorted(HOME)), spec=st.sampled_from(SPECS))
+def test_all_records_of_a_user_share_one_place_and_move_nobody_elses(
+    rows: list[Record], gone: str, spec: PartitionSpec
+) -> None:
+    everyone = fates(rows, spec)
+    assert all(len(set(places)) == 1 for places in everyone.values())
+    assert sum(map(len, everyone.values())) == len(rows)
+    without = fates([record for record in rows if record.fields["user"] != gone], spec)
+    assert without == {user: places for user, places in everyone.items() if user != gone}
+
+
+def test_users_go_where_their_own_hash_says() -> None:
+    # A keyed hash of the id alone: what else the record holds makes no difference, another key does.
+    hashes = [
+        unit_hash(Record(fields), purpose="site", key=key, unit="user")
+        for fields, key in (
+            ({"user": "ann", "text": "a"}, KEY),
+            ({"user": "ann", "text": "b", "label": "c"}, KEY),
+            ({"user": "bob", "text": "a"}, KEY),
+            ({"user": "ann", "text": "a"}, b"another"),
+        )
+    ]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+    # Part of what a run can be repeated from: it may not move.
+    digest = hmac.new(KEY, b'site\0{"user":"ann"}', "sha256").digest()
+    assert hashes[0] == (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def test_users_are_dealt_out_and_held_out_at_the_shares_asked_for() -> None:
+    rows = [Record({"user": f"u{number}", "text": str(turn)}) for number in range(3000) for turn in range(2)]
+    sites = partition_records(rows, SPECS[1], num_sites=3, key=KEY, unit="user")
+    counts = [len(users_of(site)) for site in sites]
+    assert np.allclose(np.array(counts) / 3000, [1 / 6, 2 / 6, 3 / 6], atol=0.04)
+    _, heldout = split_heldout(rows, fraction=0.3, key=KEY, unit="user")
+    assert abs(len(users_of(heldout)) / 3000 - 0.3) < 0.04
+
+
+def test_users_of_lists_each_users_records_in_order_of_first_appearance() -> None:
+    rows = [Record({"user": user}) for user in ("b", "a", "b", "c", "a", "b")]
+    assert [places.tolist() for places in users_of(rows)] == [[0, 2, 5], [1, 4], [3]]
+    assert users_of([]) == []
+
+
+def test_one_user_at_two_sites_is_refused() -> None:
+    rows = [
+        Record({"user": "ann", "site": site}, file="all.jsonl", line=n) for n, site in enumerate(("north", "south"))
+    ]
+    message = r"all\.jsonl:1, site = 'south': must lead to one site for all records of a user, as privacy\.unit is user"
+    with pytest.raises(DataError, match=message):
+        partition_records(rows, SPECS[2], num_sites=3, key=KEY, unit="user")
+    sites = partition_records(rows, SPECS[2], num_sites=3, key=KEY)
+    assert [len(site) for site in sites] == [1, 0, 1], "by record that is nothing special"
+
+
+# Whose a record is.
+
+
+def written(folder: Path, *users: object, name: str = "all.jsonl") -> Path:
+    lines = [json.dumps({"text": f"text {n}", "who": user}) for n, user in enumerate(users)]
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    "several", [["ann", "bob"], ["ann"], [], "ann,bob", "ann; bob", "ann|bob", '["ann", "bob"]'], ids=str
+)
+def test_a_record_of_several_users_is_refused(tmp_path: Path, several: object) -> None:
+    path = written(tmp_path, "cleo", several)
+    with pytest.raises(DataError) as caught:
+        list(iter_records(path, COLUMNS))
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2, column 'who' = 'a list of users': must name one user")
+    assert "docs/user_level.md" in message
+    assert "ann" not in message.removeprefix(str(path)), "an id says whose record it is, and messages end up in logs"
+
+
+def test_a_cell_of_several_users_is_refused_in_csv_too(tmp_path: Path) -> None:
+    path = tmp_path / "all.csv"
+    path.write_text('text,who\na,ann\nb,"ann,bob"\n')
+    with pytest.raises(DataError, match="must name one user"):
+        list(iter_records(path, COLUMNS))
+
+
+@pytest.mark.parametrize("wrong", ["", "  ", None, 2.5, {"id": "ann"}, True], ids=repr)
+def test_a_record_of_nobody_is_refused(tmp_path: Path, wrong: object) -> None:
+    with pytest.raises(DataError, match=r"column 'who' = .*\(role user\)"):
+        list(iter_records(written(tmp_path, wrong), COLUMNS))
+
+
+def test_ids_are_taken_as_names(tmp_path: Path) -> None:
+    found = [record.fields["user"] for record in iter_records(written(tmp_path, " ann ", 7, "7", "Ann"), COLUMNS)]
+    assert found == ["ann", "7", "7", "Ann"], "numbers are names, spaces around them are none; letters keep their case"
+
+
+def spec(path: Path, **changes: Any) -> DataSpec:
+    values: dict[str, Any] = {
+        "dataset": "notes",
+        "train_file": str(path),
+        "columns": {"prompt": "text", "completion": "text", "user": "who"},
+        "declared_sizes": 3,
+        "max_length": 8,
+    }
+    return DataSpec(**(values | changes))
+
+
+def test_a_real_site_leaves_out_what_has_not_one_user_by_itself(tmp_path: Path) -> None:
+    # What a lead asks for must not make the answer depend on whether some record fits it; the doctor says it before.
+    path = written(tmp_path, "ann", ["ann", "bob"], "bob", None, "ann")
+    records = own_records(spec(path), task="causal_lm", key=KEY, unit="user")
+    assert [record.fields["user"] for record in records.training] == ["ann", "bob", "ann"]
+    by_record = own_records(spec(path), task="causal_lm", key=KEY)
+    assert len(by_record.training) == 5
+    assert "user" not in by_record.training[0].fields, "what a run has no use for is not read"
+
+
+def test_a_simulations_users_lie_whole_at_one_site_on_one_side(tmp_path: Path) -> None:
+    path = written(tmp_path, *(f"u{n % 40}" for n in range(400)))
+    given = spec(path, heldout_fraction=0.3, train_fraction=0.8)
+    sites = simulated_site_records(given, task="causal_lm", num_sites=2, seed=1, unit="user")
+    sides = [{record.fields["user"] for record in side} for site in sites for side in (site.training, site.heldout)]
+    assert sum(map(len, sides)) == len(set().union(*sides)) < 40, "no user on two sides, and some are not used at all"
+    assert all(sides)
+    for site in sites:
+        for side in (site.training, site.heldout):
+            assert all(len(places) == 10 for places in users_of(side)), "with all of their records"
+
+
+# Settings.
+
+
+def test_users_need_a_column(tmp_path: Path) -> None:
+    path = written(tmp_path, "ann")
+    without = spec(path, columns={"prompt": "text", "completion": "text"})
+    with pytest.raises(
+        ConfigError, match=r"^columns = .*must name the column for role 'user', as privacy\.unit is user"
+    ):
+        without.check_unit("user")
+    without.check_unit("record")
+    spec(path).check_unit("record")
+    assert "user" not in spec(path).needed_columns("causal_lm")
+    assert spec(path).needed_columns("causal_lm", unit="user")["user"] == "who"
+
+
+def test_labels_deal_no_users_out(tmp_path: Path) -> None:
+    columns = {"text": "text", "label": "kind", "user": "who"}
+    given = spec(written(tmp_path, "ann"), columns=columns, partition=PartitionSpec(kind="dirichlet"))
+    with pytest.raises(ConfigError, match=r"^partition\.kind = 'dirichlet': deals records out by their labels"):
+        given.check_unit("user")
+    given.check_unit("record")
+
+
+def test_the_files_may_be_gzipped(tmp_path: Path) -> None:
+    path = tmp_path / "all.jsonl.gz"
+    path.write_bytes(gzip.compress(written(tmp_path, "ann", "bob").read_bytes()))
+    assert len(list(iter_records(path, COLUMNS))) == 2

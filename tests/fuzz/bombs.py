@@ -1,0 +1,95 @@
+"""Small inputs that stand for much: each is parsed in this process, which reports what memory that took.
+
+python -m tests.fuzz.bombs
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import resource
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from . import file_targets, seeds, wire_targets
+from .target import Target
+
+_TARGETS = {target.name: target for target in (*wire_targets.TARGETS, *file_targets.TARGETS)}
+MIB = 1 << 20
+
+
+def main() -> None:
+    """Print one JSON line for each bomb: its name, its size in bytes, and by how many MiB the process grew."""
+    # A way out, should one of them go off: far above what the imports take, far below what the bombs stand for.
+    resource.setrlimit(resource.RLIMIT_AS, (24 << 30, 24 << 30))
+    seeds.run_folder()
+    for name, target, data in bombs():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        target.check(data)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        sys.stdout.write(json.dumps({"bomb": name, "bytes": len(data), "mib": round(grown, 1)}) + "\n")
+
+
+def bombs() -> Iterator[tuple[str, Target, bytes]]:
+    """Name, target and input of each."""
+    member = gzip.compress(b"a" * (16 * MIB), mtime=0)
+    quoted = gzip.compress(b'body,kind\n"', mtime=0)
+    for name, data in (
+        ("a gigabyte in one line", member * 64),
+        ("a gigabyte of nesting", gzip.compress(b"[" * (16 * MIB), mtime=0) * 64),
+        ("millions of blank lines", gzip.compress(b"\n" * MIB, mtime=0) * 4),
+    ):
+        yield name, _TARGETS["data.jsonl.gz"], data
+    csv = Target(name="csv", broken=_TARGETS["data.csv"].broken, parse=_csv_gz(), errors=_TARGETS["data.csv"].errors)
+    yield "a gigabyte in one cell", csv, quoted + member * 64
+    yield "a cell of 16 million lines", csv, quoted + gzip.compress(b"a\n" * (8 * MIB), mtime=0) * 2
+    for name, header in (
+        ("an update that announces 4 GB", {"tensors": [["b", [1 << 30]]]}),
+        ("an update of a million empty tensors", {"tensors": [["b", [0]]] * 10**6}),
+        ("an update of impossible shape", {"tensors": [["b", [1 << 62, 1 << 62, 0]]]}),
+    ):
+        fields = {"site": "a", "run": "r", "round": 1, "scores": None, **header}
+        yield name, _TARGETS["update"], _update(json.dumps(fields).encode())
+    yield "an update whose header has 4 GB", _TARGETS["update"], b"fedtune-update-2\n" + struct.pack("<Q", 1 << 32)
+    for name, shapes in (("packed arrays of 4 GB", [["b", [1 << 30]]]), ("of no size", [["b", [0, 1 << 60]]])):
+        header_bytes = json.dumps(shapes).encode()
+        yield name, _TARGETS["packed arrays"], struct.pack("<Q", len(header_bytes)) + header_bytes
+    npy = "{'descr': '<f4', 'fortran_order': False, 'shape': (1073741824,), }".ljust(117) + "\n"
+    yield "a numpy array of 4 GB", _TARGETS["numpy array"], b"\x93NUMPY\x01\x00v\x00" + npy.encode()
+    tensor = json.dumps({"b": {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 1 << 32]}}).encode()
+    yield "safetensors of 4 GB", _TARGETS["adapter"], struct.pack("<Q", len(tensor)) + tensor
+    yield "a safetensors header of 4 GB", _TARGETS["adapter"], struct.pack("<Q", 1 << 32)
+    for name in ("config.yaml", "config.yaml of a resumed run"):
+        yield f"references in {name}", _TARGETS[name], _laughs()
+    yield "a billion sites", _TARGETS["config.yaml"], _with_sites(10**9)
+    saved = json.loads((seeds.run_folder() / "adapter/fedtune.json").read_text())
+    saved["lora"]["rank"] = 1 << 30
+    yield "a rank of a billion", _TARGETS["saved adapter's settings"], json.dumps(saved).encode()
+
+
+def _csv_gz() -> Callable[[bytes], object]:
+    return file_targets._rows("bomb.csv.gz")
+
+
+def _update(header: bytes) -> bytes:
+    return b"fedtune-update-2\n" + struct.pack("<Q", len(header)) + header
+
+
+def _laughs() -> bytes:
+    """Nine levels of nine references each: 400 million values."""
+    lines = ["l0: &l0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 9)]
+    return "\n".join([*lines, "name: *l8"]).encode()
+
+
+def _with_sites(count: int) -> bytes:
+    text = (seeds.run_folder() / "config.yaml").read_text()
+    (line,) = (line for line in text.splitlines() if line.strip().startswith("num_sites:"))
+    return text.replace(line, f"  num_sites: {count}").encode()
+
+
+if __name__ == "__main__":
+    assert Path.cwd() == Path(__file__).parents[2], "run it in the repository's root"
+    main()

@@ -1,0 +1,270 @@
+"""Files that people exchange, edit or find damaged: policies, kits, rosters, ledgers, run folders, reports, data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hypothesis import strategies as st
+
+from fedtune.cli.compose import saved_config
+from fedtune.cli.report_checks import checks
+from fedtune.data.records import read_records, usable_records
+from fedtune.deploy.federation_file import read_federation
+from fedtune.deploy.federation_folder import FederationFolder
+from fedtune.deploy.kit_file import KitFile, read_spec
+from fedtune.deploy.roster import read_roster, write_roster
+from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.model import load_task_model
+from fedtune.privacy.chain import Head
+from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.verify import verify
+from fedtune.report import from_run, signing
+from fedtune.report.difference import differences
+from fedtune.report.run_record import read_run
+from fedtune.spec import ConfigError, DataError, FedtuneError, RunError
+
+from . import seeds
+from .mutations import mutated_bytes, mutated_json, mutated_toml
+from .target import Target
+
+COLUMNS = {"text": "body", "label": "kind"}
+_OURS = (ConfigError, RunError)
+
+
+def _in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
+    """Parse bytes as the content of a file of its own."""
+
+    def parse(data: bytes) -> object:
+        path = seeds.folder() / "files" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        return read(path)
+
+    return parse
+
+
+def _in_run(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
+    """Parse bytes as one file of a copy of a run folder."""
+
+    def parse(data: bytes) -> object:
+        folder = seeds.folder() / f"run with other {Path(name).name}"
+        if not folder.exists():
+            shutil.copytree(seeds.run_folder(), folder)
+        (folder / name).write_bytes(data)
+        return read(folder)
+
+    return parse
+
+
+def _of_run(name: str) -> bytes:
+    return (seeds.run_folder() / name).read_bytes()
+
+
+def _ledger(path: Path) -> None:
+    """Read by its owner, which opens it for training, and by others, who verify it."""
+    problems = []
+    for read in (lambda: verify(path).history.charged(), lambda: Ledger(path, seeds.policy(), seeds.key(2)).spending()):
+        try:
+            read()
+        except RunError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
+
+
+def _report(data: bytes) -> None:
+    report = signing.read(data)
+    list(checks(report, key=None, config_sha256=None))
+    list(differences(report, signing.read(_of_run("report.json")), settings=({}, {})))
+
+
+def _checkpoint(folder: Path) -> object:
+    return Checkpoints(folder / "checkpoints", json.loads(_of_run("run.json"))["config_sha256"]).load()
+
+
+def _newest_checkpoint() -> str:
+    return f"checkpoints/{max((seeds.run_folder() / 'checkpoints').glob('round-*')).name}"
+
+
+def _checkpoint_data(data: bytes) -> object:
+    return _in_run(_newest_checkpoint(), _checkpoint)(data)
+
+
+def _rows(name: str) -> Callable[[bytes], object]:
+    return _in_file(name, lambda path: (list(usable_records(path, COLUMNS)), read_records(path, COLUMNS)))
+
+
+def _federation(folder: Path) -> FederationFolder:
+    return FederationFolder(folder=folder, settings=cast(Any, None), lead_key="")
+
+
+def _roster_seed() -> Any:
+    path = seeds.folder() / "roster.json"
+    if not path.exists():
+        write_roster(path, [_member()], federation="clinics")
+    return json.loads(path.read_bytes())
+
+
+def _member() -> Any:
+    from datetime import UTC, datetime
+
+    from fedtune.deploy.authority import Authority, make_key
+    from fedtune.deploy.roster import Member
+
+    authority = Authority.make("clinics", days=30, now=datetime.now(UTC))
+    certificate = authority.issue_client(
+        make_key().public_key(), kind="site", name="north", days=10, now=datetime.now(UTC)
+    )
+    return Member(
+        site="north", site_key=seeds.key(2).public, datasets={"letters": 40}, certificate=certificate, revoked=None
+    )
+
+
+def _kit_seed() -> str:
+    kit = KitFile(version=1, kind="site", federation="clinics", server="a.b:1", lead=seeds.key(1).public, site="north")
+    return kit.to_toml() + '\n[[model]]\nname = "m"\nsha256 = "' + "ab" * 32 + '"\nlicence = "MIT"\n'
+
+
+_FEDERATION = """name = "clinics"
+server = "a.example:8443"
+also_known_as = ["b.example", "10.0.0.1"]
+
+[certificates]
+server_days = 30
+
+[[model]]
+name = "m"
+sha256 = "ab"
+licence = "MIT"
+""".replace('"ab"', f'"{"ab" * 32}"')
+_JSONL = b'{"body": "a letter", "kind": "praise"}\n{"body": "another", "kind": 3, "x": [1, {"y": null}]}\n\n'
+_CSV = b'body,kind,x\r\n"a ""letter""\r\nof two lines",praise,1\r\nanother,3,\r\n'
+_RECEIPTS = {"north": json.loads(json.dumps({k: getattr(seeds.receipt(), k) for k in seeds.receipt().__slots__}))}
+
+
+def _json(valid: Callable[[], Any]) -> Callable[[], st.SearchStrategy[bytes]]:
+    return lambda: mutated_json(valid()) | mutated_bytes(json.dumps(valid()).encode()) | st.binary(max_size=64)
+
+
+def _bytes(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
+    return lambda: mutated_bytes(valid()) | st.binary(max_size=64)
+
+
+def _toml(valid: Callable[[], str]) -> Callable[[], st.SearchStrategy[bytes]]:
+    return lambda: mutated_toml(valid()) | st.binary(max_size=64)
+
+
+def _yaml(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
+    """JSON is YAML, but for numbers that only one of them knows."""
+    return lambda: mutated_json(yaml.safe_load(valid())) | mutated_bytes(valid()) | st.binary(max_size=64)
+
+
+def _run_file(name: str) -> Callable[[], Any]:
+    return lambda: json.loads(_of_run(name))
+
+
+TARGETS = (
+    Target(name="policy", broken=_toml(seeds.policy_toml), parse=_in_file("site.toml", read_policy), errors=_OURS),
+    Target(
+        name="federation.toml",
+        broken=_toml(lambda: _FEDERATION),
+        parse=_in_file("federation.toml", read_federation),
+        errors=_OURS,
+    ),
+    Target(
+        name="kit.toml",
+        broken=_toml(_kit_seed),
+        parse=_in_file("kit.toml", lambda path: read_spec(KitFile, path)),
+        errors=_OURS,
+    ),
+    Target(name="roster", broken=_json(_roster_seed), parse=_in_file("roster.json", read_roster), errors=_OURS),
+    Target(
+        name="receipts.json",
+        broken=_json(lambda: _RECEIPTS),
+        parse=_in_file("receipts.json", lambda path: ReceiptBook(path).read()),
+        errors=_OURS,
+    ),
+    Target(name="anchor", broken=_json(seeds.anchor), parse=_in_file("ledger.anchor", Head.read), errors=_OURS),
+    Target(name="ledger", broken=_bytes(seeds.ledger), parse=_in_file("ledger.db", _ledger), errors=_OURS),
+    Target(
+        name="run.json",
+        broken=_json(_run_file("run.json")),
+        parse=_in_run("run.json", from_run.build),
+        errors=_OURS,
+        cost=5,
+    ),
+    Target(
+        name="config.yaml",
+        broken=_yaml(lambda: _of_run("config.yaml")),
+        parse=_in_run("config.yaml", read_run),
+        errors=_OURS,
+        cost=5,
+    ),
+    Target(
+        name="config.yaml of a resumed run",
+        broken=_yaml(lambda: _of_run("config.yaml")),
+        parse=_in_run("config.yaml", saved_config),
+        errors=_OURS,
+        cost=5,
+    ),
+    Target(
+        name="environment.json",
+        broken=_json(_run_file("environment.json")),
+        parse=_in_run("environment.json", read_run),
+        errors=_OURS,
+        cost=5,
+    ),
+    Target(
+        name="retired keys",
+        broken=_json(lambda: {"version": 1, "fingerprints": ["ab" * 32]}),
+        parse=_in_file("retired_keys.json", lambda path: _federation(path.parent).retired()),
+        errors=_OURS,
+    ),
+    Target(
+        name="checkpoint",
+        broken=_bytes(lambda: _of_run(_newest_checkpoint())),
+        parse=_checkpoint_data,
+        errors=_OURS,
+    ),
+    Target(
+        name="asked.jsonl",
+        broken=_bytes(lambda: _of_run("checkpoints/asked.jsonl")),
+        parse=_in_run("checkpoints/asked.jsonl", _checkpoint),
+        errors=_OURS,
+    ),
+    Target(name="report.json", broken=_json(_run_file("report.json")), parse=_report, errors=_OURS),
+    Target(
+        name="saved adapter's settings",
+        broken=_json(_run_file("adapter/fedtune.json")),
+        parse=_in_run("adapter/fedtune.json", lambda folder: load_task_model(folder / "adapter")),
+        errors=(FedtuneError,),
+    ),
+    Target(
+        name="saved adapter's head",
+        broken=_bytes(lambda: _of_run("adapter/head.safetensors")),
+        parse=_in_run("adapter/head.safetensors", lambda folder: load_task_model(folder / "adapter")),
+        errors=(FedtuneError,),
+    ),
+    Target(name="data.jsonl", broken=_bytes(lambda: _JSONL), parse=_rows("data.jsonl"), errors=(DataError,)),
+    Target(
+        name="a line of data.jsonl",
+        broken=_json(lambda: json.loads(_JSONL.splitlines()[1])),
+        parse=_rows("data.jsonl"),
+        errors=(DataError,),
+    ),
+    Target(name="data.csv", broken=_bytes(lambda: _CSV), parse=_rows("data.csv"), errors=(DataError,)),
+    Target(
+        name="data.jsonl.gz",
+        broken=_bytes(lambda: gzip.compress(_JSONL, mtime=0)),
+        parse=_rows("data.jsonl.gz"),
+        errors=(DataError,),
+    ),
+)

@@ -1,0 +1,83 @@
+"""A ledger whose owner writes into it what it likes, and signs that: whoever verifies it must not fall over."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from dataclasses import asdict
+from typing import Any, cast
+
+from hypothesis import strategies as st
+
+from fedtune.privacy import ledger_file
+from fedtune.privacy.chain import EVENT, START, Event, canonical
+from fedtune.privacy.verify import verify
+from fedtune.report import from_ledger
+from fedtune.spec import ConfigError, RunError
+
+from . import seeds
+from .mutations import mutated_json
+from .target import Target
+
+
+def _events() -> list[dict[str, Any]]:
+    """Those of the valid ledger, as plain data."""
+    seeds.ledger()
+    events = verify(seeds.folder() / "seed" / "ledger.db").events
+    return cast(list[dict[str, Any]], json.loads(json.dumps([asdict(event) for event in events])))
+
+
+def _signed_anew(data: bytes) -> None:
+    try:
+        events = json.loads(data)
+        rows = [_row(event, before) for event, before in _chained(events)]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return  # nothing that the file could hold
+    path = seeds.folder() / "signed_anew.db"
+    path.unlink(missing_ok=True)
+    file = sqlite3.connect(path, isolation_level=None)
+    try:
+        file.execute("PRAGMA synchronous = OFF")
+        file.execute("PRAGMA application_id = 0x66656474")
+        for statement in ledger_file.SCHEMA:
+            file.execute(statement)
+        for row in rows:
+            file.execute(f"INSERT INTO events VALUES ({', '.join('?' * len(row))})", row)
+        file.executemany("INSERT INTO replies VALUES (?, ?, ?)", _replies())
+    except (sqlite3.Error, OverflowError, UnicodeEncodeError):
+        return
+    finally:
+        file.close()
+    verify(path)
+    from_ledger.build(path)
+
+
+def _replies() -> list[tuple[str, str, bytes]]:
+    with ledger_file.reading(seeds.folder() / "seed" / "ledger.db") as file:
+        return ledger_file.stored_replies(file)
+
+
+def _chained(events: list[dict[str, Any]]) -> list[tuple[Event, str]]:
+    """Each event and the hash of the one in front of it."""
+    chained, before = [], START
+    for fields in events:
+        event = Event(**{**fields, "hash": "", "signature": ""})
+        chained.append((event, before))
+        before = event.hash_after(before)
+    return chained
+
+
+def _row(event: Event, before: str) -> list[object]:
+    hash = event.hash_after(before)
+    values = {**asdict(event), "detail": canonical(event.detail).decode(), "hash": hash}
+    values["signature"] = seeds.key(2).sign(EVENT, hash.encode())
+    return list(values.values())
+
+
+def _broken() -> st.SearchStrategy[bytes]:
+    return mutated_json(_events())
+
+
+TARGETS = (
+    Target(name="ledger signed anew", broken=_broken, parse=_signed_anew, errors=(ConfigError, RunError), cost=3),
+)

@@ -1,0 +1,128 @@
+"""Broken versions of what is valid: bytes with edits, JSON and TOML with other values in some places."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from hypothesis import strategies as st
+
+_DEEP, _DIGITS = "@deep@", "@digits@"
+_RAW = {f'"{_DEEP}"': "[" * 50_000, f'"{_DIGITS}"': "9" * 5_000}
+"""What no JSON writer writes: nesting without end, and an integer of thousands of digits."""
+ODD_VALUES: tuple[Any, ...] = (
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        1 << 31,
+        1 << 53,
+        1 << 63,
+        10**30,
+        10**400,
+        0.5,
+        -0.0,
+        1e-320,
+        1e308,
+        math.inf,
+        math.nan,
+    ),
+    *("", " ", "\x00", "\ud800", "\u202e", "a" * 5_000, "1e400", "nan", "../../../etc/passwd", "/dev/zero", "%s{}"),
+    *([], {}, [[]], [None], ["x", "x"], {"": 0}, {"x": {"x": 1}}, [0] * 300, _DEEP, _DIGITS),
+)
+ODD_TOML = (
+    *("true", "-1", "0", "9223372036854775808", "1e308", "inf", "nan", '""', '"\\u0000"', '"a b"', "[]", "[[]]", "{}"),
+    *("{x = 1}", "1979-05-27", "00:00:00", '["x", 1]', "'''x'''", "9" * 5_000, "[" * 50_000, '"' + "a" * 5_000 + '"'),
+    *('"../../x"', "[1, [2, [3]]]", "= =", "\\", '"\\ud800"'),
+)
+
+
+@st.composite
+def mutated_json(draw: st.DrawFn, valid: Any) -> bytes:
+    """JSON like `valid` with one to three places changed, removed, added or exchanged."""
+    holder = [copy.deepcopy(valid)]
+    for _ in range(draw(st.integers(1, 3))):
+        places = list(_places(holder))
+        container, key = places[draw(st.integers(0, len(places) - 1))]
+        match draw(st.sampled_from(("odd", "odd", "odd", "remove", "add", "other"))):
+            case "odd":
+                container[key] = copy.deepcopy(draw(st.sampled_from(ODD_VALUES)))
+            case "remove" if container is not holder:
+                del container[key]
+            case "add" if isinstance(container, dict):
+                container[draw(st.sampled_from(("x", "", "__class__", "self", "version")))] = draw(_small())
+            case _:
+                other, name = places[draw(st.integers(0, len(places) - 1))]
+                container[key] = copy.deepcopy(other[name]) if other is not holder else draw(_small())
+    text = json.dumps(holder[0])
+    for mark, raw in _RAW.items():
+        text = text.replace(mark, raw)
+    return text.encode()
+
+
+@st.composite
+def mutated_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
+    """Bytes like `valid` with one to four edits."""
+    data = bytearray(valid)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, min(len(data), draw(st.sampled_from((64, 1 << 30)))) - 1)))
+        match draw(st.sampled_from(("flip", "cut", "insert", "number", "remove", "repeat"))):
+            case "flip" if data:
+                data[at] ^= 1 << draw(st.integers(0, 7))
+            case "cut":
+                del data[at:]
+            case "insert":
+                data[at:at] = draw(st.binary(min_size=1, max_size=16))
+            case "number":  # a length or a count, in the sizes and orders that formats use
+                form = draw(st.sampled_from(("<I", "<Q", ">I", ">H")))
+                most = (1 << 8 * struct.calcsize(form)) - 1
+                number = draw(st.sampled_from((0, 1, most, most >> 1, 1 << 14, most - 7)))
+                data[at : at + struct.calcsize(form)] = struct.pack(form, number)
+            case "remove":
+                del data[at : at + draw(st.integers(1, 64))]
+            case _:
+                data[at:at] = data[at : at + draw(st.integers(1, 64))]
+    return bytes(data)
+
+
+@st.composite
+def mutated_toml(draw: st.DrawFn, valid: str) -> bytes:
+    """TOML like `valid` with one to three lines changed, removed or repeated."""
+    lines = valid.splitlines()
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(lines) - 1))
+        key, equals, _ = lines[at].partition(" = ")
+        match draw(st.sampled_from(("odd", "odd", "odd", "remove", "repeat", "key", "bytes"))):
+            case "odd" if equals:
+                lines[at] = f"{key} = {draw(st.sampled_from(ODD_TOML))}"
+            case "remove" if len(lines) > 1:
+                del lines[at]
+            case "repeat":
+                lines.insert(at, lines[at])
+            case "key":
+                lines.insert(at, f"{draw(st.sampled_from(('x', 'a.b', 'site', '[x]', '[[x]]')))} = 1")
+            case _:
+                return draw(mutated_bytes("\n".join(lines).encode()))
+    return "\n".join(lines).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) inside `value`, outermost first."""
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    for key in keys:
+        yield value, key
+    for key in keys:
+        if isinstance(value[key], dict | list):
+            yield from _places(value[key])
+
+
+def _small() -> st.SearchStrategy[Any]:
+    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3), max_leaves=4)

@@ -1,0 +1,172 @@
+"""Something valid of every kind that is parsed, made once."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedtune.config import RunConfig
+from fedtune.data.spec import DataSpec
+from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
+from fedtune.federation.spec import FederationSpec
+from fedtune.model import Adapter
+from fedtune.model.spec import LoraSpec, ModelSpec
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.mechanism import PrivacySpec
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.release import Receipt, Update
+from fedtune.sites.shared_settings import for_sites
+from fedtune.sites.virtual_site import generated_policy
+from fedtune.training.spec import RuntimeSpec, TrainingSpec
+
+
+@cache
+def folder() -> Path:
+    """Where files of this process lie."""
+    return Path(tempfile.mkdtemp(prefix="fedtune-fuzz-"))
+
+
+@cache
+def key(number: int) -> SigningKey:
+    """1 is the lead's, 2 the site's."""
+    return SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32))
+
+
+@cache
+def config() -> RunConfig:
+    """A run over two sites, as the lead has it."""
+    return RunConfig(
+        name="trial",
+        task="classification",
+        model=ModelSpec(path="random:bert", sha256="ab" * 32),
+        data=DataSpec(
+            dataset="letters",
+            train_file="unused.csv",
+            columns={"text": "text", "label": "label"},
+            labels=("invoice", "complaint", "praise"),
+            declared_sizes=40,
+            max_length=12,
+        ),
+        lora=LoraSpec(rank=2, alpha=4.0),
+        privacy=PrivacySpec(noise_multiplier=4.0, sampling_rate=0.5),
+        training=TrainingSpec(local_steps=2),
+        federation=FederationSpec(num_rounds=3, num_sites=2, site_names=("north", "south")),
+        runtime=RuntimeSpec(kind="deployment", device="cpu", num_threads=1),
+    )
+
+
+@cache
+def settings() -> dict[str, Any]:
+    """What of it the sites are sent."""
+    sent: dict[str, Any] = json.loads(json.dumps(for_sites(config()).to_json()))
+    return sent
+
+
+def plan() -> Any:
+    return for_sites(config()).plan()
+
+
+@cache
+def policy() -> Policy:
+    made = generated_policy(for_sites(config()), plan(), "north", lead=key(1).public)
+    return replace(made, budget=replace(made.budget, max_epsilon=5 * made.budget.max_epsilon))
+
+
+@cache
+def policy_toml() -> str:
+    path = folder() / "policy.toml"
+    write_policy(policy(), path)
+    return path.read_text()
+
+
+@cache
+def adapter() -> Adapter:
+    values = np.random.default_rng(5).normal(size=(2, 3)).astype(np.float32)
+    return Adapter({"b.lora_A": values, "head.weight": np.linspace(-1, 1, 4, dtype=np.float32)})
+
+
+def receipt() -> Receipt:
+    fields = {"site": "north", "run": "r", "charged_rounds": 1, "charged_steps": 2, "sequence": 4, "head": "ab" * 32}
+    return Receipt(**fields, site_key=key(2).public, signature="cd" * 64)
+
+
+def request() -> RoundRequest:
+    return RoundRequest(
+        proposal=for_sites(config()).proposal(lead=key(1).public, plan=plan()),
+        round=1,
+        site="north",
+        adapter_digest=adapter().digest(),
+        receipt=receipt(),
+        expires=1e12,
+    )
+
+
+def request_json() -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(request().signed(key(1)).text)
+    return fields
+
+
+def end_json() -> dict[str, Any]:
+    return asdict(EndOfRun(run="r", lead=key(1).public, adapter_digest="ab" * 32))
+
+
+def update() -> Update:
+    return Update(site="north", run="r", round=1, tensors=adapter().tensors, scores=(0.5, 0.25))
+
+
+def reply() -> Reply:
+    return Reply(body=update(), receipt=receipt())
+
+
+@cache
+def ledger() -> bytes:
+    """The file of a ledger with two charged rounds; its anchor lies beside it as ledger.anchor."""
+    path = folder() / "seed" / "ledger.db"
+    path.parent.mkdir()
+    opened = Ledger(path, policy(), key(2), anchor=path.with_suffix(".anchor"))
+    for number in (1, 2):
+        granted = opened.reserve(request().proposal, round=number, request=f"{number:064x}")
+        assert isinstance(granted, Reservation)
+        opened.commit(granted, update().to_bytes())
+    return path.read_bytes()
+
+
+@cache
+def anchor() -> dict[str, Any]:
+    """The anchor of `ledger`."""
+    ledger()
+    fields: dict[str, Any] = json.loads((folder() / "seed" / "ledger.anchor").read_bytes())
+    return fields
+
+
+class _Silent:
+    """Hears of everything and shows nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **named: None
+
+
+@cache
+def run_folder() -> Path:
+    """A finished run of the smallest kind, with a report."""
+    from fedtune.cli.compose import compose_run, write_config
+    from fedtune.flower.simulation import simulate
+    from fedtune.report import from_run, signing
+
+    into = folder() / "run"
+    small = ("data.train_fraction=0.02", "data.declared_sizes=90", "data.validation_rows=10", "data.test_rows=10")
+    here = ("runtime.device=cpu", "runtime.num_threads=1", "privacy.noise_multiplier=4.0", "data.max_length=16")
+    made = compose_run(["experiment=debug", "name=run", "tracking=quiet", *here, *small])
+    write_config(made, into)
+    simulate(made, into, cast(Any, _Silent()))
+    (into / "report.json").write_text(signing.to_text(from_run.build(into)))
+    return into

@@ -1,0 +1,41 @@
+"""One parser under test, and the property that every one of them has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+MOST_CPU_S = 30.0
+"""Of one input; a hang would take longer, and the slowest honest answer takes well under a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Something that parses what comes from outside.
+
+    Attributes:
+        broken: broken inputs, given lazily since a seed may take a second to make.
+        parse: takes one; what it returns is of no interest.
+        errors: what it may raise, as its docstring says.
+        cost: a slow one gets so many times fewer inputs.
+    """
+
+    name: str
+    broken: Callable[[], st.SearchStrategy[bytes]]
+    parse: Callable[[bytes], object]
+    errors: tuple[type[Exception], ...]
+    cost: int = 1
+
+    def check(self, data: bytes) -> None:
+        """The property: an answer, or one of the documented errors, in time."""
+        began, told = time.process_time(), ""
+        try:
+            self.parse(data)
+        except self.errors as error:
+            told = str(error)
+        # What people are told is short and can be printed, whatever the input was.
+        assert len(told.encode()) < 20_000
+        assert time.process_time() - began < MOST_CPU_S

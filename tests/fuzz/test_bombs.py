@@ -1,0 +1,28 @@
+"""Inputs of a few kilobytes that stand for gigabytes take no more memory than they are worth."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+MOST_MIB = 200
+
+
+def test_small_inputs_that_stand_for_much_fill_no_memory() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz.bombs"],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    grown = {one["bomb"]: one["mib"] for one in map(json.loads, done.stdout.splitlines())}
+    assert len(grown) >= 18
+    assert {name: mib for name, mib in grown.items() if mib > MOST_MIB} == {}

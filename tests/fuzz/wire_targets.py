@@ -1,0 +1,240 @@
+"""What arrives over the network: a server's requests at a site, sites' answers at the server, calls at its gate."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import struct
+import time
+from collections.abc import MutableMapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import strategies as st
+
+from fedtune.deploy.join import PURPOSE, JoinRequest, _canonical
+from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
+from fedtune.federation.site import Prepared, Site, answer
+from fedtune.flower import packing, records
+from fedtune.flower.fleet import HELLO
+from fedtune.flower.gate import Gate, Registered
+from fedtune.flower.signed_calls import BODY, CALL, SIGNATURE, TIME, _message
+from fedtune.model import Adapter
+from fedtune.model.adapter import AdapterError
+from fedtune.privacy.release import Reason, Refusal, Refused, Update
+from fedtune.sites.shared_settings import read_settings
+from fedtune.spec import ConfigError
+
+from . import seeds
+from .mutations import mutated_bytes, mutated_json
+from .target import Target
+
+
+def _text(data: bytes) -> str:
+    """As a text of Flower's arrives; halves of surrogate pairs too, which a caller in this process could give."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _request(data: bytes) -> object:
+    text = _text(data)
+    return RoundRequest.of(Signed(text=text, signature=seeds.key(1).sign(ROUND, data)))
+
+
+def _unsigned_request(data: bytes) -> object:
+    return RoundRequest.of(Signed(text=_text(data), signature=_text(data)[:128]))
+
+
+def _end(data: bytes) -> object:
+    return EndOfRun.of(Signed(text=_text(data), signature=seeds.key(1).sign(END, data)))
+
+
+def _answered(data: bytes) -> None:
+    """A site answers whatever it is asked, and without the text of an exception."""
+
+    def nothing(request: RoundRequest) -> Prepared:
+        raise Refused(Reason.BASE_MODEL_MISSING)
+
+    reply = answer(_site(nothing), Signed(text=_text(data), signature=seeds.key(1).sign(ROUND, data)), seeds.adapter())
+    assert isinstance(reply.body, Refusal)
+    assert reply.body.reason is not Reason.SITE_ERROR, "an error of ours"
+
+
+def _site(prepare: Any) -> Site:
+    from fedtune.privacy.ledger import Ledger
+
+    ledger = Ledger(seeds.folder() / "answering.db", seeds.policy(), seeds.key(2))
+    return Site(name="north", ledger=ledger, prepare=prepare)
+
+
+def _settings(data: bytes) -> object:
+    return read_settings.__wrapped__(_text(data), plan=seeds.plan())
+
+
+def _packed(data: bytes) -> object:
+    content = RecordDict({"arrays": ArrayRecord({"fedtune-packed-1": Array(np.frombuffer(data, np.uint8))})})
+    return records.to_adapter(packing.unpacked(content))
+
+
+def _packed_seed() -> bytes:
+    content = packing.packed(RecordDict({"arrays": records.to_arrays(seeds.adapter().tensors)}))
+    (array,) = content.array_records["arrays"].values()
+    return bytes(array.numpy().tobytes())
+
+
+def _array(data: bytes) -> object:
+    """Bytes that claim to be one of numpy's arrays."""
+    array = Array(dtype="float32", shape=(2, 3), stype="numpy.ndarray", data=data)
+    return records.to_adapter(packing.unpacked(RecordDict({"arrays": ArrayRecord({"b": array})})))
+
+
+def _array_seed() -> bytes:
+    (array, *_) = records.to_arrays(seeds.adapter().tensors).values()
+    return bytes(array.data)
+
+
+def _reply(data: bytes) -> object:
+    content = records.from_reply(seeds.reply())
+    content["reply"] = ConfigRecord({"json": _text(data)})
+    return records.to_reply(content)
+
+
+def _reply_seed() -> Any:
+    return json.loads(str(records.from_reply(seeds.reply()).config_records["reply"]["json"]))
+
+
+def _receipt(data: bytes) -> object:
+    return records.to_receipt(RecordDict({"receipt": ConfigRecord({"json": _text(data)})}))
+
+
+def _receipt_seed() -> Any:
+    return json.loads(str(records.from_receipt(seeds.receipt()).config_records["receipt"]["json"]))
+
+
+def _records(data: bytes) -> None:
+    """A message with other records than the keys promise; each reader says so, or reads."""
+    kinds = (ConfigRecord({"json": _text(data)}), ConfigRecord({"x": 1}), ArrayRecord({}), ConfigRecord({"json": [1]}))
+    picks = [byte % (len(kinds) + 1) for byte in data[:5]] + [0] * 5
+    names = ("arrays", "request", "settings", "reply", "receipt")
+    content = RecordDict({name: kinds[pick - 1] for name, pick in zip(names, picks, strict=False) if pick})
+    for read in (
+        *(records.to_request, records.to_signed, records.to_settings, records.to_adapter, records.to_end),
+        *(records.to_receipt, records.to_reply, packing.unpacked),
+    ):
+        try:
+            read(content)
+        except ConfigError:
+            continue
+
+
+def _gate(data: bytes) -> None:
+    """One call: a first byte chooses the path, headers follow line by line, the rest is the body."""
+    lines = data.split(b"\n")
+    paths = (HELLO, "/v1/fleet/pull-messages", "/v1/control/start-run", "/v1/runtime/get-nodes", "/", "/docs")
+    path = paths[data[0] % len(paths)] if data else ""
+    headers = [(name, value) for name, colon, value in (line.partition(b": ") for line in lines[1:-1]) if colon]
+    asyncio.run(_call(path, headers, lines[-1]))
+
+
+async def _call(path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("a broken call came through")
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    member = Registered(site="north", node_key=b"unknown", revoked=False)
+    gate = Gate(app, lead=seeds.key(3).public, roster=lambda: [member])
+    await gate({"type": "http", "path": path, "headers": headers}, receive, send)
+    assert sent[0]["status"] in (401, 403, 404)
+
+
+def _gate_seed() -> bytes:
+    moment, body = repr(time.time()), hashlib.sha256(b"body").hexdigest()
+    path = "/v1/control/start-run"
+    signature = seeds.key(1).sign(CALL, _message(path, moment, body))
+    headers = {TIME: moment, BODY: body, SIGNATURE: signature, "flwr-public-key": "AAAA", "flwr-signature": "AAAA"}
+    lines = [b"\x02", *(f"{name}: {value}".encode() for name, value in headers.items()), b"body"]
+    return b"\n".join(lines)
+
+
+def _join(data: bytes) -> object:
+    """Signed again by the site after the change, as somebody who means harm would do."""
+    try:
+        fields = json.loads(data)
+        signature = seeds.key(2).sign(PURPOSE, _canonical({k: v for k, v in fields.items() if k != "signature"}))
+        data = json.dumps({**fields, "signature": signature}).encode()
+    except (ValueError, RecursionError, TypeError, AttributeError):
+        pass  # no JSON object: as it is
+    return JoinRequest.of(data)
+
+
+def _join_seed() -> Any:
+    from fedtune.deploy.join import site_init
+
+    path = seeds.folder() / "joining" / "site.toml"
+    if not path.exists():
+        path.parent.mkdir()
+        path.write_text(seeds.policy_toml())
+        site_init(path, out=None)
+    return json.loads((path.parent / "kit" / "join_request.json").read_bytes())
+
+
+def _json(valid: Any) -> Any:
+    return lambda: mutated_json(valid()) | mutated_bytes(json.dumps(valid()).encode()) | st.binary(max_size=64)
+
+
+def _bytes(valid: Any) -> Any:
+    return lambda: mutated_bytes(valid()) | st.binary(max_size=64)
+
+
+TARGETS = (
+    Target(name="request", broken=_json(seeds.request_json), parse=_request, errors=(ConfigError, Refused)),
+    Target(
+        name="unsigned request",
+        broken=_json(seeds.request_json),
+        parse=_unsigned_request,
+        errors=(ConfigError, Refused),
+    ),
+    Target(name="answer", broken=_json(seeds.request_json), parse=_answered, errors=()),
+    Target(name="end of run", broken=_json(seeds.end_json), parse=_end, errors=(ConfigError, Refused)),
+    Target(name="settings", broken=_json(seeds.settings), parse=_settings, errors=(Refused,)),
+    Target(
+        name="update", broken=_bytes(lambda: seeds.update().to_bytes()), parse=Update.from_bytes, errors=(ConfigError,)
+    ),
+    Target(
+        name="update header",
+        broken=lambda: mutated_json(_update_header()).map(_with_header),
+        parse=Update.from_bytes,
+        errors=(ConfigError,),
+    ),
+    Target(
+        name="adapter",
+        broken=_bytes(lambda: seeds.adapter().to_bytes()),
+        parse=Adapter.from_bytes,
+        errors=(AdapterError,),
+    ),
+    Target(name="packed arrays", broken=_bytes(_packed_seed), parse=_packed, errors=(ConfigError,)),
+    Target(name="numpy array", broken=_bytes(_array_seed), parse=_array, errors=(ConfigError,)),
+    Target(name="reply", broken=_json(_reply_seed), parse=_reply, errors=(ConfigError,)),
+    Target(name="receipt", broken=_json(_receipt_seed), parse=_receipt, errors=(ConfigError,)),
+    Target(name="records", broken=lambda: st.binary(max_size=32), parse=_records, errors=()),
+    Target(name="gate", broken=_bytes(_gate_seed), parse=_gate, errors=()),
+    Target(name="join request", broken=_json(_join_seed), parse=_join, errors=(ConfigError,)),
+)
+
+
+def _update_header() -> Any:
+    return json.loads(seeds.update()._header())
+
+
+def _with_header(header: bytes) -> bytes:
+    """An update with another header."""
+    body = b"".join(value.tobytes() for value in seeds.adapter().tensors.values())
+    return b"fedtune-update-2\n" + struct.pack("<Q", len(header)) + header + body

@@ -1,0 +1,176 @@
+"""Faults of what a site answers: to whom, and what leaves with it."""
+
+from .mutant import Mutant
+
+MECHANISM, SITE, PROTOCOL = (
+    "fedtune/privacy/mechanism.py", "fedtune/federation/site.py", "fedtune/federation/protocol.py"
+)  # fmt: skip
+OF_MECHANISM = ("tests/privacy/test_mechanism.py",)
+OF_SITE = ("tests/federation/test_site.py",)
+HOSTILE = ("tests/federation/test_hostile_lead.py",)
+NO_ORACLE = ("tests/sites/test_no_oracle.py",)
+
+AT_SITE = (
+    Mutant(
+        name="exact-scores",
+        fault="Score and count of held-out records leave exactly, and are charged as if they were noised.",
+        file=MECHANISM,
+        old='score, count = noisy["sums"] / declared_size',
+        new='score, count = sums["sums"] / declared_size',
+        tests=OF_MECHANISM,
+    ),
+    Mutant(
+        name="scores-of-sensitivity-one",
+        fault="A unit's score and its count are two numbers of up to 1, and the noise is made for one of them.",
+        file=MECHANISM,
+        old="max_grad_norm=np.sqrt(2.0)",
+        new="max_grad_norm=1.0",
+        tests=OF_MECHANISM,
+    ),
+    Mutant(
+        name="scores-not-clamped",
+        fault="A unit's score is taken as it comes, so that one unit moves the sum by any amount.",
+        file=MECHANISM,
+        old="usable = np.clip(np.where(np.isfinite(scores), scores, 0.0), 0.0, 1.0)",
+        new="usable = np.where(np.isfinite(scores), scores, 0.0)",
+        tests=OF_MECHANISM,
+    ),
+    Mutant(
+        name="exact-count-as-weight",
+        fault="The true number of training records travels with the update, as Flower's `num-examples` does.",
+        file="fedtune/sites/work.py",
+        old="Trained(adapter=trained, scores=scores,",
+        new="Trained(adapter=trained, scores=scores or (0.0, float(len(self.records.training))),",
+        tests=("tests/end_to_end/test_noised_metrics.py::test_by_default_no_score_leaves_a_site",),
+    ),
+    Mutant(
+        name="exception-text-in-a-reply",
+        fault="A failure's own words leave with the refusal, as Flower sends an exception's type and text.",
+        file=SITE,
+        old="""    except Exception:
+        log.exception("%s failed in round %d", site.name, request.round if request else 0)
+        body = _refusal(site, request, Refused(Reason.SITE_ERROR))""",
+        new="""    except Exception as error:
+        log.exception("%s failed in round %d", site.name, request.round if request else 0)
+        body = _refusal(site, request, Refused(Reason.SITE_ERROR, asked=error))""",
+        tests=OF_SITE,
+    ),
+    Mutant(
+        name="exceptions-left-to-flower",
+        fault="What fails before the site is opened is raised into Flower, which sends its text to the server.",
+        file="fedtune/flower/client.py",
+        old="""        except Exception:
+            log.exception("%s could not answer", name_of(context))
+""",
+        new="""        except RuntimeError:
+            log.exception("%s could not answer", name_of(context))
+""",
+        tests=("tests/flower/test_client.py",),
+    ),
+    Mutant(
+        name="lead-not-checked",
+        fault="Whoever signs is answered before it is asked whether the site allows this lead.",
+        file=SITE,
+        old="    if request.proposal.lead not in site.ledger.policy.allow.leads:\n"
+        "        raise Refused(Reason.LEADS, asked=request.proposal.lead)\n    if request.site",
+        new="    if request.site",
+        tests=HOSTILE,
+    ),
+    Mutant(
+        name="signature-not-checked",
+        fault="A request counts as that of the lead whom it names, whoever sent it.",
+        file=PROTOCOL,
+        old="if not is_signed(proposal.lead, ROUND, signed.text.encode(), signed.signature):",
+        new="if not signed.signature:",
+        tests=HOSTILE,
+    ),
+    Mutant(
+        name="expiry-ignored",
+        fault="A request that ran out is trained for, whenever somebody plays it again.",
+        file=SITE,
+        old="    if time.time() > request.expires:\n        raise Refused(Reason.REQUEST_EXPIRED)\n",
+        new="",
+        tests=HOSTILE,
+    ),
+    Mutant(
+        name="declared-size-not-checked",
+        fault="A run may take the site for larger or smaller than it says it is: rate, denominator and delta are off.",
+        file=SITE,
+        old="    if run.declared_size != declared:",
+        new="    if run.declared_size < 1:",
+        tests=HOSTILE,
+    ),
+    Mutant(
+        name="nan-in-the-adapter",
+        fault="An adapter's values are compared so that NaN passes the bound.",
+        file=SITE,
+        old="    if not all(bool((np.abs(value) <= most).all()) for value in adapter.tensors.values()):",
+        new="    if any(bool((np.abs(value) > most).any()) for value in adapter.tensors.values()):",
+        tests=OF_SITE,
+    ),
+    Mutant(
+        name="another-plan-than-the-first",
+        fault="A lead may change a run's plan after its first round, and the site trains by what it is sent.",
+        file="fedtune/privacy/ledger.py",
+        old="        if run.proposal != proposal:",
+        new="        if run.proposal.lead != proposal.lead:",
+        tests=("tests/privacy/test_ledger.py::test_a_changed_proposal_is_refused",),
+    ),
+    Mutant(
+        name="a-second-adapter-for-a-round",
+        fault="A round that was trained can be asked for again with another adapter, within the plan.",
+        file="fedtune/privacy/ledger.py",
+        old="        if run.reserved.get(round, request) != request:",
+        new='        if run.reserved.get(round, request) == "":',
+        tests=HOSTILE,
+    ),
+    Mutant(
+        name="receipt-unsigned",
+        fault="A receipt passes with any signature, so a server can tell the lead what it likes of a site.",
+        file="fedtune/privacy/release.py",
+        old="return is_signed(self.site_key, RECEIPT, self.message(), self.signature)",
+        new="return bool(self.site_key and self.signature)",
+        tests=("tests/privacy/test_release.py",),
+    ),
+    Mutant(
+        name="receipt-shows-the-head",
+        fault="A receipt carries the ledger's plain hash, on which a guess of what the ledger holds can be tested.",
+        file="fedtune/privacy/ledger.py",
+        old='"head": self._store.salted_head(),',
+        new='"head": self.history.hash,',
+        tests=("tests/privacy/test_ledger.py::test_a_receipt_does_not_show_the_head_that_it_proves",),
+    ),
+    Mutant(
+        name="fingerprint-without-a-key",
+        fault="The records' fingerprint is a plain hash: whoever reads the ledger can test a candidate data set.",
+        file="fedtune/sites/work.py",
+        old='digest = hmac.new(key, digestmod="sha256")',
+        new="digest = hashlib.sha256()",
+        tests=("tests/sites/test_work.py::test_a_fingerprint_is_of_the_training_records_under_the_given_key",),
+    ),
+    Mutant(
+        name="records-read-before-the-charge",
+        fault="Records are opened when a request is checked: a refused one tells of them, by its time or its failure.",
+        file="fedtune/sites/real_site.py",
+        old="        Path(config.data.train_file).stat()  # a file",
+        new="        self._work(request.run, self._shared_model(config), files)  # a file",
+        tests=NO_ORACLE,
+    ),
+    Mutant(
+        name="a-record-that-fails",
+        fault="A setting that a lead chose makes a site fail for certain records, and the failure tells of them.",
+        file="fedtune/sites/real_site.py",
+        old="            lenient=True,",
+        new="            lenient=False,",
+        tests=("tests/sites/test_tokenless_record.py",),
+    ),
+    Mutant(
+        name="replies-at-once",
+        fault="Replies leave as soon as they are made although the policy holds them to a schedule; their time grows "
+        "with the true count.",
+        file=SITE,
+        old="        time.sleep(max(0.0, math.ceil(passed / every_s) * every_s - passed))",
+        new="        time.sleep(0.0)",
+        tests=OF_SITE,
+    ),
+)

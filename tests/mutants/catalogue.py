@@ -1,0 +1,19 @@
+"""Every mutant, in the order of the page; and those that are quick enough for every run of the suite."""
+
+from .at_site import AT_SITE
+from .in_accounting import ACCOUNTING
+from .in_clipping import CLIPPING
+from .in_ledger import LEDGER_FAULTS
+from .in_noise import NOISE
+from .in_sampling import SAMPLING
+from .in_users import USER_FAULTS
+from .mutant import Mutant
+
+MUTANTS: dict[str, Mutant] = {
+    mutant.name: mutant
+    for mutant in (*NOISE, *CLIPPING, *SAMPLING, *ACCOUNTING, *LEDGER_FAULTS, *AT_SITE, *USER_FAULTS)
+}
+QUICK = (
+    "no-noise", "half-the-noise", "shuffled-instead-of-poisson", "exact-scores", "scores-of-sensitivity-one"
+)  # fmt: skip
+"""Found by tests of a second or two that need no torch."""

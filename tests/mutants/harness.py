@@ -1,0 +1,184 @@
+"""Applies a fault to a copy of the tree, runs the tests that are to find it there, and says which one did.
+
+A kill is a test that ran and failed on what it expects.  A fault that breaks the import, a fixture or the interpreter
+is none, nor is a timeout; and the same tests must pass on an unchanged copy.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from . import witness
+from .mutant import ROOT, Mutant
+
+TIME_LIMIT_S = 300.0
+_LEFT_OUT = (".*", "__pycache__", "*.egg-info", "runs", "dist", "outputs", "multirun")
+_OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "tests.mutants.witness")
+# A test that ends in one of these says that the mutated code is broken, not that it is caught.
+_CRASHES = {
+    "AttributeError", "ImportError", "IndentationError", "ModuleNotFoundError", "NameError", "SyntaxError", "TypeError",
+    "UnboundLocalError",
+}  # fmt: skip
+
+
+class NoResult(Exception):
+    """The harness could not tell: tests that fail without a fault, a fault that breaks the code, a timeout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a run of some tests came to.
+
+    Attributes:
+        code: pytest's exit status; None: out of time.
+        file: of the module that was mutated, as the tests imported it.
+        passed: tests that passed.
+        test: node id of the first failure, else empty.
+        when: "setup", "call" or "teardown".
+        exception: its type.
+    """
+
+    code: int | None
+    file: str = ""
+    passed: int = 0
+    test: str = ""
+    when: str = ""
+    exception: str = ""
+    seconds: float = 0.0
+    output: str = ""
+
+
+def killer(mutant: Mutant, seen: Seen, *, tree: Path) -> str | None:
+    """The test that found the fault; None for a survivor.
+
+    Raises:
+        NoResult: the run shows neither.
+    """
+    if seen.code is None:
+        raise NoResult(f"{mutant.name}: no result within {TIME_LIMIT_S:g} s")
+    if Path(seen.file) != (tree / mutant.file).resolve():
+        raise NoResult(f"{mutant.name}: the tests imported {seen.file or 'nothing'}\n{seen.output}")
+    if seen.code == 0 and seen.passed:
+        return None
+    if seen.code != 1 or not seen.test or seen.when != "call" or seen.exception in _CRASHES:
+        how = f"{seen.exception} in the {seen.when} of {seen.test}" if seen.test else f"exit status {seen.code}"
+        raise NoResult(f"{mutant.name}: broken instead of caught: {how}\n{seen.output}")
+    return seen.test
+
+
+def hunt(mutant: Mutant) -> tuple[str | None, float]:
+    """The test that kills `mutant`, or None, and the seconds that took.
+
+    Raises:
+        Rotten: its text is no longer there.
+        NoResult: neither killed nor survived; or the tests up to the killing one fail without the fault, too.
+    """
+    with _copy() as tree:
+        target = tree / mutant.file
+        target.write_text(mutant.mutated(tree), encoding="utf-8")
+        seen = _run(mutant.tests, tree, module=mutant.module)
+        found = killer(mutant, seen, tree=tree)
+    for tests in mutant.tests:
+        _require_green(tests)
+        if found is not None and found.startswith(tests):
+            break
+    return found, seen.seconds
+
+
+@cache
+def _require_green(tests: str) -> None:
+    """Raise NoResult unless `tests` pass on an unchanged copy."""
+    with _copy() as tree:
+        seen = _run((tests,), tree, module="fedtune")
+    if seen.code != 0 or not seen.passed:
+        raise NoResult(f"{tests} must pass without a fault, and does not: {seen.test}\n{seen.output}")
+
+
+@contextmanager
+def _copy() -> Iterator[Path]:
+    """The tree, without what git ignores, in a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree = Path(folder).resolve() / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+        yield tree
+
+
+def _run(tests: Sequence[str], tree: Path, *, module: str) -> Seen:
+    """Run `tests` in `tree`, in a process that imports fedtune from there."""
+    report, output = tree.parent / "seen.json", tree.parent / "output.txt"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {
+        "PYTHONPATH": str(tree),  # before the installed package, in every process that a test starts
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        witness.REPORT: str(report),
+        witness.MODULE: module,
+    }
+    request = {
+        "tree": str(tree),
+        # A library that the fork server has imported may be a plugin whose own assertions pytest would like to rewrite.
+        "arguments": [*_OPTIONS, "-W", "ignore::pytest.PytestAssertRewriteWarning", *tests],
+        "environment": environment,
+        "output": str(output),
+        "limit_s": TIME_LIMIT_S,
+    }
+    began = time.monotonic()
+    code = _asked(request)
+    seconds, last = time.monotonic() - began, output.read_text(errors="replace")[-3000:]
+    if not report.exists():
+        return Seen(code=code, seconds=seconds, output=last)
+    fields = json.loads(report.read_text())
+    return Seen(
+        code=code,
+        file=fields["file"],
+        passed=fields["passed"],
+        **(fields["failed"] or {}),
+        seconds=seconds,
+        output=last,
+    )
+
+
+def _asked(request: dict[str, object]) -> int | None:
+    """The fork server's answer."""
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    line = server.stdout.readline()
+    if not line:
+        raise NoResult("the fork server ended")
+    code = json.loads(line)["code"]
+    assert code is None or isinstance(code, int)
+    return code
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    """One for this process; it ends when its standard input does."""
+    path = Path(__file__).with_name("fork_server.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    server = subprocess.Popen(
+        [sys.executable, str(path)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(_end, server)
+    return server
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.close()
+    server.wait()
+    server.stdout.close()

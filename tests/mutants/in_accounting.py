@@ -1,0 +1,148 @@
+"""Faults of what is counted, and of what epsilon is made of it."""
+
+from .mutant import Mutant
+
+ACCOUNTANT, FILTER, PLAN = (
+    "fedtune/privacy/accountant.py", "fedtune/privacy/filter.py", "fedtune/privacy/plan.py"
+)  # fmt: skip
+HISTORY, POLICY = "fedtune/privacy/history.py", "fedtune/privacy/policy.py"
+OF_FILTER = ("tests/privacy/test_filter.py",)
+OF_ACCOUNTANT = "tests/privacy/test_accountant.py"
+CHARGED = "            self._charges.append((event.sequence, moment, part, count))"
+
+ACCOUNTING = (
+    Mutant(
+        name="accountant-reset-each-round",
+        fault="Only the newest round counts, as where a new accountant is made each round (Flower's Opacus example: "
+        "1.43 reported, 5.62 true after 20 rounds).",
+        file=HISTORY,
+        old=CHARGED,
+        new="            self._charges = [(event.sequence, moment, part, count)]",
+        tests=("tests/privacy/test_spending.py",),
+    ),
+    Mutant(
+        name="steps-under-counted",
+        fault="A round is accounted as one step, however many noisy steps it takes.",
+        file=PLAN,
+        old="            steps=self.local_steps * rounds,",
+        new="            steps=rounds,",
+        tests=("tests/privacy/test_plan.py",),
+    ),
+    Mutant(
+        name="spare-rounds-not-paid-for",
+        fault="Noise is calibrated for the planned rounds, and retries come on top.",
+        file=PLAN,
+        old="steps = local_steps * (num_rounds + spare_rounds)",
+        new="steps = local_steps * num_rounds",
+        tests=("tests/privacy/test_plan.py",),
+    ),
+    Mutant(
+        name="scores-not-charged",
+        fault="Noised scores are released each round and are no part of what is accounted.",
+        file=PLAN,
+        old="        scores = _scores(self.metrics_noise_multiplier, rounds)\n",
+        new="        scores = _scores(0.0, rounds)\n",
+        tests=("tests/privacy/test_plan.py",),
+    ),
+    Mutant(
+        name="optimistic-pld",
+        fault="Privacy losses are rounded down to the grid instead of up: an estimate in the place of a bound.",
+        file=ACCOUNTANT,
+        old="""    for event, count in events.grouped(spent).items():
+        accountant.compose(event, count)
+    return float(accountant.get_epsilon(delta))
+
+
+def epsilon_above(""",
+        new="""    from functools import partial
+    from unittest import mock
+
+    from dp_accounting.pld import privacy_loss_distribution as losses
+
+    optimistic = partial(losses.from_gaussian_mechanism, pessimistic_estimate=False)
+    with mock.patch.object(losses, "from_gaussian_mechanism", optimistic):
+        for event, count in events.grouped(spent).items():
+            accountant.compose(event, count)
+    return float(accountant.get_epsilon(delta))
+
+
+def epsilon_above(""",
+        tests=(f"{OF_ACCOUNTANT}::test_pld_gives_the_golden_epsilon",),
+    ),
+    Mutant(
+        name="noise-rounded-to-the-nearest",
+        fault="Calibrated noise is rounded to two digits, down as well as up, and the target is overshot.",
+        file=ACCOUNTANT,
+        old="return math.ceil(high * 1e4) / 1e4",
+        new="return round(high, 2)",
+        tests=(f"{OF_ACCOUNTANT}::test_calibrated_noise_keeps_within_the_target_and_wastes_little",),
+    ),
+    Mutant(
+        name="surcharge-forgotten",
+        fault="A Renyi divergence is shown as if it were an epsilon, without what the conversion adds.",
+        file=FILTER,
+        old="max(0.0, divergence_sum + surcharge(order, delta))",
+        new="max(0.0, divergence_sum)",
+        tests=OF_FILTER,
+    ),
+    Mutant(
+        name="order-from-the-wrong-side",
+        fault="The filter's order is the one at which the reference plan takes the largest share of the cap (at order "
+        "66 a budget of 9 is spent as one of 66).",
+        file=FILTER,
+        old="return min(usable, key=",
+        new="return max(usable, key=",
+        tests=OF_FILTER,
+    ),
+    Mutant(
+        name="order-chosen-in-hindsight",
+        fault="The filter's order changes with the policy after outputs were seen; the filter is a proof only for an "
+        "order that was fixed before.",
+        file=HISTORY,
+        old="                self.policies.append((event.time, self.policy.budget.max_epsilon))",
+        new="                self.policies.append((event.time, self.policy.budget.max_epsilon))\n"
+        "                self.order = self.policy.budget.order()",
+        tests=("tests/privacy/test_ledger.py::test_another_reference_does_not_move_the_filters_order",),
+    ),
+    Mutant(
+        name="rounding-as-a-refund",
+        fault="A divergence that rounding puts below zero is kept, and repeating a cheap event earns budget.",
+        file=FILTER,
+        old="return 0.0 if found < 0 else found",
+        new="return found",
+        tests=OF_FILTER,
+    ),
+    Mutant(
+        name="delta-of-the-smallest-data-set",
+        fault="Delta is checked against the smallest declared size: for a larger data set it may be larger than one "
+        "over its size, and a whole record may be published.",
+        file=POLICY,
+        old="largest = max(dataset.declared_size",
+        new="largest = min(dataset.declared_size",
+        tests=("tests/privacy/test_policy.py",),
+    ),
+    Mutant(
+        name="a-run-s-cap-without-spare-rounds",
+        fault="The cap on a run is checked against its planned rounds, and not against those it may be charged for.",
+        file=POLICY,
+        old="accountant.epsilon_above([plan.whole],",
+        new="accountant.epsilon_above([plan.event(rounds=plan.num_rounds)],",
+        tests=("tests/privacy/test_policy.py",),
+    ),
+    Mutant(
+        name="scores-with-too-little-noise",
+        fault="The site's least noise is asked of the largest of a plan's noises only.",
+        file=POLICY,
+        old="    if min(plan.noises) < limits.min_noise_multiplier:",
+        new="    if max(plan.noises) < limits.min_noise_multiplier:",
+        tests=("tests/privacy/test_policy.py",),
+    ),
+    Mutant(
+        name="a-silent-site-spends-nothing",
+        fault="The lead counts no round of a site that did not answer, although it may have trained.",
+        file="fedtune/federation/lead.py",
+        old="rounds = max(charged, min(charged + silent, plan.most_rounds))",
+        new="rounds = charged",
+        tests=("tests/federation/test_lead.py",),
+    ),
+)

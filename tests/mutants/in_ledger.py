@@ -1,0 +1,176 @@
+"""Faults of the ledger: what it charges, when, and what it lets through."""
+
+from .mutant import Mutant
+
+LEDGER, HISTORY, RUN = "fedtune/privacy/ledger.py", "fedtune/privacy/history.py", "fedtune/privacy/run.py"
+FILE, STORE, SPENDING = (
+    "fedtune/privacy/ledger_file.py", "fedtune/privacy/event_store.py", "fedtune/privacy/spending.py"
+)  # fmt: skip
+OF_LEDGER = "tests/privacy/test_ledger.py"
+OF_SITE = ("tests/federation/test_site.py",)
+
+LEDGER_FAULTS = (
+    Mutant(
+        name="charged-after-training",
+        fault="A round is charged when it has been trained: a crash or a lost reply costs nothing on paper.",
+        file="fedtune/federation/site.py",
+        old="""    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
+    if isinstance(granted, bytes):
+        return granted
+    trained = run.train(request, adapter, granted.attempt)
+""",
+        new="""    trained = run.train(request, adapter, 1)
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
+    if isinstance(granted, bytes):
+        return granted
+""",
+        tests=OF_SITE,
+    ),
+    Mutant(
+        name="sent-before-it-is-stored",
+        fault="A reply leaves before it is stored, so that after a crash the same request trains, and releases, again.",
+        file="fedtune/federation/site.py",
+        old="    site.ledger.commit(granted, reply, fingerprint=trained.fingerprint)\n",
+        new="",
+        tests=OF_SITE,
+    ),
+    Mutant(
+        name="reservation-not-counted",
+        fault="Only rounds with a stored reply count; one that was reserved and trained, and then lost, is free.",
+        file=RUN,
+        old="return self.attempts.total()",
+        new="return len(self.replies)",
+        tests=OF_SITE,
+    ),
+    Mutant(
+        name="retry-free",
+        fault="A round's second attempt, with fresh noise on the same records, is not charged.",
+        file=HISTORY,
+        old="for part, count in dp_events.grouped([charged]).items():",
+        new="for part, count in dp_events.grouped([charged]).items() if event.attempt == 1 else ():",
+        tests=(f"{OF_LEDGER}::test_all_charges_of_a_run_stay_within_its_plan",),
+    ),
+    Mutant(
+        name="retry-beside-the-plan",
+        fault="A retry is charged, but does not use up one of the rounds that the plan may take.",
+        file=RUN,
+        old="return self.attempts.total()",
+        new="return len(self.attempts)",
+        tests=(f"{OF_LEDGER}::test_an_interrupted_round_is_charged_and_its_retry_uses_up_a_later_one",),
+    ),
+    Mutant(
+        name="check-and-reserve-in-two-transactions",
+        fault="Budget is checked in one transaction and charged in the next: what another process charges in between "
+        "goes unseen.",
+        file=LEDGER,
+        old="            attempt = run.attempts[round] + 1\n",
+        new="        with self._store.transaction():\n"
+        "            run = self.history.runs[proposal.run]\n"
+        "            attempt = run.attempts[round] + 1\n",
+        tests=("tests/privacy/test_one_transaction.py",),
+    ),
+    Mutant(
+        name="a-transaction-that-locks-late",
+        fault="A transaction takes its lock with its first write, so that two processes both read that there is room.",
+        file=FILE,
+        old='file.execute("BEGIN IMMEDIATE")',
+        new='file.execute("BEGIN")',
+        tests=("tests/privacy/test_ledger_file.py::test_a_transaction_shuts_others_out_before_it_reads",),
+    ),
+    Mutant(
+        name="not-durable",
+        fault="A charge is not forced to disk before training begins, and a power cut forgets it.",
+        file=FILE,
+        old='file.execute("PRAGMA synchronous = EXTRA")',
+        new='file.execute("PRAGMA synchronous = OFF")',
+        tests=("tests/privacy/test_ledger_file.py::test_a_rollback_journal_and_every_sync_there_is_are_really_set",),
+    ),
+    Mutant(
+        name="policy-not-checked-on-retry",
+        fault="A policy that became stricter is not asked for the later rounds and retries of a run under way.",
+        file=LEDGER,
+        old="        self.policy.check(run.proposal)\n",
+        new="",
+        tests=(f"{OF_LEDGER}::test_a_stricter_policy_stops_a_running_run",),
+    ),
+    Mutant(
+        name="one-round-too-many",
+        fault="A plan of n rounds grants n + 1.",
+        file=LEDGER,
+        old="if run.charged_rounds >= run.plan.most_rounds:",
+        new="if run.charged_rounds > run.plan.most_rounds:",
+        tests=OF_SITE,
+    ),
+    Mutant(
+        name="open-runs-not-held",
+        fault="A new run is measured against what was charged, without what open runs may still spend.",
+        file=SPENDING,
+        old="asked=events.grouped([plan.whole]), held=history.set_aside(now), now=now)",
+        new="asked=events.grouped([plan.whole]), held=Counter(), now=now)",
+        tests=(f"{OF_LEDGER}::test_a_whole_plan_is_set_aside_when_its_first_round_is_accepted",),
+    ),
+    Mutant(
+        name="first-round-alone-held",
+        fault="A new run is let in if its first round fits the budget.",
+        file=SPENDING,
+        old="asked=events.grouped([plan.whole]), held=history.set_aside(now), now=now)",
+        new="asked=events.grouped([plan.event()]), held=history.set_aside(now), now=now)",
+        tests=(f"{OF_LEDGER}::test_nothing_but_the_population_has_a_budget",),
+    ),
+    Mutant(
+        name="a-clock-set-back",
+        fault="The machine's clock is believed: set back, it opens a period whose budget was spent.",
+        file=HISTORY,
+        old="return now if self.last_time is None else max(now, self.last_time)",
+        new="return now",
+        tests=(f"{OF_LEDGER}::test_a_clock_set_back_opens_no_new_period",),
+    ),
+    Mutant(
+        name="a-seed-forgotten",
+        fault="A later run without a seed clears the mark of an earlier one whose noise anybody can subtract.",
+        file=HISTORY,
+        old="                self.seeded |= proposal.seeded_noise",
+        new="                self.seeded = proposal.seeded_noise",
+        tests=(f"{OF_LEDGER}::test_a_seeded_run_marks_the_ledger_for_ever",),
+    ),
+    Mutant(
+        name="frozen-but-sending",
+        fault="A population that was frozen while a round was trained still sends its update.",
+        file=LEDGER,
+        old="            if self.history.frozen:\n                raise Refused(Reason.FROZEN)\n            run =",
+        new="            run =",
+        tests=(f"{OF_LEDGER}::test_a_frozen_population_takes_part_in_nothing",),
+    ),
+    Mutant(
+        name="chain-not-verified",
+        fault="Hashes of events are read and not computed again: whoever can write the file can rewrite the past.",
+        file="fedtune/privacy/chain.py",
+        old="        if event.hash != expected:",
+        new="        if not event.hash:",
+        tests=("tests/privacy/test_chain.py",),
+    ),
+    Mutant(
+        name="last-signature-alone",
+        fault="Only the newest event's signature is verified, so that others may carry anybody's.",
+        file="fedtune/privacy/verify.py",
+        old="    for event in events:\n        chain.check_signature(event, own_key)",
+        new="    for event in events[-1:]:\n        chain.check_signature(event, own_key)",
+        tests=("tests/privacy/test_verify.py",),
+    ),
+    Mutant(
+        name="anchor-by-length",
+        fault="A ledger that is as long as its anchor passes, although it is another branch.",
+        file=STORE,
+        old="        if not self.history.holds(anchor):",
+        new="        if self.history.length < anchor.sequence:",
+        tests=("tests/privacy/test_rollback.py",),
+    ),
+    Mutant(
+        name="put-back-and-trained-on",
+        fault="A ledger that lacks a receipt which the site itself gave goes on training.",
+        file=LEDGER,
+        old="        if not known:\n            raise Refused(Reason.LEDGER_BEHIND_RECEIPT,",
+        new="        if known and self.history.in_doubt:\n            raise Refused(Reason.LEDGER_BEHIND_RECEIPT,",
+        tests=("tests/federation/test_hostile_lead.py",),
+    ),
+)

@@ -1,0 +1,75 @@
+"""Faults of privacy for users: everything of one person counts once, or it is not the guarantee that is stated."""
+
+from .mutant import Mutant
+
+USERS = "fedtune/training/users.py"
+PARTITION = "fedtune/data/partition.py"
+OF_USERS = ("tests/training/test_users.py",)
+DEALT = ("tests/data/test_users.py",)
+
+USER_FAULTS = (
+    Mutant(
+        name="clipped-by-record-not-by-user",
+        fault="With users as units each record is clipped, and a user adds as many clip norms as it has records.",
+        file=USERS,
+        old="""                if name not in means:
+                    means[name] = gradient.new_zeros((len(batch), *gradient.shape[1:]), dtype=torch.float64)
+                each = shares.reshape(-1, *[1] * (gradient.dim() - 1))
+                means[name].index_add_(0, users, gradient.double() * each)
+""",
+        new="""                rows = gradient.double()
+                means[name] = torch.cat([means[name], rows]) if name in means else rows
+""",
+        tests=OF_USERS,
+    ),
+    Mutant(
+        name="cap-on-records-ignored",
+        fault="All records of a sampled user take part, whatever the most that the plan and the site's policy allow.",
+        file="fedtune/privacy/mechanism.py",
+        old="    if num_records <= most:\n",
+        new="    if num_records <= most or most > 0:\n",
+        tests=OF_USERS,
+    ),
+    Mutant(
+        name="every-record-its-own-user",
+        fault="Users are told apart by record: the run is accounted and reported for users, and protects records.",
+        file=PARTITION,
+        old='        places.setdefault(record.fields["user"], []).append(place)',
+        new="        places.setdefault(f\"{record.fields['user']} {place}\", []).append(place)",
+        tests=DEALT,
+    ),
+    Mutant(
+        name="user-on-both-sides",
+        fault="With users as units each record is held out, and dealt to a site, by its own hash, so that one user's "
+        "records lie on both sides and at several sites.",
+        file=PARTITION,
+        old='    whole = record if unit == "record" else Record({"user": record.fields["user"]})',
+        new="    whole = record",
+        tests=DEALT,
+    ),
+    Mutant(
+        name="user-at-two-sites",
+        fault="A column may give one user's records to two sites: each promises for its part, and the person loses the "
+        "sum.",
+        file=PARTITION,
+        old='        if unit == "user" and site_of.setdefault(record.fields["user"], site) != site:',
+        new='        if unit == "user" and site_of.setdefault(record.fields["user"], site) < 0:',
+        tests=DEALT,
+    ),
+    Mutant(
+        name="scores-by-record",
+        fault="With users as units the held-out scores are summed by record, and noised as if a user had one.",
+        file="fedtune/sites/work.py",
+        old='            exact if plan.unit == "record" else user_scores(exact, users_of(self.records.heldout)),',
+        new="            exact,",
+        tests=("tests/sites/test_user_scores.py",),
+    ),
+    Mutant(
+        name="another-unit-than-the-population-s",
+        fault="A run for records is accepted at a site whose population is protected by user.",
+        file="fedtune/privacy/policy.py",
+        old="        (Reason.UNIT, plan.unit, [policy.population.unit]),",
+        new="        (Reason.UNIT, plan.unit, [plan.unit]),",
+        tests=("tests/privacy/test_policy.py",),
+    ),
+)

@@ -1,0 +1,117 @@
+"""Every fault of the catalogue is found by the tests; a quick few in every run, all of them at night."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from .catalogue import MUTANTS, QUICK
+from .harness import NoResult, Seen, hunt, killer
+from .mutant import ROOT, Mutant, Rotten
+from .page import PAGE, rows, text
+
+
+def assert_killed(name: str) -> None:
+    test, _ = hunt(MUTANTS[name])
+    assert test is not None, f"{name} survived {', '.join(MUTANTS[name].tests)}: {MUTANTS[name].fault}"
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_quick_mutant_is_killed(name: str) -> None:
+    assert_killed(name)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_killed(name: str) -> None:
+    assert_killed(name)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_applies_and_is_python(name: str) -> None:
+    mutant = MUTANTS[name]
+    changed = mutant.mutated()
+    before = ast.dump(ast.parse((ROOT / mutant.file).read_text(encoding="utf-8")))
+    compile(changed, mutant.file, "exec")
+    assert ast.dump(ast.parse(changed)) != before, "the fault changes more than spelling"
+    assert all((ROOT / test.partition("::")[0]).is_file() for test in mutant.tests)
+
+
+def test_the_page_lists_exactly_the_catalogue_and_the_tests_it_names_exist() -> None:
+    there = rows()
+    assert PAGE.read_text(encoding="utf-8") == text(MUTANTS.values(), there)
+    assert list(there) == list(MUTANTS)
+    for name, row in there.items():
+        assert row.fault == MUTANTS[name].fault, name
+        assert row.test.startswith(MUTANTS[name].tests), name
+        file, _, test = row.test.partition("::")
+        assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text(encoding="utf-8"), name
+
+
+def test_there_are_as_many_as_were_promised() -> None:
+    assert len(MUTANTS) >= 28
+    assert len({mutant.fault for mutant in MUTANTS.values()}) == len(MUTANTS)
+
+
+# The harness itself: what is no kill must not pass for one.
+
+HARMLESS = Mutant(
+    name="harmless",
+    fault="None.",
+    file="fedtune/spec.py",
+    old="from __future__ import annotations\n",
+    new="from __future__ import annotations\n\nHARMLESS = True\n",
+    tests=("tests/test_spec_module.py",),
+)
+
+
+def test_a_change_that_breaks_nothing_survives() -> None:
+    assert hunt(HARMLESS)[0] is None
+
+
+def test_a_fault_that_breaks_the_import_is_not_killed() -> None:
+    with pytest.raises(NoResult, match=r"^harmless: "):
+        hunt(replace(HARMLESS, new="from __future__ import annotations\n\nimport no_such_module\n"))
+
+
+@pytest.mark.parametrize("old", ["no such text", "import "])
+def test_a_mutant_whose_text_is_gone_or_ambiguous_is_rotten(old: str) -> None:
+    with pytest.raises(Rotten, match="must occur once"):
+        replace(HARMLESS, old=old).mutated()
+
+
+SEEN = Seen(code=1, file="/tree/fedtune/spec.py", passed=3, test="t.py::t", when="call", exception="AssertionError")
+
+
+def test_a_failed_expectation_is_a_kill_and_a_pass_is_none() -> None:
+    assert killer(HARMLESS, SEEN, tree=Path("/tree")) == "t.py::t"
+    assert killer(HARMLESS, replace(SEEN, exception="Refused"), tree=Path("/tree")) == "t.py::t"
+    assert killer(HARMLESS, replace(SEEN, code=0, test=""), tree=Path("/tree")) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"code": None},  # out of time
+        {"code": 2, "test": ""},  # not collected
+        {"code": 5, "test": "", "passed": 0},  # nothing there to run
+        {"code": 0, "test": "", "passed": 0},  # all skipped
+        {"when": "setup"},
+        {"exception": "NameError"},
+        {"file": "/installed/fedtune/spec.py"},
+        {"file": ""},  # the plugin did not get to the end
+    ],
+)
+def test_anything_else_is_no_result(change: dict[str, object]) -> None:
+    with pytest.raises(NoResult):
+        killer(HARMLESS, replace(SEEN, **change), tree=Path("/tree"))  # type: ignore[arg-type]
+
+
+def test_tests_that_fail_without_a_fault_kill_nothing(tmp_path: Path) -> None:
+    broken = tmp_path / "test_red.py"
+    broken.write_text("def test_red() -> None:\n    assert False\n")
+    with pytest.raises(NoResult, match="must pass without a fault"):
+        hunt(replace(HARMLESS, tests=(str(broken),)))

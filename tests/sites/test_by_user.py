@@ -1,0 +1,84 @@
+"""A real site whose population is protected by user."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import fedtune.sites.work as site_work
+from fedtune.config import RunConfig
+from fedtune.model import Adapter
+from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.release import Reason
+from fedtune.sites.shared_settings import for_sites
+from fedtune.spec import ConfigError
+from fedtune.training.users import UserExamples
+
+from .conftest import LABELS, write_records
+
+BY_USER: dict[str, Any] = {
+    "data": {"columns": {"text": "text", "label": "label", "user": "who"}},
+    "privacy": {"unit": "user", "records_per_user": 5},
+}
+
+
+@pytest.fixture
+def site(station: Callable[..., Any]) -> Any:
+    """The site north, whose column "kind" also says whose a record is: three users with 13 records or more."""
+    return station(**BY_USER)
+
+
+def test_it_trains_on_its_users(site: Any, first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    train_round = site_work.train_round
+
+    def spy(model: Any, adapter: Any, examples: Any, work: Any, **rest: Any) -> Any:
+        seen.append(examples)
+        return train_round(model, adapter, examples, work, **rest)
+
+    monkeypatch.setattr(site_work, "train_round", spy)
+    assert Adapter(site.update().tensors).digest() != first_adapter.digest()
+    (examples,) = seen
+    assert isinstance(examples, UserExamples)
+    assert len(examples) == 3
+    assert site.ledger().history.opened.unit == "user"
+
+
+def test_it_refuses_runs_of_records_and_more_than_it_lets_a_user_contribute(
+    site: Any, letters: Callable[..., RunConfig]
+) -> None:
+    assert site.refusal(letters()) is Reason.UNIT
+    site.edit(limits={"max_records_per_user": 4})
+    assert site.refusal() is Reason.MAX_RECORDS_PER_USER
+    assert site.ledger().history.runs == {}
+
+
+def test_a_site_of_records_refuses_runs_by_user(station: Callable[..., Any], letters: Callable[..., RunConfig]) -> None:
+    assert station().refusal(letters(**BY_USER)) is Reason.UNIT
+
+
+def test_its_policy_says_whose_a_record_is(site: Any) -> None:
+    policy = read_policy(site.site_toml)
+    without = replace(policy.dataset[0], columns={"text": "body", "label": "kind"})
+    with pytest.raises(ConfigError, match=r"^dataset letters columns = .*must name the column for role 'user'"):
+        write_policy(replace(policy, dataset=(without,)), site.site_toml)
+
+
+def test_a_record_of_several_users_costs_nobody_an_answer(site: Any) -> None:
+    # Left out by itself: what a lead asks for must not make the answer depend on whether some record fits it.
+    write_records(site.data, [("letter", LABELS[0]), ("ours", f"{LABELS[0]},{LABELS[1]}")])
+    site.update()
+    write_records(site.data, [("ours", f"{LABELS[0]},{LABELS[1]}")])
+    site.restart()
+    site.update(round=2)
+
+
+def test_where_a_lead_has_its_users_column_does_not_travel(letters: Callable[..., RunConfig]) -> None:
+    columns = {"text": "text", "label": "label", "user": "canary"}
+    sent = for_sites(letters(data={"columns": columns}, privacy={"unit": "user"}))
+    assert "canary" not in json.dumps(sent.to_json())
+    assert sent.data.columns["user"] == "user", "that there is one does"

@@ -1,0 +1,270 @@
+"""Who joins a step, through the real step: at the rate, each unit by itself, each step by itself.
+
+Every count below is binomial under Poisson sampling, so each decision is exact.  The draws come from the operating
+system: these tests fail for nothing once in a million sessions each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from scipy import stats
+
+from fedtune.privacy.mechanism import poisson_sample
+from fedtune.privacy.randomness import RandomStream, SystemRandomness
+from fedtune.training import dp_step
+from fedtune.training.dp_step import Records, dp_sgd_step
+
+from .decisions import FALSE_ALARM, POWER, Rate
+
+UNITS, STEPS, RATE = 50, 8000, 0.3
+LAGS = (1, 2, 3, 4, 5)
+Joined = npt.NDArray[np.bool_]
+Sampler = Callable[[int, float, RandomStream], npt.NDArray[np.int64]]
+
+
+class Silent:
+    """Gradients of zero for whoever joins."""
+
+    def of(self, batch: Any) -> dict[str, torch.Tensor]:
+        return {"a": torch.zeros(len(batch), 1)}
+
+
+class Batch:
+    def __init__(self, indices: npt.NDArray[np.int64]) -> None:
+        self.input_ids = indices
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def joined(plan: Any, *, steps: int = STEPS) -> Joined:
+    """(steps, units): who took part in each real step."""
+    seen = np.zeros((steps, UNITS), dtype=np.bool_)
+    step = 0
+
+    def cut(indices: npt.NDArray[np.int64]) -> Iterable[Batch]:
+        seen[step, indices] = True
+        return [Batch(indices)] if len(indices) else []
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    sampling, noise = SystemRandomness().stream(), SystemRandomness().stream()
+    for step in range(steps):  # noqa: B007, `cut` reads it
+        dp_sgd_step(
+            Silent(),  # type: ignore[arg-type]
+            Records(count=UNITS, declared_size=UNITS, cut=cut),  # type: ignore[arg-type]
+            plan(sampling_rate=RATE),
+            parameters={"a": parameter},
+            optimizer=optimizer,
+            sampling=sampling,
+            noise=noise,
+        )
+    return seen
+
+
+ALARM = FALSE_ALARM / 5
+"""Of each of the five questions below."""
+
+
+def at_the_rate(seen: Joined) -> bool:
+    """All units and steps together."""
+    return Rate(seen.size, RATE, ALARM).accepts(int(seen.sum()))
+
+
+def every_unit_at_the_rate(seen: Joined) -> bool:
+    test = Rate(len(seen), RATE, ALARM / seen.shape[1])
+    return all(test.accepts(int(count)) for count in seen.sum(axis=0))
+
+
+def size_varies(seen: Joined) -> bool:
+    """As a binomial: how often a batch's size is more than 1.3 standard deviations off."""
+    return Rate(len(seen), outside(), ALARM).accepts(int(np.sum(is_outside(seen.sum(axis=1)))))
+
+
+def is_outside(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    return np.abs(sizes - UNITS * RATE) > 1.3 * np.sqrt(UNITS * RATE * (1 - RATE))
+
+
+def outside() -> float:
+    sizes = np.arange(UNITS + 1)
+    return float(stats.binom.pmf(sizes, UNITS, RATE)[is_outside(sizes)].sum())
+
+
+def units_apart(seen: Joined) -> bool:
+    """Whether neighbours join together at the square of the rate; each unit is in one pair."""
+    together = seen[:, 0::2] & seen[:, 1::2]
+    return Rate(together.size, RATE**2, ALARM).accepts(int(together.sum()))
+
+
+def steps_apart(seen: Joined) -> bool:
+    """Whether a unit's joining says anything about its joining some steps later; each step is in one pair."""
+    for lag in LAGS:
+        rows = np.arange(len(seen) // (2 * lag) * (2 * lag)).reshape(-1, 2, lag)
+        together = seen[rows[:, 0].ravel()] & seen[rows[:, 1].ravel()]
+        if not Rate(together.size, RATE**2, ALARM / len(LAGS)).accepts(int(together.sum())):
+            return False
+    return True
+
+
+QUESTIONS = (at_the_rate, every_unit_at_the_rate, size_varies, units_apart, steps_apart)
+
+
+def failed(seen: Joined) -> set[str]:
+    return {question.__name__ for question in QUESTIONS if not question(seen)}
+
+
+@pytest.fixture(scope="module")
+def real(plan: Any) -> Joined:
+    return joined(plan)
+
+
+def test_who_joins_is_a_poisson_sample(real: Joined) -> None:
+    assert failed(real) == set()
+
+
+def test_two_sites_draw_independently(real: Joined, plan: Any) -> None:
+    other = joined(plan, steps=2000)
+    together = real[:2000] & other
+    test = Rate(together.size, RATE**2, FALSE_ALARM)
+    assert test.power(RATE**2 + 0.1 * RATE * (1 - RATE)) >= POWER, "a correlation of a tenth"
+    assert test.accepts(int(together.sum()))
+    same = real[:2000] & np.where(np.arange(UNITS) % 10, other, real[:2000])  # a tenth of the units as at the first
+    assert not test.accepts(int(same.sum()))
+
+
+def test_what_is_ten_percent_off_would_be_found() -> None:
+    """The power of each question, from its own distribution."""
+    trials = STEPS * UNITS
+    tenth = RATE**2 + 0.1 * RATE * (1 - RATE)
+    assert min(Rate(trials, RATE, ALARM).power(factor * RATE) for factor in (0.9, 1.1)) >= POWER
+    assert Rate(trials // 2, RATE**2, ALARM).power(tenth) >= POWER
+    pairs = min(UNITS * lag * (STEPS // (2 * lag)) for lag in LAGS)
+    assert Rate(pairs, RATE**2, ALARM / len(LAGS)).power(tenth) >= POWER
+    # One unit alone: 17 % off at this many steps, 10 % off in the test of the sampler by itself below.
+    assert Rate(STEPS, RATE, ALARM / UNITS).power(1.17 * RATE) >= POWER
+    assert Rate(STEPS, outside(), ALARM).power(outside_with_shuffled(10)) >= POWER
+
+
+def outside_with_shuffled(units: int) -> float:
+    """How often the size is off where so many units come in a fixed number and the others by Poisson sampling."""
+    sizes = np.arange(UNITS + 1)
+    fixed = round(units * RATE)
+    return float(stats.binom.pmf(sizes - fixed, UNITS - units, RATE)[is_outside(sizes)].sum())
+
+
+def shuffled() -> Sampler:
+    """Epochs in batches of one size, as of a shuffled loader."""
+    generator = np.random.default_rng(3)
+
+    def batches(count: int, rate: float) -> Iterator[npt.NDArray[np.int64]]:
+        while True:
+            order = generator.permutation(count)
+            size = round(count * rate)
+            yield from (order[first : first + size] for first in range(0, count - size + 1, size))
+
+    made: list[Iterator[npt.NDArray[np.int64]]] = []
+
+    def sample(count: int, rate: float, _: RandomStream) -> npt.NDArray[np.int64]:
+        made.append(made[0] if made else batches(count, rate))
+        return np.sort(next(made[0]))
+
+    return sample
+
+
+def fixed_size() -> Sampler:
+    """So many units, drawn anew in each step."""
+    generator = np.random.default_rng(4)
+    return lambda count, rate, _: np.sort(generator.choice(count, size=round(count * rate), replace=False))
+
+
+def a_fifth_of_fixed_size() -> Sampler:
+    """The first ten units in a fixed number, the others rightly: the size's deviation is 10.6 % too small."""
+    generator = np.random.default_rng(5)
+
+    def sample(count: int, rate: float, stream: RandomStream) -> npt.NDArray[np.int64]:
+        chosen = poisson_sample(count, rate, stream)
+        some = generator.choice(10, size=round(10 * rate), replace=False)
+        return np.sort(np.concatenate([some, chosen[chosen >= 10]]))
+
+    return sample
+
+
+def scaled(factor: float) -> Sampler:
+    return lambda count, rate, stream: poisson_sample(count, factor * rate, stream)
+
+
+def copying(apart: int) -> Sampler:
+    """A tenth of the units do what the unit in front of them did: in this step, or some steps ago."""
+    generator = np.random.default_rng(6)
+    before: list[npt.NDArray[np.bool_]] = []
+
+    def sample(count: int, rate: float, stream: RandomStream) -> npt.NDArray[np.int64]:
+        own = stream.bernoulli(count, rate)
+        model = before[-apart] if apart and len(before) >= apart else own
+        shift = 0 if apart else 1
+        copies = (generator.random(count) < 0.1) & ((np.arange(count) % 2 == 1) | (apart > 0))
+        result = np.where(copies, np.roll(model, shift), own)
+        before.append(result)
+        return np.flatnonzero(result)
+
+    return sample
+
+
+WRONG: dict[str, tuple[Sampler, set[str]]] = {
+    "shuffled batches": (shuffled(), {"size_varies", "steps_apart"}),
+    "a fixed size": (fixed_size(), {"size_varies"}),
+    "a fifth of a fixed size": (a_fifth_of_fixed_size(), {"size_varies"}),
+    "a rate 10 % too low": (scaled(0.9), {"at_the_rate"}),
+    "a rate 10 % too high": (scaled(1.1), {"at_the_rate"}),
+    "neighbours a tenth alike": (copying(0), {"units_apart"}),
+    "steps a tenth alike": (copying(1), {"steps_apart"}),
+    "steps a tenth alike, three apart": (copying(3), {"steps_apart"}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_sampler_is_rejected(plan: Any, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    sampler, questions = WRONG[wrong]
+    monkeypatch.setattr(dp_step, "poisson_sample", sampler)
+    assert failed(joined(plan)) >= questions
+
+
+@pytest.fixture(scope="module")
+def long() -> Joined:
+    """The sampler by itself, long enough to judge each unit and each pair of units alone."""
+    stream = SystemRandomness().stream()
+    seen = np.zeros((30_000, 20), dtype=np.bool_)
+    for row in seen:
+        row[poisson_sample(20, RATE, stream)] = True
+    return seen
+
+
+def test_each_unit_joins_at_the_rate(long: Joined) -> None:
+    steps, units = long.shape
+    test = Rate(steps, RATE, FALSE_ALARM / units)
+    assert min(test.power(factor * RATE) for factor in (0.9, 1.1)) >= POWER
+    assert all(test.accepts(int(count)) for count in long.sum(axis=0))
+    one_off = long.copy()
+    one_off[:, 7] &= np.arange(steps) % 10 != 0
+    assert [test.accepts(int(count)) for count in one_off.sum(axis=0)].count(False) == 1
+
+
+def test_each_pair_of_units_joins_independently(long: Joined) -> None:
+    steps, units = long.shape
+    test = Rate(steps, RATE**2, FALSE_ALARM / (units * (units - 1) / 2))
+    assert test.power(RATE**2 + 0.1 * RATE * (1 - RATE)) >= POWER, "a correlation of a tenth"
+
+    def related(seen: Joined) -> list[tuple[int, int]]:
+        together = seen.astype(np.int64).T @ seen
+        return [(i, j) for i in range(units) for j in range(i) if not test.accepts(int(together[i, j]))]
+
+    assert related(long) == []
+    a_tenth = long.copy()
+    a_tenth[::10, 4] = long[::10, 9]
+    assert related(a_tenth) == [(9, 4)]

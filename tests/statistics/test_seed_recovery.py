@@ -1,0 +1,278 @@
+"""Somebody who sees one release searches for the seed of its noise: found where there is one, and there is none.
+
+While LoRA's B is zero the gradient of A is exactly zero, so what the first step moves in A is raw noise, and whoever
+guesses its generator can check the guess.  The signs alone suffice, whatever the scale and the optimizer: 64 of them
+agree by chance once in 2**64.  Who has found the seed subtracts the noise from every other tensor.
+
+The space that is searched: the seeds below 2**16 and each second of the last 2**16 (18 hours) for generators of torch
+and of numpy, and the seeds below 2**13 for fedtune's own streams of a marked study.  torch keeps 32 bits of a seed,
+so that a search of all of them takes 2**16 times as long as the first of these: hours, on many cores.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from fedtune.cli.compose import saved_config
+from fedtune.data.load import simulated_site_records
+from fedtune.federation.protocol import RoundRequest
+from fedtune.model import Adapter, load_task_model
+from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
+from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.work import SiteWork
+from fedtune.training.examples import SiteExamples
+from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.spec import TrainingSpec
+
+from .decisions import FALSE_ALARM, POWER, Unrelated
+
+SIGNS = 64
+Values = npt.NDArray[np.float64]
+Candidates = Iterable[tuple[str, npt.NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Release:
+    """What the server saw: who sent it, and how the first tensor moved."""
+
+    site: str
+    moved: Values
+
+    @property
+    def signs(self) -> bytes:
+        """Of the noise: a step goes against the gradient."""
+        return np.packbits(self.moved.ravel()[:SIGNS] < 0).tobytes()
+
+
+def first_move(before: Adapter, after: Adapter) -> Values:
+    name = next(iter(before.tensors))
+    assert "lora_A" in name
+    return after.tensors[name].astype(np.float64) - before.tensors[name]
+
+
+def small_seeds_and_seconds() -> Iterator[int]:
+    now = int(time.time())
+    yield from range(1 << 16)
+    yield from range(now, now - (1 << 16), -1)
+
+
+def candidates(release: Release) -> Candidates:
+    """Every guess, with the first values of the noise that it would mean."""
+    generator = torch.Generator()
+    for seed in small_seeds_and_seconds():
+        for dtype in (torch.float32, torch.float64):
+            yield f"torch {seed}", torch.randn(SIGNS, generator=generator.manual_seed(seed), dtype=dtype).numpy()
+    for seed in small_seeds_and_seconds():
+        yield f"numpy {seed}", np.random.Generator(np.random.PCG64(seed)).standard_normal(SIGNS)
+    for seed in range(1 << 13):
+        stream = SeededRandomness(seed).stream(release.site, 1, 1, "noise")
+        yield f"fedtune {seed}", stream.normal(release.moved.size)[:SIGNS]
+
+
+def recover(release: Release) -> str | None:
+    """The generator and seed that the noise came from; None if no guess fits."""
+    signs = release.signs
+    return next((guess for guess, values in candidates(release) if np.packbits(values > 0).tobytes() == signs), None)
+
+
+class TorchStream(RandomStream):
+    """A stream of the kind that Opacus uses by default."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(bytes(32))
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, count: int) -> Values:
+        return torch.randn(count, generator=self._generator, dtype=torch.float64).numpy()
+
+
+class NumpyStream(RandomStream):
+    def __init__(self, seed: int) -> None:
+        super().__init__(bytes(32))
+        self._generator = np.random.default_rng(seed)
+
+    def normal(self, count: int) -> Values:
+        return self._generator.standard_normal(count)
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """Noise from a seeded generator, in the place of the operating system's."""
+
+    kind: Callable[[int], RandomStream]
+    seed: int
+    seeded = False
+
+    def stream(self, *purpose: str | int) -> RandomStream:
+        return self.kind(self.seed) if "noise" in purpose else SystemRandomness().stream()
+
+
+@pytest.fixture(scope="module")
+def first_round(model_of: Any, dataset: Any, plan: Any) -> Callable[..., Release]:
+    """A first round on twelve records, as the server sees it."""
+    model = model_of(rank=4)
+    start = Adapter.of(model)
+
+    def make(source: Randomness, *, optimizer: str = "sgd") -> Release:
+        examples = SiteExamples(dataset(12), pad_id=0, max_tokens=40, device="cpu")
+        training = TrainingSpec(local_steps=1, optimizer=optimizer, learning_rate=0.1)  # type: ignore[arg-type]
+        work = RoundOfTraining(site="a", round=1, attempt=1, plan=plan(), training=training, declared_size=20)
+        return Release("a", first_move(start, train_round(model, start, examples, work, randomness=source)))
+
+    return make
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_seed_of_torch_is_found_from_one_release(first_round: Callable[..., Release], optimizer: str) -> None:
+    assert recover(first_round(Seeded(TorchStream, 51_234), optimizer=optimizer)) == "torch 51234"
+
+
+def test_a_seed_of_more_than_32_bits_is_no_better(first_round: Callable[..., Release]) -> None:
+    assert recover(first_round(Seeded(TorchStream, 2**40 + 77))) == "torch 77"
+
+
+def test_the_time_as_a_seed_is_found(first_round: Callable[..., Release]) -> None:
+    noon = int(time.time()) - 3600
+    assert recover(first_round(Seeded(TorchStream, noon))) == f"torch {noon}"
+
+
+def test_a_seed_of_numpy_is_found(first_round: Callable[..., Release]) -> None:
+    assert recover(first_round(Seeded(NumpyStream, 12_345))) == "numpy 12345"
+
+
+def test_the_seed_of_a_marked_study_is_found(first_round: Callable[..., Release]) -> None:
+    """Why such a run has no guarantee, and is marked."""
+    assert recover(first_round(SeededRandomness(8000))) == "fedtune 8000"
+
+
+def test_who_has_the_seed_has_the_other_tensors_too(model_of: Any, dataset: Any, plan: Any, sums_of: Any) -> None:
+    """The clipped sum of the head is in the release once the noise is taken off: nothing was protected."""
+    model, everyone = model_of(rank=4), dataset(12)
+    (exact,) = sums_of(model, everyone, plan(sampling_rate=1.0, noise_multiplier=0.0))
+    (noisy,) = sums_of(model, everyone, plan(sampling_rate=1.0), randomness=Seeded(TorchStream, 321))
+    stream = TorchStream(321)
+    scale = plan().noise_multiplier * plan().max_grad_norm
+    for name, released in noisy.items():
+        laid_bare = released - scale * stream.normal(released.size).reshape(released.shape)
+        np.testing.assert_allclose(laid_bare, exact[name], atol=1e-5)
+    assert np.abs(exact["head.weight"]).max() > 0.1
+
+
+def test_in_a_real_round_there_is_nothing_to_find(first_round: Callable[..., Release]) -> None:
+    assert recover(first_round(SystemRandomness())) is None
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """A run of one site and one step: what the site released, beside the adapter that the lead sent."""
+
+    start: Adapter
+    released: Adapter
+    site: str
+
+    @property
+    def noise(self) -> Values:
+        """How all of A moved."""
+        names = [name for name in self.start.tensors if "lora_A" in name]
+        moved = [self.released.tensors[name].astype(np.float64) - self.start.tensors[name] for name in names]
+        return np.concatenate([values.ravel() for values in moved])
+
+
+@pytest.fixture(scope="module")
+def run(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[], WholeRun]:
+    """The same run by the command line, each time anew."""
+
+    def make() -> WholeRun:
+        sites = ("federation.num_sites=1", "federation.min_sites=1", "federation.num_rounds=1", "lora.rank=32")
+        training = ("training.local_steps=1", "training.optimizer=sgd", "training.learning_rate=0.1")
+        folder = simulate(*sites, *training, into=tmp_path_factory.mktemp("runs"))
+        config = saved_config(folder)
+        released = Adapter.of(load_task_model(folder / "adapter", model=config.model))
+        return WholeRun(SharedModel(config).initial_adapter, released, config.federation.names[0])
+
+    return make
+
+
+def test_in_a_whole_run_there_is_nothing_to_find(run: Callable[[], WholeRun]) -> None:
+    whole = run()
+    assert recover(Release(whole.site, first_move(whole.start, whole.released))) is None
+
+
+def test_two_runs_with_one_configuration_share_nothing(run: Callable[[], WholeRun]) -> None:
+    one, other = run(), run()
+    assert one.start.digest() == other.start.digest(), "all but the noise is the same"
+    test = Unrelated(one.noise.size, FALSE_ALARM)
+    assert test.power(0.1) >= POWER, "a tenth that is shared would be found"
+    assert test.accepts(one.noise, other.noise)
+
+
+@pytest.fixture(scope="module")
+def work(simulate: Callable[..., Path], tmp_path_factory: Any) -> Any:
+    """A site's work on the records of a simulation, as its round does it."""
+    folder = simulate("federation.num_rounds=1", "training.local_steps=1", into=tmp_path_factory.mktemp("runs"))
+    config = saved_config(folder)
+    shared = SharedModel(config)
+    records = simulated_site_records(
+        config.data, task=config.task, num_sites=config.federation.num_sites, seed=config.seed
+    )
+    name = config.federation.names[0]
+    size = config.declared_sizes()[name]
+    return SiteWork(name, shared, records[0], declared_size=size, keeps_frozen_states=False)
+
+
+@pytest.fixture
+def worked(work: SiteWork) -> Callable[[], Release]:
+    """One round of that work, with nothing about its noise chosen here."""
+
+    def make() -> Release:
+        config = work.shared.config
+        proposal = config.proposal(lead="ab" * 32, plan=config.plan())
+        start = work.shared.initial_adapter
+        request = RoundRequest(
+            proposal=proposal, round=1, site=work.site, adapter_digest=start.digest(), receipt=None, expires=1e12
+        )
+        return Release(work.site, first_move(start, work.do(request, start, 1, fingerprint_key=b"k").adapter))
+
+    return make
+
+
+def test_no_seeded_generator_is_consulted(worked: Callable[[], Release]) -> None:
+    """Seeding every generator alike before a round changes nothing, and the round leaves each where it was."""
+    releases = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        states = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[union-attr]
+        releases.append(worked())
+        after = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[union-attr]
+        assert after == states
+    assert releases[0].signs != releases[1].signs, "64 signs agree by chance once in 2**64"
+
+
+def test_every_stream_of_a_round_has_256_bits_of_the_operating_system(
+    worked: Callable[[], Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[bytes] = []
+    original = RandomStream.__init__
+
+    def kept(self: RandomStream, key: bytes) -> None:
+        keys.append(key)
+        original(self, key)
+
+    monkeypatch.setattr(RandomStream, "__init__", kept)
+    worked()
+    worked()
+    assert len(keys) == 4, "sampling and noise of two rounds"
+    assert len(set(keys)) == 4
+    assert all(len(key) == 32 for key in keys)
