@@ -163,7 +163,7 @@ class RunConfig:
         return f"{self.name}-{self.digest()[:32]}"
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """YAML without references: some hundred bytes of them can stand for more values than any memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from decimal import ROUND_CEILING, Context, Decimal
 
 from dp_accounting import DpEvent, NeighboringRelation
 from dp_accounting.pld import PLDAccountant
@@ -19,6 +20,7 @@ from dp_accounting.rdp import RdpAccountant
 from fedtune.privacy import events
 from fedtune.spec import ConfigError
 
+_WIDE = Context(prec=330)  # any float to three decimals
 NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
 """The one neighbouring relation of fedtune: two data sets are neighbours if one has one unit more."""
 
@@ -97,7 +99,8 @@ def epsilon_text(epsilon: float | None) -> str:
     """Three decimals, rounded up: an epsilon that is shown is never below the one that was derived."""
     if epsilon is None or not math.isfinite(epsilon):
         return "unbounded"
-    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
+    shown = Decimal(repr(float(epsilon)))  # the digits that a person would see, so that 1.1 stays 1.100
+    return str(shown.quantize(Decimal("0.001"), rounding=ROUND_CEILING, context=_WIDE))
 
 
 @contextlib.contextmanager

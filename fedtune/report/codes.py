@@ -15,6 +15,7 @@ VERDICT_REASONS = (
     "configuration_changed",
     "receipts_not_believed",
     "accountants_disagree",
+    "refuted_by_audit",
     # Exceeded.
     "above_target",
     "above_lifetime_cap",
@@ -27,6 +28,10 @@ VERDICT_REASONS = (
     "sampling_not_recorded",
     "cap_raised",
 )
+
+AUDIT_METHODS = ("gradient_canaries", "record_canaries")
+AUDIT_SCORES = ("loss", "reference_ratio")
+"""What an audit planted, and by what membership of real records was guessed."""
 
 RELEASED = ("updates", "noised_scores", "aggregates", "final_adapter", "refusals_and_receipts")
 """What left the sites, or the lead."""

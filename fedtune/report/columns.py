@@ -39,7 +39,7 @@ BUDGET_OF_RUN = (
     epsilon("budget.all_runs", "lifetime/epsilon"),
     LIMIT,
     Column(heading="budget.left", at="lifetime/left", kind="left", absent=NOT_RELEASED),
-    Column(heading="budget.reported", at="reported", kind="day", absent=NOT_RELEASED),
+    Column(heading="budget.reported", at="reported", kind="day", absent="word.dash"),
 )
 BUDGET_OF_LEDGER = (
     SHORT_SITE,
@@ -118,7 +118,6 @@ POSTERIOR = (
 )
 VERIFICATION = (
     SITE,
-    Column(heading="ledger.reported", at="reported", kind="day", absent="word.dash"),
     count("ledger.events", "verification/num_events"),
     Column(heading="ledger.head", at="verification/head", kind="hash", absent="ledger.not_verified"),
     Column(heading="ledger.public_key", at="verification/site_key", kind="hash", absent="ledger.not_verified"),
@@ -144,6 +143,7 @@ LEDGER_STATE = (
     Column(heading="ledger.in_doubt", at="lifetime/in_doubt", kind="yes_no"),
     count("ledger.restored", "lifetime/restored"),
     Column(heading="ledger.seeded", at="lifetime/seeded", kind="yes_no"),
+    Column(heading="ledger.reported", at="reported", kind="day", absent="word.dash"),
 )
 RUNS = (
     SITE,

@@ -48,14 +48,14 @@ class PageOne:
         """What each of five sees."""
         noise = self._words.noise
         sees = _SEES | {"noised": {}, "seeded": _WITH_A_SEED, "no_noise": _WITHOUT_NOISE}[noise]
-        if how := self._by_subtraction():
+        if how := self.by_subtraction():
             others = list(sees["other_sites"])
             others[_RESULT[noise]] = how
             sees["other_sites"] = tuple(others)
         return sees
 
-    def _by_subtraction(self) -> str | None:
-        """How one of two sites sees the other's result: it takes its own from the average of both."""
+    def by_subtraction(self) -> str | None:
+        """How one of two sites sees the other's result: it takes its own from the average of both; None: it cannot."""
         report = self._words.report
         if report.kind == "ledger":
             return "if_two_sites"  # of its runs the ledger knows no others that took part

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ def members(results: Mapping[str, Any]) -> str:
     for case, name, outcomes in _lines(results):
         right = statistics.fmean(o["best_guesses"] for o in outcomes)
         row = [f"{right:.3f}", f"{outcomes[0]['best_guesses_chance']:.4f}"]
-        row += [_spread(outcomes, "auroc"), _spread(outcomes, "found_at_1_percent")]
+        # Of one member an AUROC is its rank, and only the mean of ranks compares with what the noise allows.
+        row += [_spread(outcomes, "auroc", middle=statistics.fmean)]
+        row += [_spread(outcomes, "found_at_1_percent", middle=statistics.fmean)]
         rows.append([case["title"], name, f"{outcomes[0]['noise_multiplier']:.2f}", *row])
     return _table(rows)
 
@@ -79,9 +81,11 @@ def _lines(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str, lis
     return found
 
 
-def _spread(outcomes: Sequence[Mapping[str, Any]], key: str) -> str:
+def _spread(
+    outcomes: Sequence[Mapping[str, Any]], key: str, *, middle: Callable[[list[float]], float] = statistics.median
+) -> str:
     values = [outcome[key] for outcome in outcomes]
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    return f"{middle(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -41,6 +41,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("site", "fedtune site check-policy site.toml"),
         ("site check-policy", "--json"),
         ("site template", "every key explained"),
+        ("watch", "fedtune watch runs/"),
+        ("audit", "fedtune audit"),
     ],
 )
 def test_each_command_explains_itself(command: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:

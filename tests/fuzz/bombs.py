@@ -39,7 +39,7 @@ def bombs() -> Iterator[tuple[str, Target, bytes]]:
     for name, data in (
         ("a gigabyte in one line", member * 64),
         ("a gigabyte of nesting", gzip.compress(b"[" * (16 * MIB), mtime=0) * 64),
-        ("millions of blank lines", gzip.compress(b"\n" * MIB, mtime=0) * 4),
+        ("a million blank lines", gzip.compress(b"\n" * MIB, mtime=0)),
     ):
         yield name, _TARGETS["data.jsonl.gz"], data
     csv = Target(name="csv", broken=_TARGETS["data.csv"].broken, parse=_csv_gz(), errors=_TARGETS["data.csv"].errors)

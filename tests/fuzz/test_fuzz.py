@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from . import file_targets, ledger_target, wire_targets
+from fedtune.config import parse
+from fedtune.spec import ConfigError
+
+from . import file_targets, ledger_target, seeds, wire_targets
 from .target import Target
 
 TARGETS = {target.name: target for target in (*wire_targets.TARGETS, *file_targets.TARGETS, *ledger_target.TARGETS)}
@@ -35,3 +40,60 @@ def test_broken_input_is_refused_in_our_own_words(name: str) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_much_more_broken_input_is(name: str) -> None:
     fuzz(TARGETS[name], examples=EXAMPLES_AT_NIGHT, always_the_same=False)
+
+
+FOUND = (
+    ("end of run", b'{"run": "r", "lead": "\xff", "adapter_digest": ""}'),
+    ("request", b'{"receipt": null, "site": "\xff"}'),
+    ("policy", b"site = " + b"[" * 50_000),
+    ("policy", b"site = " + b"9" * 5_000),
+    ("federation.toml", b"name = " + b"9" * 5_000),
+    ("kit.toml", b"version = " + b"9" * 5_000),
+    ("receipts.json", b"[" * 50_000),
+    ("anchor", b"[" * 50_000),
+    ("retired keys", b"[" * 50_000),
+    ("environment.json", b"[" * 50_000),
+    ("asked.jsonl", b"[" * 50_000 + b"\n"),
+    ("saved adapter's settings", b"[" * 50_000),
+    ("run.json", b"[" * 50_000),
+    ("run.json", b'{"rounds": [], "final": {"metrics": {}}, "privacy": {"delta": 1e-05, "sites": {"site-1": {}}}}'),
+    ("config.yaml", b"[" * 5_000),
+    ("config.yaml", b"x: 2024-99-99"),
+)
+"""What was found once, and is mended."""
+
+
+@pytest.mark.parametrize(("name", "data"), FOUND, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_was_found_once_stays_mended(name: str, data: bytes) -> None:
+    target = TARGETS[name]
+    target.check(data)
+    with pytest.raises(target.errors):
+        target.parse(data)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(("head", "train"), [0]), (("lora", "rank"), 1 << 30), (("lora", "train_a"), "x"), (("seed",), 10**400)],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
+)
+def test_settings_of_a_saved_adapter_are_of_the_right_types(key: tuple[str, ...], value: object) -> None:
+    saved = json.loads((seeds.run_folder() / "adapter/fedtune.json").read_text())
+    place = saved
+    for name in key[:-1]:
+        place = place[name]
+    place[key[-1]] = value
+    TARGETS["saved adapter's settings"].check(json.dumps(saved).encode())
+
+
+@pytest.mark.parametrize("number", [10**400, 1 << 31])
+def test_a_setting_beyond_every_float_or_count_is_refused(number: int) -> None:
+    fields = json.loads(json.dumps(seeds.config().to_json()))
+    fields["federation"]["num_sites"] = number
+    with pytest.raises(ConfigError, match="num_sites"):
+        parse(fields)
+
+
+def test_the_property_can_fail() -> None:
+    strict = Target(name="x", broken=TARGETS["update"].broken, parse=lambda data: data.decode(), errors=(KeyError,))
+    with pytest.raises(UnicodeDecodeError):
+        fuzz(strict, examples=200, always_the_same=True)

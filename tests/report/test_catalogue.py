@@ -50,6 +50,8 @@ CODES: dict[str, set[str]] = {
     "field": {row.code for row in cells.ROWS},
     "fact": {name for row in cells.ROWS for name in (*row.facts, *row.of_the_site)},
     "period": set(PERIODS),
+    "audit_method": set(codes.AUDIT_METHODS),
+    "audit_score": set(codes.AUDIT_SCORES),
     "unit": {"record", "user"},
     "relation": {"add_or_remove_one"},
 }

@@ -1,0 +1,258 @@
+"""By user, or by record with group privacy on top: which trains better at one promise to a person?
+
+    python simulations/user_level/run.py                    all lines, into results.json and the README's table
+    python simulations/user_level/run.py --only irc-e8      lines whose key begins so; others are kept
+    python simulations/user_level/run.py --accounting       noise and epsilons alone, in a minute; trains nothing
+
+Every line promises a person the same (epsilon, delta) at their site, over all of their records there:
+
+user        privacy.unit=user: a user's mean gradient is clipped, and noise is calibrated to epsilon as always.
+formula     by record: at most k records of each user are in the data, and noise is calibrated so that the formula of
+            group privacy, (k epsilon, delta (e^(k epsilon) - 1) / (e^epsilon - 1)), comes to the promise.
+exact       the same with the least noise for which it is true: the k records join a step one by one, so that their
+            number there is binomial, and the sum moves by that many clip norms at most (a mixture of Gaussians; Charles
+            et al. 2024, arXiv 2407.07737, section 3).
+
+Beside them stands what people tend to do, `record`: noise for epsilon by record, which promises a person little; and
+`none`, without privacy.  Rate, steps, model, learning rate and the number of records in a step are alike in all lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import dp_accounting
+from dp_accounting import NeighboringRelation
+from dp_accounting.pld import PLDAccountant
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from study import hardware, run_line
+
+from fedtune.cli.compose import compose_run
+from fedtune.config import RunConfig
+from fedtune.data import Record, unit_hash, users_of
+from fedtune.data.load import simulated_site_records, split_key
+from fedtune.privacy import accountant, events
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.durable import write_durably
+from fedtune.report.explain import group
+
+FOLDER = Path(__file__).parent
+BEGIN, END = "<!-- results: written by simulations/user_level/run.py -->", "<!-- end of results -->"
+TITLES = {
+    "none": "no privacy",
+    "record": "by record, epsilon for a record only",
+    "formula": "by record, group privacy by the formula",
+    "exact": "by record, group privacy by exact accounting",
+    "user": "by user",
+}
+
+
+def group_epsilon(noise: float, *, rate: float, steps: int, delta: float, members: int) -> float:
+    """Epsilon for `members` records of one person, sampled one by one: an upper bound by PLD."""
+    shares = [math.comb(members, n) * rate**n * (1 - rate) ** (members - n) for n in range(members + 1)]
+    counts = [float(n) for n in range(members + 1)]
+    step = dp_accounting.dp_event.MixtureOfGaussiansDpEvent(noise, counts, shares)
+    pld = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=2e-3)
+    pld.compose(dp_accounting.SelfComposedDpEvent(step, steps))
+    return float(pld.get_epsilon(delta))
+
+
+@lru_cache(maxsize=16)
+def noise_by_formula(epsilon: float, *, rate: float, steps: int, delta: float, members: int) -> float:
+    """The noise at which the formula of group privacy comes to (epsilon, delta)."""
+    each = epsilon / members
+    delta_each = delta * math.expm1(each) / math.expm1(epsilon)
+    assert group(each, delta_each, members=members)[1] <= delta * (1 + 1e-9)
+    return accountant.calibrate_noise(epsilon=each, delta=delta_each, sampling_rate=rate, steps=steps, also=[])
+
+
+@lru_cache(maxsize=16)
+def noise_by_exact(epsilon: float, *, rate: float, steps: int, delta: float, members: int) -> float:
+    """The least noise, to one per cent, at which the exact figure for `members` records is within epsilon."""
+    low, high = 0.3, noise_by_formula(epsilon, rate=rate, steps=steps, delta=delta, members=members) * members
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        within = group_epsilon(middle, rate=rate, steps=steps, delta=delta, members=members) <= epsilon
+        low, high = (low, middle) if within else (middle, high)
+    return round(high, 4)
+
+
+_PROMISED: dict[tuple[Any, ...], dict[str, Any]] = {}
+"""What was computed for one data set holds for another with the same numbers."""
+
+
+def lines_of(study: dict[str, Any], data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each line of one data set: key, kind, noise, and what is promised."""
+    delta, members = study["delta"], study["records_per_user"]
+    base = [f"experiment={study['experiment']}", "tracking=quiet", "name=x", *data["overrides"]]
+    config = compose_run([*base, f"privacy.delta={delta}", f"privacy.records_per_user={members}"])
+    plan = config.plan()
+    public = {"rate": plan.sampling_rate, "steps": plan.local_steps * plan.most_rounds, "delta": delta}
+    yield {"key": f"{data['key']}-none", "kind": "none", "noise": 0.0, "config": config}
+    for target in study["epsilons"]:
+        by_unit = accountant.calibrate_noise(
+            epsilon=target, delta=delta, sampling_rate=public["rate"], steps=public["steps"], also=[]
+        )
+        noises = {
+            "user": by_unit,
+            "exact": noise_by_exact(target, members=members, **public),
+            "formula": noise_by_formula(target, members=members, **public),
+            "record": by_unit,
+        }
+        for kind, noise in noises.items():
+            line = {"key": f"{data['key']}-e{target:g}-{kind}", "kind": kind, "noise": noise, "target": target}
+            known = (kind, noise, *public.values())
+            if known not in _PROMISED:
+                _PROMISED[known] = promised(kind, noise, public, members=members)
+            yield line | {"config": config} | _PROMISED[known]
+
+
+def promised(kind: str, noise: float, public: dict[str, Any], *, members: int) -> dict[str, Any]:
+    """Epsilon at delta for one unit, and for a person by the formula and exactly; None: the formula says nothing."""
+    event = events.dp_sgd(sampling_rate=public["rate"], noise_multiplier=noise, steps=public["steps"])
+    each = accountant.epsilon_pld([event], public["delta"])
+    if kind == "user":
+        return {"epsilon_unit": each, "epsilon_person": each, "epsilon_person_formula": each}
+    return {
+        "epsilon_unit": each,
+        "epsilon_person": group_epsilon(noise, members=members, **public),
+        "epsilon_person_formula": by_formula(event, delta=public["delta"], members=members),
+    }
+
+
+def by_formula(event: dp_accounting.DpEvent, *, delta: float, members: int) -> float | None:
+    """The least epsilon that the formula gives a person at delta, over a record's whole privacy profile."""
+    pld = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-4)
+    pld.compose(event)
+    found = []
+    for number in range(1, 2000):
+        delta_each = delta * 10 ** (-number / 100)
+        epsilon, of_all = group(float(pld.get_epsilon(delta_each)), delta_each, members=members)
+        if of_all <= delta:
+            found.append(epsilon)
+    return min(found, default=None)
+
+
+def capped(config: RunConfig, into: Path, *, members: int) -> list[str]:
+    """Write a file with at most so many records of each user, who stay whole at one site; returns the overrides for it.
+
+    Which ones: those with the smallest keyed hashes, so that it is a matter of that user's records alone.
+    """
+    key = split_key(config.seed)
+    sites = simulated_site_records(
+        config.data, task=config.task, num_sites=config.federation.num_sites, seed=config.seed, unit="user"
+    )
+    rows = []
+    for number, site in enumerate(sites):
+        for places in users_of(site.training):
+            records: list[Record] = sorted(
+                (site.training[place] for place in places),
+                key=lambda record: unit_hash(record, purpose="cap", key=key),
+            )
+            rows += [{"text": record.fields["completion"], "site": f"s{number}"} for record in records[:members]]
+    into.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = [members * size for size in config.data.sizes(len(sites))]
+    return [
+        f"data.train_file='{into}'",
+        "+data.columns.site=site",
+        "data.partition.kind=column",
+        *(f"+data.partition.sites.s{number}={number}" for number in range(len(sites))),
+        f"data.declared_sizes={sizes}",
+        "privacy.unit=record",
+    ]
+
+
+def overrides_of(line: dict[str, Any], study: dict[str, Any], data: dict[str, Any], scratch: Path) -> list[str]:
+    """Of one line's run."""
+    members = study["records_per_user"]
+    common = [*data["overrides"], f"privacy.delta={study['delta']}", f"privacy.records_per_user={members}"]
+    if line["kind"] == "none":
+        return [
+            *common,
+            "privacy=none",
+            "privacy.unit=user",
+            f"privacy.sampling_rate={line['config'].privacy.sampling_rate}",
+        ]
+    # Noise is given: the run states the epsilon of its own unit at a delta that suits their number, and may.
+    noise = [f"privacy.noise_multiplier={line['noise']}", "privacy.epsilon=100"]
+    if line["kind"] == "user":
+        return [*common, *noise]
+    by_record = capped(line["config"], scratch / f"{line['key']}.jsonl", members=members)
+    return [*common, *noise, *by_record, f"privacy.delta={study['delta'] / 10}"]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The Markdown table of a study."""
+    heads = [
+        "",
+        "noise",
+        "epsilon of the unit",
+        "of a person, formula",
+        "of a person",
+        "perplexity",
+        "before",
+        "seconds",
+    ]
+    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    for line in results["lines"].values():
+        figures = [line.get("epsilon_unit"), line.get("epsilon_person_formula"), line.get("epsilon_person")]
+        shown = ["-" if figure is None else epsilon_text(figure) for figure in figures]
+        if line["kind"] == "none":
+            shown = ["unbounded"] * 3
+        done = line.get("run")
+        scores = ["", "", ""]
+        if done:
+            before, after = done["before"]["perplexity"], done["metrics"]["perplexity"]
+            scores = [f"{after:.1f}", f"{before:.1f}", f"{done['seconds']:.0f}"]
+        rows.append([line["title"], f"{line['noise']:.3g}", *shown, *scores])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def write(results: dict[str, Any]) -> None:
+    """Write results.json, and the table between the README's marks."""
+    write_durably(FOLDER / "results.json", json.dumps(results, indent=1).encode() + b"\n")
+    readme = FOLDER / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    machines = sorted({line["run"]["hardware"] for line in results["lines"].values() if line.get("run")})
+    measured = f"\n\nMeasured on {'; '.join(machines)}." if machines else ""
+    body = f"{BEGIN}\n{table(results)}{measured}\n{END}"
+    write_durably(readme, (before + body + rest.split(END)[1]).encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--accounting", action="store_true")
+    options = parser.parse_args()
+    study = tomllib.loads((FOLDER / "study.toml").read_text())
+    path = FOLDER / "results.json"
+    old = json.loads(path.read_text())["lines"] if path.exists() else {}
+    lines: dict[str, Any] = {}
+    for data in study["data"]:
+        for line in lines_of(study, data):
+            title = f"{data['title']}: {TITLES[line['kind']]}" + (
+                f", epsilon {line['target']:g}" if "target" in line else ""
+            )
+            known = {key: value for key, value in line.items() if key != "config"} | {"title": title}
+            done = old.get(line["key"], {}).get("run")
+            if not options.accounting and line["key"].startswith(options.only):
+                print(f"--- {title}", flush=True)
+                with tempfile.TemporaryDirectory() as scratch:
+                    overrides = overrides_of(line, study, data, Path(scratch))
+                    done = run_line(study["experiment"], {"key": line["key"], "title": title, "overrides": overrides})
+            lines[line["key"]] = known | ({"run": done} if done else {})
+            write({"experiment": study["experiment"], "hardware": hardware(), "lines": lines})
+
+
+if __name__ == "__main__":
+    main()
