@@ -125,6 +125,14 @@ def test_nothing_claims_what_only_people_can(language: str) -> None:
             )
 
 
+def test_words_say_what_was_compared_and_judge_nothing() -> None:
+    for language, plan, spent in (("en", "plan", "spent"), ("de", "Plan", "verbraucht")):
+        text = TEXTS[language]["reason"]["above_run_cap"]
+        assert plan in text, "a run's plan is compared with the limit for a run"
+        assert spent not in text
+    assert not any("vertretbar" in text for texts in TEXTS["de"].values() for text in texts.values())
+
+
 @pytest.mark.parametrize(
     ("kind", "value", "english", "german"),
     [
