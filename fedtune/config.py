@@ -152,6 +152,8 @@ class RunConfig:
             del fields[key]
         for group, key in (("evaluation", "max_tokens"), ("federation", "round_timeout_s"), ("model", "cache_dir")):
             del fields[group][key]
+        if self.privacy.unit == "record":
+            del fields["privacy"]["records_per_user"]  # of no effect; runs from before there was one go on
         return fields | {"runtime": {"seeded_noise": self.runtime.seeded_noise}}
 
     def digest(self) -> str:

@@ -78,6 +78,7 @@ def test_json_round_trip(changes: dict[str, Any]) -> None:
 _NO_RESULT_CHANGES = [
     {"name": "other"},
     {"resume": "runs/x"},
+    {"privacy__records_per_user": 3},  # of no effect where a record is the unit
     {"runtime__kind": "ray"},
     {"runtime__device": "cpu"},
     {"runtime__num_threads": 3},

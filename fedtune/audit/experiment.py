@@ -10,11 +10,11 @@ from typing import Any
 
 from fedtune.audit.gradient_attack import GradientAttack
 from fedtune.audit.guesses import Count
-from fedtune.audit.one_run import best_possible, epsilon_lower_bound
 from fedtune.audit.record_attack import RecordAttack
-from fedtune.audit.result import AuditResult, Bound, Place, mark, write_result
+from fedtune.audit.result import AuditResult, Bound, Place, mark, refuted, write_result
 from fedtune.audit.spec import AuditSpec
 from fedtune.config import RunConfig, parse
+from fedtune.evaluation.one_run import best_possible, epsilon_lower_bound
 from fedtune.federation.lead import LeadState
 from fedtune.flower.federation_run import Listener
 from fedtune.flower.simulation import simulate
@@ -92,7 +92,7 @@ def run_audit(config: RunConfig, spec: AuditSpec, folder: Path, listener: Listen
         seeded=config.runtime.seeded_noise,
         bounds=bounds,
         membership=membership,
-        exceeded=any(bound.exceeds for bound in bounds),
+        exceeded=bool(refuted(bounds, delta=config.privacy.delta, confidence=spec.confidence)),
     )
     write_result(folder, result)
     return run

@@ -171,7 +171,7 @@ class CanaryExamples(SiteExamples):
         for first in range(0, len(canaries), size):
             yield CanaryBatch.of(canaries[first : first + size])
 
-    def gradients(self, of_each: PerExampleGradients) -> UnitGradients:
+    def gradients(self, of_each: PerExampleGradients, *, max_grad_norm: float) -> UnitGradients:
         """With those of the canaries."""
         return CanaryGradients(of_each, self)
 

@@ -11,7 +11,7 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.audit.one_run import binomial
+from fedtune.evaluation.one_run import binomial
 
 Scores = npt.NDArray[np.float64]
 

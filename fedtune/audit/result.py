@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from fedtune.evaluation.one_run import allowed_errors, p_value
 from fedtune.privacy.durable import write_durably
 from fedtune.spec import RunError, spec
 
@@ -45,11 +46,6 @@ class Bound:
     canaries: int
     guesses: int
     right: int
-
-    @property
-    def exceeds(self) -> bool:
-        """Whether the claim cannot be true."""
-        return self.lower_bound > self.claimed_epsilon
 
 
 @spec
@@ -102,7 +98,7 @@ class AuditResult:
         seeded: whether coins and noise came from a seed: a study without a guarantee.
         bounds: of each audited site, then of the aggregated model.
         membership: likewise, where records were planted.
-        exceeded: whether any bound is above its claim.
+        exceeded: whether any bound would be above its claim if all were to hold together with `confidence`.
     """
 
     method: Literal["gradient_canaries", "record_canaries"]
@@ -113,6 +109,21 @@ class AuditResult:
     membership: tuple[Membership, ...]
     exceeded: bool
     schema_version: Literal[1] = 1
+
+    def refuted(self) -> tuple[Bound, ...]:
+        """The bounds whose claim cannot be true, at the confidence that `exceeded` is judged by."""
+        return refuted(self.bounds, delta=self.delta, confidence=self.confidence)
+
+
+def refuted(bounds: Sequence[Bound], *, delta: float, confidence: float) -> tuple[Bound, ...]:
+    """The bounds whose claim cannot be true, each with so much confidence that all of them hold together with it."""
+    errors = allowed_errors(confidence, [bound.site for bound in bounds])
+
+    def is_refuted(bound: Bound, error: float) -> bool:
+        counts = bound.canaries, bound.guesses, bound.right
+        return p_value(*counts, epsilon=bound.claimed_epsilon, delta=delta) < error
+
+    return tuple(bound for bound, error in zip(bounds, errors, strict=True) if is_refuted(bound, error))
 
 
 _ADAPTER = TypeAdapter(AuditResult)

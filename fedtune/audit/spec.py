@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from fedtune.evaluation.one_run import LEAST_CONFIDENCE
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, spec
 
 
@@ -18,7 +19,7 @@ class AuditSpec:
         canaries: at each audited site, each put in by a coin of its own.
         guesses: canaries of a site that the attacker does not abstain from; null: all of them.  Fixed beforehand: fewer
             come closer to what a sound run leaks, more to the highest bound that the canaries can give.
-        confidence: of each lower bound.
+        confidence: of each lower bound, and of the verdict over all of them; at least 0.9.
         sites: names of the sites that get canaries; empty: every site that takes part.
         never_used: share of each site's records kept from training, to compare with, where `kind` is "records" and
             `data.heldout_fraction` keeps none.
@@ -38,7 +39,8 @@ class AuditSpec:
             check_at_least("guesses", self.guesses, 1)
             if self.guesses > self.canaries:
                 raise ConfigError("guesses", self.guesses, f"must be at most audit.canaries = {self.canaries}")
-        check_fraction("confidence", self.confidence)
+        if not LEAST_CONFIDENCE <= self.confidence < 1:
+            raise ConfigError("confidence", self.confidence, f"must lie in [{LEAST_CONFIDENCE}, 1)")
         check_fraction("never_used", self.never_used)
         for site in self.sites:
             if self.sites.count(site) > 1:

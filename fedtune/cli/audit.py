@@ -8,8 +8,8 @@ DESCRIPTION = """\
 Attack a run on this machine, and compare what the attack shows with the epsilon that the run claims.
 
 Made-up records (canaries) are put into the training data, each by a coin of its own; whoever sees what training
-releases then guesses which were in.  The share of right guesses gives a lower bound on epsilon.  A bound above the
-claim ends with exit code 1: the implementation or the claim is wrong.
+releases then guesses which were in.  The share of right guesses gives a lower bound on epsilon.  Bounds that refute
+the claim end with exit code 1: the implementation or the claim is wrong.
 
   fedtune audit experiment=debug audit.canaries=1000         canaries of 1,000 clip norms; every noisy step is seen
   fedtune audit experiment=debug audit.kind=records          made-up texts; only the final model is seen

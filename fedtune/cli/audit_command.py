@@ -84,8 +84,7 @@ def _judge(result: AuditResult) -> None:
     wrong = [
         f"{place(bound.site)}: epsilon is at least {bound.lower_bound:.3f} with {result.confidence:.0%} confidence, "
         f"above the claimed {epsilon_text(bound.claimed_epsilon)}"
-        for bound in result.bounds
-        if bound.exceeds
+        for bound in result.refuted()
     ]
     if wrong:
         raise RunError(f"the audit refutes the claim, so the implementation or the claim is wrong ({'; '.join(wrong)})")

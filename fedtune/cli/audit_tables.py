@@ -31,6 +31,7 @@ def show_findings(console: Console, result: AuditResult, folder: Path) -> None:
 
 
 def _bounds(result: AuditResult) -> Table:
+    wrong = result.refuted()
     table = Table(
         title="Epsilon: claimed, and shown by the attack",
         caption=f"claimed: at most; shown: at least, at {result.confidence:.0%} confidence; "
@@ -46,7 +47,7 @@ def _bounds(result: AuditResult) -> Table:
             f"{bound.best_possible:.3f}",
             f"{bound.right:,} of {bound.guesses:,}",
             f"{bound.canaries:,}",
-            style="red" if bound.exceeds else "",
+            style="red" if bound in wrong else "",
         )
     return table
 
@@ -54,7 +55,7 @@ def _bounds(result: AuditResult) -> Table:
 def _meaning(result: AuditResult) -> str:
     attacker = f"The attacker is one {_ATTACKER[result.method]}."
     if result.exceeded:
-        worst = max(result.bounds, key=lambda bound: bound.lower_bound - bound.claimed_epsilon)
+        worst = max(result.refuted(), key=lambda bound: bound.lower_bound - bound.claimed_epsilon)
         return (
             f"{attacker} [red]At {place(worst.site)} the attack shows an epsilon of at least {worst.lower_bound:.3f}, "
             f"and the run claims at most {epsilon_text(worst.claimed_epsilon)}: the implementation or the claim is "
@@ -67,10 +68,14 @@ def _meaning(result: AuditResult) -> str:
         if blind
         else ""
     )
-    return (
-        f"{attacker} No bound is above its claim, so nothing contradicts the guarantee. That is no proof of it: "
-        f"another attack may show more.{limit}"
+    above = [place(bound.site) for bound in result.bounds if bound.lower_bound > bound.claimed_epsilon]
+    found = (
+        f"The bound at {', '.join(above)} is above its claim by itself, but so little that it may be by chance: taken "
+        f"together, the {len(result.bounds)} bounds refute no claim at {result.confidence:.0%} confidence."
+        if above
+        else "No bound is above its claim, so nothing contradicts the guarantee."
     )
+    return f"{attacker} {found} That is no proof of it: another attack may show more.{limit}"
 
 
 def place(site: Place) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fedtune.audit.result import MARK
 from fedtune.cli.compose import saved_config
 from fedtune.config import parse
 from fedtune.spec import ConfigError
@@ -16,12 +17,16 @@ def evaluate(run: str, *, data_file: str, device: str) -> None:
     """Print the scores of a run's adapter on `data_file`.
 
     Raises:
-        ConfigError: the folder has no finished adapter, or the file does not fit the run's columns and labels.
+        ConfigError: the folder has no finished adapter, or that of an audit; or the file does not fit the run's columns
+            and labels.
     """
     folder = Path(run)
     config = saved_config(folder)
     if not (folder / "adapter").is_dir():
         raise ConfigError("run folder", run, "must hold a finished adapter/; resume the run first")
+    if (folder / MARK).exists():
+        bound = f"is an audit: made-up records were planted in its training data ({MARK}); its scores mean nothing"
+        raise ConfigError("run folder", run, bound)
     from fedtune.sites.shared_model import score_saved  # torch takes seconds to import
 
     settings = config.to_json()

@@ -24,7 +24,7 @@ from fedtune.privacy.chain import Head, Kind
 from fedtune.privacy.event_store import EventStore
 from fedtune.privacy.history import History
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.notes import Opened
+from fedtune.privacy.notes import Opened, other_users
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
@@ -285,9 +285,10 @@ class Ledger:
             raise RunError(f"the policy of ledger {self._store.path} was changed while it was open; open it anew")
 
     def _require_fitting(self) -> None:
-        """Unit, delta, population, site and key are fixed when a ledger is made."""
+        """Unit, delta, population, site, key and who a user is are fixed when a ledger is made."""
         opened = self.history.opened
         differences = [("site_key", opened.site_key, self._key.public), *opened.differences(self.policy)]
+        differences += other_users(self.history.policy, self.policy)
         for key, made_for, says in differences:
             if made_for != says:
                 raise RunError(

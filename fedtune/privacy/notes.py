@@ -71,6 +71,18 @@ class Opened:
         return [(key, made_for, says) for key, made_for, says in pairs if made_for != says]
 
 
+def other_users(before: Policy | None, policy: Policy) -> list[tuple[str, object, object]]:
+    """(key, column that said whose a record is, column that says so now) of each data set where they differ.
+
+    A budget of persons that another column turns into one of visits would protect nobody.
+    """
+    if before is None or policy.population.unit != "user":
+        return []
+    known = {dataset.id: dataset.columns.get("user") for dataset in before.dataset}
+    pairs = [(one.id, known.get(one.id), one.columns.get("user")) for one in policy.dataset]
+    return [(f"dataset {id} columns.user", was, now) for id, was, now in pairs if was is not None and was != now]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Restored:
     """That a backup was put back, and what an anchor knew of the events that it lacks.

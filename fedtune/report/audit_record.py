@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.report.model import Audit
+from fedtune.evaluation import one_run
+from fedtune.report.model import Audit, AuditBound
 from fedtune.report.site_model import SiteReport, Verdict
 from fedtune.spec import RunError
 
 FILE = "audit.json"
+MARK = "AUDIT.txt"
+"""In the folder from before training began: canaries are among the training data."""
 _SCHEMA_VERSION = 1
+_MOST_CANARIES = 10**6
+_MOST_EPSILON = 1e3
+"""Far more than that many canaries can show."""
 _ADAPTER = TypeAdapter(Audit)
 
 
@@ -36,17 +43,76 @@ def read_audit(folder: Path) -> Audit | None:
         raise RunError(f"{path} is damaged: what the audit found is not known") from error
 
 
-def judged(sites: Iterable[SiteReport], audit: Audit | None) -> tuple[SiteReport, ...]:
-    """The sites, with no guarantee where the audit refutes the claim."""
-    return tuple(_refuted(site) if audit is not None and refutes(audit, site.site) else site for site in sites)
+def judged(sites: Iterable[SiteReport], audit: Audit | None, *, marked: bool) -> tuple[SiteReport, ...]:
+    """The sites, with no guarantee where the audit refutes the claim, or has begun and found nothing yet.
+
+    Args:
+        sites: as they are without the audit.
+        audit: what it found.
+        marked: whether the run's folder says that canaries were planted.
+    """
+    before = tuple(sites)
+    return tuple(_judged(site, before, audit, marked=marked) for site in before)
 
 
-def refutes(audit: Audit, site: str) -> bool:
-    """Whether the audit showed more than is claimed, of this site or of all together."""
-    passed = {bound.site for bound in audit.bounds if bound.lower_bound > bound.claimed_epsilon}
+def _judged(site: SiteReport, sites: Sequence[SiteReport], audit: Audit | None, *, marked: bool) -> SiteReport:
+    if audit is None:
+        return _nothing_promised(site, "holds_canaries") if marked else site
+    if refutes(audit, sites, site.site):
+        return _nothing_promised(site, "refuted_by_audit")
+    if site.verdict.state == "no_guarantee":
+        return site
+    # Canaries are records, each at the same cost; but who reads the verdict alone shall know what the adapter holds.
+    return replace(site, verdict=replace(site.verdict, reasons=(*site.verdict.reasons, "audited")))
+
+
+def refutes(audit: Audit, sites: Iterable[SiteReport], site: str) -> bool:
+    """Whether the audit showed more than is claimed of `site`, or of all together, in the report of `sites`.
+
+    All bounds are judged at once, so each is asked for more confidence than it has by itself.
+    """
+    passed = refuted(audit, sites)
     return site in passed or None in passed or (audit.exceeded and not passed)
 
 
-def _refuted(site: SiteReport) -> SiteReport:
+def refuted(audit: Audit, sites: Iterable[SiteReport]) -> set[str | None]:
+    """The places whose claim the counts refute; the smaller one counts of what the audit and the report claim."""
+    spent = charged(audit, sites)
+    errors = one_run.allowed_errors(audit.confidence, [bound.site for bound in audit.bounds])
+    return {
+        bound.site
+        for bound, error in zip(audit.bounds, errors, strict=True)
+        if _is_refuted(bound, spent, delta=audit.delta, error=error)
+    }
+
+
+def charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:
+    """Place -> epsilon of the report, as far as it has one: for all audited sites together, the largest of theirs."""
+    audited = {bound.site for bound in audit.bounds if bound.site}
+    spent = {site.site: site.spent.epsilon for site in sites if site.spent}
+    known: dict[str | None, float] = {site: epsilon for site, epsilon in spent.items() if epsilon is not None}
+    together = [spent[site] for site in spent if site in audited or not audited]
+    epsilons = [epsilon for epsilon in together if epsilon is not None]
+    return known if len(epsilons) < len(together) or not epsilons else known | {None: max(epsilons)}
+
+
+def can_be_counts(bound: AuditBound) -> bool:
+    """Whether a bound can be computed from what it says."""
+    return 0 <= bound.right <= bound.guesses <= bound.canaries <= _MOST_CANARIES
+
+
+def _is_refuted(bound: AuditBound, spent: Mapping[str | None, float], *, delta: float, error: float) -> bool:
+    claim = min(
+        spent.get(bound.site, math.inf), bound.claimed_epsilon
+    )  # in this order what is no number is passed over
+    if not 0 <= claim < _MOST_EPSILON:
+        return not claim >= _MOST_EPSILON
+    if not can_be_counts(bound):
+        return not bound.lower_bound <= claim
+    counts = bound.canaries, bound.guesses, bound.right
+    return one_run.p_value(*counts, epsilon=claim, delta=delta) < error
+
+
+def _nothing_promised(site: SiteReport, why: str) -> SiteReport:
     before = site.verdict.reasons if site.verdict.state == "no_guarantee" else ()
-    return replace(site, verdict=Verdict(state="no_guarantee", reasons=(*before, "refuted_by_audit")), meaning=None)
+    return replace(site, verdict=Verdict(state="no_guarantee", reasons=(*before, why)), meaning=None)

@@ -16,6 +16,7 @@ VERDICT_REASONS = (
     "receipts_not_believed",
     "accountants_disagree",
     "refuted_by_audit",
+    "holds_canaries",
     # Exceeded.
     "above_target",
     "above_lifetime_cap",
@@ -27,6 +28,7 @@ VERDICT_REASONS = (
     "site_silent",
     "sampling_not_recorded",
     "cap_raised",
+    "audited",
 )
 
 AUDIT_METHODS = ("gradient_canaries", "record_canaries")

@@ -43,6 +43,7 @@ def contradictions(report: Report) -> Iterator[Problem]:
         for where, said, found in _of_site(report, site):
             yield Problem(f"sites.{site.site}.{where}", said, found)
     yield from _cells(report)
+    yield from _left_out(report)
     yield from _statuses(report)
     violated = {one.code for one in report.assumptions if one.status == "violated"}
     if report.verdict.state != "no_guarantee" and not violated.isdisjoint(_FOUNDATIONS):
@@ -51,7 +52,7 @@ def contradictions(report: Report) -> Iterator[Problem]:
 
 def denied(report: Report, site: SiteReport) -> bool:
     """Whether the site's own fields leave it no verdict but "no guarantee"."""
-    if report.audit is not None and refutes(report.audit, site.site):
+    if report.audit is not None and refutes(report.audit, report.sites, site.site):
         return True
     spent, life = site.spent, site.lifetime
     if life is not None and (life.seeded or life.in_doubt):
@@ -155,6 +156,74 @@ def _of_verification(verified: Verification | None) -> dict[str, str | None]:
     if verified is None or verified.rollback_excluded or verified.anchor_sequence is None:
         return known | {"rollback_excluded": "yes" if verified and verified.rollback_excluded else "no"}
     return known | {"rollback_excluded": "up_to_the_anchor"}
+
+
+def _left_out(report: Report) -> Iterator[Problem]:
+    """A target or an assumption that a report of its kind states, or one that it does not."""
+    private = any(row.noise_multiplier > 0 for site in report.sites for row in site.mechanisms)
+    if report.kind == "run" and private and report.target_epsilon is None:
+        yield Problem("target_epsilon", None, "a number: what the run was given")
+    stated, needed = [one.code for one in report.assumptions], set(_needed(report))
+    known = _MAY_HOLD[report.kind] | {_OF_UNIT.get(report.unit, "")}
+    for code in sorted(needed.difference(stated)):
+        yield Problem(f"assumptions.{code}", None, "stated")
+    for code in sorted(set(stated) - needed - known):
+        yield Problem(f"assumptions.{code}", "stated", f"none of a {report.kind} by {report.unit}")
+    if len(set(stated)) < len(stated):
+        yield Problem("assumptions", ", ".join(stated), "each once")
+
+
+_MECHANISM = {
+    "noise_in_every_step",
+    "poisson_sampling",
+    "unpredictable_randomness",
+    "clipping_but_for_rounding",
+    "accountants_agree",
+}
+_MAY_HOLD = {
+    "run": _MECHANISM
+    | {
+        "every_site_answered",
+        "end_independent_of_releases",
+        "site_reports_agree",
+        "site_reports_are_newest",
+        "sites_run_their_own_software",
+    },
+    "ledger": _MECHANISM
+    | {
+        "no_event_missing",
+        "site_key_known",
+        "runs_fixed_beforehand",
+        "ends_independent_of_releases",
+        "policy_noted",
+        "lost_events_made_up_for",
+    },
+}
+_OF_UNIT = {"record": "one_record_is_one_unit", "user": "every_record_names_its_person"}
+
+
+def _needed(report: Report) -> Iterator[str]:
+    """The assumptions that a report's own figures say it has to state."""
+    sites = report.sites
+    yield from _MECHANISM - {"accountants_agree"}
+    yield from (code for code, _, _ in assumptions.of_figures(report.delta, sites, unit=report.unit))
+    if report.kind == "run":
+        yield from ("receipts_signed", "configuration_unchanged")
+        told = any(site.source == "signed_site_report" for site in sites)
+        yield from ("site_reports_agree", "site_reports_are_newest") if told else ()
+        if any(site.spent and site.spent.upper_bound for site in sites):
+            yield "every_site_answered"
+        return
+    yield from ("ledger_intact", "order_fixed_beforehand", "cap_never_raised")
+    if any(site.verification for site in sites):
+        yield from ("no_event_missing", "site_key_known")
+    runs = [run for site in sites if site.lifetime for run in site.lifetime.runs]
+    if len(runs) > 1:
+        yield "runs_fixed_beforehand"
+    if any(0 < run.rounds < run.most_rounds for run in runs):
+        yield "ends_independent_of_releases"
+    if any(site.lifetime and site.lifetime.restored for site in sites):
+        yield "lost_events_made_up_for"
 
 
 def _statuses(report: Report) -> Iterator[Problem]:

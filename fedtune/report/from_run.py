@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.report import assumptions, cells, codes, facts
-from fedtune.report.audit_record import judged, read_audit
+from fedtune.report.audit_record import FILE, MARK, judged, read_audit
 from fedtune.report.model import Audit, Provenance, Report, RoundCost, Scores, Utility
 from fedtune.report.run_record import RunRecord, read_run
 from fedtune.report.run_site import Charged, epsilon_by_round, largest, site_report
@@ -16,6 +16,7 @@ from fedtune.report.site_model import SiteReport
 from fedtune.report.site_reports import by_site, joined, released_in
 from fedtune.report.verdicts import worst
 from fedtune.sites.environment import Environment
+from fedtune.spec import RunError
 
 LEAVES_OUT = tuple(code for code in codes.LEAVES_OUT if code != "other_ledgers")
 
@@ -32,8 +33,10 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
         RunError: what it holds is damaged.
     """
     record = read_run(folder)
-    audit = read_audit(folder)
-    sites = judged(_sites(record, [*released_in(folder), *site_reports]), audit)
+    audit, marked = read_audit(folder), (folder / MARK).exists()
+    if audit is not None and audit.delta != record.plan.delta:
+        raise RunError(f"{folder / FILE} is of another run: its delta is {audit.delta:g}")
+    sites = judged(_sites(record, [*released_in(folder), *site_reports]), audit, marked=marked)
     provenance, released, date = _provenance(record), tuple(_released(record)), _date(record)
     randomness = _randomness(record, sites)
     known = facts.of_run(record, sites, provenance) | facts.of_report(

@@ -16,6 +16,7 @@ from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSa
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.report import profile
+from fedtune.report.audit_figures import audit_problems
 from fedtune.report.contradictions import Problem as Problem
 from fedtune.report.contradictions import contradictions, denied
 from fedtune.report.model import Report
@@ -48,6 +49,7 @@ def problems(report: Report) -> list[Problem]:
         found += _compared(f"utility.rounds.{number}.epsilon", cost.epsilon, _worst(after)) if after else ()
     try:
         found += contradictions(report)
+        found += audit_problems(report)
     except (ValueError, ArithmeticError, LookupError) as error:  # a time that is none, an order of 0
         found.append(Problem("report", "figures", f"that cannot be compared: {error}"))
     return found

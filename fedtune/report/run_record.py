@@ -7,7 +7,8 @@ was asked of whom and which receipts came.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Receipt
 from fedtune.report import run_json
 from fedtune.sites.environment import Environment, read_environments
+from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError, RunError
 
 
@@ -62,10 +64,10 @@ class RunRecord:
 
     @cached_property
     def doubtful(self) -> tuple[str, ...]:
-        """Sites with a receipt on file that is not signed, of something else, or older than the site's updates.
+        """Sites with a receipt on file that is not signed, of something else, or older than what is known beside it.
 
         As rounds come in, an older receipt counts as none, and the round as unanswered: what is missing in both was
-        put there later.
+        put there later.  A checkpoint is written before `run.json` is, so one that knows less was put there, too.
         """
         unanswered = self.state.unanswered if self.state else {}
         credible = {
@@ -73,7 +75,30 @@ class RunRecord:
             for site, receipt in self.receipts.items()
             if receipt.charged_rounds + unanswered.get(site, 0) >= self.updates(site)
         }
-        return tuple(site for site in self._stored if site not in credible)
+        disbelieved = {site: None for site in self._stored if site not in credible}
+        return tuple(disbelieved | dict.fromkeys(self._stale()))
+
+    def _stale(self) -> Iterator[str]:
+        """Sites of which the newest checkpoint knows less than `run.json`."""
+        if self.state is not None:
+            put_back = len(self.state.rounds) < len(self.rounds)
+            yield from (
+                site for site in self.config.federation.active if put_back or self._known(site) < self._noted(site)
+            )
+
+    def _known(self, site: str) -> int:
+        """Rounds that the newest checkpoint says may have been charged."""
+        assert self.state is not None
+        receipt = self.receipts.get(site)
+        return (receipt.charged_rounds if receipt else 0) + self.state.unanswered.get(site, 0)
+
+    def _noted(self, site: str) -> int:
+        """Rounds that were charged according to `run.json`, where no later receipt can have said that it were fewer."""
+        if not self.result:
+            return 0
+        spent, state = self.result["privacy"]["sites"][site], self.state
+        resumed_since = state is not None and len(state.rounds) > len(self.result["rounds"])
+        return 0 if spent["upper_bound"] and resumed_since else int(spent["rounds"])
 
     @property
     def _stored(self) -> Mapping[str, Receipt]:
@@ -81,13 +106,28 @@ class RunRecord:
 
     @cached_property
     def run(self) -> str:
-        """What the sites' ledgers call the run; of real sites that gave no receipt, only its plain name is known."""
-        own = f"{self.config.name}-" if self.deployed else f"{self.config.name}-{self.config_sha256[:32]}"
+        """What the sites' ledgers call the run; its name, where that can't be computed and no receipt says it."""
+        if (own := self._expected_run()) is not None:
+            return own
+        # Real sites are sent other settings than the lead's, and what is missing of these has a digest all the same.
+        form = re.compile(re.escape(self.config.name) + "-[0-9a-f]{32}")
         for site, receipt in self._stored.items():
-            # Real sites are sent other settings than the lead's, so that the digest in the name is another one.
-            if receipt.site == site and receipt.run.startswith(own) and receipt.is_signed():
+            if receipt.site == site and form.fullmatch(receipt.run) and receipt.is_signed():
                 return receipt.run
-        return self.config.name if self.deployed else own
+        return self.config.name
+
+    def _expected_run(self) -> str | None:
+        """What the settings name the run; None: of real sites, where the settings or the model's hash are not known."""
+        if not self.deployed:
+            return f"{self.config.name}-{self.config_sha256[:32]}"
+        model = self.config.model
+        sha256 = model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
+        if not self.config_unchanged or sha256 is None:
+            return None
+        # The noise that was calibrated then, so that it is not searched for again.
+        noise = self.plan.noise_multiplier if self.plan.private else self.config.privacy.noise_multiplier
+        privacy = replace(self.config.privacy, noise_multiplier=noise)
+        return for_sites(replace(self.config, model=replace(model, sha256=sha256), privacy=privacy)).run_id()
 
     def updates(self, site: str) -> int:
         """Finished rounds that hold an update of the site: each of them was charged."""
@@ -117,15 +157,14 @@ class RunRecord:
         """
         updates = self.updates(site)
         if self.state is None:
-            spent = self.result["privacy"]["sites"][site]
-            known, silent = spent["rounds"], 0
-            upper_bound = bool(spent["upper_bound"])
+            known, silent = self._noted(site), 0
+            upper_bound = bool(self.result["privacy"]["sites"][site]["upper_bound"])
         else:
             receipt, silent = self.receipts.get(site), self.state.unanswered.get(site, 0)
             known = receipt.charged_rounds if receipt else 0
             upper_bound = silent > 0
         if known + silent < updates or site in self.doubtful:
-            return max(known, updates, self.plan.most_rounds), True
+            return max(known, updates, self._noted(site), self.plan.most_rounds), True
         return max(known, min(known + silent, self.plan.most_rounds)), upper_bound
 
 
@@ -149,7 +188,8 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
         config_sha256=digest,
         result=result,
         state=state,
-        rounds=state.rounds if state else _rounds(result),
+        # Of a checkpoint put back to an earlier one, the rounds that came after it stand in run.json.
+        rounds=max(state.rounds if state else (), _rounds(result) if result else (), key=len),
         environments=read_environments(folder),
     )
 

@@ -63,7 +63,7 @@ class SiteExamples:
         kept = batch if self._states is None else replace(batch, prefix=self._kept(part, batch))
         return kept.to(self._device)
 
-    def gradients(self, of_each: PerExampleGradients) -> UnitGradients:
+    def gradients(self, of_each: PerExampleGradients, *, max_grad_norm: float) -> UnitGradients:
         """What turns a micro-batch of `cut` into one gradient for each unit: here a unit is an example."""
         return of_each
 

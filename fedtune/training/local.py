@@ -72,7 +72,7 @@ def train_round(
         with attached(model) as gradients:
             take_steps(
                 lambda: dp_sgd_step(
-                    examples.gradients(gradients),
+                    examples.gradients(gradients, max_grad_norm=work.plan.max_grad_norm),
                     records,
                     work.plan,
                     parameters=parameters,

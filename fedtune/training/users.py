@@ -6,7 +6,7 @@ into micro-batches.  `dp_step` clips that vector; so one user more or less moves
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import PerExampleGradients
 
 Places = npt.NDArray[np.int64]
+_CANCELLED = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,26 +66,50 @@ class UserGradients:
 
     Args:
         examples: gradients of one example each.
+        max_grad_norm: the clip norm C.
     """
 
-    def __init__(self, examples: PerExampleGradients) -> None:
-        self._examples = examples
+    def __init__(self, examples: PerExampleGradients, max_grad_norm: float) -> None:
+        self._examples, self._max_grad_norm = examples, max_grad_norm
 
     def of(self, batch: UserBatch) -> dict[str, torch.Tensor]:
-        """Means, name -> (users, *parameter shape), in float64.
+        """Means, name -> (users, *parameter shape), in float64; made shorter where a user's records cancel.
+
+        Where they do, what is left of the mean is rounding, which depends on how the batch was cut, and clipping to a
+        small C would not scale that down as it does with one record's.  So a mean below a thousandth of its records'
+        size counts for proportionally less than C.  That depends on this user alone, and is continuous: rounding moves
+        a user by at most a thousand times what it moves a record, whatever C is.
 
         A user of whom any record's gradient is not finite has a mean that is not finite, and counts as zero in the
         step; no other user does, since rows are added one by one.  (Leaving out that record alone would be as private;
         a user as a whole is the simpler rule, and such gradients mean that training has gone wrong anyway.)
         """
         means: dict[str, torch.Tensor] = {}
+        sizes = torch.zeros(len(batch), dtype=torch.float64)
         for examples, users, shares in batch.parts():
-            for name, gradient in self._examples.of(examples).items():
+            gradients = self._examples.of(examples)
+            sizes = sizes.to(users.device).index_add_(0, users, shares * _norms(gradients))
+            for name, gradient in gradients.items():
                 if name not in means:
                     means[name] = gradient.new_zeros((len(batch), *gradient.shape[1:]), dtype=torch.float64)
-                each = shares.reshape(-1, *[1] * (gradient.dim() - 1))
-                means[name].index_add_(0, users, gradient.double() * each)
-        return means
+                means[name].index_add_(0, users, gradient.double() * _along(shares, gradient))
+        norms = _norms(means)
+        cancelled = norms < _CANCELLED * sizes  # false where either is not finite
+        shorter = (norms / (_CANCELLED * sizes)) * (self._max_grad_norm / norms.clamp(min=self._max_grad_norm))
+        factors = torch.where(cancelled, shorter, 1.0)
+        return {name: mean * _along(factors, mean) for name, mean in means.items()}
+
+
+def _norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(n,) joint L2 norms over all tensors, in float64."""
+    each = [torch.linalg.vector_norm(one.flatten(1), dim=1, dtype=torch.float64) for one in gradients.values()]
+    norms: torch.Tensor = torch.linalg.vector_norm(torch.stack(each, dim=1), dim=1)
+    return norms
+
+
+def _along(values: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """(n,) values in a shape that broadcasts over `gradient`, (n, *shape)."""
+    return values.reshape(-1, *[1] * (gradient.dim() - 1))
 
 
 class UserExamples:
@@ -105,9 +130,9 @@ class UserExamples:
         """Users, not records."""
         return len(self._users)
 
-    def gradients(self, of_each: PerExampleGradients) -> UserGradients:
+    def gradients(self, of_each: PerExampleGradients, *, max_grad_norm: float) -> UserGradients:
         """What turns a micro-batch of `cut` into one gradient for each user."""
-        return UserGradients(of_each)
+        return UserGradients(of_each, max_grad_norm)
 
     def keep_frozen_states(self, model: TaskModel) -> None:
         """As `SiteExamples.keep_frozen_states`."""

@@ -10,9 +10,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from fedtune.audit.one_run import best_possible
-from fedtune.audit.result import AuditResult, json_schema, read_result
+from fedtune.audit.result import FILE, MARK, AuditResult, json_schema, read_result
+from fedtune.evaluation.one_run import best_possible
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.report import audit_record
 from fedtune.report.audit_record import read_audit
 from fedtune.spec import RunError
 
@@ -137,6 +138,12 @@ def test_the_folder_is_marked_and_is_not_continued(sound: Any, command: Any) -> 
     outcome = command("simulate", f"resume={folder}")
     assert outcome.code == 2
     assert "is an audit" in outcome.message
+    outcome = command("evaluate", str(folder), "--data", "any.csv", "--device", "cpu")
+    assert outcome.code == 2
+    assert "is an audit: made-up records were planted" in outcome.message
+    assert (MARK, FILE) == (audit_record.MARK, audit_record.FILE), "the report looks for the files that are written"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["verdict"] == {"state": "within", "reasons": ["audited"]}
 
 
 def test_sites_of_an_audit_take_any_adapter(sound: Any) -> None:

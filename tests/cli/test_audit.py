@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from fedtune.audit.result import AuditResult, Bound, refuted
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.audit import DESCRIPTION
 from fedtune.cli.audit_command import audit_spec
+from fedtune.cli.audit_tables import show_findings
+from fedtune.evaluation import one_run
 from fedtune.spec import ConfigError
 
 
@@ -23,7 +28,9 @@ from fedtune.spec import ConfigError
         ("audit.canaries=true", "audit.canaries = 'True': must be one plain value"),
         ("audit.canaries=10,20", "audit.canaries"),
         ("audit.guesses=1001", "audit.guesses = 1001: must be at most audit.canaries = 1000"),
-        ("audit.confidence=95", "audit.confidence = 95.0: must lie in (0, 1)"),
+        ("audit.confidence=95", "audit.confidence = 95.0: must lie in [0.9, 1)"),
+        ("audit.confidence=0.89", "audit.confidence = 0.89: must lie in [0.9, 1)"),
+        ("audit.confidence=1", "audit.confidence = 1.0: must lie in [0.9, 1)"),
         ("audit.kind=magic", "audit.kind = 'magic': must be 'gradient' or 'records'"),
         ("audit.canries=10", "audit.canries = 10: is not a setting of an audit (kind, canaries, "),
         ("audit.canaries", "override = 'audit.canaries': must look like audit.key=value"),
@@ -58,6 +65,49 @@ def test_settings_as_given() -> None:
     assert given == AuditSpec(kind="records", canaries=50, sites=("a", "b"))
     with pytest.raises(ConfigError, match=r"audit\.never_used"):
         audit_spec(["audit.never_used=1"])
+
+
+def bound(site: str | None, right: int) -> Bound:
+    shown = [one_run.epsilon_lower_bound(200, 200, v, delta=1e-5, confidence=0.95) for v in (right, 200)]
+    return Bound(
+        site=site,
+        claimed_epsilon=0.5,
+        lower_bound=shown[0],
+        best_possible=shown[1],
+        canaries=200,
+        guesses=200,
+        right=right,
+    )
+
+
+def test_the_verdict_is_over_all_bounds_at_once(tmp_path: Path) -> None:
+    """Among six sound sites one bound is above its claim in every fourth audit; together, in one of twenty."""
+    barely = next(right for right in range(100, 200) if bound("a", right).lower_bound > 0.5)
+
+    def found(*bounds: Bound) -> tuple[AuditResult, str]:
+        wrong = refuted(bounds, delta=1e-5, confidence=0.95)
+        result = AuditResult(
+            method="gradient_canaries",
+            confidence=0.95,
+            delta=1e-5,
+            seeded=False,
+            bounds=bounds,
+            membership=(),
+            exceeded=bool(wrong),
+        )
+        console = Console(record=True, width=200, file=StringIO())
+        show_findings(console, result, tmp_path)
+        return result, console.export_text()
+
+    alone, said = found(bound("a", barely))
+    assert (alone.exceeded, "wrong" in said) == (True, True)
+    among, said = found(bound("a", barely), *(bound(f"b{n}", 100) for n in range(5)))
+    assert (among.exceeded, among.refuted()) == (False, ())
+    assert "The bound at a is above its claim by itself, but so little that it may be by chance" in said
+    assert "No bound is above its claim" not in said
+    broken, said = found(bound("a", 200), *(bound(f"b{n}", barely) for n in range(5)))
+    assert [one.site for one in broken.refuted()] == ["a"]
+    assert "At a the attack shows" in said
 
 
 def test_the_help_names_every_setting() -> None:

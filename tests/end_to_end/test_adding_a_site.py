@@ -23,6 +23,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedtune.cli.main import _options
+from fedtune.cli.report import with_command
 from fedtune.deploy.kits import read_roster
 from fedtune.privacy import filter
 from fedtune.privacy.chain import Head
@@ -213,7 +214,7 @@ def mistake(command: str) -> str:
     """What the command line has against a command; empty for nothing."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        _options(shlex.split(command)[1:])
+        _options(with_command(shlex.split(command)[1:]))
     return said.getvalue()
 
 

@@ -94,8 +94,11 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
     assert final["peak_memory_bytes"] > 50 * 2**20
     assert final["metrics"] != final["metrics_before"]
     privacy = result["privacy"]
-    assert set(privacy) == {"unit", "neighbouring_relation", "delta", "epsilon", "seeded_noise", "sites"}
+    assert set(privacy) == {
+        "unit", "records_per_user", "neighbouring_relation", "delta", "epsilon", "seeded_noise", "sites"
+    }  # fmt: skip
     assert (privacy["unit"], privacy["neighbouring_relation"]) == ("record", "add_or_remove_one")
+    assert privacy["records_per_user"] == 1
     assert privacy["seeded_noise"] is False
     for site in privacy["sites"].values():
         assert set(site) == {

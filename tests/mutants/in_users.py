@@ -14,11 +14,16 @@ USER_FAULTS = (
         file=USERS,
         old="""                if name not in means:
                     means[name] = gradient.new_zeros((len(batch), *gradient.shape[1:]), dtype=torch.float64)
-                each = shares.reshape(-1, *[1] * (gradient.dim() - 1))
-                means[name].index_add_(0, users, gradient.double() * each)
+                means[name].index_add_(0, users, gradient.double() * _along(shares, gradient))
+        norms = _norms(means)
+        cancelled = norms < _CANCELLED * sizes  # false where either is not finite
+        shorter = (norms / (_CANCELLED * sizes)) * (self._max_grad_norm / norms.clamp(min=self._max_grad_norm))
+        factors = torch.where(cancelled, shorter, 1.0)
+        return {name: mean * _along(factors, mean) for name, mean in means.items()}
 """,
         new="""                rows = gradient.double()
                 means[name] = torch.cat([means[name], rows]) if name in means else rows
+        return means
 """,
         tests=OF_USERS,
     ),

@@ -321,6 +321,20 @@ def test_a_ledger_is_of_one_unit(opened: Open, policy: Any, path: Path) -> None:
         opened(path=path.with_name("users.db"), policy=policy(dataset=OF_USERS))
 
 
+def test_a_column_says_who_a_user_is_for_ever(opened: Open, policy: Any, path: Path) -> None:
+    def of(**columns: str) -> Any:
+        data = (dataclasses.replace(OF_USERS[0], columns={**OF_USERS[0].columns, **columns}),)
+        return policy(population={"unit": "user"}, dataset=data)
+
+    opened(policy=of())
+    with pytest.raises(RunError, match=r"made for dataset notes columns\.user = who, the policy says visit"):
+        opened(policy=of(user="visit"))
+    opened(policy=of(text="note"))
+    records = policy(dataset=(dataclasses.replace(OF_USERS[0], columns={"text": "body", "label": "code"}),))
+    opened(path=path.with_name("records.db"), policy=policy(dataset=OF_USERS))
+    opened(path=path.with_name("records.db"), policy=records)  # there a user is nobody's unit
+
+
 def test_a_ledger_of_one_unit_charges_no_run_of_another(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
     records, users = proposal(), proposal(run="u", plan=BY_USER)
     refused = refusal_of(opened(), users)

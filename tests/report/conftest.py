@@ -184,6 +184,20 @@ def ledger_site(runs: dict[str, tuple[Plan, int]], *, cap: float = 6.0) -> SiteR
     )
 
 
+def supposed(*codes: str) -> tuple[Assumption, ...]:
+    """What reports of both kinds rest on, and `codes`, but for how units joined a step."""
+    every = (
+        "noise_in_every_step",
+        "unpredictable_randomness",
+        "clipping_but_for_rounding",
+        "delta_below_one_over_size",
+        "accountants_agree",
+        "one_record_is_one_unit",
+        "units_at_one_site_only",
+    )
+    return tuple(Assumption(code=code, status="assumed", evidence="") for code in (*every, *codes))
+
+
 def report_of(sites: tuple[SiteReport, ...], **changes: Any) -> Report:
     """A run's report around `sites`, with its worst epsilon and verdict."""
     epsilons = [site.spent.epsilon for site in sites if site.spent]
@@ -208,7 +222,7 @@ def report_of(sites: tuple[SiteReport, ...], **changes: Any) -> Report:
         "not_protected": ("facts_about_people_in_general", "outside_training", "several_records", "lead_files"),
         "unprotected_figures": ("scores_on_lead_files", "declared_sizes", "times", "bytes", "who_took_part"),
         "assumptions": (
-            Assumption(code="disjoint_units", status="asserted", evidence="each site's policy"),
+            *supposed("receipts_signed", "configuration_unchanged"),
             Assumption(code="poisson_sampling", status="verified", evidence="tests/privacy/test_mechanism.py"),
         ),
         "cells": (
@@ -266,7 +280,12 @@ def a_report() -> Callable[..., Report]:
 def a_report_without_privacy() -> Callable[..., Report]:
     """The same without noise."""
     site = run_site("north-hospital", plan(noise_multiplier=0.0), rounds=4, declared_size=1200)
-    return lambda **changes: dataclasses.replace(report_of((site,), target_epsilon=None), **changes)
+    made = report_of((site,), target_epsilon=None)
+    noiseless = tuple(
+        dataclasses.replace(one, status="violated") if one.code == "noise_in_every_step" else one
+        for one in made.assumptions
+    )
+    return lambda **changes: dataclasses.replace(made, assumptions=noiseless, **changes)
 
 
 @pytest.fixture
@@ -285,7 +304,18 @@ def a_ledger_report() -> Callable[..., Report]:
             name="north-hospital",
             target_epsilon=None,
             utility=None,
-            assumptions=(Assumption(code="poisson_sampling", status="asserted", evidence="north-hospital"),),
+            assumptions=(
+                *supposed(
+                    "ledger_intact",
+                    "no_event_missing",
+                    "site_key_known",
+                    "order_fixed_beforehand",
+                    "cap_never_raised",
+                    "runs_fixed_beforehand",
+                    "ends_independent_of_releases",
+                ),
+                Assumption(code="poisson_sampling", status="asserted", evidence="north-hospital"),
+            ),
         ),
         **changes,
     )

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy import Policy
-from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
 from fedtune.report import assumptions, from_ledger, from_run
 from fedtune.report.model import Report
-from fedtune.report.run_record import read_run
+from fedtune.report.run_record import RunRecord, read_run
+from fedtune.sites.shared_settings import for_sites
 
 from .site_ledgers import Books
 
@@ -74,6 +77,36 @@ def test_of_a_simulation_the_process_itself_knows(run: Path) -> None:
     }
 
 
+def with_receipts_of(record: RunRecord, *, run: str) -> RunRecord:
+    """The record with its sites' receipts made out, and signed, for a run of another name."""
+    key = SigningKey(Ed25519PrivateKey.generate())
+
+    def signed(receipt: Receipt) -> Receipt:
+        other = replace(receipt, run=run, site_key=key.public)
+        return replace(other, signature=key.sign(RECEIPT, other.message()))
+
+    assert record.state is not None
+    receipts = {site: signed(receipt) for site, receipt in record.state.receipts.items()}
+    return replace(record, state=replace(record.state, receipts=receipts))
+
+
+@pytest.mark.parametrize("model_known", [True, False])
+def test_receipts_of_a_run_with_a_longer_name_are_not_this_runs(run: Path, model_known: bool) -> None:
+    record = read_run(run)
+    config = replace(record.config, runtime=replace(record.config.runtime, kind="deployment"))
+    if not model_known:
+        record = replace(record, environments=())
+    deployed = replace(record, config=config)
+    other = with_receipts_of(deployed, run=f"{config.name}-weaker-{'a' * 32}")
+    assert (dict(other.receipts), other.doubtful) == ({}, ("site-1", "site-2"))
+    sent = for_sites(replace(config, privacy=replace(config.privacy, noise_multiplier=record.plan.noise_multiplier)))
+    right = with_receipts_of(deployed, run=sent.run_id())
+    assert (right.run, right.doubtful) == (sent.run_id(), ())
+    # Another digest is told from the right one where what the sites were sent is known.
+    same_form = with_receipts_of(deployed, run=f"{config.name}-{'a' * 32}")
+    assert same_form.doubtful == (("site-1", "site-2") if model_known else ())
+
+
 def test_of_real_sites_the_lead_knows_what_it_holds(run: Path) -> None:
     record = read_run(run)
     deployed = replace(
@@ -81,6 +114,7 @@ def test_of_real_sites_the_lead_knows_what_it_holds(run: Path) -> None:
         config=replace(record.config, runtime=replace(record.config.runtime, kind="deployment")),
         environments=tuple(replace(one, sampling=None, randomness=None) for one in record.environments),
     )
+    deployed = with_receipts_of(deployed, run=deployed.run)
     found = {one.code: one.status for one in assumptions.of_run(deployed, from_run.build(run).sites)}
     assert found["sites_run_their_own_software"] == "assumed"
     assert found["unpredictable_randomness"] == "assumed"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.evaluation import one_run
 from fedtune.privacy.policy import Policy
 from fedtune.report import from_ledger, from_run, profile, recompute
 from fedtune.report.model import Assumption, Audit, AuditBound, Report
@@ -237,6 +238,39 @@ def test_a_rollback_is_excluded_by_an_anchor_at_the_end_only(of_ledger: Report) 
     assert "sites.a.verification.rollback_excluded" in where(with_site(of_ledger, verification=claimed))
 
 
+def test_no_assumption_is_left_out_and_none_made_up(of_run: Report, of_ledger: Report) -> None:
+    both = {
+        "noise_in_every_step", "poisson_sampling", "unpredictable_randomness", "clipping_but_for_rounding",
+        "delta_below_one_over_size", "accountants_agree", "one_record_is_one_unit", "units_at_one_site_only",
+    }  # fmt: skip
+    optional = {"policy_noted"}
+    for report, own in (
+        (of_run, {"receipts_signed", "configuration_unchanged"}),
+        (
+            of_ledger,
+            {
+                "ledger_intact", "no_event_missing", "site_key_known", "order_fixed_beforehand", "cap_never_raised",
+                "runs_fixed_beforehand", "ends_independent_of_releases",
+            },
+        ),
+    ):  # fmt: skip
+        assert {one.code for one in report.assumptions} - optional == both | own
+        for code in both | own:
+            left = tuple(one for one in report.assumptions if one.code != code)
+            assert f"assumptions.{code}" in where(replace(report, assumptions=left))
+        for code in ("every_record_names_its_person", "the_weather_is_fine"):
+            more = (*report.assumptions, Assumption(code=code, status="assumed", evidence=""))
+            assert where(replace(report, assumptions=more)) == {f"assumptions.{code}"}
+        assert "assumptions" in where(replace(report, assumptions=(*report.assumptions, report.assumptions[0])))
+    silent = with_site(of_run, spent=replace(of_run.sites[0].spent, upper_bound=True))
+    assert "assumptions.every_site_answered" in where(silent)
+
+
+def test_a_run_with_noise_has_a_target(of_run: Report, a_report_without_privacy: Make) -> None:
+    assert where(replace(of_run, target_epsilon=None)) == {"target_epsilon"}
+    assert "target_epsilon" not in where(a_report_without_privacy())
+
+
 @pytest.mark.parametrize("site", ["site-1", None])
 @pytest.mark.parametrize("exceeded", [True, False])
 def test_an_audit_that_shows_more_leaves_no_promise(site: str | None, exceeded: bool, of_run: Report) -> None:
@@ -253,8 +287,86 @@ def test_an_audit_that_shows_more_leaves_no_promise(site: str | None, exceeded: 
         membership=(),
     )
     assert "sites.site-1.verdict.state" in where(replace(of_run, audit=audit))
-    fine = replace(audit, exceeded=False, bounds=(replace(bound, lower_bound=0.1),))
+    fine = replace(audit, exceeded=False, bounds=(counted(bound, right=5),))
     assert where(replace(of_run, audit=fine)) == set()
+
+
+def counted(bound: AuditBound, **counts: int) -> AuditBound:
+    """The bound with other counts, and the figures that they come to."""
+    bound = replace(bound, **counts)
+    m, r = bound.canaries, bound.guesses
+    return replace(
+        bound,
+        lower_bound=one_run.epsilon_lower_bound(m, r, bound.right, delta=1e-5, confidence=0.95),
+        best_possible=one_run.best_possible(m, guesses=r, delta=1e-5, confidence=0.95),
+    )
+
+
+def counted_bound(right: int) -> float:
+    return one_run.epsilon_lower_bound(200, 200, right, delta=1e-5, confidence=0.95)
+
+
+@pytest.fixture
+def audited(of_run: Report) -> Report:
+    """With an audit of 200 canaries at each site, most of which were guessed wrong."""
+    bounds = tuple(
+        counted(
+            AuditBound(site=site.site, claimed_epsilon=site.spent.epsilon, lower_bound=0.0, best_possible=0.0,
+                       canaries=200, guesses=200, right=101)
+        )
+        for site in of_run.sites
+    )  # fmt: skip
+    audit = Audit(method="gradient_canaries", confidence=0.95, delta=1e-5, seeded=False, exceeded=False, bounds=bounds,
+                  membership=())  # fmt: skip
+    return replace(of_run, audit=audit)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"lower_bound": 0.5}, {"audit.bounds.0.lower_bound"}),
+        ({"best_possible": 9.0}, {"audit.bounds.0.best_possible"}),
+        ({"claimed_epsilon": 8.0}, {"audit.bounds.0.claimed_epsilon"}),
+        ({"claimed_epsilon": float("nan")}, {"audit.bounds.0.claimed_epsilon"}),
+        ({"claimed_epsilon": float("inf")}, {"audit.bounds.0.claimed_epsilon"}),
+        ({"lower_bound": float("nan")}, {"audit.bounds.0.lower_bound"}),
+        # Counts that refute the claim are found although what is claimed is no number.
+        (
+            {"right": 200, "claimed_epsilon": float("nan"), "lower_bound": counted_bound(200)},
+            {"audit.bounds.0.claimed_epsilon", "audit.exceeded", "sites.site-1.verdict.state"},
+        ),
+        ({"right": 201}, {"audit.bounds.0.right"}),
+        ({"site": "site-2"}, {"audit.bounds"}),
+        ({"site": "nowhere"}, {"audit.bounds"}),
+        # Counts that refute the report's own epsilon, however small the bound and however large the claim beside them.
+        (
+            {"right": 200, "claimed_epsilon": 99.0},
+            {"audit.bounds.0.claimed_epsilon", "audit.bounds.0.lower_bound", "audit.exceeded",
+             "sites.site-1.verdict.state"},
+        ),
+    ],
+)  # fmt: skip
+def test_an_audits_bounds_are_computed_again(changes: Any, found: set[str], audited: Report) -> None:
+    assert where(audited) == set()
+    first, *others = audited.audit.bounds
+    audit = replace(audited.audit, bounds=(replace(first, **changes), *others))
+    assert where(replace(audited, audit=audit)) == found
+
+
+@pytest.mark.parametrize(("key", "value"), [("delta", 1e-4), ("confidence", 0.5)])
+def test_an_audit_at_another_delta_or_of_little_confidence_is_found(key: str, value: float, audited: Report) -> None:
+    assert f"audit.{key}" in where(replace(audited, audit=replace(audited.audit, **{key: value})))
+
+
+def test_one_bound_above_its_claim_by_chance_refutes_nothing_among_many(audited: Report) -> None:
+    """By itself the bound is above its claim; of two bounds, it is asked for 97.5 % confidence."""
+    epsilon = audited.sites[0].spent.epsilon
+    first, second = audited.audit.bounds
+    above = next(one for right in range(100, 200) if (one := counted(first, right=right)).lower_bound > epsilon)
+    both = replace(audited, audit=replace(audited.audit, bounds=(above, second)))
+    assert where(both) == set()
+    alone = replace(audited, audit=replace(audited.audit, bounds=(above,)))
+    assert where(alone) == {"sites.site-1.verdict.state", "audit.exceeded"}
 
 
 def test_a_time_that_is_none_is_a_problem_and_no_crash(of_ledger: Report) -> None:

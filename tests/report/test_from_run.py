@@ -15,10 +15,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedtune.cli.display as display
 from fedtune.cli.compose import saved_config
+from fedtune.evaluation import one_run
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
 from fedtune.report import from_run, recompute, run_site, signing
+from fedtune.report.audit_record import MARK
 from fedtune.report.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASED, UNPROTECTED_FIGURES
 from fedtune.report.model import Report
 from fedtune.sites import environment
@@ -257,14 +259,33 @@ def test_a_genuine_receipt_that_is_older_than_the_updates_counts_as_none(folder:
     assert recompute.problems(report) == []
 
 
+@pytest.mark.parametrize("journal", [True, False])
+def test_a_checkpoint_that_knows_less_than_run_json_is_not_believed(folder: Path, journal: bool) -> None:
+    whole = from_run.build(folder)
+    (newest,) = folder.glob("checkpoints/round-0002*")
+    newest.unlink()
+    if not journal:
+        (folder / "checkpoints" / "asked.jsonl").unlink()
+    report = from_run.build(folder)
+    assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("receipts_not_believed",))
+    assert status(report, "receipts_signed") == "violated"
+    assert all(site.spent.rounds >= 2 and site.spent.upper_bound for site in report.sites)
+    assert report.epsilon >= whole.epsilon
+    assert report.utility.rounds == whole.utility.rounds, "run.json has all of them"
+    assert recompute.problems(report) == []
+
+
 def test_updates_without_any_receipt_are_charged_as_the_whole_plan(folder: Path) -> None:
     change_receipts(folder, lambda receipt: receipt, taken=True)
     report = from_run.build(folder)
     most = from_run.read_run(folder).plan.most_rounds
     assert [(site.source, site.spent.rounds) for site in report.sites] == [("not_released", most)] * 2
     assert all(site.spent.upper_bound for site in report.sites)
-    assert status(report, "receipts_signed") == "assumed"
+    assert report.verdict.reasons == ("receipts_not_believed",), "run.json was written with receipts"
+    assert status(report, "receipts_signed") == "violated"
     assert recompute.problems(report) == []
+    (folder / "run.json").unlink()
+    assert status(from_run.build(folder), "receipts_signed") == "assumed"
 
 
 def test_how_records_were_drawn_is_said_where_the_lead_does_not_know(folder: Path) -> None:
@@ -282,9 +303,10 @@ def test_how_records_were_drawn_is_said_where_the_lead_does_not_know(folder: Pat
 def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Path) -> None:
     before = from_run.build(folder)
     assert "attack_on_real_records" not in before.unprotected_figures
+    shown = one_run.best_possible(9, delta=1e-5, confidence=0.95)
     found = {
         "method": "gradient_canaries", "confidence": 0.95, "delta": 1e-5, "seeded": False, "exceeded": True,
-        "bounds": [{"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": 0.5, "best_possible": 3.0,
+        "bounds": [{"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": shown, "best_possible": shown,
                     "canaries": 9, "guesses": 9, "right": 9}],
         "membership": [{"site": None, "score": "loss", "trained_on": 9, "never_used": 9, "auroc": 0.6,
                         "auroc_low": 0.5, "auroc_high": 0.7, "hit_rates": []}],
@@ -295,9 +317,30 @@ def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Pat
     assert [site.meaning is None for site in report.sites] == [True, False]
     assert "attack_on_real_records" in report.unprotected_figures
     assert recompute.problems(report) == []
+    (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 1, "delta": 1e-4}))
+    with pytest.raises(RunError, match="of another run: its delta is"):
+        from_run.build(folder)
     # Nor does it help that the bounds are gone while it says that one was passed.
     (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 1, "bounds": []}))
     assert [site.verdict.state for site in from_run.build(folder).sites] == ["no_guarantee"] * 2
+
+
+def test_a_run_that_holds_canaries_says_so_and_without_findings_promises_nothing(folder: Path) -> None:
+    before = from_run.build(folder)
+    (folder / MARK).write_text("an audit")
+    report = from_run.build(folder)
+    assert (before.verdict.state, report.verdict.state) == ("within", "no_guarantee")
+    assert [site.verdict.reasons for site in report.sites] == [("holds_canaries",)] * 2
+    assert [site.meaning for site in report.sites] == [None, None]
+    assert recompute.problems(report) == []
+    found = {"schema_version": 1, "method": "gradient_canaries", "confidence": 0.95, "delta": 1e-5, "seeded": False,
+             "exceeded": False, "bounds": [], "membership": []}  # fmt: skip
+    (folder / "audit.json").write_text(json.dumps(found))
+    report = from_run.build(folder)
+    assert (report.verdict.state, report.verdict.reasons) == ("within", ("audited",))
+    (folder / "audit.json").write_text("{}")
+    with pytest.raises(RunError, match="damaged"):
+        from_run.build(folder)
 
 
 def test_a_folder_that_holds_no_run_or_none_that_began_is_refused(folder: Path, tmp_path: Path) -> None:

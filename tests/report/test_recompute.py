@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.report.model import Report, from_json, to_json
+from fedtune.report.model import Assumption, Report, from_json, to_json
 from fedtune.report.recompute import Problem, charges_of, problems
 from fedtune.report.site_model import Approved, SiteReport, Spent, State, Verdict
 
@@ -289,6 +289,13 @@ def test_a_ledger_s_verdict_follows_from_its_caps(a_ledger_report: Make) -> None
         marked = with_site(report, lifetime=dataclasses.replace(life, **{flag: True, "left": left}), left=left)
         if flag == "seeded":
             marked = dataclasses.replace(marked, seeded_noise=True, randomness="seeded")
+        code = "unpredictable_randomness" if flag == "seeded" else "no_event_missing"
+        marked = dataclasses.replace(
+            marked,
+            assumptions=tuple(
+                dataclasses.replace(one, status="violated") if one.code == code else one for one in marked.assumptions
+            ),
+        )
         assert judged(marked, "within") == {place}
         assert judged(marked, "no_guarantee") == set()
 
@@ -338,6 +345,10 @@ def test_a_joined_ledger_s_lifetime_is_taken_as_it_is_signed(a_ledger_report: Ma
         left=own.left,
         verification=own.verification,
     )
+    told = ("site_reports_agree", "site_reports_are_newest")
+    told_of = tuple(Assumption(code=code, status="assumed", evidence="") for code in told)
+    assert where(report) == {f"assumptions.{code}" for code in told}
+    report = dataclasses.replace(report, assumptions=(*report.assumptions, *told_of))
     assert problems(report) == []
     assert where(with_spent(report, epsilon=1.0)) >= {"sites.north-hospital.spent.epsilon"}
 

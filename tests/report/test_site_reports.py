@@ -17,7 +17,7 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.release import RECEIPT
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import from_ledger, from_run, page, recompute, signing
-from fedtune.report.model import Report
+from fedtune.report.model import Assumption, Report
 from fedtune.report.site_reports import FOLDER, read_site_report
 from fedtune.spec import ConfigError
 
@@ -125,7 +125,9 @@ def test_a_site_that_is_beyond_its_own_cap_makes_the_runs_verdict(folder: Path) 
 
 def test_a_report_that_says_less_than_the_receipts_promises_nothing(folder: Path) -> None:
     own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
-    less = signed_report(folder, "site-1", **with_run(own, most_rounds=9))
+    early = Assumption(code="ends_independent_of_releases", status="assumed", evidence="")
+    changes = with_run(own, most_rounds=9) | {"assumptions": (*own.assumptions, early)}
+    less = signed_report(folder, "site-1", **changes)
     report = from_run.build(folder / "second", site_reports=[less])
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("site_report_disagrees",))
     assert report.sites[1].verdict.state == "within"
@@ -200,6 +202,7 @@ def test_a_report_that_says_more_is_believed(folder: Path) -> None:
     rounds = [replace(one, sites=("site-2",), failed_sites={"site-1": "no_reply"}) for one in record.state.rounds]
     state = replace(record.state, receipts={**record.state.receipts, "site-1": less}, rounds=rounds)
     Checkpoints(folder / "second" / "checkpoints", record.config_sha256).save(state)
+    (folder / "second" / "run.json").unlink()  # which says what the receipts said
     assert from_run.build(folder / "second").sites[0].spent.rounds == 0
     report = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")])
     assert report.sites[0].spent.rounds == 1

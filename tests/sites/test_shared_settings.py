@@ -115,6 +115,10 @@ FIXED = {"name": "is part of the identifier itself"}
 WITH = {
     "task": {"data": {"labels": (), "columns": {"prompt": "a", "completion": "b"}}},
     "privacy.unit": {"data": {"columns": {"text": "text", "label": "label", "user": "who"}}},
+    "privacy.records_per_user": {
+        "privacy": {"unit": "user"},
+        "data": {"columns": {"text": "text", "label": "label", "user": "who"}},
+    },
     "privacy.metrics": {"data": {"heldout_fraction": 0.1}},
     "data.prompt_template": {"data": {"columns": {"text": "text", "label": "label", "prompt": "p"}}},
 }

@@ -80,7 +80,7 @@ def users_sum(
     sums = dp_step.zeros(model.trainable())
     with attached(model) as of_each:
         for batch in examples.cut(chosen, choose=first(most)):
-            add_clipped(sums, UserGradients(of_each).of(batch), clip)
+            add_clipped(sums, UserGradients(of_each, clip).of(batch), clip)
     return {name: total.numpy() for name, total in sums.items()}
 
 
@@ -124,7 +124,7 @@ def table_sum(
     gradients: dict[str, torch.Tensor], by_user: UserExamples, chosen: Sequence[int], *, clip: float, most: int
 ) -> torch.Tensor:
     sums = {name: torch.zeros(value.shape[1:], dtype=torch.float64) for name, value in gradients.items()}
-    of_users = UserGradients(Table(gradients))  # type: ignore[arg-type]
+    of_users = UserGradients(Table(gradients), clip)  # type: ignore[arg-type]
     for batch in by_user.cut(np.array(chosen, dtype=np.int64), choose=first(most)):
         add_clipped(sums, of_users.of(batch), clip)
     return torch.cat([total.flatten() for total in sums.values()])
@@ -178,6 +178,22 @@ def test_the_mean_is_clipped_and_not_each_record() -> None:
     torch.testing.assert_close(
         table_sum(gradients, by_user, [0], clip=1.0, most=2), torch.tensor([0.25, 0.0], dtype=torch.float64)
     )
+
+
+@pytest.mark.parametrize("clip", [1e-6, 1.0, 1e6])
+def test_what_is_left_of_records_that_cancel_cannot_be_blown_up(clip: float) -> None:
+    # 1e-7 is what rounding leaves of two opposite gradients of size 1; clipping alone would lift it to the clip norm.
+    def moved(left: float) -> torch.Tensor:
+        gradients = {"a": torch.tensor([[1.0, left], [-1.0, left]])}
+        by_user = UserExamples(examples_of(made_up([1, 1])), users_of_sizes(2), most_records=2)
+        return table_sum(gradients, by_user, [0], clip=clip, most=2)
+
+    assert moved(1e-7).norm() <= 1.1e-4 * clip
+    assert (moved(1e-7) - moved(-1e-7)).norm() <= 2.2e-4 * clip
+    # From a thousandth on a mean counts in full, and there is no jump on the way.
+    for below, above in ((9.99e-4, 1.001e-3), (1e-5, 1.01e-5)):
+        assert (moved(above) - moved(below)).norm() <= 1e-2 * min(clip, above)
+    assert moved(2e-3).norm() == pytest.approx(min(clip, 2e-3), rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -3e38])
@@ -250,7 +266,7 @@ def test_group_sampling_equals_its_definition_on_the_same_bits(plan: Any, traine
     for _ in range(5):
         with attached(model) as of_each:
             dp_step.dp_sgd_step(
-                UserGradients(of_each),
+                UserGradients(of_each, 1.0),
                 records,
                 plan(sampling_rate=rate, unit="user", records_per_user=most),
                 parameters=model.trainable(),
@@ -412,7 +428,7 @@ def test_a_cut_that_loses_a_user_stops_the_step(trained: Any, examples: Any, pla
     optimizer = torch.optim.SGD(list(model.trainable().values()), lr=0.0)
     with attached(model) as of_each, pytest.raises(AssertionError, match="counts exactly once"):
         dp_step.dp_sgd_step(
-            UserGradients(of_each),
+            UserGradients(of_each, 1.0),
             records,
             plan(unit="user"),
             parameters=model.trainable(),

@@ -8,15 +8,20 @@ tosses r coins of bias e^epsilon / (1 + e^epsilon).  Pure numpy, so that it can 
 The number of guesses r has to be fixed before anything is looked at; which r canaries are guessed, and how, may depend
 on everything that was released.  fedtune takes one r for an audit (`audit.guesses`), so nothing is corrected for having
 tried several.  Who computes bounds for k values of r and keeps the largest has to ask each for the confidence
-1 - (1 - confidence) / k (Bonferroni).
+1 - (1 - confidence) / k (Bonferroni); so has who judges a run by the worst of its k sites (`allowed_errors`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
+LEAST_CONFIDENCE = 0.9
+"""With less, a sound implementation would be called wrong too often."""
 _PRECISION = 1e-6
+_SHARE_OF_SITES = 0.9
 
 
 def p_value(canaries: int, guesses: int, right: int, *, epsilon: float, delta: float) -> float:
@@ -71,6 +76,21 @@ def epsilon_lower_bound(canaries: int, guesses: int, right: int, *, delta: float
         middle = (low + high) / 2
         low, high = (middle, high) if refuted(middle) else (low, middle)
     return low
+
+
+def allowed_errors(confidence: float, sites: Sequence[str | None]) -> list[float]:
+    """How often each bound may be wrong by chance, so that with `confidence` none of them is (Bonferroni).
+
+    What is seen at a site is most of what there is to see, so sites share nine tenths of the errors, and the average
+    (None) has the rest.  Fixed before anything is looked at.
+
+    >>> [round(error, 4) for error in allowed_errors(0.95, ["a", "b", None])]
+    [0.0225, 0.0225, 0.005]
+    """
+    error, num_sites = 1 - confidence, sum(site is not None for site in sites)
+    of_sites = error if num_sites == len(sites) else _SHARE_OF_SITES * error
+    of_average = error - of_sites if num_sites else error
+    return [of_average / (len(sites) - num_sites) if site is None else of_sites / num_sites for site in sites]
 
 
 def best_possible(canaries: int, *, delta: float, confidence: float, guesses: int | None = None) -> float:
