@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.report import assumptions, cells, codes, facts
 from fedtune.report.audit_record import FILE, MARK, judged, read_audit
-from fedtune.report.model import Audit, Provenance, Report, RoundCost, Scores, Utility
+from fedtune.report.mechanisms import largest
+from fedtune.report.model import Audit, Provenance, Report, RoundCost, Utility, finite
 from fedtune.report.run_record import RunRecord, read_run
-from fedtune.report.run_site import Charged, epsilon_by_round, largest, site_report
+from fedtune.report.run_site import Charged, epsilon_by_round, site_report
 from fedtune.report.site_model import SiteReport
 from fedtune.report.site_reports import by_site, joined, released_in
 from fedtune.report.verdicts import worst
@@ -160,8 +160,8 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
     epsilons, final = epsilon_by_round(record, sites), record.result.get("final", {})
     before = record.state.metrics_before if record.state else final.get("metrics_before", {})
     return Utility(
-        before=_scores(before),
-        final=_scores(final.get("metrics", {})),
+        before=finite(before),
+        final=finite(final.get("metrics", {})),
         non_private=None,
         rounds=tuple(
             RoundCost(
@@ -171,14 +171,9 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
                 seconds=result.seconds,
                 bytes_down=result.bytes_down,
                 bytes_up=result.bytes_up,
-                scores=_scores(result.metrics),
+                scores=finite(result.metrics),
                 epsilon=epsilons[result.round],
             )
             for result in record.rounds
         ),
     )
-
-
-def _scores(metrics: Mapping[str, float | None]) -> Scores:
-    """A model that diverged may have a loss that is no number; JSON has no word for it but null."""
-    return {name: None if value is None or not math.isfinite(value) else value for name, value in metrics.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from dp_accounting import DpEvent
 
@@ -44,4 +44,10 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechani
 
 def bounded(epsilon: float) -> float | None:
     """JSON has no infinity: None says that nothing bounds the loss."""
-    return epsilon if math.isfinite(epsilon) else None
+    return float(epsilon) if math.isfinite(epsilon) else None
+
+
+def largest(epsilons: Iterable[float | None]) -> float | None:
+    """The worst of some epsilons; None, which nothing bounds, is worse than all."""
+    values = list(epsilons)
+    return None if None in values else max((value for value in values if value is not None), default=0.0)

@@ -7,6 +7,7 @@ that nothing bounds it.  Times are UTC in ISO form, of the run or the ledger, so
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -169,6 +170,11 @@ class Report:
     audit: Audit | None = None
     signature: Signature | None = None
     schema_version: Literal[2] = 2
+
+
+def finite(metrics: Scores) -> Scores:
+    """A model that diverged may have a loss that is no number; JSON has no word for it but null."""
+    return {name: None if value is None or not math.isfinite(value) else value for name, value in metrics.items()}
 
 
 _ADAPTER = TypeAdapter(Report)

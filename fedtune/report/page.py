@@ -36,7 +36,7 @@ def render(report: Report, *, language: str) -> str:
     digest = hashlib.sha256(to_text(report).encode()).hexdigest()
     footer = words.text("page.footer", name=shortened(report.name, _LONGEST_NAME), digest=digest)
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             language=language,
@@ -66,7 +66,8 @@ def css_string(text: str) -> Markup:
 
 
 @lru_cache(maxsize=1)
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates of all pages: everything that is filled in is escaped, and a name that is not there is an error."""
     return Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,

@@ -21,6 +21,7 @@ from dp_accounting.rdp import RdpAccountant
 from fedtune.privacy import accountant, events
 from fedtune.privacy.events import Spent
 from fedtune.report import explain
+from fedtune.report.mechanisms import bounded
 from fedtune.report.site_model import CurvePoint, HitRate, Meaning, Posterior, Source
 from fedtune.report.site_model import Spent as Figures
 
@@ -40,13 +41,13 @@ def interval_of(source: Source) -> float:
 
 def epsilon_pld(spent: Spent, delta: float, *, interval: float = accountant.COARSE) -> float | None:
     """Epsilon at `delta` by PLD, from a composition that is kept; None: unbounded."""
-    return _bounded(_pld(_counted(spent), interval).get_epsilon(delta))
+    return bounded(_pld(_counted(spent), interval).get_epsilon(delta))
 
 
 def epsilon_rdp(spent: Spent, delta: float) -> float | None:
     """Epsilon at `delta` by RDP, likewise."""
     with accountant.without_notes_on_skipped_orders():
-        return _bounded(_rdp(_counted(spent)).get_epsilon(delta))
+        return bounded(_rdp(_counted(spent)).get_epsilon(delta))
 
 
 def accountants_agree(figures: Figures, *, width: float) -> bool:
@@ -197,7 +198,3 @@ def _rdp(mechanisms: _Counted) -> RdpAccountant:
         for event, count in mechanisms:
             made.compose(event, count)
     return made
-
-
-def _bounded(epsilon: float) -> float | None:
-    return float(epsilon) if math.isfinite(epsilon) else None

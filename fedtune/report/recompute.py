@@ -19,6 +19,7 @@ from fedtune.report import profile
 from fedtune.report.audit_figures import audit_problems
 from fedtune.report.contradictions import Problem as Problem
 from fedtune.report.contradictions import contradictions, denied
+from fedtune.report.mechanisms import largest
 from fedtune.report.model import Report
 from fedtune.report.site_model import Lifetime, Mechanism, SiteReport, State
 from fedtune.report.verdicts import WORST_FIRST
@@ -40,13 +41,13 @@ def problems(report: Report) -> list[Problem]:
     if not 0 < report.delta < 1:
         return [Problem("delta", report.delta, "a number between 0 and 1")]
     found = [problem for site in report.sites for problem in _of_site(report, site)]
-    found += _compared("epsilon", report.epsilon, _worst([site.spent.epsilon for site in report.sites if site.spent]))
+    found += _compared("epsilon", report.epsilon, largest([site.spent.epsilon for site in report.sites if site.spent]))
     worst = [state for state in WORST_FIRST if state in {site.verdict.state for site in report.sites}]
     if worst and WORST_FIRST.index(report.verdict.state) > WORST_FIRST.index(worst[0]):
         found.append(Problem("verdict.state", report.verdict.state, worst[0]))
     for number, cost in enumerate(report.utility.rounds if report.utility else ()):
         after = [step.epsilon for site in report.sites for step in site.steps if step.round == cost.round]
-        found += _compared(f"utility.rounds.{number}.epsilon", cost.epsilon, _worst(after)) if after else ()
+        found += _compared(f"utility.rounds.{number}.epsilon", cost.epsilon, largest(after)) if after else ()
     try:
         found += contradictions(report)
         found += audit_problems(report)
@@ -293,7 +294,3 @@ def _near(left: float, found: float) -> bool:
 def _at_most(epsilon: float | None, most: float | None) -> bool:
     """None is unbounded."""
     return most is None or (epsilon is not None and epsilon <= most * (1 + _LAST_DIGITS))
-
-
-def _worst(epsilons: list[float | None]) -> float | None:
-    return None if None in epsilons else max((epsilon for epsilon in epsilons if epsilon is not None), default=0.0)

@@ -14,7 +14,7 @@ from fedtune.privacy import accountant
 from fedtune.privacy.plan import Plan
 from fedtune.report import profile
 from fedtune.report.codes import NOT_RECORDED
-from fedtune.report.mechanisms import bounded, charged_events, mechanism_of
+from fedtune.report.mechanisms import bounded, charged_events, largest, mechanism_of
 from fedtune.report.run_record import RunRecord
 from fedtune.report.site_model import Release, SiteReport, Source, Spent, Step, Verdict
 from fedtune.report.verdicts import has_meaning, with_foundations
@@ -85,12 +85,6 @@ def epsilon_by_round(record: RunRecord, sites: Iterable[SiteReport]) -> dict[int
         for step in site.steps:
             worst.setdefault(step.round or 0, []).append(step.epsilon)
     return {number: largest(values) for number, values in worst.items()}
-
-
-def largest(epsilons: Iterable[float | None]) -> float | None:
-    """The worst of some epsilons; None, which nothing bounds, is worse than all."""
-    values = list(epsilons)
-    return None if None in values else max((value for value in values if value is not None), default=0.0)
 
 
 def _violated(record: RunRecord, site: str, spent: Spent) -> Iterator[str]:

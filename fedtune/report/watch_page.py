@@ -6,13 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedtune.report.catalogue import Catalogue, catalogue
+from fedtune.report.page import environment
 from fedtune.report.watch_charts import WatchCharts
 from fedtune.report.watch_model import RunNow, to_json
 from fedtune.report.watch_words import WatchWords
@@ -22,7 +20,6 @@ PARTS = ("marks", "phase", "progress", "privacy", "sites", "epsilon", "scores", 
 """What the script puts in place anew where it changed; each is a macro of the template, and an element of the page."""
 _CHARTS = ("epsilon", "scores", "traffic")
 _LONGEST_NAME = 60
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +67,7 @@ class WatchPage:
         """The whole page; nothing else may run or style it than what bears the nonce."""
         assert self._now is not None
         name = shortened(self._now.name, _LONGEST_NAME)
-        template = _environment().get_template("watch.html.j2")
+        template = environment().get_template("watch.html.j2")
         return template.render(
             t=self._words.text,
             language=self._words.language,
@@ -83,7 +80,7 @@ class WatchPage:
 
     def _drawn(self, now: RunNow) -> Shown:
         words = WatchWords(now, self._words.for_unit(now.unit))
-        template = _environment().get_template("watch_parts.html.j2")
+        template = environment().get_template("watch_parts.html.j2")
         module = template.make_module(
             {
                 "now": now,
@@ -108,14 +105,3 @@ def _drawn_of(now: RunNow) -> object:
     """What charts depend on."""
     steps = [(site.site, site.steps) for site in now.sites]
     return steps, now.rounds, now.target_epsilon
-
-
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import RoundResult, charged_epsilons
-from fedtune.report.mechanisms import bounded
-from fedtune.report.model import Scores
+from fedtune.report.mechanisms import bounded, largest
+from fedtune.report.model import finite
 from fedtune.report.run_record import RunRecord
-from fedtune.report.run_site import largest, steps_of
+from fedtune.report.run_site import steps_of
 from fedtune.report.watch_model import Answer, Failure, Left, Mark, Phase, RoundDone, RunNow, SiteNow, Step
 
 ASKED, UPDATE, NOTHING = "asked", "update", "nothing"
@@ -96,7 +96,7 @@ def run_now(seen: Seen) -> RunNow:
         seconds=sum(result.seconds for result in rounds),
         bytes_down=sum(result.bytes_down for result in rounds),
         bytes_up=sum(result.bytes_up for result in rounds),
-        final=_scores(record.result.get("final", {}).get("metrics", {}) if record else {}),
+        final=finite(record.result.get("final", {}).get("metrics", {}) if record else {}),
     )
 
 
@@ -194,7 +194,7 @@ def _round(result: RoundResult) -> RoundDone:
         seconds=result.seconds,
         bytes_down=result.bytes_down,
         bytes_up=result.bytes_up,
-        scores=_scores(result.metrics),
+        scores=finite(result.metrics),
     )
 
 
@@ -202,8 +202,3 @@ def _failures(rounds: Sequence[RoundResult]) -> Iterator[Failure]:
     for result in reversed(rounds):
         for site, reason in result.failed_sites.items():
             yield Failure(round=result.round, site=site, reason=reason)
-
-
-def _scores(metrics: Mapping[str, float | None]) -> Scores:
-    """A model that diverged may have a loss that is no number; JSON has no word for it but null."""
-    return {name: None if value is None or not math.isfinite(value) else value for name, value in metrics.items()}
