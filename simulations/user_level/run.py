@@ -1,7 +1,7 @@
 """By user, or by record with group privacy on top: which trains better at one promise to a person?
 
     python simulations/user_level/run.py                    all lines, into results.json and the README's table
-    python simulations/user_level/run.py --only irc-e8      lines whose key begins so; others are kept
+    python simulations/user_level/run.py --only irc-none irc-e8     lines whose keys begin so; others are kept
     python simulations/user_level/run.py --accounting       noise and epsilons alone, in a minute; trains nothing
 
 Every line promises a person the same (epsilon, delta) at their site, over all of their records there:
@@ -35,6 +35,7 @@ from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared_states import shared_frozen_states
 from study import hardware, run_line
 
 from fedtune.cli.compose import compose_run
@@ -231,7 +232,7 @@ def write(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", nargs="*", default=[""])
     parser.add_argument("--accounting", action="store_true")
     options = parser.parse_args()
     study = tomllib.loads((FOLDER / "study.toml").read_text())
@@ -239,19 +240,27 @@ def main() -> None:
     old = json.loads(path.read_text())["lines"] if path.exists() else {}
     lines: dict[str, Any] = {}
     for data in study["data"]:
-        for line in lines_of(study, data):
-            title = f"{data['title']}: {TITLES[line['kind']]}" + (
-                f", epsilon {line['target']:g}" if "target" in line else ""
-            )
-            known = {key: value for key, value in line.items() if key != "config"} | {"title": title}
-            done = old.get(line["key"], {}).get("run")
-            if not options.accounting and line["key"].startswith(options.only):
-                print(f"--- {title}", flush=True)
-                with tempfile.TemporaryDirectory() as scratch:
-                    overrides = overrides_of(line, study, data, Path(scratch))
-                    done = run_line(study["experiment"], {"key": line["key"], "title": title, "overrides": overrides})
-            lines[line["key"]] = known | ({"run": done} if done else {})
-            write({"experiment": study["experiment"], "hardware": hardware(), "lines": lines})
+        with shared_frozen_states():
+            for line in lines_of(study, data):
+                title = f"{data['title']}: {TITLES[line['kind']]}" + (
+                    f", epsilon {line['target']:g}" if "target" in line else ""
+                )
+                known = {key: value for key, value in line.items() if key != "config"} | {"title": title}
+                done = old.get(line["key"], {}).get("run")
+                if not options.accounting and line["key"].startswith(tuple(options.only)):
+                    print(f"--- {title}", flush=True)
+                    with tempfile.TemporaryDirectory() as scratch:
+                        asked = {"key": line["key"], "title": title}
+                        asked["overrides"] = overrides_of(line, study, data, Path(scratch))
+                        done = run_line(study["experiment"], asked)
+                        done["overrides"] = [one.replace(scratch, "SCRATCH") for one in done["overrides"]]
+                lines[line["key"]] = known | ({"run": done} if done else {})
+                write({"experiment": study["experiment"], "hardware": hardware(), "lines": lines | later(old, lines)})
+
+
+def later(old: dict[str, Any], lines: dict[str, Any]) -> dict[str, Any]:
+    """Lines of an earlier run that this one has not come to."""
+    return {key: line for key, line in old.items() if key not in lines}
 
 
 if __name__ == "__main__":
