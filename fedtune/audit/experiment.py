@@ -45,8 +45,9 @@ def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
         raise ConfigError("resume", config.resume, "must be null: an audit runs from its start, with coins of its own")
     if not config.privacy.private:
         raise ConfigError("privacy", config.privacy.mechanism, "claims nothing that could be audited")
-    if config.privacy.unit != "record":
-        raise ConfigError("privacy.unit", config.privacy.unit, "must be 'record': canaries are records")
+    if config.privacy.unit != "record" and spec.kind == "records":
+        bound = "must be 'record' with audit.kind=records; audit.kind=gradient plants made-up users, too"
+        raise ConfigError("privacy.unit", config.privacy.unit, bound)
     for site in audited_sites(config, spec):
         if site not in config.federation.active:
             raise ConfigError("audit.sites", site, f"must be one of {', '.join(config.federation.active)}")

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fedtune.audit.gradient_canaries import CanaryExamples, Observer, Places, Tally, Vector
+from fedtune.audit.gradient_canaries import Canaries, CanaryExamples, CanaryUsers, Observer, Tally, Vector
 from fedtune.audit.guesses import Coins, Count, by_likelihood, counted
 from fedtune.audit.result import Place
 from fedtune.audit.spec import AuditSpec
@@ -17,8 +17,8 @@ from fedtune.model import Adapter
 from fedtune.sites.participants import Participants
 from fedtune.sites.work import randomness_of
 from fedtune.spec import ConfigError
-from fedtune.training.examples import SiteExamples
 from fedtune.training.optimizer import learning_rate_factor
+from fedtune.training.users import Places, UserExamples
 
 _LEAST_CONTROLS = 100
 """Coordinates without a canary, which show what noise alone does."""
@@ -78,10 +78,11 @@ class GradientAttack:
             denominator=everyone.plan.sampling_rate * work.declared_size,
             total=np.zeros(size),
         )
-        records = work.examples
-        assert isinstance(records, SiteExamples), "only records are audited"
+        units, canaries = work.examples, Canaries(coordinates[inserted], self._observer, tally)
         # `examples` is a cached property: what lies under its name is what the site trains on.
-        vars(work)["examples"] = CanaryExamples(records, coordinates[inserted], observer=self._observer, tally=tally)
+        vars(work)["examples"] = (
+            CanaryUsers(units, canaries) if isinstance(units, UserExamples) else CanaryExamples(units, canaries)
+        )
         return Planted(coordinates=coordinates, inserted=inserted, tally=tally)
 
     @contextmanager

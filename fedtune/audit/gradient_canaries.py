@@ -11,7 +11,7 @@ runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +22,14 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedtune.data import Batch
+from fedtune.model import Batch as AnyBatch
 from fedtune.model import TaskModel
+from fedtune.privacy.randomness import RandomStream
 from fedtune.training import dp_step
 from fedtune.training.dp_step import UnitGradients
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import PerExampleGradients
+from fedtune.training.users import Places, UserBatch, UserExamples
 
 RAW_SIZE = 1000.0
 """Of a canary's gradient before it is clipped, in clip norms."""
@@ -34,7 +37,6 @@ _MOST_VALUES = 2**23
 """In the dense gradients of one micro-batch of canaries: 32 MiB in float32."""
 
 Vector = npt.NDArray[np.float64]
-Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,65 +130,150 @@ class Observer:
             self._training = None
 
 
-class CanaryGradients:
-    """Gradients of records by the hooks, and those of canaries made up, dense, like what the hooks give."""
+@dataclass(frozen=True)
+class Canaries:
+    """A site's canaries that are in, as training meets them.
 
-    def __init__(self, of_each: PerExampleGradients, examples: CanaryExamples) -> None:
-        self._of_each, self._examples = of_each, examples
-
-    def of(self, batch: Any) -> dict[str, torch.Tensor]:
-        """Name -> (n, *parameter shape)."""
-        if isinstance(batch, CanaryBatch):
-            return self._examples.raw_gradients(batch)
-        gradients = self._of_each.of(batch)
-        self._examples.tally.add_records(gradients)
-        return gradients
-
-
-class CanaryExamples(SiteExamples):
-    """A site's records, and behind them its canaries that are in.
-
-    Args:
-        records: the site's.
-        coordinates: of the canaries that are in.
+    Attributes:
+        coordinates: (n,) of each, in the joint vector.
         observer: told of each step.
         tally: of the site.
     """
 
-    def __init__(self, records: SiteExamples, coordinates: Places, *, observer: Observer, tally: Tally) -> None:
-        # Not the parent's: the records keep their own state, and nothing of theirs is copied.
-        self._records, self._coordinates = records, coordinates
-        self._observer, self.tally = observer, tally
-        self._ends = np.cumsum([parameter.numel() for parameter in observer.parameters.values()])
+    coordinates: Places
+    observer: Observer
+    tally: Tally
 
     def __len__(self) -> int:
-        return len(self._records) + len(self._coordinates)
+        return len(self.coordinates)
 
-    def cut(self, indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
-        """The sampled records as ever, then the sampled canaries."""
-        self._observer.begin(self.tally)
-        yield from self._records.cut(indices[indices < len(self._records)])
-        canaries = self._coordinates[indices[indices >= len(self._records)] - len(self._records)]
-        size = max(1, _MOST_VALUES // int(self._ends[-1]))
-        for first in range(0, len(canaries), size):
-            yield CanaryBatch.of(canaries[first : first + size])
-
-    def gradients(self, of_each: PerExampleGradients, *, max_grad_norm: float) -> UnitGradients:
-        """With those of the canaries."""
-        return CanaryGradients(of_each, self)
-
-    def keep_frozen_states(self, model: TaskModel) -> None:
-        """Of the records; canaries have none."""
-        self._records.keep_frozen_states(model)
+    def parts(self, places: Places, *, records_each: int) -> Iterator[Places]:
+        """The coordinates of the chosen canaries, as many at a time as a micro-batch of dense gradients holds."""
+        values = records_each * sum(parameter.numel() for parameter in self.observer.parameters.values())
+        size = max(1, _MOST_VALUES // values)
+        for first in range(0, len(places), size):
+            yield self.coordinates[places[first : first + size]]
 
     def raw_gradients(self, batch: CanaryBatch) -> dict[str, torch.Tensor]:
         """Each canary's own direction, `RAW_SIZE` clip norms long."""
         size = RAW_SIZE * self.tally.max_grad_norm
         gradients, first = {}, 0
-        for (name, parameter), end in zip(self._observer.parameters.items(), self._ends.tolist(), strict=True):
+        for name, parameter in self.observer.parameters.items():
+            end = first + parameter.numel()
             rows = torch.nonzero((batch.coordinates >= first) & (batch.coordinates < end)).squeeze(1)
             dense = torch.zeros(len(batch), parameter.numel(), device=parameter.device)
             dense[rows.to(parameter.device), (batch.coordinates[rows] - first).to(parameter.device)] = size
             gradients[name] = dense.view(len(batch), *parameter.shape)
             first = end
         return gradients
+
+    def gradients(self, of_each: PerExampleGradients) -> PerExampleGradients:
+        """With those of canaries made up, dense, like what the hooks give."""
+        return _WithCanaries(of_each, self)
+
+
+class _WithCanaries(PerExampleGradients):
+    def __init__(self, of_each: PerExampleGradients, canaries: Canaries) -> None:
+        # Not the parent's: it has a model to ask.
+        self._of_each, self._canaries = of_each, canaries
+
+    def of(self, batch: AnyBatch) -> dict[str, torch.Tensor]:
+        """Name -> (n, *parameter shape)."""
+        return self._canaries.raw_gradients(batch) if isinstance(batch, CanaryBatch) else self._of_each.of(batch)
+
+
+class Watched:
+    """Gradients of units, of which the tally is told unless they are canaries'."""
+
+    def __init__(self, units: UnitGradients, tally: Tally) -> None:
+        self._units, self._tally = units, tally
+
+    def of(self, batch: Any) -> dict[str, torch.Tensor]:
+        """Name -> (n, *parameter shape)."""
+        gradients = self._units.of(batch)
+        if not isinstance(batch, CanaryBatch | CanaryUserBatch):
+            self._tally.add_records(gradients)
+        return gradients
+
+
+class CanaryExamples(SiteExamples):
+    """A site's records, and behind them its canaries that are in."""
+
+    def __init__(self, records: SiteExamples, canaries: Canaries) -> None:
+        # Not the parent's: the records keep their own state, and nothing of theirs is copied.
+        self._records, self._canaries = records, canaries
+
+    def __len__(self) -> int:
+        return len(self._records) + len(self._canaries)
+
+    def cut(self, indices: Places) -> Iterator[Batch]:
+        """The sampled records as ever, then the sampled canaries."""
+        real, places = _told_apart(indices, len(self._records))
+        self._canaries.observer.begin(self._canaries.tally)
+        yield from self._records.cut(real)
+        for coordinates in self._canaries.parts(places, records_each=1):
+            yield CanaryBatch.of(coordinates)
+
+    def gradients(self, of_each: PerExampleGradients, *, max_grad_norm: float) -> UnitGradients:
+        """With those of the canaries."""
+        units = self._records.gradients(self._canaries.gradients(of_each), max_grad_norm=max_grad_norm)
+        return Watched(units, self._canaries.tally)
+
+    def keep_frozen_states(self, model: TaskModel) -> None:
+        """Of the records; canaries have none."""
+        self._records.keep_frozen_states(model)
+
+
+@dataclass(frozen=True, eq=False)
+class CanaryUserBatch(UserBatch):
+    """A micro-batch of canaries who are users: `contributions` holds a canary's coordinate once for each record.
+
+    Each record has the canary's whole gradient.  So their mean is as long as one; added up in place of being averaged,
+    or clipped one by one, they show.
+    """
+
+    def parts(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+        """All records, with the user of each and one over that user's records."""
+        counts = np.array([len(records) for records in self.contributions])
+        users = np.repeat(np.arange(len(self)), counts)
+        batch = CanaryBatch.of(np.concatenate(self.contributions))
+        yield batch, torch.from_numpy(users), torch.from_numpy(1 / counts[users])
+
+
+class CanaryUsers(UserExamples):
+    """A site's users, and behind them its canaries that are in, each with as many records as may take part."""
+
+    def __init__(self, users: UserExamples, canaries: Canaries) -> None:
+        # Not the parent's: as for `CanaryExamples`.
+        self._real, self._canaries = users, canaries
+
+    def __len__(self) -> int:
+        return len(self._real) + len(self._canaries)
+
+    def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
+        """The sampled users as ever, then the sampled canaries."""
+        cut = self._real.cut_with(stream)
+
+        def with_canaries(indices: Places) -> Iterator[UserBatch]:
+            real, places = _told_apart(indices, len(self._real))
+            self._canaries.observer.begin(self._canaries.tally)
+            yield from cut(real)
+            each = self._real.most_records
+            for coordinates in self._canaries.parts(places, records_each=each):
+                yield CanaryUserBatch([np.repeat(one, each) for one in coordinates], self._real.examples)
+
+        return with_canaries
+
+    def gradients(self, of_each: PerExampleGradients, *, max_grad_norm: float) -> UnitGradients:
+        """With those of the canaries."""
+        users = self._real.gradients(self._canaries.gradients(of_each), max_grad_norm=max_grad_norm)
+        return Watched(users, self._canaries.tally)
+
+    def keep_frozen_states(self, model: TaskModel) -> None:
+        """Of the records; canaries have none."""
+        self._real.keep_frozen_states(model)
+
+
+def _told_apart(indices: Places, num_real: int) -> tuple[Places, Places]:
+    """Places among the real units, and among the canaries behind them."""
+    return indices[indices < num_real], indices[indices >= num_real] - num_real

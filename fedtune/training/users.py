@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ from fedtune.privacy.mechanism import choose_records
 from fedtune.privacy.randomness import RandomStream
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import PerExampleGradients
+
+if TYPE_CHECKING:  # above this in a step
+    from fedtune.training.dp_step import UnitGradients
 
 Places = npt.NDArray[np.int64]
 _CANCELLED = 1e-3
@@ -124,23 +128,23 @@ class UserExamples:
     def __init__(self, examples: SiteExamples, users: Sequence[Places], *, most_records: int) -> None:
         assert all(len(records) for records in users), "a user without records is none"
         assert sum(map(len, users)) == len(examples), "each record has exactly one user"
-        self._examples, self._users, self._most_records = examples, users, most_records
+        self.examples, self.most_records, self._users = examples, most_records, users
 
     def __len__(self) -> int:
         """Users, not records."""
         return len(self._users)
 
-    def gradients(self, of_each: PerExampleGradients, *, max_grad_norm: float) -> UserGradients:
+    def gradients(self, of_each: PerExampleGradients, *, max_grad_norm: float) -> UnitGradients:
         """What turns a micro-batch of `cut` into one gradient for each user."""
         return UserGradients(of_each, max_grad_norm)
 
     def keep_frozen_states(self, model: TaskModel) -> None:
         """As `SiteExamples.keep_frozen_states`."""
-        self._examples.keep_frozen_states(model)
+        self.examples.keep_frozen_states(model)
 
     def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
         """A cut that draws from `stream` which records of a user take part."""
-        return lambda users: self.cut(users, choose=lambda count: choose_records(count, self._most_records, stream))
+        return lambda users: self.cut(users, choose=lambda count: choose_records(count, self.most_records, stream))
 
     def cut(self, users: Places, *, choose: Callable[[int], Places]) -> Iterator[UserBatch]:
         """The chosen users in micro-batches of similar length; how they are cut changes no clipped sum.
@@ -150,14 +154,14 @@ class UserExamples:
             choose: which of so many records of a user take part.
         """
         chosen = [self._users[user][choose(len(self._users[user]))] for user in users]
-        lengths = self._examples.lengths
+        lengths = self.examples.lengths
         longest = np.array([lengths[records].max() for records in chosen], dtype=np.int64)
         group: list[Places] = []
         for place in np.lexsort((users, longest)):  # ascending: each user's longest record is the longest so far
             num_records = sum(map(len, group)) + len(chosen[place])
-            if group and num_records * longest[place] > self._examples.max_tokens:
-                yield UserBatch(group, self._examples)
+            if group and num_records * longest[place] > self.examples.max_tokens:
+                yield UserBatch(group, self.examples)
                 group = []
             group.append(chosen[place])
         if group:
-            yield UserBatch(group, self._examples)
+            yield UserBatch(group, self.examples)

@@ -19,6 +19,8 @@ from fedtune.spec import RunError
 
 EVERY_TIME = ("privacy.sampling_rate=1.0", "audit.canaries=120")
 """Each canary that is in is in every step, so that few of them show much."""
+BY_USER = ("privacy.unit=user", "+data.columns.user=label", "privacy.records_per_user=3", "data.train_fraction=0.1")
+UNITS = pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +47,20 @@ def test_a_sound_run_passes(sound: Any) -> None:
     assert "canaries: use it for nothing else" in outcome.out
 
 
+def test_a_sound_run_by_user_passes(audited: Callable[..., Any]) -> None:
+    outcome, found, _ = audited(*EVERY_TIME, *BY_USER)
+    assert outcome.code == 0, outcome.err
+    for bound in found.bounds:
+        assert bound.lower_bound < bound.claimed_epsilon
+
+
+@UNITS
 @pytest.mark.parametrize("fault", ["no noise", "no clipping"])
-def test_a_broken_run_is_found(fault: str, audited: Callable[..., Any], break_it: Callable[[str], None]) -> None:
+def test_a_broken_run_is_found(
+    fault: str, audited: Callable[..., Any], break_it: Callable[[str], None], by_unit: tuple[str, ...]
+) -> None:
     break_it(fault)
-    outcome, found, folder = audited(*EVERY_TIME)
+    outcome, found, folder = audited(*EVERY_TIME, *by_unit)
     assert outcome.code == 1
     assert "the implementation or the claim is wrong" in outcome.message
     assert "site-1: epsilon is at least 3." in outcome.message

@@ -12,7 +12,7 @@ import torch
 
 from fedtune.audit.experiment import auditable, run_audit
 from fedtune.audit.gradient_attack import GradientAttack
-from fedtune.audit.gradient_canaries import RAW_SIZE, CanaryBatch, CanaryExamples, Observer, Tally
+from fedtune.audit.gradient_canaries import RAW_SIZE, Canaries, CanaryBatch, CanaryExamples, Observer, Tally
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.compose import compose_run
 from fedtune.federation.protocol import RoundRequest
@@ -42,11 +42,15 @@ def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapt
     return everyone.work[site].do(request, everyone.shared.initial_adapter, 1, fingerprint_key=b"k" * 32).adapter
 
 
+BY_USER = ("privacy.unit=user", "+data.columns.user=label", "privacy.records_per_user=3", "data.train_fraction=0.1")
+
+
+@pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
 def test_every_draw_adds_exactly_the_clip_norm(
-    everyone: Callable[..., Participants], break_it: Callable[[str], None]
+    everyone: Callable[..., Participants], break_it: Callable[[str], None], by_unit: tuple[str, ...]
 ) -> None:
     break_it("no noise")
-    run = everyone("privacy.sampling_rate=1.0", "privacy.max_grad_norm=0.3")
+    run = everyone(*by_unit, "privacy.sampling_rate=1.0", "privacy.max_grad_norm=0.3")
     attack = GradientAttack(run, AuditSpec(canaries=200), ["site-1"])
     with attack.watching():
         train(run)
@@ -87,15 +91,18 @@ def test_canaries_are_sampled_like_records(
     assert drawn.var() == pytest.approx(10 * 0.3 * 0.7, rel=0.3)
 
 
-def test_without_a_canary_in_training_is_as_ever(everyone: Callable[..., Participants]) -> None:
+@pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
+def test_without_a_canary_in_training_is_as_ever(
+    everyone: Callable[..., Participants], by_unit: tuple[str, ...]
+) -> None:
     for seed in range(50):
-        run = everyone(f"seed={seed}")
+        run = everyone(*by_unit, f"seed={seed}")
         attack = GradientAttack(run, AuditSpec(canaries=2), ["site-1"])
         if not attack.planted["site-1"].inserted.any():
             break
     with attack.watching():
         audited = train(run)
-    assert audited.digest() == train(everyone(f"seed={seed}")).digest()
+    assert audited.digest() == train(everyone(*by_unit, f"seed={seed}")).digest()
 
 
 def test_coins_are_fresh_unless_a_study_seeds_them(everyone: Callable[..., Participants]) -> None:
@@ -145,12 +152,13 @@ def test_as_many_as_15000_canaries_go_through_in_small_dense_batches() -> None:
     size = sum(parameter.numel() for parameter in parameters.values())
     tally = Tally(max_grad_norm=2.0, denominator=1.0, total=np.zeros(size))
     coordinates = np.random.default_rng(0).permutation(size)[:15_000]
-    examples = CanaryExamples(NoRecords(), coordinates, observer=Observer(parameters), tally=tally)
+    canaries = Canaries(coordinates, Observer(parameters), tally)
+    examples = CanaryExamples(NoRecords(), canaries)
     assert len(examples) == 15_000
     seen = np.zeros(size)
     for batch in examples.cut(np.arange(0, 15_000, 7)):
         assert isinstance(batch, CanaryBatch)
-        gradients = examples.raw_gradients(batch)
+        gradients = canaries.raw_gradients(batch)
         assert sum(gradient.numel() for gradient in gradients.values()) <= 2**23
         sums = dp_step.zeros(parameters)
         norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()], dim=1).norm(dim=1)

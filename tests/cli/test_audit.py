@@ -51,6 +51,14 @@ def test_wrong_input(override: str, message: str, command: Any, tiny: Any, tmp_p
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
+def test_made_up_records_are_no_users(command: Any, tiny: Any, tmp_path: Path) -> None:
+    by_user = ("privacy.unit=user", "+data.columns.user=label", "audit.kind=records")
+    outcome = command("audit", *tiny("tracking=quiet", *by_user, into=tmp_path))
+    assert outcome.code == 2
+    assert outcome.message.startswith("privacy.unit = 'user': must be 'record' with audit.kind=records")
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_is_refused(command: Any, simulate: Any, tmp_path: Path) -> None:
     folder = simulate("federation.num_rounds=1", into=tmp_path)
     outcome = command("audit", f"resume={folder}")
