@@ -18,7 +18,7 @@ from fedtune.federation.receipt_book import ReceiptBook
 from fedtune.flower.deployment import DeployedListener, KnownSite, LeadConnection, end_deployed, run_deployed
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, RunError
 
 RECEIPTS, RUNNING, ANSWERS = "receipts.json", "running.json", "answers.json"
 
@@ -104,9 +104,17 @@ class _Noted:
 
 
 def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
-    """Site -> what it last answered, and when (UTC); empty before the first answer."""
+    """Site -> what it last answered, and when (UTC); empty before the first answer.
+
+    Raises:
+        RunError: the file is damaged.
+    """
     path = folder / ANSWERS
-    return dict(json.loads(path.read_bytes())) if path.exists() else {}
+    try:
+        known = json.loads(path.read_bytes()) if path.exists() else {}
+        return {str(site): {key: str(answer[key]) for key in ("what", "time")} for site, answer in known.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RunError(f"{path} is damaged; remove it, and the next answer writes it anew") from error
 
 
 @contextmanager

@@ -43,7 +43,12 @@ def model_folder(spec: ModelSpec) -> Path:
 
 
 def weights_files(spec: ModelSpec) -> tuple[Path, ...]:
-    """The files that hold the weights, in the order of their names."""
+    """The files that hold the weights, in the order of their names.
+
+    Raises:
+        ConfigError: as `model_folder`; or the folder's index is damaged, names anything but safetensors files beside
+            it, or names one that is missing.
+    """
     folder = model_folder(spec)
     if spec.gguf_file:
         return (folder / spec.gguf_file,)
@@ -53,9 +58,13 @@ def weights_files(spec: ModelSpec) -> tuple[Path, ...]:
         index = json.loads((folder / _SHARD_INDEX).read_text(encoding="utf-8"))
         names = sorted({str(name) for name in index["weight_map"].values()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ConfigError("model.path", str(folder / _SHARD_INDEX), "must be an index of weight files") from error
-    if not names or any(Path(name).name != name for name in names):
-        raise ConfigError("model.path", str(folder / _SHARD_INDEX), "must name files of its own folder")
+        raise ConfigError("model.path", str(folder), f"must hold a readable {_SHARD_INDEX}") from error
+    if not names or not all(re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII) for name in names):
+        bound = f"must hold a {_SHARD_INDEX} that names safetensors files beside it"
+        raise ConfigError("model.path", str(folder), bound)
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError("model.path", str(folder), f"must hold {name}, which its index names")
     return tuple(folder / name for name in names)
 
 

@@ -12,6 +12,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fedtune.config import RunConfig, parse
 from fedtune.federation.receipt_book import ReceiptBook
@@ -61,6 +62,7 @@ class VirtualSites:
 
         Raises:
             ConfigError: names the first setting that differs.
+            RunError: what was noted is damaged.
         """
         path, data = self.folder / DEALT, self.config.data
         partition = {
@@ -76,7 +78,7 @@ class VirtualSites:
         dealt = json.loads(json.dumps(partition))
         if not path.exists():
             write_durably(path, json.dumps(dealt, indent=1).encode() + b"\n")
-        before = {"privacy.unit": "record"} | json.loads(path.read_bytes())  # all there was when none was noted
+        before = {"privacy.unit": "record"} | read_dealt_out(path)  # all there was when none was noted
         for key, value in dealt.items():
             if before.get(key) != value:
                 bound = f"must be {before.get(key)!r}: the sites in {self.folder} were dealt their records so"
@@ -218,3 +220,19 @@ def _cap(plan: Plan) -> float:
         if filter.total_divergence([whole], order) <= room:
             return tenths / 10
         tenths += 1
+
+
+def read_dealt_out(path: Path) -> dict[str, Any]:
+    """How records were dealt out to kept sites, by the names of the settings.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        noted = json.loads(path.read_bytes())
+        if type(noted) is not dict:
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        bound = "restore it: without it nobody knows which records each ledger has counted"
+        raise RunError(f"{path} is damaged; {bound}") from error
+    return noted

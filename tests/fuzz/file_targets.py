@@ -18,7 +18,9 @@ from fedtune.data.records import read_records, usable_records
 from fedtune.deploy.federation_file import read_federation
 from fedtune.deploy.federation_folder import FederationFolder
 from fedtune.deploy.kit_file import KitFile, read_spec
+from fedtune.deploy.lead_service import ANSWERS, latest_answers
 from fedtune.deploy.roster import read_roster, write_roster
+from fedtune.deploy.site_state import SiteState
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.receipt_book import ReceiptBook
 from fedtune.model import load_task_model
@@ -29,6 +31,7 @@ from fedtune.privacy.verify import verify
 from fedtune.report import from_run, signing
 from fedtune.report.difference import differences
 from fedtune.report.run_record import read_run
+from fedtune.sites.virtual_site import DEALT, read_dealt_out
 from fedtune.spec import ConfigError, DataError, FedtuneError, RunError
 
 from . import seeds
@@ -100,6 +103,19 @@ def _checkpoint_data(data: bytes) -> object:
 
 def _rows(name: str) -> Callable[[bytes], object]:
     return _in_file(name, lambda path: (list(usable_records(path, COLUMNS)), read_records(path, COLUMNS)))
+
+
+def _waiting(data: bytes) -> object:
+    """What a person is shown who is to approve a run."""
+    state = SiteState(seeds.folder() / "state")
+    (state.folder / "pending").mkdir(parents=True, exist_ok=True)
+    (state.folder / "pending" / "run.json").write_bytes(data)
+    return state.waiting()
+
+
+def _pending_seed() -> dict[str, object]:
+    proposal = json.loads(json.dumps(seeds.request().proposal.to_json()))
+    return {"proposal": proposal, "settings": json.dumps(seeds.settings()), "since": "2026-11-20T10:00:00+00:00"}
 
 
 def _federation(folder: Path) -> FederationFolder:
@@ -190,6 +206,19 @@ TARGETS = (
         name="receipts.json",
         broken=_json(lambda: _RECEIPTS),
         parse=_in_file("receipts.json", lambda path: ReceiptBook(path).read()),
+        errors=_OURS,
+    ),
+    Target(name="a run that waits for approval", broken=_json(_pending_seed), parse=_waiting, errors=_OURS),
+    Target(
+        name="answers.json",
+        broken=_json(lambda: {"north": {"what": "update", "time": "2026-11-20T10:00:00+00:00"}}),
+        parse=_in_file(ANSWERS, lambda path: latest_answers(path.parent)),
+        errors=_OURS,
+    ),
+    Target(
+        name="how records were dealt out",
+        broken=_json(lambda: {"seed": 1, "federation.site_names": ["north"], "data.partition": {"kind": "hash"}}),
+        parse=_in_file(DEALT, read_dealt_out),
         errors=_OURS,
     ),
     Target(name="anchor", broken=_json(seeds.anchor), parse=_in_file("ledger.anchor", Head.read), errors=_OURS),

@@ -59,6 +59,10 @@ FOUND = (
     ("run.json", b'{"rounds": [], "final": {"metrics": {}}, "privacy": {"delta": 1e-05, "sites": {"site-1": {}}}}'),
     ("config.yaml", b"[" * 5_000),
     ("config.yaml", b"x: 2024-99-99"),
+    ("answers.json", b"[1]"),
+    ("answers.json", b"[" * 50_000),
+    ("how records were dealt out", b"[]"),
+    ("how records were dealt out", b"{"),
 )
 """What was found once, and is mended."""
 

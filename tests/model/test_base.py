@@ -90,6 +90,28 @@ def test_the_hash_of_a_sharded_model_covers_every_shard(folder: Path) -> None:
     check_sha256(replace(spec, sha256=hashlib.sha256(lines.encode()).hexdigest()))
 
 
+@pytest.mark.parametrize(
+    ("index", "bound"),
+    [
+        ("[" * 50_000, "must hold a readable model.safetensors.index.json"),
+        ('{"weight_map": ["a.safetensors"]}', "must hold a readable model.safetensors.index.json"),
+        ('{"weight_map": {}}', "that names safetensors files beside it"),
+        ('{"weight_map": {"w": "../other/model.safetensors"}}', "that names safetensors files beside it"),
+        ('{"weight_map": {"w": ".."}}', "that names safetensors files beside it"),
+        ('{"weight_map": {"w": "pytorch_model.bin"}}', "that names safetensors files beside it"),
+        ('{"weight_map": {"w": "a\\u0000.safetensors"}}', "that names safetensors files beside it"),
+        ('{"weight_map": {"w": "lost.safetensors"}}', "must hold lost.safetensors, which its index names"),
+    ],
+)
+def test_an_index_names_weights_beside_it_and_nothing_else(folder: Path, index: str, bound: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ConfigError) as raised:
+        weights_sha256(ModelSpec(path=str(folder)))
+    assert raised.value.key == "model.path"
+    assert bound in str(raised.value)
+
+
 def test_a_checkpoint_that_lacks_weights_is_refused(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
