@@ -78,7 +78,7 @@ def run_audit(config: RunConfig, spec: AuditSpec, folder: Path, listener: Listen
     try:
         _allow_large_adapters(everyone)
         attack = (GradientAttack if spec.kind == "gradient" else RecordAttack)(everyone, spec, sites)
-        history = _History(listener, folder, what=_planted(spec, sites))
+        history = _History(listener, folder, what=_planted(config, spec, sites))
         with attack.watching():
             run = simulate(config, folder, history)
         counts = attack.counts(history.adapters)
@@ -99,8 +99,8 @@ def run_audit(config: RunConfig, spec: AuditSpec, folder: Path, listener: Listen
     return run
 
 
-def _planted(spec: AuditSpec, sites: Sequence[str]) -> str:
-    kind = "gradients" if spec.kind == "gradient" else "records"
+def _planted(config: RunConfig, spec: AuditSpec, sites: Sequence[str]) -> str:
+    kind = "records" if spec.kind == "records" else "users" if config.privacy.unit == "user" else "gradients"
     return f"about {spec.canaries // 2} made-up {kind} at each of {', '.join(sites)}"
 
 

@@ -1,9 +1,9 @@
-"""White-box canaries: made-up records whose gradient is one direction of the adapter, far larger than the clip norm.
+"""White-box canaries: made-up units whose gradient is one direction of the adapter, far larger than the clip norm.
 
 A canary has a coordinate of the joint vector of all trainable tensors for itself.  Its raw gradient there is 1,000
-times the clip norm, so that it shows if nothing clips it.  Behind that it is a record like any other: it is sampled
-with the records, goes through `dp_step.add_clipped`, the noise and the optimizer, and its site is charged no
-differently.
+times the clip norm, so that it shows if nothing clips it.  Behind that it is a unit like any other, a record or a user
+with several: it is sampled with the others, goes through `dp_step.add_clipped`, the noise and the optimizer, and its
+site is charged no differently.
 
 Only what a simulated site *has* is changed, its `examples`, and only from here: above every module that a real site
 runs.
@@ -22,13 +22,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedtune.data import Batch
-from fedtune.model import Batch as AnyBatch
 from fedtune.model import TaskModel
 from fedtune.privacy.randomness import RandomStream
 from fedtune.training import dp_step
 from fedtune.training.dp_step import UnitGradients
 from fedtune.training.examples import SiteExamples
-from fedtune.training.per_example import PerExampleGradients
 from fedtune.training.users import Places, UserBatch, UserExamples
 
 RAW_SIZE = 1000.0
@@ -130,7 +128,7 @@ class Observer:
             self._training = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Canaries:
     """A site's canaries that are in, as training meets them.
 
@@ -147,10 +145,9 @@ class Canaries:
     def __len__(self) -> int:
         return len(self.coordinates)
 
-    def parts(self, places: Places, *, records_each: int) -> Iterator[Places]:
+    def parts(self, places: Places) -> Iterator[Places]:
         """The coordinates of the chosen canaries, as many at a time as a micro-batch of dense gradients holds."""
-        values = records_each * sum(parameter.numel() for parameter in self.observer.parameters.values())
-        size = max(1, _MOST_VALUES // values)
+        size = max(1, _MOST_VALUES // sum(parameter.numel() for parameter in self.observer.parameters.values()))
         for first in range(0, len(places), size):
             yield self.coordinates[places[first : first + size]]
 
@@ -167,19 +164,19 @@ class Canaries:
             first = end
         return gradients
 
-    def gradients(self, of_each: PerExampleGradients) -> PerExampleGradients:
+    def gradients(self, of_each: UnitGradients) -> UnitGradients:
         """With those of canaries made up, dense, like what the hooks give."""
         return _WithCanaries(of_each, self)
 
 
-class _WithCanaries(PerExampleGradients):
-    def __init__(self, of_each: PerExampleGradients, canaries: Canaries) -> None:
-        # Not the parent's: it has a model to ask.
-        self._of_each, self._canaries = of_each, canaries
+@dataclass(frozen=True)
+class _WithCanaries:
+    of_each: UnitGradients
+    canaries: Canaries
 
-    def of(self, batch: AnyBatch) -> dict[str, torch.Tensor]:
+    def of(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Name -> (n, *parameter shape)."""
-        return self._canaries.raw_gradients(batch) if isinstance(batch, CanaryBatch) else self._of_each.of(batch)
+        return self.canaries.raw_gradients(batch) if isinstance(batch, CanaryBatch) else self.of_each.of(batch)
 
 
 class Watched:
@@ -211,10 +208,10 @@ class CanaryExamples(SiteExamples):
         real, places = _told_apart(indices, len(self._records))
         self._canaries.observer.begin(self._canaries.tally)
         yield from self._records.cut(real)
-        for coordinates in self._canaries.parts(places, records_each=1):
+        for coordinates in self._canaries.parts(places):
             yield CanaryBatch.of(coordinates)
 
-    def gradients(self, of_each: PerExampleGradients, *, max_grad_norm: float) -> UnitGradients:
+    def gradients(self, of_each: UnitGradients, *, max_grad_norm: float) -> UnitGradients:
         """With those of the canaries."""
         units = self._records.gradients(self._canaries.gradients(of_each), max_grad_norm=max_grad_norm)
         return Watched(units, self._canaries.tally)
@@ -228,16 +225,19 @@ class CanaryExamples(SiteExamples):
 class CanaryUserBatch(UserBatch):
     """A micro-batch of canaries who are users: `contributions` holds a canary's coordinate once for each record.
 
-    Each record has the canary's whole gradient.  So their mean is as long as one; added up in place of being averaged,
-    or clipped one by one, they show.
+    Each record has the canary's whole gradient.  So their mean is as long as one, and records that were clipped one by
+    one and added up would show as so many clip norms.
     """
 
     def parts(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
-        """All records, with the user of each and one over that user's records."""
-        counts = np.array([len(records) for records in self.contributions])
-        users = np.repeat(np.arange(len(self)), counts)
-        batch = CanaryBatch.of(np.concatenate(self.contributions))
-        yield batch, torch.from_numpy(users), torch.from_numpy(1 / counts[users])
+        """A record of every canary at a time, as a user's records lie in several micro-batches when they are long."""
+        device, num_records = self.examples.device, len(self.contributions[0])
+        for coordinates in np.stack(self.contributions, axis=1):
+            yield (
+                CanaryBatch.of(coordinates),
+                torch.arange(len(self), device=device),
+                torch.full((len(self),), 1 / num_records, dtype=torch.float64, device=device),
+            )
 
 
 class CanaryUsers(UserExamples):
@@ -258,13 +258,13 @@ class CanaryUsers(UserExamples):
             real, places = _told_apart(indices, len(self._real))
             self._canaries.observer.begin(self._canaries.tally)
             yield from cut(real)
-            each = self._real.most_records
-            for coordinates in self._canaries.parts(places, records_each=each):
-                yield CanaryUserBatch([np.repeat(one, each) for one in coordinates], self._real.examples)
+            for coordinates in self._canaries.parts(places):
+                records = [np.full(self._real.most_records, one) for one in coordinates]
+                yield CanaryUserBatch(records, self._real.examples)
 
         return with_canaries
 
-    def gradients(self, of_each: PerExampleGradients, *, max_grad_norm: float) -> UnitGradients:
+    def gradients(self, of_each: UnitGradients, *, max_grad_norm: float) -> UnitGradients:
         """With those of the canaries."""
         users = self._real.gradients(self._canaries.gradients(of_each), max_grad_norm=max_grad_norm)
         return Watched(users, self._canaries.tally)

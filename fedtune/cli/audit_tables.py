@@ -64,7 +64,7 @@ def _meaning(result: AuditResult) -> str:
     blind = [place(bound.site) for bound in result.bounds if bound.best_possible <= bound.claimed_epsilon]
     limit = (
         f" Even with every guess right it could not have refuted the claim at {', '.join(blind)}: that takes more "
-        "canaries or guesses."
+        "canaries or guesses, or a smaller delta (docs/audit.md)."
         if blind
         else ""
     )

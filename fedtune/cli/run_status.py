@@ -26,7 +26,7 @@ def show_status(folder: Path, *, as_json: bool) -> None:
 
     Raises:
         ConfigError: the folder holds no run, or none that has begun.
-        RunError: its newest checkpoint is damaged.
+        RunError: its newest checkpoint or its file of answers is damaged.
     """
     config = saved_config(folder)
     state = Checkpoints(folder / "checkpoints", config.digest()).load()

@@ -107,14 +107,15 @@ def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
     """Site -> what it last answered, and when (UTC); empty before the first answer.
 
     Raises:
-        RunError: the file is damaged.
+        RunError: the file cannot be read.
     """
     path = folder / ANSWERS
     try:
         known = json.loads(path.read_bytes()) if path.exists() else {}
         return {str(site): {key: str(answer[key]) for key in ("what", "time")} for site, answer in known.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise RunError(f"{path} is damaged; remove it, and the next answer writes it anew") from error
+        bound = "move it away to see the rest of the run's state, and what sites answer from then on"
+        raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error
 
 
 @contextmanager

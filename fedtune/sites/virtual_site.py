@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class VirtualSites:
 
         Raises:
             ConfigError: names the first setting that differs.
-            RunError: what was noted is damaged.
+            RunError: what was noted cannot be read.
         """
         path, data = self.folder / DEALT, self.config.data
         partition = {
@@ -78,10 +79,10 @@ class VirtualSites:
         dealt = json.loads(json.dumps(partition))
         if not path.exists():
             write_durably(path, json.dumps(dealt, indent=1).encode() + b"\n")
-        before = {"privacy.unit": "record"} | read_dealt_out(path)  # all there was when none was noted
+        before = read_dealt_out(path, keys=dealt)
         for key, value in dealt.items():
-            if before.get(key) != value:
-                bound = f"must be {before.get(key)!r}: the sites in {self.folder} were dealt their records so"
+            if before[key] != value:
+                bound = f"must be {before[key]!r}: the sites in {self.folder} were dealt their records so"
                 raise ConfigError(key, value, bound)
 
     def receipts(self) -> ReceiptBook:
@@ -222,17 +223,15 @@ def _cap(plan: Plan) -> float:
         tenths += 1
 
 
-def read_dealt_out(path: Path) -> dict[str, Any]:
-    """How records were dealt out to kept sites, by the names of the settings.
+def read_dealt_out(path: Path, *, keys: Iterable[str]) -> dict[str, Any]:
+    """How records were dealt out to kept sites: the values of these settings.
 
     Raises:
-        RunError: the file is damaged.
+        RunError: the file cannot be read, or lacks one of them.
     """
     try:
-        noted = json.loads(path.read_bytes())
-        if type(noted) is not dict:
-            raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as error:
+        noted = {"privacy.unit": "record"} | json.loads(path.read_bytes())  # all there was when none was noted
+        return {key: noted[key] for key in keys}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         bound = "restore it: without it nobody knows which records each ledger has counted"
-        raise RunError(f"{path} is damaged; {bound}") from error
-    return noted
+        raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error

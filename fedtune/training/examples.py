@@ -13,9 +13,8 @@ import torch
 from fedtune.data import Batch, TextDataset, collate, micro_batches
 from fedtune.model import TaskModel
 
-if TYPE_CHECKING:  # both are above this in a step
+if TYPE_CHECKING:  # above this in a step
     from fedtune.training.dp_step import UnitGradients
-    from fedtune.training.per_example import PerExampleGradients
 
 
 class SiteExamples:
@@ -29,7 +28,7 @@ class SiteExamples:
     """
 
     def __init__(self, dataset: TextDataset, *, pad_id: int, max_tokens: int, device: torch.device | str) -> None:
-        self._dataset, self._pad_id, self._max_tokens, self._device = dataset, pad_id, max_tokens, device
+        self._dataset, self._pad_id, self._max_tokens, self.device = dataset, pad_id, max_tokens, device
         self._states: torch.Tensor | None = None  # (tokens of all records, h), on the CPU
         ends = np.cumsum(dataset.lengths, dtype=np.int64)
         self._starts = ends - dataset.lengths
@@ -61,9 +60,9 @@ class SiteExamples:
         """The chosen records as one micro-batch, in the order given."""
         batch = collate(self._dataset, part, pad_id=self._pad_id)
         kept = batch if self._states is None else replace(batch, prefix=self._kept(part, batch))
-        return kept.to(self._device)
+        return kept.to(self.device)
 
-    def gradients(self, of_each: PerExampleGradients, *, max_grad_norm: float) -> UnitGradients:
+    def gradients(self, of_each: UnitGradients, *, max_grad_norm: float) -> UnitGradients:
         """What turns a micro-batch of `cut` into one gradient for each unit: here a unit is an example."""
         return of_each
 
@@ -78,7 +77,7 @@ class SiteExamples:
         kept: torch.Tensor | None = None
         everything = np.arange(len(self), dtype=np.int64)
         for part in micro_batches(everything, self._dataset.lengths, max_tokens=self._max_tokens):
-            batch = collate(self._dataset, part, pad_id=self._pad_id).to(self._device)
+            batch = collate(self._dataset, part, pad_id=self._pad_id).to(self.device)
             states = model.frozen_states(batch)
             if states is None:
                 return

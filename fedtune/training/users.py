@@ -19,7 +19,6 @@ from fedtune.model import TaskModel
 from fedtune.privacy.mechanism import choose_records
 from fedtune.privacy.randomness import RandomStream
 from fedtune.training.examples import SiteExamples
-from fedtune.training.per_example import PerExampleGradients
 
 if TYPE_CHECKING:  # above this in a step
     from fedtune.training.dp_step import UnitGradients
@@ -73,7 +72,7 @@ class UserGradients:
         max_grad_norm: the clip norm C.
     """
 
-    def __init__(self, examples: PerExampleGradients, max_grad_norm: float) -> None:
+    def __init__(self, examples: UnitGradients, max_grad_norm: float) -> None:
         self._examples, self._max_grad_norm = examples, max_grad_norm
 
     def of(self, batch: UserBatch) -> dict[str, torch.Tensor]:
@@ -134,7 +133,7 @@ class UserExamples:
         """Users, not records."""
         return len(self._users)
 
-    def gradients(self, of_each: PerExampleGradients, *, max_grad_norm: float) -> UnitGradients:
+    def gradients(self, of_each: UnitGradients, *, max_grad_norm: float) -> UnitGradients:
         """What turns a micro-batch of `cut` into one gradient for each user."""
         return UserGradients(of_each, max_grad_norm)
 

@@ -2,7 +2,7 @@
 
     python simulations/user_level/run.py                    all lines, into results.json and the README's table
     python simulations/user_level/run.py --only irc-none irc-e8     lines whose keys begin so; others are kept
-    python simulations/user_level/run.py --accounting       noise and epsilons alone, in a minute; trains nothing
+    python simulations/user_level/run.py --accounting       noise and epsilons alone, a few minutes; trains nothing
 
 Every line promises a person the same (epsilon, delta) at their site, over all of their records there:
 
@@ -14,7 +14,8 @@ exact       the same with the least noise for which it is true: the k records jo
             et al. 2024, arXiv 2407.07737, section 3).
 
 Beside them stands what people tend to do, `record`: noise for epsilon by record, which promises a person little; and
-`none`, without privacy.  Rate, steps, model, learning rate and the number of records in a step are alike in all lines.
+`none`, without privacy (`none-record`: on the records that the lines by record have).  Rate, steps, model and learning
+rate are alike in all lines, and so is the number of records in a step where everybody has k of them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from dp_accounting.pld import PLDAccountant
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared_states import shared_frozen_states
-from study import hardware, run_line
+from study import run_line
 
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
@@ -51,6 +52,7 @@ FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- results: written by simulations/user_level/run.py -->", "<!-- end of results -->"
 TITLES = {
     "none": "no privacy",
+    "none-record": "no privacy, at most 8 records of a user",
     "record": "by record, epsilon for a record only",
     "formula": "by record, group privacy by the formula",
     "exact": "by record, group privacy by exact accounting",
@@ -88,10 +90,6 @@ def noise_by_exact(epsilon: float, *, rate: float, steps: int, delta: float, mem
     return round(high, 4)
 
 
-_PROMISED: dict[tuple[Any, ...], dict[str, Any]] = {}
-"""What was computed for one data set holds for another with the same numbers."""
-
-
 def lines_of(study: dict[str, Any], data: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Each line of one data set: key, kind, noise, and what is promised."""
     delta, members = study["delta"], study["records_per_user"]
@@ -99,7 +97,15 @@ def lines_of(study: dict[str, Any], data: dict[str, Any]) -> Iterator[dict[str, 
     config = compose_run([*base, f"privacy.delta={delta}", f"privacy.records_per_user={members}"])
     plan = config.plan()
     public = {"rate": plan.sampling_rate, "steps": plan.local_steps * plan.most_rounds, "delta": delta}
-    yield {"key": f"{data['key']}-none", "kind": "none", "noise": 0.0, "config": config}
+    people = config.data.sizes(config.federation.num_sites)
+
+    def on_average(kind: str, noise: float) -> float:
+        """Noise on the mean gradient of all sites' step, in clip norms."""
+        declared = people if kind == "user" else data["declared_records"]
+        return noise * math.sqrt(len(declared)) / (public["rate"] * sum(declared))
+
+    for kind in ("none", "none-record"):
+        yield {"key": f"{data['key']}-{kind}", "kind": kind, "noise": 0.0, "noise_on_mean": 0.0, "config": config}
     for target in study["epsilons"]:
         by_unit = accountant.calibrate_noise(
             epsilon=target, delta=delta, sampling_rate=public["rate"], steps=public["steps"], also=[]
@@ -112,22 +118,21 @@ def lines_of(study: dict[str, Any], data: dict[str, Any]) -> Iterator[dict[str, 
         }
         for kind, noise in noises.items():
             line = {"key": f"{data['key']}-e{target:g}-{kind}", "kind": kind, "noise": noise, "target": target}
-            known = (kind, noise, *public.values())
-            if known not in _PROMISED:
-                _PROMISED[known] = promised(kind, noise, public, members=members)
-            yield line | {"config": config} | _PROMISED[known]
+            line["noise_on_mean"] = on_average(kind, noise)
+            yield line | {"config": config} | promised(kind, noise, members=members, **public)
 
 
-def promised(kind: str, noise: float, public: dict[str, Any], *, members: int) -> dict[str, Any]:
+@lru_cache(maxsize=32)
+def promised(kind: str, noise: float, *, rate: float, steps: int, delta: float, members: int) -> dict[str, Any]:
     """Epsilon at delta for one unit, and for a person by the formula and exactly; None: the formula says nothing."""
-    event = events.dp_sgd(sampling_rate=public["rate"], noise_multiplier=noise, steps=public["steps"])
-    each = accountant.epsilon_pld([event], public["delta"])
+    event = events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+    each = accountant.epsilon_pld([event], delta)
     if kind == "user":
         return {"epsilon_unit": each, "epsilon_person": each, "epsilon_person_formula": each}
     return {
         "epsilon_unit": each,
-        "epsilon_person": group_epsilon(noise, members=members, **public),
-        "epsilon_person_formula": by_formula(event, delta=public["delta"], members=members),
+        "epsilon_person": group_epsilon(noise, rate=rate, steps=steps, delta=delta, members=members),
+        "epsilon_person_formula": by_formula(event, delta=delta, members=members),
     }
 
 
@@ -144,7 +149,7 @@ def by_formula(event: dp_accounting.DpEvent, *, delta: float, members: int) -> f
     return min(found, default=None)
 
 
-def capped(config: RunConfig, into: Path, *, members: int) -> list[str]:
+def capped(config: RunConfig, into: Path, *, members: int, declared: list[int]) -> list[str]:
     """Write a file with at most so many records of each user, who stay whole at one site; returns the overrides for it.
 
     Which ones: those with the smallest keyed hashes, so that it is a matter of that user's records alone.
@@ -162,13 +167,12 @@ def capped(config: RunConfig, into: Path, *, members: int) -> list[str]:
             )
             rows += [{"text": record.fields["completion"], "site": f"s{number}"} for record in records[:members]]
     into.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sizes = [members * size for size in config.data.sizes(len(sites))]
     return [
         f"data.train_file='{into}'",
         "+data.columns.site=site",
         "data.partition.kind=column",
         *(f"+data.partition.sites.s{number}={number}" for number in range(len(sites))),
-        f"data.declared_sizes={sizes}",
+        f"data.declared_sizes={declared}",
         "privacy.unit=record",
     ]
 
@@ -177,18 +181,17 @@ def overrides_of(line: dict[str, Any], study: dict[str, Any], data: dict[str, An
     """Of one line's run."""
     members = study["records_per_user"]
     common = [*data["overrides"], f"privacy.delta={study['delta']}", f"privacy.records_per_user={members}"]
+    without = ["privacy=none", f"privacy.sampling_rate={line['config'].privacy.sampling_rate}"]
     if line["kind"] == "none":
-        return [
-            *common,
-            "privacy=none",
-            "privacy.unit=user",
-            f"privacy.sampling_rate={line['config'].privacy.sampling_rate}",
-        ]
+        return [*common, *without, "privacy.unit=user"]
     # Noise is given: the run states the epsilon of its own unit at a delta that suits their number, and may.
     noise = [f"privacy.noise_multiplier={line['noise']}", "privacy.epsilon=100"]
     if line["kind"] == "user":
         return [*common, *noise]
-    by_record = capped(line["config"], scratch / f"{line['key']}.jsonl", members=members)
+    into = scratch / f"{line['key']}.jsonl"
+    by_record = capped(line["config"], into, members=members, declared=data["declared_records"])
+    if line["kind"] == "none-record":
+        return [*common, *without, *by_record]
     return [*common, *noise, *by_record, f"privacy.delta={study['delta'] / 10}"]
 
 
@@ -197,6 +200,7 @@ def table(results: dict[str, Any]) -> str:
     heads = [
         "",
         "noise",
+        "on the mean",
         "epsilon of the unit",
         "of a person, formula",
         "of a person",
@@ -208,14 +212,14 @@ def table(results: dict[str, Any]) -> str:
     for line in results["lines"].values():
         figures = [line.get("epsilon_unit"), line.get("epsilon_person_formula"), line.get("epsilon_person")]
         shown = ["-" if figure is None else epsilon_text(figure) for figure in figures]
-        if line["kind"] == "none":
+        if "target" not in line:
             shown = ["unbounded"] * 3
         done = line.get("run")
         scores = ["", "", ""]
         if done:
             before, after = done["before"]["perplexity"], done["metrics"]["perplexity"]
             scores = [f"{after:.1f}", f"{before:.1f}", f"{done['seconds']:.0f}"]
-        rows.append([line["title"], f"{line['noise']:.3g}", *shown, *scores])
+        rows.append([line["title"], f"{line['noise']:.3g}", f"{line['noise_on_mean']:.2g}", *shown, *scores])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -255,7 +259,7 @@ def main() -> None:
                         done = run_line(study["experiment"], asked)
                         done["overrides"] = [one.replace(scratch, "SCRATCH") for one in done["overrides"]]
                 lines[line["key"]] = known | ({"run": done} if done else {})
-                write({"experiment": study["experiment"], "hardware": hardware(), "lines": lines | later(old, lines)})
+                write({"experiment": study["experiment"], "lines": lines | later(old, lines)})
 
 
 def later(old: dict[str, Any], lines: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedtune.audit.result import AuditResult, read_result
-from fedtune.training import dp_step
+from fedtune.training import dp_step, users
 
 
 def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +25,17 @@ def without_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dp_step, "add_clipped", add)
 
 
-FAULTS = {"no noise": without_noise, "no clipping": without_clipping}
+def clipping_by_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users are sampled, and their records are clipped and added up one by one."""
+
+    def of(self: Any, batch: Any) -> dict[str, torch.Tensor]:
+        parts = [self._examples.of(examples) for examples, _, _ in batch.parts()]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    monkeypatch.setattr(users.UserGradients, "of", of)
+
+
+FAULTS = {"no noise": without_noise, "no clipping": without_clipping, "clipping by record": clipping_by_record}
 
 
 @pytest.fixture

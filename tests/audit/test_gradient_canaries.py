@@ -12,7 +12,15 @@ import torch
 
 from fedtune.audit.experiment import auditable, run_audit
 from fedtune.audit.gradient_attack import GradientAttack
-from fedtune.audit.gradient_canaries import RAW_SIZE, Canaries, CanaryBatch, CanaryExamples, Observer, Tally
+from fedtune.audit.gradient_canaries import (
+    RAW_SIZE,
+    Canaries,
+    CanaryBatch,
+    CanaryExamples,
+    CanaryUserBatch,
+    Observer,
+    Tally,
+)
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.compose import compose_run
 from fedtune.federation.protocol import RoundRequest
@@ -62,6 +70,29 @@ def test_every_draw_adds_exactly_the_clip_norm(
     wanted = np.zeros_like(planted.tally.total)
     wanted[planted.coordinates[planted.inserted]] = steps
     assert planted.tally.total == pytest.approx(wanted, abs=1e-4)
+
+
+def test_records_of_a_user_that_are_clipped_one_by_one_show(
+    everyone: Callable[..., Participants], break_it: Callable[[str], None]
+) -> None:
+    break_it("no noise")
+    break_it("clipping by record")
+    run = everyone(*BY_USER, "privacy.sampling_rate=1.0")
+    attack = GradientAttack(run, AuditSpec(canaries=50), ["site-1"])
+    with attack.watching():
+        train(run)
+    planted = attack.planted["site-1"]
+    shown = planted.tally.total[planted.coordinates[planted.inserted]]
+    assert shown == pytest.approx(np.full(len(shown), 3.0 * run.plan.local_steps), abs=1e-4)
+
+
+def test_what_goes_with_a_canarys_records_lies_where_users_lie() -> None:
+    examples = NoRecords()
+    examples.device = torch.device("meta")  # any but the CPU
+    batch = CanaryUserBatch([np.full(3, 7), np.full(3, 5)], examples)
+    parts = list(batch.parts())
+    assert [part.coordinates.tolist() for part, _, _ in parts if isinstance(part, CanaryBatch)] == [[7, 5]] * 3
+    assert {tensor.device.type for _, *tensors in parts for tensor in tensors} == {"meta"}
 
 
 def test_noise_is_what_the_plan_says_along_every_direction(everyone: Callable[..., Participants]) -> None:

@@ -62,7 +62,7 @@ FOUND = (
     ("answers.json", b"[1]"),
     ("answers.json", b"[" * 50_000),
     ("how records were dealt out", b"[]"),
-    ("how records were dealt out", b"{"),
+    ("how records were dealt out", b"{}"),
 )
 """What was found once, and is mended."""
 
