@@ -89,7 +89,10 @@ def check_private(path: Path) -> None:
 
 def p384_of(holder: x509.Certificate | x509.CertificateSigningRequest, *, key: str) -> ec.EllipticCurvePublicKey:
     """The public key of a certificate or a request, which must be EC P-384; `key` names its place, for an error."""
-    public = holder.public_key()
+    try:
+        public = holder.public_key()
+    except _UNREADABLE:  # it is parsed only now
+        raise ConfigError(key, "unreadable", "must be for an EC P-384 key") from None
     if not is_p384(public):
         raise ConfigError(key, type(public).__name__, "must be for an EC P-384 key")
     assert isinstance(public, ec.EllipticCurvePublicKey)
@@ -107,7 +110,7 @@ def check_issued(certificate: x509.Certificate, *, ca: x509.Certificate, key: st
     """Require `certificate` to be signed by the authority `ca`."""
     try:
         certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature):
+    except (*_UNREADABLE, InvalidSignature):
         raise ConfigError(key, common_name(certificate.subject), "must be issued by the authority in ca.pem") from None
 
 

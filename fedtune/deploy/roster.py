@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from fedtune.deploy.certificates import common_name, is_p384, public_pem
@@ -115,9 +116,10 @@ def _member(entry: Any) -> Member:
     check_public_key("site_key", typed("site_key", entry["site_key"], str))
     try:
         certificate = x509.load_pem_x509_certificate(typed("certificate", entry["certificate"], str).encode())
-    except ValueError:
+        named, connection_key = common_name(certificate.subject), certificate.public_key()  # parsed only now
+    except (ValueError, UnsupportedAlgorithm):
         raise ConfigError("certificate", entry["site"], "must be one in PEM form") from None
-    if common_name(certificate.subject) != entry["site"] or not is_p384(certificate.public_key()):
+    if named != entry["site"] or not is_p384(connection_key):
         raise ConfigError("certificate", entry["site"], "must be the site's own, for an EC P-384 key")
     revoked = entry["revoked"]
     return Member(
