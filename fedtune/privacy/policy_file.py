@@ -40,12 +40,14 @@ def read_policy(path: Path) -> Policy:
         raise error.in_file(path) from None
 
 
-def policy_of(fields: Mapping[str, Any]) -> Policy:
+def policy_of(fields: object) -> Policy:
     """The policy that `Policy.to_json` wrote.
 
     Raises:
         ConfigError: anything else.
     """
+    if not isinstance(fields, Mapping):
+        raise ConfigError("policy", fields, "must be a table")
     table = _without_nulls(fields)
     budget = table.get("budget")
     if isinstance(budget, dict):

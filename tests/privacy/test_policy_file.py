@@ -198,3 +198,9 @@ def test_the_template_lets_a_usual_run_through(tmp_path: Path, proposal: Any, si
         with pytest.raises(Refused) as caught:
             Ledger(tmp_path / f"{reason}.db", strict, site_key).reserve(asked, round=1, request="q")
         assert caught.value.reason is reason
+
+
+@pytest.mark.parametrize("fields", [None, [], "site", 3])
+def test_a_policy_in_a_ledger_is_a_table_or_refused(fields: object) -> None:
+    with pytest.raises(ConfigError, match="must be a table"):
+        policy_of(fields)
