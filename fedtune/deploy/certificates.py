@@ -16,7 +16,8 @@ from cryptography.x509.oid import NameOID
 from fedtune.spec import ConfigError, check_name
 
 _MOST_DAYS = 36_500
-_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
+UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
+"""What `cryptography` raises for a damaged certificate, request or key; some of it only when a field is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +59,7 @@ def read_certificate(path: Path) -> x509.Certificate:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
         raise ConfigError("certificate", str(path), f"must be a readable file ({error.strerror})") from None
-    except _UNREADABLE:
+    except UNREADABLE:
         raise ConfigError("certificate", str(path), "must be a certificate in PEM form") from None
 
 
@@ -72,7 +73,7 @@ def read_connection_key(path: Path) -> ec.EllipticCurvePrivateKey:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except OSError as error:
         raise ConfigError("key", str(path), f"must be a readable file ({error.strerror})") from None
-    except _UNREADABLE:
+    except UNREADABLE:
         key = None
     if not is_p384(key):
         raise ConfigError("key", str(path), "must be an EC P-384 private key in PEM form, without a password")
@@ -91,7 +92,7 @@ def p384_of(holder: x509.Certificate | x509.CertificateSigningRequest, *, key: s
     """The public key of a certificate or a request, which must be EC P-384; `key` names its place, for an error."""
     try:
         public = holder.public_key()
-    except _UNREADABLE:  # it is parsed only now
+    except UNREADABLE:  # it is parsed only now
         raise ConfigError(key, "unreadable", "must be for an EC P-384 key") from None
     if not is_p384(public):
         raise ConfigError(key, type(public).__name__, "must be for an EC P-384 key")
@@ -110,7 +111,7 @@ def check_issued(certificate: x509.Certificate, *, ca: x509.Certificate, key: st
     """Require `certificate` to be signed by the authority `ca`."""
     try:
         certificate.verify_directly_issued_by(ca)
-    except (*_UNREADABLE, InvalidSignature):
+    except (*UNREADABLE, InvalidSignature):
         raise ConfigError(key, common_name(certificate.subject), "must be issued by the authority in ca.pem") from None
 
 

@@ -12,9 +12,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 
-from fedtune.deploy.certificates import Certificate
+from fedtune.deploy.certificates import UNREADABLE, Certificate
 from fedtune.deploy.doctor_check import SERVER, Check, Status, failed, ok, skipped, warning
 from fedtune.deploy.doctor_proxy import Proxy, ProxyRefused, proxy_for
 from fedtune.deploy.kits import Kit
@@ -202,7 +201,7 @@ class Connection:
         try:
             with closing(self._open()) as plain, context.wrap_socket(plain, server_hostname=self._host) as encrypted:
                 return x509.load_der_x509_certificate(encrypted.getpeercert(True) or b"")
-        except (OSError, ValueError, UnsupportedAlgorithm):
+        except (OSError, *UNREADABLE):
             return None
 
     def _authenticate(self) -> Check:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedtune.deploy.authority import make_key, private_pem
 from fedtune.deploy.certificates import (
+    UNREADABLE,
     check_common_name,
     check_private,
     common_name,
@@ -192,7 +192,7 @@ def _checked_csr(text: str, *, site: str) -> x509.CertificateSigningRequest:
     try:
         csr = x509.load_pem_x509_csr(text.encode())
         signed, name = csr.is_signature_valid, common_name(csr.subject)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise ConfigError("csr", text[:40], "must be a certificate signing request in PEM form") from None
     p384_of(csr, key="csr")
     if not signed:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
-from fedtune.deploy.certificates import common_name, is_p384, public_pem
+from fedtune.deploy.certificates import UNREADABLE, common_name, is_p384, public_pem
 from fedtune.deploy.kit_file import VERSION
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import check_public_key
@@ -117,7 +116,7 @@ def _member(entry: Any) -> Member:
     try:
         certificate = x509.load_pem_x509_certificate(typed("certificate", entry["certificate"], str).encode())
         named, connection_key = common_name(certificate.subject), certificate.public_key()  # parsed only now
-    except (ValueError, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise ConfigError("certificate", entry["site"], "must be one in PEM form") from None
     if named != entry["site"] or not is_p384(connection_key):
         raise ConfigError("certificate", entry["site"], "must be the site's own, for an EC P-384 key")
