@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedtune.data import Batch
 from fedtune.model import TaskModel
+from fedtune.privacy.mechanism import cell
 from fedtune.privacy.randomness import RandomStream
 from fedtune.training import dp_step
 from fedtune.training.dp_step import UnitGradients
@@ -83,7 +84,7 @@ class Tally:
     def add_records(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """A micro-batch of records takes part."""
         if not self._records:
-            self._records = {name: g.new_zeros(g.shape[1:], dtype=torch.float64) for name, g in gradients.items()}
+            self._records = {name: g.new_zeros(g.shape[1:], dtype=torch.int64) for name, g in gradients.items()}
         dp_step.add_clipped(self._records, gradients, self.max_grad_norm)
 
     def end(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -91,9 +92,10 @@ class Tally:
         parts = []
         for name, parameter in parameters.items():
             assert parameter.grad is not None, "a step comes with a gradient for every trainable tensor"
-            noisy = parameter.grad.double() * self.denominator
-            parts.append((noisy - self._records[name] if self._records else noisy).flatten().cpu())
-        self.total += torch.cat(parts).numpy() / self.max_grad_norm
+            noisy = parameter.grad.double() * (self.denominator / self.max_grad_norm)
+            known = self._records[name] * cell(1.0) if self._records else 0.0
+            parts.append((noisy - known).flatten().cpu())
+        self.total += torch.cat(parts).numpy()
         self.steps += 1
 
 
@@ -211,9 +213,9 @@ class CanaryExamples(SiteExamples):
         for coordinates in self._canaries.parts(places):
             yield CanaryBatch.of(coordinates)
 
-    def gradients(self, of_each: UnitGradients, *, max_grad_norm: float) -> UnitGradients:
+    def gradients(self, of_each: UnitGradients) -> UnitGradients:
         """With those of the canaries."""
-        units = self._records.gradients(self._canaries.gradients(of_each), max_grad_norm=max_grad_norm)
+        units = self._records.gradients(self._canaries.gradients(of_each))
         return Watched(units, self._canaries.tally)
 
     def keep_frozen_states(self, model: TaskModel) -> None:
@@ -264,9 +266,9 @@ class CanaryUsers(UserExamples):
 
         return with_canaries
 
-    def gradients(self, of_each: UnitGradients, *, max_grad_norm: float) -> UnitGradients:
+    def gradients(self, of_each: UnitGradients) -> UnitGradients:
         """With those of the canaries."""
-        users = self._real.gradients(self._canaries.gradients(of_each), max_grad_norm=max_grad_norm)
+        users = self._real.gradients(self._canaries.gradients(of_each))
         return Watched(users, self._canaries.tally)
 
     def keep_frozen_states(self, model: TaskModel) -> None:

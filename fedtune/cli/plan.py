@@ -153,12 +153,13 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     """Bytes and time, and the kind of device that they hold for."""
     # Here, because torch and transformers take seconds to import, and a mistake should not wait for them.
     from fedtune.federation.forecast import forecast
+    from fedtune.model import build_task_model
     from fedtune.training.machine import device_for, ready_model
 
     runtime, length = config.runtime, config.data.max_length
     # A plan for a GPU can be made on a machine without one.
     device = device_for(runtime.device, must_exist=False)
-    model = ready_model(config.task_model(), runtime, max_length=length, device=device)
+    model = ready_model(lambda: build_task_model(config.task_model(), device=device), runtime, max_length=length)
     sizes = config.declared_sizes()
     return forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime), device.type
 

@@ -16,6 +16,7 @@ from fedtune.data.partition import (
     users_of,
 )
 from fedtune.data.records import Record, iter_records, read_records, record_key, resolve_file
+from fedtune.data.shapes import Part, Shapes
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, tokenise_causal_lm, tokenise_classification
 
@@ -23,8 +24,10 @@ __all__ = [
     "UNSUPERVISED",
     "Batch",
     "DataSpec",
+    "Part",
     "PartitionSpec",
     "Record",
+    "Shapes",
     "TextDataset",
     "assign_site",
     "collate",

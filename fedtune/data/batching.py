@@ -17,46 +17,59 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """n examples padded on the right to the longest, t tokens.
+    """Examples padded on the right to t tokens, one a row; rows of no example come last, with one attended token.
 
     Attributes:
         input_ids: (n, t) int64.
         attention_mask: (n, t) int64, 1 for a token and 0 for padding.
         targets: (n,) int64 classes, or (n, t) int64 targets a token, `UNSUPERVISED` for padding.
         prefix: (n, t, h) output of a model's frozen first layers for these examples, where it was kept.
+        empty_rows: of no example: they fill a fixed shape, and have no loss.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     targets: torch.Tensor
     prefix: torch.Tensor | None = None
+    empty_rows: int = 0
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        """Examples, without the empty rows."""
+        return len(self.input_ids) - self.empty_rows
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         prefix = None if self.prefix is None else self.prefix.to(device)
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device), prefix)
+        tensors = (self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device), prefix)
+        return Batch(*tensors, empty_rows=self.empty_rows)
 
 
-def collate(dataset: TextDataset, indices: Sequence[int] | NDArray[np.integer], *, pad_id: int) -> Batch:
+def collate(
+    dataset: TextDataset,
+    indices: Sequence[int] | NDArray[np.integer],
+    *,
+    pad_id: int,
+    shape: tuple[int, int] | None = None,
+) -> Batch:
     """Pad the chosen examples into one batch.
 
     Padding is known by each example's length, never by `pad_id`, which in many chat models is also
-    the end-of-text token.  No indices give a batch of shape (0, 1) with the same dtypes: an empty
-    Poisson sample is a valid one and must pass through the model like any other.
+    the end-of-text token.  No indices give a batch of shape (0, 1) with the same dtypes.
 
     Args:
         dataset: tokenised examples.
         indices: n places in `dataset`.
         pad_id: a valid token id to fill with.
+        shape: (rows, tokens) of the batch, at least what the examples need; None: exactly that.
     """
     import torch  # here, so that reading settings and records does not wait for it
 
     chosen = np.asarray(indices, dtype=np.int64)
     lengths = dataset.lengths[chosen]
-    attended = np.arange(lengths.max(initial=1)) < lengths[:, None]  # (n, t) bool
+    num_rows, num_tokens = shape or (len(chosen), lengths.max(initial=1))
+    empty_rows = num_rows - len(chosen)
+    # Attention over no token at all would be a division of zero by zero.
+    attended = np.arange(num_tokens) < np.append(lengths, np.ones(empty_rows, dtype=lengths.dtype))[:, None]  # (n, t)
 
     def padded(rows: Sequence[NDArray[np.integer]], fill: int) -> torch.Tensor:
         out = np.full(attended.shape, fill, dtype=np.int64)
@@ -67,18 +80,35 @@ def collate(dataset: TextDataset, indices: Sequence[int] | NDArray[np.integer], 
     if isinstance(dataset.targets, tuple):
         targets = padded(dataset.targets, UNSUPERVISED)
     else:
-        targets = torch.from_numpy(dataset.targets[chosen])
-    return Batch(padded(dataset.input_ids, pad_id), torch.from_numpy(attended.astype(np.int64)), targets)
+        targets = torch.from_numpy(np.append(dataset.targets[chosen], np.zeros(empty_rows, dtype=np.int64)))
+    input_ids, mask = padded(dataset.input_ids, pad_id), torch.from_numpy(attended.astype(np.int64))
+    return Batch(input_ids, mask, targets, empty_rows=empty_rows)
+
+
+def alone(batch: Batch, row: int | None) -> Batch:
+    """A batch of the same shape with one example of `batch` in its first row, or none; all other rows are empty."""
+    import torch
+
+    num_rows = len(batch.input_ids)
+    chosen = torch.full((num_rows,), row or 0, device=batch.input_ids.device)
+    input_ids, mask, targets = (one[chosen] for one in (batch.input_ids, batch.attention_mask, batch.targets))
+    prefix = None if batch.prefix is None else batch.prefix[chosen]
+    empty = slice(0 if row is None else 1, None)
+    input_ids[empty], mask[empty], targets[empty] = 0, 0, 0
+    mask[empty, 0] = 1
+    if prefix is not None:
+        prefix[empty] = 0
+    return Batch(input_ids, mask, targets, prefix, empty_rows=num_rows - (row is not None))
 
 
 def micro_batches(
     indices: Sequence[int] | NDArray[np.integer], lengths: NDArray[np.integer], *, max_tokens: int
 ) -> list[NDArray[np.int64]]:
-    """Cut a logical batch into micro-batches of similar lengths, within a budget of padded tokens.
+    """Cut what is only scored into micro-batches of similar lengths, within a budget of padded tokens.
 
-    Every index comes back exactly once: cutting changes what is computed together, never what is
-    sampled.  Sorting keeps padding to a few per cent.  An example longer than the budget gets a
-    micro-batch of its own; an empty logical batch gives none.
+    Training goes by `fedtune.data.shapes`.  Every index comes back exactly once: cutting changes what is computed
+    together, never what is sampled.  Sorting keeps padding to a few per cent.  An example longer than the budget gets
+    a micro-batch of its own; an empty logical batch gives none.
 
     Args:
         indices: places in the dataset.

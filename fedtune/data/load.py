@@ -82,15 +82,21 @@ def lead_records(spec: DataSpec, name: str, *, task: str, rows: int | None, key:
 
 
 def tokenise(
-    records: Sequence[Record], tokenizer: Tokenizer, *, spec: DataSpec, task: str, lenient: bool = False
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    *,
+    spec: DataSpec,
+    task: str,
+    lenient_within: int | None = None,
 ) -> TextDataset:
-    """Tokenise for `task`, each record alone; `lenient` as for `tokenise_classification`.
+    """Tokenise for `task`, each record alone; `lenient_within` as in `fedtune.data.tokenise`.
 
     Raises:
         DataError: a label was never declared, or a text has no token.
     """
+    length, within = spec.max_length, lenient_within
     if task == "classification":
-        return tokenise_classification(
-            records, tokenizer, labels=spec.labels, max_length=spec.max_length, lenient=lenient
-        )
-    return tokenise_causal_lm(records, tokenizer, template=spec.prompt_template, max_length=spec.max_length)
+        return tokenise_classification(records, tokenizer, labels=spec.labels, max_length=length, lenient_within=within)
+    return tokenise_causal_lm(
+        records, tokenizer, template=spec.prompt_template, max_length=length, lenient_within=within
+    )

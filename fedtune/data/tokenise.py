@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -50,7 +50,12 @@ class TextDataset:
 
 
 def tokenise_classification(
-    records: Sequence[Record], tokenizer: Tokenizer, *, labels: Sequence[str], max_length: int, lenient: bool = False
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    *,
+    labels: Sequence[str],
+    max_length: int,
+    lenient_within: int | None = None,
 ) -> TextDataset:
     """Encode the roles `text` and `label`.
 
@@ -59,7 +64,8 @@ def tokenise_classification(
         tokenizer: adds its own special tokens.
         labels: the declared label set; a label's class is its place there.
         max_length: most tokens of an example, special ones included.
-        lenient: take token 0 for a text that has none, so that no single record can stop the others.
+        lenient_within: of a text that cannot be encoded, or not into at least one id below this number, make an
+            example that adds nothing, so that no single record can stop the others.
 
     Raises:
         DataError: when a label is not declared, or a text has no token at all.
@@ -67,16 +73,24 @@ def tokenise_classification(
     classes = {label: index for index, label in enumerate(labels)}
     targets = np.array([_class_of(record, classes) for record in records], dtype=np.int64)
     texts = [record.fields["text"] for record in records]
-    encoded = _encode(texts, tokenizer, special_tokens=True, max_length=max_length)
-    input_ids = tuple(np.array(ids or [0] * lenient, dtype=np.int32) for ids in encoded)
-    for record, ids in zip(records, input_ids, strict=True):
-        if len(ids) == 0:
-            raise DataError(record.at("text"), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
-    return TextDataset(input_ids, targets)
+    input_ids: list[NDArray[np.int32]] = []
+    encoded = _encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
+    for place, ids in enumerate(encoded):
+        if not ids and lenient_within is None:
+            raise DataError(records[place].at("text"), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
+        if not ids:
+            targets[place] = UNSUPERVISED
+        input_ids.append(np.array(ids or [0], dtype=np.int32))
+    return TextDataset(tuple(input_ids), targets)
 
 
 def tokenise_causal_lm(
-    records: Sequence[Record], tokenizer: Tokenizer, *, template: str, max_length: int
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    max_length: int,
+    lenient_within: int | None = None,
 ) -> TextDataset:
     """Encode prompt, completion and end-of-text token; the completion and that token are supervised.
 
@@ -89,6 +103,7 @@ def tokenise_causal_lm(
         tokenizer: must have an end-of-text token.
         template: text before the completion, with roles in braces ("{prompt}").
         max_length: most tokens of an example.
+        lenient_within: a prompt or a completion that cannot be encoded into ids below this number has none.
 
     Raises:
         ConfigError: when the tokenizer has no end-of-text token.
@@ -101,8 +116,8 @@ def tokenise_causal_lm(
     completions = [record.fields["completion"] for record in records]
     input_ids, targets = [], []
     for prompt, completion in zip(
-        _encode(prompts, tokenizer, special_tokens=False),
-        _encode(completions, tokenizer, special_tokens=False),
+        _encode(prompts, tokenizer, special_tokens=False, within=lenient_within),
+        _encode(completions, tokenizer, special_tokens=False, within=lenient_within),
         strict=True,
     ):
         given, supervised = [*start, *prompt], [*completion, end]
@@ -125,12 +140,17 @@ def _encode(
     *,
     special_tokens: bool,
     max_length: int | None = None,
+    within: int | None = None,
     chunk: int = 1024,
 ) -> Iterator[list[int]]:
-    """Token ids of each text, encoded `chunk` at a time without padding, so that none depends on another."""
-    for first in range(0, len(texts), chunk):
-        yield from tokenizer(
-            list(texts[first : first + chunk]),
+    """Token ids of each text, encoded `chunk` at a time without padding, so that none depends on another.
+
+    With `within`, a text that cannot be encoded, or has an id of that number or above, has no ids.
+    """
+
+    def encoded(some: Sequence[str]) -> list[list[int]]:
+        found: list[list[int]] = tokenizer(
+            list(some),
             add_special_tokens=special_tokens,
             truncation=max_length is not None,
             max_length=max_length,
@@ -139,6 +159,25 @@ def _encode(
             return_token_type_ids=False,
             verbose=False,  # no warning about the model's longest input: the caller cuts
         )["input_ids"]
+        return found
+
+    for first in range(0, len(texts), chunk):
+        some = texts[first : first + chunk]
+        if within is None:
+            yield from encoded(some)
+            continue
+        try:
+            ids_of_each = encoded(some)
+        except Exception:  # of one text, whatever the tokenizer's library raises
+            ids_of_each = [_ids_or_none(encoded, text) for text in some]
+        yield from (ids if all(0 <= number < within for number in ids) else [] for ids in ids_of_each)
+
+
+def _ids_or_none(encoded: Callable[[Sequence[str]], list[list[int]]], text: str) -> list[int]:
+    try:
+        return encoded([text])[0]
+    except Exception:
+        return []
 
 
 def _start_ids(tokenizer: Tokenizer) -> list[int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.data.batching import collate
+from fedtune.data.batching import Batch, collate
 from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation.forward import scoring
 from fedtune.model.task import TaskModel
@@ -25,11 +26,15 @@ def unit_scores(task_model: TaskModel, dataset: TextDataset, *, task: str, pad_i
     with scoring(task_model):
         for index in range(len(dataset)):
             batch = collate(dataset, np.array([index]), pad_id=pad_id).to(task_model.device)
-            if task == "classification":
-                scores[index] = float(task_model.logits(batch).argmax(dim=1)[0] == batch.targets[0])
-            else:
-                scores[index] = float(np.exp(-float(task_model.losses(batch)[0])))
+            with suppress(Exception):  # of a record that cannot be computed: 0, and the others as they are
+                scores[index] = _score(task_model, batch, task)
     return scores
+
+
+def _score(task_model: TaskModel, batch: Batch, task: str) -> float:
+    if task == "classification":
+        return float(task_model.logits(batch).argmax(dim=1)[0] == batch.targets[0])
+    return float(np.exp(-float(task_model.losses(batch)[0])))
 
 
 def user_scores(scores: npt.NDArray[np.float64], users: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:

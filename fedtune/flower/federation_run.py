@@ -138,11 +138,10 @@ class FederationRun:
     def _first_state(self) -> LeadState:
         """Where the run starts: its newest checkpoint, or the initial adapter with its scores on the test file.
 
-        The model is tried, and every file read and tokenised, here: what cannot work ends before anything is charged.
+        Every file is read and tokenised here: what cannot work ends before anything is charged.
         """
         if self.config.resume is not None:
             state = self._checkpoints.load()
-        self.shared.check()
         _ = self.shared.validation, self.shared.test
         self.ready()
         if self.config.resume is not None:

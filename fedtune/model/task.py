@@ -19,6 +19,8 @@ from fedtune.model.probe import check_causal, check_examples_apart
 from fedtune.model.spec import TaskModelSpec
 
 _UNSUPERVISED = -100
+_HEAD_ROWS = 32
+"""Embeddings are filled up to a multiple of so many rows before they are scored."""
 
 
 class Batch(Protocol):
@@ -30,6 +32,7 @@ class Batch(Protocol):
         targets: int64; (n,) class numbers, or (n, t) token ids at their own places (not shifted), with
             -100 where a token is not supervised.
         prefix: (n, t, h) what `TaskModel.frozen_states` gave for these examples, or None.
+        empty_rows: the last rows, which hold no example.
     """
 
     @property
@@ -40,6 +43,8 @@ class Batch(Protocol):
     def targets(self) -> torch.Tensor: ...
     @property
     def prefix(self) -> torch.Tensor | None: ...
+    @property
+    def empty_rows(self) -> int: ...
 
 
 class TaskModel(nn.Module, ABC):
@@ -65,7 +70,7 @@ class TaskModel(nn.Module, ABC):
         """Float32 scores: (n, labels), or (n, t, vocabulary) for the token after each place."""
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """Each example's own loss, (n,) float32; nothing runs for an empty batch.
+        """Each example's own loss, (examples,) float32; nothing runs for an empty batch.
 
         A loss depends on its example alone, so that clipping bounds what an example can do: a mean over
         the batch's tokens would let one example's length rescale the gradients of the others.
@@ -73,7 +78,8 @@ class TaskModel(nn.Module, ABC):
         if len(batch.input_ids) == 0:
             return torch.zeros(0, device=self.device, requires_grad=torch.is_grad_enabled())
         with self._prefix.given(batch.prefix):
-            return self._losses(batch)
+            losses = self._losses(batch)
+        return losses[: len(losses) - batch.empty_rows]
 
     def frozen_states(self, batch: Batch) -> torch.Tensor | None:
         """What the layers below the first trained one make of each example, (n, t, h), whatever the adapter.
@@ -101,6 +107,11 @@ class TaskModel(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the model lies."""
         return next(self.parameters()).device
+
+    @property
+    def num_ids(self) -> int:
+        """Token ids that the base has an embedding for, from 0."""
+        return int(self.base.get_base_model().get_input_embeddings().weight.shape[0])
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """All adapter and head tensors by their public name, in the order of the names; frozen ones too.
@@ -149,7 +160,9 @@ class ClassificationModel(TaskModel):
     def logits(self, batch: Batch) -> torch.Tensor:
         """Class scores, (n, labels) float32."""
         embeddings = self.embed(batch.input_ids, batch.attention_mask)
-        scores: torch.Tensor = self.head(embeddings)
+        # A product with few rows takes another kernel, which rounds otherwise (measured below 13 rows on a CPU).
+        rows = functional.pad(embeddings, (0, 0, 0, -len(embeddings) % _HEAD_ROWS))
+        scores: torch.Tensor = self.head(rows)[: len(embeddings)]
         return self.spec.head.scale * scores
 
     def _losses(self, batch: Batch) -> torch.Tensor:
@@ -190,12 +203,11 @@ class CausalLMModel(TaskModel):
         return logits.float()
 
     def _losses(self, batch: Batch) -> torch.Tensor:
-        next_tokens = batch.targets[:, 1:]
-        supervised = next_tokens != _UNSUPERVISED
-        # Scores over the vocabulary are the largest tensor by far: make them only where some example needs them.
-        places = supervised.any(dim=0).nonzero().squeeze(1)  # (k,)
+        wanted = batch.targets[:, 1:]
+        supervised = wanted != _UNSUPERVISED
+        # At every place but the last: to leave out those that no example needs would let neighbours choose the shape.
+        places = torch.arange(wanted.shape[1], device=wanted.device)
         output = self.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=places)
-        wanted = next_tokens[:, places]
         token_losses = functional.cross_entropy(
             output.logits.float().flatten(0, 1), wanted.flatten(), ignore_index=_UNSUPERVISED, reduction="none"
         ).view(wanted.shape)

@@ -104,26 +104,43 @@ def choose_records(num_records: int, most: int, stream: RandomStream) -> npt.NDA
     return np.sort(np.argsort(stream.uniform64(num_records), kind="stable")[:most]).astype(np.int64)
 
 
+GRID_BITS = 24
+"""Sums, noise and scores are whole numbers of cells: 2**-24 of a clip norm, or of a score of one.
+
+Fine enough that rounding a contribution costs nothing (of a million coordinates, at most 6e-5 of the clip norm), coarse
+enough that float32 holds every coordinate and float64 the sum of half a billion of them exactly.
+"""
+Sums = Mapping[str, npt.NDArray[np.int64]]
+
+
+def cell(max_grad_norm: float) -> float:
+    """The width of the grid that a clip norm C fixes: C * 2**-24."""
+    return max_grad_norm * 2.0**-GRID_BITS
+
+
 def add_gaussian_noise(
-    sums: Mapping[str, npt.NDArray[np.float64]],
-    *,
-    noise_multiplier: float,
-    max_grad_norm: float,
-    stream: RandomStream,
-) -> dict[str, npt.NDArray[np.float64]]:
-    """The Gaussian mechanism on a sum of clipped contributions, once for each logical batch.
+    sums: Sums, *, noise_multiplier: float, stream: RandomStream, sensitivity: float = 1.0
+) -> dict[str, npt.NDArray[np.int64]]:
+    """The Gaussian mechanism on a sum of whole numbers, once for each logical batch.
 
     Args:
-        sums: tensors that together are the sum, over the sampled units, of vectors of L2 norm <= `max_grad_norm`.
-        noise_multiplier: noise standard deviation in units of `max_grad_norm`.
-        max_grad_norm: the clip norm C.
+        sums: tensors in cells that together are the sum, over the sampled units, of vectors of L2 norm at most
+            `sensitivity * 2**GRID_BITS`, in exact arithmetic.
+        noise_multiplier: noise standard deviation over the sensitivity.
         stream: drawn from once for each value, in the order of `sums`.
+        sensitivity: of the sum, in clip norms.
 
-    Guarantee: adding or removing one unit moves the joint sum by at most C in L2, so the result is one event
-    `GaussianDpEvent(noise_multiplier)` for the sampled units.
+    Returns:
+        The same tensors with noise, in cells.
+
+    Guarantee: one event `GaussianDpEvent(noise_multiplier)` for the sampled units.  The noise is a normal value rounded
+    to a whole number, and sum + round(noise) = round(sum + noise) since the sum is one: the Gaussian mechanism on the
+    sum, and then rounding, which reads no record.
     """
-    scale = noise_multiplier * max_grad_norm
-    return {name: total + scale * stream.normal(total.size).reshape(total.shape) for name, total in sums.items()}
+    deviation = noise_multiplier * sensitivity * 2.0**GRID_BITS
+    return {
+        name: total + stream.rounded_normal(total.size, deviation).reshape(total.shape) for name, total in sums.items()
+    }
 
 
 def noised_scores(
@@ -140,11 +157,14 @@ def noised_scores(
     Returns:
         (noised sum of scores, noised number of units), both over `declared_size`; not clamped.
 
-    Guarantee: one unit adds (score, 1) with an L2 norm of at most sqrt(2), so the pair is one
-    `GaussianDpEvent(noise_multiplier)`.
+    Guarantee: one unit adds (score, 1), the score rounded down to the grid, with an L2 norm of at most sqrt(2), so the
+    pair is one `GaussianDpEvent(noise_multiplier)`.
     """
     usable = np.clip(np.where(np.isfinite(scores), scores, 0.0), 0.0, 1.0)
-    sums = {"sums": np.array([usable.sum(), float(len(usable))])}
-    noisy = add_gaussian_noise(sums, noise_multiplier=noise_multiplier, max_grad_norm=np.sqrt(2.0), stream=stream)
-    score, count = noisy["sums"] / declared_size
+    in_cells = np.floor(usable * 2.0**GRID_BITS).astype(np.int64)
+    sums = {"sums": np.array([in_cells.sum(), len(in_cells) << GRID_BITS], dtype=np.int64)}
+    # The float next above, so that no rounding makes the noise smaller than stated.
+    root = float(np.nextafter(np.sqrt(2.0), 2.0))
+    noisy = add_gaussian_noise(sums, noise_multiplier=noise_multiplier, stream=stream, sensitivity=root)
+    score, count = noisy["sums"] * cell(1.0) / declared_size
     return float(score), float(count)

@@ -104,6 +104,10 @@ class Policy:
         """The size that the site publishes for one of its data sets."""
         return next(one.declared_size for one in self.dataset if one.id == dataset)
 
+    def adapter_bound(self, lora_scale: float) -> float:
+        """The largest absolute value of an adapter here; the product of two matrices is scaled, so each by the root."""
+        return self.limits.max_adapter_value / math.sqrt(max(1.0, lora_scale))
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; an infinite cap becomes null."""
         fields = dataclasses.asdict(self)

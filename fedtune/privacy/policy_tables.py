@@ -173,6 +173,7 @@ class Allow:
     train_head: bool
     dtypes: tuple[str, ...] = ("float32",)
     seeded_noise: bool = False
+    inexact_gradients: bool = False
 
     def __post_init__(self) -> None:
         for key in self.leads:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from mpmath.ctx_iv import MPIntervalContext
+from mpmath.libmp import to_rational
 
-_DRAWS_PER_NORMAL = 4
+_MOST_EXTENSIONS = 8
+"""Of 128 bits: that none of them settles a value has a probability far below 2^-900."""
 
 
 class RandomStream:
-    """Uniform bits, Bernoulli bits and Gaussian values from a cryptographic keystream.
+    """Uniform bits, Bernoulli bits and rounded Gaussian values from a cryptographic keystream.
 
     Args:
         key: 32 bytes.  Secret unless this is a marked study.
@@ -40,23 +43,77 @@ class RandomStream:
             return np.ones(count, dtype=np.bool_)
         return self.uniform64(count) < np.uint64(int(probability * 2.0**64))
 
-    def normal(self, count: int) -> npt.NDArray[np.float64]:
-        """`count` independent standard normal values in float64.
+    def rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
+        """`count` independent whole numbers, each a normal value with standard deviation `deviation`, rounded.
 
-        Each is the sum of four Box-Muller values divided by two.  A single transformed float leaves holes in its
-        output from which the value without noise can be told (Mironov 2012); a sum of several makes the number of
-        ways to reach each output too large to enumerate (Holohan and Braghin 2021, arXiv 2107.10138, section 3).
+        Guarantee: exact.  A Box-Muller pair is a function of two uniform real numbers, of which 64 bits each are drawn
+        first.  Float64 arithmetic says what the function rounds to unless its value lies so near the middle between
+        two whole numbers that an error of `_error` could reach it; such a pair (one in some 10^5) gets further bits and
+        interval arithmetic until both ends round to the same.  So no hole and no float betrays a value without noise
+        (Mironov 2012), and nothing is missing from the tails.
+
+        Assumes that numpy's log, sqrt, sin and cos are right to the bound in `_error` (tests/privacy/test_randomness.py
+        measures them) and that the keystream cannot be told from random bits.
         """
-        pairs = (_DRAWS_PER_NORMAL // 2, count)
-        radius = np.sqrt(-2.0 * np.log(self._open_unit(pairs[0] * count))).reshape(pairs)
-        angle = 2.0 * np.pi * self._open_unit(pairs[0] * count).reshape(pairs)
-        # The sine of a pair goes to the next value: r cos + r sin of one pair would be a single draw in disguise.
-        total = (radius * np.cos(angle)).sum(axis=0) + np.roll((radius * np.sin(angle)).sum(axis=0), 1)
-        return total / np.sqrt(_DRAWS_PER_NORMAL)  # type: ignore[no-any-return]
+        pairs = -(-count // 2)
+        radius_bits, angle_bits = self.uniform64(pairs), self.uniform64(pairs)
+        values, error = _box_muller(radius_bits, angle_bits, deviation)
+        whole = np.rint(values)
+        # Written so that NaN and infinity are in doubt too.
+        in_doubt = ~(np.abs(np.abs(values - whole) - 0.5) > error)
+        whole[in_doubt] = 0
+        rounded = whole.astype(np.int64)
+        for place in np.flatnonzero(in_doubt.any(axis=0)):
+            rounded[:, place] = self._with_more_bits(int(radius_bits[place]), int(angle_bits[place]), deviation)
+        return rounded.reshape(-1)[:count]
 
-    def _open_unit(self, count: int) -> npt.NDArray[np.float64]:
-        """Uniform values strictly between 0 and 1, with 53 random bits each."""
-        return ((self.uniform64(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    def _with_more_bits(self, radius_bits: int, angle_bits: int, deviation: float) -> tuple[int, int]:
+        """What a pair rounds to, from as many further bits as it takes."""
+        intervals = MPIntervalContext()
+        num_bits = 64
+        for _ in range(_MOST_EXTENSIONS):
+            num_bits += 128
+            radius_bits, angle_bits = (self._extended(bits) for bits in (radius_bits, angle_bits))
+            intervals.prec = 2 * num_bits
+            uniform, turn = (intervals.mpf([b, b + 1]) / 2**num_bits for b in (radius_bits, angle_bits))
+            if radius_bits == 0:  # its logarithm has no lower end
+                continue
+            radius = deviation * intervals.sqrt(-2 * intervals.log(uniform))
+            angle = 2 * intervals.pi * turn
+            (low, high), (other_low, other_high) = (
+                [_nearest(end) for end in value._mpi_]
+                for value in (radius * intervals.cos(angle), radius * intervals.sin(angle))
+            )
+            if low == high and other_low == other_high:
+                return low, other_low
+        raise AssertionError("a keystream of a thousand zeros")
+
+    def _extended(self, bits: int) -> int:
+        first, second = (int(more) for more in self.uniform64(2))
+        return bits << 128 | first << 64 | second
+
+
+def _box_muller(
+    radius_bits: npt.NDArray[np.uint64], angle_bits: npt.NDArray[np.uint64], deviation: float
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Two normal values a pair, (2, pairs), and how far each can be from the exact one, (pairs,).
+
+    The exact uniform number lies within one unit of its 64 bits.  That and the conversion to float64 move its logarithm
+    by 1/bits + 2^-53, and so the radius r = sqrt(-2 log u) by that over r; the rest is a few units in the last place of
+    r and of a sine or cosine.  Each term is doubled at least.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        radius = np.sqrt(-2.0 * np.log(radius_bits.astype(np.float64) * 2.0**-64))
+        angle = angle_bits.astype(np.float64) * (2.0**-63 * np.pi)
+        values = deviation * radius * np.stack([np.cos(angle), np.sin(angle)])
+        error = deviation * (radius * 2.0**-45 + (2.0 / radius_bits + 2.0**-51) / radius)
+    return values, error
+
+
+def _nearest(end: Any) -> int:
+    """The whole number nearest to one end of an interval, which mpmath keeps as a binary fraction; exact."""
+    numerator, denominator = to_rational(end)
+    return int((2 * numerator + denominator) // (2 * denominator))
 
 
 class Randomness(Protocol):

@@ -28,7 +28,8 @@ class Participants:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config
         self.sites = VirtualSites.of(config, folder, config.plan())
-        self.shared = SharedModel(config)
+        policies = [self.sites.files(name).policy for name in config.federation.active]
+        self.shared = SharedModel(config, inexact_allowed=all(one.allow.inexact_gradients for one in policies))
 
     @cached_property
     def work(self) -> dict[str, SiteWork]:
@@ -42,10 +43,15 @@ class Participants:
             unit=config.privacy.unit,
         )
         sizes = config.declared_sizes()
-        # From public numbers: no site's records decide how another site's are computed.
-        keeps = self.shared.keeps_frozen_states(sum(sizes.values()))
         return {
-            name: SiteWork(name, self.shared, of_site, declared_size=sizes[name], keeps_frozen_states=keeps)
+            name: SiteWork(
+                name,
+                self.shared,
+                of_site,
+                declared_size=sizes[name],
+                keeps_frozen_states=self.shared.keeps_states,
+                max_adapter_value=self.sites.files(name).policy.adapter_bound(config.lora.scale),
+            )
             for name, of_site in zip(federation.names, records, strict=True)
             if name in federation.active
         }

@@ -95,7 +95,7 @@ class RealSite:
     def _prepare(self, request: RoundRequest, settings: str, files: SiteFiles, ledger: Ledger) -> Prepared:
         config = self._check_settings(request, settings, files.policy)
         Path(config.data.train_file).stat()  # a file that is missing tells of no record, and need not cost a round
-        shared = self._shared_model(config)
+        shared = self._shared_model(config, files.policy)
 
         def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
             # The round is charged by now: only now is anything written for it, and a record read.
@@ -130,28 +130,39 @@ class RealSite:
             shared,
             own_records(shared.config.data, task=shared.config.task, key=key, unit=shared.config.privacy.unit),
             declared_size=size,
-            keeps_frozen_states=shared.keeps_frozen_states(size),
+            keeps_frozen_states=shared.keeps_states,
+            max_adapter_value=files.policy.adapter_bound(shared.config.lora.scale),
             lenient=True,
         )
 
-    def _shared_model(self, config: RunConfig) -> SharedModel:
-        """The model, kept while runs want the same one on the same machine."""
-        if self._shared is None or not _same_model(self._shared.config, config):
-            self._shared = self._warm = None  # the old one goes before the new one comes
-            began = time.monotonic()
-            self._shared = SharedModel(config)
-            self._shared.check()
-            about = {"sha256": config.model.sha256, "model_s": round(time.monotonic() - began, 3)}
-            log.info("the base model is loaded", extra=about)
-        else:
-            self._shared = self._shared.for_run(config)
+    def _shared_model(self, config: RunConfig, policy: Policy) -> SharedModel:
+        """The model, kept while runs want the same one on the same machine; only one that passed its try is kept."""
+        size, inexact = policy.declared_size(config.data.dataset), policy.allow.inexact_gradients
+        kept = self._shared
+        if (
+            kept is not None
+            and _same_model(kept.config, config)
+            and kept.serves(config, declared_size=size, inexact_allowed=inexact)
+        ):
+            self._shared = kept.for_run(config)
+            return self._shared
+        kept = self._shared = self._warm = None  # the old one goes before the new one comes
+        began = time.monotonic()
+        self._shared = SharedModel(config, declared_size=size, inexact_allowed=inexact)
+        about = {"sha256": config.model.sha256, "model_s": round(time.monotonic() - began, 3)}
+        log.info("the base model is loaded", extra=about)
+        if self._shared.moved > 0:
+            log.warning(
+                "this machine rounds an example by its neighbours, as the policy accepts: the bound is measured",
+                extra={"moved": self._shared.moved},
+            )
         return self._shared
 
     def _keep(self, run: str, adapter: Adapter, policy: Policy, *, plan: Plan) -> None:
         """Write the final adapter as a folder that `fedtune evaluate` takes."""
         sent = read_settings((self._places.runs / f"{run}.json").read_text(encoding="utf-8"), plan=plan)
         config = at_site(sent, policy, folder=self._places.site_toml.parent, installed=self._places.installed)
-        shared = self._shared_model(config)
+        shared = self._shared_model(config, policy)
         if not adapter.same_shapes(shared.initial_adapter):
             raise ConfigError("final adapter", run, "must have the names and shapes that the run trained")
         adapter.load_into(shared.model)

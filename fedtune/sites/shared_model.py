@@ -3,38 +3,61 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import RunConfig
-from fedtune.data import Record, TextDataset
+from fedtune.data import Record, Shapes, TextDataset
 from fedtune.data.load import lead_records, tokenise
 from fedtune.evaluation.evaluate import evaluate
 from fedtune.evaluation.generation import PromptSet
-from fedtune.model import Adapter, TaskModel, load_task_model, load_tokenizer
-from fedtune.training.machine import device_for, keeps_frozen_states, ready_model
+from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model, load_tokenizer
+from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.preflight import check_examples_alone
+
+_passed: dict[str, tuple[Shapes, float]] = {}
+"""What was tried in this process and passed."""
 
 
 class SharedModel:
-    """A run's task model on this machine's device.
+    """A run's task model on this machine's device, tried before there is one: who has it has a model that passed.
+
+    Args:
+        config: of the run.
+        declared_size: privacy units, as published, that train in this process; None: those of all sites.
+        inexact_allowed: take a machine whose kernels let an example's neighbours change how it is rounded.
+
+    Attributes:
+        shapes: that micro-batches have.
+        keeps_states: whether what the frozen layers make of the records fits the memory set aside for it.
+        moved: the most that an example's clipped contribution moved in other company, in clip norms; 0.0: not by a bit.
 
     Raises:
-        ConfigError: the model cannot be loaded.
+        ConfigError: the model cannot be loaded, or not be trained with per-example clipping.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, *, declared_size: int | None = None, inexact_allowed: bool = False) -> None:
+        self.config, self.inexact_allowed = config, inexact_allowed
         self.device = device_for(config.runtime.device)
-        self.tokenizer = load_tokenizer(config.model)
-        self.model = ready_model(
-            config.task_model(), config.runtime, max_length=config.data.max_length, device=self.device
-        )
+        self.tokenizer, self.model = _ready(config, lambda: build_task_model(config.task_model(), device=self.device))
         self.initial_adapter = Adapter.of(self.model)
+        self.shapes = shapes_for(self.model, config.runtime, max_length=config.data.max_length)
+        self.keeps_states = self._keeps_states(config, declared_size)
+        self.moved = 0.0
+        if config.privacy.private:
+            self.shapes, self.moved = self._tried()
+
+    def serves(self, config: RunConfig, *, declared_size: int, inexact_allowed: bool) -> bool:
+        """Whether another run of the same model may train on it as it was tried."""
+        return (self.keeps_states, self.inexact_allowed) == (
+            self._keeps_states(config, declared_size),
+            inexact_allowed,
+        ) and config.privacy.max_grad_norm == self.config.privacy.max_grad_norm
 
     def for_run(self, config: RunConfig) -> SharedModel:
         """The same loaded model for another run that trains it."""
@@ -44,28 +67,40 @@ class SharedModel:
             other.__dict__.pop(name, None)
         return other
 
-    def check(self) -> None:
-        """Try a training pass on made-up examples.
+    def _keeps_states(self, config: RunConfig, declared_size: int | None) -> bool:
+        """By public numbers, so that no record decides: full length, and of a user the records of a step."""
+        size = sum(config.declared_sizes().values()) if declared_size is None else declared_size
+        num_tokens = size * config.privacy.contribution * config.data.max_length
+        return keeps_frozen_states(self.model, config.runtime, num_tokens=num_tokens)
 
-        Raises:
-            ConfigError: the model cannot be trained with per-example clipping.
-        """
-        if self.config.privacy.private:
-            check_examples_alone(self.model, task=self.config.task)
+    def _tried(self) -> tuple[Shapes, float]:
+        """The shapes in which no example's neighbours move it, else the plain ones and how far they do."""
+        config = self.config
+        machine = [str(self.device), torch.get_num_threads(), self.keeps_states, config.to_json()["runtime"]]
+        key = repr((machine, config.task_model(), self.shapes, config.privacy.max_grad_norm, self.inexact_allowed))
+        if key not in _passed:
+            # Kernels of some machines go by the number of rows: with one number for each length they cannot.
+            choices = (self.shapes, replace(self.shapes, row_shares=(1,)))
+            tried = ((shapes, self._moved(shapes, inexact_allowed=True)) for shapes in choices)
+            exact = next((one for one in tried if one[1] == 0), None)
+            # Stored once it has passed: a model that did not is tried, and refused, each time that it is asked for.
+            _passed[key] = exact or (self.shapes, self._moved(self.shapes, inexact_allowed=self.inexact_allowed))
+        return _passed[key]
 
-    def keeps_frozen_states(self, declared_size: int) -> bool:
-        """Whether what the frozen layers make of a site's records fits the memory set aside for it.
-
-        An estimate from public numbers, so that no record decides: full length, and of a user the records of a step.
-        """
-        num_records = declared_size * self.config.privacy.contribution
-        return keeps_frozen_states(
-            self.model, self.config.runtime, num_tokens=num_records * self.config.data.max_length
+    def _moved(self, shapes: Shapes, *, inexact_allowed: bool) -> float:
+        return check_examples_alone(
+            self.model,
+            shapes,
+            keeps_states=self.keeps_states,
+            max_grad_norm=self.config.privacy.max_grad_norm,
+            inexact_allowed=inexact_allowed,
         )
 
     def tokenised(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
         """Records as this model reads them; `lenient`: whatever they are."""
-        return tokenise(records, self.tokenizer, spec=self.config.data, task=self.config.task, lenient=lenient)
+        config = self.config
+        num_ids = self.model.num_ids if lenient else None
+        return tokenise(records, self.tokenizer, spec=config.data, task=config.task, lenient_within=num_ids)
 
     @cached_property
     def validation(self) -> LeadData | None:
@@ -111,10 +146,20 @@ class LeadData:
 
 def score_saved(config: RunConfig, adapter_folder: Path, data_file: str) -> dict[str, float]:
     """Scores of a saved adapter on a file that has the columns of `config`."""
-    tokenizer = load_tokenizer(config.model)
+    device = device_for(config.runtime.device)
+    tokenizer, model = _ready(config, lambda: load_task_model(adapter_folder, model=config.model, device=device))
     data = LeadData.read(data_file, config, tokenizer, rows=None, key="--data")
-    model = load_task_model(adapter_folder, model=config.model, device=device_for(config.runtime.device))
     return _score(model, tokenizer, data, config, generate=True)
+
+
+def _ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTrainedTokenizerBase, TaskModel]:
+    """Tokenizer and model, for whatever they are wanted: to train, to score, or to score a saved adapter.
+
+    Raises:
+        ConfigError: they cannot be loaded, or do not fit each other or the settings.
+    """
+    tokenizer = load_tokenizer(config.model)
+    return tokenizer, ready_model(build, config.runtime, max_length=config.data.max_length)
 
 
 def _score(

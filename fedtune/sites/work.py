@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +23,9 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.users import UserExamples
 
+_MEANS_BYTES = 256 * 2**20
+"""For the means of the users that are worked on together, in float64."""
+
 
 @dataclass(frozen=True)
 class SiteWork:
@@ -33,6 +37,7 @@ class SiteWork:
         records: the site's own.
         declared_size: the size that it publishes, in privacy units.
         keeps_frozen_states: keep what the frozen layers make of each record.
+        max_adapter_value: the site's bound on values of the adapter.
         lenient: no record may make the work fail, since a lead that chose the settings would learn of it.
     """
 
@@ -41,6 +46,7 @@ class SiteWork:
     records: SiteRecords
     declared_size: int
     keeps_frozen_states: bool
+    max_adapter_value: float = math.inf
     lenient: bool = False
 
     @cached_property
@@ -49,13 +55,19 @@ class SiteWork:
         examples = SiteExamples(
             self.shared.tokenised(self.records.training, lenient=self.lenient),
             pad_id=self.shared.tokenizer.pad_token_id,
-            max_tokens=self.shared.config.runtime.micro_batch_tokens,
+            shapes=self.shared.shapes,
             device=self.shared.device,
         )
         privacy = self.shared.config.privacy
         if privacy.unit == "record":
             return examples
-        return UserExamples(examples, users_of(self.records.training), most_records=privacy.contribution)
+        values = sum(parameter.numel() for parameter in self.shared.model.trainable().values())
+        return UserExamples(
+            examples,
+            users_of(self.records.training),
+            most_records=privacy.contribution,
+            most_users=max(1, _MEANS_BYTES // (8 * values)),
+        )
 
     @cached_property
     def _heldout(self) -> TextDataset:
@@ -83,6 +95,7 @@ class SiteWork:
             plan=plan,
             training=self.shared.config.training,
             declared_size=self.declared_size,
+            max_adapter_value=self.max_adapter_value,
         )
         return train_round(self.shared.model, adapter, self.examples, work, randomness=randomness)
 

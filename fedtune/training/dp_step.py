@@ -18,24 +18,29 @@ import numpy.typing as npt
 import torch
 
 from fedtune.data import Batch
-from fedtune.privacy.mechanism import add_gaussian_noise, poisson_sample
+from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise, cell, poisson_sample
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import RandomStream
 from fedtune.training.users import UserBatch
 
 Sums = dict[str, torch.Tensor]
 
+SMALLEST_NORM = 1e-3
+"""Gradients are scaled as if their norm were at least this: below it they may be mostly rounding, and a tiny clip norm
+would blow that up to a whole contribution (measured in simulations/sensitivity)."""
 # Clipping aims this far below the clip norm, so that float32 rounding never lifts a contribution above it.
 _ROUNDING_ROOM = 1e-6
 # Above this norm the factor that clips it could leave float32's normal range, and rounding could exceed the room.
 _LARGEST_NORM = 1e30
+LARGEST_CELLS = 2.0**GRID_BITS
+"""A clip norm, in cells."""
 
 
 class UnitGradients(Protocol):
     """Turns a micro-batch of n units into one gradient for each: name -> (n, *parameter shape)."""
 
     def of(self, batch: Any, /) -> dict[str, torch.Tensor]:
-        """The gradients; each depends on its own unit alone."""
+        """The gradients; each depends on its own unit alone, bit for bit.  Rows without a unit are zero."""
         ...
 
 
@@ -46,7 +51,7 @@ class Records:
     Attributes:
         count: how many units there are; never leaves the site.
         declared_size: the number the site publishes, in the step's denominator.
-        cut: turns the indices of a logical batch into micro-batches.  How it cuts changes no result.
+        cut: turns the indices of a logical batch into micro-batches.  How it cuts changes no bit of a sum.
     """
 
     count: int
@@ -68,9 +73,10 @@ def dp_sgd_step(
 
     Guarantee: what the step changes depends on the records only through one Gaussian mechanism with standard deviation
     `noise_multiplier * max_grad_norm` on a Poisson sample's sum of vectors whose joint L2 norm over all trainable
-    tensors is at most `max_grad_norm`, one vector a unit.  The denominator is public.  An empty sample adds noise like
-    any other.  One more record also moves the others' terms by rounding, since it changes how the batch is cut: by
-    less than 1e-5 of the clip norm a record in float32 (docs/threat_model.md has the measured figures).
+    tensors is at most `max_grad_norm`, one vector a unit.  This is exact: each vector depends on its own unit alone,
+    bit for bit (`fedtune.training.preflight` tries that on the machine at hand), and is a vector of whole numbers whose
+    norm is checked in whole numbers; sums and noise are whole numbers too.  The denominator is public.  An empty sample
+    adds noise like any other.
     """
     assert_one_tensor_set(parameters, optimizer)
     sampled = poisson_sample(records.count, plan.sampling_rate, sampling)
@@ -83,50 +89,85 @@ def dp_sgd_step(
     noisy = add_gaussian_noise(
         {name: total.cpu().numpy() for name, total in sums.items()},
         noise_multiplier=plan.noise_multiplier,
-        max_grad_norm=plan.max_grad_norm,
         stream=noise,
     )
-    descend(noisy, parameters, optimizer, denominator=plan.sampling_rate * records.declared_size)
+    cells_in_denominator = plan.sampling_rate * records.declared_size / cell(plan.max_grad_norm)
+    descend(noisy, parameters, optimizer, denominator=cells_in_denominator)
 
 
 def zeros(parameters: Mapping[str, torch.nn.Parameter]) -> Sums:
-    """Float64 accumulators in the parameters' shapes: the order of adding then changes nothing that float32 shows."""
-    return {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+    """Sums in whole numbers, in the parameters' shapes: the order of adding changes nothing."""
+    return {name: torch.zeros_like(p, dtype=torch.int64) for name, p in parameters.items()}
 
 
 def add_clipped(sums: Sums, gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> None:
-    """Scale each unit's gradient to a joint L2 norm of at most `max_grad_norm` and add it to `sums`.
+    """Scale each unit's gradient to a joint L2 norm of at most `max_grad_norm`, round it and add it to `sums`.
 
     Args:
-        sums: name -> (*shape), changed in place.
+        sums: name -> (*shape) int64 in cells of the grid (`mechanism.cell`), changed in place.
         gradients: name -> (n, *shape), the same names as `sums`; n examples, or n users' means.
         max_grad_norm: the clip norm C, over all tensors of a unit together.
 
-    Guarantee: what one unit adds has a joint L2 norm of at most `max_grad_norm`.  Norms and sums are in float64:
-    a float32 norm of 60,000 like values was measured 1.6e-5 too small, which lets a contribution exceed the bound.
-    A unit whose gradient is not finite, or has a norm above 1e30, counts as zero.
+    Guarantee: what one unit adds is a vector of whole numbers with a joint L2 norm of at most C, 2**24 cells: floats
+    aim for it, and whole numbers decide it.  A unit whose gradient is not finite, or has a norm above 1e30, or whose
+    rounded vector were longer than C after all, counts as zero.
     """
     assert sums.keys() == gradients.keys(), "clipped tensors and summed tensors differ"
+    for name, contribution in contributions(gradients, max_grad_norm).items():
+        # Exact in float64: fewer than 2**29 whole numbers of at most 2**24 each.
+        sums[name] += contribution.sum(dim=0, dtype=torch.float64).to(torch.int64).reshape(sums[name].shape)
+
+
+def contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> dict[str, torch.Tensor]:
+    """What each unit adds to a sum: name -> (n, values) whole numbers of cells, as float32, which holds them exactly.
+
+    A unit's gradient g becomes g * C / max(|g|, C, `SMALLEST_NORM`), rounded towards zero to the grid.  The result
+    depends on that unit alone, bit for bit.
+    """
     flat = {name: gradient.flatten(1).float() for name, gradient in gradients.items()}
-    each = [torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64) for gradient in flat.values()]
-    norms = torch.stack(each, dim=1).norm(dim=1)  # (n,)
+    norms = _norms(flat)
     usable = norms <= _LARGEST_NORM  # false for infinity and for NaN
     bound = max_grad_norm * (1 - _ROUNDING_ROOM)
-    weights = torch.where(usable, bound / norms.clamp(min=bound), torch.zeros_like(norms))
-    all_usable = bool(usable.all())
-    for name, gradient in flat.items():
-        kept = gradient if all_usable else torch.where(usable[:, None], gradient, torch.zeros_like(gradient))
-        sums[name] += (weights @ kept.double()).reshape(sums[name].shape)
+    weights = bound / norms.clamp(min=max(bound, SMALLEST_NORM)) / cell(max_grad_norm)
+    scaled = {name: (gradient * _column(weights, gradient)).trunc_() for name, gradient in flat.items()}
+    # In whole numbers: a tensor's square norm is at most 2**48 where it is usable, so float64 sums it up exactly, and
+    # the square of the root that comes back rounds to it.
+    squares = torch.stack([_norm_of_rows(one).square().round() for one in scaled.values()]).sum(dim=0)
+    usable &= squares <= LARGEST_CELLS**2
+    if not usable.all():
+        scaled = {name: torch.where(usable[:, None], one, torch.zeros_like(one)) for name, one in scaled.items()}
+    return scaled
+
+
+def _column(weights: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return weights.to(like.dtype)[:, None]
+
+
+def _norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(n,) joint L2 norms over all tensors, in float64.
+
+    In float64 because a float32 norm of 60,000 like values was measured 1.6e-5 too small.
+    """
+    each = [_norm_of_rows(gradient) for gradient in gradients.values()]
+    return torch.stack(each).square().sum(dim=0).sqrt()
+
+
+def _norm_of_rows(values: torch.Tensor) -> torch.Tensor:
+    """(n,) L2 norms of n rows, in float64; none depends on how many rows there are."""
+    # Of a single row torch's threads add up parts of their own; of several each row is added up by one thread.
+    rows = values if len(values) > 1 else values.repeat(2, 1)
+    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms[: len(values)]
 
 
 def descend(
-    gradient_sum: Mapping[str, npt.NDArray[np.float64]],
+    gradient_sum: Mapping[str, npt.NDArray[np.int64]],
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     *,
     denominator: float,
 ) -> None:
-    """Divide by the public denominator and let the optimizer step: post-processing of the noisy sum."""
+    """Divide by the public denominator, in cells, and let the optimizer step: post-processing of the noisy sum."""
     for name, parameter in parameters.items():
         mean = torch.from_numpy(gradient_sum[name] / denominator)
         parameter.grad = mean.to(device=parameter.device, dtype=parameter.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.data import Batch, TextDataset, collate, micro_batches
+from fedtune.data import Batch, Part, Shapes, TextDataset, collate
 from fedtune.model import TaskModel
 
 if TYPE_CHECKING:  # above this in a step
@@ -23,12 +23,12 @@ class SiteExamples:
     Args:
         dataset: the site's records.
         pad_id: a valid token id.
-        max_tokens: padded tokens in a micro-batch.
+        shapes: that a micro-batch may have.
         device: where batches go.
     """
 
-    def __init__(self, dataset: TextDataset, *, pad_id: int, max_tokens: int, device: torch.device | str) -> None:
-        self._dataset, self._pad_id, self._max_tokens, self.device = dataset, pad_id, max_tokens, device
+    def __init__(self, dataset: TextDataset, *, pad_id: int, shapes: Shapes, device: torch.device | str) -> None:
+        self._dataset, self._pad_id, self._shapes, self.device = dataset, pad_id, shapes, device
         self._states: torch.Tensor | None = None  # (tokens of all records, h), on the CPU
         ends = np.cumsum(dataset.lengths, dtype=np.int64)
         self._starts = ends - dataset.lengths
@@ -37,32 +37,25 @@ class SiteExamples:
         return len(self._dataset)
 
     @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """(records,) tokens of each."""
-        return self._dataset.lengths
-
-    @property
-    def max_tokens(self) -> int:
-        """Padded tokens in a micro-batch."""
-        return self._max_tokens
-
-    @property
     def num_tokens(self) -> int:
         """Tokens of all records together."""
         return int(self._dataset.lengths.sum())
 
-    def cut(self, indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
-        """The chosen records in micro-batches of similar length; how they are cut changes no clipped sum."""
-        for part in micro_batches(indices, self._dataset.lengths, max_tokens=self._max_tokens):
-            yield self.batch(part)
+    def parts(self, indices: npt.NDArray[np.int64]) -> Iterator[Part]:
+        """The chosen records, cut into micro-batches whose shapes are fixed; those of one record keep their order."""
+        return self._shapes.cut(indices, self._dataset.lengths)
 
-    def batch(self, part: npt.NDArray[np.int64]) -> Batch:
-        """The chosen records as one micro-batch, in the order given."""
-        batch = collate(self._dataset, part, pad_id=self._pad_id)
+    def cut(self, indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
+        """The chosen records in micro-batches; what a record adds to a sum is the same, bit for bit, in each."""
+        return map(self.batch, self.parts(indices))
+
+    def batch(self, part: Part) -> Batch:
+        """The records of `part` as one micro-batch, in their order."""
+        batch = collate(self._dataset, part.places, pad_id=self._pad_id, shape=(part.rows, part.length))
         kept = batch if self._states is None else replace(batch, prefix=self._kept(part, batch))
         return kept.to(self.device)
 
-    def gradients(self, of_each: UnitGradients, *, max_grad_norm: float) -> UnitGradients:
+    def gradients(self, of_each: UnitGradients) -> UnitGradients:
         """What turns a micro-batch of `cut` into one gradient for each unit: here a unit is an example."""
         return of_each
 
@@ -75,23 +68,26 @@ class SiteExamples:
         if self._states is not None:
             return
         kept: torch.Tensor | None = None
-        everything = np.arange(len(self), dtype=np.int64)
-        for part in micro_batches(everything, self._dataset.lengths, max_tokens=self._max_tokens):
-            batch = collate(self._dataset, part, pad_id=self._pad_id).to(self.device)
+        for part in self.parts(np.arange(len(self), dtype=np.int64)):
+            batch = self.batch(part)
             states = model.frozen_states(batch)
             if states is None:
                 return
             if kept is None:
                 kept = torch.empty(self.num_tokens, states.shape[-1], dtype=states.dtype)
-            rows, columns = batch.attention_mask.cpu().nonzero(as_tuple=True)
-            places = torch.from_numpy(self._starts[part])[rows] + columns
+            rows, columns, places = self._tokens(part, batch)
             kept[places] = states.cpu()[rows, columns]
         self._states = kept
 
-    def _kept(self, part: npt.NDArray[np.int64], batch: Batch) -> torch.Tensor:
-        """Kept states as (n, t, h), zero where there is padding."""
+    def _kept(self, part: Part, batch: Batch) -> torch.Tensor:
+        """Kept states as (rows, t, h), zero where there is padding."""
         assert self._states is not None
-        rows, columns = batch.attention_mask.nonzero(as_tuple=True)
-        states = self._states.new_zeros(*batch.input_ids.shape, self._states.shape[1])
-        states[rows, columns] = self._states[torch.from_numpy(self._starts[part])[rows] + columns]
+        rows, columns, places = self._tokens(part, batch)
+        states = self._states.new_zeros(part.rows, part.length, self._states.shape[1])
+        states[rows, columns] = self._states[places]
         return states
+
+    def _tokens(self, part: Part, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where each token of the records stands in the micro-batch, by row and column, and among those kept."""
+        rows, columns = batch.attention_mask[: len(part.places)].cpu().nonzero(as_tuple=True)
+        return rows, columns, torch.from_numpy(self._starts[part.places])[rows] + columns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ class RoundOfTraining:
     Attributes:
         round: from 1; places the round in the learning-rate schedule.
         attempt: from 1; a retry draws fresh noise.
+        max_adapter_value: the site's bound on absolute values of the adapter; training never leaves it.
     """
 
     site: str
@@ -34,6 +35,7 @@ class RoundOfTraining:
     plan: Plan
     training: TrainingSpec
     declared_size: int
+    max_adapter_value: float
 
 
 def train_round(
@@ -46,11 +48,15 @@ def train_round(
 ) -> Adapter:
     """Train `adapter` on `examples` for one round of `work.plan` and return the adapter that may be released.
 
+    The adapter that came and the one after each step are projected into the site's bound on values: what is sent or
+    learnt can never end a run, and rounding stays small.  That reads no record.
+
     Guarantee: with noise, the result is post-processing of `work.plan.event()` on the units of `work.plan.unit`;
     without noise, none.
     """
     adapter.load_into(model)
     parameters = model.trainable()
+    project(parameters, work.max_adapter_value)
     everything = {id(p) for p in model.parameters() if p.requires_grad}
     assert everything == {id(p) for p in parameters.values()}, "a tensor trains outside the clipped set"
     optimizer = make_optimizer(parameters, work.training, clipped=work.plan.private)
@@ -67,12 +73,13 @@ def train_round(
         for number in range(first, first + work.plan.local_steps):
             set_learning_rate(optimizer, learning_rate_factor(work.training, step=number, total_steps=total_steps))
             step()
+            project(parameters, work.max_adapter_value)
 
     if work.plan.private:
         with attached(model) as gradients:
             take_steps(
                 lambda: dp_sgd_step(
-                    examples.gradients(gradients, max_grad_norm=work.plan.max_grad_norm),
+                    examples.gradients(gradients),
                     records,
                     work.plan,
                     parameters=parameters,
@@ -87,6 +94,13 @@ def train_round(
     released = Adapter.of(model)
     assert list(released.tensors) == list(parameters), "released tensors and trained tensors differ"
     return released
+
+
+def project(parameters: Mapping[str, torch.nn.Parameter], most: float) -> None:
+    """Bring every value into [-most, most]: post-processing of what was released or is about to be."""
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.clamp_(-most, most)
 
 
 def _units(examples: SiteExamples | UserExamples, work: RoundOfTraining, randomness: Randomness) -> Records:

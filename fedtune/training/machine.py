@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
-from fedtune.model import TaskModel, build_task_model
-from fedtune.model.spec import TaskModelSpec
+from fedtune.data import Shapes
+from fedtune.model import TaskModel
 from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec
 
@@ -29,20 +30,26 @@ def device_for(wanted: str, *, must_exist: bool = True) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and has_gpu else "cpu")
 
 
-def ready_model(spec: TaskModelSpec, runtime: RuntimeSpec, *, max_length: int, device: torch.device | str) -> TaskModel:
-    """The task model on `device`, as sites train it; also sets torch's number of threads.
+def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_length: int) -> TaskModel:
+    """The task model that `build` makes, as this machine runs it; also sets torch's number of threads.
 
     Raises:
         ConfigError: the model cannot be loaded, or takes no example of `max_length` tokens.
     """
     torch.set_num_threads(runtime.num_threads or os.cpu_count() or 1)
-    model = build_task_model(spec, device=device)
+    model = build()
     if runtime.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     positions = getattr(model.base.config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise ConfigError("data.max_length", max_length, f"must be at most the model's {positions}")
     return model
+
+
+def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
+    """The shapes of a run's micro-batches on this machine, from public settings alone."""
+    positions = getattr(model.base.config, "max_position_embeddings", None)
+    return Shapes.of(max_length=max_length, max_tokens=runtime.micro_batch_tokens, positions=positions)
 
 
 def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +10,11 @@ from contextlib import contextmanager
 import torch
 from opacus.grad_sample import GradSampleHooks
 
-from fedtune.model import Batch, TaskModel
+from fedtune.data.batching import Batch, alone
+from fedtune.model import TaskModel
 from fedtune.spec import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class PerExampleGradients:
@@ -21,9 +25,42 @@ class PerExampleGradients:
         self._parameters = model.trainable()
 
     def of(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Gradients of each example's own loss: name -> (n, *parameter shape), float32.
+        """Gradients of each example's own loss: name -> (rows, *parameter shape), float32; empty rows are zero.
 
         Losses are summed, never averaged, over the batch: a mean would let one example rescale another.
+
+        An example that makes the pass fail counts as zero, and the others as they would beside any other one; the
+        answer of a site must not depend on whether some record can be computed.  Where the machine fails, and not an
+        example, the failure is raised.
+
+        Raises:
+            ConfigError: a trainable tensor took no part in the forward pass.
+        """
+        try:
+            return self.of_all(batch)
+        except ConfigError:
+            raise
+        except Exception:
+            log.exception("a micro-batch failed; its examples are tried one at a time")
+        _forget_unfinished_pass(self._model)
+        nothing = self.of_all(alone(batch, None))  # raises where it was the machine
+        return {name: torch.stack(rows) for name, rows in self._one_at_a_time(batch, nothing).items()}
+
+    def _one_at_a_time(self, batch: Batch, nothing: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+        rows = {name: list(zeros) for name, zeros in nothing.items()}
+        for row in range(len(batch)):
+            try:
+                found = self.of_all(alone(batch, row))
+            except Exception:
+                log.exception("an example cannot be computed, and counts as zero")
+                _forget_unfinished_pass(self._model)
+                continue
+            for name, gradient in found.items():
+                rows[name][row] = gradient[0].clone()
+        return rows
+
+    def of_all(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The same, where an example that makes the pass fail raises.
 
         Raises:
             ConfigError: a trainable tensor took no part in the forward pass.
@@ -35,7 +72,7 @@ class PerExampleGradients:
             gradient = getattr(parameter, "grad_sample", None)
             if gradient is None:
                 raise ConfigError("lora.target_modules", name, "is trainable but takes no part in the forward pass")
-            gradients[name] = gradient
+            gradients[name] = gradient[: len(batch.input_ids)]  # a head may have worked on more rows
         self._clear()
         return gradients
 

@@ -1,44 +1,144 @@
-"""A try before anything is charged: whether per-example clipping works on this model."""
+"""A try before anything is charged: whether an example's contribution depends on that example alone, on this machine.
+
+Shapes are fixed (`fedtune.data.shapes`), so kernels cannot choose by what else is in a batch; whether they treat every
+row and every number of rows alike is tried here, with the run's own model, at every shape that a step may have.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from fedtune.data import Batch
-from fedtune.model import TaskModel
+from fedtune.data import UNSUPERVISED, Part, Shapes, TextDataset
+from fedtune.model import Adapter, TaskModel
+from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError
+from fedtune.training.dp_step import LARGEST_CELLS, contributions
+from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import PerExampleGradients, attached
 
-_TOKEN_IDS = ((1, 2, 3, 2), (3, 1, 1, 2))
-"""Two made-up examples, which every vocabulary has."""
+_SIZE = 0.2
+"""Of the random values that the adapter is tried at: with B at zero, as training starts, the gradient of A is zero."""
+_MIXES = "mixes the examples of a batch, so none can be clipped by itself"
 
 
-def check_examples_alone(model: TaskModel, *, task: str) -> None:
-    """Require that an example's gradient is the same alone and beside another one.
+def check_examples_alone(
+    model: TaskModel, shapes: Shapes, *, keeps_states: bool, max_grad_norm: float, inexact_allowed: bool = False
+) -> float:
+    """Require that what an example adds to a sum is the same, bit for bit, whatever else is in its micro-batch.
 
-    Anything in the base that lets examples see each other (batch statistics, routing with a capacity) makes one
-    record move another's gradient, and clipping then bounds nothing.
+    Examples are made up: of every length up to the longest, over the whole vocabulary, its ends included.  All that a
+    record could make fail (positions, ids, losses, memory) so fails here, before a round is charged and whatever the
+    records are.
+
+    Args:
+        model: with adapters; its values are put back.
+        shapes: those that steps will have.
+        keeps_states: whether steps will start behind the frozen layers, from what these made of each record.
+        max_grad_norm: the run's clip norm, for the measured bound.
+        inexact_allowed: go on where bits differ, as long as it is by rounding.
+
+    Returns:
+        The most that an example's clipped contribution was seen to move, in clip norms; 0.0: not by a bit.
 
     Raises:
         ConfigError: for `model.path`, or whatever setting keeps the training pass from running.
     """
-    together = _batch(task, (0, 1), model.device)
-    with attached(model) as gradients:
-        both = gradients.of(together)
-        for row in (0, 1):
-            _compare(gradients, both, row, _batch(task, (row,), model.device), path=model.spec.model.path)
+    before = Adapter.of(model)
+    try:
+        _fill(model)
+        tried = _Trial(model, shapes, keeps_states=keeps_states)
+        with attached(model) as gradients:
+            moved = max(tried.moved(gradients, length, max_grad_norm) for length in shapes.lengths)
+    except (IndexError, RuntimeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        bound = f"cannot be trained on examples of {shapes.lengths[-1]} tokens here: {first_line(error)}"
+        raise ConfigError("model.path", model.spec.model.path, bound) from error
+    finally:
+        before.load_into(model)
+    if moved > 0.05:
+        raise ConfigError("model.path", model.spec.model.path, _MIXES)
+    if moved > 0 and not inexact_allowed:
+        bound = (
+            f"gives an example another gradient in other company on this machine (by {moved:.1e} clip norms), so the "
+            "bound on one record is not exact here; a site's policy may accept that: allow.inexact_gradients"
+        )
+        raise ConfigError("model.path", model.spec.model.path, bound)
+    return moved
 
 
-def _compare(
-    gradients: PerExampleGradients, both: dict[str, torch.Tensor], row: int, alone: Batch, *, path: str
-) -> None:
-    for name, gradient in gradients.of(alone).items():
-        scale = float(both[name][row].abs().max()) + 1e-6
-        if float((gradient[0] - both[name][row]).abs().max()) > 0.05 * scale:
-            raise ConfigError("model.path", path, "mixes the examples of a batch, so none can be clipped by itself")
+class _Trial:
+    """Made-up examples of every shape, in two companies each."""
+
+    def __init__(self, model: TaskModel, shapes: Shapes, *, keeps_states: bool) -> None:
+        self._shapes = shapes
+        draws = np.random.default_rng(20241)  # made-up examples are no secret
+        self._places: dict[int, npt.NDArray[np.int64]] = {}
+        lengths: list[int] = []
+        for number, length in enumerate(shapes.lengths):
+            most = length if length == shapes.full else length - 1
+            least = shapes.lengths[number - 1] if number else 1
+            room = shapes.room(length, shapes.rows(length)[0])
+            self._places[length] = np.arange(len(lengths), len(lengths) + room)
+            # The longest first; it is left out of the other companies, for models that choose by the longest example.
+            lengths += [most, *draws.integers(min(least, most), most, size=room - 1, endpoint=True)]
+        self._examples = SiteExamples(_made_up(model, lengths, draws), pad_id=0, shapes=shapes, device=model.device)
+        if keeps_states:
+            self._examples.keep_frozen_states(model)
+
+    def moved(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
+        """The most that a contribution differs between one whole micro-batch and smaller ones, in clip norms."""
+        places, (most_rows, *fewer) = self._places[length], self._shapes.rows(length)
+        whole = self._gradients(gradients, Part(places, most_rows, length))
+        clipped = contributions(whole, max_grad_norm)
+        moved = 0.0
+        for part in self._companies(places[1:][::-1], [*fewer] or [most_rows], length, longest=places[:1]):
+            other = self._gradients(gradients, part)
+            rows = torch.from_numpy(part.places - places[0])
+            if all(torch.equal(one[: len(rows)], whole[name][rows]) for name, one in other.items()):
+                continue
+            squares = [
+                (one[: len(rows)].double() - clipped[name][rows].double()).square().sum(dim=1)
+                for name, one in contributions(other, max_grad_norm).items()
+            ]
+            moved = max(moved, float(torch.stack(squares).sum(dim=0).sqrt().max()) / LARGEST_CELLS, 1 / LARGEST_CELLS)
+        return moved
+
+    def _companies(
+        self, places: npt.NDArray[np.int64], choices: list[int], length: int, *, longest: npt.NDArray[np.int64]
+    ) -> Iterator[Part]:
+        """The same examples in other rows, other order and every other number of rows; the longest one by itself."""
+        yield Part(longest, choices[-1], length)
+        while len(places):
+            rows, *choices = choices if len(choices) > 1 else choices * 2
+            room = self._shapes.room(length, rows)
+            yield Part(places[:room].copy(), rows, length)
+            places = places[room:]
+
+    def _gradients(self, gradients: PerExampleGradients, part: Part) -> dict[str, torch.Tensor]:
+        return {name: one.cpu() for name, one in gradients.of_all(self._examples.batch(part)).items()}
 
 
-def _batch(task: str, rows: tuple[int, ...], device: torch.device) -> Batch:
-    token_ids = torch.tensor([_TOKEN_IDS[row] for row in rows])
-    targets = torch.tensor(rows) if task == "classification" else token_ids
-    return Batch(token_ids, torch.ones_like(token_ids), targets).to(device)
+def _made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
+    num_ids = model.num_ids
+    input_ids = tuple(draws.integers(0, num_ids, size=length).astype(np.int32) for length in lengths)
+    for ids in input_ids:
+        ids[0], ids[-1] = num_ids - 1, 0
+    if model.spec.task == "classification":
+        return TextDataset(input_ids, draws.integers(0, len(model.spec.labels), size=len(lengths)))
+    supervised = (np.arange(len(ids)) >= len(ids) // 2 for ids in input_ids)
+    targets = (
+        np.where(where, ids, UNSUPERVISED).astype(np.int64) for where, ids in zip(supervised, input_ids, strict=True)
+    )
+    return TextDataset(input_ids, tuple(targets))
+
+
+def _fill(model: TaskModel) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * _SIZE)

@@ -6,7 +6,7 @@ into micro-batches.  `dp_step` clips that vector; so one user more or less moves
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.data import Batch, micro_batches
+from fedtune.data import Batch
 from fedtune.model import TaskModel
 from fedtune.privacy.mechanism import choose_records
 from fedtune.privacy.randomness import RandomStream
@@ -24,12 +24,11 @@ if TYPE_CHECKING:  # above this in a step
     from fedtune.training.dp_step import UnitGradients
 
 Places = npt.NDArray[np.int64]
-_CANCELLED = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class UserBatch:
-    """Whole users: a few that fit one micro-batch together, or one alone, in as many micro-batches as it takes.
+    """Whole users, whose means are made together, in as many micro-batches as it takes.
 
     Attributes:
         contributions: for each user, the places of its records that take part.
@@ -45,15 +44,15 @@ class UserBatch:
     def parts(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
         """Micro-batches of n records with, for each record, its user (n,) and one over that user's records (n,).
 
-        One micro-batch is made at a time, so a user of any number of records takes no more memory than one.
+        A user's records come in an order that follows from them alone.
         """
         counts = np.array([len(records) for records in self.contributions])
         records = np.concatenate(self.contributions)
         users = np.repeat(np.arange(len(self)), counts)
         order = np.argsort(records)
-        for part in micro_batches(records, self.examples.lengths, max_tokens=self.examples.max_tokens):
+        for part in self.examples.parts(records):
             batch = self.examples.batch(part)
-            rows = users[order[np.searchsorted(records, part, sorter=order)]]
+            rows = users[order[np.searchsorted(records, part.places, sorter=order)]]
             device = batch.input_ids.device
             yield batch, torch.from_numpy(rows).to(device), torch.from_numpy(1 / counts[rows]).to(device)
 
@@ -69,50 +68,30 @@ class UserGradients:
 
     Args:
         examples: gradients of one example each.
-        max_grad_norm: the clip norm C.
     """
 
-    def __init__(self, examples: UnitGradients, max_grad_norm: float) -> None:
-        self._examples, self._max_grad_norm = examples, max_grad_norm
+    def __init__(self, examples: UnitGradients) -> None:
+        self._examples = examples
 
     def of(self, batch: UserBatch) -> dict[str, torch.Tensor]:
-        """Means, name -> (users, *parameter shape), in float64; made shorter where a user's records cancel.
+        """Means, name -> (users, *parameter shape), in float64.
 
-        Where they do, what is left of the mean is rounding, which depends on how the batch was cut, and clipping to a
-        small C would not scale that down as it does with one record's.  So a mean below a thousandth of its records'
-        size counts for proportionally less than C.  That depends on this user alone, and is continuous: rounding moves
-        a user by at most a thousand times what it moves a record, whatever C is.
+        A mean is made by adding one record at a time, in an order that follows from the user's records alone, and each
+        record's gradient depends on that record alone, bit for bit: so does the mean, also where the records cancel
+        and nothing but rounding is left of them.
 
         A user of whom any record's gradient is not finite has a mean that is not finite, and counts as zero in the
         step; no other user does, since rows are added one by one.  (Leaving out that record alone would be as private;
         a user as a whole is the simpler rule, and such gradients mean that training has gone wrong anyway.)
         """
         means: dict[str, torch.Tensor] = {}
-        sizes = torch.zeros(len(batch), dtype=torch.float64)
         for examples, users, shares in batch.parts():
-            gradients = self._examples.of(examples)
-            sizes = sizes.to(users.device).index_add_(0, users, shares * _norms(gradients))
-            for name, gradient in gradients.items():
+            for name, gradient in self._examples.of(examples).items():
                 if name not in means:
                     means[name] = gradient.new_zeros((len(batch), *gradient.shape[1:]), dtype=torch.float64)
-                means[name].index_add_(0, users, gradient.double() * _along(shares, gradient))
-        norms = _norms(means)
-        cancelled = norms < _CANCELLED * sizes  # false where either is not finite
-        shorter = (norms / (_CANCELLED * sizes)) * (self._max_grad_norm / norms.clamp(min=self._max_grad_norm))
-        factors = torch.where(cancelled, shorter, 1.0)
-        return {name: mean * _along(factors, mean) for name, mean in means.items()}
-
-
-def _norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """(n,) joint L2 norms over all tensors, in float64."""
-    each = [torch.linalg.vector_norm(one.flatten(1), dim=1, dtype=torch.float64) for one in gradients.values()]
-    norms: torch.Tensor = torch.linalg.vector_norm(torch.stack(each, dim=1), dim=1)
-    return norms
-
-
-def _along(values: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """(n,) values in a shape that broadcasts over `gradient`, (n, *shape)."""
-    return values.reshape(-1, *[1] * (gradient.dim() - 1))
+                for user, share, row in zip(users.tolist(), shares.tolist(), gradient, strict=False):
+                    means[name][user].add_(row, alpha=share)
+        return means
 
 
 class UserExamples:
@@ -122,20 +101,23 @@ class UserExamples:
         examples: the site's records.
         users: for each user the places of all its records, at least one.
         most_records: of one user in a step.
+        most_users: whose means are made together, which bounds the memory for them.
     """
 
-    def __init__(self, examples: SiteExamples, users: Sequence[Places], *, most_records: int) -> None:
+    def __init__(
+        self, examples: SiteExamples, users: Sequence[Places], *, most_records: int, most_users: int = 64
+    ) -> None:
         assert all(len(records) for records in users), "a user without records is none"
         assert sum(map(len, users)) == len(examples), "each record has exactly one user"
-        self.examples, self.most_records, self._users = examples, most_records, users
+        self.examples, self.most_records, self.most_users, self._users = examples, most_records, most_users, users
 
     def __len__(self) -> int:
         """Users, not records."""
         return len(self._users)
 
-    def gradients(self, of_each: UnitGradients, *, max_grad_norm: float) -> UnitGradients:
+    def gradients(self, of_each: UnitGradients) -> UnitGradients:
         """What turns a micro-batch of `cut` into one gradient for each user."""
-        return UserGradients(of_each, max_grad_norm)
+        return UserGradients(of_each)
 
     def keep_frozen_states(self, model: TaskModel) -> None:
         """As `SiteExamples.keep_frozen_states`."""
@@ -146,21 +128,12 @@ class UserExamples:
         return lambda users: self.cut(users, choose=lambda count: choose_records(count, self.most_records, stream))
 
     def cut(self, users: Places, *, choose: Callable[[int], Places]) -> Iterator[UserBatch]:
-        """The chosen users in micro-batches of similar length; how they are cut changes no clipped sum.
+        """The chosen users, some at a time; what a user adds to a sum is the same, bit for bit, beside any others.
 
         Args:
             users: places in the list of users.
             choose: which of so many records of a user take part.
         """
-        chosen = [self._users[user][choose(len(self._users[user]))] for user in users]
-        lengths = self.examples.lengths
-        longest = np.array([lengths[records].max() for records in chosen], dtype=np.int64)
-        group: list[Places] = []
-        for place in np.lexsort((users, longest)):  # ascending: each user's longest record is the longest so far
-            num_records = sum(map(len, group)) + len(chosen[place])
-            if group and num_records * longest[place] > self.examples.max_tokens:
-                yield UserBatch(group, self.examples)
-                group = []
-            group.append(chosen[place])
-        if group:
-            yield UserBatch(group, self.examples)
+        for first in range(0, len(users), self.most_users):
+            some = users[first : first + self.most_users]
+            yield UserBatch([self._users[user][choose(len(self._users[user]))] for user in some], self.examples)

@@ -1,0 +1,118 @@
+"""The few shapes that a micro-batch may have, fixed by public settings, so that no record changes another's kernels.
+
+How a machine rounds depends on the shapes that it computes with.  So a record is padded to a length that follows from
+its own number of tokens alone, and a micro-batch always has one of a few numbers of rows, filled up with empty ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+import numpy.typing as npt
+
+_SHORTEST = 8
+_STEPS = (4, 5, 6)
+"""Lengths grow by these quarters of a power of two: padding stays below a quarter of a record, an eighth on average."""
+_TOKENS_OF_A_CALL = 128
+"""What a micro-batch costs beside its tokens, in tokens: measured on MiniLM's last layer, 2 cores."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Records that are computed together, and the shape in which they are.
+
+    Attributes:
+        places: of the records, in the order of the rows; at most `rows` of them.
+        rows: of the micro-batch; those without a record are empty.
+        length: tokens of each row.
+    """
+
+    places: npt.NDArray[np.int64]
+    rows: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes of a run's micro-batches.
+
+    At least one token of every micro-batch is padding: attention takes another path where there is none, and then a
+    record would be computed differently beside shorter ones.
+
+    Attributes:
+        lengths: that rows are padded to, ascending.  The last one holds the longest record.
+        max_tokens: rows times length stays within it, where a row or two do.
+        full: the length that a record may fill whole, since the model has no position beyond it; 0: none.  A
+            micro-batch of that length always has an empty row.
+        row_shares: a micro-batch has the rows that `max_tokens` allows or, for what is left over, one of these parts.
+    """
+
+    lengths: tuple[int, ...]
+    max_tokens: int
+    full: int = 0
+    row_shares: tuple[int, ...] = (1, 2, 4, 8)
+
+    @classmethod
+    def of(cls, *, max_length: int, max_tokens: int, positions: int | None = None) -> Shapes:
+        """The shapes for records of at most `max_length` tokens, on a model with so many positions."""
+        roomy = 8 * (max_length // 8 + 1)  # one token more than the longest record has, at least
+        if positions is not None:
+            roomy = max(max_length, min(roomy, positions))
+        shorter = tuple(takewhile(lambda length: length < roomy, _growing()))
+        return cls(lengths=(*shorter, roomy), max_tokens=max_tokens, full=roomy if roomy == max_length else 0)
+
+    def length_of(self, num_tokens: int) -> int:
+        """What a record of so many tokens is padded to: a function of that record alone."""
+        return next(length for length in self.lengths if num_tokens < length or num_tokens == self.full == length)
+
+    def rows(self, length: int) -> tuple[int, ...]:
+        """The numbers of rows that a micro-batch of this length may have, descending."""
+        fewest = 1 + (length == self.full)
+        return tuple(
+            sorted({max(fewest, self.max_tokens // length // share) for share in self.row_shares}, reverse=True)
+        )
+
+    def room(self, length: int, rows: int) -> int:
+        """How many records fit a micro-batch of this shape."""
+        return rows - (length == self.full)
+
+    def cut(self, places: npt.NDArray[np.int64], num_tokens: npt.NDArray[np.integer]) -> Iterator[Part]:
+        """Cut a logical batch into micro-batches; every place comes back exactly once.
+
+        Args:
+            places: in the data set, in any order; those of one length keep it.
+            num_tokens: of every record of the data set, so that `num_tokens[places]` are those meant.
+        """
+        ends = np.array(self.lengths) - 1
+        if self.full:
+            ends[-1] += 1
+        bucket = np.searchsorted(ends, num_tokens[places])
+        for number, length in enumerate(self.lengths):
+            yield from self._cut(places[bucket == number], length)
+
+    def _cut(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
+        while len(places):
+            rows = self._rows_for(len(places), length)
+            room = self.room(length, rows)
+            yield Part(places[:room], rows, length)
+            places = places[room:]
+
+    def _rows_for(self, count: int, length: int) -> int:
+        """The number of rows with which so many records take the least work."""
+
+        def work(rows: int) -> int:
+            return -(-count // self.room(length, rows)) * (rows * length + _TOKENS_OF_A_CALL)
+
+        return min(self.rows(length), key=work)
+
+
+def _growing() -> Iterator[int]:
+    power = _SHORTEST // _STEPS[0]
+    while True:
+        for step in _STEPS:
+            if power * step >= _SHORTEST and power * step % 4 == 0:
+                yield power * step
+        power *= 2
