@@ -34,6 +34,7 @@ REASONS: Mapping[Reason, str] = {
     Reason.DELTA: "another delta than this site's",
     Reason.MIN_NOISE_MULTIPLIER: "too little noise",
     Reason.MAX_SAMPLING_RATE: "the sampling rate is too high",
+    Reason.MIN_GRAD_NORM: "the clip norm is too small",
     Reason.MAX_GRAD_NORM: "the clip norm is too large",
     Reason.MAX_LOCAL_STEPS: "too many steps in a round",
     Reason.MAX_ROUNDS: "too many rounds",

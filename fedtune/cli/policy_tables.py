@@ -115,8 +115,8 @@ def _limits(policy: Policy) -> Iterator[str]:
     yield f"Noise of at least {limits.min_noise_multiplier:g} times the most that one {unit} can move a step's sum."
     yield f"At most {limits.max_sampling_rate * 100:g} % of the declared size in a step."
     yield (
-        f"At most {limits.max_rounds} rounds of {limits.max_local_steps} noisy steps; clip norm at most "
-        f"{limits.max_grad_norm:g}; adapter values at most {limits.max_adapter_value:g}."
+        f"At most {limits.max_rounds} rounds of {limits.max_local_steps} noisy steps; clip norm from "
+        f"{limits.min_grad_norm:g} to {limits.max_grad_norm:g}."
     )
     yield f"An accepted run holds its budget for {limits.run_expires_after_days:g} days, unless it ends earlier."
 

@@ -150,8 +150,12 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     ):
         if number > most:
             yield reason, number, f"at most {most:g}"
-    if min(plan.noises) < limits.min_noise_multiplier:
-        yield Reason.MIN_NOISE_MULTIPLIER, min(plan.noises), f"at least {limits.min_noise_multiplier:g}"
+    for reason, number, least in (
+        (Reason.MIN_NOISE_MULTIPLIER, min(plan.noises), limits.min_noise_multiplier),
+        (Reason.MIN_GRAD_NORM, plan.max_grad_norm, limits.min_grad_norm),
+    ):
+        if number < least:
+            yield reason, number, f"at least {least:g}"
     for reason, wanted, granted in (
         (Reason.TRAIN_HEAD, proposal.train_head, allow.train_head),
         (Reason.SEEDED_NOISE, proposal.seeded_noise, allow.seeded_noise),

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_tables import DEFAULT_MIN_GRAD_NORM
 from fedtune.spec import ConfigError
 
 T = TypeVar("T")
@@ -49,9 +50,12 @@ def policy_of(fields: object) -> Policy:
     if not isinstance(fields, Mapping):
         raise ConfigError("policy", fields, "must be a table")
     table = _without_nulls(fields)
-    budget = table.get("budget")
+    budget, limits = table.get("budget"), table.get("limits")
     if isinstance(budget, dict):
         budget.setdefault("max_epsilon", math.inf)  # JSON has no infinity
+    if isinstance(limits, dict) and type(most := limits.get("max_grad_norm")) is float:
+        # A policy from before there was a floor may have had its ceiling below today's.
+        limits.setdefault("min_grad_norm", min(DEFAULT_MIN_GRAD_NORM, most))
     return from_table(Policy, table)
 
 

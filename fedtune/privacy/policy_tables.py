@@ -14,6 +14,7 @@ from fedtune.privacy.mechanism import UNITS, Unit
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 PERIODS = ("month", "quarter", "year")
+DEFAULT_MIN_GRAD_NORM = 1e-3
 
 
 @spec
@@ -116,6 +117,8 @@ class Limits:
         min_noise_multiplier: least noise of training and of released scores.
         max_sampling_rate: largest sampling rate.
         max_grad_norm: largest clip norm.
+        min_grad_norm: smallest clip norm that a run may ask for; a tiny one would turn gradients that are mostly
+            rounding into full contributions.
         max_local_steps: most noisy steps in a round.
         max_rounds: most rounds in a run, spare ones included.
         max_adapter_value: largest absolute value of an adapter to train from, divided by the root of its scale where
@@ -133,6 +136,7 @@ class Limits:
     max_grad_norm: float
     max_local_steps: int
     max_rounds: int
+    min_grad_norm: float = DEFAULT_MIN_GRAD_NORM
     max_adapter_value: float = 5.0
     max_lora_scale: float = 32.0
     max_head_scale: float = 100.0
@@ -143,8 +147,11 @@ class Limits:
         check_at_least("min_noise_multiplier", self.min_noise_multiplier, 0)
         check_fraction("max_sampling_rate", self.max_sampling_rate, one=True)
         factors = ("max_adapter_value", "max_lora_scale", "max_head_scale")
-        for key in ("max_grad_norm", *factors, "run_expires_after_days"):
+        for key in ("min_grad_norm", "max_grad_norm", *factors, "run_expires_after_days"):
             check_positive(key, getattr(self, key))
+        if self.min_grad_norm > self.max_grad_norm:
+            bound = f"must be at most max_grad_norm = {self.max_grad_norm:g}, or no clip norm is allowed"
+            raise ConfigError("min_grad_norm", self.min_grad_norm, bound)
         for key in ("max_local_steps", "max_rounds", "max_records_per_user"):
             check_at_least(key, getattr(self, key), 1)
 

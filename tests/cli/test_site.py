@@ -92,6 +92,7 @@ def test_check_policy_says_what_a_policy_means(site: Any, command: Any) -> None:
         site.lead.public,
         "Tasks: classification.",
         "Adapters up to rank 8 on the model's parts query, value.",
+        "40 rounds of 20 noisy steps; clip norm from 0.001 to 1.",
         "For life: epsilon 6 at delta 1e-05",
         "For one run: epsilon at most 2.",
         "For one year (UTC): epsilon at most 4.",

@@ -62,6 +62,21 @@ def test_a_policy_of_an_earlier_version_reads_as_it_was_meant(policy: Any, site_
     assert read_policy(site_toml) == policy()
 
 
+def test_a_policy_from_before_there_was_a_floor_of_the_clip_norm_stays_readable(policy: Any, site_toml: Path) -> None:
+    fields = policy().to_json()
+    del fields["limits"]["min_grad_norm"]
+    assert policy_of(fields) == policy()
+    site_toml.write_text(site_toml.read_text().replace("min_grad_norm = 0.001\n", ""))
+    assert "min_grad_norm" not in site_toml.read_text()
+    assert read_policy(site_toml) == policy()
+    # A ceiling below today's floor: what a ledger noted stays readable, and a site.toml is told what to mend.
+    fields["limits"]["max_grad_norm"] = 1e-6
+    assert policy_of(fields).limits.min_grad_norm == 1e-6
+    assert error_of(site_toml, ("max_grad_norm = 1.0", "max_grad_norm = 1e-6")).startswith(
+        "limits.min_grad_norm = 0.001: must be at most max_grad_norm = 1e-06"
+    )
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(text=st.text(max_size=12), role=st.text(min_size=1, max_size=5), number=st.floats(1e-300, 1e300))
 def test_any_text_and_number_survives_the_file(
@@ -69,7 +84,9 @@ def test_any_text_and_number_survives_the_file(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.toml"
     data = (Dataset(id="d", declared_size=9, path=text, columns={role: text}),)
-    each = policy(dataset=data, limits={"max_grad_norm": number}, allow={"tasks": (text, text)})
+    each = policy(
+        dataset=data, limits={"min_grad_norm": number, "max_grad_norm": number}, allow={"tasks": (text, text)}
+    )
     write_policy(each, path)
     assert read_policy(path) == each
 

@@ -105,6 +105,18 @@ def test_every_number_of_a_plan_is_bounded(
         assert refused.value.reason is rule, name
 
 
+@pytest.mark.parametrize(("clip", "floor"), [(1.0, 1e-3), (1e-4, 1e-4)])
+def test_the_floor_of_the_clip_norm_lets_the_run_through(
+    config: Callable[..., RunConfig], lead_key: SigningKey, clip: float, floor: float
+) -> None:
+    policy, proposal = policy_and_proposal(config(f"privacy.max_grad_norm={clip}"), lead_key.public)
+    assert policy.limits.min_grad_norm == floor
+    policy.check(proposal)
+    with pytest.raises(Refused) as refused:
+        policy.check(replace(proposal, plan=replace(proposal.plan, max_grad_norm=0.9 * floor)))
+    assert refused.value.reason is Reason.MIN_GRAD_NORM
+
+
 def test_less_than_was_planned_stays_allowed(config: Callable[..., RunConfig], lead_key: SigningKey) -> None:
     policy, proposal = policy_and_proposal(config(), lead_key.public)
     less = {"sampling_rate": 0.1, "noise_multiplier": 9.0, "max_grad_norm": 0.5, "local_steps": 1, "num_rounds": 1}
