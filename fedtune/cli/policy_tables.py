@@ -118,6 +118,13 @@ def _limits(policy: Policy) -> Iterator[str]:
         f"At most {limits.max_rounds} rounds of {limits.max_local_steps} noisy steps; clip norm from "
         f"{limits.min_grad_norm:g} to {limits.max_grad_norm:g}."
     )
+    yield f"Larger adapter values than {limits.max_adapter_value:g} are brought down to it, sent or trained."
+    yield (
+        "Machines whose per-example gradients are inexact are accepted: the bound on one "
+        f"{unit}'s influence is then measured, not proved."
+        if policy.allow.inexact_gradients
+        else "A machine whose per-example gradients depend on the rest of the batch trains nothing."
+    )
     yield f"An accepted run holds its budget for {limits.run_expires_after_days:g} days, unless it ends earlier."
 
 

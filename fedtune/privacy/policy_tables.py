@@ -121,9 +121,10 @@ class Limits:
             rounding into full contributions.
         max_local_steps: most noisy steps in a round.
         max_rounds: most rounds in a run, spare ones included.
-        max_adapter_value: largest absolute value of an adapter to train from, divided by the root of its scale where
-            that is above 1.  Rounding grows with the adapter, and one record can move the others' terms by rounding
-            (docs/threat_model.md); trained adapters stay below 1.5.
+        max_adapter_value: largest absolute value in an adapter, divided by the root of its scale where that is above 1.
+            Larger values are brought down to it, in an adapter that is sent and after each training step; one that is
+            not finite is refused.  Rounding grows with the adapter (docs/threat_model.md); trained adapters stay below
+            1.5.
         max_lora_scale: largest factor of an adapter's product of matrices.
         max_head_scale: largest factor of a task head's scores.
         max_records_per_user: where the unit is "user", most records of one person in a step.  No epsilon depends on
@@ -137,7 +138,7 @@ class Limits:
     max_local_steps: int
     max_rounds: int
     min_grad_norm: float = DEFAULT_MIN_GRAD_NORM
-    max_adapter_value: float = 5.0
+    max_adapter_value: float = 2.0
     max_lora_scale: float = 32.0
     max_head_scale: float = 100.0
     max_records_per_user: int = 64
@@ -170,6 +171,8 @@ class Allow:
         dtypes: number formats that the base model may be computed in; bfloat16 rounds a thousand times more coarsely.
         seeded_noise: accept runs whose noise comes from a seed.  For a test federation: such a run has no guarantee
             and marks the ledger for ever.
+        inexact_gradients: accept runs on a machine whose per-example gradients depend on the rest of the batch by
+            rounding.  Then the bound on one record's influence is measured, not proved, and reports say so.
     """
 
     leads: tuple[str, ...]
@@ -180,6 +183,7 @@ class Allow:
     train_head: bool
     dtypes: tuple[str, ...] = ("float32",)
     seeded_noise: bool = False
+    inexact_gradients: bool = False
 
     def __post_init__(self) -> None:
         for key in self.leads:

@@ -93,6 +93,7 @@ def test_a_stricter_policy_refuses_what_the_shared_one_allows(
     [
         ({"allow": {"seeded_noise": True}}, {"seeded_noise": True}),
         ({"allow": {"train_head": False}}, {"train_head": False}),
+        ({"allow": {"inexact_gradients": True}}, {}),  # what a machine does is no rule of a proposal
         ({"releases": {"metrics": "noised"}}, {"plan": {"metrics_noise_multiplier": 20.0}}),
         ({"releases": {"metrics": "noised"}}, {}),
     ],

@@ -77,6 +77,15 @@ def test_a_policy_from_before_there_was_a_floor_of_the_clip_norm_stays_readable(
     )
 
 
+def test_what_a_file_leaves_out_is_what_the_template_says(policy: Any, site_toml: Path) -> None:
+    left_out = {"min_grad_norm": 1e-3, "max_adapter_value": 2.0, "inexact_gradients": False}
+    lines = site_toml.read_text().splitlines(keepends=True)
+    site_toml.write_text("".join(line for line in lines if line.partition(" = ")[0] not in left_out))
+    for site in (read_policy(site_toml), read_policy(TEMPLATE)):
+        found = {**dataclasses.asdict(site.limits), **dataclasses.asdict(site.allow)}
+        assert {key: found[key] for key in left_out} == left_out
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(text=st.text(max_size=12), role=st.text(min_size=1, max_size=5), number=st.floats(1e-300, 1e300))
 def test_any_text_and_number_survives_the_file(
