@@ -205,7 +205,7 @@ def site_policy(run_proposal: Callable[..., Proposal]) -> Callable[..., Policy]:
                 max_rank=proposal.rank,
                 train_head=proposal.train_head,
             ),
-            releases=Releases(),
+            releases=Releases(reply_after_s=0.0),
             asserted=Asserted(no_person_at_another_site=True),
         )
         tables = {key: replace(getattr(policy, key), **value) for key, value in changes.items() if type(value) is dict}

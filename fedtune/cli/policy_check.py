@@ -15,6 +15,7 @@ from fedtune.cli import ledger_json
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_tables import AT_ONCE
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.verify import Verified
@@ -134,7 +135,7 @@ def cautions_of(policy: Policy, amount: Amount) -> Iterator[Caution]:
     yield from _cautions_of_requests(policy)
     yield from _cautions_of_amounts(policy, amount)
     if not policy.releases.reply_after_s:
-        text = "0: when an answer leaves tells roughly how many records there are; choose more than a round takes"
+        text = f"0: {AT_ONCE}; choose more than a round takes"
         yield Caution(key="releases.reply_after_s", text=text)
     if not policy.asserted.no_person_at_another_site:
         text = "false: a person who is among several sites' records has to add up the epsilons of these sites"

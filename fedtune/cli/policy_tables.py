@@ -16,6 +16,7 @@ from fedtune.cli.plain_words import cap_text, counted, odds_text, printable
 from fedtune.cli.policy_check import Amount, Beside, Caution
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_tables import AT_ONCE
 
 
 def show_policy(console: Console, file: Path, policy: Policy, amount: Amount) -> None:
@@ -177,7 +178,7 @@ def _leaves(policy: Policy) -> Iterator[str]:
     yield (
         f"Answers leave at multiples of {releases.reply_after_s:g} s after their request."
         if releases.reply_after_s
-        else "Answers leave at once."
+        else f"Answers leave at once: {AT_ONCE}."
     )
     yield "Never: records, their true number, exact scores, file names, error messages."
 

@@ -15,6 +15,8 @@ from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name
 
 PERIODS = ("month", "quarter", "year")
 DEFAULT_MIN_GRAD_NORM = 1e-3
+AT_ONCE = "the time of a reply tells roughly how many records there are"
+"""What `releases.reply_after_s = 0` means."""
 
 
 @spec
@@ -198,13 +200,13 @@ class Releases:
     Attributes:
         updates: noised adapters.
         metrics: "noised": scores of held-out records with noise, where a run plans for them; "none".
-        reply_after_s: an answer leaves at a whole multiple of this after its request came; 0: at once.  Otherwise the
-            time of a reply grows with the true number of records.
+        reply_after_s: an answer leaves at a whole multiple of this after its request came.  0: when it is ready, so
+            that the time of a reply tells roughly how many records there are.
     """
 
     updates: bool = True
     metrics: Literal["none", "noised"] = "none"
-    reply_after_s: float = 0.0
+    reply_after_s: float = 600.0
 
     def __post_init__(self) -> None:
         check_one_of("metrics", self.metrics, ("none", "noised"))

@@ -78,11 +78,15 @@ def test_a_policy_from_before_there_was_a_floor_of_the_clip_norm_stays_readable(
 
 
 def test_what_a_file_leaves_out_is_what_the_template_says(policy: Any, site_toml: Path) -> None:
-    left_out = {"min_grad_norm": 1e-3, "max_adapter_value": 2.0, "inexact_gradients": False}
+    left_out = {"min_grad_norm": 1e-3, "max_adapter_value": 2.0, "inexact_gradients": False, "reply_after_s": 600.0}
     lines = site_toml.read_text().splitlines(keepends=True)
     site_toml.write_text("".join(line for line in lines if line.partition(" = ")[0] not in left_out))
     for site in (read_policy(site_toml), read_policy(TEMPLATE)):
-        found = {**dataclasses.asdict(site.limits), **dataclasses.asdict(site.allow)}
+        found = {
+            key: value
+            for table in (site.limits, site.allow, site.releases)
+            for key, value in dataclasses.asdict(table).items()
+        }
         assert {key: found[key] for key in left_out} == left_out
 
 
