@@ -167,11 +167,11 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
     elif limits.min_noise_multiplier < SMALL_NOISE:
         text = f"{limits.min_noise_multiplier:g}: below {SMALL_NOISE:g} a single step can tell who is in the data"
         yield Caution(key="limits.min_noise_multiplier", text=text)
-    largest = max(dataset.declared_size for dataset in policy.dataset)
-    if budget.delta > 1 / (10 * largest):
+    size = policy.population_size
+    if budget.delta > 1 / (10 * size):
         text = (
-            f"{budget.delta:g}: the promise may fail with this probability for each of {largest:,} "
-            f"{policy.population.unit}s; choose at most {10.0 ** math.floor(-math.log10(10 * largest)):.0e}"
+            f"{budget.delta:g}: the promise may fail with this probability for each of {size:,} "
+            f"{policy.population.unit}s; choose at most {10.0 ** math.floor(-math.log10(10 * size)):.0e}"
         )
         yield Caution(key="budget.delta", text=text)
     if not policy.anchor:

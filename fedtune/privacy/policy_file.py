@@ -36,9 +36,11 @@ def read_policy(path: Path) -> Policy:
     except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, an integer of thousands of digits
         raise ConfigError("policy", str(path), f"must be TOML: {error}") from None
     try:
-        return from_table(Policy, table)
+        policy = from_table(Policy, table)
+        policy.check_delta()
     except ConfigError as error:
         raise error.in_file(path) from None
+    return policy
 
 
 def policy_of(fields: object) -> Policy:

@@ -167,6 +167,16 @@ def test_what_to_think_twice_about_is_warned_of(
     assert warnings.keys() == {key}
 
 
+def test_delta_is_compared_with_all_data_sets_together(site: Any, command: Any) -> None:
+    site.write_policy(delta="1e-4")
+    text = site.policy.read_text()
+    site.policy.write_text(text.replace("[budget]", '[[dataset]]\nid = "more"\ndeclared_size = 2000\n\n[budget]'))
+    outcome = command("site", "check-policy", str(site.policy))
+    assert outcome.code == 2
+    bound = "must be below 1 / 10,000 = 0.0001, with the declared sizes of all data sets added up"
+    assert outcome.message == f"{site.policy}: budget.delta = 0.0001: {bound}"
+
+
 def test_a_policy_that_accepts_inexact_gradients_says_so(site: Any, command: Any) -> None:
     site.write_policy(inexact_gradients="true")
     said = command("site", "check-policy", str(site.policy)).out

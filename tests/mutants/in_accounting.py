@@ -113,12 +113,12 @@ def epsilon_above(""",
         tests=OF_FILTER,
     ),
     Mutant(
-        name="delta-of-the-smallest-data-set",
-        fault="Delta is checked against the smallest declared size: for a larger data set it may be larger than one "
-        "over its size, and a whole record may be published.",
+        name="delta-of-the-largest-data-set",
+        fault="Delta is checked against the largest declared size: over all data sets of a population it may be larger "
+        "than one over their size, and a whole record may be published.",
         file=POLICY,
-        old="largest = max(dataset.declared_size",
-        new="largest = min(dataset.declared_size",
+        old="return sum(dataset.declared_size",
+        new="return max(dataset.declared_size",
         tests=("tests/privacy/test_policy.py",),
     ),
     Mutant(

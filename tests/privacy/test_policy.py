@@ -268,11 +268,15 @@ def test_a_policy_needs_a_name_and_distinct_data_sets(policy: Any) -> None:
         policy(dataset=twice)
 
 
-def test_delta_must_be_below_one_over_the_largest_data_set(policy: Any) -> None:
-    large = (Dataset(id="d", declared_size=100_000), Dataset(id="e", declared_size=5))
-    with pytest.raises(ConfigError, match=r"^budget\.delta = 1e-05: must be below 1 / declared_size = 1e-05"):
-        policy(dataset=large)
-    policy(dataset=(Dataset(id="d", declared_size=99_999),))
+def test_delta_must_be_below_one_over_the_whole_population(policy: Any) -> None:
+    two = (Dataset(id="d", declared_size=60_000), Dataset(id="e", declared_size=40_000))
+    message = (
+        r"^budget\.delta = 1e-05: must be below 1 / 100,000 = 1e-05, with the declared sizes of all data sets added"
+    )
+    with pytest.raises(ConfigError, match=message):
+        policy(dataset=two).check_delta()
+    policy(dataset=(two[0], dataclasses.replace(two[1], declared_size=39_999))).check_delta()
+    policy(dataset=two, budget={"max_epsilon": math.inf}).check_delta()  # promises nothing
 
 
 def test_an_infinite_cap_promises_nothing_and_is_null_in_json(policy: Any) -> None:

@@ -18,6 +18,7 @@ from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
 from fedtune.privacy.policy_tables import Dataset, Reference
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.verify import verify
 from fedtune.spec import ConfigError
 
 TEMPLATE = Path(__file__).parents[2] / "conf" / "site.toml"
@@ -90,6 +91,16 @@ def test_what_a_file_leaves_out_is_what_the_template_says(policy: Any, site_toml
         assert {key: found[key] for key in left_out} == left_out
 
 
+def test_a_ledger_whose_delta_was_compared_with_the_largest_data_set_alone_stays_readable(
+    policy: Any, opened: Any, path: Path, site_toml: Path
+) -> None:
+    old = policy(budget={"delta": 0.00045})  # below 1 / 2,000 and above 1 / 2,500
+    opened(policy=old)
+    assert verify(path).history.policy == old
+    write_policy(old, site_toml)
+    assert error_of(site_toml).startswith("budget.delta = 0.00045: must be below")
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(text=st.text(max_size=12), role=st.text(min_size=1, max_size=5), number=st.floats(1e-300, 1e300))
 def test_any_text_and_number_survives_the_file(
@@ -134,7 +145,8 @@ def test_any_text_and_number_survives_the_file(
         ('label = "code"', "label = 3", "dataset[1].columns.label = 3: must be a text"),
         ("steps = 30", "steps = 0", "budget.reference.steps = 0: must be a finite number of at least 1"),
         ("delta = 1e-05", "delta = 1", "budget.delta = 1.0: must lie in (0, 1)"),
-        ("delta = 1e-05", "delta = 0.001", "budget.delta = 0.001: must be below 1 / declared_size"),
+        ("delta = 1e-05", "delta = 0.001", "budget.delta = 0.001: must be below 1 / 2,500 = 0.0004"),
+        ("delta = 1e-05", "delta = 0.00045", "budget.delta = 0.00045: must be below 1 / 2,500 = 0.0004"),
         ("max_epsilon = 11.0", "max_epsilon = 1e-6", "budget.max_epsilon = 1e-06: leaves no room for anything"),
         ('period = "year"', 'period = "week"', "budget.period = 'week': must be one of month, quarter, year"),
     ],
