@@ -195,6 +195,7 @@ def site_policy(run_proposal: Callable[..., Proposal]) -> Callable[..., Policy]:
                 max_grad_norm=plan.max_grad_norm,
                 max_local_steps=plan.local_steps,
                 max_rounds=plan.most_rounds,
+                max_adapter_value=5.0,  # the made-up adapters of the tests go up to it
             ),
             allow=Allow(
                 leads=(proposal.lead,),
@@ -204,7 +205,7 @@ def site_policy(run_proposal: Callable[..., Proposal]) -> Callable[..., Policy]:
                 max_rank=proposal.rank,
                 train_head=proposal.train_head,
             ),
-            releases=Releases(),
+            releases=Releases(reply_after_s=0.0),
             asserted=Asserted(no_person_at_another_site=True),
         )
         tables = {key: replace(getattr(policy, key), **value) for key, value in changes.items() if type(value) is dict}

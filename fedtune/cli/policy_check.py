@@ -15,6 +15,7 @@ from fedtune.cli import ledger_json
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_tables import AT_ONCE
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.verify import Verified
@@ -134,7 +135,7 @@ def cautions_of(policy: Policy, amount: Amount) -> Iterator[Caution]:
     yield from _cautions_of_requests(policy)
     yield from _cautions_of_amounts(policy, amount)
     if not policy.releases.reply_after_s:
-        text = "0: when an answer leaves tells roughly how many records there are; choose more than a round takes"
+        text = f"0: {AT_ONCE}; choose more than a round takes"
         yield Caution(key="releases.reply_after_s", text=text)
     if not policy.asserted.no_person_at_another_site:
         text = "false: a person who is among several sites' records has to add up the epsilons of these sites"
@@ -149,6 +150,12 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
             "true: whoever knows the seed takes the noise away; for made-up records only. A ledger stays marked by it"
         )
         yield Caution(key="allow.seeded_noise", text=text)
+    if policy.allow.inexact_gradients:
+        text = (
+            f"true: where gradients depend on the rest of the batch by rounding, the bound on one "
+            f"{policy.population.unit}'s influence is measured, not proved; false accepts exact machines alone"
+        )
+        yield Caution(key="allow.inexact_gradients", text=text)
     if math.isinf(budget.max_epsilon):
         yield Caution(key="budget.max_epsilon", text="inf: nothing is promised to anybody")
     elif budget.max_epsilon > LARGE_EPSILON:
@@ -160,11 +167,11 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
     elif limits.min_noise_multiplier < SMALL_NOISE:
         text = f"{limits.min_noise_multiplier:g}: below {SMALL_NOISE:g} a single step can tell who is in the data"
         yield Caution(key="limits.min_noise_multiplier", text=text)
-    largest = max(dataset.declared_size for dataset in policy.dataset)
-    if budget.delta > 1 / (10 * largest):
+    size = policy.population_size
+    if budget.delta > 1 / (10 * size):
         text = (
-            f"{budget.delta:g}: the promise may fail with this probability for each of {largest:,} "
-            f"{policy.population.unit}s; choose at most {10.0 ** math.floor(-math.log10(10 * largest)):.0e}"
+            f"{budget.delta:g}: the promise may fail with this probability for each of {size:,} "
+            f"{policy.population.unit}s; choose at most {10.0 ** math.floor(-math.log10(10 * size)):.0e}"
         )
         yield Caution(key="budget.delta", text=text)
     if not policy.anchor:

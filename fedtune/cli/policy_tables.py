@@ -16,6 +16,7 @@ from fedtune.cli.plain_words import cap_text, counted, odds_text, printable
 from fedtune.cli.policy_check import Amount, Beside, Caution
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_tables import AT_ONCE
 
 
 def show_policy(console: Console, file: Path, policy: Policy, amount: Amount) -> None:
@@ -115,8 +116,15 @@ def _limits(policy: Policy) -> Iterator[str]:
     yield f"Noise of at least {limits.min_noise_multiplier:g} times the most that one {unit} can move a step's sum."
     yield f"At most {limits.max_sampling_rate * 100:g} % of the declared size in a step."
     yield (
-        f"At most {limits.max_rounds} rounds of {limits.max_local_steps} noisy steps; clip norm at most "
-        f"{limits.max_grad_norm:g}; adapter values at most {limits.max_adapter_value:g}."
+        f"At most {limits.max_rounds} rounds of {limits.max_local_steps} noisy steps; clip norm from "
+        f"{limits.min_grad_norm:g} to {limits.max_grad_norm:g}."
+    )
+    yield f"Larger adapter values than {limits.max_adapter_value:g} are brought down to it, sent or trained."
+    yield (
+        "Machines whose per-example gradients are inexact are accepted: the bound on one "
+        f"{unit}'s influence is then measured, not proved."
+        if policy.allow.inexact_gradients
+        else "A machine whose per-example gradients depend on the rest of the batch trains nothing."
     )
     yield f"An accepted run holds its budget for {limits.run_expires_after_days:g} days, unless it ends earlier."
 
@@ -170,7 +178,7 @@ def _leaves(policy: Policy) -> Iterator[str]:
     yield (
         f"Answers leave at multiples of {releases.reply_after_s:g} s after their request."
         if releases.reply_after_s
-        else "Answers leave at once."
+        else f"Answers leave at once: {AT_ONCE}."
     )
     yield "Never: records, their true number, exact scores, file names, error messages."
 

@@ -99,6 +99,7 @@ class _Examination:
             _Look(("certificate",), (_KIT,), self._read_certificate),
             _Look(("site's name",), (_KIT, _POLICY), lambda: [doctor_site.names(self.kit, self.policy)]),
             _Look(("lead",), (_KIT, _POLICY), lambda: [doctor_site.lead(self.kit, self.policy)]),
+            _Look(("time of replies",), (_POLICY,), lambda: [doctor_site.replies(self.policy)]),
             _Look((DNS, TCP, TLS, AUTHENTICATION), (_KIT,), self._connect),
             _Look(("clock",), (), self._clock),
             _Look(("disks",), (), self._disks),

@@ -13,7 +13,7 @@ from fedtune.deploy.kits import Kit
 from fedtune.deploy.models import installed_weights, is_made_here, licence_files, model_place, verify_model
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_tables import Dataset
+from fedtune.privacy.policy_tables import AT_ONCE, Dataset
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.spec import ConfigError, DataError
 
@@ -53,6 +53,15 @@ def lead(kit: Kit, policy: Policy) -> Check:
     line = ", ".join(f'"{key}"' for key in (*policy.allow.leads, kit.lead))
     found = f"the policy does not allow the kit's lead {kit.lead[:16]}...: all of its requests are refused"
     return failed(name, found, fix=f"If you know the key to be the lead's, write under [allow]: leads = [{line}]")
+
+
+def replies(policy: Policy) -> Check:
+    """Whether the time of a reply is hidden."""
+    name, every_s = "time of replies", policy.releases.reply_after_s
+    if every_s:
+        return ok(name, f"answers leave at multiples of {every_s:g} s after their request")
+    fix = "Set `reply_after_s` under [releases] in site.toml to more seconds than a round takes, such as 600."
+    return warning(name, f"`reply_after_s` is 0: {AT_ONCE}", fix=fix)
 
 
 def base_models(kit: Kit, policy: Policy) -> Iterator[Check]:

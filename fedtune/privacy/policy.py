@@ -81,10 +81,25 @@ class Policy:
             if self.population.unit == "user" and dataset.columns and "user" not in dataset.columns:
                 bound = "must name the column for role 'user', as population.unit is user"
                 raise ConfigError(f"dataset {dataset.id} columns", dict(dataset.columns), bound)
-        largest = max(dataset.declared_size for dataset in self.dataset)
-        if self.budget.delta >= 1 / largest and math.isfinite(self.budget.max_epsilon):
-            bound = f"must be below 1 / declared_size = {1 / largest:.3g} of the largest data set"
+
+    def check_delta(self) -> None:
+        """Check that delta is below one over the population's size, or publishing one record whole would keep to it.
+
+        Apart from the other checks, since a ledger's notes hold policies of versions that compared delta with the
+        largest data set alone, and stay readable.
+
+        Raises:
+            ConfigError: it is not, and the policy promises something.
+        """
+        size = self.population_size
+        if self.budget.delta >= 1 / size and math.isfinite(self.budget.max_epsilon):
+            bound = f"must be below 1 / {size:,} = {1 / size:.3g}, with the declared sizes of all data sets added up"
             raise ConfigError("budget.delta", self.budget.delta, bound)
+
+    @property
+    def population_size(self) -> int:
+        """The declared sizes of all data sets added up; they share one budget, and one delta."""
+        return sum(dataset.declared_size for dataset in self.dataset)
 
     def check(self, proposal: Proposal) -> None:
         """Check everything about a proposal that does not depend on what was spent.
@@ -154,8 +169,12 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     ):
         if number > most:
             yield reason, number, f"at most {most:g}"
-    if min(plan.noises) < limits.min_noise_multiplier:
-        yield Reason.MIN_NOISE_MULTIPLIER, min(plan.noises), f"at least {limits.min_noise_multiplier:g}"
+    for reason, number, least in (
+        (Reason.MIN_NOISE_MULTIPLIER, min(plan.noises), limits.min_noise_multiplier),
+        (Reason.MIN_GRAD_NORM, plan.max_grad_norm, limits.min_grad_norm),
+    ):
+        if number < least:
+            yield reason, number, f"at least {least:g}"
     for reason, wanted, granted in (
         (Reason.TRAIN_HEAD, proposal.train_head, allow.train_head),
         (Reason.SEEDED_NOISE, proposal.seeded_noise, allow.seeded_noise),

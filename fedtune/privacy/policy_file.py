@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_tables import DEFAULT_MIN_GRAD_NORM
 from fedtune.spec import ConfigError
 
 T = TypeVar("T")
@@ -35,9 +36,11 @@ def read_policy(path: Path) -> Policy:
     except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, an integer of thousands of digits
         raise ConfigError("policy", str(path), f"must be TOML: {error}") from None
     try:
-        return from_table(Policy, table)
+        policy = from_table(Policy, table)
+        policy.check_delta()
     except ConfigError as error:
         raise error.in_file(path) from None
+    return policy
 
 
 def policy_of(fields: object) -> Policy:
@@ -49,9 +52,12 @@ def policy_of(fields: object) -> Policy:
     if not isinstance(fields, Mapping):
         raise ConfigError("policy", fields, "must be a table")
     table = _without_nulls(fields)
-    budget = table.get("budget")
+    budget, limits = table.get("budget"), table.get("limits")
     if isinstance(budget, dict):
         budget.setdefault("max_epsilon", math.inf)  # JSON has no infinity
+    if isinstance(limits, dict) and type(most := limits.get("max_grad_norm")) is float:
+        # A policy from before there was a floor may have had its ceiling below today's.
+        limits.setdefault("min_grad_norm", min(DEFAULT_MIN_GRAD_NORM, most))
     return from_table(Policy, table)
 
 

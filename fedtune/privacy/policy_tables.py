@@ -14,6 +14,9 @@ from fedtune.privacy.mechanism import UNITS, Unit
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 PERIODS = ("month", "quarter", "year")
+DEFAULT_MIN_GRAD_NORM = 1e-3
+AT_ONCE = "the time of a reply tells roughly how many records there are"
+"""What `releases.reply_after_s = 0` means."""
 
 
 @spec
@@ -116,11 +119,14 @@ class Limits:
         min_noise_multiplier: least noise of training and of released scores.
         max_sampling_rate: largest sampling rate.
         max_grad_norm: largest clip norm.
+        min_grad_norm: smallest clip norm that a run may ask for; a tiny one would turn gradients that are mostly
+            rounding into full contributions.
         max_local_steps: most noisy steps in a round.
         max_rounds: most rounds in a run, spare ones included.
-        max_adapter_value: largest absolute value of an adapter to train from, divided by the root of its scale where
-            that is above 1.  Rounding grows with the adapter, and one record can move the others' terms by rounding
-            (docs/threat_model.md); trained adapters stay below 1.5.
+        max_adapter_value: largest absolute value in an adapter, divided by the root of its scale where that is above 1.
+            Larger values are brought down to it, in an adapter that is sent and after each training step; one that is
+            not finite is refused.  Rounding grows with the adapter (docs/threat_model.md); trained adapters stay below
+            1.5.
         max_lora_scale: largest factor of an adapter's product of matrices.
         max_head_scale: largest factor of a task head's scores.
         max_records_per_user: where the unit is "user", most records of one person in a step.  No epsilon depends on
@@ -133,7 +139,8 @@ class Limits:
     max_grad_norm: float
     max_local_steps: int
     max_rounds: int
-    max_adapter_value: float = 5.0
+    min_grad_norm: float = DEFAULT_MIN_GRAD_NORM
+    max_adapter_value: float = 2.0
     max_lora_scale: float = 32.0
     max_head_scale: float = 100.0
     max_records_per_user: int = 64
@@ -143,8 +150,11 @@ class Limits:
         check_at_least("min_noise_multiplier", self.min_noise_multiplier, 0)
         check_fraction("max_sampling_rate", self.max_sampling_rate, one=True)
         factors = ("max_adapter_value", "max_lora_scale", "max_head_scale")
-        for key in ("max_grad_norm", *factors, "run_expires_after_days"):
+        for key in ("min_grad_norm", "max_grad_norm", *factors, "run_expires_after_days"):
             check_positive(key, getattr(self, key))
+        if self.min_grad_norm > self.max_grad_norm:
+            bound = f"must be at most max_grad_norm = {self.max_grad_norm:g}, or no clip norm is allowed"
+            raise ConfigError("min_grad_norm", self.min_grad_norm, bound)
         for key in ("max_local_steps", "max_rounds", "max_records_per_user"):
             check_at_least(key, getattr(self, key), 1)
 
@@ -163,6 +173,8 @@ class Allow:
         dtypes: number formats that the base model may be computed in; bfloat16 rounds a thousand times more coarsely.
         seeded_noise: accept runs whose noise comes from a seed.  For a test federation: such a run has no guarantee
             and marks the ledger for ever.
+        inexact_gradients: accept runs on a machine whose per-example gradients depend on the rest of the batch by
+            rounding.  Then the bound on one record's influence is measured, not proved, and reports say so.
     """
 
     leads: tuple[str, ...]
@@ -188,13 +200,13 @@ class Releases:
     Attributes:
         updates: noised adapters.
         metrics: "noised": scores of held-out records with noise, where a run plans for them; "none".
-        reply_after_s: an answer leaves at a whole multiple of this after its request came; 0: at once.  Otherwise the
-            time of a reply grows with the true number of records.
+        reply_after_s: an answer leaves at a whole multiple of this after its request came.  0: when it is ready, so
+            that the time of a reply tells roughly how many records there are.
     """
 
     updates: bool = True
     metrics: Literal["none", "noised"] = "none"
-    reply_after_s: float = 0.0
+    reply_after_s: float = 600.0
 
     def __post_init__(self) -> None:
         check_one_of("metrics", self.metrics, ("none", "noised"))

@@ -48,6 +48,7 @@ class Reason(StrEnum):
     DELTA = "delta"
     MIN_NOISE_MULTIPLIER = "min_noise_multiplier"
     MAX_SAMPLING_RATE = "max_sampling_rate"
+    MIN_GRAD_NORM = "min_grad_norm"
     MAX_GRAD_NORM = "max_grad_norm"
     MAX_LOCAL_STEPS = "max_local_steps"
     MAX_ROUNDS = "max_rounds"

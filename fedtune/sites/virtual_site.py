@@ -24,7 +24,17 @@ from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Reference, Releases
+from fedtune.privacy.policy_tables import (
+    DEFAULT_MIN_GRAD_NORM,
+    Allow,
+    Asserted,
+    Budget,
+    Dataset,
+    Limits,
+    Population,
+    Reference,
+    Releases,
+)
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
 from fedtune.privacy.site_files import SiteFiles
@@ -187,6 +197,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
             min_noise_multiplier=min(noises),
             max_sampling_rate=plan.sampling_rate,
             max_grad_norm=plan.max_grad_norm,
+            min_grad_norm=min(DEFAULT_MIN_GRAD_NORM, plan.max_grad_norm),
             max_local_steps=plan.local_steps,
             max_rounds=plan.most_rounds,
             max_records_per_user=plan.records_per_user,
@@ -205,7 +216,8 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
             dtypes=(proposal.dtype,),
             seeded_noise=proposal.seeded_noise,
         ),
-        releases=Releases(metrics="noised" if plan.releases_metrics else "none"),
+        # Nobody is there from whom the time of a reply could be hidden.
+        releases=Releases(metrics="noised" if plan.releases_metrics else "none", reply_after_s=0.0),
         asserted=Asserted(no_person_at_another_site=True),
     )
 

@@ -62,7 +62,7 @@ def a_policy(lead: str) -> Policy:
         allow=Allow(
             leads=(lead,), tasks=("t",), base_models=("b",), target_modules=("q",), max_rank=8, train_head=True
         ),
-        releases=Releases(),
+        releases=Releases(reply_after_s=0.0),
         asserted=Asserted(no_person_at_another_site=True),
     )
 

@@ -69,7 +69,7 @@ def test_the_template_explains_every_key() -> None:
     for before, line in pairwise(lines):
         if re.match(r"\w+ = ", line):
             explained = before.startswith("#") or re.match(
-                r"(max_local_steps|path|max_epsilon_per_period|max_adapter_value|max_lora_scale) = ", before
+                r"(max_local_steps|path|max_epsilon_per_period|max_lora_scale) = ", before
             )
             assert explained, line
 
@@ -92,6 +92,9 @@ def test_check_policy_says_what_a_policy_means(site: Any, command: Any) -> None:
         site.lead.public,
         "Tasks: classification.",
         "Adapters up to rank 8 on the model's parts query, value.",
+        "40 rounds of 20 noisy steps; clip norm from 0.001 to 1.",
+        "Larger adapter values than 2 are brought down to it, sent or trained.",
+        "A machine whose per-example gradients depend on the rest of the batch trains nothing.",
         "For life: epsilon 6 at delta 1e-05",
         "For one run: epsilon at most 2.",
         "For one year (UTC): epsilon at most 4.",
@@ -142,6 +145,7 @@ def test_the_figures_are_the_ledger_s(site: Any, command: Any) -> None:
         ("allow.tasks", {"tasks": "[]"}, "every request is refused"),
         ("allow.base_models", {"base_models": '["unverified"]'}, "do not say which model"),
         ("allow.seeded_noise", {"seeded_noise": "true"}, "whoever knows the seed"),
+        ("allow.inexact_gradients", {"inexact_gradients": "true"}, "measured, not proved"),
         ("releases.updates", {"updates": "false"}, "every request is refused"),
         ("releases.reply_after_s", {"reply_after_s": "0"}, "how many records there are"),
         ("asserted.no_person_at_another_site", {"no_person_at_another_site": "false"}, "add up the epsilons"),
@@ -161,6 +165,23 @@ def test_what_to_think_twice_about_is_warned_of(
     warnings = warned(site, command, **changes)
     assert words in warnings[key]
     assert warnings.keys() == {key}
+
+
+def test_delta_is_compared_with_all_data_sets_together(site: Any, command: Any) -> None:
+    site.write_policy(delta="1e-4")
+    text = site.policy.read_text()
+    site.policy.write_text(text.replace("[budget]", '[[dataset]]\nid = "more"\ndeclared_size = 2000\n\n[budget]'))
+    outcome = command("site", "check-policy", str(site.policy))
+    assert outcome.code == 2
+    bound = "must be below 1 / 10,000 = 0.0001, with the declared sizes of all data sets added up"
+    assert outcome.message == f"{site.policy}: budget.delta = 0.0001: {bound}"
+
+
+def test_a_policy_that_accepts_inexact_gradients_says_so(site: Any, command: Any) -> None:
+    site.write_policy(inexact_gradients="true")
+    said = command("site", "check-policy", str(site.policy)).out
+    assert "the bound on one record's influence is then measured, not proved" in said
+    assert "trains nothing" not in said
 
 
 def test_a_place_holder_never_passes_for_a_lead_s_key(site: Any, command: Any) -> None:

@@ -49,7 +49,7 @@ CANARY = "Xylander-7391"
 """Stands in the records, and must stand in nothing that is printed."""
 ELSEWHERE = Path("/dev/shm")
 LINES = [
-    *("policy", "kit", "certificate", "site's name", "lead"),
+    *("policy", "kit", "certificate", "site's name", "lead", "time of replies"),
     *("name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication", "clock"),
     *("disk of the kit", "disk of the ledger", "file system", "anchor's place"),
     *("base model tiny", "memory", "GPU", "data patients", "ledger", "site key", "budget", "serving", "run"),
@@ -190,7 +190,7 @@ def home(tmp_path: Path, mailbox: Mailbox, site_policy: Callable[..., Policy], n
     mailbox.context.load_verify_locations(federation / "authority" / "ca.pem")
     mailbox.context.verify_mode = ssl.CERT_REQUIRED
     lead = Kit.read(federation / "lead", kind="lead").lead
-    policy = site_policy("north", allow={"leads": (lead,), "base_models": (digest,)})
+    policy = site_policy("north", allow={"leads": (lead,), "base_models": (digest,)}, releases={"reply_after_s": 600.0})
     site = Home(tmp_path / "north", lead, policy, model)
     site.folder.mkdir()
     columns = {"text": "letter", "label": "outcome"}
@@ -268,6 +268,17 @@ def test_a_record_of_several_users_is_found_before_a_run_leaves_it_out(home: Hom
     assert found.status is Status.FAILED
     assert found.found.startswith("a record names several users; runs leave such records out")
     assert CANARY not in json.dumps(found.to_json())
+
+
+def test_replies_that_leave_at_once_are_warned_of(home: Home) -> None:
+    assert home.examined()["time of replies"].found == "answers leave at multiples of 600 s after their request"
+    home.change(releases={"reply_after_s": 0.0})
+    checks = home.examined()
+    check = checks["time of replies"]
+    assert check.status is Status.WARNING
+    assert "the time of a reply tells roughly how many records there are" in check.found
+    assert check.fix.startswith("Set `reply_after_s` under [releases] in site.toml")
+    assert not failures(checks)
 
 
 def test_a_run_that_was_not_named_is_skipped(home: Home) -> None:

@@ -23,6 +23,7 @@ _TOO_MUCH: list[tuple[dict[str, Any], Reason, str | None, str | None]] = [
     ({"noise_multiplier": 3.9999}, Reason.MIN_NOISE_MULTIPLIER, "3.9999", "at least 4"),
     ({"sampling_rate": 1.0}, Reason.MAX_SAMPLING_RATE, "1.0", "at most 0.2"),
     ({"max_grad_norm": 1e6}, Reason.MAX_GRAD_NORM, "1000000.0", "at most 1"),
+    ({"max_grad_norm": 1e-9}, Reason.MIN_GRAD_NORM, "1e-09", "at least 0.001"),
     ({"local_steps": 50}, Reason.MAX_LOCAL_STEPS, "50", "at most 2"),
     ({"num_rounds": 100}, Reason.MAX_ROUNDS, "101", "at most 4"),
     ({"spare_rounds": 2}, Reason.MAX_ROUNDS, "5", "at most 4"),

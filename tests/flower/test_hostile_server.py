@@ -107,6 +107,7 @@ def require_site_2_only_refused(made: Any, intercept: Any, change: Change, rule:
         ({"noise_multiplier": 0.0}, Reason.MIN_NOISE_MULTIPLIER),
         ({"sampling_rate": 1.0}, Reason.MAX_SAMPLING_RATE),
         ({"max_grad_norm": 1e6}, Reason.MAX_GRAD_NORM),
+        ({"max_grad_norm": 1e-9}, Reason.MIN_GRAD_NORM),
         ({"local_steps": 1000}, Reason.MAX_LOCAL_STEPS),
         ({"num_rounds": 1000}, Reason.MAX_ROUNDS),
         ({"base_model": "cd" * 32}, Reason.BASE_MODELS),

@@ -8,6 +8,7 @@ MECHANISM, SITE, PROTOCOL = (
 OF_MECHANISM = ("tests/privacy/test_mechanism.py",)
 OF_SITE = ("tests/federation/test_site.py",)
 HOSTILE = ("tests/federation/test_hostile_lead.py",)
+REAL_SITE, OF_REAL_SITE = "fedtune/sites/real_site.py", "tests/sites/test_real_site.py"
 NO_ORACLE = ("tests/sites/test_no_oracle.py",)
 
 AT_SITE = (
@@ -163,6 +164,23 @@ AT_SITE = (
         old="            lenient=True,",
         new="            lenient=False,",
         tests=("tests/sites/test_tokenless_record.py",),
+    ),
+    Mutant(
+        name="a-model-that-was-never-tried",
+        fault="A site trains a model without having tried whether an example's gradient is the same alone and beside "
+        "another.",
+        file=REAL_SITE,
+        old="            self._shared.check()\n",
+        new="",
+        tests=(f"{OF_REAL_SITE}::test_a_model_that_fails_its_check_serves_no_request_and_charges_nothing",),
+    ),
+    Mutant(
+        name="tried-for-a-run-without-privacy",
+        fault="A model that was loaded for a run without privacy, for which nothing is tried, serves a private one.",
+        file=REAL_SITE,
+        old="config.runtime, config.data.max_length, config.privacy.private",
+        new="config.runtime, config.data.max_length",
+        tests=(f"{OF_REAL_SITE}::test_a_model_that_served_a_run_without_privacy_is_checked_before_a_private_one",),
     ),
     Mutant(
         name="replies-at-once",

@@ -118,6 +118,22 @@ LEDGER_FAULTS = (
         tests=(f"{OF_LEDGER}::test_nothing_but_the_population_has_a_budget",),
     ),
     Mutant(
+        name="spare-rounds-not-held",
+        fault="What is set aside for an open run leaves out its spare rounds, and other runs are let in on them.",
+        file=RUN,
+        old="left = self.plan.most_rounds - self.charged_rounds",
+        new="left = max(0, self.plan.num_rounds - self.charged_rounds)",
+        tests=(f"{OF_LEDGER}::test_spare_rounds_are_set_aside_with_the_others",),
+    ),
+    Mutant(
+        name="let-in-without-its-spare-rounds",
+        fault="A new run is let in if its planned rounds fit the budget, without the spare ones.",
+        file=SPENDING,
+        old="asked=events.grouped([plan.whole])",
+        new="asked=events.grouped([plan.event(rounds=plan.num_rounds)])",
+        tests=(f"{OF_LEDGER}::test_a_run_is_let_in_only_with_room_for_its_spare_rounds",),
+    ),
+    Mutant(
         name="a-clock-set-back",
         fault="The machine's clock is believed: set back, it opens a period whose budget was spent.",
         file=HISTORY,

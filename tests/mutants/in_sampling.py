@@ -28,6 +28,17 @@ SAMPLING = (
         tests=("tests/training/test_dp_step.py",),
     ),
     Mutant(
+        name="one-sample-for-all-steps",
+        fault="All local steps of a round train on one Poisson sample, drawn once, and are accounted as independent.",
+        file="fedtune/training/local.py",
+        old='    sampling = randomness.stream(*purpose, "sampling")\n',
+        new="""    sampling = randomness.stream(*purpose, "sampling")
+    drawn_once = sampling.bernoulli(records.count, work.plan.sampling_rate)
+    sampling.bernoulli = lambda count, rate: drawn_once
+""",
+        tests=("tests/training/test_local.py::test_each_step_of_a_round_draws_a_sample_of_its_own",),
+    ),
+    Mutant(
         name="a-rate-ten-percent-higher",
         fault="Units join a tenth more often than is accounted.",
         file=MECHANISM,

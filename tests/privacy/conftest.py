@@ -110,7 +110,7 @@ def policy(lead_key: SigningKey) -> Callable[..., Policy]:
             max_rank=8,
             train_head=True,
         ),
-        releases=Releases(),
+        releases=Releases(reply_after_s=0.0),
         asserted=Asserted(no_person_at_another_site=True),
     )
 

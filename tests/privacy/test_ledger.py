@@ -369,6 +369,26 @@ def test_a_whole_plan_is_set_aside_when_its_first_round_is_accepted(opened: Open
     assert refusal_of(opened(), proposal(run="3", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
 
 
+def test_spare_rounds_are_set_aside_with_the_others(opened: Open, proposal: Any) -> None:
+    # Ten rounds fit the cap: three and three spare ones are held, until the run ends or has used them.
+    with_spare = proposal(plan={"num_rounds": 3, "spare_rounds": 3})
+    answered(opened(), with_spare, 1)
+    held = opened().history.set_aside(datetime.now(UTC))
+    assert held == events.grouped([with_spare.plan.event()] * 5)
+    assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 5})).reason is Reason.MAX_EPSILON
+    answered(opened(), proposal(run="2", plan={"num_rounds": 4}), 1)
+    for round in (2, 3, 4, 5, 6):
+        answered(opened(), with_spare, round)
+    assert opened().history.charged() == events.grouped([with_spare.plan.event()] * 7), "one of them of the other run"
+
+
+def test_a_run_is_let_in_only_with_room_for_its_spare_rounds(opened: Open, proposal: Any) -> None:
+    refused = refusal_of(opened(), proposal(plan={"num_rounds": 10, "spare_rounds": 1}))
+    assert refused.reason is Reason.MAX_EPSILON
+    assert not opened().history.runs
+    answered(opened(), proposal(plan={"num_rounds": 9, "spare_rounds": 1}), 1)
+
+
 def test_a_run_that_ends_frees_what_it_did_not_spend(opened: Open, proposal: Any) -> None:
     ledger = opened()
     answered(ledger, proposal(plan={"num_rounds": 10}), 1)

@@ -34,6 +34,7 @@ BROKEN: list[tuple[dict[str, Any], Reason, str, str]] = [
     ({"rank": 9}, Reason.MAX_RANK, "9", "at most 8"),
     ({"plan": {"sampling_rate": 0.51}}, Reason.MAX_SAMPLING_RATE, "0.51", "at most 0.5"),
     ({"plan": {"max_grad_norm": 1.1}}, Reason.MAX_GRAD_NORM, "1.1", "at most 1"),
+    ({"plan": {"max_grad_norm": 0.0009}}, Reason.MIN_GRAD_NORM, "0.0009", "at least 0.001"),
     ({"plan": {"local_steps": 11}}, Reason.MAX_LOCAL_STEPS, "11", "at most 10"),
     ({"plan": {"num_rounds": 21}}, Reason.MAX_ROUNDS, "21", "at most 20"),
     ({"plan": {"num_rounds": 19, "spare_rounds": 2}}, Reason.MAX_ROUNDS, "21", "at most 20"),
@@ -57,6 +58,7 @@ def test_what_keeps_to_every_rule_passes(policy: Any, proposal: Any) -> None:
         proposal(dataset="letters", target_modules=("v_proj", "q_proj"), rank=8, train_head=False),
         proposal(plan={"num_rounds": 20, "local_steps": 10, "max_grad_norm": 1.0, "sampling_rate": 0.5}),
         proposal(plan={"noise_multiplier": 0.6}),
+        proposal(plan={"max_grad_norm": 0.001}),
     ):
         policy().check(each)
         assert policy().broken_rules(each) == []
@@ -91,6 +93,7 @@ def test_a_stricter_policy_refuses_what_the_shared_one_allows(
     [
         ({"allow": {"seeded_noise": True}}, {"seeded_noise": True}),
         ({"allow": {"train_head": False}}, {"train_head": False}),
+        ({"allow": {"inexact_gradients": True}}, {}),  # what a machine does is no rule of a proposal
         ({"releases": {"metrics": "noised"}}, {"plan": {"metrics_noise_multiplier": 20.0}}),
         ({"releases": {"metrics": "noised"}}, {}),
     ],
@@ -231,6 +234,9 @@ def test_a_value_out_of_bounds_names_its_key(make: Any, message: str) -> None:
         ("limits", "max_sampling_rate", 1.5),
         ("limits", "max_grad_norm", 0.0),
         ("limits", "max_grad_norm", math.inf),
+        ("limits", "min_grad_norm", 0.0),
+        ("limits", "min_grad_norm", math.nan),
+        ("limits", "min_grad_norm", 1.1),
         ("limits", "max_local_steps", 0),
         ("limits", "max_rounds", 0),
         ("limits", "max_records_per_user", 0),
@@ -245,6 +251,13 @@ def test_a_limit_out_of_bounds_names_its_key(policy: Any, table: str, key: str, 
         policy(**{table: {key: value}})
 
 
+def test_a_floor_of_the_clip_norm_above_its_ceiling_is_named_with_it(policy: Any, proposal: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^min_grad_norm = 0\.3: must be at most max_grad_norm = 0\.2, or no clip "):
+        policy(limits={"min_grad_norm": 0.3, "max_grad_norm": 0.2})
+    exactly = policy(limits={"min_grad_norm": 0.2, "max_grad_norm": 0.2})
+    assert broken(exactly, proposal(plan={"max_grad_norm": 0.2})) == []
+
+
 def test_a_policy_needs_a_name_and_distinct_data_sets(policy: Any) -> None:
     with pytest.raises(ConfigError, match=r"^site = 'a/b'"):
         policy(site="a/b")
@@ -255,11 +268,15 @@ def test_a_policy_needs_a_name_and_distinct_data_sets(policy: Any) -> None:
         policy(dataset=twice)
 
 
-def test_delta_must_be_below_one_over_the_largest_data_set(policy: Any) -> None:
-    large = (Dataset(id="d", declared_size=100_000), Dataset(id="e", declared_size=5))
-    with pytest.raises(ConfigError, match=r"^budget\.delta = 1e-05: must be below 1 / declared_size = 1e-05"):
-        policy(dataset=large)
-    policy(dataset=(Dataset(id="d", declared_size=99_999),))
+def test_delta_must_be_below_one_over_the_whole_population(policy: Any) -> None:
+    two = (Dataset(id="d", declared_size=60_000), Dataset(id="e", declared_size=40_000))
+    message = (
+        r"^budget\.delta = 1e-05: must be below 1 / 100,000 = 1e-05, with the declared sizes of all data sets added"
+    )
+    with pytest.raises(ConfigError, match=message):
+        policy(dataset=two).check_delta()
+    policy(dataset=(two[0], dataclasses.replace(two[1], declared_size=39_999))).check_delta()
+    policy(dataset=two, budget={"max_epsilon": math.inf}).check_delta()  # promises nothing
 
 
 def test_an_infinite_cap_promises_nothing_and_is_null_in_json(policy: Any) -> None:

@@ -18,6 +18,7 @@ from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
 from fedtune.privacy.policy_tables import Dataset, Reference
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.verify import verify
 from fedtune.spec import ConfigError
 
 TEMPLATE = Path(__file__).parents[2] / "conf" / "site.toml"
@@ -62,6 +63,44 @@ def test_a_policy_of_an_earlier_version_reads_as_it_was_meant(policy: Any, site_
     assert read_policy(site_toml) == policy()
 
 
+def test_a_policy_from_before_there_was_a_floor_of_the_clip_norm_stays_readable(policy: Any, site_toml: Path) -> None:
+    fields = policy().to_json()
+    del fields["limits"]["min_grad_norm"]
+    assert policy_of(fields) == policy()
+    site_toml.write_text(site_toml.read_text().replace("min_grad_norm = 0.001\n", ""))
+    assert "min_grad_norm" not in site_toml.read_text()
+    assert read_policy(site_toml) == policy()
+    # A ceiling below today's floor: what a ledger noted stays readable, and a site.toml is told what to mend.
+    fields["limits"]["max_grad_norm"] = 1e-6
+    assert policy_of(fields).limits.min_grad_norm == 1e-6
+    assert error_of(site_toml, ("max_grad_norm = 1.0", "max_grad_norm = 1e-6")).startswith(
+        "limits.min_grad_norm = 0.001: must be at most max_grad_norm = 1e-06"
+    )
+
+
+def test_what_a_file_leaves_out_is_what_the_template_says(policy: Any, site_toml: Path) -> None:
+    left_out = {"min_grad_norm": 1e-3, "max_adapter_value": 2.0, "inexact_gradients": False, "reply_after_s": 600.0}
+    lines = site_toml.read_text().splitlines(keepends=True)
+    site_toml.write_text("".join(line for line in lines if line.partition(" = ")[0] not in left_out))
+    for site in (read_policy(site_toml), read_policy(TEMPLATE)):
+        found = {
+            key: value
+            for table in (site.limits, site.allow, site.releases)
+            for key, value in dataclasses.asdict(table).items()
+        }
+        assert {key: found[key] for key in left_out} == left_out
+
+
+def test_a_ledger_whose_delta_was_compared_with_the_largest_data_set_alone_stays_readable(
+    policy: Any, opened: Any, path: Path, site_toml: Path
+) -> None:
+    old = policy(budget={"delta": 0.00045})  # below 1 / 2,000 and above 1 / 2,500
+    opened(policy=old)
+    assert verify(path).history.policy == old
+    write_policy(old, site_toml)
+    assert error_of(site_toml).startswith("budget.delta = 0.00045: must be below")
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(text=st.text(max_size=12), role=st.text(min_size=1, max_size=5), number=st.floats(1e-300, 1e300))
 def test_any_text_and_number_survives_the_file(
@@ -69,7 +108,9 @@ def test_any_text_and_number_survives_the_file(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.toml"
     data = (Dataset(id="d", declared_size=9, path=text, columns={role: text}),)
-    each = policy(dataset=data, limits={"max_grad_norm": number}, allow={"tasks": (text, text)})
+    each = policy(
+        dataset=data, limits={"min_grad_norm": number, "max_grad_norm": number}, allow={"tasks": (text, text)}
+    )
     write_policy(each, path)
     assert read_policy(path) == each
 
@@ -104,7 +145,8 @@ def test_any_text_and_number_survives_the_file(
         ('label = "code"', "label = 3", "dataset[1].columns.label = 3: must be a text"),
         ("steps = 30", "steps = 0", "budget.reference.steps = 0: must be a finite number of at least 1"),
         ("delta = 1e-05", "delta = 1", "budget.delta = 1.0: must lie in (0, 1)"),
-        ("delta = 1e-05", "delta = 0.001", "budget.delta = 0.001: must be below 1 / declared_size"),
+        ("delta = 1e-05", "delta = 0.001", "budget.delta = 0.001: must be below 1 / 2,500 = 0.0004"),
+        ("delta = 1e-05", "delta = 0.00045", "budget.delta = 0.00045: must be below 1 / 2,500 = 0.0004"),
         ("max_epsilon = 11.0", "max_epsilon = 1e-6", "budget.max_epsilon = 1e-06: leaves no room for anything"),
         ('period = "year"', 'period = "week"', "budget.period = 'week': must be one of month, quarter, year"),
     ],

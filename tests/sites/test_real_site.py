@@ -19,6 +19,7 @@ from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.sites.shared_model import SharedModel, score_saved
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.work import SiteWork
+from fedtune.spec import ConfigError
 
 MakeStation = Callable[..., Any]
 
@@ -196,6 +197,57 @@ def test_an_approved_run_is_trained(site: Any) -> None:
 def test_an_allowed_request_does_reach_for_the_model(site: Any, untouchable: list[str]) -> None:
     assert site.refusal() is Reason.SITE_ERROR
     assert untouchable == ["SharedModel"]
+
+
+# A model is tried before it serves anybody.
+
+
+@pytest.fixture
+def unfit(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """No model stands its check; each time that one is tried is noted."""
+    tried: list[str] = []
+
+    def fail(self: SharedModel) -> None:
+        tried.append(self.config.name)
+        raise ConfigError("model", "tiny", "must give an example the same gradient alone and beside another")
+
+    monkeypatch.setattr(SharedModel, "check", fail)
+    return tried
+
+
+def test_a_model_that_fails_its_check_serves_no_request_and_charges_nothing(site: Any, unfit: list[str]) -> None:
+    reply = site.ask()
+    assert isinstance(reply.body, Refusal)
+    assert reply.body.reason is Reason.SITE_ERROR
+    assert (reply.body.asked, reply.body.allowed) == (None, None)
+    assert charged(reply) == 0
+    assert len(unfit) == 1
+
+
+def test_who_asks_twice_does_not_get_past_a_failed_check(site: Any, unfit: list[str]) -> None:
+    for _ in range(3):
+        assert site.refusal() is Reason.SITE_ERROR
+    assert len(unfit) == 3, "a model that failed is not kept"
+    assert site.ledger().history.runs == {}
+
+
+def test_a_model_that_served_a_run_without_privacy_is_checked_before_a_private_one(
+    station: MakeStation, letters: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # For the first of them nothing has to be shown of the model's gradients.
+    tried: list[bool] = []
+    original = SharedModel.check
+
+    def noted(self: SharedModel) -> None:
+        tried.append(self.config.privacy.private)
+        original(self)
+
+    monkeypatch.setattr(SharedModel, "check", noted)
+    site = station(privacy={"mechanism": "none", "noise_multiplier": None})
+    site.update()
+    assert True not in tried
+    site.update(letters(name="second"))
+    assert tried[-1] is True
 
 
 @pytest.mark.parametrize("fault", ["gone", "another header", "no text"])

@@ -18,6 +18,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.policy_tables import Releases
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.sites.virtual_site import VirtualSites, fitted, generated_policy
@@ -103,6 +104,24 @@ def test_every_number_of_a_plan_is_bounded(
         with pytest.raises(Refused) as refused:
             policy.check(replace(proposal, plan=plan))
         assert refused.value.reason is rule, name
+
+
+def test_a_simulated_site_answers_at_once(config: Callable[..., RunConfig], lead_key: SigningKey) -> None:
+    policy, _ = policy_and_proposal(config(), lead_key.public)
+    assert policy.releases.reply_after_s == 0
+    assert Releases().reply_after_s == 600, "a real site that leaves the key out does not"
+
+
+@pytest.mark.parametrize(("clip", "floor"), [(1.0, 1e-3), (1e-4, 1e-4)])
+def test_the_floor_of_the_clip_norm_lets_the_run_through(
+    config: Callable[..., RunConfig], lead_key: SigningKey, clip: float, floor: float
+) -> None:
+    policy, proposal = policy_and_proposal(config(f"privacy.max_grad_norm={clip}"), lead_key.public)
+    assert policy.limits.min_grad_norm == floor
+    policy.check(proposal)
+    with pytest.raises(Refused) as refused:
+        policy.check(replace(proposal, plan=replace(proposal.plan, max_grad_norm=0.9 * floor)))
+    assert refused.value.reason is Reason.MIN_GRAD_NORM
 
 
 def test_less_than_was_planned_stays_allowed(config: Callable[..., RunConfig], lead_key: SigningKey) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from fedtune.data import collate
 from fedtune.model import Adapter, LoraSpec, TaskModel
+from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
 from fedtune.training import examples as examples_module
 from fedtune.training import local
@@ -112,6 +113,26 @@ def test_system_randomness_never_repeats(fresh: Any, examples: Any, work: Any) -
     nobody = examples("classification", 0)
     one, other = (released(fresh(), nobody, work(), randomness=SystemRandomness()) for _ in range(2))
     assert one.digest() != other.digest()
+
+
+@pytest.mark.parametrize("noise", [0.5, 0.0], ids=["private", "plain"])
+def test_each_step_of_a_round_draws_a_sample_of_its_own(
+    fresh: Any, examples: Any, work: Any, plan: Any, monkeypatch: pytest.MonkeyPatch, noise: float
+) -> None:
+    # One sample for all local steps would be accounted as four independent ones.
+    drawn: list[list[int]] = []
+    original = SiteExamples.cut
+
+    def seen(self: SiteExamples, indices: Any) -> Any:
+        drawn.append(np.asarray(indices).tolist())
+        return original(self, indices)
+
+    monkeypatch.setattr(SiteExamples, "cut", seen)
+    planned = plan(sampling_rate=0.5, noise_multiplier=noise, local_steps=4, num_rounds=2)
+    released(fresh(), examples("classification", 30), work(plan=planned))
+    stream = SeededRandomness(5).stream("bank_a", 1, 1, "sampling")
+    assert drawn == [poisson_sample(30, 0.5, stream).tolist() for _ in range(4)]
+    assert len({tuple(sample) for sample in drawn}) == 4
 
 
 def test_sampling_and_noise_have_streams_of_their_own(fresh: Any, examples: Any, work: Any) -> None:
