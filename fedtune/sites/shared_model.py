@@ -16,6 +16,7 @@ from fedtune.data.load import lead_records, tokenise
 from fedtune.evaluation.evaluate import evaluate
 from fedtune.evaluation.generation import PromptSet
 from fedtune.model import Adapter, TaskModel, load_task_model, load_tokenizer
+from fedtune.model.fits import check_tokenizer_fits
 from fedtune.training.machine import device_for, keeps_frozen_states, ready_model
 from fedtune.training.preflight import check_examples_alone
 
@@ -34,6 +35,7 @@ class SharedModel:
         self.model = ready_model(
             config.task_model(), config.runtime, max_length=config.data.max_length, device=self.device
         )
+        check_tokenizer_fits(self.tokenizer, self.model.base.get_base_model(), path=config.model.path)
         self.initial_adapter = Adapter.of(self.model)
 
     def for_run(self, config: RunConfig) -> SharedModel:
@@ -111,9 +113,10 @@ class LeadData:
 
 def score_saved(config: RunConfig, adapter_folder: Path, data_file: str) -> dict[str, float]:
     """Scores of a saved adapter on a file that has the columns of `config`."""
-    tokenizer = load_tokenizer(config.model)
-    data = LeadData.read(data_file, config, tokenizer, rows=None, key="--data")
     model = load_task_model(adapter_folder, model=config.model, device=device_for(config.runtime.device))
+    tokenizer = load_tokenizer(model.spec.model)
+    check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=config.model.path)
+    data = LeadData.read(data_file, config, tokenizer, rows=None, key="--data")
     return _score(model, tokenizer, data, config, generate=True)
 
 

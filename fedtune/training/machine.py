@@ -7,6 +7,7 @@ import os
 import torch
 
 from fedtune.model import TaskModel, build_task_model
+from fedtune.model.fits import usable_positions
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec
@@ -39,7 +40,7 @@ def ready_model(spec: TaskModelSpec, runtime: RuntimeSpec, *, max_length: int, d
     model = build_task_model(spec, device=device)
     if runtime.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    positions = getattr(model.base.config, "max_position_embeddings", None)
+    positions = usable_positions(model.base.get_base_model())
     if positions is not None and max_length > positions:
         raise ConfigError("data.max_length", max_length, f"must be at most the model's {positions}")
     return model
