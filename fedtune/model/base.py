@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fedtune.model.fits import check_size, check_static_rotary
+from fedtune.model.fits import check_ignores_batch_length, check_size
 from fedtune.model.gguf import expanded_gguf
 from fedtune.model.manifest import manifest_of, staged
 from fedtune.model.quiet import first_line, quiet
@@ -74,7 +74,7 @@ def load_base(spec: ModelSpec, *, task: Task, device: torch.device | str = "cpu"
     else:
         with _pinned_files(spec) as folder:
             model = _pretrained(spec, task, folder)
-    check_static_rotary(model, path=spec.path)
+    check_ignores_batch_length(model, path=spec.path)
     # Training never reads the key-value cache; a generator asks for it by argument.
     model.config.use_cache = False
     model.requires_grad_(False)

@@ -36,13 +36,18 @@ def check_size(config: PreTrainedConfig, auto: Any, *, folder: Path, path: str) 
         raise ConfigError("model.path", path, bound)
 
 
-def check_static_rotary(base: nn.Module, *, path: str) -> None:
-    """Require that no rotary embedding looks at a batch's length, whatever the config called it.
+def check_ignores_batch_length(base: nn.Module, *, path: str) -> None:
+    """Require that nothing in the built model looks at a batch's length, whatever the config called it.
+
+    A batch is as long as its longest example, so one record would change what the model makes of the others.
 
     Raises:
         ConfigError: for `model.path`.
     """
     for module in base.modules():
+        if getattr(module, "attention_type", None) == "block_sparse":
+            bound = "has attention that is sparse in long batches and full in short ones (attention_type block_sparse)"
+            raise ConfigError("model.path", path, bound)
         kinds = getattr(module, "rope_type", None)
         for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
             reason = rotary_refusal(kind)

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fedtune.model.refusals import check_content, most_bytes
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, RunError
 
 WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
 SETTINGS_FILES = frozenset(
@@ -117,15 +117,16 @@ def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = T
 
     Raises:
         ConfigError: for `model.path`: files are missing, lead out of the folder, are refused, or changed meanwhile.
+        RunError: the folder for temporary files is full, or cannot be written.
     """
-    with TemporaryDirectory(prefix="fedtune-model-") as scratch:
-        # A name of its own: transformers chooses some tokenizers by the folder's name.
+    with _scratch() as scratch:
+        # A folder's own name tells transformers of some models which tokenizer to take: here all have the same.
         place = Path(scratch, "model")
         place.mkdir()
         hashes, weights = {}, {}
         for name in () if gguf_file else _settings_names(folder):
             content = _read(folder, name)
-            (place / name).write_bytes(content)
+            _write(place / name, content)
             hashes[name] = hashlib.sha256(content).hexdigest()
         for name in (gguf_file,) if gguf_file else _weights_names(folder, place):
             file = _own_file(folder, name)
@@ -199,6 +200,20 @@ def _read(folder: Path, name: str) -> bytes:
         raise ConfigError("model.path", str(folder), f"must hold a {name} that can be read") from error
     check_content(name, content, folder=str(folder))
     return content
+
+
+def _scratch() -> TemporaryDirectory[str]:
+    try:
+        return TemporaryDirectory(prefix="fedtune-model-")
+    except OSError as error:
+        raise RunError(f"there is no folder for temporary files that can be written ({error.strerror})") from error
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise RunError(f"{file.parent} cannot be written ({error.strerror})") from error
 
 
 def _own_file(folder: Path, name: str) -> Path:

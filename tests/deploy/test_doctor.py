@@ -556,7 +556,7 @@ def test_a_model_with_a_changed_byte(home: Home) -> None:
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     checks = home.examined()
-    assert "whose weights have SHA-256" in failures(checks)["base model tiny"]
+    assert "is not what lies in its folder" in failures(checks)["base model tiny"]
     assert "Import it again" in checks["base model tiny"].fix
 
 
