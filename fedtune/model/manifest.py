@@ -183,7 +183,7 @@ def _weights_names(folder: Path, place: Path) -> tuple[str, ...]:
         names = tuple(sorted({str(name) for name in named}))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError("model.path", str(folder), f"must hold a readable {SHARD_INDEX}") from error
-    if not names or not all(re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII) for name in names):
+    if not names or not all(re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII) for name in names):
         bound = f"must hold a {SHARD_INDEX} that names safetensors files beside it"
         raise ConfigError("model.path", str(folder), bound)
     for name in names:

@@ -149,9 +149,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a device": (linked("vocab.txt", "/dev/zero"), "a link out of it"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "must hold config.json"),
     # JSON that two readers read differently, or none.
-    "a key twice": (writes("config.json", '{"model_type": "bert", "model_type": "gpt2"}'), "'model_type' twice"),
-    "a key twice, nested": (writes("config.json", '{"a": {"b": 1, "b": 2}}'), "has the key 'b' twice"),
-    "a key twice, tokenizer": (writes("tokenizer_config.json", '{"a": 1, "a": 2}'), "has the key 'a' twice"),
+    "a key twice": (writes("config.json", '{"model_type": "bert", "model_type": "gpt2"}'), "model_type twice"),
+    "a key twice, nested": (writes("config.json", '{"a": {"b": 1, "b": 2}}'), "has the key b twice"),
+    "a key twice, tokenizer": (writes("tokenizer_config.json", '{"a": 1, "a": 2}'), "has the key a twice"),
     "not a number": (writes("config.json", '{"layer_norm_eps": NaN}'), "holds NaN"),
     "infinite": (writes("config.json", '{"initializer_range": -Infinity}'), "holds -Infinity"),
     "too large a float": (writes("config.json", '{"layer_norm_eps": 1e999}'), "no finite number"),
@@ -181,13 +181,16 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "by layer": (config(rope_parameters={"full_attention": {"rope_type": "dynamic", **ROPE}}), BATCH),
     "of the text part": (config(text_config={"rope_scaling": {"type": "longrope", **LONG}}), BATCH),
     "a name with dynamic in it": (config(rope_scaling={"type": "my_dynamic_ntk"}), BATCH),
-    "an unknown type": (config(rope_scaling={"type": "secret"}), "rope type 'secret', of which fedtune does not know"),
+    "an unknown type": (config(rope_scaling={"type": "secret"}), "rope type secret, of which fedtune does not know"),
     # Tricks with shards.
     "an index out": (index('{"weight_map": {"w": "../a.safetensors"}}'), "names safetensors files beside it"),
     "an index to a pickle": (index('{"weight_map": {"w": "pytorch_model.bin"}}'), "names safetensors files beside it"),
     "an index to nothing": (index('{"weight_map": {"w": "b.safetensors"}}'), "must hold b.safetensors"),
+    "an index with a long name": (
+        index(json.dumps({"weight_map": {"w": "a" * 300 + ".safetensors"}})), "names safetensors files beside it"
+    ),
     "an index of NaN": (index('{"weight_map": {"w": NaN}}'), "holds NaN"),
-    "an index with a key twice": (index('{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}'), "'w' twice"),
+    "an index with a key twice": (index('{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}'), "key w twice"),
     "an index to a link out": (
         index('{"weight_map": {"w": "b.safetensors"}}', b="/etc/passwd"), "not hold b.safetensors, a link out of it"
     ),

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from fedtune.model import ModelSpec, load_base, load_task_model, load_tokenizer, model_sha256, save_task_model
+from fedtune.model.gguf import expanded_gguf
 from fedtune.model.manifest import Manifest, manifest_of, staged
 from fedtune.spec import ConfigError, RunError
 
@@ -220,3 +222,45 @@ def test_an_adapter_that_0_1_0_saved_loads_with_the_weights_it_names(
     (tmp_path / "adapter" / "fedtune.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match="is not the hash of"):
         load_task_model(tmp_path / "adapter")
+
+
+# --- GGUF ---
+
+
+def test_a_gguf_file_is_expanded_without_what_lies_beside_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a GGUF file transformers would find an adapter, and settings for generating."""
+    beside = tmp_path / "gguf"
+    beside.mkdir()
+    for name in ("a.gguf", "adapter_config.json", "generation_config.json", "config.json"):
+        (beside / name).write_text("{}")
+    seen: list[tuple[list[str], str]] = []
+
+    def expanded(file: Path, *, sha256: str, cache: Path) -> Path:
+        seen.append((os.listdir(file.parent), sha256))
+        return folder
+
+    monkeypatch.setattr("fedtune.model.base.expanded_gguf", expanded)
+    spec = ModelSpec(path=str(beside), gguf_file="a.gguf", sha256=sha256(b"{}"))
+    load_base(spec, task="classification")
+    load_tokenizer(spec)
+    assert seen == [(["a.gguf"], sha256(b"{}"))] * 2
+    with pytest.raises(ConfigError, match="is not the hash of"):
+        load_tokenizer(replace(spec, sha256="0" * 64))
+
+
+def test_a_gguf_s_metadata_is_held_to_the_rules_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def config(folder: Path, **options: Any) -> LlamaConfig:
+        asked.append(options)
+        return LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+
+    monkeypatch.setattr("fedtune.model.gguf.AutoConfig.from_pretrained", config)
+    monkeypatch.setattr("fedtune.model.gguf.load_gguf", lambda _: pytest.fail("nothing is made of it"))
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match="its metadata has rope type dynamic") as caught:
+        expanded_gguf(tmp_path / "a.gguf", sha256="ab", cache=tmp_path / "cache")
+    assert caught.value.key == "model.gguf_file"
+    assert asked == [{"gguf_file": "a.gguf", "local_files_only": True, "trust_remote_code": False}]

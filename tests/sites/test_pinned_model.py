@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.model import ModelSpec, load_base, load_tokenizer
+from fedtune.model import ModelSpec, build_task_model, load_base, load_tokenizer, save_task_model
 from fedtune.model.manifest import manifest_of
 from fedtune.privacy.release import Reason, Update
+from fedtune.sites.shared_model import score_saved
 
 
 @pytest.fixture
@@ -64,3 +67,18 @@ def test_a_token_beyond_the_embedding_is_no_oracle(at_site: Callable[[], Any], f
     site.data.write_text(f"body,kind\n{text},praise\n" * 20)
     assert site.refusal() is Reason.SITE_ERROR
     assert site.ledger().history.runs == {}
+
+
+def test_an_adapter_of_0_1_0_can_still_be_scored(folder: Path, station: Callable[..., Any], tmp_path: Path) -> None:
+    """Its run folder names the hash of the weights alone, in its settings and beside its adapter."""
+    old = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    site = station(model={"path": str(folder), "sha256": manifest_of(folder).sha256})
+    save_task_model(build_task_model(site.config.task_model()), tmp_path / "adapter")
+    saved = tmp_path / "adapter" / "fedtune.json"
+    saved.write_text(saved.read_text().replace(manifest_of(folder).sha256, old))
+    config = replace(
+        site.config,
+        model=replace(site.config.model, sha256=old),
+        data=replace(site.config.data, columns={"text": "body", "label": "kind"}),
+    )
+    assert 0 <= score_saved(config, tmp_path / "adapter", str(site.data))["accuracy"] <= 1
