@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 from fedtune import __version__
-from fedtune.cli import audit, ledger, provision, report, run_arguments, server, site, watch
+from fedtune.cli import audit, ledger, model_hash, provision, report, run_arguments, server, site, watch
 from fedtune.spec import FedtuneError
 
 _SIMULATE = """\
@@ -75,6 +75,8 @@ def _run(options: argparse.Namespace) -> None:
             from fedtune.cli.audit_command import audit as audit_run
 
             audit_run(options.overrides)
+        case "model-hash":
+            model_hash.model_hash(options)
         case "ledger":
             ledger.run(options)
         case "report":
@@ -133,6 +135,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to score (default: auto)"
     )
+    model_hash.add_arguments(command("model-hash", "the hash that names a base model", model_hash.DESCRIPTION))
     ledger.add_arguments(command("ledger", "read a site's ledger: what was spent, what is left", ledger.DESCRIPTION))
     report.add_arguments(command("report", "the privacy report of a run or a ledger", report.DESCRIPTION))
     watch.add_arguments(command("watch", "follow a run in a browser", watch.DESCRIPTION))

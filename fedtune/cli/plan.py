@@ -144,9 +144,9 @@ def _model_sha256(config: RunConfig, *, load: bool) -> str | None:
     """The hash by which sites know the base model: as the settings pin it, or else that of its files."""
     if config.model.sha256 is not None or not load:
         return config.model.sha256
-    from fedtune.model.base import weights_sha256  # transformers takes seconds to import
+    from fedtune.model.base import model_sha256  # transformers takes seconds to import
 
-    return weights_sha256(config.model)
+    return model_sha256(config.model)
 
 
 def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:

@@ -164,9 +164,9 @@ def _with_hash(config: RunConfig) -> RunConfig:
     """A run with its model's hash, which the lead adds before it asks, where that is known without the model."""
     if config.model.sha256 is not None or not config.model.path.startswith(RANDOM):
         return config
-    from fedtune.model.base import weights_sha256  # transformers takes seconds to import
+    from fedtune.model.base import model_sha256  # transformers takes seconds to import
 
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, sha256=weights_sha256(config.model)))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, sha256=model_sha256(config.model)))
 
 
 def _declared_otherwise(policy: Policy, *, dataset: str, asked: int | None) -> Iterator[BrokenRule]:

@@ -10,7 +10,7 @@ from fedtune.data.records import SEVERAL_USERS, iter_records
 from fedtune.data.spec import TASK_ROLES
 from fedtune.deploy.doctor_check import Check, PrivateLog, failed, from_error, ok, warning
 from fedtune.deploy.kits import Kit
-from fedtune.deploy.models import installed_weights, is_made_here, licence_files, model_place, verify_model
+from fedtune.deploy.models import installed_bytes, is_made_here, licence_files, model_place, verify_model
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_tables import AT_ONCE, Dataset
@@ -65,7 +65,7 @@ def replies(policy: Policy) -> Check:
 
 
 def base_models(kit: Kit, policy: Policy) -> Iterator[Check]:
-    """Whether each model that the policy allows lies in the store, unchanged; all weights are read for it."""
+    """Whether each model that the policy allows lies in the store, unchanged; all of its files are read for it."""
     known = {model.sha256: model for model in kit.models}
     for sha256 in policy.allow.base_models:
         name = f"base model {known[sha256].name}" if sha256 in known else f"base model {sha256[:12]}"
@@ -110,11 +110,11 @@ def _installed(kit: Kit, sha256: str, *, name: str, licence: str) -> Check:
 
 
 def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
-    """Size of the largest installed base model's weights; None where none is installed."""
+    """Size of the largest installed base model; None where none is installed."""
     sizes = []
     for sha256 in policy.allow.base_models:
         try:
-            sizes.append(sum(file.stat().st_size for file in installed_weights(kit.folder, sha256)))
+            sizes.append(installed_bytes(kit.folder, sha256))
         except (ConfigError, OSError):
             continue
     return max(sizes, default=None)

@@ -11,7 +11,8 @@ from pathlib import Path
 from fedtune.deploy.folders import locked
 from fedtune.deploy.kit_file import KitModel
 from fedtune.deploy.kits import Kit
-from fedtune.model.source import files_sha256, model_folder, weights_files
+from fedtune.model.manifest import Manifest, manifest_of, old_hash
+from fedtune.model.source import model_folder, only_gguf
 from fedtune.model.spec import PACKAGE, RANDOM_MODELS, ModelSpec
 from fedtune.privacy.durable import fsync_folder
 from fedtune.spec import ConfigError, RunError
@@ -19,9 +20,8 @@ from fedtune.spec import ConfigError, RunError
 _OPTION = "--import-model"
 _KEPT_FREE_BYTES = 200 * 2**20
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-_DATA = frozenset({".json", ".txt", ".model", ".jinja"})
-_CODE = frozenset({".py", ".pyc", ".so", ".sh"})
-_PAPERS = ("LICENSE", "LICENCE", "NOTICE", "README")
+_PAPER = re.compile(r"(LICEN[SC]E|NOTICE)([-_][\w-]*)?(\.(txt|md))?", re.IGNORECASE | re.ASCII)
+_MOST_PAPER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ def model_place(kit_folder: Path, sha256: str) -> Path:
 def installed_model(kit_folder: Path, sha256: str) -> Path:
     """The folder of an installed model; its file names are those it came with.
 
-    The hash is not computed here: whoever loads the weights checks it (`fedtune.model.base.check_sha256`).
+    The hash is not computed here: whoever loads the model checks it (`fedtune.model.base`).
 
     Raises:
         ConfigError: it is not installed.
@@ -58,42 +58,45 @@ def installed_model(kit_folder: Path, sha256: str) -> Path:
 
 
 def verify_model(kit_folder: Path, sha256: str) -> None:
-    """Read an installed model's weights, and require them to have the hash that names their folder.
+    """Read an installed model's files, and require them to have the hash that names their folder.
 
     Raises:
         ConfigError: it is not installed, or its files were changed or are incomplete.
     """
-    found = files_sha256(installed_weights(kit_folder, sha256))
-    if found != sha256:
-        raise ConfigError("base model", sha256, f"is not what lies in its folder, whose weights have SHA-256 {found}")
+    folder = installed_model(kit_folder, sha256)
+    manifest = _manifest(folder, key="base model")
+    if sha256 == manifest.weights_sha256 != manifest.sha256:
+        raise ConfigError("base model", sha256, old_hash(folder))
+    if manifest.sha256 != sha256:
+        raise ConfigError("base model", sha256, f"is not what lies in its folder, which has SHA-256 {manifest.sha256}")
 
 
-def installed_weights(kit_folder: Path, sha256: str) -> tuple[Path, ...]:
-    """The files with an installed model's weights.
+def installed_bytes(kit_folder: Path, sha256: str) -> int:
+    """Size of an installed model's files.
 
     Raises:
-        ConfigError: it is not installed, or incomplete.
+        ConfigError: it is not installed.
     """
-    return _weights(installed_model(kit_folder, sha256), key="base model")
+    return sum(file.stat().st_size for file in installed_model(kit_folder, sha256).iterdir())
 
 
 def is_made_here(sha256: str) -> bool:
     """Whether it is a tiny untrained model that fedtune makes itself, for tests: there is nothing to install."""
-    from fedtune.model.base import weights_sha256  # transformers takes seconds to import
+    from fedtune.model.base import model_sha256  # transformers takes seconds to import
 
-    return any(weights_sha256(ModelSpec(path=path)) == sha256 for path in RANDOM_MODELS)
+    return any(model_sha256(ModelSpec(path=path)) == sha256 for path in RANDOM_MODELS)
 
 
 def licence_files(kit_folder: Path, sha256: str) -> list[str]:
     """Names of the licence files that an installed model came with."""
     names = (path.name for path in installed_model(kit_folder, sha256).iterdir())
-    return sorted(name for name in names if name.upper().startswith(_PAPERS[:2]))
+    return sorted(name for name in names if name.upper().startswith("LICEN"))
 
 
 def install_model(path: Path, kit: Kit) -> Installed:
     """Copy a model of the kit's manifest into the store; a crash leaves the whole model or none.
 
-    Only weights that the hash covers are copied, and beside them settings, tokenizer, licence and notes: no code.
+    Exactly the files that the hash covers are copied, and beside them papers: licence and notice.
 
     Args:
         path: a folder with safetensors (one file, or shards with their index) or with exactly one GGUF file; a GGUF
@@ -102,38 +105,37 @@ def install_model(path: Path, kit: Kit) -> Installed:
 
     Raises:
         ConfigError: there is no such model, the kit does not name it, or its folder holds what may run code when it
-            is read.
+            is read, or what redirects the loader.
         RunError: the disk is too full, or cannot be written.
     """
-    weights, beside = _source(path)
-    found = files_sha256(weights)
-    model = next((model for model in kit.models if model.sha256 == found), None)
+    folder, gguf_file, papers = _source(path)
+    manifest = _manifest(folder, gguf_file=gguf_file, key=_OPTION)
+    model = next((model for model in kit.models if model.sha256 == manifest.sha256), None)
     if model is None:
+        if any(model.sha256 == manifest.weights_sha256 for model in kit.models):
+            raise ConfigError(_OPTION, str(path), f"kit.toml names {manifest.weights_sha256}, which {old_hash(path)}")
         allowed = ", ".join(f"{model.sha256} ({model.name})" for model in kit.models) or "no model at all"
-        raise ConfigError(_OPTION, str(path), f"has weights with SHA-256 {found}, and kit.toml names {allowed}")
-    target = model_place(kit.folder, found)
+        raise ConfigError(_OPTION, str(path), f"has SHA-256 {manifest.sha256}, and kit.toml names {allowed}")
+    target = model_place(kit.folder, manifest.sha256)
     try:
         target.parent.mkdir(exist_ok=True)
         with locked(target.parent):
-            if _is_whole(kit.folder, found):
+            if _is_whole(kit.folder, manifest.sha256):
                 return Installed(model=model, folder=target, new=False)
-            _copy((*weights, *beside), target)
+            _copy((*(folder / name for name, _ in manifest.files), *papers), target)
     except OSError as error:
         raise RunError(f"{target.parent} cannot be written ({error.strerror}); nothing was installed") from error
     return Installed(model=model, folder=target, new=True)
 
 
-def _source(path: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The files with the weights, and those to copy beside them."""
+def _source(path: Path) -> tuple[Path, str | None, tuple[Path, ...]]:
+    """The model's folder, the GGUF file in it that is the model, and the papers to copy along."""
     place = _packaged(str(path)) if str(path).startswith(PACKAGE) else path.expanduser()
     if place.is_dir():
         _check_folder(place)
-        weights = _weights(place, key=_OPTION)
-        return weights, tuple(file for file in sorted(place.iterdir()) if file.is_file() and _is_wanted(file.name))
+        return place, None, _papers(place)
     if place.suffix == ".gguf" and place.is_file():
-        # Beside a single file may lie anything, a folder of downloads for instance: only papers come along.
-        papers = (file for file in sorted(place.parent.iterdir()) if file.is_file() and _is_paper(file.name))
-        return (_named_for_runs(place),), tuple(papers)
+        return place.parent, place.name, _papers(place.parent)
     raise ConfigError(_OPTION, str(path), "must be a folder with safetensors or with one GGUF file, or a .gguf file")
 
 
@@ -161,34 +163,22 @@ def _check_folder(folder: Path) -> None:
             raise ConfigError(_OPTION, str(folder), bound)
 
 
-def _weights(folder: Path, *, key: str) -> tuple[Path, ...]:
-    """The files that hold a folder's weights: safetensors, or else its one GGUF file."""
-    safetensors = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
-    gguf = sorted(folder.glob("*.gguf"))
-    if not any(file.is_file() for file in safetensors):
-        if len(gguf) != 1:
-            bound = f"must hold safetensors weights, or exactly one GGUF file; it holds {len(gguf)}"
-            raise ConfigError(key, str(folder), bound)
-        return (_named_for_runs(gguf[0]),)
+def _manifest(folder: Path, *, key: str, gguf_file: str | None = None) -> Manifest:
+    """The manifest of a folder's model: its safetensors, or else its one GGUF file."""
     try:
-        return weights_files(ModelSpec(path=str(folder)))
+        name = gguf_file or only_gguf(folder)
+        if name is not None and not re.fullmatch(r"[\w.-]+\.gguf", name):
+            bound = "must be named in letters, digits, '-', '_' and '.': runs name the file"
+            raise ConfigError(key, str(folder / name), bound)
+        return manifest_of(folder, gguf_file=name)
     except ConfigError as error:
-        raise ConfigError(key, str(folder), error.bound) from error
+        raise ConfigError(key, error.value, error.bound) from error
 
 
-def _named_for_runs(file: Path) -> Path:
-    if not re.fullmatch(r"[\w.-]+\.gguf", file.name):
-        raise ConfigError(_OPTION, str(file), "must be named in letters, digits, '-', '_' and '.': runs name the file")
-    return file
-
-
-def _is_wanted(name: str) -> bool:
-    """Whether a file is one of the known good ones; weights are chosen by the hash and not here."""
-    return Path(name).suffix.lower() in _DATA or _is_paper(name)
-
-
-def _is_paper(name: str) -> bool:
-    return name.upper().startswith(_PAPERS) and Path(name).suffix.lower() not in _CODE | _PICKLES
+def _papers(folder: Path) -> tuple[Path, ...]:
+    """Licence and notice, as text: nothing that a loader could take for weights or settings."""
+    papers = (file for file in sorted(folder.iterdir()) if _PAPER.fullmatch(file.name) and file.is_file())
+    return tuple(file for file in papers if file.stat().st_size <= _MOST_PAPER_BYTES)
 
 
 def _is_whole(kit_folder: Path, sha256: str) -> bool:
@@ -215,8 +205,7 @@ def _copy(files: tuple[Path, ...], target: Path) -> None:
         for file in files:
             _copy_durably(file, draft / file.name)
         fsync_folder(draft)
-        found = files_sha256(_weights(draft, key=_OPTION))
-        if found != target.name:
+        if _manifest(draft, key=_OPTION).sha256 != target.name:
             raise ConfigError(_OPTION, str(files[0].parent), "changed while it was copied; nothing was installed")
         if target.exists():
             os.rename(target, damaged)

@@ -13,7 +13,7 @@ from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, Task, TaskModelSpe
 
 if TYPE_CHECKING:
     from fedtune.model.adapter import Adapter, AdapterError
-    from fedtune.model.base import load_base, load_tokenizer, weights_sha256
+    from fedtune.model.base import load_base, load_tokenizer, model_sha256
     from fedtune.model.folder import load_task_model, save_task_model
     from fedtune.model.lora import attach_lora
     from fedtune.model.task import Batch, CausalLMModel, ClassificationModel, TaskModel, build_task_model
@@ -35,13 +35,13 @@ __all__ = [
     "load_base",
     "load_task_model",
     "load_tokenizer",
+    "model_sha256",
     "save_task_model",
-    "weights_sha256",
 ]
 
 _HOMES = {
     "adapter": ("Adapter", "AdapterError"),
-    "base": ("load_base", "load_tokenizer", "weights_sha256"),
+    "base": ("load_base", "load_tokenizer", "model_sha256"),
     "folder": ("load_task_model", "save_task_model"),
     "lora": ("attach_lora",),
     "task": ("Batch", "CausalLMModel", "ClassificationModel", "TaskModel", "build_task_model"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,9 +17,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fedtune.model.fits import check_ignores_batch_length, check_size
 from fedtune.model.gguf import expanded_gguf
+from fedtune.model.manifest import manifest_of, staged
 from fedtune.model.quiet import first_line, quiet
-from fedtune.model.source import cache_folder, files_sha256, model_folder, weights_files
+from fedtune.model.source import cache_folder, model_folder
 from fedtune.model.spec import RANDOM, ModelSpec, Task
 from fedtune.model.tiny import tiny_base, tiny_tokenizer
 from fedtune.spec import ConfigError
@@ -30,17 +35,22 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     A padding token only fills the rectangle of a batch: what is padding is said by the attention mask
     alone, for in many chat models the padding token is also the end-of-turn token.
 
+    Args:
+        spec: which model; its `sha256` is checked first.
+
     Raises:
-        ConfigError: for `model.path` when there is none.
+        ConfigError: for `model.path` when there is none, or `model.sha256`.
     """
     if spec.path.startswith(RANDOM):
         return tiny_tokenizer(spec.path)
-    folder = _plain_folder(spec)
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _unreadable(spec, error) from error
+    with _pinned_files(spec, with_weights=False) as folder:
+        try:
+            with quiet():
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # What parses the files raises whatever comes; they are of the model, and no record is among them.
+        except Exception as error:
+            raise _unreadable(spec, error) from error
+    tokenizer.name_or_path = spec.path
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -57,26 +67,27 @@ def load_base(spec: ModelSpec, *, task: Task, device: torch.device | str = "cpu"
     Raises:
         ConfigError: for `model.path` or `model.sha256`.
     """
-    if spec.sha256 is not None:
-        check_sha256(spec)
     if spec.path.startswith(RANDOM):
+        if spec.sha256 is not None:
+            check_sha256(spec)
         model = tiny_base(spec.path, task, dtype=_DTYPES[spec.dtype])
     else:
-        model = _pretrained(spec, task)
+        with _pinned_files(spec) as folder:
+            model = _pretrained(spec, task, folder)
+    check_ignores_batch_length(model, path=spec.path)
     # Training never reads the key-value cache; a generator asks for it by argument.
     model.config.use_cache = False
     model.requires_grad_(False)
     return model.eval().to(torch.device(device))
 
 
-def weights_sha256(spec: ModelSpec) -> str:
-    """The SHA-256 of the weights' file, the one that `sha256sum` prints.
+def model_sha256(spec: ModelSpec) -> str:
+    """The model's hash: of its manifest, see `fedtune.model.manifest`, or for a GGUF file the one `sha256sum` prints.
 
-    For several files it is the SHA-256 of `sha256sum`'s output for them in the order of their names;
-    for a random model, of its tensors' bytes in the order of their names.
+    For a random model it is that of its tensors' bytes in the order of their names.
     """
     if not spec.path.startswith(RANDOM):
-        return files_sha256(weights_files(spec))
+        return manifest_of(model_folder(spec), gguf_file=spec.gguf_file).sha256
     digest = hashlib.sha256()
     for _, tensor in sorted(tiny_base(spec.path, "classification").state_dict().items()):
         digest.update(tensor.numpy().tobytes())
@@ -84,25 +95,37 @@ def weights_sha256(spec: ModelSpec) -> str:
 
 
 def check_sha256(spec: ModelSpec) -> None:
-    """Require the weights to be those that `spec.sha256` names."""
-    found = weights_sha256(spec)
+    """Require the model to be the one that `spec.sha256` names."""
+    assert spec.sha256 is not None
+    if not spec.path.startswith(RANDOM):
+        manifest_of(model_folder(spec), gguf_file=spec.gguf_file).require(spec.sha256, path=spec.path)
+        return
+    found = model_sha256(spec)
     if found != spec.sha256:
-        raise ConfigError("model.sha256", spec.sha256, f"is not the hash of {spec.path}'s weights, which is {found}")
+        raise ConfigError("model.sha256", spec.sha256, f"is not the hash of {spec.path}, which is {found}")
 
 
-def _plain_folder(spec: ModelSpec) -> Path:
-    """The folder to load from: the model's own, or the cached expansion of its GGUF file."""
-    if not spec.gguf_file:
-        return model_folder(spec)
-    files = weights_files(spec)
-    return expanded_gguf(files[0], sha256=files_sha256(files), cache=cache_folder(spec))
+@contextmanager
+def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Path]:
+    """The folder to load from: the files of the manifest, whose hash is `spec.sha256`, and no others."""
+    with staged(model_folder(spec), gguf_file=spec.gguf_file, with_weights=with_weights or bool(spec.gguf_file)) as own:
+        if spec.sha256 is not None:
+            own.manifest.require(spec.sha256, path=spec.path)
+        if not spec.gguf_file:
+            yield own.folder
+            return
+        # Derived from the pinned file, by us, into the cache of this account, which is trusted as its Python is.
+        expanded = expanded_gguf(own.folder / spec.gguf_file, sha256=own.manifest.sha256, cache=cache_folder(spec))
+        with staged(expanded, with_weights=with_weights) as derived:
+            yield derived.folder
 
 
-def _pretrained(spec: ModelSpec, task: Task) -> PreTrainedModel:
+def _pretrained(spec: ModelSpec, task: Task, folder: Path) -> PreTrainedModel:
     auto = AutoModel if task == "classification" else AutoModelForCausalLM
-    folder = _plain_folder(spec)
     try:
         with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            check_size(config, auto, folder=folder, path=spec.path)
             model, report = auto.from_pretrained(
                 folder,
                 dtype=_DTYPES[spec.dtype],
@@ -111,8 +134,11 @@ def _pretrained(spec: ModelSpec, task: Task) -> PreTrainedModel:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # as above
         raise _unreadable(spec, error) from error
+    model.config.name_or_path = spec.path
     # Transformers fills what a checkpoint lacks with random numbers. We pool ourselves, so a missing pooler is fine.
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:

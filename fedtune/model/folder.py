@@ -21,8 +21,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
-from fedtune.model.base import weights_sha256
-from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.base import model_sha256
+from fedtune.model.manifest import manifest_of
+from fedtune.model.source import model_folder
+from fedtune.model.spec import RANDOM, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.model.task import ClassificationModel, TaskModel, assemble
 from fedtune.spec import ConfigError
 
@@ -51,7 +53,7 @@ def load_task_model(folder: Path, *, model: ModelSpec | None = None, device: tor
 
     Args:
         folder: what `save_task_model` wrote.
-        model: where the base lies here, when that is not where it was; its weights must be the same.
+        model: where the base lies here, when that is not where it was; it must be the same model.
         device: where to put it.
 
     Raises:
@@ -100,22 +102,35 @@ def _peft_settings(model: TaskModel) -> dict[str, Any]:
 
 def _settings(model: TaskModel) -> dict[str, Any]:
     base = model.spec.model
-    pinned = replace(base, sha256=base.sha256 or weights_sha256(base), cache_dir=None)
+    pinned = replace(base, sha256=base.sha256 or model_sha256(base), cache_dir=None)
     spec = asdict(replace(model.spec, model=pinned))
     return {"schema_version": _SCHEMA_VERSION, **spec, "adapter_digest": Adapter.of(model).digest()}
 
 
 def _spec_from(settings: dict[str, Any], model: ModelSpec | None) -> TaskModelSpec:
     saved = ModelSpec(**settings["model"])
+    # A base that lies elsewhere is still pinned to the model that the adapter was trained on.
+    here = saved if model is None else replace(model, sha256=saved.sha256)
     return TaskModelSpec(
-        # A base that lies elsewhere is still pinned to the weights that the adapter was trained on.
-        model=saved if model is None else replace(model, sha256=saved.sha256),
+        model=_pinned_whole(here),
         lora=LoraSpec(**_with_tuples(settings["lora"])),
         head=HeadSpec(**_with_tuples(settings["head"])),
         task=settings["task"],
         labels=tuple(settings["labels"]),
         seed=settings["seed"],
     )
+
+
+def _pinned_whole(model: ModelSpec) -> ModelSpec:
+    """The same base by its whole manifest's hash, where fedtune 0.1.0 saved that of its weights.
+
+    That weakens nothing: sites never load saved adapters, only the lead does to score or use its own, and 0.1.0
+    promised no more than the same weights.  A run's model is never pinned so.
+    """
+    if model.path.startswith(RANDOM) or model.sha256 is None:
+        return model
+    manifest = manifest_of(model_folder(model), gguf_file=model.gguf_file)
+    return replace(model, sha256=manifest.sha256) if model.sha256 == manifest.weights_sha256 else model
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:

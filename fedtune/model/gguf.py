@@ -6,6 +6,7 @@ The values stay those of the quantised file, written as float32: logits are bitw
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 from contextlib import redirect_stderr
@@ -15,9 +16,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fedtune.model.quiet import first_line, quiet
+from fedtune.model.refusals import config_refusal
 from fedtune.spec import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ def expanded_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
     """The folder with `file`'s model and tokenizer in safetensors form; makes it when the cache has none.
 
     Args:
-        file: the GGUF file.
+        file: the GGUF file, in a folder without others: transformers looks at what lies beside it.
         sha256: its hash, which names the cache entry.
         cache: fedtune's cache folder.
 
@@ -56,7 +58,11 @@ def load_gguf(file: Path) -> PreTrainedModel:
     # This one progress bar asks no setting whether it may show.
     with quiet(), redirect_stderr(StringIO()):
         return AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
         )
 
 
@@ -74,15 +80,33 @@ def save_plain(model: PreTrainedModel, folder: Path) -> None:
 
 def _expand(file: Path, folder: Path) -> None:
     try:
+        _check_config(file)
         model = load_gguf(file)
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, ImportError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+            )
+    except ConfigError:
+        raise
+    # What parses the file raises whatever comes.
+    except Exception as error:
         bound = f"must be a GGUF causal language model ({first_line(error)})"
         raise ConfigError("model.gguf_file", file.name, bound) from error
     with quiet():
         save_plain(model, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _check_config(file: Path) -> None:
+    """Refuse what a config.json would be refused for, before memory is set aside for it."""
+    with quiet(), redirect_stderr(StringIO()):
+        config = AutoConfig.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
+    fields = json.loads(config.to_json_string(use_diff=False))
+    reason = config_refusal(fields | {"quantization_config": None})
+    if reason is not None:
+        raise ConfigError("model.gguf_file", file.name, f"its metadata {reason}")
 
 
 def _publish(draft: Path, target: Path) -> None:

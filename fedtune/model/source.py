@@ -1,9 +1,7 @@
-"""Where a base model's files lie, and the hash that pins their weights."""
+"""Where a base model's files lie."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from importlib.util import find_spec
@@ -11,12 +9,12 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
+from fedtune.model.manifest import SETTINGS_FILES, SHARD_INDEX, WEIGHTS
 from fedtune.model.quiet import first_line
-from fedtune.model.spec import PACKAGE, ModelSpec
+from fedtune.model.spec import PACKAGE, RANDOM, ModelSpec
 from fedtune.spec import ConfigError
 
-_WEIGHTS, _SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_HUB_FILES = ["*.safetensors", SHARD_INDEX, *sorted(SETTINGS_FILES)]
 _HUB_TIMEOUT_S = 5.0
 
 
@@ -37,47 +35,40 @@ def model_folder(spec: ModelSpec) -> Path:
     else:
         raise ConfigError("model.path", spec.path, "is neither a folder on this machine nor a model hub's id")
     if not _has_weights(folder, spec):
-        missing = spec.gguf_file or f"{_WEIGHTS} or {_SHARD_INDEX}"
+        missing = spec.gguf_file or f"{WEIGHTS} or {SHARD_INDEX}"
         raise ConfigError("model.path", spec.path, f"must be a folder that holds {missing}")
     return folder
 
 
-def weights_files(spec: ModelSpec) -> tuple[Path, ...]:
-    """The files that hold the weights, in the order of their names.
+def locate(path: str) -> ModelSpec:
+    """The model that a person means by a path: a folder, one with a single GGUF file, such a file, or any `model.path`.
 
     Raises:
-        ConfigError: as `model_folder`; or the folder's index is damaged, names anything but safetensors files beside
-            it, or names one that is missing.
+        ConfigError: for `model.path` or `model.gguf_file`: there is no such model.
     """
-    folder = model_folder(spec)
-    if spec.gguf_file:
-        return (folder / spec.gguf_file,)
-    if (folder / _WEIGHTS).is_file():
-        return (folder / _WEIGHTS,)
-    try:
-        index = json.loads((folder / _SHARD_INDEX).read_text(encoding="utf-8"))
-        names = sorted({str(name) for name in index["weight_map"].values()})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ConfigError("model.path", str(folder), f"must hold a readable {_SHARD_INDEX}") from error
-    if not names or not all(re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII) for name in names):
-        bound = f"must hold a {_SHARD_INDEX} that names safetensors files beside it"
+    if path.startswith(RANDOM):
+        return ModelSpec(path=path)
+    place = Path(path).expanduser()
+    if path.endswith(".gguf") and (path.startswith(PACKAGE) or place.is_file()):
+        folder, _, name = path.rpartition("/")
+        return ModelSpec(path=folder or ".", gguf_file=name)
+    found = _package_folder(path) if path.startswith(PACKAGE) else place
+    return ModelSpec(path=path, gguf_file=only_gguf(found) if found.is_dir() else None)
+
+
+def only_gguf(folder: Path) -> str | None:
+    """The name of a folder's one GGUF file; None where it holds safetensors, which come first.
+
+    Raises:
+        ConfigError: for `model.path`: it holds neither.
+    """
+    if any((folder / name).is_file() for name in (WEIGHTS, SHARD_INDEX)):
+        return None
+    found = sorted(file.name for file in folder.glob("*.gguf"))
+    if len(found) != 1:
+        bound = f"must hold safetensors weights, or exactly one GGUF file; it holds {len(found)}"
         raise ConfigError("model.path", str(folder), bound)
-    for name in names:
-        if not (folder / name).is_file():
-            raise ConfigError("model.path", str(folder), f"must hold {name}, which its index names")
-    return tuple(folder / name for name in names)
-
-
-def files_sha256(files: tuple[Path, ...]) -> str:
-    """A single file's SHA-256; for several, the SHA-256 of `sha256sum`'s lines for them ("<hash>  <name>")."""
-    hashes = []
-    for path in files:
-        with path.open("rb") as stream:
-            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    if len(files) == 1:
-        return hashes[0]
-    lines = "".join(f"{digest}  {path.name}\n" for digest, path in zip(hashes, files, strict=True))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return found[0]
 
 
 def cache_folder(spec: ModelSpec) -> Path:
@@ -86,7 +77,7 @@ def cache_folder(spec: ModelSpec) -> Path:
 
 
 def _has_weights(folder: Path, spec: ModelSpec) -> bool:
-    names = (spec.gguf_file,) if spec.gguf_file else (_WEIGHTS, _SHARD_INDEX)
+    names = (spec.gguf_file,) if spec.gguf_file else (WEIGHTS, SHARD_INDEX)
     return any((folder / name).is_file() for name in names)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fedtune.model.base import load_base, load_tokenizer
 from fedtune.model.checkpointing import checkpoint_layers
+from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.heads import label_embeddings, label_texts, mean_pooled, new_head
 from fedtune.model.lora import attach_lora, layer_stack
 from fedtune.model.prefix import FrozenPrefix
@@ -181,6 +182,7 @@ class ClassificationModel(TaskModel):
             return
         texts = label_texts(spec, self.spec.labels)
         tokenizer = load_tokenizer(self.spec.model)
+        check_tokenizer_fits(tokenizer, self.base.get_base_model(), path=self.spec.model.path)
         rows = label_embeddings(texts, embed=self.embed, tokenizer=tokenizer, device=self.device)
         if spec.centre:
             self.centre.copy_(rows.mean(dim=0))

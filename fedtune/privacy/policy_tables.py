@@ -166,7 +166,7 @@ class Allow:
     Attributes:
         leads: public keys of leads, 64 hex digits each.
         tasks: such as "classification".
-        base_models: SHA-256 of base models' weights.
+        base_models: SHA-256 of base models, with all files that loading reads.
         target_modules: modules that may get LoRA matrices.
         max_rank: largest LoRA rank.
         train_head: whether a task head may be trained and released.

@@ -43,7 +43,7 @@ class Environment:
         since: UTC; when the run was first started, or resumed, here.
         machine: such as "x86_64", with the number of its cores.
         device: that the model was on.
-        model_sha256: of the base model's weights as they were loaded.
+        model_sha256: of the base model as it was loaded, see `fedtune.model.manifest`; 0.1.0 noted that of its weights.
         sampling: how units joined a step, where training took place in this process; None: elsewhere.
         randomness: "operating_system" or "seeded", likewise.
     """
@@ -113,10 +113,10 @@ def _device(shared: SharedModel) -> str:
 
 
 def _weights(config: RunConfig) -> str:
-    """A pinned hash was checked when the weights were loaded."""
-    from fedtune.model import weights_sha256
+    """A pinned hash was checked when the model was loaded."""
+    from fedtune.model import model_sha256
 
-    return config.model.sha256 or weights_sha256(config.model)
+    return config.model.sha256 or model_sha256(config.model)
 
 
 def _version(name: str) -> str | None:

@@ -17,6 +17,7 @@ from fedtune.data.load import lead_records, tokenise
 from fedtune.evaluation.evaluate import evaluate
 from fedtune.evaluation.generation import PromptSet
 from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model, load_tokenizer
+from fedtune.model.fits import check_tokenizer_fits
 from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.preflight import check_examples_alone
 
@@ -158,8 +159,10 @@ def _ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTraine
     Raises:
         ConfigError: they cannot be loaded, or do not fit each other or the settings.
     """
-    tokenizer = load_tokenizer(config.model)
-    return tokenizer, ready_model(build, config.runtime, max_length=config.data.max_length)
+    model = ready_model(build, config.runtime, max_length=config.data.max_length)
+    tokenizer = load_tokenizer(model.spec.model)
+    check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=config.model.path)
+    return tokenizer, model
 
 
 def _score(

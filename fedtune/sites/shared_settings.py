@@ -14,7 +14,7 @@ from typing import Any
 
 from fedtune.config import ReportSpec, RunConfig, parse
 from fedtune.data.partition import PartitionSpec
-from fedtune.model.base import weights_sha256
+from fedtune.model.base import model_sha256
 from fedtune.model.spec import PACKAGE, RANDOM, ModelSpec
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.plan import Plan
@@ -35,7 +35,7 @@ def for_sites(config: RunConfig) -> RunConfig:
     """What of a lead's configuration the sites are sent: noise and weights fixed, nothing of the lead's own machine.
 
     Raises:
-        ConfigError: the model's weights cannot be had, so that they cannot be named by their hash.
+        ConfigError: the model cannot be had, so that it cannot be named by its hash.
     """
     data = replace(
         config.data,
@@ -133,7 +133,7 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
 
 def _named_model(model: ModelSpec) -> ModelSpec:
     """The model by its hash, without the place where the lead has it."""
-    sha256 = model.sha256 or weights_sha256(model)
+    sha256 = model.sha256 or model_sha256(model)
     path = model.path if model.path.startswith((RANDOM, PACKAGE)) else _AT_SITE
     return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None)
 
@@ -141,7 +141,7 @@ def _named_model(model: ModelSpec) -> ModelSpec:
 def _local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpec:
     """The model where it lies here; its hash is checked when it is loaded."""
     if model.sha256 is None:
-        raise Refused(Reason.BASE_MODELS, asked=UNVERIFIED, allowed="a SHA-256 of the weights")
+        raise Refused(Reason.BASE_MODELS, asked=UNVERIFIED, allowed="a SHA-256 of the model")
     if model.path.startswith(RANDOM):
         return model
     try:

@@ -9,6 +9,7 @@ import torch
 
 from fedtune.data import Shapes
 from fedtune.model import TaskModel
+from fedtune.model.fits import usable_positions
 from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec
 
@@ -40,7 +41,7 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
     model = build()
     if runtime.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    positions = getattr(model.base.config, "max_position_embeddings", None)
+    positions = usable_positions(model.base.get_base_model())
     if positions is not None and max_length > positions:
         raise ConfigError("data.max_length", max_length, f"must be at most the model's {positions}")
     return model
@@ -48,7 +49,7 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
 
 def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
     """The shapes of a run's micro-batches on this machine, from public settings alone."""
-    positions = getattr(model.base.config, "max_position_embeddings", None)
+    positions = usable_positions(model.base.get_base_model())
     return Shapes.of(max_length=max_length, max_tokens=runtime.micro_batch_tokens, positions=positions)
 
 

@@ -19,7 +19,7 @@ from fedtune.cli.plan_page import chart_svg, page_html
 from fedtune.cli.plan_text import show
 from fedtune.cli.plan_words import bytes_text, duration
 from fedtune.federation import planner, solver, verdict
-from fedtune.model.base import weights_sha256
+from fedtune.model.base import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.keys import SigningKey
@@ -122,7 +122,7 @@ def test_bytes_and_time_come_from_the_model(plan_json: Run, simulate: Any, resul
 
 
 def test_the_base_model_is_named_by_the_hash_that_sites_know_it_by(plan_json: Run, outlook: Any) -> None:
-    expected = weights_sha256(ModelSpec(path="random:bert"))
+    expected = model_sha256(ModelSpec(path="random:bert"))
     assert plan_json(model=True)["model_sha256"] == expected
     assert plan_json()["model_sha256"] is None, "it is not known without the model"
     assert plan_json(f"model.sha256={expected}")["model_sha256"] == expected, "unless the settings pin it"

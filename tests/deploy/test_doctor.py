@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import fcntl
 import gzip
-import hashlib
 import http.server
 import json
 import os
@@ -34,7 +33,8 @@ from fedtune.deploy.doctor_check import Check, PrivateLog, Status, exit_code_of
 from fedtune.deploy.join import REQUEST, site_init
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.models import install_model, model_place
-from fedtune.model.base import weights_sha256
+from fedtune.model.base import model_sha256
+from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
@@ -176,8 +176,9 @@ def home(tmp_path: Path, mailbox: Mailbox, site_policy: Callable[..., Policy], n
     model = tmp_path / "tiny"
     model.mkdir()
     save_file({"w": torch.arange(8.0)}, model / "model.safetensors")
+    (model / "config.json").write_text("{}")
     (model / "LICENSE").write_text("do as you please")
-    digest = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    digest = manifest_of(model).sha256
     written = tmp_path / "federation.toml"
     written.write_text(
         f'name = "cardiology"\nserver = "127.0.0.1:{mailbox.server_port}"\n'
@@ -566,7 +567,7 @@ def test_a_model_with_a_changed_byte(home: Home) -> None:
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     checks = home.examined()
-    assert "whose weights have SHA-256" in failures(checks)["base model tiny"]
+    assert "is not what lies in its folder" in failures(checks)["base model tiny"]
     assert "Import it again" in checks["base model tiny"].fix
 
 
@@ -603,7 +604,7 @@ def test_models_that_kit_and_policy_see_differently(home: Home) -> None:
 
 
 def test_a_made_up_model_needs_no_files(home: Home) -> None:
-    digest = weights_sha256(ModelSpec(path="random:bert"))
+    digest = model_sha256(ModelSpec(path="random:bert"))
     text = (home.kit / "kit.toml").read_text()
     (home.kit / "kit.toml").write_text(text.replace(home.policy.allow.base_models[0], digest))
     home.change(allow={"base_models": (digest,)})

@@ -21,7 +21,8 @@ from fedtune.deploy import models
 from fedtune.deploy.kit_file import KitModel
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.models import install_model, installed_model, licence_files, verify_model
-from fedtune.model.base import weights_sha256
+from fedtune.model.base import model_sha256
+from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError, RunError
 
@@ -47,15 +48,16 @@ def folder(tmp_path: Path) -> Path:
     (made / "1_Pooling" / "config.json").write_text("{}")
     save_file({"w": torch.arange(6.0)}, made / "model.safetensors")
     save_file({"w": torch.arange(9.0)}, made / "adapter_model.safetensors")
-    for name in ("config.json", "tokenizer.json", "vocab.txt", "spiece.model", "chat.jinja", "LICENSE", "README.md"):
+    for name in ("config.json", "tokenizer.json", "vocab.txt", "spiece.model", "chat.jinja", "LICENSE", "NOTICE.md"):
         (made / name).write_text("{}")
+    for name in ("README.md", "README.safetensors", "LICENSE.safetensors", "NOTICE.json", "LICENSE.gguf.py"):
+        (made / name).write_text("never read")
     for name in ("modeling_custom.py", "notes.docx", "LICENSE.py", ".gitattributes", "weights.h5"):
         (made / name).write_text("print('never read')")
     return made
 
 
-WANTED = {"model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "spiece.model", "chat.jinja", "LICENSE"}
-WANTED |= {"README.md"}
+WANTED = {"model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "spiece.model", "LICENSE", "NOTICE.md"}
 
 
 def names(folder: Path) -> set[str]:
@@ -64,6 +66,10 @@ def names(folder: Path) -> set[str]:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def pin(folder: Path) -> str:
+    return manifest_of(folder).sha256
 
 
 def refused(path: Path, kit: Kit, *, because: str) -> ConfigError:
@@ -76,21 +82,37 @@ def refused(path: Path, kit: Kit, *, because: str) -> ConfigError:
 
 
 def test_a_folder_is_copied_by_the_hash_that_a_run_checks(folder: Path, kit: Any) -> None:
-    digest = sha256(folder / "model.safetensors")
+    digest = pin(folder)
     site = kit("0" * 64, digest)
     installed = install_model(folder, site)
     assert installed.new
     assert installed.model.name == "m2"
     assert installed.folder == site.folder / "models" / digest == installed_model(site.folder, digest)
-    assert names(installed.folder) == WANTED, "weights that the hash does not cover, and code, stay outside"
-    assert weights_sha256(ModelSpec(path=str(installed.folder), sha256=digest)) == digest
+    assert names(installed.folder) == WANTED, "what the hash does not cover, and code, stays outside"
+    assert model_sha256(ModelSpec(path=str(installed.folder), sha256=digest)) == digest
     assert licence_files(site.folder, digest) == ["LICENSE"]
     verify_model(site.folder, digest)
     assert names(site.folder / "models") == {digest}
 
 
+def test_a_kit_of_0_1_0_is_told_which_hash_it_needs(folder: Path, kit: Any) -> None:
+    old = sha256(folder / "model.safetensors")
+    error = refused(folder, kit(old), because="is the hash of the weights alone, as fedtune 0.1.0 wrote it")
+    assert "`fedtune model-hash" in error.bound
+    site = kit(old)
+    shutil.copytree(folder, site.folder / "models" / old)  # as 0.1.0 installed it
+    with pytest.raises(ConfigError, match="the hash of the weights alone"):
+        verify_model(site.folder, old)
+
+
+def test_a_folder_that_redirects_the_loader_is_not_installed(folder: Path, kit: Any) -> None:
+    digest = pin(folder)
+    (folder / "config.json").write_text('{"transformers_weights": "README.safetensors"}')
+    refused(folder, kit(digest), because="has transformers_weights")
+
+
 def test_a_second_import_changes_nothing(folder: Path, kit: Any) -> None:
-    site = kit(sha256(folder / "model.safetensors"))
+    site = kit(pin(folder))
     first = install_model(folder, site).folder
     before = first.stat().st_ino
     again = install_model(folder, site)
@@ -105,8 +127,7 @@ def test_shards_are_copied_with_their_index(folder: Path, kit: Any) -> None:
         save_file({f"w{number}": torch.full((3,), float(number))}, folder / name)
     index = {"weight_map": {f"w{number}": name for number, name in enumerate(shards)}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    lines = "".join(f"{sha256(folder / name)}  {name}\n" for name in shards)
-    digest = hashlib.sha256(lines.encode()).hexdigest()
+    digest = pin(folder)
     installed = install_model(folder, kit(digest)).folder
     assert names(installed) == (WANTED - {"model.safetensors"}) | {*shards, "model.safetensors.index.json"}
     (installed / shards[1]).unlink()
@@ -138,7 +159,7 @@ def test_a_gguf_file_is_copied_under_its_name_with_its_papers_alone(tmp_path: Pa
     site = kit(sha256(file))
     installed = install_model(file, site).folder
     assert names(installed) == {"Small-Q4_1.gguf", "LICENSE.txt"}
-    assert weights_sha256(ModelSpec(path=str(installed), gguf_file=file.name)) == sha256(file)
+    assert model_sha256(ModelSpec(path=str(installed), gguf_file=file.name)) == sha256(file)
     verify_model(site.folder, sha256(file))
 
 
@@ -164,7 +185,7 @@ def test_a_model_in_a_python_package(tmp_path: Path, folder: Path, kit: Any, mon
     shutil.copytree(folder, package / "model")
     (package / "tiny.gguf").write_bytes(b"GGUF tiny")
     monkeypatch.syspath_prepend(str(package.parent))
-    first, second = sha256(folder / "model.safetensors"), sha256(package / "tiny.gguf")
+    first, second = pin(folder), sha256(package / "tiny.gguf")
     site = kit(first, second)
     assert names(install_model(Path("package:some_weights/model"), site).folder) == WANTED
     assert names(install_model(Path("package:some_weights/tiny.gguf"), site).folder) == {"tiny.gguf"}
@@ -180,8 +201,8 @@ def test_a_model_in_a_python_package(tmp_path: Path, folder: Path, kit: Any, mon
 
 
 def test_a_model_that_the_federation_does_not_name(folder: Path, kit: Any) -> None:
-    error = refused(folder, kit("0" * 64), because="has weights with SHA-256")
-    assert sha256(folder / "model.safetensors") in str(error)
+    error = refused(folder, kit("0" * 64), because="has SHA-256")
+    assert pin(folder) in str(error)
     assert f"{'0' * 64} (m1)" in error.bound
     assert "no model at all" in refused(folder, kit(), because="SHA-256").bound
 
@@ -189,7 +210,7 @@ def test_a_model_that_the_federation_does_not_name(folder: Path, kit: Any) -> No
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "a.pt", "b.PTH", "model.ckpt", "c.pkl"])
 def test_a_folder_with_a_pickle_is_refused(folder: Path, kit: Any, name: str) -> None:
     (folder / name).write_bytes(b"\x80\x04.")
-    error = refused(folder, kit(sha256(folder / "model.safetensors")), because=f"must not hold {name}")
+    error = refused(folder, kit(pin(folder)), because=f"must not hold {name}")
     assert "can run code" in error.bound
 
 
@@ -197,19 +218,19 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, folder: Path, kit: 
     secret = tmp_path / "patients.json"
     secret.write_text("secret")
     (folder / "extra.json").symlink_to(secret)
-    refused(folder, kit(sha256(folder / "model.safetensors")), because="must not hold extra.json, a link out of it")
+    refused(folder, kit(pin(folder)), because="must not hold extra.json, a link out of it")
 
 
 def test_links_inside_the_folder_are_followed(folder: Path, kit: Any) -> None:
     (folder / "special_tokens_map.json").symlink_to("config.json")
-    installed = install_model(folder, kit(sha256(folder / "model.safetensors"))).folder
+    installed = install_model(folder, kit(pin(folder))).folder
     assert not (installed / "special_tokens_map.json").is_symlink()
     assert (installed / "special_tokens_map.json").read_text() == "{}"
 
 
 def test_what_is_no_file_is_left_alone(folder: Path, kit: Any) -> None:
     os.mkfifo(folder / "pipe.json")  # reading it would wait for ever
-    assert names(install_model(folder, kit(sha256(folder / "model.safetensors"))).folder) == WANTED
+    assert names(install_model(folder, kit(pin(folder))).folder) == WANTED
 
 
 @pytest.mark.parametrize("made", ["nothing", "empty", "model.safetensors"])
@@ -228,13 +249,13 @@ def test_a_model_that_is_not_installed_is_missed_with_what_to_do(kit: Any) -> No
 
 
 def test_a_changed_byte_is_found_and_a_new_import_mends_it(folder: Path, kit: Any) -> None:
-    digest = sha256(folder / "model.safetensors")
+    digest = pin(folder)
     site = kit(digest)
     weights = install_model(folder, site).folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-    with pytest.raises(ConfigError, match=sha256(weights)):
+    with pytest.raises(ConfigError, match=pin(weights.parent)):
         verify_model(site.folder, digest)
     assert install_model(folder, site).new
     verify_model(site.folder, digest)
@@ -242,7 +263,7 @@ def test_a_changed_byte_is_found_and_a_new_import_mends_it(folder: Path, kit: An
 
 
 def test_weights_that_change_while_they_are_copied(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = kit(sha256(folder / "model.safetensors"))
+    site = kit(pin(folder))
     copy = models._copy_durably
 
     def changed_meanwhile(source: Path, target: Path) -> None:
@@ -257,14 +278,14 @@ def test_weights_that_change_while_they_are_copied(folder: Path, kit: Any, monke
 def test_a_disk_that_is_too_full(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
-    site = kit(sha256(folder / "model.safetensors"))
+    site = kit(pin(folder))
     with pytest.raises(RunError, match="nothing was installed"):
         install_model(folder, site)
     assert names(site.folder / "models") == set()
 
 
 def test_a_copy_that_fails_half_way_leaves_nothing(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = kit(sha256(folder / "model.safetensors"))
+    site = kit(pin(folder))
 
     def full(read: Any, written: Any, length: int) -> None:
         written.write(b"half")
@@ -279,7 +300,7 @@ def test_a_copy_that_fails_half_way_leaves_nothing(folder: Path, kit: Any, monke
 
 
 def test_what_a_crash_left_is_cleared_away(folder: Path, kit: Any) -> None:
-    digest = sha256(folder / "model.safetensors")
+    digest = pin(folder)
     site = kit(digest)
     left = site.folder / "models" / f".{digest}.partial"
     left.mkdir(parents=True)
@@ -289,7 +310,7 @@ def test_what_a_crash_left_is_cleared_away(folder: Path, kit: Any) -> None:
 
 
 def test_two_imports_at_once_install_one_model(folder: Path, kit: Any) -> None:
-    site = kit(sha256(folder / "model.safetensors"))
+    site = kit(pin(folder))
     results: list[bool] = []
     threads = [threading.Thread(target=lambda: results.append(install_model(folder, site).new)) for _ in range(6)]
     for thread in threads:

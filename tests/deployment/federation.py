@@ -30,7 +30,7 @@ from .site_folder import SiteFolder
 
 LEAD, NAMES = "lead", ("north", "south", "west")
 DECLARED = 230
-MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MINILM = "69dbedbf1fe8d9d0599e7b8c2a45c5b6c70d9ffc4fa6d0e72f04e2c8fa51c194"
 Command = Callable[..., Any]
 """`fedtune` in the test's own process."""
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import yaml
@@ -24,6 +25,8 @@ from fedtune.deploy.site_state import SiteState
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.receipt_book import ReceiptBook
 from fedtune.model import load_task_model
+from fedtune.model.manifest import manifest_of
+from fedtune.model.refusals import check_content
 from fedtune.privacy.chain import Head
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.policy_file import read_policy
@@ -40,6 +43,29 @@ from .target import Target
 
 COLUMNS = {"text": "body", "label": "kind"}
 _OURS = (ConfigError, RunError)
+
+
+_OF_A_MODEL: dict[str, Any] = {
+    "config.json": {
+        "model_type": "llama",
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "attn_implementation": "eager",
+        "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}},
+        "text_config": {"quantization_config": None, "layer_types": ["full_attention"]},
+    },
+    "tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "tokenizer_file": "x", "auto_map": None},
+    "tokenizer.json": {"model": {"type": "BPE", "dropout": None, "vocab": {"a": 0}, "merges": []}},
+}
+
+
+def _model_of(index: Path) -> object:
+    """The manifest of a folder that this index of shards lies in."""
+    with TemporaryDirectory() as scratch:
+        for name in ("config.json", "a.safetensors", "b.safetensors"):
+            Path(scratch, name).write_text("{}")
+        shutil.copy(index, scratch)
+        return manifest_of(Path(scratch))
 
 
 def _in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
@@ -281,6 +307,21 @@ TARGETS = (
         broken=_bytes(lambda: _of_run("adapter/head.safetensors")),
         parse=_in_run("adapter/head.safetensors", lambda folder: load_task_model(folder / "adapter")),
         errors=(FedtuneError,),
+    ),
+    *(
+        Target(
+            name=f"a model's {name}",
+            broken=_json(lambda fields=fields: fields),
+            parse=lambda data, name=name: check_content(name, data, folder="model"),
+            errors=(ConfigError,),
+        )
+        for name, fields in _OF_A_MODEL.items()
+    ),
+    Target(
+        name="a model's index of shards",
+        broken=_json(lambda: {"metadata": {}, "weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}),
+        parse=_in_file("model.safetensors.index.json", _model_of),
+        errors=(ConfigError,),
     ),
     Target(name="data.jsonl", broken=_bytes(lambda: _JSONL), parse=_rows("data.jsonl"), errors=(DataError,)),
     Target(

@@ -17,7 +17,7 @@ from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
 from fedtune.federation.site import answer, end_run
 from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
-from fedtune.model.base import weights_sha256
+from fedtune.model.base import model_sha256
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
@@ -54,7 +54,7 @@ def letters() -> Callable[..., RunConfig]:
     config = RunConfig(
         name="trial",
         task="classification",
-        model=ModelSpec(path="random:bert", sha256=weights_sha256(ModelSpec(path="random:bert"))),
+        model=ModelSpec(path="random:bert", sha256=model_sha256(ModelSpec(path="random:bert"))),
         data=DataSpec(
             dataset="letters",
             train_file="unused.csv",

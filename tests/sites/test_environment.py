@@ -12,7 +12,7 @@ import torch
 
 import fedtune
 from fedtune.cli.compose import compose_run
-from fedtune.model import weights_sha256
+from fedtune.model import model_sha256
 from fedtune.sites import environment
 from fedtune.sites.environment import note_environment, read_environments
 from fedtune.spec import RunError
@@ -32,7 +32,7 @@ def test_what_is_noted_is_this_process(shared: Callable[..., Any], tmp_path: Pat
     assert (noted.python, noted.fedtune_version) == (platform.python_version(), fedtune.__version__)
     assert (noted.device, noted.libraries["torch"]) == ("cpu", torch.__version__)
     assert noted.machine.startswith(platform.machine())
-    assert noted.model_sha256 == weights_sha256(shared().config.model)
+    assert noted.model_sha256 == model_sha256(shared().config.model)
     assert (noted.sampling, noted.randomness) == ("poisson", "operating_system")
     text = (tmp_path / "environment.json").read_text()
     assert platform.node() not in text, "whose machine it is is nobody's business"
@@ -52,8 +52,8 @@ def test_a_seeded_study_is_noted_as_one(shared: Callable[..., Any], tmp_path: Pa
 def test_a_pinned_model_is_not_hashed_again(
     shared: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pinned = weights_sha256(shared().config.model)
-    monkeypatch.setattr("fedtune.model.base.weights_sha256", None)
+    pinned = model_sha256(shared().config.model)
+    monkeypatch.setattr("fedtune.model.base.model_sha256", None)
     note_environment(tmp_path, shared(f"model.sha256={pinned}"))
     assert read_environments(tmp_path)[0].model_sha256 == pinned
 

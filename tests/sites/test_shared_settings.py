@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedtune.config import RunConfig, parse
 from fedtune.data.partition import PartitionSpec
-from fedtune.model.base import weights_sha256
+from fedtune.model.base import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.release import Reason, Refused
@@ -186,7 +186,7 @@ def test_where_a_lead_has_its_model_does_not_travel(letters: Letters) -> None:
 def test_weights_are_named_by_their_hash(letters: Letters) -> None:
     for path in ("random:bert", "random:llama"):
         sent = for_sites(letters(model={"path": path, "sha256": None}))
-        assert sent.model.sha256 == weights_sha256(ModelSpec(path=path))
+        assert sent.model.sha256 == model_sha256(ModelSpec(path=path))
     assert for_sites(letters(model={"sha256": None})) == for_sites(letters())
     with pytest.raises(ConfigError, match=r"model\.path"):
         for_sites(letters(model={"path": "./nowhere", "sha256": None}))

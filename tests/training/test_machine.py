@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaModel
 
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
@@ -18,6 +22,17 @@ def test_a_length_that_the_model_cannot_take_is_a_mistake() -> None:
     most = model.base.config.max_position_embeddings
     with pytest.raises(ConfigError, match=rf"data\.max_length = {most + 1}: must be at most the model's {most}"):
         ready_model(TINY, RuntimeSpec(num_threads=1), max_length=most + 1, device="cpu")
+
+
+def test_a_length_in_the_padding_s_rows_is_a_mistake(tmp_path: Path) -> None:
+    """RoBERTa has 514 rows of positions for 512 tokens: behind the 512th a record made a site fail."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    RobertaModel(RobertaConfig(vocab_size=32, max_position_embeddings=514, **shape)).save_pretrained(tmp_path)
+    spec = replace(TINY, model=ModelSpec(path=str(tmp_path)))
+    for length in (513, 514):
+        with pytest.raises(ConfigError, match=rf"data\.max_length = {length}: must be at most the model's 512"):
+            ready_model(spec, RuntimeSpec(num_threads=1), max_length=length, device="cpu")
+    ready_model(spec, RuntimeSpec(num_threads=1), max_length=512, device="cpu")
 
 
 def test_frozen_states_are_kept_while_they_fit() -> None:

@@ -1,0 +1,265 @@
+"""A model is pinned whole: the files that loading may read, one hash over all of them, and nothing else beside them.
+
+The hash of a GGUF file is the one that `sha256sum` prints.  Of a folder with safetensors it is the SHA-256 of a text:
+a first line that says what it is, then `sha256sum`'s line for each file, in the order of the names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from fedtune.model.refusals import check_content, most_bytes
+from fedtune.spec import ConfigError, RunError
+
+WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
+SETTINGS_FILES = frozenset(
+    {
+        "config.json", "generation_config.json",
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "chat_template.jinja",
+        "vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json",
+        "entity_vocab.json", "tokenizer.model", "tiktoken.model", "spiece.model", "spm.model", "spm_char.model",
+        "sentencepiece.model", "sentencepiece.bpe.model",
+    }
+)  # fmt: skip
+"""Every file beside the weights that AutoConfig, AutoTokenizer, AutoModel and AutoModelForCausalLM of transformers 5.23
+may read from a folder, for a model of text.  Read there and left out on purpose: `adapter_config.json` (it redirects),
+`tekken.json` (a package that is not pinned reads it), `additional_chat_templates/`, `*.py` and pickles."""
+
+_FIRST_LINE = "fedtune model manifest 1\n"
+"""So that no other list of hashes, as of 0.1.0's shards, can be taken for a manifest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a model's hash covers.
+
+    Attributes:
+        files: name and SHA-256 of each file, in the order of the names.
+    """
+
+    files: tuple[tuple[str, str], ...]
+
+    @property
+    def text(self) -> str:
+        """What the hash is of; for a GGUF file just its own line."""
+        lines = _lines(self.files)
+        return lines if self._gguf else _FIRST_LINE + lines
+
+    @property
+    def sha256(self) -> str:
+        """The model's hash."""
+        return self.files[0][1] if self._gguf else hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def weights_sha256(self) -> str:
+        """What fedtune 0.1.0 took for the model's hash: that of the weights alone."""
+        weights = tuple((name, digest) for name, digest in self.files if _is_weights(name))
+        return weights[0][1] if len(weights) == 1 else hashlib.sha256(_lines(weights).encode()).hexdigest()
+
+    @property
+    def _gguf(self) -> bool:
+        return len(self.files) == 1 and self.files[0][0].endswith(".gguf")
+
+    def require(self, sha256: str, *, path: str) -> None:
+        """Require the model at `path` to be the one that `sha256` names.
+
+        Raises:
+            ConfigError: for `model.sha256`.
+        """
+        if sha256 == self.sha256:
+            return
+        bound = f"is not the hash of {path}, which is {self.sha256}"
+        if sha256 == self.weights_sha256:
+            bound = old_hash(path)
+        raise ConfigError("model.sha256", sha256, bound)
+
+
+def old_hash(path: object) -> str:
+    """What a person is told whose settings name a hash of 0.1.0."""
+    return (
+        "is the hash of the weights alone, as fedtune 0.1.0 wrote it; now the hash of all files is needed: "
+        f"`fedtune model-hash {path}` prints it"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Staged:
+    """A folder that holds a model's files and nothing else, until the block ends."""
+
+    folder: Path
+    manifest: Manifest
+
+
+@contextmanager
+def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = True) -> Iterator[Staged]:
+    """Put exactly the files of a model's manifest into a folder of their own, and hash them there.
+
+    All but the weights are read once: the bytes that are checked and hashed are the bytes that are loaded.  Weights are
+    linked, since a copy of gigabytes in each run is too much; that they are still the file that was hashed is looked at
+    when the block ends.  What remains: torch may map the file into memory, so somebody who may write to it can change
+    weights later, or set the clock back in between.  That is the site's own account or its administrator, against whom
+    nothing here protects.
+
+    Args:
+        folder: the model's.
+        gguf_file: the file in it that is the model; None: its safetensors.
+        with_weights: False for the tokenizer alone.  Weights are not linked then, and their hash may be one that this
+            process computed before, of a file with the same number, size and times.
+
+    Raises:
+        ConfigError: for `model.path`: files are missing, lead out of the folder, are refused, or changed meanwhile.
+        RunError: the folder for temporary files is full, or cannot be written.
+    """
+    with _scratch() as scratch:
+        # A folder's own name tells transformers of some models which tokenizer to take: here all have the same.
+        place = Path(scratch, "model")
+        place.mkdir()
+        hashes, weights = {}, {}
+        for name in () if gguf_file else _settings_names(folder):
+            content = _read(folder, name)
+            _write(place / name, content)
+            hashes[name] = hashlib.sha256(content).hexdigest()
+        for name in (gguf_file,) if gguf_file else _weights_names(folder, place):
+            file = _own_file(folder, name)
+            weights[file] = _about(file)
+            hashes[name] = _hash_of(file, fresh=with_weights)
+            if with_weights:
+                (place / name).symlink_to(file)
+        yield Staged(folder=place, manifest=Manifest(files=tuple(sorted(hashes.items()))))
+        for file, before in weights.items():
+            if _about(file) != before:
+                raise ConfigError("model.path", str(folder), f"must not change while it is loaded: {file.name} did")
+
+
+def manifest_of(folder: Path, *, gguf_file: str | None = None) -> Manifest:
+    """The manifest of a folder's model; every file is read and checked.
+
+    Raises:
+        ConfigError: as `staged`.
+    """
+    with staged(folder, gguf_file=gguf_file) as model:
+        return model.manifest
+
+
+def _settings_names(folder: Path) -> list[str]:
+    """The files beside the weights; the folder's listing is checked."""
+    try:
+        listed = sorted(os.listdir(folder))
+    except OSError as error:
+        raise ConfigError("model.path", str(folder), "must be a folder that can be read") from error
+    known = SETTINGS_FILES | {WEIGHTS, SHARD_INDEX}
+    if "adapter_config.json" in listed:
+        bound = "must not hold adapter_config.json, which points the loader at other weights: give the base model alone"
+        raise ConfigError("model.path", str(folder), bound)
+    for name in listed:
+        if name not in known and (meant := name.casefold()) in known:
+            bound = (
+                f"must not hold {name}, whose name differs from {meant} only in case: some machines read one as both"
+            )
+            raise ConfigError("model.path", str(folder), bound)
+    names = [name for name in listed if name in SETTINGS_FILES]
+    if "config.json" not in names:
+        raise ConfigError("model.path", str(folder), "must hold config.json")
+    # Of a model with both, the single file is the one that is loaded.
+    return names if WEIGHTS in listed else [*names, SHARD_INDEX]
+
+
+def _weights_names(folder: Path, place: Path) -> tuple[str, ...]:
+    """The files with the weights, by the index that was staged."""
+    index = place / SHARD_INDEX
+    if not index.exists():
+        return (WEIGHTS,)
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = tuple(sorted({str(name) for name in named}))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError("model.path", str(folder), f"must hold a readable {SHARD_INDEX}") from error
+    if not names or not all(re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII) for name in names):
+        bound = f"must hold a {SHARD_INDEX} that names safetensors files beside it"
+        raise ConfigError("model.path", str(folder), bound)
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError("model.path", str(folder), f"must hold {name}, which its index names")
+    return names
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        with _own_file(folder, name).open("rb") as stream:
+            content = stream.read(most_bytes(name) + 1)
+    except OSError as error:
+        raise ConfigError("model.path", str(folder), f"must hold a {name} that can be read") from error
+    check_content(name, content, folder=str(folder))
+    return content
+
+
+def _scratch() -> TemporaryDirectory[str]:
+    try:
+        return TemporaryDirectory(prefix="fedtune-model-")
+    except OSError as error:
+        raise RunError(f"there is no folder for temporary files that can be written ({error.strerror})") from error
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise RunError(f"{file.parent} cannot be written ({error.strerror})") from error
+
+
+def _own_file(folder: Path, name: str) -> Path:
+    """Where a file really lies: in the folder, or in the hub's cache that the folder is a snapshot of."""
+    inside = folder.resolve()
+    if inside.parent.name == "snapshots" and (inside.parent.parent / "blobs").is_dir():
+        inside = inside.parent.parent
+    try:
+        file = (folder / name).resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError("model.path", str(folder), f"must hold a {name} that can be read") from error
+    if not file.is_relative_to(inside):
+        bound = f"must not hold {name}, a link out of it: give a real copy of the folder (cp -rL)"
+        raise ConfigError("model.path", str(folder), bound)
+    if not file.is_file():
+        raise ConfigError("model.path", str(folder), f"must hold {name} as a plain file")
+    return file
+
+
+_hashed: dict[tuple[Path, tuple[int, ...]], str] = {}
+"""Of weights, by what `_about` says of them."""
+
+
+def _about(file: Path) -> tuple[int, ...]:
+    """File number, size, and when its content and its record were last changed."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _hash_of(file: Path, *, fresh: bool) -> str:
+    key = (file, _about(file))
+    if fresh or key not in _hashed:
+        try:
+            with file.open("rb") as stream:
+                _hashed[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise ConfigError("model.path", str(file.parent), f"must hold a {file.name} that can be read") from error
+    return _hashed[key]
+
+
+def _lines(files: tuple[tuple[str, str], ...]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in files)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".gguf"))

@@ -1,0 +1,212 @@
+"""What a model's files may not hold: whatever redirects loading, exhausts a machine, or lets examples see each other.
+
+Each file is checked as the bytes that will be loaded, before a library parses them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from fedtune.spec import ConfigError
+
+_MOST_BYTES = {"config.json": 1 << 20, "generation_config.json": 1 << 20, "tokenizer_config.json": 16 << 20}
+_MOST_BYTES_ELSE = 256 << 20
+_MOST_DEPTH = 32
+_LARGEST_INTEGER = 1 << 24
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_BLOCKS = 1 << 10, 1 << 10, 1 << 17
+
+_REDIRECTING = frozenset(
+    {"transformers_weights", "auto_map", "quantization_config", "custom_pipelines", "configuration_files"}
+)
+"""Keys of config.json, at any depth, that make transformers read other files, run other code or change the weights."""
+
+_IMPLEMENTATIONS = {
+    "attn": frozenset({None, "eager", "sdpa"}),
+    "experts": frozenset({None, "eager", "batched_mm", "grouped_mm"}),
+}
+"""Others are fetched from a hub as compiled code ("kernels-community/..."), or need packages that sites may lack."""
+
+_TOKENIZER_REDIRECTS = frozenset({"auto_map", "fast_tokenizer_files", "init_inputs"})
+_TOKENIZER_PATHS = re.compile(r".*_files?|.*_spm|vocab|merges")
+_WITHOUT_EFFECT = frozenset({"special_tokens_map_file", "tokenizer_file", "tokenizer_config_file", "added_tokens_file"})
+"""Old releases wrote where these lay. transformers puts the folder's own files in their places, always."""
+
+STATIC_ROTARY = frozenset({"default", "linear", "yarn", "llama3", "proportional", "axial", "mrope"})
+"""Rope types whose frequencies follow from the config alone; transformers 5.23 has two more: "dynamic", "longrope"."""
+
+
+def most_bytes(name: str) -> int:
+    """The largest size of a file that is not weights."""
+    return _MOST_BYTES.get(name, _MOST_BYTES_ELSE)
+
+
+def check_content(name: str, content: bytes, *, folder: str) -> None:
+    """Check one of a model's files other than its weights.
+
+    Args:
+        name: the file's.
+        content: its bytes, which are the ones to be loaded.
+        folder: the model's, for the message.
+
+    Raises:
+        ConfigError: for `model.path`; the bound names the file and the reason.
+    """
+    if len(content) > most_bytes(name):
+        raise _refused(folder, name, f"is larger than {most_bytes(name) >> 20} MiB")
+    if not name.endswith(".json"):
+        return
+    try:
+        fields = _parsed(content)
+    except _NotPlain as error:
+        raise _refused(folder, name, str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise _refused(folder, name, "is no readable JSON") from error
+    if name == "config.json":
+        reason = config_refusal(fields)
+    elif name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        reason = _tokenizer_refusal(fields, may_name_own=name == "tokenizer_config.json")
+    else:
+        reason = _dropout(fields) if name == "tokenizer.json" else None
+    if reason is not None:
+        raise _refused(folder, name, reason)
+
+
+def config_refusal(fields: Any) -> str | None:
+    """Why a config is refused, as the end of a sentence about it; None for a good one."""
+    if not isinstance(fields, dict):
+        return "must be a JSON object"
+    largest = {"layers": 0, "experts": 0}
+    for key, value in _entries(fields):
+        if key in _REDIRECTING and value is not None:
+            return f"has {key}, which makes the loader read something else than the pinned files as they are"
+        owner = re.fullmatch(r"_?(attn|experts)_implementation(_internal)?", key)
+        if owner and not _is_own_implementation(value, allowed=_IMPLEMENTATIONS[owner[1]]):
+            return f"has {key} = {_short(value)}, which can load code; leave it out"
+        if type(value) is int and abs(value) > _LARGEST_INTEGER and "theta" not in key:
+            return f"has {_short(key)} = {_short(value)}, and nothing in a model is larger than {_LARGEST_INTEGER}"
+        for part in largest:
+            if type(value) is int and part[:-1] in key and "size" not in key and "dim" not in key:
+                largest[part] = max(largest[part], value)
+    layers, experts = largest["layers"], largest["experts"]
+    if layers > _MOST_LAYERS or experts > _MOST_EXPERTS or layers * experts > _MOST_BLOCKS:
+        return f"describes {layers} layers with {experts} experts, which is more than any model has"
+    return _rope_refusal(fields)
+
+
+def rotary_refusal(rope_type: object) -> str | None:
+    """Why a rope type is refused, as the end of a sentence; None for a static one."""
+    if rope_type is None or (isinstance(rope_type, str) and rope_type in STATIC_ROTARY):
+        return None
+    if rope_type in ("longrope", "su") or "dynamic" in str(rope_type):
+        return (
+            f"has rope type {_short(rope_type)}, which chooses its frequencies by the longest example of a batch, so "
+            "one record would change another's gradient"
+        )
+    return (
+        f"has rope type {_short(rope_type)}, of which fedtune does not know that a batch leaves its frequencies alone"
+    )
+
+
+def _is_own_implementation(value: Any, *, allowed: frozenset[str | None]) -> bool:
+    values = value.values() if isinstance(value, dict) else (value,)
+    return all(one is None or (isinstance(one, str) and one in allowed) for one in values)
+
+
+def _rope_refusal(fields: dict[str, Any], *, inside: bool = False) -> str | None:
+    """Looks into nested configs, and into rope settings for each type of layer."""
+    for key, value in fields.items():
+        is_type = key == "rope_type" or (inside and key == "type")
+        reason = rotary_refusal(value) if is_type else None
+        for part in value if isinstance(value, list) else (value,):
+            if reason is None and isinstance(part, dict):
+                reason = _rope_refusal(part, inside=inside or "rope" in key)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _tokenizer_refusal(fields: Any, *, may_name_own: bool) -> str | None:
+    if not isinstance(fields, dict):
+        return "must be a JSON object"
+    for key, value in fields.items():
+        if key in _TOKENIZER_REDIRECTS and value:
+            return f"has {key}, which makes the loader read something else than the pinned files as they are"
+        without_effect = may_name_own and key in _WITHOUT_EFFECT
+        if _TOKENIZER_PATHS.fullmatch(key) and isinstance(value, str) and not without_effect:
+            return f"has {_short(key)} = {_short(value)}, which names another file"
+    return None
+
+
+def _dropout(fields: Any) -> str | None:
+    """BPE-dropout would draw a record's tokens anew in each pass."""
+    model = fields.get("model") if isinstance(fields, dict) else None
+    if isinstance(model, dict) and model.get("dropout"):
+        return f"has dropout = {_short(model['dropout'])}, so that the same text gives other tokens each time"
+    return None
+
+
+class _NotPlain(ValueError):
+    """JSON that two readers may read differently, or that no number stands for."""
+
+
+def _parsed(content: bytes) -> Any:
+    fields = json.loads(
+        content.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_not_finite, parse_float=_finite
+    )
+    if _depth(fields) > _MOST_DEPTH:
+        raise _NotPlain(f"is nested more than {_MOST_DEPTH} deep")
+    return fields
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _NotPlain(f"has the key {_short(twice)} twice")
+    return fields
+
+
+def _not_finite(word: str) -> NoReturn:
+    raise _NotPlain(f"holds {word[:20]}, which is no finite number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        _not_finite(text)
+    return value
+
+
+def _depth(value: Any) -> int:
+    deepest, level = 0, [value]
+    while level:
+        deepest += 1
+        inner = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
+    return deepest
+
+
+def _entries(fields: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth; an item of a list counts under the list's key."""
+    for key, value in fields.items():
+        yield key, value
+        for part in value if isinstance(value, list) else (value,):
+            if isinstance(part, dict):
+                yield from _entries(part)
+            elif isinstance(value, list):
+                yield key, part
+
+
+def _short(value: object) -> str:
+    """What stands in a file, as a person can be shown it: it may be long, or hold what cannot be printed."""
+    text = value if isinstance(value, str) and re.fullmatch(r"\w{1,40}", value, re.ASCII) else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _refused(folder: str, name: str, reason: str) -> ConfigError:
+    return ConfigError("model.path", folder, f"its {name} {reason}")

@@ -1,0 +1,63 @@
+"""`fedtune model-hash`: what it prints is what settings, federation and policy take."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedtune.model import ModelSpec, model_sha256
+from fedtune.model.manifest import manifest_of
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "tiny"
+    made.mkdir()
+    save_file({"w": torch.arange(3.0)}, made / "model.safetensors")
+    for name in ("config.json", "tokenizer.json"):
+        (made / name).write_text("{}")
+    (made / "README.md").write_text("not covered")
+    return made
+
+
+def test_the_hash_and_what_it_covers(folder: Path, command: Callable[..., Any]) -> None:
+    outcome = command("model-hash", str(folder))
+    digest, blank, title, *files = outcome.out.splitlines()
+    assert outcome.code == 0
+    assert digest == manifest_of(folder).sha256 == model_sha256(ModelSpec(path=str(folder)))
+    assert (blank, title) == ("", "It covers:")
+    assert [line.split()[1] for line in files] == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_anybody_can_compute_it_from_the_files(folder: Path, command: Callable[..., Any]) -> None:
+    out = command("model-hash", str(folder), "--files").out
+    assert hashlib.sha256(out.encode()).hexdigest() == manifest_of(folder).sha256
+
+
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_a_gguf_file_has_the_hash_that_sha256sum_prints(
+    named: str, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF")
+    out = command("model-hash", str(tmp_path if named == "folder" else file)).out
+    assert out.splitlines()[0] == hashlib.sha256(b"GGUF").hexdigest()
+
+
+def test_a_random_model(command: Callable[..., Any]) -> None:
+    assert command("model-hash", "random:bert").out == f"{model_sha256(ModelSpec(path='random:bert'))}\n"
+
+
+def test_a_model_that_a_site_would_refuse(folder: Path, command: Callable[..., Any]) -> None:
+    (folder / "config.json").write_text('{"transformers_weights": "README.safetensors"}')
+    outcome = command("model-hash", str(folder))
+    assert outcome.code == 2
+    assert "has transformers_weights" in outcome.err
+    assert command("model-hash", str(folder.parent)).code == 2
+    assert command("model-hash", "/no/such/model").code == 2

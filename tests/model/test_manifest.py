@@ -1,0 +1,266 @@
+"""A model is pinned whole: one hash covers every file that loading reads, and nothing else is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from fedtune.model import ModelSpec, load_base, load_task_model, load_tokenizer, model_sha256, save_task_model
+from fedtune.model.gguf import expanded_gguf
+from fedtune.model.manifest import Manifest, manifest_of, staged
+from fedtune.spec import ConfigError, RunError
+
+BERT = ModelSpec(path="random:bert")
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A local folder with the tiny bert and its tokenizer."""
+    load_base(BERT, task="classification").save_pretrained(tmp_path / "model")
+    load_tokenizer(BERT).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def changed_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def weights_hash(folder: Path) -> str:
+    """What 0.1.0 pinned."""
+    return sha256((folder / "model.safetensors").read_bytes())
+
+
+# --- what was possible when the hash covered the weights alone ---
+
+
+def test_a_config_does_not_point_the_loader_at_other_weights(folder: Path) -> None:
+    """What is hashed was model.safetensors; what was loaded was the file that config.json named."""
+    other = {name: torch.zeros_like(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(other, folder / "README.safetensors", metadata={"format": "pt"})
+    changed_json(folder / "config.json", transformers_weights="README.safetensors")
+    with pytest.raises(ConfigError, match="has transformers_weights"):
+        load_base(ModelSpec(path=str(folder), sha256=weights_hash(folder)), task="classification")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("config.json", {"hidden_act": "relu"}),
+        ("config.json", {"layer_norm_eps": 0.5}),
+        ("tokenizer_config.json", {"unk_token": "e"}),
+        ("tokenizer.json", {"truncation": None, "version": "1.0 "}),
+        ("generation_config.json", {}),
+        ("special_tokens_map.json", {}),
+        ("vocab.json", {"a": 1}),
+    ],
+)
+def test_another_file_beside_the_same_weights_is_another_model(folder: Path, name: str, changes: Any) -> None:
+    spec = ModelSpec(path=str(folder), sha256=model_sha256(ModelSpec(path=str(folder))))
+    load_base(spec, task="classification")
+    if not (folder / name).exists():
+        (folder / name).write_text("{}")
+    changed_json(folder / name, **changes)
+    for load in (lambda: load_base(spec, task="classification"), lambda: load_tokenizer(spec)):
+        with pytest.raises(ConfigError, match="is not the hash of") as caught:
+            load()
+        assert caught.value.key == "model.sha256"
+
+
+def test_a_missing_file_is_another_model(folder: Path) -> None:
+    spec = ModelSpec(path=str(folder), sha256=model_sha256(ModelSpec(path=str(folder))))
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match="is not the hash of"):
+        load_tokenizer(spec)
+
+
+# --- the hash ---
+
+
+def test_the_hash_is_of_sha256sum_s_lines_under_a_line_that_says_what_it_is(folder: Path) -> None:
+    lines = "".join(f"{sha256((folder / name).read_bytes())}  {name}\n" for name in FILES)
+    expected = "fedtune model manifest 1\n" + lines
+    assert manifest_of(folder).text == expected
+    assert model_sha256(ModelSpec(path=str(folder))) == sha256(expected.encode())
+
+
+def test_the_hash_of_a_sharded_model_covers_the_index_and_every_shard(folder: Path) -> None:
+    load_base(BERT, task="classification").save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    shards = sorted(set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()))
+    manifest = manifest_of(folder)
+    assert len(shards) > 1
+    assert {"model.safetensors.index.json", *shards} < dict(manifest.files).keys()
+    lines = "".join(f"{sha256((folder / name).read_bytes())}  {name}\n" for name in shards)
+    assert manifest.weights_sha256 == sha256(lines.encode()) != manifest.sha256, "no list of shards is a manifest"
+    spec = ModelSpec(path=str(folder), sha256=manifest.sha256)
+    before = load_base(BERT, task="classification").state_dict()
+    assert all(
+        torch.equal(one, before[name]) for name, one in load_base(spec, task="classification").named_parameters()
+    )
+
+
+def test_a_gguf_file_keeps_its_plain_hash(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "config.json").write_text("not read")
+    manifest = manifest_of(tmp_path, gguf_file="a.gguf")
+    assert manifest.sha256 == manifest.weights_sha256 == sha256(b"GGUF")
+    assert manifest.text == f"{sha256(b'GGUF')}  a.gguf\n"
+
+
+def test_one_file_beside_nothing_is_no_gguf_s_hash() -> None:
+    digest = "ab" * 32
+    assert Manifest(files=(("a.gguf", digest),)).sha256 == digest
+    assert Manifest(files=(("model.safetensors", digest),)).sha256 != digest
+
+
+# --- staging ---
+
+
+def test_the_staged_folder_holds_the_manifest_s_files_and_goes_away(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
+    with staged(folder) as model:
+        assert sorted(os.listdir(model.folder)) == [name for name, _ in model.manifest.files] == FILES
+        place = model.folder
+    assert not place.exists()
+    with staged(folder, with_weights=False) as model:
+        assert "model.safetensors" not in os.listdir(model.folder)
+        assert model.manifest == manifest_of(folder)
+
+
+def test_what_is_loaded_is_what_was_hashed(folder: Path) -> None:
+    with staged(folder) as model:
+        before = (model.folder / "config.json").read_bytes()
+        changed_json(folder / "config.json", hidden_act="relu")
+        assert (model.folder / "config.json").read_bytes() == before
+        assert dict(model.manifest.files)["config.json"] == sha256(before)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "removed"])
+def test_weights_that_change_while_they_are_loaded_are_refused(folder: Path, how: str) -> None:
+    weights = folder / "model.safetensors"
+
+    def change() -> None:
+        with staged(folder):
+            content = weights.read_bytes()
+            if how != "in place":
+                weights.unlink()
+            if how != "removed":
+                weights.write_bytes(content[:-1] + b"?")
+
+    with pytest.raises(ConfigError, match=r"must not change while it is loaded: model\.safetensors did"):
+        change()
+
+
+def test_without_room_for_temporary_files_nothing_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(folder / "nowhere"))
+    with pytest.raises(RunError, match="no folder for temporary files"):
+        manifest_of(folder)
+
+
+def test_a_remembered_hash_is_of_an_unchanged_file(folder: Path) -> None:
+    spec = ModelSpec(path=str(folder), sha256=manifest_of(folder).sha256)
+    load_tokenizer(spec)
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(bytes(data))
+    with pytest.raises(ConfigError, match="is not the hash of"):
+        load_tokenizer(spec)
+
+
+def test_a_snapshot_of_the_hub_s_cache_may_link_into_that_cache(folder: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name in FILES:
+        shutil.copy(folder / name, blobs / name)
+        (snapshot / name).symlink_to(Path("..", "..", "blobs", name))
+    assert manifest_of(snapshot) == manifest_of(folder)
+    (snapshot / "vocab.txt").symlink_to("/etc/passwd")
+    with pytest.raises(ConfigError, match=r"must not hold vocab\.txt, a link out of it"):
+        manifest_of(snapshot)
+
+
+# --- hashes of 0.1.0 ---
+
+
+def test_a_hash_of_the_weights_alone_is_refused_with_what_to_do(folder: Path) -> None:
+    spec = ModelSpec(path=str(folder), sha256=weights_hash(folder))
+    for load in (lambda: load_base(spec, task="classification"), lambda: load_tokenizer(spec)):
+        with pytest.raises(ConfigError, match=r"the hash of the weights alone, as fedtune 0\.1\.0 wrote it") as caught:
+            load()
+        assert caught.value.key == "model.sha256"
+        assert f"`fedtune model-hash {folder}` prints it" in caught.value.bound
+
+
+def test_an_adapter_that_0_1_0_saved_loads_with_the_weights_it_names(
+    folder: Path, trained: Any, tmp_path: Path
+) -> None:
+    model = trained(model=ModelSpec(path=str(folder)))
+    save_task_model(model, tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "fedtune.json").read_text())
+    assert settings["model"]["sha256"] == manifest_of(folder).sha256, "now the whole model is named"
+    settings["model"]["sha256"] = weights_hash(folder)
+    (tmp_path / "adapter" / "fedtune.json").write_text(json.dumps(settings))
+    loaded = load_task_model(tmp_path / "adapter")
+    assert loaded.spec.model == replace(model.spec.model, sha256=manifest_of(folder).sha256)
+    settings["model"]["sha256"] = "0" * 64
+    (tmp_path / "adapter" / "fedtune.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="is not the hash of"):
+        load_task_model(tmp_path / "adapter")
+
+
+# --- GGUF ---
+
+
+def test_a_gguf_file_is_expanded_without_what_lies_beside_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a GGUF file transformers would find an adapter, and settings for generating."""
+    beside = tmp_path / "gguf"
+    beside.mkdir()
+    for name in ("a.gguf", "adapter_config.json", "generation_config.json", "config.json"):
+        (beside / name).write_text("{}")
+    seen: list[tuple[list[str], str]] = []
+
+    def expanded(file: Path, *, sha256: str, cache: Path) -> Path:
+        seen.append((os.listdir(file.parent), sha256))
+        return folder
+
+    monkeypatch.setattr("fedtune.model.base.expanded_gguf", expanded)
+    spec = ModelSpec(path=str(beside), gguf_file="a.gguf", sha256=sha256(b"{}"))
+    load_base(spec, task="classification")
+    load_tokenizer(spec)
+    assert seen == [(["a.gguf"], sha256(b"{}"))] * 2
+    with pytest.raises(ConfigError, match="is not the hash of"):
+        load_tokenizer(replace(spec, sha256="0" * 64))
+
+
+def test_a_gguf_s_metadata_is_held_to_the_rules_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def config(folder: Path, **options: Any) -> LlamaConfig:
+        asked.append(options)
+        return LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+
+    monkeypatch.setattr("fedtune.model.gguf.AutoConfig.from_pretrained", config)
+    monkeypatch.setattr("fedtune.model.gguf.load_gguf", lambda _: pytest.fail("nothing is made of it"))
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match="its metadata has rope type dynamic") as caught:
+        expanded_gguf(tmp_path / "a.gguf", sha256="ab", cache=tmp_path / "cache")
+    assert caught.value.key == "model.gguf_file"
+    assert asked == [{"gguf_file": "a.gguf", "local_files_only": True, "trust_remote_code": False}]

@@ -1,0 +1,74 @@
+"""Faults of the base model: what is loaded, what its hash covers, and what it lets one record do to another."""
+
+from .mutant import Mutant
+
+MANIFEST, REFUSALS, FITS = ("fedtune/model/manifest.py", "fedtune/model/refusals.py", "fedtune/model/fits.py")
+OF_MANIFEST = ("tests/model/test_manifest.py",)
+HOSTILE_FOLDERS = ("tests/model/test_hostile_folders.py",)
+
+MODEL_FAULTS = (
+    Mutant(
+        name="loaded-from-the-original-folder",
+        fault="A model's files are hashed in a folder of their own, and loaded from where they lay, beside others.",
+        file=MANIFEST,
+        old="yield Staged(folder=place,",
+        new="yield Staged(folder=folder,",
+        tests=OF_MANIFEST,
+    ),
+    Mutant(
+        name="config-not-pinned",
+        fault="The model's hash leaves config.json out: the same weights with another activation pass for it.",
+        file=MANIFEST,
+        old="            hashes[name] = hashlib.sha256(content).hexdigest()",
+        new='            hashes |= {} if name == "config.json" else {name: hashlib.sha256(content).hexdigest()}',
+        tests=OF_MANIFEST,
+    ),
+    Mutant(
+        name="weights-alone-are-a-model",
+        fault="A hash of the weights is taken for the model's, as by 0.1.0: tokenizer and config may be anybody's.",
+        file=MANIFEST,
+        old="        if sha256 == self.sha256:",
+        new="        if sha256 in (self.sha256, self.weights_sha256):",
+        tests=OF_MANIFEST,
+    ),
+    Mutant(
+        name="redirecting-keys-followed",
+        fault="config.json may name other weights, code or another config, which transformers then loads.",
+        file=REFUSALS,
+        old="        if key in _REDIRECTING and value is not None:",
+        new="        if key in _REDIRECTING and value is None:",
+        tests=HOSTILE_FOLDERS,
+    ),
+    Mutant(
+        name="rope-by-the-batch",
+        fault="Rope types that follow a batch's longest example are loaded: one record changes the others.",
+        file=REFUSALS,
+        old="    return _rope_refusal(fields)\n",
+        new="    return None\n",
+        tests=HOSTILE_FOLDERS,
+    ),
+    Mutant(
+        name="built-rope-not-looked-at",
+        fault="Only the config's word for a rope type counts, and not what the library makes of it.",
+        file=FITS,
+        old="            reason = rotary_refusal(kind)",
+        new="            reason = None",
+        tests=HOSTILE_FOLDERS,
+    ),
+    Mutant(
+        name="tokens-beyond-the-embedding",
+        fault="A tokenizer may give ids without a row in the embedding: a site fails where a record has one.",
+        file=FITS,
+        old="    if largest >= rows:",
+        new="    if largest >= 1 << 40:",
+        tests=("tests/sites/test_pinned_model.py", *HOSTILE_FOLDERS),
+    ),
+    Mutant(
+        name="positions-with-the-padding-row",
+        fault="All 514 rows of a RoBERTa's table count as positions: an example of 513 tokens makes a site fail.",
+        file=FITS,
+        old="bounds.append(len(weight) - (padding + 1 if padding is not None else offset))",
+        new="bounds.append(len(weight) - (0 if padding is not None else offset))",
+        tests=HOSTILE_FOLDERS,
+    ),
+)

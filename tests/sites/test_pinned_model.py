@@ -1,0 +1,84 @@
+"""A model in a site's store that is not the one the run names, or that a record could break, costs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.model import ModelSpec, build_task_model, load_base, load_tokenizer, save_task_model
+from fedtune.model.manifest import manifest_of
+from fedtune.privacy.release import Reason, Update
+from fedtune.sites.shared_model import score_saved
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    bert = ModelSpec(path="random:bert")
+    load_base(bert, task="classification").save_pretrained(tmp_path / "bert")
+    load_tokenizer(bert).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.fixture
+def at_site(folder: Path, station: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """A site whose store holds `folder`, for a run that names it by the hash that it has now."""
+
+    def make() -> Any:
+        made = station(model={"path": str(folder), "sha256": manifest_of(folder).sha256})
+        monkeypatch.setattr(made, "installed", lambda sha256: folder)
+        made.restart()
+        return made
+
+    return make
+
+
+def changed_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_the_named_model_is_trained(at_site: Callable[[], Any]) -> None:
+    assert isinstance(at_site().ask().body, Update)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_another_file_in_the_store_is_refused_before_the_charge(
+    at_site: Callable[[], Any], folder: Path, name: str
+) -> None:
+    site = at_site()
+    changed_json(folder / name, note="changed")
+    site.refusal()
+    assert site.ledger().history.runs == {}
+
+
+@pytest.mark.parametrize("text", ["nothing of it", "a metastasis"])
+def test_a_token_beyond_the_embedding_is_no_oracle(at_site: Callable[[], Any], folder: Path, text: str) -> None:
+    """Before, the site failed where a record held the token, and answered where none did."""
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    fields["added_tokens"].append({"id": 400, "content": "metastasis", **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    site = at_site()
+    site.data.write_text(f"body,kind\n{text},praise\n" * 20)
+    assert site.refusal() is Reason.SITE_ERROR
+    assert site.ledger().history.runs == {}
+
+
+def test_an_adapter_of_0_1_0_can_still_be_scored(folder: Path, station: Callable[..., Any], tmp_path: Path) -> None:
+    """Its run folder names the hash of the weights alone, in its settings and beside its adapter."""
+    old = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    site = station(model={"path": str(folder), "sha256": manifest_of(folder).sha256})
+    save_task_model(build_task_model(site.config.task_model()), tmp_path / "adapter")
+    saved = tmp_path / "adapter" / "fedtune.json"
+    saved.write_text(saved.read_text().replace(manifest_of(folder).sha256, old))
+    config = replace(
+        site.config,
+        model=replace(site.config.model, sha256=old),
+        data=replace(site.config.data, columns={"text": "body", "label": "kind"}),
+    )
+    assert 0 <= score_saved(config, tmp_path / "adapter", str(site.data))["accuracy"] <= 1
