@@ -294,6 +294,7 @@ RECIPES: dict[str, list[str]] = {
         *("training.unclipped_learning_rate=1", "training.unclipped_head_learning_rate=1.75"),
     ],
     "now": [],
+    "one site alone": ["federation.participants=[site-1]"],
 }
 """Recipe -> overrides of experiment=own_data."""
 LINES = (
