@@ -301,7 +301,6 @@ LINES = (
     "bank-4-100",
     "price-3-100",
     "abstracts-5-100",
-    "abstracts-5-500",
     "otherbank-5-100",
     "otherspeakers",
     "sst2-2-150-dev",
