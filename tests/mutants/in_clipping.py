@@ -10,8 +10,8 @@ BOUND = "    bound = max_grad_norm * (1 - _ROUNDING_ROOM)\n"
 WEIGHTS = "    weights = bound / norms.clamp(min=max(bound, SMALLEST_NORM)) / cell(max_grad_norm)\n"
 SCALED = "    scaled = {name: (gradient * _column(weights, gradient)).trunc_() for name, gradient in flat.items()}\n"
 COMMENT = (
-    "    # In whole numbers: a tensor's square norm is at most 2**48 where it is usable, so float64 sums it up exactly, "
-    "and\n    # the square of the root that comes back rounds to it.\n"
+    "    # In whole numbers: a tensor's square norm is at most 2**48 where it is usable, so float64 sums it up exactly,"
+    " and\n    # the square of the root that comes back rounds to it.\n"
 )
 SQUARES = "    squares = torch.stack([_norm_of_rows(one).square().round() for one in scaled.values()]).sum(dim=0)\n"
 CHECKED = "    usable &= squares <= LARGEST_CELLS**2\n"
