@@ -274,9 +274,10 @@ def test_an_example_that_fails_counts_as_zero_and_ends_nothing(monkeypatch: pyte
     model, dataset = model_of(), dataset_of(5, 6, 3, 7)
     dataset.input_ids[2][0] = 199
     (batch,) = examples_of(dataset).cut(np.arange(4))
-    losses = model.losses
+    losses, shapes = model.losses, set()
 
     def failing(some: Batch) -> torch.Tensor:
+        shapes.add(tuple(some.input_ids.shape))
         if (some.input_ids[:, 0] == 199).any():
             raise RuntimeError("cannot be computed")
         return losses(some)
@@ -285,6 +286,7 @@ def test_an_example_that_fails_counts_as_zero_and_ends_nothing(monkeypatch: pyte
         right = {name: one.clone() for name, one in gradients.of(batch).items()}
         monkeypatch.setattr(model, "losses", failing)
         found = gradients.of(batch)
+    assert shapes == {tuple(batch.input_ids.shape)}, "also where one is tried by itself, so its kernels are the same"
     for name, one in found.items():
         assert not one[2].any()
         assert torch.equal(one[[0, 1, 3]], right[name][[0, 1, 3]]), "to the last bit"
