@@ -31,19 +31,11 @@ AT_SITE = (
         tests=OF_MECHANISM,
     ),
     Mutant(
-        name="scores-with-the-nearest-root",
+        name="root-rounded-down",
         fault="The root of two is rounded down, and the noise of scores is smaller than stated.",
         file=MECHANISM,
         old="root = float(np.nextafter(np.sqrt(2.0), 2.0))",
         new="root = float(np.nextafter(np.sqrt(2.0), 1.0))",
-        tests=OF_MECHANISM,
-    ),
-    Mutant(
-        name="scores-rounded-up",
-        fault="A score is rounded up to the grid, so that those just above the half of a cell move more than they are.",
-        file=MECHANISM,
-        old="in_cells = np.floor(",
-        new="in_cells = np.ceil(",
         tests=OF_MECHANISM,
     ),
     Mutant(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ CELLS = 2**24
 """A clip norm."""
 Gradients = dict[str, torch.Tensor]
 Places = npt.NDArray[np.int64]
+Task = Literal["classification", "causal_lm"]
 
 
 def random_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradients:
@@ -216,11 +217,11 @@ def test_a_step_adds_noise_once_whoever_was_drawn(count: int) -> None:
 LABELS = ("invoice", "complaint", "praise")
 
 
-def model_of(*, trained: bool = True) -> TaskModel:
+def model_of(task: Task = "classification", *, trained: bool = True) -> TaskModel:
     spec = TaskModelSpec(
-        model=ModelSpec(path="random:bert", dtype="float32"),
-        task="classification",
-        labels=LABELS,
+        model=ModelSpec(path="random:bert" if task == "classification" else "random:llama", dtype="float32"),
+        task=task,
+        labels=LABELS if task == "classification" else (),
         lora=LoraSpec(rank=2, alpha=4.0),
         head=HeadSpec(),
         seed=3,
@@ -234,10 +235,13 @@ def model_of(*, trained: bool = True) -> TaskModel:
     return model
 
 
-def dataset_of(*lengths: int) -> TextDataset:
+def dataset_of(*lengths: int, task: Task = "classification") -> TextDataset:
     draws = np.random.default_rng(5)
     ids = tuple(draws.integers(5, 200, size=length).astype(np.int32) for length in lengths)
-    return TextDataset(ids, draws.integers(0, len(LABELS), size=len(lengths)))
+    if task == "classification":
+        return TextDataset(ids, draws.integers(0, len(LABELS), size=len(lengths)))
+    # All but the first token is supervised, so examples have as many targets as they are long.
+    return TextDataset(ids, tuple(np.where(np.arange(len(one)) > 0, one, -100).astype(np.int64) for one in ids))
 
 
 def examples_of(dataset: TextDataset, *, max_tokens: int = 64, full: bool = False) -> SiteExamples:
@@ -252,8 +256,9 @@ def alone_by_autograd(model: TaskModel, batch: Batch, row: int) -> Gradients:
     return dict(zip(parameters, torch.autograd.grad(model.losses(one).sum(), list(parameters.values())), strict=True))
 
 
-def test_gradients_are_each_examples_own_in_every_batch() -> None:
-    model, examples = model_of(), examples_of(dataset_of(5, 6, 3, 9, 12, 2, 7))
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_gradients_are_each_examples_own_in_every_batch(task: Task) -> None:
+    model, examples = model_of(task), examples_of(dataset_of(5, 6, 3, 9, 12, 2, 7, task=task))
     with attached(model) as gradients:
         found = [(batch, gradients.of(batch)) for batch in examples.cut(np.arange(7))]
     assert len(found) > 2, "one batch after another, of several shapes"
@@ -269,9 +274,10 @@ def test_an_example_that_fails_counts_as_zero_and_ends_nothing(monkeypatch: pyte
     model, dataset = model_of(), dataset_of(5, 6, 3, 7)
     dataset.input_ids[2][0] = 199
     (batch,) = examples_of(dataset).cut(np.arange(4))
-    losses = model.losses
+    losses, shapes = model.losses, set()
 
     def failing(some: Batch) -> torch.Tensor:
+        shapes.add(tuple(some.input_ids.shape))
         if (some.input_ids[:, 0] == 199).any():
             raise RuntimeError("cannot be computed")
         return losses(some)
@@ -280,6 +286,7 @@ def test_an_example_that_fails_counts_as_zero_and_ends_nothing(monkeypatch: pyte
         right = {name: one.clone() for name, one in gradients.of(batch).items()}
         monkeypatch.setattr(model, "losses", failing)
         found = gradients.of(batch)
+    assert shapes == {tuple(batch.input_ids.shape)}, "also where one is tried by itself, so its kernels are the same"
     for name, one in found.items():
         assert not one[2].any()
         assert torch.equal(one[[0, 1, 3]], right[name][[0, 1, 3]]), "to the last bit"
