@@ -8,7 +8,6 @@ clip norm, and on the other side whatever a site may hold: other records, their 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -82,8 +81,8 @@ def search(config: RunConfig, audit: AuditSpec, folder: Path, *, seed: int = 0) 
 
 def _value_bound(config: RunConfig) -> float:
     """What a site's policy allows by default."""
-    (most,) = (field.default for field in dataclasses.fields(Limits) if field.name == "max_adapter_value")
-    return float(most) / math.sqrt(max(1.0, config.lora.scale))
+    limits = Limits(min_noise_multiplier=1, max_sampling_rate=1, max_grad_norm=1, max_local_steps=1, max_rounds=1)
+    return limits.max_adapter_value / math.sqrt(max(1.0, config.lora.scale))
 
 
 class _Search:
@@ -192,14 +191,17 @@ class _Search:
             batches: Iterator[object] = iter(examples.cut(places))
             of_units: dp_step.UnitGradients = gradients
         else:
-            ends = np.cumsum(units)
-            users = [np.arange(end - size, end, dtype=np.int64) for end, size in zip(ends, units, strict=True)]
+            users = np.split(np.arange(sum(units), dtype=np.int64), np.cumsum(units)[:-1])
             everyone = UserExamples(examples, users, most_records=_MOST_OF_A_USER, most_users=16)
-            batches = everyone.cut(places, choose=lambda count: np.arange(count, dtype=np.int64))
+            batches = everyone.cut(places, choose=_all)
             of_units = everyone.gradients(gradients)
         for batch in batches:
             dp_step.add_clipped(sums, of_units.of(batch), max_grad_norm)
         return np.concatenate([total.cpu().numpy().ravel() for total in sums.values()])
+
+
+def _all(count: int) -> Integers:
+    return np.arange(count, dtype=np.int64)
 
 
 def made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:

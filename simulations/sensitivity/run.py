@@ -20,15 +20,16 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 _MINILM = ("experiment=banks_intents",)
 _SMOLLM2 = ("experiment=smollm2_e2e", "runtime.micro_batch_tokens=256", "data.max_length=48")
-_BY_USER = ("privacy.unit=user", "data.columns={text: text, label: label, user: user}", "data.declared_sizes=40")
-_BY_USER_LM = ("privacy.unit=user", "data.columns={prompt: mr, completion: ref, user: user}", "data.declared_sizes=40")
-_ATTENTION = "lora={rank: 8, alpha: 8.0, target_modules: [query, key], layers: [-2, -1], rslora: false, train_a: true}"
+_BY_USER = ("privacy.unit=user", "+data.columns.user=user")
 LINES: dict[str, tuple[int, tuple[str, ...]]] = {
     "random:bert, head and LoRA on all": (150, ("experiment=debug",)),
-    "random:bert, LoRA on all, head not trained": (150, ("experiment=debug", "head.train=false")),
-    "random:bert, by user": (60, ("experiment=debug_users",)),
-    "random:llama, LoRA on all": (100, (*_SMOLLM2, "model=random_llama")),
-    "random:llama, LoRA on all, by user": (40, (*_SMOLLM2, "model=random_llama", *_BY_USER_LM)),
+    "random:bert, LoRA on all, head not trained": (
+        150,
+        ("experiment=debug", "head.init=label_names", "head.train=false"),
+    ),
+    "random:bert, by user": (60, ("experiment=debug", *_BY_USER)),
+    "random:llama, LoRA on all": (100, ("experiment=debug_users", "privacy.unit=record")),
+    "random:llama, LoRA on all, by user": (40, ("experiment=debug_users",)),
     "MiniLM, the main job": (40, _MINILM),
     "MiniLM, head and LoRA on all linear layers": (15, (*_MINILM, "lora=all_linear")),
     "MiniLM, LoRA on query and value, head not trained": (15, (*_MINILM, "lora=qv", "head.train=false")),
