@@ -213,7 +213,7 @@ def made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) ->
     if model.spec.task == "classification":
         return TextDataset(tuple(input_ids), draws.integers(0, len(model.spec.labels), size=len(lengths)))
     targets = []
-    for ids in input_ids:
-        first = int(draws.integers(0, len(ids), endpoint=True))  # the last place of all: nothing is supervised
-        targets.append(np.where(np.arange(len(ids)) >= first, ids, UNSUPERVISED).astype(np.int64))
+    for example in input_ids:
+        first = int(draws.integers(0, len(example), endpoint=True))  # the last place of all: nothing is supervised
+        targets.append(np.where(np.arange(len(example)) >= first, example, UNSUPERVISED).astype(np.int64))
     return TextDataset(tuple(input_ids), tuple(targets))

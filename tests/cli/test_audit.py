@@ -31,7 +31,7 @@ from fedtune.spec import ConfigError
         ("audit.confidence=95", "audit.confidence = 95.0: must lie in [0.9, 1)"),
         ("audit.confidence=0.89", "audit.confidence = 0.89: must lie in [0.9, 1)"),
         ("audit.confidence=1", "audit.confidence = 1.0: must lie in [0.9, 1)"),
-        ("audit.kind=magic", "audit.kind = 'magic': must be 'gradient' or 'records'"),
+        ("audit.kind=magic", "audit.kind = 'magic': must be 'gradient', 'records' or 'sensitivity'"),
         ("audit.canries=10", "audit.canries = 10: is not a setting of an audit (kind, canaries, "),
         ("audit.canaries", "override = 'audit.canaries': must look like audit.key=value"),
         ("audit.sites=[nowhere]", "audit.sites = 'nowhere': must be one of site-1, site-2"),

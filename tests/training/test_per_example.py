@@ -177,10 +177,12 @@ def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
 ) -> None:
     model = trained()
     shape = (8, 16)
+    before = hooks_on(model)
+    handles = fail_on(
+        model, within
+    )  # before anything, as a backward hook changes in which order gradients are added up
     with attached(model) as gradients:
         expected = gradients.of(collate(with_bad(examples), range(5), pad_id=0, shape=shape))
-    before = hooks_on(model)
-    handles = fail_on(model, within)
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
     with attached(model) as gradients:
         batch = collate(with_bad(examples, *bad), range(5), pad_id=0, shape=shape)
