@@ -189,7 +189,7 @@ def supposed(*codes: str) -> tuple[Assumption, ...]:
     every = (
         "noise_in_every_step",
         "unpredictable_randomness",
-        "clipping_but_for_rounding",
+        "clipping_exact",
         "delta_below_one_over_size",
         "accountants_agree",
         "one_record_is_one_unit",
