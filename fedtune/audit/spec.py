@@ -15,7 +15,8 @@ class AuditSpec:
     Attributes:
         kind: "gradient": canaries are gradients far beyond the clip norm, and the attacker sees every noisy step;
             "records": canaries are made-up records, and the attacker sees the losses of the final model; beside them,
-            which real records were trained on is guessed from their losses.
+            which real records were trained on is guessed from their losses; "sensitivity": no run: a search for a case
+            in which one unit more moves the clean sum of a step by more than the clip norm.
         canaries: at each audited site, each put in by a coin of its own.
         guesses: canaries of a site that the attacker does not abstain from; null: all of them.  Fixed beforehand: fewer
             come closer to what a sound run leaks, more to the highest bound that the canaries can give.
@@ -23,17 +24,20 @@ class AuditSpec:
         sites: names of the sites that get canaries; empty: every site that takes part.
         never_used: share of each site's records kept from training, to compare with, where `kind` is "records" and
             `data.heldout_fraction` keeps none.
+        tries: cases of a search for sensitivity.
     """
 
-    kind: Literal["gradient", "records"] = "gradient"
+    kind: Literal["gradient", "records", "sensitivity"] = "gradient"
     canaries: int = 1000
     guesses: int | None = None
     confidence: float = 0.95
     sites: tuple[str, ...] = ()
     never_used: float = 0.3
+    tries: int = 200
 
     def __post_init__(self) -> None:
-        check_one_of("kind", self.kind, ("gradient", "records"))
+        check_one_of("kind", self.kind, ("gradient", "records", "sensitivity"))
+        check_at_least("tries", self.tries, 1)
         check_at_least("canaries", self.canaries, 2)
         if self.guesses is not None:
             check_at_least("guesses", self.guesses, 1)

@@ -33,6 +33,9 @@ def audit(overrides: Sequence[str]) -> None:
     """
     spec = audit_spec([one for one in overrides if one.lstrip("+").startswith(_PREFIX)])
     config = compose_run([one for one in overrides if not one.lstrip("+").startswith(_PREFIX)])
+    if spec.kind == "sensitivity":
+        _search(config, spec)
+        return
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     from fedtune.audit.experiment import auditable, run_audit
 
@@ -48,6 +51,33 @@ def audit(overrides: Sequence[str]) -> None:
     result = read_result(folder)
     show_findings(console, result, folder)
     _judge(result)
+
+
+def _search(config: RunConfig, spec: AuditSpec) -> None:
+    """Look for a case that breaks the bound on one unit's influence, and say what came of it.
+
+    Raises:
+        RunError: there is one.
+    """
+    from fedtune.audit.sensitivity import FILE, search
+
+    if not config.privacy.private:
+        raise ConfigError("privacy", config.privacy.mechanism, "claims nothing that could be audited")
+    folder, console = folder_of(config), Console()
+    make(folder, config)
+    found = search(config, spec, folder, seed=config.seed)
+    console.print(
+        f"{found.tries} cases, one {found.unit} more in each: the sum moved by at most {found.moved:.6f} clip norms\n"
+        f"  above one clip norm           {found.exceeded}\n"
+        f"  other {found.unit}s moved, by a cell or more   {found.others_moved}\n"
+        f"{folder / FILE}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if found.exceeded or found.others_moved:
+        raise RunError(
+            "one unit moved a sum by more than its own clipped contribution: no epsilon holds on this machine"
+        )
 
 
 def audit_spec(overrides: Sequence[str]) -> AuditSpec:

@@ -90,6 +90,7 @@ class Shapes:
         if self.full:
             ends[-1] += 1
         bucket = np.searchsorted(ends, num_tokens[places])
+        assert (bucket < len(ends)).all(), "a record is longer than tokenising may leave it"
         for number, length in enumerate(self.lengths):
             yield from self._cut(places[bucket == number], length)
 

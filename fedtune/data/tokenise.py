@@ -80,7 +80,8 @@ def tokenise_classification(
             raise DataError(records[place].at("text"), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
         if not ids:
             targets[place] = UNSUPERVISED
-        input_ids.append(np.array(ids or [0], dtype=np.int32))
+        # Cut once more: a tokenizer cuts nothing where its special tokens alone are more than `max_length`.
+        input_ids.append(np.array(ids[:max_length] or [0], dtype=np.int32))
     return TextDataset(tuple(input_ids), targets)
 
 

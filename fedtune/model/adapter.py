@@ -52,6 +52,10 @@ class Adapter:
         """
         copy_tensors(self.tensors, model.trainable())
 
+    def within(self, most: float) -> Adapter:
+        """The same with every value brought into [-most, most]; what is not a number stays so."""
+        return Adapter({name: np.clip(value, -most, most) for name, value in self.tensors.items()})
+
     def same_shapes(self, other: Adapter) -> bool:
         """Whether both have the same names and shapes."""
         return {n: value.shape for n, value in self.tensors.items()} == {n: v.shape for n, v in other.tensors.items()}

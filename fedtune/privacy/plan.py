@@ -14,7 +14,7 @@ from fedtune.privacy import accountant, events
 from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
 
-_MOST_NOISE = 1e6
+_MOST_NOISE = 1e4
 
 
 @spec

@@ -48,19 +48,20 @@ class RandomStream:
 
         Guarantee: exact.  A Box-Muller pair is a function of two uniform real numbers, of which 64 bits each are drawn
         first.  Float64 arithmetic says what the function rounds to unless its value lies so near the middle between
-        two whole numbers that an error of `_error` could reach it; such a pair (one in some 10^5) gets further bits and
+        two whole numbers that its error bound could reach it; such a pair (one in some 10^5) gets further bits and
         interval arithmetic until both ends round to the same.  So no hole and no float betrays a value without noise
         (Mironov 2012), and nothing is missing from the tails.
 
-        Assumes that numpy's log, sqrt, sin and cos are right to the bound in `_error` (tests/privacy/test_randomness.py
-        measures them) and that the keystream cannot be told from random bits.
+        Assumes that numpy's log, sqrt, sin and cos are right to the bound in `_box_muller`, which
+        tests/privacy/test_randomness.py measures, and that the keystream cannot be told from random bits.
         """
         pairs = -(-count // 2)
         radius_bits, angle_bits = self.uniform64(pairs), self.uniform64(pairs)
         values, error = _box_muller(radius_bits, angle_bits, deviation)
         whole = np.rint(values)
-        # Written so that NaN and infinity are in doubt too.
-        in_doubt = ~(np.abs(np.abs(values - whole) - 0.5) > error)
+        with np.errstate(invalid="ignore"):
+            # Written so that NaN and infinity, of a radius whose bits are all zero, are in doubt too.
+            in_doubt = ~(np.abs(np.abs(values - whole) - 0.5) > error)
         whole[in_doubt] = 0
         rounded = whole.astype(np.int64)
         for place in np.flatnonzero(in_doubt.any(axis=0)):
@@ -103,7 +104,8 @@ def _box_muller(
     r and of a sine or cosine.  Each term is doubled at least.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        radius = np.sqrt(-2.0 * np.log(radius_bits.astype(np.float64) * 2.0**-64))
+        # Not minus the logarithm: minus zero, of bits that become 1.0, would make the error minus infinity.
+        radius = np.sqrt(2.0 * np.abs(np.log(radius_bits.astype(np.float64) * 2.0**-64)))
         angle = angle_bits.astype(np.float64) * (2.0**-63 * np.pi)
         values = deviation * radius * np.stack([np.cos(angle), np.sin(angle)])
         error = deviation * (radius * 2.0**-45 + (2.0 / radius_bits + 2.0**-51) / radius)

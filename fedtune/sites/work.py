@@ -74,11 +74,12 @@ class SiteWork:
         return self.shared.tokenised(self.records.heldout, lenient=self.lenient)
 
     def do(self, request: RoundRequest, adapter: Adapter, attempt: int, *, fingerprint_key: bytes) -> Trained:
-        """Score the adapter that was sent, where the plan says so, and train it.
+        """Score the adapter that was sent, where the plan says so, and train it; within the site's bound on values.
 
         Guarantee: what is released of the result is the round's `DpEvent`; its fingerprint is for the ledger alone.
         """
         plan, randomness = request.proposal.plan, randomness_of(request.proposal.seeded_noise, self.shared.config.seed)
+        adapter = adapter.within(self.max_adapter_value)
         scores = self._scores(plan, request, adapter, attempt, randomness) if plan.releases_metrics else None
         trained = self._train(plan, request, adapter, attempt, randomness)
         return Trained(adapter=trained, scores=scores, fingerprint=self._fingerprint(fingerprint_key))

@@ -124,7 +124,8 @@ def contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -
     A unit's gradient g becomes g * C / max(|g|, C, `SMALLEST_NORM`), rounded towards zero to the grid.  The result
     depends on that unit alone, bit for bit.
     """
-    flat = {name: gradient.flatten(1).float() for name, gradient in gradients.items()}
+    # Contiguous, because values that lie otherwise are added up in another order, and where they lie is the batch's.
+    flat = {name: gradient.flatten(1).float().contiguous() for name, gradient in gradients.items()}
     norms = _norms(flat)
     usable = norms <= _LARGEST_NORM  # false for infinity and for NaN
     bound = max_grad_norm * (1 - _ROUNDING_ROOM)

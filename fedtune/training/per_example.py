@@ -99,8 +99,9 @@ def attached(model: TaskModel) -> Iterator[PerExampleGradients]:
 def _forget_unfinished_pass(model: TaskModel) -> None:
     """Drop what a pass that failed half-way left behind, which Opacus's clean-up keeps.
 
-    Inputs of the records would stay in memory, and the failed batch's size would be taken for the next batch's, so
-    that one failure would end every later round of every site that shares the model.
+    Inputs of the records would stay in memory, the failed batch's size would be taken for the next batch's, and a
+    count of forward passes that never comes back to zero would withhold every later gradient; so that one failure would
+    end every later round of every site that shares the model.
     """
     for module in model.modules():
         own = list(module.parameters(recurse=False))
@@ -108,6 +109,9 @@ def _forget_unfinished_pass(model: TaskModel) -> None:
             for name in ("activations", "max_batch_len"):
                 vars(module).pop(name, None)
             for parameter in own:
-                vars(parameter).pop("_current_grad_sample", None)
-                vars(parameter).pop("grad_sample", None)
+                kept = vars(parameter)
+                for name in ("_current_grad_sample", "grad_sample"):
+                    kept.pop(name, None)
+                if "_forward_counter" in kept:  # there as long as the hooks are
+                    kept["_forward_counter"] = 0
                 parameter.grad = None

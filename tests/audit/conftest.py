@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedtune.audit.result import AuditResult, read_result
+from fedtune.privacy.mechanism import cell
 from fedtune.training import dp_step, users
 
 
@@ -20,7 +21,7 @@ def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     def add(sums: Any, gradients: Any, max_grad_norm: float) -> None:
         for name, gradient in gradients.items():
-            sums[name] += gradient.double().sum(dim=0)
+            sums[name] += (gradient.double() / cell(max_grad_norm)).round().to(torch.int64).sum(dim=0)
 
     monkeypatch.setattr(dp_step, "add_clipped", add)
 

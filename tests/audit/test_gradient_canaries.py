@@ -26,6 +26,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.federation.protocol import RoundRequest
 from fedtune.flower.simulation import simulate
 from fedtune.model import Adapter
+from fedtune.privacy.mechanism import cell
 from fedtune.sites.participants import Participants
 from fedtune.training import dp_step
 from fedtune.training.examples import SiteExamples
@@ -195,7 +196,9 @@ def test_as_many_as_15000_canaries_go_through_in_small_dense_batches() -> None:
         norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()], dim=1).norm(dim=1)
         assert torch.equal(norms, torch.full((len(batch),), RAW_SIZE * 2.0))
         dp_step.add_clipped(sums, gradients, 2.0)
-        seen += np.concatenate([total.flatten().numpy() for total in sums.values()])
+        added = np.concatenate([total.flatten().numpy() for total in sums.values()])
+        assert added.max() <= 2**24, "in whole numbers: no canary is longer than a clip norm"
+        seen += added * cell(2.0)
     wanted = np.zeros(size)
     wanted[coordinates[np.arange(0, 15_000, 7)]] = 2.0
     assert seen == pytest.approx(wanted, abs=1e-5)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data import UNSUPERVISED, TextDataset, collate, micro_batches
+from fedtune.data.batching import alone
 
 PAD = 3  # also the last token of every example, as in chat models whose padding is the end-of-text token
 IDS = tuple(np.array(ids, dtype=np.int32) for ids in ([5, 6, PAD], [7, PAD], [8, 9, 4, PAD]))
@@ -82,3 +84,34 @@ def test_micro_batches_waste_little_padding() -> None:
 
 def test_an_empty_logical_batch_has_no_micro_batches() -> None:
     assert micro_batches([], np.array([1, 2]), max_tokens=8) == []
+
+
+@pytest.mark.parametrize("dataset", [CLASSES, TOKENS], ids=["classes", "tokens"])
+def test_a_batch_of_a_given_shape_is_filled_with_empty_rows(dataset: TextDataset) -> None:
+    batch = collate(dataset, [1, 0], pad_id=PAD, shape=(4, 8))
+    assert (len(batch), batch.empty_rows) == (2, 2)
+    assert batch.input_ids.shape == batch.attention_mask.shape == (4, 8)
+    assert batch.input_ids[2:].eq(PAD).all()
+    assert batch.attention_mask.sum(dim=1).tolist() == [2, 3, 1, 1]
+    assert batch.targets[2:].eq(0 if dataset is CLASSES else UNSUPERVISED).all()
+    small = collate(dataset, [1, 0], pad_id=PAD)
+    assert torch.equal(batch.input_ids[:2, :3], small.input_ids)
+    assert (len(batch.to("meta")), batch.to("meta").empty_rows) == (2, 2)
+
+
+@pytest.mark.parametrize("dataset", [CLASSES, TOKENS], ids=["classes", "tokens"])
+@pytest.mark.parametrize("row", [0, 1, None])
+def test_an_example_alone_has_the_same_shape_and_nothing_of_the_others(dataset: TextDataset, row: int | None) -> None:
+    batch = collate(dataset, [2, 0], pad_id=9, shape=(4, 8))
+    batch = dataclasses.replace(batch, prefix=torch.arange(4 * 8 * 2, dtype=torch.float32).reshape(4, 8, 2) + 1)
+    one = alone(batch, row)
+    assert len(one) == (row is not None)
+    assert (one.empty_rows, one.input_ids.shape, one.targets.shape) == (4 - len(one), (4, 8), batch.targets.shape)
+    for name in ("input_ids", "attention_mask", "targets", "prefix"):
+        if row is not None:
+            assert torch.equal(getattr(one, name)[0], getattr(batch, name)[row]), name
+        rest = getattr(one, name)[len(one) :].flatten(1) if getattr(one, name).dim() > 1 else one.targets[len(one) :]
+        assert not rest[..., 1:].any() if name == "attention_mask" else not rest.any(), name
+    assert one.attention_mask[len(one) :, 0].eq(1).all()
+    assert batch.prefix is not None
+    assert batch.prefix[0].any(), "the batch itself stays as it was"

@@ -8,6 +8,8 @@ import pytest
 from fedtune.data import UNSUPERVISED, Record, tokenise_causal_lm, tokenise_classification
 from fedtune.spec import ConfigError, DataError
 
+from .conftest import make_tokenizer
+
 CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = 2, 3, 4, 5, 6, 7, 8, 9, 10
 PROMPTED = [Record({"prompt": "name", "completion": "there is"}), Record({"prompt": "my card", "completion": "lost"})]
 
@@ -24,6 +26,42 @@ def test_classification(encoder_tokenizer: Any) -> None:
     assert dataset.targets.tolist() == [1, 0]
     assert dataset.lengths.tolist() == [5, 4]
     assert (dataset.input_ids[0].dtype, dataset.targets.dtype, dataset.lengths.dtype) == (np.int32, np.int64, np.int32)
+
+
+def test_no_example_is_longer_than_asked_whatever_the_tokenizer_puts_around_it() -> None:
+    tokenizer = make_tokenizer(post="[CLS] [CLS] $A [SEP] [SEP]")
+    rows = labelled(("where is my card", "b"), ("lost", "a"))
+    for within in (None, 99):
+        dataset = tokenise_classification(rows, tokenizer, labels="ab", max_length=3, lenient_within=within)
+        assert dataset.lengths.max() <= 3
+
+
+@pytest.mark.parametrize("within", [11, 6])
+def test_a_text_beyond_the_vocabulary_adds_nothing_where_that_is_asked(decoder_tokenizer: Any, within: int) -> None:
+    rows = labelled(("where is my card", "b"), ("lost", "a"), (" ", "a"))
+    dataset = tokenise_classification(rows, decoder_tokenizer, labels="ab", max_length=5, lenient_within=within)
+    assert dataset.targets.tolist() == [1 if within == 11 else UNSUPERVISED, 0, UNSUPERVISED]
+    assert dataset.lengths.tolist() == [4 if within == 11 else 1, 1, 1]
+    prompted = [Record({"prompt": "where", "completion": "lost"})]
+    causal = tokenise_causal_lm(prompted, decoder_tokenizer, template="{prompt}", max_length=5, lenient_within=within)
+    assert causal.input_ids[0].tolist() == ([WHERE, LOST, SEP] if within == 11 else [LOST, SEP])
+
+
+def test_a_text_that_cannot_be_encoded_costs_no_other_its_tokens(encoder_tokenizer: Any) -> None:
+    class Fragile:
+        bos_token_id, eos_token_id, name_or_path = CLS, SEP, "fragile"
+
+        def __call__(self, text: list[str], **options: Any) -> Any:
+            if any("bad" in one for one in text):
+                raise ValueError("bad")
+            return encoder_tokenizer(text, **options)
+
+    rows = labelled(("lost card", "a"), ("bad", "a"), ("my card", "b"))
+    dataset = tokenise_classification(rows, Fragile(), labels="ab", max_length=5, lenient_within=99)
+    assert [ids.tolist() for ids in dataset.input_ids] == [[CLS, LOST, CARD, SEP], [0], [CLS, MY, CARD, SEP]]
+    assert dataset.targets.tolist() == [0, UNSUPERVISED, 1]
+    with pytest.raises(ValueError, match="bad"):
+        tokenise_classification(rows, Fragile(), labels="ab", max_length=5)
 
 
 def test_an_undeclared_label(encoder_tokenizer: Any) -> None:

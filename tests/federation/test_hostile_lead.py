@@ -143,7 +143,6 @@ _OTHER_ADAPTERS: dict[str, tuple[Callable[[Adapter], Adapter], Reason]] = {
         lambda a: Adapter(dict(a.tensors) | {"head": np.full(4, np.inf, np.float32)}),
         Reason.MAX_ADAPTER_VALUE,
     ),
-    "huge": (lambda a: Adapter(dict(a.tensors) | {"head": np.full(4, 1e9, np.float32)}), Reason.MAX_ADAPTER_VALUE),
     "a wrong shape": (
         lambda a: Adapter(dict(a.tensors) | {"head": np.ones((2, 2), np.float32)}),
         Reason.ADAPTER_SHAPE,

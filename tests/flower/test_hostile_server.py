@@ -152,11 +152,10 @@ def test_asking_what_is_void(
     ("head", "rule"),
     [
         (np.array([0, 0, np.nan, 0], np.float32), Reason.MAX_ADAPTER_VALUE),
-        (np.full(4, 1e9, np.float32), Reason.MAX_ADAPTER_VALUE),
         (np.zeros((2, 2), np.float32), Reason.ADAPTER_SHAPE),
         (np.zeros(1, np.float32), Reason.ADAPTER_SHAPE),
     ],
-    ids=["not finite", "huge", "of another shape", "that would be broadcast"],
+    ids=["not finite", "of another shape", "that would be broadcast"],
 )
 def test_sending_a_tensor_that_is_none_of_the_runs(
     federation: Any, intercept: Any, sending: Callable[..., Change], head: np.ndarray, rule: Reason

@@ -8,7 +8,9 @@ MECHANISM, SITE, PROTOCOL = (
 OF_MECHANISM = ("tests/privacy/test_mechanism.py",)
 OF_SITE = ("tests/federation/test_site.py",)
 HOSTILE = ("tests/federation/test_hostile_lead.py",)
-REAL_SITE, OF_REAL_SITE = "fedtune/sites/real_site.py", "tests/sites/test_real_site.py"
+REAL_SITE, SHARED = "fedtune/sites/real_site.py", "fedtune/sites/shared_model.py"
+OF_SHARED = ("tests/sites/test_shared_model.py",)
+NAN = (f"{HOSTILE[0]}::test_an_adapter_that_is_not_the_runs_is_refused[nan]",)
 NO_ORACLE = ("tests/sites/test_no_oracle.py",)
 
 AT_SITE = (
@@ -16,16 +18,24 @@ AT_SITE = (
         name="exact-scores",
         fault="Score and count of held-out records leave exactly, and are charged as if they were noised.",
         file=MECHANISM,
-        old='score, count = noisy["sums"] / declared_size',
-        new='score, count = sums["sums"] / declared_size',
+        old='score, count = noisy["sums"] * cell(1.0)',
+        new='score, count = sums["sums"] * cell(1.0)',
         tests=OF_MECHANISM,
     ),
     Mutant(
         name="scores-of-sensitivity-one",
         fault="A unit's score and its count are two numbers of up to 1, and the noise is made for one of them.",
         file=MECHANISM,
-        old="max_grad_norm=np.sqrt(2.0)",
-        new="max_grad_norm=1.0",
+        old="sensitivity=root)",
+        new="sensitivity=1.0)",
+        tests=OF_MECHANISM,
+    ),
+    Mutant(
+        name="root-rounded-down",
+        fault="The root of two is rounded down, and the noise of scores is smaller than stated.",
+        file=MECHANISM,
+        old="root = float(np.nextafter(np.sqrt(2.0), 2.0))",
+        new="root = float(np.nextafter(np.sqrt(2.0), 1.0))",
         tests=OF_MECHANISM,
     ),
     Mutant(
@@ -103,11 +113,11 @@ AT_SITE = (
     ),
     Mutant(
         name="nan-in-the-adapter",
-        fault="An adapter's values are compared so that NaN passes the bound.",
+        fault="An adapter's values are compared so that NaN passes for a finite value.",
         file=SITE,
-        old="    if not all(bool((np.abs(value) <= most).all()) for value in adapter.tensors.values()):",
-        new="    if any(bool((np.abs(value) > most).any()) for value in adapter.tensors.values()):",
-        tests=OF_SITE,
+        old="    if not all(bool(np.isfinite(value).all()) for value in adapter.tensors.values()):",
+        new="    if any(bool((np.abs(value) == np.inf).any()) for value in adapter.tensors.values()):",
+        tests=NAN,
     ),
     Mutant(
         name="another-plan-than-the-first",
@@ -169,10 +179,26 @@ AT_SITE = (
         name="a-model-that-was-never-tried",
         fault="A site trains a model without having tried whether an example's gradient is the same alone and beside "
         "another.",
-        file=REAL_SITE,
-        old="            self._shared.check()\n",
-        new="",
-        tests=(f"{OF_REAL_SITE}::test_a_model_that_fails_its_check_serves_no_request_and_charges_nothing",),
+        file=SHARED,
+        old="        if config.privacy.private:\n",
+        new="        if config.privacy.private and declared_size is None:\n",
+        tests=OF_SHARED,
+    ),
+    Mutant(
+        name="passed-before-it-was-tried",
+        fault="That a model passed its try is noted before it did: whoever asks a second time gets past.",
+        file=SHARED,
+        old="        if key not in _passed:\n",
+        new="        if key not in _passed:\n            _passed[key] = (self.shapes, 0.0)\n",
+        tests=OF_SHARED,
+    ),
+    Mutant(
+        name="inexact-without-consent",
+        fault="A machine that lets an example's company change how it is rounded is taken, whatever the policy says.",
+        file=SHARED,
+        old="self._moved(self.shapes, inexact_allowed=self.inexact_allowed)",
+        new="self._moved(self.shapes, inexact_allowed=True)",
+        tests=OF_SHARED,
     ),
     Mutant(
         name="tried-for-a-run-without-privacy",
@@ -180,7 +206,7 @@ AT_SITE = (
         file=REAL_SITE,
         old="config.runtime, config.data.max_length, config.privacy.private",
         new="config.runtime, config.data.max_length",
-        tests=(f"{OF_REAL_SITE}::test_a_model_that_served_a_run_without_privacy_is_checked_before_a_private_one",),
+        tests=OF_SHARED,
     ),
     Mutant(
         name="replies-at-once",

@@ -146,6 +146,15 @@ def epsilon_above(""",
         tests=("tests/privacy/test_policy.py",),
     ),
     Mutant(
+        name="adapter-bound-without-the-root",
+        fault="The bound on an adapter's values does not follow the scale, although what the model sees is "
+        "the product of two matrices times it.",
+        file=POLICY,
+        old="self.limits.max_adapter_value / math.sqrt(max(1.0, lora_scale))",
+        new="self.limits.max_adapter_value",
+        tests=("tests/privacy/test_policy.py",),
+    ),
+    Mutant(
         name="a-silent-site-spends-nothing",
         fault="The lead counts no round of a site that did not answer, although it may have trained.",
         file="fedtune/federation/lead.py",

@@ -3,16 +3,27 @@
 from .mutant import Mutant
 
 STEP = "fedtune/training/dp_step.py"
-OF_STEP = ("tests/training/test_dp_step.py",)
-ADDED = "sums[name] += (weights @ kept.double()).reshape(sums[name].shape)"
+OF_STEP = ("tests/training/test_step_faults.py",)
+NORMS = "    norms = _norms(flat)\n"
+USABLE = "    usable = norms <= _LARGEST_NORM  # false for infinity and for NaN\n"
+BOUND = "    bound = max_grad_norm * (1 - _ROUNDING_ROOM)\n"
+WEIGHTS = "    weights = bound / norms.clamp(min=max(bound, SMALLEST_NORM)) / cell(max_grad_norm)\n"
+SCALED = "    scaled = {name: (gradient * _column(weights, gradient)).trunc_() for name, gradient in flat.items()}\n"
+COMMENT = (
+    "    # In whole numbers: a tensor's square norm is at most 2**48 where it is usable, so float64 sums it up "
+    "exactly, and\n    # the square of the root that comes back rounds to it.\n"
+)
+SQUARES = "    squares = torch.stack([_norm_of_rows(one).square().round() for one in scaled.values()]).sum(dim=0)\n"
+CHECKED = "    usable &= squares <= LARGEST_CELLS**2\n"
+FROM_THE_NORMS = NORMS + USABLE + BOUND + WEIGHTS + SCALED + COMMENT + SQUARES
 
 CLIPPING = (
     Mutant(
         name="no-clipping",
         fault="Gradients are summed as they are; noise and epsilon stay.",
         file=STEP,
-        old="weights = torch.where(usable, bound / norms.clamp(min=bound), torch.zeros_like(norms))",
-        new="weights = usable.double()",
+        old=WEIGHTS + SCALED + COMMENT + SQUARES + CHECKED,
+        new="    weights = torch.ones_like(norms) / cell(max_grad_norm)\n" + SCALED,
         tests=OF_STEP,
     ),
     Mutant(
@@ -33,26 +44,36 @@ CLIPPING = (
         fault="Each tensor is clipped to the whole clip norm by itself, and the noise is that of one norm over all of "
         "them: with k tensors the sensitivity is larger by the root of k.",
         file=STEP,
-        old=ADDED,
-        new="own = torch.linalg.vector_norm(kept, dim=1, dtype=torch.float64)\n"
-        "        alone = usable.double() * (bound / own.clamp(min=bound))\n"
-        "        sums[name] += (alone @ kept.double()).reshape(sums[name].shape)",
+        old=SCALED + COMMENT + SQUARES,
+        new="""    scaled = {
+        name: (gradient * _column(bound / _norm_of_rows(gradient).clamp(min=bound) / cell(max_grad_norm), gradient))
+        .trunc_() for name, gradient in flat.items()
+    }
+"""
+        + SQUARES.replace("sum(dim=0)", "amax(dim=0)"),
         tests=OF_STEP,
     ),
     Mutant(
         name="head-left-out-of-the-norm",
         fault="The norm is taken over the LoRA tensors alone; the head is scaled by their factor.",
         file=STEP,
-        old="for gradient in flat.values()]",
-        new='for name, gradient in flat.items() if name != "head.weight" or len(flat) == 1]',
+        old=FROM_THE_NORMS,
+        new=(NORMS + USABLE + BOUND + WEIGHTS + SCALED + SQUARES)
+        .replace("_norms(flat)", '_norms({name: one for name, one in flat.items() if name != "head.weight"} or flat)')
+        .replace("in scaled.values()", 'in ([scaled[n] for n in scaled if n != "head.weight"] or scaled.values())'),
         tests=OF_STEP,
     ),
     Mutant(
         name="a-layer-outside-clipping",
         fault="The head is trained, noised and released, but its gradients are added without being scaled.",
         file=STEP,
-        old="(weights @ kept.double())",
-        new='((usable.double() if name == "head.weight" else weights) @ kept.double())',
+        old=SCALED + COMMENT + SQUARES + CHECKED,
+        new="""    plain = torch.ones_like(norms) / cell(max_grad_norm)
+    scaled = {
+        name: (gradient * _column(plain if name == "head.weight" else weights, gradient)).trunc_()
+        for name, gradient in flat.items()
+    }
+""",
         tests=OF_STEP,
     ),
     Mutant(
@@ -61,23 +82,23 @@ CLIPPING = (
         file="fedtune/model/task.py",
         old="for name, parameter in self.adapter_parameters().items() if parameter.requires_grad}",
         new='for name, parameter in self.adapter_parameters().items() if "layer.1.output" not in name}',
-        tests=("tests/training/test_local.py",),
+        tests=(f"{OF_STEP[0]}::test_every_step_of_a_round_draws_anew_and_every_tensor_is_covered",),
     ),
     Mutant(
         name="not-finite-kept",
         fault="A gradient that is not finite is kept, and one record turns the whole update into NaN, which tells that "
         "it was there.",
         file=STEP,
-        old="usable = norms <= _LARGEST_NORM",
-        new="usable = norms < torch.inf",
-        tests=OF_STEP,
+        old=USABLE + BOUND + WEIGHTS + SCALED + COMMENT + SQUARES + CHECKED,
+        new="    usable = torch.ones_like(norms, dtype=torch.bool)\n" + BOUND + WEIGHTS + SCALED,
+        tests=(f"{OF_STEP[0]}::test_a_gradient_that_is_not_finite_counts_as_zero_and_no_other_does",),
     ),
     Mutant(
         name="norms-in-float32",
         fault="Norms are taken in float32: over many like values they come out too small, and too much passes.",
         file=STEP,
-        old="torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64)",
-        new="torch.linalg.vector_norm(gradient, dim=1).double()",
+        old="torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)",
+        new="torch.linalg.vector_norm(rows, dim=1).double()",
         tests=OF_STEP,
     ),
     Mutant(
@@ -87,7 +108,7 @@ CLIPPING = (
         file="fedtune/model/task.py",
         old="supervised.sum(dim=1).clamp(min=1)",
         new="supervised.sum().clamp(min=1)",
-        tests=("tests/model/test_task.py", *OF_STEP),
+        tests=OF_STEP,
     ),
     Mutant(
         name="mean-over-the-batch",
@@ -103,22 +124,134 @@ CLIPPING = (
         file="fedtune/training/per_example.py",
         old="            parameter.grad_sample = None",
         new="            pass",
-        tests=("tests/training/test_per_example.py", *OF_STEP),
+        tests=OF_STEP,
     ),
     Mutant(
         name="divided-by-the-true-count",
         fault="The step divides by the sampling rate times the true number of records, which the update then tells.",
         file=STEP,
-        old="denominator=plan.sampling_rate * records.declared_size",
-        new="denominator=plan.sampling_rate * max(1, records.count)",
+        old="plan.sampling_rate * records.declared_size / cell",
+        new="plan.sampling_rate * max(1, records.count) / cell",
         tests=OF_STEP,
     ),
     Mutant(
         name="divided-by-the-batch-size",
         fault="The step divides by the size of the batch that was drawn: one record more rescales sum and noise.",
         file=STEP,
-        old="denominator=plan.sampling_rate * records.declared_size",
-        new="denominator=max(1, len(sampled))",
+        old="plan.sampling_rate * records.declared_size / cell",
+        new="max(1, len(sampled)) / cell",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="rounded-to-the-nearest-cell",
+        fault="A contribution is rounded to the nearest cell instead of towards zero: of many small values it comes "
+        "out longer than the clip norm, and the check in whole numbers alone keeps it out.",
+        file=STEP,
+        old=".trunc_()",
+        new=".round_()",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="rounded-up-a-cell",
+        fault="A contribution is rounded away from zero: each of many values that are next to nothing becomes a cell.",
+        file=STEP,
+        old=SCALED,
+        new="    scaled = {\n"
+        "        name: (lambda one: one.abs().ceil() * one.sign())(gradient * _column(weights, gradient))\n"
+        "        for name, gradient in flat.items()\n    }\n",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="floats-decide",
+        fault="Nothing checks in whole numbers what floats clipped: where their norm came out too small, a unit adds "
+        "more than the clip norm.",
+        file=STEP,
+        old=CHECKED,
+        new="",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="no-smallest-norm",
+        fault="A gradient that is next to nothing but rounding is scaled up to a whole tiny clip norm.",
+        file=STEP,
+        old="norms.clamp(min=max(bound, SMALLEST_NORM))",
+        new="norms.clamp(min=bound)",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="sums-in-float32",
+        fault="Contributions are added up in float32, which rounds by the company that they are in: more than one unit "
+        "is moved by one.",
+        file=STEP,
+        old="contribution.sum(dim=0, dtype=torch.float64)",
+        new="contribution.sum(dim=0)",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="padded-to-the-longest",
+        fault="A micro-batch is padded to its longest example, so that an example's kernels are chosen by its company.",
+        file="fedtune/training/examples.py",
+        old="shape=(part.rows, part.length))",
+        new="shape=(part.rows, int(self._dataset.lengths[part.places].max())))",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="no-empty-rows",
+        fault="A micro-batch has as many rows as it has examples.",
+        file="fedtune/training/examples.py",
+        old="shape=(part.rows, part.length))",
+        new="shape=(len(part.places), part.length))",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="no-row-for-padding",
+        fault="A micro-batch of the longest examples has no empty row where they fill it: attention without any "
+        "padding takes another path, so one shorter example changes how all others are rounded.",
+        file="fedtune/data/shapes.py",
+        old="        return rows - (length == self.full)\n",
+        new="        return rows\n",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="tried-for-closeness",
+        fault="The try before a run compares with a tolerance, so a machine on which an example's last bits depend on "
+        "its company passes for an exact one.",
+        file="fedtune/training/preflight.py",
+        old="torch.equal(one[: len(rows)], whole[name][rows])",
+        new="torch.allclose(one[: len(rows)], whole[name][rows], rtol=1e-3, atol=1e-3)",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="not-projected-after-a-step",
+        fault="What a step learnt may leave the site's bound on values, and the next round's adapter is refused.",
+        file="fedtune/training/local.py",
+        old="            step()\n            project(parameters, work.max_adapter_value)\n",
+        new="            step()\n",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="not-projected-at-the-start",
+        fault="An adapter that came with values beyond the site's bound meets the records as it is.",
+        file="fedtune/training/local.py",
+        old="    parameters = model.trainable()\n    project(parameters, work.max_adapter_value)\n",
+        new="    parameters = model.trainable()\n",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="tried-alone-in-another-shape",
+        fault="Where an example of a micro-batch fails, the others are computed in batches of one row: so they are "
+        "rounded in another way than without it.",
+        file="fedtune/training/per_example.py",
+        old="found = self.of_all(alone(batch, row))",
+        new="found = self.of_all(Batch(batch.input_ids[[row]], batch.attention_mask[[row]], batch.targets[[row]]))",
+        tests=OF_STEP,
+    ),
+    Mutant(
+        name="a-failing-example-ends-the-step",
+        fault="An example that cannot be computed ends the step, so that whether a site answers tells of a record.",
+        file="fedtune/training/per_example.py",
+        old="        except ConfigError:\n            raise\n",
+        new="        except (ConfigError, RuntimeError):\n            raise\n",
         tests=OF_STEP,
     ),
 )

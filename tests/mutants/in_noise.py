@@ -5,9 +5,12 @@ from .mutant import Mutant
 MECHANISM, RANDOMNESS, STEP = (
     "fedtune/privacy/mechanism.py", "fedtune/privacy/randomness.py", "fedtune/training/dp_step.py"
 )  # fmt: skip
-ADDED = "{name: total + scale * stream.normal(total.size).reshape(total.shape) for name, total in sums.items()}"
+ADDED = """{
+        name: total + stream.rounded_normal(total.size, deviation).reshape(total.shape) for name, total in sums.items()
+    }"""
+WHOLE = "        whole = np.rint(values)\n"
 OF_MECHANISM = ("tests/privacy/test_mechanism.py",)
-OF_STEP = ("tests/training/test_noise.py",)
+OF_STEP = ("tests/training/test_step_faults.py",)
 OF_STREAM = ("tests/privacy/test_randomness.py",)
 RECOVERY = "tests/statistics/test_seed_recovery.py"
 
@@ -24,8 +27,8 @@ NOISE = (
         name="half-the-noise",
         fault="The noise has half the stated standard deviation.",
         file=MECHANISM,
-        old="scale = noise_multiplier * max_grad_norm",
-        new="scale = 0.5 * noise_multiplier * max_grad_norm",
+        old="deviation = noise_multiplier * sensitivity",
+        new="deviation = 0.5 * noise_multiplier * sensitivity",
         tests=OF_MECHANISM,
     ),
     Mutant(
@@ -33,8 +36,8 @@ NOISE = (
         fault="The noise is scaled for a clip norm of 1 whatever the clip norm is, as where sensitivity is a setting "
         "of its own (Flower's LocalDpMod).",
         file=STEP,
-        old="max_grad_norm=plan.max_grad_norm,",
-        new="max_grad_norm=1.0,",
+        old="noise_multiplier=plan.noise_multiplier,",
+        new="noise_multiplier=plan.noise_multiplier / plan.max_grad_norm,",
         tests=OF_STEP,
     ),
     Mutant(
@@ -47,7 +50,6 @@ NOISE = (
     noisy = add_gaussian_noise(
         {name: total.cpu().numpy() for name, total in sums.items()},
         noise_multiplier=plan.noise_multiplier,
-        max_grad_norm=plan.max_grad_norm,
         stream=noise,
     )
 """,
@@ -55,7 +57,6 @@ NOISE = (
         part = add_gaussian_noise(
             {name: total.cpu().numpy() for name, total in sums.items()},
             noise_multiplier=plan.noise_multiplier,
-            max_grad_norm=plan.max_grad_norm,
             stream=noise,
         )
         sums = {name: torch.from_numpy(value) for name, value in part.items()}
@@ -79,7 +80,7 @@ NOISE = (
         new="""{
         name: total
         if name.startswith("head.")
-        else total + scale * stream.normal(total.size).reshape(total.shape)
+        else total + stream.rounded_normal(total.size, deviation).reshape(total.shape)
         for name, total in sums.items()
     }""",
         tests=(*OF_MECHANISM, *OF_STEP),
@@ -90,17 +91,17 @@ NOISE = (
         file=MECHANISM,
         old=ADDED,
         new="""(
-        lambda same: {name: total + scale * same[: total.size].reshape(total.shape) for name, total in sums.items()}
-    )(stream.normal(max(total.size for total in sums.values())))""",
+        lambda same: {name: total + same[: total.size].reshape(total.shape) for name, total in sums.items()}
+    )(stream.rounded_normal(max(total.size for total in sums.values()), deviation))""",
         tests=OF_MECHANISM,
     ),
     Mutant(
         name="noise-rounded-to-integers",
-        fault="The noise is rounded to whole numbers, as for integer sums; below half a unit nothing of it is left.",
+        fault="The noise is rounded to whole clip norms, as for sums of counts; below half of one nothing of it is "
+        "left.",
         file=MECHANISM,
-        old=ADDED,
-        new="{name: total + np.rint(scale * stream.normal(total.size)).reshape(total.shape) "
-        "for name, total in sums.items()}",
+        old="stream.rounded_normal(total.size, deviation).reshape",
+        new="(stream.rounded_normal(total.size, noise_multiplier * sensitivity) << GRID_BITS).reshape",
         tests=OF_MECHANISM,
     ),
     Mutant(
@@ -115,7 +116,8 @@ NOISE = (
 
     generator = torch.Generator().manual_seed(int(time.time()))
     return {
-        name: total + scale * torch.randn(total.shape, generator=generator, dtype=torch.float64).numpy()
+        name: total
+        + (deviation * torch.randn(total.shape, generator=generator, dtype=torch.float64).numpy()).astype(np.int64)
         for name, total in sums.items()
     }""",
         tests=(f"{RECOVERY}::test_in_a_real_round_there_is_nothing_to_find",),
@@ -124,9 +126,10 @@ NOISE = (
         name="seed-of-sixteen-bits",
         fault="The operating system's bits are cut to a small seed of numpy's generator, which is no CSPRNG.",
         file=RANDOMNESS,
-        old="        pairs = (_DRAWS_PER_NORMAL // 2, count)\n",
-        new="        return np.random.default_rng(int(self.uniform64(1)[0]) & 0xFFFF).standard_normal(count)\n"
-        "        pairs = (_DRAWS_PER_NORMAL // 2, count)\n",
+        old="        pairs = -(-count // 2)\n",
+        new="        seed = int(self.uniform64(1)[0]) & 0xFFFF\n"
+        "        return np.rint(deviation * np.random.default_rng(seed).standard_normal(count)).astype(np.int64)\n"
+        "        pairs = -(-count // 2)\n",
         tests=(f"{RECOVERY}::test_in_a_real_round_there_is_nothing_to_find",),
     ),
     Mutant(
@@ -152,26 +155,70 @@ NOISE = (
     ),
     Mutant(
         name="single-draws",
-        fault="A noise value is one transformed pair of floats, which leaves holes in its output (Mironov 2012).",
+        fault="A noise value is one transformed pair of uniform floats, whose 53 bits leave holes in its output "
+        "(Mironov 2012) and end its tails.",
         file=RANDOMNESS,
-        old="_DRAWS_PER_NORMAL = 4",
-        new="_DRAWS_PER_NORMAL = 2",
+        old="        values, error = _box_muller(radius_bits, angle_bits, deviation)\n",
+        new="        radius_bits = (radius_bits >> np.uint64(11)) + np.uint64(1) << np.uint64(11)\n"
+        "        values, error = _box_muller(radius_bits, angle_bits, deviation)\n",
         tests=OF_STREAM,
     ),
     Mutant(
         name="a-pair-kept-together",
-        fault="Sine and cosine of one pair are added up, so that a value has half as many draws behind it as it seems.",
+        fault="A pair's cosine is handed out twice instead of its sine, so that half of the noise repeats the other.",
         file=RANDOMNESS,
-        old="np.roll((radius * np.sin(angle)).sum(axis=0), 1)",
-        new="(radius * np.sin(angle)).sum(axis=0)",
-        tests=("tests/privacy/test_draws.py",),
+        old="np.stack([np.cos(angle), np.sin(angle)])",
+        new="np.stack([np.cos(angle), np.cos(angle)])",
+        tests=("tests/privacy/test_draws.py", *OF_STREAM),
     ),
     Mutant(
         name="cut-tails",
         fault="Noise is cut at three standard deviations: an output beyond them names its data set.",
         file=RANDOMNESS,
-        old="return total / np.sqrt(_DRAWS_PER_NORMAL)",
-        new="return np.clip(total / np.sqrt(_DRAWS_PER_NORMAL), -3, 3)",
+        old=WHOLE,
+        new="        values = np.clip(values, -3 * deviation, 3 * deviation)\n" + WHOLE,
+        tests=OF_STREAM,
+    ),
+    Mutant(
+        name="noise-of-another-grid",
+        fault="Noise is made for cells of a 2**23rd of a clip norm, and added to sums in cells of a 2**24th.",
+        file=MECHANISM,
+        old="deviation = noise_multiplier * sensitivity * 2.0**GRID_BITS",
+        new="deviation = noise_multiplier * sensitivity * 2.0**23",
+        tests=OF_MECHANISM,
+    ),
+    Mutant(
+        name="floats-never-in-doubt",
+        fault="A float is rounded to a whole number however near it lies to the middle between two, so that what "
+        "floats leave out shows as whole numbers that come too often or too rarely.",
+        file=RANDOMNESS,
+        old="            in_doubt = ~(np.abs(np.abs(values - whole) - 0.5) > error)\n",
+        new="            in_doubt = np.zeros(values.shape, dtype=np.bool_)\n",
+        tests=(f"{OF_STREAM[0]}::test_a_value_next_to_the_middle_between_two_integers_is_decided_by_more_bits",),
+    ),
+    Mutant(
+        name="error-below-zero",
+        fault="The error bound of a float is minus infinity where its radius is minus zero, and so the value counts as "
+        "decided; fedtune's own, before a test found it.",
+        file=RANDOMNESS,
+        old="np.sqrt(2.0 * np.abs(np.log(radius_bits.astype(np.float64) * 2.0**-64)))",
+        new="np.sqrt(-2.0 * np.log(radius_bits.astype(np.float64) * 2.0**-64))",
+        tests=(f"{OF_STREAM[0]}::test_a_radius_next_to_zero_is_not_taken_for_zero",),
+    ),
+    Mutant(
+        name="error-a-thousandth",
+        fault="The error bound of a float is smaller than its error.",
+        file=RANDOMNESS,
+        old="    return values, error\n",
+        new="    return values, error / 1000\n",
+        tests=(f"{OF_STREAM[0]}::test_floats_are_as_near_as_their_stated_error",),
+    ),
+    Mutant(
+        name="cut-off-instead-of-rounded",
+        fault="Noise is cut off towards zero, so that zero comes twice as often as it should.",
+        file=RANDOMNESS,
+        old=WHOLE,
+        new="        whole = np.trunc(values)\n",
         tests=OF_STREAM,
     ),
 )

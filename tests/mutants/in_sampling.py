@@ -25,7 +25,7 @@ SAMPLING = (
         old="sampled = poisson_sample(records.count, plan.sampling_rate, sampling)",
         new="asked = min(1.0, plan.sampling_rate * records.declared_size / max(1, records.count))\n"
         "    sampled = poisson_sample(records.count, asked, sampling)",
-        tests=("tests/training/test_dp_step.py",),
+        tests=("tests/training/test_step_faults.py",),
     ),
     Mutant(
         name="one-sample-for-all-steps",
@@ -36,7 +36,7 @@ SAMPLING = (
     drawn_once = sampling.bernoulli(records.count, work.plan.sampling_rate)
     sampling.bernoulli = lambda count, rate: drawn_once
 """,
-        tests=("tests/training/test_local.py::test_each_step_of_a_round_draws_a_sample_of_its_own",),
+        tests=("tests/training/test_step_faults.py",),
     ),
     Mutant(
         name="a-rate-ten-percent-higher",
@@ -61,7 +61,7 @@ SAMPLING = (
         file=STEP,
         old="    sums = zeros(parameters)\n    seen = 0\n",
         new="    if not len(sampled):\n        return\n    sums = zeros(parameters)\n    seen = 0\n",
-        tests=("tests/training/test_noise.py",),
+        tests=("tests/training/test_step_faults.py",),
     ),
     Mutant(
         name="split-by-shuffling",

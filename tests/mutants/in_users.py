@@ -4,7 +4,7 @@ from .mutant import Mutant
 
 USERS = "fedtune/training/users.py"
 PARTITION = "fedtune/data/partition.py"
-OF_USERS = ("tests/training/test_users.py",)
+OF_USERS = ("tests/training/test_step_faults.py",)
 DEALT = ("tests/data/test_users.py",)
 
 USER_FAULTS = (
@@ -14,16 +14,11 @@ USER_FAULTS = (
         file=USERS,
         old="""                if name not in means:
                     means[name] = gradient.new_zeros((len(batch), *gradient.shape[1:]), dtype=torch.float64)
-                means[name].index_add_(0, users, gradient.double() * _along(shares, gradient))
-        norms = _norms(means)
-        cancelled = norms < _CANCELLED * sizes  # false where either is not finite
-        shorter = (norms / (_CANCELLED * sizes)) * (self._max_grad_norm / norms.clamp(min=self._max_grad_norm))
-        factors = torch.where(cancelled, shorter, 1.0)
-        return {name: mean * _along(factors, mean) for name, mean in means.items()}
+                for user, share, row in zip(users.tolist(), shares.tolist(), gradient, strict=False):
+                    means[name][user].add_(row, alpha=share)
 """,
-        new="""                rows = gradient.double()
+        new="""                rows = gradient[: len(users)].double()
                 means[name] = torch.cat([means[name], rows]) if name in means else rows
-        return means
 """,
         tests=OF_USERS,
     ),
@@ -33,6 +28,15 @@ USER_FAULTS = (
         file="fedtune/privacy/mechanism.py",
         old="    if num_records <= most:\n",
         new="    if num_records <= most or most > 0:\n",
+        tests=OF_USERS,
+    ),
+    Mutant(
+        name="added-up-in-the-batch-s-order",
+        fault="A user's records are added up in the order of the micro-batches that are fullest, which follows from "
+        "who else was drawn: where they cancel, another bit of rounding is left of them, and one user moves another's.",
+        file=USERS,
+        old="        for part in self.examples.parts(records):\n",
+        new="        for part in sorted(self.examples.parts(records), key=lambda part: -len(part.places)):\n",
         tests=OF_USERS,
     ),
     Mutant(

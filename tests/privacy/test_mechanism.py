@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedtune.privacy.mechanism import PrivacySpec, add_gaussian_noise, noised_scores, poisson_sample
-from fedtune.privacy.randomness import RandomStream, SeededRandomness
+from fedtune.privacy.mechanism import (
+    GRID_BITS,
+    PrivacySpec,
+    add_gaussian_noise,
+    cell,
+    noised_scores,
+    poisson_sample,
+)
+from fedtune.privacy.randomness import RandomStream, SeededRandomness, _box_muller
 from fedtune.spec import ConfigError
 
 
@@ -62,42 +71,119 @@ def test_rate_one_takes_all() -> None:
 SHAPES = {"lora_A": (40, 150), "lora_B": (6000,), "head.weight": (3, 50, 40)}
 
 
-@pytest.mark.parametrize(("noise_multiplier", "max_grad_norm"), [(1.5, 0.2), (0.4, 10.0)])
-def test_noise_has_the_scale_of_sigma_times_clip_norm(
-    has_scale: Any, noise_multiplier: float, max_grad_norm: float
+C_IN_CELLS = 2**24
+"""A clip norm, in cells of the grid."""
+
+
+def nothing(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    return np.zeros(shape, dtype=np.int64)
+
+
+def deviations_asked_of(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> list[float]:
+    """What standard deviation of the noise `run` asks its streams for, one a call."""
+    asked: list[float] = []
+    original = RandomStream.rounded_normal
+
+    def noted(self: RandomStream, count: int, deviation: float) -> npt.NDArray[np.int64]:
+        asked.append(deviation)
+        return original(self, count, deviation)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RandomStream, "rounded_normal", noted)
+        run()
+    return asked
+
+
+@pytest.mark.parametrize(("noise_multiplier", "sensitivity"), [(1.5, 1.0), (0.4, 1.0), (1.5, 7.0), (0.4, 0.3)])
+def test_noise_has_the_scale_of_sigma_times_the_sensitivity(
+    has_scale: Any, noise_multiplier: float, sensitivity: float
 ) -> None:
-    zeros = {name: np.zeros(shape) for name, shape in SHAPES.items()}
-    noisy = add_gaussian_noise(
-        zeros, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, stream=stream("noise")
-    )
+    zeros = {name: nothing(shape) for name, shape in SHAPES.items()}
+    given = {} if sensitivity == 1 else {"sensitivity": sensitivity}  # a clip norm unless it is told otherwise
+    noisy = add_gaussian_noise(zeros, noise_multiplier=noise_multiplier, stream=stream("noise"), **given)
     assert {name: value.shape for name, value in noisy.items()} == SHAPES
     for value in noisy.values():
-        scale = noise_multiplier * max_grad_norm
+        scale = noise_multiplier * sensitivity * C_IN_CELLS
         assert has_scale(value, scale)
-        for wrong in (0.9 * scale, 1.1 * scale, noise_multiplier, max_grad_norm, scale * np.sqrt(3)):
+        for wrong in (0.9 * scale, 1.1 * scale, scale / noise_multiplier, scale * np.sqrt(3), scale / 2):
             assert not has_scale(value, wrong)
+        if sensitivity != 1:
+            assert not has_scale(value, scale / sensitivity)
+
+
+def test_the_noise_of_a_clip_norm_has_exactly_the_stated_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
+    for noise_multiplier in (0.3, 1.0, 1.3, 17.1):
+        asked = deviations_asked_of(
+            monkeypatch,
+            lambda: add_gaussian_noise(
+                {"a": nothing((3,)), "b": nothing((2, 2))},
+                noise_multiplier=noise_multiplier,  # noqa: B023, called at once
+                stream=stream("exactly"),
+            ),
+        )
+        assert [Fraction(one) for one in asked] == [Fraction(noise_multiplier) * C_IN_CELLS] * 2
+
+
+def test_the_grid_has_so_many_cells_in_a_clip_norm() -> None:
+    assert GRID_BITS == 24
+    for clip in (1.0, 0.1, 3e-5, 1e4):
+        assert Fraction(cell(clip)) * C_IN_CELLS == Fraction(clip), "exact: a power of two"
 
 
 def test_each_tensor_has_noise_of_its_own() -> None:
-    zeros = {"a": np.zeros(100), "b": np.zeros(100)}
-    noisy = add_gaussian_noise(zeros, noise_multiplier=1.0, max_grad_norm=1.0, stream=stream("own"))
+    zeros = {"a": nothing((100,)), "b": nothing((100,))}
+    noisy = add_gaussian_noise(zeros, noise_multiplier=1.0, stream=stream("own"))
     assert stats.pearsonr(noisy["a"], noisy["b"]).pvalue > 1e-6
     assert not (noisy["a"] == noisy["b"]).any()
 
 
 def test_noise_is_added_to_the_sum_and_leaves_it_alone() -> None:
-    sums = {"a": np.arange(6.0).reshape(2, 3)}
-    silent = add_gaussian_noise(sums, noise_multiplier=0.0, max_grad_norm=1.0, stream=stream("sum"))
-    noise = add_gaussian_noise({"a": np.zeros((2, 3))}, noise_multiplier=2.0, max_grad_norm=1.0, stream=stream("sum"))
-    noisy = add_gaussian_noise(sums, noise_multiplier=2.0, max_grad_norm=1.0, stream=stream("sum"))
+    sums = {"a": np.arange(6).reshape(2, 3)}
+    silent = add_gaussian_noise(sums, noise_multiplier=0.0, stream=stream("sum"))
+    noise = add_gaussian_noise({"a": nothing((2, 3))}, noise_multiplier=2.0, stream=stream("sum"))
+    noisy = add_gaussian_noise(sums, noise_multiplier=2.0, stream=stream("sum"))
     np.testing.assert_array_equal(silent["a"], sums["a"])
     np.testing.assert_array_equal(noisy["a"], sums["a"] + noise["a"])
-    np.testing.assert_array_equal(sums["a"], np.arange(6.0).reshape(2, 3))
+    np.testing.assert_array_equal(sums["a"], np.arange(6).reshape(2, 3))
 
 
-def test_noise_stays_float64() -> None:
-    noisy = add_gaussian_noise({"a": np.zeros(3)}, noise_multiplier=1.0, max_grad_norm=1.0, stream=stream("type"))
-    assert noisy["a"].dtype == np.float64
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    total=st.lists(st.integers(-(2**50), 2**50), min_size=1, max_size=5),
+    bits=st.lists(st.integers(0, 2**64 - 1), min_size=10, max_size=10),
+    noise_multiplier=st.floats(1e-9, 1e3),
+)
+def test_sum_and_rounded_noise_is_the_rounded_noisy_sum(
+    total: list[int], bits: list[int], noise_multiplier: float
+) -> None:
+    """So adding whole noise to a whole sum is the Gaussian mechanism on the sum, and rounding after it."""
+
+    class Fed(RandomStream):
+        def uniform64(self, count: int) -> npt.NDArray[np.uint64]:
+            return np.array([bits.pop() if bits else 3**40 for _ in range(count)], dtype=np.uint64)
+
+    first_words = np.array(bits[::-1], dtype=np.uint64)  # as they are popped
+    noisy = add_gaussian_noise(
+        {"a": np.array(total, dtype=np.int64)}, noise_multiplier=noise_multiplier, stream=Fed(bytes(32))
+    )["a"]
+    pairs = -(-len(total) // 2)
+    deviation = noise_multiplier * C_IN_CELLS
+    values, error = _box_muller(first_words[:pairs], first_words[pairs : 2 * pairs], deviation)
+    for place, one in enumerate(total):
+        pair = place % pairs
+        if np.isfinite(error[pair]):
+            real = Fraction(one) + Fraction(float(values[place // pairs, pair]))  # the noisy sum, but for `error`
+            assert abs(int(noisy[place]) - real) <= Fraction(1, 2) + Fraction(float(error[pair]))
+
+
+def test_whole_numbers_go_in_and_come_out() -> None:
+    noisy = add_gaussian_noise({"a": nothing((3,))}, noise_multiplier=1.0, stream=stream("type"))
+    assert noisy["a"].dtype == np.int64
+    # Beyond what float64 tells apart: the sum is never made a float.
+    large = {"a": np.array([2**55 + 1, -(2**55) - 1])}
+    np.testing.assert_array_equal(
+        add_gaussian_noise(large, noise_multiplier=0.0, stream=stream("type"))["a"], large["a"]
+    )
 
 
 def before_noise(scores: npt.NDArray[np.float64], declared_size: float = 1.0) -> npt.NDArray[np.float64]:
@@ -109,12 +195,40 @@ unit_scores = (
 )
 
 
+def cells_of(scores: list[float]) -> tuple[int, int]:
+    """The two whole numbers that noise is added to."""
+    pair = before_noise(np.array(scores)) * C_IN_CELLS
+    assert (pair == np.rint(pair)).all()
+    return int(pair[0]), int(pair[1])
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(others=st.lists(unit_scores, max_size=8), one=unit_scores)
-def test_one_unit_moves_the_scores_by_at_most_root_two(others: list[float], one: float) -> None:
-    fewer, more = before_noise(np.array(others)), before_noise(np.array([*others, one]))
-    assert np.linalg.norm(more - fewer) <= np.sqrt(2.0) * (1 + 1e-12)
-    assert more[1] - fewer[1] == 1
+def test_one_unit_moves_the_scores_by_at_most_root_two_exactly(others: list[float], one: float) -> None:
+    fewer, more = cells_of(others), cells_of([*others, one])
+    moved = more[0] - fewer[0], more[1] - fewer[1]
+    assert moved[1] == C_IN_CELLS
+    assert 0 <= moved[0] <= C_IN_CELLS
+    assert moved[0] ** 2 + moved[1] ** 2 <= 2 * C_IN_CELLS**2, "in whole numbers"
+
+
+def test_a_score_is_rounded_down_to_the_grid() -> None:
+    for score in (0.3, 1 - 2**-25, 2**-24, 2**-25, np.nextafter(1.0, 0.0)):
+        assert cells_of([score])[0] == int(Fraction(score) * C_IN_CELLS)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(noise_multiplier=st.floats(1e-6, 1e9))
+def test_the_noise_of_scores_is_not_smaller_than_stated(noise_multiplier: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            RandomStream, "rounded_normal", lambda _, count, deviation: asked.append(deviation) or nothing((count,))
+        )
+        asked: list[float] = []
+        noised_scores(np.ones(2), declared_size=3.0, noise_multiplier=noise_multiplier, stream=stream("stated"))
+    (deviation,) = asked
+    stated = 2 * (Fraction(noise_multiplier) * C_IN_CELLS) ** 2  # squared, so that it is exact
+    assert stated <= Fraction(deviation) ** 2 <= stated * (1 + Fraction(1, 2**50))
 
 
 def test_a_unit_can_move_the_scores_by_root_two() -> None:

@@ -136,6 +136,14 @@ def test_a_population_of_users_needs_to_know_whose_each_record_is(policy: Any) -
         policy(population={"unit": "user"})
 
 
+@pytest.mark.parametrize("scale", [0.25, 1.0, 2.0, 16.0, 1e4])
+def test_the_largest_product_of_two_matrices_does_not_follow_the_scale(policy: Any, scale: float) -> None:
+    bound = policy(limits={"max_adapter_value": 50.0}).adapter_bound(scale)
+    assert bound <= 50.0, "never above what the site says"
+    # What the model sees is scale * B A: the same at most for every scale, and not needlessly less.
+    assert scale * bound**2 == pytest.approx(min(1.0, scale) * 50.0**2)
+
+
 def test_every_broken_rule_is_listed_for_a_person(policy: Any, proposal: Any) -> None:
     asked = proposal(rank=9, task="generation", plan={"num_rounds": 21, "noise_multiplier": 0.1})
     assert {reason for reason, _, _ in broken(policy(), asked)} == {

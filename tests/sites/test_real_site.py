@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import fedtune.sites.real_site as real_site
+import fedtune.sites.shared_model as shared_model
 from fedtune.config import RunConfig, parse
 from fedtune.federation.protocol import Reply
-from fedtune.model import Adapter
+from fedtune.model import Adapter, TaskModel
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
@@ -207,11 +208,12 @@ def unfit(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """No model stands its check; each time that one is tried is noted."""
     tried: list[str] = []
 
-    def fail(self: SharedModel) -> None:
-        tried.append(self.config.name)
+    def fail(model: TaskModel, *_: object, **__: object) -> float:
+        tried.append(model.spec.task)
         raise ConfigError("model", "tiny", "must give an example the same gradient alone and beside another")
 
-    monkeypatch.setattr(SharedModel, "check", fail)
+    monkeypatch.setattr(shared_model, "check_examples_alone", fail)
+    monkeypatch.setattr(shared_model, "_passed", {})
     return tried
 
 
@@ -236,18 +238,19 @@ def test_a_model_that_served_a_run_without_privacy_is_checked_before_a_private_o
 ) -> None:
     # For the first of them nothing has to be shown of the model's gradients.
     tried: list[bool] = []
-    original = SharedModel.check
+    original = shared_model.check_examples_alone
 
-    def noted(self: SharedModel) -> None:
-        tried.append(self.config.privacy.private)
-        original(self)
+    def noted(*given: Any, **settings: Any) -> float:
+        tried.append(True)
+        return original(*given, **settings)
 
-    monkeypatch.setattr(SharedModel, "check", noted)
+    monkeypatch.setattr(shared_model, "check_examples_alone", noted)
+    monkeypatch.setattr(shared_model, "_passed", {})
     site = station(privacy={"mechanism": "none", "noise_multiplier": None})
     site.update()
-    assert True not in tried
+    assert not tried
     site.update(letters(name="second"))
-    assert tried[-1] is True
+    assert tried
 
 
 @pytest.mark.parametrize("fault", ["gone", "another header", "no text"])
@@ -294,9 +297,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     class Counted(SharedModel):
-        def __init__(self, config: RunConfig) -> None:
+        def __init__(self, config: RunConfig, **settings: Any) -> None:
             seen.append("model")
-            super().__init__(config)
+            super().__init__(config, **settings)
 
     read = real_site.own_records
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedtune.config import RunConfig
@@ -87,14 +88,25 @@ def shared(letters: Callable[..., RunConfig]) -> SharedModel:
     return SharedModel(letters(data={"heldout_fraction": 0.5}, privacy={"metrics": "noised"}))
 
 
-def do(shared: SharedModel, lead: SigningKey, records: SiteRecords, *, key: bytes = b"k", attempt: int = 1) -> Trained:
+def do(
+    shared: SharedModel,
+    lead: SigningKey,
+    records: SiteRecords,
+    *,
+    key: bytes = b"k",
+    attempt: int = 1,
+    adapter: Adapter | None = None,
+    max_adapter_value: float = 2.0,
+) -> Trained:
     """A round at the site north."""
     proposal = shared.config.proposal(lead=lead.public, plan=shared.config.plan())
     request = RoundRequest(
         proposal=proposal, round=1, site="north", adapter_digest="ab" * 32, receipt=None, expires=1e12
     )
-    work = SiteWork("north", shared, records, declared_size=40, keeps_frozen_states=False)
-    return work.do(request, shared.initial_adapter, attempt, fingerprint_key=key)
+    work = SiteWork(
+        "north", shared, records, declared_size=40, keeps_frozen_states=False, max_adapter_value=max_adapter_value
+    )
+    return work.do(request, adapter or shared.initial_adapter, attempt, fingerprint_key=key)
 
 
 def read(letters: list[tuple[str, str]]) -> list[Record]:
@@ -133,3 +145,9 @@ def test_a_fingerprint_is_of_the_training_records_under_the_given_key(
     assert do(shared, lead_key, replace(RECORDS, heldout=[])).fingerprint == one
     assert do(shared, lead_key, replace(RECORDS, training=RECORDS.training[1:])).fingerprint != one
     assert do(shared, lead_key, RECORDS, key=b"another").fingerprint != one
+
+
+def test_an_adapter_that_is_sent_is_brought_into_the_sites_bound(shared: SharedModel, lead_key: SigningKey) -> None:
+    adapter = Adapter({name: np.full_like(value, 1e9) for name, value in shared.initial_adapter.tensors.items()})
+    trained = do(shared, lead_key, SiteRecords([], []), adapter=adapter, max_adapter_value=0.5)
+    assert all(np.abs(value).max() <= 0.5 for value in trained.adapter.tensors.values())

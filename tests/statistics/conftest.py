@@ -10,11 +10,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedtune.data import Batch, TextDataset, collate, micro_batches
+from fedtune.data import Shapes, TextDataset
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModel, TaskModelSpec, build_task_model
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import Randomness, SystemRandomness
 from fedtune.training.dp_step import Records, dp_sgd_step
+from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
 
 Arrays = dict[str, npt.NDArray[np.float64]]
@@ -101,14 +102,12 @@ def sums_of() -> Callable[..., list[Arrays]]:
     def make(
         model: TaskModel, dataset: TextDataset, plan: Plan, *, steps: int = 1, randomness: Randomness | None = None
     ) -> list[Arrays]:
-        def cut(indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
-            for part in micro_batches(indices, dataset.lengths, max_tokens=40):
-                yield collate(dataset, part, pad_id=0)
-
+        shapes = Shapes.of(max_length=12, max_tokens=40)
+        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
         source = randomness or SystemRandomness()
         optimizer = Watching(model.trainable())
         # A denominator of one, so that the gradient is the sum.
-        records = Records(count=len(dataset), declared_size=1, cut=cut)
+        records = Records(count=len(dataset), declared_size=1, cut=examples.cut)
         sampling, noise = source.stream("a", 1, 1, "sampling"), source.stream("a", 1, 1, "noise")
         with attached(model) as gradients:
             for _ in range(steps):

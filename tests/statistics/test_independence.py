@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from fedtune.data import Shapes
 from fedtune.model import Adapter
 from fedtune.privacy.randomness import Randomness, RandomStream, SystemRandomness
 from fedtune.training.examples import SiteExamples
@@ -60,10 +61,16 @@ def released(model_of: Any, dataset: Any, plan: Any) -> Released:
     start = Adapter.of(model)
 
     def make(site: str = "a", round: int = 1, attempt: int = 1, randomness: Randomness | None = None) -> Values:
-        examples = SiteExamples(dataset(0), pad_id=0, max_tokens=40, device="cpu")
+        examples = SiteExamples(dataset(0), pad_id=0, shapes=Shapes.of(max_length=12, max_tokens=40), device="cpu")
         training = TrainingSpec(local_steps=1, optimizer="sgd", learning_rate=RATE)
         work = RoundOfTraining(
-            site=site, round=round, attempt=attempt, plan=plan(), training=training, declared_size=20
+            site=site,
+            round=round,
+            attempt=attempt,
+            plan=plan(),
+            training=training,
+            declared_size=20,
+            max_adapter_value=1e6,
         )
         after = train_round(model, start, examples, work, randomness=randomness or SystemRandomness())
         return flat({name: value.astype(np.float64) - start.tensors[name] for name, value in after.tensors.items()})
@@ -94,8 +101,9 @@ class Sharing:
         common = RandomStream(self._key)
 
         class Mixed(RandomStream):
-            def normal(self, count: int) -> Values:
-                return np.sqrt(0.1) * common.normal(count) + np.sqrt(0.9) * super().normal(count)
+            def rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
+                shared = common.rounded_normal(count, np.sqrt(0.1) * deviation)
+                return shared + super().rounded_normal(count, np.sqrt(0.9) * deviation)
 
         return Mixed(SystemRandomness().stream().uniform64(4).tobytes())
 

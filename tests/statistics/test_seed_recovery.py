@@ -24,9 +24,11 @@ import pytest
 import torch
 
 from fedtune.cli.compose import saved_config
+from fedtune.data import Shapes
 from fedtune.data.load import simulated_site_records
 from fedtune.federation.protocol import RoundRequest
 from fedtune.model import Adapter, load_task_model
+from fedtune.privacy.mechanism import GRID_BITS, cell
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.work import SiteWork
@@ -76,7 +78,7 @@ def candidates(release: Release) -> Candidates:
         yield f"numpy {seed}", np.random.Generator(np.random.PCG64(seed)).standard_normal(SIGNS)
     for seed in range(1 << 13):
         stream = SeededRandomness(seed).stream(release.site, 1, 1, "noise")
-        yield f"fedtune {seed}", stream.normal(release.moved.size)[:SIGNS]
+        yield f"fedtune {seed}", stream.rounded_normal(release.moved.size, 2.0**GRID_BITS)[:SIGNS]
 
 
 def recover(release: Release) -> str | None:
@@ -92,8 +94,9 @@ class TorchStream(RandomStream):
         super().__init__(bytes(32))
         self._generator = torch.Generator().manual_seed(seed)
 
-    def normal(self, count: int) -> Values:
-        return torch.randn(count, generator=self._generator, dtype=torch.float64).numpy()
+    def rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
+        values = torch.randn(count, generator=self._generator, dtype=torch.float64).numpy()
+        return np.rint(deviation * values).astype(np.int64)
 
 
 class NumpyStream(RandomStream):
@@ -101,8 +104,8 @@ class NumpyStream(RandomStream):
         super().__init__(bytes(32))
         self._generator = np.random.default_rng(seed)
 
-    def normal(self, count: int) -> Values:
-        return self._generator.standard_normal(count)
+    def rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
+        return np.rint(deviation * self._generator.standard_normal(count)).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,11 @@ def first_round(model_of: Any, dataset: Any, plan: Any) -> Callable[..., Release
     start = Adapter.of(model)
 
     def make(source: Randomness, *, optimizer: str = "sgd") -> Release:
-        examples = SiteExamples(dataset(12), pad_id=0, max_tokens=40, device="cpu")
+        examples = SiteExamples(dataset(12), pad_id=0, shapes=Shapes.of(max_length=12, max_tokens=40), device="cpu")
         training = TrainingSpec(local_steps=1, optimizer=optimizer, learning_rate=0.1)  # type: ignore[arg-type]
-        work = RoundOfTraining(site="a", round=1, attempt=1, plan=plan(), training=training, declared_size=20)
+        work = RoundOfTraining(
+            site="a", round=1, attempt=1, plan=plan(), training=training, declared_size=20, max_adapter_value=1e6
+        )
         return Release("a", first_move(start, train_round(model, start, examples, work, randomness=source)))
 
     return make
@@ -161,10 +166,10 @@ def test_who_has_the_seed_has_the_other_tensors_too(model_of: Any, dataset: Any,
     (exact,) = sums_of(model, everyone, plan(sampling_rate=1.0, noise_multiplier=0.0))
     (noisy,) = sums_of(model, everyone, plan(sampling_rate=1.0), randomness=Seeded(TorchStream, 321))
     stream = TorchStream(321)
-    scale = plan().noise_multiplier * plan().max_grad_norm
+    deviation = plan().noise_multiplier * 2.0**GRID_BITS
     for name, released in noisy.items():
-        laid_bare = released - scale * stream.normal(released.size).reshape(released.shape)
-        np.testing.assert_allclose(laid_bare, exact[name], atol=1e-5)
+        noise = stream.rounded_normal(released.size, deviation) * cell(plan().max_grad_norm)
+        np.testing.assert_allclose(released - noise.reshape(released.shape), exact[name], atol=1e-5)
     assert np.abs(exact["head.weight"]).max() > 0.1
 
 

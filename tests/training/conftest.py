@@ -12,12 +12,14 @@ import pytest
 import torch
 from scipy import stats
 
-from fedtune.data import Batch, TextDataset, collate, micro_batches
+from fedtune.data import Shapes, TextDataset
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModel, TaskModelSpec, build_task_model
+from fedtune.privacy.mechanism import cell
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.training import dp_step
 from fedtune.training.dp_step import Records, dp_sgd_step
+from fedtune.training.examples import SiteExamples
 from fedtune.training.optimizer import make_optimizer
 from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
@@ -103,15 +105,23 @@ def plan() -> Callable[..., Plan]:
 
 
 @pytest.fixture
-def records() -> Callable[..., Records]:
+def site_examples() -> Callable[..., SiteExamples]:
+    """Records of up to 15 tokens as training reads them, in micro-batches of so many tokens; 1: a row each."""
+
+    def make(dataset: TextDataset, *, max_tokens: int = 40) -> SiteExamples:
+        shapes = Shapes.of(max_length=15, max_tokens=max_tokens)
+        return SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+
+    return make
+
+
+@pytest.fixture
+def records(site_examples: Callable[..., SiteExamples]) -> Callable[..., Records]:
     """The records of a dataset, cut into micro-batches as a round does."""
 
     def make(dataset: TextDataset, *, declared_size: int = 20, max_tokens: int = 40) -> Records:
-        def cut(indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
-            for part in micro_batches(indices, dataset.lengths, max_tokens=max_tokens):
-                yield collate(dataset, part, pad_id=0)
-
-        return Records(count=len(dataset), declared_size=declared_size, cut=cut)
+        examples = site_examples(dataset, max_tokens=max_tokens)
+        return Records(count=len(dataset), declared_size=declared_size, cut=examples.cut)
 
     return make
 
@@ -158,13 +168,14 @@ def stepper() -> Callable[..., Stepper]:
 def clipped_sum(
     monkeypatch: pytest.MonkeyPatch, stepper: Callable[..., Stepper], records: Callable[..., Records]
 ) -> Callable[..., Arrays]:
-    """What a step hands to the Gaussian mechanism: the clipped sum of a whole dataset."""
+    """What a step hands to the Gaussian mechanism: the clipped sum of a whole dataset, no longer in cells."""
 
     def make(model: TaskModel, dataset: TextDataset, plan: Plan, *, max_tokens: int = 40) -> Arrays:
         seen: list[Arrays] = []
 
-        def without_noise(sums: Mapping[str, npt.NDArray[np.float64]], **_: Any) -> Arrays:
-            seen.append({name: total.copy() for name, total in sums.items()})
+        def without_noise(sums: Mapping[str, npt.NDArray[np.int64]], **_: Any) -> dict[str, npt.NDArray[np.int64]]:
+            assert {total.dtype for total in sums.values()} == {np.dtype(np.int64)}, "sums are whole numbers"
+            seen.append({name: total * cell(plan.max_grad_norm) for name, total in sums.items()})
             return {name: np.zeros_like(total) for name, total in sums.items()}
 
         with monkeypatch.context() as patched:

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.data import collate
+from fedtune.data import Shapes, collate
 from fedtune.model import Adapter, LoraSpec, TaskModel
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
-from fedtune.training import examples as examples_module
 from fedtune.training import local
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
@@ -35,6 +34,7 @@ def work(plan: Any) -> Any:
             "plan": plan(sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=0.5, local_steps=2, num_rounds=3),
             "training": TrainingSpec(local_steps=2, learning_rate=0.01),
             "declared_size": 10,
+            "max_adapter_value": 100.0,
         }
         return RoundOfTraining(**(values | changes))
 
@@ -53,7 +53,7 @@ def released(
     return train_round(
         model,
         adapter or Adapter.of(model),
-        SiteExamples(dataset, pad_id=0, max_tokens=tokens, device="cpu"),
+        SiteExamples(dataset, pad_id=0, shapes=Shapes.of(max_length=15, max_tokens=tokens), device="cpu"),
         work,
         randomness=randomness or SeededRandomness(5),
     )
@@ -153,13 +153,13 @@ def test_one_more_record_draws_the_same_noise_and_the_same_others(
     fresh: Any, examples: Any, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[list[int]] = []
-    original = examples_module.micro_batches
+    original = Shapes.cut
 
-    def seen(indices: Any, *args: Any, **kwargs: Any) -> Any:
-        drawn.append(np.asarray(indices).tolist())
-        return original(indices, *args, **kwargs)
+    def seen(self: Shapes, places: Any, num_tokens: Any) -> Any:
+        drawn.append(np.asarray(places).tolist())
+        return original(self, places, num_tokens)
 
-    monkeypatch.setattr(examples_module, "micro_batches", seen)
+    monkeypatch.setattr(Shapes, "cut", seen)
     one_step = work(plan=dataclasses.replace(work().plan, local_steps=1))
     for count in (12, 13):
         released(fresh(), examples("classification", count), one_step)

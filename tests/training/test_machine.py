@@ -9,19 +9,20 @@ import pytest
 import torch
 from transformers import RobertaConfig, RobertaModel
 
+from fedtune.model import TaskModel, build_task_model
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
-from fedtune.training.machine import device_for, keeps_frozen_states, ready_model
+from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.spec import RuntimeSpec
 
 TINY = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="classification", labels=("a", "b"))
 
 
 def test_a_length_that_the_model_cannot_take_is_a_mistake() -> None:
-    model = ready_model(TINY, RuntimeSpec(num_threads=1), max_length=8, device="cpu")
+    model = ready_model(lambda: build_task_model(TINY), RuntimeSpec(num_threads=1), max_length=8)
     most = model.base.config.max_position_embeddings
     with pytest.raises(ConfigError, match=rf"data\.max_length = {most + 1}: must be at most the model's {most}"):
-        ready_model(TINY, RuntimeSpec(num_threads=1), max_length=most + 1, device="cpu")
+        ready_model(lambda: model, RuntimeSpec(num_threads=1), max_length=most + 1)
 
 
 def test_a_length_in_the_padding_s_rows_is_a_mistake(tmp_path: Path) -> None:
@@ -29,14 +30,20 @@ def test_a_length_in_the_padding_s_rows_is_a_mistake(tmp_path: Path) -> None:
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     RobertaModel(RobertaConfig(vocab_size=32, max_position_embeddings=514, **shape)).save_pretrained(tmp_path)
     spec = replace(TINY, model=ModelSpec(path=str(tmp_path)))
+
+    def build() -> TaskModel:
+        return build_task_model(spec)
+
     for length in (513, 514):
         with pytest.raises(ConfigError, match=rf"data\.max_length = {length}: must be at most the model's 512"):
-            ready_model(spec, RuntimeSpec(num_threads=1), max_length=length, device="cpu")
-    ready_model(spec, RuntimeSpec(num_threads=1), max_length=512, device="cpu")
+            ready_model(build, RuntimeSpec(num_threads=1), max_length=length)
+    model = ready_model(build, RuntimeSpec(num_threads=1), max_length=512)
+    shapes = shapes_for(model, RuntimeSpec(), max_length=512)
+    assert shapes.lengths[-1] == shapes.full == 512, "padded to no place behind the last"
 
 
 def test_frozen_states_are_kept_while_they_fit() -> None:
-    model = ready_model(TINY, RuntimeSpec(num_threads=1), max_length=8, device="cpu")
+    model = ready_model(lambda: build_task_model(TINY), RuntimeSpec(num_threads=1), max_length=8)
     fitting = 2**20 // (4 * model.base.config.hidden_size)
     one_mib = RuntimeSpec(kept_states_mib=1)
     assert keeps_frozen_states(model, one_mib, num_tokens=fitting)

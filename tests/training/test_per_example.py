@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.data import collate
+from fedtune.data import TextDataset, collate
 from fedtune.model import HeadSpec, LoraSpec, TaskModel
 from fedtune.spec import ConfigError
 from fedtune.training.per_example import attached
@@ -129,3 +129,108 @@ def test_a_tensor_that_takes_no_part_is_refused(trained: Any, examples: Any) -> 
         model.head.spare = torch.nn.Linear(2, 2, bias=False)
         with pytest.raises(ConfigError, match=r"lora\.target_modules = 'head\.spare\.weight': is trainable but"):
             type(gradients)(model).of(collate(examples("classification"), [0, 1], pad_id=0))
+
+
+# A record that cannot be computed counts as zero; the answer must not depend on whether there is one.
+
+BAD = 199
+"""A token that makes the pass of whoever has it fail."""
+
+
+def fail_on(model: TaskModel, within: str) -> Any:
+    """Make a pass fail where the token `BAD` is in the batch."""
+    seen = [False]
+
+    def look(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen[0] = bool((inputs[0] == BAD).any())
+        if seen[0] and within == "the embedding":
+            raise IndexError("no such token")
+
+    def fails(*_: Any) -> None:
+        if seen[0]:
+            raise RuntimeError("no such state")
+
+    handles = [model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(look)]
+    query = next(module for name, module in model.named_modules() if name.endswith("layer.1.attention.self.query"))
+    if within == "forward pass":
+        handles.append(query.register_forward_pre_hook(fails))
+    elif within == "backward pass":
+        handles.append(query.register_full_backward_pre_hook(fails))
+    elif within == "between them":
+        handles.append(model.head.register_forward_hook(fails))
+    return handles
+
+
+def with_bad(examples: Any, *places: int, count: int = 5) -> TextDataset:
+    dataset = examples("classification", count)
+    ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
+    for place in places:
+        ids[place] = ids[place].copy()
+        ids[place][-1] = BAD
+    return TextDataset(tuple(ids), dataset.targets)
+
+
+@pytest.mark.parametrize("within", ["the embedding", "forward pass", "backward pass", "between them"])
+@pytest.mark.parametrize("bad", [(0,), (2,), (4,), (1, 3), (0, 1, 2, 3, 4)])
+def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
+    trained: Any, examples: Any, within: str, bad: tuple[int, ...]
+) -> None:
+    model = trained()
+    shape = (8, 16)
+    with attached(model) as gradients:
+        expected = gradients.of(collate(with_bad(examples), range(5), pad_id=0, shape=shape))
+    before = hooks_on(model)
+    handles = fail_on(model, within)
+    kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    with attached(model) as gradients:
+        batch = collate(with_bad(examples, *bad), range(5), pad_id=0, shape=shape)
+        with pytest.raises((IndexError, RuntimeError), match="no such"):
+            gradients.of_all(batch)
+        for _ in range(2):  # and again: one failure leaves nothing to the next pass
+            found = gradients.of(batch)
+            assert list(found) == list(expected)
+            for name, gradient in found.items():
+                assert gradient.shape == expected[name].shape
+                for row in range(8):
+                    if row in bad or row >= 5:
+                        assert not gradient[row].any(), (name, row)
+                    else:
+                        assert torch.equal(gradient[row], expected[name][row]), (name, row)
+        after = gradients.of(collate(with_bad(examples), range(5), pad_id=0, shape=shape))
+        assert all(torch.equal(after[name], expected[name]) for name in expected)
+    assert leftovers(model) == []
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
+    for handle in handles:
+        handle.remove()
+    assert hooks_on(model) == before
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_where_the_machine_fails_the_failure_is_raised(trained: Any, examples: Any, error: type[Exception]) -> None:
+    # A zero in the place of every record would be noise that nobody asked for.
+    model, batch = trained(), collate(examples("classification"), [0, 1, 2], pad_id=0, shape=(4, 16))
+    expected = gradients_of(model, batch)
+
+    def fails(*_: Any) -> None:
+        raise error("out of memory")
+
+    handle = model.head.register_forward_hook(fails)
+    kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    with pytest.raises(error, match="out of memory"):
+        gradients_of(model, batch)
+    assert leftovers(model) == []
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
+    handle.remove()
+    assert all(torch.equal(one, expected[name]) for name, one in gradients_of(model, batch).items())
+
+
+def test_a_step_with_a_record_that_cannot_be_computed_is_the_step_without_it(
+    trained: Any, examples: Any, plan: Any, clipped_sum: Any
+) -> None:
+    whole, rest = with_bad(examples, 2), with_bad(examples)
+    fewer = TextDataset(rest.input_ids[:2] + rest.input_ids[3:], np.delete(rest.targets, 2))
+    model = trained()
+    fail_on(model, "forward pass")
+    with_it, without = (clipped_sum(model, each, plan(), max_tokens=1) for each in (whole, fewer))
+    assert all(np.array_equal(with_it[name], without[name]) for name in without)
+    assert any(total.any() for total in without.values())

@@ -1,41 +1,211 @@
-"""A model in which examples see each other is refused before anything is charged."""
+"""A model in which an example's company moves it is refused before anything is charged."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fedtune.model import LoraSpec
+from fedtune.data import Shapes
+from fedtune.model import Adapter, LoraSpec, TaskModel
 from fedtune.spec import ConfigError
 from fedtune.training.preflight import check_examples_alone
 
+KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
+kinds = pytest.mark.parametrize(("path", "task"), KINDS)
+SHAPES = Shapes.of(max_length=20, max_tokens=128)
+Change = Callable[[torch.Tensor], torch.Tensor]
 
-class Mixing(nn.Module):
-    """A layer whose output depends on the mean over the batch, as batch normalisation's does."""
 
-    def __init__(self, layer: nn.Module) -> None:
+def check(model: TaskModel, *, shapes: Shapes = SHAPES, keeps: bool = False, **settings: Any) -> float:
+    return check_examples_alone(model, shapes, keeps_states=keeps, **({"max_grad_norm": 0.1} | settings))
+
+
+class Changed(nn.Module):
+    """A layer whose output is changed on the way out."""
+
+    def __init__(self, layer: nn.Module, change: Change) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self._change = layer, change
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.layer(hidden, *args, **kwargs) + hidden.mean(dim=0, keepdim=True)
+        return self._change(self.layer(hidden, *args, **kwargs))
 
 
-@pytest.mark.parametrize(("path", "task"), [("random:bert", "classification"), ("random:llama", "causal_lm")])
+def with_layer(model: TaskModel, change: Change, *, number: int = 0) -> TaskModel:
+    base = model.base.get_base_model()
+    layers = base.encoder.layer if hasattr(base, "encoder") else base.model.layers
+    layers[number] = Changed(layers[number], change)
+    return model
+
+
+@pytest.fixture
+def last_layer(fresh: Any) -> Callable[..., TaskModel]:
+    """A model whose last layer alone trains."""
+
+    def make(path: str = "random:bert", task: str = "classification") -> TaskModel:
+        return fresh(path, task, lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+
+    return make
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_ordinary_models_pass(fresh: Any, path: str, task: str, checkpointing: bool) -> None:
-    model = fresh(path, task, lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+@kinds
+def test_ordinary_models_pass(last_layer: Any, path: str, task: str, checkpointing: bool, keeps: bool) -> None:
+    model = last_layer(path, task)
+    before = Adapter.of(model).digest()
     if checkpointing:
         model.enable_gradient_checkpointing()
-    check_examples_alone(model, task=task)
+    assert check(model, keeps=keeps) == 0.0
+    assert Adapter.of(model).digest() == before, "the adapter's values are put back"
 
 
-def test_a_frozen_layer_that_mixes_examples_is_found(fresh: Any) -> None:
-    model = fresh(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
-    layers = model.base.get_base_model().encoder.layer
-    layers[0] = Mixing(layers[0])
+@pytest.mark.parametrize("positions", [20, 21, 64])
+@kinds
+def test_ordinary_models_pass_where_records_are_as_long_as_they_may_be(
+    fresh: Any, path: str, task: str, positions: int
+) -> None:
+    model = fresh(path, task)
+    assert check(model, shapes=Shapes.of(max_length=20, max_tokens=128, positions=positions)) == 0.0
+    assert check(model, shapes=Shapes((8, 24), max_tokens=64, row_shares=(1,))) == 0.0
+    assert check(model, shapes=Shapes((24,), max_tokens=1)) == 0.0, "a row at a time"
+
+
+def mean_of_batch(hidden: torch.Tensor) -> torch.Tensor:
+    """As batch normalisation does."""
+    return hidden + hidden.mean(dim=0, keepdim=True)
+
+
+def only_from_six_rows(hidden: torch.Tensor) -> torch.Tensor:
+    return mean_of_batch(hidden) if len(hidden) >= 6 else hidden
+
+
+def only_of_a_single_row(hidden: torch.Tensor) -> torch.Tensor:
+    # No multiple of it, which the normalisation behind the last layer would take out.
+    return hidden + hidden.roll(1, dims=-1) if len(hidden) == 1 else hidden
+
+
+def of_the_row_before(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden + 0.5 * hidden.roll(1, dims=0)
+
+
+@pytest.mark.parametrize("number", [0, -1], ids=["frozen layer", "trained layer"])
+@pytest.mark.parametrize(
+    "change",
+    [mean_of_batch, only_from_six_rows, only_of_a_single_row, of_the_row_before],
+    ids=lambda change: change.__name__,
+)
+@kinds
+def test_a_layer_that_mixes_examples_is_refused(
+    last_layer: Any, path: str, task: str, change: Change, number: int
+) -> None:
+    for allowed in (False, True):
+        model = with_layer(last_layer(path, task), change, number=number)
+        before = Adapter.of(model).digest()
+        with pytest.raises(ConfigError, match=r"model\.path .*mixes the examples"):
+            check(model, inexact_allowed=allowed)
+        assert Adapter.of(model).digest() == before
+
+
+def test_one_that_chooses_by_the_longest_row_is_refused(last_layer: Any) -> None:
+    model = last_layer()
+    base, longest = model.base.get_base_model(), [0]
+    handle = base.register_forward_pre_hook(
+        lambda _, __, given: longest.__setitem__(0, int(given["attention_mask"].sum(dim=1).max())), with_kwargs=True
+    )
+    with_layer(model, lambda hidden: hidden * (1.0 + 0.1 * longest[0]))
     with pytest.raises(ConfigError, match=r"model\.path .*mixes the examples"):
-        check_examples_alone(model, task="classification")
+        check(model)
+    handle.remove()
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_one_whose_effect_is_a_last_bit_is_refused_or_measured(last_layer: Any, allowed: bool) -> None:
+    def last_bit(hidden: torch.Tensor) -> torch.Tensor:
+        # Of every value of the first row, and only beside many others.
+        if len(hidden) < 6:
+            return hidden
+        other = hidden.clone()
+        other[0] = torch.nextafter(hidden[0].detach(), torch.tensor(torch.inf)) + (hidden[0] - hidden[0].detach())
+        return other
+
+    model = with_layer(last_layer(), last_bit, number=-1)
+    before = Adapter.of(model).digest()
+    if allowed:
+        moved = check(model, inexact_allowed=True)
+        assert 2.0**-24 <= moved < 1e-4
+    else:
+        with pytest.raises(ConfigError, match=r"another gradient in other company.*allow\.inexact_gradients"):
+            check(model)
+    assert Adapter.of(model).digest() == before
+
+
+def test_one_last_bit_of_one_gradient_value_is_enough(last_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedtune.training.per_example import PerExampleGradients
+
+    original = PerExampleGradients.of_all
+
+    def nudged(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
+        found = original(self, batch)
+        if len(batch.input_ids) == SHAPES.rows(batch.input_ids.shape[1])[0]:
+            value = found["head.weight"][-1 - batch.empty_rows, 0, 0]
+            value.copy_(torch.nextafter(value, torch.tensor(torch.inf)))
+        return found
+
+    monkeypatch.setattr(PerExampleGradients, "of_all", nudged)
+    with pytest.raises(ConfigError, match="another gradient in other company"):
+        check(last_layer())
+    assert check(last_layer(), inexact_allowed=True) >= 2.0**-24
+
+
+def test_states_that_are_kept_are_tried_too(last_layer: Any) -> None:
+    def change(hidden: torch.Tensor) -> torch.Tensor:  # which shows where the frozen layers run by themselves
+        return hidden if torch.is_grad_enabled() else mean_of_batch(hidden)
+
+    assert check(with_layer(last_layer(), change)) == 0.0
+    # Kept once for each record, they are the same in every company afterwards: what is tried is the passes on them.
+    assert check(with_layer(last_layer(), change), keeps=True) == 0.0
+
+
+@pytest.mark.parametrize("error", [IndexError, RuntimeError, ValueError, MemoryError, KeyError, AssertionError])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_a_record_could_make_fail_is_a_mistake_in_the_settings(
+    last_layer: Any, error: type[Exception], keeps: bool
+) -> None:
+    model = last_layer()
+    last = model.num_ids - 1
+    embedding = model.base.get_base_model().get_input_embeddings()
+
+    def fails(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if (inputs[0] == last).any():
+            raise error("no such id")
+
+    handle = embedding.register_forward_pre_hook(fails)
+    before = Adapter.of(model).digest()
+    kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    with pytest.raises(
+        ConfigError, match=r"model\.path .*cannot be trained on examples of 24 tokens here: .*no such id"
+    ):
+        check(model, keeps=keeps)
+    assert Adapter.of(model).digest() == before, "values are put back also then"
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
+    handle.remove()
+    assert check(model, keeps=keeps) == 0.0
+
+
+def test_a_length_without_positions_is_a_mistake_before_any_record(fresh: Any) -> None:
+    model = fresh()
+    too_long = model.base.config.max_position_embeddings + 8
+    before = Adapter.of(model).digest()
+    with pytest.raises(ConfigError, match=r"model\.path .*cannot be trained on examples of \d+ tokens here"):
+        check(model, shapes=Shapes((8, too_long), max_tokens=64))
+    assert Adapter.of(model).digest() == before
+
+
+def test_a_model_whose_gradients_are_not_finite_is_not_taken_for_exact(last_layer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path"):
+        check(with_layer(last_layer(), lambda hidden: hidden * torch.nan, number=-1))

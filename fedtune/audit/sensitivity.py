@@ -1,0 +1,217 @@
+"""A search for the premise: how far can one unit move the clean sum of a step?  No run, no ledger, no private record.
+
+The accounting takes for granted that one record, or one user, more or less moves a step's sum by at most the clip norm.
+This looks for a case in which it does not, with the code of the step itself and all that a hostile lead may choose: the
+adapter within the site's bound (random, at its bound, and driven by gradient ascent to where attention saturates), the
+clip norm, and on the other side whatever a site may hold: other records, their number and lengths, and the one more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedtune.audit.spec import AuditSpec
+from fedtune.config import RunConfig
+from fedtune.data import UNSUPERVISED, TextDataset
+from fedtune.model import TaskModel
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.mechanism import GRID_BITS
+from fedtune.privacy.policy_tables import Limits
+from fedtune.sites.shared_model import SharedModel
+from fedtune.spec import spec
+from fedtune.training import dp_step
+from fedtune.training.examples import SiteExamples
+from fedtune.training.local import project
+from fedtune.training.per_example import PerExampleGradients, attached
+from fedtune.training.users import UserExamples
+
+FILE = "sensitivity.json"
+_MOST_OTHERS = 40
+_MOST_OF_A_USER = 4
+_SMALLEST_LOG_NORM, _LARGEST_LOG_NORM = -18.0, 4.0  # powers of ten
+_ASCENT_STEPS = 3
+
+Integers = npt.NDArray[np.int64]
+
+
+@spec
+class Worst:
+    """What a search found.
+
+    Attributes:
+        unit: "record" or "user".
+        tries: cases that were tried.
+        moved: the largest change of a sum by one unit more, in clip norms.
+        exceeded: tries in which it was above one clip norm, decided in whole numbers.
+        others_moved: tries in which the change was not, to the cell, what the unit adds when it is alone.
+        max_grad_norm: of the try that moved most.
+        adapter: how its adapter was made.
+        others: how many other units took part in it.
+    """
+
+    unit: str
+    tries: int
+    moved: float
+    exceeded: int
+    others_moved: int
+    max_grad_norm: float
+    adapter: str
+    others: int
+
+
+def search(config: RunConfig, audit: AuditSpec, folder: Path, *, seed: int = 0) -> Worst:
+    """Try `audit.tries` cases on the run's model, and write what was found into `folder`.
+
+    Raises:
+        ConfigError: the model cannot be loaded or trained.
+    """
+    shared = SharedModel(config)
+    found = _Search(shared, bound=_value_bound(config), seed=seed).over(audit.tries)
+    write_durably(folder / FILE, json.dumps(asdict(found), indent=1).encode() + b"\n")
+    return found
+
+
+def _value_bound(config: RunConfig) -> float:
+    """What a site's policy allows by default."""
+    (most,) = (field.default for field in dataclasses.fields(Limits) if field.name == "max_adapter_value")
+    return float(most) / math.sqrt(max(1.0, config.lora.scale))
+
+
+class _Search:
+    def __init__(self, shared: SharedModel, *, bound: float, seed: int) -> None:
+        self._shared, self._bound = shared, bound
+        self._unit = shared.config.privacy.unit
+        self._draws = np.random.default_rng(seed)
+
+    def over(self, tries: int) -> Worst:
+        worst, exceeded, others_moved = None, 0, 0
+        with attached(self._shared.model) as gradients:
+            for _ in range(tries):
+                one = self._one(gradients)
+                exceeded += one.exceeded
+                others_moved += one.others_moved
+                if worst is None or one.moved > worst.moved:
+                    worst = one
+        assert worst is not None
+        fields = asdict(worst) | {"tries": tries, "exceeded": exceeded, "others_moved": others_moved}
+        return Worst(**fields)
+
+    def _one(self, gradients: PerExampleGradients) -> Worst:
+        """One case: others, one unit more, an adapter and a clip norm."""
+        num_others = int(self._draws.integers(0, _MOST_OTHERS, endpoint=True))
+        units = [self._unit_size() for _ in range(num_others + 1)]
+        examples = self._examples(made_up(self._shared.model, self._lengths(sum(units)), self._draws))
+        adapter = self._fill(gradients, examples)
+        max_grad_norm = float(10.0 ** self._draws.uniform(_SMALLEST_LOG_NORM, _LARGEST_LOG_NORM))
+
+        def summed(chosen: list[int]) -> Integers:
+            return self._sum(gradients, examples, units, chosen, max_grad_norm)
+
+        # The one more has any place among the others, so that it changes rows, shapes and company.
+        one_more = int(self._draws.integers(0, num_others, endpoint=True))
+        everyone = list(range(num_others + 1))
+        without = [unit for unit in everyone if unit != one_more]
+        change = summed(everyone) - summed(without)
+        square = sum(int(value) ** 2 for value in change[change != 0])
+        return Worst(
+            unit=self._unit,
+            tries=1,
+            moved=math.sqrt(square) / 2.0**GRID_BITS,
+            exceeded=int(square > 1 << 2 * GRID_BITS),
+            others_moved=int(not np.array_equal(change, summed([one_more]))),
+            max_grad_norm=max_grad_norm,
+            adapter=adapter,
+            others=num_others,
+        )
+
+    def _unit_size(self) -> int:
+        return 1 if self._unit == "record" else int(self._draws.integers(1, _MOST_OF_A_USER, endpoint=True))
+
+    def _lengths(self, count: int) -> list[int]:
+        """Of short records with some long ones, or of long ones alone."""
+        most = self._shared.config.data.max_length
+        usual = max(1, int(most * self._draws.choice([0.1, 0.3, 1.0])))
+        lengths = self._draws.integers(1, usual, size=count, endpoint=True)
+        lengths[self._draws.random(count) < 0.1] = most
+        return [int(length) for length in lengths]
+
+    def _examples(self, dataset: TextDataset) -> SiteExamples:
+        examples = SiteExamples(dataset, pad_id=0, shapes=self._shared.shapes, device=self._shared.device)
+        if self._shared.keeps_states:
+            examples.keep_frozen_states(self._shared.model)
+        return examples
+
+    def _fill(self, gradients: PerExampleGradients, examples: SiteExamples) -> str:
+        """Give the adapter values that a lead might send; returns how they were made."""
+        how = str(self._draws.choice(["small", "random", "at the bound", "by ascent"]))
+        parameters = self._shared.model.trainable()
+        generator = torch.Generator().manual_seed(int(self._draws.integers(1 << 31)))
+        scale = 0.05 if how == "small" else float(self._draws.uniform(0, 1)) * self._bound
+        with torch.no_grad():
+            for parameter in parameters.values():
+                values = torch.randn(parameter.shape, generator=generator)
+                chosen = values.sign() * self._bound if how == "at the bound" else values * scale
+                parameter.copy_(chosen.to(parameter.device))
+        if how == "by ascent":
+            self._ascend(gradients, examples)
+        project(parameters, self._bound)
+        return how
+
+    def _ascend(self, gradients: PerExampleGradients, examples: SiteExamples) -> None:
+        """Drive the adapter to where losses are large: there attention saturates and gradients are mostly rounding."""
+        parameters = self._shared.model.trainable()
+        for _ in range(_ASCENT_STEPS):
+            batch = next(iter(examples.cut(np.arange(min(8, len(examples)), dtype=np.int64))))
+            slopes = {name: gradient.sum(dim=0) for name, gradient in gradients.of(batch).items()}
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.add_(slopes[name].sign() * self._bound / _ASCENT_STEPS)
+            project(parameters, self._bound)
+
+    def _sum(
+        self,
+        gradients: PerExampleGradients,
+        examples: SiteExamples,
+        units: list[int],
+        chosen: list[int],
+        max_grad_norm: float,
+    ) -> Integers:
+        """The clean sum of the chosen units, in cells, by the code of a step."""
+        sums = dp_step.zeros(self._shared.model.trainable())
+        places = np.array(chosen, dtype=np.int64)
+        if self._unit == "record":
+            batches: Iterator[object] = iter(examples.cut(places))
+            of_units: dp_step.UnitGradients = gradients
+        else:
+            ends = np.cumsum(units)
+            users = [np.arange(end - size, end, dtype=np.int64) for end, size in zip(ends, units, strict=True)]
+            everyone = UserExamples(examples, users, most_records=_MOST_OF_A_USER, most_users=16)
+            batches = everyone.cut(places, choose=lambda count: np.arange(count, dtype=np.int64))
+            of_units = everyone.gradients(gradients)
+        for batch in batches:
+            dp_step.add_clipped(sums, of_units.of(batch), max_grad_norm)
+        return np.concatenate([total.cpu().numpy().ravel() for total in sums.values()])
+
+
+def made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
+    """Examples of these lengths over the whole vocabulary; some repeat one token, which is hardest on attention."""
+    input_ids = []
+    for length in lengths:
+        ids = draws.integers(0, model.num_ids, size=length)
+        input_ids.append((np.full(length, ids[0]) if draws.random() < 0.2 else ids).astype(np.int32))
+    if model.spec.task == "classification":
+        return TextDataset(tuple(input_ids), draws.integers(0, len(model.spec.labels), size=len(lengths)))
+    targets = []
+    for ids in input_ids:
+        first = int(draws.integers(0, len(ids), endpoint=True))  # the last place of all: nothing is supervised
+        targets.append(np.where(np.arange(len(ids)) >= first, ids, UNSUPERVISED).astype(np.int64))
+    return TextDataset(tuple(input_ids), tuple(targets))

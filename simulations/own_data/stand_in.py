@@ -1,0 +1,216 @@
+"""How the recipe was chosen: the head alone, trained in a second on embeddings that are made once.
+
+    python simulations/own_data/stand_in.py                    the problems of run.py that are for choosing
+    python simulations/own_data/stand_in.py --use confirming   the others, once the values were chosen
+    python simulations/own_data/stand_in.py --banks            the four banks, 77 labels, scored on validation
+    python simulations/own_data/stand_in.py --sst2 FOLDER      SST-2's problems too
+
+The same clipping, noise multiplier, sampling and averaging as fedtune's.  Noise comes from an ordinary generator, and
+there is no LoRA, whose part of a record's gradient is small.  run.py has the real thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from run import DATA, Problem, problems
+from torch.nn import functional
+
+from fedtune.cli.compose import compose_run
+from fedtune.model import build_task_model
+from fedtune.model.base import load_tokenizer
+from fedtune.model.heads import mean_pooled
+from fedtune.privacy.accountant import calibrate_noise
+
+RATE, ROUNDS, STEPS, SCALE = 0.3, 10, 5, 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is compared.
+
+    Attributes:
+        momentum: Adam's first beta; the second is 0.999.
+    """
+
+    rate: float
+    adam: bool = True
+    momentum: float = 0.0
+
+
+COMPARED = {
+    "SGD 24, before": Settings(rate=24, adam=False),
+    "SGD 8": Settings(rate=8, adam=False),
+    "SGD 3": Settings(rate=3, adam=False),
+    "SGD 1": Settings(rate=1, adam=False),
+    "Adam 0.04, beta 0.9": Settings(rate=0.04, momentum=0.9),
+    "Adam 0.02": Settings(rate=0.02),
+    "Adam 0.04, now": Settings(rate=0.04),
+    "Adam 0.08": Settings(rate=0.08),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """A problem's texts and label names as centred embeddings of norm 1, (n, h), with class numbers, (n,)."""
+
+    names: torch.Tensor
+    training: tuple[torch.Tensor, torch.Tensor]
+    scored: tuple[torch.Tensor, torch.Tensor]
+    num_sites: int
+    size: int
+
+    def accuracy(self, head: torch.Tensor) -> float:
+        """Of a head (labels, h) on the scored rows."""
+        texts, labels = self.scored
+        return float(((texts @ head.T).argmax(dim=1) == labels).float().mean())
+
+
+class Embedder:
+    """The frozen base; remembers each text."""
+
+    def __init__(self) -> None:
+        given = ["data.train_file=x.csv", "data.declared_sizes=9", "data.labels=[a,b]", "name=x"]
+        config = compose_run(["experiment=own_data", *given])
+        self._model, self._tokenizer = build_task_model(config.task_model()), load_tokenizer(config.model)
+        self._known: dict[tuple[str, int], torch.Tensor] = {}
+
+    @torch.no_grad()
+    def of(self, texts: Sequence[str], *, max_length: int) -> torch.Tensor:
+        """Texts to mean-pooled states (n, h)."""
+        new = sorted({text for text in texts if (text, max_length) not in self._known}, key=len)
+        for start in range(0, len(new), 16):
+            part = new[start : start + 16]
+            batch = self._tokenizer(part, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+            given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            pooled = mean_pooled(self._model.base(**given).last_hidden_state, batch["attention_mask"])
+            self._known |= {(text, max_length): row for text, row in zip(part, pooled, strict=True)}
+        return torch.stack([self._known[text, max_length] for text in texts])
+
+    def problem(self, problem: Problem) -> Embedded:
+        """All of one problem."""
+        training, scored = problem.parts()
+        labels = list(problem.labels)
+        names = self.of([label.replace("_", " ") for label in labels], max_length=problem.max_length)
+        centre = names.mean(dim=0)
+
+        def centred(rows: torch.Tensor) -> torch.Tensor:
+            return functional.normalize(rows - centre, dim=-1)
+
+        def part(rows: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+            texts = self.of([row["text"] for row in rows], max_length=problem.max_length)
+            return centred(texts), torch.tensor([labels.index(row["label"]) for row in rows])
+
+        return Embedded(
+            names=centred(names),
+            training=part(training),
+            scored=part(scored),
+            num_sites=problem.num_sites,
+            size=problem.size,
+        )
+
+
+@lru_cache
+def noise_for(epsilon: float | None) -> float:
+    """The noise multiplier of a whole run."""
+    if epsilon is None:
+        return 0.0
+    return calibrate_noise(epsilon=epsilon, delta=1e-5, sampling_rate=RATE, steps=ROUNDS * STEPS, also=[])
+
+
+def train(data: Embedded, settings: Settings, *, epsilon: float | None, seed: int) -> torch.Tensor:
+    """The head after all rounds."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.training[0]), generator=generator)
+    head = data.names.clone()
+    for number in range(ROUNDS):
+        parts = [order[site * data.size : (site + 1) * data.size] for site in range(data.num_sites)]
+        rounds = [_round(head, data, part, settings, (number, epsilon), generator) for part in parts]
+        head = torch.stack(rounds).mean(dim=0)
+    return head
+
+
+def _round(
+    head: torch.Tensor,
+    data: Embedded,
+    part: torch.Tensor,
+    settings: Settings,
+    place: tuple[int, float | None],
+    generator: torch.Generator,
+) -> torch.Tensor:
+    number, epsilon = place
+    first, second = torch.zeros_like(head), torch.zeros_like(head)
+    for step in range(1, STEPS + 1):
+        factor = 1 - (number * STEPS + step - 1) / (ROUNDS * STEPS)
+        sampled = part[torch.rand(len(part), generator=generator) < RATE]
+        texts, labels = data.training[0][sampled], data.training[1][sampled]
+        errors = torch.softmax(SCALE * texts @ head.T, dim=-1) - functional.one_hot(labels, len(head))
+        errors = SCALE * errors  # (n, labels); a record's gradient is its error times its embedding, which has norm 1
+        if epsilon is not None:
+            errors = errors / errors.norm(dim=1, keepdim=True).clamp(min=1.0)
+        noise = noise_for(epsilon) * torch.randn(head.shape, generator=generator)
+        gradient = (errors.T @ texts + noise) / (RATE * data.size)
+        if settings.adam:
+            first = settings.momentum * first + (1 - settings.momentum) * gradient
+            second = 0.999 * second + 0.001 * gradient**2
+            mean, square = first / (1 - settings.momentum**step), second / (1 - 0.999**step)
+            gradient = mean / (square.sqrt() + 1e-8)
+        head = head - settings.rate * factor * gradient
+    return head
+
+
+def banks() -> Problem:
+    """The four banks: all that the sites have, scored on the validation slice."""
+    folder = DATA / "banking77"
+    with gzip.open(folder / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
+        labels = sorted({json.loads(line)["label"] for line in lines})
+    return Problem(
+        key="banks-77-2300",
+        use="choosing",
+        train=folder / "train.jsonl.gz",
+        test=folder / "validation.jsonl.gz",
+        labels={label: label for label in labels},
+        num_sites=4,
+        size=2300,
+        test_rows=1000,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--use", default="choosing", choices=["choosing", "confirming"])
+    parser.add_argument("--banks", action="store_true")
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--sst2", type=Path)
+    parser.add_argument("--draws", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    embedder = Embedder()
+    chosen = [problem for problem in problems(options.data, options.sst2) if problem.use == options.use]
+    made = {problem.key: embedder.problem(problem) for problem in ([banks()] if options.banks else chosen)}
+    print("| | epsilon | mean | " + " | ".join(made) + " |")
+    print("| --- | ---: | ---: |" + " ---: |" * len(made))
+    starts = [data.accuracy(data.names) for data in made.values()]
+    print(f"| start | | {statistics.fmean(starts):.3f} | " + " | ".join(f"{start:.3f}" for start in starts) + " |")
+    for epsilon in (3.0, 8.0, None):
+        for name, settings in COMPARED.items():
+            scores = [
+                statistics.fmean(
+                    data.accuracy(train(data, settings, epsilon=epsilon, seed=seed)) for seed in range(options.draws)
+                )
+                for data in made.values()
+            ]
+            shown = " | ".join(f"{score:.3f}" for score in scores)
+            print(f"| {name} | {epsilon or 'none'} | {statistics.fmean(scores):.3f} | {shown} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

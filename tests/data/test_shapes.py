@@ -1,0 +1,161 @@
+"""The shapes of micro-batches: fixed by public settings, and a record's own by that record alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fedtune.data import Shapes, TextDataset, collate
+from fedtune.data.batching import alone
+
+quick = settings(max_examples=200, deadline=None, derandomize=True)
+
+
+@st.composite
+def shapes_of_runs(draw: st.DrawFn) -> tuple[Shapes, int]:
+    """Shapes and the longest record that they are for."""
+    longest = draw(st.integers(2, 600))
+    positions = draw(st.one_of(st.none(), st.just(longest), st.integers(longest, longest + 20)))
+    return Shapes.of(max_length=longest, max_tokens=draw(st.integers(1, 5000)), positions=positions), longest
+
+
+@st.composite
+def records_of_runs(draw: st.DrawFn) -> tuple[Shapes, np.ndarray]:
+    """Shapes, and tokens of some records."""
+    shapes, longest = draw(shapes_of_runs())
+    count = draw(st.integers(1, 60))
+    lengths = draw(st.lists(st.sampled_from([1, longest // 2, longest - 1, longest]), min_size=count, max_size=count))
+    others = np.random.default_rng(draw(st.integers(0, 99))).integers(1, longest, size=count, endpoint=True)
+    return shapes, np.where(draw(st.booleans()), np.maximum(lengths, 1), others).astype(np.int32)
+
+
+@quick
+@given(run=records_of_runs(), data=st.data())
+def test_a_record_s_padded_length_depends_on_its_own_tokens_alone(
+    run: tuple[Shapes, np.ndarray], data: st.DataObject
+) -> None:
+    shapes, lengths = run
+    chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True))
+    for part in shapes.cut(np.array(chosen, dtype=np.int64), lengths):
+        assert {shapes.length_of(int(lengths[place])) for place in part.places} == {part.length}
+        assert all(lengths[part.places] <= part.length)
+
+
+@quick
+@given(run=records_of_runs(), data=st.data())
+def test_every_place_comes_back_exactly_once_in_a_shape_there_is(
+    run: tuple[Shapes, np.ndarray], data: st.DataObject
+) -> None:
+    shapes, lengths = run
+    chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True))
+    parts = list(shapes.cut(np.array(chosen, dtype=np.int64), lengths))
+    assert sorted(int(place) for part in parts for place in part.places) == sorted(chosen)
+    for part in parts:
+        assert part.length in shapes.lengths
+        assert part.rows in shapes.rows(part.length)
+        assert 1 <= len(part.places) <= shapes.room(part.length, part.rows)
+    for length in shapes.lengths:  # those of one length keep the order in which they came
+        together = [int(place) for part in parts if part.length == length for place in part.places]
+        assert together == [place for place in chosen if shapes.length_of(int(lengths[place])) == length]
+
+
+@quick
+@given(run=records_of_runs())
+def test_no_micro_batch_is_attended_everywhere(run: tuple[Shapes, np.ndarray]) -> None:
+    # Attention takes another path where there is no padding, and a record would be computed differently.
+    shapes, lengths = run
+    ids = tuple(np.ones(length, dtype=np.int32) for length in lengths)
+    dataset = TextDataset(ids, np.zeros(len(ids), dtype=np.int64))
+    for part in shapes.cut(np.arange(len(ids), dtype=np.int64), lengths):
+        batch = collate(dataset, part.places, pad_id=0, shape=(part.rows, part.length))
+        assert batch.input_ids.shape == (part.rows, part.length)
+        assert (batch.attention_mask == 0).any()
+        assert (batch.attention_mask.sum(dim=1) >= 1).all(), "and each row attends to something"
+        for row in (None, 0, len(batch) - 1):
+            one = alone(batch, row)
+            assert one.input_ids.shape == batch.input_ids.shape
+            assert (one.attention_mask == 0).any()
+
+
+@quick
+@given(run=shapes_of_runs())
+def test_rows_stay_within_the_budget_where_one_does(run: tuple[Shapes, int]) -> None:
+    shapes, _ = run
+    for length in shapes.lengths:
+        fewest = 2 if length == shapes.full else 1
+        numbers = shapes.rows(length)
+        assert list(numbers) == sorted(set(numbers), reverse=True)
+        assert len(numbers) <= 4, "few shapes, so that all of them can be tried"
+        assert all(rows * length <= shapes.max_tokens or rows == fewest for rows in numbers)
+        assert all(shapes.room(length, rows) >= 1 for rows in numbers)
+
+
+@quick
+@given(longest=st.integers(1, 3000), extra=st.one_of(st.none(), st.integers(0, 30)))
+def test_lengths_hold_every_record_and_no_more_than_the_model_has(longest: int, extra: int | None) -> None:
+    positions = None if extra is None else longest + extra
+    shapes = Shapes.of(max_length=longest, max_tokens=1024, positions=positions)
+    assert list(shapes.lengths) == sorted(set(shapes.lengths))
+    assert positions is None or shapes.lengths[-1] <= positions
+    assert (shapes.full == longest) == (positions == longest)
+    for tokens in range(1, longest + 1):
+        length = shapes.length_of(tokens)
+        assert tokens < length or (tokens == length == shapes.full)
+        if length != shapes.lengths[-1] and length > 8:
+            assert length < 1.6 * tokens + 4, "little padding"
+
+
+def test_shapes_follow_from_public_settings() -> None:
+    shapes = Shapes.of(max_length=40, max_tokens=480)
+    assert shapes == Shapes.of(max_length=40, max_tokens=480)
+    assert shapes.lengths == (8, 12, 16, 20, 24, 32, 40, 48)
+    assert [shapes.rows(length) for length in (8, 48)] == [(60, 30, 15, 7), (10, 5, 2, 1)]
+    assert Shapes.of(max_length=40, max_tokens=480, positions=512) == shapes
+    tight = Shapes.of(max_length=40, max_tokens=480, positions=40)
+    assert (tight.lengths, tight.full) == ((8, 12, 16, 20, 24, 32, 40), 40)
+    assert tight.rows(40) == (12, 6, 3, 2)
+    assert [tight.room(40, rows) for rows in tight.rows(40)] == [11, 5, 2, 1]
+    assert {field.name for field in dataclasses.fields(Shapes)} == {"lengths", "max_tokens", "full", "row_shares"}
+    assert [Shapes.of(max_length=1, max_tokens=9).length_of(1), Shapes.of(max_length=7, max_tokens=9).length_of(7)] == [
+        8,
+        8,
+    ]
+
+
+def test_one_more_record_leaves_the_shape_of_every_other_as_it_was() -> None:
+    shapes = Shapes.of(max_length=40, max_tokens=480)
+    lengths = np.random.default_rng(3).integers(1, 41, size=50)
+
+    def padded(places: np.ndarray) -> dict[int, int]:
+        return {int(place): part.length for part in shapes.cut(places, lengths) for place in part.places}
+
+    everyone = padded(np.arange(50))
+    for gone in range(50):
+        assert padded(np.delete(np.arange(50), gone)) == {k: v for k, v in everyone.items() if k != gone}
+
+
+def test_nobody_is_no_micro_batch() -> None:
+    assert list(Shapes.of(max_length=9, max_tokens=99).cut(np.array([], dtype=np.int64), np.array([3, 4]))) == []
+
+
+def test_a_record_longer_than_the_longest_is_not_lost() -> None:
+    shapes = Shapes.of(max_length=9, max_tokens=99)
+    with pytest.raises(AssertionError):
+        list(shapes.cut(np.array([0, 1]), np.array([3, 99])))
+
+
+@quick
+@given(run=shapes_of_runs(), count=st.integers(1, 500), data=st.data())
+def test_the_shape_of_what_is_left_over_depends_on_how_many_there_are(
+    run: tuple[Shapes, int], count: int, data: st.DataObject
+) -> None:
+    shapes, longest = run
+    tokens = data.draw(st.integers(1, longest))
+    assume(shapes.length_of(tokens))
+    found = list(shapes.cut(np.arange(count, dtype=np.int64), np.full(count, tokens)))
+    again = list(shapes.cut(np.arange(count, dtype=np.int64)[::-1], np.full(count, tokens)))
+    assert [(part.rows, part.length) for part in found] == [(part.rows, part.length) for part in again]

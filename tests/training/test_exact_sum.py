@@ -1,0 +1,240 @@
+"""What one unit adds to a sum has a norm of at most the clip norm: exactly, in whole numbers, whatever its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.data import Shapes, TextDataset
+from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, contributions
+from fedtune.training.examples import SiteExamples
+from fedtune.training.users import UserExamples, UserGradients
+
+CLIP_NORM = 2**24
+CLIPS = [1e-18, 1e-12, 1e-6, 1e-3, 0.1, 1.0, 2.0**-7, 3.3, 1e3, 1e6]
+KINDS = ["normal", "alike", "one coordinate", "two sizes", "denormal", "largest", "odd", "steps of a cell"]
+SHAPES = {"base.lora_A.weight": (3, 4), "base.lora_B.weight": (7,), "head.weight": (2, 5)}
+SIZES = {name: int(np.prod(shape)) for name, shape in SHAPES.items()}
+Cells = dict[str, torch.Tensor]
+
+
+def squares(cells: Cells) -> list[int]:
+    """Each unit's square norm, in Python's whole numbers."""
+    rows = torch.cat([one.flatten(1).double() for one in cells.values()], dim=1).tolist()
+    assert all(value == int(value) for row in rows for value in row), "whole numbers"
+    return [sum(int(value) ** 2 for value in row) for row in rows]
+
+
+def made_up(draws: np.random.Generator, kind: str, size: float, units: int) -> npt.NDArray[np.float32]:
+    """Gradients of a kind, (units, values); some values are not finite in the last kind but one."""
+    count = sum(SIZES.values())
+    values = draws.standard_normal((units, count)) * size
+    if kind == "alike":
+        values[:] = draws.standard_normal((units, 1)) * size
+    elif kind == "one coordinate":
+        values *= np.arange(count) == draws.integers(count, size=(units, 1))
+    elif kind == "two sizes":
+        values *= np.where(draws.random((units, count)) < 0.5, 1.0, 1e-7)
+    elif kind == "denormal":
+        values = draws.integers(-9, 9, size=(units, count)) * 1.4e-45
+    elif kind == "largest":
+        values = np.sign(values) * draws.choice([1e29, 1e30, 3e30, 3.4e38], size=(units, 1))
+    elif kind == "odd":
+        odd = draws.choice([np.nan, np.inf, -np.inf, 1e38, 0.0], size=(units, count))
+        values = np.where(draws.random((units, count)) < 0.05, odd, values)
+    elif kind == "steps of a cell":
+        values = np.round(values / size * 64) / CLIP_NORM * size
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
+
+
+def tensors(values: npt.NDArray[np.float32]) -> dict[str, torch.Tensor]:
+    parts = torch.split(torch.from_numpy(values), list(SIZES.values()), dim=1)
+    return {name: part.reshape(-1, *SHAPES[name]) for name, part in zip(SHAPES, parts, strict=True)}
+
+
+def summed(gradients: dict[str, torch.Tensor], clip: float) -> Cells:
+    sums = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in SHAPES.items()}
+    add_clipped(sums, gradients, clip)
+    return sums
+
+
+def equal(left: Cells, right: Cells) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_unit_adds_more_than_the_clip_norm_in_whole_numbers(kind: str, clip: float) -> None:
+    draws = np.random.default_rng(1)
+    longest = 0
+    for relative in (1e-9, 1e-3, 1.0, 1 + 1e-6, 1 + 1e-7, 1e3, 1e9):
+        each = contributions(tensors(made_up(draws, kind, clip * relative, 64)), clip)
+        found = squares(each)
+        assert max(found) <= CLIP_NORM**2
+        longest = max(longest, *found)
+    # So that the bound was tested: where gradients can reach it, they do.
+    reaches = {"denormal": False, "largest": True, "steps of a cell": clip * 1e9 / CLIP_NORM > clip}
+    if clip >= SMALLEST_NORM and reaches.get(kind, True):
+        assert longest > (CLIP_NORM * (1 - 3e-6)) ** 2
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    values=st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=29, max_size=29),
+    clip=st.one_of(st.sampled_from(CLIPS), st.floats(1e-18, 1e6)),
+)
+def test_no_float32_gradient_whatever_adds_more(values: list[float], clip: float) -> None:
+    gradients = tensors(np.array([values], dtype=np.float32))
+    (square,) = squares(contributions(gradients, clip))
+    assert square <= CLIP_NORM**2
+    if not np.isfinite(values).all():
+        assert square == 0
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(KINDS),
+    clip=st.sampled_from(CLIPS),
+    relative=st.sampled_from([1e-3, 1.0, 1e6]),
+    units=st.integers(1, 40),
+    seed=st.integers(0, 10_000),
+)
+def test_with_and_without_a_unit_differ_by_what_it_adds_and_by_no_cell_more(
+    kind: str, clip: float, relative: float, units: int, seed: int
+) -> None:
+    draws = np.random.default_rng(seed)
+    values = made_up(draws, kind, clip * relative, units)
+    gone = int(draws.integers(units))
+    with_it, without = (summed(tensors(each), clip) for each in (values, np.delete(values, gone, axis=0)))
+    own = contributions(tensors(values[gone : gone + 1]), clip)
+    moved = {name: with_it[name] - without[name] for name in with_it}
+    assert equal(moved, {name: own[name].to(torch.int64).reshape(SHAPES[name]) for name in own})
+    assert squares({name: one[None] for name, one in moved.items()})[0] <= CLIP_NORM**2
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(KINDS),
+    clip=st.sampled_from(CLIPS),
+    units=st.integers(1, 60),
+    cuts=st.lists(st.integers(0, 60)),
+    seed=st.integers(0, 999),
+)
+def test_order_and_cutting_change_no_cell(kind: str, clip: float, units: int, cuts: list[int], seed: int) -> None:
+    draws = np.random.default_rng(seed)
+    values = made_up(draws, kind, clip * 3, units)
+    expected = summed(tensors(values), clip)
+    sums = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in SHAPES.items()}
+    for part in np.split(draws.permutation(units), sorted(cut for cut in cuts if cut < units)):
+        if len(part):
+            add_clipped(sums, tensors(values[part]), clip)
+    assert equal(sums, expected)
+
+
+def test_tens_of_thousands_of_long_units_are_summed_exactly() -> None:
+    gradients = {"a": torch.tensor([[7.0]]).expand(70_000, 1)}
+    sums = {"a": torch.zeros(1, dtype=torch.int64)}
+    for _ in range(4):
+        add_clipped(sums, gradients, 1.0)
+    own = int(contributions({"a": torch.tensor([[7.0]])}, 1.0)["a"])
+    assert sums["a"].tolist() == [4 * 70_000 * own]
+    assert CLIP_NORM - 20 < own <= CLIP_NORM
+
+
+@pytest.mark.parametrize("clip", [1e-18, 1e-9, 1e-4, SMALLEST_NORM])
+@pytest.mark.parametrize("size", [1e-12, 1e-5, 0.5e-3, 1e-3, 1e-2, 10.0])
+def test_a_gradient_below_the_smallest_norm_counts_for_less_than_a_clip_norm(clip: float, size: float) -> None:
+    # Below it a gradient may be mostly rounding; a tiny clip norm would lift that to a whole contribution.
+    direction = torch.tensor([[0.6, 0.8]])
+    (square,) = squares(contributions({"a": direction * size}, clip))
+    share = min(1.0, size / SMALLEST_NORM) if size > clip else size / SMALLEST_NORM
+    assert square**0.5 == pytest.approx(CLIP_NORM * share, rel=1e-5, abs=2)
+
+
+def test_a_gradient_of_any_size_counts_for_its_own_share_where_the_clip_norm_is_larger() -> None:
+    (square,) = squares(contributions({"a": torch.tensor([[0.3, 0.4]])}, 10.0))
+    assert square**0.5 == pytest.approx(0.05 * CLIP_NORM, rel=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("values", [31, 4096, 100_003])
+def test_what_a_unit_adds_does_not_depend_on_how_many_rows_there_are(threads: int, values: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        generator = torch.Generator().manual_seed(2)
+        gradient = torch.randn((13, values), generator=generator)
+        each = contributions({"a": gradient, "b": gradient[:, :7] * 3}, 0.5)
+        for rows in (1, 2, 3, 4, 7, 12):
+            for start in {0, 1, 13 - rows}:
+                part = slice(start, start + rows)
+                fewer = contributions({"a": gradient[part], "b": gradient[part, :7] * 3}, 0.5)
+                assert all(torch.equal(fewer[name], one[part]) for name, one in each.items())
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_what_a_unit_adds_does_not_depend_on_how_a_batch_lies_in_memory(rows: int) -> None:
+    gradient = torch.randn((5, 40_000), generator=torch.Generator().manual_seed(3))
+    expected = contributions({"a": gradient}, 0.5)["a"]
+    by_column = gradient[:rows].t().contiguous().t()
+    shifted = torch.empty(rows * 40_000 + 1)[1:].view(rows, -1).copy_(gradient[:rows])
+    every_other = torch.stack([gradient, gradient], dim=1).flatten(0, 1)[::2][:rows]
+    for other in (by_column, shifted, every_other):
+        assert torch.equal(contributions({"a": other}, 0.5)["a"], expected[:rows])
+
+
+class Table:
+    """Made-up gradients, looked up by a record's first token; stands in for `PerExampleGradients`."""
+
+    def __init__(self, gradients: dict[str, torch.Tensor]) -> None:
+        self._gradients = gradients
+
+    def of(self, batch: Any) -> dict[str, torch.Tensor]:
+        found = {name: value[batch.input_ids[:, 0]] for name, value in self._gradients.items()}
+        for one in found.values():
+            one[len(batch) :] = 0
+        return found
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(KINDS),
+    clip=st.sampled_from(CLIPS),
+    relative=st.sampled_from([1e-3, 1.0, 1e6]),
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=6),
+    most_users=st.integers(1, 7),
+    seed=st.integers(0, 999),
+)
+def test_a_user_moves_the_sum_by_its_own_contribution_alone(
+    kind: str, clip: float, relative: float, sizes: list[int], most_users: int, seed: int
+) -> None:
+    draws = np.random.default_rng(seed)
+    count = sum(sizes)
+    table = Table(tensors(made_up(draws, kind, clip * relative, count)))
+    ids = tuple(np.array([number, *[1] * draws.integers(0, 19)], dtype=np.int32) for number in range(count))
+    dataset = TextDataset(ids, np.zeros(count, dtype=np.int64))
+    records = SiteExamples(dataset, pad_id=0, shapes=Shapes.of(max_length=20, max_tokens=60), device="cpu")
+    users = np.split(draws.permutation(count), np.cumsum(sizes)[:-1])
+    by_user = UserExamples(records, users, most_records=9, most_users=most_users)
+
+    def total(chosen: list[int]) -> Cells:
+        sums = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in SHAPES.items()}
+        for batch in by_user.cut(np.array(chosen, dtype=np.int64), choose=np.arange):
+            add_clipped(sums, UserGradients(table).of(batch), clip)
+        return sums
+
+    everyone = list(range(len(sizes)))
+    whole, gone = total(everyone), int(draws.integers(len(sizes)))
+    assert equal(whole, total(everyone[::-1]))
+    rest, own = total([user for user in everyone if user != gone]), total([gone])
+    assert equal(own, {name: whole[name] - rest[name] for name in whole})
+    assert squares({name: one[None] for name, one in own.items()})[0] <= CLIP_NORM**2

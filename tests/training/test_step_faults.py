@@ -1,0 +1,473 @@
+"""One small test for each fault of a private step that tests/mutants puts into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from fedtune.data import Batch, Shapes, TextDataset
+from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModel, TaskModelSpec, build_task_model
+from fedtune.privacy.mechanism import choose_records, poisson_sample
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.randomness import SeededRandomness
+from fedtune.spec import ConfigError
+from fedtune.training import dp_step, local
+from fedtune.training.dp_step import Records, add_clipped, contributions, dp_sgd_step
+from fedtune.training.examples import SiteExamples
+from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.per_example import attached
+from fedtune.training.preflight import check_examples_alone
+from fedtune.training.spec import TrainingSpec
+from fedtune.training.users import UserExamples, UserGradients
+
+CELLS = 2**24
+"""A clip norm."""
+Gradients = dict[str, torch.Tensor]
+Places = npt.NDArray[np.int64]
+Task = Literal["classification", "causal_lm"]
+
+
+def random_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradients:
+    """Of two tensors, every unit ten times as large as the one before, about `size` in the middle."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = size * 10.0 ** (torch.arange(count) - count // 2)
+    return {
+        "lora_A": torch.randn((count, 5, 7), generator=generator) * sizes[:, None, None],
+        "head.weight": torch.randn((count, 3, 4), generator=generator) * sizes[:, None, None],
+    }
+
+
+def together(tensors: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+    """(n, all values of a unit)."""
+    return np.concatenate([np.asarray(one, dtype=np.float64).reshape(len(one), -1) for one in tensors.values()], axis=1)
+
+
+def square_norms(cells: Mapping[str, torch.Tensor]) -> list[int]:
+    """In exact whole numbers."""
+    return [sum(value**2 for value in map(int, row)) for row in together(cells).tolist()]
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.3, 50.0])
+def test_a_contribution_is_the_gradient_at_most_as_long_as_the_clip_norm_in_cells(clip: float) -> None:
+    gradients = random_gradients(7, size=clip)
+    exact = together(gradients)
+    norms = np.linalg.norm(exact, axis=1)
+    assert norms.min() < clip / 100 < 100 * clip < norms.max()
+    expected = exact / np.maximum(norms, clip)[:, None] * CELLS
+    found = contributions(gradients, clip)
+    # Float32 rounds by half a cell, what is cut off is less than one, and clipping aims 1e-6 lower.
+    assert np.abs(together(found) - expected).max() < 2 + 1e-6 * CELLS
+    assert all(square <= CELLS**2 for square in square_norms(found))
+    assert max(square_norms(found)) > (CELLS * (1 - 1e-5)) ** 2
+
+
+def test_a_contribution_is_cut_off_towards_zero() -> None:
+    wanted = torch.tensor([0.6, -0.6, 0.99, -0.99, 1.6, -1.6, 3.0, -3.0, 0.0])
+    found = contributions({"a": (wanted / CELLS)[None]}, 1.0)["a"]
+    assert found.tolist() == [[0, 0, 0, 0, 1, -1, 3, -3, 0]]
+
+
+def test_whole_numbers_decide_where_floats_were_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = random_gradients(7)
+    right = contributions(gradients, 1.0)
+    original = dp_step._norms
+    monkeypatch.setattr(dp_step, "_norms", lambda flat: 0.999 * original(flat))
+    found = contributions(gradients, 1.0)
+    assert all(square <= CELLS**2 for square in square_norms(found))
+    for name, one in found.items():
+        assert torch.equal(one[:3], right[name][:3]), "shorter than the clip norm"
+        assert not one[4:].any(), "too long after all, so they count as zero"
+
+
+def test_a_tiny_clip_norm_does_not_blow_rounding_up() -> None:
+    clip = 1e-6
+    gradient = {"a": torch.tensor([[3e-5, 4e-5], [0.6, 0.8]])}  # 50 clip norms, and a million
+    found = contributions(gradient, clip)["a"]
+    assert found[0].tolist() == pytest.approx([0.03 * CELLS, 0.04 * CELLS], rel=1e-5)
+    assert found[1].tolist() == pytest.approx([0.6 * CELLS, 0.8 * CELLS], rel=1e-5)
+
+
+def test_sums_are_exact() -> None:
+    rows = torch.tensor([[1.0, -1.0]]).repeat(101, 1) * torch.linspace(0.5, 0.7, 101)[:, None]
+    each = contributions({"a": rows}, 1.0)["a"].to(torch.int64)
+    sums = {"a": torch.full((2,), 2**52 + 1)}
+    add_clipped(sums, {"a": rows}, 1.0)
+    assert sums["a"].dtype == torch.int64
+    assert (sums["a"] - 2**52 - 1).tolist() == each.sum(dim=0).tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("size", [60_000, 1_000_000])
+def test_many_like_values_are_bounded_too(size: int, count: int) -> None:
+    found = contributions({"a": torch.full((count, size), 0.1)}, 1.0)["a"].to(torch.int64)
+    assert all(0.99 * CELLS**2 < int(square) <= CELLS**2 for square in (found**2).sum(dim=1))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_a_gradient_that_is_not_finite_counts_as_zero_and_no_other_does(bad: float) -> None:
+    gradients = random_gradients(5)
+    right = {name: one.clone() for name, one in contributions(gradients, 1.0).items()}
+    gradients["head.weight"][2, 1, 1] = bad
+    for name, one in contributions(gradients, 1.0).items():
+        assert not one[2].any()
+        assert torch.equal(one[[0, 1, 3, 4]], right[name][[0, 1, 3, 4]])
+
+
+# A whole step on made-up gradients.
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A micro-batch of made-up units."""
+
+    places: Places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+@dataclass
+class MadeUp:
+    """Units with these gradients, a few in a micro-batch; remembers who was drawn in each step."""
+
+    gradients: Gradients
+    drawn: list[list[int]] = field(default_factory=list)
+
+    def of(self, batch: Drawn) -> Gradients:
+        return {name: each[batch.places] for name, each in self.gradients.items()}
+
+    def records(self, *, declared_size: int) -> Records:
+        def cut(indices: Places) -> Iterator[Any]:
+            self.drawn.append(indices.tolist())
+            for first in range(0, len(indices), 3):
+                yield Drawn(indices[first : first + 3])
+
+        return Records(count=len(next(iter(self.gradients.values()))), declared_size=declared_size, cut=cut)
+
+
+def plan_of(**changes: object) -> Plan:
+    values: dict[str, object] = {
+        "unit": "record",
+        "delta": 1e-5,
+        "sampling_rate": 0.5,
+        "noise_multiplier": 0.0,
+        "max_grad_norm": 0.7,
+        "local_steps": 1,
+        "num_rounds": 3,
+    }
+    return Plan(**(values | changes))  # type: ignore[arg-type]
+
+
+def moved(units: MadeUp, plan: Plan, *, declared_size: int) -> npt.NDArray[np.float64]:
+    """How far a step of plain descent at rate one goes against every coordinate of the joint vector."""
+    parameters = {
+        name: nn.Parameter(torch.zeros(each.shape[1:], dtype=torch.float64)) for name, each in units.gradients.items()
+    }
+    dp_sgd_step(
+        units,
+        units.records(declared_size=declared_size),
+        plan,
+        parameters=parameters,
+        optimizer=torch.optim.SGD(parameters.values(), lr=1.0),
+        sampling=SeededRandomness(4).stream("sampling"),
+        noise=SeededRandomness(4).stream("noise"),
+    )
+    return -np.concatenate([one.detach().numpy().ravel() for one in parameters.values()])
+
+
+def test_a_step_is_the_sum_of_the_drawn_over_the_public_size() -> None:
+    units = MadeUp({name: each.repeat(4, *[1] * (each.dim() - 1)) for name, each in random_gradients(7).items()})
+    exact = together(units.gradients)
+    clipped = exact * np.minimum(1, 0.7 / np.linalg.norm(exact, axis=1))[:, None]
+    found = moved(units, plan_of(), declared_size=40)
+    drawn = poisson_sample(28, 0.5, SeededRandomness(4).stream("sampling"))
+    assert units.drawn == [drawn.tolist()]
+    assert len(drawn) not in (0, 20, 28)
+    np.testing.assert_allclose(found, clipped[drawn].sum(axis=0) / (0.5 * 40), atol=1e-5)
+
+
+def has_scale(values: npt.NDArray[np.float64], scale: float) -> bool:
+    """Chi-square, at one in a million; of 6,000 values it rejects a scale that is 10 % off."""
+    below = stats.chi2.cdf(np.sum((values / scale) ** 2), df=values.size)
+    return bool(2 * min(below, 1 - below) > 1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 30])
+def test_a_step_adds_noise_once_whoever_was_drawn(count: int) -> None:
+    silent = MadeUp({"lora_A": torch.zeros(count, 60, 100), "head.weight": torch.zeros(count, 6000)})
+    found = moved(silent, plan_of(noise_multiplier=1.3), declared_size=40)
+    assert (len(silent.drawn[0]) > 6) == (count > 0), "in several micro-batches"
+    scale = 1.3 * 0.7 / (0.5 * 40)
+    for values in (found[:6000], found[6000:]):
+        assert has_scale(values, scale)
+        for factor in (0.9, 1.1, 1 / 0.7, 0.7, 0.5, 2.0):
+            assert not has_scale(values, factor * scale)
+
+
+# With a model.
+
+LABELS = ("invoice", "complaint", "praise")
+
+
+def model_of(task: Task = "classification", *, trained: bool = True) -> TaskModel:
+    spec = TaskModelSpec(
+        model=ModelSpec(path="random:bert" if task == "classification" else "random:llama", dtype="float32"),
+        task=task,
+        labels=LABELS if task == "classification" else (),
+        lora=LoraSpec(rank=2, alpha=4.0),
+        head=HeadSpec(),
+        seed=3,
+    )
+    model = build_task_model(spec)
+    if trained:
+        generator = torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for parameter in model.trainable().values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def dataset_of(*lengths: int, task: Task = "classification") -> TextDataset:
+    draws = np.random.default_rng(5)
+    ids = tuple(draws.integers(5, 200, size=length).astype(np.int32) for length in lengths)
+    if task == "classification":
+        return TextDataset(ids, draws.integers(0, len(LABELS), size=len(lengths)))
+    # All but the first token is supervised, so examples have as many targets as they are long.
+    return TextDataset(ids, tuple(np.where(np.arange(len(one)) > 0, one, -100).astype(np.int64) for one in ids))
+
+
+def examples_of(dataset: TextDataset, *, max_tokens: int = 64, full: bool = False) -> SiteExamples:
+    longest = int(dataset.lengths.max(initial=1))
+    shapes = Shapes.of(max_length=longest, max_tokens=max_tokens, positions=longest if full else None)
+    return SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+
+
+def alone_by_autograd(model: TaskModel, batch: Batch, row: int) -> Gradients:
+    parameters = model.trainable()
+    one = Batch(batch.input_ids[[row]], batch.attention_mask[[row]], batch.targets[[row]])
+    return dict(zip(parameters, torch.autograd.grad(model.losses(one).sum(), list(parameters.values())), strict=True))
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_gradients_are_each_examples_own_in_every_batch(task: Task) -> None:
+    model, examples = model_of(task), examples_of(dataset_of(5, 6, 3, 9, 12, 2, 7, task=task))
+    with attached(model) as gradients:
+        found = [(batch, gradients.of(batch)) for batch in examples.cut(np.arange(7))]
+    assert len(found) > 2, "one batch after another, of several shapes"
+    assert sum(len(batch) for batch, _ in found) == 7
+    for batch, each in found:
+        for row in range(len(batch)):
+            for name, wanted in alone_by_autograd(model, batch, row).items():
+                torch.testing.assert_close(each[name][row], wanted, rtol=1e-4, atol=1e-5)
+        assert all(not one[len(batch) :].any() for one in each.values()), "empty rows"
+
+
+def test_an_example_that_fails_counts_as_zero_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dataset = model_of(), dataset_of(5, 6, 3, 7)
+    dataset.input_ids[2][0] = 199
+    (batch,) = examples_of(dataset).cut(np.arange(4))
+    losses, shapes = model.losses, set()
+
+    def failing(some: Batch) -> torch.Tensor:
+        shapes.add(tuple(some.input_ids.shape))
+        if (some.input_ids[:, 0] == 199).any():
+            raise RuntimeError("cannot be computed")
+        return losses(some)
+
+    with attached(model) as gradients:
+        right = {name: one.clone() for name, one in gradients.of(batch).items()}
+        monkeypatch.setattr(model, "losses", failing)
+        found = gradients.of(batch)
+    assert shapes == {tuple(batch.input_ids.shape)}, "also where one is tried by itself, so its kernels are the same"
+    for name, one in found.items():
+        assert not one[2].any()
+        assert torch.equal(one[[0, 1, 3]], right[name][[0, 1, 3]]), "to the last bit"
+    assert any(one[2].any() for one in right.values())
+
+
+def round_of(**changes: Any) -> RoundOfTraining:
+    values: dict[str, Any] = {
+        "site": "a",
+        "round": 1,
+        "attempt": 1,
+        "plan": plan_of(noise_multiplier=1.0, local_steps=6),
+        "training": TrainingSpec(local_steps=6, optimizer="sgd", learning_rate=0.1),
+        "declared_size": 20,
+        "max_adapter_value": 1e6,
+    }
+    return RoundOfTraining(**(values | changes))
+
+
+class Seen(SiteExamples):
+    """Remembers who was drawn."""
+
+    def __init__(self, inner: SiteExamples) -> None:
+        vars(self).update(vars(inner))
+        self.drawn: list[tuple[int, ...]] = []
+
+    def cut(self, indices: Places) -> Iterator[Batch]:
+        self.drawn.append(tuple(indices.tolist()))
+        return super().cut(indices)
+
+
+def test_every_step_of_a_round_draws_anew_and_every_tensor_is_covered() -> None:
+    model, examples = model_of(), Seen(examples_of(dataset_of(*[5] * 12)))
+    start = Adapter.of(model)
+    after = train_round(model, start, examples, round_of(), randomness=SeededRandomness(2))
+    assert len(examples.drawn) == 6
+    assert len(set(examples.drawn)) == 6
+    trains = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert trains == {id(parameter) for parameter in model.trainable().values()}
+    assert all((after.tensors[name] != value).any() for name, value in start.tensors.items())
+
+
+def test_values_never_leave_the_sites_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = model_of(), examples_of(dataset_of(*[5] * 6))
+    bound = 0.05
+    start = Adapter.of(model)
+    assert max(float(np.abs(value).max()) for value in start.tensors.values()) > 5 * bound
+    before: list[float] = []
+    step = dp_step.dp_sgd_step
+
+    def noted(*arguments: Any, parameters: Any, **settings: Any) -> None:
+        before.append(max(float(one.detach().abs().max()) for one in parameters.values()))
+        step(*arguments, parameters=parameters, **settings)
+
+    monkeypatch.setattr(local, "dp_sgd_step", noted)
+    work = round_of(max_adapter_value=bound, training=TrainingSpec(local_steps=6, optimizer="sgd", learning_rate=10.0))
+    after = train_round(model, start, examples, work, randomness=SeededRandomness(2))
+    most = float(np.float32(bound))
+    assert before[0] <= most, "what came is brought within it before a record meets it"
+    assert max(before[1:]) <= most, "and what every step made"
+    assert max(float(np.abs(value).max()) for value in after.tensors.values()) == most
+
+
+# Shapes.
+
+
+def test_a_micro_batch_has_the_shape_that_it_was_cut_to_whatever_is_in_it() -> None:
+    examples = examples_of(dataset_of(9, 10, 11, 17, 9, 3))
+    for chosen in ([0, 1, 2, 3, 4, 5], [0, 4], [5], [3], [2, 1, 0]):
+        for part in examples.parts(np.array(chosen)):
+            batch = examples.batch(part)
+            assert tuple(batch.input_ids.shape) == tuple(batch.attention_mask.shape) == (part.rows, part.length)
+            assert part.length == examples._shapes.length_of(int(examples._dataset.lengths[part.places[0]]))
+            assert part.rows in examples._shapes.rows(part.length)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_every_micro_batch_has_padding_even_of_the_longest_records(full: bool) -> None:
+    examples = examples_of(dataset_of(*[16] * 9), full=full)
+    assert bool(examples._shapes.full) == full
+    for chosen in range(1, 10):
+        for batch in examples.cut(np.arange(chosen)):
+            assert not batch.attention_mask.bool().all()
+
+
+# The try before a run.
+
+
+class Whispering(nn.Module):
+    """A layer that adds next to nothing of the first row to all: a bit or two of rounding."""
+
+    def __init__(self, layer: nn.Module, size: float) -> None:
+        super().__init__()
+        self.layer, self.size = layer, size
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(hidden * (1 + self.size * hidden[:1, :1].mean(dim=-1, keepdim=True).sign()), *args, **kwargs)
+
+
+@pytest.mark.parametrize("size", [0.0, 2.0**-22])
+def test_the_last_bit_of_a_gradient_must_not_depend_on_company(size: float) -> None:
+    model = model_of(trained=False)
+    layers = model.base.get_base_model().encoder.layer
+    layers[0] = Whispering(layers[0], size)
+    shapes = Shapes.of(max_length=12, max_tokens=64)
+
+    def moves(*, inexact_allowed: bool) -> float:
+        return check_examples_alone(
+            model, shapes, keeps_states=False, max_grad_norm=1.0, inexact_allowed=inexact_allowed
+        )
+
+    if not size:
+        assert moves(inexact_allowed=False) == 0
+        return
+    assert 0 < moves(inexact_allowed=True) < 1e-4
+    with pytest.raises(ConfigError, match=r"^model\.path .*other company"):
+        moves(inexact_allowed=False)
+
+
+# Users.
+
+
+class Table:
+    """Made-up gradients of records, looked up by their first token."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = rows
+
+    def of(self, batch: Batch) -> Gradients:
+        found = self._rows[batch.input_ids[:, 0]].clone()
+        found[len(batch) :] = 0
+        return {"a": found}
+
+
+def numbered(*lengths: int) -> TextDataset:
+    """Records of these lengths whose first token is their place."""
+    ids = tuple(np.array([number, *[1] * (length - 1)], dtype=np.int32) for number, length in enumerate(lengths))
+    return TextDataset(ids, np.zeros(len(ids), dtype=np.int64))
+
+
+def users_of(*records: Sequence[int], lengths: Sequence[int], most_records: int = 100) -> UserExamples:
+    users = [np.array(places, dtype=np.int64) for places in records]
+    return UserExamples(examples_of(numbered(*lengths)), users, most_records=most_records)
+
+
+def means_of(users: UserExamples, rows: torch.Tensor, chosen: Sequence[int]) -> list[Gradients]:
+    stream = SeededRandomness(1).stream("records")
+    cut = users.cut_with(stream)
+    return [UserGradients(Table(rows)).of(batch) for batch in cut(np.array(chosen, dtype=np.int64))]  # type: ignore[arg-type]
+
+
+def test_all_records_of_a_user_are_one_mean_that_is_clipped_once() -> None:
+    rows = torch.randn((6, 4), generator=torch.Generator().manual_seed(1)) * 5
+    users = users_of([0, 2, 3], [1], [4, 5], lengths=[5] * 6)
+    (means,) = means_of(users, rows, [0, 1, 2])
+    wanted = torch.stack([rows[[0, 2, 3]].mean(dim=0), rows[1], rows[[4, 5]].mean(dim=0)]).double()
+    torch.testing.assert_close(means["a"], wanted, rtol=1e-6, atol=1e-6)
+    sums = {"a": torch.zeros(4, dtype=torch.int64)}
+    add_clipped(sums, means, 1.0)
+    expected = (wanted / wanted.norm(dim=1, keepdim=True).clamp(min=1)).sum(dim=0) * CELLS
+    np.testing.assert_allclose(sums["a"].numpy(), expected.numpy(), atol=100)
+
+
+def test_no_more_records_of_a_user_take_part_than_the_plan_says() -> None:
+    users = users_of([0, 1, 2, 3, 4, 5, 6], [7], lengths=[5] * 8, most_records=3)
+    stream = SeededRandomness(1).stream("records")
+    seen = [batch.contributions for _ in range(20) for batch in users.cut_with(stream)(np.array([0, 1]))]
+    assert {(len(first), len(second)) for first, second in seen} == {(3, 1)}
+    assert len({tuple(first) for first, _ in seen}) > 5, "drawn afresh in each step"
+    assert len(choose_records(3, 3, stream)) == 3
+
+
+@pytest.mark.parametrize("beside", [[], [1], [1, 2], [2, 3], [1, 2, 3]])
+def test_a_users_mean_is_the_same_to_the_last_bit_in_any_company(beside: list[int]) -> None:
+    """Of records of several lengths, that cancel: in another order another bit of rounding would be left of them."""
+    rows = torch.tensor([1e8, 1.0, -1e8, 3e-7, *[5.0] * 16])[:, None].repeat(1, 3)
+    lengths = [5, 13, 9, 30, *[13] * 8, *[30] * 5, *[5] * 3]
+    users = users_of([3, 1, 0, 2], range(4, 12), range(12, 17), range(17, 20), lengths=lengths)
+    (alone,) = means_of(users, rows, [0])
+    chosen = [*beside, 0]
+    (means,) = means_of(users, rows, chosen)
+    assert torch.equal(means["a"][-1], alone["a"][0])
+    sums: Callable[[Sequence[int]], float] = lambda order: float(np.cumsum(rows[order, 0].double().numpy() / 4)[-1])  # noqa: E731
+    assert len({sums(order) for order in ([0, 1, 2, 3], [3, 1, 0, 2], [0, 2, 1, 3])}) > 1, "the order matters here"
