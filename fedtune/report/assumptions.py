@@ -27,6 +27,7 @@ CODES = (
     "noise_in_every_step",
     "poisson_sampling",
     "unpredictable_randomness",
+    "clipping_exact",
     "clipping_but_for_rounding",
     "delta_below_one_over_size",
     "accountants_agree",
@@ -64,7 +65,12 @@ NEVER_CHECKED = (
 )
 """What nothing in fedtune checks, and nobody is asked to assert."""
 
+CLIPPING = ("clipping_exact", "clipping_but_for_rounding")
+"""A report states one of these.  The second is for machines that a site accepts although they round a record by its
+neighbours, and for all reports made before there was the first."""
+
 _Found = tuple[str, Status, str]
+_EXACT = "tests/training/test_preflight.py; docs/guarantee.md"
 _MOST_NAMED = 5  # runs; report.json lists all of them
 _OF_USERS: _Found = ("every_record_names_its_person", "assumed", "unit=user; docs/user_level.md")
 
@@ -97,7 +103,7 @@ def of_ledger(record: LedgerRecord, site: SiteReport) -> tuple[Assumption, ...]:
         _randomness(
             history.seeded, _named(name for name, run in history.runs.items() if run.proposal.seeded_noise), by_site
         ),
-        ("clipping_but_for_rounding", "assumed", "docs/threat_model.md"),
+        _clipping_of_ledger(record),
         *of_figures(history.delta, [site], unit=history.opened.unit),
         *_of_file(record),
         *_of_history(record, site),
@@ -148,8 +154,31 @@ def _of_mechanism(record: RunRecord, sites: Sequence[SiteReport]) -> Iterator[_F
             "asserted" if len(said) == len(sites) else "assumed",
             _named(said) or "the sites' fedtune",
         )
-    dtype = f"model.dtype={record.config.model.dtype}"
-    yield "clipping_but_for_rounding", "assumed", f"docs/threat_model.md; {dtype}"
+    yield _clipping_of_run(record, trained_here=bool(noted and noted.sampling))
+
+
+def _clipping_of_run(record: RunRecord, *, trained_here: bool) -> _Found:
+    """Whether the bound on one unit was exact, by the policies of simulated sites; real ones keep theirs."""
+    accepted = record.inexact_gradients
+    if accepted:
+        return "clipping_but_for_rounding", "assumed", "allow.inexact_gradients=true; docs/guarantee.md"
+    if not record.plan.private:
+        return "clipping_exact", "violated", "privacy.mechanism=none"
+    if accepted is None or not trained_here:
+        return "clipping_exact", "assumed", "allow.inexact_gradients; docs/guarantee.md"
+    return "clipping_exact", "verified", f"allow.inexact_gradients=false; {_EXACT}"
+
+
+def _clipping_of_ledger(record: LedgerRecord) -> _Found:
+    """The same by every policy that the ledger noted: one that says nothing is of a version that was not exact yet."""
+    noted = [event.detail["policy"] for event in record.events if event.detail.get("what") == "policy"]
+    said = {policy["allow"].get("inexact_gradients") for policy in noted}
+    if without := [name for name, run in record.history.runs.items() if not run.plan.private]:
+        return "clipping_exact", "violated", _named(without)
+    if said == {False}:
+        return "clipping_exact", "verified", f"allow.inexact_gradients=false; {_EXACT}"
+    why = "true" if True in said else "not noted"
+    return "clipping_but_for_rounding", "assumed", f"allow.inexact_gradients: {why}; docs/guarantee.md"
 
 
 def _randomness(seeded: bool, why: str, said_by: str) -> _Found:

@@ -169,15 +169,15 @@ def _left_out(report: Report) -> Iterator[Problem]:
         yield Problem(f"assumptions.{code}", None, "stated")
     for code in sorted(set(stated) - needed - known):
         yield Problem(f"assumptions.{code}", "stated", f"none of a {report.kind} by {report.unit}")
-    if len(set(stated)) < len(stated):
-        yield Problem("assumptions", ", ".join(stated), "each once")
+    if len(set(stated)) < len(stated) or set(assumptions.CLIPPING) <= set(stated):
+        yield Problem("assumptions", ", ".join(stated), "each once, and one about clipping")
 
 
 _MECHANISM = {
     "noise_in_every_step",
     "poisson_sampling",
     "unpredictable_randomness",
-    "clipping_but_for_rounding",
+    *assumptions.CLIPPING,
     "accountants_agree",
 }
 _MAY_HOLD = {
@@ -205,7 +205,10 @@ _OF_UNIT = {"record": "one_record_is_one_unit", "user": "every_record_names_its_
 def _needed(report: Report) -> Iterator[str]:
     """The assumptions that a report's own figures say it has to state."""
     sites = report.sites
-    yield from _MECHANISM - {"accountants_agree"}
+    yield from _MECHANISM - {"accountants_agree", *assumptions.CLIPPING}
+    # One of the two; reports of earlier versions know the second alone.
+    stated = {one.code for one in report.assumptions}
+    yield from stated.intersection(assumptions.CLIPPING) or {"clipping_exact"}
     yield from (code for code, _, _ in assumptions.of_figures(report.delta, sites, unit=report.unit))
     if report.kind == "run":
         yield from ("receipts_signed", "configuration_unchanged")
@@ -248,6 +251,12 @@ def _best(report: Report) -> Mapping[str, assumptions.Status]:
         *((code, "assumed", True) for code in assumptions.NEVER_CHECKED),
         *((code, status, True) for code, status, _ in assumptions.of_figures(report.delta, sites, unit=report.unit)),
         ("noise_in_every_step", "violated", any(one.noise_multiplier == 0 for one in mechanisms)),
+        ("clipping_exact", "violated", any(one.noise_multiplier == 0 for one in mechanisms)),
+        (
+            "clipping_exact",
+            "assumed",
+            report.kind == "run" and any(one.sampling_run != "poisson" for one in mechanisms),
+        ),
         ("unpredictable_randomness", "violated", report.seeded_noise),
         ("poisson_sampling", "asserted", report.kind == "ledger"),
         (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,6 +38,7 @@ class RunRecord:
         state: the newest checkpoint; None: none is left.
         rounds: the finished ones.
         environments: what it was made on.
+        inexact_gradients: whether the policies of all simulated sites accept them; None: not on file.
     """
 
     config: RunConfig
@@ -46,6 +48,7 @@ class RunRecord:
     state: LeadState | None
     rounds: Sequence[RoundResult]
     environments: tuple[Environment, ...]
+    inexact_gradients: bool | None = None
 
     @property
     def finished(self) -> bool:
@@ -191,7 +194,21 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
         # Of a checkpoint put back to an earlier one, the rounds that came after it stand in run.json.
         rounds=max(state.rounds if state else (), _rounds(result) if result else (), key=len),
         environments=read_environments(folder),
+        inexact_gradients=_inexact_gradients(folder, config),
     )
+
+
+def _inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
+    """Whether a simulation took any machine: only where the policies of all its sites accept inexact gradients."""
+    if config.runtime.kind == "deployment":
+        return None
+    sites = Path(config.runtime.sites_dir) if config.runtime.sites_dir else folder / "sites"
+    try:
+        policies = [tomllib.loads((sites / name / "site.toml").read_text()) for name in config.federation.active]
+        accepted = [policy["allow"]["inexact_gradients"] for policy in policies]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return all(accepted) if all(type(one) is bool for one in accepted) else None
 
 
 def _config(folder: Path) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
 from fedtune.report import assumptions, from_ledger, from_run
-from fedtune.report.model import Report
+from fedtune.report.ledger_record import read_ledger
+from fedtune.report.model import Assumption, Report
 from fedtune.report.run_record import RunRecord, read_run
 from fedtune.sites.shared_settings import for_sites
 
@@ -64,9 +66,9 @@ def test_a_test_that_is_named_as_evidence_exists(run: Path, books: Callable[...,
 def test_of_a_simulation_the_process_itself_knows(run: Path) -> None:
     found = statuses(from_run.build(run))
     assert found == {
-        "clipping_but_for_rounding": "assumed",
         "one_record_is_one_unit": "assumed",
         "units_at_one_site_only": "assumed",
+        "clipping_exact": "verified",
         "noise_in_every_step": "verified",
         "poisson_sampling": "verified",
         "unpredictable_randomness": "verified",
@@ -75,6 +77,43 @@ def test_of_a_simulation_the_process_itself_knows(run: Path) -> None:
         "receipts_signed": "verified",
         "configuration_unchanged": "verified",
     }
+
+
+def clipping(found: tuple[Assumption, ...]) -> tuple[str, str]:
+    """Code and status of what is said about clipping."""
+    (one,) = (one for one in found if one.code in assumptions.CLIPPING)
+    return one.code, one.status
+
+
+def test_of_sites_that_accept_inexact_gradients_the_bound_is_measured(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    policies = sorted(copy.glob("sites/*/site.toml"))
+    for count, path in enumerate(policies, start=1):
+        path.write_text(path.read_text().replace("inexact_gradients = false", "inexact_gradients = true"))
+        # One that does not accept them is enough: all train on one machine.
+        expected = (
+            ("clipping_but_for_rounding", "assumed") if count == len(policies) else ("clipping_exact", "verified")
+        )
+        assert clipping(from_run.build(copy).assumptions) == expected
+    policies[0].unlink()
+    assert clipping(from_run.build(copy).assumptions) == ("clipping_exact", "assumed")
+
+
+def test_of_a_ledger_that_ever_noted_inexact_gradients_the_bound_is_measured(
+    books: Callable[..., Books], run_proposal: Any
+) -> None:
+    made = books()
+    made.charge(run_proposal(), 1)
+    record = read_ledger(made.ledger)
+    noted = [event for event in record.events if event.detail.get("what") == "policy"]
+    for allow, code in (
+        ({"inexact_gradients": True}, "clipping_but_for_rounding"),
+        ({}, "clipping_but_for_rounding"),
+        ({"inexact_gradients": False}, "clipping_exact"),
+    ):
+        later = replace(noted[0], detail={"what": "policy", "policy": {"allow": allow}})
+        changed = replace(record, events=(*record.events, later))
+        assert assumptions._clipping_of_ledger(changed)[0] == code
 
 
 def with_receipts_of(record: RunRecord, *, run: str) -> RunRecord:
@@ -157,7 +196,7 @@ def test_of_a_ledger_what_was_checked_and_what_its_site_says(books: Callable[...
     made = books()
     made.charge(run_proposal(), 1)
     assert statuses(from_ledger.build(made.ledger)) == {
-        "clipping_but_for_rounding": "assumed",
+        "clipping_exact": "verified",
         "one_record_is_one_unit": "assumed",
         "no_event_missing": "assumed",
         "site_key_known": "assumed",

@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.evaluation import one_run
 from fedtune.privacy.policy import Policy
-from fedtune.report import from_ledger, from_run, profile, recompute
+from fedtune.report import assumptions, from_ledger, from_run, profile, recompute
 from fedtune.report.model import Assumption, Audit, AuditBound, Report
 from fedtune.report.site_model import Cap, Spent, Verdict
 
@@ -106,11 +106,10 @@ def verified(report: Report) -> Report:
 
 def test_nothing_can_be_called_verified_that_nobody_checks(of_run: Report, of_ledger: Report) -> None:
     for report, codes in (
-        (of_run, {"clipping_but_for_rounding", "one_record_is_one_unit", "units_at_one_site_only"}),
+        (of_run, {"one_record_is_one_unit", "units_at_one_site_only"}),
         (
             of_ledger,
             {
-                "clipping_but_for_rounding",
                 "one_record_is_one_unit",
                 "poisson_sampling",
                 "no_event_missing",
@@ -238,9 +237,25 @@ def test_a_rollback_is_excluded_by_an_anchor_at_the_end_only(of_ledger: Report) 
     assert "sites.a.verification.rollback_excluded" in where(with_site(of_ledger, verification=claimed))
 
 
+def with_clipping(report: Report, *codes: str, status: Any = "assumed") -> Report:
+    """The report with these assumptions about clipping in place of its own."""
+    others = [one for one in report.assumptions if one.code not in assumptions.CLIPPING]
+    stated = [Assumption(code=code, status=status, evidence="") for code in codes]
+    return replace(report, assumptions=(*others, *stated))
+
+
+def test_a_report_that_was_made_before_clipping_was_exact_stays_consistent(of_run: Report, of_ledger: Report) -> None:
+    for report in (of_run, of_ledger):
+        assert not where(with_clipping(report, "clipping_but_for_rounding"))
+        both = with_clipping(report, *assumptions.CLIPPING)
+        assert where(both) == {"assumptions"}
+        measured = with_clipping(report, "clipping_but_for_rounding", status="verified")
+        assert where(measured) == {"assumptions.clipping_but_for_rounding.status"}
+
+
 def test_no_assumption_is_left_out_and_none_made_up(of_run: Report, of_ledger: Report) -> None:
     both = {
-        "noise_in_every_step", "poisson_sampling", "unpredictable_randomness", "clipping_but_for_rounding",
+        "noise_in_every_step", "poisson_sampling", "unpredictable_randomness", "clipping_exact",
         "delta_below_one_over_size", "accountants_agree", "one_record_is_one_unit", "units_at_one_site_only",
     }  # fmt: skip
     optional = {"policy_noted"}
