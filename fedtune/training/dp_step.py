@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Protocol
 
 import numpy as np
@@ -133,7 +134,7 @@ def contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -
     scaled = {name: (gradient * _column(weights, gradient)).trunc_() for name, gradient in flat.items()}
     # In whole numbers: a tensor's square norm is at most 2**48 where it is usable, so float64 sums it up exactly, and
     # the square of the root that comes back rounds to it.
-    squares = torch.stack([_norm_of_rows(one).square().round() for one in scaled.values()]).sum(dim=0)
+    squares = _added(_norm_of_rows(one).square().round() for one in scaled.values())
     usable &= squares <= LARGEST_CELLS**2
     if not usable.all():
         scaled = {name: torch.where(usable[:, None], one, torch.zeros_like(one)) for name, one in scaled.items()}
@@ -149,8 +150,12 @@ def _norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
     In float64 because a float32 norm of 60,000 like values was measured 1.6e-5 too small.
     """
-    each = [_norm_of_rows(gradient) for gradient in gradients.values()]
-    return torch.stack(each).square().sum(dim=0).sqrt()
+    return _added(_norm_of_rows(gradient).square() for gradient in gradients.values()).sqrt()
+
+
+def _added(each: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of tensors, one after the other: torch's own sum over them goes by how long they are."""
+    return reduce(torch.add, each)
 
 
 def _norm_of_rows(values: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,13 @@ row and every number of rows alike is tried here, with the run's own model, at e
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.data import UNSUPERVISED, Part, Shapes, TextDataset
+from fedtune.data import UNSUPERVISED, Batch, Part, Shapes, TextDataset
 from fedtune.model import Adapter, TaskModel
 from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError
@@ -86,26 +87,33 @@ class _Trial:
             self._places[length] = np.arange(len(lengths), len(lengths) + room)
             # The longest first; it is left out of the other companies, for models that choose by the longest example.
             lengths += [most, *draws.integers(min(least, most), most, size=room - 1, endpoint=True)]
-        self._examples = SiteExamples(_made_up(model, lengths, draws), pad_id=0, shapes=shapes, device=model.device)
+        made_up = _made_up(model, lengths, draws)
+        self._count = len(made_up)
+        # The same examples backwards and a few at a time: what frozen layers make of them has other company there, too.
+        fewest = replace(shapes, row_shares=shapes.row_shares[-1:])
+        self._examples = SiteExamples(made_up, pad_id=0, shapes=shapes, device=model.device)
+        self._backwards = SiteExamples(made_up.backwards(), pad_id=0, shapes=fewest, device=model.device)
         if keeps_states:
             self._examples.keep_frozen_states(model)
+            self._backwards.keep_frozen_states(model)
 
     def moved(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
         """The most that a contribution differs between one whole micro-batch and smaller ones, in clip norms."""
         places, (most_rows, *fewer) = self._places[length], self._shapes.rows(length)
-        whole = self._gradients(gradients, Part(places, most_rows, length))
+        whole = _gradients(gradients, self._examples.batch(Part(places, most_rows, length)))
         clipped = contributions(whole, max_grad_norm)
         moved = 0.0
         for part in self._companies(places[1:][::-1], [*fewer] or [most_rows], length, longest=places[:1]):
-            other = self._gradients(gradients, part)
+            backwards = replace(part, places=self._count - 1 - part.places)
+            other = _gradients(gradients, self._backwards.batch(backwards))
             rows = torch.from_numpy(part.places - places[0])
-            if all(torch.equal(one[: len(rows)], whole[name][rows]) for name, one in other.items()):
-                continue
             squares = [
                 (one[: len(rows)].double() - clipped[name][rows].double()).square().sum(dim=1)
                 for name, one in contributions(other, max_grad_norm).items()
             ]
-            moved = max(moved, float(torch.stack(squares).sum(dim=0).sqrt().max()) / LARGEST_CELLS, 1 / LARGEST_CELLS)
+            moved = max(moved, float(torch.stack(squares).sum(dim=0).sqrt().max()) / LARGEST_CELLS)
+            if not all(torch.equal(one[: len(rows)], whole[name][rows]) for name, one in other.items()):
+                moved = max(moved, 1 / LARGEST_CELLS)  # bits that clipping happens to hide here
         return moved
 
     def _companies(
@@ -119,8 +127,9 @@ class _Trial:
             yield Part(places[:room].copy(), rows, length)
             places = places[room:]
 
-    def _gradients(self, gradients: PerExampleGradients, part: Part) -> dict[str, torch.Tensor]:
-        return {name: one.cpu() for name, one in gradients.of_all(self._examples.batch(part)).items()}
+
+def _gradients(gradients: PerExampleGradients, batch: Batch) -> dict[str, torch.Tensor]:
+    return {name: one.cpu() for name, one in gradients.of_all(batch).items()}
 
 
 def _made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
