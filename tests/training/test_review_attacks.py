@@ -85,7 +85,7 @@ def test_large_values_on_query_and_key_move_the_sum_by_no_more_than_the_clip_nor
         for parameter in model.trainable().values():
             parameter.copy_(torch.where(torch.rand(parameter.shape, generator=generator) < 0.5, -5.0, 5.0))
     for clip in (1e-3, 1e-2, 1.0):
-        found = [attacked(model, clip, seed=seed, first_id=1000, classes=len(labels)) for seed in range(2)]
+        found = [attacked(model, clip, seed=threads, first_id=1000, classes=len(labels))]
         assert all(square <= CLIP_NORM**2 for square, _ in found)
         assert clip == 1.0 or max(square for square, _ in found) > (0.999 * CLIP_NORM) ** 2, "the bound was reached"
 
@@ -106,7 +106,7 @@ def test_rounding_alone_never_counts_for_a_clip_norm_however_small_that_is(size:
         for parameter in model.trainable().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
     for clip in (1e-18, 1e-9, 1.0):
-        for seed in range(3):
+        for seed in range(2):
             square, norms = attacked(model, clip, seed=seed, first_id=5, classes=3)
             assert 0 < max(norms) < SMALLEST_NORM, "a gradient of rounding alone, so the attack was tried"
             assert square <= (0.01 * CLIP_NORM) ** 2
