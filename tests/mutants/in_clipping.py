@@ -13,7 +13,7 @@ COMMENT = (
     "    # In whole numbers: a tensor's square norm is at most 2**48 where it is usable, so float64 sums it up "
     "exactly, and\n    # the square of the root that comes back rounds to it.\n"
 )
-SQUARES = "    squares = torch.stack([_norm_of_rows(one).square().round() for one in scaled.values()]).sum(dim=0)\n"
+SQUARES = "    squares = _added(_norm_of_rows(one).square().round() for one in scaled.values())\n"
 CHECKED = "    usable &= squares <= LARGEST_CELLS**2\n"
 FROM_THE_NORMS = NORMS + USABLE + BOUND + WEIGHTS + SCALED + COMMENT + SQUARES
 
@@ -50,7 +50,7 @@ CLIPPING = (
         .trunc_() for name, gradient in flat.items()
     }
 """
-        + SQUARES.replace("sum(dim=0)", "amax(dim=0)"),
+        + "    squares = reduce(torch.maximum, [_norm_of_rows(one).square().round() for one in scaled.values()])\n",
         tests=OF_STEP,
     ),
     Mutant(
