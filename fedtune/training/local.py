@@ -97,7 +97,10 @@ def train_round(
 
 
 def project(parameters: Mapping[str, torch.nn.Parameter], most: float) -> None:
-    """Bring every value into [-most, most], and 0 for what is no number: post-processing of what was released or is about to be."""
+    """Bring every value into [-most, most], and what is no number to 0.
+
+    That is post-processing of what was released or is about to be.
+    """
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.nan_to_num_(nan=0.0).clamp_(-most, most)

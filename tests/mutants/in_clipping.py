@@ -188,6 +188,30 @@ CLIPPING = (
         tests=OF_STEP,
     ),
     Mutant(
+        name="norms-added-up-by-torch",
+        fault="The tensors' squares are added up in an order that goes by the number of rows: a norm's last bit, and so "
+        "a cell or two of a contribution, follows a unit's company.",
+        file=STEP,
+        old="_added(_norm_of_rows(gradient).square() for gradient in gradients.values()).sqrt()",
+        new="torch.stack([_norm_of_rows(one) for one in gradients.values()]).square().sum(dim=0).sqrt()",
+        tests=("tests/training/test_exact_sum.py",),
+    ),
+    Mutant(
+        name="kept-states-not-tried",
+        fault="The try computes what frozen layers make of an example once, and never in other company: a mixing one "
+        "passes.",
+        file="fedtune/training/preflight.py",
+        old="            self._backwards.keep_frozen_states(model)\n",
+        new="            self._backwards._states = self._of_examples_backwards()\n\n"
+        "    def _of_examples_backwards(self) -> torch.Tensor | None:\n"
+        "        states, ends = self._examples._states, self._examples._starts + self._examples._dataset.lengths\n"
+        "        if states is None:\n"
+        "            return None\n"
+        "        spans = zip(self._examples._starts[::-1], ends[::-1], strict=True)\n"
+        "        return torch.cat([states[first:end] for first, end in spans])\n",
+        tests=("tests/training/test_preflight.py",),
+    ),
+    Mutant(
         name="padded-to-the-longest",
         fault="A micro-batch is padded to its longest example, so that an example's kernels are chosen by its company.",
         file="fedtune/training/examples.py",
