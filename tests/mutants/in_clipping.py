@@ -189,8 +189,8 @@ CLIPPING = (
     ),
     Mutant(
         name="norms-added-up-by-torch",
-        fault="The tensors' squares are added up in an order that goes by the number of rows: a norm's last bit, and so "
-        "a cell or two of a contribution, follows a unit's company.",
+        fault="The tensors' squares are added up in an order that goes by the number of rows: a norm's last bit, and "
+        "so a cell or two of a contribution, follows a unit's company.",
         file=STEP,
         old="_added(_norm_of_rows(gradient).square() for gradient in gradients.values()).sqrt()",
         new="torch.stack([_norm_of_rows(one) for one in gradients.values()]).square().sum(dim=0).sqrt()",
