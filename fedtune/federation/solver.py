@@ -100,13 +100,17 @@ def _last_within(
     regula falsi with the Illinois rule.  What is returned was tried.
     """
     lowest, highest = map(math.log, bounds)
+
+    def value(x: float) -> float:
+        return min(max(math.exp(x), bounds[0]), bounds[1])  # rounding may pass a bound that Plan holds to
+
     slope = _TYPICAL_SLOPE if rising else -_TYPICAL_SLOPE
     inside: tuple[float, float] | None = None  # (log value, log of epsilon over its bound)
     outside: tuple[float, float] | None = None
     x, before = math.log(start), None
     while True:
         # Nothing may be infinite in what follows; epsilon is 0 where delta alone covers the loss.
-        y = math.log(min(max(epsilon_at(math.exp(x)), 1e-9), 1e9) / epsilon)
+        y = math.log(min(max(epsilon_at(value(x)), 1e-9), 1e9) / epsilon)
         if y <= 0:
             inside, outside = (x, y), _halved(outside, before is True)
         else:
@@ -122,7 +126,7 @@ def _last_within(
             break
         else:
             x = _between(inside, outside)
-    return None if inside is None else math.exp(inside[0])
+    return None if inside is None else value(inside[0])
 
 
 def _between(inside: tuple[float, float], outside: tuple[float, float]) -> float:

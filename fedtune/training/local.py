@@ -103,7 +103,7 @@ def project(parameters: Mapping[str, torch.nn.Parameter], most: float) -> None:
     """
     with torch.no_grad():
         for parameter in parameters.values():
-            parameter.nan_to_num_(nan=0.0).clamp_(-most, most)
+            parameter.nan_to_num_(0.0, most, -most).clamp_(-most, most)
 
 
 def _units(examples: SiteExamples | UserExamples, work: RoundOfTraining, randomness: Randomness) -> Records:

@@ -25,6 +25,7 @@ class Examples:
     attention_mask: torch.Tensor
     targets: torch.Tensor
     prefix: torch.Tensor | None = None
+    empty_rows: int = 0
 
     def one(self, row: int) -> Examples:
         """The example in `row` alone, without padding."""

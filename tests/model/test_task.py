@@ -39,7 +39,8 @@ def hooked_gradients(model: TaskModel, batch: Any) -> dict[str, torch.Tensor]:
     """Per-example gradients (n, ...) by Opacus."""
     hooks = GradSampleHooks(model, loss_reduction="sum")
     model.losses(batch).sum().backward()
-    gradients = {name: parameter.grad_sample for name, parameter in model.trainable().items()}
+    rows = len(batch.input_ids)  # a head computes more of them: rows of no example fill a fixed shape
+    gradients = {name: parameter.grad_sample[:rows] for name, parameter in model.trainable().items()}
     hooks.cleanup()
     model.zero_grad()
     return gradients
