@@ -48,9 +48,9 @@ class RandomStream:
 
         Guarantee: exact.  A Box-Muller pair is a function of two uniform real numbers, of which 64 bits each are drawn
         first.  Float64 arithmetic says what the function rounds to unless its value lies so near the middle between
-        two whole numbers that its error bound could reach it; such a pair (one in some 10^5) gets further bits and
-        interval arithmetic until both ends round to the same.  So no hole and no float betrays a value without noise
-        (Mironov 2012), and nothing is missing from the tails.
+        two whole numbers that its error bound could reach it; such a pair (a few in 10^6 where the noise is one clip
+        norm) gets further bits and interval arithmetic until both ends round to the same.  So no hole and no float
+        betrays a value without noise (Mironov 2012), and nothing is missing from the tails.
 
         Assumes that numpy's log, sqrt, sin and cos are right to the bound in `_box_muller`, which
         tests/privacy/test_randomness.py measures, and that the keystream cannot be told from random bits.

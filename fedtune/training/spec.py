@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedtune.spec import check_at_least, check_fraction, check_one_of, check_positive, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
+_LARGEST_RATE = 1e9
+"""Beyond it, a product of rates is no float32, and an optimizer would fail in the middle of a round."""
 
 
 @spec
@@ -44,11 +46,12 @@ class TrainingSpec:
     def __post_init__(self) -> None:
         check_at_least("local_steps", self.local_steps, 1)
         check_one_of("optimizer", self.optimizer, OPTIMIZERS)
-        check_positive("learning_rate", self.learning_rate)
-        for key in ("head_learning_rate", "unclipped_learning_rate", "unclipped_head_learning_rate"):
-            if getattr(self, key) is not None:
+        for key in ("learning_rate", "head_learning_rate", "unclipped_learning_rate", "unclipped_head_learning_rate"):
+            if key == "learning_rate" or getattr(self, key) is not None:
                 check_positive(key, getattr(self, key))
+                _check_rate(key, getattr(self, key))
         check_at_least("weight_decay", self.weight_decay, 0)
+        _check_rate("weight_decay", self.weight_decay)
         check_fraction("momentum", self.momentum, zero=True)
         for beta in self.betas:
             check_fraction("betas", beta, zero=True)
@@ -61,6 +64,11 @@ class TrainingSpec:
         if not clipped:
             lora, head = self.unclipped_learning_rate or lora, self.unclipped_head_learning_rate or head
         return lora, head or lora
+
+
+def _check_rate(key: str, value: float) -> None:
+    if value > _LARGEST_RATE:
+        raise ConfigError(key, value, f"must be at most {_LARGEST_RATE:g}")
 
 
 @spec

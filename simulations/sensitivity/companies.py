@@ -1,0 +1,113 @@
+"""Whether a record's gradient is the same, bit for bit, in a thousand random companies: each bucket, 1 and 2 threads.
+
+    python simulations/sensitivity/companies.py --companies 1000
+
+Each line is a model as one of the shipped experiments trains it.  For every length that a micro-batch may have, a
+few records of that length are computed in random companies: any number of other records of any length, in any order.
+companies.json is written after every bucket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedtune.audit.sensitivity import made_up
+from fedtune.cli.compose import compose_run
+from fedtune.data import Shapes
+from fedtune.sites.shared_model import SharedModel
+from fedtune.training.examples import SiteExamples
+from fedtune.training.per_example import PerExampleGradients, attached
+
+RESULTS = Path(__file__).parent / "companies.json"
+LINES = {
+    "MiniLM, the main job": ("experiment=banks_intents",),
+    "MiniLM, head and LoRA on all linear layers": ("experiment=banks_intents", "lora=all_linear"),
+    "SmolLM2-135M, the shipped LoRA": (
+        "experiment=smollm2_e2e",
+        "runtime.micro_batch_tokens=256",
+        "data.max_length=48",
+    ),
+}
+WATCHED, OTHERS = 6, 18
+Gradient = dict[str, torch.Tensor]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--companies", type=int, default=1000, help="of every line and number of threads")
+    arguments.add_argument("--only", nargs="*", help="names of lines, or parts of them")
+    options = arguments.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"lines": {}}
+    results["machine"] = f"{platform.machine()}, CPU only"
+    for name, overrides in LINES.items():
+        if options.only and not any(one in name for one in options.only):
+            continue
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            shared = SharedModel(compose_run(overrides))
+            buckets = shared.shapes.lengths
+            line = results["lines"][f"{name}, threads: {threads}"] = {"companies": 0, "compared": 0, "differed": 0}
+            line["buckets"] = list(buckets)
+            for length in buckets:
+                for key, value in bucket(shared, length, companies=-(-options.companies // len(buckets))).items():
+                    line[key] += value
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            print(name, threads, line, flush=True)
+
+
+def bucket(shared: SharedModel, length: int, *, companies: int) -> dict[str, int]:
+    """Records of one length in random companies, compared with themselves alone."""
+    draws, shapes = np.random.default_rng(length), shared.shapes
+    lengths = [*of_length(shapes, length, WATCHED, draws), *draws.integers(1, most(shapes), OTHERS, endpoint=True)]
+    records = SiteExamples(made_up(shared.model, lengths, draws), pad_id=0, shapes=shapes, device=shared.device)
+    if shared.keeps_states:
+        records.keep_frozen_states(shared.model)
+    generator = torch.Generator().manual_seed(length)
+    with torch.no_grad():
+        for parameter in shared.model.trainable().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    counts = {"companies": companies, "compared": 0, "differed": 0}
+    with attached(shared.model) as gradients:
+        alone = {place: together(gradients, records, np.array([place]))[place] for place in range(WATCHED)}
+        for _ in range(companies):
+            watched = draws.permutation(WATCHED)[: draws.integers(1, WATCHED, endpoint=True)]
+            others = WATCHED + draws.permutation(OTHERS)[: draws.integers(0, OTHERS, endpoint=True)]
+            company = draws.permutation(np.concatenate([watched, others]))
+            found = together(gradients, records, company)
+            for place in watched.tolist():
+                counts["compared"] += 1
+                counts["differed"] += not all(torch.equal(found[place][name], one) for name, one in alone[place].items())
+    return counts
+
+
+def together(gradients: PerExampleGradients, records: SiteExamples, company: np.ndarray) -> dict[int, Gradient]:
+    """The gradients of the watched ones in this company, as a step computes them."""
+    found: dict[int, Gradient] = {}
+    for part in records.parts(company.astype(np.int64)):
+        if (part.places < WATCHED).any():
+            rows = gradients.of_all(records.batch(part))
+            for row, place in enumerate(part.places.tolist()):
+                if place < WATCHED:
+                    found[place] = {name: one[row].clone() for name, one in rows.items()}
+    return found
+
+
+def of_length(shapes: Shapes, length: int, count: int, draws: np.random.Generator) -> list[int]:
+    """Numbers of tokens that are padded to `length`, the most among them."""
+    fitting = [tokens for tokens in range(1, most(shapes) + 1) if shapes.length_of(tokens) == length]
+    return [fitting[-1], *draws.choice(fitting, size=count - 1).tolist()]
+
+
+def most(shapes: Shapes) -> int:
+    """The tokens of the longest record."""
+    return shapes.full or shapes.lengths[-1] - 1
+
+
+if __name__ == "__main__":
+    main()
