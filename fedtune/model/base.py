@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fedtune.model.activations import compute_by_row
 from fedtune.model.fits import check_ignores_batch_length, check_size
 from fedtune.model.gguf import expanded_gguf
 from fedtune.model.manifest import manifest_of, staged
@@ -75,6 +76,7 @@ def load_base(spec: ModelSpec, *, task: Task, device: torch.device | str = "cpu"
         with _pinned_files(spec) as folder:
             model = _pretrained(spec, task, folder)
     check_ignores_batch_length(model, path=spec.path)
+    compute_by_row(model)
     # Training never reads the key-value cache; a generator asks for it by argument.
     model.config.use_cache = False
     model.requires_grad_(False)

@@ -21,8 +21,21 @@ _MOST_LAYERS, _MOST_EXPERTS, _MOST_BLOCKS = 1 << 10, 1 << 10, 1 << 17
 
 _REDIRECTING = frozenset(
     {"transformers_weights", "auto_map", "quantization_config", "custom_pipelines", "configuration_files"}
+    | {"backbone", "backbone_config", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone"}
 )
-"""Keys of config.json, at any depth, that make transformers read other files, run other code or change the weights."""
+"""Keys of config.json, at any depth, that make transformers read other files, ask a hub, run other code or change the
+weights."""
+
+ARCHITECTURES = frozenset(
+    {"bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"}
+    | {"cohere", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "ministral", "mistral"}
+    | {"olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"}
+)
+"""`model_type` of the models that are taken: dense transformers over text whose code, in transformers 5.23, computes
+each example of a batch without looking at the others.  A list, since weights can hide from any try what the rest of the
+library does: patches as many as the richest example has (BLT), experts that round by how many tokens reach them
+(GPT-OSS, every mixture of experts), a scale from the largest value of the batch (Nystromformer), a state kept from one
+batch to the next (RecurrentGemma).  Who adds one reads its `modeling_*.py` for such things first."""
 
 _IMPLEMENTATIONS = {
     "attn": frozenset({None, "eager", "sdpa"}),
@@ -94,7 +107,21 @@ def config_refusal(fields: Any) -> str | None:
     layers, experts = largest["layers"], largest["experts"]
     if layers > _MOST_LAYERS or experts > _MOST_EXPERTS or layers * experts > _MOST_BLOCKS:
         return f"describes {layers} layers with {experts} experts, which is more than any model has"
-    return _rope_refusal(fields)
+    return _rope_refusal(fields) or _architecture_refusal(fields)
+
+
+def _architecture_refusal(fields: dict[str, Any]) -> str | None:
+    inner = next((key for key, value in fields.items() if key.endswith("_config") and isinstance(value, dict)), None)
+    if inner is not None:
+        return f"has {_short(inner)}, a model within the model; a text model alone can be taken"
+    model_type = fields.get("model_type")
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
+        return None
+    known = ", ".join(sorted(ARCHITECTURES))
+    return (
+        f"has model_type {_short(model_type)}, of which fedtune does not know that it computes each example of a batch "
+        f"by itself; it knows {known}"
+    )
 
 
 def rotary_refusal(rope_type: object) -> str | None:

@@ -94,6 +94,7 @@ class SharedModel:
             shapes,
             keeps_states=self.keeps_states,
             max_grad_norm=self.config.privacy.max_grad_norm,
+            pad_id=self.tokenizer.pad_token_id,
             inexact_allowed=inexact_allowed,
         )
 

@@ -1,13 +1,16 @@
 """A try before anything is charged: whether an example's contribution depends on that example alone, on this machine.
 
 Shapes are fixed (`fedtune.data.shapes`), so kernels cannot choose by what else is in a batch; whether they treat every
-row and every number of rows alike is tried here, with the run's own model, at every shape that a step may have.
+row and every number of rows alike is tried here, at every shape that a step may have.  First with the run's own model;
+then with random weights in it, since whoever chose its weights may have chosen such that made-up examples show nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +30,13 @@ _MIXES = "mixes the examples of a batch, so none can be clipped by itself"
 
 
 def check_examples_alone(
-    model: TaskModel, shapes: Shapes, *, keeps_states: bool, max_grad_norm: float, inexact_allowed: bool = False
+    model: TaskModel,
+    shapes: Shapes,
+    *,
+    keeps_states: bool,
+    max_grad_norm: float,
+    pad_id: int = 0,
+    inexact_allowed: bool = False,
 ) -> float:
     """Require that what an example adds to a sum is the same, bit for bit, whatever else is in its micro-batch.
 
@@ -36,10 +45,11 @@ def check_examples_alone(
     records are.
 
     Args:
-        model: with adapters; its values are put back.
+        model: with adapters; its values and weights are put back.
         shapes: those that steps will have.
         keeps_states: whether steps will start behind the frozen layers, from what these made of each record.
         max_grad_norm: the run's clip norm, for the measured bound.
+        pad_id: that steps will fill with.
         inexact_allowed: go on where bits differ, as long as it is by rounding.
 
     Returns:
@@ -51,9 +61,11 @@ def check_examples_alone(
     before = Adapter.of(model)
     try:
         _fill(model)
-        tried = _Trial(model, shapes, keeps_states=keeps_states)
-        with attached(model) as gradients:
-            moved = max(tried.moved(gradients, length, max_grad_norm) for length in shapes.lengths)
+        tried = _Trial(model, shapes, keeps_states=keeps_states, pad_id=pad_id)
+        moved = tried.most_moved(model, max_grad_norm, everywhere=False)
+        with _random_weights(model):
+            tried = _Trial(model, shapes, keeps_states=keeps_states, pad_id=pad_id)
+            moved = max(moved, tried.most_moved(model, max_grad_norm, everywhere=True))
     except ConfigError:
         raise
     except Exception as error:  # a model's code may raise whatever it likes
@@ -75,7 +87,7 @@ def check_examples_alone(
 class _Trial:
     """Made-up examples of every shape, in two companies each."""
 
-    def __init__(self, model: TaskModel, shapes: Shapes, *, keeps_states: bool) -> None:
+    def __init__(self, model: TaskModel, shapes: Shapes, *, keeps_states: bool, pad_id: int) -> None:
         self._shapes = shapes
         draws = np.random.default_rng(20241)  # made-up examples are no secret
         self._places: dict[int, npt.NDArray[np.int64]] = {}
@@ -91,19 +103,27 @@ class _Trial:
         self._count = len(made_up)
         # The same examples backwards and a few at a time: what frozen layers make of them has other company there, too.
         fewest = replace(shapes, row_shares=shapes.row_shares[-1:])
-        self._examples = SiteExamples(made_up, pad_id=0, shapes=shapes, device=model.device)
-        self._backwards = SiteExamples(made_up.backwards(), pad_id=0, shapes=fewest, device=model.device)
+        self._examples = SiteExamples(made_up, pad_id=pad_id, shapes=shapes, device=model.device)
+        self._backwards = SiteExamples(made_up.backwards(), pad_id=pad_id, shapes=fewest, device=model.device)
         if keeps_states:
             self._examples.keep_frozen_states(model)
             self._backwards.keep_frozen_states(model)
 
-    def moved(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
-        """The most that a contribution differs between one whole micro-batch and smaller ones, in clip norms."""
+    def most_moved(self, model: TaskModel, max_grad_norm: float, *, everywhere: bool) -> float:
+        """The most that a contribution differs between one whole micro-batch and smaller ones, in clip norms.
+
+        `everywhere`: of every example, and in every number of rows; else of some.
+        """
+        with attached(model) as gradients:
+            return max(self._moved(gradients, length, max_grad_norm, everywhere) for length in self._shapes.lengths)
+
+    def _moved(self, gradients: PerExampleGradients, length: int, max_grad_norm: float, everywhere: bool) -> float:
         places, (most_rows, *fewer) = self._places[length], self._shapes.rows(length)
         whole = _gradients(gradients, self._examples.batch(Part(places, most_rows, length)))
         clipped = contributions(whole, max_grad_norm)
         moved = 0.0
-        for part in self._companies(places[1:][::-1], [*fewer] or [most_rows], length, longest=places[:1]):
+        companies = self._companies(places[1:][::-1], [*fewer] or [most_rows], length, longest=places[:1])
+        for part in companies if everywhere else islice(companies, 2):
             backwards = replace(part, places=self._count - 1 - part.places)
             other = _gradients(gradients, self._backwards.batch(backwards))
             rows = torch.from_numpy(part.places - places[0])
@@ -151,3 +171,24 @@ def _fill(model: TaskModel) -> None:
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * _SIZE)
+
+
+@contextmanager
+def _random_weights(model: TaskModel) -> Iterator[None]:
+    """Weights as of a new model in place of its own, which are put back."""
+    frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
+    own = {name: one.detach().to("cpu", copy=True) for name, one in frozen.items()}
+    generators = {one.device: torch.Generator(one.device).manual_seed(11) for one in frozen.values()}
+    try:
+        with torch.no_grad():
+            for name, one in frozen.items():
+                one.normal_(generator=generators[one.device])
+                if one.ndim > 1:
+                    one.mul_(one.shape[-1] ** -0.5)
+                else:
+                    one.mul_(0.1).add_(0.0 if name.endswith("bias") else 1.0)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, one in frozen.items():
+                one.copy_(own[name])

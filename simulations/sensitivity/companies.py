@@ -82,7 +82,9 @@ def bucket(shared: SharedModel, length: int, *, companies: int) -> dict[str, int
             found = together(gradients, records, company)
             for place in watched.tolist():
                 counts["compared"] += 1
-                counts["differed"] += not all(torch.equal(found[place][name], one) for name, one in alone[place].items())
+                counts["differed"] += not all(
+                    torch.equal(found[place][name], one) for name, one in alone[place].items()
+                )
     return counts
 
 

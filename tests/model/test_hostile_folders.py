@@ -111,6 +111,8 @@ LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_posit
 BATCH = "chooses its frequencies by the longest example of a batch"
 REDIRECTED = "makes the loader read something else"
 
+UNKNOWN = "of which fedtune does not know that it computes each example of a batch by itself"
+
 REFUSED: dict[str, tuple[Change, str]] = {
     # Keys that redirect.
     "weights elsewhere": (config(transformers_weights="README.safetensors"), f"has transformers_weights.*{REDIRECTED}"),
@@ -172,7 +174,16 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "negative": (config(hidden_size=-8), "cannot be loaded"),
     "zero": (config(hidden_size=0, num_attention_heads=0), "cannot be loaded"),
     "words for numbers": (config(hidden_size="many"), "cannot be loaded"),
-    "no such type": (config(model_type="own"), "cannot be loaded"),
+    # Models that look at the whole batch, in ways that weights can hide from a try.
+    "no such type": (config(model_type="own"), f"has model_type own, {UNKNOWN}"),
+    "no type": (config(model_type=None), f"has model_type None, {UNKNOWN}"),
+    "patches of the richest row": (config(model_type="blt"), f"has model_type blt, {UNKNOWN}"),
+    "experts": (config(model_type="gpt_oss", num_local_experts=2), f"has model_type gpt_oss, {UNKNOWN}"),
+    "a scale of the batch": (config(model_type="nystromformer"), UNKNOWN),
+    "a state that stays": (config(model_type="recurrent_gemma"), UNKNOWN),
+    "a model in a model": (config(text_config={"model_type": "bert"}), "has text_config, a model within the model"),
+    "a picture's backbone": (config(vision_config={"backbone": "evil/vision"}), f"has backbone.*{REDIRECTED}"),
+    "a backbone": (config(use_timm_backbone=True), f"has use_timm_backbone.*{REDIRECTED}"),
     # Rotary frequencies that depend on the batch.
     "dynamic": (config(rope_scaling={"type": "dynamic", "factor": 2.0}), f"rope type dynamic, which {BATCH}"),
     "dynamic, new key": (config(rope_parameters={"rope_type": "dynamic", **ROPE}), BATCH),

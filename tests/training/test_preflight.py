@@ -62,6 +62,8 @@ def test_ordinary_models_pass(last_layer: Any, path: str, task: str, checkpointi
         model.enable_gradient_checkpointing()
     assert check(model, keeps=keeps) == 0.0
     assert Adapter.of(model).digest() == before, "the adapter's values are put back"
+    expected = last_layer(path, task).state_dict()
+    assert all(torch.equal(one, expected[name]) for name, one in model.state_dict().items()), "and the model's weights"
 
 
 @pytest.mark.parametrize("positions", [20, 21, 64])
@@ -116,7 +118,7 @@ def test_one_that_chooses_by_the_longest_row_is_refused(last_layer: Any) -> None
     handle = base.register_forward_pre_hook(
         lambda _, __, given: longest.__setitem__(0, int(given["attention_mask"].sum(dim=1).max())), with_kwargs=True
     )
-    with_layer(model, lambda hidden: hidden * (1.0 + 0.1 * longest[0]))
+    with_layer(model, lambda hidden: hidden * (1.0 + longest[0]))
     with pytest.raises(ConfigError, match=r"model\.path .*mixes the examples"):
         check(model)
     handle.remove()
@@ -208,3 +210,25 @@ def test_a_length_without_positions_is_a_mistake_before_any_record(fresh: Any) -
 def test_a_model_whose_gradients_are_not_finite_is_not_taken_for_exact(last_layer: Any) -> None:
     with pytest.raises(ConfigError, match=r"model\.path"):
         check(with_layer(last_layer(), lambda hidden: hidden * torch.nan, number=-1))
+
+
+def test_weights_cannot_hide_what_a_kernel_does(last_layer: Any) -> None:
+    """An outside review's model subtracted what most tokens lead to, and enlarged the last bit of what was left."""
+
+    class Hidden(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+            self.scale = nn.Parameter(torch.zeros(32), requires_grad=False)  # so that made-up examples see nothing
+
+        def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            # As the last numbers of a tensor, which the last row holds, are rounded otherwise.
+            place = torch.arange(len(hidden)) == len(hidden) - 1
+            return self.layer(hidden, *args, **kwargs) + 1e-6 * place[:, None, None] * self.scale
+
+    model = last_layer()
+    layers = model.base.get_base_model().encoder.layer
+    layers[-1] = Hidden(layers[-1])
+    with pytest.raises(ConfigError, match=r"model\.path .*gives an example another gradient in other company"):
+        check(model)
+    assert not layers[-1].scale.any(), "its own weights are put back"

@@ -1,0 +1,55 @@
+"""Every architecture that is taken computes each example by itself, bit for bit; tiny random models of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+from fedtune.data import Shapes
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, build_task_model
+from fedtune.model.refusals import ARCHITECTURES
+from fedtune.model.tiny import tiny_tokenizer
+from fedtune.training.preflight import check_examples_alone
+
+ENCODERS = {"bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"}
+TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SHAPE = {
+    "distilbert": {"vocab_size": 300, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2},
+    "electra": {**TINY, "embedding_size": 32},
+    "gpt2": {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2},
+    "opt": {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64}
+    | {"word_embed_proj_dim": 32},
+}
+TARGETS = {
+    "distilbert": ("q_lin", "v_lin"),
+    "modernbert": ("Wqkv",),
+    "mpnet": ("q", "v"),
+    "gpt2": ("c_attn",),
+    "gpt_neox": ("query_key_value",),
+    "phi3": ("qkv_proj",),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_an_example_s_company_moves_it_by_no_bit(name: str, tmp_path: Path) -> None:
+    encoder = name in ENCODERS
+    shape = SHAPE.get(name) or (TINY if encoder else {**TINY, "num_key_value_heads": 1, "head_dim": 16})
+    config = CONFIG_MAPPING[name](**shape, max_position_embeddings=64, pad_token_id=0, initializer_range=0.2)
+    torch.manual_seed(0)
+    (AutoModel if encoder else AutoModelForCausalLM).from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer("random:bert" if encoder else "random:llama").save_pretrained(tmp_path)
+    model = build_task_model(
+        TaskModelSpec(
+            model=ModelSpec(path=str(tmp_path)),
+            task="classification" if encoder else "causal_lm",
+            labels=("a", "b") if encoder else (),
+            lora=LoraSpec(rank=2, target_modules=TARGETS.get(name, ("query", "value") if encoder else ("q_proj",))),
+            head=HeadSpec(),
+            seed=3,
+        )
+    )
+    shapes = Shapes.of(max_length=12, max_tokens=64, positions=60)
+    assert check_examples_alone(model, shapes, keeps_states=False, max_grad_norm=1.0) == 0.0
