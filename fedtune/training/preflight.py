@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -62,10 +61,10 @@ def check_examples_alone(
     try:
         _fill(model)
         tried = _Trial(model, shapes, keeps_states=keeps_states, pad_id=pad_id)
-        moved = tried.most_moved(model, max_grad_norm, everywhere=False)
+        moved = tried.most_moved(model, max_grad_norm)
         with _random_weights(model):
             tried = _Trial(model, shapes, keeps_states=keeps_states, pad_id=pad_id)
-            moved = max(moved, tried.most_moved(model, max_grad_norm, everywhere=True))
+            moved = max(moved, tried.most_moved(model, max_grad_norm))
     except ConfigError:
         raise
     except Exception as error:  # a model's code may raise whatever it likes
@@ -109,21 +108,17 @@ class _Trial:
             self._examples.keep_frozen_states(model)
             self._backwards.keep_frozen_states(model)
 
-    def most_moved(self, model: TaskModel, max_grad_norm: float, *, everywhere: bool) -> float:
-        """The most that a contribution differs between one whole micro-batch and smaller ones, in clip norms.
-
-        `everywhere`: of every example, and in every number of rows; else of some.
-        """
+    def most_moved(self, model: TaskModel, max_grad_norm: float) -> float:
+        """The most that a contribution differs between one whole micro-batch and smaller ones, in clip norms."""
         with attached(model) as gradients:
-            return max(self._moved(gradients, length, max_grad_norm, everywhere) for length in self._shapes.lengths)
+            return max(self._moved(gradients, length, max_grad_norm) for length in self._shapes.lengths)
 
-    def _moved(self, gradients: PerExampleGradients, length: int, max_grad_norm: float, everywhere: bool) -> float:
+    def _moved(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
         places, (most_rows, *fewer) = self._places[length], self._shapes.rows(length)
         whole = _gradients(gradients, self._examples.batch(Part(places, most_rows, length)))
         clipped = contributions(whole, max_grad_norm)
         moved = 0.0
-        companies = self._companies(places[1:][::-1], [*fewer] or [most_rows], length, longest=places[:1])
-        for part in companies if everywhere else islice(companies, 2):
+        for part in self._companies(places[1:][::-1], [*fewer] or [most_rows], length, longest=places[:1]):
             backwards = replace(part, places=self._count - 1 - part.places)
             other = _gradients(gradients, self._backwards.batch(backwards))
             rows = torch.from_numpy(part.places - places[0])

@@ -43,9 +43,35 @@ MODEL_FAULTS = (
         name="rope-by-the-batch",
         fault="Rope types that follow a batch's longest example are loaded: one record changes the others.",
         file=REFUSALS,
-        old="    return _rope_refusal(fields)\n",
-        new="    return None\n",
+        old="    return _rope_refusal(fields) or _architecture_refusal(fields)\n",
+        new="    return _architecture_refusal(fields)\n",
         tests=HOSTILE_FOLDERS,
+    ),
+    Mutant(
+        name="any-architecture",
+        fault="Every model that the library can build is taken, also those that size something by a batch's richest "
+        "example: weights can hide from the try before a run that one record then turns all others.",
+        file=REFUSALS,
+        old="    return _rope_refusal(fields) or _architecture_refusal(fields)\n",
+        new="    return _rope_refusal(fields)\n",
+        tests=HOSTILE_FOLDERS,
+    ),
+    Mutant(
+        name="activations-of-a-whole-batch",
+        fault="An activation works on a batch at once: the last elements of its tensor are rounded otherwise, so that a "
+        "record's place decides its bits, which a model's weights can enlarge.",
+        file="fedtune/model/base.py",
+        old="    compute_by_row(model)\n",
+        new="",
+        tests=("tests/model/test_activations.py",),
+    ),
+    Mutant(
+        name="tried-with-its-own-weights-alone",
+        fault="Weights that show nothing on made-up examples pass the try before a run.",
+        file="fedtune/training/preflight.py",
+        old="        with _random_weights(model):\n",
+        new="        if True:\n",
+        tests=("tests/training/test_preflight.py",),
     ),
     Mutant(
         name="built-rope-not-looked-at",

@@ -118,7 +118,7 @@ def test_one_that_chooses_by_the_longest_row_is_refused(last_layer: Any) -> None
     handle = base.register_forward_pre_hook(
         lambda _, __, given: longest.__setitem__(0, int(given["attention_mask"].sum(dim=1).max())), with_kwargs=True
     )
-    with_layer(model, lambda hidden: hidden * (1.0 + longest[0]))
+    with_layer(model, lambda hidden: hidden * (1.0 + 0.1 * longest[0]))
     with pytest.raises(ConfigError, match=r"model\.path .*mixes the examples"):
         check(model)
     handle.remove()
