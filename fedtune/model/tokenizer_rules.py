@@ -15,8 +15,9 @@ _MOST_PARTS = 16
 _MOST_GROWTH = 300
 """Of characters behind the last step for one character of a text. ALBERT's steps come to 288."""
 _MOST_PREPENDED, _MOST_SPECIAL, _MOST_PATTERN, _MOST_PIECE = 4, 16, 64, 512
-_MOST_WORD = 200
-"""Characters of a word that WordPiece looks at: its time grows with their cube. BERT has 100."""
+_MOST_WORD, _MOST_UNIGRAM = 200, 128
+"""Characters of a word that WordPiece looks at (BERT: 100), whose time grows with their cube, and of a piece of
+Unigram (usually 16), which tries that many at each character."""
 
 _NORMALIZERS = {
     "Strip": 1, "StripAccents": 1, "Nmt": 1, "Replace": 1, "Prepend": 1,
@@ -69,7 +70,6 @@ PUBLISHED = frozenset(
         rf"<\|startoftext\|>|<\|endoftext\|>|{_CLIP}",
         r"\s{2,}|[\n\r\t]",  # NLLB
         r"^▁+$",
-        r" +▁",
     }
 )
 """Regular expressions of published models.  Each finds its matches in linear time: where a repetition gives back what
@@ -210,11 +210,14 @@ def _check_model(model: dict[str, Any]) -> None:
     if model.get("max_input_chars_per_word", 0) > _MOST_WORD:
         raise _Unknown(f"looks at words of more than {_MOST_WORD} characters (max_input_chars_per_word)")
     vocabulary = model.get("vocab") or ()
-    _check_pieces(vocabulary if isinstance(vocabulary, dict) else (piece for piece, _ in vocabulary))
+    if isinstance(vocabulary, dict):
+        _check_pieces(vocabulary)
+    else:
+        _check_pieces((piece for piece, _ in vocabulary), most=_MOST_UNIGRAM)
     _check_pieces(model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
 
 
-def _check_pieces(pieces: Any) -> None:
+def _check_pieces(pieces: Any, *, most: int = _MOST_PIECE) -> None:
     longest = max(map(len, pieces), default=0)
-    if longest > _MOST_PIECE:
-        raise _Unknown(f"has a piece of {longest} characters, more than {_MOST_PIECE}")
+    if longest > most:
+        raise _Unknown(f"has a piece of {longest} characters, more than {most}")
