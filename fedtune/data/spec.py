@@ -153,4 +153,6 @@ def _template_roles(template: str) -> tuple[str, ...]:
     plain = not any(format_spec or conversion for _, _, format_spec, conversion in parts)
     if not plain or not all(role.isidentifier() for role in roles):
         raise ConfigError("prompt_template", template, "must hold only role names in braces")
+    if len(set(roles)) < len(roles):
+        raise ConfigError("prompt_template", template, "must name each role at most once: a long text would multiply")
     return tuple(roles)

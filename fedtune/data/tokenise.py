@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.data.records import Record
-from fedtune.spec import ConfigError, DataError
+from fedtune.spec import ConfigError, DataError, panics_as_errors
+
+_CHARACTERS_A_TOKEN = 64
+"""A text is cut to so many characters for each token of an example, before it is encoded: what is longer would decide
+how much memory and time a site needs.  Words have about four characters a token, and the longest tokens are lines and
+spaces.  Only a text in which such long tokens, or spaces that give no token, take most of the room loses any."""
+_CHUNK_TEXTS, _CHUNK_CHARACTERS = 1024, 1 << 20
 
 UNSUPERVISED = -100  # target of a token without a loss; what torch's cross_entropy ignores by default
 
@@ -76,7 +82,7 @@ def tokenise_classification(
     """
     classes = {label: index for index, label in enumerate(labels)}
     targets = np.array([_class_of(record, classes) for record in records], dtype=np.int64)
-    texts = [record.fields["text"] for record in records]
+    texts = [cut(record.fields["text"], max_length) for record in records]
     input_ids: list[NDArray[np.int32]] = []
     encoded = _encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
     for place, ids in enumerate(encoded):
@@ -113,12 +119,9 @@ def tokenise_causal_lm(
     Raises:
         ConfigError: when the tokenizer has no end-of-text token.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ConfigError("model.path", tokenizer.name_or_path, "its tokenizer must have an end-of-text token")
-    start = _start_ids(tokenizer)
-    prompts = [template.format_map(record.fields) for record in records]
-    completions = [record.fields["completion"] for record in records]
+    end, start = end_of_text(tokenizer), _start_ids(tokenizer)
+    prompts = [_prompt(template, record, max_length=max_length) for record in records]
+    completions = [cut(record.fields["completion"], max_length) for record in records]
     input_ids, targets = [], []
     for prompt, completion in zip(
         _encode(prompts, tokenizer, special_tokens=False, within=lenient_within),
@@ -129,6 +132,27 @@ def tokenise_causal_lm(
         input_ids.append(np.array([*given, *supervised][:max_length], dtype=np.int32))
         targets.append(np.array([*[UNSUPERVISED] * len(given), *supervised][:max_length], dtype=np.int64))
     return TextDataset(tuple(input_ids), tuple(targets))
+
+
+def cut(text: str, max_length: int) -> str:
+    """The characters of a text that are encoded at all, for an example of `max_length` tokens."""
+    return text[: _CHARACTERS_A_TOKEN * max_length]
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id of the token that ends a completion.
+
+    Raises:
+        ConfigError: for `model.path`, when there is none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("model.path", tokenizer.name_or_path, "its tokenizer must have an end-of-text token")
+    return tokenizer.eos_token_id
+
+
+def _prompt(template: str, record: Record, *, max_length: int) -> str:
+    fields = {role: cut(text, max_length) for role, text in record.fields.items()}
+    return cut(template.format_map(fields), max_length)
 
 
 def _class_of(record: Record, classes: Mapping[str, int]) -> int:
@@ -146,28 +170,27 @@ def _encode(
     special_tokens: bool,
     max_length: int | None = None,
     within: int | None = None,
-    chunk: int = 1024,
 ) -> Iterator[list[int]]:
-    """Token ids of each text, encoded `chunk` at a time without padding, so that none depends on another.
+    """Token ids of each text, encoded in chunks without padding, so that none depends on another.
 
     With `within`, a text that cannot be encoded, or has an id of that number or above, has no ids.
     """
 
     def encoded(some: Sequence[str]) -> list[list[int]]:
-        found: list[list[int]] = tokenizer(
-            list(some),
-            add_special_tokens=special_tokens,
-            truncation=max_length is not None,
-            max_length=max_length,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning about the model's longest input: the caller cuts
-        )["input_ids"]
+        with panics_as_errors():
+            found: list[list[int]] = tokenizer(
+                list(some),
+                add_special_tokens=special_tokens,
+                truncation=max_length is not None,
+                max_length=max_length,
+                padding=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # no warning about the model's longest input: the caller cuts
+            )["input_ids"]
         return found
 
-    for first in range(0, len(texts), chunk):
-        some = texts[first : first + chunk]
+    for some in _chunks(texts):
         if within is None:
             yield from encoded(some)
             continue
@@ -176,6 +199,18 @@ def _encode(
         except Exception:  # of one text, whatever the tokenizer's library raises
             ids_of_each = [_ids_or_none(encoded, text) for text in some]
         yield from (ids if all(0 <= number < within for number in ids) else [] for ids in ids_of_each)
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in order, so few at a time that a tokenizer's memory is bounded, and at least one."""
+    first, characters = 0, 0
+    for place, text in enumerate(texts):
+        characters += len(text)
+        if place > first and (place - first == _CHUNK_TEXTS or characters > _CHUNK_CHARACTERS):
+            yield texts[first:place]
+            first, characters = place, len(text)
+    if first < len(texts):
+        yield texts[first:]
 
 
 def _ids_or_none(encoded: Callable[[Sequence[str]], list[list[int]]], text: str) -> list[int]:

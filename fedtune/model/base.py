@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ from fedtune.model.quiet import first_line, quiet
 from fedtune.model.source import cache_folder, model_folder
 from fedtune.model.spec import RANDOM, ModelSpec, Task
 from fedtune.model.tiny import tiny_base, tiny_tokenizer
-from fedtune.spec import ConfigError
+from fedtune.model.tokenizer_rules import tokenizer_refusal
+from fedtune.spec import ConfigError, panics_as_errors
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,11 +48,12 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         return tiny_tokenizer(spec.path)
     with _pinned_files(spec, with_weights=False) as folder:
         try:
-            with quiet():
+            with quiet(), panics_as_errors():
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # What parses the files raises whatever comes; they are of the model, and no record is among them.
         except Exception as error:
             raise _unreadable(spec, error) from error
+    _check_rules(tokenizer, path=spec.path)
     tokenizer.name_or_path = spec.path
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -148,6 +151,16 @@ def _pretrained(spec: ModelSpec, task: Task, folder: Path) -> PreTrainedModel:
     if model.config.is_encoder_decoder:
         raise ConfigError("model.path", spec.path, "must be an encoder or a decoder, not both")
     return model
+
+
+def _check_rules(tokenizer: PreTrainedTokenizerBase, *, path: str) -> None:
+    """Look at the rules that the library made: from an older file than tokenizer.json, they stand in none."""
+    if not tokenizer.is_fast:
+        bound = "its tokenizer is not one of the tokenizers library, so fedtune cannot bound what a record costs"
+        raise ConfigError("model.path", path, bound)
+    reason = tokenizer_refusal(json.loads(tokenizer.backend_tokenizer.to_str()))
+    if reason is not None:
+        raise ConfigError("model.path", path, f"its tokenizer {reason}")
 
 
 def _unreadable(spec: ModelSpec, error: Exception) -> ConfigError:

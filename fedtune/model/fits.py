@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fedtune.model.quiet import first_line
 from fedtune.model.refusals import rotary_refusal
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, panics_as_errors
 
 _BYTES_FOR_ONE = 8
 """Most bytes of a built float32 model for one byte of weights: 2 for bfloat16, and 2 more for each tied copy."""
@@ -66,12 +67,26 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, base: PreTrainedMod
     if tokenizer.pad_token_id is None:
         raise ConfigError("model.path", path, "its tokenizer must have a padding token or an end-of-text token")
     # What a template adds to a text stands in no vocabulary; it is the same for every text.
-    added = tokenizer("a")["input_ids"] + tokenizer("")["input_ids"]
+    added = ids_of(tokenizer, "a", path=path) + ids_of(tokenizer, "", path=path)
     known = itertools.chain(tokenizer.get_vocab().values(), tokenizer.added_tokens_decoder, tokenizer.all_special_ids)
     rows, largest = base.get_input_embeddings().weight.shape[0], max(itertools.chain(known, added))
     if largest >= rows:
         bound = f"its tokenizer gives ids up to {largest}, and its embedding has {rows} rows: such a record would fail"
         raise ConfigError("model.path", path, bound)
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, path: str, max_length: int | None = None) -> list[int]:
+    """Token ids of a public text; a tokenizer that cannot encode it is refused.
+
+    Raises:
+        ConfigError: for `model.path`.
+    """
+    try:
+        with panics_as_errors():
+            ids: list[int] = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
+    except Exception as error:  # whatever the tokenizer's library raises
+        raise ConfigError("model.path", path, f"its tokenizer cannot encode a text: {first_line(error)}") from error
+    return ids
 
 
 def usable_positions(base: nn.Module) -> int | None:

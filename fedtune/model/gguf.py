@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from fedtune.model.quiet import first_line, quiet
 from fedtune.model.refusals import config_refusal
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, panics_as_errors
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _expand(file: Path, folder: Path) -> None:
     try:
         _check_config(file)
         model = load_gguf(file)
-        with quiet():
+        with quiet(), panics_as_errors():
             tokenizer = AutoTokenizer.from_pretrained(
                 file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
             )

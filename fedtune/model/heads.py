@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fedtune.model.fits import ids_of
 from fedtune.model.spec import HeadSpec
 
 _LABEL_TOKENS = 64
@@ -61,8 +62,8 @@ def label_embeddings(
     with torch.no_grad():
         # One text at a time: no padding, and the same numbers whatever the other labels are.
         for text in texts:
-            token_ids = tokenizer(text, truncation=True, max_length=_LABEL_TOKENS)["input_ids"]
-            token_ids = torch.tensor([token_ids], device=device)
+            ids = ids_of(tokenizer, text, path=tokenizer.name_or_path, max_length=_LABEL_TOKENS)
+            token_ids = torch.tensor([ids], device=device)
             rows.append(embed(token_ids, torch.ones_like(token_ids)))
     return torch.cat(rows)
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from fedtune.model.tokenizer_rules import short, tokenizer_refusal
 from fedtune.spec import ConfigError
 
 _MOST_BYTES = {"config.json": 1 << 20, "generation_config.json": 1 << 20, "tokenizer_config.json": 16 << 20}
@@ -83,7 +84,7 @@ def check_content(name: str, content: bytes, *, folder: str) -> None:
     elif name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         reason = _tokenizer_refusal(fields, may_name_own=name == "tokenizer_config.json")
     else:
-        reason = _dropout(fields) if name == "tokenizer.json" else None
+        reason = tokenizer_refusal(fields) if name == "tokenizer.json" else None
     if reason is not None:
         raise _refused(folder, name, reason)
 
@@ -98,9 +99,9 @@ def config_refusal(fields: Any) -> str | None:
             return f"has {key}, which makes the loader read something else than the pinned files as they are"
         owner = re.fullmatch(r"_?(attn|experts)_implementation(_internal)?", key)
         if owner and not _is_own_implementation(value, allowed=_IMPLEMENTATIONS[owner[1]]):
-            return f"has {key} = {_short(value)}, which can load code; leave it out"
+            return f"has {key} = {short(value)}, which can load code; leave it out"
         if type(value) is int and abs(value) > _LARGEST_INTEGER and "theta" not in key:
-            return f"has {_short(key)} = {_short(value)}, and nothing in a model is larger than {_LARGEST_INTEGER}"
+            return f"has {short(key)} = {short(value)}, and nothing in a model is larger than {_LARGEST_INTEGER}"
         for part in largest:
             if type(value) is int and part[:-1] in key and "size" not in key and "dim" not in key:
                 largest[part] = max(largest[part], value)
@@ -130,12 +131,10 @@ def rotary_refusal(rope_type: object) -> str | None:
         return None
     if rope_type in ("longrope", "su") or "dynamic" in str(rope_type):
         return (
-            f"has rope type {_short(rope_type)}, which chooses its frequencies by the longest example of a batch, so "
+            f"has rope type {short(rope_type)}, which chooses its frequencies by the longest example of a batch, so "
             "one record would change another's gradient"
         )
-    return (
-        f"has rope type {_short(rope_type)}, of which fedtune does not know that a batch leaves its frequencies alone"
-    )
+    return f"has rope type {short(rope_type)}, of which fedtune does not know that a batch leaves its frequencies alone"
 
 
 def _is_own_implementation(value: Any, *, allowed: frozenset[str | None]) -> bool:
@@ -164,15 +163,7 @@ def _tokenizer_refusal(fields: Any, *, may_name_own: bool) -> str | None:
             return f"has {key}, which makes the loader read something else than the pinned files as they are"
         without_effect = may_name_own and key in _WITHOUT_EFFECT
         if _TOKENIZER_PATHS.fullmatch(key) and isinstance(value, str) and not without_effect:
-            return f"has {_short(key)} = {_short(value)}, which names another file"
-    return None
-
-
-def _dropout(fields: Any) -> str | None:
-    """BPE-dropout would draw a record's tokens anew in each pass."""
-    model = fields.get("model") if isinstance(fields, dict) else None
-    if isinstance(model, dict) and model.get("dropout"):
-        return f"has dropout = {_short(model['dropout'])}, so that the same text gives other tokens each time"
+            return f"has {short(key)} = {short(value)}, which names another file"
     return None
 
 
@@ -194,7 +185,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _NotPlain(f"has the key {_short(twice)} twice")
+        raise _NotPlain(f"has the key {short(twice)} twice")
     return fields
 
 
@@ -227,12 +218,6 @@ def _entries(fields: Any) -> Iterator[tuple[str, Any]]:
                 yield from _entries(part)
             elif isinstance(value, list):
                 yield key, part
-
-
-def _short(value: object) -> str:
-    """What stands in a file, as a person can be shown it: it may be long, or hold what cannot be printed."""
-    text = value if isinstance(value, str) and re.fullmatch(r"\w{1,40}", value, re.ASCII) else repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _refused(folder: str, name: str, reason: str) -> ConfigError:

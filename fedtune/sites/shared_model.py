@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.config import RunConfig
 from fedtune.data import Record, Shapes, TextDataset
 from fedtune.data.load import lead_records, tokenise
+from fedtune.data.tokenise import end_of_text
 from fedtune.evaluation.evaluate import evaluate
 from fedtune.evaluation.generation import PromptSet
 from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model, load_tokenizer
@@ -163,6 +164,8 @@ def _ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTraine
     model = ready_model(build, config.runtime, max_length=config.data.max_length)
     tokenizer = load_tokenizer(model.spec.model)
     check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=config.model.path)
+    if config.task == "causal_lm":
+        end_of_text(tokenizer)
     return tokenizer, model
 
 

@@ -49,6 +49,10 @@ def test_pydantic_builds_it_from_plain_data() -> None:
         ({"prompt_template": "{prompt"}, "prompt_template = '{prompt': expected '}'"),
         ({"prompt_template": "{prompt.__class__}"}, "prompt_template = '{prompt.__class__}': must hold only role"),
         ({"prompt_template": "{prompt!r}"}, "prompt_template = '{prompt!r}': must hold only role"),
+        (
+            {"prompt_template": "{prompt} {prompt}"},
+            "prompt_template = '{prompt} {prompt}': must name each role at most once",
+        ),
         ({"prompt_template": "{}"}, "prompt_template = '{}': must hold only role"),
         (
             {"partition": PartitionSpec(kind="column", sites={"a": 0})},

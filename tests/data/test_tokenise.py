@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.pre_tokenizers import FixedLength
 
 from fedtune.data import UNSUPERVISED, Record, tokenise_causal_lm, tokenise_classification
 from fedtune.spec import ConfigError, DataError
@@ -130,3 +131,62 @@ def test_chunks_do_not_matter(encoder_tokenizer: Any) -> None:
     for i in (0, 5, 1023, 1024, 1029):
         alone = tokenise_classification(rows[i : i + 1], encoder_tokenizer, labels="ab", max_length=6)
         assert np.array_equal(together.input_ids[i], alone.input_ids[0])
+
+
+class Panicking:
+    """A tokenizer whose library panics over a word, with the library's own exception."""
+
+    bos_token_id, eos_token_id, name_or_path = CLS, SEP, "panicking"
+
+    def __init__(self, sound: Any, *, panic: Any = None) -> None:
+        self.sound, self.panic = sound, panic or (lambda: FixedLength(length=0).pre_tokenize_str("a"))
+        self.calls: list[list[str]] = []
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        self.calls.append(text)
+        if any("bad" in one for one in text):
+            self.panic()
+        return self.sound(text, **options)
+
+
+def test_a_panic_costs_one_record_its_tokens(encoder_tokenizer: Any) -> None:
+    rows = labelled(("lost card", "a"), ("bad", "a"), ("my card", "b"))
+    dataset = tokenise_classification(rows, Panicking(encoder_tokenizer), labels="ab", max_length=5, lenient_within=99)
+    assert [ids.tolist() for ids in dataset.input_ids] == [[CLS, LOST, CARD, SEP], [0], [CLS, MY, CARD, SEP]]
+    assert isinstance(dataset.targets, np.ndarray)
+    assert dataset.targets.tolist() == [0, UNSUPERVISED, 1]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_person_can_stop_it(encoder_tokenizer: Any, stop: type[BaseException]) -> None:
+    def stopped() -> None:
+        raise stop
+
+    tokenizer = Panicking(encoder_tokenizer, panic=stopped)
+    with pytest.raises(stop):
+        tokenise_classification(labelled(("bad", "a")), tokenizer, labels="a", max_length=5, lenient_within=99)
+
+
+def test_a_long_text_is_cut_before_it_is_encoded(encoder_tokenizer: Any) -> None:
+    tokenizer = Panicking(encoder_tokenizer)
+    long = "card " * 100_000
+    for within in (None, 99):
+        tokenise_classification(labelled((long, "a")), tokenizer, labels="a", max_length=5, lenient_within=within)
+        row = Record({"prompt": long, "completion": long})
+        tokenise_causal_lm([row], tokenizer, template="my {prompt}", max_length=5, lenient_within=within)
+    assert max(len(text) for call in tokenizer.calls for text in call) == 64 * 5
+
+
+def test_a_cut_text_fills_its_example_all_the_same(encoder_tokenizer: Any) -> None:
+    rows = labelled(("card " * 1000, "a"), ("card " * 20, "a"))
+    dataset = tokenise_classification(rows, encoder_tokenizer, labels="a", max_length=20)
+    assert dataset.input_ids[0].tolist() == dataset.input_ids[1].tolist() == [CLS, *[CARD] * 18, SEP]
+
+
+def test_a_chunk_is_bounded_in_characters(encoder_tokenizer: Any) -> None:
+    tokenizer = Panicking(encoder_tokenizer)
+    rows = labelled(*[("a " * 200_000, "a")] * 6, ("card", "a"), ("a " * 600_000, "a"), ("lost", "a"))
+    dataset = tokenise_classification(rows, tokenizer, labels="a", max_length=20_000)
+    assert [len(call) for call in tokenizer.calls] == [2, 2, 3, 1, 1]
+    assert dataset.input_ids[6].tolist() == [CLS, CARD, SEP]
+    assert dataset.input_ids[8].tolist() == [CLS, LOST, SEP]

@@ -164,6 +164,16 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "far too deep": (writes("config.json", "[" * 90_000), "config.json is no readable JSON"),
     "a long config": (writes("config.json", " " * (1 << 20) + "{}"), "larger than 1 MiB"),
     "a tokenizer without JSON": (writes("tokenizer.json", "{"), "tokenizer.json is no readable JSON"),
+    # Steps of a tokenizer that a text can break.
+    "a pattern that gives up": (
+        sets("tokenizer.json", normalizer={"type": "Replace", "pattern": {"Regex": "(?:|.){30}(?!)"}, "content": ""}),
+        "does not know that it takes linear time",
+    ),
+    "a word that grows": (
+        sets("tokenizer.json", normalizer={"type": "Replace", "pattern": {"String": "JANE"}, "content": "X" * 1000}),
+        "which makes a text longer",
+    ),
+    "pieces of no length": (sets("tokenizer.json", pre_tokenizer={"type": "FixedLength", "length": 0}), "FixedLength"),
     # Sizes that fill a machine.
     "a huge vocabulary": (config(vocab_size=10**12), "nothing in a model is larger"),
     "many layers": (config(num_hidden_layers=10**6), "1000000 layers"),

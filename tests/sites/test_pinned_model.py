@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from fedtune.config import RunConfig
 from fedtune.model import ModelSpec, build_task_model, load_base, load_tokenizer, save_task_model
 from fedtune.model.manifest import manifest_of
 from fedtune.privacy.release import Reason, Update
-from fedtune.sites.shared_model import score_saved
+from fedtune.sites.shared_model import SharedModel, score_saved
+from fedtune.spec import ConfigError
 
 
 @pytest.fixture
@@ -67,6 +69,46 @@ def test_a_token_beyond_the_embedding_is_no_oracle(at_site: Callable[[], Any], f
     site.data.write_text(f"body,kind\n{text},praise\n" * 20)
     assert site.refusal() is Reason.SITE_ERROR
     assert site.ledger().history.runs == {}
+
+
+GIVES_UP = {"type": "Replace", "pattern": {"Regex": "JANE ROE(?:(?:|.)(?:|.)(?:|.)){30}(?!)"}, "content": "z"}
+GROWS = {"type": "Replace", "pattern": {"String": "JANE ROE"}, "content": "X" * 1000}
+
+
+@pytest.mark.parametrize("text", ["nothing of it", "JANE ROE was seen"])
+@pytest.mark.parametrize(
+    "part",
+    [{"normalizer": GIVES_UP}, {"normalizer": GROWS}, {"pre_tokenizer": {"type": "FixedLength", "length": 0}}],
+    ids=["gives up", "grows", "panics always"],
+)
+def test_a_tokenizer_that_breaks_over_a_word_is_no_oracle(
+    at_site: Callable[[], Any], folder: Path, part: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, the site's process ended where a record held the word, and answered where none did."""
+    changed_json(folder / "tokenizer.json", **part)
+    with monkeypatch.context() as lax:
+        # A lead may name such a folder's hash, whatever its own fedtune says of it.
+        lax.setattr("fedtune.model.manifest.check_content", lambda *args, **options: None)
+        site = at_site()
+    site.data.write_text(f"body,kind\n{text},praise\n" * 20)
+    assert site.refusal() is Reason.SITE_ERROR
+    assert site.ledger().history.runs == {}
+
+
+def test_a_tokenizer_that_ends_no_text_is_refused_where_the_model_is_loaded(
+    letters: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Before, each round was charged before its records could not be tokenised."""
+    llama = ModelSpec(path="random:llama")
+    load_base(llama, task="causal_lm").save_pretrained(tmp_path)
+    load_tokenizer(llama).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del fields["eos_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields | {"pad_token": "<s>"}))
+    data = {"labels": (), "columns": {"prompt": "p", "completion": "c"}}
+    config = letters(task="causal_lm", model={"path": str(tmp_path), "sha256": None}, data=data)
+    with pytest.raises(ConfigError, match="its tokenizer must have an end-of-text token"):
+        SharedModel(config)
 
 
 def test_an_adapter_of_0_1_0_can_still_be_scored(folder: Path, station: Callable[..., Any], tmp_path: Path) -> None:

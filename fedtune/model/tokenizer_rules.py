@@ -1,0 +1,223 @@
+"""What a tokenizer may do with a text: known steps, which take linear time and let no text grow without bound.
+
+Somebody who may choose a regular expression, or a chain of rules that each make a text longer, can pick words for
+which a tokenizer takes minutes, fills the memory or gives up.  Whether a site still answers would then say whether one
+of its records has those words.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Any
+
+_MOST_PARTS = 16
+_MOST_GROWTH = 300
+"""Of characters behind the last step for one character of a text. ALBERT's steps come to 288."""
+_MOST_PREPENDED, _MOST_SPECIAL, _MOST_PATTERN, _MOST_PIECE = 4, 16, 64, 512
+_MOST_WORD, _MOST_UNIGRAM = 200, 128
+"""Characters of a word that WordPiece looks at (BERT: 100), whose time grows with their cube, and of a piece of
+Unigram (usually 16), which tries that many at each character."""
+
+_NORMALIZERS = {
+    "Strip": 1, "StripAccents": 1, "Nmt": 1, "Replace": 1, "Prepend": 1,
+    "Lowercase": 2, "NFC": 3, "NFD": 4, "NFKC": 4, "NFKD": 4, "ByteLevel": 4, "BertNormalizer": 8, "Precompiled": 1,
+}  # fmt: skip
+"""Known steps, and the most characters that each makes of one.
+
+Replace and Precompiled are looked into.  NFKC and NFKD make 18 of a few rare ones, which count where an earlier step
+can put them into any text."""
+_COMPATIBLE = ("NFKC", "NFKD")
+_MOST_COMPATIBLE = 18
+
+_PRE_TOKENIZERS = {
+    "BertPreTokenizer": 1, "CharDelimiterSplit": 1, "Digits": 1, "Punctuation": 1, "Split": 1, "UnicodeScripts": 1,
+    "Whitespace": 1, "WhitespaceSplit": 1, "Metaspace": 2, "ByteLevel": 5,
+}  # fmt: skip
+"""The same. A prefix goes before each piece, and a piece may be one character."""
+
+_MODELS = frozenset({"BPE", "Unigram", "WordLevel", "WordPiece", None})
+"""None: old files do not name it."""
+_POST_PROCESSORS = frozenset({"BertProcessing", "RobertaProcessing", "ByteLevel", "TemplateProcessing"})
+
+_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+_CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CLIP = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+PUBLISHED = frozenset(
+    {
+        f"'s|'t|'re|'ve|'m|'ll|'d|{_GPT2}",  # GPT-2
+        f"'(?:[sdmt]|ll|ve|re)|{_GPT2}",  # the same, as tiktoken writes it
+        rf"{_CONTRACTED}|{_LETTERS}|\p{{N}}{{1,3}}{_REST}",  # GPT-4 (cl100k), Llama 3
+        rf"(?i:[sdmt]|ll|ve|re)|{_LETTERS}|\p{{N}}{{1,3}}{_REST}",
+        rf"'(?i:[sdmt]|ll|ve|re)|{_LETTERS}|\p{{N}}{{1,3}}{_REST}",
+        rf"{_CONTRACTED}|{_LETTERS}|\p{{N}}{_REST}",  # Qwen 2
+        rf"{_CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+        r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # Qwen 3.5
+        rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}{_CASED_REST}",  # Mistral's Tekken
+        rf"{_BEFORE}{_UPPER}*{_LOWER}+{_CONTRACTED}?|{_BEFORE}{_UPPER}+{_LOWER}*{_CONTRACTED}?"
+        rf"|\p{{N}}{{1,3}}{_CASED_REST}",  # GPT-4o (o200k), Llama 4
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # DeepSeek V3
+        r" ?[^(\s|[.,!?…。，、।۔،])]+",  # noqa: RUF001 (BLOOM)
+        r"[0-9][0-9][0-9]",  # Falcon
+        _CLIP,
+        rf"<\|startoftext\|>|<\|endoftext\|>|{_CLIP}",
+        r"\s{2,}|[\n\r\t]",  # NLLB
+        r"^▁+$",
+    }
+)
+"""Regular expressions of published models.  Each finds its matches in linear time: where a repetition gives back what
+it took, it does so once for a stretch of text."""
+
+_ESCAPED = r"\\(?:[sSdDwWnrt]|[pP]\{\^?[A-Z][a-z]?\}|[^\w\s])"
+_IN_CLASS = rf"(?:{_ESCAPED}|[^\\\[\]&^-])"
+_ATOM = rf"(?:\[\^?(?:{_IN_CLASS}(?:-{_IN_CLASS})?)+\]|{_ESCAPED}|\.|[^\\\[\](){{}}.^$|?*+])"
+_SIMPLE = re.compile(rf"(?:{_ATOM}\?)?{_ATOM}(?:\+|\{{(?P<least>[1-9]\d?)(?P<range>,(?P<most>\d\d?)?)?\}})?")
+"""One kind of character, once or often, and perhaps one character before it: no match is tried in two ways."""
+
+
+class _Unknown(ValueError):
+    """Why a tokenizer is refused, as the end of a sentence about its file."""
+
+
+def tokenizer_refusal(fields: Any) -> str | None:
+    """Why a tokenizer is refused, as the end of a sentence about it; None for a good one.
+
+    Decoders are not looked at, since they never see a record; nor are settings of padding and truncation, which each
+    call sets anew.
+
+    Args:
+        fields: of a tokenizer.json.
+    """
+    if not isinstance(fields, dict):
+        return "must be a JSON object"
+    try:
+        growth = _normalizers_growth(fields.get("normalizer"))
+        for step in _steps(fields.get("pre_tokenizer"), "pretokenizers", known=_PRE_TOKENIZERS):
+            growth *= _PRE_TOKENIZERS[step["type"]]
+            if step["type"] == "Split":
+                _least_match(step.get("pattern"))
+        if growth > _MOST_GROWTH:
+            raise _Unknown(f"has steps that make up to {growth} characters of one, more than {_MOST_GROWTH}")
+        for step in _steps(fields.get("post_processor"), "processors", known=_POST_PROCESSORS):
+            if step["type"] == "TemplateProcessing":
+                _check_template(step)
+        _check_model(fields["model"])
+        _check_pieces(token.get("content") for token in fields.get("added_tokens") or ())
+    except _Unknown as error:
+        return str(error)
+    # A field has another type than the library writes.
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "is no tokenizer that fedtune can read"
+    return None
+
+
+def short(value: object) -> str:
+    """What stands in a file, as a person can be shown it: it may be long, or hold what cannot be printed."""
+    text = value if isinstance(value, str) and re.fullmatch(r"\w{1,40}", value, re.ASCII) else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]:
+    """A part's steps one after another, whatever sequences they stand in; `inner`: where a sequence keeps them."""
+    steps, waiting = [], [part] if part is not None else []
+    while waiting:
+        step = waiting.pop(0)
+        if step["type"] == "Sequence":
+            waiting = [*step[inner], *waiting]
+        elif step["type"] not in known:
+            raise _Unknown(f"has a step {short(step['type'])}, which fedtune does not know")
+        else:
+            steps.append(step)
+        if len(steps) + len(waiting) > _MOST_PARTS:
+            raise _Unknown(f"has more than {_MOST_PARTS} steps in a row")
+    return steps
+
+
+def _normalizers_growth(normalizer: Any) -> int:
+    """The most characters that normalizers make of one."""
+    growth, chosen = 1, False
+    for step in _steps(normalizer, "normalizers", known=_NORMALIZERS):
+        kind = step["type"]
+        growth *= _MOST_COMPATIBLE if kind in _COMPATIBLE and chosen else _NORMALIZERS[kind]
+        if kind == "Replace":
+            _check_replace(step)
+        elif kind == "Prepend" and len(step["prepend"]) > _MOST_PREPENDED:
+            raise _Unknown(f"puts more than {_MOST_PREPENDED} characters before a text")
+        elif kind == "Precompiled":
+            growth *= _table_growth(step.get("precompiled_charsmap") or "")
+        chosen |= kind == "Precompiled" or not (step.get("content") or step.get("prepend") or "").isascii()
+    return growth
+
+
+def _check_replace(step: dict[str, Any]) -> None:
+    least = _least_match(step["pattern"])
+    if len(step["content"]) > least:
+        raise _Unknown(f"replaces {least} characters by {len(step['content'])}, which makes a text longer")
+
+
+def _table_growth(encoded: str) -> int:
+    """The longest replacement in a SentencePiece table: four bytes with the size of an index, it, texts that end in 0.
+
+    The index may point into the middle of a text, but no replacement reaches over its end.
+    """
+    table = base64.b64decode(encoded, validate=True)
+    texts = table[4 + int.from_bytes(table[:4], "little") :]
+    if table and not texts:
+        raise _Unknown("has a table of characters that is cut off")
+    return max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")))
+
+
+def _least_match(pattern: Any) -> int:
+    """The fewest characters that a pattern matches."""
+    ((kind, text),) = pattern.items()
+    if kind == "String" and 0 < len(text) <= _MOST_PATTERN:
+        return len(text)
+    # Some files hold the line breaks themselves.
+    text = text.replace("\r", r"\r").replace("\n", r"\n")
+    if kind == "Regex" and text in PUBLISHED:
+        return 1
+    simple = _SIMPLE.fullmatch(text) if kind == "Regex" and len(text) <= _MOST_PATTERN else None
+    if simple is None:
+        raise _Unknown(f"has the pattern {short(text)}, of which fedtune does not know that it takes linear time")
+    return min(int(simple["least"] or 1), int(simple["most"] or 99))
+
+
+def _check_template(step: dict[str, Any]) -> None:
+    for name, most in (("single", 1), ("pair", 2)):
+        pieces = step.get(name) or ()
+        added = [
+            step["special_tokens"][piece["SpecialToken"]["id"]]["ids"] for piece in pieces if "Sequence" not in piece
+        ]
+        if len(pieces) - len(added) > most:
+            raise _Unknown("has a template that repeats a text")
+        if len(added) > _MOST_SPECIAL or sum(len(ids) for ids in added) > _MOST_SPECIAL:
+            raise _Unknown(f"has a template with more than {_MOST_SPECIAL} special tokens")
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    if model.get("type") not in _MODELS:
+        raise _Unknown(f"has a model {short(model['type'])}, which fedtune does not know")
+    # BPE-dropout would draw a record's tokens anew in each pass.
+    if model.get("dropout"):
+        raise _Unknown(f"has dropout = {short(model['dropout'])}, so that the same text gives other tokens each time")
+    if model.get("max_input_chars_per_word", 0) > _MOST_WORD:
+        raise _Unknown(f"looks at words of more than {_MOST_WORD} characters (max_input_chars_per_word)")
+    vocabulary = model.get("vocab") or ()
+    if isinstance(vocabulary, dict):
+        _check_pieces(vocabulary)
+    else:
+        _check_pieces((piece for piece, _ in vocabulary), most=_MOST_UNIGRAM)
+    _check_pieces(model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+
+
+def _check_pieces(pieces: Any, *, most: int = _MOST_PIECE) -> None:
+    longest = max(map(len, pieces), default=0)
+    if longest > most:
+        raise _Unknown(f"has a piece of {longest} characters, more than {most}")

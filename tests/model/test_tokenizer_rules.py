@@ -1,0 +1,283 @@
+"""Tokenizers as published models have them are accepted; those that one text can break are refused with a reason."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from fedtune.model import ModelSpec, load_base, load_tokenizer
+from fedtune.model.fits import ids_of
+from fedtune.model.tokenizer_rules import PUBLISHED, tokenizer_refusal
+from fedtune.spec import ConfigError
+
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BOUND = "more than 300"
+
+
+def table(*replacements: bytes) -> str:
+    """A SentencePiece table with an empty index."""
+    return base64.b64encode((0).to_bytes(4, "little") + b"\0".join((*replacements, b""))).decode()
+
+
+def precompiled(*replacements: bytes) -> dict[str, Any]:
+    return {"type": "Precompiled", "precompiled_charsmap": table(*replacements)}
+
+
+def replaces(pattern: str, content: str, *, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def splits(pattern: str, kind: str = "Regex") -> dict[str, Any]:
+    return {"type": "Split", "pattern": {kind: pattern}, "behavior": "Isolated", "invert": False}
+
+
+def sequence(*normalizer: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "normalizers": list(normalizer)}
+
+
+def fields(tokenizer: Tokenizer) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(tokenizer.to_str())
+    return found
+
+
+def words(**parts: Any) -> dict[str, Any]:
+    """A word-level tokenizer with other parts."""
+    return fields(Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))) | parts
+
+
+def bert() -> dict[str, Any]:
+    one = Tokenizer(models.WordPiece({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3}, unk_token="[UNK]"))
+    one.normalizer, one.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    one.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    one.enable_truncation(128)
+    one.enable_padding(length=128)
+    return fields(one)
+
+
+def gpt2() -> dict[str, Any]:
+    one = Tokenizer(models.BPE({"a": 0}, []))
+    one.pre_tokenizer, one.post_processor = pre_tokenizers.ByteLevel(), processors.ByteLevel()
+    return fields(one)
+
+
+def llama() -> dict[str, Any]:
+    one = Tokenizer(models.BPE({"a": 0}, [], byte_fallback=True, fuse_unk=True))
+    one.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return fields(one)
+
+
+def gemma() -> dict[str, Any]:
+    one = Tokenizer(models.BPE({"a": 0}, [], byte_fallback=True))
+    one.normalizer, one.pre_tokenizer = normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous")
+    return fields(one)
+
+
+def qwen2() -> dict[str, Any]:
+    one = Tokenizer(models.BPE({"a": 0}, []))
+    one.normalizer = normalizers.NFC()
+    one.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN2), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
+    )
+    return fields(one)
+
+
+def unigram(*before: dict[str, Any]) -> dict[str, Any]:
+    """T5 and XLM-R; with other steps before the table also ALBERT."""
+    one = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("a", -2.0)], 0, False))
+    one.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = sequence(*before, precompiled(b"fi", "صلى الله عليه وسلم".encode()), replaces(" {2,}", "▁", kind="Regex"))
+    return fields(one) | {"normalizer": steps}
+
+
+ALBERT = (replaces("``", '"'), replaces("''", '"'), {"type": "NFKD"}, {"type": "StripAccents"}, {"type": "Lowercase"})
+
+PUBLISHED_ONES: dict[str, dict[str, Any]] = {
+    "BERT": bert(),
+    "GPT-2": gpt2(),
+    "Llama 2": llama(),
+    "Gemma": gemma(),
+    "Qwen 2": qwen2(),
+    "XLM-R": unigram(),
+    "ALBERT": unigram(*ALBERT),
+    "StarCoder": words(
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel", "add_prefix_space": False}],
+        }
+    ),
+    "DeepSeek V3, with line breaks themselves": words(
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [
+                splits(r"\p{N}{1,3}"),
+                splits("[一-龥぀-ゟ゠-ヿ]+"),  # noqa: RUF001
+                splits(
+                    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+                    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+                ),
+                {"type": "ByteLevel", "use_regex": False},
+            ],
+        }
+    ),
+    "DeepSeek Coder's splits": words(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [splits(r"[\r\n]"), splits(r"\s?\p{L}+")]}
+    ),
+}
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a split that tries twice": (words(pre_tokenizer=splits(r"(?:a|a)*b")), "has the pattern .* linear time"),
+    "a split that looks ahead": (words(pre_tokenizer=splits(r"(?=[\s\S]*x)y")), "linear time"),
+    "a split that starts anew": (words(pre_tokenizer=splits(" +▁")), "linear time"),
+    "two repetitions": (words(pre_tokenizer=splits(r"\s+\s+x")), "linear time"),
+    "an empty pattern": (words(pre_tokenizer=splits("", "String")), "linear time"),
+    "a replacement that gives up": (words(normalizer=replaces("(?:|.){30}(?!)", "", kind="Regex")), "linear time"),
+    "a word that grows": (words(normalizer=replaces("JANE", "X" * 1000)), "replaces 4 characters by 1000"),
+    "a match that grows": (words(normalizer=replaces(" {2,}", "xyz", kind="Regex")), "replaces 2 characters by 3"),
+    "a long beginning": (words(normalizer={"type": "Prepend", "prepend": "x" * 5}), "more than 4 characters before"),
+    "a table that grows": (unigram() | {"normalizer": precompiled(b"x" * 1000)}, BOUND),
+    "a table cut off": (
+        words(normalizer={"type": "Precompiled", "precompiled_charsmap": "////fw=="}), "cut off"
+    ),
+    "a table that is none": (words(normalizer={"type": "Precompiled", "precompiled_charsmap": "?"}), "can read"),
+    "a letter for eighteen, twice": (
+        words(normalizer=sequence(*2 * [replaces("a", "\ufdfa"), {"type": "NFKC"}])), "324 characters of one"
+    ),
+    "bytes of bytes": (
+        words(pre_tokenizer={"type": "Sequence", "pretokenizers": 4 * [{"type": "ByteLevel"}]}), BOUND
+    ),
+    "many steps": (words(normalizer=sequence(*17 * [{"type": "Strip"}])), "more than 16 steps"),
+    "sequences of sequences": (words(normalizer=sequence(sequence(*9 * [{"type": "Nmt"}]), *8 * [sequence()])), "16"),
+    "an unknown normalizer": (words(normalizer={"type": "Python"}), "a step Python, which fedtune does not know"),
+    "a normalizer without a type": (words(normalizer={"prepend": "x"}), "can read"),
+    "pieces of no length": (words(pre_tokenizer={"type": "FixedLength", "length": 0}), "a step FixedLength"),
+    "an unknown post-processor": (words(post_processor={"type": "Own"}), "a step Own"),
+    "a text that is repeated": (
+        words(post_processor={"type": "TemplateProcessing", "single": 2 * [{"Sequence": {"id": "A", "type_id": 0}}]}),
+        "repeats a text",
+    ),
+    "many special tokens": (
+        words(
+            post_processor={
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "a", "type_id": 0}}],
+                "special_tokens": {"a": {"id": "a", "ids": 17 * [1], "tokens": 17 * ["a"]}},
+            }
+        ),
+        "more than 16 special tokens",
+    ),
+    "long words": (bert() | {"model": bert()["model"] | {"max_input_chars_per_word": 10**6}}, "more than 200"),
+    "a long piece": (words(model={"type": "WordLevel", "vocab": {"x" * 513: 0}}), "a piece of 513 characters"),
+    "a long piece of Unigram": (
+        words(model={"type": "Unigram", "vocab": [["x" * 129, 0.0]]}), "a piece of 129 characters, more than 128"
+    ),
+    "a long added token": (words(added_tokens=[{"id": 2, "content": "x" * 513}]), "a piece of 513 characters"),
+    "an unknown model": (words(model={"type": "Own"}), "a model Own"),
+    "no model": ({"version": "1.0"}, "can read"),
+    "drawn tokens": (gpt2() | {"model": gpt2()["model"] | {"dropout": 0.1}}, r"has dropout = 0\.1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED_ONES)
+def test_published_tokenizers_are_accepted(name: str) -> None:
+    assert tokenizer_refusal(PUBLISHED_ONES[name]) is None
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_tokenizer_that_a_text_can_break_is_refused(name: str) -> None:
+    tokenizer, reason = REFUSED[name]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(tokenizer_refusal(tokenizer))
+
+
+HARD = {
+    "spaces": " " * 20_000,
+    "words behind spaces": "  a" * 6_000,
+    "lines": (" " * 100 + "\n") * 200,
+    "one word": "A" * 20_000,
+    "marks": "!" * 20_000,
+    "underlines": "a" + "▁" * 20_000,
+    "scripts without cases": "ー" * 10_000 + "A" * 10_000,
+}
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_published_patterns_are_quick_on_hard_texts(text: str) -> None:
+    """A pattern that starts anew at each character takes a second and more: " +▁" on the spaces does."""
+    for pattern in PUBLISHED:
+        start = time.process_time()
+        pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(HARD[text])
+        assert time.process_time() - start < 1.0, pattern
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = ModelSpec(path="random:bert")
+    load_base(model, task="classification").save_pretrained(tmp_path)
+    load_tokenizer(model).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def changed(folder: Path) -> Callable[..., ModelSpec]:
+    def change(**parts: Any) -> ModelSpec:
+        file = folder / "tokenizer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+        return ModelSpec(path=str(folder))
+
+    return change
+
+
+def test_a_hostile_file_is_refused_before_the_library_reads_it(changed: Callable[..., ModelSpec]) -> None:
+    for part in (splits("(?:|.){30}(?!)"), {"type": "FixedLength", "length": 0}):
+        with pytest.raises(ConfigError, match=r"its tokenizer\.json has") as caught:
+            load_tokenizer(changed(pre_tokenizer=part))
+        assert caught.value.key == "model.path"
+
+
+def test_padding_and_truncation_of_the_file_do_not_count(changed: Callable[..., ModelSpec]) -> None:
+    plain = load_tokenizer(changed())("a text")["input_ids"]
+    padding = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    spec = changed(padding=padding | {"strategy": {"Fixed": 128}}, truncation=truncation)
+    assert load_tokenizer(spec)("a text")["input_ids"] == plain
+
+
+def test_the_rules_of_an_older_file_are_looked_at_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no tokenizer.json, the library makes the rules: nobody else has read them."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a")))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    assert load_tokenizer(ModelSpec(path=str(folder)))("a")["input_ids"] == [2, 5, 3]
+    monkeypatch.setattr("fedtune.model.base.tokenizer_refusal", lambda fields: f"has {fields['normalizer']['type']}")
+    with pytest.raises(ConfigError, match="its tokenizer has BertNormalizer"):
+        load_tokenizer(ModelSpec(path=str(folder)))
+
+
+def test_a_tokenizer_in_python_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CanineTokenizer"}')
+    with pytest.raises(ConfigError, match="is not one of the tokenizers library"):
+        load_tokenizer(ModelSpec(path=str(folder)))
+
+
+def test_a_panic_over_a_public_text_is_a_refusal() -> None:
+    class Broken(PreTrainedTokenizerFast):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            # The library's own panic, as one of its steps with a length of zero has it.
+            pre_tokenizers.FixedLength(length=0).pre_tokenize_str("a")
+
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    with pytest.raises(ConfigError, match="cannot encode a text: PanicException"):
+        ids_of(Broken(tokenizer_object=backend), "a", path="broken")
