@@ -114,13 +114,13 @@ def config_refusal(fields: Any) -> str | None:
 def _architecture_refusal(fields: dict[str, Any]) -> str | None:
     inner = next((key for key, value in fields.items() if key.endswith("_config") and isinstance(value, dict)), None)
     if inner is not None:
-        return f"has {_short(inner)}, a model within the model; a text model alone can be taken"
+        return f"has {short(inner)}, a model within the model; a text model alone can be taken"
     model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return None
     known = ", ".join(sorted(ARCHITECTURES))
     return (
-        f"has model_type {_short(model_type)}, of which fedtune does not know that it computes each example of a batch "
+        f"has model_type {short(model_type)}, of which fedtune does not know that it computes each example of a batch "
         f"by itself; it knows {known}"
     )
 

@@ -58,8 +58,8 @@ MODEL_FAULTS = (
     ),
     Mutant(
         name="activations-of-a-whole-batch",
-        fault="An activation works on a batch at once: the last elements of its tensor are rounded otherwise, so that a "
-        "record's place decides its bits, which a model's weights can enlarge.",
+        fault="An activation works on a batch at once: the last elements of its tensor are rounded otherwise, so that "
+        "a record's place decides its bits, which a model's weights can enlarge.",
         file="fedtune/model/base.py",
         old="    compute_by_row(model)\n",
         new="",
