@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
@@ -58,6 +59,25 @@ class RefusedError(FedtuneError):
 
 class RunError(FedtuneError):
     """A run could not go on (too few sites, a checkpoint that cannot be written)."""
+
+
+class LibraryPanic(Exception):
+    """A library stopped with what is no Exception; its cause is what the library raised."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Turn what a library raises beside `Exception` into a `LibraryPanic`; also a decorator.
+
+    A panic in a library written in Rust is a `BaseException`, so that `except Exception` lets it by: a record that
+    causes one would end what no record may end.  What ends the process or a generator passes as it is.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise LibraryPanic(type(panic).__name__) from panic
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -12,13 +12,15 @@ import contextlib
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 from fedtune.spec import DataError
 
@@ -26,8 +28,10 @@ from fedtune.spec import DataError
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
 _MOST_BYTES = 1 << 24
 """Of a record: far above any that a model reads."""
-_PIECE_BYTES = 1 << 20
-"""Of a line, read at once: a few kilobytes of gzip can hold a line that fills the memory."""
+_BLOCK_BYTES = 1 << 20
+"""Read at once: a few kilobytes of gzip can hold a line that fills the memory."""
+_PIECES = re.compile(rb"[^\n]*\n|[^\n]+")
+"""The lines of a block, or what it has of them."""
 _BEGINS, _WITHIN, _QUOTED, _CLOSED = b",", b"x", b',"', b',""'
 """Where a row of CSV stands: at a cell's beginning, in one without quotes, in a quoted one, behind a quote in that."""
 _BETWEEN_NAMES = ",;|"
@@ -199,9 +203,7 @@ def _csv_row(text: str, *, at: str, header: Sequence[str]) -> Row | None:
     return dict(zip(header, cells, strict=True))
 
 
-def _csv_header(
-    path: Path, columns: Mapping[str, str], rows: Iterable[tuple[int, bytes | None]]
-) -> Sequence[str]:
+def _csv_header(path: Path, columns: Mapping[str, str], rows: Iterable[tuple[int, bytes | None]]) -> Sequence[str]:
     """The names in the first row that is not blank; a fault of it is one of the whole file."""
     for line, raw in rows:
         at = _at(path, line)
@@ -241,21 +243,19 @@ def _cut(path: Path, state_after: Callable[[bytes, bytes], bytes]) -> Iterator[t
     """
     first, line, size, state = 1, 1, 0, _BEGINS
     kept = bytearray()
-    for piece in _pieces(path):
-        size += len(piece)
-        if state != _QUOTED or b'"' in piece:  # else it goes on: short lines are many
-            state = state_after(piece, state)
-        if size <= _MOST_BYTES:
-            kept += piece
-        else:
-            kept.clear()
-        if not piece.endswith(b"\n"):
-            continue
-        line += 1
-        if state != _QUOTED:
-            yield first, bytes(kept) if size <= _MOST_BYTES else None
-            first, size, state = line, 0, _BEGINS
-            kept.clear()
+    for block in _blocks(path):
+        # A block without a quote, within a quoted cell, is one piece: a cell may have millions of lines.
+        for piece in [block] if state == _QUOTED and b'"' not in block else _PIECES.findall(block):
+            state, size = state_after(piece, state), size + len(piece)
+            if size <= _MOST_BYTES:
+                kept += piece
+            else:
+                kept.clear()
+            line += piece.count(b"\n")
+            if piece.endswith(b"\n") and state != _QUOTED:
+                yield first, bytes(kept) if size <= _MOST_BYTES else None
+                first, size, state = line, 0, _BEGINS
+                kept.clear()
     if size:
         yield first, bytes(kept) if size <= _MOST_BYTES else None
 
@@ -279,24 +279,24 @@ def _csv_state(piece: bytes, before: bytes) -> bytes:
     return _BEGINS if text.endswith(b",") else _WITHIN
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    """The lines of a file with their ends kept, each in pieces of a bounded size; without a byte order mark."""
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, some at a time; without a byte order mark."""
     line = 1
     try:
         with _open(path) as stream:
-            piece = stream.readline(_PIECE_BYTES).removeprefix(codecs.BOM_UTF8) or stream.readline(_PIECE_BYTES)
-            while piece:
-                yield piece
-                line += piece.endswith(b"\n")
-                piece = stream.readline(_PIECE_BYTES)
+            block = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8) or stream.read1(_BLOCK_BYTES)
+            while block:
+                yield block
+                line += block.count(b"\n")
+                block = stream.read1(_BLOCK_BYTES)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(_at(path, line), str(error), "must be a whole gzip file") from None
     except OSError as error:
         raise DataError(str(path), error.strerror, "must be a file that can be read") from None
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+def _open(path: Path) -> BufferedReader:
+    return cast(BufferedReader, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _field(row: Mapping[str, object], column: str, *, role: str, at: str) -> str:

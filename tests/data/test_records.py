@@ -281,7 +281,7 @@ def test_a_row_that_is_written_as_csv_changes_no_other(
         return [(text, label.strip()) for text, label in rows if text.strip() and label.strip()]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "_PIECE_BYTES", piece)  # a line is cut anywhere: within a doubled quote, for instance
+        patch.setattr(records, "_BLOCK_BYTES", piece)  # a line is cut anywhere: within a doubled quote, for instance
         assert read(rows) == kept(rows)
         assert read([*rows[:place], more, *rows[place:]]) == kept([*rows[:place], more, *rows[place:]])
 
@@ -296,6 +296,6 @@ def test_whole_csv_files_are_cut_into_the_rows_that_the_csv_module_finds(
     except csv.Error:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "_PIECE_BYTES", piece)
+        patch.setattr(records, "_BLOCK_BYTES", piece)
         texts = [raw.decode() for _, raw in records._cut(path, records._csv_state) if raw is not None]
     assert [next(csv.reader([text], strict=True)) for text in texts] == expected
