@@ -61,22 +61,23 @@ class RunError(FedtuneError):
     """A run could not go on (too few sites, a checkpoint that cannot be written)."""
 
 
+class LibraryPanic(Exception):
+    """A library stopped with what is no Exception; its cause is what the library raised."""
+
+
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Turn a panic of a library written in Rust into an error that `except Exception` sees.
+    """Turn what a library raises beside `Exception` into a `LibraryPanic`; also a decorator.
 
-    Its Python exception derives from BaseException alone, so it would end the process of a site: a record for which a
-    tokenizer panics would be told from one for which it does not.
-
-    Raises:
-        RuntimeError: for a panic.
+    A panic in a library written in Rust is a `BaseException`, so that `except Exception` lets it by: a record that
+    causes one would end what no record may end.  What ends the process or a generator passes as it is.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as panic:
-        raise RuntimeError(f"{type(panic).__name__}: {panic}") from panic
+        raise LibraryPanic(type(panic).__name__) from panic
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

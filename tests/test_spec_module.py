@@ -13,12 +13,14 @@ from fedtune.spec import (
     ConfigError,
     DataError,
     FedtuneError,
+    LibraryPanic,
     RefusedError,
     RunError,
     check_at_least,
     check_fraction,
     check_one_of,
     check_positive,
+    panics_as_errors,
     spec,
 )
 
@@ -111,3 +113,19 @@ def test_a_fraction_shows_its_ends(ends: dict[str, bool], shown: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_fraction("k", 2.0, **ends)
     assert caught.value.bound == f"must lie in {shown}"
+
+
+class Panic(BaseException):
+    """As a library written in Rust raises it."""
+
+
+def test_a_panic_becomes_an_error() -> None:
+    with pytest.raises(LibraryPanic, match=r"^Panic$") as found, panics_as_errors():
+        raise Panic("the text of a record")
+    assert isinstance(found.value.__cause__, Panic)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, ValueError])
+def test_everything_else_passes_as_it_is(error: type[BaseException]) -> None:
+    with pytest.raises(error), panics_as_errors():
+        raise error

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset
+from fedtune.spec import panics_as_errors
 
 if TYPE_CHECKING:
     import torch
+
+
+log = logging.getLogger(__name__)
+
+Computed = TypeVar("Computed")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +30,8 @@ class Batch:
         input_ids: (n, t) int64.
         attention_mask: (n, t) int64, 1 for a token and 0 for padding.
         targets: (n,) int64 classes, or (n, t) int64 targets a token, `UNSUPERVISED` for padding.
-        prefix: (n, t, h) output of a model's frozen first layers for these examples, where it was kept.
+        prefix: (n, t, h) output of a model's frozen first layers for these examples, where it was kept; all zero for
+            an example that these cannot compute.
         empty_rows: of no example: they fill a fixed shape, and have no loss.
     """
 
@@ -99,6 +107,35 @@ def alone(batch: Batch, row: int | None) -> Batch:
     if prefix is not None:
         prefix[empty] = 0
     return Batch(input_ids, mask, targets, prefix, empty_rows=num_rows - (row is not None))
+
+
+def one_at_a_time(
+    compute: Callable[[Batch], Computed], batch: Batch, *, after_failure: Callable[[], None] = lambda: None
+) -> tuple[Computed, Iterator[Computed | None]]:
+    """What `compute` makes of no example, and of each example of a batch on which it failed, all in the batch's shape.
+
+    None stands for an example that cannot be computed, so that the others are as they would be beside any other one.
+    Where the machine fails, and not an example, the empty batch fails as well, and that is raised.
+
+    Args:
+        compute: works on a whole batch; what it makes of an example stands in the first row.
+        batch: as `compute` got it.
+        after_failure: drops what a failed call left behind.
+    """
+    after_failure()
+    return compute(alone(batch, None)), (
+        _computed(compute, alone(batch, row), after_failure) for row in range(len(batch))
+    )
+
+
+def _computed(compute: Callable[[Batch], Computed], batch: Batch, after_failure: Callable[[], None]) -> Computed | None:
+    try:
+        with panics_as_errors():
+            return compute(batch)
+    except Exception:
+        log.exception("an example cannot be computed, and counts as zero")
+        after_failure()
+        return None
 
 
 def micro_batches(

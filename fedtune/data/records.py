@@ -7,27 +7,39 @@ Error messages name file, line and column but never quote a record's text: they 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 from fedtune.spec import DataError
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
 _MOST_BYTES = 1 << 24
-"""Of a line: far above any record that a model reads."""
+"""Of a record: far above any that a model reads."""
+_BLOCK_BYTES = 1 << 20
+"""Read at once: a few kilobytes of gzip can hold a line that fills the memory."""
+_PIECES = re.compile(rb"[^\n]*\n|[^\n]+")
+"""The lines of a block, or what it has of them."""
+_BEGINS, _WITHIN, _QUOTED, _CLOSED = b",", b"x", b',"', b',""'
+"""Where a row of CSV stands: at a cell's beginning, in one without quotes, in a quoted one, behind a quote in that."""
 _BETWEEN_NAMES = ",;|"
 """What lists of names are written with, and so no part of a user's id."""
 SEVERAL_USERS = "a list of users"
 """The value in the message about a record of several users."""
+Row = Mapping[str, object]
+"""Column to value, as a record's file has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,76 +117,113 @@ def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
         DataError: when the file cannot be read, decompressed, decoded or parsed, or when a value is
             absent, blank, or neither text nor (for a label or a site) an integer.
     """
-    for line, row in _rows(path, columns):
-        fields = {role: _field(row, column, role=role, at=_at(path, line)) for role, column in columns.items()}
-        yield Record(fields, file=str(path), line=line)
+    for read in _unread(path, columns):
+        if (record := read()) is not None:
+            yield record
 
 
 def usable_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-    """The same, without the records that lack a value: which columns are wanted is not the site's own choice alone.
+    """The same, without the records that cannot be used; so no record ends the reading, whatever it holds.
 
-    Each record is judged by itself, so that one more or less changes nothing about the others.
+    Left out is what lacks a value, has more than 16 MiB, is not UTF-8, is no JSON object or has a number or a depth
+    that Python does not read, or is a CSV row with broken quotes or another number of cells than the header.
+
+    Each record is judged by itself, so that one more or less changes nothing about the others.  A CSV row is cut out
+    before it is judged, and ends at the first line end outside quotes.  Only a quote that is never closed can take
+    other rows along, up to the next quote; no text of a record does that in a file whose writer doubles quotes (RFC
+    4180), and where the writer does not, rows cannot be told apart at all.
+
+    Raises:
+        DataError: for what is a fault of the file and of no record: it cannot be opened, is no whole gzip file, or is a
+            CSV file whose header cannot be read or lacks a column.
     """
-    for line, row in _rows(path, columns):
+    for read in _unread(path, columns):
         with contextlib.suppress(DataError):
-            fields = {role: _field(row, column, role=role, at=_at(path, line)) for role, column in columns.items()}
-            yield Record(fields, file=str(path), line=line)
+            if (record := read()) is not None:
+                yield record
 
 
-def _rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Mapping[str, object]]]:
+def _unread(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[], Record | None]]:
+    """What reads each record of a file: it raises DataError for that record alone, and gives None for a blank line."""
     suffix = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
     match suffix.lower():
         case ".jsonl":
-            return _json_rows(path)
+            rows, parse = _cut(path, lambda piece, before: _BEGINS), _json_row
         case ".csv":
-            return _csv_rows(path, columns)
-    raise DataError(str(path), suffix, "must end in .jsonl, .csv, .jsonl.gz or .csv.gz")
+            rows = _cut(path, _csv_state)
+            parse = partial(_csv_row, header=_csv_header(path, columns, rows))
+        case _:
+            raise DataError(str(path), suffix, "must end in .jsonl, .csv, .jsonl.gz or .csv.gz")
+    for line, raw in rows:
+        yield partial(_record, path, line, raw, parse=parse, columns=columns)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """(line, object) of each line that is not blank."""
-    for line, text in enumerate(_lines(path), start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            found = f"{error.msg}, column {error.colno}"
-            raise DataError(_at(path, line), found, "must be one whole JSON object on a line") from None
-        except (ValueError, RecursionError):  # an integer of thousands of digits, nesting without end
-            raise DataError(_at(path, line), "too large a value", "must be one JSON object on a line") from None
-        if not isinstance(row, dict):
-            raise DataError(_at(path, line), _json_type(row), "must be one JSON object on a line")
-        yield line, row
+def _record(
+    path: Path, line: int, raw: bytes | None, *, parse: Callable[..., Row | None], columns: Mapping[str, str]
+) -> Record | None:
+    at = _at(path, line)
+    row = parse(_text(raw, at=at), at=at)
+    if row is None:
+        return None
+    fields = {role: _field(row, column, role=role, at=at) for role, column in columns.items()}
+    return Record(fields, file=str(path), line=line)
 
 
-def _csv_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """(first line, cells of the wanted columns) of each row; a row of empty cells is a blank line."""
-    header: list[str] | None = None
-    for line, cells in _csv_cells(path):
-        if not any(cell.strip() for cell in cells):
-            continue
-        if header is None:
+def _text(raw: bytes | None, *, at: str) -> str:
+    if raw is None:
+        raise DataError(at, f"more than {_MOST_BYTES} bytes", f"must have at most {_MOST_BYTES} bytes a record")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{raw[error.start]:02x} at place {error.start + 1} of the record"
+        raise DataError(at, found, "must be UTF-8 text") from None
+
+
+def _json_row(text: str, *, at: str) -> Row | None:
+    if not text.strip():
+        return None
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        found = f"{error.msg}, column {error.colno}"
+        raise DataError(at, found, "must be one whole JSON object on a line") from None
+    except (ValueError, RecursionError):  # an integer of thousands of digits, nesting without end
+        raise DataError(at, "too large a value", "must be one JSON object on a line") from None
+    if not isinstance(row, dict):
+        raise DataError(at, _json_type(row), "must be one JSON object on a line")
+    return row
+
+
+def _csv_row(text: str, *, at: str, header: Sequence[str]) -> Row | None:
+    cells = _csv_cells(text, at=at)
+    if not cells:
+        return None
+    if len(cells) != len(header):
+        raise DataError(at, f"{len(cells)} cells", f"must have {len(header)} cells, as the header")
+    return dict(zip(header, cells, strict=True))
+
+
+def _csv_header(path: Path, columns: Mapping[str, str], rows: Iterable[tuple[int, bytes | None]]) -> Sequence[str]:
+    """The names in the first row that is not blank; a fault of it is one of the whole file."""
+    for line, raw in rows:
+        at = _at(path, line)
+        if cells := _csv_cells(_text(raw, at=at), at=at):
             header = [name.strip() for name in cells]
-            _check_header(header, columns, at=_at(path, line))
-        elif len(cells) != len(header):
-            raise DataError(_at(path, line), f"{len(cells)} cells", f"must have {len(header)} cells, as the header")
-        else:
-            yield line, dict(zip(header, cells, strict=True))
+            _check_header(header, columns, at=at)
+            return header
+    return ()
 
 
-def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(_lines(path), strict=True)
-    while True:
-        line = reader.line_num + 1  # a row with quoted line breaks ends on a later line than it starts on
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            bound = "must be CSV with commas and double quotes; is a quote open?"
-            raise DataError(_at(path, line), str(error), bound) from None
-        yield line, cells
+def _csv_cells(text: str, *, at: str) -> list[str]:
+    """The cells of one row; none for a blank line, and for a row of empty cells."""
+    # The csv module's own bound on a cell is 131,072 characters, and belongs to the whole process: anybody may have set
+    # it.  A record is bounded already, so it is raised out of the way, and never lowered for others.
+    csv.field_size_limit(max(csv.field_size_limit(), _MOST_BYTES))
+    try:
+        cells = next(csv.reader([text], strict=True))
+    except csv.Error as error:
+        raise DataError(at, str(error), "must be CSV with commas and double quotes; is a quote open?") from None
+    return cells if any(cell.strip() for cell in cells) else []
 
 
 def _check_header(header: Sequence[str], columns: Mapping[str, str], *, at: str) -> None:
@@ -185,27 +234,69 @@ def _check_header(header: Sequence[str], columns: Mapping[str, str], *, at: str)
             raise DataError(f"{at}, column {column!r}", f"{header.count(column)} times", "must appear once")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The decoded lines of a file with their ends kept; only one is in memory at a time."""
-    line = 0
+def _cut(path: Path, state_after: Callable[[bytes, bytes], bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """(first line, bytes) of each record; None for the bytes of one that is too long, of which no more is kept.
+
+    Args:
+        path: the file.
+        state_after: a piece of a line and the state before it to the state after it; `_QUOTED` goes on behind a line.
+    """
+    first, line, size, state = 1, 1, 0, _BEGINS
+    kept = bytearray()
+    for block in _blocks(path):
+        # A block without a quote, within a quoted cell, is one piece: a cell may have millions of lines.
+        for piece in [block] if state == _QUOTED and b'"' not in block else _PIECES.findall(block):
+            state, size = state_after(piece, state), size + len(piece)
+            if size <= _MOST_BYTES:
+                kept += piece
+            else:
+                kept.clear()
+            line += piece.count(b"\n")
+            if piece.endswith(b"\n") and state != _QUOTED:
+                yield first, bytes(kept) if size <= _MOST_BYTES else None
+                first, size, state = line, 0, _BEGINS
+                kept.clear()
+    if size:
+        yield first, bytes(kept) if size <= _MOST_BYTES else None
+
+
+def _csv_state(piece: bytes, before: bytes) -> bytes:
+    """Where in a row of CSV `piece` ends: each state is the shortest text that leads there from a row's beginning.
+
+    A quote opens a cell only at its beginning, and a doubled one does not close it, as the csv module reads them.
+    """
+    text, place = before + piece, 0
+    while (place := text.find(b',"', place) + 2) > 1:
+        closed = False
+        while not closed:
+            place = text.find(b'"', place) + 1
+            if not place:
+                return _QUOTED
+            if place == len(text):
+                return _CLOSED
+            closed = text[place : place + 1] != b'"'
+            place += not closed
+    return _BEGINS if text.endswith(b",") else _WITHIN
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, some at a time; without a byte order mark."""
+    line = 1
     try:
         with _open(path) as stream:
-            for line, raw in enumerate(iter(lambda: stream.readline(_MOST_BYTES + 1), b""), start=1):
-                if len(raw) > _MOST_BYTES:  # a few kilobytes of gzip can hold a line that fills the memory
-                    found, bound = f"more than {_MOST_BYTES} bytes", f"must have at most {_MOST_BYTES} bytes a line"
-                    raise DataError(_at(path, line), found, bound)
-                yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        found = f"byte 0x{error.object[error.start]:02x} at place {error.start + 1} of the line"
-        raise DataError(_at(path, line), found, "must be UTF-8 text") from None
+            block = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8) or stream.read1(_BLOCK_BYTES)
+            while block:
+                yield block
+                line += block.count(b"\n")
+                block = stream.read1(_BLOCK_BYTES)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(_at(path, line + 1), str(error), "must be a whole gzip file") from None
+        raise DataError(_at(path, line), str(error), "must be a whole gzip file") from None
     except OSError as error:
         raise DataError(str(path), error.strerror, "must be a file that can be read") from None
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+def _open(path: Path) -> BufferedReader:
+    return cast(BufferedReader, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _field(row: Mapping[str, object], column: str, *, role: str, at: str) -> str:

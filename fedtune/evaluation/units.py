@@ -12,6 +12,7 @@ from fedtune.data.batching import Batch, collate
 from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation.forward import scoring
 from fedtune.model.task import TaskModel
+from fedtune.spec import panics_as_errors
 
 
 def unit_scores(task_model: TaskModel, dataset: TextDataset, *, task: str, pad_id: int) -> npt.NDArray[np.float64]:
@@ -26,7 +27,10 @@ def unit_scores(task_model: TaskModel, dataset: TextDataset, *, task: str, pad_i
     with scoring(task_model):
         for index in range(len(dataset)):
             batch = collate(dataset, np.array([index]), pad_id=pad_id).to(task_model.device)
-            with suppress(Exception):  # of a record that cannot be computed: 0, and the others as they are
+            with (
+                suppress(Exception),
+                panics_as_errors(),
+            ):  # of a record that cannot be computed: 0, and the others as they are
                 scores[index] = _score(task_model, batch, task)
     return scores
 

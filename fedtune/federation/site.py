@@ -15,7 +15,7 @@ from fedtune.model import Adapter
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +90,9 @@ def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
     body: Update | Refusal
     request: RoundRequest | None = None
     try:
-        request = _read(signed)
-        body = Update.from_bytes(_update(site, request, adapter))
+        with panics_as_errors():
+            request = _read(signed)
+            body = Update.from_bytes(_update(site, request, adapter))
     except Refused as refused:
         body = _refuse(site, request, refused)
         if refused.reason.is_of_a_stranger:

@@ -12,6 +12,7 @@ from fedtune.federation.protocol import Reply
 from fedtune.federation.site import Site, answer, end_run
 from fedtune.flower import records
 from fedtune.privacy.release import Reason, Refusal
+from fedtune.spec import panics_as_errors
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,9 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
     def end(message: Message, context: Context) -> Message:
         receipt = None
         try:
-            signed, adapter = records.to_end(message.content)
-            receipt = end_run(site_of(context, ""), signed, adapter)
+            with panics_as_errors():
+                signed, adapter = records.to_end(message.content)
+                receipt = end_run(site_of(context, ""), signed, adapter)
         except Exception:
             log.exception("%s could not end a run", name_of(context))
         return Message(records.from_receipt(receipt), reply_to=message)
@@ -49,10 +51,11 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
     def _reply(message: Message, context: Context) -> RecordDict:
         reason = Reason.MALFORMED_REQUEST
         try:
-            signed, adapter = records.to_request(message.content)
-            settings = records.to_settings(message.content)
-            reason = Reason.SITE_ERROR
-            return records.from_reply(answer(site_of(context, settings), signed, adapter))
+            with panics_as_errors():
+                signed, adapter = records.to_request(message.content)
+                settings = records.to_settings(message.content)
+                reason = Reason.SITE_ERROR
+                return records.from_reply(answer(site_of(context, settings), signed, adapter))
         except Exception:
             log.exception("%s could not answer", name_of(context))
         refusal = Refusal(site=name_of(context), run="", round=0, reason=reason)

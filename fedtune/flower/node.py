@@ -14,7 +14,7 @@ from fedtune.flower import records
 from fedtune.flower.client import make_client_app
 from fedtune.flower.packing import packed, unpacked
 from fedtune.privacy.release import Reason, Refusal, Update
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +78,10 @@ class SiteApp:
             run_config={},
         )
         try:
-            message.content = unpacked(message.content)
-            exchange._reply = self._app(message, context)
-            exchange._reply.content = packed(exchange._reply.content)
+            with panics_as_errors():
+                message.content = unpacked(message.content)
+                exchange._reply = self._app(message, context)
+                exchange._reply.content = packed(exchange._reply.content)
         except Exception:  # an action that this app does not have, for instance
             log.exception("a message could not be answered")
             refusal = Refusal(site=self._name, run="", round=0, reason=Reason.MALFORMED_REQUEST)

@@ -114,7 +114,8 @@ class RealSite:
         """The run's records with the model; kept until another run comes, or files, policy or machine change."""
         data = Path(shared.config.data.train_file).stat()
         version = [data.st_ino, data.st_size, data.st_mtime_ns]
-        key = json.dumps([run, version, shared.config.to_json()], sort_keys=True)
+        # The whole policy, so that no figure of it is forgotten that a round goes by: it seldom changes.
+        key = json.dumps([run, version, shared.config.to_json(), files.policy.digest()], sort_keys=True)
         if self._warm is None or self._warm[0] != key:
             self._warm = None  # first, so that two runs' records never fill the memory together
             self._warm = key, self._loaded(shared, files)

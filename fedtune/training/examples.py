@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,10 +12,14 @@ import numpy.typing as npt
 import torch
 
 from fedtune.data import Batch, Part, Shapes, TextDataset, collate
+from fedtune.data.batching import one_at_a_time
 from fedtune.model import TaskModel
+from fedtune.spec import panics_as_errors
 
 if TYPE_CHECKING:  # above this in a step
     from fedtune.training.dp_step import UnitGradients
+
+log = logging.getLogger(__name__)
 
 
 class SiteExamples:
@@ -62,21 +67,27 @@ class SiteExamples:
     def keep_frozen_states(self, model: TaskModel) -> None:
         """Run the layers below the first trained one over every record, once, and start later passes behind them.
 
-        Speed for memory: `num_tokens` times the hidden size.  Each record's states depend on that record alone.
-        Does nothing when they are kept already, or when there are no such layers.
+        Speed for memory: `num_tokens` times the hidden size.  Each record's states depend on that record alone: they
+        are zero where they cannot be computed or are not finite.  Such a record adds nothing to a step, as where no
+        states are kept (`per_example`), and to its neighbours it looks like an empty row, which has zero states too and
+        beside which the model was tried.  Does nothing when they are kept already, or when there are no such layers.
+
+        Raises:
+            Exception: whatever the machine failed with, for no record's sake.
         """
         if self._states is not None:
             return
         kept: torch.Tensor | None = None
         for part in self.parts(np.arange(len(self), dtype=np.int64)):
             batch = self.batch(part)
-            states = model.frozen_states(batch)
+            states = _states(model, batch)
             if states is None:
                 return
             if kept is None:
                 kept = torch.empty(self.num_tokens, states.shape[-1], dtype=states.dtype)
             rows, columns, places = self._tokens(part, batch)
-            kept[places] = states.cpu()[rows, columns]
+            usable = (states.isfinite().all(dim=-1) | (batch.attention_mask == 0)).all(dim=1)
+            kept[places] = torch.where(usable[:, None, None], states, 0.0).cpu()[rows, columns]
         self._states = kept
 
     def _kept(self, part: Part, batch: Batch) -> torch.Tensor:
@@ -91,3 +102,20 @@ class SiteExamples:
         """Where each token of the records stands in the micro-batch, by row and column, and among those kept."""
         rows, columns = batch.attention_mask[: len(part.places)].cpu().nonzero(as_tuple=True)
         return rows, columns, torch.from_numpy(self._starts[part.places])[rows] + columns
+
+
+def _states(model: TaskModel, batch: Batch) -> torch.Tensor | None:
+    """States of a batch, (rows, t, h), zero for an example that cannot be computed; None where no layer is frozen."""
+    try:
+        with panics_as_errors():
+            return model.frozen_states(batch)
+    except Exception:
+        log.exception("the frozen layers failed on a micro-batch; its examples are tried one at a time")
+    nothing, each = one_at_a_time(model.frozen_states, batch)
+    if nothing is None:
+        return None
+    states = torch.zeros_like(nothing)
+    for row, found in enumerate(each):
+        if found is not None:
+            states[row] = found[0]
+    return states

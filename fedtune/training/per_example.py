@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 from opacus.grad_sample import GradSampleHooks
 
-from fedtune.data.batching import Batch, alone
+from fedtune.data.batching import Batch, one_at_a_time
 from fedtune.model import TaskModel
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
 
@@ -37,27 +37,18 @@ class PerExampleGradients:
             ConfigError: a trainable tensor took no part in the forward pass.
         """
         try:
-            return self.of_all(batch)
+            with panics_as_errors():
+                return _without_unknown(batch, self.of_all(batch))
         except ConfigError:
             raise
         except Exception:
             log.exception("a micro-batch failed; its examples are tried one at a time")
-        _forget_unfinished_pass(self._model)
-        nothing = self.of_all(alone(batch, None))  # raises where it was the machine
-        return {name: torch.stack(rows) for name, rows in self._one_at_a_time(batch, nothing).items()}
-
-    def _one_at_a_time(self, batch: Batch, nothing: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-        rows = {name: list(zeros) for name, zeros in nothing.items()}
-        for row in range(len(batch)):
-            try:
-                found = self.of_all(alone(batch, row))
-            except Exception:
-                log.exception("an example cannot be computed, and counts as zero")
-                _forget_unfinished_pass(self._model)
-                continue
-            for name, gradient in found.items():
-                rows[name][row] = gradient[0].clone()
-        return rows
+        nothing, each = one_at_a_time(self.of_all, batch, after_failure=lambda: _forget_unfinished_pass(self._model))
+        gradients = {name: zeros.clone() for name, zeros in nothing.items()}
+        for row, found in enumerate(each):
+            for name, gradient in (found or {}).items():
+                gradients[name][row] = gradient[0]
+        return _without_unknown(batch, gradients)
 
     def of_all(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The same, where an example that makes the pass fail raises.
@@ -80,6 +71,19 @@ class PerExampleGradients:
         for parameter in self._parameters.values():
             parameter.grad = None
             parameter.grad_sample = None  # type: ignore[attr-defined]
+
+
+def _without_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gradients, zero for an example without states of the frozen layers: it counts as it does where none are kept.
+
+    Its own states alone decide that, so no other example's gradient changes.
+    """
+    if batch.prefix is None:
+        return gradients
+    known = batch.prefix.flatten(1).any(dim=1)
+    if known[: len(batch)].all():
+        return gradients
+    return {name: torch.where(known.view(-1, *[1] * (one.dim() - 1)), one, 0.0) for name, one in gradients.items()}
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.data import Record, iter_records, read_records, record_key, resolve_file
+from fedtune.data import Record, iter_records, read_records, record_key, records, resolve_file
+from fedtune.data.records import usable_records
 from fedtune.spec import DataError
 
 COLUMNS = {"text": "question", "label": "intent"}
@@ -149,3 +150,152 @@ def test_what_is_written_is_read_back(
         content = "".join(json.dumps({"question": a, "intent": b}, ensure_ascii=False) + "\n" for a, b in rows)
     path = write(tmp_path_factory.mktemp("rows"), f"a.{suffix}", content.encode())
     assert [(text, label) for text, label, _ in fields(path)] == rows
+
+
+# A site's lenient reading: what cannot be used is left out by itself.
+
+LINES = [b'{"question": "first", "intent": "a"}', b'{"question": "last", "intent": "b"}']
+ROWS = [b"first,a", b'"la""st,\r\nin two lines",b']
+LONG = b"x" * (1 << 24)
+LEFT_OUT = {
+    "a.jsonl": {
+        "no JSON": b'{"question": "wh',
+        "no object": b"[1, 2]",
+        "too deep": b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b', "question": "a", "intent": "b"}',
+        "too large a number": b'{"question": "a", "intent": "b", "x": ' + b"1" * 5000 + b"}",
+        "latin-1": b'{"question": "caf\xe9", "intent": "b"}',
+        "too long": b'{"intent": "b", "question": "' + LONG + b'"}',
+        "blank": b" ",
+        "a value short": b'{"question": "a"}',
+    },
+    "a.csv": {
+        "few cells": b"a",
+        "many cells": b"a,b,c",
+        "latin-1": b"caf\xe9,b",
+        "latin-1 in a quoted cell of several lines": b'"two\nlines, caf\xe9",b',
+        "too long": LONG + b",b",
+        "too long in quotes": b'"a\n' + LONG + b'"",\n",b',
+        "too long over many lines": b'"' + (b"a,b " * 256 + b"\n") * (1 << 14) + b'",b',
+        "a quote within quotes": b'"he said "hi" to me",b',
+        "a carriage return outside quotes": b"one\rtwo,b",
+        "blank": b",",
+    },
+}
+NAMED = [(name, case) for name, cases in LEFT_OUT.items() for case in cases]
+
+
+def usable(folder: Path, name: str, *lines: bytes) -> list[tuple[str, str]]:
+    header = [b"question,intent"] if ".csv" in name else []
+    path = write(folder, name, b"\n".join([*header, *lines]) + b"\n")
+    return [(record.fields["text"], record.fields["label"]) for record in usable_records(path, COLUMNS)]
+
+
+@pytest.mark.parametrize(("name", "case"), NAMED)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_record_that_cannot_be_used_is_left_out_by_itself(tmp_path: Path, name: str, case: str, place: int) -> None:
+    lines = ROWS if name == "a.csv" else LINES
+    expected = usable(tmp_path, name, *lines)
+    assert len(expected) == 2
+    bad = LEFT_OUT[name][case]
+    assert usable(tmp_path, name, *lines[:place], bad, *lines[place:]) == expected
+    assert usable(tmp_path, f"{name}.gz", *lines[:place], bad, *lines[place:]) == expected
+    path = write(tmp_path, name, bad + b"\n")
+    if case != "blank" and name == "a.jsonl":
+        with pytest.raises(DataError):  # the lead's own files are read strictly
+            list(iter_records(path, COLUMNS))
+
+
+@pytest.mark.parametrize("case", [case for name, case in NAMED if name == "a.csv" and case != "blank"])
+def test_a_strict_reading_names_the_row(tmp_path: Path, case: str) -> None:
+    path = write(tmp_path, "a.csv", b"\n".join([b"question,intent", *ROWS, LEFT_OUT["a.csv"][case], b"c,d"]))
+    with pytest.raises(DataError, match=r"a\.csv:5"):
+        list(iter_records(path, COLUMNS))
+
+
+def test_an_open_quote_takes_along_what_stands_before_the_next_quote(tmp_path: Path) -> None:
+    # No writer that doubles quotes makes such a row, whatever a record's text.
+    rows = [b"a,b", b'"open,b', b"taken,b", b'"with it",b', b"c,d", b'"e",f']
+    assert usable(tmp_path, "a.csv", *rows) == [("a", "b"), ("c", "d"), ("e", "f")]
+    assert usable(tmp_path, "a.csv", *rows[:3]) == [("a", "b")]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_text_of_many_characters_is_a_record(tmp_path: Path, name: str) -> None:
+    before, text = csv.field_size_limit(131_072), "word " * 300_000
+    try:
+        lines = {"a.csv": [f'"{text}",b', f"{text},b"], "a.jsonl": [json.dumps({"question": text, "intent": "b"})]}
+        found = usable(tmp_path, name, *[line.encode() for line in lines[name]])
+        assert found == [(text, "b")] * len(lines[name])
+        csv.field_size_limit(1 << 30)
+        usable(tmp_path, name)
+        assert csv.field_size_limit() == 1 << 30, "nobody else's bound is lowered"
+    finally:
+        csv.field_size_limit(before)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"body,kind\na,b\n",
+        b"caf\xe9,question,intent\n1,a,b\n",
+        b'"question,intent\na,b\n',
+        b"x" * (1 << 24) + b"\nquestion,intent\na,b\n",
+    ],
+    ids=["no column", "latin-1", "open quote", "too long"],
+)
+def test_a_header_that_cannot_be_read_ends_the_file(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(DataError, match=r"a\.csv:1"):
+        list(usable_records(write(tmp_path, "a.csv", content), COLUMNS))
+
+
+def test_a_gzip_file_that_is_cut_off_ends_where_it_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(GOOD * 50)[:-10])
+    with pytest.raises(DataError, match="must be a whole gzip file"):
+        list(usable_records(path, COLUMNS))
+
+
+CELL = st.text('",\r\nab ', max_size=6)
+
+
+@given(
+    rows=st.lists(st.tuples(CELL, CELL), max_size=4),
+    more=st.tuples(CELL, CELL),
+    place=st.integers(0, 4),
+    piece=st.integers(1, 7),
+)
+def test_a_row_that_is_written_as_csv_changes_no_other(
+    rows: list[tuple[str, str]],
+    more: tuple[str, str],
+    place: int,
+    piece: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    def read(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        buffer = io.StringIO(newline="")
+        csv.writer(buffer, quoting=csv.QUOTE_ALL).writerows([("question", "intent"), *rows])
+        path = write(tmp_path_factory.mktemp("rows"), "a.csv", buffer.getvalue().encode())
+        return [(record.fields["text"], record.fields["label"]) for record in usable_records(path, COLUMNS)]
+
+    def kept(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [(text, label.strip()) for text, label in rows if text.strip() and label.strip()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "_BLOCK_BYTES", piece)  # a line is cut anywhere: within a doubled quote, for instance
+        assert read(rows) == kept(rows)
+        assert read([*rows[:place], more, *rows[place:]]) == kept([*rows[:place], more, *rows[place:]])
+
+
+@given(content=st.text('",\nab', max_size=30), piece=st.integers(1, 7))
+def test_whole_csv_files_are_cut_into_the_rows_that_the_csv_module_finds(
+    content: str, piece: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = write(tmp_path_factory.mktemp("rows"), "a.csv", content.encode())
+    try:
+        expected = list(csv.reader(content.splitlines(keepends=True), strict=True))
+    except csv.Error:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "_BLOCK_BYTES", piece)
+        texts = [raw.decode() for _, raw in records._cut(path, records._csv_state) if raw is not None]
+    assert [next(csv.reader([text], strict=True)) for text in texts] == expected

@@ -82,9 +82,22 @@ def fails(*args: object) -> Any:
     raise OSError("canary-23: /data/patients.csv")
 
 
+class Panic(BaseException):
+    """As a library written in Rust raises it."""
+
+
+def panics(*args: object) -> Any:
+    raise Panic("canary-23: /data/patients.csv")
+
+
+@pytest.mark.parametrize("fails", [fails, panics])
 @pytest.mark.parametrize("where", ["opening the site", "training"])
 def test_a_failure_is_a_reason_without_text(
-    site: Callable[[Any], Site], content: RecordDict, where: str, caplog: pytest.LogCaptureFixture
+    site: Callable[[Any], Site],
+    content: RecordDict,
+    where: str,
+    fails: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     asked = Asked(fails if where == "opening the site" else lambda context, settings: site(fails))
     answer = asked(content)

@@ -11,6 +11,7 @@ HOSTILE = ("tests/federation/test_hostile_lead.py",)
 REAL_SITE, SHARED = "fedtune/sites/real_site.py", "fedtune/sites/shared_model.py"
 OF_SHARED = ("tests/sites/test_shared_model.py",)
 NAN = (f"{HOSTILE[0]}::test_an_adapter_that_is_not_the_runs_is_refused[nan]",)
+OF_EXAMPLES = ("tests/training/test_examples.py",)
 NO_ORACLE = ("tests/sites/test_no_oracle.py",)
 
 AT_SITE = (
@@ -174,6 +175,40 @@ AT_SITE = (
         old="            lenient=True,",
         new="            lenient=False,",
         tests=("tests/sites/test_tokenless_record.py",),
+    ),
+    Mutant(
+        name="states-of-a-record-that-fails",
+        fault="A record that the frozen layers cannot compute ends the round where their states are kept, and the "
+        "answer tells that there is one.",
+        file="fedtune/training/examples.py",
+        old="            states = _states(model, batch)\n",
+        new="            states = model.frozen_states(batch)\n",
+        tests=OF_EXAMPLES,
+    ),
+    Mutant(
+        name="a-record-without-states-counts",
+        fault="A record that the frozen layers cannot compute adds the gradient of made-up states, and counts as zero "
+        "only where no states are kept.",
+        file="fedtune/training/per_example.py",
+        old="    if known[: len(batch)].all():\n",
+        new="    if known.any():\n",
+        tests=OF_EXAMPLES,
+    ),
+    Mutant(
+        name="a-broken-line-ends-the-file",
+        fault="A site's lenient reading ends at a record that cannot be parsed, so that one record ends every answer.",
+        file="fedtune/data/records.py",
+        old="        with contextlib.suppress(DataError):\n            if (record := read())",
+        new="        with contextlib.nullcontext():\n            if (record := read())",
+        tests=("tests/data/test_records.py",),
+    ),
+    Mutant(
+        name="an-old-policy-goes-on",
+        fault="A policy that was changed during a run has no effect on the figures that the site's process holds.",
+        file=REAL_SITE,
+        old="shared.config.to_json(), files.policy.digest()]",
+        new="shared.config.to_json()]",
+        tests=("tests/sites/test_real_site.py::test_a_tighter_bound_on_the_adapter_holds_with_the_next_request",),
     ),
     Mutant(
         name="a-model-that-was-never-tried",

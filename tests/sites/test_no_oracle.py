@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,42 @@ def test_no_setting_makes_a_record_fail(asked: dict[str, Any], station: Callable
     assert isinstance(site.ask(round=2, adapter=first).body, Update), "nor does it tell whether there is any"
 
 
+WELL_FORMED = {
+    "a text of 140,000 characters": "word " * 28_000,
+    "one of 17 MiB": "x" * (17 << 20),
+    "quotes and line ends": '"he said\r\n""hi",\n',
+    "a NUL": "a\0b",
+    "half a surrogate pair": "a\ud800",
+}
+
+
+@pytest.mark.parametrize("text", WELL_FORMED.values(), ids=list(WELL_FORMED))
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_no_text_of_a_record_ends_an_answer(text: str, suffix: str, station: Callable[..., Any]) -> None:
+    site = station()
+    path = site.data.with_suffix(suffix)
+    site.edit(dataset={"path": path.name})
+    rows = [("one letter", "praise"), (text, "praise"), ("another", "invoice")]
+    if suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8", errors="surrogatepass") as stream:
+            csv.writer(stream).writerows([("body", "kind"), *rows])
+    else:
+        path.write_text("".join(json.dumps({"body": body, "kind": kind}) + "\n" for body, kind in rows))
+    reply = site.ask()
+    assert isinstance(reply.body, Update), reply.body
+    training = {record.fields["text"] for record in site.real._warm[1].records.training}
+    assert {"one letter", "another"} <= training
+
+
+@pytest.mark.parametrize("unread", ["9" * 5000, "[" * 100_000 + "]" * 100_000], ids=["a number", "a depth"])
+def test_nothing_in_a_column_that_no_run_reads_ends_an_answer(unread: str, station: Callable[..., Any]) -> None:
+    site = station()
+    path = site.data.with_suffix(".jsonl")
+    site.edit(dataset={"path": path.name})
+    path.write_text(f'{{"body": "a letter", "kind": "praise", "other": {unread}}}\n')
+    assert isinstance(site.ask().body, Update)
+
+
 def test_no_setting_makes_a_held_out_record_fail(station: Callable[..., Any]) -> None:
     noised = {"metrics": "noised", "metrics_noise_multiplier": 50.0}
     site = station(data={"labels": ("invoice", "complaint"), "heldout_fraction": 0.5}, privacy=noised)
@@ -80,7 +117,7 @@ def test_a_file_that_cannot_be_read_is_found_once_the_round_is_charged(
     site = station()
     faults: list[Callable[[], object]] = [
         lambda: site.data.write_text("other,columns\nsecret-17,2\n"),
-        lambda: site.data.write_bytes(b"body,kind\n\xff\xfe,praise\n"),
+        lambda: site.data.write_bytes(b"body,kind,caf\xe9\nsecret-17,praise,\n"),
         site.data.unlink,
     ]
     for number, make in enumerate(faults, 1):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fedtune.sites.real_site as real_site
@@ -253,14 +254,19 @@ def test_a_model_that_served_a_run_without_privacy_is_checked_before_a_private_o
     assert tried
 
 
-@pytest.mark.parametrize("fault", ["gone", "another header", "no text"])
+@pytest.mark.parametrize("fault", ["gone", "another header", "no text in the header"])
 def test_a_data_file_that_cannot_be_read_is_an_error_without_words(
     site: Any, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     if fault == "gone":
         site.data.unlink()
     else:
-        site.data.write_bytes({"another header": b"a,b\nsecret-17,2\n", "no text": b"body,kind\n\xff,praise\n"}[fault])
+        site.data.write_bytes(
+            {
+                "another header": b"a,b\nsecret-17,2\n",
+                "no text in the header": b"body,kind,\xff\nsecret-17,praise,\n",
+            }[fault]
+        )
     reply = site.ask()
     assert isinstance(reply.body, Refusal)
     assert reply.body.reason is Reason.SITE_ERROR
@@ -355,6 +361,17 @@ def test_a_policy_takes_effect_with_the_next_request(site: Any) -> None:
     other = site.update(round=2)
     site.edit(dataset={"columns": {"text": "body", "label": "kind"}})
     assert Adapter(site.update(round=3).tensors).digest() != Adapter(other.tensors).digest()
+
+
+def test_a_tighter_bound_on_the_adapter_holds_with_the_next_request(station: Any) -> None:
+    site = station(training={"learning_rate": 5.0})
+
+    def largest(update: Update) -> float:
+        return max(float(np.abs(value).max()) for value in update.tensors.values())
+
+    assert largest(site.update()) > 0.25
+    site.edit(limits={"max_adapter_value": 0.25})
+    assert largest(site.update(round=2)) <= 0.25
 
 
 def test_an_answer_survives_a_restart_to_the_byte_and_is_charged_once(site: Any) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.model import LoraSpec
+from fedtune.data import TextDataset
+from fedtune.model import LoraSpec, TaskModel
 from fedtune.training.dp_step import add_clipped, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
@@ -71,3 +72,80 @@ def test_nothing_is_kept_when_the_first_layer_trains(fresh: Any, examples: Any, 
     keeping = site_examples(examples("classification"))
     keeping.keep_frozen_states(fresh())
     assert all(batch.prefix is None for batch in keeping.cut(np.array([0, 1])))
+
+
+BAD = 199
+"""A token of a record that the frozen layers cannot compute."""
+
+
+@pytest.fixture
+def bad_examples(examples: Any) -> tuple[TextDataset, int]:
+    """Records of which one has the token, and its place."""
+    dataset, place = examples("classification"), 3
+    ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
+    ids[place][-1] = BAD
+    return TextDataset(tuple(ids), dataset.targets), place
+
+
+class Panic(BaseException):
+    """As a library written in Rust raises it."""
+
+
+def spoil(model: TaskModel, how: str) -> None:
+    """Make the embedding of a batch with the token fail, or not finite."""
+
+    def look(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        bad = inputs[0] == BAD
+        if bad.any() and how != "not finite":
+            raise {"an error": RuntimeError, "a panic": Panic}[how]("no such token")
+        return output.masked_fill(bad[..., None], float("nan"))
+
+    model.base.get_base_model().get_input_embeddings().register_forward_hook(look)
+
+
+@pytest.mark.parametrize("max_tokens", [40, 10_000])
+@pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
+def test_a_record_without_states_adds_nothing_and_moves_no_other(
+    trained: Any, bad_examples: tuple[TextDataset, int], site_examples: Any, how: str, max_tokens: int
+) -> None:
+    model = trained(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+    dataset, place = bad_examples
+    others = [index for index in range(len(dataset)) if index != place]
+    plain = site_examples(dataset, max_tokens=max_tokens)
+    keeping = site_examples(dataset, max_tokens=max_tokens)
+    mended = site_examples(
+        TextDataset(tuple(np.where(ids == BAD, 7, ids) for ids in dataset.input_ids), dataset.targets),
+        max_tokens=max_tokens,
+    )
+    mended.keep_frozen_states(model)
+    spoil(model, how)
+    keeping.keep_frozen_states(model)
+    (alone,) = keeping.cut(np.array([place]))
+    assert alone.prefix is not None
+    assert not alone.prefix.any()
+    for part_of in (clipped_sum(model, keeping, [place]), clipped_sum(model, plain, [place])):
+        assert not any(total.any() for total in part_of.values()), "it counts the same with kept states and without"
+    expected = clipped_sum(model, mended, others)
+    assert any(total.any() for total in expected.values())
+    for chosen in (others, [place, *others]):
+        found = clipped_sum(model, keeping, chosen)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_where_the_machine_fails_no_states_are_kept(
+    fresh: Any, examples: Any, site_examples: Any, error: type[Exception]
+) -> None:
+    model = fresh(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+
+    def fails(*_: Any) -> None:
+        raise error("out of memory")
+
+    handle = model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(fails)
+    keeping = site_examples(examples("classification"))
+    with pytest.raises(error, match="out of memory"):
+        keeping.keep_frozen_states(model)
+    assert all(batch.prefix is None for batch in keeping.cut(np.array([0, 1])))
+    handle.remove()
+    keeping.keep_frozen_states(model)
+    assert all(batch.prefix is not None and batch.prefix.any() for batch in keeping.cut(np.array([0, 1])))
