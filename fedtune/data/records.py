@@ -1,39 +1,26 @@
 """Records from JSON-lines and CSV files, plain or gzipped, with a schema check.
 
-A file is read line by line and each record is checked by itself.  There is no step over a whole
+A file is read row by row (`fedtune.data.rows`) and each record is checked by itself.  There is no step over a whole
 file (no shuffling, balancing or duplicate removal), so no record changes what becomes of another.
 Error messages name file, line and column but never quote a record's text: they end up in logs.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import csv
-import gzip
 import json
-import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import cast
 
+from fedtune.data.rows import MOST_BYTES, at_line, csv_state, cut_rows, line_state
 from fedtune.spec import DataError
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
-_MOST_BYTES = 1 << 24
-"""Of a record: far above any that a model reads."""
-_BLOCK_BYTES = 1 << 20
-"""Read at once: a few kilobytes of gzip can hold a line that fills the memory."""
-_PIECES = re.compile(rb"[^\n]*\n|[^\n]+")
-"""The lines of a block, or what it has of them."""
-_BEGINS, _WITHIN, _QUOTED, _CLOSED = b",", b"x", b',"', b',""'
-"""Where a row of CSV stands: at a cell's beginning, in one without quotes, in a quoted one, behind a quote in that."""
 _BETWEEN_NAMES = ",;|"
 """What lists of names are written with, and so no part of a user's id."""
 SEVERAL_USERS = "a list of users"
@@ -58,7 +45,7 @@ class Record:
 
     def at(self, role: str) -> str:
         """Name one field in a message: `train.jsonl:12, label`."""
-        return f"{_at(self.file, self.line)}, {role}" if self.file else role
+        return f"{at_line(self.file, self.line)}, {role}" if self.file else role
 
 
 def record_key(record: Record) -> bytes:
@@ -148,9 +135,9 @@ def _unread(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[], Rec
     suffix = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
     match suffix.lower():
         case ".jsonl":
-            rows, parse = _cut(path, lambda piece, before: _BEGINS), _json_row
+            rows, parse = cut_rows(path, line_state), _json_row
         case ".csv":
-            rows = _cut(path, _csv_state)
+            rows = cut_rows(path, csv_state)
             parse = partial(_csv_row, header=_csv_header(path, columns, rows))
         case _:
             raise DataError(str(path), suffix, "must end in .jsonl, .csv, .jsonl.gz or .csv.gz")
@@ -161,7 +148,7 @@ def _unread(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[], Rec
 def _record(
     path: Path, line: int, raw: bytes | None, *, parse: Callable[..., Row | None], columns: Mapping[str, str]
 ) -> Record | None:
-    at = _at(path, line)
+    at = at_line(path, line)
     row = parse(_text(raw, at=at), at=at)
     if row is None:
         return None
@@ -171,7 +158,7 @@ def _record(
 
 def _text(raw: bytes | None, *, at: str) -> str:
     if raw is None:
-        raise DataError(at, f"more than {_MOST_BYTES} bytes", f"must have at most {_MOST_BYTES} bytes a record")
+        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -206,7 +193,7 @@ def _csv_row(text: str, *, at: str, header: Sequence[str]) -> Row | None:
 def _csv_header(path: Path, columns: Mapping[str, str], rows: Iterable[tuple[int, bytes | None]]) -> Sequence[str]:
     """The names in the first row that is not blank; a fault of it is one of the whole file."""
     for line, raw in rows:
-        at = _at(path, line)
+        at = at_line(path, line)
         if cells := _csv_cells(_text(raw, at=at), at=at):
             header = [name.strip() for name in cells]
             _check_header(header, columns, at=at)
@@ -218,7 +205,7 @@ def _csv_cells(text: str, *, at: str) -> list[str]:
     """The cells of one row; none for a blank line, and for a row of empty cells."""
     # The csv module's own bound on a cell is 131,072 characters, and belongs to the whole process: anybody may have set
     # it.  A record is bounded already, so it is raised out of the way, and never lowered for others.
-    csv.field_size_limit(max(csv.field_size_limit(), _MOST_BYTES))
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES))
     try:
         cells = next(csv.reader([text], strict=True))
     except csv.Error as error:
@@ -232,71 +219,6 @@ def _check_header(header: Sequence[str], columns: Mapping[str, str], *, at: str)
             raise _absent(header, column, role=role, at=at)
         if header.count(column) > 1:
             raise DataError(f"{at}, column {column!r}", f"{header.count(column)} times", "must appear once")
-
-
-def _cut(path: Path, state_after: Callable[[bytes, bytes], bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """(first line, bytes) of each record; None for the bytes of one that is too long, of which no more is kept.
-
-    Args:
-        path: the file.
-        state_after: a piece of a line and the state before it to the state after it; `_QUOTED` goes on behind a line.
-    """
-    first, line, size, state = 1, 1, 0, _BEGINS
-    kept = bytearray()
-    for block in _blocks(path):
-        # A block without a quote, within a quoted cell, is one piece: a cell may have millions of lines.
-        for piece in [block] if state == _QUOTED and b'"' not in block else _PIECES.findall(block):
-            state, size = state_after(piece, state), size + len(piece)
-            if size <= _MOST_BYTES:
-                kept += piece
-            else:
-                kept.clear()
-            line += piece.count(b"\n")
-            if piece.endswith(b"\n") and state != _QUOTED:
-                yield first, bytes(kept) if size <= _MOST_BYTES else None
-                first, size, state = line, 0, _BEGINS
-                kept.clear()
-    if size:
-        yield first, bytes(kept) if size <= _MOST_BYTES else None
-
-
-def _csv_state(piece: bytes, before: bytes) -> bytes:
-    """Where in a row of CSV `piece` ends: each state is the shortest text that leads there from a row's beginning.
-
-    A quote opens a cell only at its beginning, and a doubled one does not close it, as the csv module reads them.
-    """
-    text, place = before + piece, 0
-    while (place := text.find(b',"', place) + 2) > 1:
-        closed = False
-        while not closed:
-            place = text.find(b'"', place) + 1
-            if not place:
-                return _QUOTED
-            if place == len(text):
-                return _CLOSED
-            closed = text[place : place + 1] != b'"'
-            place += not closed
-    return _BEGINS if text.endswith(b",") else _WITHIN
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, some at a time; without a byte order mark."""
-    line = 1
-    try:
-        with _open(path) as stream:
-            block = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8) or stream.read1(_BLOCK_BYTES)
-            while block:
-                yield block
-                line += block.count(b"\n")
-                block = stream.read1(_BLOCK_BYTES)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(_at(path, line), str(error), "must be a whole gzip file") from None
-    except OSError as error:
-        raise DataError(str(path), error.strerror, "must be a file that can be read") from None
-
-
-def _open(path: Path) -> BufferedReader:
-    return cast(BufferedReader, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _field(row: Mapping[str, object], column: str, *, role: str, at: str) -> str:
@@ -343,7 +265,3 @@ def _is_unicode(text: str) -> bool:
 def _json_type(value: object) -> str:
     names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
     return names.get(type(value), "object")
-
-
-def _at(file: Path | str, line: int) -> str:
-    return f"{file}:{line}"

@@ -19,6 +19,7 @@ from fedtune.evaluation.evaluate import evaluate
 from fedtune.evaluation.generation import PromptSet
 from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
+from fedtune.model.spec import RANDOM
 from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.preflight import check_examples_alone
 
@@ -96,6 +97,7 @@ class SharedModel:
             keeps_states=self.keeps_states,
             max_grad_norm=self.config.privacy.max_grad_norm,
             pad_id=self.tokenizer.pad_token_id,
+            weights_chosen=not self.config.model.path.startswith(RANDOM),
             inexact_allowed=inexact_allowed,
         )
 

@@ -265,9 +265,10 @@ CLIPPING = (
         name="tried-alone-in-another-shape",
         fault="Where an example of a micro-batch fails, the others are computed in batches of one row: so they are "
         "rounded in another way than without it.",
-        file="fedtune/training/per_example.py",
-        old="found = self.of_all(alone(batch, row))",
-        new="found = self.of_all(Batch(batch.input_ids[[row]], batch.attention_mask[[row]], batch.targets[[row]]))",
+        file="fedtune/data/batching.py",
+        old="_computed(compute, alone(batch, row), after_failure)",
+        new="_computed(compute, Batch(*(x[[row]] for x in (batch.input_ids, batch.attention_mask, batch.targets))), "
+        "after_failure)",
         tests=OF_STEP,
     ),
     Mutant(

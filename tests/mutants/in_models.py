@@ -69,8 +69,8 @@ MODEL_FAULTS = (
         name="tried-with-its-own-weights-alone",
         fault="Weights that show nothing on made-up examples pass the try before a run.",
         file="fedtune/training/preflight.py",
-        old="        with _random_weights(model):\n",
-        new="        if True:\n",
+        old="            with _random_weights(model):\n",
+        new="            if True:\n",
         tests=("tests/training/test_preflight.py",),
     ),
     Mutant(

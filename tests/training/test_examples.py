@@ -83,6 +83,7 @@ def bad_examples(examples: Any) -> tuple[TextDataset, int]:
     """Records of which one has the token, and its place."""
     dataset, place = examples("classification"), 3
     ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
+    ids[place] = ids[place + 1].copy()  # as long as another, beside which it comes to stand
     ids[place][-1] = BAD
     return TextDataset(tuple(ids), dataset.targets), place
 
@@ -109,6 +110,9 @@ def test_a_record_without_states_adds_nothing_and_moves_no_other(
     trained: Any, bad_examples: tuple[TextDataset, int], site_examples: Any, how: str, max_tokens: int
 ) -> None:
     model = trained(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # so that even states of zero would have a gradient
+            torch.nn.init.uniform_(parameter.detach())
     dataset, place = bad_examples
     others = [index for index in range(len(dataset)) if index != place]
     plain = site_examples(dataset, max_tokens=max_tokens)
