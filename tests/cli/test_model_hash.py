@@ -20,8 +20,8 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "tiny"
     made.mkdir()
     save_file({"w": torch.arange(3.0)}, made / "model.safetensors")
-    for name in ("config.json", "tokenizer.json"):
-        (made / name).write_text("{}")
+    (made / "config.json").write_text('{"model_type": "bert"}')
+    (made / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
     (made / "README.md").write_text("not covered")
     return made
 

@@ -176,7 +176,7 @@ def home(tmp_path: Path, mailbox: Mailbox, site_policy: Callable[..., Policy], n
     model = tmp_path / "tiny"
     model.mkdir()
     save_file({"w": torch.arange(8.0)}, model / "model.safetensors")
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text('{"model_type": "bert"}')
     (model / "LICENSE").write_text("do as you please")
     digest = manifest_of(model).sha256
     written = tmp_path / "federation.toml"

@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
     save_file({"w": torch.arange(6.0)}, made / "model.safetensors")
     save_file({"w": torch.arange(9.0)}, made / "adapter_model.safetensors")
     for name in ("config.json", "tokenizer.json", "vocab.txt", "spiece.model", "chat.jinja", "LICENSE", "NOTICE.md"):
-        (made / name).write_text("{}")
+        (made / name).write_text(CONTENT.get(name, "{}"))
     for name in ("README.md", "README.safetensors", "LICENSE.safetensors", "NOTICE.json", "LICENSE.gguf.py"):
         (made / name).write_text("never read")
     for name in ("modeling_custom.py", "notes.docx", "LICENSE.py", ".gitattributes", "weights.h5"):
@@ -57,6 +57,10 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
+CONTENT = {
+    "config.json": '{"model_type": "bert"}',
+    "tokenizer.json": '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+}
 WANTED = {"model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "spiece.model", "LICENSE", "NOTICE.md"}
 
 
@@ -225,7 +229,7 @@ def test_links_inside_the_folder_are_followed(folder: Path, kit: Any) -> None:
     (folder / "special_tokens_map.json").symlink_to("config.json")
     installed = install_model(folder, kit(pin(folder))).folder
     assert not (installed / "special_tokens_map.json").is_symlink()
-    assert (installed / "special_tokens_map.json").read_text() == "{}"
+    assert (installed / "special_tokens_map.json").read_text() == CONTENT["config.json"]
 
 
 def test_what_is_no_file_is_left_alone(folder: Path, kit: Any) -> None:

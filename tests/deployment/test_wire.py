@@ -170,7 +170,7 @@ def test_no_record_path_name_or_exception_leaves(wire: Wire) -> None:
 
 
 def test_the_true_count_does_not_leave(wire: Wire) -> None:
-    assert len((wire.north.folder / "questions.csv").read_bytes().splitlines()) == COUNT + 2
+    assert len((wire.north.folder / "questions.csv").read_bytes().splitlines()) == COUNT + 1
     assert all(number != COUNT for _, number in all_numbers(wire))
     assert {"flwr.proto.Node.node_id", "json", "shape"} < {name for name, _ in all_numbers(wire)}
     for text in all_texts(wire):
