@@ -27,10 +27,8 @@ def unit_scores(task_model: TaskModel, dataset: TextDataset, *, task: str, pad_i
     with scoring(task_model):
         for index in range(len(dataset)):
             batch = collate(dataset, np.array([index]), pad_id=pad_id).to(task_model.device)
-            with (
-                suppress(Exception),
-                panics_as_errors(),
-            ):  # of a record that cannot be computed: 0, and the others as they are
+            # Of a record that cannot be computed: 0, and the others as they are.
+            with suppress(Exception), panics_as_errors():
                 scores[index] = _score(task_model, batch, task)
     return scores
 

@@ -46,12 +46,12 @@ class TrainingSpec:
     def __post_init__(self) -> None:
         check_at_least("local_steps", self.local_steps, 1)
         check_one_of("optimizer", self.optimizer, OPTIMIZERS)
-        for key in ("learning_rate", "head_learning_rate", "unclipped_learning_rate", "unclipped_head_learning_rate"):
-            if key == "learning_rate" or getattr(self, key) is not None:
-                check_positive(key, getattr(self, key))
+        _check_rate("learning_rate", self.learning_rate)
+        for key in ("head_learning_rate", "unclipped_learning_rate", "unclipped_head_learning_rate"):
+            if getattr(self, key) is not None:
                 _check_rate(key, getattr(self, key))
         check_at_least("weight_decay", self.weight_decay, 0)
-        _check_rate("weight_decay", self.weight_decay)
+        _check_not_beyond("weight_decay", self.weight_decay)
         check_fraction("momentum", self.momentum, zero=True)
         for beta in self.betas:
             check_fraction("betas", beta, zero=True)
@@ -67,6 +67,11 @@ class TrainingSpec:
 
 
 def _check_rate(key: str, value: float) -> None:
+    check_positive(key, value)
+    _check_not_beyond(key, value)
+
+
+def _check_not_beyond(key: str, value: float) -> None:
     if value > _LARGEST_RATE:
         raise ConfigError(key, value, f"must be at most {_LARGEST_RATE:g}")
 

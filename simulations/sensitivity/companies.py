@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from run import LINES
 
 from fedtune.audit.sensitivity import made_up
 from fedtune.cli.compose import compose_run
@@ -25,15 +26,8 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import PerExampleGradients, attached
 
 RESULTS = Path(__file__).parent / "companies.json"
-LINES = {
-    "MiniLM, the main job": ("experiment=banks_intents",),
-    "MiniLM, head and LoRA on all linear layers": ("experiment=banks_intents", "lora=all_linear"),
-    "SmolLM2-135M, the shipped LoRA": (
-        "experiment=smollm2_e2e",
-        "runtime.micro_batch_tokens=256",
-        "data.max_length=48",
-    ),
-}
+NAMES = ("MiniLM, the main job", "MiniLM, head and LoRA on all linear layers", "SmolLM2-135M, the shipped LoRA")
+"""Of the search's lines, whose settings these are."""
 WATCHED, OTHERS = 6, 18
 Gradient = dict[str, torch.Tensor]
 
@@ -45,12 +39,12 @@ def main() -> None:
     options = arguments.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"lines": {}}
     results["machine"] = f"{platform.machine()}, CPU only"
-    for name, overrides in LINES.items():
+    for name in NAMES:
         if options.only and not any(one in name for one in options.only):
             continue
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            shared = SharedModel(compose_run(overrides))
+            shared = SharedModel(compose_run(LINES[name][1]))
             buckets = shared.shapes.lengths
             line = results["lines"][f"{name}, threads: {threads}"] = {"companies": 0, "compared": 0, "differed": 0}
             line["buckets"] = list(buckets)
