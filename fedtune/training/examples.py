@@ -64,13 +64,17 @@ class SiteExamples:
         """What turns a micro-batch of `cut` into one gradient for each unit: here a unit is an example."""
         return of_each
 
-    def keep_frozen_states(self, model: TaskModel) -> None:
+    def keep_frozen_states(self, model: TaskModel, *, lenient: bool = True) -> None:
         """Run the layers below the first trained one over every record, once, and start later passes behind them.
 
         Speed for memory: `num_tokens` times the hidden size.  Each record's states depend on that record alone: they
         are zero where they cannot be computed or are not finite.  Such a record adds nothing to a step, as where no
         states are kept (`per_example`), and to its neighbours it looks like an empty row, which has zero states too and
         beside which the model was tried.  Does nothing when they are kept already, or when there are no such layers.
+
+        Args:
+            model: the same for the rest of a run, below its first trained layer.
+            lenient: false for made-up examples: one that cannot be computed raises.
 
         Raises:
             Exception: whatever the machine failed with, for no record's sake.
@@ -80,7 +84,7 @@ class SiteExamples:
         kept: torch.Tensor | None = None
         for part in self.parts(np.arange(len(self), dtype=np.int64)):
             batch = self.batch(part)
-            states = _states(model, batch)
+            states = _states(model, batch) if lenient else model.frozen_states(batch)
             if states is None:
                 return
             if kept is None:

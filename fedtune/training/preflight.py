@@ -108,8 +108,8 @@ class _Trial:
         self._examples = SiteExamples(made_up, pad_id=pad_id, shapes=shapes, device=model.device)
         self._backwards = SiteExamples(made_up.backwards(), pad_id=pad_id, shapes=fewest, device=model.device)
         if keeps_states:
-            self._examples.keep_frozen_states(model)
-            self._backwards.keep_frozen_states(model)
+            self._examples.keep_frozen_states(model, lenient=False)
+            self._backwards.keep_frozen_states(model, lenient=False)
 
     def most_moved(self, model: TaskModel, max_grad_norm: float) -> float:
         """The most that a contribution differs between one whole micro-batch and smaller ones, in clip norms."""

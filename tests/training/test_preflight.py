@@ -198,6 +198,19 @@ def test_what_a_record_could_make_fail_is_a_mistake_in_the_settings(
     assert check(model, keeps=keeps) == 0.0
 
 
+def test_frozen_layers_that_cannot_compute_an_example_are_no_site_s_surprise(last_layer: Any) -> None:
+    """At a site such an example counts as zero; in the try it would make every other one look exact."""
+
+    def fails(_: Any, inputs: Any, hidden: tuple[torch.Tensor, ...]) -> None:
+        if not torch.equal(hidden[0][0, 0], hidden[0][-1, 0]):  # rows of no example are all alike
+            raise RuntimeError("not this one")
+
+    model = last_layer()
+    model.base.get_base_model().encoder.layer[0].attention.register_forward_hook(fails)
+    with pytest.raises(ConfigError, match=r"model\.path .*cannot be trained on .* here: not this one"):
+        check(model, keeps=True)
+
+
 def test_a_length_without_positions_is_a_mistake_before_any_record(fresh: Any) -> None:
     model = fresh()
     too_long = model.base.config.max_position_embeddings + 8
