@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-_SHORTEST = 8
+_SHORTEST = 12
 _STEPS = (4, 5, 6)
 """Lengths grow by these quarters of a power of two: padding stays below a quarter of a record, an eighth on average."""
-_TOKENS_OF_A_CALL = 128
+_TOKENS_OF_A_CALL = 200
 """What a micro-batch costs beside its tokens, in tokens: measured on MiniLM's last layer, 2 cores."""
 
 
@@ -61,7 +63,7 @@ class Shapes:
         roomy = 8 * (max_length // 8 + 1)  # one token more than the longest record has, at least
         if positions is not None:
             roomy = max(max_length, min(roomy, positions))
-        shorter = tuple(takewhile(lambda length: length < roomy, _growing()))
+        shorter = tuple(takewhile(lambda length: length < 0.8 * roomy, _growing()))
         return cls(lengths=(*shorter, roomy), max_tokens=max_tokens, full=roomy if roomy == max_length else 0)
 
     def length_of(self, num_tokens: int) -> int:
@@ -95,23 +97,39 @@ class Shapes:
             yield from self._cut(places[bucket == number], length)
 
     def _cut(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
-        while len(places):
-            rows = self._rows_for(len(places), length)
-            room = self.room(length, rows)
-            yield Part(places[:room], rows, length)
-            places = places[room:]
+        choices = tuple(
+            _Choice(rows, self.room(length, rows), rows * length + _TOKENS_OF_A_CALL) for rows in self.rows(length)
+        )
+        most = choices[0]
+        while len(places) >= 2 * most.room:
+            yield Part(places[: most.room], most.rows, length)
+            places = places[most.room :]
+        for choice in _least_work(len(places), choices)[1]:
+            yield Part(places[: choice.room], choice.rows, length)
+            places = places[choice.room :]
 
-    def _rows_for(self, count: int, length: int) -> int:
-        """The number of rows with which so many records take the least work."""
 
-        def work(rows: int) -> int:
-            return -(-count // self.room(length, rows)) * (rows * length + _TOKENS_OF_A_CALL)
+class _Choice(NamedTuple):
+    """A number of rows that a micro-batch may have, the records that fit, and the work, in tokens."""
 
-        return min(self.rows(length), key=work)
+    rows: int
+    room: int
+    work: int
+
+
+@cache
+def _least_work(count: int, choices: tuple[_Choice, ...]) -> tuple[int, tuple[_Choice, ...]]:
+    """The micro-batches that hold so many records with the least work, the largest first, and that work."""
+    if count <= 0:
+        return 0, ()
+    rest = {choice: _least_work(count - choice.room, choices) for choice in choices}
+    best = min(choices, key=lambda choice: choice.work + rest[choice][0])
+    work, others = rest[best]
+    return best.work + work, tuple(sorted((best, *others), reverse=True))
 
 
 def _growing() -> Iterator[int]:
-    power = _SHORTEST // _STEPS[0]
+    power = 1
     while True:
         for step in _STEPS:
             if power * step >= _SHORTEST and power * step % 4 == 0:

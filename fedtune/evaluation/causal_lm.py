@@ -7,13 +7,13 @@ import math
 import numpy as np
 
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset
-from fedtune.evaluation.forward import batches_by_length, scoring
+from fedtune.evaluation.forward import KeptStates, batches_to_score, scoring
 from fedtune.model.task import TaskModel
 from fedtune.spec import DataError
 
 
 def evaluate_causal_lm(
-    task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int
+    task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptStates | None = None
 ) -> dict[str, float]:
     """Score `task_model` on every example of `dataset`.
 
@@ -30,9 +30,10 @@ def evaluate_causal_lm(
         DataError: when `dataset` is empty or holds no token to predict.
     """
     losses, num_tokens = (np.zeros(len(dataset), dtype=np.float64) for _ in range(2))
+    batches = batches_to_score(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
     with scoring(task_model):
-        for indices, batch in batches_by_length(dataset, pad_id=pad_id, max_tokens=max_tokens):
-            losses[indices] = task_model.losses(batch.to(task_model.device)).cpu()
+        for indices, batch in batches:
+            losses[indices] = task_model.losses(batch).cpu()
             # The first token has no predecessor to be predicted from: the model shifts by one.
             num_tokens[indices] = (batch.targets[:, 1:] != UNSUPERVISED).sum(dim=1).cpu()
     if not num_tokens.any():

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.forward import batches_by_length, scoring
+from fedtune.evaluation.forward import KeptStates, batches_to_score, scoring
 from fedtune.model.task import TaskModel
 
 
 def evaluate_classification(
-    task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int
+    task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptStates | None = None
 ) -> dict[str, float]:
     """Score `task_model` on every example of `dataset`.
 
@@ -24,9 +24,9 @@ def evaluate_classification(
     truth, predicted = (np.zeros(len(dataset), dtype=np.int64) for _ in range(2))
     losses = np.zeros(len(dataset), dtype=np.float64)
     num_labels = 0
+    batches = batches_to_score(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
     with scoring(task_model):
-        for indices, batch in batches_by_length(dataset, pad_id=pad_id, max_tokens=max_tokens):
-            batch = batch.to(task_model.device)
+        for indices, batch in batches:
             logits = task_model.logits(batch)  # (n, labels)
             num_labels = logits.shape[1]
             # The loss comes from the same logits: `task_model.losses` would run the base once more.

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation.causal_lm import evaluate_causal_lm
 from fedtune.evaluation.classification import evaluate_classification
+from fedtune.evaluation.forward import KeptStates
 from fedtune.evaluation.generation import PromptSet, evaluate_generation
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.model.task import CausalLMModel, TaskModel
@@ -21,6 +22,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     spec: EvaluationSpec,
     prompts: PromptSet | None = None,
+    kept: KeptStates | None = None,
 ) -> dict[str, float]:
     """Score `task_model` on `dataset`, without gradients; its training flags end as they were.
 
@@ -35,6 +37,7 @@ def evaluate(
         spec: batch and text sizes.
         prompts: what to generate from and score against, when `spec.generate`; `None` skips
             generation, as after a round, when only the loss is wanted.
+        kept: what the model's frozen layers made of `dataset`, from one scoring to the next; empty before the first.
 
     Returns:
         classification: `accuracy`, `macro_f1`, `loss`.  causal_lm: `loss`, `perplexity`, and with
@@ -47,8 +50,8 @@ def evaluate(
     check_one_of("task", task, ("classification", "causal_lm"))
     pad_id = tokenizer.pad_token_id
     if task == "classification":
-        return evaluate_classification(task_model, dataset, pad_id=pad_id, max_tokens=spec.max_tokens)
-    scores = evaluate_causal_lm(task_model, dataset, pad_id=pad_id, max_tokens=spec.max_tokens)
+        return evaluate_classification(task_model, dataset, pad_id=pad_id, max_tokens=spec.max_tokens, kept=kept)
+    scores = evaluate_causal_lm(task_model, dataset, pad_id=pad_id, max_tokens=spec.max_tokens, kept=kept)
     if not spec.generate or prompts is None:
         return scores
     assert isinstance(task_model, CausalLMModel)

@@ -48,7 +48,9 @@ class FrozenPrefix:
 
         None when there is nothing to skip, or when the layers hand on more than one tensor.
         """
-        self._recording = self.depth > 0
+        if not self.depth:
+            return None
+        self._recording = True
         try:
             with torch.no_grad():
                 run()

@@ -66,9 +66,10 @@ class TaskModel(nn.Module, ABC):
         self.base = base
         self._prefix = FrozenPrefix(layer_stack(base.get_base_model())[1])
 
-    @abstractmethod
     def logits(self, batch: Batch) -> torch.Tensor:
         """Float32 scores: (n, labels), or (n, t, vocabulary) for the token after each place."""
+        with self._prefix.given(batch.prefix):
+            return self._logits(batch)
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """Each example's own loss, (examples,) float32; nothing runs for an empty batch.
@@ -85,9 +86,12 @@ class TaskModel(nn.Module, ABC):
     def frozen_states(self, batch: Batch) -> torch.Tensor | None:
         """What the layers below the first trained one make of each example, (n, t, h), whatever the adapter.
 
-        A batch that carries it as `prefix` skips those layers in `losses`.  None when there are none to skip.
+        A batch that carries it as `prefix` skips those layers.  None when there are none to skip.
         """
         return self._prefix.states(lambda: self.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
+
+    @abstractmethod
+    def _logits(self, batch: Batch) -> torch.Tensor: ...
 
     @abstractmethod
     def _losses(self, batch: Batch) -> torch.Tensor: ...
@@ -158,8 +162,7 @@ class ClassificationModel(TaskModel):
         self.register_buffer("centre", torch.zeros(hidden_size, device=self.head.weight.device), persistent=False)
         self.train()
 
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """Class scores, (n, labels) float32."""
+    def _logits(self, batch: Batch) -> torch.Tensor:
         embeddings = self.embed(batch.input_ids, batch.attention_mask)
         # A product with few rows takes another kernel, which rounds otherwise (measured below 13 rows on a CPU).
         rows = functional.pad(embeddings, (0, 0, 0, -len(embeddings) % _HEAD_ROWS))
@@ -167,7 +170,7 @@ class ClassificationModel(TaskModel):
         return self.spec.head.scale * scores
 
     def _losses(self, batch: Batch) -> torch.Tensor:
-        return functional.cross_entropy(self.logits(batch), batch.targets, reduction="none")
+        return functional.cross_entropy(self._logits(batch), batch.targets, reduction="none")
 
     def embed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Token ids and attention mask, both (n, t), to embeddings (n, h) of norm 1 in float32."""
@@ -199,8 +202,7 @@ class CausalLMModel(TaskModel):
         super().__init__(spec, base)
         self.train()
 
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """Scores of the token after each place, (n, t, vocabulary) float32."""
+    def _logits(self, batch: Batch) -> torch.Tensor:
         logits: torch.Tensor = self.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return logits.float()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from fedtune.data import Record, Shapes, TextDataset
 from fedtune.data.load import lead_records, tokenise
 from fedtune.data.tokenise import end_of_text
 from fedtune.evaluation.evaluate import evaluate
+from fedtune.evaluation.forward import KeptStates
 from fedtune.evaluation.generation import PromptSet
 from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
@@ -123,7 +124,10 @@ class SharedModel:
         """Records of the lead's own, tokenised; None for no file."""
         if file is None:
             return None
-        return LeadData.read(file, self.config, self.tokenizer, rows=rows, key=key)
+        data = LeadData.read(file, self.config, self.tokenizer, rows=rows, key=key)
+        num_tokens = int(data.examples.lengths.sum())
+        keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
+        return replace(data, kept={} if keeps else None)
 
     def score(self, adapter: Adapter, data: LeadData | None, *, generate: bool = False) -> dict[str, float]:
         """Scores of `adapter` on the lead's data; empty without data."""
@@ -135,10 +139,17 @@ class SharedModel:
 
 @dataclass(frozen=True)
 class LeadData:
-    """Records that the lead may look at, and the same tokenised; not covered by the guarantee."""
+    """Records that the lead may look at, and the same tokenised; not covered by the guarantee.
+
+    Attributes:
+        records: as they were read.
+        examples: the same, tokenised.
+        kept: what one model's frozen layers made of them, after they were scored; None keeps nothing.
+    """
 
     records: list[Record]
     examples: TextDataset
+    kept: KeptStates | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def read(
@@ -177,4 +188,6 @@ def _score(
     spec = config.evaluation
     wanted = generate and spec.generate and config.task == "causal_lm"
     prompts = PromptSet.of(data.examples, data.records, rows=spec.generation_rows) if wanted else None
-    return evaluate(model, data.examples, task=config.task, tokenizer=tokenizer, spec=spec, prompts=prompts)
+    return evaluate(
+        model, data.examples, task=config.task, tokenizer=tokenizer, spec=spec, prompts=prompts, kept=data.kept
+    )

@@ -105,18 +105,18 @@ def test_lengths_hold_every_record_and_no_more_than_the_model_has(longest: int, 
     for tokens in range(1, longest + 1):
         length = shapes.length_of(tokens)
         assert tokens < length or (tokens == length == shapes.full)
-        if length != shapes.lengths[-1] and length > 8:
+        if length != shapes.lengths[-1] and length > 12:
             assert length < 1.6 * tokens + 4, "little padding"
 
 
 def test_shapes_follow_from_public_settings() -> None:
     shapes = Shapes.of(max_length=40, max_tokens=480)
     assert shapes == Shapes.of(max_length=40, max_tokens=480)
-    assert shapes.lengths == (8, 12, 16, 20, 24, 32, 40, 48)
-    assert [shapes.rows(length) for length in (8, 48)] == [(60, 30, 15, 7), (10, 5, 2, 1)]
+    assert shapes.lengths == (12, 16, 20, 24, 32, 48)
+    assert [shapes.rows(length) for length in (12, 48)] == [(40, 20, 10, 5), (10, 5, 2, 1)]
     assert Shapes.of(max_length=40, max_tokens=480, positions=512) == shapes
     tight = Shapes.of(max_length=40, max_tokens=480, positions=40)
-    assert (tight.lengths, tight.full) == ((8, 12, 16, 20, 24, 32, 40), 40)
+    assert (tight.lengths, tight.full) == ((12, 16, 20, 24, 40), 40)
     assert tight.rows(40) == (12, 6, 3, 2)
     assert [tight.room(40, rows) for rows in tight.rows(40)] == [11, 5, 2, 1]
     assert {field.name for field in dataclasses.fields(Shapes)} == {"lengths", "max_tokens", "full", "row_shares"}
@@ -124,6 +124,30 @@ def test_shapes_follow_from_public_settings() -> None:
         8,
         8,
     ]
+
+
+@quick
+@given(run=shapes_of_runs(), count=st.integers(1, 200), data=st.data())
+def test_no_other_way_to_cut_is_less_work(run: tuple[Shapes, int], count: int, data: st.DataObject) -> None:
+    shapes, longest = run
+    length = shapes.length_of(data.draw(st.integers(1, longest)))
+    lengths = np.full(count, 1 if length == shapes.lengths[0] else length - 1)
+    assume(shapes.length_of(int(lengths[0])) == length)
+
+    def work(numbers: list[int]) -> int:
+        return sum(rows * length + 200 for rows in numbers)
+
+    found = [part.rows for part in shapes.cut(np.arange(count, dtype=np.int64), lengths)]
+    assert found == sorted(found, reverse=True)
+    for rows in shapes.rows(length):  # all of one number, or the most there may be and one number for the rest
+        for first, left in (
+            ([], count),
+            (
+                [shapes.rows(length)[0]] * (count // shapes.room(length, shapes.rows(length)[0])),
+                count % shapes.room(length, shapes.rows(length)[0]),
+            ),
+        ):
+            assert work(found) <= work(first + [rows] * -(-left // shapes.room(length, rows)))
 
 
 def test_one_more_record_leaves_the_shape_of_every_other_as_it_was() -> None:

@@ -55,18 +55,38 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def classifier() -> ClassificationModel:
+    return bert_classifier(LoraSpec(rank=2))
+
+
+@pytest.fixture
+def last_layer_classifier() -> ClassificationModel:
+    """Its first layer is frozen."""
+    return bert_classifier(LoraSpec(rank=2, layers=(-1,)))
+
+
+def bert_classifier(lora: LoraSpec) -> ClassificationModel:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
     spec = task_spec("classification", labels=tuple(f"label {index}" for index in range(NUM_LABELS)))
-    model = ClassificationModel(spec, adapted(BertModel(config), "classification"))
+    model = ClassificationModel(spec, adapted(BertModel(config), "classification", lora))
     torch.nn.init.normal_(model.head.weight)
     return model
 
 
 @pytest.fixture
 def language_model() -> CausalLMModel:
+    return llama(LoraSpec(rank=2))
+
+
+@pytest.fixture
+def last_layer_language_model() -> CausalLMModel:
+    """Its first layer is frozen."""
+    return llama(LoraSpec(rank=2, layers=(-1,)))
+
+
+def llama(lora: LoraSpec) -> CausalLMModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -80,7 +100,7 @@ def language_model() -> CausalLMModel:
         eos_token_id=END,
         pad_token_id=END,
     )
-    return CausalLMModel(task_spec("causal_lm"), adapted(LlamaForCausalLM(config), "causal_lm"))
+    return CausalLMModel(task_spec("causal_lm"), adapted(LlamaForCausalLM(config), "causal_lm", lora))
 
 
 @pytest.fixture
@@ -88,19 +108,19 @@ def language_model_without_positions() -> CausalLMModel:
     """Bloom: its attention falls off with distance (ALiBi), and its forward pass takes no position ids."""
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.5)
-    return CausalLMModel(task_spec("causal_lm"), adapted(BloomForCausalLM(config), "causal_lm"))
+    return CausalLMModel(task_spec("causal_lm"), adapted(BloomForCausalLM(config), "causal_lm", LoraSpec(rank=2)))
 
 
 def task_spec(task: Task, labels: tuple[str, ...] = ()) -> TaskModelSpec:
     return TaskModelSpec(model=ModelSpec(path="random:llama"), lora=LoraSpec(), task=task, labels=labels)
 
 
-def adapted(base: PreTrainedModel, task: Task) -> PeftModel:
+def adapted(base: PreTrainedModel, task: Task, lora: LoraSpec) -> PeftModel:
     """Adapters that change the outputs: B is not zero."""
     with warnings.catch_warnings():
         # PEFT 0.21 reads a property that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        wrapped = attach_lora(base.requires_grad_(False), spec=LoraSpec(rank=2), task=task, seed=0)
+        wrapped = attach_lora(base.requires_grad_(False), spec=lora, task=task, seed=0)
     for name, parameter in wrapped.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.1)

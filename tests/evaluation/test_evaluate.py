@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation.evaluate import evaluate
 from fedtune.evaluation.generation import PromptSet
 from fedtune.evaluation.spec import EvaluationSpec
+from fedtune.model.lora import layer_stack
 from fedtune.model.task import CausalLMModel, ClassificationModel
 from fedtune.spec import ConfigError
 
@@ -78,3 +81,40 @@ def test_an_unknown_task_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=r"^task = 'regression': must be one of classification, causal_lm"):
         evaluate(classifier, labelled, task="regression", tokenizer=tokenizer, spec=EvaluationSpec())
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_frozen_layers_run_once_and_scores_are_the_same(
+    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, task: str
+) -> None:
+    model = request.getfixturevalue(f"last_layer_{'classifier' if task == 'classification' else 'language_model'}")
+    data = request.getfixturevalue("labelled" if task == "classification" else "completions")
+    frozen, *_ = layer_stack(model.base.get_base_model())[1]
+    attention = next(module for name, module in frozen.named_children() if "attention" in name or "attn" in name)
+    calls: list[None] = []
+    attention.register_forward_hook(lambda *_: calls.append(None))
+    spec, kept = EvaluationSpec(max_tokens=64), dict[int, torch.Tensor | None]()
+    expected = evaluate(model, data, task=task, tokenizer=tokenizer, spec=spec)
+    ran: list[bool] = []
+    for _ in range(3):
+        calls.clear()
+        found = evaluate(model, data, task=task, tokenizer=tokenizer, spec=spec, kept=kept)
+        assert found == pytest.approx(expected, rel=1e-6)
+        ran.append(bool(calls))
+    assert ran == [True, False, False]
+    assert len(kept) > 1
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter.mul_(2.0)
+    again = evaluate(model, data, task=task, tokenizer=tokenizer, spec=spec, kept=kept)
+    assert again == pytest.approx(evaluate(model, data, task=task, tokenizer=tokenizer, spec=spec), rel=1e-6)
+    assert again != pytest.approx(expected, rel=1e-6), "what trains is scored anew"
+
+
+def test_of_a_model_without_frozen_layers_nothing_is_kept(
+    classifier: ClassificationModel, labelled: TextDataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    kept: dict[int, torch.Tensor | None] = {}
+    score = partial(evaluate, classifier, labelled, task="classification", tokenizer=tokenizer, spec=EvaluationSpec())
+    assert score(kept=kept) == score()
+    assert set(kept.values()) == {None}

@@ -201,7 +201,7 @@ CLIPPING = (
         fault="The try computes what frozen layers make of an example once, and never in other company: a mixing one "
         "passes.",
         file="fedtune/training/preflight.py",
-        old="            self._backwards.keep_frozen_states(model)\n",
+        old="            self._backwards.keep_frozen_states(model, lenient=False)\n",
         new="            self._backwards._states = self._of_examples_backwards()\n\n"
         "    def _of_examples_backwards(self) -> torch.Tensor | None:\n"
         "        states, ends = self._examples._states, self._examples._starts + self._examples._dataset.lengths\n"
