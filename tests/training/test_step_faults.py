@@ -391,7 +391,7 @@ def test_the_last_bit_of_a_gradient_must_not_depend_on_company(size: float) -> N
     model = model_of(trained=False)
     layers = model.base.get_base_model().encoder.layer
     layers[0] = Whispering(layers[0], size)
-    shapes = Shapes.of(max_length=12, max_tokens=64)
+    shapes = Shapes.of(max_length=30, max_tokens=128)
 
     def moves(*, inexact_allowed: bool) -> float:
         return check_examples_alone(
