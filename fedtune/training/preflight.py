@@ -153,7 +153,7 @@ def _gradients(gradients: PerExampleGradients, batch: Batch) -> dict[str, torch.
 def _made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
     num_ids = model.num_ids
     input_ids = tuple(draws.integers(0, num_ids, size=length).astype(np.int32) for length in lengths)
-    for ids in input_ids:
+    for ids in input_ids[::2]:  # not all, or every example would begin with the same token
         ids[0], ids[-1] = num_ids - 1, 0
     if model.spec.task == "classification":
         return TextDataset(input_ids, draws.integers(0, len(model.spec.labels), size=len(lengths)))
