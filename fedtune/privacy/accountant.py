@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
+from functools import lru_cache
 
 from dp_accounting import DpEvent, NeighboringRelation
 from dp_accounting.pld import PLDAccountant
@@ -20,6 +21,7 @@ from dp_accounting.rdp import RdpAccountant
 from fedtune.privacy import events
 from fedtune.spec import ConfigError
 
+_Counted = tuple[tuple[DpEvent, int], ...]
 _WIDE = Context(prec=330)  # any float to three decimals
 NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
 """The one neighbouring relation of fedtune: two data sets are neighbours if one has one unit more."""
@@ -35,8 +37,14 @@ def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) ->
     Guarantee: an upper bound, since losses are rounded up to multiples of `interval` (pessimistic estimate;
     Doroshenko et al. 2022, arXiv 2207.04380), for a plan that was fixed before its first output was seen.
     """
+    return _epsilon_pld(tuple(events.grouped(spent).items()), delta, interval)
+
+
+# The same question comes again and again: a run's sites spend alike, and gate, ledger and report all ask.
+@lru_cache(maxsize=4096)
+def _epsilon_pld(counted: _Counted, delta: float, interval: float) -> float:
     accountant = PLDAccountant(NEIGHBOURING_RELATION, value_discretization_interval=interval)
-    for event, count in events.grouped(spent).items():
+    for event, count in counted:
         accountant.compose(event, count)
     return float(accountant.get_epsilon(delta))
 
@@ -57,9 +65,14 @@ def epsilon_rdp(spent: events.Spent, delta: float) -> float:
 
     Guarantee: an upper bound (Mironov 2017, arXiv 1702.07476; the best of dp-accounting's default orders).
     """
+    return _epsilon_rdp(tuple(events.grouped(spent).items()), delta)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon_rdp(counted: _Counted, delta: float) -> float:
     accountant = RdpAccountant(neighboring_relation=NEIGHBOURING_RELATION)
     with without_notes_on_skipped_orders():
-        for event, count in events.grouped(spent).items():
+        for event, count in counted:
             accountant.compose(event, count)
         return float(accountant.get_epsilon(delta))
 
