@@ -48,7 +48,7 @@ ACCOUNTING = (
         name="optimistic-pld",
         fault="Privacy losses are rounded down to the grid instead of up: an estimate in the place of a bound.",
         file=ACCOUNTANT,
-        old="""    for event, count in events.grouped(spent).items():
+        old="""    for event, count in counted:
         accountant.compose(event, count)
     return float(accountant.get_epsilon(delta))
 
@@ -61,7 +61,7 @@ def epsilon_above(""",
 
     optimistic = partial(losses.from_gaussian_mechanism, pessimistic_estimate=False)
     with mock.patch.object(losses, "from_gaussian_mechanism", optimistic):
-        for event, count in events.grouped(spent).items():
+        for event, count in counted:
             accountant.compose(event, count)
     return float(accountant.get_epsilon(delta))
 
