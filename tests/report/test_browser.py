@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,6 @@ from fedtune.report.catalogue import LANGUAGES, catalogue
 from fedtune.report.model import to_json
 
 from .shown import NAMES, lookup, page_of, reports_of
-
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip("Chromium is not installed", allow_module_level=True)
 
 DESKTOP, PHONE = 1280, 390
 A4 = 703  # pixels between the margins of a printed page, and its height
@@ -34,14 +28,6 @@ class Opened:
     tab: Any
     messages: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 Open = Callable[..., Opened]

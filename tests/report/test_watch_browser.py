@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,11 +15,6 @@ from fedtune.report.catalogue import LANGUAGES, catalogue
 
 from .shown import lookup
 from .watched import MadeRun, Served, served
-
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip("Chromium is not installed", allow_module_level=True)
 
 DESKTOP, PHONE = 1280, 390
 NORTH = ("federation.num_sites=3", "federation.num_rounds=10", "federation.site_names=[north-hospital,south,west]")
@@ -74,14 +68,6 @@ class Opened:
                 return
             self.tab.wait_for_timeout(100)
         raise AssertionError(expression)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 Open = Callable[..., Opened]
