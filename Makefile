@@ -1,13 +1,15 @@
 # make simulate   fresh clone to finished demo
 # make test       fresh clone to green checks, the same that CI runs
-# make nightly    the tests that take too long for that: every mutant
+# make nightly    the tests that take too long for that: every mutant, 32 sites, a real model at real sites
 # ARGS="..." passes overrides to the demo, as in: make simulate ARGS="privacy.epsilon=3"
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# One process for each core; a file's tests share what they set up, so they stay together.
-PYTEST_ARGS ?= -n auto --dist loadfile
+# One process more than there are cores, since tests of real servers wait for them; a file's tests share what they set up,
+# so they stay together.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(1 + (os.cpu_count() or 1))")
+PYTEST_ARGS ?= -n $(WORKERS) --dist loadfile
 
 # Where pip takes torch from; empty: pip's own default index.  Set it to the wheel index of the torch build you want,
 # as in: make simulate TORCH_INDEX=<address of the CUDA or CPU wheel index>

