@@ -200,6 +200,8 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(folder: Path) ->
 class Row:
     """One example without padding, as a batch."""
 
+    prefix = None
+
     def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, targets: torch.Tensor) -> None:
         self.input_ids, self.attention_mask, self.targets = input_ids, attention_mask, targets
 
