@@ -6,6 +6,7 @@ Nothing here is slow to import, since every `fedtune --help` reads it.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -97,6 +98,8 @@ def run(options: argparse.Namespace) -> None:
         case "doctor":
             doctor.doctor(options)
         case _:
+            # No file of a model's can make a site ask a hub, whatever it says; read when the libraries are imported.
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
             from fedtune.cli import site_commands
 
             site_commands.run(options)

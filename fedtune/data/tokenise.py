@@ -16,7 +16,10 @@ _CHARACTERS_A_TOKEN = 64
 """A text is cut to so many characters for each token of an example, before it is encoded: what is longer would decide
 how much memory and time a site needs.  Words have about four characters a token, and the longest tokens are lines and
 spaces.  Only a text in which such long tokens, or spaces that give no token, take most of the room loses any."""
-_CHUNK_TEXTS, _CHUNK_CHARACTERS = 1024, 1 << 20
+_MOST_LONGER, _ROOM = 4, 256
+"""A normaliser may make a text so many times as long, and so many characters longer.  Unicode's own make three
+characters of a letter of Hangul; a table that a lead chose could fill the memory with a text of one letter."""
+_CHUNK_TEXTS, _CHUNK_CHARACTERS = 1024, 1 << 18
 
 UNSUPERVISED = -100  # target of a token without a loss; what torch's cross_entropy ignores by default
 
@@ -173,8 +176,11 @@ def _encode(
 ) -> Iterator[list[int]]:
     """Token ids of each text, encoded in chunks without padding, so that none depends on another.
 
-    With `within`, a text that cannot be encoded, or has an id of that number or above, has no ids.
+    With `within`, a text that cannot be encoded, or has an id of that number or above, has no ids; nor has one that the
+    tokenizer's normaliser makes many times as long, which nothing could catch: its library ends the process where
+    memory does.
     """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
 
     def encoded(some: Sequence[str]) -> list[list[int]]:
         with panics_as_errors():
@@ -194,11 +200,25 @@ def _encode(
         if within is None:
             yield from encoded(some)
             continue
+        fits = [_stays_short(text, normalizer) for text in some]
+        bounded = [text if short else "" for text, short in zip(some, fits, strict=True)]
         try:
-            ids_of_each = encoded(some)
+            ids_of_each = encoded(bounded)
         except Exception:  # of one text, whatever the tokenizer's library raises
-            ids_of_each = [_ids_or_none(encoded, text) for text in some]
-        yield from (ids if all(0 <= number < within for number in ids) else [] for ids in ids_of_each)
+            ids_of_each = [_ids_or_none(encoded, text) for text in bounded]
+        for ids, short in zip(ids_of_each, fits, strict=True):
+            yield ids if short and all(0 <= number < within for number in ids) else []
+
+
+def _stays_short(text: str, normalizer: Any) -> bool:
+    """Whether a tokenizer's normaliser, or None, leaves a text about as long as it is."""
+    if normalizer is None:
+        return True
+    try:
+        with panics_as_errors():
+            return len(normalizer.normalize_str(text)) <= _MOST_LONGER * len(text) + _ROOM
+    except Exception:
+        return False
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:

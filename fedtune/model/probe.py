@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from fedtune.model.refusals import ENCODERS
 from fedtune.spec import ConfigError
 
 _TOKEN_IDS = ((1, 2, 3), (3, 2, 1))
@@ -37,12 +39,17 @@ def check_examples_apart(base: nn.Module) -> None:
             )
 
 
-def check_causal(base: nn.Module) -> None:
+def check_causal(base: PreTrainedModel) -> None:
     """Require that a token's logits don't depend on later tokens, which are what it is to predict.
+
+    An encoder that says of itself that it is a decoder is refused as well: its head computes GELU in a function, which
+    cannot be made to round by row (`fedtune.model.activations`).
 
     Raises:
         ConfigError: for `model.path`: an encoder loads as a causal language model without complaint.
     """
+    if base.config.model_type in ENCODERS:
+        raise ConfigError("model.path", type(base).__name__, "must be a decoder for causal_lm: it is an encoder")
     token_ids = torch.tensor(_TOKEN_IDS)
     later_changed = token_ids.clone()
     later_changed[:, -1] = token_ids[:, 0]

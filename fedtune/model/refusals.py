@@ -27,9 +27,9 @@ _REDIRECTING = frozenset(
 """Keys of config.json, at any depth, that make transformers read other files, ask a hub, run other code or change the
 weights."""
 
-ARCHITECTURES = frozenset(
-    {"bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"}
-    | {"cohere", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "ministral", "mistral"}
+ENCODERS = frozenset({"bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"})
+ARCHITECTURES = ENCODERS | frozenset(
+    {"cohere", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "ministral", "mistral"}
     | {"olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"}
 )
 """`model_type` of the models that are taken: dense transformers over text whose code, in transformers 5.23, computes
@@ -48,6 +48,13 @@ _TOKENIZER_REDIRECTS = frozenset({"auto_map", "fast_tokenizer_files", "init_inpu
 _TOKENIZER_PATHS = re.compile(r".*_files?|.*_spm|vocab|merges")
 _WITHOUT_EFFECT = frozenset({"special_tokens_map_file", "tokenizer_file", "tokenizer_config_file", "added_tokens_file"})
 """Old releases wrote where these lay. transformers puts the folder's own files in their places, always."""
+
+_SPECIAL_TOKENS = frozenset(
+    {f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    | {"additional_special_tokens", "extra_special_tokens"}
+)
+"""Keys of special_tokens_map.json. transformers hands each of its keys to the tokenizer, after it has put the folder's
+own name in place: another one would name a folder or a repository to read, and say that a hub may be asked."""
 
 STATIC_ROTARY = frozenset({"default", "linear", "yarn", "llama3", "proportional", "axial", "mrope"})
 """Rope types whose frequencies follow from the config alone; transformers 5.23 has two more: "dynamic", "longrope"."""
@@ -83,6 +90,8 @@ def check_content(name: str, content: bytes, *, folder: str) -> None:
         reason = config_refusal(fields)
     elif name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         reason = _tokenizer_refusal(fields, may_name_own=name == "tokenizer_config.json")
+        if reason is None and name == "special_tokens_map.json":
+            reason = _map_refusal(fields)
     else:
         reason = tokenizer_refusal(fields) if name == "tokenizer.json" else None
     if reason is not None:
@@ -165,6 +174,26 @@ def _tokenizer_refusal(fields: Any, *, may_name_own: bool) -> str | None:
         if _TOKENIZER_PATHS.fullmatch(key) and isinstance(value, str) and not without_effect:
             return f"has {short(key)} = {short(value)}, which names another file"
     return None
+
+
+def _map_refusal(fields: dict[str, Any]) -> str | None:
+    for key, value in fields.items():
+        if key not in _SPECIAL_TOKENS:
+            return f"has {short(key)}, which is no special token"
+        if not all(map(_is_token, _each_of(value))):
+            return f"has {key} = {short(value)}, which is no token"
+    return None
+
+
+def _each_of(value: Any) -> list[Any]:
+    """One token, a list of them, or tokens by name."""
+    if isinstance(value, dict) and "content" not in value:
+        return list(value.values())
+    return value if isinstance(value, list) else [value]
+
+
+def _is_token(value: Any) -> bool:
+    return value is None or isinstance(value.get("content") if isinstance(value, dict) else value, str)
 
 
 class _NotPlain(ValueError):

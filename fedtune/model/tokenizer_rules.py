@@ -14,7 +14,9 @@ from typing import Any
 _MOST_PARTS = 16
 _MOST_GROWTH = 300
 """Of characters behind the last step for one character of a text. ALBERT's steps come to 288."""
-_MOST_PREPENDED, _MOST_SPECIAL, _MOST_PATTERN, _MOST_PIECE = 4, 16, 64, 512
+_MOST_REPLACED = 18
+"""Characters that a SentencePiece table makes of one; what Unicode's own (NFKC) make of U+FDFA."""
+_MOST_PREPENDED, _MOST_SPECIAL, _MOST_PATTERN, _MOST_PIECE, _MOST_AFFIX = 4, 16, 64, 512, 16
 _MOST_WORD, _MOST_UNIGRAM = 200, 128
 """Characters of a word that WordPiece looks at (BERT: 100), whose time grows with their cube, and of a piece of
 Unigram (usually 16), which tries that many at each character."""
@@ -171,7 +173,10 @@ def _table_growth(encoded: str) -> int:
     texts = table[4 + int.from_bytes(table[:4], "little") :]
     if table and not texts:
         raise _Unknown("has a table of characters that is cut off")
-    return max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")))
+    longest = max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")))
+    if longest > _MOST_REPLACED:
+        raise _Unknown(f"has a table that makes {longest} characters of one, more than {_MOST_REPLACED}")
+    return longest
 
 
 def _least_match(pattern: Any) -> int:
@@ -214,7 +219,8 @@ def _check_model(model: dict[str, Any]) -> None:
         _check_pieces(vocabulary)
     else:
         _check_pieces((piece for piece, _ in vocabulary), most=_MOST_UNIGRAM)
-    _check_pieces(model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+    affixes = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+    _check_pieces(affixes, most=_MOST_AFFIX)  # one goes before each piece that WordPiece tries
 
 
 def _check_pieces(pieces: Any, *, most: int = _MOST_PIECE) -> None:

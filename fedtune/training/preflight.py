@@ -3,12 +3,13 @@
 Shapes are fixed (`fedtune.data.shapes`), so kernels cannot choose by what else is in a batch; whether they treat every
 row and every number of rows alike is tried here, at every shape that a step may have.  First with the run's own model;
 then with random weights in it, since whoever chose its weights may have chosen such that made-up examples show nothing.
+What is made up is drawn anew each time, so that nobody can look for a model that happens to pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -59,15 +60,17 @@ def check_examples_alone(
     Raises:
         ConfigError: for `model.path`, or whatever setting keeps the training pass from running.
     """
-    before = Adapter.of(model)
+    before, draws = Adapter.of(model), np.random.default_rng()
+
+    def trial() -> _Trial:
+        return _Trial(model, shapes, draws, keeps_states=keeps_states, pad_id=pad_id)
+
     try:
-        _fill(model)
-        tried = _Trial(model, shapes, keeps_states=keeps_states, pad_id=pad_id)
-        moved = tried.most_moved(model, max_grad_norm)
-        if weights_chosen:
-            with _random_weights(model):
-                tried = _Trial(model, shapes, keeps_states=keeps_states, pad_id=pad_id)
-                moved = max(moved, tried.most_moved(model, max_grad_norm))
+        _fill(model, draws)
+        moved = trial().most_moved(max_grad_norm)
+        with _random_weights(model, draws) if weights_chosen else nullcontext():
+            moved = max(moved, trial().most_moved(max_grad_norm) if weights_chosen else 0.0)
+            moved = max(moved, _most_moved_by_place(model, shapes, draws, keeps_states, pad_id, max_grad_norm))
     except ConfigError:
         raise
     except Exception as error:  # a model's code may raise whatever it likes
@@ -89,9 +92,10 @@ def check_examples_alone(
 class _Trial:
     """Made-up examples of every shape, in two companies each."""
 
-    def __init__(self, model: TaskModel, shapes: Shapes, *, keeps_states: bool, pad_id: int) -> None:
-        self._shapes = shapes
-        draws = np.random.default_rng(20241)  # made-up examples are no secret
+    def __init__(
+        self, model: TaskModel, shapes: Shapes, draws: np.random.Generator, *, keeps_states: bool, pad_id: int
+    ) -> None:
+        self._model, self._shapes = model, shapes
         self._places: dict[int, npt.NDArray[np.int64]] = {}
         lengths: list[int] = []
         for number, length in enumerate(shapes.lengths):
@@ -111,27 +115,21 @@ class _Trial:
             self._examples.keep_frozen_states(model, lenient=False)
             self._backwards.keep_frozen_states(model, lenient=False)
 
-    def most_moved(self, model: TaskModel, max_grad_norm: float) -> float:
+    def most_moved(self, max_grad_norm: float) -> float:
         """The most that a contribution differs between one whole micro-batch and smaller ones, in clip norms."""
-        with attached(model) as gradients:
+        with attached(self._model) as gradients:
             return max(self._moved(gradients, length, max_grad_norm) for length in self._shapes.lengths)
 
     def _moved(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
         places, (most_rows, *fewer) = self._places[length], self._shapes.rows(length)
         whole = _gradients(gradients, self._examples.batch(Part(places, most_rows, length)))
-        clipped = contributions(whole, max_grad_norm)
         moved = 0.0
         for part in self._companies(places[1:][::-1], [*fewer] or [most_rows], length, longest=places[:1]):
             backwards = replace(part, places=self._count - 1 - part.places)
             other = _gradients(gradients, self._backwards.batch(backwards))
             rows = torch.from_numpy(part.places - places[0])
-            squares = [
-                (one[: len(rows)].double() - clipped[name][rows].double()).square().sum(dim=1)
-                for name, one in contributions(other, max_grad_norm).items()
-            ]
-            moved = max(moved, float(torch.stack(squares).sum(dim=0).sqrt().max()) / LARGEST_CELLS)
-            if not all(torch.equal(one[: len(rows)], whole[name][rows]) for name, one in other.items()):
-                moved = max(moved, 1 / LARGEST_CELLS)  # bits that clipping happens to hide here
+            here, there = _rows(whole, rows), _rows(other, torch.arange(len(rows)))
+            moved = max(moved, _distance(here, there, max_grad_norm))
         return moved
 
     def _companies(
@@ -146,8 +144,56 @@ class _Trial:
             places = places[room:]
 
 
+def _most_moved_by_place(
+    model: TaskModel,
+    shapes: Shapes,
+    draws: np.random.Generator,
+    keeps_states: bool,
+    pad_id: int,
+    max_grad_norm: float,
+) -> float:
+    """The most that one example's contribution differs from row to row of a micro-batch, in clip norms.
+
+    The longest of each length, every token supervised, in all rows: whatever place a kernel rounds otherwise, there is
+    a token, and nothing but the place tells the rows apart.
+    """
+    copied: dict[int, SiteExamples] = {}
+    for length in shapes.lengths:
+        one = _made_up(model, [length if length == shapes.full else length - 1], draws)
+        count = shapes.room(length, shapes.rows(length)[0])
+        if isinstance(one.targets, tuple):
+            copies = TextDataset(one.input_ids * count, (one.input_ids[0].astype(np.int64),) * count)
+        else:
+            copies = TextDataset(one.input_ids * count, np.repeat(one.targets, count))
+        copied[length] = SiteExamples(copies, pad_id=pad_id, shapes=shapes, device=model.device)
+        if keeps_states:
+            copied[length].keep_frozen_states(model, lenient=False)
+    moved = 0.0
+    with attached(model) as gradients:
+        for length, examples in copied.items():
+            places = np.arange(len(examples), dtype=np.int64)
+            found = _gradients(gradients, examples.batch(Part(places, shapes.rows(length)[0], length)))
+            rows = torch.from_numpy(places)
+            moved = max(moved, _distance(_rows(found, rows), _rows(found, torch.zeros_like(rows)), max_grad_norm))
+    return moved
+
+
 def _gradients(gradients: PerExampleGradients, batch: Batch) -> dict[str, torch.Tensor]:
     return {name: one.cpu() for name, one in gradients.of_all(batch).items()}
+
+
+def _rows(gradients: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: one[rows] for name, one in gradients.items()}
+
+
+def _distance(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor], max_grad_norm: float) -> float:
+    """The most that clipping makes of a difference between the gradients of the same examples, in clip norms."""
+    left, right = contributions(ones, max_grad_norm), contributions(others, max_grad_norm)
+    squares = [(left[name].double() - right[name].double()).square().sum(dim=1) for name in left]
+    moved = float(torch.stack(squares).sum(dim=0).sqrt().max()) / LARGEST_CELLS
+    if all(torch.equal(ones[name], others[name]) for name in ones):
+        return moved
+    return max(moved, 1 / LARGEST_CELLS)  # bits that clipping happens to hide here
 
 
 def _made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
@@ -164,19 +210,23 @@ def _made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -
     return TextDataset(input_ids, tuple(targets))
 
 
-def _fill(model: TaskModel) -> None:
-    generator = torch.Generator().manual_seed(7)
+def _fill(model: TaskModel, draws: np.random.Generator) -> None:
+    generator = _generator(draws, "cpu")
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * _SIZE)
 
 
+def _generator(draws: np.random.Generator, device: torch.device | str) -> torch.Generator:
+    return torch.Generator(device).manual_seed(int(draws.integers(1 << 62)))
+
+
 @contextmanager
-def _random_weights(model: TaskModel) -> Iterator[None]:
+def _random_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[None]:
     """Weights as of a new model in place of its own, which are put back."""
     frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
     own = {name: one.detach().to("cpu", copy=True) for name, one in frozen.items()}
-    generators = {one.device: torch.Generator(one.device).manual_seed(11) for one in frozen.values()}
+    generators = {one.device: _generator(draws, one.device) for one in frozen.values()}
     try:
         with torch.no_grad():
             for name, one in frozen.items():

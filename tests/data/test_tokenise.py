@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 from tokenizers.pre_tokenizers import FixedLength
 
 from fedtune.data import UNSUPERVISED, Record, tokenise_causal_lm, tokenise_classification
@@ -185,8 +186,34 @@ def test_a_cut_text_fills_its_example_all_the_same(encoder_tokenizer: Any) -> No
 
 def test_a_chunk_is_bounded_in_characters(encoder_tokenizer: Any) -> None:
     tokenizer = Panicking(encoder_tokenizer)
-    rows = labelled(*[("a " * 200_000, "a")] * 6, ("card", "a"), ("a " * 600_000, "a"), ("lost", "a"))
+    rows = labelled(*[("a " * 50_000, "a")] * 6, ("card", "a"), ("a " * 150_000, "a"), ("lost", "a"))
     dataset = tokenise_classification(rows, tokenizer, labels="a", max_length=20_000)
     assert [len(call) for call in tokenizer.calls] == [2, 2, 3, 1, 1]
     assert dataset.input_ids[6].tolist() == [CLS, CARD, SEP]
     assert dataset.input_ids[8].tolist() == [CLS, LOST, SEP]
+
+
+def growing(to: str) -> Any:
+    """A tokenizer whose normaliser makes so much of one letter."""
+    tokenizer = make_tokenizer(post=None)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("ß", to)
+    return tokenizer
+
+
+@pytest.mark.parametrize(("to", "left_out"), [("card" * 1000, True), (" card", False)])
+def test_a_text_that_grows_without_bound_adds_nothing_and_costs_no_other_its_tokens(to: str, left_out: bool) -> None:
+    """A normaliser that makes gigabytes of one record's letters would end the process, exactly where it has them."""
+    rows = labelled(("lost card", "a"), ("my ß", "a"), ("my card", "b"))
+    dataset = tokenise_classification(rows, growing(to), labels="ab", max_length=9, lenient_within=99)
+    plain = tokenise_classification(rows[::2], growing(to), labels="ab", max_length=9)
+    assert dataset.targets.tolist() == [0, UNSUPERVISED if left_out else 0, 1]
+    assert [dataset.input_ids[place].tolist() for place in (0, 2)] == [ids.tolist() for ids in plain.input_ids]
+    assert (dataset.lengths[1] == 1) == left_out
+
+
+def test_what_unicode_itself_makes_longer_is_encoded() -> None:
+    tokenizer = make_tokenizer(post=None)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKD()
+    rows = labelled(("한국어 텍스트 " * 300, "a"), ("\ufdfa", "b"))
+    dataset = tokenise_classification(rows, tokenizer, labels="ab", max_length=9, lenient_within=99)
+    assert dataset.targets.tolist() == [0, 1]

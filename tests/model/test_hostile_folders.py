@@ -135,6 +135,12 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a vocabulary by path": (sets("tokenizer_config.json", vocab="../x.json"), "names another file"),
     "a map that names files": (sets("special_tokens_map.json", vocab_file="/etc/passwd"), "names another file"),
     "a map that names its own": (sets("special_tokens_map.json", tokenizer_file="t.json"), "names another file"),
+    "a map that names a repository": (
+        sets("special_tokens_map.json", name_or_path="someone/beacon", is_local=False, local_files_only=False),
+        "has name_or_path, which is no special token",
+    ),
+    "a map that names a folder": (sets("special_tokens_map.json", fix_mistral_regex=True), "is no special token"),
+    "a map of settings": (sets("special_tokens_map.json", eos_token={"cache_dir": 1}), "which is no token"),
     # Files that redirect, or that some machines read in another's place.
     "an adapter": (writes("adapter_config.json", "{}"), "must not hold adapter_config.json"),
     "mixed case": (writes("Config.json", "{}"), "Config.json, whose name differs from config.json only in case"),

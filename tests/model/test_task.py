@@ -12,6 +12,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import nn
 from torch.nn import functional
+from transformers import BertLMHeadModel, RobertaForCausalLM
 
 from fedtune.model import (
     ClassificationModel,
@@ -26,7 +27,7 @@ from fedtune.model import (
     save_task_model,
 )
 from fedtune.model.checkpointing import checkpoint_layers
-from fedtune.model.probe import check_examples_apart
+from fedtune.model.probe import check_causal, check_examples_apart
 from fedtune.spec import ConfigError
 
 KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
@@ -286,3 +287,13 @@ def test_a_saved_folder_keeps_the_centre(spec: Callable[..., TaskModelSpec], tmp
     loaded = load_task_model(tmp_path / "adapter")
     assert isinstance(loaded, ClassificationModel)
     assert torch.equal(loaded.centre, model.centre)
+
+
+@pytest.mark.parametrize("kind", [RobertaForCausalLM, BertLMHeadModel])
+def test_an_encoder_that_calls_itself_a_decoder_is_none(kind: Any) -> None:
+    """It sees no later token, but its head rounds a place by where that lies in the batch."""
+    config = kind.config_class(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, is_decoder=True
+    )
+    with pytest.raises(ConfigError, match=r"model\.path .*must be a decoder for causal_lm: it is an encoder"):
+        check_causal(kind(config))

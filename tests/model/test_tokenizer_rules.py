@@ -146,7 +146,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a word that grows": (words(normalizer=replaces("JANE", "X" * 1000)), "replaces 4 characters by 1000"),
     "a match that grows": (words(normalizer=replaces(" {2,}", "xyz", kind="Regex")), "replaces 2 characters by 3"),
     "a long beginning": (words(normalizer={"type": "Prepend", "prepend": "x" * 5}), "more than 4 characters before"),
-    "a table that grows": (unigram() | {"normalizer": precompiled(b"x" * 1000)}, BOUND),
+    "a table that grows": (unigram() | {"normalizer": precompiled(b"x" * 1000)}, "makes 1000 characters of one"),
+    "a letter for nineteen digits": (unigram() | {"normalizer": precompiled(b"7" * 19)}, "19 characters of one"),
     "a table cut off": (
         words(normalizer={"type": "Precompiled", "precompiled_charsmap": "////fw=="}), "cut off"
     ),

@@ -241,8 +241,8 @@ CLIPPING = (
         fault="The try before a run compares with a tolerance, so a machine on which an example's last bits depend on "
         "its company passes for an exact one.",
         file="fedtune/training/preflight.py",
-        old="torch.equal(one[: len(rows)], whole[name][rows])",
-        new="torch.allclose(one[: len(rows)], whole[name][rows], rtol=1e-3, atol=1e-3)",
+        old="torch.equal(ones[name], others[name])",
+        new="torch.allclose(ones[name], others[name], rtol=1e-3, atol=1e-3)",
         tests=OF_STEP,
     ),
     Mutant(

@@ -453,13 +453,15 @@ SOURCES = [
 
 MADE_UP = {
     # The examples that a model is tried with, before any record is read, and the adapter and the weights that it is
-    # tried at: none is secret, and that the trial is the same at every site and each time is wanted.  Nothing of it is
-    # released.
+    # tried at: none is secret, and nothing of it is released.
     "preflight.py": {
-        "_Trial": {"random", "default_rng"},
-        "_made_up": {"random", "Generator"},  # the type of an argument
-        "_fill": {"Generator", "manual_seed", "randn"},
-        "_random_weights": {"Generator", "manual_seed", "normal_"},
+        "check_examples_alone": {"random", "default_rng"},
+        "_Trial": {"random", "Generator"},  # the types of arguments
+        "_most_moved_by_place": {"random", "Generator"},
+        "_made_up": {"random", "Generator"},
+        "_fill": {"random", "Generator", "randn"},
+        "_generator": {"random", "Generator", "manual_seed"},
+        "_random_weights": {"random", "Generator", "normal_"},
     },
 }
 """Modules that may have a generator of numpy's or torch's, and in which of their functions and classes."""

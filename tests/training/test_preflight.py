@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from fedtune.data import Shapes
 from fedtune.model import Adapter, LoraSpec, TaskModel
 from fedtune.spec import ConfigError
-from fedtune.training.preflight import check_examples_alone
+from fedtune.training.preflight import _most_moved_by_place, check_examples_alone
 
 KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
@@ -245,3 +246,44 @@ def test_weights_cannot_hide_what_a_kernel_does(last_layer: Any) -> None:
     with pytest.raises(ConfigError, match=r"model\.path .*gives an example another gradient in other company"):
         check(model)
     assert not layers[-1].scale.any(), "its own weights are put back"
+
+
+class RoundsOneRow(nn.Module):
+    """A layer that rounds one token of one row otherwise, wherever that lies."""
+
+    def __init__(self, layer: nn.Module, row: int, token: int) -> None:
+        super().__init__()
+        self.layer, self.row, self.token = layer, row, token
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        changed = hidden.clone()
+        if len(hidden) > self.row and hidden.shape[1] > self.token:
+            changed[self.row, self.token] *= 1 + 2.0**-20
+        return self.layer(changed, *args, **kwargs)
+
+
+@kinds
+def test_every_place_of_every_row_holds_a_token_once(last_layer: Any, path: str, task: str) -> None:
+    """Where most of a trial is padding, a kernel that rounds the last numbers of a thread's share could pass it."""
+    model = last_layer(path, task)
+    base = model.base.get_base_model()
+    layers = base.encoder.layer if hasattr(base, "encoder") else base.model.layers
+    draws, length = np.random.default_rng(5), SHAPES.lengths[-1]
+    rows = SHAPES.rows(length)[0]
+    for row, token in ((rows - 1, length - 3), (rows // 2, length - 3), (0, 0)):
+        plain, layers[0] = layers[0], RoundsOneRow(layers[0], row, token)
+        assert _most_moved_by_place(model, SHAPES, draws, False, 0, 0.1) > 0, (row, token)
+        layers[0] = plain
+    assert _most_moved_by_place(model, SHAPES, draws, False, 0, 0.1) == 0
+
+
+def test_what_is_made_up_is_drawn_anew_each_time(last_layer: Any) -> None:
+    model = last_layer()
+    seen: list[torch.Tensor] = []
+    model.base.get_base_model().get_input_embeddings().register_forward_hook(
+        lambda _, inputs, output: seen.append(inputs[0])
+    )
+    check(model)
+    first = len(seen)
+    check(model)
+    assert all(not torch.equal(one, other) for one, other in zip(seen[:first], seen[first:], strict=True))
