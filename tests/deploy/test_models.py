@@ -226,10 +226,10 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, folder: Path, kit: 
 
 
 def test_links_inside_the_folder_are_followed(folder: Path, kit: Any) -> None:
-    (folder / "special_tokens_map.json").symlink_to("config.json")
+    (folder / "generation_config.json").symlink_to("config.json")
     installed = install_model(folder, kit(pin(folder))).folder
-    assert not (installed / "special_tokens_map.json").is_symlink()
-    assert (installed / "special_tokens_map.json").read_text() == CONTENT["config.json"]
+    assert not (installed / "generation_config.json").is_symlink()
+    assert (installed / "generation_config.json").read_text() == CONTENT["config.json"]
 
 
 def test_what_is_no_file_is_left_alone(folder: Path, kit: Any) -> None:
