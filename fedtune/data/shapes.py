@@ -63,12 +63,17 @@ class Shapes:
         roomy = 8 * (max_length // 8 + 1)  # one token more than the longest record has, at least
         if positions is not None:
             roomy = max(max_length, min(roomy, positions))
+        # Nearer to the last length one would hold few records and cost a call of its own.
         shorter = tuple(takewhile(lambda length: length < 0.8 * roomy, _growing()))
         return cls(lengths=(*shorter, roomy), max_tokens=max_tokens, full=roomy if roomy == max_length else 0)
 
     def length_of(self, num_tokens: int) -> int:
         """What a record of so many tokens is padded to: a function of that record alone."""
-        return next(length for length in self.lengths if num_tokens < length or num_tokens == self.full == length)
+        return next(length for length in self.lengths if num_tokens <= self.most_tokens(length))
+
+    def most_tokens(self, length: int) -> int:
+        """Of the longest record that is padded to `length`."""
+        return length - (length != self.full)
 
     def rows(self, length: int) -> tuple[int, ...]:
         """The numbers of rows that a micro-batch of this length may have, descending."""
@@ -88,11 +93,8 @@ class Shapes:
             places: in the data set, in any order; those of one length keep it.
             num_tokens: of every record of the data set, so that `num_tokens[places]` are those meant.
         """
-        ends = np.array(self.lengths) - 1
-        if self.full:
-            ends[-1] += 1
-        bucket = np.searchsorted(ends, num_tokens[places])
-        assert (bucket < len(ends)).all(), "a record is longer than tokenising may leave it"
+        bucket = np.searchsorted([self.most_tokens(length) for length in self.lengths], num_tokens[places])
+        assert (bucket < len(self.lengths)).all(), "a record is longer than tokenising may leave it"
         for number, length in enumerate(self.lengths):
             yield from self._cut(places[bucket == number], length)
 

@@ -21,7 +21,8 @@ from dp_accounting.rdp import RdpAccountant
 from fedtune.privacy import events
 from fedtune.spec import ConfigError
 
-_Counted = tuple[tuple[DpEvent, int], ...]
+Counted = tuple[tuple[DpEvent, int], ...]
+"""Mechanisms, and how often each ran."""
 _WIDE = Context(prec=330)  # any float to three decimals
 NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
 """The one neighbouring relation of fedtune: two data sets are neighbours if one has one unit more."""
@@ -42,11 +43,16 @@ def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) ->
 
 # The same question comes again and again: a run's sites spend alike, and gate, ledger and report all ask.
 @lru_cache(maxsize=4096)
-def _epsilon_pld(counted: _Counted, delta: float, interval: float) -> float:
+def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float:
+    return float(composed_pld(counted, interval).get_epsilon(delta))
+
+
+def composed_pld(counted: Counted, interval: float) -> PLDAccountant:
+    """Privacy loss distributions of all mechanisms together, in buckets of width `interval`."""
     accountant = PLDAccountant(NEIGHBOURING_RELATION, value_discretization_interval=interval)
     for event, count in counted:
         accountant.compose(event, count)
-    return float(accountant.get_epsilon(delta))
+    return accountant
 
 
 def epsilon_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
@@ -69,12 +75,18 @@ def epsilon_rdp(spent: events.Spent, delta: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon_rdp(counted: _Counted, delta: float) -> float:
+def _epsilon_rdp(counted: Counted, delta: float) -> float:
+    with without_notes_on_skipped_orders():
+        return float(composed_rdp(counted).get_epsilon(delta))
+
+
+def composed_rdp(counted: Counted) -> RdpAccountant:
+    """Renyi divergences of all mechanisms together."""
     accountant = RdpAccountant(neighboring_relation=NEIGHBOURING_RELATION)
     with without_notes_on_skipped_orders():
         for event, count in counted:
             accountant.compose(event, count)
-        return float(accountant.get_epsilon(delta))
+    return accountant
 
 
 def calibrate_noise(

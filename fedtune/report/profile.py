@@ -14,11 +14,8 @@ import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from dp_accounting import DpEvent
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
-
 from fedtune.privacy import accountant, events
+from fedtune.privacy.accountant import Counted
 from fedtune.privacy.events import Spent
 from fedtune.report import explain
 from fedtune.report.mechanisms import bounded
@@ -28,7 +25,6 @@ from fedtune.report.site_model import Spent as Figures
 DELTAS = tuple(10.0**-power for power in range(3, 11))
 """Where the reports' curves are shown, beside their own delta."""
 _LARGEST_EPSILON = 60.0  # beyond it, a share that an attack misses is no longer seen in a float
-_Counted = tuple[tuple[DpEvent, int], ...]
 
 
 def interval_of(source: Source) -> float:
@@ -85,7 +81,7 @@ def hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
 
 
 @lru_cache(maxsize=256)
-def _hit_rate_of(counted: _Counted, false_alarms: float) -> float | None:
+def _hit_rate_of(counted: Counted, false_alarms: float) -> float | None:
     if _is_unbounded(counted):
         return None
 
@@ -168,33 +164,20 @@ def _least(bound: Callable[[float], float]) -> float:
     return min(at_left, at_right, bound(0.0))
 
 
-def _counted(spent: Spent) -> _Counted:
+def _counted(spent: Spent) -> Counted:
     """The mechanisms in a fixed order, so that equal histories give equal figures to the last digit."""
     pairs = events.grouped(spent).items()
     return tuple(sorted(pairs, key=lambda pair: json.dumps(events.to_json(pair[0]), sort_keys=True)))
 
 
-def _delta(mechanisms: _Counted, epsilon: float) -> float:
+def _delta(mechanisms: Counted, epsilon: float) -> float:
     """Delta at `epsilon`, whichever of two neighbours has the unit more."""
     return min(1.0, max(0.0, float(_pld(mechanisms, accountant.COARSE).get_delta(epsilon))))
 
 
-def _is_unbounded(mechanisms: _Counted) -> bool:
+def _is_unbounded(mechanisms: Counted) -> bool:
     return math.isinf(_pld(mechanisms, accountant.COARSE).get_epsilon(0.5))
 
 
-@lru_cache(maxsize=64)
-def _pld(mechanisms: _Counted, interval: float) -> PLDAccountant:
-    made = PLDAccountant(accountant.NEIGHBOURING_RELATION, value_discretization_interval=interval)
-    for event, count in mechanisms:
-        made.compose(event, count)
-    return made
-
-
-@lru_cache(maxsize=64)
-def _rdp(mechanisms: _Counted) -> RdpAccountant:
-    made = RdpAccountant(neighboring_relation=accountant.NEIGHBOURING_RELATION)
-    with accountant.without_notes_on_skipped_orders():
-        for event, count in mechanisms:
-            made.compose(event, count)
-    return made
+_pld = lru_cache(maxsize=64)(accountant.composed_pld)
+_rdp = lru_cache(maxsize=64)(accountant.composed_rdp)

@@ -22,7 +22,7 @@ from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model,
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
 from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
-from fedtune.training.preflight import check_examples_alone
+from fedtune.training.preflight import check_examples_alone, require_exact
 
 _passed: dict[str, tuple[Shapes, float]] = {}
 """What was tried in this process and passed."""
@@ -83,15 +83,19 @@ class SharedModel:
         machine = [str(self.device), torch.get_num_threads(), self.keeps_states, config.to_json()["runtime"]]
         key = repr((machine, config.task_model(), self.shapes, config.privacy.max_grad_norm, self.inexact_allowed))
         if key not in _passed:
-            # Kernels of some machines go by the number of rows: with one number for each length they cannot.
-            choices = (self.shapes, replace(self.shapes, row_shares=(1,)))
-            tried = ((shapes, self._moved(shapes, inexact_allowed=True)) for shapes in choices)
-            exact = next((one for one in tried if one[1] == 0), None)
+            moved = self._moved(self.shapes)
+            if moved > 0:
+                # Kernels of some machines go by the number of rows: with one number for each length they cannot.
+                plain = replace(self.shapes, row_shares=(1,))
+                if self._moved(plain) == 0:
+                    self.shapes, moved = plain, 0.0
+                elif not self.inexact_allowed:
+                    require_exact(moved, path=config.model.path)
             # Stored once it has passed: a model that did not is tried, and refused, each time that it is asked for.
-            _passed[key] = exact or (self.shapes, self._moved(self.shapes, inexact_allowed=self.inexact_allowed))
+            _passed[key] = (self.shapes, moved)
         return _passed[key]
 
-    def _moved(self, shapes: Shapes, *, inexact_allowed: bool) -> float:
+    def _moved(self, shapes: Shapes) -> float:
         return check_examples_alone(
             self.model,
             shapes,
@@ -99,7 +103,7 @@ class SharedModel:
             max_grad_norm=self.config.privacy.max_grad_norm,
             pad_id=self.tokenizer.pad_token_id,
             weights_chosen=not self.config.model.path.startswith(RANDOM),
-            inexact_allowed=inexact_allowed,
+            inexact_allowed=True,  # judged after both shapes were tried
         )
 
     def tokenised(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:

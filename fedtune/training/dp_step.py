@@ -29,10 +29,8 @@ Sums = dict[str, torch.Tensor]
 SMALLEST_NORM = 1e-3
 """Gradients are scaled as if their norm were at least this: below it they may be mostly rounding, and a tiny clip norm
 would blow that up to a whole contribution (measured in simulations/sensitivity)."""
-# Clipping aims this far below the clip norm, so that float32 rounding never lifts a contribution above it.
+# Clipping aims this far below the clip norm, so that rounding never lifts a contribution above it.
 _ROUNDING_ROOM = 1e-6
-# Above this norm the factor that clips it could leave float32's normal range, and rounding could exceed the room.
-_LARGEST_NORM = 1e30
 LARGEST_CELLS = 2.0**GRID_BITS
 """A clip norm, in cells."""
 
@@ -110,43 +108,42 @@ def add_clipped(sums: Sums, gradients: Mapping[str, torch.Tensor], max_grad_norm
         max_grad_norm: the clip norm C, over all tensors of a unit together.
 
     Guarantee: what one unit adds is a vector of whole numbers with a joint L2 norm of at most C, 2**24 cells: floats
-    aim for it, and whole numbers decide it.  A unit whose gradient is not finite, or has a norm above 1e30, or whose
-    rounded vector were longer than C after all, counts as zero.
+    aim for it, and whole numbers decide it.  A unit whose gradient is not finite, or whose rounded vector were longer
+    than C after all, counts as zero.
     """
     assert sums.keys() == gradients.keys(), "clipped tensors and summed tensors differ"
     for name, contribution in contributions(gradients, max_grad_norm).items():
         # Exact in float64: fewer than 2**29 whole numbers of at most 2**24 each.
-        sums[name] += contribution.sum(dim=0, dtype=torch.float64).to(torch.int64).reshape(sums[name].shape)
+        sums[name] += contribution.sum(dim=0).to(torch.int64).reshape(sums[name].shape)
 
 
 def contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> dict[str, torch.Tensor]:
-    """What each unit adds to a sum: name -> (n, values) whole numbers of cells, as float32, which holds them exactly.
+    """What each unit adds to a sum: name -> (n, values) whole numbers of cells, as float64, which holds them exactly.
 
     A unit's gradient g becomes g * C / max(|g|, C, `SMALLEST_NORM`), rounded towards zero to the grid.  The result
     depends on that unit alone, bit for bit.
     """
     # Contiguous, because values that lie otherwise are added up in another order, and where they lie is the batch's.
-    flat = {name: gradient.flatten(1).float().contiguous() for name, gradient in gradients.items()}
+    # Copied once and from there on changed in place: to fetch memory takes longer than to compute.
+    flat = {
+        name: gradient.flatten(1).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+        for name, gradient in gradients.items()
+    }
     norms = _norms(flat)
-    usable = norms <= _LARGEST_NORM  # false for infinity and for NaN
     bound = max_grad_norm * (1 - _ROUNDING_ROOM)
     weights = bound / norms.clamp(min=max(bound, SMALLEST_NORM)) / cell(max_grad_norm)
-    scaled = {name: (gradient * _column(weights, gradient)).trunc_() for name, gradient in flat.items()}
+    scaled = {name: one.mul_(weights[:, None]).trunc_() for name, one in flat.items()}
     # In whole numbers: a tensor's square norm is at most 2**48 where it is usable, so float64 sums it up exactly, and
     # the square of the root that comes back rounds to it.
     squares = _added(_norm_of_rows(one).square().round() for one in scaled.values())
-    usable &= squares <= LARGEST_CELLS**2
+    usable = squares <= LARGEST_CELLS**2  # false for NaN, which is what an infinite gradient has become
     if not usable.all():
         scaled = {name: torch.where(usable[:, None], one, torch.zeros_like(one)) for name, one in scaled.items()}
     return scaled
 
 
-def _column(weights: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return weights.to(like.dtype)[:, None]
-
-
 def _norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """(n,) joint L2 norms over all tensors, in float64.
+    """(n,) joint L2 norms over all tensors of float64.
 
     In float64 because a float32 norm of 60,000 like values was measured 1.6e-5 too small.
     """
@@ -159,10 +156,10 @@ def _added(each: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _norm_of_rows(values: torch.Tensor) -> torch.Tensor:
-    """(n,) L2 norms of n rows, in float64; none depends on how many rows there are."""
+    """(n,) L2 norms of n rows of float64; none depends on how many rows there are."""
     # Of a single row torch's threads add up parts of their own; of several each row is added up by one thread.
     rows = values if len(values) > 1 else values.repeat(2, 1)
-    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms[: len(values)]
 
 

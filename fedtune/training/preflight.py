@@ -67,10 +67,10 @@ def check_examples_alone(
 
     try:
         _fill(model, draws)
-        moved = trial().most_moved(max_grad_norm)
+        moved = trial().most_moved(max_grad_norm) if weights_chosen else 0.0
         with _random_weights(model, draws) if weights_chosen else nullcontext():
-            moved = max(moved, trial().most_moved(max_grad_norm) if weights_chosen else 0.0)
-            moved = max(moved, _most_moved_by_place(model, shapes, draws, keeps_states, pad_id, max_grad_norm))
+            last = trial()
+            moved = max(moved, last.most_moved(max_grad_norm), last.most_moved_by_place(max_grad_norm))
     except ConfigError:
         raise
     except Exception as error:  # a model's code may raise whatever it likes
@@ -80,13 +80,19 @@ def check_examples_alone(
         before.load_into(model)
     if moved > 0.05:
         raise ConfigError("model.path", model.spec.model.path, _MIXES)
-    if moved > 0 and not inexact_allowed:
+    if not inexact_allowed:
+        require_exact(moved, path=model.spec.model.path)
+    return moved
+
+
+def require_exact(moved: float, *, path: str) -> None:
+    """Refuse a model of which an example was seen to move by so many clip norms, if it was by a bit."""
+    if moved > 0:
         bound = (
             f"gives an example another gradient in other company on this machine (by {moved:.1e} clip norms), so the "
             "bound on one record is not exact here; a site's policy may accept that: allow.inexact_gradients"
         )
-        raise ConfigError("model.path", model.spec.model.path, bound)
-    return moved
+        raise ConfigError("model.path", path, bound)
 
 
 class _Trial:
@@ -95,13 +101,13 @@ class _Trial:
     def __init__(
         self, model: TaskModel, shapes: Shapes, draws: np.random.Generator, *, keeps_states: bool, pad_id: int
     ) -> None:
-        self._model, self._shapes = model, shapes
+        self._model, self._shapes, self._draws = model, shapes, draws
+        self._keeps_states, self._pad_id = keeps_states, pad_id
         self._places: dict[int, npt.NDArray[np.int64]] = {}
         lengths: list[int] = []
         for number, length in enumerate(shapes.lengths):
-            most = length if length == shapes.full else length - 1
+            most, room = shapes.most_tokens(length), self._most_room(length)
             least = shapes.lengths[number - 1] if number else 1
-            room = shapes.room(length, shapes.rows(length)[0])
             self._places[length] = np.arange(len(lengths), len(lengths) + room)
             # The longest first; it is left out of the other companies, for models that choose by the longest example.
             lengths += [most, *draws.integers(min(least, most), most, size=room - 1, endpoint=True)]
@@ -109,11 +115,17 @@ class _Trial:
         self._count = len(made_up)
         # The same examples backwards and a few at a time: what frozen layers make of them has other company there, too.
         fewest = replace(shapes, row_shares=shapes.row_shares[-1:])
-        self._examples = SiteExamples(made_up, pad_id=pad_id, shapes=shapes, device=model.device)
-        self._backwards = SiteExamples(made_up.backwards(), pad_id=pad_id, shapes=fewest, device=model.device)
-        if keeps_states:
-            self._examples.keep_frozen_states(model, lenient=False)
-            self._backwards.keep_frozen_states(model, lenient=False)
+        self._examples = self._ready(made_up, shapes)
+        self._backwards = self._ready(made_up.backwards(), fewest)
+
+    def _most_room(self, length: int) -> int:
+        return self._shapes.room(length, self._shapes.rows(length)[0])
+
+    def _ready(self, dataset: TextDataset, shapes: Shapes) -> SiteExamples:
+        examples = SiteExamples(dataset, pad_id=self._pad_id, shapes=shapes, device=self._model.device)
+        if self._keeps_states:
+            examples.keep_frozen_states(self._model, lenient=False)
+        return examples
 
     def most_moved(self, max_grad_norm: float) -> float:
         """The most that a contribution differs between one whole micro-batch and smaller ones, in clip norms."""
@@ -143,39 +155,28 @@ class _Trial:
             yield Part(places[:room].copy(), rows, length)
             places = places[room:]
 
+    def most_moved_by_place(self, max_grad_norm: float) -> float:
+        """The most that one example's contribution differs from row to row of a micro-batch, in clip norms.
 
-def _most_moved_by_place(
-    model: TaskModel,
-    shapes: Shapes,
-    draws: np.random.Generator,
-    keeps_states: bool,
-    pad_id: int,
-    max_grad_norm: float,
-) -> float:
-    """The most that one example's contribution differs from row to row of a micro-batch, in clip norms.
+        The longest of each length, every token supervised, in all rows: whatever place a kernel rounds otherwise, there
+        is a token, and nothing but the place tells the rows apart.
+        """
+        copied = [self._ready(self._copies(length), self._shapes) for length in self._shapes.lengths]
+        moved = 0.0
+        with attached(self._model) as gradients:
+            for length, examples in zip(self._shapes.lengths, copied, strict=True):
+                places = np.arange(len(examples), dtype=np.int64)
+                part = Part(places, self._shapes.rows(length)[0], length)
+                found, rows = _gradients(gradients, examples.batch(part)), torch.from_numpy(places)
+                moved = max(moved, _distance(_rows(found, rows), _rows(found, torch.zeros_like(rows)), max_grad_norm))
+        return moved
 
-    The longest of each length, every token supervised, in all rows: whatever place a kernel rounds otherwise, there is
-    a token, and nothing but the place tells the rows apart.
-    """
-    copied: dict[int, SiteExamples] = {}
-    for length in shapes.lengths:
-        one = _made_up(model, [length if length == shapes.full else length - 1], draws)
-        count = shapes.room(length, shapes.rows(length)[0])
+    def _copies(self, length: int) -> TextDataset:
+        one = _made_up(self._model, [self._shapes.most_tokens(length)], self._draws)
+        count = self._most_room(length)
         if isinstance(one.targets, tuple):
-            copies = TextDataset(one.input_ids * count, (one.input_ids[0].astype(np.int64),) * count)
-        else:
-            copies = TextDataset(one.input_ids * count, np.repeat(one.targets, count))
-        copied[length] = SiteExamples(copies, pad_id=pad_id, shapes=shapes, device=model.device)
-        if keeps_states:
-            copied[length].keep_frozen_states(model, lenient=False)
-    moved = 0.0
-    with attached(model) as gradients:
-        for length, examples in copied.items():
-            places = np.arange(len(examples), dtype=np.int64)
-            found = _gradients(gradients, examples.batch(Part(places, shapes.rows(length)[0], length)))
-            rows = torch.from_numpy(places)
-            moved = max(moved, _distance(_rows(found, rows), _rows(found, torch.zeros_like(rows)), max_grad_norm))
-    return moved
+            return TextDataset(one.input_ids * count, (one.input_ids[0].astype(np.int64),) * count)
+        return TextDataset(one.input_ids * count, np.repeat(one.targets, count))
 
 
 def _gradients(gradients: PerExampleGradients, batch: Batch) -> dict[str, torch.Tensor]:

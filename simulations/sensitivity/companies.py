@@ -58,7 +58,8 @@ def main() -> None:
 def bucket(shared: SharedModel, length: int, *, companies: int) -> dict[str, int]:
     """Records of one length in random companies, compared with themselves alone."""
     draws, shapes = np.random.default_rng(length), shared.shapes
-    lengths = [*of_length(shapes, length, WATCHED, draws), *draws.integers(1, most(shapes), OTHERS, endpoint=True)]
+    longest = shapes.most_tokens(shapes.lengths[-1])
+    lengths = [*of_length(shapes, length, WATCHED, draws), *draws.integers(1, longest, OTHERS, endpoint=True)]
     records = SiteExamples(made_up(shared.model, lengths, draws), pad_id=0, shapes=shapes, device=shared.device)
     if shared.keeps_states:
         records.keep_frozen_states(shared.model)
@@ -96,13 +97,9 @@ def together(gradients: PerExampleGradients, records: SiteExamples, company: np.
 
 def of_length(shapes: Shapes, length: int, count: int, draws: np.random.Generator) -> list[int]:
     """Numbers of tokens that are padded to `length`, the most among them."""
-    fitting = [tokens for tokens in range(1, most(shapes) + 1) if shapes.length_of(tokens) == length]
+    longest = shapes.most_tokens(length)
+    fitting = [tokens for tokens in range(1, longest + 1) if shapes.length_of(tokens) == length]
     return [fitting[-1], *draws.choice(fitting, size=count - 1).tolist()]
-
-
-def most(shapes: Shapes) -> int:
-    """The tokens of the longest record."""
-    return shapes.full or shapes.lengths[-1] - 1
 
 
 if __name__ == "__main__":

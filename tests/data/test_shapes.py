@@ -139,15 +139,12 @@ def test_no_other_way_to_cut_is_less_work(run: tuple[Shapes, int], count: int, d
 
     found = [part.rows for part in shapes.cut(np.arange(count, dtype=np.int64), lengths)]
     assert found == sorted(found, reverse=True)
-    for rows in shapes.rows(length):  # all of one number, or the most there may be and one number for the rest
-        for first, left in (
-            ([], count),
-            (
-                [shapes.rows(length)[0]] * (count // shapes.room(length, shapes.rows(length)[0])),
-                count % shapes.room(length, shapes.rows(length)[0]),
-            ),
-        ):
-            assert work(found) <= work(first + [rows] * -(-left // shapes.room(length, rows)))
+    most = shapes.rows(length)[0]
+    full, left = divmod(count, shapes.room(length, most))
+    for rows in shapes.rows(length):
+        room = shapes.room(length, rows)
+        assert work(found) <= work([rows] * -(-count // room)), "all of one number"
+        assert work(found) <= work([most] * full + [rows] * -(-left // room)), "and one number for what is left over"
 
 
 def test_one_more_record_leaves_the_shape_of_every_other_as_it_was() -> None:

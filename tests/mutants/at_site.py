@@ -231,8 +231,8 @@ AT_SITE = (
         name="inexact-without-consent",
         fault="A machine that lets an example's company change how it is rounded is taken, whatever the policy says.",
         file=SHARED,
-        old="self._moved(self.shapes, inexact_allowed=self.inexact_allowed)",
-        new="self._moved(self.shapes, inexact_allowed=True)",
+        old="                elif not self.inexact_allowed:\n",
+        new="                elif False:\n",
         tests=OF_SHARED,
     ),
     Mutant(

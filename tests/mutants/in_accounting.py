@@ -50,7 +50,7 @@ ACCOUNTING = (
         file=ACCOUNTANT,
         old="""    for event, count in counted:
         accountant.compose(event, count)
-    return float(accountant.get_epsilon(delta))
+    return accountant
 
 
 def epsilon_above(""",
@@ -63,7 +63,7 @@ def epsilon_above(""",
     with mock.patch.object(losses, "from_gaussian_mechanism", optimistic):
         for event, count in counted:
             accountant.compose(event, count)
-    return float(accountant.get_epsilon(delta))
+    return accountant
 
 
 def epsilon_above(""",

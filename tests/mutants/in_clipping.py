@@ -5,17 +5,17 @@ from .mutant import Mutant
 STEP = "fedtune/training/dp_step.py"
 OF_STEP = ("tests/training/test_step_faults.py",)
 NORMS = "    norms = _norms(flat)\n"
-USABLE = "    usable = norms <= _LARGEST_NORM  # false for infinity and for NaN\n"
 BOUND = "    bound = max_grad_norm * (1 - _ROUNDING_ROOM)\n"
 WEIGHTS = "    weights = bound / norms.clamp(min=max(bound, SMALLEST_NORM)) / cell(max_grad_norm)\n"
-SCALED = "    scaled = {name: (gradient * _column(weights, gradient)).trunc_() for name, gradient in flat.items()}\n"
+SCALED = "    scaled = {name: one.mul_(weights[:, None]).trunc_() for name, one in flat.items()}\n"
 COMMENT = (
     "    # In whole numbers: a tensor's square norm is at most 2**48 where it is usable, so float64 sums it up "
     "exactly, and\n    # the square of the root that comes back rounds to it.\n"
 )
 SQUARES = "    squares = _added(_norm_of_rows(one).square().round() for one in scaled.values())\n"
-CHECKED = "    usable &= squares <= LARGEST_CELLS**2\n"
-FROM_THE_NORMS = NORMS + USABLE + BOUND + WEIGHTS + SCALED + COMMENT + SQUARES
+CHECKED = "    usable = squares <= LARGEST_CELLS**2  # false for NaN, which is what an infinite gradient has become\n"
+ALL = "    usable = torch.ones_like(norms, dtype=torch.bool)\n"
+FROM_THE_NORMS = NORMS + BOUND + WEIGHTS + SCALED + COMMENT + SQUARES
 
 CLIPPING = (
     Mutant(
@@ -23,7 +23,7 @@ CLIPPING = (
         fault="Gradients are summed as they are; noise and epsilon stay.",
         file=STEP,
         old=WEIGHTS + SCALED + COMMENT + SQUARES + CHECKED,
-        new="    weights = torch.ones_like(norms) / cell(max_grad_norm)\n" + SCALED,
+        new="    weights = torch.ones_like(norms) / cell(max_grad_norm)\n" + SCALED + ALL,
         tests=OF_STEP,
     ),
     Mutant(
@@ -46,8 +46,8 @@ CLIPPING = (
         file=STEP,
         old=SCALED + COMMENT + SQUARES,
         new="""    scaled = {
-        name: (gradient * _column(bound / _norm_of_rows(gradient).clamp(min=bound) / cell(max_grad_norm), gradient))
-        .trunc_() for name, gradient in flat.items()
+        name: one.mul_((bound / _norm_of_rows(one).clamp(min=bound) / cell(max_grad_norm))[:, None]).trunc_()
+        for name, one in flat.items()
     }
 """
         + "    squares = reduce(torch.maximum, [_norm_of_rows(one).square().round() for one in scaled.values()])\n",
@@ -58,7 +58,7 @@ CLIPPING = (
         fault="The norm is taken over the LoRA tensors alone; the head is scaled by their factor.",
         file=STEP,
         old=FROM_THE_NORMS,
-        new=(NORMS + USABLE + BOUND + WEIGHTS + SCALED + SQUARES)
+        new=(NORMS + BOUND + WEIGHTS + SCALED + SQUARES)
         .replace("_norms(flat)", '_norms({name: one for name, one in flat.items() if name != "head.weight"} or flat)')
         .replace("in scaled.values()", 'in ([scaled[n] for n in scaled if n != "head.weight"] or scaled.values())'),
         tests=OF_STEP,
@@ -70,10 +70,10 @@ CLIPPING = (
         old=SCALED + COMMENT + SQUARES + CHECKED,
         new="""    plain = torch.ones_like(norms) / cell(max_grad_norm)
     scaled = {
-        name: (gradient * _column(plain if name == "head.weight" else weights, gradient)).trunc_()
-        for name, gradient in flat.items()
+        name: one.mul_((plain if name == "head.weight" else weights)[:, None]).trunc_() for name, one in flat.items()
     }
-""",
+"""
+        + ALL,
         tests=OF_STEP,
     ),
     Mutant(
@@ -89,16 +89,16 @@ CLIPPING = (
         fault="A gradient that is not finite is kept, and one record turns the whole update into NaN, which tells that "
         "it was there.",
         file=STEP,
-        old=USABLE + BOUND + WEIGHTS + SCALED + COMMENT + SQUARES + CHECKED,
-        new="    usable = torch.ones_like(norms, dtype=torch.bool)\n" + BOUND + WEIGHTS + SCALED,
+        old=BOUND + WEIGHTS + SCALED + COMMENT + SQUARES + CHECKED,
+        new=BOUND + WEIGHTS + SCALED + ALL,
         tests=(f"{OF_STEP[0]}::test_a_gradient_that_is_not_finite_counts_as_zero_and_no_other_does",),
     ),
     Mutant(
         name="norms-in-float32",
         fault="Norms are taken in float32: over many like values they come out too small, and too much passes.",
         file=STEP,
-        old="torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)",
-        new="torch.linalg.vector_norm(rows, dim=1).double()",
+        old="torch.linalg.vector_norm(rows, dim=1)",
+        new="torch.linalg.vector_norm(rows.float(), dim=1).double()",
         tests=OF_STEP,
     ),
     Mutant(
@@ -157,7 +157,7 @@ CLIPPING = (
         file=STEP,
         old=SCALED,
         new="    scaled = {\n"
-        "        name: (lambda one: one.abs().ceil() * one.sign())(gradient * _column(weights, gradient))\n"
+        "        name: (lambda one: one.abs().ceil() * one.sign())(gradient * weights[:, None])\n"
         "        for name, gradient in flat.items()\n    }\n",
         tests=OF_STEP,
     ),
@@ -167,7 +167,7 @@ CLIPPING = (
         "more than the clip norm.",
         file=STEP,
         old=CHECKED,
-        new="",
+        new=ALL,
         tests=OF_STEP,
     ),
     Mutant(
@@ -183,8 +183,8 @@ CLIPPING = (
         fault="Contributions are added up in float32, which rounds by the company that they are in: more than one unit "
         "is moved by one.",
         file=STEP,
-        old="contribution.sum(dim=0, dtype=torch.float64)",
-        new="contribution.sum(dim=0)",
+        old="contribution.sum(dim=0)",
+        new="contribution.float().sum(dim=0)",
         tests=OF_STEP,
     ),
     Mutant(
@@ -201,8 +201,11 @@ CLIPPING = (
         fault="The try computes what frozen layers make of an example once, and never in other company: a mixing one "
         "passes.",
         file="fedtune/training/preflight.py",
-        old="            self._backwards.keep_frozen_states(model, lenient=False)\n",
-        new="            self._backwards._states = self._of_examples_backwards()\n\n"
+        old="        self._backwards = self._ready(made_up.backwards(), fewest)\n",
+        new="        self._backwards = SiteExamples(\n"
+        "            made_up.backwards(), pad_id=pad_id, shapes=fewest, device=model.device\n"
+        "        )\n"
+        "        self._backwards._states = self._of_examples_backwards()\n\n"
         "    def _of_examples_backwards(self) -> torch.Tensor | None:\n"
         "        states, ends = self._examples._states, self._examples._starts + self._examples._dataset.lengths\n"
         "        if states is None:\n"

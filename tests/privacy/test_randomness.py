@@ -456,8 +456,7 @@ MADE_UP = {
     # tried at: none is secret, and nothing of it is released.
     "preflight.py": {
         "check_examples_alone": {"random", "default_rng"},
-        "_Trial": {"random", "Generator"},  # the types of arguments
-        "_most_moved_by_place": {"random", "Generator"},
+        "_Trial": {"random", "Generator"},  # the type of an argument
         "_made_up": {"random", "Generator"},
         "_fill": {"random", "Generator", "randn"},
         "_generator": {"random", "Generator", "manual_seed"},

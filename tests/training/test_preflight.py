@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from fedtune.data import Shapes
 from fedtune.model import Adapter, LoraSpec, TaskModel
 from fedtune.spec import ConfigError
-from fedtune.training.preflight import _most_moved_by_place, check_examples_alone
+from fedtune.training.preflight import _Trial, check_examples_alone
 
 KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
@@ -270,13 +271,14 @@ def test_every_place_of_every_row_holds_a_token_once(last_layer: Any, path: str,
     model = last_layer(path, task)
     base = model.base.get_base_model()
     layers = base.encoder.layer if hasattr(base, "encoder") else base.model.layers
-    draws, length = np.random.default_rng(5), SHAPES.lengths[-1]
+    trial = partial(_Trial, model, SHAPES, np.random.default_rng(5), keeps_states=False, pad_id=0)
+    length = SHAPES.lengths[-1]
     rows = SHAPES.rows(length)[0]
     for row, token in ((rows - 1, length - 3), (rows // 2, length - 3), (0, 0)):
         plain, layers[0] = layers[0], RoundsOneRow(layers[0], row, token)
-        assert _most_moved_by_place(model, SHAPES, draws, False, 0, 0.1) > 0, (row, token)
+        assert trial().most_moved_by_place(0.1) > 0, (row, token)
         layers[0] = plain
-    assert _most_moved_by_place(model, SHAPES, draws, False, 0, 0.1) == 0
+    assert trial().most_moved_by_place(0.1) == 0
 
 
 def test_what_is_made_up_is_drawn_anew_each_time(last_layer: Any) -> None:

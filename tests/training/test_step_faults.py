@@ -63,8 +63,8 @@ def test_a_contribution_is_the_gradient_at_most_as_long_as_the_clip_norm_in_cell
     assert norms.min() < clip / 100 < 100 * clip < norms.max()
     expected = exact / np.maximum(norms, clip)[:, None] * CELLS
     found = contributions(gradients, clip)
-    # Float32 rounds by half a cell, what is cut off is less than one, and clipping aims 1e-6 lower.
-    assert np.abs(together(found) - expected).max() < 2 + 1e-6 * CELLS
+    # What is cut off is less than a cell, and clipping aims 1e-6 lower.
+    assert np.abs(together(found) - expected).max() < 1.001 + 1e-6 * CELLS
     assert all(square <= CELLS**2 for square in square_norms(found))
     assert max(square_norms(found)) > (CELLS * (1 - 1e-5)) ** 2
 
@@ -111,7 +111,7 @@ def test_many_like_values_are_bounded_too(size: int, count: int) -> None:
     assert all(0.99 * CELLS**2 < int(square) <= CELLS**2 for square in (found**2).sum(dim=1))
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_gradient_that_is_not_finite_counts_as_zero_and_no_other_does(bad: float) -> None:
     gradients = random_gradients(5)
     right = {name: one.clone() for name, one in contributions(gradients, 1.0).items()}
@@ -119,6 +119,13 @@ def test_a_gradient_that_is_not_finite_counts_as_zero_and_no_other_does(bad: flo
     for name, one in contributions(gradients, 1.0).items():
         assert not one[2].any()
         assert torch.equal(one[[0, 1, 3, 4]], right[name][[0, 1, 3, 4]])
+
+
+def test_the_largest_gradient_that_is_finite_is_clipped_like_any_other() -> None:
+    largest = torch.finfo(torch.float32).max
+    found = contributions({"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0)["a"]
+    assert torch.equal(found[0], found[1])
+    assert 0.99 * CELLS**2 < square_norms({"a": found})[0] <= CELLS**2
 
 
 # A whole step on made-up gradients.
