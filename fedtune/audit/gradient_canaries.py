@@ -218,9 +218,9 @@ class CanaryExamples(SiteExamples):
         units = self._records.gradients(self._canaries.gradients(of_each))
         return Watched(units, self._canaries.tally)
 
-    def keep_frozen_states(self, model: TaskModel, *, lenient: bool = True) -> None:
+    def keep_frozen_states(self, model: TaskModel, **how: Any) -> None:
         """Of the records; canaries have none."""
-        self._records.keep_frozen_states(model, lenient=lenient)
+        self._records.keep_frozen_states(model, **how)
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,10 +57,6 @@ class TextDataset:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def backwards(self) -> TextDataset:
-        """The same examples in the opposite order."""
-        return TextDataset(self.input_ids[::-1], self.targets[::-1])
-
 
 def tokenise_classification(
     records: Sequence[Record],

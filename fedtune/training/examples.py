@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -64,7 +64,9 @@ class SiteExamples:
         """What turns a micro-batch of `cut` into one gradient for each unit: here a unit is an example."""
         return of_each
 
-    def keep_frozen_states(self, model: TaskModel, *, lenient: bool = True) -> None:
+    def keep_frozen_states(
+        self, model: TaskModel, *, parts: Iterable[Part] | None = None, lenient: bool = True
+    ) -> None:
         """Run the layers below the first trained one over every record, once, and start later passes behind them.
 
         Speed for memory: `num_tokens` times the hidden size.  Each record's states depend on that record alone: they
@@ -74,6 +76,7 @@ class SiteExamples:
 
         Args:
             model: the same for the rest of a run, below its first trained layer.
+            parts: all records once, in the micro-batches to compute them in; None: as they are cut.
             lenient: false for made-up examples: one that cannot be computed raises.
 
         Raises:
@@ -82,7 +85,7 @@ class SiteExamples:
         if self._states is not None:
             return
         kept: torch.Tensor | None = None
-        for part in self.parts(np.arange(len(self), dtype=np.int64)):
+        for part in self.parts(np.arange(len(self), dtype=np.int64)) if parts is None else parts:
             batch = self.batch(part)
             states = _states(model, batch) if lenient else model.frozen_states(batch)
             if states is None:

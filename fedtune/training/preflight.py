@@ -8,9 +8,8 @@ What is made up is drawn anew each time, so that nobody can look for a model tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -112,19 +111,23 @@ class _Trial:
             # The longest first; it is left out of the other companies, for models that choose by the longest example.
             lengths += [most, *draws.integers(min(least, most), most, size=room - 1, endpoint=True)]
         made_up = _made_up(model, lengths, draws)
-        self._count = len(made_up)
-        # The same examples backwards and a few at a time: what frozen layers make of them has other company there, too.
-        fewest = replace(shapes, row_shares=shapes.row_shares[-1:])
-        self._examples = self._ready(made_up, shapes)
-        self._backwards = self._ready(made_up.backwards(), fewest)
+        self._whole = {length: self._part(places, length) for length, places in self._places.items()}
+        self._smaller = {length: tuple(self._companies(places, length)) for length, places in self._places.items()}
+        # What frozen layers make of the examples has the same two companies.
+        self._examples = self._ready(made_up, self._whole.values())
+        self._again = self._ready(made_up, (part for parts in self._smaller.values() for part in parts))
+
+    def _part(self, places: npt.NDArray[np.int64], length: int) -> Part:
+        """As many examples as a micro-batch may have."""
+        return Part(places, self._shapes.rows(length)[0], length)
 
     def _most_room(self, length: int) -> int:
         return self._shapes.room(length, self._shapes.rows(length)[0])
 
-    def _ready(self, dataset: TextDataset, shapes: Shapes) -> SiteExamples:
-        examples = SiteExamples(dataset, pad_id=self._pad_id, shapes=shapes, device=self._model.device)
+    def _ready(self, dataset: TextDataset, parts: Iterable[Part]) -> SiteExamples:
+        examples = SiteExamples(dataset, pad_id=self._pad_id, shapes=self._shapes, device=self._model.device)
         if self._keeps_states:
-            examples.keep_frozen_states(self._model, lenient=False)
+            examples.keep_frozen_states(self._model, parts=parts, lenient=False)
         return examples
 
     def most_moved(self, max_grad_norm: float) -> float:
@@ -133,22 +136,21 @@ class _Trial:
             return max(self._moved(gradients, length, max_grad_norm) for length in self._shapes.lengths)
 
     def _moved(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
-        places, (most_rows, *fewer) = self._places[length], self._shapes.rows(length)
-        whole = _gradients(gradients, self._examples.batch(Part(places, most_rows, length)))
+        whole = _gradients(gradients, self._examples.batch(self._whole[length]))
         moved = 0.0
-        for part in self._companies(places[1:][::-1], [*fewer] or [most_rows], length, longest=places[:1]):
-            backwards = replace(part, places=self._count - 1 - part.places)
-            other = _gradients(gradients, self._backwards.batch(backwards))
-            rows = torch.from_numpy(part.places - places[0])
+        for part in self._smaller[length]:
+            other = _gradients(gradients, self._again.batch(part))
+            rows = torch.from_numpy(part.places - self._places[length][0])
             here, there = _rows(whole, rows), _rows(other, torch.arange(len(rows)))
             moved = max(moved, _distance(here, there, max_grad_norm))
         return moved
 
-    def _companies(
-        self, places: npt.NDArray[np.int64], choices: list[int], length: int, *, longest: npt.NDArray[np.int64]
-    ) -> Iterator[Part]:
+    def _companies(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
         """The same examples in other rows, other order and every other number of rows; the longest one by itself."""
-        yield Part(longest, choices[-1], length)
+        most_rows, *fewer = self._shapes.rows(length)
+        choices = fewer or [most_rows]
+        yield Part(places[:1], choices[-1], length)
+        places = places[:0:-1]
         while len(places):
             rows, *choices = choices if len(choices) > 1 else choices * 2
             room = self._shapes.room(length, rows)
@@ -161,13 +163,12 @@ class _Trial:
         The longest of each length, every token supervised, in all rows: whatever place a kernel rounds otherwise, there
         is a token, and nothing but the place tells the rows apart.
         """
-        copied = [self._ready(self._copies(length), self._shapes) for length in self._shapes.lengths]
+        parts = [self._part(np.arange(self._most_room(length)), length) for length in self._shapes.lengths]
+        copied = [self._ready(self._copies(part.length), [part]) for part in parts]
         moved = 0.0
         with attached(self._model) as gradients:
-            for length, examples in zip(self._shapes.lengths, copied, strict=True):
-                places = np.arange(len(examples), dtype=np.int64)
-                part = Part(places, self._shapes.rows(length)[0], length)
-                found, rows = _gradients(gradients, examples.batch(part)), torch.from_numpy(places)
+            for part, examples in zip(parts, copied, strict=True):
+                found, rows = _gradients(gradients, examples.batch(part)), torch.from_numpy(part.places)
                 moved = max(moved, _distance(_rows(found, rows), _rows(found, torch.zeros_like(rows)), max_grad_norm))
         return moved
 

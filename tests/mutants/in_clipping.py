@@ -201,18 +201,18 @@ CLIPPING = (
         fault="The try computes what frozen layers make of an example once, and never in other company: a mixing one "
         "passes.",
         file="fedtune/training/preflight.py",
-        old="        self._backwards = self._ready(made_up.backwards(), fewest)\n",
-        new="        self._backwards = SiteExamples(\n"
-        "            made_up.backwards(), pad_id=pad_id, shapes=fewest, device=model.device\n"
-        "        )\n"
-        "        self._backwards._states = self._of_examples_backwards()\n\n"
-        "    def _of_examples_backwards(self) -> torch.Tensor | None:\n"
-        "        states, ends = self._examples._states, self._examples._starts + self._examples._dataset.lengths\n"
-        "        if states is None:\n"
-        "            return None\n"
-        "        spans = zip(self._examples._starts[::-1], ends[::-1], strict=True)\n"
-        "        return torch.cat([states[first:end] for first, end in spans])\n",
+        old="self._again = self._ready(made_up, (part for parts in self._smaller.values() for part in parts))",
+        new="self._again = self._examples",
         tests=("tests/training/test_preflight.py",),
+    ),
+    Mutant(
+        name="kept-states-tried-at-the-most-rows-alone",
+        fault="The try computes what frozen layers make of the examples as a data set is cut, in as few micro-batches "
+        "as they fit: a layer that rounds otherwise at a smaller number of rows passes.",
+        file="fedtune/training/preflight.py",
+        old="examples.keep_frozen_states(self._model, parts=parts, lenient=False)",
+        new="examples.keep_frozen_states(self._model, lenient=False)",
+        tests=("tests/training/test_preflight.py::test_frozen_layers_are_tried_at_every_number_of_rows",),
     ),
     Mutant(
         name="padded-to-the-longest",

@@ -176,6 +176,20 @@ def test_frozen_layers_whose_output_is_kept_are_tried_in_other_company_too(last_
         check(model, keeps=keeps)
 
 
+@pytest.mark.parametrize(
+    ("length", "rows"), [(length, rows) for length in SHAPES.lengths for rows in SHAPES.rows(length)]
+)
+def test_frozen_layers_are_tried_at_every_number_of_rows(last_layer: Any, length: int, rows: int) -> None:
+    model = last_layer()
+
+    def rounds_otherwise(_: nn.Module, __: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * (1 + 2e-6) if hidden.shape[:2] == (rows, length) else hidden
+
+    model.base.get_base_model().embeddings.register_forward_hook(rounds_otherwise)
+    with pytest.raises(ConfigError, match="another gradient in other company"):
+        check(model, keeps=True)
+
+
 @pytest.mark.parametrize("error", [IndexError, RuntimeError, ValueError, MemoryError, KeyError, AssertionError])
 @pytest.mark.parametrize("keeps", [False, True])
 def test_what_a_record_could_make_fail_is_a_mistake_in_the_settings(
@@ -290,4 +304,5 @@ def test_what_is_made_up_is_drawn_anew_each_time(last_layer: Any) -> None:
     check(model)
     first = len(seen)
     check(model)
-    assert all(not torch.equal(one, other) for one, other in zip(seen[:first], seen[first:], strict=True))
+    same = sum(torch.equal(one, other) for one, other in zip(seen[:first], seen[first:], strict=True))
+    assert same <= first // 10, "an example of one token may be drawn twice"
