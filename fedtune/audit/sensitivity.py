@@ -24,7 +24,7 @@ from fedtune.data import UNSUPERVISED, TextDataset
 from fedtune.model import TaskModel
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS
-from fedtune.privacy.policy_tables import Limits
+from fedtune.privacy.policy_tables import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import spec
 from fedtune.training import dp_step
@@ -74,15 +74,10 @@ def search(config: RunConfig, audit: AuditSpec, folder: Path, *, seed: int = 0) 
         ConfigError: the model cannot be loaded or trained.
     """
     shared = SharedModel(config)
-    found = _Search(shared, bound=_value_bound(config), seed=seed).over(audit.tries)
+    bound = adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, config.lora.scale)
+    found = _Search(shared, bound=bound, seed=seed).over(audit.tries)
     write_durably(folder / FILE, json.dumps(asdict(found), indent=1).encode() + b"\n")
     return found
-
-
-def _value_bound(config: RunConfig) -> float:
-    """What a site's policy allows by default."""
-    limits = Limits(min_noise_multiplier=1, max_sampling_rate=1, max_grad_norm=1, max_local_steps=1, max_rounds=1)
-    return limits.max_adapter_value / math.sqrt(max(1.0, config.lora.scale))
 
 
 class _Search:

@@ -39,7 +39,7 @@ REASONS: Mapping[Reason, str] = {
     Reason.MAX_LOCAL_STEPS: "too many steps in a round",
     Reason.MAX_ROUNDS: "too many rounds",
     Reason.MAX_RECORDS_PER_USER: "too many records of one user in a step",
-    Reason.MAX_ADAPTER_VALUE: "the adapter to train from has values out of range",
+    Reason.MAX_ADAPTER_VALUE: "the adapter to train from has a value that is not a finite number",
     Reason.DTYPES: "the base model may not be computed in this number format",
     Reason.MAX_LORA_SCALE: "the adapter is scaled up too much",
     Reason.MAX_HEAD_SCALE: "the task head is scaled up too much",

@@ -102,7 +102,7 @@ def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
 
     Raises:
         DataError: when the file cannot be read, decompressed, decoded or parsed, or when a value is
-            absent, blank, or neither text nor (for a label or a site) an integer.
+            absent, blank, or neither text nor (for a label, a site or a user) an integer.
     """
     for read in _unread(path, columns):
         if (record := read()) is not None:
@@ -244,8 +244,9 @@ def _require_one_user(value: object, *, at: str) -> None:
     """Refuse a record of several users: it would count for one of them, and the others would not be protected."""
     several = isinstance(value, list) or (isinstance(value, str) and any(mark in value for mark in _BETWEEN_NAMES))
     if several:
-        bound = "must name one user: a record of several has no place in training by user (docs/user_level.md), and an "
-        raise DataError(at, SEVERAL_USERS, f"{bound}id holds no {' '.join(_BETWEEN_NAMES)} (role user)")
+        marks = " ".join(_BETWEEN_NAMES)
+        bound = f"must name one user (role user): a value with one of {marks} is read as several, and the record of"
+        raise DataError(at, SEVERAL_USERS, f"{bound} several has no place in training by user (docs/user_level.md)")
 
 
 def _absent(present: Iterable[str], column: str, *, role: str, at: str) -> DataError:

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 _SHORTEST = 12
 _STEPS = (4, 5, 6)
-"""Lengths grow by these quarters of a power of two: padding stays below a quarter of a record, an eighth on average."""
+"""Lengths grow by these quarters of a power of two: a record is padded by a third of itself at most, by half before the
+last length; one below `_SHORTEST` is padded to that."""
 _TOKENS_OF_A_CALL = 200
 """What a micro-batch costs beside its tokens, in tokens: measured on MiniLM's last layer, 2 cores."""
 
@@ -46,7 +47,7 @@ class Shapes:
 
     Attributes:
         lengths: that rows are padded to, ascending.  The last one holds the longest record.
-        max_tokens: rows times length stays within it, where a row or two do.
+        max_tokens: rows times length is at most this, unless the fewest rows (1, or 2 at `full`) need more.
         full: the length that a record may fill whole, since the model has no position beyond it; 0: none.  A
             micro-batch of that length always has an empty row.
         row_shares: a micro-batch has the rows that `max_tokens` allows or, for what is left over, one of these parts.

@@ -73,8 +73,8 @@ def tokenise_classification(
         tokenizer: adds its own special tokens.
         labels: the declared label set; a label's class is its place there.
         max_length: most tokens of an example, special ones included.
-        lenient_within: of a text that cannot be encoded, or not into at least one id below this number, make an
-            example that adds nothing, so that no single record can stop the others.
+        lenient_within: of a text that cannot be encoded, has no token, or has an id that is not below this number, make
+            an example that adds nothing, so that no single record can stop the others.
 
     Raises:
         DataError: when a label is not declared, or a text has no token at all.

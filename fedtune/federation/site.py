@@ -189,7 +189,7 @@ def _check_adapter(site: Site, request: RoundRequest, adapter: Adapter, *, templ
         raise Refused(Reason.ADAPTER_SHAPE)
     if adapter.digest() != request.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=request.adapter_digest, allowed=adapter.digest())
-    # Larger values are brought into the site's bound before anything is computed with them (training.local.project).
+    # Larger values are brought into the site's bound before anything is computed with them (SiteWork.do).
     if not all(bool(np.isfinite(value).all()) for value in adapter.tensors.values()):
         raise Refused(Reason.MAX_ADAPTER_VALUE, asked="values that are not finite", allowed="finite values")
 

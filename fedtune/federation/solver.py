@@ -16,7 +16,7 @@ from fedtune.spec import ConfigError
 
 MOST_ROUNDS = 1_000_000
 """The search for rounds ends here."""
-_LEAST_NOISE, _MOST_NOISE = 1e-2, 1e4
+_LEAST_NOISE = 1e-2
 _TOLERANCE = 1e-5  # relative
 _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
 
@@ -85,7 +85,7 @@ def least_noise(plan: Plan, *, epsilon: float) -> float | None:
         lambda noise: coarse_epsilon(dataclasses.replace(plan, noise_multiplier=noise)),
         epsilon,
         start=plan.noise_multiplier,
-        bounds=(_LEAST_NOISE, _MOST_NOISE),
+        bounds=(_LEAST_NOISE, accountant.MOST_NOISE),
         rising=False,
     )
     return None if noise is None else math.ceil(noise * 1e4) / 1e4

@@ -72,8 +72,8 @@ def load_base(spec: ModelSpec, *, task: Task, device: torch.device | str = "cpu"
         ConfigError: for `model.path` or `model.sha256`.
     """
     if spec.path.startswith(RANDOM):
-        if spec.sha256 is not None:
-            check_sha256(spec)
+        if spec.sha256 is not None and spec.sha256 != (found := model_sha256(spec)):
+            raise ConfigError("model.sha256", spec.sha256, f"is not the hash of {spec.path}, which is {found}")
         model = tiny_base(spec.path, task, dtype=_DTYPES[spec.dtype])
     else:
         with _pinned_files(spec) as folder:
@@ -97,17 +97,6 @@ def model_sha256(spec: ModelSpec) -> str:
     for _, tensor in sorted(tiny_base(spec.path, "classification").state_dict().items()):
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-def check_sha256(spec: ModelSpec) -> None:
-    """Require the model to be the one that `spec.sha256` names."""
-    assert spec.sha256 is not None
-    if not spec.path.startswith(RANDOM):
-        manifest_of(model_folder(spec), gguf_file=spec.gguf_file).require(spec.sha256, path=spec.path)
-        return
-    found = model_sha256(spec)
-    if found != spec.sha256:
-        raise ConfigError("model.sha256", spec.sha256, f"is not the hash of {spec.path}, which is {found}")
 
 
 @contextmanager

@@ -40,7 +40,8 @@ def check_size(config: PreTrainedConfig, auto: Any, *, folder: Path, path: str) 
 def check_ignores_batch_length(base: nn.Module, *, path: str) -> None:
     """Require that nothing in the built model looks at a batch's length, whatever the config called it.
 
-    A batch is as long as its longest example, so one record would change what the model makes of the others.
+    Training pads to fixed lengths, but such a model may keep what the longest batch so far led to, and scoring pads to
+    the longest example: one record would change what the model makes of the others.
 
     Raises:
         ConfigError: for `model.path`.

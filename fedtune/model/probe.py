@@ -39,7 +39,7 @@ def check_examples_apart(base: nn.Module) -> None:
             )
 
 
-def check_causal(base: PreTrainedModel) -> None:
+def check_causal(base: PreTrainedModel, *, path: str) -> None:
     """Require that a token's logits don't depend on later tokens, which are what it is to predict.
 
     An encoder that says of itself that it is a decoder is refused as well: its head computes GELU in a function, which
@@ -48,15 +48,17 @@ def check_causal(base: PreTrainedModel) -> None:
     Raises:
         ConfigError: for `model.path`: an encoder loads as a causal language model without complaint.
     """
-    if base.config.model_type in ENCODERS:
-        raise ConfigError("model.path", type(base).__name__, "must be a decoder for causal_lm: it is an encoder")
+    needed = "must be a decoder for causal_lm"
+    kind = type(base.config).model_type  # of the class: a config's own attribute could say anything
+    if kind in ENCODERS:
+        raise ConfigError("model.path", path, f"{needed}: {kind} is an encoder")
     token_ids = torch.tensor(_TOKEN_IDS)
     later_changed = token_ids.clone()
     later_changed[:, -1] = token_ids[:, 0]
     with torch.no_grad():
         logits, changed = (_run(base, ids).logits[:, 0].float() for ids in (token_ids, later_changed))
     if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3):
-        raise ConfigError("model.path", type(base).__name__, "must be a decoder for causal_lm: it sees later tokens")
+        raise ConfigError("model.path", path, f"{needed}: its tokens see later ones")
 
 
 def _run(base: nn.Module, token_ids: torch.Tensor) -> Any:

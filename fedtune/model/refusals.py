@@ -5,12 +5,14 @@ Each file is checked as the bytes that will be loaded, before a library parses t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from fedtune.model.known_keys import OF_ANY_CONFIG, OF_SPECIAL_TOKENS_MAP, OF_TOKENIZER_CONFIG, WITHOUT_EFFECT
 from fedtune.model.tokenizer_rules import short, tokenizer_refusal
 from fedtune.spec import ConfigError
 
@@ -20,6 +22,7 @@ _MOST_DEPTH = 32
 _LARGEST_INTEGER = 1 << 24
 _MOST_LAYERS, _MOST_EXPERTS, _MOST_BLOCKS = 1 << 10, 1 << 10, 1 << 17
 
+_LOADS_MORE = "would load files or code other than the pinned ones"
 _REDIRECTING = frozenset(
     {"transformers_weights", "auto_map", "quantization_config", "custom_pipelines", "configuration_files"}
     | {"backbone", "backbone_config", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone"}
@@ -46,16 +49,6 @@ _IMPLEMENTATIONS = {
 
 _TOKENIZER_REDIRECTS = frozenset({"auto_map", "fast_tokenizer_files", "init_inputs"})
 _TOKENIZER_PATHS = re.compile(r".*_files?|.*_spm|vocab|merges")
-_WITHOUT_EFFECT = frozenset({"special_tokens_map_file", "tokenizer_file", "tokenizer_config_file", "added_tokens_file"})
-"""Old releases wrote where these lay. transformers puts the folder's own files in their places, always."""
-
-_SPECIAL_TOKENS = frozenset(
-    {f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
-    | {"additional_special_tokens", "extra_special_tokens"}
-)
-"""Keys of special_tokens_map.json. transformers hands each of its keys to the tokenizer, after it has put the folder's
-own name in place: another one would name a folder or a repository to read, and say that a hub may be asked."""
-
 STATIC_ROTARY = frozenset({"default", "linear", "yarn", "llama3", "proportional", "axial", "mrope"})
 """Rope types whose frequencies follow from the config alone; transformers 5.23 has two more: "dynamic", "longrope"."""
 
@@ -105,7 +98,7 @@ def config_refusal(fields: Any) -> str | None:
     largest = {"layers": 0, "experts": 0}
     for key, value in _entries(fields):
         if key in _REDIRECTING and value is not None:
-            return f"has {key}, which makes the loader read something else than the pinned files as they are"
+            return f"has {key}, which {_LOADS_MORE}"
         owner = re.fullmatch(r"_?(attn|experts)_implementation(_internal)?", key)
         if owner and not _is_own_implementation(value, allowed=_IMPLEMENTATIONS[owner[1]]):
             return f"has {key} = {short(value)}, which can load code; leave it out"
@@ -117,7 +110,7 @@ def config_refusal(fields: Any) -> str | None:
     layers, experts = largest["layers"], largest["experts"]
     if layers > _MOST_LAYERS or experts > _MOST_EXPERTS or layers * experts > _MOST_BLOCKS:
         return f"describes {layers} layers with {experts} experts, which is more than any model has"
-    return _rope_refusal(fields) or _architecture_refusal(fields)
+    return _rope_refusal(fields) or _architecture_refusal(fields) or _unknown_key_refusal(fields)
 
 
 def _architecture_refusal(fields: dict[str, Any]) -> str | None:
@@ -146,6 +139,21 @@ def rotary_refusal(rope_type: object) -> str | None:
     return f"has rope type {short(rope_type)}, of which fedtune does not know that a batch leaves its frequencies alone"
 
 
+def _unknown_key_refusal(fields: dict[str, Any]) -> str | None:
+    """Why a config of a known architecture is refused whose keys are not all known."""
+    # Here, so that who reads settings does not wait for it.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[fields["model_type"]])} | OF_ANY_CONFIG
+    unknown = next((key for key in fields if key not in known), None)
+    if unknown is None:
+        return None
+    return (
+        f"has {short(unknown)}, which is no known setting of a {fields['model_type']} model; one could change what is "
+        "loaded, so leave it out"
+    )
+
+
 def _is_own_implementation(value: Any, *, allowed: frozenset[str | None]) -> bool:
     values = value.values() if isinstance(value, dict) else (value,)
     return all(one is None or (isinstance(one, str) and one in allowed) for one in values)
@@ -169,16 +177,18 @@ def _tokenizer_refusal(fields: Any, *, may_name_own: bool) -> str | None:
         return "must be a JSON object"
     for key, value in fields.items():
         if key in _TOKENIZER_REDIRECTS and value:
-            return f"has {key}, which makes the loader read something else than the pinned files as they are"
-        without_effect = may_name_own and key in _WITHOUT_EFFECT
+            return f"has {key}, which {_LOADS_MORE}"
+        without_effect = may_name_own and key in WITHOUT_EFFECT
         if _TOKENIZER_PATHS.fullmatch(key) and isinstance(value, str) and not without_effect:
             return f"has {short(key)} = {short(value)}, which names another file"
+        if may_name_own and key not in OF_TOKENIZER_CONFIG and not (key.endswith("_token") and _is_token(value)):
+            return f"has {short(key)}, which is no known setting of a tokenizer; leave it out"
     return None
 
 
 def _map_refusal(fields: dict[str, Any]) -> str | None:
     for key, value in fields.items():
-        if key not in _SPECIAL_TOKENS:
+        if key not in OF_SPECIAL_TOKENS_MAP:
             return f"has {short(key)}, which is no special token"
         if not all(map(_is_token, _each_of(value))):
             return f"has {key} = {short(value)}, which is no token"

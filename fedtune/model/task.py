@@ -234,7 +234,7 @@ def assemble(spec: TaskModelSpec, *, device: torch.device | str) -> TaskModel:
     """The model with a head of zeros, checked to keep examples apart."""
     frozen = load_base(spec.model, task=spec.task, device=device)
     if spec.task == "causal_lm":
-        check_causal(frozen)
+        check_causal(frozen, path=spec.model.path)
     base = attach_lora(frozen, spec=spec.lora, task=spec.task, seed=spec.seed)
     check_examples_apart(base)
     return ClassificationModel(spec, base) if spec.task == "classification" else CausalLMModel(spec, base)

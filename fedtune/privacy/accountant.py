@@ -29,7 +29,8 @@ NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
 
 # Width of the buckets that privacy loss is rounded up to.  Coarser is faster and only ever reports more epsilon.
 FINE, COARSE = 1e-4, 1e-3
-_MOST_NOISE = 1e4
+MOST_NOISE = 1e4
+"""Largest noise multiplier of a plan; what asks for more asks for nothing."""
 
 
 def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) -> float:
@@ -112,7 +113,7 @@ def calibrate_noise(
     low, high = 0.0, 1.0
     while not within(high):
         low, high = high, 2 * high
-        if high > _MOST_NOISE:
+        if high > MOST_NOISE:
             raise ConfigError("privacy.epsilon", epsilon, f"cannot be reached in {steps} steps by any noise")
     while high - low > 1e-5 * high:
         middle = (low + high) / 2

@@ -14,8 +14,6 @@ from fedtune.privacy import accountant, events
 from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
 
-_MOST_NOISE = 1e4
-
 
 @spec
 class Plan:
@@ -55,8 +53,8 @@ class Plan:
         # Within these, accounting can be computed; no sensible plan is outside.
         check_at_least("sampling_rate", self.sampling_rate, 1e-15)
         for name in ("noise_multiplier", "metrics_noise_multiplier"):
-            if getattr(self, name) > _MOST_NOISE:
-                raise ConfigError(name, getattr(self, name), f"must be at most {_MOST_NOISE:g}")
+            if getattr(self, name) > accountant.MOST_NOISE:
+                raise ConfigError(name, getattr(self, name), f"must be at most {accountant.MOST_NOISE:g}")
         check_at_least("noise_multiplier", self.noise_multiplier, 0)
         check_at_least("metrics_noise_multiplier", self.metrics_noise_multiplier, 0)
         check_positive("max_grad_norm", self.max_grad_norm)

@@ -26,6 +26,7 @@ from fedtune.privacy.policy_tables import (
     Machine,
     Population,
     Releases,
+    adapter_bound,
 )
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
@@ -120,8 +121,8 @@ class Policy:
         return next(one.declared_size for one in self.dataset if one.id == dataset)
 
     def adapter_bound(self, lora_scale: float) -> float:
-        """The largest absolute value of an adapter here; the product of two matrices is scaled, so each by the root."""
-        return self.limits.max_adapter_value / math.sqrt(max(1.0, lora_scale))
+        """The largest absolute value of an adapter at this site."""
+        return adapter_bound(self.limits.max_adapter_value, lora_scale)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; an infinite cap becomes null."""

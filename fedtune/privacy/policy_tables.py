@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Literal
@@ -15,6 +16,7 @@ from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name
 
 PERIODS = ("month", "quarter", "year")
 DEFAULT_MIN_GRAD_NORM = 1e-3
+DEFAULT_MAX_ADAPTER_VALUE = 2.0
 AT_ONCE = "the time of a reply tells roughly how many records there are"
 """What `releases.reply_after_s = 0` means."""
 
@@ -119,8 +121,8 @@ class Limits:
         min_noise_multiplier: least noise of training and of released scores.
         max_sampling_rate: largest sampling rate.
         max_grad_norm: largest clip norm.
-        min_grad_norm: smallest clip norm that a run may ask for; a tiny one would turn gradients that are mostly
-            rounding into full contributions.
+        min_grad_norm: smallest clip norm that a run may ask for.  With tiny ones gradients are mostly rounding by the
+            time they are clipped; `training.dp_step` does not enlarge those below 0.001, whatever this says.
         max_local_steps: most noisy steps in a round.
         max_rounds: most rounds in a run, spare ones included.
         max_adapter_value: largest absolute value in an adapter, divided by the root of its scale where that is above 1.
@@ -140,7 +142,7 @@ class Limits:
     max_local_steps: int
     max_rounds: int
     min_grad_norm: float = DEFAULT_MIN_GRAD_NORM
-    max_adapter_value: float = 2.0
+    max_adapter_value: float = DEFAULT_MAX_ADAPTER_VALUE
     max_lora_scale: float = 32.0
     max_head_scale: float = 100.0
     max_records_per_user: int = 64
@@ -157,6 +159,11 @@ class Limits:
             raise ConfigError("min_grad_norm", self.min_grad_norm, bound)
         for key in ("max_local_steps", "max_rounds", "max_records_per_user"):
             check_at_least(key, getattr(self, key), 1)
+
+
+def adapter_bound(max_adapter_value: float, lora_scale: float) -> float:
+    """The largest absolute value of an adapter; the product of its matrices is scaled, so each of them by the root."""
+    return max_adapter_value / math.sqrt(max(1.0, lora_scale))
 
 
 @spec

@@ -87,7 +87,7 @@ class RandomStream:
             )
             if low == high and other_low == other_high:
                 return low, other_low
-        raise AssertionError("a keystream of a thousand zeros")
+        raise AssertionError("a thousand further bits decide a value, but for a chance below 2**-900")
 
     def _extended(self, bits: int) -> int:
         first, second = (int(more) for more in self.uniform64(2))

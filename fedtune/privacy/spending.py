@@ -20,8 +20,6 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run import Run
 
-_MOST_NOISE = 1e4
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpending:
@@ -234,7 +232,7 @@ def least_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> floa
     low = high = proposal.plan.noise_multiplier
     while not accepts(with_noise(high)):
         low, high = high, max(2 * high, 0.1)
-        if high > _MOST_NOISE:
+        if high > accountant.MOST_NOISE:
             return None
     while high - low > 1e-4 * high:
         middle = math.ceil((low + high) / 2 * 1e4) / 1e4

@@ -49,7 +49,6 @@ class Participants:
                 self.shared,
                 of_site,
                 declared_size=sizes[name],
-                keeps_frozen_states=self.shared.keeps_states,
                 max_adapter_value=self.sites.files(name).policy.adapter_bound(config.lora.scale),
             )
             for name, of_site in zip(federation.names, records, strict=True)

@@ -131,7 +131,6 @@ class RealSite:
             shared,
             own_records(shared.config.data, task=shared.config.task, key=key, unit=shared.config.privacy.unit),
             declared_size=size,
-            keeps_frozen_states=shared.keeps_states,
             max_adapter_value=files.policy.adapter_bound(shared.config.lora.scale),
             lenient=True,
         )
@@ -140,11 +139,7 @@ class RealSite:
         """The model, kept while runs want the same one on the same machine; only one that passed its try is kept."""
         size, inexact = policy.declared_size(config.data.dataset), policy.allow.inexact_gradients
         kept = self._shared
-        if (
-            kept is not None
-            and _same_model(kept.config, config)
-            and kept.serves(config, declared_size=size, inexact_allowed=inexact)
-        ):
+        if kept is not None and kept.serves(config, declared_size=size, inexact_allowed=inexact):
             self._shared = kept.for_run(config)
             return self._shared
         kept = self._shared = self._warm = None  # the old one goes before the new one comes
@@ -172,12 +167,3 @@ class RealSite:
         # JSON is YAML, too.
         write_durably(folder / "config.yaml", json.dumps(config.to_json(), indent=1).encode() + b"\n")
         log.info("the final adapter is kept", extra={"run": run})
-
-
-def _same_model(one: RunConfig, other: RunConfig) -> bool:
-    """Whether two runs train the same model, with the same machine settings and room for their examples."""
-
-    def decisive(config: RunConfig) -> tuple[object, ...]:
-        return config.task_model(), config.runtime, config.data.max_length, config.privacy.private
-
-    return decisive(one) == decisive(other)

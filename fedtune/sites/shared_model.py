@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,11 @@ from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model,
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
 from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
-from fedtune.training.preflight import check_examples_alone, require_exact
+from fedtune.training.preflight import moved_by_others, require_alone
 
-_passed: dict[str, tuple[Shapes, float]] = {}
-"""What was tried in this process and passed."""
+_Facts = tuple[Hashable, ...]
+_measured: dict[_Facts, tuple[Shapes, float]] = {}
+"""What trying a model came to in this process.  A figure stays: who asks again does not get another draw of it."""
 
 
 class SharedModel:
@@ -46,22 +47,21 @@ class SharedModel:
     """
 
     def __init__(self, config: RunConfig, *, declared_size: int | None = None, inexact_allowed: bool = False) -> None:
-        self.config, self.inexact_allowed = config, inexact_allowed
+        self.config = config
         self.device = device_for(config.runtime.device)
         self.tokenizer, self.model = _ready(config, lambda: build_task_model(config.task_model(), device=self.device))
         self.initial_adapter = Adapter.of(self.model)
         self.shapes = shapes_for(self.model, config.runtime, max_length=config.data.max_length)
         self.keeps_states = self._keeps_states(config, declared_size)
+        self._facts = self._facts_of(config, declared_size)
         self.moved = 0.0
         if config.privacy.private:
             self.shapes, self.moved = self._tried()
+            require_alone(self.moved, path=config.model.path, inexact_allowed=inexact_allowed)
 
     def serves(self, config: RunConfig, *, declared_size: int, inexact_allowed: bool) -> bool:
-        """Whether another run of the same model may train on it as it was tried."""
-        return (self.keeps_states, self.inexact_allowed) == (
-            self._keeps_states(config, declared_size),
-            inexact_allowed,
-        ) and config.privacy.max_grad_norm == self.config.privacy.max_grad_norm
+        """Whether another run wants the same model on the same machine, and may train on it as it was tried."""
+        return self._facts == self._facts_of(config, declared_size) and (inexact_allowed or self.moved == 0)
 
     def for_run(self, config: RunConfig) -> SharedModel:
         """The same loaded model for another run that trains it."""
@@ -71,6 +71,18 @@ class SharedModel:
             other.__dict__.pop(name, None)
         return other
 
+    def _facts_of(self, config: RunConfig, declared_size: int | None) -> _Facts:
+        """All that decides what a run's model is, and what comes of trying it."""
+        return (
+            config.task_model(),
+            config.runtime,
+            config.data.max_length,
+            config.privacy.private,
+            config.privacy.max_grad_norm,
+            self._keeps_states(config, declared_size),
+            torch.get_num_threads(),
+        )
+
     def _keeps_states(self, config: RunConfig, declared_size: int | None) -> bool:
         """By public numbers, so that no record decides: full length, and of a user the records of a step."""
         size = sum(config.declared_sizes().values()) if declared_size is None else declared_size
@@ -79,31 +91,23 @@ class SharedModel:
 
     def _tried(self) -> tuple[Shapes, float]:
         """The shapes in which no example's neighbours move it, else the plain ones and how far they do."""
-        config = self.config
-        machine = [str(self.device), torch.get_num_threads(), self.keeps_states, config.to_json()["runtime"]]
-        key = repr((machine, config.task_model(), self.shapes, config.privacy.max_grad_norm, self.inexact_allowed))
-        if key not in _passed:
-            moved = self._moved(self.shapes)
+        if self._facts not in _measured:
+            shapes, moved = self.shapes, self._moved(self.shapes)
             if moved > 0:
                 # Kernels of some machines go by the number of rows: with one number for each length they cannot.
-                plain = replace(self.shapes, row_shares=(1,))
-                if self._moved(plain) == 0:
-                    self.shapes, moved = plain, 0.0
-                elif not self.inexact_allowed:
-                    require_exact(moved, path=config.model.path)
-            # Stored once it has passed: a model that did not is tried, and refused, each time that it is asked for.
-            _passed[key] = (self.shapes, moved)
-        return _passed[key]
+                shapes = replace(shapes, row_shares=(1,))
+                moved = self._moved(shapes)
+            _measured[self._facts] = shapes, moved
+        return _measured[self._facts]
 
     def _moved(self, shapes: Shapes) -> float:
-        return check_examples_alone(
+        return moved_by_others(
             self.model,
             shapes,
             keeps_states=self.keeps_states,
             max_grad_norm=self.config.privacy.max_grad_norm,
             pad_id=self.tokenizer.pad_token_id,
             weights_chosen=not self.config.model.path.startswith(RANDOM),
-            inexact_allowed=True,  # judged after both shapes were tried
         )
 
     def tokenised(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,7 +35,6 @@ class SiteWork:
         shared: the model, which other sites of the process use in turn.
         records: the site's own.
         declared_size: the size that it publishes, in privacy units.
-        keeps_frozen_states: keep what the frozen layers make of each record.
         max_adapter_value: the site's bound on values of the adapter.
         lenient: no record may make the work fail, since a lead that chose the settings would learn of it.
     """
@@ -45,8 +43,7 @@ class SiteWork:
     shared: SharedModel
     records: SiteRecords
     declared_size: int
-    keeps_frozen_states: bool
-    max_adapter_value: float = math.inf
+    max_adapter_value: float
     lenient: bool = False
 
     @cached_property
@@ -87,7 +84,7 @@ class SiteWork:
     def _train(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
     ) -> Adapter:
-        if self.keeps_frozen_states:
+        if self.shared.keeps_states:
             self.examples.keep_frozen_states(self.shared.model)
         work = RoundOfTraining(
             site=self.site,

@@ -18,11 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.data import Batch
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise, cell, poisson_sample
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import RandomStream
-from fedtune.training.users import UserBatch
 
 Sums = dict[str, torch.Tensor]
 
@@ -31,7 +29,7 @@ SMALLEST_NORM = 1e-3
 would blow that up to a whole contribution (measured in simulations/sensitivity)."""
 # Clipping aims this far below the clip norm, so that rounding never lifts a contribution above it.
 _ROUNDING_ROOM = 1e-6
-LARGEST_CELLS = 2.0**GRID_BITS
+CLIP_NORM_CELLS = 2.0**GRID_BITS
 """A clip norm, in cells."""
 
 
@@ -50,12 +48,13 @@ class Records:
     Attributes:
         count: how many units there are; never leaves the site.
         declared_size: the number the site publishes, in the step's denominator.
-        cut: turns the indices of a logical batch into micro-batches.  How it cuts changes no bit of a sum.
+        cut: turns the indices of a logical batch into micro-batches, whose lengths are their numbers of units.  How it
+            cuts changes no bit of a sum.
     """
 
     count: int
     declared_size: int
-    cut: Callable[[npt.NDArray[np.int64]], Iterable[Batch | UserBatch]]
+    cut: Callable[[npt.NDArray[np.int64]], Iterable[Any]]
 
 
 def dp_sgd_step(
@@ -136,7 +135,7 @@ def contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -
     # In whole numbers: a tensor's square norm is at most 2**48 where it is usable, so float64 sums it up exactly, and
     # the square of the root that comes back rounds to it.
     squares = _added(_norm_of_rows(one).square().round() for one in scaled.values())
-    usable = squares <= LARGEST_CELLS**2  # false for NaN, which is what an infinite gradient has become
+    usable = squares <= CLIP_NORM_CELLS**2  # false for NaN, which is what an infinite gradient has become
     if not usable.all():
         scaled = {name: torch.where(usable[:, None], one, torch.zeros_like(one)) for name, one in scaled.items()}
     return scaled

@@ -19,16 +19,17 @@ from fedtune.data import UNSUPERVISED, Batch, Part, Shapes, TextDataset
 from fedtune.model import Adapter, TaskModel
 from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError
-from fedtune.training.dp_step import LARGEST_CELLS, contributions
+from fedtune.training.dp_step import CLIP_NORM_CELLS, contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import PerExampleGradients, attached
 
+_LARGEST_ROUNDING = 0.05
+"""In clip norms: an example that moves further is no longer rounded otherwise, it is mixed with others."""
 _SIZE = 0.2
 """Of the random values that the adapter is tried at: with B at zero, as training starts, the gradient of A is zero."""
-_MIXES = "mixes the examples of a batch, so none can be clipped by itself"
 
 
-def check_examples_alone(
+def moved_by_others(
     model: TaskModel,
     shapes: Shapes,
     *,
@@ -36,13 +37,12 @@ def check_examples_alone(
     max_grad_norm: float,
     pad_id: int = 0,
     weights_chosen: bool = True,
-    inexact_allowed: bool = False,
 ) -> float:
-    """Require that what an example adds to a sum is the same, bit for bit, whatever else is in its micro-batch.
+    """How far what an example adds to a sum was seen to move by what else is in its micro-batch (`require_alone`).
 
-    Examples are made up: of every length up to the longest, over the whole vocabulary, its ends included.  All that a
-    record could make fail (positions, ids, losses, memory) so fails here, before a round is charged and whatever the
-    records are.
+    Examples are made up: of each padded length the longest and some shorter ones, over the whole vocabulary, its ends
+    included.  What records of such lengths and ids could make fail (positions, losses, memory) so fails here, before a
+    round is charged.
 
     Args:
         model: with adapters; its values and weights are put back.
@@ -51,7 +51,6 @@ def check_examples_alone(
         max_grad_norm: the run's clip norm, for the measured bound.
         pad_id: that steps will fill with.
         weights_chosen: somebody chose the weights; those of a random model show already what others could hide.
-        inexact_allowed: go on where bits differ, as long as it is by rounding.
 
     Returns:
         The most that an example's clipped contribution was seen to move, in clip norms; 0.0: not by a bit.
@@ -77,19 +76,27 @@ def check_examples_alone(
         raise ConfigError("model.path", model.spec.model.path, bound) from error
     finally:
         before.load_into(model)
-    if moved > 0.05:
-        raise ConfigError("model.path", model.spec.model.path, _MIXES)
-    if not inexact_allowed:
-        require_exact(moved, path=model.spec.model.path)
     return moved
 
 
-def require_exact(moved: float, *, path: str) -> None:
-    """Refuse a model of which an example was seen to move by so many clip norms, if it was by a bit."""
-    if moved > 0:
+def require_alone(moved: float, *, path: str, inexact_allowed: bool) -> None:
+    """Require that what an example adds to a sum is the same, bit for bit, whatever else is in its micro-batch.
+
+    Args:
+        moved: how far one was seen to move, in clip norms.
+        path: of the model.
+        inexact_allowed: go on where bits differ, as long as it is by rounding.
+
+    Raises:
+        ConfigError: for `model.path`.
+    """
+    if moved > _LARGEST_ROUNDING:
+        raise ConfigError("model.path", path, "mixes the examples of a batch, so none can be clipped by itself")
+    if moved > 0 and not inexact_allowed:
         bound = (
-            f"gives an example another gradient in other company on this machine (by {moved:.1e} clip norms), so the "
-            "bound on one record is not exact here; a site's policy may accept that: allow.inexact_gradients"
+            "has another gradient for an example when other examples share its micro-batch on this machine (by up to "
+            f"{moved:.1e} clip norms), so the bound on one record is not exact here; a site may accept that: "
+            "inexact_gradients = true under [allow] in site.toml"
         )
         raise ConfigError("model.path", path, bound)
 
@@ -191,11 +198,11 @@ def _rows(gradients: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, t
 def _distance(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor], max_grad_norm: float) -> float:
     """The most that clipping makes of a difference between the gradients of the same examples, in clip norms."""
     left, right = contributions(ones, max_grad_norm), contributions(others, max_grad_norm)
-    squares = [(left[name].double() - right[name].double()).square().sum(dim=1) for name in left]
-    moved = float(torch.stack(squares).sum(dim=0).sqrt().max()) / LARGEST_CELLS
+    squares = [(left[name] - right[name]).square().sum(dim=1) for name in left]
+    moved = float(torch.stack(squares).sum(dim=0).sqrt().max()) / CLIP_NORM_CELLS
     if all(torch.equal(ones[name], others[name]) for name in ones):
         return moved
-    return max(moved, 1 / LARGEST_CELLS)  # bits that clipping happens to hide here
+    return max(moved, 1 / CLIP_NORM_CELLS)  # bits that clipping happens to hide here
 
 
 def _made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:

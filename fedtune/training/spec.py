@@ -1,4 +1,4 @@
-"""Settings of local training, and of the machine it runs on: only the first, and seeded noise, change a result."""
+"""Settings of local training, and of the machine it runs on: the latter change how a result is rounded, and no more."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +17,8 @@ from fedtune.data import Batch
 from fedtune.model import TaskModel
 from fedtune.privacy.mechanism import choose_records
 from fedtune.privacy.randomness import RandomStream
+from fedtune.training.dp_step import UnitGradients
 from fedtune.training.examples import SiteExamples
-
-if TYPE_CHECKING:  # above this in a step
-    from fedtune.training.dp_step import UnitGradients
 
 Places = npt.NDArray[np.int64]
 

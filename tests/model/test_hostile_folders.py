@@ -109,8 +109,9 @@ def pipe(name: str) -> Change:
 ROPE = {"rope_theta": 1e4, "factor": 2.0}
 LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 8}
 BATCH = "chooses its frequencies by the longest example of a batch"
-REDIRECTED = "makes the loader read something else"
+REDIRECTED = "would load files or code other than the pinned ones"
 
+NO_SETTING = "is no known setting of a bert model"
 UNKNOWN = "of which fedtune does not know that it computes each example of a batch by itself"
 
 REFUSED: dict[str, tuple[Change, str]] = {
@@ -122,6 +123,16 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "quantised": (config(quantization_config={"quant_method": "bitsandbytes"}), "has quantization_config"),
     "pipelines": (config(custom_pipelines={"p": {"impl": "p.P"}}), "has custom_pipelines"),
     "another config": (config(configuration_files=["config.4.0.0.json"]), "has configuration_files"),
+    # Keys by which transformers makes another one of an innocent one, or that it reads without declaring them.
+    "weights by an alias": (config(attribute_map={"notes": "transformers_weights"}, notes="x.safetensors"), NO_SETTING),
+    "a kernel by an alias": (config(attribute_map={"it": "_attn_implementation_internal"}, it="a/b"), NO_SETTING),
+    "quantised by an alias": (config(attribute_map={"notes": "quantization_config"}, notes={}), NO_SETTING),
+    "another type by an alias": (config(attribute_map={"model_type": "kind"}, kind="roberta"), NO_SETTING),
+    "kernels for parts": (config(fusion_config={"mlp": "me/kernel"}), "has fusion_config"),
+    "kernels for parts, by an alias": (config(attribute_map={"notes": "fusion_config"}, notes={}), NO_SETTING),
+    "layers of their own": (config(per_layer_config={"0": {"hidden_act": "gelu_new"}}), "has per_layer_config"),
+    "eyes for what comes": (config(is_causal=False), NO_SETTING),
+    "a tokenizer within": (sets("tokenizer_config.json", slow_tokenizer="x"), "is no known setting of a tokenizer"),
     "a kernel": (config(attn_implementation="kernels-community/flash-attn"), "attn_implementation.*can load code"),
     "a kernel, private": (config(_attn_implementation="me/kernel"), "can load code"),
     "a kernel, by part": (config(attn_implementation={"": "eager", "text_config": "me/kernel"}), "can load code"),

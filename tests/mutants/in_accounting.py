@@ -149,9 +149,9 @@ def epsilon_above(""",
         name="adapter-bound-without-the-root",
         fault="The bound on an adapter's values does not follow the scale, although what the model sees is "
         "the product of two matrices times it.",
-        file=POLICY,
-        old="self.limits.max_adapter_value / math.sqrt(max(1.0, lora_scale))",
-        new="self.limits.max_adapter_value",
+        file="fedtune/privacy/policy_tables.py",
+        old="max_adapter_value / math.sqrt(max(1.0, lora_scale))",
+        new="max_adapter_value",
         tests=("tests/privacy/test_policy.py",),
     ),
     Mutant(

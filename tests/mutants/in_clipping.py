@@ -13,7 +13,7 @@ COMMENT = (
     "exactly, and\n    # the square of the root that comes back rounds to it.\n"
 )
 SQUARES = "    squares = _added(_norm_of_rows(one).square().round() for one in scaled.values())\n"
-CHECKED = "    usable = squares <= LARGEST_CELLS**2  # false for NaN, which is what an infinite gradient has become\n"
+CHECKED = "    usable = squares <= CLIP_NORM_CELLS**2  # false for NaN, which is what an infinite gradient has become\n"
 ALL = "    usable = torch.ones_like(norms, dtype=torch.bool)\n"
 FROM_THE_NORMS = NORMS + BOUND + WEIGHTS + SCALED + COMMENT + SQUARES
 

@@ -43,8 +43,8 @@ MODEL_FAULTS = (
         name="rope-by-the-batch",
         fault="Rope types that follow a batch's longest example are loaded: one record changes the others.",
         file=REFUSALS,
-        old="    return _rope_refusal(fields) or _architecture_refusal(fields)\n",
-        new="    return _architecture_refusal(fields)\n",
+        old="_rope_refusal(fields) or _architecture_refusal(fields)",
+        new="_architecture_refusal(fields)",
         tests=HOSTILE_FOLDERS,
     ),
     Mutant(
@@ -52,8 +52,25 @@ MODEL_FAULTS = (
         fault="Every model that the library can build is taken, also those that size something by a batch's richest "
         "example: weights can hide from the try before a run that one record then turns all others.",
         file=REFUSALS,
-        old="    return _rope_refusal(fields) or _architecture_refusal(fields)\n",
-        new="    return _rope_refusal(fields)\n",
+        old="_rope_refusal(fields) or _architecture_refusal(fields) or _unknown_key_refusal(fields)",
+        new="_rope_refusal(fields)",
+        tests=HOSTILE_FOLDERS,
+    ),
+    Mutant(
+        name="any-key-of-a-config",
+        fault="config.json may have any key, and one of them makes transformers read an innocent other one as the name "
+        "of the file with the weights.",
+        file=REFUSALS,
+        old=" or _unknown_key_refusal(fields)",
+        new="",
+        tests=HOSTILE_FOLDERS,
+    ),
+    Mutant(
+        name="any-key-of-a-tokenizers-config",
+        fault="tokenizer_config.json may have any key, and each is an argument of the library's tokenizer.",
+        file=REFUSALS,
+        old="        if may_name_own and key not in OF_TOKENIZER_CONFIG and not (",
+        new="        if may_name_own and key in ('slow_tokenizer_file',) and not (",
         tests=HOSTILE_FOLDERS,
     ),
     Mutant(
@@ -94,7 +111,7 @@ MODEL_FAULTS = (
         name="map-names-a-repository",
         fault="special_tokens_map.json may tell the tokenizer's library which repository or folder to look into.",
         file="fedtune/model/refusals.py",
-        old="        if key not in _SPECIAL_TOKENS:\n",
+        old="        if key not in OF_SPECIAL_TOKENS_MAP:\n",
         new="        if key in ('vocab_file',):\n",
         tests=("tests/model/test_hostile_folders.py",),
     ),
@@ -110,8 +127,8 @@ MODEL_FAULTS = (
         name="encoder-as-a-decoder",
         fault="An encoder trains as a language model, with a head whose GELU rounds by its place in the batch.",
         file="fedtune/model/probe.py",
-        old="    if base.config.model_type in ENCODERS:\n",
-        new="    if base.config.model_type in ():\n",
+        old="    if kind in ENCODERS:\n",
+        new="    if kind in ():\n",
         tests=("tests/model/test_task.py",),
     ),
     Mutant(

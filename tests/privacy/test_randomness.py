@@ -360,7 +360,7 @@ def test_zeros_ask_for_ever_more_bits_and_then_stop() -> None:
     one = fed(0, 0, 0, 0, 0, 0, 9)
     assert one.rounded_normal(1, 1.0)[0] > 16
     assert len(one.drawn) == 2 + 2 * 4
-    with pytest.raises(AssertionError, match="a thousand zeros"):
+    with pytest.raises(AssertionError, match="a thousand further bits"):
         fed(*[0] * 200).rounded_normal(1, 1.0)
 
 
@@ -455,7 +455,7 @@ MADE_UP = {
     # The examples that a model is tried with, before any record is read, and the adapter and the weights that it is
     # tried at: none is secret, and nothing of it is released.
     "preflight.py": {
-        "check_examples_alone": {"random", "default_rng"},
+        "moved_by_others": {"random", "default_rng"},
         "_Trial": {"random", "Generator"},  # the type of an argument
         "_made_up": {"random", "Generator"},
         "_fill": {"random", "Generator", "randn"},

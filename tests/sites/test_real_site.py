@@ -213,8 +213,8 @@ def unfit(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         tried.append(model.spec.task)
         raise ConfigError("model", "tiny", "must give an example the same gradient alone and beside another")
 
-    monkeypatch.setattr(shared_model, "check_examples_alone", fail)
-    monkeypatch.setattr(shared_model, "_passed", {})
+    monkeypatch.setattr(shared_model, "moved_by_others", fail)
+    monkeypatch.setattr(shared_model, "_measured", {})
     return tried
 
 
@@ -239,14 +239,14 @@ def test_a_model_that_served_a_run_without_privacy_is_checked_before_a_private_o
 ) -> None:
     # For the first of them nothing has to be shown of the model's gradients.
     tried: list[bool] = []
-    original = shared_model.check_examples_alone
+    original = shared_model.moved_by_others
 
     def noted(*given: Any, **settings: Any) -> float:
         tried.append(True)
         return original(*given, **settings)
 
-    monkeypatch.setattr(shared_model, "check_examples_alone", noted)
-    monkeypatch.setattr(shared_model, "_passed", {})
+    monkeypatch.setattr(shared_model, "moved_by_others", noted)
+    monkeypatch.setattr(shared_model, "_measured", {})
     site = station(privacy={"mechanism": "none", "noise_multiplier": None})
     site.update()
     assert not tried

@@ -1,4 +1,4 @@
-"""A model is tried before a private run may train on it, and whatever did not pass is tried again."""
+"""A model is tried before a private run may train on it, and what came of it is judged each time."""
 
 from __future__ import annotations
 
@@ -14,31 +14,29 @@ from fedtune.sites import shared_model
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import ConfigError
 
-Tries = list[tuple[Shapes, bool]]
+Tries = list[Shapes]
 
 
 @pytest.fixture
 def outcome(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a try comes to: how far an example moves, or an error; nothing was tried before."""
     found: dict[str, Any] = {"moved": 0.0}
-    monkeypatch.setattr(shared_model, "_passed", {})
+    monkeypatch.setattr(shared_model, "_measured", {})
     return found
 
 
 @pytest.fixture
 def tries(monkeypatch: pytest.MonkeyPatch, outcome: dict[str, Any]) -> Tries:
-    """The shapes of each try, and whether a move was allowed."""
+    """The shapes of each try."""
     made: Tries = []
 
-    def check(model: Any, shapes: Shapes, *, inexact_allowed: bool, **_: Any) -> float:
-        made.append((shapes, inexact_allowed))
+    def moved(model: Any, shapes: Shapes, **_: Any) -> float:
+        made.append(shapes)
         if isinstance(outcome["moved"], Exception):
             raise outcome["moved"]
-        if outcome["moved"] and not inexact_allowed:
-            raise ConfigError("model.path", "tiny", "gives an example another gradient")
         return float(outcome["moved"])
 
-    monkeypatch.setattr(shared_model, "check_examples_alone", check)
+    monkeypatch.setattr(shared_model, "moved_by_others", moved)
     return made
 
 
@@ -50,16 +48,28 @@ def test_a_model_is_tried_once_for_private_runs_alone(letters: Callable[..., Run
     assert len(tries) == 1
 
 
-def test_a_model_that_fails_is_tried_and_refused_each_time(
+def test_a_model_that_cannot_be_tried_is_tried_and_refused_each_time(
     letters: Callable[..., RunConfig], tries: Tries, outcome: dict[str, Any]
 ) -> None:
-    outcome["moved"] = ConfigError("model.path", "tiny", "mixes the examples of a batch")
+    outcome["moved"] = ConfigError("model.path", "tiny", "cannot be trained on examples of 24 tokens here")
     for number in (1, 2, 3):
-        with pytest.raises(ConfigError, match="mixes the examples"):
+        with pytest.raises(ConfigError, match="cannot be trained"):
             SharedModel(letters())
         assert len(tries) == number
     outcome["moved"] = 0.0
     SharedModel(letters())
+
+
+@pytest.mark.parametrize(("moved", "message"), [(0.3, "mixes the examples"), (1e-7, "another gradient")])
+def test_who_asks_again_gets_no_other_draw_of_the_try(
+    letters: Callable[..., RunConfig], tries: Tries, outcome: dict[str, Any], moved: float, message: str
+) -> None:
+    outcome["moved"] = moved
+    for _ in range(3):
+        with pytest.raises(ConfigError, match=message):
+            SharedModel(letters())
+        assert len(tries) == 2, "once, and once more with plainer shapes"
+        outcome["moved"] = 0.0
 
 
 def test_a_machine_that_is_not_exact_is_taken_where_that_was_allowed_alone(
@@ -72,7 +82,7 @@ def test_a_machine_that_is_not_exact_is_taken_where_that_was_allowed_alone(
     assert SharedModel(letters(), inexact_allowed=True).moved == 1e-7
     with pytest.raises(ConfigError, match="another gradient"):
         SharedModel(letters())
-    assert {shapes.row_shares for shapes, _ in tries} == {(1, 2, 4, 8), (1,)}, "plainer shapes are tried too"
+    assert {shapes.row_shares for shapes in tries} == {(1, 2, 4, 8), (1,)}, "plainer shapes are tried too"
 
 
 def test_another_clip_norm_is_another_try(letters: Callable[..., RunConfig], tries: Tries) -> None:
@@ -87,7 +97,7 @@ def test_a_site_serves_no_request_on_a_model_that_fails_and_charges_nothing(
 ) -> None:
     site = station()  # made with a model that passes
     outcome["moved"] = ConfigError("model.path", "tiny", "mixes the examples of a batch")
-    shared_model._passed.clear()
+    shared_model._measured.clear()
     before = len(tries)
     for number in (1, 2):
         reply = site.ask()
@@ -102,7 +112,7 @@ def test_a_model_that_served_a_run_without_privacy_is_tried_before_a_private_one
     station: Callable[..., Any], letters: Callable[..., RunConfig], tries: Tries
 ) -> None:
     site = station(privacy={"mechanism": "none", "noise_multiplier": None})
-    shared_model._passed.clear()
+    shared_model._measured.clear()
     before = len(tries)
     site.update()
     assert len(tries) == before

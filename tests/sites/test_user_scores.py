@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_a_user_adds_one_score_to_the_sum_however_many_records_it_has(
     )
     for users in ({"one": 9, "another": 1}, {"one": 9}, {}):
         own = SiteRecords(training=records({"third": 3}), heldout=records(users))
-        work = SiteWork("north", shared, own, declared_size=40, keeps_frozen_states=False)
+        work = SiteWork("north", shared, own, declared_size=40, max_adapter_value=math.inf)
         assert work.do(request, shared.initial_adapter, 1, fingerprint_key=b"k").scores is not None
         assert summed[-1].shape == (len(users),)
         assert ((summed[-1] >= 0) & (summed[-1] <= 1)).all()

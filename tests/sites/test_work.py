@@ -103,9 +103,7 @@ def do(
     request = RoundRequest(
         proposal=proposal, round=1, site="north", adapter_digest="ab" * 32, receipt=None, expires=1e12
     )
-    work = SiteWork(
-        "north", shared, records, declared_size=40, keeps_frozen_states=False, max_adapter_value=max_adapter_value
-    )
+    work = SiteWork("north", shared, records, declared_size=40, max_adapter_value=max_adapter_value)
     return work.do(request, adapter or shared.initial_adapter, attempt, fingerprint_key=key)
 
 

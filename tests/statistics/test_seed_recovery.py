@@ -11,6 +11,7 @@ so that a search of all of them takes 2**16 times as long as the first of these:
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -232,7 +233,7 @@ def work(simulate: Callable[..., Path], tmp_path_factory: Any) -> Any:
     )
     name = config.federation.names[0]
     size = config.declared_sizes()[name]
-    return SiteWork(name, shared, records[0], declared_size=size, keeps_frozen_states=False)
+    return SiteWork(name, shared, records[0], declared_size=size, max_adapter_value=math.inf)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fedtune.data import Shapes
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, build_task_model
 from fedtune.model.refusals import ARCHITECTURES
 from fedtune.model.tiny import tiny_tokenizer
-from fedtune.training.preflight import check_examples_alone
+from fedtune.training.preflight import moved_by_others
 
 ENCODERS = {"bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"}
 TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -37,7 +38,10 @@ TARGETS = {
 def test_an_example_s_company_moves_it_by_no_bit(name: str, tmp_path: Path) -> None:
     encoder = name in ENCODERS
     shape = SHAPE.get(name) or (TINY if encoder else {**TINY, "num_key_value_heads": 1, "head_dim": 16})
-    config = CONFIG_MAPPING[name](**shape, max_position_embeddings=64, pad_token_id=0, initializer_range=0.2)
+    kind = CONFIG_MAPPING[name]
+    wanted = {**shape, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.2}
+    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    config = kind(**{key: value for key, value in wanted.items() if key in known})
     torch.manual_seed(0)
     (AutoModel if encoder else AutoModelForCausalLM).from_config(config).save_pretrained(tmp_path)
     tiny_tokenizer("random:bert" if encoder else "random:llama").save_pretrained(tmp_path)
@@ -51,5 +55,11 @@ def test_an_example_s_company_moves_it_by_no_bit(name: str, tmp_path: Path) -> N
             seed=3,
         )
     )
+    base = model.base.get_base_model()
+    weights = {one.data_ptr() for one in base.parameters()}
+    beside = [
+        key for key, one in base.state_dict().items() if one.is_floating_point() and one.data_ptr() not in weights
+    ]
+    assert beside == [], "the try puts random weights in place of parameters alone"
     shapes = Shapes.of(max_length=12, max_tokens=64, positions=60)
-    assert check_examples_alone(model, shapes, keeps_states=False, max_grad_norm=1.0) == 0.0
+    assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0) == 0.0
