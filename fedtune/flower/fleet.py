@@ -56,7 +56,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedtune.flower.fleet_errors import Dropped, Foreign, Unauthorised, Unreachable
-from fedtune.flower.tls import Tls, refusal
+from fedtune.flower.tls import Tls, refusal, staying
 from fedtune.spec import ConfigError
 
 HELLO = "/v1/fedtune/hello"
@@ -77,14 +77,16 @@ class Fleet:
         self._server, self._tls = server, tls
         private, public = node_key(tls.key)
         self._public = public_key_to_bytes(public)
-        self._client = FleetHttpClient(
-            f"https://{server}",
-            interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(private, public),
-            ],
-            verify=tls.client_context(),
-            timeout=_CALL_TIMEOUT_S,
+        self._client = staying(
+            FleetHttpClient(
+                f"https://{server}",
+                interceptors=[
+                    RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                    NodeAuthHttpInterceptor(private, public),
+                ],
+                verify=tls.client_context(),
+                timeout=_CALL_TIMEOUT_S,
+            )
         )
         self._node: Node | None = None
         self._may_have_lost_one = False
@@ -275,6 +277,8 @@ def _in_our_words() -> Iterator[None]:
         yield
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
+        if error.response.is_redirect:
+            raise Unreachable(f"the server sends elsewhere ({status}), which is never followed") from error
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
             raise Unauthorised(f"the server does not take this site's key ({status})") from error
         if status < httpx.codes.INTERNAL_SERVER_ERROR:

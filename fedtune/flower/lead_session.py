@@ -26,12 +26,13 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from fedtune.flower.signed_calls import LeadSignature
-from fedtune.flower.tls import Tls
+from fedtune.flower.tls import Tls, staying
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
@@ -57,9 +58,8 @@ class LeadSession:
         signature, version = LeadSignature(key), RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
 
         def client(*token: RuntimeTokenHttpInterceptor) -> _LeadClient:
-            return _LeadClient(
-                f"https://{server}", interceptors=[version, *token, signature], verify=tls.client_context()
-            )
+            signed: tuple[ProtobufClientInterceptor, ...] = (version, *token, signature)
+            return staying(_LeadClient(f"https://{server}", interceptors=signed, verify=tls.client_context()))
 
         with client() as opening:
             opening.start_run(StartRunRequest(fab=Fab(content=_bundle())))

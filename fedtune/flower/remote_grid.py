@@ -100,7 +100,7 @@ class RemoteGrid(Grid):
                 for number, answer in self._collect(open_):
                     answers[number] = answer
             except httpx.HTTPStatusError as error:
-                if error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+                if error.response.is_redirect or error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
                     self._wait_for_server(error)
                 elif self._session is None:
                     raise self._refused(error) from error
@@ -193,6 +193,8 @@ class RemoteGrid(Grid):
             return RunError(
                 f"{self._server} does not take this lead's signature: another federation's kit, or a wrong clock"
             )
+        if error.response.is_redirect:
+            return RunError(f"{self._server} sends elsewhere ({error.response.status_code}), which is never followed")
         return RunError(f"{self._server} cannot start a run ({error.response.status_code})")
 
     def _wait_for_server(self, error: Exception) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
+from flwr.supercore.protobuf.client import ProtobufClient
+
+_Client = TypeVar("_Client", bound=ProtobufClient)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +33,15 @@ class Tls:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(self.certificate, self.key)
         return context
+
+
+def staying(client: _Client) -> _Client:
+    """The same client, calling no address but its own: Flower's would follow a redirect with its signed headers.
+
+    Whoever runs the server could so make a site or a lead call any address in its network, also without TLS.
+    """
+    client._client.follow_redirects = False
+    return client
 
 
 def refusal(error: BaseException) -> str | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 OF_ANY_CONFIG = frozenset(
     # Of every config, or of every older one.
-    {"model_type", "_name_or_path", "torch_dtype", "num_labels", "output_attentions", "attn_implementation"}
-    | {"finetuning_task", "gradient_checkpointing", "position_embedding_type", "tokenizer_class", "torchscript"}
-    | {"use_bfloat16", "transformers.js_config", "task_specific_params", "prefix", "sep_token_id", "cls_token_id"}
-    | {"mask_token_id", "decoder_start_token_id", "use_cache", "tie_encoder_decoder", "output_past"}
+    {"model_type", "_name_or_path", "_model_name_or_path", "torch_dtype", "num_labels", "output_attentions"}
+    | {"attn_implementation", "finetuning_task", "gradient_checkpointing", "position_embedding_type", "prefix"}
+    | {"tokenizer_class", "torchscript", "use_bfloat16", "transformers.js_config", "task_specific_params"}
+    | {"sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id", "use_cache"}
+    | {"tie_encoder_decoder", "output_past"}
     # How to generate: transformers leaves these out.
     | {"max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"}
     | {"temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"}
@@ -21,7 +22,7 @@ OF_ANY_CONFIG = frozenset(
     # In well-known models, and read by no code.
     | {"directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"}
     | {"pooler_size_per_head", "pooler_type", "n_ctx", "is_llama_config", "use_mrope", "tie_weights_"}
-    | {"pretraining_tp"}
+    | {"pretraining_tp", "feed_forward_length"}
 )
 """Keys of config.json that are taken beside those that an architecture's own config declares.  A list, since
 transformers makes an attribute of any other: with `attribute_map` an innocent key is read as `transformers_weights`,

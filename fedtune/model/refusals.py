@@ -144,7 +144,8 @@ def _unknown_key_refusal(fields: dict[str, Any]) -> str | None:
     # Here, so that who reads settings does not wait for it.
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[fields["model_type"]])} | OF_ANY_CONFIG
+    declared = {field.name for field in dataclasses.fields(CONFIG_MAPPING[fields["model_type"]])}
+    known = declared | OF_ANY_CONFIG | _REDIRECTING  # of the last, null alone has come so far
     unknown = next((key for key in fields if key not in known), None)
     if unknown is None:
         return None

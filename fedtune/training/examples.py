@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from fedtune.data import Batch, Part, Shapes, TextDataset, collate
 from fedtune.data.batching import one_at_a_time
 from fedtune.model import TaskModel
-from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import panics_as_errors
 from fedtune.training.dp_step import UnitGradients
 
@@ -51,10 +50,6 @@ class SiteExamples:
     def cut(self, indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
         """The chosen records in micro-batches; what a record adds to a sum is the same, bit for bit, in each."""
         return map(self.batch, self.parts(indices))
-
-    def cut_with(self, stream: RandomStream) -> Callable[[npt.NDArray[np.int64]], Iterator[Batch]]:
-        """`cut`: unlike a user, a record takes part whole."""
-        return self.cut
 
     def batch(self, part: Part) -> Batch:
         """The records of `part` as one micro-batch, in their order."""

@@ -63,9 +63,7 @@ def train_round(
     purpose = (work.site, work.round, work.attempt)
     by_user = isinstance(examples, UserExamples)
     assert by_user == (work.plan.unit == "user"), "what is sampled and what the plan counts differ"
-    # A stream of its own, for users: which of a sampled one's records take part, drawn anew in every step.
-    cut = examples.cut_with(randomness.stream(*purpose, "records"))
-    records = Records(count=len(examples), declared_size=work.declared_size, cut=cut)
+    records = _units(examples, work, randomness)
     sampling = randomness.stream(*purpose, "sampling")
     noise = randomness.stream(*purpose, "noise")
 
@@ -106,6 +104,15 @@ def project(parameters: Mapping[str, torch.nn.Parameter], most: float) -> None:
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.nan_to_num_(0.0, most, -most).clamp_(-most, most)
+
+
+def _units(examples: SiteExamples | UserExamples, work: RoundOfTraining, randomness: Randomness) -> Records:
+    """The privacy units that a step samples from."""
+    if not isinstance(examples, UserExamples):
+        return Records(count=len(examples), declared_size=work.declared_size, cut=examples.cut)
+    # A stream of its own, drawn from in every step: which of a sampled user's records take part.
+    choosing = randomness.stream(work.site, work.round, work.attempt, "records")
+    return Records(count=len(examples), declared_size=work.declared_size, cut=examples.cut_with(choosing))
 
 
 def plain_step(

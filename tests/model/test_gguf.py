@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fedtune.model import ModelSpec, load_base, load_tokenizer
 from fedtune.model.gguf import expanded_gguf, load_gguf
+from fedtune.model.known_keys import OF_ANY_CONFIG
+from fedtune.model.refusals import ARCHITECTURES
 from fedtune.spec import ConfigError
 
 SMOLLM2 = ModelSpec(
@@ -57,3 +62,10 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(ConfigError, match=r"model\.cache_dir"):
         expanded_gguf(tmp_path / "x.gguf", sha256="ab", cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES & GGUF_CONFIG_MAPPING.keys()))
+def test_what_the_library_makes_of_a_files_metadata_is_known(architecture: str) -> None:
+    known = OF_ANY_CONFIG | {field.name for field in dataclasses.fields(CONFIG_MAPPING[architecture])}
+    for part in (architecture, "general", "tokenizer"):
+        assert {key for key in GGUF_CONFIG_MAPPING[part].values() if key} <= known
