@@ -36,28 +36,31 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--companies", type=int, default=1000, help="of every line and number of threads")
     arguments.add_argument("--only", nargs="*", help="names of lines, or parts of them")
+    arguments.add_argument("--threads", type=int, nargs="*", default=(1, 2))
+    arguments.add_argument("--seed", type=int, default=0, help="another one adds to what a line has so far")
     options = arguments.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"lines": {}}
     results["machine"] = f"{platform.machine()}, CPU only"
     for name in NAMES:
         if options.only and not any(one in name for one in options.only):
             continue
-        for threads in (1, 2):
+        for threads in options.threads:
             torch.set_num_threads(threads)
             shared = SharedModel(compose_run(LINES[name][1]))
             buckets = shared.shapes.lengths
-            line = results["lines"][f"{name}, threads: {threads}"] = {"companies": 0, "compared": 0, "differed": 0}
+            line = results["lines"].setdefault(f"{name}, threads: {threads}", {})
             line["buckets"] = list(buckets)
             for length in buckets:
-                for key, value in bucket(shared, length, companies=-(-options.companies // len(buckets))).items():
-                    line[key] += value
+                found = bucket(shared, length, companies=-(-options.companies // len(buckets)), seed=options.seed)
+                for key, value in found.items():
+                    line[key] = line.get(key, 0) + value
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             print(name, threads, line, flush=True)
 
 
-def bucket(shared: SharedModel, length: int, *, companies: int) -> dict[str, int]:
+def bucket(shared: SharedModel, length: int, *, companies: int, seed: int) -> dict[str, int]:
     """Records of one length in random companies, compared with themselves alone."""
-    draws, shapes = np.random.default_rng(length), shared.shapes
+    draws, shapes = np.random.default_rng([length, seed] if seed else length), shared.shapes
     longest = shapes.most_tokens(shapes.lengths[-1])
     lengths = [*of_length(shapes, length, WATCHED, draws), *draws.integers(1, longest, OTHERS, endpoint=True)]
     records = SiteExamples(made_up(shared.model, lengths, draws), pad_id=0, shapes=shapes, device=shared.device)
