@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from fedtune.privacy import accountant
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
+from fedtune.privacy.release import Offer
 from fedtune.spec import ConfigError, check_at_least, spec
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
@@ -142,6 +143,33 @@ class RunConfig:
         """Plain JSON, from which `parse` makes the same configuration."""
         return dataclasses.asdict(self)
 
+    @property
+    def may_be_fitted(self) -> bool:
+        """Whether rounds or noise may follow from what the sites' budgets have room for."""
+        return self.privacy.private and self.federation.if_over_budget != "stop"
+
+    def can_use(self, offer: Offer) -> bool:
+        """Whether a site that offers so much has room for anything that may be changed."""
+        return bool(offer.most_rounds if self.federation.if_over_budget == "fewer_rounds" else offer.least_noise)
+
+    def fitted_to(self, offers: Sequence[Offer]) -> RunConfig:
+        """The same, with as many rounds or as little noise as each of these sites has room for.
+
+        `federation.if_over_budget` says which of the two; the noise stays the plan's where rounds become fewer.
+        """
+        plan, settings = self.plan(), self.to_json()
+        match self.federation.if_over_budget:
+            case "fewer_rounds":
+                rounds = min((offer.most_rounds for offer in offers), default=plan.num_rounds)
+                if rounds < plan.num_rounds:
+                    settings["federation"]["num_rounds"] = rounds
+                    settings["privacy"]["noise_multiplier"] = plan.noise_multiplier
+            case "more_noise":
+                noise = max((offer.least_noise or 0.0 for offer in offers), default=0.0)
+                if noise > plan.noise_multiplier:
+                    settings["privacy"]["noise_multiplier"] = noise
+        return parse(settings)
+
     def decisive(self) -> dict[str, Any]:
         """What can change a result, as plain JSON: not names, places and speeds.
 
@@ -150,7 +178,8 @@ class RunConfig:
         fields = self.to_json()
         for key in ("name", "resume", "tracking", "report"):
             del fields[key]
-        for group, key in (("evaluation", "max_tokens"), ("federation", "round_timeout_s"), ("model", "cache_dir")):
+        patience = [("federation", key) for key in ("round_timeout_s", "enough_sites", "grace_s")]
+        for group, key in (("evaluation", "max_tokens"), *patience, ("model", "cache_dir")):
             del fields[group][key]
         if self.privacy.unit == "record":
             del fields["privacy"]["records_per_user"]  # of no effect; runs from before there was one go on

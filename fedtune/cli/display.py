@@ -107,6 +107,8 @@ class Display:
             f"epsilon {epsilon}",
             f"{last.seconds:.1f} s",
         ]
+        if last.diverged:
+            parts.append("[red]diverged: back to the adapter before[/red]")
         # Rounds still to come at this run's own pace, so that also a log without a bar says how long.
         left = (rounds - last.round) * state.seconds / max(1, last.round)
         if left:

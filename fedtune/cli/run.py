@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fedtune.cli.compose import compose_run, saved_config
 from fedtune.cli.run_arguments import ACTIONS
-from fedtune.cli.run_folder import folder_of, is_running, make, run_in_folder
+from fedtune.cli.run_folder import folder_of, is_running, make, run_in_folder, told
 from fedtune.config import RunConfig
 from fedtune.deploy.kits import Kit, Member
 from fedtune.spec import ConfigError, RunError
@@ -62,10 +62,12 @@ def _start(words: Sequence[str], *, kit: Kit) -> None:
     folder = folder_of(config)
     from fedtune.deploy.lead_service import LeadService
 
+    lead, console = LeadService(kit=kit), Console()
     if config.resume is None:
+        config = told(console, config, lead.fitted(config))
         make(folder, config)
     again = f"fedtune run resume {folder} --kit {kit.folder}"
-    run_in_folder(config, folder, Console(), work=LeadService(kit=kit).run, again=again)
+    run_in_folder(config, folder, console, work=lead.run, again=again)
 
 
 def composed(words: Sequence[str], *, kit: Kit) -> RunConfig:

@@ -98,6 +98,14 @@ def make(folder: Path, config: RunConfig) -> None:
         raise ConfigError("tracking.output_dir", config.tracking.output_dir, bound) from None
 
 
+def told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
+    """The configuration that fits the sites' budgets, after saying how it differs from what was asked."""
+    if fits != asked:
+        rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
+        console.print(f"The sites' budgets have room for {rounds} rounds at noise multiplier {noise:g}.")
+    return fits
+
+
 def _remove(folder: Path) -> None:
     for name in ("checkpoints", "sites"):  # without a checkpoint no site was asked, so no ledger has begun
         shutil.rmtree(folder / name, ignore_errors=True)

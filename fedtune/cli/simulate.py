@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fedtune.cli.compose import compose_run, compose_sweep
-from fedtune.cli.run_folder import folder_of, make, run_in_folder
+from fedtune.cli.run_folder import folder_of, make, run_in_folder, told
 from fedtune.config import RunConfig
 from fedtune.spec import ConfigError
 
@@ -40,15 +40,7 @@ def _run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
     from fedtune.sites.virtual_site import fitted
 
     if config.resume is None:
-        config = _told(console, config, fitted(config, folder))
+        config = told(console, config, fitted(config, folder))
         make(folder, config)
     again = f"fedtune simulate resume={folder}"
     return run_in_folder(config, folder, console, work=run_simulation, again=again)
-
-
-def _told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
-    """The configuration that fits the sites' budgets, after saying how it differs from what was asked."""
-    if fits != asked:
-        rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
-        console.print(f"The sites' budgets have room for {rounds} rounds at noise multiplier {noise:g}.")
-    return fits

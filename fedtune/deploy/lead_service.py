@@ -15,7 +15,14 @@ from fedtune.config import RunConfig
 from fedtune.deploy.kit_tls import tls_of
 from fedtune.deploy.kits import Kit, Member, read_roster
 from fedtune.federation.receipt_book import ReceiptBook
-from fedtune.flower.deployment import DeployedListener, KnownSite, LeadConnection, end_deployed, run_deployed
+from fedtune.flower.deployment import (
+    DeployedListener,
+    KnownSite,
+    LeadConnection,
+    end_deployed,
+    fitted_deployed,
+    run_deployed,
+)
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError, RunError
@@ -70,6 +77,14 @@ class LeadService:
                 receipts=ReceiptBook(self.kit.folder / RECEIPTS),
                 listener=_Noted(listener, folder),
             )
+
+    def fitted(self, config: RunConfig) -> RunConfig:
+        """`config` with as many rounds or as little noise as the sites have room for, where it asks for that.
+
+        Raises:
+            ConfigError, RunError, RefusedError: as for `run`.
+        """
+        return fitted_deployed(config, connection=self._connection(config)) if config.may_be_fitted else config
 
     def end(self, config: RunConfig, *, timeout_s: float) -> list[str]:
         """Tell the run's sites that it is over for good; returns those that heard it."""

@@ -26,7 +26,7 @@ from fedtune.flower.fleet import Fleet
 from fedtune.flower.fleet_errors import Dropped, Unauthorised, Unreachable
 from fedtune.flower.node import Exchange, SiteApp
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Refusal
+from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.sites.real_site import RealSite, SitePlaces
 from fedtune.spec import ConfigError, RunError
@@ -170,7 +170,7 @@ class _Loop:
     def _note(self, exchange: Exchange, *, seconds: float) -> None:
         """Say in the log what was answered, and put a run that waits where `fedtune site approve` finds it."""
         answered = exchange.answered
-        if answered is None:
+        if answered is None or isinstance(answered, Offer):
             log.info("answered", extra={"what": exchange.kind})
             return
         refused = answered.reason if isinstance(answered, Refusal) else None

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 
 from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
-from fedtune.privacy.release import Refusal, Update
+from fedtune.privacy.release import Offer, Refusal, Update
+from fedtune.training.reach import Reach
 
 INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"
+UNSIGNED_REPLY = "unsigned_reply"
+BEYOND_PLAN = "beyond_plan"
+"""Of an update that moves the adapter further than the plan's training can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,22 +38,38 @@ class RoundReplies:
 
 
 def sort_replies(
-    replies: Mapping[str, Reply], *, asked: Iterable[str], run: str, round: int, sent: Adapter
+    replies: Mapping[str, Reply], *, run: str, round: int, sent: Adapter, reaches: Mapping[str, Reach]
 ) -> RoundReplies:
-    """Keep the updates that fit the adapter that was sent; say for every other asked site why it has none."""
+    """Keep the updates that their sites signed and that training can have made of the adapter that was sent.
+
+    Args:
+        replies: site -> its answer.
+        run: the run's name at its sites.
+        round: of the run.
+        sent: the adapter that each site was sent.
+        reaches: asked site -> how far its training may take the adapter, in the sites' order.
+
+    Returns:
+        Beside the updates, why every other asked site has none.  A refusal needs no signature where its site gives no
+        receipt, to a stranger or of a ledger that it cannot read: it counts as no answer, and its reason is shown.
+    """
     updates: dict[str, Adapter] = {}
     scores: dict[str, tuple[float, float]] = {}
     failures: dict[str, str] = {}
     refusals: dict[str, Refusal] = {}
-    for site in asked:
+    for site, reach in reaches.items():
         reply = replies.get(site)
         if reply is None:
             failures[site] = NO_REPLY
+        elif not reply.is_signed() and (reply.receipt or isinstance(reply.body, Update)):
+            failures[site] = UNSIGNED_REPLY
         elif isinstance(reply.body, Refusal):
             failures[site] = reply.body.reason.value
             refusals[site] = reply.body
-        elif (reply.body.run, reply.body.round, reply.body.site) != (run, round, site) or not fits(reply.body, sent):
+        elif (reply.body.run, reply.body.site) != (run, site) or not fits(reply.body, sent, round=round):
             failures[site] = INVALID_UPDATE
+        elif not reach.includes(reply.body.tensors, sent=sent):
+            failures[site] = BEYOND_PLAN
         else:
             updates[site] = Adapter(reply.body.tensors)
             if reply.body.scores is not None:
@@ -56,9 +77,11 @@ def sort_replies(
     return RoundReplies(updates=updates, scores=scores, failures=failures, refusals=refusals)
 
 
-def fits(update: Update, sent: Adapter) -> bool:
-    """Whether an update has exactly the sent adapter's names, order, shapes and type, and only finite values."""
-    return list(update.tensors) == list(sent.tensors) and all(
+def fits(body: Update | Offer, sent: Adapter, *, round: int) -> TypeGuard[Update]:
+    """Whether this is the round's update: the sent adapter's names, order, shapes and type, and finite values."""
+    if not isinstance(body, Update) or body.round != round or list(body.tensors) != list(sent.tensors):
+        return False
+    return all(
         value.shape == sent.tensors[name].shape and value.dtype == np.float32 and bool(np.isfinite(value).all())
-        for name, value in update.tensors.items()
+        for name, value in body.tensors.items()
     )

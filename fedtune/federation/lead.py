@@ -29,6 +29,8 @@ class RoundResult:
         site_scores: site -> (noised score, noised share of the declared number) of its held-out units, for the adapter
             that the round began with; what `privacy.metrics=noised` releases.
         ended: UTC, when the round was aggregated and scored; empty in runs of versions that did not note it.
+        diverged: the average, or its score, was not finite; the run went back to the adapter before, whose `metrics`
+            these are.  The round is charged all the same.
     """
 
     round: int
@@ -40,6 +42,7 @@ class RoundResult:
     metrics: Mapping[str, float]
     site_scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     ended: str = ""
+    diverged: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,19 +85,31 @@ class LeadState:
         receipts = {site: reply.receipt for site, reply in replies.items() if reply.receipt}
         return self.heard(receipts, run=run, updates=updates)
 
+    def believed(self, replies: Mapping[str, Reply], *, run: str) -> dict[str, Reply]:
+        """`replies` without the receipts that say nothing about this run: an update whose receipt is gone is none."""
+        return {
+            site: reply
+            if reply.receipt
+            and self._believes(reply.receipt, run=run, site=site, update=isinstance(reply.body, Update))
+            else replace(reply, receipt=None)
+            for site, reply in replies.items()
+        }
+
     def heard(self, receipts: Mapping[str, Receipt], *, run: str, updates: Collection[str] = ()) -> LeadState:
         """The same for receipts alone; `updates` names the sites whose update of a round under way they came with."""
         new = {
             site: receipt
             for site, receipt in receipts.items()
-            if (receipt.run, receipt.site) == (run, site) and self._is_credible(receipt, least=site in updates)
+            if self._believes(receipt, run=run, site=site, update=site in updates)
         }
         unanswered = {site: count for site, count in self.unanswered.items() if site not in new}
         return replace(self, receipts={**self.receipts, **new}, unanswered=unanswered)
 
-    def _is_credible(self, receipt: Receipt, *, least: int) -> bool:
+    def _believes(self, receipt: Receipt, *, run: str, site: str, update: bool) -> bool:
+        if (receipt.run, receipt.site) != (run, site):
+            return False
         # Each update was charged: a receipt that counts fewer is an old one, which a server put in a newer one's place.
-        if receipt.charged_rounds < least + sum(receipt.site in result.sites for result in self.rounds):
+        if receipt.charged_rounds < update + sum(receipt.site in result.sites for result in self.rounds):
             return False
         old = self.receipts.get(receipt.site)
         if old is not None and (receipt.charged_rounds < old.charged_rounds or receipt.sequence < old.sequence):

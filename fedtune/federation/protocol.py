@@ -11,10 +11,10 @@ from typing import Any
 
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update, receipt_from_json
+from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Refused, Update, receipt_from_json
 from fedtune.spec import ConfigError, check_name
 
-ROUND, END = "round request", "end of run"
+INVITATION, ROUND, END = "invitation", "round request", "end of run"
 """Purposes of a lead's signatures."""
 _MOST_CHARACTERS = 1 << 16
 """Of a signed text: what a server asks for is kept in the ledger, and must not fill a site's disk."""
@@ -29,6 +29,63 @@ class Signed:
 
     text: str
     signature: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Invitation:
+    """The lead's question whether a site would take part in a run, before any site is charged for it.
+
+    Attributes:
+        proposal: of the run.
+        site: who is asked.
+        expires: seconds since 1970 after which the question is void.
+        less: whether a site whose budget has no room for all of it is to say how much it has room for.
+    """
+
+    proposal: Proposal
+    site: str
+    expires: float
+    less: bool = False
+
+    def signed(self, lead: SigningKey) -> Signed:
+        """The question as it is sent."""
+        fields = {"site": self.site, "expires": self.expires, "less": self.less}
+        text = json.dumps({**fields, "proposal": self.proposal.to_json()}, sort_keys=True)
+        return Signed(text=text, signature=lead.sign(INVITATION, text.encode()))
+
+    @classmethod
+    def of(cls, signed: Signed) -> Invitation:
+        """The question that was signed, by the lead that it names.
+
+        Raises:
+            ConfigError: the text is no such question.
+            Refused: the signature is not that of the lead that it names.
+        """
+        try:
+            fields = _parsed(signed.text)
+            asked = cls(**{**fields, "proposal": Proposal.from_json(fields["proposal"])})
+            check_name("site", asked.site)  # it goes into a site's log
+            if not (_is_moment(asked.expires) and type(asked.less) is bool):
+                raise ValueError("wrong type or out of range")
+        except _NO_JSON as error:
+            raise ConfigError("invitation", signed.text[:80], "must be a lead's question about a run") from error
+        if not is_signed(asked.proposal.lead, INVITATION, signed.text.encode(), signed.signature):
+            raise Refused(Reason.WRONG_SIGNATURE)
+        return asked
+
+    @property
+    def run(self) -> str:
+        """The run that is asked about."""
+        return self.proposal.run
+
+    @property
+    def round(self) -> int:
+        """0: none has begun."""
+        return 0
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of what is asked; when it expires is no part of it."""
+        return self.proposal.digest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +132,7 @@ class RoundRequest:
             proposal = Proposal.from_json(fields["proposal"])
             request = cls(**{**fields, "proposal": proposal, "receipt": receipt})
             check_name("site", request.site)  # it goes into a site's log
-            numbers = type(request.round) is int and type(request.expires) is float and math.isfinite(request.expires)
+            numbers = type(request.round) is int and _is_moment(request.expires)
             if not (numbers and 1 <= request.round < _MOST_ROUNDS and _SHA256.fullmatch(request.adapter_digest)):
                 raise ValueError("wrong type or out of range")
         except _NO_JSON as error:
@@ -131,6 +188,10 @@ class EndOfRun:
         return notice
 
 
+def _is_moment(value: object) -> bool:
+    return type(value) is float and math.isfinite(value)
+
+
 def _parsed(text: str) -> dict[str, Any]:
     if len(text) > _MOST_CHARACTERS:
         raise ValueError("too long")
@@ -140,7 +201,26 @@ def _parsed(text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """A site's answer: what it releases, and what its ledger has charged so far (None: it cannot read its ledger)."""
+    """A site's answer: what it releases, and a receipt of what its ledger has charged so far.
 
-    body: Update | Refusal
+    Attributes:
+        receipt: None where the site cannot read its ledger, or tells a stranger nothing of it.
+    """
+
+    body: Update | Refusal | Offer
     receipt: Receipt | None
+
+    def is_signed(self) -> bool:
+        """Whether the receipt is signed, and was given with exactly this answer, to the bit.
+
+        Whoever carries an answer, the federation's server among them, can so change nothing about it.
+        """
+        try:
+            return self.receipt is not None and self.receipt.reply == digest_of(self.body) and self.receipt.is_signed()
+        except Exception:  # arrays of texts, for instance: numpy alone raises five kinds
+            return False
+
+
+def digest_of(body: Update | Refusal | Offer) -> str:
+    """SHA-256, in hex, of an answer's canonical bytes; of an update it is what the site's ledger has noted, too."""
+    return hashlib.sha256(body.to_bytes()).hexdigest()

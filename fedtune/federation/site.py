@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest, Signed
+from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest, Signed, digest_of
 from fedtune.model import Adapter
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update
+from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Refused, Update
 from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ class Trained:
     fingerprint: str = ""
 
 
+Request = RoundRequest | Invitation
+_R = TypeVar("_R", RoundRequest, Invitation)
 Train = Callable[[RoundRequest, Adapter, int], Trained]
 """Trains the adapter for the request's round and the given attempt; the only step that reads records."""
 
@@ -63,7 +67,7 @@ class Site:
     Attributes:
         ledger: its own record of what was charged, under its own policy.
         understand: reads what the lead sent of the run, before a person is asked about it; may raise Refused.
-        prepare: makes ready for a request that policy, budget and person allow; may raise Refused, and takes what time
+        prepare: makes ready for a run that policy, budget and person allow; may raise Refused, and takes what time
             it needs.  It opens no record, or a request that is refused in the end would tell of them.
         paused: whether a person at the site wants it to take part in nothing for now.
         keep: stores a run's final adapter, given the run's name.
@@ -72,8 +76,8 @@ class Site:
 
     name: str
     ledger: Ledger
-    prepare: Callable[[RoundRequest], Prepared]
-    understand: Callable[[RoundRequest], object] = lambda _: None
+    prepare: Callable[[Proposal], Prepared]
+    understand: Callable[[Proposal], object] = lambda _: None
     paused: Callable[[], bool] = lambda: False
     keep: Callable[[str, Adapter], None] = lambda run, adapter: None
     awaits: Callable[[Proposal], None] = lambda _: None
@@ -86,22 +90,32 @@ def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
     leaves: an unforeseen failure is `site_error`, and its details stay in the site's log.  Who is not an allowed lead
     learns nothing of the ledger.
     """
-    began = time.monotonic()
-    body: Update | Refusal
-    request: RoundRequest | None = None
+    return _reply(site, signed, RoundRequest.of, lambda request: Update.from_bytes(_update(site, request, adapter)))
+
+
+def consider(site: Site, signed: Signed) -> Reply:
+    """Say whether the site would take part in a run as things stand: an offer, or a reason from the closed list.
+
+    Guarantee: as for `answer`, and nothing is charged or set aside.
+    """
+    return _reply(site, signed, Invitation.of, lambda asked: _offer(site, asked))
+
+
+def _reply(site: Site, signed: Signed, read: Callable[[Signed], _R], body_for: Callable[[_R], Update | Offer]) -> Reply:
+    body: Update | Offer | Refusal
+    request: _R | None = None
     try:
         with panics_as_errors():
-            request = _read(signed)
-            body = Update.from_bytes(_update(site, request, adapter))
+            request = _read(signed, read)
+            body = body_for(request)
     except Refused as refused:
         body = _refuse(site, request, refused)
         if refused.reason.is_of_a_stranger:
             return Reply(body=body, receipt=None)
     except Exception:
-        log.exception("%s failed in round %d", site.name, request.round if request else 0)
+        log.exception("%s failed in %s", site.name, _about(request))
         body = _refusal(site, request, Refused(Reason.SITE_ERROR))
-    receipt = _receipt(site, request.run) if request else None
-    _hold(began, site.ledger.policy.releases.reply_after_s)
+    receipt = _receipt(site, request.run, reply=digest_of(body)) if request else None
     return Reply(body=body, receipt=receipt)
 
 
@@ -131,19 +145,32 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
     return _receipt(site, notice.run)
 
 
-def _receipt(site: Site, run: str) -> Receipt | None:
+def _receipt(site: Site, run: str, *, reply: str = "") -> Receipt | None:
     # A ledger that could not be written forgets what it had read, and must not say that nothing was charged.
-    return site.ledger.receipt(run) if site.ledger.history.length else None
+    return site.ledger.receipt(run, reply=reply) if site.ledger.history.length else None
 
 
-def _read(signed: Signed) -> RoundRequest:
+def _read(signed: Signed, read: Callable[[Signed], _R]) -> _R:
     try:
-        return RoundRequest.of(signed)
+        return read(signed)
     except ConfigError as error:
         raise Refused(Reason.MALFORMED_REQUEST) from error
 
 
-def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
+def _offer(site: Site, asked: Invitation) -> Offer:
+    proposal = asked.proposal
+    try:
+        _prepared(site, asked)
+    except Refused as refused:
+        if asked.less and refused.reason.is_about_budget:
+            return site.ledger.offer(proposal)
+        raise
+    plan = proposal.plan
+    return Offer(site=site.name, run=proposal.run, most_rounds=plan.num_rounds, least_noise=plan.noise_multiplier)
+
+
+def _prepared(site: Site, request: Request) -> Prepared:
+    """The site, ready for a run that it may take part in; raises Refused for any other.  Charges nothing."""
     # First, so that a stranger is told nothing else and costs nothing.
     if request.proposal.lead not in site.ledger.policy.allow.leads:
         raise Refused(Reason.LEADS, asked=request.proposal.lead)
@@ -156,9 +183,9 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
     # Before anything is prepared, so that a request for too much is answered with the rule that it breaks, at no cost.
     site.ledger.policy.check(request.proposal)
     site.ledger.require_startable(request.proposal, approved=False)
-    site.understand(request)
+    site.understand(request.proposal)
     site.ledger.require_startable(request.proposal)
-    run = site.prepare(request)
+    run = site.prepare(request.proposal)
     if request.run != run.proposal.run:
         raise Refused(Reason.WRONG_RUN, asked=request.run, allowed=run.proposal.run)
     if request.proposal != run.proposal:
@@ -166,21 +193,27 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
     declared = site.ledger.policy.declared_size(request.proposal.dataset)
     if run.declared_size != declared:
         raise Refused(Reason.DECLARED_SIZE, asked=run.declared_size, allowed=declared)
+    return run
+
+
+def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
+    run = _prepared(site, request)
     _check_adapter(site, request, adapter, template=run.template)
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
     if isinstance(granted, bytes):
         return granted
-    trained = run.train(request, adapter, granted.attempt)
-    reply = Update(
-        site=site.name,
-        run=request.run,
-        round=request.round,
-        tensors=trained.adapter.tensors,
-        scores=trained.scores,
-    ).to_bytes()
-    site.ledger.commit(granted, reply, fingerprint=trained.fingerprint)
+    with _held_to_a_schedule(site.ledger.policy.releases.reply_after_s):
+        trained = run.train(request, adapter, granted.attempt)
+        reply = Update(
+            site=site.name,
+            run=request.run,
+            round=request.round,
+            tensors=trained.adapter.tensors,
+            scores=trained.scores,
+        ).to_bytes()
+        site.ledger.commit(granted, reply, fingerprint=trained.fingerprint)
     return reply
 
 
@@ -194,9 +227,9 @@ def _check_adapter(site: Site, request: RoundRequest, adapter: Adapter, *, templ
         raise Refused(Reason.MAX_ADAPTER_VALUE, asked="values that are not finite", allowed="finite values")
 
 
-def _refuse(site: Site, request: RoundRequest | None, refused: Refused) -> Refusal:
+def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
     """Note the refusal in the log and the ledger, and make it a reply."""
-    log.warning("%s refused round %d: %s", site.name, request.round if request else 0, refused)
+    log.warning("%s refused %s: %s", site.name, _about(request), refused)
     if request is not None:
         try:
             site.ledger.refuse(refused, run=request.run, round=request.round, request=request.digest())
@@ -207,7 +240,13 @@ def _refuse(site: Site, request: RoundRequest | None, refused: Refused) -> Refus
     return _refusal(site, request, refused)
 
 
-def _refusal(site: Site, request: RoundRequest | None, refused: Refused) -> Refusal:
+def _about(request: Request | None) -> str:
+    if isinstance(request, Invitation):
+        return "to take part"
+    return f"round {request.round if request else 0}"
+
+
+def _refusal(site: Site, request: Request | None, refused: Refused) -> Refusal:
     return Refusal(
         site=site.name,
         run=request.run if request else "",
@@ -218,8 +257,16 @@ def _refusal(site: Site, request: RoundRequest | None, refused: Refused) -> Refu
     )
 
 
-def _hold(began: float, every_s: float) -> None:
-    """Wait for the next whole multiple of `every_s` since `began`: a reply's time then tells only how many passed."""
-    if every_s > 0:
-        passed = time.monotonic() - began
-        time.sleep(max(0.0, math.ceil(passed / every_s) * every_s - passed))
+@contextmanager
+def _held_to_a_schedule(every_s: float) -> Iterator[None]:
+    """Let work on records end, also where it fails, at a whole multiple of `every_s`: its time tells how many passed.
+
+    What comes before opens no record, so that a refusal need not wait.
+    """
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        if every_s > 0:
+            passed = time.monotonic() - began
+            time.sleep(max(0.0, math.ceil(passed / every_s) * every_s - passed))

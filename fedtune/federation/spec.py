@@ -30,6 +30,10 @@ class FederationSpec:
         server_beta_2: FedAdam's second moment decay.
         server_tau: FedAdam's degree of adaptivity.
         round_timeout_s: how long the server waits for a round's replies.
+        enough_sites: with so many updates a round waits `grace_s` for further ones and closes; null: it waits for every
+            site that is at work.
+        grace_s: how much longer a round that has enough updates waits: `min_sites` where all others are offline,
+            paused, waiting for a person or have refused.
     """
 
     num_rounds: int = 5
@@ -45,6 +49,8 @@ class FederationSpec:
     server_beta_2: float = 0.99
     server_tau: float = 1e-3
     round_timeout_s: float = 3600.0
+    enough_sites: int | None = None
+    grace_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("num_rounds", "num_sites", "min_sites"):
@@ -75,6 +81,10 @@ class FederationSpec:
         check_fraction("server_beta_2", self.server_beta_2, zero=True)
         check_positive("server_tau", self.server_tau)
         check_positive("round_timeout_s", self.round_timeout_s)
+        check_at_least("grace_s", self.grace_s, 0)
+        if self.enough_sites is not None and not self.min_sites <= self.enough_sites <= len(self.active):
+            bound = f"must be from min_sites = {self.min_sites} to the {len(self.active)} sites that take part"
+            raise ConfigError("enough_sites", self.enough_sites, bound)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -12,19 +12,24 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
+from fedtune.federation.closing import Closing
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import EndOfRun
 from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.federation.spec import FederationSpec
 from fedtune.flower import records
 from fedtune.flower.federation_run import FederationRun, KnownSites, Listener
-from fedtune.flower.remote_grid import RemoteGrid
+from fedtune.flower.invitation import Invited, invite
+from fedtune.flower.remote_grid import Heard, RemoteGrid
 from fedtune.flower.tls import Tls
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.release import Refusal
+from fedtune.privacy.release import Refusal, Update
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
 
+OFFER = "would_take_part"
+"""What a listener hears of a site that would take part."""
 _ASK_AGAIN_S = 5.0
 """How soon to ask a site again that waits for a person there."""
 
@@ -81,7 +86,7 @@ def run_deployed(
     """
     sent = for_sites(config)
     names = {number: site.name for number, site in enumerate(connection.sites, 1)}
-    grid = _grid(connection, _Ears(names, listener))
+    grid = _grid(connection, _Ears(names, listener), config.federation)
     return FederationRun(
         config=config,
         folder=folder,
@@ -99,12 +104,41 @@ def run_deployed(
     ).to_its_end(listener)
 
 
+def fitted_deployed(config: RunConfig, *, connection: LeadConnection) -> RunConfig:
+    """`config`, with as many rounds or as little noise as the sites' budgets have room for, as they say.
+
+    Nothing is charged.  A site that is away, paused or waits for a person is left to answer by itself later.
+
+    Raises:
+        ConfigError: the model cannot be had.
+        RunError: the server cannot be reached, or fewer than `min_sites` sites answered.
+        RefusedError: too few sites have room for anything.
+    """
+    sent = for_sites(config)
+    names = {number: site.name for number, site in enumerate(connection.sites, 1)}
+    with _grid(connection, _Ears(names, None), config.federation) as grid:
+        found = invite(
+            grid,
+            Invited(
+                proposal=sent.proposal(lead=connection.key.public, plan=sent.plan()),
+                key=connection.key,
+                federation=config.federation,
+                settings=json.dumps(sent.to_json()),
+                nodes=names,
+                site_keys={site.name: site.site_key for site in connection.sites},
+                less=True,
+            ),
+        )
+    found.require_enough(config.federation, takes_part=config.can_use)
+    return config.fitted_to([offer for offer in found.offers.values() if config.can_use(offer)])
+
+
 def end_deployed(config: RunConfig, *, connection: LeadConnection, timeout_s: float) -> list[str]:
     """Tell the sites that a run is over, without a final adapter; returns those that heard it."""
     run = for_sites(config).run_id()
     notice = EndOfRun(run=run, lead=connection.key.public).signed(connection.key)
     names = {number: site.name for number, site in enumerate(connection.sites, 1)}
-    with _grid(connection, _Ears(names, None)) as grid:
+    with _grid(connection, _Ears(names, None), config.federation) as grid:
         messages = [Message(records.from_signed(notice), number, f"query.{records.END}") for number in names]
         return [names[answer.metadata.src_node_id] for answer in grid.send_and_receive(messages, timeout=timeout_s)]
 
@@ -116,29 +150,30 @@ class _Ears:
         self._names, self._listener = names, listener
         self._said: dict[str, str] = {}
 
-    def __call__(self, number: int, answer: Message) -> float | None:
+    def __call__(self, number: int, answer: Message) -> Heard:
         try:
             reply = records.to_reply(answer.content)
-        except ConfigError:
-            return None  # the end of a run, or nonsense, which the round counts as none
+        except ConfigError:  # nonsense, which counts as none, unless no more than a receipt was asked for
+            return Heard(good=answer.metadata.message_type == f"query.{records.END}")
         site, refused = self._names[number], reply.body.reason if isinstance(reply.body, Refusal) else None
-        what = "update" if refused is None else refused.value
+        what = refused.value if refused else "update" if isinstance(reply.body, Update) else OFFER
         waiting = refused is not None and refused.is_waiting
         if self._listener is not None and not (waiting and self._said.get(site) == what):
             charged = reply.receipt.charged_rounds if reply.receipt else None
             num_bytes = records.num_bytes(answer.content)
             self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged)
         self._said[site] = what
-        return _ASK_AGAIN_S if waiting else None
+        return Heard(good=refused is None, again_s=_ASK_AGAIN_S if waiting else None)
 
 
-def _grid(connection: LeadConnection, ears: _Ears) -> RemoteGrid:
+def _grid(connection: LeadConnection, ears: _Ears, spec: FederationSpec) -> RemoteGrid:
     return RemoteGrid(
         connection.server,
         connection.tls,
         sites={site.name: site.node_key for site in connection.sites},
         key=connection.key,
-        ask_again=ears,
+        hear=ears,
+        closing=lambda: Closing(spec),
     )
 
 

@@ -118,6 +118,7 @@ class FederationRun:
             proposal=self.proposal,
             key=self.key,
             federation=self.config.federation,
+            training=self.config.training,
             declared_sizes=self.config.declared_sizes(),
             strategy=strategy,
             checkpoints=self._checkpoints,

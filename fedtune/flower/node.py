@@ -13,7 +13,7 @@ from fedtune.federation.site import Site
 from fedtune.flower import records
 from fedtune.flower.client import make_client_app
 from fedtune.flower.packing import packed, unpacked
-from fedtune.privacy.release import Reason, Refusal, Update
+from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class Exchange:
         return self._reply
 
     @property
-    def answered(self) -> Update | Refusal | None:
-        """What the answer to a round is; None for another kind of message."""
+    def answered(self) -> Update | Refusal | Offer | None:
+        """What the answer to a round or an invitation is; None for another kind of message."""
         try:
             return records.to_reply(unpacked(self.reply.content)).body
         except ConfigError:

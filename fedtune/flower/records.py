@@ -13,13 +13,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedtune.federation.protocol import Reply, Signed
 from fedtune.model import Adapter
-from fedtune.privacy.release import Reason, Receipt, Refusal, Update, checked_scores, receipt_from_json
+from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Update, checked_scores, receipt_from_json
 from fedtune.spec import ConfigError
 
 ARRAYS, REQUEST, SETTINGS, REPLY, RECEIPT = "arrays", "request", "settings", "reply", "receipt"
 WEIGHT, SITE = "weight", "site"
-END = "end"
-"""Flower's action of the query that tells a site that a run is over."""
+END, INVITE = "end", "invite"
+"""Flower's actions of the queries that tell a site that a run is over, and ask whether it would take part in one."""
 WEIGHT_KEY = "num-examples"
 """Flower's name for an average's weight.  Here it always holds the declared size."""
 
@@ -135,19 +135,14 @@ def to_signed(content: RecordDict) -> Signed:
 
 def from_reply(reply: Reply) -> RecordDict:
     """Content of a site's answer: the released tensors, and a JSON of the release types' other fields."""
-    body, receipt = reply.body, reply.receipt
-    fields: dict[str, Any] = {
-        "kind": "update" if isinstance(body, Update) else "refusal",
-        "receipt": None if receipt is None else asdict(receipt),
-        "site": body.site,
-        "run": body.run,
-        "round": body.round,
-    }
-    if isinstance(body, Refusal):
-        fields |= {"reason": body.reason.value, "asked": body.asked, "allowed": body.allowed}
+    body, receipt = reply.body, None if reply.receipt is None else asdict(reply.receipt)
+    if not isinstance(body, Update):
+        kind = "offer" if isinstance(body, Offer) else "refusal"
+        fields = {"kind": kind, "receipt": receipt, **asdict(body)}
         return RecordDict({REPLY: ConfigRecord({"json": json.dumps(fields)})})
-    fields["scores"] = body.scores
-    return RecordDict({ARRAYS: to_arrays(body.tensors), REPLY: ConfigRecord({"json": json.dumps(fields)})})
+    about = {"site": body.site, "run": body.run, "round": body.round, "scores": body.scores}
+    text = json.dumps({"kind": "update", "receipt": receipt, **about})
+    return RecordDict({ARRAYS: to_arrays(body.tensors), REPLY: ConfigRecord({"json": text})})
 
 
 def to_reply(content: RecordDict) -> Reply:
@@ -159,8 +154,14 @@ def to_reply(content: RecordDict) -> Reply:
     try:
         fields = json.loads(str(content.config_records[REPLY]["json"]))
         receipt = None if fields["receipt"] is None else receipt_from_json(fields["receipt"])
-        where: dict[str, Any] = {"site": str(fields["site"]), "run": str(fields["run"]), "round": int(fields["round"])}
-        body: Update | Refusal
+        where: dict[str, Any] = {"site": str(fields["site"]), "run": str(fields["run"])}
+        body: Update | Refusal | Offer
+        if fields["kind"] == "offer":
+            noise = None if fields["least_noise"] is None else float(fields["least_noise"])
+            return Reply(
+                body=Offer(**where, most_rounds=int(fields["most_rounds"]), least_noise=noise), receipt=receipt
+            )
+        where["round"] = int(fields["round"])
         if fields["kind"] == "update":
             tensors = from_arrays(content.array_records[ARRAYS])
             body = Update(**where, tensors=tensors, scores=checked_scores(fields["scores"]))

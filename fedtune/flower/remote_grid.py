@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import httpx
@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
 
+from fedtune.federation.closing import Closing
 from fedtune.flower.lead_session import LeadSession
 from fedtune.flower.packing import packed, unpacked
 from fedtune.flower.signed_calls import TOLERANCE_S
@@ -27,7 +28,20 @@ from fedtune.spec import RunError
 
 log = logging.getLogger(__name__)
 
-_POLL_S, _RECONNECT_S = 0.2, 1.0
+_POLL_S, _RECONNECT_S, _SAYS_SO_AGAIN_S = 0.2, 1.0, 15.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heard:
+    """What an answer means for the exchange that it belongs to.
+
+    Attributes:
+        good: it is of the kind that was hoped for.
+        again_s: seconds after which to ask once more, since it may change; None: it is final.
+    """
+
+    good: bool
+    again_s: float | None = None
 
 
 @dataclass
@@ -39,6 +53,7 @@ class _Question:
         activation: when the site had last come online as it was asked; a later one means that it may have forgotten.
         unsent: a message that may have reached the server in part: the site waits for the rest of it.
         not_before: earliest moment, by the monotonic clock, to ask again.
+        asked: by the monotonic clock, when it was asked last.
         provisional: an answer that asking again may change.
     """
 
@@ -47,7 +62,14 @@ class _Question:
     activation: str = ""
     unsent: Message | None = None
     not_before: float = 0.0
+    asked: float = 0.0
     provisional: Message | None = None
+
+    @property
+    def waits_for_a_person(self) -> bool:
+        """Whether the site is idle until somebody there decides: one that does not say so again has begun to work."""
+        silent_s = time.monotonic() - self.asked if self.message_ids else 0.0
+        return self.provisional is not None and silent_s < _SAYS_SO_AGAIN_S
 
 
 class RemoteGrid(Grid):
@@ -57,7 +79,8 @@ class RemoteGrid(Grid):
         server: host:port.
         sites: name -> PEM of its connection key's public half, as the roster has them.
         key: the lead's, with which it signs its calls.
-        ask_again: says of a node's answer after how many seconds to ask once more; None: it is final.
+        hear: says of a node's answer what it means.
+        closing: makes the rule by which one exchange ends before its time is up.
     """
 
     def __init__(
@@ -67,11 +90,12 @@ class RemoteGrid(Grid):
         *,
         sites: Mapping[str, bytes],
         key: SigningKey,
-        ask_again: Callable[[int, Message], float | None],
+        hear: Callable[[int, Message], Heard],
+        closing: Callable[[], Closing],
     ) -> None:
         self._server, self._tls, self._key = server, tls, key
         self._numbers = {node_key: number for number, node_key in enumerate(sites.values(), 1)}
-        self._ask_again = ask_again
+        self._hear, self._closing = hear, closing
         self._session: LeadSession | None = None
 
     def __enter__(self) -> RemoteGrid:
@@ -90,15 +114,20 @@ class RemoteGrid(Grid):
         return list(self._numbers.values())
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """The answers that came within `timeout` seconds, each from the node that was asked."""
+        """The answers that came within `timeout` seconds, or until the rule closes, each from the node asked."""
         open_, answers = {m.metadata.dst_node_id: _Question(m, set()) for m in messages}, dict[int, Message]()
+        closing, good = self._closing(), 0
         deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
         while open_ and (left := deadline - time.monotonic()) > 0:
             try:
                 self._open()
-                self._ask(open_, ttl=left)
-                for number, answer in self._collect(open_):
+                online = self._ask(open_, ttl=left)
+                for number, answer, heard in self._collect(open_):
                     answers[number] = answer
+                    good += heard.good
+                at_work = sum(n in online and not question.waits_for_a_person for n, question in open_.items())
+                if closing.is_over(good=good, at_work=at_work, others=len(open_) - at_work):
+                    break
             except httpx.HTTPStatusError as error:
                 if error.response.is_redirect or error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
                     self._wait_for_server(error)
@@ -114,10 +143,11 @@ class RemoteGrid(Grid):
         provisional = {n: question.provisional for n, question in open_.items() if question.provisional}
         return list({**provisional, **answers}.values())
 
-    def _ask(self, questions: Mapping[int, _Question], *, ttl: float) -> None:
-        """Send what was not sent yet, or may have been forgotten, to the sites that are online."""
+    def _ask(self, questions: Mapping[int, _Question], *, ttl: float) -> Collection[int]:
+        """Send what was not sent yet, or may have been forgotten, to the sites that are online; returns these."""
         session, now = self._opened, time.monotonic()
-        for number, node in session.nodes(self._numbers).items():
+        online = session.nodes(self._numbers)
+        for number, node in online.items():
             question = questions.get(number)
             if question is None or now < question.not_before:
                 continue
@@ -132,9 +162,11 @@ class RemoteGrid(Grid):
             question.unsent = None
             if message_id:
                 question.message_ids.add(message_id)
+                question.asked = now
                 question.activation = node.last_activated_at
+        return online.keys()
 
-    def _collect(self, questions: dict[int, _Question]) -> list[tuple[int, Message]]:
+    def _collect(self, questions: dict[int, _Question]) -> list[tuple[int, Message, Heard]]:
         """The final answers that are there; their questions are closed."""
         asked = {id: number for number, question in questions.items() for id in question.message_ids}
         if not asked:
@@ -150,12 +182,12 @@ class RemoteGrid(Grid):
                 continue  # the site is offline, or what it was asked was lost: it is asked again when it is there
             answer.metadata.__dict__["_src_node_id"] = number
             answer.content = unpacked(answer.content)
-            after_s = self._ask_again(number, answer)
-            if after_s is None:
+            heard = self._hear(number, answer)
+            if heard.again_s is None:
                 del questions[number]
-                final.append((number, answer))
+                final.append((number, answer, heard))
             else:
-                question.provisional, question.not_before = answer, time.monotonic() + after_s
+                question.provisional, question.not_before = answer, time.monotonic() + heard.again_s
         return final
 
     def _pull(self, message_ids: list[str], questions: Mapping[int, _Question]) -> Iterable[Message]:

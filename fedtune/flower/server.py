@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -16,16 +17,19 @@ from flwr.serverapp.strategy import FedAvg
 from fedtune.federation.aggregation import RoundReplies, sort_replies
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState, RoundResult, newest_of
-from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
+from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import records
-from fedtune.flower.strategy import strategy_state
+from fedtune.flower.invitation import Invited, invite, readable
+from fedtune.flower.strategy import restore_strategy, strategy_state
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt
 from fedtune.spec import ConfigError, RefusedError, RunError
+from fedtune.training.reach import Reach, reach
+from fedtune.training.spec import TrainingSpec
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +43,7 @@ class Lead:
     Attributes:
         proposal: what every site is asked to take part in.
         key: signs each request.
+        training: how each site steps, which bounds how far an update can be from the adapter that was sent.
         declared_sizes: site -> the size it publishes; the weights of the average.
         evaluate: scores an adapter on the lead's own validation data.
         finished: called with the state after each round.
@@ -53,6 +58,7 @@ class Lead:
     proposal: Proposal
     key: SigningKey
     federation: FederationSpec
+    training: TrainingSpec
     declared_sizes: Mapping[str, int]
     strategy: FedAvg
     checkpoints: Checkpoints
@@ -91,10 +97,13 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     """Run the rounds that `state` has not seen yet.
 
     Raises:
-        RunError: fewer than `min_sites` updates came in a round; the checkpoint before it can be resumed.
-        RefusedError: so many sites have used up their plan that no round can succeed any more.
+        RunError: fewer than `min_sites` sites would take part, or sent an update in a round; the checkpoint before it
+            can be resumed.
+        RefusedError: so many sites refuse, or have used up their plan, that no round can succeed.
     """
     nodes = lead.nodes or _introductions(grid, lead)
+    if state.round == 0:
+        _ask_who_takes_part(grid, lead, nodes)
     try:
         while state.round < lead.federation.num_rounds:
             state = _run_round(grid, lead, state, nodes)
@@ -109,6 +118,20 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     return state
 
 
+def _ask_who_takes_part(grid: Grid, lead: Lead, nodes: Mapping[int, str]) -> None:
+    """Ask before round 1, so that no site is charged for a run that the others' policies end."""
+    asked = Invited(
+        proposal=lead.proposal,
+        key=lead.key,
+        federation=lead.federation,
+        settings=lead.settings,
+        nodes=nodes,
+        site_keys=lead.site_keys,
+    )
+    rounds = lead.plan.num_rounds
+    invite(grid, asked).require_enough(lead.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
+
+
 def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]) -> LeadState:
     round, started, sites = state.round + 1, time.monotonic(), list(lead.declared_sizes)
     lead.checkpoints.ask(round, sites)
@@ -116,18 +139,17 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str
     messages = _requests(grid, lead, state, nodes)
     bytes_down = sum(records.num_bytes(message.content) for message in messages)
     received = list(grid.send_and_receive(messages, timeout=lead.federation.round_timeout_s))
-    answers = _answers(received, nodes, lead.site_keys)
-    state = state.answered({site: reply for site, (reply, _) in answers.items()}, run=lead.run)
-    sorted_out = sort_replies(
-        {site: reply for site, (reply, _) in answers.items()},
-        asked=sites,
-        run=lead.run,
-        round=round,
-        sent=state.adapter,
-    )
+    answers = readable(received, nodes, lead.site_keys)
+    replies = state.believed({site: reply for site, (reply, _) in answers.items()}, run=lead.run)
+    state = state.answered(replies, run=lead.run)
+    reaches = _reaches(lead, state.adapter, round)
+    sorted_out = sort_replies(replies, run=lead.run, round=round, sent=state.adapter, reaches=reaches)
     _require_enough(sorted_out, lead, round)
     bytes_up = sum(records.num_bytes(message.content) for _, message in answers.values())
     adapter = _aggregate(lead, sorted_out, {site: message for site, (_, message) in answers.items()}, round)
+    metrics = lead.evaluate(adapter)
+    if diverged := not _is_sound(adapter, metrics):
+        adapter, metrics = _back(lead, state, round, metrics)
     result = RoundResult(
         round=round,
         seconds=time.monotonic() - started,
@@ -135,9 +157,10 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str
         failed_sites=sorted_out.failures,
         bytes_down=bytes_down,
         bytes_up=bytes_up,
-        metrics=lead.evaluate(adapter),
+        metrics=metrics,
         site_scores=sorted_out.scores,
         ended=datetime.now(UTC).isoformat(timespec="seconds"),
+        diverged=diverged,
     )
     return replace(
         state,
@@ -147,6 +170,29 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str
         rounds=(*state.rounds, result),
         seconds=lead.elapsed(),
     )
+
+
+def _is_sound(adapter: Adapter, metrics: Mapping[str, float]) -> bool:
+    values = all(bool(np.isfinite(tensor).all()) for tensor in adapter.tensors.values())
+    return values and all(math.isfinite(score) for score in metrics.values())
+
+
+def _back(lead: Lead, state: LeadState, round: int, found: Mapping[str, float]) -> tuple[Adapter, Mapping[str, float]]:
+    """The adapter before a round that diverged, with its scores; the server optimizer goes back, too.
+
+    Raises:
+        RunError: the round before diverged as well.
+    """
+    scores = ", ".join(f"{name} {score:g}" for name, score in found.items())
+    text = f"round {round} diverged ({scores or 'the average is not finite'})"
+    if state.rounds and state.rounds[-1].diverged:
+        raise RunError(
+            f"{text}, as the round before did; the checkpoint of round {round - 1} holds the last good adapter.  "
+            "A lower training.learning_rate may help"
+        )
+    log.error("%s; going back to the adapter that it began with", text)
+    restore_strategy(lead.strategy, state.strategy)
+    return state.adapter, state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter)
 
 
 def _requests(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]) -> list[Message]:
@@ -170,25 +216,12 @@ def _requests(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]
     return [messages[site] for site in lead.declared_sizes if site in messages]
 
 
-def _answers(
-    received: Iterable[Message], nodes: Mapping[int, str], site_keys: Mapping[str, str]
-) -> dict[str, tuple[Reply, Message]]:
-    """Each site's readable answer; an unreadable one counts as none, as does a receipt under a foreign key."""
-    answers = {}
-    for message in received:
-        site = nodes.get(message.metadata.src_node_id)
-        if site is None or message.has_error():
-            log.warning("%s: Flower delivered an error in place of a reply", site)
-            continue
-        try:
-            reply = records.to_reply(message.content)
-            if reply.receipt and reply.receipt.site_key != site_keys.get(site, reply.receipt.site_key):
-                log.warning("%s: its receipt is signed with a key that the roster does not know", site)
-                reply = replace(reply, receipt=None)
-            answers[site] = (reply, message)
-        except ConfigError as error:
-            log.warning("%s sent an unreadable reply: %s", site, error)
-    return answers
+def _reaches(lead: Lead, sent: Adapter, round: int) -> dict[str, Reach]:
+    """How far each site's training may take the adapter, in the sites' order."""
+    return {
+        site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=sent)
+        for site, size in lead.declared_sizes.items()
+    }
 
 
 def _aggregate(lead: Lead, replies: RoundReplies, messages: Mapping[str, Message], round: int) -> Adapter:
@@ -221,11 +254,8 @@ def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
 
 
 def _explained(replies: RoundReplies, site: str) -> str:
-    """A site's reason, with what was asked and what it allows."""
     refusal = replies.refusals.get(site)
-    if refusal is None or refusal.asked is None:
-        return replies.failures[site]
-    return f"{refusal.reason}, asked {refusal.asked}, allowed {refusal.allowed}"
+    return refusal.in_words if refusal else replies.failures[site]
 
 
 def _tell_the_end(grid: Grid, lead: Lead, nodes: Mapping[int, str], *, adapter: Adapter | None) -> dict[str, Receipt]:

@@ -55,14 +55,13 @@ def strategy_state(strategy: FedAvg) -> Arrays:
 
 
 def restore_strategy(strategy: FedAvg, state: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """Continue `strategy` from what `strategy_state` returned."""
+    """Continue `strategy` from what `strategy_state` returned, whatever it has seen since."""
 
     def part(moment: str) -> Arrays:
         return {name.removeprefix(moment + "/"): v for name, v in state.items() if name.startswith(moment + "/")}
 
-    if not state:
-        return
     if isinstance(strategy, FedAdam):
-        strategy.m_t, strategy.v_t = part("m"), part("v")
+        strategy.m_t, strategy.v_t = part("m") or None, part("v") or None
     elif isinstance(strategy, FedAvgM):
-        strategy.momentum_vector = [value for _, value in sorted(part("momentum").items())]
+        strategy.momentum_vector = [value for _, value in sorted(part("momentum").items())] or None
+        strategy.current_arrays = None  # the adapter that it had averaged; the next round's is sent anew

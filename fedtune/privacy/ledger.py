@@ -156,8 +156,8 @@ class Ledger:
         with self._store.transaction():
             self._store.note("frozen", why=why)
 
-    def receipt(self, run: str) -> Receipt:
-        """What `run` has been charged so far, signed."""
+    def receipt(self, run: str, *, reply: str = "") -> Receipt:
+        """What `run` has been charged so far, signed together with the digest of the reply that it comes with."""
         known = self.history.runs.get(run)
         charged = self.history.charged_rounds(run)
         steps = known.plan.local_steps if known else 0
@@ -169,6 +169,7 @@ class Ledger:
             "sequence": self.history.length,
             "head": self._store.salted_head(),
             "site_key": self._key.public,
+            "reply": reply,
         }
         unsigned = Receipt(**fields, signature="")
         return Receipt(**fields, signature=self._key.sign(RECEIPT, unsigned.message()))
@@ -222,7 +223,7 @@ class Ledger:
                 self.require_acceptable(proposal)
             detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise}
             self._store.append(Kind.RELEASE, detail, run=proposal.run)
-        return Offer(site=self.policy.site, most_rounds=rounds, least_noise=noise)
+        return Offer(site=self.policy.site, run=proposal.run, most_rounds=rounds, least_noise=noise)
 
     def require_acceptable(self, proposal: Proposal) -> None:
         """Raise the reason to refuse a new run, as of the last transaction."""

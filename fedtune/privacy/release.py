@@ -10,7 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -25,7 +25,7 @@ Tensors = Mapping[str, npt.NDArray[np.float32]]
 RECEIPT = "receipt"
 """Purpose of a receipt's signature."""
 
-_MAGIC = b"fedtune-update-2\n"
+_MAGIC, _REFUSAL, _OFFER = b"fedtune-update-2\n", b"fedtune-refusal-1\n", b"fedtune-offer-1\n"
 _MOST_HEADER_BYTES = 1 << 24
 
 
@@ -94,11 +94,23 @@ class Reason(StrEnum):
         return self in _OF_A_STRANGER
 
     @property
+    def is_about_budget(self) -> bool:
+        """Whether fewer rounds or more noise might be accepted."""
+        return self in _ABOUT_BUDGET
+
+    @property
     def is_waiting(self) -> bool:
         """Whether a person at the site may change the answer: asking again later can help."""
         return self in _WAITING
 
 
+_ABOUT_BUDGET = {
+    Reason.MIN_NOISE_MULTIPLIER,
+    Reason.MAX_ROUNDS,
+    Reason.MAX_EPSILON,
+    Reason.MAX_EPSILON_PER_RUN,
+    Reason.MAX_EPSILON_PER_PERIOD,
+}
 _WAITING = {Reason.AWAITING_APPROVAL, Reason.PAUSED}
 _OF_A_STRANGER = {Reason.LEADS, Reason.WRONG_SIGNATURE, Reason.MALFORMED_REQUEST}
 _ABOUT_ONE_REQUEST = {
@@ -214,6 +226,7 @@ class Receipt:
             lead sends the receipt back with its next request, and a ledger that does not contain it was put back.
         site_key: the site's public key.
         signature: by that key, on all other fields.
+        reply: SHA-256, in hex, of the answer's canonical bytes that the receipt came with; empty where it came alone.
     """
 
     site: str
@@ -224,10 +237,13 @@ class Receipt:
     head: str
     site_key: str
     signature: str
+    reply: str = ""
 
     def message(self) -> bytes:
-        """The bytes that are signed."""
+        """The bytes that are signed; without `reply` where it is empty, as receipts of 0.1.0 were signed."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name != "signature"}
+        if not self.reply:
+            del fields["reply"]
         return json.dumps(fields, sort_keys=True).encode()
 
     def is_signed(self) -> bool:
@@ -239,7 +255,7 @@ def receipt_from_json(fields: dict[str, Any]) -> Receipt:
     """The receipt of these fields; raises ValueError, TypeError or KeyError for others."""
     receipt = Receipt(**fields)
     counts = (receipt.charged_rounds, receipt.charged_steps, receipt.sequence)
-    texts = (receipt.site, receipt.run, receipt.head, receipt.site_key, receipt.signature)
+    texts = (receipt.site, receipt.run, receipt.head, receipt.site_key, receipt.signature, receipt.reply)
     if not all(type(count) is int and count >= 0 for count in counts) or not all(type(t) is str for t in texts):
         raise ValueError("a receipt's fields")
     return receipt
@@ -256,6 +272,16 @@ class Refusal:
     asked: str | None = None
     allowed: str | None = None
 
+    @property
+    def in_words(self) -> str:
+        """The reason, with what was asked and what is allowed as far as there is such a thing."""
+        about = {"asked": self.asked, "allowed": self.allowed}
+        return ", ".join([self.reason, *(f"{key} {value}" for key, value in about.items() if value is not None)])
+
+    def to_bytes(self) -> bytes:
+        """Canonical bytes, over which a receipt is signed."""
+        return _REFUSAL + json.dumps(asdict(self), sort_keys=True).encode()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Offer:
@@ -267,8 +293,13 @@ class Offer:
     """
 
     site: str
+    run: str
     most_rounds: int
     least_noise: float | None
+
+    def to_bytes(self) -> bytes:
+        """Canonical bytes, over which a receipt is signed."""
+        return _OFFER + json.dumps(asdict(self), sort_keys=True).encode()
 
 
 class Refused(RefusedError):

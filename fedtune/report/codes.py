@@ -91,7 +91,7 @@ NOT_RECORDED = "not_recorded"
 RANDOMNESS = ("operating_system", "seeded", NOT_RECORDED, "none")
 
 RELEASE_KINDS = ("update", "refusal", "no_answer", "offer", "reservation_without_update")
-RELEASE_REASONS = ("no_reply", "invalid_update")
+RELEASE_REASONS = ("no_reply", "unsigned_reply", "invalid_update", "beyond_plan")
 """Beside those of `privacy.release.Reason`."""
 
 SAMPLING = ("poisson", NOT_RECORDED)

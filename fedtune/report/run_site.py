@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fedtune.federation.aggregation import INVALID_UPDATE, NO_REPLY
+from fedtune.federation.aggregation import BEYOND_PLAN, INVALID_UPDATE, NO_REPLY, UNSIGNED_REPLY
 from fedtune.federation.lead import RoundResult, charged_epsilons
 from fedtune.privacy import accountant
 from fedtune.privacy.plan import Plan
@@ -189,9 +189,9 @@ def _what_came(result: RoundResult, site: str) -> tuple[str, str | None] | None:
     match result.failed_sites.get(site):
         case None:
             return None
-        case reason if reason == NO_REPLY:
+        case reason if reason in (NO_REPLY, UNSIGNED_REPLY):
             return "no_answer", reason
-        case reason if reason == INVALID_UPDATE:
+        case reason if reason in (INVALID_UPDATE, BEYOND_PLAN):
             return "update", reason
         case reason:
             return "refusal", reason

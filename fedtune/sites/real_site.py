@@ -71,29 +71,29 @@ class RealSite:
         return Site(
             name=files.policy.site,
             ledger=ledger,
-            understand=lambda request: self._check_settings(request, settings, files.policy),
-            prepare=lambda request: self._prepare(request, settings, files, ledger),
+            understand=lambda proposal: self._check_settings(proposal, settings, files.policy),
+            prepare=lambda proposal: self._prepare(proposal, settings, files, ledger),
             paused=self._places.paused,
             awaits=lambda proposal: self._places.awaits(proposal, settings),
             keep=lambda run, adapter: self._keep(run, adapter, files.policy, plan=ledger.history.runs[run].plan),
         )
 
-    def _check_settings(self, request: RoundRequest, settings: str, policy: Policy) -> RunConfig:
+    def _check_settings(self, asked: Proposal, settings: str, policy: Policy) -> RunConfig:
         """What was sent, with the site's own files in it; loads nothing."""
-        sent = read_settings(settings, plan=request.proposal.plan)
-        if sent.run_id() != request.run:
+        sent = read_settings(settings, plan=asked.plan)
+        if sent.run_id() != asked.run:
             # The run's name holds a digest of its settings, so that the lead's signature covers them.
-            raise Refused(Reason.WRONG_RUN, asked=request.run, allowed=sent.run_id())
+            raise Refused(Reason.WRONG_RUN, asked=asked.run, allowed=sent.run_id())
         if policy.site not in sent.declared_sizes():
             raise Refused(Reason.WRONG_SITE, asked=", ".join(sent.declared_sizes()), allowed=policy.site)
         # Made of the settings, since it is the request alone that the policy has judged.
-        proposal = sent.proposal(lead=request.proposal.lead, plan=sent.plan())
-        if proposal != request.proposal:
-            raise Refused(Reason.PLAN_CHANGED, asked=request.proposal.digest(), allowed=proposal.digest())
+        proposal = sent.proposal(lead=asked.lead, plan=sent.plan())
+        if proposal != asked:
+            raise Refused(Reason.PLAN_CHANGED, asked=asked.digest(), allowed=proposal.digest())
         return at_site(sent, policy, folder=self._places.site_toml.parent, installed=self._places.installed)
 
-    def _prepare(self, request: RoundRequest, settings: str, files: SiteFiles, ledger: Ledger) -> Prepared:
-        config = self._check_settings(request, settings, files.policy)
+    def _prepare(self, proposal: Proposal, settings: str, files: SiteFiles, ledger: Ledger) -> Prepared:
+        config = self._check_settings(proposal, settings, files.policy)
         Path(config.data.train_file).stat()  # a file that is missing tells of no record, and need not cost a round
         shared = self._shared_model(config, files.policy)
 
@@ -104,7 +104,7 @@ class RealSite:
             return work.do(request, adapter, attempt, fingerprint_key=ledger.fingerprint_key())
 
         return Prepared(
-            proposal=request.proposal,
+            proposal=proposal,
             template=shared.initial_adapter,
             declared_size=config.declared_sizes()[files.policy.site],
             train=train,

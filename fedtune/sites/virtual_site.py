@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import RunConfig, parse
+from fedtune.config import RunConfig
 from fedtune.federation.receipt_book import ReceiptBook
 from fedtune.privacy import filter
 from fedtune.privacy.durable import write_durably
@@ -36,7 +36,7 @@ from fedtune.privacy.policy_tables import (
     Releases,
 )
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Refused
+from fedtune.privacy.release import Offer, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RefusedError, RunError
 
@@ -130,46 +130,38 @@ def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
     Raises:
         RefusedError: too few sites allow anything.
     """
-    wanted = config.federation.if_over_budget
-    if wanted == "stop" or config.runtime.sites_dir is None or not config.privacy.private:
+    if not config.may_be_fitted or config.runtime.sites_dir is None:
         return config  # a ledger that is made for the run always has room for it
     sites = VirtualSites.of(config, run_folder, config.plan())
     sites.check_dealt_out()
     proposal = config.proposal(lead=sites.lead_key().public, plan=sites.plan)
-    allowed: list[float] = []
+    offers: list[Offer] = []
     without: list[str] = []
     for site in config.federation.active:
         try:
-            allowed.append(_allowed(sites.ledger(site), proposal, wanted=wanted))
+            offers.append(_offer(sites.ledger(site), proposal, config))
         except Refused as refused:
             without.append(f"{site}: {refused.reason}, asked {refused.asked}, allowed {refused.allowed}")
         except RunError as error:
             without.append(f"{site}: {error}")
-    if len(allowed) < config.federation.min_sites:
+    if len(offers) < config.federation.min_sites:
         raise RefusedError(
-            f"{len(allowed)} of {len(config.federation.active)} sites have room for a run, and "
+            f"{len(offers)} of {len(config.federation.active)} sites have room for a run, and "
             f"federation.min_sites = {config.federation.min_sites} ({', '.join(without)})"
         )
-    settings = config.to_json()
-    if wanted == "fewer_rounds" and min(allowed) < proposal.plan.num_rounds:
-        settings["privacy"]["noise_multiplier"] = proposal.plan.noise_multiplier
-        settings["federation"]["num_rounds"] = min(allowed)
-    elif wanted == "more_noise" and max(allowed) > proposal.plan.noise_multiplier:
-        settings["privacy"]["noise_multiplier"] = max(allowed)
-    return parse(settings)
+    return config.fitted_to(offers)
 
 
-def _allowed(ledger: Ledger, proposal: Proposal, *, wanted: str) -> float:
-    """The most rounds, or the least noise, that one site allows now.
+def _offer(ledger: Ledger, proposal: Proposal, config: RunConfig) -> Offer:
+    """What one site has room for now.
 
     Raises:
-        Refused: it allows none; names the rule that the whole proposal breaks.
+        Refused: nothing that may be changed helps; names the rule that the whole proposal breaks.
         RunError: its ledger is not in order.
     """
     offer = ledger.offer(proposal)
-    most = offer.most_rounds if wanted == "fewer_rounds" else offer.least_noise
-    if most:
-        return most
+    if config.can_use(offer):
+        return offer
     ledger.require_acceptable(proposal)
     raise RunError("its budget changed while it was asked; start again")
 

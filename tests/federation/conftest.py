@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest, Signed
-from fedtune.federation.site import Prepared, Site, Train, Trained, answer, end_run
+from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest, Signed
+from fedtune.federation.site import Prepared, Site, Train, Trained, answer, consider, end_run
 from fedtune.model import Adapter
 from fedtune.privacy.chain import Event, Kind
 from fedtune.privacy.keys import SigningKey
@@ -52,7 +52,9 @@ def key_of() -> Callable[[str], SigningKey]:
 def receipt(key_of: Callable[[str], SigningKey]) -> Callable[..., Receipt]:
     """A receipt that its site signed; `key` signs in its place."""
 
-    def make(site: str = "a", *, charged: int = 1, run: str = "r", key: SigningKey | None = None) -> Receipt:
+    def make(
+        site: str = "a", *, charged: int = 1, run: str = "r", key: SigningKey | None = None, reply: str = ""
+    ) -> Receipt:
         key = key or key_of(site)
         unsigned = Receipt(
             site=site,
@@ -63,6 +65,7 @@ def receipt(key_of: Callable[[str], SigningKey]) -> Callable[..., Receipt]:
             head="00" * 32,
             site_key=key.public,
             signature="",
+            reply=reply,
         )
         return replace(unsigned, signature=key.sign(RECEIPT, unsigned.message()))
 
@@ -76,7 +79,7 @@ class Station:
     Attributes:
         trained: (round, attempt) of each training.
         before_training: what the ledger held when each of them began.
-        prepared: rounds for which the site was made ready.
+        prepared: run of each time that the site was made ready.
         kept: (run, digest) of each final adapter that it stored.
         awaited: runs that it was told to put before a person.
         paused: whether a person there wants it to take part in nothing.
@@ -90,7 +93,7 @@ class Station:
     declared_size: int = 100
     trained: list[tuple[int, int]] = field(default_factory=list)
     before_training: list[list[Kind]] = field(default_factory=list)
-    prepared: list[int] = field(default_factory=list)
+    prepared: list[str] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
     awaited: list[Proposal] = field(default_factory=list)
     paused: bool = False
@@ -107,8 +110,8 @@ class Station:
         return Ledger(self.path, self.policy, self.key)
 
     def open(self, train: Train | None = None) -> Site:
-        def prepare(request: RoundRequest) -> Prepared:
-            self.prepared.append(request.round)
+        def prepare(proposal: Proposal) -> Prepared:
+            self.prepared.append(proposal.run)
             return Prepared(
                 proposal=self.propose(),
                 template=self.template,
@@ -162,6 +165,11 @@ class Station:
     def send(self, signed: Signed, *, adapter: Adapter | None = None, train: Train | None = None) -> Reply:
         """The site's answer to whatever is sent."""
         return answer(self.open(train), signed, adapter or self.template)
+
+    def invite(self, *, key: SigningKey | None = None, about: dict[str, Any] | None = None, **changes: Any) -> Reply:
+        """The site's answer to an invitation; `changes` are those of the proposal, `about` other fields."""
+        fields: dict[str, Any] = {"proposal": self.propose(**changes), "site": self.policy.site, "expires": 1e12}
+        return consider(self.open(), Invitation(**(fields | (about or {}))).signed(key or self.lead))
 
     def end(
         self, *, run: str = "r", key: SigningKey | None = None, adapter: Adapter | None = None, digest: str = ""

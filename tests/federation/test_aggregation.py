@@ -1,32 +1,64 @@
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from fedtune.federation.aggregation import INVALID_UPDATE, NO_REPLY, RoundReplies, sort_replies
-from fedtune.federation.protocol import Reply
+from fedtune.federation.aggregation import (
+    BEYOND_PLAN,
+    INVALID_UPDATE,
+    NO_REPLY,
+    UNSIGNED_REPLY,
+    RoundReplies,
+    sort_replies,
+)
+from fedtune.federation.protocol import Reply, digest_of
 from fedtune.model import Adapter
-from fedtune.privacy.release import Reason, Refusal, Update
+from fedtune.privacy.release import Reason, Receipt, Refusal, Update
+from fedtune.training.reach import Reach
 
 Make = Callable[..., Update]
+MakeReceipt = Callable[..., Receipt]
+Sort = Callable[..., RoundReplies]
+ANYWHERE = Reach(value=defaultdict(lambda: math.inf), norm=math.inf)
 
 
-def sort(adapter: Adapter, body: Update | Refusal) -> RoundReplies:
-    return sort_replies({"a": Reply(body=body, receipt=None)}, asked=["a"], run="r", round=1, sent=adapter)
+@pytest.fixture
+def signed(receipt: MakeReceipt) -> Callable[[Update | Refusal], Reply]:
+    """The reply with this body, as its site would sign it."""
+
+    def make(body: Update | Refusal) -> Reply:
+        try:
+            digest = digest_of(body)
+        except ValueError:  # no site could sign it
+            digest = "00" * 32
+        return Reply(body=body, receipt=receipt(body.site, reply=digest))
+
+    return make
 
 
-def test_a_fitting_update_is_kept(adapter: Adapter, update: Make) -> None:
-    sorted_out = sort(adapter, update(tensors={name: 2 * value for name, value in adapter.tensors.items()}))
+@pytest.fixture
+def sort(adapter: Adapter, signed: Callable[[Update | Refusal], Reply]) -> Sort:
+    def make(body: Update | Refusal, reach: Reach = ANYWHERE) -> RoundReplies:
+        return sort_replies({"a": signed(body)}, run="r", round=1, sent=adapter, reaches={"a": reach})
+
+    return make
+
+
+def test_a_fitting_update_is_kept(adapter: Adapter, update: Make, sort: Sort) -> None:
+    sorted_out = sort(update(tensors={name: 2 * value for name, value in adapter.tensors.items()}))
     assert sorted_out.failures == {}
     np.testing.assert_array_equal(sorted_out.updates["a"].tensors["head"], 2 * adapter.tensors["head"])
 
 
-def test_scores_are_kept_beside_their_update(adapter: Adapter, update: Make) -> None:
-    assert sort(adapter, update()).scores == {}
-    assert sort(adapter, update(scores=(0.5, -0.25))).scores == {"a": (0.5, -0.25)}
-    assert sort(adapter, update(scores=(0.5, -0.25), round=2)).scores == {}, "an invalid update has none either"
+def test_scores_are_kept_beside_their_update(update: Make, sort: Sort) -> None:
+    assert sort(update()).scores == {}
+    assert sort(update(scores=(0.5, -0.25))).scores == {"a": (0.5, -0.25)}
+    assert sort(update(scores=(0.5, -0.25), round=2)).scores == {}, "an invalid update has none either"
 
 
 def with_value(value: float) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
@@ -55,34 +87,75 @@ _FAULTS = {
 
 
 @pytest.mark.parametrize("fault", list(_FAULTS))
-def test_an_update_that_does_not_fit_is_dropped(adapter: Adapter, update: Make, fault: str) -> None:
-    sorted_out = sort(adapter, update(tensors=_FAULTS[fault](dict(adapter.tensors))))
-    assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": INVALID_UPDATE})
+def test_an_update_that_does_not_fit_is_dropped(adapter: Adapter, update: Make, sort: Sort, fault: str) -> None:
+    sorted_out = sort(update(tensors=_FAULTS[fault](dict(adapter.tensors))))
+    # Texts have no canonical bytes, so that nobody can have signed them.
+    reason = UNSIGNED_REPLY if fault == "texts" else INVALID_UPDATE
+    assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": reason})
 
 
 @pytest.mark.parametrize("changes", [{"run": "other"}, {"round": 2}, {"site": "b"}])
 def test_an_update_of_another_round_run_or_site_is_dropped(
-    adapter: Adapter, update: Make, changes: dict[str, object]
+    update: Make, sort: Sort, changes: dict[str, object]
 ) -> None:
-    assert sort(adapter, update(**changes)).failures == {"a": INVALID_UPDATE}
+    assert sort(update(**changes)).failures == {"a": INVALID_UPDATE}
+
+
+@pytest.mark.parametrize("what", ["no receipt", "of another answer", "of no answer", "not signed", "one value changed"])
+def test_an_update_without_its_sites_receipt_is_no_reply(
+    adapter: Adapter, update: Make, receipt: MakeReceipt, signed: Callable[[Update], Reply], what: str
+) -> None:
+    reply = signed(update())
+    assert reply.receipt is not None
+    changed = with_value(1.25)(dict(adapter.tensors))
+    reply = {
+        "no receipt": replace(reply, receipt=None),
+        "of another answer": replace(reply, receipt=receipt(reply=digest_of(update(round=2)))),
+        "of no answer": replace(reply, receipt=receipt()),
+        "not signed": replace(reply, receipt=replace(reply.receipt, charged_rounds=9)),
+        "one value changed": replace(reply, body=update(tensors=changed)),
+    }[what]
+    sorted_out = sort_replies({"a": reply}, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE})
+    assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": UNSIGNED_REPLY})
+
+
+def test_an_update_beyond_what_the_plan_allows_is_the_sites_failure(adapter: Adapter, update: Make, sort: Sort) -> None:
+    moved = update(tensors={name: value + np.float32(0.5) for name, value in adapter.tensors.items()})
+    assert sort(moved, Reach(value=dict.fromkeys(adapter.tensors, 0.5), norm=2.0)).failures == {}
+    for reach in (
+        Reach(value=dict.fromkeys(adapter.tensors, 0.49), norm=math.inf),
+        Reach(value=dict.fromkeys(adapter.tensors, 1.0), norm=1.5),
+    ):
+        assert sort(moved, reach).failures == {"a": BEYOND_PLAN}
+
+
+def test_a_refusal_whose_words_were_changed_is_not_shown_as_the_sites(
+    adapter: Adapter, signed: Callable[[Refusal], Reply]
+) -> None:
+    refusal = Refusal(site="a", run="r", round=1, reason=Reason.PAUSED)
+    reply = replace(signed(refusal), body=replace(refusal, reason=Reason.MAX_EPSILON))
+    sorted_out = sort_replies({"a": reply}, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE})
+    assert (sorted_out.failures, sorted_out.refusals) == ({"a": UNSIGNED_REPLY}, {})
 
 
 @pytest.mark.parametrize("reason", list(Reason))
-def test_a_refusal_is_reported_by_its_reason(adapter: Adapter, reason: Reason) -> None:
+def test_a_refusal_is_reported_by_its_reason(sort: Sort, reason: Reason) -> None:
     refusal = Refusal(site="a", run="r", round=1, reason=reason, asked="9", allowed="at most 3")
-    sorted_out = sort(adapter, refusal)
+    sorted_out = sort(refusal)
     assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": reason.value})
     assert sorted_out.refusals == {"a": refusal}
 
 
-def test_sites_keep_the_order_in_which_they_were_asked(adapter: Adapter, update: Make) -> None:
-    replies = {site: Reply(body=update(site=site), receipt=None) for site in ("c", "a", "b")}
-    sorted_out = sort_replies(replies, asked=["a", "b", "c", "d"], run="r", round=1, sent=adapter)
+def test_sites_keep_the_order_in_which_they_were_asked(
+    adapter: Adapter, update: Make, signed: Callable[[Update], Reply]
+) -> None:
+    replies = {site: signed(update(site=site)) for site in ("c", "a", "b")}
+    sorted_out = sort_replies(replies, run="r", round=1, sent=adapter, reaches=dict.fromkeys("abcd", ANYWHERE))
     assert list(sorted_out.updates) == ["a", "b", "c"]
     assert sorted_out.failures == {"d": NO_REPLY}
 
 
-def test_who_was_not_asked_is_not_heard(adapter: Adapter, update: Make) -> None:
-    replies = {"stranger": Reply(body=update(site="stranger"), receipt=None)}
-    sorted_out = sort_replies(replies, asked=["a"], run="r", round=1, sent=adapter)
+def test_who_was_not_asked_is_not_heard(adapter: Adapter, update: Make, signed: Callable[[Update], Reply]) -> None:
+    replies = {"stranger": signed(update(site="stranger"))}
+    sorted_out = sort_replies(replies, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE})
     assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": NO_REPLY})

@@ -238,8 +238,9 @@ def test_strangers_are_not_kept_waiting(station: Callable[..., Any], clock: Cloc
 def test_a_reply_is_never_due_before_it_is_there(clock: Clock) -> None:
     # Dividing by 0.1 and multiplying again may round to a little less than what has passed.
     for number in range(1, 2000):
-        clock.now = float(np.nextafter(number * 0.1, np.inf))
-        site_module._hold(0.0, 0.1)
+        clock.now = 0.0
+        with site_module._held_to_a_schedule(0.1):
+            clock.now = float(np.nextafter(number * 0.1, np.inf))
 
 
 def test_without_a_schedule_a_reply_leaves_at_once(site: Any, clock: Clock) -> None:

@@ -27,7 +27,7 @@ def manual(station: Callable[..., Any]) -> Any:
 
 def test_the_site_is_made_ready_once_all_that_is_known_beforehand_allows_it(site: Any) -> None:
     assert isinstance(site.ask().body, Update)
-    assert site.prepared == [1]
+    assert site.prepared == ["r"]
 
 
 _REFUSED_AT_ONCE: dict[str, tuple[dict[str, Any], Reason]] = {
@@ -205,7 +205,7 @@ def test_an_approved_plan_must_still_be_what_the_site_makes_of_the_settings(manu
     manual.ledger().approve(manual.propose(**other))
     reply = manual.ask(**other)
     assert reason(reply) is Reason.PLAN_CHANGED
-    assert manual.prepared == [1]
+    assert manual.prepared == ["r"]
     assert manual.trained == []
     assert reply.receipt.charged_rounds == 0
 

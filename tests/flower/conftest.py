@@ -28,6 +28,7 @@ from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.verify import verify
+from fedtune.training.spec import TrainingSpec
 
 from .loopback import Loopback
 
@@ -82,6 +83,7 @@ class Federation:
             proposal=run.proposal,
             key=run.lead_key,
             federation=run.spec,
+            training=TrainingSpec(optimizer="sgd", learning_rate=1.0),
             declared_sizes=run.sizes,
             strategy=make_strategy(run.spec),
             checkpoints=Checkpoints(folder / "checkpoints", "digest"),
@@ -124,7 +126,7 @@ class Federation:
             declared_size=self.sizes[name],
             train=self._train,
         )
-        return Site(name=name, ledger=self.ledger(name), prepare=lambda request: prepared)
+        return Site(name=name, ledger=self.ledger(name), prepare=lambda proposal: prepared)
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         self.trained.append(request.site)

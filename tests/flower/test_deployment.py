@@ -13,13 +13,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.federation.protocol import Reply
 from fedtune.flower import records
-from fedtune.flower.deployment import _ASK_AGAIN_S, _Ears
+from fedtune.flower.deployment import _ASK_AGAIN_S, OFFER, _Ears
+from fedtune.flower.remote_grid import Heard as Answered
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason, Receipt, Refusal, Update
+from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Update
 
 
 class Heard:
@@ -72,7 +73,7 @@ def test_an_update_is_final_and_reported_with_its_bytes_and_charge(
     ears: _Ears, heard: Heard, adapter: Adapter, receipt: Receipt
 ) -> None:
     answer = update(adapter, receipt)
-    assert ears(2, answer) is None
+    assert ears(2, answer) == Answered(good=True)
     payload = sum(value.nbytes for value in adapter.tensors.values())
     ((site, what, num_bytes, charged),) = heard.all
     # Its name is the roster's for the key that answered, whatever the answer says.
@@ -87,7 +88,7 @@ def test_without_a_receipt_nothing_is_known_of_a_charge(ears: _Ears, heard: Hear
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if not reason.is_waiting])
 def test_a_refusal_is_final_whatever_its_reason(ears: _Ears, heard: Heard, reason: Reason) -> None:
-    assert ears(1, refusal(reason)) is None
+    assert ears(1, refusal(reason)) == Answered(good=False)
     assert heard.words == [("north", reason.value)]
 
 
@@ -96,10 +97,10 @@ def test_a_site_that_waits_for_a_person_is_asked_again_and_reported_once(
     ears: _Ears, heard: Heard, adapter: Adapter, reason: Reason
 ) -> None:
     for _ in range(3):
-        assert ears(1, refusal(reason)) == _ASK_AGAIN_S > 0
-    assert ears(2, refusal(reason)) == _ASK_AGAIN_S
+        assert ears(1, refusal(reason)) == Answered(good=False, again_s=_ASK_AGAIN_S)
+    assert ears(2, refusal(reason)).again_s == _ASK_AGAIN_S > 0
     assert heard.words == [("north", reason.value), ("south", reason.value)]
-    assert ears(1, update(adapter)) is None
+    assert ears(1, update(adapter)).again_s is None
     assert heard.words[2:] == [("north", "update")]
     ears(1, refusal(reason))
     assert heard.words[3:] == [("north", reason.value)], "paused again in a later round is news"
@@ -129,11 +130,22 @@ def test_the_same_update_in_two_rounds_is_told_twice(ears: _Ears, heard: Heard, 
     ids=["empty", "nested", "a piece", "arrays", "the end of a run"],
 )
 def test_what_is_no_answer_to_a_round_is_final_and_no_news(ears: _Ears, heard: Heard, content: RecordDict) -> None:
-    assert ears(1, Message(content, 1, "train")) is None
+    assert ears(1, Message(content, 1, "train")) == Answered(good=False)
     assert heard.all == []
+
+
+def test_an_answer_to_the_end_of_a_run_is_all_that_was_hoped_for(ears: _Ears, heard: Heard) -> None:
+    assert ears(1, Message(records.from_receipt(None), 1, f"query.{records.END}")) == Answered(good=True)
+    assert heard.all == []
+
+
+def test_an_offer_is_good_and_news(ears: _Ears, heard: Heard, receipt: Receipt) -> None:
+    offer = Offer(site="whoever", run="r", most_rounds=3, least_noise=1.0)
+    assert ears(1, Message(records.from_reply(Reply(body=offer, receipt=receipt)), 1, "query.invite")).good
+    assert heard.words == [("north", OFFER)]
 
 
 def test_nobody_needs_to_listen(ears: _Ears, adapter: Adapter) -> None:
     deaf = _Ears({1: "north"}, None)
-    assert deaf(1, refusal(Reason.PAUSED)) == _ASK_AGAIN_S
-    assert deaf(1, update(adapter)) is None
+    assert deaf(1, refusal(Reason.PAUSED)).again_s == _ASK_AGAIN_S
+    assert deaf(1, update(adapter)).again_s is None

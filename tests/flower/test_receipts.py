@@ -48,8 +48,9 @@ def test_a_receipt_under_another_key_is_nobody_s_word(
     made = federation(num_rounds=2)
     keys = known_keys(made) | {"site-2": stranger_key.public}
     state = run_rounds(made.grid, replace(made.lead, site_keys=keys), made.start)
-    # Its update is as good as another's; what it was charged is not known, in the rounds and at the end.
-    assert [result.sites for result in state.rounds] == [SITES, SITES]
+    # Nobody knows whose update it is, nor what was charged, in the rounds and at the end.
+    assert [result.sites for result in state.rounds] == [("site-1", "site-3")] * 2
+    assert state.rounds[0].failed_sites == {"site-2": "unsigned_reply"}
     assert charges(made, state) == {"site-1": (2, False), "site-2": (2, True), "site-3": (2, False)}
     assert "site-2" not in state.receipts
     assert "site-2: its receipt is signed with a key that the roster does not know" in caplog.text
@@ -155,8 +156,8 @@ def test_settings_travel_to_each_site_in_each_round(federation: Callable[..., An
     grid = InProcessGrid(make_client_app(site_of, lambda context: made._name(context)), 3, replied=lambda number: None)
     settings = json.dumps({"task": "classification", "name": "Größe"})
     run_rounds(grid, replace(made.lead, settings=settings), made.start)
-    rounds, ends = seen[:6], seen[6:]
-    assert rounds == [(name, settings) for name in SITES] * 2
+    asked, ends = seen[:9], seen[9:]
+    assert asked == [(name, settings) for name in SITES] * 3, "before the run, and in each of two rounds"
     assert ends == [(name, "") for name in SITES], "the end of a run needs none"
 
 
@@ -206,9 +207,9 @@ def test_a_simulation_sends_none(giving: Callable[..., Any]) -> None:
 
 def test_a_run_that_is_refused_leaves_no_adapter(giving: Callable[..., Any]) -> None:
     made, grid, kept = giving(num_rounds=2, min_sites=3)
-    made.ledger("site-2").freeze("consent withdrawn")
+    freezing = replace(made.lead, finished=lambda state: made.ledger("site-2").freeze("consent withdrawn"))
     with pytest.raises(RefusedError, match="site-2: frozen"):
-        run_rounds(grid, made.lead, made.start)
+        run_rounds(grid, freezing, made.start)
     assert kept == {}
     assert made.ledger("site-1").history.runs["r"].expires is None, "but its end is told"
 
@@ -250,4 +251,4 @@ def test_known_nodes_are_not_asked_for_their_names(
     nodes = dict(enumerate(SITES, 1))
     state = run_rounds(made.grid, replace(made.lead, nodes=nodes), made.start)
     assert state.rounds[0].sites == SITES
-    assert types == ["train"] * 3 + ["query.end"] * 3
+    assert types == ["query.invite"] * 3 + ["train"] * 3 + ["query.end"] * 3

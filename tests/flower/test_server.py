@@ -128,7 +128,7 @@ def replace_content(content: RecordDict) -> Callable[[Message], None]:
 
 
 _NAN = np.array([0, 0, 0, np.nan], np.float32)
-_INVALID: dict[str, Callable[[Message], None]] = {
+_CHANGED: dict[str, Callable[[Message], None]] = {
     "nan": change_head(_NAN),
     "wrong shape": change_head(np.ones((2, 2), np.float32)),
     "wrong type": change_head(np.ones(4, np.float64)),
@@ -165,10 +165,10 @@ _UNREADABLE: dict[str, Callable[[Message], None]] = {
 @pytest.mark.parametrize(
     ("fault", "change", "reason"),
     [
-        *((fault, change, "invalid_update") for fault, change in _INVALID.items()),
+        *((fault, change, "unsigned_reply") for fault, change in _CHANGED.items()),
         *((fault, change, "no_reply") for fault, change in _UNREADABLE.items()),
     ],
-    ids=[*_INVALID, *_UNREADABLE],
+    ids=[*_CHANGED, *_UNREADABLE],
 )
 def test_a_bad_reply_is_dropped_and_the_round_goes_on(
     federation: Callable[..., Any],
@@ -219,10 +219,10 @@ def test_a_spent_plan_is_a_refusal_and_no_failure(federation: Any, plan: Plan) -
 
 def test_when_one_site_refuses_for_good_the_others_get_their_budget_back(federation: Any, run_plan: Plan) -> None:
     made = federation(num_rounds=2, min_sites=3)
-    made.ledger("site-2").freeze("consent withdrawn")
-    with pytest.raises(RefusedError, match="site-2: frozen"):
-        run_rounds(made.grid, made.lead, made.start)
+    freezing = replace(made.lead, finished=lambda state: made.ledger("site-2").freeze("consent withdrawn"))
+    with pytest.raises(RefusedError, match=r"round 2: .*site-2: frozen"):
+        run_rounds(made.grid, freezing, made.start)
     for site in ("site-1", "site-3"):
         history = made.ledger(site).history
-        assert history.charged() == grouped([run_plan.event()]), "the round that was trained"
+        assert history.charged() == grouped([run_plan.event(rounds=2)]), "the rounds that were trained"
         assert not history.set_aside(history.now())

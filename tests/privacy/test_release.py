@@ -190,9 +190,9 @@ def test_nothing_leaves_beyond_the_documented_fields() -> None:
         Update: {"site", "run", "round", "tensors", "scores"},
         Receipt: {
             *("site", "run", "charged_rounds", "charged_steps"),
-            *("sequence", "head", "site_key", "signature"),
+            *("sequence", "head", "site_key", "signature", "reply"),
         },
-        Offer: {"site", "most_rounds", "least_noise"},
+        Offer: {"site", "run", "most_rounds", "least_noise"},
         Refusal: {"site", "run", "round", "reason", "asked", "allowed"},
     }
     for released_type, fields in released.items():
@@ -243,10 +243,23 @@ def test_a_receipt_is_signed_on_every_field(site_key: SigningKey, make_key: Any)
         "head": "1" * 64,
         "site_key": make_key(7).public,
         "signature": signed(make_key(7)).signature,
+        "reply": "2" * 64,
     }
     assert set(changes) == {field.name for field in dataclasses.fields(Receipt)}
     for name, value in changes.items():
         assert not dataclasses.replace(receipt, **{name: value}).is_signed(), name
+    with_a_reply = signed(site_key, reply="2" * 64)
+    assert with_a_reply.is_signed()
+    assert not dataclasses.replace(with_a_reply, reply="").is_signed()
+
+
+def test_a_receipt_of_0_1_0_is_still_signed(site_key: SigningKey) -> None:
+    fields = dataclasses.asdict(signed(site_key))
+    del fields["reply"]
+    message = json.dumps({key: value for key, value in fields.items() if key != "signature"}, sort_keys=True).encode()
+    old = receipt_from_json(fields)
+    assert old.message() == message
+    assert old.is_signed()
 
 
 def test_a_receipt_survives_json_and_nothing_else_is_one(site_key: SigningKey) -> None:

@@ -1,0 +1,137 @@
+"""Before anybody pays: each site is asked whether it would take part in a run, and says so, or why not."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedtune.federation.aggregation import NO_REPLY, UNSIGNED_REPLY
+from fedtune.federation.protocol import Invitation, Reply
+from fedtune.federation.spec import FederationSpec
+from fedtune.flower import records
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Offer, Refusal
+from fedtune.spec import ConfigError, RefusedError, RunError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invited:
+    """Who is asked about what.
+
+    Attributes:
+        proposal: of the run.
+        key: the lead's, which signs each question.
+        settings: JSON of the run's configuration, for sites that do not have it; or empty.
+        nodes: node id -> site.
+        site_keys: site -> the public key under which it signs, where that is known beforehand.
+        less: whether a site without room for all of it is to say how much it has room for.
+    """
+
+    proposal: Proposal
+    key: SigningKey
+    federation: FederationSpec
+    settings: str
+    nodes: Mapping[int, str]
+    site_keys: Mapping[str, str] = field(default_factory=dict)
+    less: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """What the sites said to an invitation.
+
+    Attributes:
+        offers: of the sites that would take part, in all of it or in less.
+        refusals: of those that would not, or not before a person there has decided.
+        silent: site -> why it counts as silent.
+    """
+
+    offers: Mapping[str, Offer]
+    refusals: Mapping[str, Refusal]
+    silent: Mapping[str, str]
+
+    def require_enough(self, federation: FederationSpec, *, takes_part: Callable[[Offer], object]) -> None:
+        """Check that `min_sites` sites make an offer that `takes_part` accepts.
+
+        Raises:
+            RefusedError: policies and budgets leave fewer sites than that.
+            RunError: too few have answered so far.
+        """
+        ready = [site for site, offer in self.offers.items() if takes_part(offer)]
+        if len(ready) >= federation.min_sites:
+            return
+        refused = [site for site, refusal in self.refusals.items() if refusal.reason.is_final]
+        refused += [site for site in self.offers if site not in ready]
+        error = RefusedError if len(federation.active) - len(refused) < federation.min_sites else RunError
+        raise error(
+            f"{len(ready)} of {len(federation.active)} sites would take part, and federation.min_sites = "
+            f"{federation.min_sites} ({self._reasons(ready)}); nothing was charged for this run"
+        )
+
+    def _reasons(self, ready: Collection[str]) -> str:
+        said = {site: refusal.in_words for site, refusal in self.refusals.items()} | dict(self.silent)
+        less = {site: offer for site, offer in self.offers.items() if site not in ready}
+        said |= {site: f"has room for {offer.most_rounds} rounds" for site, offer in less.items()}
+        return ", ".join(f"{site}: {words}" for site, words in said.items())
+
+
+def invite(grid: Grid, asked: Invited) -> Answers:
+    """Ask every site about a run, and sort out what they say; no site is charged."""
+    expires = time.time() + asked.federation.round_timeout_s
+    messages = []
+    for node_id, site in asked.nodes.items():
+        question = Invitation(proposal=asked.proposal, site=site, expires=expires, less=asked.less)
+        content = records.from_signed(question.signed(asked.key), settings=asked.settings)
+        messages.append(Message(content, node_id, f"query.{records.INVITE}"))
+    received = grid.send_and_receive(messages, timeout=asked.federation.round_timeout_s)
+    replies = readable(received, asked.nodes, asked.site_keys)
+    offers: dict[str, Offer] = {}
+    refusals: dict[str, Refusal] = {}
+    silent: dict[str, str] = {}
+    for site in asked.nodes.values():
+        if site not in replies:
+            silent[site] = NO_REPLY
+            continue
+        reply, _ = replies[site]
+        if isinstance(reply.body, Refusal) and (reply.is_signed() or not reply.receipt):
+            refusals[site] = reply.body
+            log.warning("%s does not take part: %s", site, reply.body.in_words)
+        elif _is_offer(reply, site=site, run=asked.proposal.run):
+            assert isinstance(reply.body, Offer)
+            offers[site] = reply.body
+        else:
+            silent[site] = UNSIGNED_REPLY
+    return Answers(offers=offers, refusals=refusals, silent=silent)
+
+
+def _is_offer(reply: Reply, *, site: str, run: str) -> bool:
+    return isinstance(reply.body, Offer) and reply.is_signed() and (reply.body.site, reply.body.run) == (site, run)
+
+
+def readable(
+    received: Iterable[Message], nodes: Mapping[int, str], site_keys: Mapping[str, str]
+) -> dict[str, tuple[Reply, Message]]:
+    """Each site's readable answer; an unreadable one counts as none, as does a receipt under a foreign key."""
+    answers = {}
+    for message in received:
+        site = nodes.get(message.metadata.src_node_id)
+        if site is None or message.has_error():
+            log.warning("%s: Flower delivered an error in place of a reply", site)
+            continue
+        try:
+            reply = records.to_reply(message.content)
+            if reply.receipt and reply.receipt.site_key != site_keys.get(site, reply.receipt.site_key):
+                log.warning("%s: its receipt is signed with a key that the roster does not know", site)
+                reply = replace(reply, receipt=None)
+            answers[site] = (reply, message)
+        except ConfigError as error:
+            log.warning("%s sent an unreadable reply: %s", site, error)
+    return answers

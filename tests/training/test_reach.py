@@ -1,0 +1,117 @@
+"""How far honest training can go: real optimizers, on the largest gradients that a plan allows, stay within it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.model import Adapter
+from fedtune.privacy.plan import Plan
+from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+from fedtune.training.reach import Reach, reach
+from fedtune.training.spec import TrainingSpec
+
+PLAN = Plan(
+    unit="record",
+    delta=1e-5,
+    sampling_rate=0.1,
+    noise_multiplier=1.0,
+    max_grad_norm=1.0,
+    local_steps=5,
+    num_rounds=4,
+)
+SIZE = 200
+SPECS: list[dict[str, Any]] = [
+    {"optimizer": "sgd", "learning_rate": 2.0, "head_learning_rate": 0.5},
+    {"optimizer": "sgd", "learning_rate": 2.0, "momentum": 0.9, "weight_decay": 0.1},
+    {"optimizer": "adamw", "learning_rate": 1e-2},
+    {"optimizer": "adamw", "learning_rate": 1e-2, "betas": (0.0, 0.999), "head_learning_rate": 0.1},
+    {"optimizer": "adamw", "learning_rate": 0.5, "weight_decay": 5.0, "schedule": "cosine", "warmup_steps": 3},
+    {"optimizer": "adamw", "learning_rate": 1e-2, "betas": (0.5, 0.0)},
+]
+
+
+@pytest.fixture
+def sent() -> Adapter:
+    draws = np.random.default_rng(0)
+    return Adapter(
+        {
+            "a.lora_A": draws.normal(size=(4, 30)).astype(np.float32),
+            "a.lora_B": np.zeros((30, 4), np.float32),
+            "head.weight": draws.normal(size=(3, 8)).astype(np.float32),
+        }
+    )
+
+
+def trained(spec: TrainingSpec, sent: Adapter, gradients: Any, *, round: int) -> dict[str, np.ndarray]:
+    """What the real optimizer makes of these gradients, a function of step, name and shape."""
+    parameters = {n: torch.nn.Parameter(torch.from_numpy(np.array(v))) for n, v in sent.tensors.items()}
+    optimizer = make_optimizer(parameters, spec)
+    first, total = (round - 1) * PLAN.local_steps, PLAN.local_steps * PLAN.num_rounds
+    for step in range(PLAN.local_steps):
+        set_learning_rate(optimizer, learning_rate_factor(spec, step=first + step, total_steps=total))
+        for name, parameter in parameters.items():
+            parameter.grad = torch.as_tensor(gradients(step, name, parameter.shape), dtype=torch.float32)
+        optimizer.step()
+    return {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("settings", SPECS, ids=str)
+@pytest.mark.parametrize("round", [1, 3])
+def test_what_honest_training_does_is_within_reach(settings: dict[str, Any], sent: Adapter, round: int) -> None:
+    spec = TrainingSpec(**settings)
+    bound = reach(spec, PLAN, round=round, declared_size=SIZE, sent=sent)
+    denominator = PLAN.sampling_rate * SIZE
+    draws = np.random.default_rng(round)
+    direction = {name: draws.normal(size=value.shape) for name, value in sent.tensors.items()}
+    length = math.sqrt(sum(float(np.square(value).sum()) for value in direction.values()))
+
+    def honest(step: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        # Three times the units that were declared, all of one opinion, and the plan's noise.
+        return 3 * direction[name] / length + draws.normal(size=shape) / denominator
+
+    def growing(step: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        return np.full(shape, 10.0 ** (step - 5))  # Adam goes furthest where gradients grow
+
+    for gradients in (honest, growing):
+        assert bound.includes(trained(spec, sent, gradients, round=round), sent=sent), gradients.__name__
+
+
+@pytest.mark.parametrize("settings", SPECS[:5], ids=str)
+def test_what_is_far_beyond_training_is_not(settings: dict[str, Any], sent: Adapter) -> None:
+    bound = reach(TrainingSpec(**settings), PLAN, round=1, declared_size=SIZE, sent=sent)
+    for name in sent.tensors:
+        for value in (1e30, -1e30, 1e4):
+            update = {key: np.array(tensor) for key, tensor in sent.tensors.items()}
+            update[name].flat[3] = value
+            assert not bound.includes(update, sent=sent), name
+
+
+def test_many_small_moves_are_bound_by_their_norm(sent: Adapter) -> None:
+    bound = reach(TrainingSpec(optimizer="sgd", learning_rate=1.0), PLAN, round=1, declared_size=SIZE, sent=sent)
+    size = bound.value["a.lora_A"] * 0.99
+    one = {name: np.array(value) for name, value in sent.tensors.items()}
+    one["a.lora_B"].flat[0] = size
+    assert bound.includes(one, sent=sent)
+    everything = {name: value + np.copysign(np.float32(size), value) for name, value in sent.tensors.items()}
+    assert not bound.includes(everything, sent=sent)
+
+
+def test_a_move_towards_zero_is_free(sent: Adapter) -> None:
+    nowhere = Reach(value=dict.fromkeys(sent.tensors, 0.0), norm=0.0)
+    for factor in (1.0, 0.5, 0.0):
+        smaller = {name: (factor * value).astype(np.float32) for name, value in sent.tensors.items()}
+        assert nowhere.includes(smaller, sent=sent)
+    other_sign = {name: (-0.01 * value).astype(np.float32) for name, value in sent.tensors.items()}
+    assert not nowhere.includes(other_sign, sent=sent)
+
+
+def test_gradients_that_nothing_clips_have_no_bound(sent: Adapter) -> None:
+    plain = replace(PLAN, noise_multiplier=0.0)
+    assert reach(TrainingSpec(optimizer="sgd"), plain, round=1, declared_size=SIZE, sent=sent).norm == math.inf
+    assert reach(TrainingSpec(), plain, round=1, declared_size=SIZE, sent=sent).norm < math.inf, "Adam's steps have one"
