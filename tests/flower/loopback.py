@@ -19,7 +19,9 @@ from typing import Any
 
 from flwr.app import Message
 
-from fedtune.flower.remote_grid import RemoteGrid
+from fedtune.federation.closing import Closing
+from fedtune.federation.spec import FederationSpec
+from fedtune.flower.remote_grid import Heard, RemoteGrid
 from fedtune.flower.tls import Tls
 from fedtune.privacy.keys import SigningKey
 
@@ -163,11 +165,18 @@ class Loopback:
         return self._sites[-1]
 
     def grid(
-        self, names: Sequence[str], *, ask_again: Callable[[int, Message], float | None] = lambda number, answer: None
+        self,
+        names: Sequence[str],
+        *,
+        hear: Callable[[int, Message], Heard] = lambda number, answer: Heard(good=True),
+        **waiting: Any,
     ) -> RemoteGrid:
-        """The lead's connection to the sites with these names, in this order."""
+        """The lead's connection to the sites with these names, in this order; `waiting` are settings of a round."""
         keys = {name: public_pem(self.tls[name]) for name in names}
-        return RemoteGrid(self.address, self.lead_tls, sites=keys, key=self.lead_key, ask_again=ask_again)
+        spec = FederationSpec(num_sites=len(names), **waiting)
+        return RemoteGrid(
+            self.address, self.lead_tls, sites=keys, key=self.lead_key, hear=hear, closing=lambda: Closing(spec)
+        )
 
     def stop_sites(self) -> None:
         while self._sites:

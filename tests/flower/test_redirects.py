@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.federation.closing import Closing
+from fedtune.federation.spec import FederationSpec
 from fedtune.flower.fleet import Fleet, hello
 from fedtune.flower.fleet_errors import Foreign, Unreachable
-from fedtune.flower.remote_grid import RemoteGrid
+from fedtune.flower.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
@@ -97,7 +99,12 @@ def test_a_lead_goes_nowhere_else(
 ) -> None:
     site, lead = ours.issue("north"), ours.issue("lead")
     grid = RemoteGrid(
-        sending_elsewhere.address, lead, sites={"north": public_pem(site)}, key=lead_key, ask_again=lambda *_: None
+        sending_elsewhere.address,
+        lead,
+        sites={"north": public_pem(site)},
+        key=lead_key,
+        hear=lambda number, answer: Heard(good=True),
+        closing=lambda: Closing(FederationSpec(num_sites=1)),
     )
     with pytest.raises(RunError, match=r"sends elsewhere .*never followed"), grid:
         pass

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
+from fedtune.federation.closing import Closing
+from fedtune.federation.spec import FederationSpec
 from fedtune.flower.records import ARRAYS
-from fedtune.flower.remote_grid import RemoteGrid
+from fedtune.flower.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
@@ -90,12 +92,12 @@ def test_nobody_calls_anybody_but_the_server(network: Loopback, monkeypatch: pyt
 def test_a_provisional_answer_is_asked_for_again_until_it_is_final(network: Loopback) -> None:
     heard = []
 
-    def ask_again(number: int, answer: Message) -> float | None:
+    def hear(number: int, answer: Message) -> Heard:
         heard.append((number, about(answer)["number"]))
-        return 0.2 if about(answer)["number"] < 3 else None
+        return Heard(good=True, again_s=0.2 if about(answer)["number"] < 3 else None)
 
     site = network.site("a")
-    with network.grid(["b", "a"], ask_again=ask_again) as grid:
+    with network.grid(["b", "a"], hear=hear) as grid:
         (answer,) = grid.send_and_receive(questions(2), timeout=30)
     assert about(answer)["number"] == 3
     assert heard == [(2, 1), (2, 2), (2, 3)]
@@ -105,12 +107,31 @@ def test_a_provisional_answer_is_asked_for_again_until_it_is_final(network: Loop
 def test_at_the_deadline_a_provisional_answer_is_better_than_none(network: Loopback) -> None:
     for name in ("a", "b"):
         network.site(name).wait_for("activated")
-    with network.grid(["a", "b"], ask_again=lambda number, _: 60.0 if number == 1 else None) as grid:
+    hear = {1: Heard(good=False, again_s=60.0), 2: Heard(good=True)}
+    with network.grid(["a", "b"], hear=lambda number, _: hear[number]) as grid:
         began = time.monotonic()
         answers = grid.send_and_receive(questions(1, 2), timeout=12)
         assert time.monotonic() - began >= 12
     assert sites_of(answers) == {1: "a", 2: "b"}
     assert about(answers[0])["number"] == 1, "too early to ask again"
+
+
+def test_a_round_with_enough_answers_waits_for_an_absent_site_no_longer_than_its_grace(network: Loopback) -> None:
+    network.site("a").wait_for("activated")
+    with network.grid(["a", "b"], grace_s=2.0) as grid:
+        began = time.monotonic()
+        assert sites_of(grid.send_and_receive(questions(1, 2), timeout=60)) == {1: "a"}
+        assert 2 <= time.monotonic() - began < 30
+
+
+def test_nobody_waits_for_a_site_that_waits_for_a_person_once_enough_have_answered(network: Loopback) -> None:
+    for name in ("a", "b"):
+        network.site(name).wait_for("activated")
+    hear = {1: Heard(good=False, again_s=60.0), 2: Heard(good=True)}
+    with network.grid(["a", "b"], hear=lambda number, _: hear[number], grace_s=1.0) as grid:
+        began = time.monotonic()
+        assert sites_of(grid.send_and_receive(questions(1, 2), timeout=60)) == {1: "a", 2: "b"}
+        assert time.monotonic() - began < 30
 
 
 def test_when_time_is_up_what_is_there_is_returned(network: Loopback) -> None:
@@ -234,7 +255,8 @@ def test_without_a_server_there_is_no_run(network: Loopback) -> None:
         network.lead_tls,
         sites={},
         key=network.lead_key,
-        ask_again=lambda number, answer: None,
+        hear=lambda number, answer: Heard(good=True),
+        closing=lambda: Closing(FederationSpec(num_sites=1)),
     )
     with pytest.raises(RunError, match=r"127\.0\.0\.1:\d+ cannot be reached \(ConnectError"), nobody:
         pass

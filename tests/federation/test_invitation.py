@@ -1,0 +1,123 @@
+"""A site is asked about a run before it begins: what it says, and that saying it costs nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedtune.federation.protocol import INVITATION, Invitation, Signed
+from fedtune.privacy.chain import Kind
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.release import Offer, Reason, Refusal
+from fedtune.spec import ConfigError
+
+
+def reason(reply: Any) -> Reason:
+    assert isinstance(reply.body, Refusal)
+    return reply.body.reason
+
+
+def test_a_site_that_may_take_part_offers_the_whole_run(site: Any) -> None:
+    reply = site.invite()
+    plan = site.propose().plan
+    assert reply.body == Offer(site="a", run="r", most_rounds=plan.num_rounds, least_noise=plan.noise_multiplier)
+    assert reply.is_signed()
+    assert reply.receipt.charged_rounds == 0
+    assert site.kinds() == [], "nothing is charged, set aside or noted"
+    assert site.trained == []
+    assert site.prepared == ["r"], "what the run needs of the machine is tried"
+
+
+def test_an_invitation_that_is_followed_by_a_round_changes_nothing_about_it(site: Any) -> None:
+    site.invite()
+    assert site.ask().receipt.charged_rounds == 1
+    assert site.kinds() == [Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "about", "rule"),
+    [
+        ({}, {"noise_multiplier": 0.5}, {}, Reason.MIN_NOISE_MULTIPLIER),
+        ({}, {"rank": 64}, {}, Reason.MAX_RANK),
+        ({}, {}, {"site": "b"}, Reason.WRONG_SITE),
+        ({}, {}, {"expires": 1.0}, Reason.REQUEST_EXPIRED),
+        ({"budget": {"max_epsilon": 0.4}}, {}, {}, Reason.MAX_EPSILON),
+        ({"approval": "manual"}, {}, {}, Reason.AWAITING_APPROVAL),
+        ({}, {"num_sites": 99}, {}, Reason.PLAN_CHANGED),
+    ],
+    ids=str,
+)
+def test_what_a_round_would_be_refused_for_is_said_beforehand(
+    station: Callable[..., Any], policy: Any, changes: Any, about: Any, rule: Reason
+) -> None:
+    site = station(**policy)
+    reply = site.invite(about=about, **changes)
+    assert reason(reply) is rule
+    assert reply.is_signed()
+    assert site.kinds() == [Kind.REFUSAL]
+    assert (len(site.awaited) == 1) is (rule is Reason.AWAITING_APPROVAL)
+
+
+def test_a_paused_site_waits(site: Any) -> None:
+    site.paused = True
+    assert reason(site.invite()) is Reason.PAUSED
+
+
+def test_a_stranger_learns_nothing_of_the_ledger(site: Any, stranger_key: SigningKey) -> None:
+    for reply in (site.invite(key=stranger_key, lead=stranger_key.public), site.invite(key=stranger_key)):
+        assert reason(reply).is_of_a_stranger
+        assert reply.receipt is None
+
+
+def test_a_site_without_room_says_how_much_it_has_where_it_is_asked(station: Callable[..., Any]) -> None:
+    site = station(budget={"max_epsilon": 0.4})
+    assert reason(site.invite()) is Reason.MAX_EPSILON
+    reply = site.invite(about={"less": True})
+    plan = site.propose().plan
+    assert reply.is_signed()
+    assert isinstance(reply.body, Offer)
+    assert reply.body.most_rounds < plan.num_rounds
+    assert reply.body.least_noise > plan.noise_multiplier
+    assert site.kinds() == [Kind.REFUSAL, Kind.RELEASE]
+
+
+def test_what_less_would_not_help_stays_a_refusal(site: Any) -> None:
+    assert reason(site.invite(about={"less": True}, rank=64)) is Reason.MAX_RANK
+
+
+def test_a_failure_while_preparing_is_a_site_error_before_anybody_pays(site: Any) -> None:
+    def fail() -> None:
+        raise MemoryError("4711")
+
+    site.propose_ = site.propose
+    site.propose = lambda **changes: fail() if site.prepared else site.propose_(**changes)
+    reply = site.invite()
+    assert reason(reply) is Reason.SITE_ERROR
+    assert "4711" not in json.dumps([str(reply.body), str(reply.receipt)])
+    assert site.kinds() == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"less": 1}, {"expires": "soon"}, {"site": "../b"}, {"proposal": {}}, {"more": 1}, {"expires": float("nan")}],
+    ids=str,
+)
+def test_a_malformed_invitation_is_none(site: Any, lead_key: SigningKey, change: dict[str, Any]) -> None:
+    asked = Invitation(proposal=site.propose(), site="a", expires=1e12)
+    fields = json.loads(asked.signed(lead_key).text) | change
+    text = json.dumps(fields)
+    with pytest.raises(ConfigError, match="invitation"):
+        Invitation.of(Signed(text=text, signature=lead_key.sign(INVITATION, text.encode())))
+
+
+def test_a_round_request_is_no_invitation_and_the_other_way_round(site: Any, lead_key: SigningKey) -> None:
+    asked = Invitation(proposal=site.propose(), site="a", expires=1e12)
+    assert Invitation.of(asked.signed(lead_key)) == asked
+    with pytest.raises(ConfigError):
+        Invitation.of(site.request().signed(lead_key))
+    assert reason(site.send(asked.signed(lead_key))) is Reason.MALFORMED_REQUEST
+    assert replace(asked, expires=1.0).digest() == asked.digest()

@@ -1,0 +1,132 @@
+"""Before round 1 the lead asks who takes part, so that nobody is charged for a run that others end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message
+
+from fedtune.federation.lead import LeadState
+from fedtune.flower import records
+from fedtune.flower.server import run_rounds
+from fedtune.privacy.chain import Kind
+from fedtune.spec import RefusedError, RunError
+
+SITES = ("site-1", "site-2", "site-3")
+
+
+def charged(made: Any) -> list[str]:
+    """Sites in whose ledgers anything was charged or set aside."""
+    kinds = {site: {event.kind for event in made.events(site)} for site in SITES}
+    return [site for site, found in kinds.items() if found & {Kind.PLAN, Kind.RESERVE, Kind.COMMIT}]
+
+
+def test_one_sites_refusal_costs_the_others_nothing(federation: Callable[..., Any]) -> None:
+    made = federation(min_sites=3, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
+    for _ in range(2):  # in 0.1.0 each try cost the others a round
+        with pytest.raises(
+            RefusedError, match=r"2 of 3 sites would take part.*site-2: max_epsilon, asked .*nothing was"
+        ):
+            run_rounds(made.grid, made.lead, made.start)
+    assert charged(made) == []
+    assert made.trained == []
+
+
+def test_a_run_with_enough_sites_begins_and_the_refusing_one_is_asked_all_the_same(
+    federation: Callable[..., Any],
+) -> None:
+    made = federation(min_sites=2, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
+    state = run_rounds(made.grid, made.lead, made.start)
+    assert state.rounds[0].sites == ("site-1", "site-3")
+    assert state.rounds[0].failed_sites == {"site-2": "max_epsilon"}
+
+
+def test_a_site_that_waits_for_a_person_may_still_come(federation: Callable[..., Any]) -> None:
+    made = federation(min_sites=3, policies={"site-2": {"approval": "manual"}})
+    with pytest.raises(RunError, match=r"2 of 3 sites.*site-2: awaiting_approval") as raised:
+        run_rounds(made.grid, made.lead, made.start)
+    assert not isinstance(raised.value, RefusedError)
+    assert charged(made) == []
+
+
+@pytest.mark.parametrize("what", ["nothing", "for another run", "by another site", "more rounds than were signed"])
+def test_an_offer_that_its_site_did_not_sign_is_none(
+    federation: Callable[..., Any], tamper: Callable[..., None], what: str
+) -> None:
+    def change(messages: list[Message]) -> list[Message]:
+        (message,) = [message for message in messages if message.metadata.src_node_id == 2]
+        if what == "nothing":
+            return [other for other in messages if other is not message]
+        fields = json.loads(str(message.content.config_records[records.REPLY]["json"]))
+        fields |= {"for another run": {"run": "s"}, "by another site": {"site": "site-1"}}.get(
+            what, {"most_rounds": 1000}
+        )
+        message.content[records.REPLY] = ConfigRecord({"json": json.dumps(fields)})
+        return messages
+
+    made = federation(min_sites=3)
+    tamper(change, ("query.invite",))
+    with pytest.raises(RunError, match="site-2: no_reply" if what == "nothing" else "site-2: unsigned_reply"):
+        run_rounds(made.grid, made.lead, made.start)
+    assert charged(made) == []
+
+
+def test_a_resumed_run_is_not_asked_about_again(federation: Callable[..., Any]) -> None:
+    made = federation(num_rounds=2)
+    state = made.run_until(1)
+    seen: list[str] = []
+    push = made.grid.push_messages
+
+    def note(messages: Any) -> list[str]:
+        given = list(messages)
+        seen.extend(message.metadata.message_type for message in given)
+        return list(push(given))
+
+    made.grid.push_messages = note
+    run_rounds(made.grid, made.lead, state)
+    assert "query.invite" not in seen
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm"])
+def test_a_round_that_diverged_goes_back_and_the_run_goes_on(
+    federation: Callable[..., Any], caplog: pytest.LogCaptureFixture, strategy: str
+) -> None:
+    made = federation(num_rounds=3, strategy=strategy, server_momentum=0.5)
+    plain = federation(num_rounds=3, strategy=strategy, server_momentum=0.5, folder="b")
+    scores = iter([{"loss": 1.0}, {"loss": float("nan")}, {"loss": 0.5}])
+    state = run_rounds(made.grid, replace(made.lead, evaluate=lambda adapter: next(scores)), made.start)
+    assert [result.diverged for result in state.rounds] == [False, True, False]
+    assert [result.metrics for result in state.rounds] == [{"loss": 1.0}, {"loss": 1.0}, {"loss": 0.5}]
+    assert "round 2 diverged (loss nan); going back to the adapter that it began with" in caplog.text
+    # Two good rounds, also for the server optimizer: as far as a run of two rounds comes.
+    two = plain.run_until(2)
+    for name, value in two.adapter.tensors.items():
+        np.testing.assert_array_equal(state.adapter.tensors[name], value)
+    assert len([event for event in made.events("site-1") if event.kind is Kind.COMMIT]) == 3, "all three are charged"
+
+
+def test_adams_moments_go_back_too(federation: Callable[..., Any]) -> None:
+    made = federation(num_rounds=2, strategy="fedadam", server_momentum=0.5)
+    first = federation(num_rounds=2, strategy="fedadam", server_momentum=0.5, folder="b").run_until(1)
+    scores = iter([{"loss": 1.0}, {"loss": float("nan")}])
+    state = run_rounds(made.grid, replace(made.lead, evaluate=lambda adapter: next(scores)), made.start)
+    assert state.strategy.keys() == first.strategy.keys() != set()
+    for name, value in first.strategy.items():
+        np.testing.assert_array_equal(made.lead.strategy.m_t["head"], first.strategy["m/head"])
+        np.testing.assert_array_equal(state.strategy[name], value)
+
+
+def test_two_diverged_rounds_in_a_row_end_the_run_with_its_last_good_adapter(federation: Callable[..., Any]) -> None:
+    made = federation(num_rounds=3)
+    scores = iter([{"loss": 1.0}, {"loss": float("nan")}, {"loss": float("inf")}])
+    with pytest.raises(RunError, match=r"round 3 diverged \(loss inf\), as the round before did; the checkpoint of "):
+        run_rounds(made.grid, replace(made.lead, evaluate=lambda adapter: next(scores)), made.start)
+    saved = made.lead.checkpoints.load()
+    assert (saved.round, saved.rounds[-1].diverged) == (2, True)
+    first: LeadState = federation(num_rounds=3, folder="b").run_until(1)
+    assert saved.adapter.digest() == first.adapter.digest()
