@@ -15,7 +15,7 @@ class Closing:
 
     Two cases end it, each `grace_s` seconds after it began: `enough_sites` good answers are there; or `min_sites` are,
     and nobody else is at work, for every other site is offline, paused, waiting for a person or has refused.  It ends
-    at once when so many sites have refused that `min_sites` good answers cannot come any more.
+    at once when nobody is at work and so many sites have refused that `min_sites` good answers cannot come any more.
 
     Attributes:
         clock: seconds, of which only differences count.
@@ -30,10 +30,11 @@ class Closing:
 
         Args:
             good: sites with an answer of the kind that was hoped for.
-            at_work: sites that are online, were asked and have not answered.
-            others: sites that are offline or wait for a person: an answer may still come.
+            at_work: sites that are online, were asked and have not answered; before a run begins also those where a
+                person is yet to approve it.
+            others: sites that are offline, paused or, in a round, not approved yet: an answer may still come.
         """
-        if good + at_work + others < self.spec.min_sites:
+        if not at_work and good + others < self.spec.min_sites:
             return True
         enough = self.spec.enough_sites or len(self.spec.active)
         if not (good >= enough or (good >= self.spec.min_sites and not at_work)):

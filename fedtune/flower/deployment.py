@@ -23,7 +23,7 @@ from fedtune.flower.invitation import Invited, invite
 from fedtune.flower.remote_grid import Heard, RemoteGrid
 from fedtune.flower.tls import Tls
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.release import Refusal, Update
+from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
@@ -163,7 +163,10 @@ class _Ears:
             num_bytes = records.num_bytes(answer.content)
             self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged)
         self._said[site] = what
-        return Heard(good=refused is None, again_s=_ASK_AGAIN_S if waiting else None)
+        # Before a run begins, and nobody is charged yet, people are waited for; in a round they are not.
+        invited = answer.metadata.message_type == f"query.{records.INVITE}"
+        idle = waiting and not (invited and refused is Reason.AWAITING_APPROVAL)
+        return Heard(good=refused is None, again_s=_ASK_AGAIN_S if waiting else None, idle=idle)
 
 
 def _grid(connection: LeadConnection, ears: _Ears, spec: FederationSpec) -> RemoteGrid:

@@ -38,10 +38,12 @@ class Heard:
     Attributes:
         good: it is of the kind that was hoped for.
         again_s: seconds after which to ask once more, since it may change; None: it is final.
+        idle: until it changes, the exchange need not wait for this site.
     """
 
     good: bool
     again_s: float | None = None
+    idle: bool = False
 
 
 @dataclass
@@ -55,6 +57,7 @@ class _Question:
         not_before: earliest moment, by the monotonic clock, to ask again.
         asked: by the monotonic clock, when it was asked last.
         provisional: an answer that asking again may change.
+        idle: so far it says that nobody needs to wait.
     """
 
     question: Message
@@ -64,12 +67,13 @@ class _Question:
     not_before: float = 0.0
     asked: float = 0.0
     provisional: Message | None = None
+    idle: bool = False
 
     @property
-    def waits_for_a_person(self) -> bool:
-        """Whether the site is idle until somebody there decides: one that does not say so again has begun to work."""
+    def is_idle(self) -> bool:
+        """Whether the site said that it does nothing: one that does not say so again has begun to work."""
         silent_s = time.monotonic() - self.asked if self.message_ids else 0.0
-        return self.provisional is not None and silent_s < _SAYS_SO_AGAIN_S
+        return self.idle and silent_s < _SAYS_SO_AGAIN_S
 
 
 class RemoteGrid(Grid):
@@ -125,7 +129,7 @@ class RemoteGrid(Grid):
                 for number, answer, heard in self._collect(open_):
                     answers[number] = answer
                     good += heard.good
-                at_work = sum(n in online and not question.waits_for_a_person for n, question in open_.items())
+                at_work = sum(n in online and not question.is_idle for n, question in open_.items())
                 if closing.is_over(good=good, at_work=at_work, others=len(open_) - at_work):
                     break
             except httpx.HTTPStatusError as error:
@@ -187,7 +191,8 @@ class RemoteGrid(Grid):
                 del questions[number]
                 final.append((number, answer, heard))
             else:
-                question.provisional, question.not_before = answer, time.monotonic() + heard.again_s
+                question.provisional, question.idle = answer, heard.idle
+                question.not_before = time.monotonic() + heard.again_s
         return final
 
     def _pull(self, message_ids: list[str], questions: Mapping[int, _Question]) -> Iterable[Message]:

@@ -115,6 +115,29 @@ def test_a_site_without_budget_refuses_and_the_others_go_on(federation: Federati
     assert files.open().spending().mechanisms == before.mechanisms
 
 
+def test_a_run_is_fitted_to_what_every_site_has_room_for_before_anybody_pays(federation: Federation) -> None:
+    site = federation.sites["south"]
+    policy = SiteFiles.of(site.site_toml).policy
+    write_policy(replace(policy, limits=replace(policy.limits, max_rounds=1)), site.site_toml)
+    asked = settings("federation.num_rounds=3", "federation.min_sites=3")
+    try:
+        refused = federation.lead("unfitted", *asked)
+        assert refused.end() == 3, refused.text
+        assert "2 of 3 sites would take part" in " ".join(refused.text.split())
+        assert "south: max_rounds, asked 3, allowed at most 1" in " ".join(refused.text.split())
+        fitted = federation.lead("fitted", *asked, "federation.if_over_budget=fewer_rounds")
+        assert fitted.end() == 0, fitted.text
+    finally:
+        write_policy(policy, site.site_toml)
+    assert not [
+        each.events("unfitted", "plan") for each in federation.sites.values() if each.events("unfitted", "plan")
+    ]
+    assert "The sites' budgets have room for 1 rounds" in " ".join(fitted.text.split())
+    (only,) = federation.result("fitted")["rounds"]
+    assert only["sites"] == list(NAMES)
+    check_books(federation, "fitted")
+
+
 def test_a_site_that_is_revoked_in_a_round_is_put_out(federation: Federation) -> None:
     revoked, others = federation.sites["west"], (federation.sites["north"], federation.sites["south"])
     pids, contacts = [site.up.pid for site in others], [site.up.text.count("no contact") for site in others]

@@ -53,9 +53,9 @@ def test_a_run_waits_for_approval_and_then_goes_on(
     site, loaded = careful, len(careful.up.lines("the base model is loaded"))
     lead = federation.lead("asked", *settings("federation.num_rounds=1", "data.max_length=17"))
     site.up.wait_for_text("a run waits for approval")
-    federation.sites["south"].wait_for("asked", "commit", round=1, lead=lead)
-    # Before anybody has said yes, nothing was done for it.
-    assert not site.events("asked", "plan")
+    wait_for(lambda: "south: would_take_part" in lead.text, seconds=RUN_S, what="south's offer", needs=lead)
+    # Before everybody has said yes, nothing was done for it here, and nothing charged anywhere.
+    assert not [each for each in federation.sites.values() if each.events("asked", "plan")]
     assert len(site.up.lines("the base model is loaded")) == loaded
     (waiting,) = (event.run for event in site.events("asked", "refusal"))
     monkeypatch.setenv("COLUMNS", "80")
@@ -115,7 +115,7 @@ def test_a_paused_site_takes_part_in_nothing_and_a_run_that_is_stopped_for_good_
     folder = federation.run_folder(run)
     held.hold(True)
     federation.do("site", "pause", "--kit", str(paused.kit))
-    lead = federation.lead(run)
+    lead = federation.lead(run, *settings("federation.grace_s=3"))
     held.wait_for(run, "reserve", round=1, lead=lead)
     wait_for(lambda: paused.answered("paused", run), seconds=RUN_S, what="north to pause", needs=lead)
     assert not paused.events(run, "plan")

@@ -74,6 +74,7 @@ def test_with_enough_sites_named_a_slow_one_is_not_waited_for() -> None:
 def test_nobody_waits_for_what_cannot_come_any_more() -> None:
     assert closing(Clock()).is_over(good=1, at_work=0, others=0), "three of four have refused"
     assert not closing(Clock()).is_over(good=1, at_work=0, others=1)
+    assert not closing(Clock()).is_over(good=0, at_work=1, others=0), "but everybody's answer is heard"
 
 
 @pytest.mark.parametrize(("key", "value"), [("enough_sites", 1), ("enough_sites", 5), ("grace_s", -1.0)])

@@ -97,7 +97,7 @@ def test_a_site_that_waits_for_a_person_is_asked_again_and_reported_once(
     ears: _Ears, heard: Heard, adapter: Adapter, reason: Reason
 ) -> None:
     for _ in range(3):
-        assert ears(1, refusal(reason)) == Answered(good=False, again_s=_ASK_AGAIN_S)
+        assert ears(1, refusal(reason)) == Answered(good=False, again_s=_ASK_AGAIN_S, idle=True)
     assert ears(2, refusal(reason)).again_s == _ASK_AGAIN_S > 0
     assert heard.words == [("north", reason.value), ("south", reason.value)]
     assert ears(1, update(adapter)).again_s is None
@@ -137,6 +137,13 @@ def test_what_is_no_answer_to_a_round_is_final_and_no_news(ears: _Ears, heard: H
 def test_an_answer_to_the_end_of_a_run_is_all_that_was_hoped_for(ears: _Ears, heard: Heard) -> None:
     assert ears(1, Message(records.from_receipt(None), 1, f"query.{records.END}")) == Answered(good=True)
     assert heard.all == []
+
+
+def test_before_a_run_begins_people_are_waited_for_and_a_pause_is_not(ears: _Ears) -> None:
+    for reason, idle in ((Reason.AWAITING_APPROVAL, False), (Reason.PAUSED, True)):
+        body = Refusal(site="whoever", run="r", round=0, reason=reason)
+        message = Message(records.from_reply(Reply(body=body, receipt=None)), 1, f"query.{records.INVITE}")
+        assert ears(1, message) == Answered(good=False, again_s=_ASK_AGAIN_S, idle=idle)
 
 
 def test_an_offer_is_good_and_news(ears: _Ears, heard: Heard, receipt: Receipt) -> None:

@@ -124,10 +124,10 @@ def test_a_round_with_enough_answers_waits_for_an_absent_site_no_longer_than_its
         assert 2 <= time.monotonic() - began < 30
 
 
-def test_nobody_waits_for_a_site_that_waits_for_a_person_once_enough_have_answered(network: Loopback) -> None:
+def test_nobody_waits_for_a_paused_site_once_enough_have_answered(network: Loopback) -> None:
     for name in ("a", "b"):
         network.site(name).wait_for("activated")
-    hear = {1: Heard(good=False, again_s=60.0), 2: Heard(good=True)}
+    hear = {1: Heard(good=False, again_s=60.0, idle=True), 2: Heard(good=True)}
     with network.grid(["a", "b"], hear=lambda number, _: hear[number], grace_s=1.0) as grid:
         began = time.monotonic()
         assert sites_of(grid.send_and_receive(questions(1, 2), timeout=60)) == {1: "a", 2: "b"}
