@@ -24,6 +24,7 @@ sys.addaudithook(note_outbound)
 
 import flwr.supercore.corestate.sql_corestate as sql_corestate  # noqa: E402
 
+from fedtune.flower.connections import Limits  # noqa: E402
 from fedtune.flower.gate import Registered  # noqa: E402
 from fedtune.flower.superlink import ServerSettings, serve  # noqa: E402
 from fedtune.flower.tls import Tls  # noqa: E402
@@ -45,6 +46,8 @@ def main() -> None:
         port=given["port"],
         database=FOLDER / "state.db",
         roster=roster,
+        audit=FOLDER / "audit.jsonl",
+        limits=Limits(**given.get("limits", {})),
     )
     serve(settings, ready=lambda: print("ready", flush=True))
 

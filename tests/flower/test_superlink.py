@@ -15,12 +15,15 @@ from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
 
+from fedtune.flower.audit_log import AuditLog
 from fedtune.flower.fleet import hello
 from fedtune.flower.gate import Registered
 from fedtune.flower.superlink import keep_roster
 
 from .certificates import Authority, public_pem
 from .loopback import Loopback, ended, start_process, wait_for
+
+AUDIT = AuditLog(None)
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def test_a_port_that_is_taken_is_an_error(own: Loopback) -> None:
     own.start()
     second = start_process("server_process.py", own.folder)
     assert second.wait(timeout=60) == 1
-    assert "address already in use" in own.output
+    assert "Address already in use" in own.output
     assert own.process.poll() is None
 
 
@@ -98,11 +101,11 @@ def registered(state: LinkState) -> dict[str, int]:
 
 def test_keeping_a_roster_twice_changes_nothing(state: LinkState, keys: list[bytes]) -> None:
     roster = [Registered(site=name, node_key=key, revoked=False) for name, key in zip("ab", keys, strict=True)]
-    keep_roster(state, roster)
+    keep_roster(state, roster, AUDIT)
     first = registered(state)
     assert set(first) == {"a", "b"}
-    keep_roster(state, roster)
-    keep_roster(state, roster[::-1])
+    keep_roster(state, roster, AUDIT)
+    keep_roster(state, roster[::-1], AUDIT)
     assert registered(state) == first
 
 
@@ -110,22 +113,22 @@ def test_who_is_revoked_is_put_out_and_nobody_else(
     state: LinkState, keys: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     a, b = (Registered(site=name, node_key=key, revoked=False) for name, key in zip("ab", keys, strict=True))
-    keep_roster(state, [a, b])
+    keep_roster(state, [a, b], AUDIT)
     first = registered(state)
-    keep_roster(state, [Registered(site="a", node_key=a.node_key, revoked=True), b])
+    keep_roster(state, [Registered(site="a", node_key=a.node_key, revoked=True), b], AUDIT)
     assert registered(state) == {"b": first["b"]}
     assert state.get_node_id_by_public_key(a.node_key) is None
     # An old roster that was copied by mistake burns no key: Flower never takes one back.
-    keep_roster(state, [])
+    keep_roster(state, [], AUDIT)
     assert registered(state) == {"b": first["b"]}
     with caplog.at_level(logging.ERROR):
-        keep_roster(state, [a, b])
+        keep_roster(state, [a, b], AUDIT)
     assert "a: its connection key was revoked before; it needs a new one" in caplog.text
     assert registered(state) == {"b": first["b"]}
 
 
 def test_a_renewed_key_is_registered_beside_the_old_one(state: LinkState, keys: list[bytes]) -> None:
-    keep_roster(state, [Registered(site="a", node_key=keys[0], revoked=False)])
+    keep_roster(state, [Registered(site="a", node_key=keys[0], revoked=False)], AUDIT)
     old = state.get_node_id_by_public_key(keys[0])
-    keep_roster(state, [Registered(site="a", node_key=keys[1], revoked=False)])
+    keep_roster(state, [Registered(site="a", node_key=keys[1], revoked=False)], AUDIT)
     assert state.get_node_id_by_public_key(keys[1]) not in (None, old)
