@@ -101,18 +101,17 @@ class Door:
         """Listen.
 
         Args:
-            host: address to listen on, or a name of one.
+            host: address to listen on.
             port: to listen on.
             make: what serves a connection from an address.
 
         Raises:
             OSError: the address cannot be had.
         """
-        passive = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, address in dict.fromkeys((family, to[:2]) for family, _, _, _, to in passive):
-            listening = socket.create_server(address, family=family, backlog=_BACKLOG)
-            listening.setblocking(False)
-            self._accepting.append(asyncio.get_running_loop().create_task(self._accept(listening, make)))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listening.setblocking(False)
+        self._accepting.append(asyncio.get_running_loop().create_task(self._accept(listening, make)))
 
     async def close(self) -> None:
         """Listen no longer, and end what has not shaken hands."""
@@ -184,7 +183,7 @@ def _why(error: BaseException) -> str:
         return f"certificate: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         return (error.reason or "TLS").replace("_", " ").lower()
-    return "too slow" if isinstance(error, TimeoutError) else "hung up"
+    return "too slow" if isinstance(error, TimeoutError | ConnectionAbortedError) else "hung up"
 
 
 class Http(H11Protocol):

@@ -96,15 +96,15 @@ class Member:
             self.post("deactivate-node", fleet_pb2.DeactivateNodeRequest(node_id=self.node_id))
         self.client.close()
 
-    def asked(self) -> Question:
-        """Its next question, waited for."""
+    def asked(self, run_id: int) -> Question:
+        """Its next question of a run, waited for; those of earlier tests are left aside."""
         got: list[Question] = []
 
         def pull() -> bool:
             answer = self.post("pull-messages", fleet_pb2.PullMessagesRequest(node=self.node))
             assert answer.status_code == 200, answer.text
             found = fleet_pb2.PullMessagesResponse.FromString(answer.content)
-            if found.messages_list:
+            if found.messages_list and found.messages_list[0].metadata.run_id == run_id:
                 got.append(Question(found.messages_list[0].metadata, found.message_object_trees[0]))
             return bool(got)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import sys
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def roster() -> list[Registered]:
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
     given = json.loads((FOLDER / "settings.json").read_text())
+    if "files" in given:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (given["files"], given["files"]))
     sql_corestate.OBJECT_PUSH_SESSION_TTL_SECONDS = given["upload_s"]
     settings = ServerSettings(
         tls=Tls(**{name: Path(path) for name, path in given["tls"].items()}),

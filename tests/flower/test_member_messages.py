@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto import fleet_pb2, message_pb2
-from flwr.supercore.inflatable.inflatable_object import get_object_id
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
 
 from fedtune.flower.remote_grid import RemoteGrid
 
@@ -34,7 +32,7 @@ def question(network: Loopback, member: Member) -> Iterator[Question]:
     """One that stays open at the server; the lead does not wait for it any more."""
     with network.grid(["b"]) as grid, ThreadPoolExecutor(1) as pool:
         pool.submit(grid.send_and_receive, questions(1), timeout=1)
-        yield member.asked()
+        yield member.asked(grid.run.run_id)
 
 
 class Round:
@@ -43,13 +41,14 @@ class Round:
     def __init__(self, network: Loopback, member: Member, pool: ThreadPoolExecutor, grid: RemoteGrid) -> None:
         self.honest = Member(network, "a")
         self.honest.activate()
-        self._answers = pool.submit(grid.send_and_receive, questions(1, 2), timeout=10)
-        self.question = member.asked()
+        self._answers = pool.submit(grid.send_and_receive, questions(1, 2), timeout=7)
+        self.run_id = grid.run.run_id
+        self.question = member.asked(self.run_id)
 
     def ends(self) -> dict[int, str]:
         """Let the honest site answer, and wait for the end of the round."""
         content = RecordDict({"about": ConfigRecord({"site": "a"})})
-        self.honest.reply(self.honest.asked(), Message(content, SUPERLINK_NODE_ID, "train"))
+        self.honest.reply(self.honest.asked(self.run_id), Message(content, SUPERLINK_NODE_ID, "train"))
         return sites_of(self._answers.result(timeout=60))
 
 
@@ -59,10 +58,6 @@ def round_(network: Loopback, member: Member) -> Iterator[Round]:
         made = Round(network, member, pool, grid)
         yield made
     made.honest.leave()
-
-
-def audit(network: Loopback) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (network.folder / "audit.jsonl").read_text().splitlines()]
 
 
 def test_nothing_but_an_answer_to_its_own_question_is_taken(network: Loopback, member: Member, round_: Round) -> None:
@@ -89,7 +84,7 @@ def test_nothing_but_an_answer_to_its_own_question_is_taken(network: Loopback, m
     assert network.rows("SELECT count(*) FROM message_ins") == before
     assert network.rows("SELECT count(*) FROM message_res") == [(0,)]
     assert round_.ends() == {1: "a"}
-    noted = {(line["event"], line.get("reason"), line.get("member")) for line in audit(network)}
+    noted = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
     assert ("message refused", "in another sender's name", "b") in noted
     assert ("run started", None, None) in noted
 
@@ -144,8 +139,11 @@ def test_an_answer_that_cannot_be_read_is_none(member: Member, round_: Round, ki
     elif kind == "in order":
         # What a message says of itself does not count: neither whose question it answers, nor who sends it.
         member.reply(round_.question, Message(content, SUPERLINK_NODE_ID, "train"))
+    elif kind == "no message":
+        objects = {id: part.deflate() for id, part in get_all_nested_objects(content).items()}
+        member.send(round_.question, get_object_tree(content), objects)
     else:
-        root = an_object(10) if kind == "no message" else b"Message 4\x00\xff\xff\xff\xff"
+        root = Message(RecordDict(), SUPERLINK_NODE_ID, "train").deflate()[:-9] + b"\xff" * 9
         member.send(round_.question, message_pb2.ObjectTree(object_id=get_object_id(root)), {"": root})
     assert round_.ends() == ({1: "a", 2: "b"} if kind == "in order" else {1: "a"})
 
@@ -157,7 +155,7 @@ def _any_question() -> Message:
 
 
 def test_it_fetches_and_confirms_its_own_questions_alone(member: Member, round_: Round) -> None:
-    theirs = round_.honest.asked()
+    theirs = round_.honest.asked(round_.run_id)
     run, id = theirs.metadata.run_id, theirs.metadata.message_id
     pull = message_pb2.PullObjectRequest(node=member.node, run_id=run, object_id=id)
     confirm = message_pb2.ConfirmMessageReceivedRequest(node=member.node, run_id=run, message_object_id=id)
