@@ -52,7 +52,11 @@ def main() -> None:
         audit=FOLDER / "audit.jsonl",
         limits=Limits(**given.get("limits", {})),
     )
-    serve(settings, ready=lambda: print("ready", flush=True))
+
+    def works(works: bool) -> None:
+        (FOLDER / "works").write_text(str(works))
+
+    serve(settings, ready=lambda: print("ready", flush=True), works=works)
 
 
 main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
 
 from fedtune.flower.audit_log import AuditLog
-from fedtune.flower.fleet import hello
+from fedtune.flower.fleet import HELLO, hello
+from fedtune.flower.fleet_errors import Unauthorised
 from fedtune.flower.gate import Registered
 from fedtune.flower.superlink import keep_roster
 
@@ -66,6 +68,47 @@ def test_a_roster_that_cannot_be_read_leaves_everybody_where_he_is(own: Loopback
     newcomer = own.enlist("b")
     wait_for(lambda: "b is registered" in own.output)
     assert hello(own.address, newcomer).site == "b"
+
+
+def test_a_disk_that_is_full_is_noticed_and_stops_no_greeting(own: Loopback) -> None:
+    own.start()
+    said, (soft, hard) = own.folder / "works", resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE)
+
+    def says(text: str) -> None:
+        wait_for(lambda: said.exists() and said.read_text() == text, seconds=15, what=text)
+
+    says("True")
+    # No file may grow beyond 1 KiB, which is how a full disk looks to a database.
+    resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE, (1024, hard))
+    says("False")
+    assert hello(own.address, own.tls["a"]).site == "a"
+    resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
+    says("True")
+
+
+def test_it_notes_who_came_and_when_it_ran(own: Loopback) -> None:
+    own.start()
+    assert hello(own.address, own.tls["a"]).site == "a"
+    own.set_revoked("a")
+    wait_for(lambda: "a was revoked" in own.output, seconds=15)
+    with pytest.raises(Unauthorised, match="revoked"):
+        hello(own.address, own.tls["a"])
+    assert ended(own.process, by=signal.SIGTERM, seconds=15) == 0
+    noted = own.audit()
+    for line in noted:
+        assert set(line) <= {"time", "event", "address", "member", "certificate", "path", "reason", "again"}
+        del line["time"]
+    a = {"address": "127.0.0.1", "certificate": "a", "member": "a"}
+    refused = {"event": "call refused", **a, "path": HELLO, "reason": "revoked"}
+    for expected in (
+        {"event": "server started"},
+        {"event": "member registered", "member": "a"},
+        {"event": "connected", **a},
+        {"event": "member revoked", "member": "a"},
+        refused,
+    ):
+        assert expected in noted, noted
+    assert noted[-1] == {"event": "server stopped"}
 
 
 def test_it_does_not_report_to_flowers_makers() -> None:
