@@ -11,7 +11,7 @@ import resource
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -39,7 +39,7 @@ class Limits:
     """What connections may take.
 
     Attributes:
-        of_address: connections at a time from one address.
+        of_address: connections at a time from one address, which many sites may share, and half of all at most.
         of_certificate: the same with one certificate's key; a site uses up to ten.
         handshake_s: for TLS.
         head_s: for the headers of the first request.
@@ -48,8 +48,8 @@ class Limits:
         answer_s: for what is being answered then.
     """
 
-    of_address: int = 64
-    of_certificate: int = 32
+    of_address: int = 256
+    of_certificate: int = 16
     handshake_s: float = 10.0
     head_s: float = 10.0
     idle_s: float = 15.0
@@ -94,7 +94,7 @@ class Door:
         self.of_certificate: Counter[bytes] = Counter()
         self._most = most_connections()
         self._of_address: Counter[str] = Counter()
-        self._shaking: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._shaking: dict[asyncio.Task[None], str] = {}  # with their addresses, the oldest first
         self._accepting: list[asyncio.Task[None]] = []
 
     def open(self, host: str, port: int, make: Callable[[str], Http]) -> None:
@@ -138,19 +138,22 @@ class Door:
                 if self._admits(address):
                     self._of_address[address] += 1
                     task = loop.create_task(self._shake_hands(connection, address, make))
-                    self._shaking[task] = None
+                    self._shaking[task] = address
                 else:
                     connection.close()
 
     def _admits(self, address: str) -> bool:
-        if self._of_address[address] >= self.limits.of_address:
+        if self._of_address[address] >= min(self.limits.of_address, self._most // 2):
             self.audit.note("connection refused", address=address, reason="too many from this address")
-            return False
-        if self._of_address.total() < self._most:
-            return True
-        self.audit.note("connection refused", address=address, reason="too many connections")
-        # Whoever has shown no certificate yet gives way, the oldest first.
-        oldest = next(iter(self._shaking), None)
+            return self._give_way([task for task, other in self._shaking.items() if other == address])
+        if self._of_address.total() >= self._most:
+            self.audit.note("connection refused", address=address, reason="too many connections")
+            return self._give_way(self._shaking)
+        return True
+
+    def _give_way(self, shaking: Iterable[asyncio.Task[None]]) -> bool:
+        """End the oldest of those that have shown no certificate yet; whether there is one."""
+        oldest = next(iter(shaking), None)
         if oldest is not None:
             del self._shaking[oldest]
             oldest.cancel()

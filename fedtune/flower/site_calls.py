@@ -7,6 +7,7 @@ change.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from fedtune.flower.signed_calls import NotAllowed
 
 FLEET = "/v1/fleet/"
 _SMALL_BYTES, _ANNOUNCED_BYTES = 1 << 16, 1 << 20
-_OBJECT_BYTES = 1 << 25
+_OBJECT_BYTES = 1 << 23
 """Flower cuts an array into objects of 5 MiB."""
 _MOST_OBJECTS = 4096
 _SLACK_BYTES = 1 << 20
@@ -80,8 +81,8 @@ class SiteCalls:
     """
 
     def __init__(self, state: SqlLinkState) -> None:
-        self._state = state
-        self._answers: dict[int, list[_Answer]] = {}
+        self._state, self._lock = state, threading.Lock()
+        self._answers: dict[int, dict[str, _Answer]] = {}  # of a node, by message id
         self._sizes: dict[str, int] = {}  # of questions that were fetched: their objects are deleted then
 
     def most_bytes(self, path: str) -> int:
@@ -141,8 +142,10 @@ class SiteCalls:
         size = max(self._num_bytes(about.reply_to_message_id), self._sizes.get(about.reply_to_message_id, 0))
         most = 2 * size + _SLACK_BYTES if size else _UNKNOWN_BYTES
         answer = _Answer(object_ids=object_ids, most_bytes=most, until=until)
-        kept = [one for one in self._open_answers(node) if one.object_ids != object_ids]  # else: announced once more
-        self._answers[node] = [*kept, answer]
+        with self._lock:
+            before = self._open_answers(node).get(about.message_id)
+            if before is None or before.object_ids != object_ids:  # else: announced once more
+                self._answers[node][about.message_id] = answer
 
     def _check_metadata(self, about: Metadata, node: int) -> float:
         """Raise unless it answers an open question of the lead to this node; when the question expires."""
@@ -168,16 +171,18 @@ class SiteCalls:
 
     def _check_object(self, request: Any, node: int) -> None:
         id, size = request.object_id, len(request.object_content)
-        announced = next((one for one in self._open_answers(node) if id in one.object_ids), None)
-        if announced is None:
-            # The session's id is known to whom it was given, and to nobody else: one from before this process's start.
-            run = uint64_to_int64(request.run_id)
-            if not any(self._rows(_IS_AWAITED, session=request.session_id, object=id, run=run)):
-                raise NotAllowed(409, "an object that nobody waits for")
-            return
-        if sum(announced.num_bytes.values()) - announced.num_bytes.get(id, 0) + size > announced.most_bytes:
-            raise NotAllowed(413, "an answer larger than its question allows")
-        announced.num_bytes[id] = size
+        with self._lock:
+            announced = next((one for one in self._open_answers(node).values() if id in one.object_ids), None)
+            if announced is not None:
+                others = sum(announced.num_bytes.values()) - announced.num_bytes.get(id, 0)
+                if others + size > announced.most_bytes:
+                    raise NotAllowed(413, "an answer larger than its question allows")
+                announced.num_bytes[id] = size
+                return
+        # The session's id is known to whom it was given, and to nobody else: one from before this process's start.
+        run = uint64_to_int64(request.run_id)
+        if not any(self._rows(_IS_AWAITED, session=request.session_id, object=id, run=run)):
+            raise NotAllowed(409, "an object that nobody waits for")
 
     def _check_pull(self, request: PullObjectRequest, node: int) -> None:
         run, mine = uint64_to_int64(request.run_id), uint64_to_int64(node)
@@ -189,14 +194,16 @@ class SiteCalls:
         found = list(self._rows(_QUESTION, id=id))
         if not found or found[0].dst_node_id != uint64_to_int64(node):
             raise NotAllowed(409, "no question to this node")
-        while len(self._sizes) >= _REMEMBERED:
-            del self._sizes[next(iter(self._sizes))]
-        self._sizes[id] = max(self._sizes.pop(id, 0), self._num_bytes(id))
+        size = self._num_bytes(id)
+        with self._lock:
+            while len(self._sizes) >= _REMEMBERED:
+                del self._sizes[next(iter(self._sizes))]
+            self._sizes[id] = max(self._sizes.pop(id, 0), size)
 
-    def _open_answers(self, node: int) -> list[_Answer]:
-        open_ = [one for one in self._answers.get(node, ()) if one.until > time.time()]
-        self._answers[node] = open_
-        return open_
+    def _open_answers(self, node: int) -> dict[str, _Answer]:
+        kept = {id: one for id, one in self._answers.get(node, {}).items() if one.until > time.time()}
+        self._answers[node] = kept
+        return kept
 
     def _num_bytes(self, id: str) -> int:
         return int(next(iter(self._rows(_NUM_BYTES, id=id)))[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto import fleet_pb2, message_pb2
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
 
+from fedtune.flower import gate
 from fedtune.flower.remote_grid import RemoteGrid
 
 from .loopback import Loopback
@@ -170,6 +172,30 @@ def test_a_body_that_inflates_is_not_read(member: Member) -> None:
     body = gzip.compress(fleet_pb2.PullMessagesRequest(node=member.node).SerializeToString() + b"\0" * (1 << 24))
     answer = member.post("pull-messages", body, **{"content-encoding": "gzip"})
     assert (answer.status_code, answer.json()["reason"]) == (415, "a compressed body")
+
+
+@pytest.mark.parametrize("path", sorted(gate._SITE_CALLS))
+def test_bytes_that_are_no_message_are_refused_in_our_own_words(member: Member, path: str) -> None:
+    dice = random.Random(path)
+    for size in (1, 3, 17, 200, 3000):
+        answer = member.post(path.removeprefix("/v1/fleet/"), dice.randbytes(size))
+        assert answer.status_code in (400, 401, 403, 409), (path, size)
+        assert "reason" in answer.json()
+
+
+def test_an_answer_that_was_begun_before_a_restart_can_be_finished(
+    network: Loopback, member: Member, question: Question
+) -> None:
+    part, other = an_object(100), an_object(101)
+    session = member.session_of(member.push(member.answer_to(question, part, other)))
+    assert member.push_object(question, session, part).status_code == 200
+    network.kill()
+    network.start()
+    assert member.push_object(question, "ab" * 18, other).status_code == 409, "nobody else's"
+    assert member.push_object(question, session, other).status_code == 200
+    awaited = network.rows("SELECT object_id FROM object_push_session_pending")
+    assert (get_object_id(other),) not in awaited
+    assert len(awaited) == 1, "the message itself"
 
 
 def test_after_all_that_the_server_still_serves(network: Loopback) -> None:
