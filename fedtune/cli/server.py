@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--kit", required=True, metavar="DIR", help="the server's kit")
     start.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")
     start.add_argument("--port", type=int, help="port to listen on (default: the one in the kit)")
-    start.add_argument("--data", metavar="DIR", help="folder for the database (default: the kit)")
+    start.add_argument("--data", metavar="DIR", help="folder for the database and the audit log (default: the kit)")
     add_service_arguments(start)
 
 

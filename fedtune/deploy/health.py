@@ -22,14 +22,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, Literal, TypedDict, get_args
 
 from fedtune import __version__
 from fedtune.spec import ConfigError, check_one_of
 
-State = Literal["starting", "connected", "disconnected", "training", "paused", "stopping"]
+State = Literal["starting", "connected", "disconnected", "failing", "training", "paused", "stopping"]
 READY: frozenset[State] = frozenset({"connected", "training"})
 
 _KEY = "--health"
@@ -166,7 +166,10 @@ def _parse(address: str, *, anywhere: bool) -> tuple[str, int]:
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """A few requests at a time, each with a thread of its own; who comes on top is turned away."""
+    """A few requests at a time, each with a thread of its own; who comes on top takes the place of the oldest.
+
+    A probe takes milliseconds: whoever holds a place for longer must not keep it out.
+    """
 
     allow_reuse_address = True
     daemon_threads = True
@@ -176,20 +179,24 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, host: str, port: int, health: Health) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.health = health
-        self._places = threading.BoundedSemaphore(_PLACES)
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, None] = {}  # the oldest first
         super().__init__((host, port), _Request)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        with self._lock:
+            if len(self._open) >= _PLACES:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                with suppress(OSError):  # it has hung up itself
+                    oldest.shutdown(socket.SHUT_RDWR)
+            self._open[request] = None
+        super().process_request(request, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:  # a socket that is closed is nobody's: its number may be another's by now
+            self._open.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         _log.debug("a request for health failed", exc_info=True)  # not to stderr, as the library would

@@ -10,6 +10,7 @@ from pathlib import Path
 from fedtune.deploy.health import Health
 from fedtune.deploy.kit_tls import tls_of
 from fedtune.deploy.kits import Kit, read_roster
+from fedtune.flower.audit_log import FILE_NAME
 from fedtune.flower.gate import Registered
 from fedtune.flower.superlink import ServerSettings, serve
 from fedtune.spec import ConfigError
@@ -26,7 +27,7 @@ class ServerService:
         kit: the server's.
         host: address to listen on.
         port: to listen on; None: the one that the sites are told.
-        data: folder for the database; None: the kit's own.
+        data: folder for the database and the audit log; None: the kit's own.
         health: told how the server is doing.
     """
 
@@ -53,6 +54,7 @@ class ServerService:
             port=self.port or self.kit.port,
             database=folder / DATABASE,
             roster=self._roster,
+            audit=folder / FILE_NAME,
         )
 
         def ready() -> None:
@@ -60,9 +62,17 @@ class ServerService:
             about = {"federation": self.kit.federation, "port": settings.port}
             log.info("the server listens", extra={**about, "certificate_until": certificate.not_after.isoformat()})
 
-        serve(settings, ready=ready)
+        serve(settings, ready=ready, works=self._works)
         self.health.update(state="stopping")
         log.info("the server is down")
+
+    def _works(self, works: bool) -> None:
+        """Note whether the database takes what is written: a server that cannot keep a message is not ready."""
+        state = self.health.snapshot()["state"]
+        if works and state == "failing":
+            self.health.update(state="connected")
+        elif not works and state == "connected":
+            self.health.update(state="failing")
 
     def _roster(self) -> list[Registered]:
         return [

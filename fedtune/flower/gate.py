@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import datetime
 import hashlib
@@ -10,15 +11,17 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
+from fedtune.flower.audit_log import AuditLog, Event
 from fedtune.flower.fleet import HELLO
-from fedtune.flower.signed_calls import body_of_lead
+from fedtune.flower.signed_calls import NotAllowed, SeenCalls, body_of_lead
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +57,18 @@ _LEAD_CALLS = frozenset(
         )
     }
 )
-_MOST_BYTES = 1 << 30
-"""Of one call's body, from whoever may call at all."""
+_PULL_ANSWERS = "/v1/runtime/pull-messages"
+_OF_RUNS: dict[str, Event] = {
+    "/v1/control/start-run": "run started",
+    "/v1/control/stop-run": "run ended",
+    "/v1/runtime/push-task-output": "run ended",
+}
+_LEAD_BYTES = 1 << 30
+"""Of one call's body of the lead."""
+_BODY_S, _BODY_BYTES_A_SECOND = 30.0, 16 << 10
+"""A body may take so long, and longer for what has come of it."""
+PEER = "fedtune peer"
+"""Where in a scope's state the other end of the connection is."""
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -76,109 +89,206 @@ class Registered:
     revoked: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """The other end of a connection, as TLS knows it.
+
+    Attributes:
+        address: without the port.
+        certificate: its common name.
+        key: PEM of its public key.
+    """
+
+    address: str
+    certificate: str
+    key: bytes
+
+
+class Rules(Protocol):
+    """What a site's call may say; see `fedtune.flower.site_calls`."""
+
+    def most_bytes(self, path: str) -> int: ...
+
+    def check(self, path: str, key: bytes, body: bytes) -> None: ...
+
+    def finished(self, body: bytes) -> bytes: ...
+
+
 Roster = Callable[[], Sequence[Registered]]
 """The sites as they stand when it is called."""
 
 
 class Gate:
-    """ASGI middleware that answers everything with 404 but what sites and the lead need."""
+    """ASGI middleware that answers everything with 404 but what sites and the lead need.
 
-    def __init__(self, app: Asgi, *, lead: str, roster: Roster) -> None:
-        self._app, self._lead, self._roster = app, lead, roster
+    Args:
+        lead: public key of who may start runs.
+        rules: that a site's call is held to.
+    """
+
+    def __init__(self, app: Asgi, *, lead: str, roster: Roster, rules: Rules, audit: AuditLog) -> None:
+        self._app, self._lead, self._roster, self._rules, self._audit = app, lead, roster, rules, audit
+        self._seen = SeenCalls()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-        elif scope["type"] != "http":
+        if scope["type"] != "http":
             return
-        elif path in _SITE_CALLS:
-            await self._site_call(scope, receive, send)
-        elif path in _LEAD_CALLS:
-            await self._lead_call(scope, receive, send)
-        elif path == HELLO:
-            await _answer(send, *_hello(_headers(scope), self._roster))
-        else:
-            await _answer(send, 404, {"reason": "no such call"})
+        path = scope.get("path", "")
+        try:
+            if path in _SITE_CALLS:
+                await self._site_call(scope, receive, send)
+            elif path in _LEAD_CALLS:
+                await self._lead_call(scope, receive, send)
+            elif path == HELLO:
+                site = self._member(_headers(scope), _peer(scope)).site
+                await _answer(send, 200, {"site": site, "time": time.time()})
+            else:
+                raise NotAllowed(404, "no such call")
+        except NotAllowed as refusal:
+            self._note(scope, refusal)
+            await _answer(send, refusal.status, {"reason": refusal.reason})
 
     async def _site_call(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Flower authenticates it again; but only after it has read a body, which a revoked site may make large."""
-        status, about = _hello(_headers(scope), self._roster)
-        if status == 200:
-            await self._app(scope, _limited(receive), send)
-        else:
-            await _answer(send, 401, about)
+        headers, path = _headers(scope), scope["path"]
+        try:
+            member = self._member(headers, _peer(scope))
+        except NotAllowed as refusal:
+            raise NotAllowed(401, refusal.reason) from None
+        _check_form(scope, headers)
+        body = await _body(receive, headers, most_bytes=self._rules.most_bytes(path))
+        await asyncio.to_thread(self._rules.check, path, member.node_key, body)
+        await self._app(scope, _again(body, receive), send)
 
     async def _lead_call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
-        signed = body_of_lead(_headers(scope), path=path, lead=self._lead, now=time.time())
-        body = await _body(_limited(receive)) if signed else None
+        headers, path, peer = _headers(scope), scope["path"], _peer(scope)
+        signed = body_of_lead(headers, path=path, lead=self._lead, now=time.time())
+        body = await _body(receive, headers, most_bytes=_LEAD_BYTES) if signed else None
         if body is None or hashlib.sha256(body).hexdigest() != signed:
-            log.warning("a call to %s without the lead's signature", path)
-            await _answer(send, 401, {"reason": "not signed by the lead, or its clock is wrong"})
-            return
-        given = False
+            raise NotAllowed(401, "not signed by the lead, or its clock is wrong")
+        if peer is not None and any(member.node_key == peer.key for member in self._roster()):
+            raise NotAllowed(401, "not signed by the lead for this site's connection")
+        self._seen.take(headers, now=time.time())
+        _check_form(scope, headers)
+        if path in _OF_RUNS:
+            self._audit.note(_OF_RUNS[path], **self._about(peer))
+        if path == _PULL_ANSWERS:
+            body = await asyncio.to_thread(self._rules.finished, body)
+        await self._app(scope, _again(body, receive), send)
 
-        async def again() -> MutableMapping[str, Any]:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+    def _member(self, headers: dict[str, str], peer: Peer | None) -> Registered:
+        """The member that makes a call, over its own connection.
 
-        await self._app(scope, again, send)
+        Raises:
+            NotAllowed: nobody does, or a former one.
+        """
+        try:
+            key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+            signature = base64.b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
+            moment = headers[TIMESTAMP_HEADER]
+            age = (now() - datetime.datetime.fromisoformat(moment)).total_seconds()
+            signed = verify_signature(bytes_to_public_key(key), moment.encode("ascii"), signature)
+        except Exception:  # a key of another kind is an AttributeError, an unknown curve cryptography's own
+            raise NotAllowed(401, "malformed") from None
+        if not signed:
+            raise NotAllowed(401, "wrong signature")
+        if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE:
+            raise NotAllowed(403, f"its clock is {abs(age):.0f} s {'behind' if age > 0 else 'ahead'}")
+        known = [member for member in self._roster() if member.node_key == key]
+        if not known:
+            raise NotAllowed(403, "unknown")
+        if known[0].revoked:
+            raise NotAllowed(403, "revoked")
+        if peer is None or peer.key != key:
+            # A site signs the time alone: who has seen that must not use it.
+            raise NotAllowed(401, "signed by another than the connection's certificate")
+        return known[0]
+
+    def _note(self, scope: Scope, refusal: NotAllowed) -> None:
+        path = scope.get("path", "")
+        event: Event = "call refused"
+        if path in _LEAD_CALLS:
+            event = "lead's call refused"
+        elif path in _SITE_CALLS and refusal.status != 401:
+            event = "message refused"
+        reason = "its clock is wrong" if refusal.reason.startswith("its clock") else refusal.reason
+        about = {"path": path, "reason": reason, **self._about(_peer(scope))}
+        if self._audit.note(event, **about):
+            log.warning("%s: %s", event, reason, extra=about)
+
+    def _about(self, peer: Peer | None) -> dict[str, str]:
+        if peer is None:
+            return {}
+        member = next((member.site for member in self._roster() if member.node_key == peer.key), "")
+        return {"address": peer.address, "certificate": peer.certificate, "member": member}
 
 
-def _hello(headers: dict[str, str], roster: Roster) -> tuple[int, dict[str, object]]:
-    """Status and content of the answer to who asks how the server knows it."""
-    try:
-        key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
-        signature = base64.b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
-        moment = headers[TIMESTAMP_HEADER]
-        age = (now() - datetime.datetime.fromisoformat(moment)).total_seconds()
-        signed = verify_signature(bytes_to_public_key(key), moment.encode("ascii"), signature)
-    except Exception:  # a key of another kind is an AttributeError, an unknown curve cryptography's own
-        return 401, {"reason": "malformed"}
-    if not signed:
-        return 401, {"reason": "wrong signature"}
-    if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE:
-        return 403, {"reason": f"its clock is {abs(age):.0f} s {'behind' if age > 0 else 'ahead'}"}
-    known = [member for member in roster() if member.node_key == key]
-    if not known:
-        return 403, {"reason": "unknown"}
-    if known[0].revoked:
-        return 403, {"reason": "revoked"}
-    return 200, {"site": known[0].site, "time": time.time()}
+def _peer(scope: Scope) -> Peer | None:
+    peer = scope.get("state", {}).get(PEER)
+    return peer if isinstance(peer, Peer) else None
 
 
-def _limited(receive: Receive) -> Receive:
-    """A caller that sends too much is taken to have hung up."""
-    left = _MOST_BYTES
-
-    async def limited() -> MutableMapping[str, Any]:
-        nonlocal left
-        message = await receive()
-        left -= len(message.get("body", b""))
-        return message if left >= 0 else {"type": "http.disconnect"}
-
-    return limited
+def _check_form(scope: Scope, headers: dict[str, str]) -> None:
+    """Flower itself authenticates a call only where it understands it, and inflates nothing."""
+    if scope.get("method") != "POST":
+        raise NotAllowed(405, "not a POST")
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != PROTOBUF_MEDIA_TYPE:
+        raise NotAllowed(415, "not a message of Flower's")
+    if headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise NotAllowed(415, "a compressed body")
 
 
 def _headers(scope: Scope) -> dict[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
-async def _body(receive: Receive) -> bytes:
-    parts = []
-    while True:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        if not message.get("more_body"):  # nor after a hang-up
-            return b"".join(parts)
+async def _body(receive: Receive, headers: dict[str, str], *, most_bytes: int) -> bytes:
+    """A whole body that comes in time.
+
+    Raises:
+        NotAllowed: it does not, or it is too large, or the caller hung up.
+    """
+    announced = headers.get("content-length", "0")
+    if not (announced.isascii() and announced.isdigit()) or int(announced[:20]) > most_bytes:
+        raise NotAllowed(413, "too large")
+    parts, size, began = [], 0, asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout(_BODY_S) as limit:
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise NotAllowed(400, "hung up")
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > most_bytes:
+                    raise NotAllowed(413, "too large")
+                if not message.get("more_body"):
+                    return b"".join(parts)
+                limit.reschedule(began + _BODY_S + size / _BODY_BYTES_A_SECOND)
+    except TimeoutError:
+        raise NotAllowed(408, "too slow") from None
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Gives `body`, then what comes."""
+    given = False
+
+    async def again() -> MutableMapping[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
 
 
 async def _answer(send: Send, status: int, content: dict[str, object]) -> None:
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status in (408, 413):  # the rest of the body is not waited for
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -7,24 +7,33 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import threading
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import httpx
+from flwr.app import Message
 from flwr.common.constant import SubStatus
 from flwr.common.serde import run_from_proto
 from flwr.proto.control_pb2 import StartRunRequest, StartRunResponse
 from flwr.proto.fab_pb2 import Fab
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
+    PullAppMessagesRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
 from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -35,6 +44,8 @@ from fedtune.flower.signed_calls import LeadSignature
 from fedtune.flower.tls import Tls, staying
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
+
+log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 10.0
 _BUNDLE = """\
@@ -90,6 +101,38 @@ class LeadSession:
             self._nodes = {numbers[bytes(n.public_key)]: n for n in online if bytes(n.public_key) in numbers}
             self._looked = time.monotonic()
         return self._nodes
+
+    def answers(self, message_ids: Sequence[str]) -> list[tuple[str, Message | None]]:
+        """What has come for these questions, each with the id that the server names; None: it is no answer.
+
+        Flower's own call fails as a whole where one of the answers is broken, and believes what each says of itself.
+        """
+        found = self._client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
+        pairs = zip(found.messages_list, found.message_object_trees, strict=False)
+        answers = []
+        for about, tree in pairs:
+            message = self._whole(tree)
+            if message is not None and message.has_error() and not about.HasField("error"):
+                message = None  # an error is the server's to say
+            answers.append((about.metadata.reply_to_message_id, message))
+        return answers
+
+    def _whole(self, tree: ObjectTree) -> Message | None:
+        """A message with its content, from the server."""
+        node, run_id = self.grid.node, self.grid.run.run_id
+        try:
+            message = pull_and_inflate_object_from_tree(
+                tree,
+                make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
+                make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
+                return_type=Message,
+            )
+        except httpx.HTTPError:
+            raise
+        except Exception as error:  # each of Flower's readers has errors of its own over bytes that a site chose
+            log.warning("an answer cannot be read (%s)", type(error).__name__)
+            return None
+        return message
 
     def close(self) -> None:
         """End the run; messages that nobody fetched are dropped."""

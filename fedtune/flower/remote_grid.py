@@ -176,12 +176,18 @@ class RemoteGrid(Grid):
         if not asked:
             return []
         final = []
-        for answer in self._pull(list(asked), questions):
-            number = asked[answer.metadata.reply_to_message_id]
+        for message_id, answer in self._pull(list(asked), questions):
+            number = asked.get(message_id)
+            if number is None:
+                log.warning("an answer to no question of this run's is left aside")
+                continue
             question = questions.get(number)
             if question is None:
                 continue  # its second answer
-            question.message_ids.discard(answer.metadata.reply_to_message_id)
+            question.message_ids.discard(message_id)
+            if answer is None:
+                del questions[number]  # what it sent is no reply, and would be none again
+                continue
             if answer.has_error():
                 continue  # the site is offline, or what it was asked was lost: it is asked again when it is there
             answer.metadata.__dict__["_src_node_id"] = number
@@ -195,9 +201,9 @@ class RemoteGrid(Grid):
                 question.not_before = time.monotonic() + heard.again_s
         return final
 
-    def _pull(self, message_ids: list[str], questions: Mapping[int, _Question]) -> Iterable[Message]:
+    def _pull(self, message_ids: list[str], questions: Mapping[int, _Question]) -> Iterable[tuple[str, Message | None]]:
         try:
-            return self._opened.grid.pull_messages(message_ids)
+            return self._opened.answers(message_ids)
         except httpx.HTTPError:
             # The server gives an answer once: one that was on its way is lost, unless its site is asked again.
             for question in questions.values():

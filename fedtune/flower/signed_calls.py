@@ -24,6 +24,41 @@ TOLERANCE_S = 120.0
 """How far the clocks of lead and server may differ; a signature is good for so long."""
 
 
+class NotAllowed(Exception):
+    """A call that the server does not take, with the status that it gets."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+_MOST_SEEN = 1 << 17
+"""Two minutes of a lead that calls five hundred times a second."""
+
+
+class SeenCalls:
+    """The lead's signatures that were used, for as long as they are good; each passes once.  A retry is signed anew."""
+
+    def __init__(self, most: int = _MOST_SEEN) -> None:
+        self._most = most
+        self._until: dict[str, float] = {}
+
+    def take(self, headers: Mapping[str, str], *, now: float) -> None:
+        """Pass the signature of a call that is the lead's.
+
+        Raises:
+            NotAllowed: it was used before, or too many are remembered.
+        """
+        signature = headers[SIGNATURE]
+        if signature in self._until:
+            raise NotAllowed(401, "the lead's signature was used before")
+        if len(self._until) >= self._most:
+            self._until = {one: until for one, until in self._until.items() if until >= now}
+        if len(self._until) >= self._most:
+            raise NotAllowed(503, "too many calls of the lead's within two minutes")
+        self._until[signature] = float(headers[TIME]) + TOLERANCE_S
+
+
 class LeadSignature:
     """Signs each of a Flower client's calls."""
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import ssl
+import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,29 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 import uvicorn
 from flwr.common.constant import ISOLATION_MODE_PROCESS, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE
-from flwr.server.superlink.linkstate import LinkState
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 
+from fedtune.flower.audit_log import AuditLog
+from fedtune.flower.connections import Door, Http, Limits, server_context
 from fedtune.flower.gate import Gate, Registered, Roster
+from fedtune.flower.site_calls import SiteCalls
 from fedtune.flower.tls import Tls
 
 log = logging.getLogger(__name__)
 
 _ROSTER_S = 2.0
-"""How often the roster is looked at."""
+"""How often the roster is looked at, and the database tried."""
+_HEAD_BYTES = 16 << 10
+"""Of a request's line and headers."""
+_WRITE_TABLE = text("CREATE TABLE IF NOT EXISTS fedtune_alive (id INTEGER PRIMARY KEY, moment TEXT)")
+_WRITE = text("INSERT OR REPLACE INTO fedtune_alive VALUES (1, hex(randomblob(2048)))")
+"""A page's worth: where no page can be had, nothing else can be written either."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +56,7 @@ class ServerSettings:
         host: address to listen on.
         database: file with messages and nodes, made when missing.
         roster: the sites as they stand now; called every two seconds.
+        audit: file that says who came and what was refused; None: none is kept.
     """
 
     tls: Tls
@@ -54,37 +65,46 @@ class ServerSettings:
     port: int
     database: Path
     roster: Roster
+    audit: Path | None = None
+    limits: Limits = field(default_factory=Limits)
 
 
-def serve(settings: ServerSettings, *, ready: Callable[[], None]) -> None:
+def serve(
+    settings: ServerSettings, *, ready: Callable[[], None], works: Callable[[bool], None] = lambda _: None
+) -> None:
     """Serve until SIGTERM or SIGINT; then finish what is being answered and return.
 
     Args:
         settings: who may connect, and where to.
         ready: called when the server listens.
+        works: told every two seconds whether the database takes what is written.
     """
     app = create_app(_superlink_config(settings), SuperLinkLifespan)
-    roster = _KeptRoster(settings.roster, app.state.linkstate_factory.state())
+    state, audit = app.state.linkstate_factory.state(), AuditLog(settings.audit)
+    roster = _KeptRoster(settings.roster, state, audit)
     roster.look()
+    gate = Gate(app, lead=settings.lead, roster=lambda: roster.members, rules=SiteCalls(state), audit=audit)
+    door = Door(server_context(settings.tls), settings.limits, member=roster.name_of, audit=audit)
     server = _Server(
         uvicorn.Config(
-            Gate(app, lead=settings.lead, roster=lambda: roster.members),
+            gate,
             host=settings.host,
             port=settings.port,
-            ssl_keyfile=str(settings.tls.key),
-            ssl_certfile=str(settings.tls.certificate),
-            ssl_ca_certs=str(settings.tls.ca),
-            ssl_cert_reqs=ssl.CERT_REQUIRED,
+            http="h11",
+            ws="none",
+            h11_max_incomplete_event_size=_HEAD_BYTES,
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=10,
         ),
+        door,
         ready,
     )
     stop = threading.Event()
-    watching = threading.Thread(target=_watch, args=(roster, stop), name="roster", daemon=True)
+    watching = threading.Thread(target=_watch, args=(roster, stop, works), name="roster", daemon=True)
     watching.start()
+    audit.note("server started")
     # uvicorn raises the signal that stopped it once more when it is done; by then that is old news.
     before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -94,9 +114,11 @@ def serve(settings: ServerSettings, *, ready: Callable[[], None]) -> None:
         watching.join(timeout=2 * _ROSTER_S)
         for each, handler in before.items():
             signal.signal(each, handler)
+        audit.flush(all_=True)
+        audit.note("server stopped")
 
 
-def keep_roster(state: LinkState, roster: Sequence[Registered]) -> None:
+def keep_roster(state: SqlLinkState, roster: Sequence[Registered], audit: AuditLog) -> None:
     """Register sites that are new, and put out those that were revoked; all others are left alone.
 
     A key that the roster no longer names stays as it is, for Flower never takes one back, and an old roster may have
@@ -107,30 +129,51 @@ def keep_roster(state: LinkState, roster: Sequence[Registered]) -> None:
         if member.revoked and node_id is not None:
             state.delete_node(NOOP_FLWR_AID, node_id)
             log.warning("%s was revoked", member.site)
+            audit.note("member revoked", member=member.site)
         elif not member.revoked and node_id is None:
             try:
                 state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, member.node_key, 0, name=member.site)
             except ValueError:
                 log.error("%s: its connection key was revoked before; it needs a new one", member.site)
+                audit.note("member not registered", member=member.site, reason="its key was revoked before")
             else:
                 log.info("%s is registered", member.site)
+                audit.note("member registered", member=member.site)
+
+
+def takes_writes(state: SqlLinkState) -> bool:
+    """Whether the database takes what is written, as it does not on a full disk."""
+    try:
+        with state.session() as session:
+            session.execute(_WRITE_TABLE)
+            session.execute(_WRITE)
+    except SQLAlchemyError as error:
+        log.error("the database takes nothing (%s)", type(error).__name__)
+        return False
+    return True
 
 
 class _KeptRoster:
     """The roster as it was when it could last be read; gate and Flower always see the same one."""
 
-    def __init__(self, read: Roster, state: LinkState) -> None:
-        self._read, self._state = read, state
+    def __init__(self, read: Roster, state: SqlLinkState, audit: AuditLog) -> None:
+        self._read, self.state, self.audit = read, state, audit
         self.members: Sequence[Registered] = ()
 
     def look(self) -> None:
         members = self._read()
-        keep_roster(self._state, members)
+        keep_roster(self.state, members, self.audit)
         self.members = members
 
+    def name_of(self, key: bytes) -> str:
+        """The member with a connection key; empty: none."""
+        return next((member.site for member in self.members if member.node_key == key), "")
 
-def _watch(roster: _KeptRoster, stop: threading.Event) -> None:
+
+def _watch(roster: _KeptRoster, stop: threading.Event, works: Callable[[bool], None]) -> None:
     while not stop.wait(_ROSTER_S):
+        works(takes_writes(roster.state))
+        roster.audit.flush()
         try:
             roster.look()
         except Exception:  # a half-copied roster must not end the server: the next look may find a whole one
@@ -138,16 +181,31 @@ def _watch(roster: _KeptRoster, stop: threading.Event) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens."""
+    """Lets connections in by its own door, and says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, door: Door, ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._door, self._ready = door, ready
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._ready()
+        await super().startup(sockets=[])  # all but listening
+        if self.should_exit:
+            return
+
+        def make(address: str) -> Http:
+            return Http(self.config, self.server_state, self.lifespan.state, door=self._door, address=address)
+
+        try:
+            self._door.open(self.config.host, self.config.port, make)
+        except OSError as error:
+            log.error("%s", error)
+            await self.lifespan.shutdown()
+            sys.exit(1)
+        self._ready()
+
+    async def shutdown(self, sockets: list[Any] | None = None) -> None:
+        await self._door.close()
+        await super().shutdown(sockets)
 
 
 def _superlink_config(settings: ServerSettings) -> SuperLinkLifespanConfig:

@@ -105,6 +105,17 @@ def test_a_unit_starts_again_but_not_after_a_wrong_setting(path: Path) -> None:
         assert service[key] == value
 
 
+def test_a_server_has_bounds_on_files_memory_and_processes() -> None:
+    service = unit(DEPLOYMENT / "systemd/fedtune-server.service")
+    # The server takes 2048 connections at most, and keeps 128 files for itself.
+    assert int(service["LimitNOFILE"]) >= 2048 + 128
+    assert service["MemoryMax"] == "4G"
+    assert int(service["TasksMax"]) <= 1024
+    compose = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]["server"]
+    assert compose["ulimits"]["nofile"] == {"soft": 4096, "hard": 4096}
+    assert (compose["mem_limit"], compose["pids_limit"]) == ("4g", 512)
+
+
 def test_the_site_s_unit_lets_the_gpu_through() -> None:
     service = unit(DEPLOYMENT / "systemd/fedtune-site.service")
     assert service["PrivateDevices"] == "no"

@@ -32,7 +32,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
     """The settings of servers that began to listen, and were stopped at once."""
     seen: list[ServerSettings] = []
 
-    def serve(settings: ServerSettings, *, ready: Callable[[], None]) -> None:
+    def serve(settings: ServerSettings, *, ready: Callable[[], None], works: Callable[[bool], None]) -> None:
         seen.append(settings)
         ready()
 
@@ -47,6 +47,7 @@ def test_a_server_takes_everything_from_its_kit(service: ServerService, served: 
     assert (settings.host, settings.port, settings.lead) == ("127.0.0.1", 9092, kit.lead)
     assert (settings.tls.ca, settings.tls.certificate, settings.tls.key) == (kit.ca, kit.certificate, kit.key)
     assert settings.database == kit.folder / "server.db"
+    assert settings.audit == kit.folder / "audit.jsonl"
 
 
 def test_another_port_and_folder_can_be_asked_for(
@@ -54,6 +55,7 @@ def test_another_port_and_folder_can_be_asked_for(
 ) -> None:
     replace(service, port=9999, data=tmp_path).run()
     assert (served[0].port, served[0].database) == (9999, tmp_path / "server.db")
+    assert served[0].audit == tmp_path / "audit.jsonl"
 
 
 def test_the_roster_is_read_anew_each_time(
@@ -92,6 +94,20 @@ def test_health_follows_the_server(
     assert [record.message for record in caplog.records] == ["the server listens", "the server is down"]
     listens: Any = caplog.records[0]
     assert (listens.federation, listens.port) == ("cardiology-2026", 9092)
+
+
+def test_a_server_whose_database_takes_nothing_is_not_ready(service: ServerService) -> None:
+    states = []
+    service._works(True)
+    states.append(service.health.snapshot()["state"])
+    service.health.update(state="connected")
+    for works in (True, False, False, True):
+        service._works(works)
+        states.append(service.health.snapshot()["state"])
+    assert states == ["starting", "connected", "failing", "failing", "connected"]
+    service.health.update(state="stopping")
+    service._works(False)
+    assert service.health.snapshot()["state"] == "stopping"
 
 
 def test_a_folder_for_the_database_must_be_there(

@@ -86,11 +86,14 @@ class SiteProcess:
 class Loopback:
     """A federation's server on a free port of this machine, with its authority, its lead and its sites.
 
+    Args:
+        settings: further ones of the server's process.
+
     Attributes:
         members: the roster: name -> (PEM of its connection key, whether it was revoked).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder
         self.authority = Authority(folder / "certificates")
         self.lead_tls = self.authority.issue("lead")
@@ -103,8 +106,8 @@ class Loopback:
         self._numbers = itertools.count(1)
         self._write_roster()
         tls = self.authority.issue("server", address=LOOPBACK)
-        settings = {"tls": _paths(tls), "lead": self.lead_key.public, "port": self.port, "upload_s": 8.0}
-        (folder / "settings.json").write_text(json.dumps(settings))
+        given = {"tls": _paths(tls), "lead": self.lead_key.public, "port": self.port, "upload_s": 8.0}
+        (folder / "settings.json").write_text(json.dumps(given | settings))
 
     @property
     def address(self) -> str:
@@ -120,9 +123,9 @@ class Loopback:
         """What the server has logged."""
         return (self.folder / "output.log").read_text()
 
-    def enlist(self, name: str) -> Tls:
+    def enlist(self, name: str, *, days: float = 5) -> Tls:
         """Give a site its certificate and put it on the roster."""
-        self.tls[name] = self.authority.issue(name)
+        self.tls[name] = self.authority.issue(name, days=days)
         self.members[name] = {"site": name, "node_key": public_pem(self.tls[name]).decode(), "revoked": False}
         self._write_roster()
         return self.tls[name]
@@ -144,6 +147,11 @@ class Loopback:
 
     def kill(self) -> None:
         assert ended(self.process, by=signal.SIGKILL) == -signal.SIGKILL
+
+    def audit(self) -> list[dict[str, Any]]:
+        """What the server has written into its audit log."""
+        path = self.folder / "audit.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def rows(self, query: str) -> list[Any]:
         """What the server has in its database."""

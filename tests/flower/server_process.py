@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ sys.addaudithook(note_outbound)
 
 import flwr.supercore.corestate.sql_corestate as sql_corestate  # noqa: E402
 
+from fedtune.flower.connections import Limits  # noqa: E402
 from fedtune.flower.gate import Registered  # noqa: E402
 from fedtune.flower.superlink import ServerSettings, serve  # noqa: E402
 from fedtune.flower.tls import Tls  # noqa: E402
@@ -37,6 +39,8 @@ def roster() -> list[Registered]:
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
     given = json.loads((FOLDER / "settings.json").read_text())
+    if "files" in given:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (given["files"], given["files"]))
     sql_corestate.OBJECT_PUSH_SESSION_TTL_SECONDS = given["upload_s"]
     settings = ServerSettings(
         tls=Tls(**{name: Path(path) for name, path in given["tls"].items()}),
@@ -45,8 +49,14 @@ def main() -> None:
         port=given["port"],
         database=FOLDER / "state.db",
         roster=roster,
+        audit=FOLDER / "audit.jsonl",
+        limits=Limits(**given.get("limits", {})),
     )
-    serve(settings, ready=lambda: print("ready", flush=True))
+
+    def works(works: bool) -> None:
+        (FOLDER / "works").write_text(str(works))
+
+    serve(settings, ready=lambda: print("ready", flush=True), works=works)
 
 
 main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import asyncio
 import hashlib
 import socket
 import ssl
@@ -25,22 +25,22 @@ from flwr.supercore.constant import (
     FLWR_IN_MEMORY_DB_NAME,
 )
 from flwr.supercore.date import now
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.main import create_app
 
 from fedtune.flower import gate
-from fedtune.flower.fleet import HELLO, node_key
+from fedtune.flower.fleet import HELLO
 from fedtune.flower.lead_session import _bundle
-from fedtune.flower.signed_calls import BODY, CALL, SIGNATURE, TIME, _message
+from fedtune.flower.signed_calls import BODY, CALL, SIGNATURE, TIME, NotAllowed, _message
 from fedtune.flower.superlink import ServerSettings, _superlink_config
 from fedtune.flower.tls import Tls
 from fedtune.privacy.keys import SigningKey
 
 from .certificates import LOOPBACK, Authority
 from .loopback import Loopback
+from .member import by_site
 
 CLOSED = {"reason": "no such call"}
 
@@ -76,18 +76,6 @@ def by_lead(key: SigningKey, path: str, body: bytes, *, moment: str | None = Non
     moment, digest = moment or repr(time.time()), hashlib.sha256(body).hexdigest()
     signature = key.sign(CALL, _message(path, moment, digest))
     return {"content-type": PROTOBUF_MEDIA_TYPE, TIME: moment, BODY: digest, SIGNATURE: signature}
-
-
-def by_site(tls: Tls, *, moment: str | None = None) -> dict[str, str]:
-    """Headers of a site's call."""
-    private, public = node_key(tls.key)
-    moment = moment or now().isoformat()
-    return {
-        "content-type": PROTOBUF_MEDIA_TYPE,
-        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public_key_to_bytes(public)).decode(),
-        FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(private, moment.encode())).decode(),
-        TIMESTAMP_HEADER: moment,
-    }
 
 
 def test_flower_still_has_every_call_that_is_let_through(flowers_routes: set[tuple[str, str]]) -> None:
@@ -173,6 +161,60 @@ def test_the_lead_s_own_call_passes(network: Loopback, caller: Any) -> None:
     answer = caller(network.lead_tls).post(path, content=body, headers=by_lead(network.lead_key, path, body))
     assert answer.status_code == 200
     assert network.rows("SELECT count(*) FROM run") == [(runs + 1,)]
+
+
+def test_a_call_of_the_lead_s_passes_once_and_over_no_site_s_connection(network: Loopback, caller: Any) -> None:
+    # Who has seen one, such as a proxy that opens TLS, could make it again for two minutes.
+    path, lead, site = "/v1/control/start-run", caller(network.lead_tls), caller(network.tls["a"])
+    body = StartRunRequest(fab=Fab(content=_bundle())).SerializeToString()
+    runs = network.rows("SELECT count(*) FROM run")[0][0]
+    headers = by_lead(network.lead_key, path, body)
+    stolen = site.post(path, content=body, headers=headers)
+    assert (stolen.status_code, lead.post(path, content=body, headers=headers).status_code) == (401, 200)
+    for client in (lead, site):
+        assert client.post(path, content=body, headers=headers).status_code == 401
+    assert network.rows("SELECT count(*) FROM run") == [(runs + 1,)]
+    again = lead.post(path, content=body, headers=by_lead(network.lead_key, path, body))
+    assert again.status_code == 200, "a retry is signed anew"
+    noted = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
+    assert ("lead's call refused", "the lead's signature was used before", None) in noted
+    assert ("lead's call refused", "not signed by the lead for this site's connection", "a") in noted
+
+
+def test_a_site_s_signature_is_good_over_its_own_connection_alone(network: Loopback, caller: Any) -> None:
+    # It is over the time alone: seen once, it would do for any call within a minute.
+    stolen = by_site(network.tls["a"])
+    answer = caller(network.tls["b"]).get(HELLO, headers=stolen)
+    assert (answer.status_code, answer.json()["reason"]) == (
+        401,
+        "signed by another than the connection's certificate",
+    )
+    assert caller(network.tls["a"]).get(HELLO, headers=stolen).status_code == 200
+
+
+def test_a_body_is_read_within_a_time_and_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "_BODY_S", 0.1)
+
+    async def dribble() -> dict[str, Any]:
+        await asyncio.sleep(0.03)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def pour() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x" * 600, "more_body": True}
+
+    async def nothing() -> dict[str, Any]:
+        raise AssertionError("not even read")
+
+    for receive, headers, status in (
+        (dribble, {}, 408),
+        (pour, {}, 413),
+        (nothing, {"content-length": "1001"}, 413),
+        (nothing, {"content-length": "9" * 5000}, 413),
+        (nothing, {"content-length": "-1"}, 413),
+    ):
+        with pytest.raises(NotAllowed) as refused:
+            asyncio.run(gate._body(receive, headers, most_bytes=1000))
+        assert refused.value.status == status
 
 
 def test_a_site_s_call_needs_its_own_signature(network: Loopback, caller: Any) -> None:

@@ -20,6 +20,8 @@ from fedtune.flower.signed_calls import (
     TIME,
     TOLERANCE_S,
     LeadSignature,
+    NotAllowed,
+    SeenCalls,
     _message,
     body_of_lead,
     is_from_lead,
@@ -112,3 +114,18 @@ def test_a_signature_for_another_purpose_is_refused() -> None:
 def test_lines_cannot_be_moved_between_path_and_time() -> None:
     moved = headers_of(f"/p\n{NOW!r}", b"b", moment=repr(NOW))
     assert not accepted(moved, path="/p")
+
+
+def test_a_signature_passes_once_while_it_is_good_and_few_are_remembered() -> None:
+    seen = SeenCalls(most=3)
+    calls = [headers_of("/p", b"b", moment=repr(NOW + number)) for number in range(4)]
+    for call in calls[:3]:
+        seen.take(call, now=NOW)
+    with pytest.raises(NotAllowed) as used:
+        seen.take(calls[1], now=NOW + TOLERANCE_S)
+    assert used.value.status == 401
+    # A lead that calls too often is told to wait, as by a server that has no time; nothing is forgotten too early.
+    with pytest.raises(NotAllowed) as full:
+        seen.take(calls[3], now=NOW)
+    assert full.value.status == 503
+    seen.take(calls[3], now=NOW + TOLERANCE_S + 1)

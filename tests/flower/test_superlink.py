@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,12 +16,16 @@ from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
 
-from fedtune.flower.fleet import hello
+from fedtune.flower.audit_log import AuditLog
+from fedtune.flower.fleet import HELLO, hello
+from fedtune.flower.fleet_errors import Unauthorised
 from fedtune.flower.gate import Registered
 from fedtune.flower.superlink import keep_roster
 
 from .certificates import Authority, public_pem
 from .loopback import Loopback, ended, start_process, wait_for
+
+AUDIT = AuditLog(None)
 
 
 @pytest.fixture
@@ -49,7 +54,7 @@ def test_a_port_that_is_taken_is_an_error(own: Loopback) -> None:
     own.start()
     second = start_process("server_process.py", own.folder)
     assert second.wait(timeout=60) == 1
-    assert "address already in use" in own.output
+    assert "Address already in use" in own.output
     assert own.process.poll() is None
 
 
@@ -63,6 +68,47 @@ def test_a_roster_that_cannot_be_read_leaves_everybody_where_he_is(own: Loopback
     newcomer = own.enlist("b")
     wait_for(lambda: "b is registered" in own.output)
     assert hello(own.address, newcomer).site == "b"
+
+
+def test_a_disk_that_is_full_is_noticed_and_stops_no_greeting(own: Loopback) -> None:
+    own.start()
+    said, (soft, hard) = own.folder / "works", resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE)
+
+    def says(text: str) -> None:
+        wait_for(lambda: said.exists() and said.read_text() == text, seconds=15, what=text)
+
+    says("True")
+    # No file may grow beyond 1 KiB, which is how a full disk looks to a database.
+    resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE, (1024, hard))
+    says("False")
+    assert hello(own.address, own.tls["a"]).site == "a"
+    resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
+    says("True")
+
+
+def test_it_notes_who_came_and_when_it_ran(own: Loopback) -> None:
+    own.start()
+    assert hello(own.address, own.tls["a"]).site == "a"
+    own.set_revoked("a")
+    wait_for(lambda: "a was revoked" in own.output, seconds=15)
+    with pytest.raises(Unauthorised, match="revoked"):
+        hello(own.address, own.tls["a"])
+    assert ended(own.process, by=signal.SIGTERM, seconds=15) == 0
+    noted = own.audit()
+    for line in noted:
+        assert set(line) <= {"time", "event", "address", "member", "certificate", "path", "reason", "again"}
+        del line["time"]
+    a = {"address": "127.0.0.1", "certificate": "a", "member": "a"}
+    refused = {"event": "call refused", **a, "path": HELLO, "reason": "revoked"}
+    for expected in (
+        {"event": "server started"},
+        {"event": "member registered", "member": "a"},
+        {"event": "connected", **a},
+        {"event": "member revoked", "member": "a"},
+        refused,
+    ):
+        assert expected in noted, noted
+    assert noted[-1] == {"event": "server stopped"}
 
 
 def test_it_does_not_report_to_flowers_makers() -> None:
@@ -98,11 +144,11 @@ def registered(state: LinkState) -> dict[str, int]:
 
 def test_keeping_a_roster_twice_changes_nothing(state: LinkState, keys: list[bytes]) -> None:
     roster = [Registered(site=name, node_key=key, revoked=False) for name, key in zip("ab", keys, strict=True)]
-    keep_roster(state, roster)
+    keep_roster(state, roster, AUDIT)
     first = registered(state)
     assert set(first) == {"a", "b"}
-    keep_roster(state, roster)
-    keep_roster(state, roster[::-1])
+    keep_roster(state, roster, AUDIT)
+    keep_roster(state, roster[::-1], AUDIT)
     assert registered(state) == first
 
 
@@ -110,22 +156,22 @@ def test_who_is_revoked_is_put_out_and_nobody_else(
     state: LinkState, keys: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     a, b = (Registered(site=name, node_key=key, revoked=False) for name, key in zip("ab", keys, strict=True))
-    keep_roster(state, [a, b])
+    keep_roster(state, [a, b], AUDIT)
     first = registered(state)
-    keep_roster(state, [Registered(site="a", node_key=a.node_key, revoked=True), b])
+    keep_roster(state, [Registered(site="a", node_key=a.node_key, revoked=True), b], AUDIT)
     assert registered(state) == {"b": first["b"]}
     assert state.get_node_id_by_public_key(a.node_key) is None
     # An old roster that was copied by mistake burns no key: Flower never takes one back.
-    keep_roster(state, [])
+    keep_roster(state, [], AUDIT)
     assert registered(state) == {"b": first["b"]}
     with caplog.at_level(logging.ERROR):
-        keep_roster(state, [a, b])
+        keep_roster(state, [a, b], AUDIT)
     assert "a: its connection key was revoked before; it needs a new one" in caplog.text
     assert registered(state) == {"b": first["b"]}
 
 
 def test_a_renewed_key_is_registered_beside_the_old_one(state: LinkState, keys: list[bytes]) -> None:
-    keep_roster(state, [Registered(site="a", node_key=keys[0], revoked=False)])
+    keep_roster(state, [Registered(site="a", node_key=keys[0], revoked=False)], AUDIT)
     old = state.get_node_id_by_public_key(keys[0])
-    keep_roster(state, [Registered(site="a", node_key=keys[1], revoked=False)])
+    keep_roster(state, [Registered(site="a", node_key=keys[1], revoked=False)], AUDIT)
     assert state.get_node_id_by_public_key(keys[1]) not in (None, old)

@@ -18,6 +18,7 @@ from fedtune.deploy.join import PURPOSE, JoinRequest, _canonical
 from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
 from fedtune.federation.site import Prepared, Site, answer
 from fedtune.flower import packing, records
+from fedtune.flower.audit_log import AuditLog
 from fedtune.flower.fleet import HELLO
 from fedtune.flower.gate import Gate, Registered
 from fedtune.flower.signed_calls import BODY, CALL, SIGNATURE, TIME, _message
@@ -150,7 +151,8 @@ async def _call(path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> N
         sent.append(message)
 
     member = Registered(site="north", node_key=b"unknown", revoked=False)
-    gate = Gate(app, lead=seeds.key(3).public, roster=lambda: [member])
+    rules: Any = None  # no call gets there
+    gate = Gate(app, lead=seeds.key(3).public, roster=lambda: [member], rules=rules, audit=AuditLog(None))
     await gate({"type": "http", "path": path, "headers": headers}, receive, send)
     assert sent[0]["status"] in (401, 403, 404)
 

@@ -1,0 +1,125 @@
+"""Who came to the server, what was refused and why: JSON lines in a file of bounded size.
+
+A line names addresses, members, certificates and paths, and holds no secret and nothing of a message.  The same event
+from the same place is written once, and then counted: nobody fills the disk by knocking.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+log = logging.getLogger(__name__)
+
+Event = Literal[
+    "server started",
+    "server stopped",
+    "connected",
+    "handshake refused",
+    "connection refused",
+    "connection ended",
+    "call refused",
+    "lead's call refused",
+    "message refused",
+    "run started",
+    "run ended",
+    "member registered",
+    "member revoked",
+    "member not registered",
+    "events not written",
+]
+FILE_NAME = "audit.jsonl"
+_MOST_BYTES, _NUM_OLD = 4 << 20, 3
+_REPEAT_S = 600.0
+_MOST_KINDS = 1000
+_MOST_LENGTH = 200
+
+
+class AuditLog:
+    """Any thread may note.  A disk that takes nothing more stops no call.
+
+    Args:
+        path: the file; None: nothing is kept.  Up to three older ones lie beside it, numbered.
+        most_bytes: of one file.
+        repeat_s: for how long the same event is counted before its number is written.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        most_bytes: int = _MOST_BYTES,
+        repeat_s: float = _REPEAT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path, self._most_bytes, self._repeat_s, self._clock = path, most_bytes, repeat_s, clock
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[tuple[str, str], ...], tuple[int, float]] = {}
+        self._left_out, self._failed = 0, False
+
+    def note(self, event: Event, **about: str) -> bool:
+        """Write an event down, or count it where the same one was written within ten minutes; whether it is new."""
+        # Flower's paths, our reasons and a certificate's name: bounded, should one of them be long.
+        fields = {name: value[:_MOST_LENGTH] for name, value in about.items() if value}
+        kind = (("event", event), *sorted(fields.items()))
+        with self._lock:
+            self._flush(self._clock())
+            if kind in self._counts:
+                count, since = self._counts[kind]
+                self._counts[kind] = (count + 1, since)
+            elif len(self._counts) >= _MOST_KINDS:
+                self._left_out += 1
+            else:
+                self._counts[kind] = (0, self._clock())
+                self._write({"event": event, **fields})
+                return True
+        return False
+
+    def flush(self, *, all_: bool = False) -> None:
+        """Write the counts whose time is over, or all."""
+        with self._lock:
+            self._flush(float("inf") if all_ else self._clock())
+
+    def _flush(self, moment: float) -> None:
+        # The oldest come first, so that a call looks at few.
+        while self._counts:
+            kind, (count, since) = next(iter(self._counts.items()))
+            if moment - since < self._repeat_s:
+                break
+            del self._counts[kind]
+            if count:
+                self._write({**dict(kind), "again": count})
+        if self._left_out and len(self._counts) < _MOST_KINDS:
+            self._write({"event": "events not written", "again": self._left_out})
+            self._left_out = 0
+
+    def _write(self, fields: dict[str, object]) -> None:
+        if self._path is None:
+            return
+        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}) + "\n"
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with open(descriptor, "a") as file:
+                file.write(line)
+                full = file.tell() >= self._most_bytes
+            if full:
+                self._rotate(self._path)
+        except OSError as error:
+            if not self._failed:
+                log.error("the audit log cannot be written (%s)", error.strerror)
+            self._failed = True
+        else:
+            self._failed = False
+
+    def _rotate(self, path: Path) -> None:
+        for number in range(_NUM_OLD, 0, -1):
+            older = path.with_name(f"{path.name}.{number - 1}") if number > 1 else path
+            if older.exists():
+                os.replace(older, path.with_name(f"{path.name}.{number}"))

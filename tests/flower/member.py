@@ -1,0 +1,167 @@
+"""A member of the federation that means harm: it makes any call it likes, with its own certificate and key."""
+
+from __future__ import annotations
+
+import base64
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from flwr.app import Message
+from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, SUPERLINK_NODE_ID, TIMESTAMP_HEADER
+from flwr.proto import fleet_pb2, message_pb2, recorddict_pb2
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_id,
+    get_object_tree,
+    iterate_object_tree,
+)
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+
+from fedtune.flower.fleet import node_key
+from fedtune.flower.tls import Tls
+
+from .loopback import Loopback, wait_for
+
+UNIT = recorddict_pb2.RecordDict()
+
+
+def by_site(tls: Tls, *, moment: str | None = None) -> dict[str, str]:
+    """Headers of a site's call."""
+    private, public = node_key(tls.key)
+    moment = moment or now().isoformat()
+    return {
+        "content-type": PROTOBUF_MEDIA_TYPE,
+        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public_key_to_bytes(public)).decode(),
+        FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(private, moment.encode())).decode(),
+        TIMESTAMP_HEADER: moment,
+    }
+
+
+def an_object(size: int, *, fill: bytes = b"x") -> bytes:
+    """A whole object of Flower's, of about `size` bytes, without children."""
+    body = fill * size
+    return b"ArrayChunk" + f" {len(body)}".encode() + b"\x00" + body
+
+
+@dataclass
+class Question:
+    """What the member was asked."""
+
+    metadata: Any
+    tree: Any
+
+    @property
+    def object_ids(self) -> list[str]:
+        return [node.object_id for node in iterate_object_tree(self.tree)]
+
+
+@dataclass
+class Member:
+    """A member at a server; close it."""
+
+    network: Loopback
+    name: str
+    node_id: int = 0
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tls = self.network.tls[self.name]
+        self.client = httpx.Client(
+            verify=self.tls.client_context(), base_url=f"https://{self.network.address}", timeout=30
+        )
+
+    def post(self, call: str, request: Any, **headers: str) -> httpx.Response:
+        content = request.SerializeToString() if hasattr(request, "SerializeToString") else request
+        return self.client.post(f"/v1/fleet/{call}", content=content, headers={**by_site(self.tls), **headers})
+
+    @property
+    def node(self) -> Node:
+        return Node(node_id=self.node_id)
+
+    def activate(self) -> None:
+        public = base64.b64decode(by_site(self.tls)[FLEET_HTTP_PUBLIC_KEY_HEADER])
+        request = fleet_pb2.ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
+        answer = self.post("activate-node", request)
+        assert answer.status_code == 200, answer.text
+        self.node_id = fleet_pb2.ActivateNodeResponse.FromString(answer.content).node_id
+
+    def leave(self) -> None:
+        if self.node_id:
+            self.post("deactivate-node", fleet_pb2.DeactivateNodeRequest(node_id=self.node_id))
+        self.client.close()
+
+    def asked(self, run_id: int) -> Question:
+        """Its next question of a run, waited for; those of earlier tests are left aside."""
+        got: list[Question] = []
+
+        def pull() -> bool:
+            answer = self.post("pull-messages", fleet_pb2.PullMessagesRequest(node=self.node))
+            assert answer.status_code == 200, answer.text
+            found = fleet_pb2.PullMessagesResponse.FromString(answer.content)
+            if found.messages_list and found.messages_list[0].metadata.run_id == run_id:
+                got.append(Question(found.messages_list[0].metadata, found.message_object_trees[0]))
+            return bool(got)
+
+        wait_for(pull, seconds=30, what="a question")
+        return got[0]
+
+    def push(self, request: Any) -> httpx.Response:
+        return self.post("push-messages", request)
+
+    def push_object(self, question: Question, session: str, content: bytes, **changed: Any) -> httpx.Response:
+        fields = {
+            "node": self.node,
+            "run_id": question.metadata.run_id,
+            "object_id": get_object_id(content),
+            "object_content": content,
+            "session_id": session,
+        }
+        return self.post("push-object", message_pb2.PushObjectRequest(**{**fields, **changed}))
+
+    def reply(self, question: Question, message: Message) -> None:
+        """Announce a message as the answer, and send its objects."""
+        objects = {id: part.deflate() for id, part in get_all_nested_objects(message).items()}
+        self.send(question, get_object_tree(message), objects)
+
+    def send(self, question: Question, tree: Any, objects: dict[str, bytes]) -> None:
+        request = self.answer_to(question, message_id=tree.object_id)
+        request.message_object_trees[0].CopyFrom(tree)
+        session = self.session_of(self.push(request))
+        for content in objects.values():
+            assert self.push_object(question, session, content).status_code == 200
+
+    def session_of(self, answer: httpx.Response) -> str:
+        assert answer.status_code == 200, answer.text
+        return fleet_pb2.PushMessagesResponse.FromString(answer.content).session_id
+
+    def answer_to(self, question: Question, *objects: bytes, **changed: Any) -> Any:
+        """An answer in the right form, but for the fields of its metadata that are `changed`."""
+        root = an_object(8, fill=str(time.monotonic_ns()).encode())
+        fields = {
+            "run_id": question.metadata.run_id,
+            "message_id": get_object_id(root),
+            "src_node_id": self.node_id,
+            "dst_node_id": SUPERLINK_NODE_ID,
+            "reply_to_message_id": question.metadata.message_id,
+            "group_id": question.metadata.group_id,
+            "ttl": 10.0,
+            "message_type": question.metadata.message_type,
+            "created_at": now().timestamp(),
+        }
+        metadata = message_pb2.Metadata(**{**fields, **changed})
+        tree = message_pb2.ObjectTree(
+            object_id=metadata.message_id,
+            children=[message_pb2.ObjectTree(object_id=get_object_id(content)) for content in objects],
+        )
+        return fleet_pb2.PushMessagesRequest(
+            node=self.node,
+            messages_list=[message_pb2.Message(metadata=metadata, content=UNIT)],
+            message_object_trees=[tree],
+            clientapp_runtime_list=[0.0],
+        )

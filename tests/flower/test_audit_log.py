@@ -1,0 +1,97 @@
+"""The server's audit log: what is written, what is counted, and how large it becomes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.flower.audit_log import AuditLog
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_an_event_is_a_line_for_its_owner_alone(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "audit.jsonl"
+    AuditLog(path, clock=clock).note("call refused", address="10.0.0.7", member="north", reason="revoked", path="")
+    (line,) = lines(path)
+    assert line.pop("time").endswith("+00:00")
+    assert line == {"event": "call refused", "address": "10.0.0.7", "member": "north", "reason": "revoked"}
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_repeats_is_counted_and_the_count_is_written(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "audit.jsonl"
+    audit = AuditLog(path, clock=clock)
+    for _ in range(5000):
+        audit.note("call refused", address="10.0.0.7", reason="revoked")
+    audit.note("call refused", address="10.0.0.8", reason="revoked")
+    assert len(lines(path)) == 2
+    clock.now = 601.0
+    audit.flush()
+    assert [(line["address"], line.get("again")) for line in lines(path)] == [
+        ("10.0.0.7", None),
+        ("10.0.0.8", None),
+        ("10.0.0.7", 4999),
+    ]
+    audit.note("call refused", address="10.0.0.7", reason="revoked")
+    assert len(lines(path)) == 4, "it is news again"
+
+
+def test_many_addresses_do_not_fill_the_disk(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "audit.jsonl"
+    audit = AuditLog(path, clock=clock)
+    for number in range(5000):
+        audit.note("handshake refused", address=str(number))
+    assert len(lines(path)) == 1000
+    clock.now = 601.0
+    audit.flush()
+    assert lines(path)[-1]["event"] == "events not written"
+    assert lines(path)[-1]["again"] == 4000
+
+
+def test_files_are_bounded_and_the_oldest_goes(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "audit.jsonl"
+    audit = AuditLog(path, clock=clock, most_bytes=1000)
+    for number in range(200):
+        audit.note("connected", member=str(number))
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "audit.jsonl",
+        "audit.jsonl.1",
+        "audit.jsonl.2",
+        "audit.jsonl.3",
+    ]
+    assert all(file.stat().st_size < 1200 for file in tmp_path.iterdir())
+    audit.note("connected", member="last")
+    assert lines(path)[-1]["member"] == "last"
+
+
+def test_a_long_name_is_cut(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "audit.jsonl"
+    AuditLog(path, clock=clock).note("connected", certificate="x" * 100_000)
+    assert path.stat().st_size < 500
+
+
+def test_a_disk_that_is_full_stops_no_call(tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    audit = AuditLog(tmp_path / "nowhere" / "audit.jsonl", clock=clock)
+    with caplog.at_level(logging.ERROR):
+        for number in range(5):
+            audit.note("connected", member=str(number))
+    assert len(caplog.records) == 1

@@ -1,0 +1,195 @@
+"""What connections may take of the server: numbers, time, and no longer than a certificate is good."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from fedtune.flower.fleet import HELLO, hello
+from fedtune.flower.tls import Tls
+
+from .certificates import LOOPBACK, Authority
+from .loopback import Loopback, wait_for
+from .member import by_site
+
+LIMITS = {"handshake_s": 1.5, "head_s": 1.0, "idle_s": 1.5, "life_s": 4.0, "of_certificate": 6}
+ELSEWHERE = "127.0.0.9"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    """A server with 256 files and short times."""
+    made = Loopback(tmp_path_factory.mktemp("network"), limits=LIMITS, files=256)
+    for name in ("a", "b"):
+        made.enlist(name)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+def secure(network: Loopback, tls: Tls, *, context: ssl.SSLContext | None = None) -> ssl.SSLSocket:
+    plain = socket.create_connection((LOOPBACK, network.port), timeout=10)
+    return (context or tls.client_context()).wrap_socket(plain, server_hostname=LOOPBACK)
+
+
+def greeting(tls: Tls) -> bytes:
+    lines = [f"GET {HELLO} HTTP/1.1", "Host: x", *(f"{name}: {value}" for name, value in by_site(tls).items())]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n"
+
+
+def status_from(address: str, network: Loopback, name: str) -> int:
+    """Of a member's call from another address of this machine."""
+    transport = httpx.HTTPTransport(verify=network.tls[name].client_context(), local_address=address)
+    with httpx.Client(transport=transport, timeout=10) as client:
+        return client.get(f"https://{network.address}{HELLO}", headers=by_site(network.tls[name])).status_code
+
+
+def ends_within(line: Any, seconds: float, *, send: bytes = b"") -> bool:
+    """Whether the other end hangs up, while a byte of `send` goes out every tenth of a second."""
+    deadline, position = time.monotonic() + seconds, 0
+    line.settimeout(0.1)
+    while time.monotonic() < deadline:
+        try:
+            if send:
+                line.send(send[position % len(send) : position % len(send) + 1])
+                position += 1
+            if not line.recv(1 << 16):
+                return True
+        except (TimeoutError, ssl.SSLWantReadError):
+            continue
+        except (OSError, ssl.SSLError):
+            return True
+    return False
+
+
+def reasons(network: Loopback) -> set[str]:
+    return {str(line.get("reason")) for line in network.audit()}
+
+
+def test_idle_sockets_keep_nobody_else_out(network: Loopback) -> None:
+    with contextlib.ExitStack() as stack:
+        for number in range(300):  # from five addresses, each up to its bound
+            plain = stack.enter_context(socket.socket())
+            plain.bind((f"127.0.0.{2 + number % 5}", 0))
+            plain.connect((LOOPBACK, network.port))
+        assert status_from(ELSEWHERE, network, "a") == 200
+        network.set_revoked("b")
+        wait_for(lambda: "b was revoked" in network.output, seconds=10, what="the roster")
+    assert {"too many connections"} <= reasons(network)
+    wait_for(lambda: "too slow" in reasons(network), seconds=10, what="handshakes that take too long")
+    assert "Too many open files" not in network.output
+
+
+def test_one_address_gets_its_share_and_who_shows_a_certificate_comes_first(network: Loopback) -> None:
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(socket.create_connection((LOOPBACK, network.port))) for _ in range(70)]
+        assert status_of(network) == 200
+        assert status_from(ELSEWHERE, network, "a") == 200
+        assert all(ends_within(line, 0.5) for line in lines[:6])
+    assert "too many from this address" in reasons(network)
+
+
+def status_of(network: Loopback) -> int:
+    try:
+        return status_from(LOOPBACK, network, "a")
+    except httpx.HTTPError:
+        return 0
+
+
+def test_one_certificate_gets_its_share(network: Loopback) -> None:
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(secure(network, network.tls["a"])) for _ in range(8)]
+        assert sum(ends_within(line, 0.2) for line in lines) >= 2
+    assert "too many with this certificate" in reasons(network)
+
+
+def test_headers_that_dribble_end_the_connection(network: Loopback) -> None:
+    with secure(network, network.tls["a"]) as line:
+        assert ends_within(line, 4, send=greeting(network.tls["a"]))
+    with secure(network, network.tls["a"]) as line:
+        line.sendall(greeting(network.tls["a"]))
+        assert b"200 OK" in line.recv(1 << 16)
+        assert ends_within(line, 5, send=greeting(network.tls["a"])), "also those of the second request"
+
+
+def test_a_connection_that_says_nothing_is_closed(network: Loopback) -> None:
+    with secure(network, network.tls["a"]) as line:
+        assert ends_within(line, 3)
+    with socket.create_connection((LOOPBACK, network.port)) as plain:
+        assert ends_within(plain, 4, send=b"\x16")
+
+
+def test_headers_have_a_size(network: Loopback) -> None:
+    with secure(network, network.tls["a"]) as line:
+        line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 40_000)
+        assert b" 400 " in line.recv(1 << 16)
+
+
+def test_a_connection_has_a_life(network: Loopback) -> None:
+    with secure(network, network.tls["a"]) as line:
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - began < 10:
+                line.sendall(greeting(network.tls["a"]))
+                if not line.recv(1 << 16):
+                    break
+                time.sleep(0.3)
+        assert 3 < time.monotonic() - began < 8
+
+
+def test_a_connection_ends_with_its_certificate(network: Loopback) -> None:
+    tls = network.enlist("short", days=8 / 86400)  # valid for eight seconds; starting with ten days ago
+    wait_for(lambda: "short is registered" in network.output, seconds=10)
+    assert hello(network.address, tls).site == "short"
+
+    def over() -> bool:
+        try:
+            with httpx.Client(verify=tls.client_context(), base_url=f"https://{network.address}") as client:
+                while True:
+                    assert client.get(HELLO, headers=by_site(tls)).status_code == 200
+                    time.sleep(0.2)
+        except httpx.HTTPError:
+            return "certificate: certificate has expired" in reasons(network)
+
+    wait_for(over, seconds=20, what="the end of the certificate")
+
+
+def test_a_session_does_not_outlive_the_look_at_its_certificate(network: Loopback) -> None:
+    with secure(network, network.tls["a"]) as line:
+        line.sendall(greeting(network.tls["a"]))
+        assert b"200 OK" in line.recv(1 << 16)
+        assert line.version() == "TLSv1.3"
+        assert line.session is None or not line.session.has_ticket
+
+
+def test_older_tls_and_foreign_certificates_are_refused_and_noted(network: Loopback, tmp_path: Any) -> None:
+    old = network.tls["a"].client_context()
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(ssl.SSLError):
+        secure(network, network.tls["a"], context=old)
+    stranger = Authority(tmp_path / "other").issue("stranger")
+    foreign = ssl.create_default_context(cafile=str(network.tls["a"].ca))
+    foreign.load_cert_chain(stranger.certificate, stranger.key)
+    with secure(network, stranger, context=foreign) as line:
+        assert ends_within(line, 3)
+    wait_for(
+        lambda: {"unsupported protocol", "certificate: unable to get local issuer certificate"} <= reasons(network),
+        seconds=5,
+        what=f"the reasons among {reasons(network)}",
+    )
+    (line_,) = [line for line in network.audit() if line.get("reason") == "unsupported protocol"]
+    assert line_["address"] == LOOPBACK
+
+
+def test_after_all_that_the_server_still_serves(network: Loopback) -> None:
+    wait_for(lambda: status_of(network) == 200, seconds=10, what="an answer")
+    assert "Traceback" not in network.output

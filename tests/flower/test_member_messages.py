@@ -1,0 +1,203 @@
+"""What a member may send through the server: the answer to its own open question, in its size, and nothing else."""
+
+from __future__ import annotations
+
+import gzip
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto import fleet_pb2, message_pb2
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
+
+from fedtune.flower import gate
+from fedtune.flower.remote_grid import RemoteGrid
+
+from .loopback import Loopback
+from .member import Member, Question, an_object
+from .test_remote_grid import questions, sites_of
+
+
+@pytest.fixture
+def member(network: Loopback) -> Iterator[Member]:
+    made = Member(network, "b")
+    made.activate()
+    yield made
+    made.leave()
+
+
+@pytest.fixture
+def question(network: Loopback, member: Member) -> Iterator[Question]:
+    """One that stays open at the server; the lead does not wait for it any more."""
+    with network.grid(["b"]) as grid, ThreadPoolExecutor(1) as pool:
+        pool.submit(grid.send_and_receive, questions(1), timeout=1)
+        yield member.asked(grid.run.run_id)
+
+
+class Round:
+    """One in which the member `b` and the honest site `a` are asked."""
+
+    def __init__(self, network: Loopback, member: Member, pool: ThreadPoolExecutor, grid: RemoteGrid) -> None:
+        self.honest = Member(network, "a")
+        self.honest.activate()
+        self._answers = pool.submit(grid.send_and_receive, questions(1, 2), timeout=7)
+        self.run_id = grid.run.run_id
+        self.question = member.asked(self.run_id)
+
+    def ends(self) -> dict[int, str]:
+        """Let the honest site answer, and wait for the end of the round."""
+        content = RecordDict({"about": ConfigRecord({"site": "a"})})
+        self.honest.reply(self.honest.asked(self.run_id), Message(content, SUPERLINK_NODE_ID, "train"))
+        return sites_of(self._answers.result(timeout=60))
+
+
+@pytest.fixture
+def round_(network: Loopback, member: Member) -> Iterator[Round]:
+    with network.grid(["a", "b"]) as grid, ThreadPoolExecutor(1) as pool:
+        made = Round(network, member, pool, grid)
+        yield made
+    made.honest.leave()
+
+
+def test_nothing_but_an_answer_to_its_own_question_is_taken(network: Loopback, member: Member, round_: Round) -> None:
+    question, before = round_.question, network.rows("SELECT count(*) FROM message_ins")
+    # Flower hands the lead whatever says that it is from the lead and to the lead: the lead's run once died of that.
+    to_lead = {"src_node_id": SUPERLINK_NODE_ID, "dst_node_id": SUPERLINK_NODE_ID}
+    ((a,),) = network.rows("SELECT node_id FROM node WHERE name = 'a'")
+    other = (a % (1 << 64)) if a < 0 else a
+    for status, reason, changed in (
+        (403, "in another sender's name", {"reply_to_message_id": "", **to_lead}),
+        (403, "in another sender's name", {"reply_to_message_id": "", **to_lead, "dst_node_id": other}),
+        (403, "in another sender's name", {"src_node_id": other}),
+        (403, "not to the lead", {"dst_node_id": other}),
+        (403, "not to the lead", {"dst_node_id": member.node_id}),
+        (403, "answers no question", {"reply_to_message_id": ""}),
+        (409, "the question is not open", {"reply_to_message_id": "ab" * 32}),
+        (403, "another run's question", {"run_id": 7}),
+        (403, "of another kind than the question", {"message_type": "query"}),
+        (403, "of another kind than the question", {"group_id": "other"}),
+        (403, "too many objects, or objects without a name", {"message_id": "x"}),
+    ):
+        answer = member.push(member.answer_to(question, **changed))
+        assert (answer.status_code, answer.json()["reason"]) == (status, reason), changed
+    assert network.rows("SELECT count(*) FROM message_ins") == before
+    assert network.rows("SELECT count(*) FROM message_res") == [(0,)]
+    assert round_.ends() == {1: "a"}
+    noted = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
+    assert ("message refused", "in another sender's name", "b") in noted
+    assert ("run started", None, None) in noted
+
+
+def test_an_answer_has_one_message_one_tree_and_no_content_beside_it(member: Member, question: Question) -> None:
+    right = member.answer_to(question)
+    (message,), (tree,) = right.messages_list, right.message_object_trees
+    parts = {"node": member.node, "messages_list": [message], "message_object_trees": [tree]}
+    with_content, with_error = message_pb2.Message(), message_pb2.Message(metadata=message.metadata)
+    with_content.CopyFrom(message)
+    with_content.content.items.add()
+    with_error.error.code = 1
+    for changed in (
+        {"messages_list": [message, message]},
+        {"messages_list": []},
+        {"message_object_trees": []},
+        {"message_object_trees": [message_pb2.ObjectTree(object_id="ab" * 32)]},
+        {"messages_list": [with_content]},
+        {"messages_list": [with_error]},
+        {"clientapp_runtime_list": [12.5]},
+        {"message_object_trees": [message_pb2.ObjectTree(object_id=tree.object_id, children=[tree] * 5000)]},
+    ):
+        answer = member.push(fleet_pb2.PushMessagesRequest(**{**parts, **changed}))
+        assert answer.status_code == 403, changed
+
+
+def test_objects_are_taken_for_an_announced_answer_within_its_size(
+    network: Loopback, member: Member, round_: Round
+) -> None:
+    question, stored = round_.question, "SELECT coalesce(sum(length(content)), 0) FROM objects"
+    before = network.rows(stored)[0][0]
+    junk, large = an_object(1 << 16), an_object(1 << 21)
+    assert member.push_object(question, "", junk).status_code == 409, "not announced"
+    announced = member.answer_to(question, large)
+    session = member.session_of(member.push(announced))
+    assert member.push_object(question, session, junk).status_code == 409, "of no announced answer"
+    assert member.push_object(question, session, large).status_code == 413, "the question was a few hundred bytes"
+    assert member.push_object(question, session, b"x" * (40 << 20)).status_code == 413
+    assert network.rows(stored)[0][0] < before + (1 << 14), "the lead's question to the other site came meanwhile"
+    second = member.push(member.answer_to(question))
+    assert (second.status_code, second.json()["reason"]) == (409, "the question is answered")
+    assert member.push(announced).status_code == 200, "the same again, as after a call that was cut off"
+    # The lead is not kept waiting for the rest of it, as Flower would do for minutes.
+    assert round_.ends() == {1: "a"}
+
+
+@pytest.mark.parametrize("kind", ["no message", "nonsense", "an error", "in order"])
+def test_an_answer_that_cannot_be_read_is_none(member: Member, round_: Round, kind: str) -> None:
+    content = RecordDict({"about": ConfigRecord({"site": "b"})})
+    if kind == "an error":
+        member.reply(round_.question, Message(Error(code=1, reason="x"), reply_to=_any_question()))
+    elif kind == "in order":
+        # What a message says of itself does not count: neither whose question it answers, nor who sends it.
+        member.reply(round_.question, Message(content, SUPERLINK_NODE_ID, "train"))
+    elif kind == "no message":
+        objects = {id: part.deflate() for id, part in get_all_nested_objects(content).items()}
+        member.send(round_.question, get_object_tree(content), objects)
+    else:
+        root = Message(RecordDict(), SUPERLINK_NODE_ID, "train").deflate()[:-9] + b"\xff" * 9
+        member.send(round_.question, message_pb2.ObjectTree(object_id=get_object_id(root)), {"": root})
+    assert round_.ends() == ({1: "a", 2: "b"} if kind == "in order" else {1: "a"})
+
+
+def _any_question() -> Message:
+    question = Message(RecordDict(), 5, "train")
+    question.metadata.__dict__["_message_id"] = "ab" * 32
+    return question
+
+
+def test_it_fetches_and_confirms_its_own_questions_alone(member: Member, round_: Round) -> None:
+    theirs = round_.honest.asked(round_.run_id)
+    run, id = theirs.metadata.run_id, theirs.metadata.message_id
+    pull = message_pb2.PullObjectRequest(node=member.node, run_id=run, object_id=id)
+    confirm = message_pb2.ConfirmMessageReceivedRequest(node=member.node, run_id=run, message_object_id=id)
+    assert member.post("pull-object", pull).status_code == 409
+    assert member.post("confirm-message-received", confirm).status_code == 409
+    for own in theirs.object_ids:
+        pull = message_pb2.PullObjectRequest(node=round_.honest.node, run_id=run, object_id=own)
+        assert round_.honest.post("pull-object", pull).status_code == 200, "theirs is untouched"
+
+
+def test_a_body_that_inflates_is_not_read(member: Member) -> None:
+    body = gzip.compress(fleet_pb2.PullMessagesRequest(node=member.node).SerializeToString() + b"\0" * (1 << 24))
+    answer = member.post("pull-messages", body, **{"content-encoding": "gzip"})
+    assert (answer.status_code, answer.json()["reason"]) == (415, "a compressed body")
+
+
+@pytest.mark.parametrize("path", sorted(gate._SITE_CALLS))
+def test_bytes_that_are_no_message_are_refused_in_our_own_words(member: Member, path: str) -> None:
+    dice = random.Random(path)
+    for size in (1, 3, 17, 200, 3000):
+        answer = member.post(path.removeprefix("/v1/fleet/"), dice.randbytes(size))
+        assert answer.status_code in (400, 401, 403, 409), (path, size)
+        assert "reason" in answer.json()
+
+
+def test_an_answer_that_was_begun_before_a_restart_can_be_finished(
+    network: Loopback, member: Member, question: Question
+) -> None:
+    part, other = an_object(100), an_object(101)
+    session = member.session_of(member.push(member.answer_to(question, part, other)))
+    assert member.push_object(question, session, part).status_code == 200
+    network.kill()
+    network.start()
+    assert member.push_object(question, "ab" * 18, other).status_code == 409, "nobody else's"
+    assert member.push_object(question, session, other).status_code == 200
+    awaited = network.rows("SELECT object_id FROM object_push_session_pending")
+    assert (get_object_id(other),) not in awaited
+    assert len(awaited) == 1, "the message itself"
+
+
+def test_after_all_that_the_server_still_serves(network: Loopback) -> None:
+    assert network.process.poll() is None
+    assert "Traceback" not in network.output
