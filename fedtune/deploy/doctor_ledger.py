@@ -23,7 +23,7 @@ from fedtune.privacy.history import History
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
-from fedtune.privacy.release import Reason
+from fedtune.privacy.release import Reason, asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
 
@@ -147,7 +147,7 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
     broken = [*said.broken, *_declared_otherwise(policy, dataset=proposal.dataset, asked=sizes.get(policy.site))]
     name = "run"
     if broken:
-        rules = "; ".join(f"{one.rule} (asked {_short(one.asked)}, allowed {_short(one.allowed)})" for one in broken)
+        rules = "; ".join(map(_rule, broken))
         found, fix = f"would be refused: {rules}", _instead(said, plan, len(broken))
         if config.model.sha256 is None:
             fix = "Ask the lead for the SHA-256 of the run's base model, and add it here as model.sha256=HEX."
@@ -212,6 +212,11 @@ def _percent(share: float) -> str:
     return f"{math.ceil(share * 100 - 1e-9)} %" if math.isfinite(share) else "all"
 
 
-def _short(text: str | None) -> str:
-    """A value as it is, and of a key or a hash the beginning."""
-    return "none" if text is None else re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", text)
+def _rule(broken: BrokenRule) -> str:
+    known = _short(asked_and_allowed(broken.asked, broken.allowed))
+    return f"{broken.rule} ({known})" if known else broken.rule
+
+
+def _short(text: str) -> str:
+    """Values as they are, and of a key or a hash the beginning."""
+    return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", text)

@@ -64,6 +64,7 @@ def test_health_has_fixed_keys(address: str, health: Health) -> None:
         ("starting", 503),
         ("connected", 200),
         ("disconnected", 503),
+        ("expired", 503),
         ("training", 200),
         ("paused", 503),
         ("stopping", 503),
