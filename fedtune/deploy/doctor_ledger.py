@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ _PAGE = "docs/site_policy.md"
 def ledger(files: SiteFiles) -> tuple[Check, History | None]:
     """Whether the ledger is whole, this site's, and fit to train with; its history where it is."""
     name = "ledger"
+    if closed := next(_closed(files), None):
+        return closed, None
     try:
         verified = files.verified()
         if verified is None and files.anchor is not None and files.anchor.is_file():
@@ -48,6 +51,14 @@ def ledger(files: SiteFiles) -> tuple[Check, History | None]:
         return wrong, None
     rollback = "as far as its anchor" if verified.rollback_excluded else "though without an anchor's word"
     return ok(name, f"whole and signed, {rollback}"), history
+
+
+def _closed(files: SiteFiles) -> Iterator[Check]:
+    """A file that is there, and that this account may not read or write: nothing is wrong with what it holds."""
+    for path in (files.ledger, *([files.anchor] if files.anchor is not None else [])):
+        if os.path.lexists(path) and not os.access(path, os.R_OK | os.W_OK):
+            found = f"this account may not read or write {path}: nothing is trained"
+            yield failed("ledger", found, fix="Give it to the account of the site's process, as the lines `files` say.")
 
 
 def _unfit(files: SiteFiles, history: History) -> Iterator[Check]:

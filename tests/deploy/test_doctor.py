@@ -49,7 +49,7 @@ CANARY = "Xylander-7391"
 """Stands in the records, and must stand in nothing that is printed."""
 ELSEWHERE = Path("/dev/shm")
 LINES = [
-    *("policy", "kit", "certificate", "site's name", "lead", "time of replies"),
+    *("policy", "kit", "files", "certificate", "site's name", "lead", "time of replies"),
     *("name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication", "clock"),
     *("disk of the kit", "disk of the ledger", "file system", "anchor's place"),
     *("base model tiny", "memory", "GPU", "data patients", "ledger", "site key", "budget", "serving", "run"),
