@@ -17,7 +17,7 @@ from fedtune.cli.plain_words import REASONS, contribution, counted, printable
 from fedtune.deploy.site_state import Pending, SiteState
 from fedtune.federation.verdict import BrokenRule, Verdict, ask
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.privacy.release import Reason
+from fedtune.privacy.release import Reason, asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RefusedError, RunError
 
@@ -146,10 +146,9 @@ def _two_columns(rows: Mapping[str, str]) -> Table:
 
 
 def _broken(verdict: Verdict) -> str:
-    return "; ".join(REASONS[Reason(one.rule)] + _numbers(one) for one in verdict.broken)
+    return "; ".join(map(_rule, verdict.broken))
 
 
-def _numbers(rule: BrokenRule) -> str:
-    numbers = {"asked": rule.asked, "allowed": rule.allowed}
-    known = ", ".join(f"{word} {value}" for word, value in numbers.items() if value is not None)
-    return f" ({known})" if known else ""
+def _rule(broken: BrokenRule) -> str:
+    known = asked_and_allowed(broken.asked, broken.allowed)
+    return REASONS[Reason(broken.rule)] + (f" ({known})" if known else "")

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fedtune.cli import ledger_json, ledger_tables
 from fedtune.cli.plain_words import cap_text, counted, mechanism_text
+from fedtune.deploy.account import act_as_owner
 from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.chain import Head
@@ -166,6 +167,7 @@ def _site(options: argparse.Namespace) -> SiteFiles:
     given = files.ledger if options.path is None else ledger_file(options.path)
     if not files.ledger.is_file() or not given.samefile(files.ledger):
         raise ConfigError("ledger", str(given), f"must be the policy's own ledger, {files.ledger}")
+    act_as_owner(files.site_key, files.ledger)
     SigningKey.load(files.site_key)  # a missing one would be made
     return files
 

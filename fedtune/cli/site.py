@@ -88,6 +88,10 @@ def run(options: argparse.Namespace) -> None:
         RunError: the ledger cannot be trusted.
         RefusedError: policy or budget refuse.
     """
+    if options.site_command not in ("template", "check-policy"):  # these read, and are the person's own
+        from fedtune.deploy.account import act_as_owner
+
+        act_as_owner(*_own_places(options))
     match options.site_command:
         case "template":
             sys.stdout.write(template_file().read_text(encoding="utf-8"))
@@ -103,6 +107,14 @@ def run(options: argparse.Namespace) -> None:
             from fedtune.cli import site_commands
 
             site_commands.run(options)
+
+
+def _own_places(options: argparse.Namespace) -> tuple[Path, ...]:
+    """What belongs to the account that the site's process runs as; before there is a kit, its folder to be."""
+    if options.site_command == "init":
+        folder = Path(options.out).absolute().parent if options.out else Path(options.site).absolute().parent
+        return folder, *folder.parents
+    return Path(options.kit) / "connection_key.pem", Path(options.kit)
 
 
 def template_file() -> Path:

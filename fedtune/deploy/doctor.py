@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.config import RunConfig
-from fedtune.deploy import doctor_ledger, doctor_machine, doctor_site
+from fedtune.deploy import doctor_ledger, doctor_machine, doctor_owners, doctor_site
 from fedtune.deploy.certificates import Certificate, read_certificate
 from fedtune.deploy.doctor_check import Check, PrivateLog, from_error, ok, skipped
 from fedtune.deploy.doctor_connection import AUTHENTICATION, DNS, TCP, TLS, Connection
@@ -96,6 +96,7 @@ class _Examination:
         return (
             _Look(("policy",), (), self._read_policy),
             _Look(("kit",), (), self._read_kit),
+            _Look(("files",), (), lambda: doctor_owners.owners(visit.kit, visit.site_toml, self._files)),
             _Look(("certificate",), (_KIT,), self._read_certificate),
             _Look(("site's name",), (_KIT, _POLICY), lambda: [doctor_site.names(self.kit, self.policy)]),
             _Look(("lead",), (_KIT, _POLICY), lambda: [doctor_site.lead(self.kit, self.policy)]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from fedtune.privacy.history import History
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
-from fedtune.privacy.release import Reason
+from fedtune.privacy.release import Reason, asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
 
@@ -33,6 +34,8 @@ _PAGE = "docs/site_policy.md"
 def ledger(files: SiteFiles) -> tuple[Check, History | None]:
     """Whether the ledger is whole, this site's, and fit to train with; its history where it is."""
     name = "ledger"
+    if closed := next(_closed(files), None):
+        return closed, None
     try:
         verified = files.verified()
         if verified is None and files.anchor is not None and files.anchor.is_file():
@@ -48,6 +51,14 @@ def ledger(files: SiteFiles) -> tuple[Check, History | None]:
         return wrong, None
     rollback = "as far as its anchor" if verified.rollback_excluded else "though without an anchor's word"
     return ok(name, f"whole and signed, {rollback}"), history
+
+
+def _closed(files: SiteFiles) -> Iterator[Check]:
+    """A file that is there, and that this account may not read or write: nothing is wrong with what it holds."""
+    for path in (files.ledger, *([files.anchor] if files.anchor is not None else [])):
+        if os.path.lexists(path) and not os.access(path, os.R_OK | os.W_OK):
+            found = f"this account may not read or write {path}: nothing is trained"
+            yield failed("ledger", found, fix="Give it to the account of the site's process, as the lines `files` say.")
 
 
 def _unfit(files: SiteFiles, history: History) -> Iterator[Check]:
@@ -147,7 +158,7 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
     broken = [*said.broken, *_declared_otherwise(policy, dataset=proposal.dataset, asked=sizes.get(policy.site))]
     name = "run"
     if broken:
-        rules = "; ".join(f"{one.rule} (asked {_short(one.asked)}, allowed {_short(one.allowed)})" for one in broken)
+        rules = "; ".join(map(_rule, broken))
         found, fix = f"would be refused: {rules}", _instead(said, plan, len(broken))
         if config.model.sha256 is None:
             fix = "Ask the lead for the SHA-256 of the run's base model, and add it here as model.sha256=HEX."
@@ -212,6 +223,11 @@ def _percent(share: float) -> str:
     return f"{math.ceil(share * 100 - 1e-9)} %" if math.isfinite(share) else "all"
 
 
-def _short(text: str | None) -> str:
-    """A value as it is, and of a key or a hash the beginning."""
-    return "none" if text is None else re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", text)
+def _rule(broken: BrokenRule) -> str:
+    known = _short(asked_and_allowed(broken.asked, broken.allowed))
+    return f"{broken.rule} ({known})" if known else broken.rule
+
+
+def _short(text: str) -> str:
+    """Values as they are, and of a key or a hash the beginning."""
+    return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", text)

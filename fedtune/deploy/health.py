@@ -29,7 +29,7 @@ from typing import Any, Literal, TypedDict, get_args
 from fedtune import __version__
 from fedtune.spec import ConfigError, check_one_of
 
-State = Literal["starting", "connected", "disconnected", "failing", "training", "paused", "stopping"]
+State = Literal["starting", "connected", "disconnected", "expired", "failing", "training", "paused", "stopping"]
 READY: frozenset[State] = frozenset({"connected", "training"})
 
 _KEY = "--health"

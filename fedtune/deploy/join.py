@@ -82,7 +82,7 @@ class JoinRequest:
         try:
             fields = json.loads(data)
         except (ValueError, RecursionError):
-            raise ConfigError("request", data[:40], "must be the join_request.json of `fedtune site init`") from None
+            raise ConfigError("request", "no JSON", "must be the join_request.json of `fedtune site init`") from None
         check_keys(fields, _KEYS, key="request")
         check_one_of("version", typed("version", fields["version"], int), (VERSION,))
         check_site_name(typed("site", fields["site"], str))
@@ -193,7 +193,7 @@ def _checked_csr(text: str, *, site: str) -> x509.CertificateSigningRequest:
         csr = x509.load_pem_x509_csr(text.encode())
         signed, name = csr.is_signature_valid, common_name(csr.subject)
     except UNREADABLE:
-        raise ConfigError("csr", text[:40], "must be a certificate signing request in PEM form") from None
+        raise ConfigError("csr", "unreadable", "must be a certificate signing request in PEM form") from None
     p384_of(csr, key="csr")
     if not signed:
         raise ConfigError("csr", name, "must be signed with the key that it names")

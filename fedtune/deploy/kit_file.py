@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from fedtune.deploy.address import Address
 from fedtune.privacy.keys import check_public_key
-from fedtune.privacy.policy_file import from_table
+from fedtune.privacy.policy_file import from_table, read_toml
 from fedtune.spec import ConfigError, check_name, check_one_of, spec
 
 T = TypeVar("T")
@@ -24,12 +23,7 @@ def read_spec(cls: type[T], path: Path) -> T:
     Raises:
         ConfigError: names the file, the key, its value and what would be accepted.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("file", str(path), f"must be a readable file ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, an integer of thousands of digits
-        raise ConfigError("file", str(path), f"must be TOML: {error}") from None
+    table = read_toml(path, key="file")
     try:
         return from_table(cls, table)
     except ConfigError as error:

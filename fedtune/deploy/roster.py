@@ -106,7 +106,8 @@ def read_datasets(entries: object) -> dict[str, int]:
 def check_keys(fields: object, keys: Collection[str], *, key: str = "file") -> None:
     """Require `fields` to be an object with exactly these `keys`."""
     if not (isinstance(fields, dict) and set(fields) == set(keys)):
-        raise ConfigError(key, fields, f"must be an object with the keys {', '.join(sorted(keys))}")
+        found = "other keys" if isinstance(fields, dict) else type(fields).__name__  # a file is not quoted
+        raise ConfigError(key, found, f"must be an object with the keys {', '.join(sorted(keys))}")
 
 
 def _member(entry: Any) -> Member:

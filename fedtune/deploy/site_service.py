@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedtune.deploy.certificates import check_private
+from fedtune.deploy.certificates import Certificate, check_private
 from fedtune.deploy.health import Health, State
 from fedtune.deploy.kit_tls import tls_of
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.models import installed_model
 from fedtune.deploy.site_state import SiteState, serving
 from fedtune.flower.fleet import Fleet
-from fedtune.flower.fleet_errors import Dropped, Unauthorised, Unreachable
+from fedtune.flower.fleet_errors import Dropped, Expired, Unauthorised, Unreachable
 from fedtune.flower.node import Exchange, SiteApp
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
@@ -58,7 +58,7 @@ class SiteService:
             RunError: the ledger cannot be trusted or written, or the site has left.
         """
         state = SiteState.of(self.kit.folder)
-        files = self._checked(state)
+        files, certificate = self._checked(state)
         with serving(files.ledger), _until_stopped() as stop:
             if state.has_served() and not files.ledger.is_file():
                 raise RunError(f"ledger {files.ledger} is gone, and this site has served one; put it back")
@@ -75,14 +75,14 @@ class SiteService:
             fleet = Fleet(self.kit.server, tls_of(self.kit))
             log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
             try:
-                _Loop(fleet, app, state, self.health, stop).run()
+                _Loop(fleet, app, state, self.health, stop, ends=certificate.not_after).run()
             finally:
                 self.health.update(state="stopping")
                 fleet.close()
             log.info("the site is down", extra={"site": files.policy.site})
 
-    def _checked(self, state: SiteState) -> SiteFiles:
-        self.kit.check_certificate(datetime.now(UTC))
+    def _checked(self, state: SiteState) -> tuple[SiteFiles, Certificate]:
+        certificate = self.kit.check_certificate(datetime.now(UTC))
         files = self.kit.site_files(self.site_toml)
         if not files.site_key.is_file():
             bound = "is missing: `fedtune site init` made it, and without it the ledger cannot go on"
@@ -92,7 +92,7 @@ class SiteService:
             raise RunError(f"this site has left the federation; remove {state.left} to take part again")
         if self.kit.lead not in files.policy.allow.leads:
             log.warning("the kit's lead is not among the policy's allow.leads: all its requests will be refused")
-        return files
+        return files, certificate
 
 
 def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str) -> None:
@@ -103,8 +103,11 @@ def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str) ->
 class _Loop:
     """Take a message, answer it, send the answer, until told to stop; nothing that goes wrong ends it."""
 
-    def __init__(self, fleet: Fleet, app: SiteApp, state: SiteState, health: Health, stop: threading.Event) -> None:
+    def __init__(
+        self, fleet: Fleet, app: SiteApp, state: SiteState, health: Health, stop: threading.Event, *, ends: datetime
+    ) -> None:
         self._fleet, self._app, self._state, self._health, self._stop = fleet, app, state, health, stop
+        self._ends = ends
         self._active = False
         self._wait_s = 1.0
         self._rounds = 0
@@ -122,9 +125,11 @@ class _Loop:
 
     def _next(self) -> Exchange | None:
         try:
+            self._require_certificate()
             if not self._active:
                 self._fleet.activate()
                 self._active = True
+                self._connected()  # what comes next may take long
             message = self._fleet.receive()
         except (Unreachable, Unauthorised) as error:
             self._trouble(error)
@@ -133,9 +138,20 @@ class _Loop:
             log.info("a message was gone before it was fetched", extra={"reason": str(error)})
             return None
         self._wait_s = 1.0
+        self._connected()
+        return None if message is None else Exchange(message)
+
+    def _require_certificate(self) -> None:
+        """Hold no line to the server with a certificate that has ended: an open one would go on."""
+        if datetime.now(UTC) > self._ends:
+            raise Expired(
+                f"this site's own certificate ended at {self._ends:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit, "
+                "unzip it over this one, and start again"
+            )
+
+    def _connected(self) -> None:
         state: State = "paused" if self._state.paused.exists() else "connected"
         self._health.update(state=state, last_contact=datetime.now(UTC))
-        return None if message is None else Exchange(message)
 
     def _answer(self, exchange: Exchange) -> None:
         self._health.update(state="training")
@@ -160,9 +176,10 @@ class _Loop:
                 return  # the ledger has the bytes, and the lead will ask again
 
     def _trouble(self, error: Unreachable | Unauthorised) -> None:
-        self._health.update(state="disconnected")
+        expired = isinstance(error, Expired)
+        self._health.update(state="expired" if expired else "disconnected")
         wait_s = self._wait_s if isinstance(error, Unreachable) else _UNAUTHORISED_S
-        log.warning("no contact: %s; trying again in %.0f s", error, wait_s)
+        log.warning("no contact: %s%s", error, "" if expired else f"; trying again in {wait_s:.0f} s")
         self._active = self._active and isinstance(error, Unreachable)
         self._stop.wait(wait_s)
         self._wait_s = min(2 * self._wait_s, _MOST_WAIT_S)

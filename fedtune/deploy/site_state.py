@@ -150,12 +150,16 @@ def serving(ledger: Path) -> Iterator[None]:
     """
     path = ledger.with_name(f"{ledger.name}.serving")
     path.parent.mkdir(parents=True, exist_ok=True)  # as for the ledger, which may be yet to be made
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ConfigError("ledger", str(path), f"must be a file that can be written ({error.strerror})") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "another"
+            said = os.read(descriptor, 32).strip()
+            holder = said.decode() if said.isdigit() else "another"
             bound = f"is being served by process {holder} already; stop that one first"
             raise ConfigError("ledger", str(ledger), bound) from None
         os.truncate(descriptor, 0)

@@ -46,7 +46,6 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
-    pull_and_inflate_object_from_tree,
     push_objects,
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -55,7 +54,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedtune.flower.bounded_http import OutOfBounds, bounded
 from fedtune.flower.fleet_errors import Dropped, Foreign, Unauthorised, Unreachable
+from fedtune.flower.message_objects import pull_message
 from fedtune.flower.tls import Tls, refusal, staying
 from fedtune.spec import ConfigError
 
@@ -143,11 +144,10 @@ class Fleet:
                 return None
             run_id = answer.messages_list[0].metadata.run_id
             tree = answer.message_object_trees[0]
-            message = pull_and_inflate_object_from_tree(
+            message = pull_message(
                 tree,
                 make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
                 make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
-                return_type=Message,
             )
         message.metadata.__dict__["_message_id"] = tree.object_id
         TaskIdentity.run_id = run_id
@@ -259,6 +259,7 @@ def hello(server: str, tls: Tls) -> Hello:
         FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(private, timestamp.encode())).decode(),
     }
     with _in_our_words(), httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
+        bounded(client)
         answer = client.get(f"https://{server}{HELLO}", headers=headers)
     try:
         fields = answer.json()
@@ -286,7 +287,11 @@ def _in_our_words() -> Iterator[None]:
         raise Unreachable(f"the server answered {status}") from error
     except (ObjectPullError, ObjectPushError) as error:
         raise Dropped("the server no longer keeps this message") from error
+    except OutOfBounds as error:
+        raise Unreachable(f"the server's answer is not accepted: {error}") from error
     except httpx.HTTPError as error:
-        raise Unreachable(f"no connection to the server ({refusal(error) or type(error).__name__})") from error
+        cut = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError)
+        what = refusal(error) or ("the connection was cut" if cut else type(error).__name__)
+        raise Unreachable(f"no connection to the server ({what})") from error
     except Exception as error:  # a proxy's page, or bytes that are no message: each library has errors of its own
         raise Unreachable(f"the server's answer cannot be read ({type(error).__name__})") from error

@@ -9,6 +9,10 @@ class Unauthorised(RunError):
     """The server does not take this node: its key is unknown, or was revoked."""
 
 
+class Expired(Unauthorised):
+    """The certificate of this node has ended."""
+
+
 class Unreachable(RunError):
     """The server cannot be reached, or has no time; asking again later may help."""
 

@@ -16,6 +16,8 @@ from fedtune.flower.records import ARRAYS
 
 _PACKED = "fedtune-packed-1"
 _FLOAT32 = "<f4"
+_MOST_HEADER_BYTES = 1 << 20
+"""Names and shapes become Python objects, which are many times as large."""
 
 
 def packed(content: RecordDict) -> RecordDict:
@@ -43,6 +45,8 @@ def unpacked(content: RecordDict) -> RecordDict:
 
 def _arrays(data: bytes) -> ArrayRecord:
     (size,) = struct.unpack_from("<Q", data)
+    if size > _MOST_HEADER_BYTES:
+        raise ValueError("header")
     offset, arrays = 8 + size, {}
     header = json.loads(data[8:offset])
     for name, shape in header:

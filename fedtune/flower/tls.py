@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import httpx
 from flwr.supercore.protobuf.client import ProtobufClient
+
+from fedtune.flower.bounded_http import bounded
 
 _Client = TypeVar("_Client", bound=ProtobufClient)
 
@@ -30,18 +31,32 @@ class Tls:
     def client_context(self) -> ssl.SSLContext:
         """For a client: trusts this authority alone, checks the server's name, and shows its own certificate."""
         context = ssl.create_default_context(cafile=str(self.ca))
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_cert_chain(self.certificate, self.key)
         return context
 
 
 def staying(client: _Client) -> _Client:
-    """The same client, calling no address but its own: Flower's would follow a redirect with its signed headers.
+    """The same client, whose calls are bounded, and which calls no address but its own.
 
-    Whoever runs the server could so make a site or a lead call any address in its network, also without TLS.
+    Flower's would follow a redirect with its signed headers: whoever runs the server could so make a site or a lead
+    call any address in its network, also without TLS.
     """
-    client._client.follow_redirects = False
+    bounded(client._client)
     return client
+
+
+_OF_CERTIFICATES = (
+    "BAD_CERTIFICATE",
+    "UNSUPPORTED_CERTIFICATE",
+    "CERTIFICATE_REVOKED",
+    "CERTIFICATE_EXPIRED",
+    "CERTIFICATE_UNKNOWN",
+    "CERTIFICATE_REQUIRED",
+    "UNKNOWN_CA",
+    "ACCESS_DENIED",
+)
+"""TLS alerts that are about the certificate that this end showed; others are about protocols and ciphers."""
 
 
 def refusal(error: BaseException) -> str | None:
@@ -51,9 +66,10 @@ def refusal(error: BaseException) -> str | None:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"its certificate is not accepted here: {cause.verify_message}"
         if isinstance(cause, ssl.SSLError) and "_ALERT_" in (cause.reason or ""):
-            said = cause.reason.rpartition("_ALERT_")[2].replace("_", " ").lower()
-            return f"it does not accept this site's certificate: {said}"
+            alert = cause.reason.rpartition("_ALERT_")[2]
+            said = alert.replace("_", " ").lower()
+            if alert in _OF_CERTIFICATES:
+                return f"it does not accept this site's certificate: {said}"
+            return f"it ended the encryption: {said}"
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, httpx.RemoteProtocolError):
-        return "it hung up, as it does where it does not accept this site's certificate"
     return None

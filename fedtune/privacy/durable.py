@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from pathlib import Path
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a crash leaves the old bytes or the new ones, never a mixture."""
+    """Replace `path` by `data` so that a crash leaves the old bytes or the new ones, never a mixture.
+
+    A file that is replaced keeps its owner, group and mode, as far as this account may say; what root makes anew
+    belongs to its folder's owner.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write one file
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # of a process that had this number, and was killed
+    # A link that somebody put there is not followed.
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        _keep_owner(descriptor, path)
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(descriptor)
     os.replace(temporary, path)
     fsync_folder(path.parent)
+
+
+def _keep_owner(descriptor: int, path: Path) -> None:
+    """Give the file that is to replace `path` the owner, group and mode that `path` has."""
+    try:
+        before = path.lstat()
+    except FileNotFoundError:
+        before = None
+    owner = path.parent.stat() if before is None else before
+    with contextlib.suppress(PermissionError):
+        if os.geteuid() == 0:
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        elif before is not None:
+            os.fchown(descriptor, -1, before.st_gid)
+    if before is not None and stat.S_ISREG(before.st_mode):
+        os.fchmod(descriptor, before.st_mode & 0o755)
 
 
 def fsync_folder(folder: Path) -> None:

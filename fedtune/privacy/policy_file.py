@@ -20,6 +20,7 @@ from fedtune.spec import ConfigError
 
 T = TypeVar("T")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_LONGEST_KEY = 60
 _PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -29,18 +30,28 @@ def read_policy(path: Path) -> Policy:
     Raises:
         ConfigError: names the file, the key, its value and what would be accepted.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("policy", str(path), f"must be a readable file ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, an integer of thousands of digits
-        raise ConfigError("policy", str(path), f"must be TOML: {error}") from None
+    table = read_toml(path, key="policy")
     try:
         policy = from_table(Policy, table)
         policy.check_delta()
     except ConfigError as error:
         raise error.in_file(path) from None
     return policy
+
+
+def read_toml(path: Path, *, key: str) -> dict[str, Any]:
+    """The tables of the TOML file `path`, which a person calls `key`.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no TOML.  Nothing in it is quoted: a link may lead to another file.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, an integer of thousands of digits
+        place = re.search(r" \((at [^()]*)\)$", str(error))
+        raise ConfigError(key, str(path), f"must be TOML{f'; it is none {place[1]}' if place else ''}") from None
 
 
 def policy_of(fields: object) -> Policy:
@@ -106,9 +117,11 @@ def from_table(cls: type[T], table: Mapping[str, Any]) -> T:
     """An instance of the spec `cls` from a TOML table."""
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key, value in table.items():
+    for key in table:
         if key not in fields:
-            raise ConfigError(key, value, f"is not a key here; known are {', '.join(fields)}")
+            # Neither a value nor what only a file of another kind has as a key is quoted.
+            shown = key if len(key) <= _LONGEST_KEY and _BARE_KEY.fullmatch(key) else "one of the keys"
+            raise ConfigError(shown, None, f"is not a key here; known are {', '.join(fields)}")
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in table:

@@ -309,4 +309,11 @@ class Refused(RefusedError):
         self.reason = reason
         self.asked = None if asked is None else str(asked)
         self.allowed = None if allowed is None else str(allowed)
-        super().__init__(f"{reason}: asked for {self.asked}, allowed is {self.allowed}")
+        said = asked_and_allowed(self.asked, self.allowed)
+        super().__init__(f"{reason}: {said}" if said else reason.value)
+
+
+def asked_and_allowed(asked: str | None, allowed: str | None) -> str:
+    """What is known of a refusal's two values, in words; empty where that is nothing."""
+    values = {"asked": asked, "allowed": allowed}
+    return ", ".join(f"{word} {value}" for word, value in values.items() if value is not None)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedtune.cli.site import template_file
+from fedtune.deploy import membership, provision
+from fedtune.deploy.join import REQUEST, site_init
+from fedtune.deploy.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger, Reservation
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
+from fedtune.privacy.site_files import SiteFiles
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,65 @@ class SiteFolder:
         with pytest.raises(Refused) as caught:
             ledger.reserve(proposal, round=1, request="x")
         ledger.refuse(caught.value, run=named or proposal.run, round=1, request="x")
+
+
+@dataclass(frozen=True)
+class Here:
+    """A site that has joined: its folder with site.toml, keys and kit."""
+
+    folder: Path
+
+    @property
+    def toml(self) -> Path:
+        return self.folder / "site.toml"
+
+    @property
+    def state(self) -> SiteState:
+        return SiteState.of(self.folder / "kit")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return ("--kit", str(self.folder / "kit"), "--site", str(self.toml))
+
+    @property
+    def kit(self) -> tuple[str, ...]:
+        return self.words[:2]
+
+    def ledger(self) -> Ledger:
+        return SiteFiles.of(self.toml).open()
+
+    def edit(self, **changes: Any) -> None:
+        policy = read_policy(self.toml)
+        tables = {key: replace(getattr(policy, key), **value) for key, value in changes.items() if type(value) is dict}
+        write_policy(replace(policy, **(changes | tables)), self.toml)
+
+    def start_run(self, proposal: Proposal, *rounds: int) -> None:
+        ledger = self.ledger()
+        ledger.approve(proposal)
+        for round in rounds:
+            assert isinstance(ledger.reserve(proposal, round=round, request=f"{proposal.run} {round}"), Reservation)
+
+
+@pytest.fixture
+def joined(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., Here]:
+    """A site of one federation; it approves runs by hand."""
+
+    def make(name: str, *, days_ago: int = 0) -> Here:
+        begun = datetime.now(UTC).replace(microsecond=0) - timedelta(days=days_ago)
+        federation = tmp_path / "federation"
+        if not federation.exists():
+            (tmp_path / "federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:9"\n')
+            provision.init(tmp_path / "federation.toml", out=federation, now=begun)
+        here = Here(tmp_path / name)
+        here.folder.mkdir()
+        write_policy(site_policy(name, approval="manual"), here.toml)
+        request = site_init(here.toml, out=None) / REQUEST
+        archive = membership.add_site(federation, request=request, days=None, now=begun).archive
+        with zipfile.ZipFile(archive) as kit:
+            kit.extractall(request.parent)
+        return here
+
+    return make
 
 
 @pytest.fixture

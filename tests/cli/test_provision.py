@@ -173,7 +173,7 @@ def test_list_answers_machines(provision: Callable[..., str], request_of: Callab
         ("init federation.toml --out cardiology", "--out = 'cardiology': exists already"),
         ("init federation.toml --out federation.toml/x", "--out = 'federation.toml/x': cannot be written"),
         ("init .", "file = '.': must be a readable file"),
-        ("init wrong.toml --out new", "wrong.toml: servr = 'x': is not a key"),
+        ("init wrong.toml --out new", "wrong.toml: servr = None: is not a key"),
         ("list", "--federation = '.': must be the folder that `fedtune provision init` made"),
         ("add-site none.json --federation cardiology", "request = 'none.json': must be a readable file"),
         ("add-site federation.toml --federation cardiology", "federation.toml: request = "),

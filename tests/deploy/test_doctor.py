@@ -49,7 +49,7 @@ CANARY = "Xylander-7391"
 """Stands in the records, and must stand in nothing that is printed."""
 ELSEWHERE = Path("/dev/shm")
 LINES = [
-    *("policy", "kit", "certificate", "site's name", "lead", "time of replies"),
+    *("policy", "kit", "files", "certificate", "site's name", "lead", "time of replies"),
     *("name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication", "clock"),
     *("disk of the kit", "disk of the ledger", "file system", "anchor's place"),
     *("base model tiny", "memory", "GPU", "data patients", "ledger", "site key", "budget", "serving", "run"),
@@ -371,7 +371,7 @@ def test_a_policy_that_cannot_be_read(home: Home) -> None:
     assert checks["ledger"].found == "skipped, because the policy cannot be used"
     assert checks["authentication"].status is Status.OK, "the connection does not need it"
     home.site_toml.write_text("site = \n")
-    assert "must be TOML: Invalid value" in home.examined()["policy"].found
+    assert "must be TOML; it is none at line" in home.examined()["policy"].found
 
 
 def test_a_lead_that_the_policy_does_not_know(home: Home, stranger_key: Any) -> None:

@@ -65,6 +65,7 @@ def test_health_has_fixed_keys(address: str, health: Health) -> None:
         ("connected", 200),
         ("disconnected", 503),
         ("failing", 503),
+        ("expired", 503),
         ("training", 200),
         ("paused", 503),
         ("stopping", 503),

@@ -196,7 +196,7 @@ def csr_of(key: Any, *names: str) -> str:
         (csr_of(ec.generate_private_key(ec.SECP384R1()), "south"), "csr = 'south': must have the site's name"),
         (csr_of(ec.generate_private_key(ec.SECP384R1()), "north", "south"), "csr = None: must have the site's name"),
         (csr_of(ec.generate_private_key(ec.SECP384R1())), "csr = None: must have the site's name"),
-        ("none", "csr = 'none': must be a certificate signing request"),
+        ("none", "csr = 'unreadable': must be a certificate signing request"),
     ],
     ids=["P-256", "P-521", "RSA", "another name", "two names", "no name", "rubbish"],
 )

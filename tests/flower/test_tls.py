@@ -1,15 +1,20 @@
-"""Who shakes hands with whom, without a network."""
+"""Who shakes hands with whom, and what a site says where somebody does not."""
 
 from __future__ import annotations
 
 import ssl
 from pathlib import Path
 
+import httpx
 import pytest
 
-from fedtune.flower.tls import Tls
+from fedtune.flower.bounded_http import bounded
+from fedtune.flower.fleet import hello
+from fedtune.flower.fleet_errors import Unreachable
+from fedtune.flower.tls import Tls, refusal
 
 from .certificates import LOOPBACK, Authority
+from .hostile import Answer, Hostile, server_context
 
 
 def shake_hands(client: Tls, server: Tls, *, name: str = LOOPBACK, most: ssl.TLSVersion | None = None) -> str:
@@ -49,7 +54,6 @@ def others(tmp_path: Path) -> Authority:
 def test_members_of_one_federation_meet(ours: Authority) -> None:
     server = ours.issue("server", address=LOOPBACK)
     assert shake_hands(ours.issue("a"), server) == "TLSv1.3"
-    assert shake_hands(ours.issue("a"), server, most=ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
 
 
 def test_another_authority_is_not_trusted(ours: Authority, others: Authority) -> None:
@@ -94,4 +98,59 @@ def test_a_certificate_that_has_ended_is_none(ours: Authority, who: str) -> None
 
 
 def test_old_protocols_are_refused(ours: Authority) -> None:
-    assert ours.issue("a").client_context().minimum_version >= ssl.TLSVersion.TLSv1_2
+    with pytest.raises(ssl.SSLError):
+        shake_hands(ours.issue("a"), ours.issue("server", address=LOOPBACK), most=ssl.TLSVersion.TLSv1_2)
+
+
+def said_of(address: str, tls: Tls) -> str:
+    """What a site's log says of the server at `address`."""
+    with pytest.raises(Unreachable) as caught:
+        hello(address, tls)
+    return str(caught.value)
+
+
+def cut(to: ssl.SSLSocket, path: str) -> None:
+    raise ConnectionError
+
+
+def cut_within(to: ssl.SSLSocket, path: str) -> None:
+    to.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n{")
+    raise ConnectionError
+
+
+@pytest.mark.parametrize("answer", [cut, cut_within])
+def test_a_cut_is_not_taken_for_a_refusal(ours: Authority, answer: Answer) -> None:
+    server = Hostile(server_context(ours.issue("server", address=LOOPBACK)), answer)
+    assert said_of(server.address, ours.issue("a")) == "no connection to the server (the connection was cut)"
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("who", "says"), [("stranger", "unknown ca"), ("ended", "certificate expired"), ("without", "certificate required")]
+)
+def test_a_refusal_is_named(ours: Authority, others: Authority, who: str, says: str) -> None:
+    """Under TLS 1.3 it comes after the handshake."""
+    site = ours.issue("a", days=-1 if who == "ended" else 5)
+    if who == "stranger":
+        theirs = others.issue("a")
+        site = Tls(ca=ours.file, certificate=theirs.certificate, key=theirs.key)
+    context = site.client_context()
+    if who == "without":
+        context = ssl.create_default_context(cafile=str(site.ca))
+    server = Hostile(server_context(ours.issue("server", address=LOOPBACK)), cut)
+    for _ in range(5):  # it does not depend on who is faster
+        client = httpx.Client(verify=context)
+        bounded(client)
+        with client, pytest.raises(httpx.ConnectError) as caught:
+            client.get(f"https://{server.address}/")
+        assert refusal(caught.value) == f"it does not accept this site's certificate: {says}"
+    server.close()
+
+
+def test_an_old_server_is_not_taken_for_one_that_refuses_the_certificate(ours: Authority) -> None:
+    files = ours.issue("server", address=LOOPBACK)
+    server = Hostile(server_context(files, newest=ssl.TLSVersion.TLSv1_2), cut)
+    said = said_of(server.address, ours.issue("a"))
+    assert "certificate" not in said
+    assert "protocol version" in said
+    server.close()

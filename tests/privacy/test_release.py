@@ -215,6 +215,10 @@ def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
     assert refused.exit_code == 3
     assert (refused.reason, refused.asked, refused.allowed) == (Reason.PLAN_EXHAUSTED, "6", "5")
     assert Refused(Reason.SITE_ERROR).asked is None
+    # What is not known is not shown as a value.
+    assert str(refused) == "plan_exhausted: asked 6, allowed 5"
+    assert str(Refused(Reason.PLAN_EXHAUSTED, asked=6)) == "plan_exhausted: asked 6"
+    assert str(Refused(Reason.SITE_ERROR)) == "site_error"
 
 
 def signed(key: SigningKey, **changes: object) -> Receipt:

@@ -1,0 +1,190 @@
+"""Calls to a server that may mean harm: bounds on what an answer holds, how long a call takes, and how old a line is.
+
+A timeout of httpx's is for one read, so that a server that sends a byte now and then holds a call for ever; and httpx
+decompresses whatever it is sent.  Here every call has a deadline, and no answer is compressed.  Written for httpx 0.28
+and httpcore 1.0, whose internals it uses; tests/flower/test_bounded_http.py fails where they change.
+"""
+
+from __future__ import annotations
+
+import select
+import ssl
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpcore
+import httpx
+
+_MIB = 1 << 20
+MOST_AGE_S = 300.0
+"""After so long a connection is closed and made anew, so that certificates that ended or were replaced are noticed."""
+_ALERT_S = 0.5
+"""How long to wait for the server to take or refuse our certificate: under TLS 1.3 it does so after the handshake, and
+what is sent meanwhile can make its reason get lost.  A server that takes it sends session tickets, which ends the
+wait."""
+_WRITTEN_AT_ONCE = 1 << 14  # a TLS record, so that the deadline is looked at after each
+
+
+class OutOfBounds(httpx.TransportError):
+    """An answer that is larger, slower or otherwise encoded than any honest server's."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    most_bytes: int
+    most_s: float
+
+
+_OBJECT = _Bound(16 * _MIB, 180.0)  # Flower cuts arrays into objects of 5 MB
+_OTHER = _Bound(4 * _MIB, 60.0)
+
+
+def bounded(client: httpx.Client) -> None:
+    """Bound every call of `client`, also those through a proxy; it follows no redirect."""
+    client.follow_redirects = False
+    client._transport = _Bounded(client._transport)
+    client._mounts = {pattern: transport and _Bounded(transport) for pattern, transport in client._mounts.items()}
+
+
+class _Bounded(httpx.BaseTransport):
+    def __init__(self, inner: httpx.BaseTransport) -> None:
+        self._inner, self._deadline = inner, _Deadline()
+        assert isinstance(inner, httpx.HTTPTransport)
+        inner._pool._network_backend = _Backend(inner._pool._network_backend, self._deadline)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        bound = _OBJECT if request.url.path.endswith(("/pull-object", "/push-object")) else _OTHER
+        request.headers["accept-encoding"] = "identity"
+        self._deadline.begin(bound.most_s)
+        response = self._inner.handle_request(request)
+        try:
+            _check_head(response, most_bytes=bound.most_bytes)
+        except OutOfBounds:
+            response.close()
+            raise
+        assert isinstance(response.stream, httpx.SyncByteStream)
+        response.stream = _Counted(response.stream, bound.most_bytes)
+        return response
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def _check_head(response: httpx.Response, *, most_bytes: int) -> None:
+    if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise OutOfBounds("it is compressed, which nobody asked for")
+    said = response.headers.get("content-length", "0")
+    if said.isdigit() and int(said) > most_bytes:
+        raise OutOfBounds(f"it has {said} bytes, and may have {most_bytes}")
+
+
+class _Counted(httpx.SyncByteStream):
+    def __init__(self, inner: httpx.SyncByteStream, most_bytes: int) -> None:
+        self._inner, self._most_bytes = inner, most_bytes
+
+    def __iter__(self) -> Iterator[bytes]:
+        received = 0
+        for part in self._inner:
+            received += len(part)
+            if received > self._most_bytes:
+                raise OutOfBounds(f"it has more than the {self._most_bytes} bytes that it may have")
+            yield part
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _Deadline(threading.local):
+    """When the call of this thread is to be over; a call begins and ends in one thread."""
+
+    at = float("inf")
+
+    def begin(self, seconds: float) -> None:
+        self.at = time.monotonic() + seconds
+
+    def within(self, timeout: float | None, expired: type[httpcore.TimeoutException]) -> float:
+        """What is left of `timeout` seconds before the deadline."""
+        left = self.at - time.monotonic()
+        if left <= 0:
+            raise expired("the call took too long")
+        return left if timeout is None else min(timeout, left)
+
+
+class _Backend(httpcore.NetworkBackend):
+    """httpcore's own, whose connections keep the deadline."""
+
+    def __init__(self, inner: httpcore.NetworkBackend, deadline: _Deadline) -> None:
+        self._inner, self._deadline = inner, deadline
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.NetworkStream:
+        within = self._deadline.within(timeout, httpcore.ConnectTimeout)
+        stream = self._inner.connect_tcp(host, port, within, local_address, socket_options)
+        return _Stream(stream, self._deadline)
+
+    def sleep(self, seconds: float) -> None:
+        self._inner.sleep(seconds)
+
+
+class _Stream(httpcore.NetworkStream):
+    def __init__(self, inner: httpcore.NetworkStream, deadline: _Deadline) -> None:
+        self._inner, self._deadline, self._made = inner, deadline, time.monotonic()
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._inner.read(max_bytes, self._deadline.within(timeout, httpcore.ReadTimeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        view = memoryview(buffer)
+        for start in range(0, len(view), _WRITTEN_AT_ONCE):
+            part = bytes(view[start : start + _WRITTEN_AT_ONCE])
+            self._inner.write(part, self._deadline.within(timeout, httpcore.WriteTimeout))
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        within = self._deadline.within(timeout, httpcore.ConnectTimeout)
+        stream = self._inner.start_tls(ssl_context, server_hostname, within)
+        try:
+            _hear_refusal(stream.get_extra_info("socket"))
+        except OSError as error:
+            stream.close()
+            raise httpcore.ConnectError(str(error)) from error
+        return _Stream(stream, self._deadline)
+
+    def get_extra_info(self, info: str) -> Any:
+        # The pool closes an idle connection that can be read: the other end has hung up, or we do.
+        if info == "is_readable" and time.monotonic() - self._made > MOST_AGE_S:
+            return True
+        return self._inner.get_extra_info(info)
+
+
+def _hear_refusal(connection: object) -> None:
+    """Raise what the server says of our certificate, where it refuses it.
+
+    Raises:
+        OSError: of `ssl`, with the server's alert.
+    """
+    if not isinstance(connection, ssl.SSLSocket):  # TLS inside a proxy's TLS
+        return
+    waiting = select.poll()
+    waiting.register(connection, select.POLLIN)
+    if not connection.pending() and not waiting.poll(1000 * _ALERT_S):
+        return
+    connection.setblocking(False)
+    try:
+        said = connection.recv(1)
+    except (ssl.SSLWantReadError, BlockingIOError):
+        return  # it was a ticket
+    raise ConnectionError("the server spoke first" if said else "the server hung up after the handshake")

@@ -1,0 +1,110 @@
+"""Fetching a message of Flower's, which comes as a tree of objects, within bounded memory and time.
+
+What an object holds may name its parts more than once: some kilobytes that name one part a thousand times would fill a
+machine's memory when they are put together.  So the size of the whole is computed before.  Written for Flower 1.41,
+whose internals it uses; tests/flower/test_message_objects.py fails where they change.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from itertools import islice
+
+from flwr.app import Message
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.constant import HEAD_BODY_DIVIDER
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_head_values_from_object_content,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
+
+from fedtune.flower.bounded_http import OutOfBounds
+
+MOST_OBJECTS = 4096
+MOST_BYTES = 1 << 30
+"""Of a whole message: an adapter of 268 million float32 values."""
+MOST_BESIDE_BYTES = 4 << 20
+"""Of all its objects but arrays' bytes: these become Python objects, which are many times as large."""
+MOST_S = 3600.0
+
+_PARTS = {
+    "Message": ("RecordDict",),
+    "RecordDict": ("ArrayRecord", "ConfigRecord", "MetricRecord"),
+    "ArrayRecord": ("Array",),
+    "Array": ("ArrayChunk",),
+    "ArrayChunk": (),
+    "ConfigRecord": (),
+    "MetricRecord": (),
+}
+"""What each kind of object is made of."""
+
+
+def pull_message(tree: ObjectTree, pull: Callable[[str], bytes], confirm: Callable[[str], None]) -> Message:
+    """The message whose objects `tree` names, each fetched by `pull`; `confirm` is told when all have come.
+
+    Raises:
+        OutOfBounds: it is larger, slower or built otherwise than any honest lead's.
+        ObjectPullError: an object is no longer there.
+    """
+    ids = list(dict.fromkeys(node.object_id for node in islice(iterate_object_tree(tree), MOST_OBJECTS + 1)))
+    if len(ids) > MOST_OBJECTS:
+        raise OutOfBounds(f"a message of more than {MOST_OBJECTS} objects")
+    contents = pull_objects(ids, _Budget(pull), max_time=MOST_S)
+    if (size := _size(tree.object_id, "Message", contents)) > MOST_BYTES:
+        raise OutOfBounds(f"a message of {size} bytes, and it may have {MOST_BYTES}")
+    confirm(tree.object_id)
+    message = inflate_object_from_contents(tree.object_id, contents)
+    assert isinstance(message, Message)  # as `_size` required
+    return message
+
+
+class _Budget:
+    """`pull`, until bytes or time of one message are used up."""
+
+    def __init__(self, pull: Callable[[str], bytes]) -> None:
+        self._pull, self._ends = pull, time.monotonic() + MOST_S
+        self._bytes = self._beside = 0  # two threads may add to them: the figures are bounds of memory, not a price
+
+    def __call__(self, object_id: str) -> bytes:
+        if time.monotonic() > self._ends:
+            raise OutOfBounds(f"a message that takes more than {MOST_S:g} s")
+        content = self._pull(object_id)
+        self._bytes += len(content)
+        if not content.startswith(b"ArrayChunk "):
+            self._beside += len(content)
+        if self._bytes > MOST_BYTES or self._beside > MOST_BESIDE_BYTES:
+            bound = f"{MOST_BYTES} bytes, of which {MOST_BESIDE_BYTES} may be no array's"
+            raise OutOfBounds(f"a message of more than {bound}")
+        return content
+
+
+def _size(id: str, kind: str, contents: Mapping[str, bytes]) -> int:
+    """Bytes of the object `id` of this kind when all its parts are put in, each as often as it is named."""
+    content = contents[id]
+    found, children, _ = get_object_head_values_from_object_content(content)
+    if found != kind:
+        raise OutOfBounds(f"a {kind} that is something else")
+    parts = _PARTS[kind]
+    if not parts:
+        return len(content)
+    kinds = {child: _kind(contents[child], parts) for child in children}
+    sizes = {child: _size(child, kinds[child], contents) for child in kinds}
+    return len(content) + sum(sizes[part] for part in _named(kind, content, children))
+
+
+def _kind(content: bytes, allowed: tuple[str, ...]) -> str:
+    kind = content[:16].decode("latin-1").partition(" ")[0]
+    if kind not in allowed:
+        raise OutOfBounds("a message whose parts do not belong together")
+    return kind
+
+
+def _named(kind: str, content: bytes, children: list[str]) -> list[str]:
+    """The parts that an object names, as often as it does."""
+    if kind == "Message":
+        return children
+    body = json.loads(content[content.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :])
+    return [children[number] for number in body["arraychunk_ids"]] if kind == "Array" else list(body.values())

@@ -1,0 +1,163 @@
+"""Commands that root calls at a site whose process runs as another account: everything stays that account's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# A process that gave root up may not be able to read modules any more.
+import fedtune.cli.approve
+import fedtune.cli.ledger_commands
+import fedtune.cli.site_commands
+import fedtune.deploy.doctor
+import fedtune.deploy.models  # noqa: F401
+from fedtune.cli.main import main
+from fedtune.deploy import account
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.verify import verify
+
+from .conftest import Here
+
+SERVICE = 54321
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another account")
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder that every account can reach, which pytest's own is not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def served(joined: Callable[..., Here], monkeypatch: pytest.MonkeyPatch) -> Here:
+    """A site whose files belong to the account of its process."""
+    # This Python may lie in root's own folder; what is needed of it is imported.
+    monkeypatch.setattr(account, "_python_is_readable", lambda: True)
+    here = joined("north")
+    here.edit(anchor="anchor.json")
+    here.ledger()
+    for path in (here.folder, *here.folder.rglob("*")):
+        os.chown(path, SERVICE, SERVICE)
+    return here
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Do it in a process of its own, which may change its account; the exit code that it gives."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            result = work()
+            code = result if isinstance(result, int) else 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def called(*words: str) -> int:
+    return in_child(lambda: main(words))
+
+
+def as_service(work: Callable[[], object]) -> int:
+    def dropped() -> object:
+        os.setgroups([])
+        os.setresgid(SERVICE, SERVICE, SERVICE)
+        os.setresuid(SERVICE, SERVICE, SERVICE)
+        return work()
+
+    return in_child(dropped)
+
+
+def owners(folder: Path) -> set[int]:
+    return {path.lstat().st_uid for path in (folder, *folder.rglob("*"))}
+
+
+def require_usable(here: Here, proposal: Proposal) -> None:
+    """All is the account's, and its process goes on with the ledger."""
+    assert owners(here.folder) == {SERVICE}
+    assert as_service(lambda: here.start_run(proposal, 1)) == 0
+
+
+@pytest.fixture
+def waiting(served: Here, run_proposal: Callable[..., Proposal]) -> Proposal:
+    proposal = run_proposal(run="r")
+    assert as_service(lambda: served.state.wait_for_approval(proposal, "{}") and None) == 0
+    return proposal
+
+
+def test_approve(served: Here, waiting: Proposal) -> None:
+    assert called("site", "approve", "r", "--yes", *served.words) == 0
+    assert served.state.waiting() == []
+    require_usable(served, waiting)
+
+
+@pytest.mark.parametrize("command", ["pause", "resume", "leave", "doctor"])
+def test_other_commands(served: Here, waiting: Proposal, command: str) -> None:
+    called("site", command, *(served.words if command in ("leave", "doctor") else served.kit))
+    require_usable(served, waiting)
+
+
+@pytest.mark.parametrize("command", ["restore", "freeze", "anchor"])
+def test_commands_of_the_ledger(served: Here, waiting: Proposal, command: str) -> None:
+    ledger, anchor = str(served.folder / "ledger.db"), str(served.folder / "anchor.json")
+    words: dict[str, tuple[str, ...]] = {
+        "restore": ("restore", "--policy", str(served.toml)),
+        "freeze": ("freeze", "--policy", str(served.toml), "--why", "withdrawn"),
+        "anchor": ("anchor", ledger, "--key", str(served.folder / "site_key.pem"), "--output", anchor),
+    }
+    assert called("ledger", *words[command]) == 0
+    assert owners(served.folder) == {SERVICE}
+    verify(served.folder / "ledger.db")
+
+
+def test_init(served: Here, tmp_path: Path) -> None:
+    assert called("site", "init", "--site", str(served.toml), "--out", str(served.folder / "new-kit")) == 0
+    assert owners(served.folder) == {SERVICE}
+    assert (served.folder / "new-kit/join_request.json").is_file()
+
+
+def test_a_link_of_the_account_s_is_not_followed_as_root(served: Here, waiting: Proposal, tmp_path: Path) -> None:
+    own = tmp_path / "root's own"
+    own.write_text("secret")
+    own.chmod(0o600)
+    (served.folder / "anchor.json").unlink()
+    os.symlink(own, served.folder / "anchor.json")
+    assert called("site", "approve", "r", "--yes", *served.words) != 0
+    assert own.read_text() == "secret"
+
+
+def test_a_python_that_the_account_cannot_read(
+    served: Here, waiting: Proposal, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(account, "_python_is_readable", lambda: False)
+    assert called("site", "approve", "r", "--yes", *served.words) == 2
+    assert "cannot be read by account 54321" in capfd.readouterr().err
+
+
+def test_a_file_that_is_replaced_stays_its_owner_s(tmp_path: Path) -> None:
+    file, new = tmp_path / "file", tmp_path / "folder/new"
+    file.write_bytes(b"old")
+    file.chmod(0o640)
+    os.chown(file, SERVICE, SERVICE + 1)
+    new.parent.mkdir()
+    os.chown(new.parent, SERVICE, SERVICE)
+    for path in (file, new):
+        write_durably(path, b"new")
+    found = file.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (SERVICE, SERVICE + 1, 0o640)
+    assert new.stat().st_uid == SERVICE

@@ -1,0 +1,88 @@
+"""What a running site says of itself while its server, or its own certificate, keeps it from working."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.proto.fleet_pb2 import ActivateNodeResponse
+
+import fedtune.flower.bounded_http as bounded_http
+from fedtune.deploy.health import Health
+from fedtune.deploy.site_service import _Loop
+from fedtune.deploy.site_state import SiteState
+from fedtune.flower.fleet import Fleet
+from tests.flower.certificates import LOOPBACK, Authority
+from tests.flower.hostile import Hostile, server_context, whole
+
+
+class Told(Health):
+    """Ends the loop once the state is one of `ends`."""
+
+    def __init__(self, stop: threading.Event, *ends: str) -> None:
+        super().__init__()
+        self.states: list[str] = []
+        self._stop, self._ends = stop, ends
+
+    def update(self, **values: Any) -> None:
+        super().update(**values)
+        self.states.append(values.get("state"))
+        if values.get("state") in self._ends:
+            self._stop.set()
+
+
+def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None) -> Told:
+    """Let a site with this connection run until it is in a state."""
+    stop = threading.Event()
+    health = Told(stop, until)
+    ends = ends or datetime.now(UTC) + timedelta(days=1)
+    loop = _Loop(fleet, object(), SiteState.of(folder), health, stop, ends=ends)  # type: ignore[arg-type]
+    loop.run()
+    return health
+
+
+@pytest.fixture
+def caught(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def test_a_dribbling_server_makes_a_site_disconnected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bounded_http, "_OTHER", bounded_http._Bound(1000, 0.5))
+    authority = Authority(tmp_path / "ca")
+
+    def dribble(to: ssl.SSLSocket, path: str) -> None:
+        if path.endswith("activate-node"):
+            to.sendall(whole(ActivateNodeResponse(node_id=7).SerializeToString()))
+            return
+        while True:
+            to.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            server.pause(0.1)
+
+    server = Hostile(server_context(authority.issue("server", address=LOOPBACK)), dribble)
+    fleet = Fleet(server.address, authority.issue("north"))
+    health = looped(fleet, tmp_path, until="disconnected")
+    assert health.states == ["connected", "disconnected"]
+    assert "no contact: no connection to the server (ReadTimeout)" in caught.text
+    fleet._stop.set()
+    fleet._client.close()
+    server.close()
+
+
+class Untouched:
+    """A connection that nobody may use."""
+
+
+def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caught: pytest.LogCaptureFixture) -> None:
+    ended = datetime.now(UTC) - timedelta(minutes=1)
+    health = looped(Untouched(), tmp_path, until="expired", ends=ended)
+    assert health.states == ["expired"]
+    assert f"this site's own certificate ended at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caught.text
+    assert "trying again" not in caught.text

@@ -1,0 +1,88 @@
+"""A server of the federation whose administrator has it say whatever he wants, to the byte."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+
+from fedtune.flower.tls import Tls
+
+from .certificates import LOOPBACK
+
+Answer = Callable[[ssl.SSLSocket, str], None]
+"""Given a connection and the path of a request that was read from it."""
+
+
+def server_context(files: Tls, *, newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
+    """TLS as a fedtune server does it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.key)
+    context.load_verify_locations(files.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.maximum_version = newest
+    return context
+
+
+class Hostile:
+    """A server on loopback that answers each request as `answer` does.
+
+    Attributes:
+        asked: paths of requests, as they came.
+        connections: how many were accepted, also those without a handshake.
+    """
+
+    def __init__(self, context: ssl.SSLContext, answer: Answer) -> None:
+        self.context, self.answer = context, answer
+        self.asked: list[str] = []
+        self.connections = 0
+        self._listening = socket.create_server((LOOPBACK, 0))
+        self.address = f"{LOOPBACK}:{self._listening.getsockname()[1]}"
+        self._closed = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._listening.close()
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but not longer than this server lives."""
+        if self._closed.wait(seconds):
+            raise ConnectionError("closed")
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        connection.settimeout(20)
+        with contextlib.suppress(OSError), self.context.wrap_socket(connection, server_side=True) as encrypted:
+            while path := _request(encrypted):
+                self.asked.append(path)
+                self.answer(encrypted, path)
+
+
+def _request(connection: ssl.SSLSocket) -> str:
+    """Read one request, and return its path; empty at the end."""
+    head = b""
+    while b"\r\n\r\n" not in head:
+        if not (part := connection.recv(1 << 16)):
+            return ""
+        head += part
+    head, _, body = head.partition(b"\r\n\r\n")
+    length = next((int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0)
+    while len(body) < length:
+        body += connection.recv(1 << 16)
+    return head.split(b" ")[1].decode()
+
+
+def whole(body: bytes, *, headers: str = "", status: str = "200 OK") -> bytes:
+    """An answer with this body."""
+    return f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body

@@ -1,0 +1,199 @@
+"""What a server may make a site or a lead hold in memory, and for how long it may keep a call."""
+
+from __future__ import annotations
+
+import gzip
+import resource
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.proto.fleet_pb2 import ActivateNodeResponse
+
+import fedtune.flower.bounded_http as bounded_http
+from fedtune.flower.bounded_http import OutOfBounds, _Bound
+from fedtune.flower.fleet import Fleet, hello
+from fedtune.flower.fleet_errors import Foreign, Unreachable
+from fedtune.flower.lead_session import LeadSession
+from fedtune.flower.tls import Tls
+from fedtune.privacy.keys import SigningKey
+
+from .certificates import LOOPBACK, Authority
+from .hostile import Answer, Hostile, server_context, whole
+
+MIB = 1 << 20
+Called = Callable[[str, Tls], None]
+
+
+def _fleet(address: str, tls: Tls) -> None:
+    fleet = Fleet(address, tls)
+    try:
+        fleet.activate()
+    finally:
+        fleet._stop.set()
+        fleet._client.close()
+
+
+def _hello(address: str, tls: Tls) -> None:
+    hello(address, tls)
+
+
+def _lead(address: str, tls: Tls) -> None:
+    LeadSession(address, tls, SigningKey(Ed25519PrivateKey.generate()))
+
+
+CALLS = {"site": _fleet, "greeting": _hello, "lead": _lead}
+both = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ours") / "ca")
+
+
+@pytest.fixture(scope="module")
+def tls(ours: Authority) -> Tls:
+    return ours.issue("north")
+
+
+@pytest.fixture
+def serve(ours: Authority) -> Iterator[Callable[..., Hostile]]:
+    made: list[Hostile] = []
+
+    def start(answer: Answer, **context: Any) -> Hostile:
+        made.append(Hostile(server_context(ours.issue("server", address=LOOPBACK), **context), answer))
+        return made[-1]
+
+    yield start
+    for server in made:
+        server.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds in place of minutes."""
+    monkeypatch.setattr(bounded_http, "_OTHER", _Bound(bounded_http._OTHER.most_bytes, 0.5))
+    monkeypatch.setattr(bounded_http, "_OBJECT", _Bound(bounded_http._OBJECT.most_bytes, 0.5))
+
+
+def grown_mib(work: Callable[[], None]) -> float:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+@both
+def test_a_compressed_answer_is_not_read(serve: Callable[..., Hostile], tls: Tls, call: Called) -> None:
+    # 256 KB that stand for 256 MB.
+    bomb = gzip.compress(bytes(16 * MIB), mtime=0) * 16
+    server = serve(lambda to, path: to.sendall(whole(bomb, headers="content-encoding: gzip\r\n")))
+
+    def meet() -> None:
+        with pytest.raises((Unreachable, OutOfBounds), match="compressed"):
+            call(server.address, tls)
+
+    assert grown_mib(meet) < 64
+
+
+@both
+@pytest.mark.parametrize("length_said", [True, False], ids=["announced", "without a length"])
+def test_an_answer_is_read_up_to_a_bound(
+    serve: Callable[..., Hostile], tls: Tls, call: Called, *, length_said: bool
+) -> None:
+    def flood(to: ssl.SSLSocket, path: str) -> None:
+        head = f"content-length: {1 << 30}" if length_said else "transfer-encoding: chunked"
+        to.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode())
+        for _ in range(256):
+            to.sendall(bytes(MIB) if length_said else b"100000\r\n" + bytes(MIB) + b"\r\n")
+
+    server = serve(flood)
+
+    def meet() -> None:
+        with pytest.raises((Unreachable, OutOfBounds), match="bytes"):
+            call(server.address, tls)
+
+    assert grown_mib(meet) < 64
+
+
+@both
+@pytest.mark.parametrize(
+    ("begins", "part"),
+    [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\n", b"x: y\r\n"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", b"."),
+    ],
+    ids=["before the head", "in the head", "in the body"],
+)
+@pytest.mark.usefixtures("impatient")
+def test_a_dribbled_answer_ends(
+    serve: Callable[..., Hostile], tls: Tls, call: Called, begins: bytes, part: bytes
+) -> None:
+    def dribble(to: ssl.SSLSocket, path: str) -> None:
+        to.sendall(begins)
+        while True:
+            to.sendall(part)
+            server.pause(0.1)
+
+    server = serve(dribble)
+    began = time.monotonic()
+    with pytest.raises((Unreachable, httpx.TimeoutException)):
+        call(server.address, tls)
+    assert time.monotonic() - began < 5
+
+
+@both
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_does_not_shake_hands_is_left(tls: Tls, call: Called) -> None:
+    with socket.create_server((LOOPBACK, 0)) as listening:
+        began = time.monotonic()
+        with pytest.raises((Unreachable, httpx.TimeoutException)):
+            call(f"{LOOPBACK}:{listening.getsockname()[1]}", tls)
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_reads_slowly_is_left(serve: Callable[..., Hostile], tls: Tls) -> None:
+    server = serve(lambda to, path: None)
+    client = httpx.Client(verify=tls.client_context(), timeout=30)
+    bounded_http.bounded(client)
+    began = time.monotonic()
+    with pytest.raises(httpx.TimeoutException):
+        client.post(f"https://{server.address}/push-object", content=bytes(64 * MIB))
+    assert time.monotonic() - began < 5
+    client.close()
+
+
+def test_no_answer_may_be_compressed(serve: Callable[..., Hostile], tls: Tls) -> None:
+    server = serve(lambda to, path: to.sendall(whole(b"{}", status="404 Not Found")))
+    with pytest.raises(Foreign):
+        hello(server.address, tls)
+    client = httpx.Client(verify=tls.client_context())
+    bounded_http.bounded(client)
+    sent = client.get(f"https://{server.address}/").request
+    assert sent.headers["accept-encoding"] == "identity"
+    client.close()
+
+
+def test_a_connection_is_made_anew_now_and_then(
+    serve: Callable[..., Hostile], tls: Tls, ours: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a server whose certificate has ended, or was replaced, would be polled for ever."""
+    server = serve(lambda to, path: to.sendall(whole(ActivateNodeResponse(node_id=7).SerializeToString())))
+    fleet = Fleet(server.address, tls)
+    for _ in range(3):
+        fleet.activate()
+    assert server.connections == 1
+    server.context = server_context(ours.issue("server", address=LOOPBACK, days=-1))
+    fleet.activate()
+    assert server.connections == 1, "a young connection is kept"
+    monkeypatch.setattr(bounded_http, "MOST_AGE_S", 0.0)
+    with pytest.raises(Unreachable, match="its certificate is not accepted here: certificate has expired"):
+        fleet.activate()
+    fleet._stop.set()
+    fleet._client.close()

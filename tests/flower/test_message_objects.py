@@ -1,0 +1,144 @@
+"""A message whose few bytes stand for many: it is refused before it is put together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
+    get_all_nested_objects,
+    get_object_tree,
+)
+from flwr.supercore.task_identity import TaskIdentity
+
+import fedtune.flower.message_objects as message_objects
+from fedtune.flower.bounded_http import OutOfBounds
+from fedtune.flower.message_objects import pull_message
+from fedtune.flower.packing import packed, unpacked
+
+Objects = dict[str, bytes]
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's messages ask who sends them."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 0, raising=False)
+
+
+Change = Callable[[Objects], None]
+
+
+def honest(values: np.ndarray) -> tuple[ObjectTree, Objects]:
+    """A message with these values, as a lead sends it."""
+    content = RecordDict({"arrays": ArrayRecord({"head": Array(values)}), "request": ConfigRecord({"json": "{}"})})
+    message = Message(packed(content), 1, "train")
+    message.metadata.__dict__["_message_id"] = message.object_id
+    nested = get_all_nested_objects(message)
+    return get_object_tree(message), {id: each.deflate() for id, each in nested.items()}
+
+
+def pulled(tree: ObjectTree, objects: Objects) -> Message:
+    return pull_message(tree, objects.__getitem__, lambda id: None)
+
+
+def of_kind(objects: Objects, kind: str) -> str:
+    return next(id for id, content in objects.items() if content.startswith(f"{kind} ".encode()))
+
+
+def rewrite(objects: Objects, kind: str, change: Callable[[dict[str, object]], None]) -> None:
+    """Change the JSON in the body of the object of this kind."""
+    id = of_kind(objects, kind)
+    head, body = objects[id].split(b"\x00", 1)
+    fields = json.loads(body)
+    change(fields)
+    text = json.dumps(fields).encode()
+    objects[id] = head.rpartition(b" ")[0] + f" {len(text)}".encode() + b"\x00" + text
+
+
+def test_an_honest_message_arrives() -> None:
+    # Zeros are sent as one chunk that is named several times.
+    values = np.zeros(6_000_000, np.float32)
+    tree, objects = honest(values)
+    assert sum(map(len, objects.values())) < values.nbytes
+    arrived = unpacked(pulled(tree, objects).content)
+    assert np.array_equal(arrived.array_records["arrays"]["head"].numpy(), values)
+    assert arrived.config_records["request"]["json"] == "{}"
+
+
+def one_chunk_many_times(objects: Objects) -> None:
+    rewrite(objects, "Array", lambda fields: fields.update(arraychunk_ids=[0] * 100_000))
+
+
+def one_array_many_times(objects: Objects) -> None:
+    def change(fields: dict[str, object]) -> None:
+        (id,) = fields.values()
+        fields.update({f"a{number}": id for number in range(10_000)})
+
+    rewrite(objects, "ArrayRecord", change)
+
+
+def a_record_in_itself(objects: Objects) -> None:
+    id = of_kind(objects, "ArrayRecord")
+    objects[id] = f"ArrayRecord {id} 2".encode() + b"\x00{}"
+
+
+def a_long_request(objects: Objects) -> None:
+    id = of_kind(objects, "ConfigRecord")
+    objects[id] = b"ConfigRecord  1\x00" + bytes(message_objects.MOST_BESIDE_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (one_chunk_many_times, "a message of [0-9]+ bytes"),
+        (one_array_many_times, "a message of [0-9]+ bytes"),
+        (a_record_in_itself, "do not belong together"),
+        (a_long_request, "may be no array's"),
+    ],
+)
+def test_few_bytes_that_stand_for_many(change: Change, says: str) -> None:
+    tree, objects = honest(np.arange(100_000, dtype=np.float32))
+    change(objects)
+    with pytest.raises(OutOfBounds, match=says):
+        pulled(tree, objects)
+
+
+def test_more_objects_than_any_message_has() -> None:
+    tree, objects = honest(np.zeros(4, np.float32))
+    tree.children.extend(ObjectTree(object_id=f"{number:064x}") for number in range(5000))
+    with pytest.raises(OutOfBounds, match="4096 objects"):
+        pulled(tree, objects)
+
+
+def test_more_bytes_than_any_message_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_objects, "MOST_BYTES", 1000)
+    tree, objects = honest(np.arange(1000, dtype=np.float32))
+    with pytest.raises(OutOfBounds, match="more than 1000 bytes"):
+        pulled(tree, objects)
+
+
+def test_a_message_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_objects, "MOST_S", -1.0)
+    tree, objects = honest(np.zeros(4, np.float32))
+    with pytest.raises(OutOfBounds, match="takes more than"):
+        pulled(tree, objects)
+
+
+def test_another_object_in_the_place_of_a_message() -> None:
+    tree, objects = honest(np.zeros(4, np.float32))
+    objects[tree.object_id] = objects[of_kind(objects, "RecordDict")]
+    with pytest.raises(OutOfBounds, match="something else"):
+        pulled(tree, objects)
+
+
+def test_the_kinds_of_objects_are_flower_s() -> None:
+    from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
+
+    assert set(message_objects._PARTS) == set(inflatable_class_registry)
+    assert all(issubclass(kind, InflatableObject) for kind in inflatable_class_registry.values())
