@@ -16,6 +16,7 @@ import gc
 import importlib
 import inspect
 import json
+import logging
 import os
 import runpy
 import signal
@@ -199,6 +200,7 @@ def _main() -> None:
     before = set(os.environ)
     for name in _IMPORTED:
         importlib.import_module(name)
+    logging.root.handlers.clear()  # a library's import makes one, which would keep a process from making its own
     _SET_BY_IMPORTS.update((name, value) for name, value in os.environ.items() if name not in before)
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
     gc.collect()
