@@ -68,6 +68,17 @@ class Forked(subprocess.Popen[Any]):
         self._close_pipe_fds(*(named[end] for end in ends))  # type: ignore[attr-defined]
 
 
+def run_forked(words: Sequence[str], *, timeout_s: float, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a `Forked`: what it says is captured as text, and it is killed when time is up."""
+    with Forked(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
 def _request(named: dict[str, Any]) -> dict[str, Any] | None:
     """What the server is asked for; None for a command that is not Python's."""
     words, network = [os.fspath(word) for word in named["args"]], None
@@ -181,7 +192,7 @@ def _become(request: dict[str, Any]) -> None:
     if kind in ("-m", "-c"):
         sys.path[0], sys.argv = request["cwd"], ["-c" if kind == "-c" else rest[0], *rest[1:]]
     else:
-        sys.path[0], sys.argv = str(Path(kind).parent), [kind, *rest]
+        sys.path[0], sys.argv = str(Path(kind).resolve().parent), [kind, *rest]
 
 
 def _run(words: Sequence[str]) -> None:
