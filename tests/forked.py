@@ -115,9 +115,7 @@ class _Server:
         """Have it fork; the pid of the new process, which is a child of this one."""
         given = array.array("i", descriptors).tobytes()
         with _adopting():
-            self._socket.sendmsg(
-                [json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)]
-            )
+            self._socket.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)])
             answer = self._socket.recv(_MOST_BYTES)
         assert answer, "the fork server ended"
         return int(answer)

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from ..forked import run_forked
+from .bombs import MOST_MIB
 
 REPOSITORY = Path(__file__).parents[2]
-MOST_MIB = 200
 
 
 def test_small_inputs_that_stand_for_much_fill_no_memory() -> None:
