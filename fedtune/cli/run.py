@@ -60,6 +60,7 @@ def _start(words: Sequence[str], *, kit: Kit) -> None:
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     config = composed(words, kit=kit)
     folder = folder_of(config)
+    import fedtune.flower.deployment  # noqa: F401 - before the run's log takes the place of what Flower's import sets up
     from fedtune.deploy.lead_service import LeadService
 
     lead, console = LeadService(kit=kit), Console()

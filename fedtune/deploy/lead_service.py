@@ -10,22 +10,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedtune.config import RunConfig
-from fedtune.deploy.kit_tls import tls_of
 from fedtune.deploy.kits import Kit, Member, read_roster
 from fedtune.federation.receipt_book import ReceiptBook
-from fedtune.flower.deployment import (
-    DeployedListener,
-    KnownSite,
-    LeadConnection,
-    end_deployed,
-    fitted_deployed,
-    run_deployed,
-)
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError, RunError
+
+if TYPE_CHECKING:  # torch and Flower take seconds to import; status, stop and a mistake in a setting need neither
+    from fedtune.flower.deployment import DeployedListener, LeadConnection
 
 RECEIPTS, RUNNING, ANSWERS = "receipts.json", "running.json", "answers.json"
 
@@ -68,6 +63,8 @@ class LeadService:
             RunError: the server cannot be reached, or too few sites replied.
             RefusedError: too many sites refuse.
         """
+        from fedtune.flower.deployment import run_deployed
+
         connection = self._connection(config)
         with _running(folder):
             return run_deployed(
@@ -84,13 +81,22 @@ class LeadService:
         Raises:
             ConfigError, RunError, RefusedError: as for `run`.
         """
-        return fitted_deployed(config, connection=self._connection(config)) if config.may_be_fitted else config
+        if not config.may_be_fitted:
+            return config
+        from fedtune.flower.deployment import fitted_deployed
+
+        return fitted_deployed(config, connection=self._connection(config))
 
     def end(self, config: RunConfig, *, timeout_s: float) -> list[str]:
         """Tell the run's sites that it is over for good; returns those that heard it."""
+        from fedtune.flower.deployment import end_deployed
+
         return end_deployed(config, connection=self._connection(config), timeout_s=timeout_s)
 
     def _connection(self, config: RunConfig) -> LeadConnection:
+        from fedtune.deploy.kit_tls import tls_of
+        from fedtune.flower.deployment import KnownSite, LeadConnection
+
         self.kit.check_certificate(datetime.now(UTC))
         return LeadConnection(
             server=self.kit.server,

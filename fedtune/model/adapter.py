@@ -7,15 +7,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
-from torch import nn
 
-from fedtune.model.task import TaskModel
 from fedtune.spec import FedtuneError
+
+if TYPE_CHECKING:  # a lead's `run status` and `run stop` read adapters, and need neither torch nor PEFT
+    from torch import nn
+
+    from fedtune.model.task import TaskModel
 
 
 class AdapterError(FedtuneError, ValueError):
@@ -102,6 +105,8 @@ def copy_tensors(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, nn.
     for name, parameter in parameters.items():
         if tensors[name].shape != tuple(parameter.shape):
             raise AdapterError(f"{name} has shape {tensors[name].shape}, not the model's {tuple(parameter.shape)}")
+    import torch
+
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.tensor(tensors[name]))

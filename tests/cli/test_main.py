@@ -134,6 +134,22 @@ def test_a_mistake_is_told_before_torch_and_flower_are_imported() -> None:
     assert done.stderr == "fedtune: privacy.epsilon = 0.0: must be a finite number greater than 0\n"
 
 
+def test_the_status_of_a_run_and_a_mistake_in_one_wait_for_no_slow_import() -> None:
+    code = (
+        "import sys, fedtune.cli.run_status, fedtune.deploy.lead_service;"
+        "print([name for name in ('torch', 'peft', 'flwr', 'opacus') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
+
+
 def test_help_waits_for_no_slow_import() -> None:
     code = (
         "import sys; from fedtune.cli.main import main\n"

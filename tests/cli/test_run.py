@@ -302,7 +302,7 @@ def test_stopping_for_good_says_which_sites_heard_it(
         assert process.poll() is not None, "first it is stopped"
         return [site.name for site in connection.sites if site.name != "south"]
 
-    monkeypatch.setattr("fedtune.deploy.lead_service.end_deployed", tell)
+    monkeypatch.setattr("fedtune.flower.deployment.end_deployed", tell)
     process = runner()
     outcome = command("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
     assert outcome.code == 0

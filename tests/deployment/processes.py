@@ -1,4 +1,4 @@
-"""Processes of a federation: started for real, logged to a file, waited for with a limit, ended by their own pid."""
+"""Processes of a federation: real ones, logged to a file, waited for with a limit, ended by their own pid."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..forked import Forked
 
 FEDTUNE = (sys.executable, "-m", "fedtune")
 REPOSITORY = Path(__file__).parents[2]
@@ -56,7 +58,7 @@ class Process:
         self.name, self.log = name, log
         self._from = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:
-            self._process = subprocess.Popen(
+            self._process = Forked(
                 words,
                 cwd=cwd,
                 env=environment(**(env or {})),

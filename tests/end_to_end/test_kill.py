@@ -17,6 +17,8 @@ import pytest
 from fedtune.privacy.chain import Event
 from fedtune.privacy.verify import verify
 
+from ..forked import Forked
+
 REPOSITORY = Path(__file__).parents[2]
 # `fedtune`, but training at one site in one round does not come back before it is killed.
 _HANGING = """
@@ -40,15 +42,13 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     begun: list[subprocess.Popen[str]] = []
 
     def run(site: str, *arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
+        process = Forked(
             [sys.executable, "-c", _HANGING, site, "2", *arguments],
             cwd=REPOSITORY,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # A shell that starts its work in the background has it ignore Ctrl-C, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         begun.append(process)
         return process

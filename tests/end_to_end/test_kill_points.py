@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ..forked import run_forked
 
 REPOSITORY = Path(__file__).parents[2]
 KILLS = 20
@@ -22,7 +23,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """
     folder = tmp_path_factory.mktemp("kill")
     command = [sys.executable, "simulations/kill/run.py", "--kills", str(KILLS), "--into", str(folder)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=540)
+    done = run_forked(command, cwd=REPOSITORY, timeout_s=540)
     assert (folder / "results.json").exists(), done.stdout + done.stderr
     return json.loads((folder / "results.json").read_text())
 

@@ -25,6 +25,7 @@ from fedtune.flower.remote_grid import Heard, RemoteGrid
 from fedtune.flower.tls import Tls
 from fedtune.privacy.keys import SigningKey
 
+from ..forked import Forked
 from .certificates import LOOPBACK, Authority, public_pem
 
 HERE, REPOSITORY = Path(__file__).parent, Path(__file__).parents[2]
@@ -40,14 +41,12 @@ def wait_for(condition: Callable[[], Any], *, seconds: float = 60.0, what: str =
 
 def start_process(script: str, folder: Path) -> subprocess.Popen[str]:
     with (folder / "output.log").open("a") as output:
-        return subprocess.Popen(
+        return Forked(
             [sys.executable, str(HERE / script), str(folder)],
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
             stdout=output,
             stderr=output,
             text=True,
-            # A shell that starts its work in the background has it ignore Ctrl-C, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+from ..forked import run_forked
+from .bombs import MOST_MIB
+
 REPOSITORY = Path(__file__).parents[2]
-MOST_MIB = 200
 
 
 def test_small_inputs_that_stand_for_much_fill_no_memory() -> None:
-    done = subprocess.run(
+    done = run_forked(
         [sys.executable, "-m", "tests.fuzz.bombs"],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        timeout_s=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     grown = {one["bomb"]: one["mib"] for one in map(json.loads, done.stdout.splitlines())}

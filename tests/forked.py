@@ -1,0 +1,224 @@
+"""Python processes that begin with the large libraries in memory: `Forked` in the place of `subprocess.Popen`.
+
+Importing torch, transformers, peft and Flower takes a process longer than most of what tests have it do.  A server
+(this file as a program) imports them once and forks.  What it forks is a process like any other: it has its own pid
+and exit code, takes signals, ends as Python ends, and is a child of the process that asked for it.
+FEDTUNE_TEST_FORK=no starts each process the ordinary way.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import contextlib
+import ctypes
+import gc
+import importlib
+import inspect
+import json
+import logging
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+_IN_NETWORK = ("ip", "netns", "exec")
+_SUBREAPER, _NEW_NETWORK = 36, 0x40000000  # PR_SET_CHILD_SUBREAPER, CLONE_NEWNET
+_MOST_BYTES = 1 << 20
+_IMPORTED = (
+    "fedtune.cli.run",
+    "fedtune.cli.server",
+    "fedtune.cli.simulate",
+    "fedtune.deploy.lead_service",
+    "fedtune.deploy.server_service",
+    "fedtune.deploy.site_service",
+    "opacus",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.bert.tokenization_bert",
+)
+_SET_BY_IMPORTS: dict[str, str] = {}
+"""Environment variables that importing sets where nobody else has."""
+
+
+class Forked(subprocess.Popen[Any]):
+    """`subprocess.Popen` for `[sys.executable, ...]`, also within `ip netns exec NAME`; other commands run as ever.
+
+    The process takes Ctrl-C, even where a shell that started pytest in the background has its children ignore it.
+    """
+
+    def _execute_child(self, *given: Any) -> None:  # the one hook that leaves all else of Popen as it is
+        named = inspect.signature(super()._execute_child).bind(*given).arguments  # type: ignore[misc]
+        request = None if os.environ.get("FEDTUNE_TEST_FORK") == "no" else _request(named)
+        if request is None:
+            super()._execute_child(*given)  # type: ignore[misc]
+            return
+        pipes = [(named["p2cread"], 0), (named["c2pwrite"], 1), (named["errwrite"], 2)]
+        self.pid = _server().fork(request, [ours if end < 0 else end for end, ours in pipes])
+        self._child_created = True
+        ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(named[end] for end in ends))  # type: ignore[attr-defined]
+
+
+def run_forked(words: Sequence[str], *, timeout_s: float, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a `Forked`: what it says is captured as text, and it is killed when time is up."""
+    with Forked(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def _request(named: dict[str, Any]) -> dict[str, Any] | None:
+    """What the server is asked for; None for a command that is not Python's."""
+    words, network = [os.fspath(word) for word in named["args"]], None
+    if tuple(words[:3]) == _IN_NETWORK:
+        network, words = words[3], words[4:]
+    if sys.platform != "linux" or words[0] != sys.executable:
+        return None
+    assert named["preexec_fn"] is None
+    assert not named["pass_fds"]
+    return {
+        "words": words[1:],
+        "network": network,
+        "cwd": os.fspath(named["cwd"] or os.getcwd()),
+        "environment": dict(os.environ if named["env"] is None else named["env"]),
+        "own_session": named["start_new_session"],
+    }
+
+
+class _Server:
+    """The process that forks, as the one that asks it sees it."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+
+    def fork(self, request: dict[str, Any], descriptors: Sequence[int]) -> int:
+        """Have it fork; the pid of the new process, which is a child of this one."""
+        given = array.array("i", descriptors).tobytes()
+        with _adopting():
+            self._socket.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)])
+            answer = self._socket.recv(_MOST_BYTES)
+        assert answer, "the fork server ended"
+        return int(answer)
+
+    def end(self) -> None:
+        self._socket.close()
+        self._process.wait(timeout=30)
+
+
+@cache
+def _server() -> _Server:
+    """One for this process; it ends when its socket does."""
+    server = _Server()
+    atexit.register(server.end)
+    return server
+
+
+@contextlib.contextmanager
+def _adopting() -> Iterator[None]:
+    """Meanwhile, descendants whose parents end become children of this process."""
+    control = ctypes.CDLL(None, use_errno=True).prctl
+    assert control(_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
+    try:
+        yield
+    finally:
+        control(_SUBREAPER, 0, 0, 0, 0)
+
+
+def _serve(channel: socket.socket) -> dict[str, Any] | None:
+    """Fork for each request; returns a request in the process that is to become what it asks for, else None."""
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(channel, _MOST_BYTES, 3)
+        if not message:
+            return None
+        read, write = os.pipe()
+        between = os.fork()
+        if between == 0:
+            parent = os.getpid()
+            child = os.fork()
+            if child == 0:
+                while os.getppid() == parent:
+                    time.sleep(0.001)
+                for own in (channel.fileno(), read, write):
+                    os.close(own)
+                channel.detach()
+                return {**json.loads(message), "descriptors": descriptors}
+            os.write(write, str(child).encode())
+            os._exit(0)  # the child becomes that of the process that asked
+        os.waitpid(between, 0)
+        channel.send(os.read(read, 20))
+        for descriptor in (read, write, *descriptors):
+            os.close(descriptor)
+
+
+def _become(request: dict[str, Any]) -> None:
+    """Take on the state of a new process: session, network, folder, environment, streams, arguments, randomness."""
+    if request["own_session"]:
+        os.setsid()
+    if request["network"]:
+        with open(f"/run/netns/{request['network']}") as network:
+            found = ctypes.CDLL(None, use_errno=True).setns(network.fileno(), _NEW_NETWORK)
+        assert found == 0, os.strerror(ctypes.get_errno())
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(_SET_BY_IMPORTS | request["environment"])
+    for target, source in enumerate(request["descriptors"]):
+        os.dup2(source, target)
+        os.close(source)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.modules["numpy"].random.seed()
+    kind, *rest = request["words"]
+    if kind in ("-m", "-c"):
+        sys.path[0], sys.argv = request["cwd"], ["-c" if kind == "-c" else rest[0], *rest[1:]]
+    else:
+        sys.path[0], sys.argv = str(Path(kind).resolve().parent), [kind, *rest]
+
+
+def _run(words: Sequence[str]) -> None:
+    """What Python does with its command line."""
+    if words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _main() -> None:
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends pytest, and with it this
+    before = set(os.environ)
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    logging.root.handlers.clear()  # a library's import makes one, which would keep a process from making its own
+    _SET_BY_IMPORTS.update((name, value) for name, value in os.environ.items() if name not in before)
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
+    gc.collect()
+    gc.freeze()  # so that no collection in a child touches, and copies, what it shares with its siblings
+    request = _serve(channel)
+    if request is not None:
+        _become(request)
+        _run(request["words"])
+
+
+if __name__ == "__main__":
+    _main()
