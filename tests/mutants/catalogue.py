@@ -3,6 +3,7 @@
 from .at_site import AT_SITE
 from .in_accounting import ACCOUNTING
 from .in_clipping import CLIPPING
+from .in_federation import FEDERATION_FAULTS
 from .in_ledger import LEDGER_FAULTS
 from .in_models import MODEL_FAULTS
 from .in_noise import NOISE
@@ -12,7 +13,10 @@ from .mutant import Mutant
 
 MUTANTS: dict[str, Mutant] = {
     mutant.name: mutant
-    for mutant in (*NOISE, *CLIPPING, *SAMPLING, *ACCOUNTING, *LEDGER_FAULTS, *AT_SITE, *USER_FAULTS, *MODEL_FAULTS)
+    for mutant in (
+        *(*NOISE, *CLIPPING, *SAMPLING, *ACCOUNTING, *LEDGER_FAULTS),
+        *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *MODEL_FAULTS),
+    )
 }
 QUICK = (
     "no-noise", "half-the-noise", "shuffled-instead-of-poisson", "exact-scores", "scores-of-sensitivity-one"
