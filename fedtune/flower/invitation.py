@@ -131,6 +131,8 @@ def readable(
             if reply.receipt and reply.receipt.site_key != site_keys.get(site, reply.receipt.site_key):
                 log.warning("%s: its receipt is signed with a key that the roster does not know", site)
                 reply = replace(reply, receipt=None)
+            if reply.receipt and not reply.receipt.reply:
+                log.warning("%s: its receipt signs no reply, as those of fedtune 0.1.0: it has to be updated", site)
             answers[site] = (reply, message)
         except ConfigError as error:
             log.warning("%s sent an unreadable reply: %s", site, error)
