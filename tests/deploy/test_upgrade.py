@@ -84,10 +84,14 @@ def test_its_ledger_is_whole_and_goes_on(left: Path, files: SiteFiles) -> None:
     after = verify(files.ledger, anchor=ledger.head())
     assert after.events[: len(before.events)] == before.events
     assert (after.history.charged_rounds("first"), after.history.charged_rounds("second")) == (3, 1)
+
     # What was spent before counts.
-    with pytest.raises(Refused) as refused:
+    def spend_all() -> None:
         for number in range(3, 100):
             ledger.reserve(proposal(left, run=f"run {number}"), round=1, request=f"{number}")
+
+    with pytest.raises(Refused) as refused:
+        spend_all()
     assert refused.value.reason in (Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD)
 
 
