@@ -7,6 +7,7 @@ seconds, says within seconds what it wants, and ends after minutes, or with its 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import resource
 import socket
 import ssl
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from cryptography import x509
@@ -121,9 +123,10 @@ class Door:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def leave(self, address: str) -> None:
-        self._of_address[address] -= 1
-        if not self._of_address[address]:
-            del self._of_address[address]
+        origin = _origin(address)
+        self._of_address[origin] -= 1
+        if not self._of_address[origin]:
+            del self._of_address[origin]
 
     async def _accept(self, listening: socket.socket, make: Callable[[str], Http]) -> None:
         loop = asyncio.get_running_loop()
@@ -135,17 +138,27 @@ class Door:
                     await asyncio.sleep(_PAUSE_S)
                     continue
                 address = str(name[0])
-                if self._admits(address):
-                    self._of_address[address] += 1
-                    task = loop.create_task(self._shake_hands(connection, address, make))
-                    self._shaking[task] = address
-                else:
+                if not self._admits(address):
                     connection.close()
+                    continue
+                self._of_address[_origin(address)] += 1
+                http = make(address)
+                task = loop.create_task(self._shake_hands(connection, http, address))
+                self._shaking[task] = address
+                # A task that gives way before it began runs nothing of its own.
+                task.add_done_callback(partial(self._shaken, connection, http, address))
+
+    def _shaken(self, connection: socket.socket, http: Http, address: str, task: asyncio.Task[None]) -> None:
+        self._shaking.pop(task, None)
+        if http.transport is None:  # else it leaves when it ends
+            connection.close()
+            self.leave(address)
 
     def _admits(self, address: str) -> bool:
-        if self._of_address[address] >= min(self.limits.of_address, self._most // 2):
+        origin = _origin(address)
+        if self._of_address[origin] >= min(self.limits.of_address, self._most // 2):
             self.audit.note("connection refused", address=address, reason="too many from this address")
-            return self._give_way([task for task, other in self._shaking.items() if other == address])
+            return self._give_way([task for task, other in self._shaking.items() if _origin(other) == origin])
         if self._of_address.total() >= self._most:
             self.audit.note("connection refused", address=address, reason="too many connections")
             return self._give_way(self._shaking)
@@ -159,8 +172,7 @@ class Door:
             oldest.cancel()
         return oldest is not None
 
-    async def _shake_hands(self, connection: socket.socket, address: str, make: Callable[[str], Http]) -> None:
-        http = make(address)
+    async def _shake_hands(self, connection: socket.socket, http: Http, address: str) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: http,
@@ -171,13 +183,13 @@ class Door:
             )
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
             self.audit.note("handshake refused", address=address, reason=_why(error))
-        finally:
-            task = asyncio.current_task()
-            assert task is not None, "a task of its own"
-            self._shaking.pop(task, None)
-            if http.transport is None:  # else it leaves when it ends
-                connection.close()
-                self.leave(address)
+
+
+def _origin(address: str) -> str:
+    """Whom connections are counted for: an IPv4 address, or an IPv6 network, of which one machine has all addresses."""
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network((ipaddress.ip_address(address.partition("%")[0]), 64), strict=False))
 
 
 def _why(error: BaseException) -> str:

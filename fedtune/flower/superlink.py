@@ -85,6 +85,11 @@ def serve(
     roster.look()
     gate = Gate(app, lead=settings.lead, roster=lambda: roster.members, rules=SiteCalls(state), audit=audit)
     door = Door(server_context(settings.tls), settings.limits, member=roster.name_of, audit=audit)
+
+    def listens() -> None:
+        audit.note("server started")
+        ready()
+
     server = _Server(
         uvicorn.Config(
             gate,
@@ -99,12 +104,11 @@ def serve(
             timeout_graceful_shutdown=10,
         ),
         door,
-        ready,
+        listens,
     )
     stop = threading.Event()
     watching = threading.Thread(target=_watch, args=(roster, stop, works), name="roster", daemon=True)
     watching.start()
-    audit.note("server started")
     # uvicorn raises the signal that stopped it once more when it is done; by then that is old news.
     before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -147,8 +151,7 @@ def takes_writes(state: SqlLinkState) -> bool:
         with state.session() as session:
             session.execute(_WRITE_TABLE)
             session.execute(_WRITE)
-    except SQLAlchemyError as error:
-        log.error("the database takes nothing (%s)", type(error).__name__)
+    except SQLAlchemyError:
         return False
     return True
 
@@ -171,8 +174,13 @@ class _KeptRoster:
 
 
 def _watch(roster: _KeptRoster, stop: threading.Event, works: Callable[[bool], None]) -> None:
+    before = True
     while not stop.wait(_ROSTER_S):
-        works(takes_writes(roster.state))
+        taken = takes_writes(roster.state)
+        if taken is not before:
+            log.error("the database %s", "takes what is written again" if taken else "takes nothing that is written")
+        before = taken
+        works(taken)
         roster.audit.flush()
         try:
             roster.look()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from fedtune.flower import connections
 from fedtune.flower.fleet import HELLO, hello
 from fedtune.flower.tls import Tls
 
@@ -98,11 +100,37 @@ def test_one_address_gets_its_share_and_who_shows_a_certificate_comes_first(netw
     assert "too many from this address" in reasons(network)
 
 
+def test_bursts_leave_no_trace(network: Loopback) -> None:
+    for _ in range(3):
+        with contextlib.ExitStack() as stack:
+            for _ in range(150):
+                stack.enter_context(socket.create_connection((LOOPBACK, network.port)))
+    wait_for(lambda: status_of(network) == 200, seconds=10, what="an answer")
+    with contextlib.ExitStack() as stack:
+        # Whoever was counted and never uncounted would have the first of these give way: 64 have room.
+        lines = [stack.enter_context(socket.create_connection((LOOPBACK, network.port))) for _ in range(60)]
+        assert not select.select(lines, [], [], 0.4)[0]
+
+
 def status_of(network: Loopback) -> int:
     try:
         return status_from(LOOPBACK, network, "a")
     except httpx.HTTPError:
         return 0
+
+
+@pytest.mark.parametrize(
+    ("address", "origin"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::1", "::/64"),
+    ],
+)
+def test_a_machine_with_many_addresses_counts_as_one(address: str, origin: str) -> None:
+    assert connections._origin(address) == origin
 
 
 def test_one_certificate_gets_its_share(network: Loopback) -> None:
