@@ -138,8 +138,10 @@ class Connection:
         before = time.time()
         with suppress(ConnectionError):  # it hung up, and what it said before that is still to be read
             encrypted.sendall(f"GET / HTTP/1.1\r\nHost: {self._server}\r\nConnection: close\r\n\r\n".encode())
-        answer = b""
+        answer, ends = b"", time.monotonic() + self._timeout_s
         while b"\r\n\r\n" not in answer and len(answer) < _MOST_ANSWER_BYTES:
+            # For the whole answer: one byte now and then must not keep a person waiting.
+            encrypted.settimeout(max(0.001, ends - time.monotonic()))
             part = encrypted.recv(4096)
             if not part:
                 break

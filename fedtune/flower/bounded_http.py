@@ -32,6 +32,10 @@ class OutOfBounds(httpx.TransportError):
     """An answer that is larger, slower or otherwise encoded than any honest server's."""
 
 
+class HungUp(ConnectionError):
+    """The server ended the connection right after the handshake, without a word."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Bound:
     most_bytes: int
@@ -187,4 +191,6 @@ def _hear_refusal(connection: object) -> None:
         said = connection.recv(1)
     except (ssl.SSLWantReadError, BlockingIOError):
         return  # it was a ticket
-    raise ConnectionError("the server spoke first" if said else "the server hung up after the handshake")
+    except (ssl.SSLEOFError, ConnectionError):
+        said = b""
+    raise ConnectionError("the server spoke first") if said else HungUp

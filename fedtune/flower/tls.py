@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from flwr.supercore.protobuf.client import ProtobufClient
 
-from fedtune.flower.bounded_http import bounded
+from fedtune.flower.bounded_http import HungUp, bounded
 
 _Client = TypeVar("_Client", bound=ProtobufClient)
 
@@ -71,5 +71,7 @@ def refusal(error: BaseException) -> str | None:
             if alert in _OF_CERTIFICATES:
                 return f"it does not accept this site's certificate: {said}"
             return f"it ended the encryption: {said}"
+        if isinstance(cause, HungUp):  # as asyncio's servers do, which send no alert
+            return "it hung up right after the handshake; if it goes on so, it does not accept this site's certificate"
         cause = cause.__cause__ or cause.__context__
     return None

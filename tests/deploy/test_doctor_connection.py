@@ -27,6 +27,7 @@ from fedtune.deploy.folders import write_secret
 from fedtune.deploy.kit_file import KitFile
 from fedtune.deploy.kits import Kit
 from fedtune.privacy.keys import SigningKey
+from tests.flower.hostile import Hostile
 
 LONG_AGO = datetime.now(UTC) - timedelta(days=900)
 
@@ -270,6 +271,19 @@ def test_a_server_that_refuses_our_certificate(kit: Any, served: Any, theirs: Au
     assert checks[TLS].found == "the server refused this site's certificate (unknown ca)"
     assert "renew-site north" in checks[TLS].fix
     assert server.seen == []
+
+
+def test_a_server_that_dribbles_is_left(kit: Any, ours: Authority, tmp_path: Path) -> None:
+    def dribble(to: ssl.SSLSocket, path: str) -> None:
+        while True:
+            to.sendall(b"H")
+            dribbling.pause(0.05)
+
+    dribbling = Hostile(Server(folder=tmp_path, authority=ours, clients=ours).context(), dribble)
+    began = time.monotonic()
+    assert marks(tried(kit(dribbling.address), timeout_s=0.5)) == "oofs"
+    assert time.monotonic() - began < 10
+    dribbling.close()
 
 
 def test_a_server_that_does_not_speak_tls(kit: Any, stack: ExitStack) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import ssl
 import threading
 from datetime import UTC, datetime, timedelta
@@ -12,11 +14,13 @@ from typing import Any
 import pytest
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
+import fedtune.deploy.site_service as site_service
 import fedtune.flower.bounded_http as bounded_http
 from fedtune.deploy.health import Health
-from fedtune.deploy.site_service import _Loop
+from fedtune.deploy.site_service import _Loop, _until_stopped
 from fedtune.deploy.site_state import SiteState
 from fedtune.flower.fleet import Fleet
+from fedtune.flower.node import Exchange
 from tests.flower.certificates import LOOPBACK, Authority
 from tests.flower.hostile import Hostile, server_context, whole
 
@@ -86,3 +90,52 @@ def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caught: pyte
     assert health.states == ["expired"]
     assert f"this site's own certificate ended at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caught.text
     assert "trying again" not in caught.text
+
+
+def test_the_first_signal_asks_and_the_second_ends() -> None:
+    with _until_stopped() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(5)
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path) -> None:
+    """The signal comes while the site trains."""
+    done: list[str] = []
+
+    class Asked:
+        """A connection on which one message waits."""
+
+        def activate(self) -> None:
+            done.append("came")
+
+        def receive(self) -> object:
+            return object()
+
+        def reply(self, reply: object) -> None:
+            done.append("sent")
+
+    class App:
+        """A site's."""
+
+        def answer(self, exchange: Any) -> None:
+            stop.set()
+            exchange._reply = object()
+            done.append("answered")
+
+    class Exchanged(Exchange):
+        """A message without Flower's envelope."""
+
+        kind, answered = "train", None  # type: ignore[assignment]
+
+        def is_void(self, now: float) -> bool:
+            return False
+
+    stop = threading.Event()
+    ends = datetime.now(UTC) + timedelta(days=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site_service, "Exchange", Exchanged)
+        patch.setattr(site_service, "_FETCHED_S", 0.0)
+        state = SiteState.of(tmp_path)
+        _Loop(Asked(), App(), state, Health(), stop, ends=ends).run()  # type: ignore[arg-type]
+    assert done == ["came", "answered", "sent"]

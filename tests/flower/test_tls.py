@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from pathlib import Path
 
@@ -153,4 +154,21 @@ def test_an_old_server_is_not_taken_for_one_that_refuses_the_certificate(ours: A
     said = said_of(server.address, ours.issue("a"))
     assert "certificate" not in said
     assert "protocol version" in said
+    server.close()
+
+
+def test_a_server_that_hangs_up_after_the_handshake_may_refuse(ours: Authority) -> None:
+    """As fedtune's own does, whose library sends no alert."""
+    context = server_context(ours.issue("server", address=LOOPBACK))
+    context.num_tickets = 0
+
+    class Silent(Hostile):
+        """Hangs up where it would read a request."""
+
+        def _serve(self, connection: socket.socket) -> None:
+            with self.context.wrap_socket(connection, server_side=True):
+                pass
+
+    server = Silent(context, cut)
+    assert "hung up right after the handshake" in said_of(server.address, ours.issue("a"))
     server.close()
