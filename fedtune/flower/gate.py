@@ -6,19 +6,18 @@ import asyncio
 import base64
 import datetime
 import hashlib
-import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
-from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
+from fedtune.flower.asgi import Asgi, Receive, Scope, Send, again, answer, as_read, check_form, headers_of, read_body
 from fedtune.flower.audit_log import AuditLog, Event
 from fedtune.flower.fleet import HELLO
 from fedtune.flower.signed_calls import NotAllowed, SeenCalls, body_of_lead
@@ -65,14 +64,9 @@ _OF_RUNS: dict[str, Event] = {
 }
 _LEAD_BYTES = 1 << 30
 """Of one call's body of the lead."""
-_BODY_S, _BODY_BYTES_A_SECOND = 30.0, 16 << 10
-"""A body may take so long, and longer for what has come of it."""
+_UNSIGNED = "not signed by the lead, or its clock is wrong"
 PEER = "fedtune peer"
 """Where in a scope's state the other end of the connection is."""
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,41 +136,44 @@ class Gate:
             elif path in _LEAD_CALLS:
                 await self._lead_call(scope, receive, send)
             elif path == HELLO:
-                site = self._member(_headers(scope), _peer(scope)).site
-                await _answer(send, 200, {"site": site, "time": time.time()})
+                site = self._member(headers_of(scope), _peer(scope)).site
+                await answer(send, 200, {"site": site, "time": time.time()})
             else:
                 raise NotAllowed(404, "no such call")
         except NotAllowed as refusal:
             self._note(scope, refusal)
-            await _answer(send, refusal.status, {"reason": refusal.reason})
+            await answer(send, refusal.status, {"reason": refusal.reason})
 
     async def _site_call(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Flower authenticates it again; but only after it has read a body, which a revoked site may make large."""
-        headers, path = _headers(scope), scope["path"]
+        headers, path = headers_of(scope), scope["path"]
         try:
             member = self._member(headers, _peer(scope))
         except NotAllowed as refusal:
             raise NotAllowed(401, refusal.reason) from None
-        _check_form(scope, headers)
-        body = await _body(receive, headers, most_bytes=self._rules.most_bytes(path))
+        check_form(scope, headers)
+        body = await read_body(receive, headers, most_bytes=self._rules.most_bytes(path))
         await asyncio.to_thread(self._rules.check, path, member.node_key, body)
-        await self._app(scope, _again(body, receive), send)
+        await self._app(as_read(scope, headers), again(body, receive), send)
 
     async def _lead_call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers, path, peer = _headers(scope), scope["path"], _peer(scope)
+        headers, path, peer = headers_of(scope), scope["path"], _peer(scope)
         signed = body_of_lead(headers, path=path, lead=self._lead, now=time.time())
-        body = await _body(receive, headers, most_bytes=_LEAD_BYTES) if signed else None
-        if body is None or hashlib.sha256(body).hexdigest() != signed:
-            raise NotAllowed(401, "not signed by the lead, or its clock is wrong")
+        if signed is None:
+            raise NotAllowed(401, _UNSIGNED)
         if peer is not None and any(member.node_key == peer.key for member in self._roster()):
-            raise NotAllowed(401, "not signed by the lead for this site's connection")
+            raise NotAllowed(401, f"{_UNSIGNED}; and this is a site's connection")
+        self._seen.check(headers)  # before a body is read that may be large
+        body = await read_body(receive, headers, most_bytes=_LEAD_BYTES)
+        if hashlib.sha256(body).hexdigest() != signed:
+            raise NotAllowed(401, _UNSIGNED)
         self._seen.take(headers, now=time.time())
-        _check_form(scope, headers)
+        check_form(scope, headers)
         if path in _OF_RUNS:
             self._audit.note(_OF_RUNS[path], **self._about(peer))
         if path == _PULL_ANSWERS:
             body = await asyncio.to_thread(self._rules.finished, body)
-        await self._app(scope, _again(body, receive), send)
+        await self._app(as_read(scope, headers), again(body, receive), send)
 
     def _member(self, headers: dict[str, str], peer: Peer | None) -> Registered:
         """The member that makes a call, over its own connection.
@@ -228,67 +225,3 @@ class Gate:
 def _peer(scope: Scope) -> Peer | None:
     peer = scope.get("state", {}).get(PEER)
     return peer if isinstance(peer, Peer) else None
-
-
-def _check_form(scope: Scope, headers: dict[str, str]) -> None:
-    """Flower itself authenticates a call only where it understands it, and inflates nothing."""
-    if scope.get("method") != "POST":
-        raise NotAllowed(405, "not a POST")
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != PROTOBUF_MEDIA_TYPE:
-        raise NotAllowed(415, "not a message of Flower's")
-    if headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise NotAllowed(415, "a compressed body")
-
-
-def _headers(scope: Scope) -> dict[str, str]:
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-
-
-async def _body(receive: Receive, headers: dict[str, str], *, most_bytes: int) -> bytes:
-    """A whole body that comes in time.
-
-    Raises:
-        NotAllowed: it does not, or it is too large, or the caller hung up.
-    """
-    announced = headers.get("content-length", "0")
-    if not (announced.isascii() and announced.isdigit()) or int(announced[:20]) > most_bytes:
-        raise NotAllowed(413, "too large")
-    parts, size, began = [], 0, asyncio.get_running_loop().time()
-    try:
-        async with asyncio.timeout(_BODY_S) as limit:
-            while True:
-                message = await receive()
-                if message["type"] != "http.request":
-                    raise NotAllowed(400, "hung up")
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > most_bytes:
-                    raise NotAllowed(413, "too large")
-                if not message.get("more_body"):
-                    return b"".join(parts)
-                limit.reschedule(began + _BODY_S + size / _BODY_BYTES_A_SECOND)
-    except TimeoutError:
-        raise NotAllowed(408, "too slow") from None
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    """Gives `body`, then what comes."""
-    given = False
-
-    async def again() -> MutableMapping[str, Any]:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
-
-
-async def _answer(send: Send, status: int, content: dict[str, object]) -> None:
-    body = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status in (408, 413):  # the rest of the body is not waited for
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -43,15 +43,23 @@ class SeenCalls:
         self._most = most
         self._until: dict[str, float] = {}
 
+    def check(self, headers: Mapping[str, str]) -> None:
+        """Pass a signature that was not used yet.
+
+        Raises:
+            NotAllowed: it was.
+        """
+        if headers[SIGNATURE] in self._until:
+            raise NotAllowed(401, "the lead's signature was used before")
+
     def take(self, headers: Mapping[str, str], *, now: float) -> None:
-        """Pass the signature of a call that is the lead's.
+        """Use the signature of a call that is the lead's.
 
         Raises:
             NotAllowed: it was used before, or too many are remembered.
         """
         signature = headers[SIGNATURE]
-        if signature in self._until:
-            raise NotAllowed(401, "the lead's signature was used before")
+        self.check(headers)
         if len(self._until) >= self._most:
             self._until = {one: until for one, until in self._until.items() if until >= now}
         if len(self._until) >= self._most:

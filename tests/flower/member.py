@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import time
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, SUPERLINK_NODE_ID, TIMESTAMP_HEADER
 from flwr.proto import fleet_pb2, message_pb2, recorddict_pb2
 from flwr.proto.node_pb2 import Node
@@ -28,6 +28,7 @@ from fedtune.flower.tls import Tls
 
 from .loopback import Loopback, wait_for
 
+_NUMBERS = itertools.count()
 UNIT = recorddict_pb2.RecordDict()
 
 
@@ -43,10 +44,9 @@ def by_site(tls: Tls, *, moment: str | None = None) -> dict[str, str]:
     }
 
 
-def an_object(size: int, *, fill: bytes = b"x") -> bytes:
-    """A whole object of Flower's, of about `size` bytes, without children."""
-    body = fill * size
-    return b"ArrayChunk" + f" {len(body)}".encode() + b"\x00" + body
+def an_object(size: int) -> bytes:
+    """A whole object of Flower's, of about `size` bytes, without children; each is another."""
+    return ConfigRecord({"x": "x" * size, "number": next(_NUMBERS)}).deflate()
 
 
 @dataclass
@@ -142,7 +142,7 @@ class Member:
 
     def answer_to(self, question: Question, *objects: bytes, **changed: Any) -> Any:
         """An answer in the right form, but for the fields of its metadata that are `changed`."""
-        root = an_object(8, fill=str(time.monotonic_ns()).encode())
+        root = an_object(8)
         fields = {
             "run_id": question.metadata.run_id,
             "message_id": get_object_id(root),
