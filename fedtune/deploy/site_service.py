@@ -117,7 +117,10 @@ class _Loop:
         while not self._stop.is_set() and not self._state.left.exists():
             exchange = self._next()
             if exchange is not None:
-                self._answer(exchange)
+                try:
+                    self._answer(exchange)
+                except Exception:  # of a kind that Flower can address no answer to
+                    log.exception("a message was dropped: there is no answer to its kind")
             elif self._active:
                 self._stop.wait(_POLL_S)
         # Flower gives nobody the answer of a node that has said that it goes: the lead is to have fetched it before.

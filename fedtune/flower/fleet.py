@@ -266,7 +266,7 @@ def hello(server: str, tls: Tls) -> Hello:
         if answer.status_code == httpx.codes.OK:
             return Hello(site=str(fields["site"]), server_time=float(fields["time"]))
         reason = str(fields["reason"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Foreign(f"what answers at {server} is no server of fedtune's ({answer.status_code})") from error
     raise Unauthorised(f"the server refused this site: {reason}")
 

@@ -52,7 +52,7 @@ class Exchange:
 
     def is_void(self, now: float) -> bool:
         """Whether the server takes no answer any more; `now` in seconds since 1970."""
-        return now > self.message.metadata.created_at + self.message.metadata.ttl
+        return not now <= self.message.metadata.created_at + self.message.metadata.ttl  # a time may be no number
 
 
 class SiteApp:

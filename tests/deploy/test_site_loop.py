@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Message, RecordDict
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
+from flwr.supercore.task_identity import TaskIdentity
 
 import fedtune.deploy.site_service as site_service
 import fedtune.flower.bounded_http as bounded_http
@@ -20,7 +22,7 @@ from fedtune.deploy.health import Health
 from fedtune.deploy.site_service import _Loop, _until_stopped
 from fedtune.deploy.site_state import SiteState
 from fedtune.flower.fleet import Fleet
-from fedtune.flower.node import Exchange
+from fedtune.flower.node import Exchange, SiteApp
 from tests.flower.certificates import LOOPBACK, Authority
 from tests.flower.hostile import Hostile, server_context, whole
 
@@ -139,3 +141,33 @@ def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path) -> None:
         state = SiteState.of(tmp_path)
         _Loop(Asked(), App(), state, Health(), stop, ends=ends).run()  # type: ignore[arg-type]
     assert done == ["came", "answered", "sent"]
+
+
+@pytest.mark.parametrize("kind", ["x", "", "a.b.c", "train.\n"])
+def test_a_message_of_no_kind_ends_no_site(
+    tmp_path: Path, kind: str, caught: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower can address no answer to it; who runs the server, or a lead, could otherwise end every site's process."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 0)
+    message = Message(RecordDict(), 1, "train")
+    message.metadata.__dict__["_message_type"] = kind
+    waiting: list[Message | None] = [message, None]
+    stop = threading.Event()
+
+    class Asked:
+        """A connection on which the message waits."""
+
+        def activate(self) -> None:
+            """There."""
+
+        def receive(self) -> Message | None:
+            if len(waiting) == 1:
+                stop.set()
+            return waiting.pop(0)
+
+    app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
+    ends = datetime.now(UTC) + timedelta(days=1)
+    _Loop(Asked(), app, SiteState.of(tmp_path), Health(), stop, ends=ends).run()  # type: ignore[arg-type]
+    assert not waiting, "it went on"
+    assert "a message was dropped" in caught.text

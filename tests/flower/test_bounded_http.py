@@ -182,6 +182,26 @@ def test_no_answer_may_be_compressed(serve: Callable[..., Hostile], tls: Tls) ->
     client.close()
 
 
+@pytest.mark.parametrize("status", ["200 OK", "401 Unauthorized"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"site": "north", "time": 1' + b"0" * 400 + b"}",
+        b'{"reason": "\xff"}',
+        b"7" * 5000,
+        b"[]",
+        b"",
+    ],
+    ids=["nesting", "a number beyond floats", "no text", "a long number", "a list", "nothing"],
+)
+def test_no_greeting_ends_a_site(serve: Callable[..., Hostile], tls: Tls, status: str, body: bytes) -> None:
+    """Who runs the server could otherwise end every site's process at once."""
+    server = serve(lambda to, path: to.sendall(whole(body, status=status)))
+    with pytest.raises(Foreign):
+        hello(server.address, tls)
+
+
 def test_a_connection_is_made_anew_now_and_then(
     serve: Callable[..., Hostile], tls: Tls, ours: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
