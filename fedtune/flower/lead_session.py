@@ -33,13 +33,13 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
+from fedtune.flower.message_objects import NotWhole, pull_message
 from fedtune.flower.signed_calls import LeadSignature
 from fedtune.flower.tls import Tls, staying
 from fedtune.privacy.keys import SigningKey
@@ -121,18 +121,19 @@ class LeadSession:
         """A message with its content, from the server."""
         node, run_id = self.grid.node, self.grid.run.run_id
         try:
-            message = pull_and_inflate_object_from_tree(
+            return pull_message(
                 tree,
                 make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
                 make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
-                return_type=Message,
             )
+        except NotWhole as error:
+            log.warning("an answer is left aside: %s", error)
+            return None
         except httpx.HTTPError:
             raise
         except Exception as error:  # each of Flower's readers has errors of its own over bytes that a site chose
             log.warning("an answer cannot be read (%s)", type(error).__name__)
             return None
-        return message
 
     def close(self) -> None:
         """End the run; messages that nobody fetched are dropped."""

@@ -42,19 +42,23 @@ _PARTS = {
 """What each kind of object is made of."""
 
 
+class NotWhole(OutOfBounds):
+    """A message that is larger, or built otherwise, than any honest one: its maker's doing, not the line's."""
+
+
 def pull_message(tree: ObjectTree, pull: Callable[[str], bytes], confirm: Callable[[str], None]) -> Message:
     """The message whose objects `tree` names, each fetched by `pull`; `confirm` is told when all have come.
 
     Raises:
-        OutOfBounds: it is larger, slower or built otherwise than any honest lead's.
+        NotWhole: it is larger, slower or built otherwise than any honest lead's.
         ObjectPullError: an object is no longer there.
     """
     ids = list(dict.fromkeys(node.object_id for node in islice(iterate_object_tree(tree), MOST_OBJECTS + 1)))
     if len(ids) > MOST_OBJECTS:
-        raise OutOfBounds(f"a message of more than {MOST_OBJECTS} objects")
+        raise NotWhole(f"a message of more than {MOST_OBJECTS} objects")
     contents = pull_objects(ids, _Budget(pull), max_time=MOST_S)
     if (size := _size(tree.object_id, "Message", contents)) > MOST_BYTES:
-        raise OutOfBounds(f"a message of {size} bytes, and it may have {MOST_BYTES}")
+        raise NotWhole(f"a message of {size} bytes, and it may have {MOST_BYTES}")
     confirm(tree.object_id)
     message = inflate_object_from_contents(tree.object_id, contents)
     assert isinstance(message, Message)  # as `_size` required
@@ -70,14 +74,14 @@ class _Budget:
 
     def __call__(self, object_id: str) -> bytes:
         if time.monotonic() > self._ends:
-            raise OutOfBounds(f"a message that takes more than {MOST_S:g} s")
+            raise NotWhole(f"a message that takes more than {MOST_S:g} s")
         content = self._pull(object_id)
         self._bytes += len(content)
         if not content.startswith(b"ArrayChunk "):
             self._beside += len(content)
         if self._bytes > MOST_BYTES or self._beside > MOST_BESIDE_BYTES:
             bound = f"{MOST_BYTES} bytes, of which {MOST_BESIDE_BYTES} may be no array's"
-            raise OutOfBounds(f"a message of more than {bound}")
+            raise NotWhole(f"a message of more than {bound}")
         return content
 
 
@@ -86,7 +90,7 @@ def _size(id: str, kind: str, contents: Mapping[str, bytes]) -> int:
     content = contents[id]
     found, children, _ = get_object_head_values_from_object_content(content)
     if found != kind:
-        raise OutOfBounds(f"a {kind} that is something else")
+        raise NotWhole(f"a {kind} that is something else")
     parts = _PARTS[kind]
     if not parts:
         return len(content)
@@ -98,7 +102,7 @@ def _size(id: str, kind: str, contents: Mapping[str, bytes]) -> int:
 def _kind(content: bytes, allowed: tuple[str, ...]) -> str:
     kind = content[:16].decode("latin-1").partition(" ")[0]
     if kind not in allowed:
-        raise OutOfBounds("a message whose parts do not belong together")
+        raise NotWhole("a message whose parts do not belong together")
     return kind
 
 

@@ -7,13 +7,14 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto import fleet_pb2, message_pb2
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
 
-from fedtune.flower import gate
+from fedtune.flower import gate, message_objects
 from fedtune.flower.remote_grid import RemoteGrid
 
 from .loopback import Loopback
@@ -150,6 +151,16 @@ def test_an_answer_that_cannot_be_read_is_none(member: Member, round_: Round, ki
         root = Message(RecordDict(), SUPERLINK_NODE_ID, "train").deflate()[:-9] + b"\xff" * 9
         member.send(round_.question, message_pb2.ObjectTree(object_id=get_object_id(root)), {"": root})
     assert round_.ends() == ({1: "a", 2: "b"} if kind == "in order" else {1: "a"})
+
+
+def test_an_answer_that_stands_for_more_than_any_message_is_none(
+    member: Member, round_: Round, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A part may be named many times: what comes is small, and what it stands for is not.
+    monkeypatch.setattr(message_objects, "MOST_BYTES", 1 << 16)
+    zeros = ArrayRecord({"head": Array(np.zeros(1 << 16, np.float32))})
+    member.reply(round_.question, Message(RecordDict({"arrays": zeros}), SUPERLINK_NODE_ID, "train"))
+    assert round_.ends() == {1: "a"}
 
 
 def _any_question() -> Message:
