@@ -44,7 +44,7 @@ class Round:
     def __init__(self, network: Loopback, member: Member, pool: ThreadPoolExecutor, grid: RemoteGrid) -> None:
         self.honest = Member(network, "a")
         self.honest.activate()
-        self._answers = pool.submit(grid.send_and_receive, questions(1, 2), timeout=7)
+        self._answers = pool.submit(grid.send_and_receive, questions(1, 2), timeout=60)
         self.run_id = grid.run.run_id
         self.question = member.asked(self.run_id)
 
@@ -57,7 +57,8 @@ class Round:
 
 @pytest.fixture
 def round_(network: Loopback, member: Member) -> Iterator[Round]:
-    with network.grid(["a", "b"]) as grid, ThreadPoolExecutor(1) as pool:
+    # The honest answer suffices: nobody waits for another one of the member's.
+    with network.grid(["a", "b"], enough_sites=1, grace_s=1.0) as grid, ThreadPoolExecutor(1) as pool:
         made = Round(network, member, pool, grid)
         yield made
     made.honest.leave()
