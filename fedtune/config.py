@@ -150,7 +150,9 @@ class RunConfig:
 
     def can_use(self, offer: Offer) -> bool:
         """Whether a site that offers so much has room for anything that may be changed."""
-        return bool(offer.most_rounds if self.federation.if_over_budget == "fewer_rounds" else offer.least_noise)
+        if self.federation.if_over_budget == "fewer_rounds":
+            return offer.most_rounds > 0
+        return offer.least_noise is not None and 0 < offer.least_noise <= accountant.MOST_NOISE
 
     def fitted_to(self, offers: Sequence[Offer]) -> RunConfig:
         """The same, with as many rounds or as little noise as each of these sites has room for.

@@ -175,7 +175,7 @@ class _Loop:
                 return
             except (Unreachable, Unauthorised) as error:
                 self._trouble(error)
-            if self._stop.is_set():
+            if self._stop.is_set() or self._state.left.exists():
                 return  # the ledger has the bytes, and the lead will ask again
 
     def _trouble(self, error: Unreachable | Unauthorised) -> None:

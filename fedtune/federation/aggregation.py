@@ -28,7 +28,7 @@ class RoundReplies:
         updates: site -> adapter, in the order of the sites, so that a sum over them always rounds alike.
         scores: site -> noised score and count of its held-out units, where the plan releases them.
         failures: site -> reason, for every asked site without a usable update.
-        refusals: the failures that are refusals, with what was asked and what is allowed.
+        refusals: the failures that are refusals under their site's signature, with what was asked and what is allowed.
     """
 
     updates: dict[str, Adapter]
@@ -38,7 +38,13 @@ class RoundReplies:
 
 
 def sort_replies(
-    replies: Mapping[str, Reply], *, run: str, round: int, sent: Adapter, reaches: Mapping[str, Reach]
+    replies: Mapping[str, Reply],
+    *,
+    run: str,
+    round: int,
+    sent: Adapter,
+    reaches: Mapping[str, Reach],
+    scored: bool,
 ) -> RoundReplies:
     """Keep the updates that their sites signed and that training can have made of the adapter that was sent.
 
@@ -48,10 +54,11 @@ def sort_replies(
         round: of the run.
         sent: the adapter that each site was sent.
         reaches: asked site -> how far its training may take the adapter, in the sites' order.
+        scored: whether the plan releases scores beside an update.
 
     Returns:
-        Beside the updates, why every other asked site has none.  A refusal needs no signature where its site gives no
-        receipt, to a stranger or of a ledger that it cannot read: it counts as no answer, and its reason is shown.
+        Beside the updates, why every other asked site has none.  A site gives a stranger no receipt, and none of a
+        ledger that it cannot read: such a refusal's reason is shown, and it counts as no answer.
     """
     updates: dict[str, Adapter] = {}
     scores: dict[str, tuple[float, float]] = {}
@@ -64,9 +71,19 @@ def sort_replies(
         elif not reply.is_signed() and (reply.receipt or isinstance(reply.body, Update)):
             failures[site] = UNSIGNED_REPLY
         elif isinstance(reply.body, Refusal):
-            failures[site] = reply.body.reason.value
-            refusals[site] = reply.body
-        elif (reply.body.run, reply.body.site) != (run, site) or not fits(reply.body, sent, round=round):
+            about = (reply.body.site, reply.body.run, reply.body.round)
+            if not reply.receipt:
+                failures[site] = reply.body.reason.value
+            elif about != (site, run, round):
+                failures[site] = UNSIGNED_REPLY  # what was signed is the answer to something else
+            else:
+                failures[site] = reply.body.reason.value
+                refusals[site] = reply.body
+        elif (
+            (reply.body.run, reply.body.site) != (run, site)
+            or not fits(reply.body, sent, round=round)
+            or (reply.body.scores is not None) is not scored
+        ):
             failures[site] = INVALID_UPDATE
         elif not reach.includes(reply.body.tensors, sent=sent):
             failures[site] = BEYOND_PLAN

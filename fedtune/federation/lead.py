@@ -74,40 +74,44 @@ class LeadState:
         counts = {site: self.unanswered.get(site, 0) + (site in sites) for site in {*self.unanswered, *sites}}
         return replace(self, unanswered=counts)
 
-    def answered(self, replies: Mapping[str, Reply], *, run: str) -> LeadState:
+    def answered(self, replies: Mapping[str, Reply], *, run: str, most_rounds: int) -> LeadState:
         """The state with the receipts of `replies`, which say what was really charged.
 
         A receipt of another run or site says nothing about this one; one that is not signed, or by another key than
-        before, is nobody's word; and one that went backwards comes of a ledger that was lost or put back.  Such a site
-        counts as silent.
+        before, is nobody's word; one of more rounds than the plan has is wrong; and one that went backwards comes of a
+        ledger that was lost or put back.  Such a site counts as silent.
         """
         updates = {site for site, reply in replies.items() if isinstance(reply.body, Update)}
         receipts = {site: reply.receipt for site, reply in replies.items() if reply.receipt}
-        return self.heard(receipts, run=run, updates=updates)
+        return self.heard(receipts, run=run, most_rounds=most_rounds, updates=updates)
 
-    def believed(self, replies: Mapping[str, Reply], *, run: str) -> dict[str, Reply]:
+    def believed(self, replies: Mapping[str, Reply], *, run: str, most_rounds: int) -> dict[str, Reply]:
         """`replies` without the receipts that say nothing about this run: an update whose receipt is gone is none."""
-        return {
-            site: reply
-            if reply.receipt
-            and self._believes(reply.receipt, run=run, site=site, update=isinstance(reply.body, Update))
-            else replace(reply, receipt=None)
-            for site, reply in replies.items()
-        }
+        updates = {site for site, reply in replies.items() if isinstance(reply.body, Update)}
+        receipts = {site: reply.receipt for site, reply in replies.items() if reply.receipt}
+        kept = self._credible(receipts, run=run, most_rounds=most_rounds, updates=updates)
+        return {site: reply if site in kept else replace(reply, receipt=None) for site, reply in replies.items()}
 
-    def heard(self, receipts: Mapping[str, Receipt], *, run: str, updates: Collection[str] = ()) -> LeadState:
+    def heard(
+        self, receipts: Mapping[str, Receipt], *, run: str, most_rounds: int, updates: Collection[str] = ()
+    ) -> LeadState:
         """The same for receipts alone; `updates` names the sites whose update of a round under way they came with."""
-        new = {
-            site: receipt
-            for site, receipt in receipts.items()
-            if self._believes(receipt, run=run, site=site, update=site in updates)
-        }
+        new = self._credible(receipts, run=run, most_rounds=most_rounds, updates=updates)
         unanswered = {site: count for site, count in self.unanswered.items() if site not in new}
         return replace(self, receipts={**self.receipts, **new}, unanswered=unanswered)
 
-    def _believes(self, receipt: Receipt, *, run: str, site: str, update: bool) -> bool:
-        if (receipt.run, receipt.site) != (run, site):
-            return False
+    def _credible(
+        self, receipts: Mapping[str, Receipt], *, run: str, most_rounds: int, updates: Collection[str]
+    ) -> dict[str, Receipt]:
+        return {
+            site: receipt
+            for site, receipt in receipts.items()
+            # No ledger grants a run more rounds than its plan has.
+            if (receipt.run, receipt.site) == (run, site) and receipt.charged_rounds <= most_rounds
+            if self._fits(receipt, update=site in updates)
+        }
+
+    def _fits(self, receipt: Receipt, *, update: bool) -> bool:
         # Each update was charged: a receipt that counts fewer is an old one, which a server put in a newer one's place.
         if receipt.charged_rounds < update + sum(receipt.site in result.sites for result in self.rounds):
             return False

@@ -20,7 +20,7 @@ _MOST_CHARACTERS = 1 << 16
 """Of a signed text: what a server asks for is kept in the ledger, and must not fill a site's disk."""
 _NO_JSON = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
 _MOST_ROUNDS = 1 << 31  # far beyond any plan's, and what every table can hold
-_SHA256 = re.compile("[0-9a-f]{64}")
+_SHA256, _NONCE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,16 +40,18 @@ class Invitation:
         site: who is asked.
         expires: seconds since 1970 after which the question is void.
         less: whether a site whose budget has no room for all of it is to say how much it has room for.
+        nonce: 32 random hexadecimal digits, which come back in an offer.
     """
 
     proposal: Proposal
     site: str
     expires: float
+    nonce: str
     less: bool = False
 
     def signed(self, lead: SigningKey) -> Signed:
         """The question as it is sent."""
-        fields = {"site": self.site, "expires": self.expires, "less": self.less}
+        fields = {"site": self.site, "expires": self.expires, "less": self.less, "nonce": self.nonce}
         text = json.dumps({**fields, "proposal": self.proposal.to_json()}, sort_keys=True)
         return Signed(text=text, signature=lead.sign(INVITATION, text.encode()))
 
@@ -65,7 +67,7 @@ class Invitation:
             fields = _parsed(signed.text)
             asked = cls(**{**fields, "proposal": Proposal.from_json(fields["proposal"])})
             check_name("site", asked.site)  # it goes into a site's log
-            if not (_is_moment(asked.expires) and type(asked.less) is bool):
+            if not (_is_moment(asked.expires) and type(asked.less) is bool and _NONCE.fullmatch(asked.nonce)):
                 raise ValueError("wrong type or out of range")
         except _NO_JSON as error:
             raise ConfigError("invitation", signed.text[:80], "must be a lead's question about a run") from error

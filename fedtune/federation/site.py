@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -163,10 +163,15 @@ def _offer(site: Site, asked: Invitation) -> Offer:
         _prepared(site, asked)
     except Refused as refused:
         if asked.less and refused.reason.is_about_budget:
-            return site.ledger.offer(proposal)
+            return replace(site.ledger.offer(proposal), nonce=asked.nonce)
         raise
-    plan = proposal.plan
-    return Offer(site=site.name, run=proposal.run, most_rounds=plan.num_rounds, least_noise=plan.noise_multiplier)
+    return Offer(
+        site=site.name,
+        run=proposal.run,
+        most_rounds=proposal.plan.num_rounds,
+        least_noise=proposal.plan.noise_multiplier,
+        nonce=asked.nonce,
+    )
 
 
 def _prepared(site: Site, request: Request) -> Prepared:

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,8 +39,26 @@ Event = Literal[
 FILE_NAME = "audit.jsonl"
 _MOST_BYTES, _NUM_OLD = 4 << 20, 3
 _REPEAT_S = 600.0
-_MOST_KINDS = 1000
+_MOST_KINDS, _MOST_OF_ONE = 1000, 100
+"""Different lines of one event that are told apart, and of those one member's or one address's: whoever makes many
+hides no other's."""
+_ALWAYS: frozenset[Event] = frozenset(
+    {
+        *("server started", "server stopped", "run started", "run ended"),
+        *("member registered", "member revoked", "member not registered"),
+    }
+)
+"""Made by lead and roster alone."""
 _MOST_LENGTH = 200
+
+
+_Kind = tuple[tuple[str, str], ...]
+
+
+def _quotas(kind: _Kind) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a line counts for: its event, and its event from one member, or from one address without a member's name."""
+    fields = dict(kind)
+    return (fields["event"],), (fields["event"], fields.get("member") or fields.get("address", ""))
 
 
 class AuditLog:
@@ -61,8 +80,9 @@ class AuditLog:
     ) -> None:
         self._path, self._most_bytes, self._repeat_s, self._clock = path, most_bytes, repeat_s, clock
         self._lock = threading.Lock()
-        self._counts: dict[tuple[tuple[str, str], ...], tuple[int, float]] = {}
-        self._left_out, self._failed = 0, False
+        self._counts: dict[_Kind, tuple[int, float]] = {}
+        self._kinds: Counter[tuple[str, ...]] = Counter()  # of an event, and of who makes it
+        self._left_out, self._told, self._failed = 0, clock(), False
 
     def note(self, event: Event, **about: str) -> bool:
         """Write an event down, or count it where the same one was written within ten minutes; whether it is new."""
@@ -74,10 +94,11 @@ class AuditLog:
             if kind in self._counts:
                 count, since = self._counts[kind]
                 self._counts[kind] = (count + 1, since)
-            elif len(self._counts) >= _MOST_KINDS:
+            elif event not in _ALWAYS and not self._has_room(kind):
                 self._left_out += 1
             else:
                 self._counts[kind] = (0, self._clock())
+                self._kinds.update(_quotas(kind))
                 self._write({"event": event, **fields})
                 return True
         return False
@@ -94,11 +115,16 @@ class AuditLog:
             if moment - since < self._repeat_s:
                 break
             del self._counts[kind]
+            self._kinds -= Counter(_quotas(kind))
             if count:
                 self._write({**dict(kind), "again": count})
-        if self._left_out and len(self._counts) < _MOST_KINDS:
+        if self._left_out and moment - self._told >= self._repeat_s:
             self._write({"event": "events not written", "again": self._left_out})
-            self._left_out = 0
+            self._left_out, self._told = 0, moment
+
+    def _has_room(self, kind: _Kind) -> bool:
+        of_event, of_one = _quotas(kind)
+        return self._kinds[of_event] < _MOST_KINDS and self._kinds[of_one] < _MOST_OF_ONE
 
     def _write(self, fields: dict[str, object]) -> None:
         if self._path is None:

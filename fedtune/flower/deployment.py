@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,12 +14,12 @@ from flwr.serverapp import Grid
 from fedtune.config import RunConfig
 from fedtune.federation.closing import Closing
 from fedtune.federation.lead import LeadState
-from fedtune.federation.protocol import EndOfRun
+from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest
 from fedtune.federation.receipt_book import ReceiptBook
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import records
 from fedtune.flower.federation_run import FederationRun, KnownSites, Listener
-from fedtune.flower.invitation import Invited, invite
+from fedtune.flower.invitation import Invited, invite, is_offer
 from fedtune.flower.remote_grid import Heard, RemoteGrid
 from fedtune.flower.tls import Tls
 from fedtune.privacy.keys import SigningKey
@@ -85,13 +85,14 @@ def run_deployed(
         RefusedError: too many sites' policies or budgets refuse the run.
     """
     sent = for_sites(config)
-    names = {number: site.name for number, site in enumerate(connection.sites, 1)}
-    grid = _grid(connection, _Ears(names, listener), config.federation)
+    plan = sent.plan()
+    sites = dict(enumerate(connection.sites, 1))
+    grid = _grid(connection, _Ears(sites, listener, most_rounds=plan.most_rounds), config.federation)
     return FederationRun(
         config=config,
         folder=folder,
         shared=SharedModel(config, inexact_allowed=True),  # nothing is trained here
-        proposal=sent.proposal(lead=connection.key.public, plan=sent.plan()),
+        proposal=sent.proposal(lead=connection.key.public, plan=plan),
         key=connection.key,
         receipts=receipts,
         engine=lambda run: _over(grid, run),
@@ -99,7 +100,7 @@ def run_deployed(
         sites=KnownSites(
             settings=json.dumps(sent.to_json()),
             keys={site.name: site.site_key for site in connection.sites},
-            nodes=names,
+            nodes={number: site.name for number, site in sites.items()},
         ),
     ).to_its_end(listener)
 
@@ -115,8 +116,8 @@ def fitted_deployed(config: RunConfig, *, connection: LeadConnection) -> RunConf
         RefusedError: too few sites have room for anything.
     """
     sent = for_sites(config)
-    names = {number: site.name for number, site in enumerate(connection.sites, 1)}
-    with _grid(connection, _Ears(names, None), config.federation) as grid:
+    sites = dict(enumerate(connection.sites, 1))
+    with _grid(connection, _Ears(sites, None), config.federation) as grid:
         found = invite(
             grid,
             Invited(
@@ -124,7 +125,7 @@ def fitted_deployed(config: RunConfig, *, connection: LeadConnection) -> RunConf
                 key=connection.key,
                 federation=config.federation,
                 settings=json.dumps(sent.to_json()),
-                nodes=names,
+                nodes={number: site.name for number, site in sites.items()},
                 site_keys={site.name: site.site_key for site in connection.sites},
                 less=True,
             ),
@@ -137,36 +138,66 @@ def end_deployed(config: RunConfig, *, connection: LeadConnection, timeout_s: fl
     """Tell the sites that a run is over, without a final adapter; returns those that heard it."""
     run = for_sites(config).run_id()
     notice = EndOfRun(run=run, lead=connection.key.public).signed(connection.key)
-    names = {number: site.name for number, site in enumerate(connection.sites, 1)}
-    with _grid(connection, _Ears(names, None), config.federation) as grid:
-        messages = [Message(records.from_signed(notice), number, f"query.{records.END}") for number in names]
-        return [names[answer.metadata.src_node_id] for answer in grid.send_and_receive(messages, timeout=timeout_s)]
+    sites = dict(enumerate(connection.sites, 1))
+    with _grid(connection, _Ears(sites, None), config.federation) as grid:
+        messages = [Message(records.from_signed(notice), number, f"query.{records.END}") for number in sites]
+        heard = grid.send_and_receive(messages, timeout=timeout_s)
+    return [sites[answer.metadata.src_node_id].name for answer in heard]
 
 
 class _Ears:
-    """Reads each answer as it comes: tells the listener, and says when to ask a waiting site again."""
+    """Reads each answer as it comes: tells the listener, and says what it means for the exchange.
 
-    def __init__(self, names: dict[int, str], listener: DeployedListener | None) -> None:
-        self._names, self._listener = names, listener
+    What a server or a site may have made up counts for nothing: an answer is good, and its charge is told, under the
+    site's signature alone.
+
+    Args:
+        sites: by the grid's number.
+        most_rounds: that a site may be charged for.
+    """
+
+    def __init__(
+        self, sites: Mapping[int, KnownSite], listener: DeployedListener | None, *, most_rounds: int = 0
+    ) -> None:
+        self._sites, self._listener, self._most_rounds = sites, listener, most_rounds
         self._said: dict[str, str] = {}
 
-    def __call__(self, number: int, answer: Message) -> Heard:
+    def __call__(self, number: int, question: Message, answer: Message) -> Heard:
+        kind, site = question.metadata.message_type, self._sites[number]
+        if kind == f"query.{records.END}":
+            return Heard(good=True)  # no more than a receipt was asked for
         try:
             reply = records.to_reply(answer.content)
-        except ConfigError:  # nonsense, which counts as none, unless no more than a receipt was asked for
-            return Heard(good=answer.metadata.message_type == f"query.{records.END}")
-        site, refused = self._names[number], reply.body.reason if isinstance(reply.body, Refusal) else None
-        what = refused.value if refused else "update" if isinstance(reply.body, Update) else OFFER
+        except ConfigError:  # nonsense, which counts as none
+            return Heard(good=False)
+        signed = reply.is_signed() and reply.receipt is not None and reply.receipt.site_key == site.site_key
+        refused = reply.body.reason if isinstance(reply.body, Refusal) else None
         waiting = refused is not None and refused.is_waiting
+        self._tell(site.name, reply, num_bytes=records.num_bytes(answer.content), signed=signed, waiting=waiting)
+        # Before a run begins, and nobody is charged yet, people are waited for; in a round they are not.
+        invited = kind == f"query.{records.INVITE}"
+        idle = waiting and not (invited and refused is Reason.AWAITING_APPROVAL)
+        good = signed and _answers(question, reply, site=site.name)
+        return Heard(good=good, again_s=_ASK_AGAIN_S if waiting else None, idle=idle)
+
+    def _tell(self, site: str, reply: Reply, *, num_bytes: int, signed: bool, waiting: bool) -> None:
+        body, receipt = reply.body, reply.receipt
+        what = body.reason.value if isinstance(body, Refusal) else "update" if isinstance(body, Update) else OFFER
         if self._listener is not None and not (waiting and self._said.get(site) == what):
-            charged = reply.receipt.charged_rounds if reply.receipt else None
-            num_bytes = records.num_bytes(answer.content)
+            believed = signed and receipt is not None and receipt.charged_rounds <= self._most_rounds
+            charged = receipt.charged_rounds if receipt is not None and believed else None
             self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged)
         self._said[site] = what
-        # Before a run begins, and nobody is charged yet, people are waited for; in a round they are not.
-        invited = answer.metadata.message_type == f"query.{records.INVITE}"
-        idle = waiting and not (invited and refused is Reason.AWAITING_APPROVAL)
-        return Heard(good=refused is None, again_s=_ASK_AGAIN_S if waiting else None, idle=idle)
+
+
+def _answers(question: Message, reply: Reply, *, site: str) -> bool:
+    """Whether a reply is of the kind that was hoped for, and about what was asked."""
+    signed = records.to_signed(question.content)
+    if question.metadata.message_type == f"query.{records.INVITE}":
+        invitation = Invitation.of(signed)
+        return is_offer(reply, site=site, run=invitation.run, nonce=invitation.nonce)
+    request, body = RoundRequest.of(signed), reply.body
+    return isinstance(body, Update) and (body.site, body.run, body.round) == (site, request.run, request.round)
 
 
 def _grid(connection: LeadConnection, ears: _Ears, spec: FederationSpec) -> RemoteGrid:

@@ -62,6 +62,7 @@ from fedtune.spec import ConfigError
 
 HELLO = "/v1/fedtune/hello"
 """Where the server tells a site how it knows it; not Flower's."""
+_MOST_REASON = 300
 _CALL_TIMEOUT_S = 30.0
 _HEARTBEAT_S = HEARTBEAT_MIN_INTERVAL / 2
 
@@ -266,6 +267,8 @@ def hello(server: str, tls: Tls) -> Hello:
         if answer.status_code == httpx.codes.OK:
             return Hello(site=str(fields["site"]), server_time=float(fields["time"]))
         reason = str(fields["reason"])
+        if not reason.isprintable() or len(reason) > _MOST_REASON:
+            raise ValueError("words that are not for people")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Foreign(f"what answers at {server} is no server of fedtune's ({answer.status_code})") from error
     raise Unauthorised(f"the server refused this site: {reason}")

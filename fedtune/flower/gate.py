@@ -56,7 +56,7 @@ _LEAD_CALLS = frozenset(
         )
     }
 )
-_PULL_ANSWERS = "/v1/runtime/pull-messages"
+_PUSH_QUESTIONS, _PULL_ANSWERS = "/v1/runtime/push-messages", "/v1/runtime/pull-messages"
 _OF_RUNS: dict[str, Event] = {
     "/v1/control/start-run": "run started",
     "/v1/control/stop-run": "run ended",
@@ -104,6 +104,8 @@ class Rules(Protocol):
     def most_bytes(self, path: str) -> int: ...
 
     def check(self, path: str, key: bytes, body: bytes) -> None: ...
+
+    def asked(self, body: bytes) -> None: ...
 
     def finished(self, body: bytes) -> bytes: ...
 
@@ -171,6 +173,8 @@ class Gate:
         check_form(scope, headers)
         if path in _OF_RUNS:
             self._audit.note(_OF_RUNS[path], **self._about(peer))
+        if path == _PUSH_QUESTIONS:
+            await asyncio.to_thread(self._rules.asked, body)
         if path == _PULL_ANSWERS:
             body = await asyncio.to_thread(self._rules.finished, body)
         await self._app(as_read(scope, headers), again(body, receive), send)
@@ -211,7 +215,9 @@ class Gate:
         elif path in _SITE_CALLS and refusal.status != 401:
             event = "message refused"
         reason = "its clock is wrong" if refusal.reason.startswith("its clock") else refusal.reason
-        about = {"path": path, "reason": reason, **self._about(_peer(scope))}
+        # Paths that are no calls are a caller's own words: they would make as many lines as he likes.
+        known = path if path in _SITE_CALLS | _LEAD_CALLS or path == HELLO else ""
+        about = {"path": known, "reason": reason, **self._about(_peer(scope))}
         if self._audit.note(event, **about):
             log.warning("%s: %s", event, reason, extra=about)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -85,10 +86,10 @@ class Answers:
 
 def invite(grid: Grid, asked: Invited) -> Answers:
     """Ask every site about a run, and sort out what they say; no site is charged."""
-    expires = time.time() + asked.federation.round_timeout_s
+    expires, nonce = time.time() + asked.federation.round_timeout_s, secrets.token_hex(16)
     messages = []
     for node_id, site in asked.nodes.items():
-        question = Invitation(proposal=asked.proposal, site=site, expires=expires, less=asked.less)
+        question = Invitation(proposal=asked.proposal, site=site, expires=expires, nonce=nonce, less=asked.less)
         content = records.from_signed(question.signed(asked.key), settings=asked.settings)
         messages.append(Message(content, node_id, f"query.{records.INVITE}"))
     received = grid.send_and_receive(messages, timeout=asked.federation.round_timeout_s)
@@ -101,19 +102,28 @@ def invite(grid: Grid, asked: Invited) -> Answers:
             silent[site] = NO_REPLY
             continue
         reply, _ = replies[site]
-        if isinstance(reply.body, Refusal) and (reply.is_signed() or not reply.receipt):
-            refusals[site] = reply.body
-            log.warning("%s does not take part: %s", site, reply.body.in_words)
-        elif _is_offer(reply, site=site, run=asked.proposal.run):
+        if is_offer(reply, site=site, run=asked.proposal.run, nonce=nonce):
             assert isinstance(reply.body, Offer)
             offers[site] = reply.body
+        elif isinstance(reply.body, Refusal) and not reply.receipt:
+            silent[site] = reply.body.reason.value  # nobody signed it: it is shown, and may change
+        elif isinstance(reply.body, Refusal) and _is_refusal(reply.body, reply, site=site, run=asked.proposal.run):
+            refusals[site] = reply.body
         else:
             silent[site] = UNSIGNED_REPLY
+    for site, why in {**{site: body.in_words for site, body in refusals.items()}, **silent}.items():
+        log.warning("%s does not take part: %s", site, why)
     return Answers(offers=offers, refusals=refusals, silent=silent)
 
 
-def _is_offer(reply: Reply, *, site: str, run: str) -> bool:
-    return isinstance(reply.body, Offer) and reply.is_signed() and (reply.body.site, reply.body.run) == (site, run)
+def is_offer(reply: Reply, *, site: str, run: str, nonce: str) -> bool:
+    """Whether this is the site's own offer, to this question."""
+    body = reply.body
+    return isinstance(body, Offer) and reply.is_signed() and (body.site, body.run, body.nonce) == (site, run, nonce)
+
+
+def _is_refusal(body: Refusal, reply: Reply, *, site: str, run: str) -> bool:
+    return reply.is_signed() and (body.site, body.run, body.round) == (site, run, 0)
 
 
 def readable(

@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import httpx
 from flwr.app import Message
@@ -33,6 +34,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -72,14 +74,15 @@ class LeadSession:
             signed: tuple[ProtobufClientInterceptor, ...] = (version, *token, signature)
             return staying(_LeadClient(f"https://{server}", interceptors=signed, verify=tls.client_context()))
 
-        with client() as opening:
-            opening.start_run(StartRunRequest(fab=Fab(content=_bundle())))
-            # It may be one that another process has just started; any fresh run will do.
-            token = opening.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])).token
-        if not token:
-            raise RunError(f"{server} started a run and did not hand it out")
-        self._client = client(RuntimeTokenHttpInterceptor(token))
-        given = self._client.PullTaskInput(PullTaskInputRequest())
+        with readable():
+            with client() as opening:
+                opening.start_run(StartRunRequest(fab=Fab(content=_bundle())))
+                # It may be one that another process has just started; any fresh run will do.
+                token = opening.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])).token
+            if not token:
+                raise RunError(f"{server} started a run and did not hand it out")
+            self._client = client(RuntimeTokenHttpInterceptor(token))
+            given = self._client.PullTaskInput(PullTaskInputRequest())
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
             given.run.run_id,
             given.context.node_id,
@@ -97,27 +100,40 @@ class LeadSession:
     def nodes(self, numbers: Mapping[bytes, int]) -> Mapping[int, NodeInfo]:
         """The sites that are online, by number; looked up once a second."""
         if time.monotonic() - self._looked > 1.0:
-            online = self.grid.get_nodes()
-            self._nodes = {numbers[bytes(n.public_key)]: n for n in online if bytes(n.public_key) in numbers}
+            with readable():
+                online = self.grid.get_nodes()
+                self._nodes = {numbers[bytes(n.public_key)]: n for n in online if bytes(n.public_key) in numbers}
             self._looked = time.monotonic()
         return self._nodes
 
-    def answers(self, message_ids: Sequence[str]) -> list[tuple[str, Message | None]]:
+    def push(self, message: Message) -> str | None:
+        """Ask; the question's id, empty where its node is gone, None where the server takes none of its size."""
+        with readable():
+            ids = list(self.grid.push_messages([message]))
+            if len(ids) > 1:
+                raise ValueError("more than was asked for")
+        return ids[0] if ids else None
+
+    def answers(
+        self, message_ids: Sequence[str], *, most_bytes: int, most_s: float
+    ) -> list[tuple[str, Message | None]]:
         """What has come for these questions, each with the id that the server names; None: it is no answer.
 
         Flower's own call fails as a whole where one of the answers is broken, and believes what each says of itself.
         """
-        found = self._client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
+        with readable():
+            found = self._client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
+        ends = time.monotonic() + most_s
         pairs = zip(found.messages_list, found.message_object_trees, strict=False)
         answers = []
         for about, tree in pairs:
-            message = self._whole(tree)
+            message = self._whole(tree, most_bytes=most_bytes, most_s=max(1.0, ends - time.monotonic()))
             if message is not None and message.has_error() and not about.HasField("error"):
                 message = None  # an error is the server's to say
             answers.append((about.metadata.reply_to_message_id, message))
         return answers
 
-    def _whole(self, tree: ObjectTree) -> Message | None:
+    def _whole(self, tree: ObjectTree, *, most_bytes: int, most_s: float) -> Message | None:
         """A message with its content, from the server."""
         node, run_id = self.grid.node, self.grid.run.run_id
         try:
@@ -125,6 +141,8 @@ class LeadSession:
                 tree,
                 make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
                 make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
+                most_bytes=most_bytes,
+                most_s=most_s,
             )
         except NotWhole as error:
             log.warning("an answer is left aside: %s", error)
@@ -148,6 +166,17 @@ class LeadSession:
                 self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
             except (httpx.HTTPError, RuntimeError):
                 continue  # who asks and collects meets the same trouble
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """What a server answers that is none of Flower's, a proxy's page for instance, as an error of the line."""
+    try:
+        yield
+    except (httpx.HTTPError, ObjectPushError, RunError):
+        raise
+    except Exception as error:  # each of the libraries has errors of its own over bytes that it did not expect
+        raise httpx.TransportError(f"an answer that cannot be read ({type(error).__name__})") from error
 
 
 class _LeadClient(RuntimeHttpClient):

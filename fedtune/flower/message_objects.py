@@ -46,8 +46,22 @@ class NotWhole(OutOfBounds):
     """A message that is larger, or built otherwise, than any honest one: its maker's doing, not the line's."""
 
 
-def pull_message(tree: ObjectTree, pull: Callable[[str], bytes], confirm: Callable[[str], None]) -> Message:
+def pull_message(
+    tree: ObjectTree,
+    pull: Callable[[str], bytes],
+    confirm: Callable[[str], None],
+    *,
+    most_bytes: int | None = None,
+    most_s: float | None = None,
+) -> Message:
     """The message whose objects `tree` names, each fetched by `pull`; `confirm` is told when all have come.
+
+    Args:
+        tree: of the message.
+        pull: fetches the object with an id.
+        confirm: tells that the message has come.
+        most_bytes: that it may stand for; None: `MOST_BYTES`.
+        most_s: seconds that it may take; None: `MOST_S`.
 
     Raises:
         NotWhole: it is larger, slower or built otherwise than any honest lead's.
@@ -56,9 +70,11 @@ def pull_message(tree: ObjectTree, pull: Callable[[str], bytes], confirm: Callab
     ids = list(dict.fromkeys(node.object_id for node in islice(iterate_object_tree(tree), MOST_OBJECTS + 1)))
     if len(ids) > MOST_OBJECTS:
         raise NotWhole(f"a message of more than {MOST_OBJECTS} objects")
-    contents = pull_objects(ids, _Budget(pull), max_time=MOST_S)
-    if (size := _size(tree.object_id, "Message", contents)) > MOST_BYTES:
-        raise NotWhole(f"a message of {size} bytes, and it may have {MOST_BYTES}")
+    most_bytes = MOST_BYTES if most_bytes is None else min(most_bytes, MOST_BYTES)
+    most_s = MOST_S if most_s is None else min(most_s, MOST_S)
+    contents = pull_objects(ids, _Budget(pull, most_s), max_time=most_s)
+    if (size := _size(tree.object_id, "Message", contents)) > most_bytes:
+        raise NotWhole(f"a message of {size} bytes, and it may have {most_bytes}")
     confirm(tree.object_id)
     message = inflate_object_from_contents(tree.object_id, contents)
     assert isinstance(message, Message)  # as `_size` required
@@ -68,13 +84,13 @@ def pull_message(tree: ObjectTree, pull: Callable[[str], bytes], confirm: Callab
 class _Budget:
     """`pull`, until bytes or time of one message are used up."""
 
-    def __init__(self, pull: Callable[[str], bytes]) -> None:
-        self._pull, self._ends = pull, time.monotonic() + MOST_S
+    def __init__(self, pull: Callable[[str], bytes], most_s: float) -> None:
+        self._pull, self._most_s, self._ends = pull, most_s, time.monotonic() + most_s
         self._bytes = self._beside = 0  # two threads may add to them: the figures are bounds of memory, not a price
 
     def __call__(self, object_id: str) -> bytes:
         if time.monotonic() > self._ends:
-            raise NotWhole(f"a message that takes more than {MOST_S:g} s")
+            raise NotWhole(f"a message that takes more than {self._most_s:g} s")
         content = self._pull(object_id)
         self._bytes += len(content)
         if not content.startswith(b"ArrayChunk "):

@@ -18,6 +18,9 @@ from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
 
+_LONGEST_S = 30 * 86400.0
+"""No lead waits longer for an answer."""
+
 
 @dataclass
 class Exchange:
@@ -52,7 +55,8 @@ class Exchange:
 
     def is_void(self, now: float) -> bool:
         """Whether the server takes no answer any more; `now` in seconds since 1970."""
-        return not now <= self.message.metadata.created_at + self.message.metadata.ttl  # a time may be no number
+        until = self.message.metadata.created_at + self.message.metadata.ttl
+        return not now <= until <= now + _LONGEST_S  # a time may be no number, or endless
 
 
 class SiteApp:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedtune.federation.protocol import Reply, Signed
 from fedtune.model import Adapter
-from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Update, checked_scores, receipt_from_json
+from fedtune.privacy.release import (
+    Offer,
+    Receipt,
+    Refusal,
+    Update,
+    checked_scores,
+    offer_from_json,
+    receipt_from_json,
+    refusal_from_json,
+)
 from fedtune.spec import ConfigError
 
 ARRAYS, REQUEST, SETTINGS, REPLY, RECEIPT = "arrays", "request", "settings", "reply", "receipt"
@@ -154,22 +162,19 @@ def to_reply(content: RecordDict) -> Reply:
     try:
         fields = json.loads(str(content.config_records[REPLY]["json"]))
         receipt = None if fields["receipt"] is None else receipt_from_json(fields["receipt"])
-        where: dict[str, Any] = {"site": str(fields["site"]), "run": str(fields["run"])}
         body: Update | Refusal | Offer
         if fields["kind"] == "offer":
-            noise = None if fields["least_noise"] is None else float(fields["least_noise"])
-            return Reply(
-                body=Offer(**where, most_rounds=int(fields["most_rounds"]), least_noise=noise), receipt=receipt
-            )
-        where["round"] = int(fields["round"])
-        if fields["kind"] == "update":
-            tensors = from_arrays(content.array_records[ARRAYS])
-            body = Update(**where, tensors=tensors, scores=checked_scores(fields["scores"]))
+            body = offer_from_json(fields)
+        elif fields["kind"] == "refusal":
+            body = refusal_from_json(fields)
         else:
-            words: dict[str, Any] = {
-                key: None if fields[key] is None else str(fields[key]) for key in ("asked", "allowed")
-            }
-            body = Refusal(**where, reason=Reason(fields["reason"]), **words)
+            body = Update(
+                site=str(fields["site"]),
+                run=str(fields["run"]),
+                round=int(fields["round"]),
+                tensors=from_arrays(content.array_records[ARRAYS]),
+                scores=checked_scores(fields["scores"]),
+            )
     except Exception as error:  # numpy alone raises five kinds over bytes that are no array
         raise ConfigError("reply", sorted(content), "must be a site's answer") from error
     return Reply(body=body, receipt=receipt)

@@ -21,6 +21,7 @@ from flwr.supercore.run import Run
 from fedtune.federation.closing import Closing
 from fedtune.flower.lead_session import LeadSession
 from fedtune.flower.packing import packed, unpacked
+from fedtune.flower.records import num_bytes
 from fedtune.flower.signed_calls import TOLERANCE_S
 from fedtune.flower.tls import Tls
 from fedtune.privacy.keys import SigningKey
@@ -29,6 +30,7 @@ from fedtune.spec import RunError
 log = logging.getLogger(__name__)
 
 _POLL_S, _RECONNECT_S, _SAYS_SO_AGAIN_S = 0.2, 1.0, 15.0
+_SLACK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +85,7 @@ class RemoteGrid(Grid):
         server: host:port.
         sites: name -> PEM of its connection key's public half, as the roster has them.
         key: the lead's, with which it signs its calls.
-        hear: says of a node's answer what it means.
+        hear: says of a node, what it was asked and its answer what the answer means.
         closing: makes the rule by which one exchange ends before its time is up.
     """
 
@@ -94,7 +96,7 @@ class RemoteGrid(Grid):
         *,
         sites: Mapping[str, bytes],
         key: SigningKey,
-        hear: Callable[[int, Message], Heard],
+        hear: Callable[[int, Message, Message], Heard],
         closing: Callable[[], Closing],
     ) -> None:
         self._server, self._tls, self._key = server, tls, key
@@ -126,7 +128,7 @@ class RemoteGrid(Grid):
             try:
                 self._open()
                 online = self._ask(open_, ttl=left)
-                for number, answer, heard in self._collect(open_):
+                for number, answer, heard in self._collect(open_, left_s=left):
                     answers[number] = answer
                     good += heard.good
                 at_work = sum(n in online and not question.is_idle for n, question in open_.items())
@@ -159,10 +161,9 @@ class RemoteGrid(Grid):
                 continue
             # The clocks of lead and server may differ by so much.
             question.unsent = question.unsent or _addressed(question.question, node.node_id, ttl=ttl + TOLERANCE_S)
-            message_ids = list(session.grid.push_messages([question.unsent]))
-            if not message_ids:
+            message_id = session.push(question.unsent)
+            if message_id is None:
                 raise RunError(f"{self._server}, or a proxy in between, takes no message of this size")
-            (message_id,) = message_ids
             question.unsent = None
             if message_id:
                 question.message_ids.add(message_id)
@@ -170,13 +171,13 @@ class RemoteGrid(Grid):
                 question.activation = node.last_activated_at
         return online.keys()
 
-    def _collect(self, questions: dict[int, _Question]) -> list[tuple[int, Message, Heard]]:
+    def _collect(self, questions: dict[int, _Question], *, left_s: float) -> list[tuple[int, Message, Heard]]:
         """The final answers that are there; their questions are closed."""
         asked = {id: number for number, question in questions.items() for id in question.message_ids}
         if not asked:
             return []
         final = []
-        for message_id, answer in self._pull(list(asked), questions):
+        for message_id, answer in self._pull(list(asked), questions, left_s=left_s):
             number = asked.get(message_id)
             if number is None:
                 log.warning("an answer to no question of this run's is left aside")
@@ -192,7 +193,7 @@ class RemoteGrid(Grid):
                 continue  # the site is offline, or what it was asked was lost: it is asked again when it is there
             answer.metadata.__dict__["_src_node_id"] = number
             answer.content = unpacked(answer.content)
-            heard = self._hear(number, answer)
+            heard = self._hear(number, question.question, answer)
             if heard.again_s is None:
                 del questions[number]
                 final.append((number, answer, heard))
@@ -201,9 +202,13 @@ class RemoteGrid(Grid):
                 question.not_before = time.monotonic() + heard.again_s
         return final
 
-    def _pull(self, message_ids: list[str], questions: Mapping[int, _Question]) -> Iterable[tuple[str, Message | None]]:
+    def _pull(
+        self, message_ids: list[str], questions: Mapping[int, _Question], *, left_s: float
+    ) -> Iterable[tuple[str, Message | None]]:
+        # An answer holds what its question holds, with other numbers: an adapter, or words.
+        asked_bytes = max(num_bytes(question.question.content) for question in questions.values())
         try:
-            return self._opened.answers(message_ids)
+            return self._opened.answers(message_ids, most_bytes=2 * asked_bytes + _SLACK_BYTES, most_s=left_s)
         except httpx.HTTPError:
             # The server gives an answer once: one that was on its way is lost, unless its site is asked again.
             for question in questions.values():

@@ -113,7 +113,8 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         # No round can succeed any more: the sites that accepted need not hold budget for it.
         _tell_the_end(grid, lead, nodes, adapter=None)
         raise
-    state = state.heard(_tell_the_end(grid, lead, nodes, adapter=state.adapter), run=lead.run)
+    receipts = _tell_the_end(grid, lead, nodes, adapter=state.adapter)
+    state = state.heard(receipts, run=lead.run, most_rounds=lead.plan.most_rounds)
     lead.checkpoints.save(state)
     return state
 
@@ -140,10 +141,18 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str
     bytes_down = sum(records.num_bytes(message.content) for message in messages)
     received = list(grid.send_and_receive(messages, timeout=lead.federation.round_timeout_s))
     answers = readable(received, nodes, lead.site_keys)
-    replies = state.believed({site: reply for site, (reply, _) in answers.items()}, run=lead.run)
-    state = state.answered(replies, run=lead.run)
-    reaches = _reaches(lead, state.adapter, round)
-    sorted_out = sort_replies(replies, run=lead.run, round=round, sent=state.adapter, reaches=reaches)
+    most_rounds = lead.plan.most_rounds
+    came = {site: reply for site, (reply, _) in answers.items()}
+    replies = state.believed(came, run=lead.run, most_rounds=most_rounds)
+    state = state.answered(replies, run=lead.run, most_rounds=most_rounds)
+    sorted_out = sort_replies(
+        replies,
+        run=lead.run,
+        round=round,
+        sent=state.adapter,
+        reaches=_reaches(lead, state.adapter, round),
+        scored=lead.plan.releases_metrics,
+    )
     _require_enough(sorted_out, lead, round)
     bytes_up = sum(records.num_bytes(message.content) for _, message in answers.values())
     adapter = _aggregate(lead, sorted_out, {site: message for site, (_, message) in answers.items()}, round)

@@ -17,7 +17,7 @@ from typing import Any
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, Metadata, ObjectTree, PullObjectRequest
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import is_valid_sha256_hash
@@ -35,7 +35,7 @@ _MOST_OBJECTS = 4096
 _SLACK_BYTES = 1 << 20
 _UNKNOWN_BYTES = 1 << 30
 """Of an answer to a question that was fetched before this process started."""
-_REMEMBERED = 4096
+_REMEMBERED, _REMEMBERED_OBJECTS = 4096, 1 << 17
 
 _QUESTION = text("""
 SELECT q.run_id, q.src_node_id, q.dst_node_id, q.group_id, q.message_type, q.created_at + q.ttl AS until,
@@ -84,6 +84,7 @@ class SiteCalls:
         self._state, self._lock = state, threading.Lock()
         self._answers: dict[int, dict[str, _Answer]] = {}  # of a node, by message id
         self._sizes: dict[str, int] = {}  # of questions that were fetched: their objects are deleted then
+        self._asked: dict[str, frozenset[str]] = {}  # the lead's objects, and what each is made of
 
     def most_bytes(self, path: str) -> int:
         """Of the body of a call."""
@@ -117,6 +118,24 @@ class SiteCalls:
         elif call == "confirm-message-received":
             self._check_confirmed(request, node or 0)
 
+    def asked(self, body: bytes) -> None:
+        """The lead's questions: what they are made of, which no site may say otherwise.
+
+        Flower names objects by their content, for all runs and nodes, and believes who names one first: with other
+        parts announced for it, the lead could ask nobody any more.
+        """
+        try:
+            trees = PushAppMessagesRequest.FromString(body).message_object_trees
+        except Exception:  # protobuf's own; Flower refuses it
+            return
+        with self._lock:
+            for tree in trees:
+                for part in islice(_parts(tree), _MOST_OBJECTS):
+                    self._asked.pop(part.object_id, None)
+                    self._asked[part.object_id] = frozenset(child.object_id for child in part.children)
+            while len(self._asked) > _REMEMBERED_OBJECTS:
+                del self._asked[next(iter(self._asked))]
+
     def finished(self, body: bytes) -> bytes:
         """The lead's call for answers, less those that are not whole yet: Flower would have the lead wait for one."""
         asked = PullAppMessagesRequest.FromString(body)
@@ -135,7 +154,7 @@ class SiteCalls:
         if message.HasField("error") or message.content.ByteSize():
             raise NotAllowed(403, "content beside the objects")
         about = message.metadata
-        object_ids = _object_ids(tree)
+        object_ids = self._object_ids(tree)
         if tree.object_id != about.message_id:
             raise NotAllowed(403, "objects of another message")
         until = self._check_metadata(about, node)
@@ -146,6 +165,17 @@ class SiteCalls:
             before = self._open_answers(node).get(about.message_id)
             if before is None or before.object_ids != object_ids:  # else: announced once more
                 self._answers[node][about.message_id] = answer
+
+    def _object_ids(self, tree: ObjectTree) -> frozenset[str]:
+        parts = list(islice(_parts(tree), _MOST_OBJECTS + 1))
+        if len(parts) > _MOST_OBJECTS or not all(is_valid_sha256_hash(part.object_id) for part in parts):
+            raise NotAllowed(403, "too many objects, or objects without a name")
+        with self._lock:
+            for part in parts:
+                made_of = frozenset(child.object_id for child in part.children)
+                if self._asked.get(part.object_id, made_of) != made_of:
+                    raise NotAllowed(403, "an object of the lead's, made of other parts")
+        return frozenset(part.object_id for part in parts)
 
     def _check_metadata(self, about: Metadata, node: int) -> float:
         """Raise unless it answers an open question of the lead to this node; when the question expires."""
@@ -213,15 +243,8 @@ class SiteCalls:
             return session.execute(query, values).all()
 
 
-def _object_ids(tree: ObjectTree) -> frozenset[str]:
-    """Of all its objects; protobuf bounds its depth."""
-
-    def walk(part: ObjectTree) -> Iterator[str]:
-        yield part.object_id
-        for child in part.children:
-            yield from walk(child)
-
-    ids = list(islice(walk(tree), _MOST_OBJECTS + 1))
-    if len(ids) > _MOST_OBJECTS or not all(is_valid_sha256_hash(id) for id in ids):
-        raise NotAllowed(403, "too many objects, or objects without a name")
-    return frozenset(ids)
+def _parts(tree: ObjectTree) -> Iterator[ObjectTree]:
+    """All of its objects; protobuf bounds its depth."""
+    yield tree
+    for child in tree.children:
+        yield from _parts(child)

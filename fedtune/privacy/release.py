@@ -27,6 +27,7 @@ RECEIPT = "receipt"
 
 _MAGIC, _REFUSAL, _OFFER = b"fedtune-update-2\n", b"fedtune-refusal-1\n", b"fedtune-offer-1\n"
 _MOST_HEADER_BYTES = 1 << 24
+_MOST_COUNT, _MOST_TEXT = 1 << 62, 1000
 
 
 class Reason(StrEnum):
@@ -256,8 +257,10 @@ def receipt_from_json(fields: dict[str, Any]) -> Receipt:
     receipt = Receipt(**fields)
     counts = (receipt.charged_rounds, receipt.charged_steps, receipt.sequence)
     texts = (receipt.site, receipt.run, receipt.head, receipt.site_key, receipt.signature, receipt.reply)
-    if not all(type(count) is int and count >= 0 for count in counts) or not all(type(t) is str for t in texts):
-        raise ValueError("a receipt's fields")
+    if not all(type(count) is int and 0 <= count < _MOST_COUNT for count in counts):
+        raise ValueError("a receipt's counts")
+    if not all(type(text) is str and len(text) <= _MOST_TEXT for text in texts):
+        raise ValueError("a receipt's texts")
     return receipt
 
 
@@ -290,16 +293,52 @@ class Offer:
     Attributes:
         most_rounds: with the proposal's noise; 0 for none.
         least_noise: with the proposal's rounds; None: no noise would do.
+        nonce: the question's, so that an old offer is none to a new question.
     """
 
     site: str
     run: str
     most_rounds: int
     least_noise: float | None
+    nonce: str = ""
 
     def to_bytes(self) -> bytes:
         """Canonical bytes, over which a receipt is signed."""
         return _OFFER + json.dumps(asdict(self), sort_keys=True).encode()
+
+
+def offer_from_json(fields: Mapping[str, Any]) -> Offer:
+    """The offer of these fields; raises ValueError, TypeError or KeyError for others."""
+    rounds, noise = fields["most_rounds"], fields["least_noise"]
+    if type(rounds) is not int or not 0 <= rounds < _MOST_COUNT:
+        raise ValueError("rounds")
+    if noise is not None and not (type(noise) in (int, float) and 0 <= noise < math.inf):
+        raise ValueError("noise")
+    site, run, nonce = (_text(fields[name]) for name in ("site", "run", "nonce"))
+    noise = None if noise is None else float(noise)
+    return Offer(site=site, run=run, most_rounds=rounds, least_noise=noise, nonce=nonce)
+
+
+def refusal_from_json(fields: Mapping[str, Any]) -> Refusal:
+    """The refusal of these fields; raises ValueError, TypeError or KeyError for others.
+
+    Its words are shown to people: they have one line, of letters that can be printed.
+    """
+    asked, allowed = (None if fields[name] is None else _text(fields[name]) for name in ("asked", "allowed"))
+    return Refusal(
+        site=_text(fields["site"]),
+        run=_text(fields["run"]),
+        round=int(fields["round"]),
+        reason=Reason(fields["reason"]),
+        asked=asked,
+        allowed=allowed,
+    )
+
+
+def _text(value: object) -> str:
+    if type(value) is not str or len(value) > _MOST_TEXT or not (value.isprintable() or not value):
+        raise ValueError("a text")
+    return value
 
 
 class Refused(RefusedError):

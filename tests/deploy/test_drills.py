@@ -30,8 +30,6 @@ from fedtune.privacy.release import Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
 
-NOW = datetime.now(UTC).replace(microsecond=0)
-
 
 @pytest.fixture
 def north(joined: Callable[[str], Path], site_policy: Callable[..., Policy]) -> Path:
@@ -67,15 +65,17 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
 def test_rotating_a_connection_key(federation: Path, north: Path, command: Any) -> None:
     kit = north / "kit"
     before = (kit / "connection_key.pem").read_bytes()
-    membership.revoke_site(federation, "north", now=NOW)
+    membership.revoke_site(federation, "north", now=datetime.now(UTC))
     assert command("site", "init", "--site", str(north / "site.toml"), "--out", str(north / "new-kit")).code == 0
     request = north / "new-kit" / REQUEST
-    renewed = membership.renew_site(federation, "north", request=request, days=None, new_site_key=False, now=NOW)
+    renewed = membership.renew_site(
+        federation, "north", request=request, days=None, new_site_key=False, now=datetime.now(UTC)
+    )
     (north / "new-kit/connection_key.pem").replace(kit / "connection_key.pem")
     with zipfile.ZipFile(renewed.archive) as archive:
         archive.extractall(kit)
     assert (kit / "connection_key.pem").read_bytes() != before
-    assert Kit.read(kit, kind="site").check_certificate(NOW).name == "north"
+    assert Kit.read(kit, kind="site").check_certificate(datetime.now(UTC)).name == "north"
     (member,) = read_roster(federation / "server/roster.json")
     assert member.revoked is None
     assert member.certificate.public_key() == read_certificate(kit / "site.pem").public_key()
@@ -92,7 +92,7 @@ def test_moving_a_site_to_another_machine(north: Path, run_proposal: Callable[..
     shutil.copytree(north, moved)
     text = (moved / "site.toml").read_text()
     (moved / "site.toml").write_text(text.replace(str(north), str(moved)))
-    Kit.read(moved / "kit", kind="site").check_certificate(NOW)
+    Kit.read(moved / "kit", kind="site").check_certificate(datetime.now(UTC))
     there = ledger_of(moved)
     train(there, proposal, 2)
     assert there.history.charged_rounds(proposal.run) == 2
@@ -187,11 +187,11 @@ def test_connection_key_and_kit_are_lost(federation: Path, north: Path, command:
     shutil.rmtree(north / "kit")
     assert command("site", "init", "--site", str(north / "site.toml")).code == 0
     renewed = membership.renew_site(
-        federation, "north", request=north / "kit" / REQUEST, days=None, new_site_key=False, now=NOW
+        federation, "north", request=north / "kit" / REQUEST, days=None, new_site_key=False, now=datetime.now(UTC)
     )
     with zipfile.ZipFile(renewed.archive) as archive:
         archive.extractall(north / "kit")
-    Kit.read(north / "kit", kind="site").check_certificate(NOW)
+    Kit.read(north / "kit", kind="site").check_certificate(datetime.now(UTC))
     assert ledger_of(north).history.opened.ledger == before
 
 

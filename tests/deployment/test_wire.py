@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives import serialization
 from fedtune.flower import records
 from fedtune.flower.packing import unpacked
 from fedtune.privacy import ledger_file
-from fedtune.privacy.release import Reason, Receipt, Refusal, Update
+from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Update
 
 from .books import check_average, check_books
 from .federation import Federation
@@ -44,6 +44,7 @@ HEADERS = {
 }
 NOT_WORDS = {"content-length", "flwr-public-key", "flwr-signature", "flwr-timestamp"}
 ANSWERS = [
+    (0, "offer"),
     (1, "update"),
     (2, "site_error"),
     (3, "max_local_steps"),
@@ -125,6 +126,11 @@ def checked_answer(content: Any) -> tuple[int, str]:
     assert reply.receipt.is_signed()
     body = reply.body
     assert body.run.startswith(f"{RUN}-")
+    assert reply.is_signed()
+    if isinstance(body, Offer):
+        assert set(content) == {records.REPLY}
+        assert set(said) - {"kind", "receipt"} == names_of(Offer)
+        return 0, "offer"
     if isinstance(body, Update):
         assert set(content) == {records.REPLY, records.ARRAYS}
         assert set(said) - {"kind", "receipt"} == names_of(Update) - {"tensors"}

@@ -137,7 +137,7 @@ def test_a_run_that_is_too_expensive_is_refused_with_site_and_numbers(
     before = events(kept)
     second = run("second")
     assert second.code == 3
-    assert second.message.startswith("round 1: refused by policy or budget, and federation.min_sites = 1")
+    assert second.message.startswith("0 of 2 sites would take part, and federation.min_sites = 1")
     for site in SITES:
         cap = read_policy(kept / site / "site.toml").budget.max_epsilon
         spent = ledger(kept, site).history

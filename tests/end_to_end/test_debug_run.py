@@ -81,7 +81,8 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
     assert [entry["round"] for entry in result["rounds"]] == [1, 2, 3]
     for entry in result["rounds"]:
         assert set(entry) == {
-            "round", "seconds", "sites", "failed_sites", "bytes_down", "bytes_up", "metrics", "site_scores", "ended"
+            "round", "seconds", "sites", "failed_sites", "bytes_down", "bytes_up", "metrics", "site_scores", "ended",
+            "diverged"
         }  # fmt: skip
         assert entry["site_scores"] == {}, "unless they are planned for, no scores leave a site"
         assert entry["sites"] == ["site-1", "site-2"]

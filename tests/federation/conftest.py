@@ -23,6 +23,8 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Receipt, Update
 from fedtune.privacy.verify import verify
 
+NONCE = "0a" * 16
+
 
 @pytest.fixture
 def adapter() -> Adapter:
@@ -168,7 +170,12 @@ class Station:
 
     def invite(self, *, key: SigningKey | None = None, about: dict[str, Any] | None = None, **changes: Any) -> Reply:
         """The site's answer to an invitation; `changes` are those of the proposal, `about` other fields."""
-        fields: dict[str, Any] = {"proposal": self.propose(**changes), "site": self.policy.site, "expires": 1e12}
+        fields: dict[str, Any] = {
+            "proposal": self.propose(**changes),
+            "site": self.policy.site,
+            "expires": 1e12,
+            "nonce": NONCE,
+        }
         return consider(self.open(), Invitation(**(fields | (about or {}))).signed(key or self.lead))
 
     def end(

@@ -43,8 +43,8 @@ def signed(receipt: MakeReceipt) -> Callable[[Update | Refusal], Reply]:
 
 @pytest.fixture
 def sort(adapter: Adapter, signed: Callable[[Update | Refusal], Reply]) -> Sort:
-    def make(body: Update | Refusal, reach: Reach = ANYWHERE) -> RoundReplies:
-        return sort_replies({"a": signed(body)}, run="r", round=1, sent=adapter, reaches={"a": reach})
+    def make(body: Update | Refusal, reach: Reach = ANYWHERE, *, scored: bool = False) -> RoundReplies:
+        return sort_replies({"a": signed(body)}, run="r", round=1, sent=adapter, reaches={"a": reach}, scored=scored)
 
     return make
 
@@ -57,8 +57,27 @@ def test_a_fitting_update_is_kept(adapter: Adapter, update: Make, sort: Sort) ->
 
 def test_scores_are_kept_beside_their_update(update: Make, sort: Sort) -> None:
     assert sort(update()).scores == {}
-    assert sort(update(scores=(0.5, -0.25))).scores == {"a": (0.5, -0.25)}
-    assert sort(update(scores=(0.5, -0.25), round=2)).scores == {}, "an invalid update has none either"
+    assert sort(update(scores=(0.5, -0.25)), scored=True).scores == {"a": (0.5, -0.25)}
+    assert sort(update(scores=(0.5, -0.25), round=2), scored=True).scores == {}, "an invalid update has none either"
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_scores_come_where_the_plan_releases_them_and_nowhere_else(update: Make, sort: Sort, scored: bool) -> None:
+    other = update(scores=None if scored else (1e308, 1e308))
+    assert sort(other, scored=scored).failures == {"a": INVALID_UPDATE}
+
+
+def test_a_refusal_that_nobody_signed_or_of_another_round_is_never_final(
+    adapter: Adapter, signed: Callable[[Refusal], Reply]
+) -> None:
+    refusal = Refusal(site="a", run="r", round=1, reason=Reason.MAX_EPSILON)
+    for reply, shown in (
+        (Reply(body=refusal, receipt=None), "max_epsilon"),
+        (signed(replace(refusal, round=0)), UNSIGNED_REPLY),
+        (signed(replace(refusal, run="s")), UNSIGNED_REPLY),
+    ):
+        found = sort_replies({"a": reply}, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE}, scored=False)
+        assert (found.failures, found.refusals) == ({"a": shown}, {})
 
 
 def with_value(value: float) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
@@ -115,7 +134,7 @@ def test_an_update_without_its_sites_receipt_is_no_reply(
         "not signed": replace(reply, receipt=replace(reply.receipt, charged_rounds=9)),
         "one value changed": replace(reply, body=update(tensors=changed)),
     }[what]
-    sorted_out = sort_replies({"a": reply}, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE})
+    sorted_out = sort_replies({"a": reply}, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE}, scored=False)
     assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": UNSIGNED_REPLY})
 
 
@@ -134,7 +153,7 @@ def test_a_refusal_whose_words_were_changed_is_not_shown_as_the_sites(
 ) -> None:
     refusal = Refusal(site="a", run="r", round=1, reason=Reason.PAUSED)
     reply = replace(signed(refusal), body=replace(refusal, reason=Reason.MAX_EPSILON))
-    sorted_out = sort_replies({"a": reply}, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE})
+    sorted_out = sort_replies({"a": reply}, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE}, scored=False)
     assert (sorted_out.failures, sorted_out.refusals) == ({"a": UNSIGNED_REPLY}, {})
 
 
@@ -150,12 +169,14 @@ def test_sites_keep_the_order_in_which_they_were_asked(
     adapter: Adapter, update: Make, signed: Callable[[Update], Reply]
 ) -> None:
     replies = {site: signed(update(site=site)) for site in ("c", "a", "b")}
-    sorted_out = sort_replies(replies, run="r", round=1, sent=adapter, reaches=dict.fromkeys("abcd", ANYWHERE))
+    sorted_out = sort_replies(
+        replies, run="r", round=1, sent=adapter, reaches=dict.fromkeys("abcd", ANYWHERE), scored=False
+    )
     assert list(sorted_out.updates) == ["a", "b", "c"]
     assert sorted_out.failures == {"d": NO_REPLY}
 
 
 def test_who_was_not_asked_is_not_heard(adapter: Adapter, update: Make, signed: Callable[[Update], Reply]) -> None:
     replies = {"stranger": signed(update(site="stranger"))}
-    sorted_out = sort_replies(replies, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE})
+    sorted_out = sort_replies(replies, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE}, scored=False)
     assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": NO_REPLY})

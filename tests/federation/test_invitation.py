@@ -15,6 +15,8 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Offer, Reason, Refusal
 from fedtune.spec import ConfigError
 
+NONCE = "0a" * 16
+
 
 def reason(reply: Any) -> Reason:
     assert isinstance(reply.body, Refusal)
@@ -24,7 +26,9 @@ def reason(reply: Any) -> Reason:
 def test_a_site_that_may_take_part_offers_the_whole_run(site: Any) -> None:
     reply = site.invite()
     plan = site.propose().plan
-    assert reply.body == Offer(site="a", run="r", most_rounds=plan.num_rounds, least_noise=plan.noise_multiplier)
+    assert reply.body == Offer(
+        site="a", run="r", most_rounds=plan.num_rounds, least_noise=plan.noise_multiplier, nonce=NONCE
+    )
     assert reply.is_signed()
     assert reply.receipt.charged_rounds == 0
     assert site.kinds() == [], "nothing is charged, set aside or noted"
@@ -82,6 +86,7 @@ def test_a_site_without_room_says_how_much_it_has_where_it_is_asked(station: Cal
     assert isinstance(reply.body, Offer)
     assert reply.body.most_rounds < plan.num_rounds
     assert reply.body.least_noise > plan.noise_multiplier
+    assert reply.body.nonce == NONCE
     assert site.kinds() == [Kind.REFUSAL, Kind.RELEASE]
 
 
@@ -103,11 +108,20 @@ def test_a_failure_while_preparing_is_a_site_error_before_anybody_pays(site: Any
 
 @pytest.mark.parametrize(
     "change",
-    [{"less": 1}, {"expires": "soon"}, {"site": "../b"}, {"proposal": {}}, {"more": 1}, {"expires": float("nan")}],
+    [
+        {"less": 1},
+        {"expires": "soon"},
+        {"site": "../b"},
+        {"proposal": {}},
+        {"more": 1},
+        {"expires": float("nan")},
+        {"nonce": "x"},
+        {"nonce": 7},
+    ],
     ids=str,
 )
 def test_a_malformed_invitation_is_none(site: Any, lead_key: SigningKey, change: dict[str, Any]) -> None:
-    asked = Invitation(proposal=site.propose(), site="a", expires=1e12)
+    asked = Invitation(proposal=site.propose(), site="a", expires=1e12, nonce=NONCE)
     fields = json.loads(asked.signed(lead_key).text) | change
     text = json.dumps(fields)
     with pytest.raises(ConfigError, match="invitation"):
@@ -115,7 +129,7 @@ def test_a_malformed_invitation_is_none(site: Any, lead_key: SigningKey, change:
 
 
 def test_a_round_request_is_no_invitation_and_the_other_way_round(site: Any, lead_key: SigningKey) -> None:
-    asked = Invitation(proposal=site.propose(), site="a", expires=1e12)
+    asked = Invitation(proposal=site.propose(), site="a", expires=1e12, nonce=NONCE)
     assert Invitation.of(asked.signed(lead_key)) == asked
     with pytest.raises(ConfigError):
         Invitation.of(site.request().signed(lead_key))

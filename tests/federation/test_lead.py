@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from dp_accounting import NeighboringRelation, dp_event
@@ -15,6 +16,7 @@ from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 
 MakeReceipt = Callable[..., Receipt]
+RUN: Any = {"run": "r", "most_rounds": 4}
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def test_a_site_that_was_never_asked_has_spent_nothing(state: LeadState, plan: P
 
 
 def test_a_receipt_says_what_was_charged(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    state = state.asked(["a"]).answered(answer(receipt(charged=2)), run="r")
+    state = state.asked(["a"]).answered(answer(receipt(charged=2)), **RUN)
     charge = site_charge(state, "a", plan)
     assert (charge.steps, charge.upper_bound) == (4, False)
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
@@ -43,8 +45,8 @@ def test_a_receipt_says_what_was_charged(state: LeadState, plan: Plan, receipt: 
 
 
 def test_a_silent_site_counts_every_round_asked_of_it(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    state = state.asked(["a", "b"]).answered(answer(receipt(charged=1)), run="r")
-    state = state.asked(["a", "b"]).answered({}, run="r")
+    state = state.asked(["a", "b"]).answered(answer(receipt(charged=1)), **RUN)
+    state = state.asked(["a", "b"]).answered({}, **RUN)
     for site, rounds in (("a", 2), ("b", 2)):
         charge = site_charge(state, site, plan)
         assert (charge.steps, charge.upper_bound) == (2 * rounds, True)
@@ -52,7 +54,7 @@ def test_a_silent_site_counts_every_round_asked_of_it(state: LeadState, plan: Pl
 
 
 def test_the_next_receipt_ends_the_silence(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    state = state.asked(["a"]).answered({}, run="r").asked(["a"]).answered(answer(receipt(charged=1)), run="r")
+    state = state.asked(["a"]).answered({}, **RUN).asked(["a"]).answered(answer(receipt(charged=1)), **RUN)
     charge = site_charge(state, "a", plan)
     assert (charge.steps, charge.upper_bound) == (2, False)
 
@@ -60,7 +62,7 @@ def test_the_next_receipt_ends_the_silence(state: LeadState, plan: Plan, receipt
 def test_silence_never_counts_for_more_than_the_plan_lets_a_ledger_charge(
     state: LeadState, plan: Plan, receipt: MakeReceipt
 ) -> None:
-    state = state.asked(["a"]).answered(answer(receipt(charged=3)), run="r")
+    state = state.asked(["a"]).answered(answer(receipt(charged=3)), **RUN)
     for _ in range(5):
         state = state.asked(["a"])
     charge = site_charge(state, "a", plan)
@@ -71,14 +73,14 @@ def test_silence_never_counts_for_more_than_the_plan_lets_a_ledger_charge(
 def test_a_receipt_of_another_site_or_run_counts_as_silence(
     state: LeadState, plan: Plan, receipt: MakeReceipt, site: str, run: str
 ) -> None:
-    state = state.asked(["a"]).answered(answer(receipt(site, run=run, charged=0)), run="r")
+    state = state.asked(["a"]).answered(answer(receipt(site, run=run, charged=0)), **RUN)
     charge = site_charge(state, "a", plan)
     assert (charge.steps, charge.upper_bound) == (2, True)
 
 
 def test_a_receipt_that_nobody_signed_counts_as_silence(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
     unsigned = replace(receipt(charged=1), charged_rounds=0)
-    state = state.asked(["a"]).answered(answer(unsigned), run="r")
+    state = state.asked(["a"]).answered(answer(unsigned), **RUN)
     assert state.receipts == {}
     assert site_charge(state, "a", plan).upper_bound
 
@@ -86,15 +88,15 @@ def test_a_receipt_that_nobody_signed_counts_as_silence(state: LeadState, plan: 
 def test_a_site_keeps_its_key(
     state: LeadState, plan: Plan, receipt: MakeReceipt, key_of: Callable[[str], SigningKey]
 ) -> None:
-    state = state.asked(["a"]).answered(answer(receipt(charged=1)), run="r")
-    state = state.asked(["a"]).answered(answer(receipt(charged=2, key=key_of("b"))), run="r")
+    state = state.asked(["a"]).answered(answer(receipt(charged=1)), **RUN)
+    state = state.asked(["a"]).answered(answer(receipt(charged=2, key=key_of("b"))), **RUN)
     assert state.receipts["a"] == receipt(charged=1)
     charge = site_charge(state, "a", plan)
     assert (charge.steps, charge.upper_bound) == (4, True)
 
 
 def test_released_scores_cost_too(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    state = state.answered(answer(receipt(charged=2)), run="r")
+    state = state.answered(answer(receipt(charged=2)), **RUN)
     measured = replace(plan, metrics_noise_multiplier=3.0)
     charge, plain = site_charge(state, "a", measured), site_charge(state, "a", plan)
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
@@ -106,25 +108,25 @@ def test_released_scores_cost_too(state: LeadState, plan: Plan, receipt: MakeRec
 
 
 def test_a_reply_without_a_receipt_counts_as_silence(state: LeadState, plan: Plan) -> None:
-    assert site_charge(state.asked(["a"]).answered(answer(None), run="r"), "a", plan).upper_bound
+    assert site_charge(state.asked(["a"]).answered(answer(None), **RUN), "a", plan).upper_bound
 
 
 def test_without_noise_one_round_is_unbounded(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
     plan = replace(plan, noise_multiplier=0.0)
     assert site_charge(state, "a", plan).epsilon == 0
-    state = state.answered(answer(receipt(charged=1)), run="r")
+    state = state.answered(answer(receipt(charged=1)), **RUN)
     assert site_charge(state, "a", plan).epsilon == float("inf")
 
 
 def test_asking_and_answering_leave_the_old_state_alone(state: LeadState, receipt: MakeReceipt) -> None:
     asked = state.asked(["a"])
-    asked.answered(answer(receipt()), run="r")
+    asked.answered(answer(receipt()), **RUN)
     assert (state.unanswered, asked.unanswered, asked.receipts) == ({}, {"a": 1}, {})
 
 
 def test_a_receipt_that_went_backwards_is_not_believed(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    after = state.asked(["a"]).answered(answer(receipt(charged=3)), run="r")
-    restored = after.asked(["a"]).answered(answer(receipt(charged=1)), run="r")
+    after = state.asked(["a"]).answered(answer(receipt(charged=3)), **RUN)
+    restored = after.asked(["a"]).answered(answer(receipt(charged=1)), **RUN)
     charge = site_charge(restored, "a", plan)
     assert charge.upper_bound
     assert charge.steps == min(4, plan.most_rounds) * plan.local_steps
@@ -136,11 +138,20 @@ def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(
     # A server may put an old genuine receipt beside each new update; the charges would seem to stand still.
     old = receipt(charged=1)
     first = RoundResult(round=1, seconds=1.0, sites=("a",), failed_sites={}, bytes_down=0, bytes_up=0, metrics={})
-    state = replace(state.asked(["a"]).answered({"a": Reply(body=update(), receipt=old)}, run="r"), rounds=(first,))
+    state = replace(state.asked(["a"]).answered({"a": Reply(body=update(), receipt=old)}, **RUN), rounds=(first,))
     assert site_charge(state, "a", plan).upper_bound is False
-    replayed = state.asked(["a"]).answered({"a": Reply(body=update(round=2), receipt=old)}, run="r")
+    replayed = state.asked(["a"]).answered({"a": Reply(body=update(round=2), receipt=old)}, **RUN)
     charge = site_charge(replayed, "a", plan)
     assert (charge.rounds, charge.upper_bound) == (2, True)
-    honest = state.asked(["a"]).answered({"a": Reply(body=update(round=2), receipt=receipt(charged=2))}, run="r")
+    honest = state.asked(["a"]).answered({"a": Reply(body=update(round=2), receipt=receipt(charged=2))}, **RUN)
     assert (site_charge(honest, "a", plan).rounds, site_charge(honest, "a", plan).upper_bound) == (2, False)
-    assert honest.heard({"a": old}, run="r").receipts["a"].charged_rounds == 2
+    assert honest.heard({"a": old}, **RUN).receipts["a"].charged_rounds == 2
+
+
+def test_a_receipt_of_more_rounds_than_the_plan_has_is_not_believed(state: LeadState, receipt: MakeReceipt) -> None:
+    # Signed or not: to compose so many events would take hours and all of the memory.
+    for charged in (5, 10**18):
+        replies = answer(receipt(charged=charged))
+        after = state.asked(["a"]).answered(replies, **RUN)
+        assert (after.receipts, after.unanswered) == ({}, {"a": 1})
+        assert state.believed(replies, **RUN)["a"].receipt is None

@@ -175,7 +175,7 @@ class Loopback:
         self,
         names: Sequence[str],
         *,
-        hear: Callable[[int, Message], Heard] = lambda number, answer: Heard(good=True),
+        hear: Callable[[int, Message, Message], Heard] = lambda number, question, answer: Heard(good=True),
         **waiting: Any,
     ) -> RemoteGrid:
         """The lead's connection to the sites with these names, in this order; `waiting` are settings of a round."""

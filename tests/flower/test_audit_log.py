@@ -95,3 +95,17 @@ def test_a_disk_that_is_full_stops_no_call(tmp_path: Path, clock: Clock, caplog:
         for number in range(5):
             audit.note("connected", member=str(number))
     assert len(caplog.records) == 1
+
+
+def test_whoever_makes_many_lines_hides_nobody_else_s(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    for number in range(2000):
+        log.note("call refused", member="south", path=f"/{number}", reason="no such call")
+        log.note("handshake refused", address=f"127.0.{number // 250}.{number % 250}", reason="hung up")
+    assert log.note("call refused", member="north", path="/v1/fleet/push-messages", reason="wrong signature")
+    assert log.note("message refused", member="south", reason="answers no question")
+    assert log.note("run started", certificate="lead")
+    assert log.note("member revoked", member="south")
+    lines = (tmp_path / "audit.jsonl").read_text().splitlines()
+    assert sum('"south"' in line for line in lines) <= 103
+    assert sum("handshake" in line for line in lines) <= 1000

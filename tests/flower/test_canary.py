@@ -201,6 +201,6 @@ def test_the_search_finds_what_it_looks_for(federation: Any, everything_sent: li
 def test_everything_is_listened_to(federation: Any, everything_sent: list[bytes], adapter: Any) -> None:
     made = federation(num_rounds=2)
     run_rounds(made.grid, made.lead, made.start)
-    introductions, replies, ends = 3, 2 * 3, 3
-    assert len(everything_sent) == introductions + replies + ends
-    assert sum(b"site_key" in sent for sent in everything_sent) == replies + ends, "a receipt is in each"
+    introductions, offers, replies, ends = 3, 3, 2 * 3, 3
+    assert len(everything_sent) == introductions + offers + replies + ends
+    assert sum(b"site_key" in sent for sent in everything_sent) == offers + replies + ends, "a receipt is in each"

@@ -1,8 +1,9 @@
-"""What a lead hears of its sites while a round goes on, and which of them it asks again."""
+"""What a lead hears of its sites while a round goes on, what of it counts, and which of them it asks again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.federation.protocol import Reply
+from fedtune.federation.protocol import Invitation, Reply, RoundRequest, digest_of
 from fedtune.flower import records
-from fedtune.flower.deployment import _ASK_AGAIN_S, OFFER, _Ears
+from fedtune.flower.deployment import _ASK_AGAIN_S, OFFER, KnownSite, _Ears
 from fedtune.flower.remote_grid import Heard as Answered
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import Ledger
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Update
+from fedtune.privacy.release import Offer, Reason, Refusal, Update
+
+NONCE = "0a" * 16
 
 
 class Heard:
@@ -37,85 +40,119 @@ class Heard:
         return [heard[:2] for heard in self.all]
 
 
-@pytest.fixture
-def heard() -> Heard:
-    return Heard()
+class Line:
+    """A lead with the sites north (1) and south (2), and what they answer to its questions."""
+
+    def __init__(self, folder: Path, policy: Policy, proposal: Proposal, lead: SigningKey, adapter: Adapter) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 0, 0
+        self.ledger = Ledger(folder / "ledger.db", policy, SigningKey.load_or_make(folder / "key.pem"))
+        for round in (1, 2):
+            self.ledger.reserve(proposal, round=round, request=f"{round}")
+        self.adapter, self.heard = adapter, Heard()
+        key = SigningKey.load_or_make(folder / "key.pem").public
+        self.sites = {
+            number: KnownSite(name=name, node_key=b"", site_key=key) for number, name in ((1, "north"), (2, "south"))
+        }
+        listener: Any = self.heard
+        self.ears = _Ears(self.sites, listener, most_rounds=4)
+        self._lead, self._proposal = lead, proposal
+
+    def question(self, site: str, kind: str = "train") -> Message:
+        about: dict[str, Any] = {"proposal": self._proposal, "site": site, "expires": 1e12}
+        if kind == "train":
+            request = RoundRequest(**about, round=1, adapter_digest="0" * 64, receipt=None)
+            return Message(records.from_signed(request.signed(self._lead)), 1, kind)
+        return Message(records.from_signed(Invitation(**about, nonce=NONCE).signed(self._lead)), 1, kind)
+
+    def hears(self, number: int, reply: Reply, kind: str = "train") -> Answered:
+        """What the ears make of a reply."""
+        answer = Message(records.from_reply(reply), 1, kind)
+        return self.ears(number, self.question(self.sites[number].name, kind), answer)
+
+    def signed(self, body: Update | Refusal | Offer) -> Reply:
+        return Reply(body=body, receipt=self.ledger.receipt("r", reply=digest_of(body)))
+
+    def update(self, site: str = "north", **changes: Any) -> Update:
+        return Update(**({"site": site, "run": "r", "round": 1, "tensors": self.adapter.tensors} | changes))
+
+
+def refusal(reason: Reason, round: int = 1) -> Refusal:
+    return Refusal(site="north", run="r", round=round, reason=reason)
 
 
 @pytest.fixture
-def ears(heard: Heard) -> _Ears:
-    """The ears of a lead with two sites."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 0, 0
-    listener: Any = heard
-    return _Ears({1: "north", 2: "south"}, listener)
+def line(
+    tmp_path: Path,
+    site_policy: Callable[..., Policy],
+    run_proposal: Callable[..., Proposal],
+    lead_key: SigningKey,
+    adapter: Adapter,
+) -> Line:
+    return Line(tmp_path, site_policy(), run_proposal(), lead_key, adapter)
 
 
-@pytest.fixture
-def receipt(tmp_path: Path, site_policy: Callable[..., Policy], run_proposal: Callable[..., Proposal]) -> Receipt:
-    """Of a ledger that two rounds were charged to."""
-    ledger = Ledger(tmp_path / "ledger.db", site_policy(), SigningKey.load_or_make(tmp_path / "key.pem"))
-    for round in (1, 2):
-        ledger.reserve(run_proposal(), round=round, request=f"{round}")
-    return ledger.receipt("r")
-
-
-def refusal(reason: Reason, receipt: Receipt | None = None) -> Message:
-    body = Refusal(site="whoever", run="r", round=1, reason=reason)
-    return Message(records.from_reply(Reply(body=body, receipt=receipt)), 1, "train")
-
-
-def update(adapter: Adapter, receipt: Receipt | None = None) -> Message:
-    body = Update(site="whoever", run="r", round=1, tensors=adapter.tensors)
-    return Message(records.from_reply(Reply(body=body, receipt=receipt)), 1, "train")
-
-
-def test_an_update_is_final_and_reported_with_its_bytes_and_charge(
-    ears: _Ears, heard: Heard, adapter: Adapter, receipt: Receipt
-) -> None:
-    answer = update(adapter, receipt)
-    assert ears(2, answer) == Answered(good=True)
-    payload = sum(value.nbytes for value in adapter.tensors.values())
-    ((site, what, num_bytes, charged),) = heard.all
-    # Its name is the roster's for the key that answered, whatever the answer says.
+def test_an_update_is_final_and_reported_with_its_bytes_and_charge(line: Line) -> None:
+    assert line.hears(2, line.signed(line.update("south"))) == Answered(good=True)
+    ((site, what, num_bytes, charged),) = line.heard.all
     assert (site, what, charged) == ("south", "update", 2)
-    assert payload < num_bytes == records.num_bytes(answer.content)
+    assert num_bytes > sum(value.nbytes for value in line.adapter.tensors.values())
 
 
-def test_without_a_receipt_nothing_is_known_of_a_charge(ears: _Ears, heard: Heard, adapter: Adapter) -> None:
-    ears(1, update(adapter))
-    assert heard.all[0][3] is None
+@pytest.mark.parametrize("what", ["no receipt", "another answer's", "another key's", "another round", "another site's"])
+def test_an_update_that_the_site_did_not_sign_for_this_question_closes_no_round(
+    line: Line, stranger_key: SigningKey, what: str
+) -> None:
+    body = line.update()
+    if what == "no receipt":
+        reply = Reply(body=body, receipt=None)
+    elif what == "another answer's":
+        reply = replace(line.signed(line.update(round=2)), body=body)
+    elif what == "another key's":
+        line.sites[1] = replace(line.sites[1], site_key=stranger_key.public)
+        reply = line.signed(body)
+    else:
+        reply = line.signed(line.update(round=2) if what == "another round" else line.update("south"))
+    assert line.hears(1, reply) == Answered(good=False)
+    own = what in ("another round", "another site's")
+    assert line.heard.all[0][3] == (2 if own else None), "no charge is told that the site did not sign"
+
+
+def test_a_charge_that_no_ledger_grants_is_not_told(line: Line) -> None:
+    # To compose so many rounds would take all of the lead's memory.
+    ears = _Ears(line.sites, line.ears._listener, most_rounds=1)
+    ears(1, line.question("north"), Message(records.from_reply(line.signed(line.update())), 1, "train"))
+    assert line.heard.all[0][3] is None
 
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if not reason.is_waiting])
-def test_a_refusal_is_final_whatever_its_reason(ears: _Ears, heard: Heard, reason: Reason) -> None:
-    assert ears(1, refusal(reason)) == Answered(good=False)
-    assert heard.words == [("north", reason.value)]
+def test_a_refusal_is_final_whatever_its_reason(line: Line, reason: Reason) -> None:
+    assert line.hears(1, line.signed(refusal(reason))) == Answered(good=False)
+    assert line.heard.words == [("north", reason.value)]
 
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason.is_waiting])
-def test_a_site_that_waits_for_a_person_is_asked_again_and_reported_once(
-    ears: _Ears, heard: Heard, adapter: Adapter, reason: Reason
-) -> None:
+def test_a_site_that_waits_for_a_person_is_asked_again_and_reported_once(line: Line, reason: Reason) -> None:
     for _ in range(3):
-        assert ears(1, refusal(reason)) == Answered(good=False, again_s=_ASK_AGAIN_S, idle=True)
-    assert ears(2, refusal(reason)).again_s == _ASK_AGAIN_S > 0
-    assert heard.words == [("north", reason.value), ("south", reason.value)]
-    assert ears(1, update(adapter)).again_s is None
-    assert heard.words[2:] == [("north", "update")]
-    ears(1, refusal(reason))
-    assert heard.words[3:] == [("north", reason.value)], "paused again in a later round is news"
+        reply = line.signed(refusal(reason))
+        assert line.hears(1, reply) == Answered(good=False, again_s=_ASK_AGAIN_S, idle=True)
+    assert line.hears(2, line.signed(refusal(reason))).again_s == _ASK_AGAIN_S > 0
+    assert line.heard.words == [("north", reason.value), ("south", reason.value)]
+    assert line.hears(1, line.signed(line.update())) == Answered(good=True)
+    assert line.heard.words[2:] == [("north", "update")]
+    line.hears(1, line.signed(refusal(reason)))
+    assert line.heard.words[3:] == [("north", reason.value)], "paused again in a later round is news"
 
 
-def test_another_reason_to_wait_is_news(ears: _Ears, heard: Heard) -> None:
+def test_another_reason_to_wait_is_news(line: Line) -> None:
     for reason in (Reason.AWAITING_APPROVAL, Reason.PAUSED, Reason.AWAITING_APPROVAL):
-        ears(1, refusal(reason))
-    assert [what for _, what in heard.words] == ["awaiting_approval", "paused", "awaiting_approval"]
+        line.hears(1, line.signed(refusal(reason)))
+    assert [what for _, what in line.heard.words] == ["awaiting_approval", "paused", "awaiting_approval"]
 
 
-def test_the_same_update_in_two_rounds_is_told_twice(ears: _Ears, heard: Heard, adapter: Adapter) -> None:
+def test_the_same_update_in_two_rounds_is_told_twice(line: Line) -> None:
     for _ in range(2):
-        ears(1, update(adapter))
-    assert heard.words == [("north", "update")] * 2
+        line.hears(1, line.signed(line.update()))
+    assert line.heard.words == [("north", "update")] * 2
 
 
 @pytest.mark.parametrize(
@@ -129,30 +166,36 @@ def test_the_same_update_in_two_rounds_is_told_twice(ears: _Ears, heard: Heard, 
     ],
     ids=["empty", "nested", "a piece", "arrays", "the end of a run"],
 )
-def test_what_is_no_answer_to_a_round_is_final_and_no_news(ears: _Ears, heard: Heard, content: RecordDict) -> None:
-    assert ears(1, Message(content, 1, "train")) == Answered(good=False)
-    assert heard.all == []
+def test_what_is_no_answer_to_a_round_is_final_and_no_news(line: Line, content: RecordDict) -> None:
+    assert line.ears(1, line.question("north"), Message(content, 1, "train")) == Answered(good=False)
+    assert line.heard.all == []
 
 
-def test_an_answer_to_the_end_of_a_run_is_all_that_was_hoped_for(ears: _Ears, heard: Heard) -> None:
-    assert ears(1, Message(records.from_receipt(None), 1, f"query.{records.END}")) == Answered(good=True)
-    assert heard.all == []
+def test_an_answer_to_the_end_of_a_run_is_all_that_was_hoped_for(line: Line) -> None:
+    kind = f"query.{records.END}"
+    question = Message(RecordDict(), 1, kind)
+    assert line.ears(1, question, Message(records.from_receipt(None), 1, kind)) == Answered(good=True)
+    assert line.heard.all == []
 
 
-def test_before_a_run_begins_people_are_waited_for_and_a_pause_is_not(ears: _Ears) -> None:
+def test_before_a_run_begins_people_are_waited_for_and_a_pause_is_not(line: Line) -> None:
     for reason, idle in ((Reason.AWAITING_APPROVAL, False), (Reason.PAUSED, True)):
-        body = Refusal(site="whoever", run="r", round=0, reason=reason)
-        message = Message(records.from_reply(Reply(body=body, receipt=None)), 1, f"query.{records.INVITE}")
-        assert ears(1, message) == Answered(good=False, again_s=_ASK_AGAIN_S, idle=idle)
+        reply = line.signed(refusal(reason, round=0))
+        expected = Answered(good=False, again_s=_ASK_AGAIN_S, idle=idle)
+        assert line.hears(1, reply, f"query.{records.INVITE}") == expected
 
 
-def test_an_offer_is_good_and_news(ears: _Ears, heard: Heard, receipt: Receipt) -> None:
-    offer = Offer(site="whoever", run="r", most_rounds=3, least_noise=1.0)
-    assert ears(1, Message(records.from_reply(Reply(body=offer, receipt=receipt)), 1, "query.invite")).good
-    assert heard.words == [("north", OFFER)]
+def test_an_offer_to_this_question_is_good_and_news(line: Line) -> None:
+    offer, kind = Offer(site="north", run="r", most_rounds=3, least_noise=1.0, nonce=NONCE), f"query.{records.INVITE}"
+    assert line.hears(1, line.signed(offer), kind) == Answered(good=True)
+    assert line.heard.words == [("north", OFFER)]
+    for other in (replace(offer, nonce="1b" * 16), replace(offer, run="s"), replace(offer, site="south")):
+        assert line.hears(1, line.signed(other), kind) == Answered(good=False)
+    assert line.hears(1, line.signed(offer)) == Answered(good=False), "a round hopes for an update"
+    assert line.hears(1, line.signed(line.update()), kind) == Answered(good=False), "and an invitation for an offer"
 
 
-def test_nobody_needs_to_listen(ears: _Ears, adapter: Adapter) -> None:
-    deaf = _Ears({1: "north"}, None)
-    assert deaf(1, refusal(Reason.PAUSED)).again_s == _ASK_AGAIN_S
-    assert deaf(1, update(adapter)).again_s is None
+def test_nobody_needs_to_listen(line: Line) -> None:
+    deaf = _Ears(line.sites, None)
+    answer = Message(records.from_reply(line.signed(refusal(Reason.PAUSED))), 1, "train")
+    assert deaf(1, line.question("north"), answer).again_s == _ASK_AGAIN_S

@@ -188,9 +188,11 @@ def test_playing_an_old_request_again(federation: Any, intercept: Any) -> None:
     before = verify(made.ledger_path("site-2")).events
     intercept(2, lambda message: put(message, overheard[0]))
     state = run_rounds(made.grid, made.lead, state)
-    # The adapter that came with it is the second round's: the old signature does not cover it.
-    assert state.rounds[1].failed_sites == {"site-2": "adapter_differs"}
+    # The adapter that came with it is the second round's: the old signature does not cover it.  What the site says to
+    # that is about the first round, and so no answer to the lead's question.
+    assert state.rounds[1].failed_sites == {"site-2": "unsigned_reply"}
     assert [event.kind for event in made.events("site-2")[len(before) :]] == [Kind.REFUSAL, Kind.NOTE]
+    assert made.events("site-2")[len(before)].detail["reason"] == "adapter_differs"
 
 
 def test_a_run_that_no_site_accepts_ends_as_refused_with_every_reason(

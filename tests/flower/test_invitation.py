@@ -54,23 +54,41 @@ def test_a_site_that_waits_for_a_person_may_still_come(federation: Callable[...,
     assert charged(made) == []
 
 
-@pytest.mark.parametrize("what", ["nothing", "for another run", "by another site", "more rounds than were signed"])
+@pytest.mark.parametrize(
+    "what", ["nothing", "for another run", "by another site", "more rounds than were signed", "to another question"]
+)
 def test_an_offer_that_its_site_did_not_sign_is_none(
     federation: Callable[..., Any], tamper: Callable[..., None], what: str
 ) -> None:
+    old: dict[str, ConfigRecord] = {}
+
     def change(messages: list[Message]) -> list[Message]:
         (message,) = [message for message in messages if message.metadata.src_node_id == 2]
         if what == "nothing":
             return [other for other in messages if other is not message]
         fields = json.loads(str(message.content.config_records[records.REPLY]["json"]))
-        fields |= {"for another run": {"run": "s"}, "by another site": {"site": "site-1"}}.get(
-            what, {"most_rounds": 1000}
-        )
-        message.content[records.REPLY] = ConfigRecord({"json": json.dumps(fields)})
+        changes = {
+            "for another run": {"run": "s"},
+            "by another site": {"site": "site-1"},
+            "more rounds than were signed": {"most_rounds": 1000},
+        }
+        if what == "to another question":
+            message.content[records.REPLY] = old.setdefault("reply", message.content[records.REPLY])
+        else:
+            text = json.dumps(fields | changes[what])
+            message.content[records.REPLY] = ConfigRecord({"json": text})
         return messages
 
     made = federation(min_sites=3)
     tamper(change, ("query.invite",))
+    if what == "to another question":  # the first time it is the answer; then the site is frozen, and the server knows
+        run_rounds(made.grid, made.lead, made.start)
+        made.ledger("site-2").freeze("consent withdrawn")
+        spent = len(made.events("site-1"))
+        with pytest.raises(RunError, match="site-2: unsigned_reply"):
+            run_rounds(made.grid, made.lead, made.start)
+        assert [event.kind for event in made.events("site-1")[spent:] if event.kind is not Kind.NOTE] == []
+        return
     with pytest.raises(RunError, match="site-2: no_reply" if what == "nothing" else "site-2: unsigned_reply"):
         run_rounds(made.grid, made.lead, made.start)
     assert charged(made) == []

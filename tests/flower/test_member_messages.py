@@ -95,6 +95,17 @@ def test_nothing_but_an_answer_to_its_own_question_is_taken(network: Loopback, m
     assert ("run started", None, None) in noted
 
 
+def test_a_site_says_nothing_of_what_the_lead_s_objects_are_made_of(member: Member, round_: Round) -> None:
+    # Flower believes who names an object first: the lead's settings are one in every round, and with other parts
+    # announced for it the lead could ask nobody any more.
+    for id in round_.question.object_ids:
+        request = member.answer_to(round_.question)
+        request.message_object_trees[0].children.add(object_id=id).children.add(object_id="ab" * 32)
+        answer = member.push(request)
+        assert (answer.status_code, answer.json()["reason"]) == (403, "an object of the lead's, made of other parts")
+    assert round_.ends() == {1: "a"}
+
+
 def test_an_answer_has_one_message_one_tree_and_no_content_beside_it(member: Member, question: Question) -> None:
     right = member.answer_to(question)
     (message,), (tree,) = right.messages_list, right.message_object_trees

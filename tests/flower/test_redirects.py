@@ -103,7 +103,7 @@ def test_a_lead_goes_nowhere_else(
         lead,
         sites={"north": public_pem(site)},
         key=lead_key,
-        hear=lambda number, answer: Heard(good=True),
+        hear=lambda number, question, answer: Heard(good=True),
         closing=lambda: Closing(FederationSpec(num_sites=1)),
     )
     with pytest.raises(RunError, match=r"sends elsewhere .*never followed"), grid:

@@ -92,7 +92,7 @@ def test_nobody_calls_anybody_but_the_server(network: Loopback, monkeypatch: pyt
 def test_a_provisional_answer_is_asked_for_again_until_it_is_final(network: Loopback) -> None:
     heard = []
 
-    def hear(number: int, answer: Message) -> Heard:
+    def hear(number: int, question: Message, answer: Message) -> Heard:
         heard.append((number, about(answer)["number"]))
         return Heard(good=True, again_s=0.2 if about(answer)["number"] < 3 else None)
 
@@ -108,7 +108,7 @@ def test_at_the_deadline_a_provisional_answer_is_better_than_none(network: Loopb
     for name in ("a", "b"):
         network.site(name).wait_for("activated")
     hear = {1: Heard(good=False, again_s=60.0), 2: Heard(good=True)}
-    with network.grid(["a", "b"], hear=lambda number, _: hear[number]) as grid:
+    with network.grid(["a", "b"], hear=lambda number, *_: hear[number]) as grid:
         began = time.monotonic()
         answers = grid.send_and_receive(questions(1, 2), timeout=12)
         assert time.monotonic() - began >= 12
@@ -128,7 +128,7 @@ def test_nobody_waits_for_a_paused_site_once_enough_have_answered(network: Loopb
     for name in ("a", "b"):
         network.site(name).wait_for("activated")
     hear = {1: Heard(good=False, again_s=60.0, idle=True), 2: Heard(good=True)}
-    with network.grid(["a", "b"], hear=lambda number, _: hear[number], grace_s=1.0) as grid:
+    with network.grid(["a", "b"], hear=lambda number, *_: hear[number], grace_s=1.0) as grid:
         began = time.monotonic()
         assert sites_of(grid.send_and_receive(questions(1, 2), timeout=60)) == {1: "a", 2: "b"}
         assert time.monotonic() - began < 30
@@ -255,7 +255,7 @@ def test_without_a_server_there_is_no_run(network: Loopback) -> None:
         network.lead_tls,
         sites={},
         key=network.lead_key,
-        hear=lambda number, answer: Heard(good=True),
+        hear=lambda number, question, answer: Heard(good=True),
         closing=lambda: Closing(FederationSpec(num_sites=1)),
     )
     with pytest.raises(RunError, match=r"127\.0\.0\.1:\d+ cannot be reached \(ConnectError"), nobody:

@@ -60,10 +60,10 @@ AT_SITE = (
         fault="A failure's own words leave with the refusal, as Flower sends an exception's type and text.",
         file=SITE,
         old="""    except Exception:
-        log.exception("%s failed in round %d", site.name, request.round if request else 0)
+        log.exception("%s failed in %s", site.name, _about(request))
         body = _refusal(site, request, Refused(Reason.SITE_ERROR))""",
         new="""    except Exception as error:
-        log.exception("%s failed in round %d", site.name, request.round if request else 0)
+        log.exception("%s failed in %s", site.name, _about(request))
         body = _refusal(site, request, Refused(Reason.SITE_ERROR, asked=error))""",
         tests=OF_SITE,
     ),

@@ -605,7 +605,7 @@ def test_an_offer_is_the_most_that_would_be_accepted(
     answered(opened(), proposal(plan={"num_rounds": 6}), 1)
     asked = proposal(run="2", plan={"num_rounds": 8})
     offer = opened().offer(asked)
-    assert offer == Offer(site="a", most_rounds=4, least_noise=offer.least_noise)
+    assert offer == Offer(site="a", run="2", most_rounds=4, least_noise=offer.least_noise)
     assert offer.least_noise is not None
     for noise, fits in ((offer.least_noise, True), (round(offer.least_noise - 2e-4, 4), False)):
         eight = proposal(run="2", plan={"num_rounds": 8, "noise_multiplier": noise})

@@ -192,7 +192,7 @@ def test_nothing_leaves_beyond_the_documented_fields() -> None:
             *("site", "run", "charged_rounds", "charged_steps"),
             *("sequence", "head", "site_key", "signature", "reply"),
         },
-        Offer: {"site", "run", "most_rounds", "least_noise"},
+        Offer: {"site", "run", "most_rounds", "least_noise", "nonce"},
         Refusal: {"site", "run", "round", "reason", "asked", "allowed"},
     }
     for released_type, fields in released.items():

@@ -98,6 +98,8 @@ NEUTRAL: dict[str, Any] = {
     "data.validation_rows": 5,
     "data.test_rows": 5,
     "federation.round_timeout_s": 9.0,
+    "federation.enough_sites": 2,
+    "federation.grace_s": 5.0,
     "evaluation.max_tokens": 64,
     "runtime.kind": "simulation",
     "runtime.device": "auto",
