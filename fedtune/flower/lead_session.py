@@ -13,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import httpx
 from flwr.app import Message
@@ -34,7 +35,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -62,6 +63,21 @@ clientapp = "none:none"
 [tool.flwr.app.config]
 """
 """Flower wants a bundle for every run.  This one holds no code, and nobody fetches it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pulled:
+    """What has come for a question.
+
+    Attributes:
+        message_id: the question's, as the server says.
+        message: None where it is no answer.
+        is_lost: a part of it did not come; who sent it can send it again.
+    """
+
+    message_id: str
+    message: Message | None
+    is_lost: bool = False
 
 
 class LeadSession:
@@ -114,10 +130,8 @@ class LeadSession:
                 raise ValueError("more than was asked for")
         return ids[0] if ids else None
 
-    def answers(
-        self, message_ids: Sequence[str], *, most_bytes: int, most_s: float
-    ) -> list[tuple[str, Message | None]]:
-        """What has come for these questions, each with the id that the server names; None: it is no answer.
+    def answers(self, message_ids: Sequence[str], *, most_bytes: int, most_s: float) -> list[Pulled]:
+        """What has come for these questions.
 
         Flower's own call fails as a whole where one of the answers is broken, and believes what each says of itself.
         """
@@ -127,10 +141,15 @@ class LeadSession:
         pairs = zip(found.messages_list, found.message_object_trees, strict=False)
         answers = []
         for about, tree in pairs:
-            message = self._whole(tree, most_bytes=most_bytes, most_s=max(1.0, ends - time.monotonic()))
-            if message is not None and message.has_error() and not about.HasField("error"):
-                message = None  # an error is the server's to say
-            answers.append((about.metadata.reply_to_message_id, message))
+            pulled = Pulled(message_id=about.metadata.reply_to_message_id, message=None)
+            try:
+                message = self._whole(tree, most_bytes=most_bytes, most_s=max(1.0, ends - time.monotonic()))
+            except ObjectPullError:
+                pulled = replace(pulled, is_lost=True)
+            else:
+                if message is not None and not (message.has_error() and not about.HasField("error")):
+                    pulled = replace(pulled, message=message)  # an error is the server's to say
+            answers.append(pulled)
         return answers
 
     def _whole(self, tree: ObjectTree, *, most_bytes: int, most_s: float) -> Message | None:
@@ -144,6 +163,8 @@ class LeadSession:
                 most_bytes=most_bytes,
                 most_s=most_s,
             )
+        except ObjectPullError:
+            raise
         except NotWhole as error:
             log.warning("an answer is left aside: %s", error)
             return None

@@ -19,7 +19,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
 
 from fedtune.federation.closing import Closing
-from fedtune.flower.lead_session import LeadSession
+from fedtune.flower.lead_session import LeadSession, Pulled
 from fedtune.flower.packing import packed, unpacked
 from fedtune.flower.records import num_bytes
 from fedtune.flower.signed_calls import TOLERANCE_S
@@ -30,6 +30,8 @@ from fedtune.spec import RunError
 log = logging.getLogger(__name__)
 
 _POLL_S, _RECONNECT_S, _SAYS_SO_AGAIN_S = 0.2, 1.0, 15.0
+_LOST_S = 3.0
+"""How soon to ask again for an answer that did not come whole."""
 _SLACK_BYTES = 1 << 20
 
 
@@ -177,7 +179,8 @@ class RemoteGrid(Grid):
         if not asked:
             return []
         final = []
-        for message_id, answer in self._pull(list(asked), questions, left_s=left_s):
+        for pulled in self._pull(list(asked), questions, left_s=left_s):
+            message_id, answer = pulled.message_id, pulled.message
             number = asked.get(message_id)
             if number is None:
                 log.warning("an answer to no question of this run's is left aside")
@@ -186,6 +189,9 @@ class RemoteGrid(Grid):
             if question is None:
                 continue  # its second answer
             question.message_ids.discard(message_id)
+            if pulled.is_lost:
+                question.not_before = time.monotonic() + _LOST_S
+                continue
             if answer is None:
                 del questions[number]  # what it sent is no reply, and would be none again
                 continue
@@ -202,9 +208,7 @@ class RemoteGrid(Grid):
                 question.not_before = time.monotonic() + heard.again_s
         return final
 
-    def _pull(
-        self, message_ids: list[str], questions: Mapping[int, _Question], *, left_s: float
-    ) -> Iterable[tuple[str, Message | None]]:
+    def _pull(self, message_ids: list[str], questions: Mapping[int, _Question], *, left_s: float) -> Iterable[Pulled]:
         # An answer holds what its question holds, with other numbers: an adapter, or words.
         asked_bytes = max(num_bytes(question.question.content) for question in questions.values())
         try:

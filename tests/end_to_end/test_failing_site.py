@@ -43,9 +43,8 @@ def test_the_run_goes_on_without_the_site_and_without_a_word_of_why(
     assert [entry["failed_sites"] for entry in result["rounds"]] == [{"site-2": "site_error"}, {}]
     # The round was charged before it failed.
     assert result["privacy"]["sites"]["site-2"]["steps"] == 4
-    assert len(everything_sent) == 2 + 2 + 4 + 2, (
-        "two introductions, two offers, two replies a round, two nods at the end"
-    )
+    offers, introductions, replies, nods = 2, 2, 4, 2
+    assert len(everything_sent) == introductions + offers + replies + nods
     sent = b"".join(everything_sent)
     assert b"site_error" in sent
     for word in (CANARY, "patient", "ValueError", "Traceback", "tokenise"):
