@@ -146,8 +146,8 @@ def test_a_run_that_is_too_expensive_is_refused_with_site_and_numbers(
         assert spent.charged() == {PoissonSampledDpEvent(0.2, GaussianDpEvent(4.0)): 2 * ROUNDS}
     require_only_refusals(kept, before, "max_epsilon")
     run_json = json.loads((tmp_path / "runs" / "second" / "run.json").read_text())
-    # The lead's own books keep to the safe side: a round that it asked for may have been charged.
-    assert {(spent["rounds"], spent["upper_bound"]) for spent in run_json["privacy"]["sites"].values()} == {(1, True)}
+    # The sites were asked before the first round, so that none of it can have been charged.
+    assert {(spent["rounds"], spent["upper_bound"]) for spent in run_json["privacy"]["sites"].values()} == {(0, False)}
 
 
 def test_one_site_without_budget_does_not_stop_the_other(

@@ -201,7 +201,7 @@ def test_a_session_does_not_outlive_the_look_at_its_certificate(network: Loopbac
 
 def test_older_tls_and_foreign_certificates_are_refused_and_noted(network: Loopback, tmp_path: Any) -> None:
     old = network.tls["a"].client_context()
-    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLError):
         secure(network, network.tls["a"], context=old)
     stranger = Authority(tmp_path / "other").issue("stranger")

@@ -71,7 +71,7 @@ def test_a_certificate_of_the_federation_is_not_enough(network: Loopback, joined
     assert network.rows("SELECT count(*) FROM node") == [(len(network.members),)], "nobody registers himself"
 
 
-@pytest.mark.parametrize(("seconds", "says"), [(-600, "600 s behind"), (60, "60 s ahead")])
+@pytest.mark.parametrize(("seconds", "says"), [(-600, "60[0-9] s behind"), (60, "(60|5[0-9]) s ahead")])
 def test_a_wrong_clock_is_named(network: Loopback, monkeypatch: pytest.MonkeyPatch, seconds: int, says: str) -> None:
     monkeypatch.setattr(fleet_module, "now", lambda: now() + datetime.timedelta(seconds=seconds))
     with pytest.raises(Unauthorised, match=f"its clock is {says}"):

@@ -137,13 +137,13 @@ def test_objects_are_taken_for_an_announced_answer_within_its_size(
     assert member.push_object(question, "", junk).status_code == 409, "not announced"
     announced = member.answer_to(question, large)
     session = member.session_of(member.push(announced))
+    second = member.push(member.answer_to(question))
+    assert (second.status_code, second.json()["reason"]) == (409, "the question is answered")
+    assert member.push(announced).status_code == 200, "the same again, as after a call that was cut off"
     assert member.push_object(question, session, junk).status_code == 409, "of no announced answer"
     assert member.push_object(question, session, large).status_code == 413, "the question was a few hundred bytes"
     assert member.push_object(question, session, b"x" * (40 << 20)).status_code == 413
     assert network.rows(stored)[0][0] < before + (1 << 14), "the lead's question to the other site came meanwhile"
-    second = member.push(member.answer_to(question))
-    assert (second.status_code, second.json()["reason"]) == (409, "the question is answered")
-    assert member.push(announced).status_code == 200, "the same again, as after a call that was cut off"
     # The lead is not kept waiting for the rest of it, as Flower would do for minutes.
     assert round_.ends() == {1: "a"}
 
