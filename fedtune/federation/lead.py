@@ -81,24 +81,25 @@ class LeadState:
         before, is nobody's word; one of more rounds than the plan has is wrong; and one that went backwards comes of a
         ledger that was lost or put back.  Such a site counts as silent.
         """
-        updates = {site for site, reply in replies.items() if isinstance(reply.body, Update)}
-        receipts = {site: reply.receipt for site, reply in replies.items() if reply.receipt}
-        return self.heard(receipts, run=run, most_rounds=most_rounds, updates=updates)
+        return self._with(self._credible_of(replies, run=run, most_rounds=most_rounds))
 
     def believed(self, replies: Mapping[str, Reply], *, run: str, most_rounds: int) -> dict[str, Reply]:
         """`replies` without the receipts that say nothing about this run: an update whose receipt is gone is none."""
-        updates = {site for site, reply in replies.items() if isinstance(reply.body, Update)}
-        receipts = {site: reply.receipt for site, reply in replies.items() if reply.receipt}
-        kept = self._credible(receipts, run=run, most_rounds=most_rounds, updates=updates)
+        kept = self._credible_of(replies, run=run, most_rounds=most_rounds)
         return {site: reply if site in kept else replace(reply, receipt=None) for site, reply in replies.items()}
 
-    def heard(
-        self, receipts: Mapping[str, Receipt], *, run: str, most_rounds: int, updates: Collection[str] = ()
-    ) -> LeadState:
-        """The same for receipts alone; `updates` names the sites whose update of a round under way they came with."""
-        new = self._credible(receipts, run=run, most_rounds=most_rounds, updates=updates)
+    def heard(self, receipts: Mapping[str, Receipt], *, run: str, most_rounds: int) -> LeadState:
+        """As `answered`, for receipts that came without replies."""
+        return self._with(self._credible(receipts, run=run, most_rounds=most_rounds, updates=()))
+
+    def _with(self, new: Mapping[str, Receipt]) -> LeadState:
         unanswered = {site: count for site, count in self.unanswered.items() if site not in new}
         return replace(self, receipts={**self.receipts, **new}, unanswered=unanswered)
+
+    def _credible_of(self, replies: Mapping[str, Reply], *, run: str, most_rounds: int) -> dict[str, Receipt]:
+        updates = {site for site, reply in replies.items() if isinstance(reply.body, Update)}
+        receipts = {site: reply.receipt for site, reply in replies.items() if reply.receipt}
+        return self._credible(receipts, run=run, most_rounds=most_rounds, updates=updates)
 
     def _credible(
         self, receipts: Mapping[str, Receipt], *, run: str, most_rounds: int, updates: Collection[str]

@@ -278,8 +278,7 @@ class Refusal:
     @property
     def in_words(self) -> str:
         """The reason, with what was asked and what is allowed as far as there is such a thing."""
-        about = {"asked": self.asked, "allowed": self.allowed}
-        return ", ".join([self.reason, *(f"{key} {value}" for key, value in about.items() if value is not None)])
+        return ", ".join(filter(None, (self.reason.value, asked_and_allowed(self.asked, self.allowed))))
 
     def to_bytes(self) -> bytes:
         """Canonical bytes, over which a receipt is signed."""
@@ -336,7 +335,7 @@ def refusal_from_json(fields: Mapping[str, Any]) -> Refusal:
 
 
 def _text(value: object) -> str:
-    if type(value) is not str or len(value) > _MOST_TEXT or not (value.isprintable() or not value):
+    if type(value) is not str or len(value) > _MOST_TEXT or not value.isprintable():
         raise ValueError("a text")
     return value
 
