@@ -52,7 +52,11 @@ SELECT 1 FROM message_ins JOIN whole ON message_id = whole.id WHERE dst_node_id 
 _IS_AWAITED = text("""
 SELECT 1 FROM object_push_session_pending AS object JOIN object_push_sessions USING (session_id)
 WHERE session_id = :session AND object_id = :object AND run_id = :run""")
-_UNFINISHED = text("""
+_UNANSWERED = text("""
+SELECT q.message_id FROM message_ins AS q JOIN node ON node_id = q.dst_node_id
+WHERE q.created_at + q.ttl > :time AND online_until > :time
+AND NOT EXISTS (SELECT 1 FROM message_res WHERE reply_to_message_id = q.message_id)
+UNION
 SELECT reply_to_message_id FROM message_res JOIN object_push_session_roots ON root_object_id = message_id
 JOIN object_push_sessions USING (session_id) WHERE pending_count > 0 AND expires_at > :now""")
 
@@ -137,10 +141,16 @@ class SiteCalls:
                 del self._asked[next(iter(self._asked))]
 
     def finished(self, body: bytes) -> bytes:
-        """The lead's call for answers, less those that are not whole yet: Flower would have the lead wait for one."""
+        """The lead's call for answers, less those that are not there, or not whole yet.
+
+        Flower would have the lead wait for one of which a part is missing, and one may be announced at any moment:
+        only what is whole now is asked for.  A site that is offline is answered for by Flower.
+        """
         asked = PullAppMessagesRequest.FromString(body)
-        unfinished = {row[0] for row in self._rows(_UNFINISHED, now=now().isoformat(sep=" "))}
-        ids = [id for id in asked.message_ids if id not in unfinished]
+        moment = now()
+        found = self._rows(_UNANSWERED, time=moment.timestamp(), now=moment.isoformat(sep=" "))
+        unanswered = {row[0] for row in found}
+        ids = [id for id in asked.message_ids if id not in unanswered]
         return (
             body if len(ids) == len(asked.message_ids) else PullAppMessagesRequest(message_ids=ids).SerializeToString()
         )

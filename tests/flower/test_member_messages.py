@@ -12,10 +12,15 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto import fleet_pb2, message_pb2
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.superlink.federation import NoOpFederationManager
 
 from fedtune.flower import gate, message_objects
 from fedtune.flower.remote_grid import RemoteGrid
+from fedtune.flower.site_calls import SiteCalls
 
 from .loopback import Loopback
 from .member import Member, Question, an_object
@@ -146,6 +151,21 @@ def test_objects_are_taken_for_an_announced_answer_within_its_size(
     assert network.rows(stored)[0][0] < before + (1 << 14), "the lead's question to the other site came meanwhile"
     # The lead is not kept waiting for the rest of it, as Flower would do for minutes.
     assert round_.ends() == {1: "a"}
+
+
+@pytest.mark.filterwarnings("ignore:No path_separator:DeprecationWarning")  # of Flower's own migrations
+def test_an_answer_that_is_announced_while_the_lead_asks_is_not_asked_for(
+    network: Loopback, member: Member, round_: Round
+) -> None:
+    # Flower would give it out in parts, and the question would be closed: only what is whole may be asked for.
+    state = SqlLinkState(str(network.folder / "state.db"), NoOpFederationManager(), InMemoryObjectStore())
+    state.initialize()
+    asked = PullAppMessagesRequest(message_ids=[round_.question.metadata.message_id, "unknown"]).SerializeToString()
+    for announced in (False, True):
+        if announced:
+            member.session_of(member.push(member.answer_to(round_.question, an_object(8))))
+        passed = PullAppMessagesRequest.FromString(SiteCalls(state).finished(asked))
+        assert list(passed.message_ids) == ["unknown"], "which Flower answers for"
 
 
 @pytest.mark.parametrize("kind", ["no message", "nonsense", "an error", "in order"])
