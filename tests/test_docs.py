@@ -89,3 +89,19 @@ def test_every_command_and_option_is_in_the_readme_or_the_help(command: Any) -> 
     text = (ROOT / "README.md").read_text()
     for words in ("fedtune simulate", "fedtune evaluate", "--data", "-m ", "resume=", "make simulate", "make test"):
         assert words in text
+
+
+MOST_FILES = {"A strategy": 2, "A task": 16, "A release": 17, "A section of the report": 11}
+"""How many files a change of each kind touches at most.  These numbers only fall."""
+
+
+def test_each_corridor_is_as_short_as_it_was() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## Corridors")[1]
+    parts = re.split(r"^\*\*(.*?)\*\*.*$", text, flags=re.MULTILINE)[1:]
+    found = {
+        kind: len(set(re.findall(r"`((?:fedtune|conf)/[\w/.-]+)`", files)))
+        for kind, files in zip(parts[::2], parts[1::2], strict=True)
+    }
+    assert found.keys() == MOST_FILES.keys()
+    for kind, most in MOST_FILES.items():
+        assert 0 < found[kind] <= most, kind
