@@ -34,8 +34,8 @@ class DataSpec:
         max_length: tokens of an example; what is longer is cut off at the end.
         partition: how a simulation deals out `train_file`.
         heldout_fraction: share of each site's records kept from training, by each record's hash, or its user's.
-        train_fraction: share of `train_file` used at all, likewise, for smaller runs.
-        validation_rows: use the first so many records of `validation_file` only.
+        train_fraction: share of `train_file` that a smaller run uses, chosen by the same hash.
+        validation_rows: score only this many records of `validation_file`, from its start; null: all.
         test_rows: the same for `test_file`.
     """
 

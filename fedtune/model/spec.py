@@ -26,7 +26,7 @@ class ModelSpec:
     Attributes:
         path: a Hugging Face id, a local folder, `package:<module>/<folder>` for weights inside an
             installed Python package, or `random:bert` / `random:llama` for a tiny untrained model.
-        sha256: what `fedtune.model.model_sha256` must give; `None` accepts any model.
+        sha256: hash that the model must have, as `fedtune model-hash` prints it; `None` accepts any model.
         gguf_file: a GGUF file inside `path`; it is expanded to fp32 once and cached.
         revision: branch, tag or commit at the hub.
         dtype: of the frozen weights; adapter, head and losses are float32 either way.

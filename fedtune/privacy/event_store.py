@@ -155,7 +155,7 @@ class EventStore:
         if not self.history.holds(anchor):
             raise RunError(
                 f"ledger {self.path} is older than its anchor {self._anchor} (event {self.history.length} of at least "
-                f"{anchor.sequence}), or is another branch; see `fedtune ledger restore`"
+                f"{anchor.sequence}), or has branched off; see `fedtune ledger restore`"
             )
 
     def require_same_ledger(self, anchor: Head) -> None:

@@ -69,7 +69,7 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
     """A connection to an existing ledger that changes nothing, but for undoing a transaction that a crash cut short.
 
     Raises:
-        RunError: the file is missing, damaged or no ledger.
+        RunError: the file is missing, damaged or not a ledger.
     """
     if not path.is_file():
         raise RunError(f"ledger {path} does not exist")

@@ -37,10 +37,10 @@ class SitePlaces:
     Attributes:
         site_toml: its policy.
         installed: the folder of an installed base model, by hash; raises ConfigError for none.
-        paused: whether the site takes part in nothing for now.
+        paused: whether the site is paused.
         runs: folder for the settings that leads sent.
         adapters: folder for final adapters.
-        awaits: told of each run that a person is yet to approve, with its settings.
+        awaits: called for each run that waits for a person's approval, with its settings.
     """
 
     site_toml: Path

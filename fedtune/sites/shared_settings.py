@@ -70,7 +70,7 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
         plan: the one that the lead signed, and that policy and budget allow.
 
     Raises:
-        Refused: it is none of this version of fedtune, or of another plan.
+        Refused: this version of fedtune does not know the settings, or they are not those of `plan`.
     """
     try:
         if len(text) > MOST_CHARACTERS:

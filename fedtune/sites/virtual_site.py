@@ -163,7 +163,7 @@ def _offer(ledger: Ledger, proposal: Proposal, config: RunConfig) -> Offer:
     if config.can_use(offer):
         return offer
     ledger.require_acceptable(proposal)
-    raise RunError("its budget changed while it was asked; start again")
+    raise RunError("its budget changed in the meantime; start again")
 
 
 def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> Policy:

@@ -1,4 +1,4 @@
-"""A site's tokenised records as training reads them: in micro-batches, with what frozen layers make of them kept."""
+"""A site's tokenised records as training reads them: in micro-batches, with the frozen layers' outputs kept."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class SiteExamples:
             lenient: false for made-up examples: one that cannot be computed raises.
 
         Raises:
-            Exception: whatever the machine failed with, for no record's sake.
+            Exception: the machine's own failure, never one that a record caused.
         """
         if self._states is not None:
             return

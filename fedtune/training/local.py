@@ -97,7 +97,7 @@ def train_round(
 
 
 def project(parameters: Mapping[str, torch.nn.Parameter], most: float) -> None:
-    """Bring every value into [-most, most], and what is no number to 0.
+    """Cut every value to [-most, most]; a value that is not a number becomes 0.
 
     That is post-processing of what was released or is about to be.
     """

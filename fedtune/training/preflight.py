@@ -1,4 +1,4 @@
-"""A try before anything is charged: whether an example's contribution depends on that example alone, on this machine.
+"""Tries before anything is charged whether an example's contribution depends on it alone, on this machine.
 
 Shapes are fixed (`fedtune.data.shapes`), so kernels cannot choose by what else is in a batch; whether they treat every
 row and every number of rows alike is tried here, at every shape that a step may have.  First with the run's own model;
@@ -91,7 +91,9 @@ def require_alone(moved: float, *, path: str, inexact_allowed: bool) -> None:
         ConfigError: for `model.path`.
     """
     if moved > _LARGEST_ROUNDING:
-        raise ConfigError("model.path", path, "mixes the examples of a batch, so none can be clipped by itself")
+        raise ConfigError(
+            "model.path", path, "mixes the examples of a batch, so that no example can be clipped by itself"
+        )
     if moved > 0 and not inexact_allowed:
         bound = (
             "has another gradient for an example when other examples share its micro-batch on this machine (by up to "

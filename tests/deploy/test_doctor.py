@@ -371,7 +371,7 @@ def test_a_policy_that_cannot_be_read(home: Home) -> None:
     assert checks["ledger"].found == "skipped, because the policy cannot be used"
     assert checks["authentication"].status is Status.OK, "the connection does not need it"
     home.site_toml.write_text("site = \n")
-    assert "must be TOML; it is none at line" in home.examined()["policy"].found
+    assert "must be TOML; there is an error at line" in home.examined()["policy"].found
 
 
 def test_a_lead_that_the_policy_does_not_know(home: Home, stranger_key: Any) -> None:
