@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 from fedtune.cli.main import _options
 from fedtune.cli.report import with_command
-from fedtune.deploy.kits import read_roster
+from fedtune.deploy.kits.members import read_roster
 from fedtune.privacy import filter
 from fedtune.privacy.chain import Head
 from fedtune.privacy.policy_file import read_policy
