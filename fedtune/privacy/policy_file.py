@@ -134,6 +134,8 @@ def _value(key: str, value: Any, hint: Any) -> Any:
     """`value` as the type `hint`; nothing is converted but a whole number to a float."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:  # JSON has it, TOML has not
+            return None
         return _value(key, value, next(argument for argument in arguments if argument is not type(None)))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         _require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")

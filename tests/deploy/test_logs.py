@@ -22,7 +22,7 @@ import pytest
 
 from fedtune.data.records import read_records
 from fedtune.data.tokenise import tokenise_classification
-from fedtune.deploy import log_lines
+from fedtune.deploy import logs
 from fedtune.deploy.logs import LEVELS, Level, configure_logs, configured_logs
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError, DataError, RunError
@@ -197,12 +197,12 @@ def test_of_libraries_that_see_records_only_the_place_is_written(library: str) -
     assert CANARY not in lines.text
     assert [line["level"] for line in lines] == ["warning", "error", "error"]
     for line in lines:
-        assert line["event"] == log_lines.WITHHELD
+        assert line["event"] == logs.WITHHELD
         assert line["where"].startswith("test_logs.py:")
         assert line["where"].endswith("test_of_libraries_that_see_records_only_the_place_is_written")
 
 
-@pytest.mark.parametrize("library", sorted(log_lines.CARRIERS))
+@pytest.mark.parametrize("library", sorted(logs.CARRIERS))
 def test_of_carriers_messages_are_kept_without_texts_of_exceptions(library: str) -> None:
     logger = logging.getLogger(library)
     before = logger.level
@@ -300,7 +300,7 @@ def test_a_warning_names_its_kind_and_place() -> None:
         warnings.simplefilter("always")
         warnings.warn(f"cell {CANARY}", RuntimeWarning, stacklevel=1)
     assert CANARY not in lines.text
-    assert lines[0]["event"] == f"RuntimeWarning: {log_lines.WITHHELD}"
+    assert lines[0]["event"] == f"RuntimeWarning: {logs.WITHHELD}"
     assert lines[0]["where"].startswith("test_logs.py:")
 
 

@@ -17,7 +17,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import simulated_site_records
-from fedtune.deploy import provision
+from fedtune.deploy.kits import provisioning
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.policy_tables import Machine
@@ -138,7 +138,7 @@ class Federation:
         if made is None:
             self.do("provision", "init", str(file), "--out", str(self.home))
         else:
-            provision.init(file, out=self.home, now=made)
+            provisioning.init(file, out=self.home, now=made)
         self.lead_key: str = tomllib.loads((self.lead_kit / "kit.toml").read_text())["lead"]
         self.sites = {name: self.join(name, records) for name, records in dealt(tuple(names)).items()}
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from fedtune.deploy.certificates import Certificate
-from fedtune.deploy.doctor_check import Check, failed, ok, skipped, warning
+from fedtune.deploy.doctor.check import Check, failed, ok, skipped, warning
+from fedtune.deploy.kits.certificates import Certificate
 
 MOST_AHEAD_S, WRONG_S = 5.0, 60.0
 """A server takes nothing that was signed more than 5 s in its future (Flower's SYSTEM_TIME_TOLERANCE), or some minutes

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.deploy.health import Health
-from fedtune.deploy.kit_tls import tls_of
-from fedtune.deploy.kits import Kit, read_roster
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.members import read_roster
 from fedtune.flower.audit_log import FILE_NAME
 from fedtune.flower.gate import Registered
 from fedtune.flower.superlink import ServerSettings, serve
@@ -48,7 +48,7 @@ class ServerService:
         if not folder.is_dir():
             raise ConfigError("--data", str(folder), "must be a folder")
         settings = ServerSettings(
-            tls=tls_of(self.kit),
+            tls=self.kit.tls(),
             lead=self.kit.lead,
             host=self.host,
             port=self.port or self.kit.port,

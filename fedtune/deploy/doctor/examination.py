@@ -1,6 +1,6 @@
 """`fedtune site doctor`: everything that a site needs before it starts, each thing looked at on its own.
 
-Nothing is trained, and neither ledger nor policy is written.  What the lines hold is in `doctor_check.Check`.
+Nothing is trained, and neither ledger nor policy is written.  What the lines hold is in `check.Check`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.config import RunConfig
-from fedtune.deploy import doctor_ledger, doctor_machine, doctor_owners, doctor_site
-from fedtune.deploy.certificates import Certificate, read_certificate
-from fedtune.deploy.doctor_check import Check, PrivateLog, from_error, ok, skipped
-from fedtune.deploy.doctor_connection import AUTHENTICATION, DNS, TCP, TLS, Connection
-from fedtune.deploy.kits import Kit
-from fedtune.deploy.models import install_model
+from fedtune.deploy.doctor import file_checks, ledger_checks, machine_checks
+from fedtune.deploy.doctor.check import Check, PrivateLog, from_error, ok, skipped
+from fedtune.deploy.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection
+from fedtune.deploy.kits.certificates import Certificate, read_certificate
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.models import install_model
 from fedtune.privacy.history import History
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.site_files import SiteFiles
@@ -88,7 +88,7 @@ class _Examination:
         # A DataError's words are for whoever owns the file; other errors of ours are made to be shown.
         if isinstance(error, FedtuneError) and not isinstance(error, DataError):
             return from_error(name, error, fix="Put right what is named here.")
-        return doctor_site.unforeseen(name, error, self._log)
+        return file_checks.unforeseen(name, error, self._log)
 
     def _looks(self) -> tuple[_Look, ...]:
         visit = self._visit
@@ -96,22 +96,22 @@ class _Examination:
         return (
             _Look(("policy",), (), self._read_policy),
             _Look(("kit",), (), self._read_kit),
-            _Look(("files",), (), lambda: doctor_owners.owners(visit.kit, visit.site_toml, self._files)),
+            _Look(("files",), (), lambda: file_checks.owners(visit.kit, visit.site_toml, self._files)),
             _Look(("certificate",), (_KIT,), self._read_certificate),
-            _Look(("site's name",), (_KIT, _POLICY), lambda: [doctor_site.names(self.kit, self.policy)]),
-            _Look(("lead",), (_KIT, _POLICY), lambda: [doctor_site.lead(self.kit, self.policy)]),
-            _Look(("time of replies",), (_POLICY,), lambda: [doctor_site.replies(self.policy)]),
+            _Look(("site's name",), (_KIT, _POLICY), lambda: [file_checks.names(self.kit, self.policy)]),
+            _Look(("lead",), (_KIT, _POLICY), lambda: [file_checks.lead(self.kit, self.policy)]),
+            _Look(("time of replies",), (_POLICY,), lambda: [file_checks.replies(self.policy)]),
             _Look((DNS, TCP, TLS, AUTHENTICATION), (_KIT,), self._connect),
             _Look(("clock",), (), self._clock),
             _Look(("disks",), (), self._disks),
             *importing,
-            _Look(("base models",), (_KIT, _POLICY), lambda: doctor_site.base_models(self.kit, self.policy)),
+            _Look(("base models",), (_KIT, _POLICY), lambda: file_checks.base_models(self.kit, self.policy)),
             _Look(("memory",), (), self._memory),
             _Look(("GPU",), (_POLICY,), self._gpu),
-            _Look(("data",), (_POLICY,), lambda: doctor_site.data_sets(self.policy, visit.site_toml.parent, self._log)),
+            _Look(("data",), (_POLICY,), lambda: file_checks.data_sets(self.policy, visit.site_toml.parent, self._log)),
             _Look(("ledger",), (_POLICY,), self._read_ledger),
-            _Look(("site key",), (_POLICY,), lambda: [doctor_ledger.site_key(self.files, self._history)]),
-            _Look(("budget",), (_POLICY, _LEDGER), lambda: [doctor_ledger.budget(self.history, self.policy)]),
+            _Look(("site key",), (_POLICY,), lambda: [ledger_checks.site_key(self.files, self._history)]),
+            _Look(("budget",), (_POLICY, _LEDGER), lambda: [ledger_checks.budget(self.history, self.policy)]),
             _Look(("serving",), (_POLICY,), self._serving),
             self._trying_out(),
         )
@@ -158,7 +158,7 @@ class _Examination:
         yield ok("kit", f"whole, for federation {self.kit.federation} at {self.kit.server}; its key is private")
 
     def _read_certificate(self) -> Iterator[Check]:
-        yield doctor_site.certificate(self.kit, datetime.now(UTC))
+        yield file_checks.certificate(self.kit, datetime.now(UTC))
         with suppress(ConfigError):  # that it cannot be read is said by then
             self._certificate = Certificate.of(read_certificate(self.kit.certificate))
 
@@ -169,7 +169,7 @@ class _Examination:
 
     def _clock(self) -> Iterator[Check]:
         now = datetime.now(UTC)
-        yield doctor_machine.clock(self._clock_ahead_s, certificate=self._certificate, now=now)
+        yield machine_checks.clock(self._clock_ahead_s, certificate=self._certificate, now=now)
 
     def _disks(self) -> Iterator[Check]:
         folders = {"kit": self._visit.kit}
@@ -177,10 +177,10 @@ class _Examination:
             folders["ledger"] = self.files.ledger.parent
             if self.files.anchor is not None:
                 folders["anchor"] = self.files.anchor.parent
-        yield from doctor_machine.disks(folders)
+        yield from machine_checks.disks(folders)
         if self._files is not None:
-            yield doctor_machine.ledger_place(self.files.ledger)
-            yield doctor_machine.anchor_place(self.files.ledger, self.files.anchor)
+            yield machine_checks.ledger_place(self.files.ledger)
+            yield machine_checks.anchor_place(self.files.ledger, self.files.anchor)
 
     def _import(self) -> Iterator[Check]:
         assert self._visit.model is not None
@@ -190,17 +190,17 @@ class _Examination:
 
     def _memory(self) -> Iterator[Check]:
         both = self._kit is not None and self._files is not None
-        yield doctor_machine.memory(doctor_site.largest_model_bytes(self.kit, self.policy) if both else None)
+        yield machine_checks.memory(file_checks.largest_model_bytes(self.kit, self.policy) if both else None)
 
     def _gpu(self) -> Iterator[Check]:
-        yield doctor_machine.gpu(self.policy.machine.device, ask=doctor_machine.this_gpu)
+        yield machine_checks.gpu(self.policy.machine.device, ask=machine_checks.this_gpu)
 
     def _read_ledger(self) -> Iterator[Check]:
-        check, self._history = doctor_ledger.ledger(self.files)
+        check, self._history = ledger_checks.ledger(self.files)
         yield check
 
     def _serving(self) -> Iterator[Check]:
-        yield doctor_ledger.serving(self.files, state=self._visit.kit / "state")
+        yield ledger_checks.serving(self.files, state=self._visit.kit / "state")
 
     def _trying_out(self) -> _Look:
         run = self._visit.run
@@ -209,7 +209,7 @@ class _Examination:
 
         def try_out() -> list[Check]:
             return [
-                doctor_ledger.experiment(
+                ledger_checks.experiment(
                     run(),
                     kit=self.kit,
                     site_toml=self._visit.site_toml,

@@ -1,31 +1,40 @@
-"""Startup kits: the folder that a server, a lead or a site starts from, and the roster of the federation's sites."""
+"""Startup kits: the folder that a server, a lead or a site starts from, and its kit.toml."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from fedtune.deploy.address import Address
-from fedtune.deploy.certificates import (
+from fedtune.deploy.kits.certificates import (
     Certificate,
     check_in_force,
     check_issued,
     check_private,
+    ip_address,
     names_of,
     public_pem,
     read_certificate,
     read_connection_key,
 )
-from fedtune.deploy.kit_file import KitFile, KitModel, read_spec
-from fedtune.deploy.roster import Member, read_roster
-from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.keys import SigningKey, check_public_key
+from fedtune.privacy.policy_file import from_table, read_toml
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, check_name, check_one_of, spec
 
-__all__ = ["Certificate", "Kit", "KitModel", "Member", "read_roster"]
+if TYPE_CHECKING:
+    from fedtune.flower.tls import Tls
 
+T = TypeVar("T")
+VERSION = 1
+"""Of kit.toml, roster.json and join requests."""
+_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
+_BOUND = "must be host:port, as the sites reach it: a name or an IP address ([v6]:port too), and a port up to 65535"
 _MISSING = {
     "connection_key.pem": "is missing: unzip the kit into the folder in which `fedtune site init` made it",
     "site.pem": "is missing: unzip the kit that the lead sent into this folder",
@@ -35,6 +44,144 @@ _RENEWAL = {
     "lead": "run `fedtune provision renew-lead`",
     "site": "ask the lead for a new kit (`fedtune provision renew-site`), and unzip it here",
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Address:
+    """A host and a port.
+
+    Attributes:
+        host: a DNS name in lower case, or an IP address in its shortest form, without brackets.
+    """
+
+    host: str
+    port: int
+
+    @classmethod
+    def of(cls, text: str, *, key: str = "server") -> Address:
+        """The address that `text` spells.
+
+        Raises:
+            ConfigError: it is not host:port, or names no single machine (0.0.0.0, a wildcard).
+        """
+        host, colon, port = text.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
+        host = host[1:-1] if bracketed else host
+        if not (colon and _PORT.fullmatch(port) and int(port) < 1 << 16 and bracketed == (":" in host)):
+            raise ConfigError(key, text, _BOUND)
+        if not is_host(host):
+            raise ConfigError(key, text, _BOUND)
+        address = ip_address(host)
+        return cls(host=host.lower() if address is None else address.compressed, port=int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def is_host(text: str) -> bool:
+    """Whether `text` names one machine: a DNS name without wildcards, or an IP address."""
+    address = ip_address(text)
+    if address is not None:
+        return not address.is_unspecified and not address.is_multicast
+    labels = text.split(".")
+    # An all-numeric last label is an IP address with a mistake in it, such as 10.0.0.300.
+    return len(text) <= 253 and all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
+
+
+def read_spec(cls: type[T], path: Path) -> T:
+    """An instance of the spec `cls` from a TOML file, strictly.
+
+    Raises:
+        ConfigError: names the file, the key, its value and what would be accepted.
+    """
+    table = read_toml(path, key="file")
+    try:
+        return from_table(cls, table)
+    except ConfigError as error:
+        raise error.in_file(path) from None
+
+
+def read_json(cls: type[T], data: bytes, *, key: str) -> T:
+    """An instance of the spec `cls` from JSON, as strictly.
+
+    Raises:
+        ConfigError: names the key, its value and what would be accepted; `key` is what a person calls the file.
+    """
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):  # a file of another kind is not quoted
+        raise ConfigError(key, "something else", "must be JSON: one object, whole")
+    return from_table(cls, fields)
+
+
+@spec
+class KitModel:
+    """A base model that runs may name; a site installs it by its hash.
+
+    Attributes:
+        sha256: of the model's weights, 64 hex digits.
+        licence: its licence, for people.
+    """
+
+    name: str
+    sha256: str
+    licence: str
+
+    def __post_init__(self) -> None:
+        check_name("name", self.name)
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ConfigError("sha256", self.sha256, "must be 64 lower-case hex digits")
+        if not (self.licence.strip() and self.licence.isprintable()):
+            raise ConfigError("licence", self.licence, "must name the model's licence on one line")
+
+
+def check_models(models: tuple[KitModel, ...]) -> None:
+    """Require names that do not repeat."""
+    names = [model.name for model in models]
+    if len(set(names)) != len(names):
+        raise ConfigError("model", names, "must not repeat a name")
+
+
+@spec
+class KitFile:
+    """What kit.toml says; `Kit` adds the folder."""
+
+    version: int
+    kind: Literal["server", "lead", "site"]
+    federation: str
+    server: str
+    lead: str
+    site: str | None = None
+    model: tuple[KitModel, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_one_of("version", self.version, (VERSION,))
+        check_name("federation", self.federation)
+        Address.of(self.server)
+        check_public_key("lead", self.lead)
+        check_models(self.model)
+        if self.kind == "site":
+            if self.site is None:
+                raise ConfigError("site", None, "is required in a site's kit")
+            check_name("site", self.site)
+        elif self.site is not None:
+            raise ConfigError("site", self.site, "has no place in a kit that is not a site's")
+
+    def to_toml(self) -> str:
+        """The text of the file."""
+        values = {name: getattr(self, name) for name in ("version", "kind", "federation", "server", "lead", "site")}
+        lines = [f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None]
+        for model in self.model:
+            lines += ["", "[[model]]"]
+            # Text that is printable is spelt the same in TOML and in JSON.
+            lines += [f"{name} = {_text(getattr(model, name))}" for name in ("name", "sha256", "licence")]
+        return "\n".join(lines) + "\n"
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +278,12 @@ class Kit:
     def roster(self) -> Path:
         """The federation's sites; in a server's and a lead's kit."""
         return self.folder / "roster.json"
+
+    def tls(self) -> Tls:
+        """Its files as one end of a connection."""
+        from fedtune.flower.tls import Tls  # Flower takes a second to import
+
+        return Tls(ca=self.ca, certificate=self.certificate, key=self.key)
 
     @property
     def host(self) -> str:

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedtune.deploy.certificates import Certificate, check_private
 from fedtune.deploy.health import Health, State
-from fedtune.deploy.kit_tls import tls_of
-from fedtune.deploy.kits import Kit
-from fedtune.deploy.models import installed_model
-from fedtune.deploy.site_state import SiteState, serving
+from fedtune.deploy.kits.certificates import Certificate, check_private
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.models import installed_model
+from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.flower.fleet import Fleet
 from fedtune.flower.fleet_errors import Dropped, Expired, Unauthorised, Unreachable
 from fedtune.flower.node import Exchange, SiteApp
@@ -72,7 +71,7 @@ class SiteService:
                 awaits=lambda proposal, settings: _put_up_for_approval(state, proposal, settings),
             )
             app = SiteApp(RealSite(places).site, name=files.policy.site)
-            fleet = Fleet(self.kit.server, tls_of(self.kit))
+            fleet = Fleet(self.kit.server, self.kit.tls())
             log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
             try:
                 _Loop(fleet, app, state, self.health, stop, ends=certificate.not_after).run()

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.config import RunConfig
-from fedtune.deploy.kits import Kit, Member, read_roster
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.members import Member, read_roster
 from fedtune.federation.receipt_book import ReceiptBook
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -94,13 +95,12 @@ class LeadService:
         return end_deployed(config, connection=self._connection(config), timeout_s=timeout_s)
 
     def _connection(self, config: RunConfig) -> LeadConnection:
-        from fedtune.deploy.kit_tls import tls_of
         from fedtune.flower.deployment import KnownSite, LeadConnection
 
         self.kit.check_certificate(datetime.now(UTC))
         return LeadConnection(
             server=self.kit.server,
-            tls=tls_of(self.kit),
+            tls=self.kit.tls(),
             key=SigningKey.load(self.kit.lead_key),
             sites=[
                 KnownSite(name=member.site, node_key=member.node_key, site_key=member.site_key)

@@ -1,11 +1,13 @@
-"""Making folders so that a mistake or a crash leaves none half-written, and commands do not run into each other."""
+"""Files of a kit or a federation: written whole or not at all, and in the hands of the account that they belong to."""
 
 from __future__ import annotations
 
 import fcntl
 import io
 import os
+import pwd
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -91,3 +93,56 @@ def zip_of(files: Mapping[str, bytes], *, moment: datetime) -> bytes:
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, data)
     return buffer.getvalue()
+
+
+def act_as_owner(*places: Path) -> None:
+    """Become the owner of the first of these that exists, for good, where root runs this and it is not root's.
+
+    Raises:
+        ConfigError: this root may not, as in some containers; or that account cannot read this Python.
+    """
+    place = next((place for place in places if os.path.lexists(place)), None)
+    if place is None or os.geteuid() != 0:
+        return
+    owner = place.lstat()  # of a link itself, which is not followed
+    if owner.st_uid == 0:
+        return
+    known = _known(owner.st_uid)
+    group = known.pw_gid if known else owner.st_gid
+    groups = os.getgrouplist(known.pw_name, group) if known else [group]
+    name = name_of(owner.st_uid)
+    try:
+        os.setgroups(groups)
+        os.setresgid(group, group, group)
+        os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
+    except OSError as error:
+        bound = f"belongs to account {name}, which this root may not become ({error.strerror}): run this as {name}"
+        raise ConfigError("account", str(place), bound) from None
+    if not _python_is_readable():
+        bound = f"cannot be read by account {name}, to which {place} belongs: install fedtune in /opt, for instance"
+        raise ConfigError("Python", sys.prefix, bound)
+    os.environ["HOME"] = known.pw_dir if known else "/"
+    sys.stderr.write(f"fedtune: acting as account {name}, to which {place} belongs\n")
+
+
+def name_of(uid: int) -> str:
+    """The account's name; its number where it has none."""
+    known = _known(uid)
+    return known.pw_name if known else str(uid)
+
+
+def own_group(uid: int) -> int | None:
+    """The account's own group; None for an account without a name."""
+    known = _known(uid)
+    return known.pw_gid if known else None
+
+
+def _python_is_readable() -> bool:
+    return os.access(os.__file__, os.R_OK) and os.access(__file__, os.R_OK)
+
+
+def _known(uid: int) -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwuid(uid)
+    except KeyError:
+        return None

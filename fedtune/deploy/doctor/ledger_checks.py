@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.config import RunConfig
-from fedtune.deploy.certificates import check_private
-from fedtune.deploy.doctor_check import REFUSED, Check, failed, from_error, ok, skipped, warning
-from fedtune.deploy.kits import Kit
+from fedtune.deploy.doctor.check import REFUSED, Check, failed, from_error, ok, skipped, warning
+from fedtune.deploy.kits.certificates import check_private
+from fedtune.deploy.kits.kit import Kit
 from fedtune.federation import verdict
 from fedtune.federation.verdict import BrokenRule, Verdict
 from fedtune.model.spec import RANDOM

@@ -1,4 +1,4 @@
-"""The sites of a federation as they come, renew and go.
+"""Provisioning a federation: authority, server and lead are made once; sites come, renew and go.
 
 A command that fails leaves the federation as it was.  Rosters are written last; no other site's kit is ever touched.
 """
@@ -10,16 +10,147 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.deploy.certificates import check_days, fingerprint_of, p384_of
-from fedtune.deploy.federation_folder import FederationFolder, write_files
-from fedtune.deploy.folders import new_folder, writing, zip_of
-from fedtune.deploy.join import JoinRequest
-from fedtune.deploy.roster import Member
+from fedtune.deploy.files import new_folder, write_secret, writing, zip_of
+from fedtune.deploy.kits.certificates import (
+    Authority,
+    Certificate,
+    certificate_pem,
+    check_days,
+    fingerprint_of,
+    make_key,
+    p384_of,
+    private_pem,
+    read_certificate,
+)
+from fedtune.deploy.kits.federation_folder import SETTINGS, FederationFile, FederationFolder, write_files
+from fedtune.deploy.kits.kit import read_spec
+from fedtune.deploy.kits.members import JoinRequest, Member
 from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overview:
+    """A federation as it stands.
+
+    Attributes:
+        server: host:port.
+        lead_key: public key of the lead, 64 hex digits.
+        members: its sites, revoked ones too.
+    """
+
+    folder: Path
+    federation: str
+    server: str
+    lead_key: str
+    authority: Certificate
+    server_certificate: Certificate
+    lead_certificate: Certificate
+    members: tuple[Member, ...]
+
+
+def init(file: Path, *, out: Path | None, now: datetime) -> Overview:
+    """Make a federation from its federation.toml, in the new folder `out` (None: one that is named after it).
+
+    Raises:
+        ConfigError: the file is wrong, or the folder exists or cannot be written.
+    """
+    settings = read_spec(FederationFile, file)
+    target = out or Path(settings.name)
+    with new_folder(target, key="--out") as building:
+        authority = Authority.make(settings.name, days=settings.certificates.authority_days, now=now)
+        server, lead = make_key(), make_key()
+        for name in ("authority", "server", "lead", "sites"):
+            (building / name).mkdir(mode=0o700)
+        write_secret(building / "authority" / "ca_key.pem", private_pem(authority.key))
+        write_secret(building / "server" / "server_key.pem", private_pem(server))
+        write_secret(building / "lead" / "connection_key.pem", private_pem(lead))
+        lead_key = SigningKey.load_or_make(building / "lead" / "lead_key.pem").public
+        write_durably(building / SETTINGS, file.read_bytes())
+        write_durably(building / "authority" / "ca.pem", certificate_pem(authority.certificate))
+        federation = FederationFolder(folder=building, settings=settings, lead_key=lead_key)
+        issuing = _Issuing(federation, authority, days=None, now=now)
+        issuing.write("server", server.public_key())
+        issuing.write("lead", lead.public_key())
+        federation.write_members(())
+    return overview(target)
+
+
+def renew_server(folder: Path, *, days: int | None, now: datetime) -> Overview:
+    """Make a new certificate for the server's key, for the names that federation.toml now gives it.
+
+    Raises:
+        ConfigError: the authority's key is not at hand.
+    """
+    return _renew(folder, "server", days=days, now=now)
+
+
+def renew_lead(folder: Path, *, days: int | None, now: datetime) -> Overview:
+    """Make a new certificate for the lead's connection key.
+
+    Raises:
+        ConfigError: the authority's key is not at hand.
+    """
+    return _renew(folder, "lead", days=days, now=now)
+
+
+def _renew(folder: Path, kind: Literal["server", "lead"], *, days: int | None, now: datetime) -> Overview:
+    with FederationFolder.held(folder) as federation, writing(folder, key="--federation"):
+        public = p384_of(read_certificate(folder / kind / f"{kind}.pem"), key=f"{kind}.pem")
+        _Issuing(federation, federation.authority(), days=days, now=now).write(kind, public)
+    return overview(folder)
+
+
+def overview(folder: Path) -> Overview:
+    """The federation in `folder` as it stands.
+
+    Raises:
+        ConfigError: the folder holds none.
+    """
+    federation = FederationFolder.open(folder)
+    return Overview(
+        folder=folder,
+        federation=federation.settings.name,
+        server=federation.settings.server,
+        lead_key=federation.lead_key,
+        authority=Certificate.of(federation.ca()),
+        server_certificate=Certificate.of(read_certificate(federation.server / "server.pem")),
+        lead_certificate=Certificate.of(read_certificate(federation.lead / "lead.pem")),
+        members=federation.members(),
+    )
+
+
+class _Issuing:
+    """Makes certificates: for so many `days`, or as federation.toml says."""
+
+    def __init__(self, federation: FederationFolder, authority: Authority, *, days: int | None, now: datetime) -> None:
+        if days is not None:
+            check_days("--days", days)
+        self._federation, self._authority, self._days, self._now = federation, authority, days, now
+
+    def write(self, kind: Literal["server", "lead"], public: ec.EllipticCurvePublicKey) -> None:
+        """Write the kit of the server or the lead, but for its secrets and the roster."""
+        hosts = self._federation.settings.hosts
+        if kind == "server":
+            certificate = self._authority.issue_server(public, hosts=hosts, days=self._days_of(kind), now=self._now)
+        else:
+            certificate = self.client(public, kind=kind, name=kind)
+        write_files(self._federation.folder / kind, self._federation.kit_files(kind, certificate))
+
+    def client(
+        self, public: ec.EllipticCurvePublicKey, *, kind: Literal["lead", "site"], name: str
+    ) -> x509.Certificate:
+        """A certificate for a lead or a site."""
+        return self._authority.issue_client(public, kind=kind, name=name, days=self._days_of(kind), now=self._now)
+
+    def _days_of(self, kind: str) -> int:
+        return self._days or int(getattr(self._federation.settings.certificates, f"{kind}_days"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,11 +251,11 @@ def _about(request: Path | None) -> Iterator[None]:
 
 def _admit(federation: FederationFolder, member: Member, members: Collection[Member]) -> Path:
     """Write the site's kit and archive, and then the rosters; return the archive."""
-    files = federation.site_files(member.certificate, site=member.site)
+    files = federation.kit_files("site", member.certificate, site=member.site)
     archive = federation.sites / f"{member.site}-kit.zip"
     with writing(federation.folder, key="--federation"):
         with new_folder(federation.sites / member.site, key="kit", replace=True) as building:
-            write_files(building, files.items())
+            write_files(building, files)
         write_durably(archive, zip_of(files, moment=member.certificate.not_valid_before_utc))
         federation.write_members(members)
     return archive
@@ -139,11 +270,9 @@ def _certify_site(
     now: datetime,
 ) -> x509.Certificate:
     """A certificate for the key of `holder`."""
-    days = federation.settings.certificates.site_days if days is None else days
-    check_days("--days", days)
     federation.check_served()
-    public = p384_of(holder, key="csr")
-    return federation.authority().issue_client(public, kind="site", name=site, days=days, now=now)
+    issuing = _Issuing(federation, federation.authority(), days=days, now=now)
+    return issuing.client(p384_of(holder, key="csr"), kind="site", name=site)
 
 
 def _member(asked: JoinRequest, certificate: x509.Certificate) -> Member:
