@@ -18,7 +18,7 @@ from fedtune.deploy.doctor_check import Check, PrivateLog, from_error, ok, skipp
 from fedtune.deploy.doctor_connection import AUTHENTICATION, DNS, TCP, TLS, Connection
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.models import install_model
-from fedtune.privacy.history import History
+from fedtune.privacy.ledger.history import History
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, DataError, FedtuneError

@@ -12,8 +12,7 @@ from fedtune.deploy.doctor_check import Check, PrivateLog, failed, from_error, o
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.models import installed_bytes, is_made_here, licence_files, model_place, verify_model
 from fedtune.privacy.mechanism import Unit
-from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_tables import AT_ONCE, Dataset
+from fedtune.privacy.policy import AT_ONCE, Dataset, Policy
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.spec import ConfigError, DataError
 

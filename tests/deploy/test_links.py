@@ -17,10 +17,10 @@ from fedtune.deploy.kits import Kit
 from fedtune.deploy.roster import read_roster
 from fedtune.deploy.site_state import SiteState, serving
 from fedtune.flower.fleet import node_key
-from fedtune.privacy.chain import Head
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
-from fedtune.privacy.verify import verify
 from fedtune.spec import ConfigError, FedtuneError
 
 SETTINGS = FederationFile(name="cardiology", server="127.0.0.1:9")

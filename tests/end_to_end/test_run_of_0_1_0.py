@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy.verify import verify
+from fedtune.privacy.ledger.verify import verify
 
 LEFT = Path(__file__).parents[1] / "deploy" / "fixtures" / "fedtune-0.1.0"
 
