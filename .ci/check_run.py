@@ -7,7 +7,7 @@ from pathlib import Path
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 
-from fedtune.privacy.verify import verify
+from fedtune.privacy.ledger.verify import verify
 from fedtune.report import recompute, signing
 
 folder = Path(sys.argv[1])

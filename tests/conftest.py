@@ -19,8 +19,7 @@ from dp_accounting.pld import privacy_loss_distribution
 from fedtune.cli.main import main
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Reference, Releases
+from fedtune.privacy.policy import Allow, Asserted, Budget, Dataset, Limits, Policy, Population, Reference, Releases
 from fedtune.privacy.proposal import Proposal
 
 # Flower's command line imports typer, which imports names that click 8.4 announces to remove.

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.audit.gradient_attack import GradientAttack
-from fedtune.audit.guesses import Count
+from fedtune.audit.guesses import Count, Place
 from fedtune.audit.record_attack import RecordAttack
-from fedtune.audit.result import AuditResult, Bound, Place, mark, refuted, write_result
 from fedtune.audit.spec import AuditSpec
 from fedtune.config import RunConfig, parse
-from fedtune.evaluation.one_run import best_possible, epsilon_lower_bound
 from fedtune.federation.lead import LeadState
 from fedtune.flower.federation_run import Listener
 from fedtune.flower.simulation import simulate
 from fedtune.model import Adapter
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
+from fedtune.report.audit_record import Audit, AuditBound, mark, refuted, write_audit
+from fedtune.report.one_run import best_possible, epsilon_lower_bound
 from fedtune.sites.participants import Participants, participants
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.virtual_site import POLICY, generated_policy
@@ -86,16 +86,16 @@ def run_audit(config: RunConfig, spec: AuditSpec, folder: Path, listener: Listen
     finally:
         participants.cache_clear()  # nothing else shall find these participants
     bounds = tuple(_bounds(counts, _claims(run, sites), delta=config.privacy.delta, confidence=spec.confidence))
-    result = AuditResult(
+    found = Audit(
         method="gradient_canaries" if spec.kind == "gradient" else "record_canaries",
         confidence=spec.confidence,
         delta=config.privacy.delta,
         seeded=config.runtime.seeded_noise,
         bounds=bounds,
         membership=membership,
-        exceeded=bool(refuted(bounds, delta=config.privacy.delta, confidence=spec.confidence)),
+        exceeded=False,
     )
-    write_result(folder, result)
+    write_audit(folder, replace(found, exceeded=bool(refuted(found))))
     return run
 
 
@@ -121,12 +121,12 @@ def _claims(run: Mapping[str, Any], sites: Sequence[str]) -> dict[Place, float]:
 
 def _bounds(
     counts: Mapping[Place, Count], claims: Mapping[Place, float], *, delta: float, confidence: float
-) -> list[Bound]:
+) -> list[AuditBound]:
     found = []
     for site, count in counts.items():
         m, r = count.canaries, count.guesses
         found.append(
-            Bound(
+            AuditBound(
                 site=site,
                 claimed_epsilon=claims[site],
                 lower_bound=epsilon_lower_bound(m, r, count.right, delta=delta, confidence=confidence),

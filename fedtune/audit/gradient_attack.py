@@ -1,27 +1,293 @@
-"""The white-box attack: plants gradient canaries at sites, and guesses from noisy steps, or from the average alone."""
+"""The white-box attack: made-up units whose gradient is one direction, and guesses from noisy steps or the average.
+
+A canary has a coordinate of the joint vector of all trainable tensors for itself.  Its raw gradient there is 1,000
+times the clip norm, so that it shows if nothing clips it.  Behind that it is a unit like any other, a record or a user
+with several: it is sampled with the others, goes through `dp_step.add_clipped`, the noise and the optimizer, and its
+site is charged no differently.
+
+Only what a simulated site *has* is changed, its `examples`, and only from here: above every module that a real site
+runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fedtune.audit.gradient_canaries import Canaries, CanaryExamples, CanaryUsers, Observer, Tally, Vector
-from fedtune.audit.guesses import Coins, Count, by_likelihood, counted
-from fedtune.audit.result import Place
+from fedtune.audit.guesses import Coins, Count, Place, by_likelihood, counted
 from fedtune.audit.spec import AuditSpec
-from fedtune.model import Adapter
+from fedtune.data import Batch
+from fedtune.model import Adapter, TaskModel
+from fedtune.privacy.mechanism import cell
+from fedtune.privacy.randomness import RandomStream
 from fedtune.sites.participants import Participants
 from fedtune.sites.work import randomness_of
 from fedtune.spec import ConfigError
+from fedtune.training import dp_step
+from fedtune.training.dp_step import UnitGradients
+from fedtune.training.examples import SiteExamples
 from fedtune.training.optimizer import learning_rate_factor
-from fedtune.training.users import Places, UserExamples
+from fedtune.training.users import Places, UserBatch, UserExamples
 
+RAW_SIZE = 1000.0
+"""Of a canary's gradient before it is clipped, in clip norms."""
+_MOST_VALUES = 2**23
+"""In the dense gradients of one micro-batch of canaries: 32 MiB in float32."""
 _LEAST_CONTROLS = 100
 """Coordinates without a canary, which show what noise alone does."""
+
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CanaryBatch(Batch):
+    """A micro-batch of canaries; it has no tokens that matter.
+
+    Attributes:
+        coordinates: (n,) of each, in the joint vector.
+    """
+
+    coordinates: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, coordinates: Places) -> CanaryBatch:
+        """The canaries at these coordinates."""
+        nothing = torch.zeros(len(coordinates), 1, dtype=torch.int64)
+        return cls(nothing, nothing, nothing, coordinates=torch.from_numpy(coordinates))
+
+
+@dataclass
+class Tally:
+    """What an attacker adds up over a site's steps, in clip norms: the noisy sums less what the records added to them.
+
+    The attacker knows the model, the plan, every record but the canaries, and which of the records each step drew; the
+    guarantee holds against that.  What the records added is made anew, by the function that the step itself uses.
+
+    Attributes:
+        max_grad_norm: the plan's clip norm.
+        denominator: of the site's steps.
+        total: (parameters,) over all steps so far.
+        steps: how many.
+    """
+
+    max_grad_norm: float
+    denominator: float
+    total: Vector
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self._records: dp_step.Sums = {}
+
+    def begin(self) -> None:
+        """A step has sampled."""
+        self._records = {}
+
+    def add_records(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """A micro-batch of records takes part."""
+        if not self._records:
+            self._records = {name: g.new_zeros(g.shape[1:], dtype=torch.int64) for name, g in gradients.items()}
+        dp_step.add_clipped(self._records, gradients, self.max_grad_norm)
+
+    def end(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """The optimizer is about to step with the noisy mean as its gradient."""
+        parts = []
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None, "a step comes with a gradient for every trainable tensor"
+            noisy = parameter.grad.double() * (self.denominator / self.max_grad_norm)
+            known = self._records[name] * cell(1.0) if self._records else 0.0
+            parts.append((noisy - known).flatten().cpu())
+        self.total += torch.cat(parts).numpy()
+        self.steps += 1
+
+
+class Observer:
+    """Sees every step of the process, and tells the tally of the site that is training.
+
+    Args:
+        parameters: the trainable tensors, in the order of the joint vector.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._training: Tally | None = None
+
+    def begin(self, tally: Tally) -> None:
+        """The site with this tally has sampled a step."""
+        self._training = tally
+        tally.begin()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See the steps that are taken meanwhile."""
+        handle = register_optimizer_step_pre_hook(self._before_step)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _before_step(self, *_: object) -> None:
+        if self._training is not None:  # a site without canaries is not watched
+            self._training.end(self.parameters)
+            self._training = None
+
+
+@dataclass(frozen=True, eq=False)
+class Canaries:
+    """A site's canaries that are in, as training meets them.
+
+    Attributes:
+        coordinates: (n,) of each, in the joint vector.
+        observer: told of each step.
+        tally: of the site.
+    """
+
+    coordinates: Places
+    observer: Observer
+    tally: Tally
+
+    def __len__(self) -> int:
+        return len(self.coordinates)
+
+    def parts(self, places: Places) -> Iterator[Places]:
+        """The coordinates of the chosen canaries, as many at a time as a micro-batch of dense gradients holds."""
+        size = max(1, _MOST_VALUES // sum(parameter.numel() for parameter in self.observer.parameters.values()))
+        for first in range(0, len(places), size):
+            yield self.coordinates[places[first : first + size]]
+
+    def raw_gradients(self, batch: CanaryBatch) -> dict[str, torch.Tensor]:
+        """Each canary's own direction, `RAW_SIZE` clip norms long."""
+        size = RAW_SIZE * self.tally.max_grad_norm
+        gradients, first = {}, 0
+        for name, parameter in self.observer.parameters.items():
+            end = first + parameter.numel()
+            rows = torch.nonzero((batch.coordinates >= first) & (batch.coordinates < end)).squeeze(1)
+            dense = torch.zeros(len(batch), parameter.numel(), device=parameter.device)
+            dense[rows.to(parameter.device), (batch.coordinates[rows] - first).to(parameter.device)] = size
+            gradients[name] = dense.view(len(batch), *parameter.shape)
+            first = end
+        return gradients
+
+    def gradients(self, of_each: UnitGradients) -> UnitGradients:
+        """With those of canaries made up, dense, like what the hooks give."""
+        return _WithCanaries(of_each, self)
+
+
+@dataclass(frozen=True)
+class _WithCanaries:
+    of_each: UnitGradients
+    canaries: Canaries
+
+    def of(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Name -> (n, *parameter shape)."""
+        return self.canaries.raw_gradients(batch) if isinstance(batch, CanaryBatch) else self.of_each.of(batch)
+
+
+class Watched:
+    """Gradients of units, of which the tally is told unless they are canaries'."""
+
+    def __init__(self, units: UnitGradients, tally: Tally) -> None:
+        self._units, self._tally = units, tally
+
+    def of(self, batch: Any) -> dict[str, torch.Tensor]:
+        """Name -> (n, *parameter shape)."""
+        gradients = self._units.of(batch)
+        if not isinstance(batch, CanaryBatch | CanaryUserBatch):
+            self._tally.add_records(gradients)
+        return gradients
+
+
+class CanaryExamples(SiteExamples):
+    """A site's records, and behind them its canaries that are in."""
+
+    def __init__(self, records: SiteExamples, canaries: Canaries) -> None:
+        # Not the parent's: the records keep their own state, and nothing of theirs is copied.
+        self._records, self._canaries = records, canaries
+
+    def __len__(self) -> int:
+        return len(self._records) + len(self._canaries)
+
+    def cut(self, indices: Places) -> Iterator[Batch]:
+        """The sampled records as ever, then the sampled canaries."""
+        real, places = _told_apart(indices, len(self._records))
+        self._canaries.observer.begin(self._canaries.tally)
+        yield from self._records.cut(real)
+        for coordinates in self._canaries.parts(places):
+            yield CanaryBatch.of(coordinates)
+
+    def gradients(self, of_each: UnitGradients) -> UnitGradients:
+        """With those of the canaries."""
+        units = self._records.gradients(self._canaries.gradients(of_each))
+        return Watched(units, self._canaries.tally)
+
+    def keep_frozen_states(self, model: TaskModel, **how: Any) -> None:
+        """Of the records; canaries have none."""
+        self._records.keep_frozen_states(model, **how)
+
+
+@dataclass(frozen=True, eq=False)
+class CanaryUserBatch(UserBatch):
+    """A micro-batch of canaries who are users: `contributions` holds a canary's coordinate once for each record.
+
+    Each record has the canary's whole gradient.  So their mean is as long as one, and records that were clipped one by
+    one and added up would show as so many clip norms.
+    """
+
+    def parts(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+        """A record of every canary at a time, as a user's records lie in several micro-batches when they are long."""
+        device, num_records = self.examples.device, len(self.contributions[0])
+        for coordinates in np.stack(self.contributions, axis=1):
+            yield (
+                CanaryBatch.of(coordinates),
+                torch.arange(len(self), device=device),
+                torch.full((len(self),), 1 / num_records, dtype=torch.float64, device=device),
+            )
+
+
+class CanaryUsers(UserExamples):
+    """A site's users, and behind them its canaries that are in, each with as many records as may take part."""
+
+    def __init__(self, users: UserExamples, canaries: Canaries) -> None:
+        # Not the parent's: as for `CanaryExamples`.
+        self._real, self._canaries = users, canaries
+
+    def __len__(self) -> int:
+        return len(self._real) + len(self._canaries)
+
+    def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
+        """The sampled users as ever, then the sampled canaries."""
+        cut = self._real.cut_with(stream)
+
+        def with_canaries(indices: Places) -> Iterator[UserBatch]:
+            real, places = _told_apart(indices, len(self._real))
+            self._canaries.observer.begin(self._canaries.tally)
+            yield from cut(real)
+            for coordinates in self._canaries.parts(places):
+                records = [np.full(self._real.most_records, one) for one in coordinates]
+                yield CanaryUserBatch(records, self._real.examples)
+
+        return with_canaries
+
+    def gradients(self, of_each: UnitGradients) -> UnitGradients:
+        """With those of the canaries."""
+        users = self._real.gradients(self._canaries.gradients(of_each))
+        return Watched(users, self._canaries.tally)
+
+    def keep_frozen_states(self, model: TaskModel) -> None:
+        """Of the records; canaries have none."""
+        self._real.keep_frozen_states(model)
+
+
+def _told_apart(indices: Places, num_real: int) -> tuple[Places, Places]:
+    """Places among the real units, and among the canaries behind them."""
+    return indices[indices < num_real], indices[indices >= num_real] - num_real
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +316,6 @@ class GradientAttack:
     Raises:
         ConfigError: the adapter has not enough coordinates for so many canaries.
     """
-
-    method = "gradient_canaries"
 
     def __init__(self, everyone: Participants, spec: AuditSpec, sites: Sequence[str]) -> None:
         self._everyone, self._spec = everyone, spec

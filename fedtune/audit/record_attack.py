@@ -1,25 +1,29 @@
 """The black-box attack: plants made-up records, and guesses from the final model's losses which were trained on.
 
-Beside it, the plain baselines of membership inference on real records: those trained on against those never used.
+Beside it, the plain baselines of membership inference on real records, with confidence intervals: those trained on
+against those never used.  They lie here and not in `fedtune.evaluation`, since nothing but an audit may look at exact
+scores of private records.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 
-from fedtune.audit.guesses import Coins, Count, Values, by_rank, counted
-from fedtune.audit.membership import auroc, hit_rate
-from fedtune.audit.result import HitRate, Membership, Place
+from fedtune.audit.guesses import Coins, Count, Place, Values, by_rank, counted
 from fedtune.audit.spec import AuditSpec
 from fedtune.data import Record
 from fedtune.evaluation.forward import batches_by_length, scoring
 from fedtune.model import Adapter
 from fedtune.privacy.randomness import RandomStream
+from fedtune.report.audit_record import AuditHitRate, AuditMembership
+from fedtune.report.one_run import binomial
 from fedtune.sites.participants import Participants
 from fedtune.sites.work import randomness_of
 
@@ -68,8 +72,6 @@ class RecordAttack:
         spec: the audit's settings.
         sites: those that get canaries.
     """
-
-    method = "record_canaries"
 
     def __init__(self, everyone: Participants, spec: AuditSpec, sites: Sequence[str]) -> None:
         self._everyone, self._spec = everyone, spec
@@ -122,7 +124,7 @@ class RecordAttack:
         inserted = np.concatenate([planted.inserted for planted in self.planted.values()])
         return {**counts, None: counted(together, inserted, guesses=guesses * len(self.planted))}
 
-    def membership(self) -> tuple[Membership, ...]:
+    def membership(self) -> tuple[AuditMembership, ...]:
         """The baselines on real records, by site and over all sites; after `counts`."""
         by_site = list(self._losses.values())
         pooled = tuple(
@@ -141,7 +143,7 @@ class RecordAttack:
 
     def _baseline(
         self, site: Place, score: Literal["loss", "reference_ratio"], *, trained_on: _Losses, never_used: _Losses
-    ) -> Membership:
+    ) -> AuditMembership:
         members, others = (one.gain if score == "reference_ratio" else -one.after for one in (trained_on, never_used))
         confidence = self._spec.confidence
         area, low, high = auroc(members, others, confidence=confidence)
@@ -149,8 +151,8 @@ class RecordAttack:
         for false_alarms in FALSE_ALARMS:
             found = hit_rate(members, others, false_alarms=false_alarms, confidence=confidence)
             share, least, most = found or (None, None, None)
-            rates.append(HitRate(false_alarms=false_alarms, found=share, low=least, high=most))
-        return Membership(
+            rates.append(AuditHitRate(false_alarms=false_alarms, found=share, low=least, high=most))
+        return AuditMembership(
             site=site,
             score=score,
             trained_on=len(members),
@@ -192,3 +194,62 @@ def _vocabulary(everyone: Participants) -> tuple[str, ...]:
     tokens = (token.strip("Ġ▁#") for token in everyone.shared.tokenizer.get_vocab())
     words = sorted({token for token in tokens if token.isascii() and token.isalpha() and len(token) > 2})
     return tuple(words) if len(words) >= _FEWEST_WORDS else tuple(f"word{number}" for number in range(1000))
+
+
+def auroc(members: Values, others: Values, *, confidence: float) -> tuple[float, float, float]:
+    """The chance that a member scores above another record, ties counted half; with its interval.
+
+    The interval is DeLong's (DeLong, DeLong and Clarke-Pearson 1988): normal, with the variance of the placements.
+
+    Returns:
+        (estimate, low, high).
+    """
+    both = np.sort(others), np.sort(members)
+    of_members = (np.searchsorted(both[0], members, "left") + np.searchsorted(both[0], members, "right")) / 2
+    of_others = (np.searchsorted(both[1], others, "left") + np.searchsorted(both[1], others, "right")) / 2
+    area = float(of_members.mean() / len(others))
+    variance = _variance(of_members / len(others)) + _variance(of_others / len(members))
+    reach = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
+    return area, max(0.0, area - reach), min(1.0, area + reach)
+
+
+def hit_rate(
+    members: Values, others: Values, *, false_alarms: float, confidence: float
+) -> tuple[float, float, float] | None:
+    """Share of members above the lowest threshold that at most a share `false_alarms` of the others exceeds.
+
+    The interval is Clopper and Pearson's for the members; the threshold is taken as it is, since the others that
+    it was measured on are those that are compared with.
+
+    Returns:
+        (estimate, low, high); None with fewer others than 1 / false_alarms, of whom not one may be above.
+    """
+    allowed = math.floor(false_alarms * len(others) + 1e-9)
+    if allowed < 1:
+        return None
+    threshold = np.sort(others)[-allowed - 1] if allowed < len(others) else -np.inf
+    found = int((members > threshold).sum())
+    low, high = clopper_pearson(found, len(members), confidence=confidence)
+    return found / len(members), low, high
+
+
+def clopper_pearson(hits: int, trials: int, *, confidence: float) -> tuple[float, float]:
+    """The interval that holds the chance of a hit with at least `confidence`."""
+    error = (1 - confidence) / 2
+    low = 0.0 if hits == 0 else _chance(hits, trials, tail=error)
+    high = 1.0 if hits == trials else _chance(hits + 1, trials, tail=1 - error)
+    return low, high
+
+
+def _chance(hits: int, trials: int, *, tail: float) -> float:
+    """The chance of a hit with which so many hits or more are had with the chance `tail`."""
+    low, high = -40.0, 40.0  # log odds
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        reached = float(binomial(trials, log_odds=middle)[hits:].sum()) >= tail
+        low, high = (low, middle) if reached else (middle, high)
+    return 1 / (1 + math.exp(-low))
+
+
+def _variance(placements: Values) -> float:
+    return float(placements.var(ddof=1) / len(placements)) if len(placements) > 1 else 0.25

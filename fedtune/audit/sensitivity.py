@@ -24,7 +24,7 @@ from fedtune.data import UNSUPERVISED, TextDataset
 from fedtune.model import TaskModel
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS
-from fedtune.privacy.policy_tables import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
+from fedtune.privacy.policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import spec
 from fedtune.training import dp_step

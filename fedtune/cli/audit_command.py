@@ -12,13 +12,13 @@ from hydra.errors import HydraException
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from fedtune.audit.result import AuditResult, read_result
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.audit_tables import place, show_findings
 from fedtune.cli.compose import compose_run
 from fedtune.cli.run_folder import folder_of, make, run_in_folder
 from fedtune.config import RunConfig
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.report.audit_record import Audit, read_audit, refuted
 from fedtune.spec import ConfigError, RunError
 
 _PREFIX = "audit."
@@ -48,7 +48,8 @@ def audit(overrides: Sequence[str]) -> None:
 
     again = "a new audit, for this one cannot be continued"
     run_in_folder(config, folder, console, work=work, again=again)
-    result = read_result(folder)
+    result = read_audit(folder)
+    assert result is not None, "an audit that ended has written what it found"
     show_findings(console, result, folder)
     _judge(result)
 
@@ -109,12 +110,12 @@ def audit_spec(overrides: Sequence[str]) -> AuditSpec:
         raise ConfigError(_PREFIX + str(first["loc"][0]), first["input"], bound) from None
 
 
-def _judge(result: AuditResult) -> None:
+def _judge(result: Audit) -> None:
     """Fail where a claim is refuted."""
     wrong = [
         f"{place(bound.site)}: epsilon is at least {bound.lower_bound:.3f} with {result.confidence:.0%} confidence, "
         f"above the claimed {epsilon_text(bound.claimed_epsilon)}"
-        for bound in result.refuted()
+        for bound in refuted(result)
     ]
     if wrong:
         raise RunError(f"the audit refutes the claim, so the implementation or the claim is wrong ({'; '.join(wrong)})")

@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.audit.result import FILE, AuditResult, HitRate, Membership, Place
+from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.report.audit_record import Audit, AuditHitRate, AuditMembership, refuted
 
 _ATTACKER = {
     "gradient_canaries": "who sees every noisy step of a site, or (aggregated) only the average that all sites receive",
@@ -17,7 +18,7 @@ _ATTACKER = {
 _SCORES = {"loss": "loss", "reference_ratio": "ratio"}
 
 
-def show_findings(console: Console, result: AuditResult, folder: Path) -> None:
+def show_findings(console: Console, result: Audit, folder: Path) -> None:
     """Lower bounds beside claims, the membership baselines, and both in plain words."""
     console.print(_bounds(result))
     if result.membership:
@@ -27,11 +28,11 @@ def show_findings(console: Console, result: AuditResult, folder: Path) -> None:
         "[yellow]The adapter in this folder holds canaries: use it for nothing else (AUDIT.txt says so).[/yellow]",
         soft_wrap=True,
     )
-    console.print(f"audit:      {folder / FILE}", soft_wrap=True)
+    console.print(f"audit:      {RunFolder(folder).audit}", soft_wrap=True)
 
 
-def _bounds(result: AuditResult) -> Table:
-    wrong = result.refuted()
+def _bounds(result: Audit) -> Table:
+    wrong = refuted(result)
     table = Table(
         title="Epsilon: claimed, and shown by the attack",
         caption=f"claimed: at most; shown: at least, at {result.confidence:.0%} confidence; "
@@ -52,10 +53,10 @@ def _bounds(result: AuditResult) -> Table:
     return table
 
 
-def _meaning(result: AuditResult) -> str:
+def _meaning(result: Audit) -> str:
     attacker = f"The attacker is one {_ATTACKER[result.method]}."
     if result.exceeded:
-        worst = max(result.refuted(), key=lambda bound: bound.lower_bound - bound.claimed_epsilon)
+        worst = max(refuted(result), key=lambda bound: bound.lower_bound - bound.claimed_epsilon)
         return (
             f"{attacker} [red]At {place(worst.site)} the attack shows an epsilon of at least {worst.lower_bound:.3f}, "
             f"and the run claims at most {epsilon_text(worst.claimed_epsilon)}: the implementation or the claim is "
@@ -78,12 +79,12 @@ def _meaning(result: AuditResult) -> str:
     return f"{attacker} {found} That is no proof of it: another attack may show more.{limit}"
 
 
-def place(site: Place) -> str:
+def place(site: str | None) -> str:
     """A site's name, or what the aggregated model is called."""
     return "aggregated" if site is None else site
 
 
-def _membership(result: AuditResult) -> Table:
+def _membership(result: Audit) -> Table:
     table = Table(
         title="Real records: trained on, or never used?",
         caption=f"AUROC 0.5 is guessing; {result.confidence:.0%} intervals; ratio: the loss against that before "
@@ -97,11 +98,11 @@ def _membership(result: AuditResult) -> Table:
     return table
 
 
-def _area(one: Membership) -> str:
+def _area(one: AuditMembership) -> str:
     return f"{one.auroc:.3f} [{one.auroc_low:.2f}, {one.auroc_high:.2f}]"
 
 
-def _rate(rate: HitRate) -> str:
+def _rate(rate: AuditHitRate) -> str:
     if rate.found is None or rate.low is None or rate.high is None:
         return "few records"
     return f"{rate.found:.1%} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"

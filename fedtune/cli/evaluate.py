@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.audit.result import MARK
 from fedtune.cli.compose import saved_config
 from fedtune.config import parse
+from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError
 
 
@@ -21,17 +21,17 @@ def evaluate(run: str, *, data_file: str, device: str) -> None:
             and labels.
     """
     folder = Path(run)
-    config = saved_config(folder)
-    if not (folder / "adapter").is_dir():
+    config, files = saved_config(folder), RunFolder(folder)
+    if not files.adapter.is_dir():
         raise ConfigError("run folder", run, "must hold a finished adapter/; resume the run first")
-    if (folder / MARK).exists():
-        bound = f"is an audit: made-up records were planted in its training data ({MARK}); its scores mean nothing"
+    if files.audit_mark.exists():
+        bound = "is an audit: made-up records were planted in its training data (AUDIT.txt); its scores mean nothing"
         raise ConfigError("run folder", run, bound)
     from fedtune.sites.shared_model import score_saved  # torch takes seconds to import
 
     settings = config.to_json()
     settings["runtime"]["device"] = device
-    scores = score_saved(parse(settings), folder / "adapter", data_file)
+    scores = score_saved(parse(settings), files.adapter, data_file)
     table = Table(title=f"{run} on {data_file}")
     table.add_column("metric")
     table.add_column("value", justify="right")

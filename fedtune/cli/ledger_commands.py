@@ -16,12 +16,12 @@ from fedtune.cli.plain_words import cap_text, counted, mechanism_text
 from fedtune.deploy.files import act_as_owner
 from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.chain import Head
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.verify import Verified, verify
 from fedtune.spec import ConfigError, RunError
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
-from fedtune.privacy.chain import Event
-from fedtune.privacy.history import History
-from fedtune.privacy.spending import Spending, divergence_left, runs_left, spending
-from fedtune.privacy.verify import Verified
+from fedtune.privacy.ledger.chain import Event
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.spending import Spending, divergence_left, runs_left, spending
+from fedtune.privacy.ledger.verify import Verified
 
 SCHEMA_VERSION = 1
 

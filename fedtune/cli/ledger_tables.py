@@ -15,10 +15,10 @@ from fedtune.cli import ledger_json
 from fedtune.cli.plain_words import cap_text, counted, event_text, odds_text, printable
 from fedtune.privacy import filter
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.chain import Event
-from fedtune.privacy.history import History
-from fedtune.privacy.spending import RunSpending, Spending
-from fedtune.privacy.verify import Verified
+from fedtune.privacy.ledger.chain import Event
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.spending import RunSpending, Spending
+from fedtune.privacy.ledger.verify import Verified
 
 _LEFT: Mapping[str, Any] = {"title_justify": "left", "caption_justify": "left"}
 _UNITS = {"record": "one record", "user": "one person with all records of theirs"}

@@ -9,7 +9,7 @@ from typing import Any
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 
 from fedtune.privacy import events as dp_events
-from fedtune.privacy.chain import Event, Kind
+from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason

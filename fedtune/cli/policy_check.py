@@ -14,11 +14,10 @@ from rich.console import Console
 from fedtune.cli import ledger_json
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_tables import AT_ONCE
+from fedtune.privacy.ledger.verify import Verified
+from fedtune.privacy.policy import AT_ONCE, Policy
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.verify import Verified
 from fedtune.spec import ConfigError
 
 LARGE_EPSILON = 10.0

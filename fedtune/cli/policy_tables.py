@@ -15,8 +15,7 @@ from fedtune.cli.ledger_tables import rounded_down
 from fedtune.cli.plain_words import cap_text, counted, odds_text, printable
 from fedtune.cli.policy_check import Amount, Beside, Caution
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_tables import AT_ONCE
+from fedtune.privacy.policy import AT_ONCE, Policy
 
 
 def show_policy(console: Console, file: Path, policy: Policy, amount: Amount) -> None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fedtune.audit.result import MARK
 from fedtune.cli.compose import saved_config, write_config
 from fedtune.config import RunConfig
+from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -69,7 +69,7 @@ def folder_of(config: RunConfig) -> Path:
             raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another, or resume={folder}")
         return folder
     folder = Path(config.resume)
-    if (folder / MARK).exists():
+    if RunFolder(folder).audit_mark.exists():
         raise ConfigError("resume", config.resume, "is an audit, whose data holds canaries; an audit is not continued")
     saved = saved_config(folder)
     if saved.digest() != config.digest():

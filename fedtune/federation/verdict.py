@@ -14,8 +14,9 @@ from pathlib import Path
 from dp_accounting import DpEvent
 
 from fedtune.federation.solver import coarse_epsilon
-from fedtune.privacy import events, filter, spending
-from fedtune.privacy.history import History
+from fedtune.privacy import events, filter
+from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger.history import History
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal

@@ -1,7 +1,8 @@
 """A site's own limits: what it lets happen to its records, whoever asks.
 
-`site.toml` is read by `fedtune.privacy.policy_file`; `conf/site.toml` is a template that explains every key.  A policy
-is checked inside the ledger's transaction, against what a lead proposes and what was spent before.
+One class for each table of a `site.toml`.  `fedtune.privacy.policy_file` reads the file; `conf/site.toml` is a template
+that explains every key.  A policy is checked inside the ledger's transaction, against what a lead proposes and what was
+spent before.
 """
 
 from __future__ import annotations
@@ -10,27 +11,261 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import field
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
 
-from fedtune.privacy import accountant
+from dp_accounting import DpEvent
+
+from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.keys import check_public_key
+from fedtune.privacy.mechanism import UNITS, Unit
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy_tables import (
-    Allow,
-    Asserted,
-    Budget,
-    Dataset,
-    Limits,
-    Machine,
-    Population,
-    Releases,
-    adapter_bound,
-)
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
-from fedtune.spec import ConfigError, check_name, check_one_of, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
+
+PERIODS = ("month", "quarter", "year")
+DEFAULT_MIN_GRAD_NORM = 1e-3
+DEFAULT_MAX_ADAPTER_VALUE = 2.0
+AT_ONCE = "the time of a reply tells roughly how many records there are"
+"""What `releases.reply_after_s = 0` means."""
+
+
+@spec
+class Dataset:
+    """Records that a run may name.
+
+    Attributes:
+        id: what a run calls them.
+        declared_size: units that the site publishes as their number; a public choice, never the true count.
+        path: file or folder with the records; stays at the site.
+        columns: role (such as "text" or "label") -> column of the file; stays at the site.
+    """
+
+    id: str
+    declared_size: int
+    path: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name("id", self.id)
+        check_at_least("declared_size", self.declared_size, 1)
+
+
+@spec
+class Population:
+    """The people behind the data sets: all of these share one budget.
+
+    Attributes:
+        name: of the population.
+        unit: what one (epsilon, delta) protects, "record" or "user"; fixed when the ledger is made.
+    """
+
+    name: str
+    unit: Unit = "record"
+
+    def __post_init__(self) -> None:
+        check_name("name", self.name)
+        check_one_of("unit", self.unit, UNITS)
+
+
+@spec
+class Reference:
+    """What the site expects a typical run to look like; the filter's order is chosen for it when the ledger is made."""
+
+    sampling_rate: float
+    noise_multiplier: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_fraction("sampling_rate", self.sampling_rate, one=True)
+        check_positive("noise_multiplier", self.noise_multiplier)
+        check_at_least("steps", self.steps, 1)
+
+
+@spec
+class Budget:
+    """How much these people may ever lose.
+
+    Attributes:
+        delta: of every run and of the lifetime figure.
+        max_epsilon: over all runs, leads and years, by the Renyi filter.  Infinite: nothing is promised.
+        max_epsilon_per_run: of one run's whole plan, by PLD; null: no bound of its own.
+        max_epsilon_per_period: in one calendar period (UTC), by the filter; null: no bound of its own.
+        period: "month", "quarter" or "year".
+        reference: a typical run.
+    """
+
+    delta: float
+    max_epsilon: float
+    reference: Reference
+    max_epsilon_per_run: float | None = None
+    max_epsilon_per_period: float | None = None
+    period: Literal["month", "quarter", "year"] = "year"
+
+    def __post_init__(self) -> None:
+        check_fraction("delta", self.delta)
+        if not self.max_epsilon > 0:
+            raise ConfigError("max_epsilon", self.max_epsilon, "must be greater than 0")
+        for key in ("max_epsilon_per_run", "max_epsilon_per_period"):
+            if getattr(self, key) is not None:
+                check_positive(key, getattr(self, key))
+        check_one_of("period", self.period, PERIODS)
+        self.order()
+
+    def order(self) -> float:
+        """The filter's order for a ledger that is made under this budget."""
+        return filter.best_order(self.reference_event(), epsilon=self.max_epsilon, delta=self.delta)
+
+    def reference_event(self) -> DpEvent:
+        """One typical run, as an event."""
+        r = self.reference
+        return events.dp_sgd(sampling_rate=r.sampling_rate, noise_multiplier=r.noise_multiplier, steps=r.steps)
+
+
+@spec
+class Limits:
+    """Bounds on every run.
+
+    Attributes:
+        min_noise_multiplier: least noise of training and of released scores.
+        max_sampling_rate: largest sampling rate.
+        max_grad_norm: largest clip norm.
+        min_grad_norm: smallest clip norm that a run may ask for.  With tiny ones gradients are mostly rounding by the
+            time they are clipped; `training.dp_step` does not enlarge those below 0.001, whatever this says.
+        max_local_steps: most noisy steps in a round.
+        max_rounds: most rounds in a run, spare ones included.
+        max_adapter_value: largest absolute value in an adapter, divided by the root of its scale where that is above 1.
+            Larger values are brought down to it, in an adapter that is sent and after each training step; one that is
+            not finite is refused.  Rounding grows with the adapter (docs/threat_model.md); trained adapters stay below
+            1.5.
+        max_lora_scale: largest factor of an adapter's product of matrices.
+        max_head_scale: largest factor of a task head's scores.
+        max_records_per_user: where the unit is "user", most records of one person in a step.  No epsilon depends on
+            it; time does, and how much of a person's data one step may look at.
+        run_expires_after_days: an accepted run holds its budget that long, unless it ends earlier.
+    """
+
+    min_noise_multiplier: float
+    max_sampling_rate: float
+    max_grad_norm: float
+    max_local_steps: int
+    max_rounds: int
+    min_grad_norm: float = DEFAULT_MIN_GRAD_NORM
+    max_adapter_value: float = DEFAULT_MAX_ADAPTER_VALUE
+    max_lora_scale: float = 32.0
+    max_head_scale: float = 100.0
+    max_records_per_user: int = 64
+    run_expires_after_days: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_at_least("min_noise_multiplier", self.min_noise_multiplier, 0)
+        check_fraction("max_sampling_rate", self.max_sampling_rate, one=True)
+        factors = ("max_adapter_value", "max_lora_scale", "max_head_scale")
+        for key in ("min_grad_norm", "max_grad_norm", *factors, "run_expires_after_days"):
+            check_positive(key, getattr(self, key))
+        if self.min_grad_norm > self.max_grad_norm:
+            bound = f"must be at most max_grad_norm = {self.max_grad_norm:g}, or no clip norm is allowed"
+            raise ConfigError("min_grad_norm", self.min_grad_norm, bound)
+        for key in ("max_local_steps", "max_rounds", "max_records_per_user"):
+            check_at_least(key, getattr(self, key), 1)
+
+
+def adapter_bound(max_adapter_value: float, lora_scale: float) -> float:
+    """The largest absolute value of an adapter; the product of its matrices is scaled, so each of them by the root."""
+    return max_adapter_value / math.sqrt(max(1.0, lora_scale))
+
+
+@spec
+class Allow:
+    """What a run may train, and who may ask.
+
+    Attributes:
+        leads: public keys of leads, 64 hex digits each.
+        tasks: such as "classification".
+        base_models: SHA-256 of base models, with all files that loading reads.
+        target_modules: modules that may get LoRA matrices.
+        max_rank: largest LoRA rank.
+        train_head: whether a task head may be trained and released.
+        dtypes: number formats that the base model may be computed in; bfloat16 rounds a thousand times more coarsely.
+        seeded_noise: accept runs whose noise comes from a seed.  For a test federation: such a run has no guarantee
+            and marks the ledger for ever.
+        inexact_gradients: accept runs on a machine whose per-example gradients depend on the rest of the batch by
+            rounding.  Then the bound on one record's influence is measured, not proved, and reports say so.
+    """
+
+    leads: tuple[str, ...]
+    tasks: tuple[str, ...]
+    base_models: tuple[str, ...]
+    target_modules: tuple[str, ...]
+    max_rank: int
+    train_head: bool
+    dtypes: tuple[str, ...] = ("float32",)
+    seeded_noise: bool = False
+    inexact_gradients: bool = False
+
+    def __post_init__(self) -> None:
+        for key in self.leads:
+            check_public_key("leads", key)
+        check_at_least("max_rank", self.max_rank, 1)
+
+
+@spec
+class Releases:
+    """What may leave the site beside refusals and receipts.
+
+    Attributes:
+        updates: noised adapters.
+        metrics: "noised": scores of held-out records with noise, where a run plans for them; "none".
+        reply_after_s: an answer leaves at a whole multiple of this after its request came.  0: when it is ready, so
+            that the time of a reply tells roughly how many records there are.
+    """
+
+    updates: bool = True
+    metrics: Literal["none", "noised"] = "none"
+    reply_after_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        check_one_of("metrics", self.metrics, ("none", "noised"))
+        check_at_least("reply_after_s", self.reply_after_s, 0)
+
+
+@spec
+class Machine:
+    """What the site trains on.  None of it changes what is released, but for rounding.
+
+    Attributes:
+        device: "auto", "cpu" or "cuda".
+        num_threads: of torch; 0: one for each core.
+        micro_batch_tokens: most tokens of a batch that is computed at once.
+        kept_states_mib: memory for what the frozen layers make of the records, which saves computing it anew.
+        gradient_checkpointing: slower, with less memory.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int = 0
+    micro_batch_tokens: int = 1024
+    kept_states_mib: int = 1024
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        check_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        for key, least in (("num_threads", 0), ("micro_batch_tokens", 1), ("kept_states_mib", 0)):
+            check_at_least(key, getattr(self, key), least)
+
+
+@spec
+class Asserted:
+    """What the site states and no software can check; reports show it as asserted.
+
+    Attributes:
+        no_person_at_another_site: nobody of this population is among another site's records.
+    """
+
+    no_person_at_another_site: bool
 
 
 @spec

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.privacy.chain import Head
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy
-from fedtune.privacy.verify import Verified, verify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from fedtune.privacy.chain import Kind
+from fedtune.privacy.ledger.chain import Kind
 from fedtune.report import profile
 from fedtune.report.ledger_lifetime import caps_of
 from fedtune.report.ledger_record import LedgerRecord

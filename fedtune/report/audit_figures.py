@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from fedtune.evaluation import one_run
-from fedtune.report.audit_record import can_be_counts, charged, refuted
+from fedtune.report import one_run
+from fedtune.report.audit_record import Audit, AuditBound, can_be_counts, charged, refuted
 from fedtune.report.contradictions import Problem
-from fedtune.report.model import Audit, AuditBound, Report
+from fedtune.report.model import Report
 
 _LAST_DIGITS = 5e-6
 """Where a search for a bound may end on another machine."""

@@ -1,4 +1,4 @@
-"""An audit's findings in a run folder, `audit.json`, and what they mean for the verdicts."""
+"""An audit: its result types, its file `audit.json`, and what it means for the verdicts of a report."""
 
 from __future__ import annotations
 
@@ -10,19 +10,90 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.evaluation import one_run
-from fedtune.report.model import Audit, AuditBound
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.durable import write_durably
+from fedtune.report import one_run
 from fedtune.report.site_model import SiteReport, Verdict
-from fedtune.spec import RunError
+from fedtune.spec import RunError, spec
 
-FILE = "audit.json"
-MARK = "AUDIT.txt"
-"""In the folder from before training began: canaries are among the training data."""
 _SCHEMA_VERSION = 1
 _MOST_CANARIES = 10**6
 _MOST_EPSILON = 1e3
 """Far more than that many canaries can show."""
+_MARK = """\
+This folder is an audit. Among the training data were {what},
+planted on purpose, and the adapter has learnt from them. Use it for nothing else; train again without an audit.
+"""
+
+
+@spec
+class AuditBound:
+    """An empirical lower bound on epsilon, and what `canaries` planted records could show at most.
+
+    `site` None: on the aggregated model, over all audited sites.
+    """
+
+    site: str | None
+    claimed_epsilon: float
+    lower_bound: float
+    best_possible: float
+    canaries: int
+    guesses: int
+    right: int
+
+
+@spec
+class AuditHitRate:
+    """Share of the records trained on that an attack finds with a share of false alarms; None: too few to say."""
+
+    false_alarms: float
+    found: float | None
+    low: float | None
+    high: float | None
+
+
+@spec
+class AuditMembership:
+    """How well a score tells real records that were trained on from others; `site` as in `AuditBound`."""
+
+    site: str | None
+    score: str
+    trained_on: int
+    never_used: int
+    auroc: float
+    auroc_low: float
+    auroc_high: float
+    hit_rates: tuple[AuditHitRate, ...]
+
+
+@spec
+class Audit:
+    """What an attempt to break the guarantee showed, each figure with `confidence` by itself.
+
+    `exceeded`: a lower bound is above its claim, so that the implementation or the claim is wrong.
+    """
+
+    method: str
+    confidence: float
+    delta: float
+    seeded: bool
+    exceeded: bool
+    bounds: tuple[AuditBound, ...]
+    membership: tuple[AuditMembership, ...]
+
+
 _ADAPTER = TypeAdapter(Audit)
+
+
+def mark(folder: Path, what: str) -> None:
+    """Say in the folder, before anything is trained, that its adapter holds canaries."""
+    write_durably(RunFolder(folder).audit_mark, _MARK.format(what=what).encode())
+
+
+def write_audit(folder: Path, audit: Audit) -> None:
+    """Write `audit.json`."""
+    fields = {**_ADAPTER.dump_python(audit, mode="json"), "schema_version": _SCHEMA_VERSION}
+    write_durably(RunFolder(folder).audit, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def read_audit(folder: Path) -> Audit | None:
@@ -31,7 +102,7 @@ def read_audit(folder: Path) -> Audit | None:
     Raises:
         RunError: the file is damaged.
     """
-    path = folder / FILE
+    path = RunFolder(folder).audit
     if not path.is_file():
         return None
     try:
@@ -67,23 +138,27 @@ def _judged(site: SiteReport, sites: Sequence[SiteReport], audit: Audit | None, 
 
 
 def refutes(audit: Audit, sites: Iterable[SiteReport], site: str) -> bool:
-    """Whether the audit showed more than is claimed of `site`, or of all together, in the report of `sites`.
+    """Whether the audit showed more than is claimed of `site`, or of all together, in the report of `sites`."""
+    places = {bound.site for bound in refuted(audit, sites)}
+    return site in places or None in places or (audit.exceeded and not places)
+
+
+def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound, ...]:
+    """The bounds whose claim the counts refute.
 
     All bounds are judged at once, so each is asked for more confidence than it has by itself.
+
+    Args:
+        audit: its bounds, each with the epsilon that was claimed.
+        sites: of a report; where one claims less than the audit says was claimed, that counts.
     """
-    passed = refuted(audit, sites)
-    return site in passed or None in passed or (audit.exceeded and not passed)
-
-
-def refuted(audit: Audit, sites: Iterable[SiteReport]) -> set[str | None]:
-    """The places whose claim the counts refute; the smaller one counts of what the audit and the report claim."""
     spent = charged(audit, sites)
     errors = one_run.allowed_errors(audit.confidence, [bound.site for bound in audit.bounds])
-    return {
-        bound.site
+    return tuple(
+        bound
         for bound, error in zip(audit.bounds, errors, strict=True)
         if _is_refuted(bound, spent, delta=audit.delta, error=error)
-    }
+    )
 
 
 def charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
-from fedtune.privacy.chain import Kind
-from fedtune.privacy.history import History
+from fedtune.privacy.ledger.chain import Kind
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.spending import Spending, spending
 from fedtune.privacy.proposal import UNVERIFIED
-from fedtune.privacy.spending import Spending, spending
 from fedtune.report import assumptions, cells, codes, facts, ledger_rounds, profile
 from fedtune.report.ledger_lifetime import caps_of, lifetime_of, run_caps, spent_without_cap
 from fedtune.report.ledger_record import LedgerRecord, read_ledger

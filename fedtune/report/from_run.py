@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.report import assumptions, cells, codes, facts
-from fedtune.report.audit_record import FILE, MARK, judged, read_audit
+from fedtune.report.audit_record import Audit, judged, read_audit
 from fedtune.report.mechanisms import largest
-from fedtune.report.model import Audit, Provenance, Report, RoundCost, Utility, finite
+from fedtune.report.model import Provenance, Report, RoundCost, Utility, finite
 from fedtune.report.run_record import RunRecord, read_run
 from fedtune.report.run_site import Charged, epsilon_by_round, site_report
 from fedtune.report.site_model import SiteReport
@@ -33,9 +34,9 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
         RunError: what it holds is damaged.
     """
     record = read_run(folder)
-    audit, marked = read_audit(folder), (folder / MARK).exists()
+    audit, marked = read_audit(folder), RunFolder(folder).audit_mark.exists()
     if audit is not None and audit.delta != record.plan.delta:
-        raise RunError(f"{folder / FILE} is of another run: its delta is {audit.delta:g}")
+        raise RunError(f"{RunFolder(folder).audit} is of another run: its delta is {audit.delta:g}")
     sites = judged(_sites(record, [*released_in(folder), *site_reports]), audit, marked=marked)
     provenance, released, date = _provenance(record), tuple(_released(record)), _date(record)
     randomness = _randomness(record, sites)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 
 from fedtune.privacy import accountant, filter
-from fedtune.privacy.chain import Kind
-from fedtune.privacy.history import History
+from fedtune.privacy.ledger.chain import Kind
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.spending import RunSpending, Spending, divergence_left, runs_left
 from fedtune.privacy.policy_file import policy_of
-from fedtune.privacy.spending import RunSpending, Spending, divergence_left, runs_left
 from fedtune.report.ledger_record import LedgerRecord
 from fedtune.report.mechanisms import bounded
 from fedtune.report.site_model import Cap, Lifetime, LifetimeRun, Mechanism

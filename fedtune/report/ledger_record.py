@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from fedtune.privacy import ledger_file
-from fedtune.privacy.chain import Event, Head
-from fedtune.privacy.history import History
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import store
+from fedtune.privacy.ledger.chain import Event, Head
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.verify import Verified, verify
 from fedtune.spec import ConfigError, RunError
 
 
@@ -135,8 +135,8 @@ def _followed(ledger: Path) -> tuple[tuple[Event, ...], History]:
     Raises:
         RunError: not even the first two do, without which nothing is known.
     """
-    with ledger_file.reading(ledger) as file:
-        events = ledger_file.read_events(file)
+    with store.reading(ledger) as file:
+        events = store.read_events(file)
     history, followed = History(), list[Event]()
     for event in events:
         try:

@@ -10,8 +10,8 @@ from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSa
 
 from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
-from fedtune.privacy.chain import Event, Kind
-from fedtune.privacy.history import History
+from fedtune.privacy.ledger.chain import Event, Kind
+from fedtune.privacy.ledger.history import History
 from fedtune.report.codes import NOT_RECORDED
 from fedtune.report.mechanisms import bounded, mechanism_of
 from fedtune.report.site_model import Charge, Mechanism, Release, Step

@@ -16,7 +16,7 @@ from fedtune.federation.site import Prepared, Site, Trained
 from fedtune.model import Adapter, save_task_model
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal

@@ -20,21 +20,21 @@ from fedtune.federation.receipt_book import ReceiptBook
 from fedtune.privacy import filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.policy_tables import (
+from fedtune.privacy.policy import (
     DEFAULT_MIN_GRAD_NORM,
     Allow,
     Asserted,
     Budget,
     Dataset,
     Limits,
+    Policy,
     Population,
     Reference,
     Releases,
 )
+from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refused
 from fedtune.privacy.site_files import SiteFiles

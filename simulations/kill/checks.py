@@ -16,14 +16,14 @@ from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState, site_charge
 from fedtune.federation.protocol import RoundRequest
 from fedtune.privacy import accountant
-from fedtune.privacy.chain import Head, Kind
 from fedtune.privacy.events import grouped
 from fedtune.privacy.filter import epsilon_filter
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Head, Kind
+from fedtune.privacy.ledger.history import Run
+from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Reason
-from fedtune.privacy.run import Run
-from fedtune.privacy.verify import Verified, verify
 from fedtune.spec import ConfigError, FedtuneError
 
 _HOT = bytes.fromhex("d9d505f920a163d7")

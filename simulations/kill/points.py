@@ -21,9 +21,9 @@ from typing import Any
 import fedtune.federation.checkpoint as checkpoint
 import fedtune.flower.federation_run as federation_run
 import fedtune.privacy.durable as durable
-import fedtune.privacy.event_store as event_store
 import fedtune.privacy.keys as keys
-import fedtune.privacy.ledger as ledger
+import fedtune.privacy.ledger.decisions as ledger
+import fedtune.privacy.ledger.store as event_store
 import fedtune.privacy.policy_file as policy_file
 import fedtune.sites.participants as participants
 import fedtune.training.local as local

@@ -14,7 +14,7 @@ from points import Kill
 from process import End, live
 from world import Break, Setting, ask_again, run
 
-from fedtune.privacy.verify import Verified
+from fedtune.privacy.ledger.verify import Verified
 from fedtune.spec import FedtuneError
 
 

@@ -19,15 +19,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fedtune.privacy import accountant, events, filter, spending
+from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Reference, Releases
+from fedtune.privacy.policy import Allow, Asserted, Budget, Dataset, Limits, Policy, Population, Reference, Releases
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.verify import verify
 
 SETTINGS, ROUNDS = 20, 250
 

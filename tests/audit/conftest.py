@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.audit.result import AuditResult, read_result
 from fedtune.privacy.mechanism import cell
+from fedtune.report.audit_record import Audit, read_audit
 from fedtune.training import dp_step, users
 
 
@@ -46,11 +46,13 @@ def break_it(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.fixture
-def audited(command: Any, tiny: Any, tmp_path: Path) -> Callable[..., tuple[Any, AuditResult, Path]]:
+def audited(command: Any, tiny: Any, tmp_path: Path) -> Callable[..., tuple[Any, Audit, Path]]:
     """Outcome of `fedtune audit` on a run of seconds, what it found, and its folder."""
 
-    def run(*overrides: str, name: str = "audited") -> tuple[Any, AuditResult, Path]:
+    def run(*overrides: str, name: str = "audited") -> tuple[Any, Audit, Path]:
         outcome = command("audit", *tiny("tracking=quiet", *overrides, into=tmp_path, name=name))
-        return outcome, read_result(tmp_path / name), tmp_path / name
+        found = read_audit(tmp_path / name)
+        assert found is not None
+        return outcome, found, tmp_path / name
 
     return run

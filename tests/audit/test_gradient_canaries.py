@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from fedtune.audit.experiment import auditable, run_audit
-from fedtune.audit.gradient_attack import GradientAttack
-from fedtune.audit.gradient_canaries import (
+from fedtune.audit.gradient_attack import (
     RAW_SIZE,
     Canaries,
     CanaryBatch,
     CanaryExamples,
     CanaryUserBatch,
+    GradientAttack,
     Observer,
     Tally,
 )

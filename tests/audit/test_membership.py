@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedtune.audit.membership import auroc, clopper_pearson, hit_rate
+from fedtune.audit.record_attack import auroc, clopper_pearson, hit_rate
 
 TRIALS = 600
 FEW = stats.binom(TRIALS, 0.05).isf(1e-4)

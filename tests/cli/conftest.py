@@ -17,7 +17,7 @@ from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.deploy.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy, write_policy

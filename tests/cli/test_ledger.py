@@ -15,9 +15,9 @@ import pytest
 from fedtune.cli.plain_words import REASONS, odds_text, printable
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.chain import Head
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason
-from fedtune.privacy.verify import verify
 
 READERS = ("show", "spent", "verify", "export")
 

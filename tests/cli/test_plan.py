@@ -24,9 +24,8 @@ from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
+from fedtune.privacy.policy import Dataset, Policy
 from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.policy_tables import Dataset
 
 Run = Callable[..., Any]
 

@@ -21,8 +21,8 @@ import fedtune.deploy.kits.models  # noqa: F401
 from fedtune.cli.main import main
 from fedtune.deploy import files
 from fedtune.privacy.durable import write_durably
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.verify import verify
 
 from .conftest import Here
 

@@ -38,10 +38,9 @@ from fedtune.model.base import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
-from fedtune.privacy.policy import Policy
+from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.policy import Dataset, Policy
 from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.policy_tables import Dataset
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import DataError

@@ -20,8 +20,8 @@ from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import REQUEST, read_roster
 from fedtune.deploy.services.site_state import SiteState, serving
-from fedtune.privacy import ledger_file
-from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.ledger import store
+from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
@@ -134,7 +134,7 @@ def test_a_backup_at_any_time_is_whole_and_is_put_back(
 
 def test_a_backup_while_an_event_is_written_has_the_state_before(north: Path) -> None:
     ledger_of(north)
-    with ledger_file.writing(north / "ledger.db"):
+    with store.writing(north / "ledger.db"):
         source, target = sqlite3.connect(north / "ledger.db"), sqlite3.connect(north / "copy.db")
         source.backup(target)
         source.close()

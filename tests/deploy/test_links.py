@@ -15,10 +15,10 @@ from fedtune.deploy.kits.kit import Kit, read_spec
 from fedtune.deploy.kits.members import JoinRequest, read_roster
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.flower.fleet import node_key
-from fedtune.privacy.chain import Head
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
-from fedtune.privacy.verify import verify
 from fedtune.spec import ConfigError, FedtuneError
 
 SETTINGS = FederationFile(name="cardiology", server="127.0.0.1:9")

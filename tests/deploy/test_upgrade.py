@@ -17,11 +17,11 @@ from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import REQUEST, JoinRequest, site_init
 from fedtune.deploy.services.site_state import SiteState
-from fedtune.privacy.ledger import Reservation
+from fedtune.privacy.ledger.decisions import Reservation
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused, receipt_from_json
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.verify import verify
 
 LEFT = Path(__file__).parent / "fixtures" / "fedtune-0.1.0"
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from fedtune.privacy import ledger_file
+from fedtune.privacy.ledger import store
 from fedtune.privacy.release import Update
 
 from .federation import Federation
@@ -75,7 +75,7 @@ def adapter(federation: Federation, run: str) -> dict[str, npt.NDArray[np.float3
 
 
 def _last_update(site: SiteFolder, run: str) -> Update:
-    with ledger_file.reading(site.folder / "ledger.db") as file:
-        replies = ledger_file.stored_replies(file)
+    with store.reading(site.folder / "ledger.db") as file:
+        replies = store.stored_replies(file)
     (reply,) = (reply for name, _, reply in replies if name.rpartition("-")[0] == run)
     return Update.from_bytes(reply)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtune.privacy.chain import Event
-from fedtune.privacy.verify import Verified, verify
+from fedtune.privacy.ledger.chain import Event
+from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.spec import RunError
 
 from .processes import FEDTUNE, RUN_S, Process, wait_for

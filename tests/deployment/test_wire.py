@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import serialization
 
 from fedtune.flower import records
 from fedtune.flower.packing import unpacked
-from fedtune.privacy import ledger_file
+from fedtune.privacy.ledger import store
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Update
 
 from .books import check_average, check_books
@@ -147,8 +147,8 @@ def test_the_update_on_the_wire_is_the_one_that_the_ledger_stored(wire: Wire) ->
     (packed,) = (content for _, content in messages_of(wire.calls) if records.ARRAYS in content)
     (array,) = packed.array_records[records.ARRAYS].values()
     sent = records.to_reply(unpacked(packed)).body
-    with ledger_file.reading(wire.north.folder / "ledger.db") as file:
-        ((_, _, stored),) = ledger_file.stored_replies(file)
+    with store.reading(wire.north.folder / "ledger.db") as file:
+        ((_, _, stored),) = store.stored_replies(file)
     assert isinstance(sent, Update)
     assert sent.to_bytes() == stored
     floats = sum(value.nbytes for value in sent.tensors.values())

@@ -26,10 +26,10 @@ from fedtune.cli.main import _options
 from fedtune.cli.report import with_command
 from fedtune.deploy.kits.members import read_roster
 from fedtune.privacy import filter
-from fedtune.privacy.chain import Head
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.verify import verify
 
 from ..forked import forked_commands
 

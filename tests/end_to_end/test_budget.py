@@ -13,10 +13,10 @@ import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
 from fedtune.cli.compose import saved_config
-from fedtune.privacy.chain import Event, Kind
 from fedtune.privacy.filter import surcharge, total_divergence
+from fedtune.privacy.ledger.chain import Event, Kind
+from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy_file import read_policy, write_policy
-from fedtune.privacy.verify import Verified, verify
 
 ROUNDS = 4
 SITES = ("site-1", "site-2")

@@ -25,8 +25,8 @@ from fedtune.cli.compose import saved_config
 from fedtune.data.load import lead_records, tokenise
 from fedtune.model import load_task_model, load_tokenizer
 from fedtune.model.tiny import tiny_base
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
-from fedtune.privacy.verify import verify
 
 REPOSITORY = Path(__file__).parents[2]
 

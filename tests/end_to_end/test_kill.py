@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy.chain import Event
-from fedtune.privacy.verify import verify
+from fedtune.privacy.ledger.chain import Event
+from fedtune.privacy.ledger.verify import verify
 
 from ..forked import Forked
 

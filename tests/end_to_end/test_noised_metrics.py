@@ -16,8 +16,8 @@ from dp_accounting.rdp import RdpAccountant
 
 import fedtune.sites.work as site_work
 from fedtune.privacy import events
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.mechanism import noised_scores
-from fedtune.privacy.verify import verify
 
 NOISE = 2.0
 NOISED = ("privacy.metrics=noised", f"privacy.metrics_noise_multiplier={NOISE}", "data.heldout_fraction=0.4")

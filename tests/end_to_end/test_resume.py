@@ -15,8 +15,8 @@ import pytest
 from fedtune.cli.compose import compose_run, saved_config, write_config
 from fedtune.federation.lead import LeadState
 from fedtune.flower.simulation import simulate as run_simulation
-from fedtune.privacy.ledger_file import SCHEMA
-from fedtune.privacy.verify import verify
+from fedtune.privacy.ledger.store import SCHEMA
+from fedtune.privacy.ledger.verify import verify
 
 _ROUNDS = 3
 _STRATEGIES = {

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fedtune.cli.compose import compose_run
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
-from fedtune.privacy.verify import verify
 from fedtune.report import from_ledger, from_run
 from fedtune.sites import work as site_work
 from fedtune.training.users import UserExamples

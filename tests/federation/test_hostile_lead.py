@@ -13,8 +13,8 @@ import pytest
 
 from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
-from fedtune.privacy.chain import Kind
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 
 # What is asked for, the rule that it breaks, and what the refusal says about it.

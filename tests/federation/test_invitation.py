@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fedtune.federation.protocol import INVITATION, Invitation, Signed
-from fedtune.privacy.chain import Kind
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Offer, Reason, Refusal
 from fedtune.spec import ConfigError
 

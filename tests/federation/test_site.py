@@ -16,9 +16,9 @@ from fedtune.federation.lead import LeadState, site_charge
 from fedtune.federation.protocol import Reply
 from fedtune.federation.site import Trained
 from fedtune.model import Adapter
-from fedtune.privacy import ledger_file
-from fedtune.privacy.chain import Kind
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import store
+from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update
 
@@ -131,7 +131,7 @@ def test_scores_that_the_plan_releases_travel_with_the_update(station: Callable[
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A locked ledger is given up soon."""
-    monkeypatch.setattr(ledger_file, "LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.05)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fedtune.federation.protocol import Reply, Signed
-from fedtune.privacy.chain import Kind
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refusal, Refused, Update
 
 

@@ -21,13 +21,13 @@ from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.server import Lead, run_rounds
 from fedtune.flower.strategy import make_strategy
 from fedtune.model import Adapter
-from fedtune.privacy.chain import Event
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger.chain import Event
+from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.verify import verify
 from fedtune.training.spec import TrainingSpec
 
 from .loopback import Loopback

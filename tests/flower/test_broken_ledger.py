@@ -13,7 +13,7 @@ import pytest
 
 from fedtune.federation.lead import site_charge
 from fedtune.flower.server import run_rounds
-from fedtune.privacy import ledger_file
+from fedtune.privacy.ledger import store
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def forget_the_last_event(path: Path) -> None:
     file = sqlite3.connect(path, isolation_level=None)
     file.execute("DROP TRIGGER events_are_never_deleted")
     file.execute("DELETE FROM events WHERE sequence = (SELECT max(sequence) FROM events)")
-    file.execute(next(statement for statement in ledger_file.SCHEMA if "never_deleted" in statement))
+    file.execute(next(statement for statement in store.SCHEMA if "never_deleted" in statement))
     file.close()
 
 
@@ -93,7 +93,7 @@ def test_a_ledger_that_can_only_be_read(
             return connect(f"{path.as_uri()}?mode=ro", uri=True, **settings)
         return connect(path, **settings)
 
-    monkeypatch.setattr(ledger_file.sqlite3, "connect", read_only)
+    monkeypatch.setattr(store.sqlite3, "connect", read_only)
     require_site_2_left_out(made, state, caplog, "attempt to write a readonly database", readable=True)
     monkeypatch.undo()
     assert [event.kind for event in made.events("site-2")][2:] == ["plan", "reserve", "commit"]
@@ -102,7 +102,7 @@ def test_a_ledger_that_can_only_be_read(
 def test_a_ledger_that_somebody_keeps_locked(
     federation: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_file, "LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.05)
     made = federation(num_rounds=2)
     state = made.run_until(1)
     other = sqlite3.connect(made.ledger_path("site-2"), isolation_level=None)

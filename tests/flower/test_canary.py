@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fedtune.flower.server import run_rounds
-from fedtune.privacy import ledger_file
+from fedtune.privacy.ledger import store
 from fedtune.spec import ConfigError, DataError, RunError
 
 CANARY = "patient-4711-has-hepatitis"
@@ -137,14 +137,14 @@ def test_what_the_operating_system_says_stays(
 def test_an_error_of_the_disk_stays(
     federation: Any, everything_sent: list[bytes], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    insert = ledger_file.insert
+    insert = store.insert
 
     def full(file: sqlite3.Connection, event: Any) -> None:
         if event.kind == "reserve" and "site-2" in file.execute("PRAGMA database_list").fetchone()[2]:
             raise OSError(errno.EIO, f"input/output error below {CANARY}", f"/dev/{CANARY}")
         insert(file, event)
 
-    monkeypatch.setattr(ledger_file, "insert", full)
+    monkeypatch.setattr(store, "insert", full)
     made = federation()
     three_of(made, failed="site-2", reason="site_error")
     require_silence(everything_sent)

@@ -17,7 +17,7 @@ from fedtune.flower.client import make_client_app
 from fedtune.flower.grid import InProcessGrid
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update

@@ -18,7 +18,7 @@ from fedtune.flower.deployment import _ASK_AGAIN_S, OFFER, KnownSite, _Ears
 from fedtune.flower.remote_grid import Heard as Answered
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refusal, Update

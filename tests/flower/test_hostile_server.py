@@ -15,10 +15,10 @@ from fedtune.federation.protocol import END, EndOfRun, RoundRequest, Signed
 from fedtune.flower import records
 from fedtune.flower.server import run_rounds
 from fedtune.model import Adapter
-from fedtune.privacy.chain import Kind
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Kind
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason
-from fedtune.privacy.verify import verify
 from fedtune.spec import RefusedError
 
 Change = Callable[[Message], None]

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Message
 from fedtune.federation.lead import LeadState
 from fedtune.flower import records
 from fedtune.flower.server import run_rounds
-from fedtune.privacy.chain import Kind
+from fedtune.privacy.ledger.chain import Kind
 from fedtune.spec import RefusedError, RunError
 
 SITES = ("site-1", "site-2", "site-3")

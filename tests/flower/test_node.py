@@ -19,7 +19,7 @@ from fedtune.flower.node import Exchange, SiteApp
 from fedtune.flower.packing import packed, unpacked
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update

@@ -26,10 +26,10 @@ from fedtune.federation.receipt_book import ReceiptBook
 from fedtune.model import load_task_model
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import check_content
-from fedtune.privacy.chain import Head
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
-from fedtune.privacy.verify import verify
 from fedtune.report import from_run, signing
 from fedtune.report.difference import differences
 from fedtune.report.run_record import read_run

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from hypothesis import strategies as st
 
-from fedtune.privacy import ledger_file
-from fedtune.privacy.chain import EVENT, START, Event, canonical
-from fedtune.privacy.verify import verify
+from fedtune.privacy.ledger import store
+from fedtune.privacy.ledger.chain import EVENT, START, Event, canonical
+from fedtune.privacy.ledger.verify import verify
 from fedtune.report import from_ledger
 from fedtune.spec import ConfigError, RunError
 
@@ -39,7 +39,7 @@ def _signed_anew(data: bytes) -> None:
     try:
         file.execute("PRAGMA synchronous = OFF")
         file.execute("PRAGMA application_id = 0x66656474")
-        for statement in ledger_file.SCHEMA:
+        for statement in store.SCHEMA:
             file.execute(statement)
         for row in rows:
             file.execute(f"INSERT INTO events VALUES ({', '.join('?' * len(row))})", row)
@@ -53,8 +53,8 @@ def _signed_anew(data: bytes) -> None:
 
 
 def _replies() -> list[tuple[str, str, bytes]]:
-    with ledger_file.reading(seeds.folder() / "seed" / "ledger.db") as file:
-        return ledger_file.stored_replies(file)
+    with store.reading(seeds.folder() / "seed" / "ledger.db") as file:
+        return store.stored_replies(file)
 
 
 def _chained(events: list[dict[str, Any]]) -> list[tuple[Event, str]]:

@@ -5,7 +5,7 @@ from .mutant import Mutant
 ACCOUNTANT, FILTER, PLAN = (
     "fedtune/privacy/accountant.py", "fedtune/privacy/filter.py", "fedtune/privacy/plan.py"
 )  # fmt: skip
-HISTORY, POLICY = "fedtune/privacy/history.py", "fedtune/privacy/policy.py"
+HISTORY, POLICY = "fedtune/privacy/ledger/history.py", "fedtune/privacy/policy.py"
 OF_FILTER = ("tests/privacy/test_filter.py",)
 OF_ACCOUNTANT = "tests/privacy/test_accountant.py"
 CHARGED = "            self._charges.append((event.sequence, moment, part, count))"
@@ -149,7 +149,7 @@ def epsilon_above(""",
         name="adapter-bound-without-the-root",
         fault="The bound on an adapter's values does not follow the scale, although what the model sees is "
         "the product of two matrices times it.",
-        file="fedtune/privacy/policy_tables.py",
+        file="fedtune/privacy/policy.py",
         old="max_adapter_value / math.sqrt(max(1.0, lora_scale))",
         new="max_adapter_value",
         tests=("tests/privacy/test_policy.py",),

@@ -2,9 +2,13 @@
 
 from .mutant import Mutant
 
-LEDGER, HISTORY, RUN = "fedtune/privacy/ledger.py", "fedtune/privacy/history.py", "fedtune/privacy/run.py"
+LEDGER, HISTORY, RUN = (
+    "fedtune/privacy/ledger/decisions.py",
+    "fedtune/privacy/ledger/history.py",
+    "fedtune/privacy/ledger/history.py",
+)
 FILE, STORE, SPENDING = (
-    "fedtune/privacy/ledger_file.py", "fedtune/privacy/event_store.py", "fedtune/privacy/spending.py"
+    "fedtune/privacy/ledger/store.py", "fedtune/privacy/ledger/store.py", "fedtune/privacy/ledger/spending.py"
 )  # fmt: skip
 OF_LEDGER = "tests/privacy/test_ledger.py"
 OF_SITE = ("tests/federation/test_site.py",)
@@ -41,7 +45,7 @@ LEDGER_FAULTS = (
     Mutant(
         name="reservation-not-counted",
         fault="Only rounds with a stored reply count; one that was reserved and trained, and then lost, is free.",
-        file=RUN,
+        file=HISTORY,
         old="return self.attempts.total()",
         new="return len(self.replies)",
         tests=OF_SITE,
@@ -57,7 +61,7 @@ LEDGER_FAULTS = (
     Mutant(
         name="retry-beside-the-plan",
         fault="A retry is charged, but does not use up one of the rounds that the plan may take.",
-        file=RUN,
+        file=HISTORY,
         old="return self.attempts.total()",
         new="return len(self.attempts)",
         tests=(f"{OF_LEDGER}::test_an_interrupted_round_is_charged_and_its_retry_uses_up_a_later_one",),
@@ -76,7 +80,7 @@ LEDGER_FAULTS = (
     Mutant(
         name="a-transaction-that-locks-late",
         fault="A transaction takes its lock with its first write, so that two processes both read that there is room.",
-        file=FILE,
+        file=STORE,
         old='file.execute("BEGIN IMMEDIATE")',
         new='file.execute("BEGIN")',
         tests=("tests/privacy/test_ledger_file.py::test_a_transaction_shuts_others_out_before_it_reads",),
@@ -84,7 +88,7 @@ LEDGER_FAULTS = (
     Mutant(
         name="not-durable",
         fault="A charge is not forced to disk before training begins, and a power cut forgets it.",
-        file=FILE,
+        file=STORE,
         old='file.execute("PRAGMA synchronous = EXTRA")',
         new='file.execute("PRAGMA synchronous = OFF")',
         tests=("tests/privacy/test_ledger_file.py::test_a_rollback_journal_and_every_sync_there_is_are_really_set",),
@@ -124,7 +128,7 @@ LEDGER_FAULTS = (
     Mutant(
         name="spare-rounds-not-held",
         fault="What is set aside for an open run leaves out its spare rounds, and other runs are let in on them.",
-        file=RUN,
+        file=HISTORY,
         old="left = self.plan.most_rounds - self.charged_rounds",
         new="left = max(0, self.plan.num_rounds - self.charged_rounds)",
         tests=(f"{OF_LEDGER}::test_spare_rounds_are_set_aside_with_the_others",),
@@ -164,7 +168,7 @@ LEDGER_FAULTS = (
     Mutant(
         name="chain-not-verified",
         fault="Hashes of events are read and not computed again: whoever can write the file can rewrite the past.",
-        file="fedtune/privacy/chain.py",
+        file="fedtune/privacy/ledger/chain.py",
         old="        if event.hash != expected:",
         new="        if not event.hash:",
         tests=("tests/privacy/test_chain.py",),
@@ -172,7 +176,7 @@ LEDGER_FAULTS = (
     Mutant(
         name="last-signature-alone",
         fault="Only the newest event's signature is verified, so that others may carry anybody's.",
-        file="fedtune/privacy/verify.py",
+        file="fedtune/privacy/ledger/verify.py",
         old="    for event in events:\n        chain.check_signature(event, own_key)",
         new="    for event in events[-1:]:\n        chain.check_signature(event, own_key)",
         tests=("tests/privacy/test_verify.py",),

@@ -17,12 +17,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from scipy import stats
 
-from fedtune.privacy import history, ledger_file
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger import history, store
+from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_tables import Allow, Asserted, Budget, Dataset, Limits, Population, Reference, Releases
+from fedtune.privacy.policy import Allow, Asserted, Budget, Dataset, Limits, Policy, Population, Reference, Releases
 from fedtune.privacy.proposal import Proposal
 
 Scales = Callable[[npt.NDArray[np.float64], float], bool]
@@ -200,7 +199,7 @@ def tamper() -> Callable[..., None]:
                 file.execute(f"DROP TRIGGER {name}")
             for statement in statements:
                 file.execute(statement, values)
-            for trigger in (sql for sql in ledger_file.SCHEMA if "TRIGGER" in sql):
+            for trigger in (sql for sql in store.SCHEMA if "TRIGGER" in sql):
                 file.execute(trigger)
             file.commit()
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fedtune.privacy import events
-from fedtune.privacy.chain import Head
-from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Receipt, Refused
-from fedtune.privacy.verify import verify
 
 
 def trained(ledger: Ledger, asked: Any, *rounds: int) -> None:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.privacy import chain
-from fedtune.privacy.chain import Event, Head, Kind
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import chain
+from fedtune.privacy.ledger.chain import Event, Head, Kind
 from fedtune.spec import RunError
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fedtune.privacy import events
-from fedtune.privacy.chain import Event
-from fedtune.privacy.history import History
-from fedtune.privacy.ledger import Reservation
-from fedtune.privacy.verify import verify
+from fedtune.privacy.ledger.chain import Event
+from fedtune.privacy.ledger.decisions import Reservation
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.verify import verify
 from fedtune.spec import RunError
 
 NOW = datetime(2030, 1, 10, tzinfo=UTC)

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 from dp_accounting import DpEvent, GaussianDpEvent
 
-from fedtune.privacy import events, filter, spending
-from fedtune.privacy import ledger as ledger_module
-from fedtune.privacy.chain import Event, Kind
+from fedtune.privacy import events, filter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger, Reservation
-from fedtune.privacy.policy_tables import Dataset
+from fedtune.privacy.ledger import decisions as ledger_module
+from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger.chain import Event, Kind
+from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.policy import Dataset
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refused
-from fedtune.privacy.verify import verify
 from fedtune.spec import RunError
 
 Open = Callable[..., Ledger]

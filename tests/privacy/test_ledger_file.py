@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy import durable, events, ledger_file
-from fedtune.privacy.chain import Head, Kind
+from fedtune.privacy import durable, events
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.ledger import store
+from fedtune.privacy.ledger.chain import Head, Kind
+from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.verify import verify
 from fedtune.spec import RunError
 
 
@@ -60,7 +61,7 @@ def test_a_second_connection_sees_the_charge_before_reserve_returns_and_the_repl
 
 def test_a_rollback_journal_and_every_sync_there_is_are_really_set(path: Path) -> None:
     path.parent.mkdir()
-    with ledger_file.writing(path) as file:
+    with store.writing(path) as file:
         assert file.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         assert file.execute("PRAGMA synchronous").fetchone() == (3,), "EXTRA"
         assert file.in_transaction
@@ -115,8 +116,8 @@ def test_a_crash_within_a_transaction_undoes_it(
     granted = reserve(ledger, proposal(), 2)
     before = rows(path)
 
-    whole = getattr(ledger_file, struck, None)
-    real = ledger_file.writing
+    whole = getattr(store, struck, None)
+    real = store.writing
 
     def cut(*args: Any, **named: Any) -> None:
         whole(*args, **named)
@@ -130,9 +131,9 @@ def test_a_crash_within_a_transaction_undoes_it(
 
     with monkeypatch.context() as patched:
         if whole is None:
-            patched.setattr(ledger_file, "writing", writing)
+            patched.setattr(store, "writing", writing)
         else:
-            patched.setattr(ledger_file, struck, cut)
+            patched.setattr(store, struck, cut)
         with pytest.raises(PowerCut):
             ledger.commit(granted, b"reply 2")
         if struck != "store_reply":
@@ -154,8 +155,8 @@ def test_a_crash_within_a_transaction_undoes_it(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fedtune.privacy import ledger_file
-with ledger_file.writing(Path(sys.argv[1])) as file:
+from fedtune.privacy.ledger import store
+with store.writing(Path(sys.argv[1])) as file:
     file.execute("PRAGMA cache_spill = 1")
     file.execute("INSERT INTO replies VALUES ('r', 'q', zeroblob(20000000))")  # more than is kept in memory
     print("written", flush=True)
@@ -189,7 +190,7 @@ def test_a_process_killed_while_it_writes_leaves_the_ledger_as_it_was(
 @contextlib.contextmanager
 def full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The ledger's file cannot grow."""
-    real = ledger_file.writing
+    real = store.writing
 
     @contextlib.contextmanager
     def writing(path: Path) -> Iterator[sqlite3.Connection]:
@@ -199,7 +200,7 @@ def full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             yield file
 
     with monkeypatch.context() as patched:
-        patched.setattr(ledger_file, "writing", writing)
+        patched.setattr(store, "writing", writing)
         yield
 
 
@@ -228,14 +229,14 @@ def test_on_a_full_disk_nothing_is_charged_in_memory_that_is_not_on_disk(
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from fedtune.privacy import ledger_file
+from fedtune.privacy.ledger import store
 path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, resource.RLIM_INFINITY))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from fedtune.spec import RunError
 try:
-    with ledger_file.writing(path) as file:
-        ledger_file.store_reply(file, run="r", request="q", reply=bytes(100_000))
+    with store.writing(path) as file:
+        store.store_reply(file, run="r", request="q", reply=bytes(100_000))
 except RunError as error:
     print(error)
 """
@@ -295,11 +296,11 @@ def mounted_read_only(path: Path) -> Iterator[None]:
 def test_a_transaction_shuts_others_out_before_it_reads(opened: Any, path: Path) -> None:
     # Or two could both see room, and one of them would fail when it writes.
     opened()
-    with ledger_file.writing(path), contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
+    with store.writing(path), contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
         with pytest.raises(sqlite3.OperationalError, match="database is locked"):
             other.execute("BEGIN IMMEDIATE")
         other.execute("BEGIN")
-    with ledger_file.writing(path):
+    with store.writing(path):
         pass
 
 
@@ -307,7 +308,7 @@ def test_a_ledger_that_somebody_else_holds_for_too_long_is_a_run_error(
     opened: Any, proposal: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = opened()
-    monkeypatch.setattr(ledger_file, "LOCK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.01)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(RunError, match=r"cannot be read or written \(database is locked\)"):
@@ -386,7 +387,7 @@ RACE = """
 import json, os, sys, traceback
 from pathlib import Path
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy.event_store import EventStore
+from fedtune.privacy.ledger.history import Reservation
+from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.run import Reservation
 
 
 def test_who_charges_whenever_a_transaction_ends_gets_no_round_too_many(

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.privacy.accountant import epsilon_pld
-from fedtune.privacy.policy import Policy, period_of
-from fedtune.privacy.policy_tables import Budget, Dataset, Machine, Population, Reference, Releases
+from fedtune.privacy.policy import Budget, Dataset, Machine, Policy, Population, Reference, Releases, period_of
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError
 

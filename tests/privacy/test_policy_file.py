@@ -13,12 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.privacy.ledger import Ledger, Reservation
-from fedtune.privacy.policy import Policy
+from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.policy import Dataset, Policy, Reference
 from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
-from fedtune.privacy.policy_tables import Dataset, Reference
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.verify import verify
 from fedtune.spec import ConfigError
 
 TEMPLATE = Path(__file__).parents[2] / "conf" / "site.toml"

@@ -14,13 +14,13 @@ import pytest
 from dp_accounting import DpEvent
 
 from fedtune.privacy import events
-from fedtune.privacy.chain import Head, Kind
-from fedtune.privacy.event_store import EventStore
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.ledger.chain import Head, Kind
+from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.store import EventStore
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refused
-from fedtune.privacy.verify import verify
 from fedtune.spec import RunError
 
 
@@ -171,7 +171,7 @@ def test_a_crash_before_the_anchor_is_written_leaves_it_behind_and_the_ledger_go
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("fedtune.privacy.event_store.write_durably", cut)
+        patched.setattr("fedtune.privacy.ledger.store.write_durably", cut)
         with pytest.raises(KeyboardInterrupt):
             ledger.reserve(proposal(), round=1, request="q")
     assert anchor.read_bytes() == behind

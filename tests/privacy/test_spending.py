@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy import accountant, events, filter, spending
-from fedtune.privacy.history import History
-from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 

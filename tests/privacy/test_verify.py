@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedtune.privacy import chain, ledger_file
-from fedtune.privacy.chain import Head, Kind
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger, Reservation
+from fedtune.privacy.ledger import chain, store
+from fedtune.privacy.ledger.chain import Head, Kind
+from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.verify import verify
 from fedtune.spec import RunError
 
 COLUMNS = (
@@ -417,8 +417,8 @@ def test_an_event_that_cannot_be_followed_leaves_nothing_half_followed(
     wrong = row | {"sequence": 5, "attempt": 7, "kind": Kind.RESERVE, "detail": json.loads(row["detail"])}
     event = chain.Event(**wrong).hash_after(row["hash"])
     signed = dataclasses.replace(chain.Event(**wrong), hash=event, signature=site_key.sign(chain.EVENT, event.encode()))
-    with ledger_file.writing(path) as file:
-        ledger_file.insert(file, signed)
+    with store.writing(path) as file:
+        store.insert(file, signed)
     for check in (lambda: ledger.end("r"), lambda: verify(path)):
         with pytest.raises(RunError, match=r"event 5 \(reserve\) cannot be understood: it does not follow"):
             check()
@@ -431,6 +431,6 @@ def test_an_event_that_cannot_be_followed_leaves_nothing_half_followed(
 def test_an_empty_ledger_and_a_missing_one_are_run_errors(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     assert found(path) == f"ledger {path} does not exist"
-    with ledger_file.writing(path):
+    with store.writing(path):
         pass
     assert found(path) == f"ledger {path} is empty"

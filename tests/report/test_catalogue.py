@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedtune.report
-from fedtune.privacy.policy_tables import PERIODS
+from fedtune.privacy.policy import PERIODS
 from fedtune.privacy.release import Reason
 from fedtune.report import assumptions, cells, codes, page_one
 from fedtune.report.catalogue import LANGUAGES, catalogue

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fedtune.evaluation import one_run
 from fedtune.privacy.policy import Policy
-from fedtune.report import assumptions, from_ledger, from_run, profile, recompute
-from fedtune.report.model import Assumption, Audit, AuditBound, Report
+from fedtune.report import assumptions, from_ledger, from_run, one_run, profile, recompute
+from fedtune.report.audit_record import Audit, AuditBound
+from fedtune.report.model import Assumption, Report
 from fedtune.report.site_model import Cap, Spent, Verdict
 
 from .site_ledgers import Books

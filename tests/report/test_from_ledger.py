@@ -15,14 +15,14 @@ import pytest
 
 from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
-from fedtune.privacy.chain import Kind
-from fedtune.privacy.event_store import EventStore
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Kind
+from fedtune.privacy.ledger.store import EventStore
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
-from fedtune.privacy.verify import verify
 from fedtune.report import from_ledger, ledger_rounds, profile, recompute, signing
 from fedtune.report.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASE_KINDS, RELEASED
 from fedtune.report.model import Report

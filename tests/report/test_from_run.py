@@ -15,12 +15,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedtune.cli.display as display
 from fedtune.cli.compose import saved_config
-from fedtune.evaluation import one_run
 from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
-from fedtune.report import from_run, recompute, run_site, signing
-from fedtune.report.audit_record import MARK
+from fedtune.report import from_run, one_run, recompute, run_site, signing
 from fedtune.report.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASED, UNPROTECTED_FIGURES
 from fedtune.report.model import Report
 from fedtune.sites import environment
@@ -327,7 +326,7 @@ def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Pat
 
 def test_a_run_that_holds_canaries_says_so_and_without_findings_promises_nothing(folder: Path) -> None:
     before = from_run.build(folder)
-    (folder / MARK).write_text("an audit")
+    RunFolder(folder).audit_mark.write_text("an audit")
     report = from_run.build(folder)
     assert (before.verdict.state, report.verdict.state) == ("within", "no_guarantee")
     assert [site.verdict.reasons for site in report.sites] == [("holds_canaries",)] * 2

@@ -20,10 +20,10 @@ from fedtune.model import Adapter
 from fedtune.model.base import model_sha256
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.mechanism import PrivacySpec
+from fedtune.privacy.policy import Machine
 from fedtune.privacy.policy_file import read_policy, write_policy
-from fedtune.privacy.policy_tables import Machine
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.site_files import SiteFiles

@@ -15,10 +15,9 @@ from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.privacy.filter import filter_cost, surcharge, total_divergence
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import Ledger
-from fedtune.privacy.policy import Policy
+from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.policy import Policy, Releases
 from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.policy_tables import Releases
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.sites.virtual_site import VirtualSites, fitted, generated_policy

@@ -18,7 +18,7 @@ from fedtune.deploy.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TL
 from fedtune.deploy.kits.certificates import Certificate, read_certificate
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.models import install_model
-from fedtune.privacy.history import History
+from fedtune.privacy.ledger.history import History
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, DataError, FedtuneError

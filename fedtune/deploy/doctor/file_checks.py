@@ -16,8 +16,7 @@ from fedtune.deploy.files import name_of, own_group
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.models import installed_bytes, is_made_here, licence_files, model_place, verify_model
 from fedtune.privacy.mechanism import Unit
-from fedtune.privacy.policy import Policy
-from fedtune.privacy.policy_tables import AT_ONCE, Dataset
+from fedtune.privacy.policy import AT_ONCE, Dataset, Policy
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, DataError

@@ -17,11 +17,12 @@ from fedtune.deploy.kits.kit import Kit
 from fedtune.federation import verdict
 from fedtune.federation.verdict import BrokenRule, Verdict
 from fedtune.model.spec import RANDOM
-from fedtune.privacy import accountant, events, filter, spending
+from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.chain import Head
-from fedtune.privacy.history import History
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.history import History
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.release import Reason, asked_and_allowed

@@ -7,9 +7,9 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.privacy import chain, ledger_file
-from fedtune.privacy.chain import Event, Head
-from fedtune.privacy.history import History
+from fedtune.privacy.ledger import chain, store
+from fedtune.privacy.ledger.chain import Event, Head
+from fedtune.privacy.ledger.history import History
 from fedtune.spec import RunError
 
 
@@ -43,10 +43,10 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
     Raises:
         RunError: says what does not fit.
     """
-    with ledger_file.reading(path) as file:
+    with store.reading(path) as file:
         _check_pages(file)
-        events = ledger_file.read_events(file)
-        replies = ledger_file.stored_replies(file)
+        events = store.read_events(file)
+        replies = store.stored_replies(file)
     if not events:
         raise RunError(f"ledger {path} is empty")
     last = chain.check_chain(events)

@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 
 from fedtune.audit.guesses import counted
-from fedtune.evaluation import one_run
-from fedtune.evaluation.one_run import best_possible, epsilon_lower_bound, p_value
 from fedtune.privacy.accountant import calibrate_noise
+from fedtune.report import one_run
+from fedtune.report.one_run import best_possible, epsilon_lower_bound, p_value
 
 DELTA = 1e-5
 CHANCE = 1e-4

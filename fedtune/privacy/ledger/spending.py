@@ -13,12 +13,11 @@ from functools import lru_cache
 from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.history import History
+from fedtune.privacy.ledger.history import History, Run
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.run import Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

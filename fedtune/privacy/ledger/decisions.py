@@ -12,24 +12,22 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from dp_accounting import DpEvent
 
-from fedtune.privacy import events, spending
-from fedtune.privacy.chain import Head, Kind
-from fedtune.privacy.event_store import EventStore
-from fedtune.privacy.history import History
+from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.notes import Opened, other_users
+from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger.chain import Head, Kind
+from fedtune.privacy.ledger.history import History, Opened, Reservation, Restored, Run, other_users
+from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
-from fedtune.privacy.restore import charge_gap
-from fedtune.privacy.run import Reservation, Run
 from fedtune.spec import RunError
 
 MOST_ANSWERS_A_DAY, MOST_STRANGERS_A_DAY = 1000, 10
@@ -197,7 +195,28 @@ class Ledger:
         Raises:
             RunError: the anchor is of another ledger.
         """
-        return charge_gap(self._store, anchor)
+        self._store.require_same_ledger(anchor)
+        with self._store.transaction():
+            if self.history.holds(anchor):
+                return Counter()
+            # What lies behind the last event that both know was charged on another branch, and makes up for nothing.
+            both = [n for n, hash in anchor.path if n <= self.history.length and self.history.hashes[n - 1] == hash]
+            shared = max(both, default=0)
+            gap = Counter({events.from_json(data): count for data, count in anchor.charged})
+            gap -= self.history.charged(up_to=shared)
+            restored = Restored(
+                shared=shared,
+                end=anchor.sequence,
+                path=frozenset(anchor.path + anchor.made_up),
+                gap=gap,
+                runs=dict(Counter(dict(anchor.runs)) - self.history.rounds_up_to(shared)),
+                seeded=anchor.seeded,
+                frozen=anchor.frozen,
+            )
+            doubt = self.history.in_doubt
+            cleared = doubt is None or self._store.knows(doubt.sequence, doubt.head, besides=restored)
+            self._store.note("restored", **replace(restored, clears_doubt=cleared).to_json())
+        return gap
 
     def head(self) -> Head:
         """The newest head, for an anchor."""

@@ -1,0 +1,81 @@
+"""The layout of a run folder, `runs/<name>/`: which file lies where.
+
+It imports the standard library alone, so that a command that only looks for a file waits for no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The files of one run; none of them needs to be there."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The composed configuration, as YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def result(self) -> Path:
+        """What the run came to: `fedtune.federation.results`."""
+        return self.path / "run.json"
+
+    @property
+    def log(self) -> Path:
+        """The log; locked by the process that runs the folder."""
+        return self.path / "log.txt"
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the final adapter, with the task head beside it."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of what a resumed run needs: `fedtune.federation.checkpoint`."""
+        return self.path / "checkpoints"
+
+    @property
+    def asked(self) -> Path:
+        """The journal of rounds that were asked for."""
+        return self.checkpoints / "asked.jsonl"
+
+    @property
+    def sites(self) -> Path:
+        """The folder of a simulation's sites, unless they are kept elsewhere."""
+        return self.path / "sites"
+
+    @property
+    def environment(self) -> Path:
+        """What the run was made on and with."""
+        return self.path / "environment.json"
+
+    @property
+    def answers(self) -> Path:
+        """What each real site answered last."""
+        return self.path / "answers.json"
+
+    @property
+    def site_reports(self) -> Path:
+        """The folder of the reports that sites released."""
+        return self.path / "site_reports"
+
+    @property
+    def audit(self) -> Path:
+        """What an audit of the run found."""
+        return self.path / "audit.json"
+
+    @property
+    def audit_mark(self) -> Path:
+        """There from before an audit trains: canaries are among the training data."""
+        return self.path / "AUDIT.txt"
+
+    @property
+    def saved_checkpoints(self) -> list[Path]:
+        """The checkpoints that are there, oldest first."""
+        return sorted(self.checkpoints.glob("round-*.safetensors"))

@@ -1,0 +1,9 @@
+"""What was done to the records of one population, for ever: a file of signed events, and what follows from them.
+
+chain       one event, the hash chain, signed heads
+history     what events add up to: runs, charges, what is set aside
+store       the SQLite file, and events written to it durably
+spending    what is spent and left; whether more fits every cap
+decisions   the `Ledger`: each decision one transaction
+verify      checking somebody's ledger with the file and a public key
+"""

@@ -1,0 +1,336 @@
+"""A ledger's events on disk and in memory: written durably, chained, signed, followed.  Nothing here decides anything.
+
+The functions know SQLite alone; `EventStore` keeps the file, the hash chain and the history together.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from fedtune import __version__
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import EVENT, Event, Head, Kind, canonical, check_chain, check_signature
+from fedtune.privacy.ledger.history import History, Restored
+from fedtune.spec import ConfigError, RunError
+
+LOCK_TIMEOUT_S = 60.0
+_APPLICATION_ID = 0x66656474  # "fedt"
+_COLUMNS = (
+    "sequence", "kind", "time", "run", "round", "request", "attempt", "dataset", "cohort", "code", "detail", "hash",
+    "signature",
+)  # fmt: skip
+
+# The triggers keep a mistake from rewriting history; the hash chain shows it when somebody does it on purpose.
+SCHEMA = (
+    """CREATE TABLE events (
+  sequence INTEGER PRIMARY KEY, kind TEXT NOT NULL, time TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
+  request TEXT NOT NULL, attempt INTEGER NOT NULL, dataset TEXT NOT NULL, cohort TEXT NOT NULL, code TEXT NOT NULL,
+  detail TEXT NOT NULL, hash TEXT NOT NULL, signature TEXT NOT NULL
+) STRICT""",
+    "CREATE TABLE replies (run TEXT PRIMARY KEY, request TEXT NOT NULL, reply BLOB NOT NULL) STRICT",
+    """CREATE TRIGGER events_are_never_changed BEFORE UPDATE ON events
+BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
+    """CREATE TRIGGER events_are_never_deleted BEFORE DELETE ON events
+BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
+)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[sqlite3.Connection]:
+    """One transaction that locks the ledger at `path`, made when missing, against every other writer.
+
+    It is on disk when the block ends, and undone when the block raises.
+
+    Raises:
+        RunError: the file cannot be opened, locked or written, or is no ledger.
+    """
+    try:
+        if not path.exists():
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        file = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None)
+    except (sqlite3.Error, OSError) as error:
+        raise RunError(f"ledger {path} cannot be opened ({error}); nothing is trained without it") from error
+    try:
+        # The rollback journal, and not a write-ahead log: a copied file is whole.  EXTRA also syncs the folder after
+        # the journal is gone, without which a power cut could bring an undone state back.
+        file.execute("PRAGMA journal_mode = DELETE")
+        file.execute("PRAGMA synchronous = EXTRA")
+        file.execute("BEGIN IMMEDIATE")
+        _make_or_check_tables(file, path)
+        yield file
+        file.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise RunError(f"ledger {path} cannot be read or written ({error}); nothing is trained without it") from error
+    finally:
+        file.close()  # a transaction that did not commit is rolled back
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection to an existing ledger that changes nothing, but for undoing a transaction that a crash cut short.
+
+    Raises:
+        RunError: the file is missing, damaged or not a ledger.
+    """
+    if not path.is_file():
+        raise RunError(f"ledger {path} does not exist")
+    # Only a writer may roll a journal back, and until that is done nobody can read.
+    mode = "rw" if path.resolve().with_name(f"{path.resolve().name}-journal").exists() else "ro"
+    try:
+        file = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=LOCK_TIMEOUT_S, isolation_level=None
+        )
+        try:
+            file.execute("PRAGMA query_only = ON")
+            file.execute("BEGIN")
+            _check_tables(file, path)
+            yield file
+        finally:
+            file.close()
+    except sqlite3.Error as error:
+        raise RunError(f"ledger {path} cannot be read ({error})") from error
+
+
+def insert(file: sqlite3.Connection, event: Event) -> None:
+    """Append one row."""
+    values = [getattr(event, name) for name in _COLUMNS]
+    values[_COLUMNS.index("detail")] = canonical(event.detail).decode()
+    values[_COLUMNS.index("kind")] = event.kind.value
+    marks = ", ".join("?" * len(_COLUMNS))
+    file.execute(f"INSERT INTO events ({', '.join(_COLUMNS)}) VALUES ({marks})", values)
+
+
+def read_events(file: sqlite3.Connection, *, after: int = 0) -> list[Event]:
+    """Events with a sequence above `after`, in order.
+
+    Raises:
+        RunError: a row is not an event.
+    """
+    query = f"SELECT {', '.join(_COLUMNS)} FROM events WHERE sequence > ? ORDER BY sequence"
+    rows = file.execute(query, (after,)).fetchall()  # a cursor left half-way would hold the lock after an error
+    return [_event(dict(zip(_COLUMNS, row, strict=True))) for row in rows]
+
+
+def hash_of(file: sqlite3.Connection, sequence: int) -> str | None:
+    """The stored hash of one event; None where there is none."""
+    row = file.execute("SELECT hash FROM events WHERE sequence = ?", (sequence,)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def store_reply(file: sqlite3.Connection, *, run: str, request: str, reply: bytes) -> None:
+    """Keep `reply` as the newest of `run`."""
+    file.execute("INSERT OR REPLACE INTO replies (run, request, reply) VALUES (?, ?, ?)", (run, request, reply))
+
+
+def stored_replies(file: sqlite3.Connection) -> list[tuple[str, str, bytes]]:
+    """Run, request digest and reply of each stored reply."""
+    return file.execute("SELECT run, request, reply FROM replies").fetchall()
+
+
+def reply_to(file: sqlite3.Connection, request: str) -> bytes | None:
+    """The stored reply to a request, if it is still there."""
+    row = file.execute("SELECT reply FROM replies WHERE request = ?", (request,)).fetchone()
+    return None if row is None else bytes(row[0])
+
+
+def _event(row: dict[str, object]) -> Event:
+    try:
+        detail = json.loads(str(row["detail"]))
+        # One event has one spelling, or a change of spelling would go unseen.
+        if not isinstance(detail, dict) or canonical(detail).decode() != row["detail"]:
+            raise ValueError("detail")
+        return Event(**{**row, "kind": Kind(row["kind"]), "detail": detail})  # type: ignore[arg-type]
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"event {row['sequence']} was changed: it is not written as fedtune writes events") from error
+
+
+def _make_or_check_tables(file: sqlite3.Connection, path: Path) -> None:
+    if file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+        file.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        for statement in SCHEMA:
+            file.execute(statement)
+    _check_tables(file, path)
+
+
+def _check_tables(file: sqlite3.Connection, path: Path) -> None:
+    """Refuse a file with other tables, triggers or views than fedtune's."""
+    found = {sql for (sql,) in file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
+    (application,) = file.execute("PRAGMA application_id").fetchone()
+    if found != set(SCHEMA) or application != _APPLICATION_ID:
+        raise RunError(f"ledger {path} does not have a ledger's tables: it was changed, or is another file")
+
+
+class Place(TypedDict, total=False):
+    """Where an event belongs; what is left out is empty."""
+
+    run: str
+    round: int
+    request: str
+    attempt: int
+    dataset: str
+
+
+_NOWHERE = Place(run="", round=0, request="", attempt=0, dataset="")
+
+
+class EventStore:
+    """The events of one ledger file.
+
+    Args:
+        path: the SQLite file, made when missing.
+        key: the site's key, which signs each event.
+        anchor: file outside the ledger that always holds the newest signed head; None: none is kept.
+
+    Attributes:
+        history: what the events add up to, as of the last transaction.
+    """
+
+    def __init__(self, path: Path, key: SigningKey, anchor: Path | None) -> None:
+        self.path, self.history = path, History()
+        self._key, self._anchor = key, anchor
+        self._open_file: sqlite3.Connection | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"ledger {path} cannot be made ({error.strerror}); nothing is trained without it") from error
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Lock the file, follow what others wrote since, and write what the block appends; all of it or nothing.
+
+        Guarantee: when the block has ended, what it appended is on disk, and so is the anchor.
+
+        Raises:
+            RunError: the file or the anchor is damaged, was changed or put back, or cannot be written.
+        """
+        before = self.history.length
+        try:
+            with writing(self.path) as file:
+                self._catch_up(file)
+                self._require_anchored()
+                before, self._open_file = self.history.length, file
+                yield
+            if self._anchor is not None and (self.history.length > before or not self._anchor.exists()):
+                self._write_anchor(self._anchor)
+        except BaseException as error:
+            if self.history.length != before:
+                self.history = History()  # what was followed may not have been written
+            if isinstance(error, OSError):
+                raise RunError(
+                    f"anchor {self._anchor} cannot be used ({error.strerror}); nothing is trained"
+                ) from error
+            raise
+        finally:
+            self._open_file = None
+
+    @property
+    def _file(self) -> sqlite3.Connection:
+        assert self._open_file is not None, "outside a transaction"
+        return self._open_file
+
+    def append(self, kind: Kind, detail: dict[str, Any], **place: Unpack[Place]) -> None:
+        """Write one event behind the newest one, and follow it."""
+        unsigned: dict[str, Any] = {
+            "sequence": self.history.length + 1,
+            "kind": kind,
+            "time": self.history.now().isoformat(),
+            **_NOWHERE,
+            **place,
+            "cohort": "",
+            "code": __version__,
+            "detail": json.loads(canonical(detail)),
+        }
+        hash = Event(**unsigned).hash_after(self.history.hash)
+        event = Event(**unsigned, hash=hash, signature=self._key.sign(EVENT, hash.encode()))
+        insert(self._file, event)
+        self.history.follow(event)
+
+    def note(self, what: str, *, run: str = "", **detail: Any) -> None:
+        """Append a note."""
+        self.append(Kind.NOTE, {"what": what, **detail}, run=run)
+
+    def store_reply(self, *, run: str, request: str, reply: bytes) -> None:
+        """Keep `reply` as the newest of `run`."""
+        store_reply(self._file, run=run, request=request, reply=reply)
+
+    def reply_to(self, request: str) -> bytes | None:
+        """The stored reply to a request, if it is still there."""
+        return reply_to(self._file, request)
+
+    def head(self) -> Head:
+        """The newest head, for an anchor."""
+        return self.history.head(self._key)
+
+    def salted_head(self) -> str:
+        """The newest event's hash under a salt of the site's own."""
+        return self._salted(self.history.hash)
+
+    def knows(self, sequence: int, salted_head: str, *, besides: Restored | None = None) -> bool:
+        """Whether the event that had this salted head is here, or was made up for (`besides`: or would be)."""
+        return self.history.knows(
+            sequence, lambda hash: hmac.compare_digest(self._salted(hash), salted_head), besides=besides
+        )
+
+    def _require_anchored(self) -> None:
+        """Raise unless the ledger holds the head that the anchor outside it says it reached."""
+        if self._anchor is None:
+            return
+        if not self._anchor.exists():
+            # Without a charge the ledger is as good as new: a crash came before its first anchor was written.
+            if self.history.charged():
+                raise RunError(
+                    f"anchor {self._anchor} is missing, and ledger {self.path} is not new; nothing is trained"
+                )
+            return
+        try:
+            anchor = Head.read(self._anchor)
+        except ConfigError as error:
+            raise RunError(f"{error}; nothing is trained") from error
+        if not self.history.length:
+            raise RunError(f"ledger {self.path} is missing: anchor {self._anchor} knows {anchor.sequence} events of it")
+        self.require_same_ledger(anchor)
+        if not self.history.holds(anchor):
+            raise RunError(
+                f"ledger {self.path} is older than its anchor {self._anchor} (event {self.history.length} of at least "
+                f"{anchor.sequence}), or has branched off; see `fedtune ledger restore`"
+            )
+
+    def require_same_ledger(self, anchor: Head) -> None:
+        """Raise unless the anchor is of this ledger."""
+        if (anchor.ledger, anchor.site_key) != (self.history.opened.ledger, self._key.public):
+            raise RunError(f"the anchor is of another ledger than {self.path}")
+
+    def _catch_up(self, file: sqlite3.Connection) -> None:
+        """Follow the events that are new, after checking that they continue the chain.
+
+        The newest event's signature vouches for all before it, since its hash covers them.
+        """
+        known = self.history.length
+        if known and hash_of(file, known) != self.history.hash:
+            raise RunError(f"ledger {self.path} was changed or put back while it was open; nothing is trained")
+        try:
+            new = read_events(file, after=known)
+            check_chain(new, before=self.history.hash, first=known + 1)
+            if new:
+                check_signature(new[-1], self._key.public)
+            for event in new:
+                self.history.follow(event)
+        except RunError as error:
+            raise RunError(f"ledger {self.path}: {error}; nothing is trained on a ledger in doubt") from error
+
+    def _write_anchor(self, anchor: Path) -> None:
+        """Bring the anchor up to the ledger: afterwards, so that a crash leaves it behind and never ahead."""
+        with writing(self.path) as file:  # or two processes could write their heads in the wrong order
+            self._catch_up(file)
+            write_durably(anchor, self.head().to_bytes())
+
+    def _salted(self, hash: str) -> str:
+        return hmac.digest(self._key.secret("receipt head"), hash.encode(), "sha256").hex()
