@@ -17,8 +17,9 @@ from fedtune.model import Adapter
 from fedtune.sites.participants import Participants
 from fedtune.sites.work import randomness_of
 from fedtune.spec import ConfigError
+from fedtune.training.examples import Places
 from fedtune.training.optimizer import learning_rate_factor
-from fedtune.training.users import Places, UserExamples
+from fedtune.training.users import UserExamples
 
 _LEAST_CONTROLS = 100
 """Coordinates without a canary, which show what noise alone does."""

@@ -22,13 +22,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedtune.data import Batch
-from fedtune.model import TaskModel
 from fedtune.privacy.mechanism import cell
 from fedtune.privacy.randomness import RandomStream
+from fedtune.tasks import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.dp_step import UnitGradients
-from fedtune.training.examples import SiteExamples
-from fedtune.training.users import Places, UserBatch, UserExamples
+from fedtune.training.examples import Places, SiteExamples
+from fedtune.training.users import UserBatch, UserExamples
 
 RAW_SIZE = 1000.0
 """Of a canary's gradient before it is clipped, in clip norms."""

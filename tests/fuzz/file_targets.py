@@ -24,7 +24,6 @@ from fedtune.deploy.roster import read_roster, write_roster
 from fedtune.deploy.site_state import SiteState
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.receipt_book import ReceiptBook
-from fedtune.model import load_task_model
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import check_content
 from fedtune.privacy.chain import Head
@@ -36,6 +35,7 @@ from fedtune.report.difference import differences
 from fedtune.report.run_record import read_run
 from fedtune.sites.virtual_site import DEALT, read_dealt_out
 from fedtune.spec import ConfigError, DataError, FedtuneError, RunError
+from fedtune.tasks import load_task_model
 
 from . import seeds
 from .mutations import mutated_bytes, mutated_json, mutated_toml
