@@ -15,6 +15,7 @@ from fedtune.report.ledger_record import LedgerRecord
 from fedtune.report.model import Provenance, Scores
 from fedtune.report.site_model import SiteReport
 from fedtune.report.verdicts import worst
+from fedtune.tasks import task_named
 
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
     from fedtune.report.run_record import RunRecord
@@ -37,7 +38,7 @@ def of_run(record: RunRecord, sites: Sequence[SiteReport], provenance: Provenanc
         "task": config.task,
         "declared_sizes": _pairs(sizes),
         "declared_total": str(sum(sizes.values())),
-        "columns_used": _listed(data.needed_columns(config.task, unit=record.plan.unit)),
+        "columns_used": _listed(task_named(config.task).columns(data, unit=record.plan.unit)),
         "num_sites": str(len(sites)),
         "runtime": config.runtime.kind,
         "most_tokens": str(data.max_length),

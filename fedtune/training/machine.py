@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 from fedtune.data import Shapes
-from fedtune.model import TaskModel
 from fedtune.model.fits import usable_positions
 from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel
 from fedtune.training.spec import RuntimeSpec
 
 

@@ -11,8 +11,8 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 
 from fedtune.data.batching import Batch, one_at_a_time
-from fedtune.model import TaskModel
 from fedtune.spec import ConfigError, panics_as_errors
+from fedtune.tasks import TaskModel
 
 log = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from fedtune.privacy.policy import Machine, Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
+from fedtune.tasks import task_named
 
 from .networks import SERVER, Network, best_network
 from .processes import FEDTUNE, Process
@@ -58,7 +59,12 @@ def simulated(*overrides: str, names: Sequence[str] = NAMES) -> list[str]:
 def dealt(names: tuple[str, ...]) -> dict[str, list[Record]]:
     """Each site's records, as a simulation deals them out."""
     config = compose_run(simulated(*settings("name=dealt"), names=names))
-    of_sites = simulated_site_records(config.data, task=config.task, num_sites=len(names), seed=config.seed)
+    of_sites = simulated_site_records(
+        config.data,
+        columns=task_named(config.task).columns(config.data, partition=True),
+        num_sites=len(names),
+        seed=config.seed,
+    )
     return {name: records.training for name, records in zip(names, of_sites, strict=True)}
 
 

@@ -23,7 +23,6 @@ from fedtune.deploy.services.lead_service import ANSWERS, latest_answers
 from fedtune.deploy.services.site_state import SiteState
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.receipt_book import ReceiptBook
-from fedtune.model import load_task_model
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import check_content
 from fedtune.privacy.ledger.chain import Head
@@ -35,6 +34,7 @@ from fedtune.report.difference import differences
 from fedtune.report.run_record import read_run
 from fedtune.sites.virtual_site import DEALT, read_dealt_out
 from fedtune.spec import ConfigError, DataError, FedtuneError, RunError
+from fedtune.tasks import load_task_model
 
 from . import seeds
 from .mutations import mutated_bytes, mutated_json, mutated_toml

@@ -10,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 
 from fedtune.data.records import SEVERAL_USERS, iter_records
-from fedtune.data.spec import TASK_ROLES
 from fedtune.deploy.doctor.check import Check, PrivateLog, failed, from_error, ok, warning
 from fedtune.deploy.files import name_of, own_group
 from fedtune.deploy.kits.kit import Kit
@@ -20,6 +19,7 @@ from fedtune.privacy.policy import AT_ONCE, Dataset, Policy
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import TASKS
 
 SOON_DAYS = 30
 FEW, MANY = 0.5, 2.0
@@ -141,7 +141,7 @@ def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) ->
         return failed(name, found, fix=f"Set `path` in {block} to one .jsonl or .csv file, plain or with .gz behind.")
     lacking = _roles_lacking(dataset.columns, tasks)
     if lacking is None:
-        asked = " or ".join(f"{', '.join(TASK_ROLES[task])} ({task})" for task in tasks if task in TASK_ROLES)
+        asked = " or ".join(f"{', '.join(TASKS[task].roles)} ({task})" for task in tasks if task in TASKS)
         fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
         return failed(name, "its columns have not the roles of any task that the policy allows", fix=fix)
     try:
@@ -161,7 +161,7 @@ def _count(path: Path, dataset: Dataset, unit: Unit) -> int:
 
 def _roles_lacking(columns: Mapping[str, str], tasks: tuple[str, ...]) -> str | None:
     """Tasks that `columns` does not serve, in words, empty for none; None where it serves no task at all."""
-    lacking = [task for task in tasks if not set(TASK_ROLES.get(task, ("",))) <= set(columns)]
+    lacking = [task for task in tasks if task not in TASKS or not set(TASKS[task].roles) <= set(columns)]
     return None if len(lacking) == len(tasks) else ", ".join(lacking)
 
 

@@ -1,7 +1,8 @@
 """A saved adapter: a folder that PEFT loads by itself, with the task's head and settings beside it.
 
 adapter_config.json  adapter_model.safetensors   what `peft.PeftModel.from_pretrained(base, folder)` reads
-head.safetensors                                 "weight" (labels, h) and "centre" (h,), see `HeadSpec`:
+head.safetensors                                 the task's own tensors; of classification "weight" (labels, h) and
+                                                 "centre" (h,), see `HeadSpec`:
                                                  logits = scale * weight @ normalised(pooled - centre)
 fedtune.json                                     settings, labels, the base's hash, the adapter's digest
 """
@@ -25,11 +26,13 @@ from fedtune.model.base import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.source import model_folder
 from fedtune.model.spec import RANDOM, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.model.task import ClassificationModel, TaskModel, assemble
 from fedtune.spec import ConfigError
+from fedtune.tasks import task_named
+from fedtune.tasks.model import TaskModel, assemble
 
 _SCHEMA_VERSION = 1
-_HEAD, _CENTRE = "head.weight", "centre"
+_HEAD = "head."
+"""What the names of the task's own tensors begin with; its public constants are buffers of the model itself."""
 
 
 def save_task_model(model: TaskModel, folder: Path) -> None:
@@ -64,17 +67,19 @@ def load_task_model(folder: Path, *, model: ModelSpec | None = None, device: tor
     try:
         spec = _spec_from(settings, model)
         expected = settings["adapter_digest"]
-        tensors = _read_tensors(folder, spec)
+        tensors, head = _read_tensors(folder, has_head=task_named(spec.task).has_head)
         # Before matrices of that rank are made: any number can stand in a file, and fill the memory.
         if spec.lora.rank not in {length for array in tensors.values() for length in array.shape}:
             raise ConfigError("lora.rank", spec.lora.rank, "must be that of the saved matrices")
         loaded = assemble(spec, device=device)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(str(folder / "fedtune.json"), type(error).__name__, f"is malformed: {error}") from error
-    centre = tensors.pop(_CENTRE, None)
-    copy_tensors(tensors, loaded.adapter_parameters())
-    if isinstance(loaded, ClassificationModel) and centre is not None:
-        loaded.centre.copy_(torch.from_numpy(centre))
+    constants = dict(loaded.named_buffers(recurse=False))
+    copy_tensors(
+        tensors | {_HEAD + name: array for name, array in head.items() if name not in constants},
+        loaded.adapter_parameters(),
+    )
+    copy_tensors({name: array for name, array in head.items() if name in constants}, constants)
     if Adapter.of(loaded).digest() != expected:
         raise AdapterError(f"{folder}: the tensors are not the ones that fedtune.json names by digest")
     return loaded
@@ -82,13 +87,12 @@ def load_task_model(folder: Path, *, model: ModelSpec | None = None, device: tor
 
 def _write(model: TaskModel, folder: Path) -> None:
     tensors = {name: parameter.detach().cpu().numpy() for name, parameter in model.adapter_parameters().items()}
-    head = tensors.pop(_HEAD, None)
+    head = {name.removeprefix(_HEAD): tensors.pop(name) for name in list(tensors) if name.startswith(_HEAD)}
+    head |= {name: constant.cpu().numpy() for name, constant in model.named_buffers(recurse=False)}
     # safetensors' own "format" entry tells PEFT that these are for torch.
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    if isinstance(model, ClassificationModel):
-        assert head is not None
-        centre = model.centre.cpu().numpy()
-        save_file({"weight": head, "centre": centre}, folder / "head.safetensors", metadata={"format": "pt"})
+    if model.task.has_head:
+        save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
     _write_json(folder / "adapter_config.json", _peft_settings(model))
     _write_json(folder / "fedtune.json", _settings(model))
 
@@ -137,15 +141,13 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _read_tensors(folder: Path, spec: TaskModelSpec) -> dict[str, np.ndarray]:
+def _read_tensors(folder: Path, *, has_head: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The adapter's tensors, and the task's own."""
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
-        if spec.task == "classification":
-            head = load_file(folder / "head.safetensors")
-            tensors |= {_HEAD: head["weight"], _CENTRE: head["centre"]}
-    except (OSError, SafetensorError, KeyError) as error:
+        return tensors, load_file(folder / "head.safetensors") if has_head else {}
+    except (OSError, SafetensorError) as error:
         raise ConfigError("adapter", str(folder), f"must hold the adapter's tensors ({error})") from error
-    return tensors
 
 
 def _read_json(path: Path) -> dict[str, Any]:
