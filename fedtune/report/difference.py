@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from fedtune.report.model import Audit, Report
-from fedtune.report.site_model import Mechanism, SiteReport
+from fedtune.report.model import Audit, Mechanism, Report, SiteReport
 from fedtune.spec import ConfigError
 
 Group = Literal["settings", "privacy", "utility", "cost"]

@@ -13,8 +13,8 @@ import pytest
 from fedtune.audit.result import FILE, MARK, AuditResult, json_schema, read_result
 from fedtune.evaluation.one_run import best_possible
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.report import audit_record
-from fedtune.report.audit_record import read_audit
+from fedtune.report.derive import audit_bounds
+from fedtune.report.derive.audit_bounds import read_audit
 from fedtune.spec import RunError
 
 EVERY_TIME = ("privacy.sampling_rate=1.0", "audit.canaries=120")
@@ -161,7 +161,7 @@ def test_the_folder_is_marked_and_is_not_continued(sound: Any, command: Any) -> 
     outcome = command("evaluate", str(folder), "--data", "any.csv", "--device", "cpu")
     assert outcome.code == 2
     assert "is an audit: made-up records were planted" in outcome.message
-    assert (MARK, FILE) == (audit_record.MARK, audit_record.FILE), "the report looks for the files that are written"
+    assert (MARK, FILE) == (audit_bounds.MARK, audit_bounds.FILE), "the report looks for the files that are written"
     report = json.loads((folder / "report.json").read_text())
     assert report["verdict"] == {"state": "within", "reasons": ["audited"]}
 

@@ -19,9 +19,10 @@ from fedtune.evaluation import one_run
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
-from fedtune.report import from_run, recompute, run_site, signing
-from fedtune.report.audit_record import MARK
-from fedtune.report.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASED, UNPROTECTED_FIGURES
+from fedtune.report import from_run, recompute, signing
+from fedtune.report.derive import run_site
+from fedtune.report.derive.audit_bounds import MARK
+from fedtune.report.derive.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASED, UNPROTECTED_FIGURES
 from fedtune.report.model import Report
 from fedtune.sites import environment
 from fedtune.sites.participants import Participants
