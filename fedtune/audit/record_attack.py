@@ -22,7 +22,7 @@ from fedtune.data import Record
 from fedtune.evaluation.evaluate import batches_by_length, scoring
 from fedtune.model import Adapter
 from fedtune.privacy.randomness import RandomStream
-from fedtune.report.audit_record import AuditHitRate, AuditMembership
+from fedtune.report.model import AuditHitRate, AuditMembership
 from fedtune.report.one_run import binomial
 from fedtune.sites.participants import Participants
 from fedtune.sites.work import randomness_of

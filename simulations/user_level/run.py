@@ -46,7 +46,7 @@ from fedtune.data.load import simulated_site_records, split_key
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
-from fedtune.report.explain import group
+from fedtune.report.derive.profile import group
 from fedtune.tasks import task_named
 
 FOLDER = Path(__file__).parent

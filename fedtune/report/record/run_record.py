@@ -1,0 +1,344 @@
+"""A run folder as its files are: configuration, newest checkpoint, `run.json`, and what the run noted of itself.
+
+A run that crashed, was killed or still goes on has no `run.json`, or one without final scores; its checkpoint says what
+was asked of whom and which receipts came.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+
+from fedtune.config import RunConfig, parse, saved_settings
+from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.release import Receipt
+from fedtune.sites.environment import Environment, read_environments
+from fedtune.sites.shared_settings import for_sites
+from fedtune.spec import ConfigError, RunError
+
+_Scores = dict[str, FiniteFloat | None]
+"""null for one that is not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run left behind.
+
+    Attributes:
+        config: of `config.yaml`.
+        plan: what every site was asked to accept.
+        config_sha256: of the configuration that the run really had, where `run.json` says it.
+        result: the content of `run.json`; empty where there is none.
+        state: the newest checkpoint; None: none is left.
+        rounds: the finished ones.
+        environments: what it was made on.
+        inexact_gradients: whether the policies of all simulated sites accept them; None: not on file.
+    """
+
+    config: RunConfig
+    plan: Plan
+    config_sha256: str
+    result: Mapping[str, Any]
+    state: LeadState | None
+    rounds: Sequence[RoundResult]
+    environments: tuple[Environment, ...]
+    inexact_gradients: bool | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every round was aggregated."""
+        return len(self.rounds) >= self.config.federation.num_rounds
+
+    @cached_property
+    def receipts(self) -> Mapping[str, Receipt]:
+        """Site -> its newest receipt of this run, where it is the site's own word."""
+        stored = self._stored
+        return {
+            site: receipt
+            for site, receipt in stored.items()
+            if (receipt.site, receipt.run) == (site, self.run) and receipt.is_signed()
+        }
+
+    @cached_property
+    def doubtful(self) -> tuple[str, ...]:
+        """Sites with a receipt on file that is not signed, of something else, or older than what is known beside it.
+
+        As rounds come in, an older receipt counts as none, and the round as unanswered: what is missing in both was
+        put there later.  A checkpoint is written before `run.json` is, so one that knows less was put there, too.
+        """
+        unanswered = self.state.unanswered if self.state else {}
+        credible = {
+            site
+            for site, receipt in self.receipts.items()
+            if receipt.charged_rounds + unanswered.get(site, 0) >= self.updates(site)
+        }
+        disbelieved = {site: None for site in self._stored if site not in credible}
+        return tuple(disbelieved | dict.fromkeys(self._stale()))
+
+    def _stale(self) -> Iterator[str]:
+        """Sites of which the newest checkpoint knows less than `run.json`."""
+        if self.state is not None:
+            put_back = len(self.state.rounds) < len(self.rounds)
+            yield from (
+                site for site in self.config.federation.active if put_back or self._known(site) < self._noted(site)
+            )
+
+    def _known(self, site: str) -> int:
+        """Rounds that the newest checkpoint says may have been charged."""
+        assert self.state is not None
+        receipt = self.receipts.get(site)
+        return (receipt.charged_rounds if receipt else 0) + self.state.unanswered.get(site, 0)
+
+    def _noted(self, site: str) -> int:
+        """Rounds that were charged according to `run.json`, where no later receipt can have said that it were fewer."""
+        if not self.result:
+            return 0
+        spent, state = self.result["privacy"]["sites"][site], self.state
+        resumed_since = state is not None and len(state.rounds) > len(self.result["rounds"])
+        return 0 if spent["upper_bound"] and resumed_since else int(spent["rounds"])
+
+    @property
+    def _stored(self) -> Mapping[str, Receipt]:
+        return self.state.receipts if self.state else {}
+
+    @cached_property
+    def run(self) -> str:
+        """What the sites' ledgers call the run; its name, where that can't be computed and no receipt says it."""
+        if (own := self._expected_run()) is not None:
+            return own
+        # Real sites are sent other settings than the lead's, and what is missing of these has a digest all the same.
+        form = re.compile(re.escape(self.config.name) + "-[0-9a-f]{32}")
+        for site, receipt in self._stored.items():
+            if receipt.site == site and form.fullmatch(receipt.run) and receipt.is_signed():
+                return receipt.run
+        return self.config.name
+
+    def _expected_run(self) -> str | None:
+        """What the settings name the run; None: of real sites, where the settings or the model's hash are not known."""
+        if not self.deployed:
+            return f"{self.config.name}-{self.config_sha256[:32]}"
+        model = self.config.model
+        sha256 = model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
+        if not self.config_unchanged or sha256 is None:
+            return None
+        # The noise that was calibrated then, so that it is not searched for again.
+        noise = self.plan.noise_multiplier if self.plan.private else self.config.privacy.noise_multiplier
+        privacy = replace(self.config.privacy, noise_multiplier=noise)
+        return for_sites(replace(self.config, model=replace(model, sha256=sha256), privacy=privacy)).run_id()
+
+    def updates(self, site: str) -> int:
+        """Finished rounds that hold an update of the site: each of them was charged."""
+        return sum(site in result.sites for result in self.rounds)
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the sites were real ones."""
+        return self.config.runtime.kind == "deployment"
+
+    @property
+    def seeded(self) -> bool:
+        """Whether its noise came from a seed."""
+        said = bool(self.result and self.result["privacy"]["seeded_noise"])
+        return said or self.config.runtime.seeded_noise
+
+    @property
+    def config_unchanged(self) -> bool:
+        """Whether `config.yaml` is the one that the run had."""
+        return self.config.digest() == self.config_sha256
+
+    def charged(self, site: str) -> tuple[int, bool]:
+        """Rounds charged to this run at a site, and whether that is an upper bound because the site's word is missing.
+
+        From its receipts; `run.json` says the same where no checkpoint is left.  Where neither covers the site's
+        updates, its whole plan counts: the site's ledger grants no more, and less is nobody's word.
+        """
+        updates = self.updates(site)
+        if self.state is None:
+            known, silent = self._noted(site), 0
+            upper_bound = bool(self.result["privacy"]["sites"][site]["upper_bound"])
+        else:
+            receipt, silent = self.receipts.get(site), self.state.unanswered.get(site, 0)
+            known = receipt.charged_rounds if receipt else 0
+            upper_bound = silent > 0
+        if known + silent < updates or site in self.doubtful:
+            return max(known, updates, self._noted(site), self.plan.most_rounds), True
+        return max(known, min(known + silent, self.plan.most_rounds)), upper_bound
+
+
+def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
+    """The record of a run folder.
+
+    Args:
+        folder: the run's.
+        plan: of an earlier reading of the same folder; without it, noise that is not on record is searched for again.
+
+    Raises:
+        ConfigError: it is none, or its files belong to different runs.
+        RunError: what it holds is damaged.
+    """
+    config, result = _config(folder), _result(folder)
+    digest = str(result.get("config_sha256") or config.digest())
+    state = _state(folder, digest, result)
+    return RunRecord(
+        config=config,
+        plan=plan or _plan(folder, config, result),
+        config_sha256=digest,
+        result=result,
+        state=state,
+        # Of a checkpoint put back to an earlier one, the rounds that came after it stand in run.json.
+        rounds=max(state.rounds if state else (), _rounds(result) if result else (), key=len),
+        environments=read_environments(folder),
+        inexact_gradients=_inexact_gradients(folder, config),
+    )
+
+
+def _inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
+    """Whether a simulation took any machine: only where the policies of all its sites accept inexact gradients."""
+    if config.runtime.kind == "deployment":
+        return None
+    sites = Path(config.runtime.sites_dir) if config.runtime.sites_dir else folder / "sites"
+    try:
+        policies = [tomllib.loads((sites / name / "site.toml").read_text()) for name in config.federation.active]
+        accepted = [policy["allow"]["inexact_gradients"] for policy in policies]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return all(accepted) if all(type(one) is bool for one in accepted) else None
+
+
+def _config(folder: Path) -> RunConfig:
+    settings = saved_settings(folder)
+    try:
+        return parse(settings)
+    except ConfigError as error:
+        raise error.in_file(folder / "config.yaml") from None
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    if not path.is_file():
+        return {}
+    data = path.read_bytes()
+    try:
+        _check_form(data)
+        result = dict(json.loads(data))
+        _ = _rounds(result)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: it is no run.json of fedtune") from error
+    return result
+
+
+def _plan(folder: Path, config: RunConfig, result: Mapping[str, Any]) -> Plan:
+    """The run's plan, with the noise that was calibrated then: searching for it again takes a second.
+
+    Raises:
+        ConfigError: `config.yaml` says something else than `run.json` about what the run cost.
+    """
+    if not result:
+        return config.plan()
+    privacy = result["privacy"]
+    spent = next(iter(privacy["sites"].values()))
+    plan = replace(config, privacy=replace(config.privacy, noise_multiplier=spent["noise_multiplier"] or None)).plan()
+    for key, value, noted in (
+        ("privacy.unit", plan.unit, privacy.get("unit", plan.unit)),
+        ("privacy.delta", plan.delta, privacy["delta"]),
+        ("privacy.noise_multiplier", plan.noise_multiplier, spent["noise_multiplier"]),
+        ("privacy.sampling_rate", plan.sampling_rate, spent["sampling_rate"]),
+        ("privacy.metrics_noise_multiplier", plan.metrics_noise_multiplier, spent["metrics_noise_multiplier"]),
+        ("training.local_steps", plan.local_steps * spent["rounds"], spent["steps"]),
+        ("federation.participants", sorted(config.federation.active), sorted(privacy["sites"])),
+    ):
+        if value != noted:
+            raise ConfigError(key, value, f"must be what run.json says it was, {noted}").in_file(folder / "config.yaml")
+    return plan
+
+
+def _state(folder: Path, digest: str, result: Mapping[str, Any]) -> LeadState | None:
+    checkpoints = folder / "checkpoints"
+    if not any(checkpoints.glob("round-*.safetensors")):
+        if not result:
+            raise ConfigError("run folder", str(folder), "must be one of a run that has begun: it has no checkpoint")
+        return None
+    return Checkpoints(checkpoints, digest).load()
+
+
+def _rounds(result: Mapping[str, Any]) -> list[RoundResult]:
+    return [RoundResult(**{**fields, "sites": tuple(fields["sites"])}) for fields in result["rounds"]]
+
+
+@dataclass
+class _Spent:
+    rounds: int
+    steps: int
+    sampling_rate: FiniteFloat
+    noise_multiplier: FiniteFloat
+    metrics_noise_multiplier: FiniteFloat
+    upper_bound: bool
+    epsilon: FiniteFloat | None = None
+    epsilon_rdp: FiniteFloat | None = None
+    planned_epsilon: FiniteFloat | None = None
+
+
+@dataclass
+class _Privacy:
+    delta: FiniteFloat
+    seeded_noise: bool
+    sites: dict[str, _Spent]
+    unit: str = "record"
+
+
+@dataclass
+class _Final:
+    metrics: _Scores
+    metrics_before: _Scores = field(default_factory=dict)
+    seconds: FiniteFloat | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass
+class _Round:
+    round: int
+    seconds: FiniteFloat
+    sites: list[str]
+    failed_sites: dict[str, str]
+    bytes_down: int
+    bytes_up: int
+    metrics: _Scores
+    site_scores: dict[str, tuple[FiniteFloat, FiniteFloat]] = field(default_factory=dict)
+    ended: str = ""
+
+
+@dataclass
+class _Run:
+    rounds: list[_Round]
+    final: _Final
+    privacy: _Privacy
+    config_sha256: str = ""
+    fedtune_version: str = ""
+
+
+_RUN_JSON = TypeAdapter(_Run)
+
+
+def _check_form(data: bytes) -> None:
+    """Require the form of a `run.json`; keys beside those that are needed are let be.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    try:
+        run = _RUN_JSON.validate_json(data, strict=True)
+    except ValidationError as error:
+        about = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, about['loc']))}: {about['msg']}") from None
+    if not run.privacy.sites:
+        raise ValueError("privacy.sites: names no site")
