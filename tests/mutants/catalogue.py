@@ -2,6 +2,7 @@
 
 from .at_site import AT_SITE
 from .in_accounting import ACCOUNTING
+from .in_cli import CLI_FAULTS
 from .in_clipping import CLIPPING
 from .in_federation import FEDERATION_FAULTS
 from .in_ledger import LEDGER_FAULTS
@@ -15,7 +16,7 @@ MUTANTS: dict[str, Mutant] = {
     mutant.name: mutant
     for mutant in (
         *(*NOISE, *CLIPPING, *SAMPLING, *ACCOUNTING, *LEDGER_FAULTS),
-        *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *MODEL_FAULTS),
+        *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *MODEL_FAULTS, *CLI_FAULTS),
     )
 }
 QUICK = (
