@@ -14,7 +14,7 @@ import yaml
 from hypothesis import strategies as st
 
 from fedtune.cli.compose import saved_config
-from fedtune.cli.report_checks import checks
+from fedtune.cli.report import checks
 from fedtune.data.records import read_records, usable_records
 from fedtune.deploy.federation_file import read_federation
 from fedtune.deploy.federation_folder import FederationFolder

@@ -2,7 +2,7 @@
 
 from .mutant import Mutant
 
-APPROVE, LEDGER = "fedtune/cli/approve.py", "fedtune/cli/ledger_commands.py"
+APPROVE, LEDGER = "fedtune/cli/approve.py", "fedtune/cli/ledger.py"
 OF_SITE, OF_LEDGER = "tests/cli/test_site_commands.py", "tests/cli/test_ledger.py"
 
 CLI_FAULTS = (
@@ -50,7 +50,7 @@ CLI_FAULTS = (
     Mutant(
         name="left-with-open-runs",
         fault="A site that leaves keeps its open runs: the lead can go on asking for rounds after a restart.",
-        file="fedtune/cli/site_commands.py",
+        file="fedtune/cli/site.py",
         old="        ledger.end(name)\n",
         new="        ledger.history.runs[name]\n",
         tests=(f"{OF_SITE}::test_leaving_ends_open_runs_and_frees_what_they_had_set_aside",),
@@ -59,24 +59,24 @@ CLI_FAULTS = (
         name="export-overwrites",
         fault="`ledger export --output` writes over any file, the ledger and the site's key among them.",
         file=LEDGER,
-        old="if options.output is not None and Path(options.output).exists():",
-        new="if options.output is not None and Path(options.output).is_dir():",
+        old="if output is not None and output.exists():",
+        new="if output is not None and output.is_dir():",
         tests=(f"{OF_LEDGER}::test_export_overwrites_nothing",),
     ),
     Mutant(
         name="anchor-put-back",
         fault="`ledger anchor` replaces an anchor by one of an older copy of the ledger, and hides the rollback.",
         file=LEDGER,
-        old="verify(path, anchor=before, site_key=key.public)",
-        new="verify(path, anchor=None, site_key=key.public)",
+        old="verify(file, anchor=before, site_key=own.public)",
+        new="verify(file, anchor=None, site_key=own.public)",
         tests=(f"{OF_LEDGER}::test_an_anchor_is_not_replaced_by_an_older_one",),
     ),
     Mutant(
         name="frozen-without-a-reason",
         fault="A population is frozen for ever without a reason in the ledger.",
         file=LEDGER,
-        old="    if not options.why.strip():",
-        new="    if options.why is None:",
+        old="    if not why.strip():",
+        new="    if why is None:",
         tests=(f"{OF_LEDGER}::test_freeze_wants_a_reason_and_makes_no_ledger",),
     ),
     Mutant(
@@ -90,7 +90,7 @@ CLI_FAULTS = (
     Mutant(
         name="a-ledger-of-another-policy",
         fault="`site check-policy` ends with exit code 0 where the ledger was made for another policy.",
-        file="fedtune/cli/policy_check.py",
+        file="fedtune/cli/policy.py",
         old='        raise ConfigError(f"{file}: {key}", asked, bound)\n',
         new='        ConfigError(f"{file}: {key}", asked, bound)\n',
         tests=("tests/cli/test_site.py::test_a_ledger_of_something_else_does_not_fit",),

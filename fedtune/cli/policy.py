@@ -1,83 +1,130 @@
-"""What a policy means, for people who are to sign it."""
+"""`fedtune site check-policy`: what a policy means, for people who are to sign it, and the ledger beside it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from fedtune.cli import ledger_json
-from fedtune.cli.ledger_tables import rounded_down
+from fedtune.cli.ledger import identity_json, rounded_down, spending_json
 from fedtune.cli.plain_words import cap_text, counted, odds_text, printable
-from fedtune.cli.policy_check import Amount, Beside, Caution
+from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.amounts import (
+    Amount,
+    Beside,
+    Caution,
+    amount_of,
+    beside_of,
+    cautions_of,
+    epsilon_left,
+    figures_of,
+    has_guarantee,
+    reference_runs_left,
+)
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_tables import AT_ONCE
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.spec import ConfigError
 
 
-def show_policy(console: Console, file: Path, policy: Policy, amount: Amount) -> None:
+def check_policy(file: Path, *, as_json: bool) -> None:
+    """Print what the policy in `file` means.
+
+    Raises:
+        ConfigError: the policy is wrong, or its ledger was made for something else.
+        RunError: its ledger cannot be trusted.
+    """
+    files = SiteFiles.of(file)
+    policy, amount = files.policy, amount_of(files.policy)
+    cautions = tuple(cautions_of(policy, amount, folder=file.parent))
+    if not as_json:  # first, since the ledger beside it may not be what it should be
+        say(f"Policy of site {policy.site} ({file})", style="bold")
+        show(Console(), [_meaning(policy, amount, folder=file.parent), _warnings(cautions)])
+    beside = beside_of(files)
+    if as_json:
+        print_json(_to_json(policy, file, amount, cautions, beside))
+    else:
+        _show_beside(beside)
+    for key, made_for, asked in beside.differences:
+        bound = f"does not fit ledger {beside.path}, which was made for {made_for}; it needs a ledger of its own"
+        raise ConfigError(f"{file}: {key}", asked, bound)
+
+
+def _to_json(
+    policy: Policy, file: Path, amount: Amount, cautions: tuple[Caution, ...], beside: Beside
+) -> dict[str, Any]:
+    ledger: dict[str, Any] | None = None
+    if beside.verified is not None:
+        ledger = {
+            **identity_json(beside.path, beside.verified),
+            "fits": not beside.differences,
+            "differences": [{"key": key, "ledger": made, "policy": asked} for key, made, asked in beside.differences],
+            "spending": spending_json(beside.verified, figures_of(beside.verified)),
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "path": str(file),
+        "sha256": policy.digest(),
+        "policy": policy.to_json(),
+        "amount": amount,
+        "warnings": cautions,
+        "ledger": ledger,
+    }
+
+
+def _meaning(policy: Policy, amount: Amount, *, folder: Path) -> Section:
     """Every rule as a sentence."""
-    console.print(Text(f"Policy of site {policy.site} ({file})\n", style="bold"), soft_wrap=True)
-    table = Table(show_header=False, show_lines=True)
-    table.add_column("about", min_width=10, style="bold")
-    table.add_column("meaning", overflow="fold", ratio=1)
-    for about, sentences in (
-        ("whose records", _whose(policy)),
-        ("who may ask", _who(policy)),
-        ("for what", _for_what(policy)),
-        ("limits of a run", _limits(policy)),
-        ("budget", _budget(policy)),
-        ("which comes to", _comes_to(policy, amount)),
-        ("what leaves", _leaves(policy)),
-        ("what you state", _stated(policy)),
-        ("files", _files(policy, file.parent)),
-    ):
-        table.add_row(about, Text("\n".join(sentences), overflow="fold"))
-    console.print(table)
+    told = {
+        "whose records": _whose(policy),
+        "who may ask": _who(policy),
+        "for what": _for_what(policy),
+        "limits of a run": _limits(policy),
+        "budget": _budget(policy),
+        "which comes to": _comes_to(policy, amount),
+        "what leaves": _leaves(policy),
+        "what you state": _stated(policy),
+        "files": _files(policy, folder),
+    }
+    return pairs({about: "\n".join(sentences) + "\n" for about, sentences in told.items()})
 
 
-def show_cautions(console: Console, cautions: Sequence[Caution]) -> None:
+def _warnings(cautions: Sequence[Caution]) -> Section:
     """What to think twice about."""
     if not cautions:
-        console.print("\nNo warnings.")
-        return
-    table = Table(title=f"\n{counted(len(cautions), 'warning')}", title_justify="left", title_style="bold yellow")
-    table.add_column("key", overflow="fold")
-    table.add_column("value, and what it means", ratio=1)
-    for caution in cautions:
-        table.add_row(Text(caution.key), Text(caution.text))
-    console.print(table)
+        return Section(notes=("No warnings.",))
+    return Section(
+        title=counted(len(cautions), "warning"),
+        headings=("key", "value, and what it means"),
+        rows=tuple((caution.key, caution.text) for caution in cautions),
+        words=frozenset({0, 1}),
+    )
 
 
-def show_beside(console: Console, beside: Beside) -> None:
+def _show_beside(beside: Beside) -> None:
     """What the policy's ledger says."""
-    console.print()
+    say("")
     if beside.verified is None:
-        console.print(Text(f"No ledger yet at {beside.path}; it is made when the site starts."), soft_wrap=True)
+        say(f"No ledger yet at {beside.path}; it is made when the site starts.")
         return
-    figures = ledger_json.figures_of(beside.verified)
-    left = ledger_json.epsilon_left(beside.verified.history)
-    runs = ledger_json.reference_runs_left(beside.verified.history)
+    figures, history = figures_of(beside.verified), beside.verified.history
+    runs = reference_runs_left(history)
     fits = "" if runs is None else f", enough for {counted(runs, 'run')} like the reference"
-    console.print(
-        Text(
-            f"Ledger {beside.path}: spent epsilon {epsilon_text(figures.epsilon)} of {cap_text(figures.max_epsilon)}, "
-            f"left for new runs {rounded_down(left)}{fits}."
-        ),
-        soft_wrap=True,
+    say(
+        f"Ledger {beside.path}: spent epsilon {epsilon_text(figures.epsilon)} of {cap_text(figures.max_epsilon)}, "
+        f"left for new runs {rounded_down(epsilon_left(history))}{fits}."
     )
     if figures.frozen:
-        console.print("It is FROZEN: this population takes part in nothing any more.")
-    if not ledger_json.has_guarantee(figures):
-        console.print("[bold yellow]NO GUARANTEE:[/bold yellow] some of its runs had no noise, or noise from a seed.")
+        say("It is FROZEN: this population takes part in nothing any more.")
+    if not has_guarantee(figures):
+        say("NO GUARANTEE: some of its runs had no noise, or noise from a seed.", style="bold yellow")
     if beside.differences:
-        console.print("[bold yellow]It does not fit this policy:[/bold yellow] the site would not start.")
+        say("It does not fit this policy: the site would not start.", style="bold yellow")
         for key, made_for, asked in beside.differences:
-            console.print(Text(f"  {key}: made for {printable(made_for)}, the policy says {printable(asked)}"))
+            say(f"  {key}: made for {printable(made_for)}, the policy says {printable(asked)}")
 
 
 def _whose(policy: Policy) -> Iterator[str]:

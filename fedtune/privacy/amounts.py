@@ -1,25 +1,21 @@
-"""What a policy amounts to: the figures behind its caps, what to think twice about, and the ledger beside it."""
+"""What a site's policy amounts to: the figures behind its caps, what is left, and what to think twice about."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-
-from fedtune.cli import ledger_json
 from fedtune.privacy import accountant, filter
+from fedtune.privacy.history import History
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_tables import AT_ONCE
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.spending import Spending, divergence_left, runs_left, spending
 from fedtune.privacy.verify import Verified
-from fedtune.spec import ConfigError
 
 LARGE_EPSILON = 10.0
 SMALL_NOISE = 0.3
@@ -72,33 +68,6 @@ class Beside:
     differences: tuple[tuple[str, object, object], ...]
 
 
-def check_policy(file: Path, *, as_json: bool) -> None:
-    """Print what the policy in `file` means.
-
-    Raises:
-        ConfigError: the policy is wrong, or its ledger was made for something else.
-        RunError: its ledger cannot be trusted.
-    """
-    files = SiteFiles.of(file)
-    policy = files.policy
-    amount = amount_of(policy)
-    cautions = (*cautions_of(policy, amount), *_cautions_of_files(policy, file.parent))
-    if as_json:
-        beside = beside_of(files)
-        sys.stdout.write(ledger_json.to_text(_to_json(policy, file, amount, cautions, beside)))
-    else:
-        from fedtune.cli import policy_tables
-
-        console = Console()
-        policy_tables.show_policy(console, file, policy, amount)
-        policy_tables.show_cautions(console, cautions)
-        beside = beside_of(files)
-        policy_tables.show_beside(console, beside)
-    for key, made_for, asked in beside.differences:
-        bound = f"does not fit ledger {beside.path}, which was made for {made_for}; it needs a ledger of its own"
-        raise ConfigError(f"{file}: {key}", asked, bound)
-
-
 def amount_of(policy: Policy) -> Amount:
     """The figures behind the caps."""
     budget, limits = policy.budget, policy.limits
@@ -129,8 +98,8 @@ def amount_of(policy: Policy) -> Amount:
     )
 
 
-def cautions_of(policy: Policy, amount: Amount) -> Iterator[Caution]:
-    """What to think twice about, most serious first."""
+def cautions_of(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Caution]:
+    """What to think twice about, most serious first; `folder` holds the policy's file."""
     yield from _cautions_of_promise(policy)
     yield from _cautions_of_requests(policy)
     yield from _cautions_of_amounts(policy, amount)
@@ -140,6 +109,7 @@ def cautions_of(policy: Policy, amount: Amount) -> Iterator[Caution]:
     if not policy.asserted.no_person_at_another_site:
         text = "false: a person who is among several sites' records has to add up the epsilons of these sites"
         yield Caution(key="asserted.no_person_at_another_site", text=text)
+    yield from _cautions_of_files(policy, folder)
 
 
 def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
@@ -249,23 +219,23 @@ def beside_of(files: SiteFiles) -> Beside:
     return Beside(path=files.ledger, verified=verified, differences=tuple(differences))
 
 
-def _to_json(
-    policy: Policy, file: Path, amount: Amount, cautions: tuple[Caution, ...], beside: Beside
-) -> dict[str, Any]:
-    ledger: dict[str, Any] | None = None
-    if beside.verified is not None:
-        ledger = {
-            **ledger_json.identity_json(beside.path, beside.verified),
-            "fits": not beside.differences,
-            "differences": [{"key": key, "ledger": made, "policy": asked} for key, made, asked in beside.differences],
-            "spending": ledger_json.spending_json(beside.verified, ledger_json.figures_of(beside.verified)),
-        }
-    return {
-        "schema_version": ledger_json.SCHEMA_VERSION,
-        "path": str(file),
-        "sha256": policy.digest(),
-        "policy": policy.to_json(),
-        "amount": {key: ledger_json.finite(value) for key, value in asdict(amount).items()},
-        "warnings": [asdict(caution) for caution in cautions],
-        "ledger": ledger,
-    }
+def figures_of(verified: Verified) -> Spending:
+    """What was spent by now, and never before the newest event."""
+    return spending(verified.history, verified.history.now())
+
+
+def has_guarantee(figures: Spending) -> bool:
+    """Whether anything at all can be promised for what was released."""
+    return not figures.seeded and math.isfinite(figures.epsilon)
+
+
+def epsilon_left(history: History) -> float:
+    """Epsilon that the lifetime cap leaves for new runs, beside all that is set aside."""
+    assert history.policy is not None
+    return divergence_left(history, history.policy, history.now())
+
+
+def reference_runs_left(history: History) -> int | None:
+    """How many runs like the policy's reference still fit the lifetime cap; None: nothing bounds them."""
+    assert history.policy is not None
+    return runs_left(history, history.policy, history.policy.budget.reference_event(), history.now())

@@ -1,32 +1,111 @@
-"""A plan's figures as sentences and tables, the same on the terminal and on the page."""
+"""A plan in sections: what is known of a run's price, the same on the terminal and on the page."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from fedtune.cli.plain_words import contribution, counted
-from fedtune.cli.plan_outlook import Outlook
-from fedtune.privacy.accountant import epsilon_text
+from rich.console import Console
+
+from fedtune import __version__
+from fedtune.cli.plain_words import REASONS, contribution, counted, printable
+from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, plain, say, show
+from fedtune.config import RunConfig
+from fedtune.federation.planner import Change, Price, RoundPrice
+from fedtune.federation.verdict import Verdict
+from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.plan import Plan
+from fedtune.privacy.release import Reason
+
+if TYPE_CHECKING:
+    from fedtune.federation.forecast import Forecast  # which imports torch
 
 NOT_PRIVATE = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
 SEEDED = "NO GUARANTEE: the noise would come from the configured seed, and who knows it can take the noise away."
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_MOST_BAR = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Section:
-    """One table with what is to be said about it; a table without rows is not shown.
+class Outlook:
+    """What is known of a run before any data is touched.
 
     Attributes:
-        words: numbers of the columns that hold words, and stand on the left.
+        config: the run's settings; where something was solved for, `price.plan` has the answer.
+        solved: "noise", "rounds" or "sampling_rate", if the plan was solved for it.
+        epsilon: that `changes` keep within.
+        device: that the forecast was timed on.
+        lead_assumed: policies were asked for the first lead that each allows.
+        model_sha256: of the base model's weights; None: the settings do not pin it, and no model was loaded.
     """
 
-    title: str
-    headings: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
-    words: frozenset[int] = frozenset({0})
-    notes: tuple[str, ...] = ()
+    config: RunConfig
+    price: Price
+    solved: str | None
+    epsilon: float
+    changes: tuple[Change, ...]
+    forecast: Forecast | None
+    device: str
+    verdicts: tuple[Verdict, ...]
+    lead_assumed: bool
+    model_sha256: str | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The run's plan."""
+        return self.price.plan
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the noise was found from epsilon, and not given."""
+        return self.config.privacy.noise_multiplier is None and self.solved in (None, "noise")
+
+    @property
+    def guaranteed(self) -> bool:
+        """Whether the epsilons promise anything."""
+        return self.plan.private and not self.config.runtime.seeded_noise
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure as plain JSON; null stands for no bound."""
+        config = self.config
+        fields = {
+            "schema_version": SCHEMA_VERSION,
+            "fedtune_version": __version__,
+            "run": config.name,
+            "config_sha256": config.digest(),
+            "model": config.model.path,
+            "model_sha256": self.model_sha256,
+            "dataset": config.data.dataset,
+            "solved_for": self.solved,
+            "target_epsilon": config.privacy.epsilon if self.plan.private else None,
+            "guaranteed": self.guaranteed,
+            "seeded_noise": config.runtime.seeded_noise,
+            "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
+            "noise_calibrated": self.calibrated,
+            **dataclasses.asdict(self.price),
+            "sites": {name: self._site(name) for name in self.price.sites},
+            "steps": self.price.steps,
+            "what_if_epsilon": self.epsilon,
+            "what_if": [dataclasses.asdict(change) for change in self.changes],
+            "forecast": None if self.forecast is None else dataclasses.asdict(self.forecast) | {"device": self.device},
+            "lead_assumed": self.lead_assumed,
+            "policies": [dataclasses.asdict(one) | {"allowed": one.allowed} for one in self.verdicts],
+        }
+        return {key: plain(value) for key, value in fields.items()}
+
+    def _site(self, name: str) -> dict[str, Any]:
+        """One site's figures, with those that all sites have in common."""
+        price, plan = self.price, self.plan
+        return dataclasses.asdict(price.sites[name]) | {
+            "steps": price.steps,
+            "sampling_rate": plan.sampling_rate,
+            "noise_multiplier": plan.noise_multiplier,
+            "epsilon": price.epsilon,
+            "epsilon_rdp": price.epsilon_rdp,
+            "epsilon_filter": price.epsilon_filter,
+        }
 
 
 def promise(outlook: Outlook) -> str:
@@ -198,6 +277,8 @@ def accountants(outlook: Outlook) -> Section:
 def what_if(outlook: Outlook) -> Section:
     """What other plans would cost."""
     plan, price = outlook.plan, outlook.price
+    if not outlook.changes:
+        return Section()
     planned = ("as planned", f"{plan.noise_multiplier:.4f}", "100%", epsilon_text(price.epsilon))
     rows = tuple(
         (
@@ -217,7 +298,7 @@ def what_if(outlook: Outlook) -> Section:
             "noise in a\nmean gradient",
             "epsilon at\nthis noise",
         ),
-        rows=(planned, *rows) if rows else (),
+        rows=(planned, *rows),
         notes=(
             "A larger batch needs more noise in its sum but divides it by more, so its mean gradient can be better.",
         ),
@@ -228,7 +309,7 @@ def bytes_and_time(outlook: Outlook) -> Section:
     """What a run moves and takes."""
     found, sites = outlook.forecast, outlook.price.sites
     if found is None:
-        return Section(title="Bytes and time", notes=("Left out: no model was loaded.",))
+        return Section(title="Bytes and time", notes=("Left out: no model was loaded. --time loads it.",))
     slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
     each, total = bytes_text(found.bytes_each_way), bytes_text(found.bytes_total)
     step, one_round = duration(found.step_seconds[slowest]), duration(found.round_seconds[slowest])
@@ -282,3 +363,101 @@ def _rounds(outlook: Outlook) -> str:
 
 def _batch(expected: float) -> str:
     return f"{expected:,.0f}" if expected >= 100 else f"{expected:.3g}"
+
+
+def policies(outlook: Outlook) -> list[Section]:
+    """What each site would say."""
+    return [_policy(verdict, outlook) for verdict in outlook.verdicts]
+
+
+def _policy(verdict: Verdict, outlook: Outlook) -> Section:
+    rows = tuple(
+        (
+            f"{REASONS[Reason(one.rule)]} ({one.rule})",
+            printable(one.asked or "-", 40),
+            printable(one.allowed or "-", 60),
+        )
+        for one in verdict.broken
+    )
+    answer = "would accept the run" if verdict.allowed else "would refuse the run"
+    lead = f"Asked by lead {verdict.lead[:16]}..."
+    notes = [f"{lead} (assumed: --lead was not given)." if outlook.lead_assumed else f"{lead}"]
+    if verdict.taken is not None and verdict.would_be is not None:
+        notes.append(_budget(verdict))
+    if rows:
+        notes.append(_remedy(verdict))
+    if verdict.note:
+        notes.append(f"Note: {verdict.note}.")
+    return Section(
+        title=f"{verdict.site} {answer} ({verdict.policy})",
+        headings=("broken rule", "asked for", "allowed"),
+        rows=rows,
+        words=frozenset({0, 1, 2}),
+        notes=tuple(notes),
+    )
+
+
+def _budget(verdict: Verdict) -> str:
+    """How much of the lifetime budget is taken."""
+    of = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"a lifetime cap of {verdict.max_epsilon:g}"
+    ledger = "Its ledger" if verdict.ledger == "read" else "No ledger beside the policy; a new one"
+    left = "" if verdict.runs_left is None else f" Room for {counted(verdict.runs_left, 'run')} like this one."
+    taken, would_be = epsilon_text(verdict.taken), epsilon_text(verdict.would_be)
+    return f"{ledger}: epsilon {taken} taken, {would_be} with this run, by the filter; {of}.{left}"
+
+
+def _remedy(verdict: Verdict) -> str:
+    """What would be accepted instead."""
+    ways = []
+    if verdict.most_rounds:
+        ways.append(counted(verdict.most_rounds, "round"))
+    if verdict.least_noise is not None:
+        ways.append(f"noise multiplier {verdict.least_noise:g}")
+    if not ways:
+        return "Neither fewer rounds nor more noise alone would be accepted."
+    return f"Would be accepted: {' or '.join(ways)}, all else as planned."
+
+
+def show_outlook(console: Console, outlook: Outlook) -> None:
+    """Print everything that is known of a run."""
+    say(f"fedtune plan {outlook.config.name}", style="bold", console=console)
+    console.print(
+        promise(outlook), style="bold" if outlook.guaranteed else "bold yellow", markup=False, highlight=False
+    )
+    show(
+        console,
+        [
+            pairs(facts(outlook)),
+            sites(outlook),
+            _with_bars(rounds(outlook), outlook, width=console.width),
+            accountants(outlook),
+            what_if(outlook),
+            bytes_and_time(outlook),
+            *policies(outlook),
+        ],
+    )
+
+
+def _with_bars(section: Section, outlook: Outlook, *, width: int) -> Section:
+    """The section with a bar a round, as wide as there is room: solid to PLD, light to RDP, a stroke at the filter."""
+    if not section.rows:
+        return section
+    room = width - sum(max(map(len, column)) + 2 for column in zip(*section.rows, strict=True)) - 14
+    one_to_one = outlook.price.rounds
+    largest = max(max(one.pld, one.rdp, one.filter) for one in one_to_one)
+    scale = (max(10, min(room, _MOST_BAR)) - 1) / largest
+    bars = [_bar(one, scale=scale) for one in one_to_one]
+    return dataclasses.replace(
+        section,
+        headings=(*section.headings, "█ PLD ░ to RDP │ filter"),
+        rows=tuple((*row, bar) for row, bar in zip(section.rows, bars, strict=True)),
+        words=section.words | {len(section.headings)},
+        whole=section.whole | {len(section.headings)},
+    )
+
+
+def _bar(one: RoundPrice, *, scale: float) -> str:
+    whole, eighths = divmod(round(one.pld * scale * 8), 8)
+    bar = "█" * whole + (_EIGHTHS[eighths] if eighths else "")
+    bar += "░" * (round(one.rdp * scale) - len(bar))
+    return bar.ljust(round(one.filter * scale)) + "│"
