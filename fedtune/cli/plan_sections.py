@@ -224,6 +224,8 @@ def _about_sites(outlook: Outlook) -> tuple[str, ...]:
 def rounds(outlook: Outlook) -> Section:
     """Epsilon after each round."""
     price, plan = outlook.price, outlook.plan
+    if not price.rounds:
+        return Section()
     rows = tuple(
         (
             f"{one.round:,}{'*' if one.spare else ''}",

@@ -55,9 +55,9 @@ def show(console: Console, sections: Iterable[Section]) -> None:
         if section.title:
             say(section.title, style="bold", console=console)
         if section.rows:
-            console.print(Padding(_table(section, gap=2 if console.width >= 100 else 1), (0, 0, 0, 2)))
+            console.print(Padding(_table(section, gap=2 if console.width >= 100 else 1), (0, 0, 0, 2), expand=False))
         for note in section.notes:
-            console.print(Padding(Text(_harmless(note)), (0, 0, 0, 2)))
+            console.print(Padding(Text(_harmless(note)), (0, 0, 0, 2), expand=False))
 
 
 def _table(section: Section, *, gap: int) -> Table:

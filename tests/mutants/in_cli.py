@@ -11,8 +11,9 @@ CLI_FAULTS = (
         fault="A refusal and a mistake in a setting end with the same exit code, so that a script tries a refused run "
         "again.",
         file="fedtune/cli/main.py",
-        old="        return error.exit_code\n",
-        new="        return 1\n",
+        old="    except FedtuneError as error:\n"
+        '        sys.stderr.write(f"fedtune: {error}\\n")\n        return error.exit_code\n',
+        new='    except FedtuneError as error:\n        sys.stderr.write(f"fedtune: {error}\\n")\n        return 1\n',
         tests=("tests/cli/test_main.py::test_each_kind_of_error_has_its_exit_code",),
     ),
     Mutant(
