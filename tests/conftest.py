@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import unittest.mock
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -16,7 +17,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from dp_accounting.pld import privacy_loss_distribution
 
-from fedtune.cli.main import main
+from fedtune.cli.command import Command
+from fedtune.cli.main import fedtune, main
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Allow, Asserted, Budget, Dataset, Limits, Policy, Population, Reference, Releases
@@ -53,6 +55,21 @@ class Outcome:
         assert len(lines) == 1, self.err
         assert lines[0].startswith("fedtune: ")
         return lines[0].removeprefix("fedtune: ")
+
+
+def parsed(*arguments: str) -> dict[str, Any]:
+    """What the command line makes of the arguments, as the command's function would get it; nothing runs.
+
+    Raises:
+        click.UsageError: it can make nothing of them.
+    """
+    found: list[dict[str, Any]] = []
+    with (
+        unittest.mock.patch.object(Command, "invoke", lambda self, ctx: found.append(ctx.params)),
+        fedtune.make_context("fedtune", list(arguments)) as context,
+    ):
+        fedtune.invoke(context)
+    return found[-1]
 
 
 def run_command(*arguments: str) -> Outcome:

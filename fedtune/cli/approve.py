@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
 from fedtune.cli.plain_words import REASONS, contribution, counted, printable
+from fedtune.cli.sections import Section, pairs, say, show
 from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.federation.verdict import BrokenRule, Verdict, ask
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
@@ -28,7 +27,10 @@ _SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime"
 def show_waiting(state: SiteState) -> None:
     """List the runs that wait."""
     waiting = state.waiting()
-    Console().print(_waiting_table(waiting) if waiting else "No run waits for approval.")
+    if waiting:
+        show(Console(), [_waiting_runs(waiting)])
+    else:
+        say("No run waits for approval.")
 
 
 def approve(state: SiteState, run: str, *, site_toml: Path, files: SiteFiles, yes: bool) -> None:
@@ -39,20 +41,19 @@ def approve(state: SiteState, run: str, *, site_toml: Path, files: SiteFiles, ye
         RefusedError: policy or budget would refuse it all the same.
         RunError: the ledger cannot be trusted.
     """
-    console, pending = Console(), _chosen(state.waiting(), run)
+    pending = _chosen(state.waiting(), run)
     verdict = ask(site_toml, pending.proposal, declared_sizes={})
-    console.print(_price_table(pending, verdict))
-    console.print(_settings_table(pending.settings))
+    show(Console(), [_price_and_plan(pending, verdict), _settings(pending.settings)])
     if verdict.ledger == "in doubt":
         raise RunError(verdict.note)
     if not verdict.allowed:
         raise RefusedError(f"policy or budget refuse this run: {_broken(verdict)}")
     if not yes and not _agreed():
-        console.print("Not approved.")
+        say("Not approved.")
         return
     files.open().approve(pending.proposal)
     state.forget(pending.proposal)
-    console.print("Approved, and noted in the ledger. It begins with the lead's next request.")
+    say("Approved, and noted in the ledger. It begins with the lead's next request.")
 
 
 def _chosen(waiting: list[Pending], run: str) -> Pending:
@@ -73,17 +74,15 @@ def _agreed() -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _waiting_table(waiting: list[Pending]) -> Table:
-    names = [printable(pending.proposal.run) for pending in waiting]
-    # Whole, however narrow the terminal: a person has to type it.
-    run = Column("run", no_wrap=True, min_width=max(map(len, names)))
-    others = [Column(name, overflow="fold") for name in ("since", "data set", "epsilon", "asked by lead")]
-    table = Table(run, *others)
-    for name, pending in zip(names, waiting, strict=True):
+def _waiting_runs(waiting: list[Pending]) -> Section:
+    rows = []
+    for pending in waiting:
         asked = pending.proposal
-        words = (name, pending.since, printable(asked.dataset), _price(pending), f"{asked.lead[:16]}...")
-        table.add_row(*map(escape, words))  # brackets that come from a lead are no markup
-    return table
+        rows.append(
+            (printable(asked.run), pending.since, printable(asked.dataset), _price(pending), f"{asked.lead[:16]}...")
+        )
+    headings = ("run", "since", "data set", "epsilon", "asked by lead")
+    return Section(headings=headings, rows=rows, words=frozenset(range(5)), whole=frozenset({0}))
 
 
 def _price(pending: Pending) -> str:
@@ -93,7 +92,7 @@ def _price(pending: Pending) -> str:
     return epsilon_text(epsilon_pld([asked.plan.whole], asked.plan.delta))
 
 
-def _price_table(pending: Pending, verdict: Verdict) -> Table:
+def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
     """What the run would do, and cost."""
     asked, plan = pending.proposal, pending.proposal.plan
     cap = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"the lifetime cap is {verdict.max_epsilon:g}"
@@ -119,13 +118,13 @@ def _price_table(pending: Pending, verdict: Verdict) -> Table:
         "protects": contribution(plan) if plan.unit == "user" else "each record by itself",
         "releases": "updates and noised scores" if plan.releases_metrics else "updates",
     }
-    return _two_columns(rows)
+    return pairs(rows)
 
 
-def _settings_table(settings: str) -> Table:
+def _settings(settings: str) -> Section:
     """Every other setting that the run's name stands for; the site understood them before the run was put up."""
     fields = {key: value for key, value in json.loads(settings).items() if key not in _SHOWN_ABOVE}
-    return _two_columns(dict(_flat(fields)))
+    return pairs(dict(_flat(fields)))
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -136,13 +135,6 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{key}", printable(f"{len(value)}: {', '.join(map(str, value))}", 1000)
         elif value not in (None, [], {}, ""):
             yield f"{prefix}{key}", printable(value, 1000)
-
-
-def _two_columns(rows: Mapping[str, str]) -> Table:
-    table = Table(Column("", no_wrap=True), Column("", overflow="fold"), show_header=False)
-    for name, text in rows.items():
-        table.add_row(escape(name), escape(text))
-    return table
 
 
 def _broken(verdict: Verdict) -> str:

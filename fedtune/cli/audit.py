@@ -1,31 +1,235 @@
-"""`fedtune audit`: its arguments; `audit_command` does the work.  Nothing here is slow to import."""
+"""`fedtune audit`: attacks a run on this machine, and says what that shows of its guarantee."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
-DESCRIPTION = """\
-Attack a run on this machine, and compare what the attack shows with the epsilon that the run claims.
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
 
-Made-up records (canaries) are put into the training data, each by a coin of its own; whoever sees what training
-releases then guesses which were in.  The share of right guesses gives a lower bound on epsilon.  Bounds that refute
-the claim end with exit code 1: the implementation or the claim is wrong.
+from fedtune.audit.spec import AuditSpec
+from fedtune.cli.command import Overrides, single
+from fedtune.cli.compose import compose_run
+from fedtune.cli.run_folder import folder_of, make, run_in_folder
+from fedtune.cli.sections import Section, say, show
+from fedtune.config import RunConfig
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.report.derive.audit_bounds import read_audit, refuted
+from fedtune.report.model import Audit, AuditHitRate, AuditMembership
+from fedtune.spec import ConfigError, RunError
 
-  fedtune audit experiment=debug audit.canaries=1000         canaries of 1,000 clip norms; every noisy step is seen
-  fedtune audit experiment=debug audit.kind=records          made-up texts; only the final model is seen
-  fedtune audit experiment=debug audit.kind=sensitivity      no run: how far can one record move a step's sum?
-  fedtune audit privacy.epsilon=3 "audit.sites=[bank-a]" audit.guesses=100
-
-  audit.kind        gradient, records or sensitivity          audit.canaries    at each site (1000)
-  audit.guesses     made about them; default: all             audit.confidence  of each bound (0.95)
-  audit.sites       that get canaries; default: all           audit.never_used  share kept to compare with (0.3)
-  audit.tries       cases of a search for sensitivity (200)
-
-Other overrides are those of `fedtune simulate`.  The run folder is marked, since its adapter holds canaries; real sites
-and ledgers that are kept are never audited.  docs/audit.md says what each figure means.
-"""
+_PREFIX = "audit."
+_ATTACKER = {
+    "gradient_canaries": "who sees every noisy step of a site, or (aggregated) only the average that all sites receive",
+    "record_canaries": "who sees the final model only",
+}
+_SCORES = {"loss": "loss", "reference_ratio": "ratio"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `fedtune audit`."""
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+def audit(overrides: Overrides = ()) -> None:
+    """Attack a run on this machine, and compare what the attack shows with the epsilon that the run claims.
+
+    Made-up records (canaries) are put into the training data, each by a coin of its own; whoever sees what training
+    releases then guesses which were in.  The share of right guesses gives a lower bound on epsilon.  Bounds that refute
+    the claim end with exit code 1: the implementation or the claim is wrong.
+
+      fedtune audit experiment=debug audit.canaries=1000         canaries of 1,000 clip norms; every noisy step is seen
+      fedtune audit experiment=debug audit.kind=records          made-up texts; only the final model is seen
+      fedtune audit experiment=debug audit.kind=sensitivity      no run: how far can one record move a step's sum?
+      fedtune audit privacy.epsilon=3 "audit.sites=[bank-a]" audit.guesses=100
+
+      audit.kind        gradient, records or sensitivity          audit.canaries    at each site (1000)
+      audit.guesses     made about them; default: all             audit.confidence  of each bound (0.95)
+      audit.sites       that get canaries; default: all           audit.never_used  share kept to compare with (0.3)
+      audit.tries       cases of a search for sensitivity (200)
+
+    Other overrides are those of `fedtune simulate`.  The run folder is marked, since its adapter holds canaries; real
+    sites and ledgers that are kept are never audited.  docs/audit.md says what each figure means.
+    """
+    spec = audit_spec([one for one in overrides if one.lstrip("+").startswith(_PREFIX)])
+    config = compose_run([one for one in overrides if not one.lstrip("+").startswith(_PREFIX)])
+    if spec.kind == "sensitivity":
+        _search(config, spec)
+        return
+    # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
+    from fedtune.audit.experiment import auditable, run_audit
+
+    config = auditable(config, spec)
+    folder, console = folder_of(config), Console()
+    make(folder, config)
+
+    def work(config: RunConfig, folder: Path, display: Any) -> dict[str, Any]:
+        return run_audit(config, spec, folder, display)
+
+    again = "a new audit, for this one cannot be continued"
+    run_in_folder(config, folder, console, work=work, again=again)
+    result = read_audit(folder)
+    assert result is not None, "an audit that ended has written what it found"
+    show_findings(console, result, folder)
+    _judge(result)
+
+
+def _search(config: RunConfig, spec: AuditSpec) -> None:
+    """Look for a case that breaks the bound on one unit's influence, and say what came of it.
+
+    Raises:
+        RunError: there is one.
+    """
+    from fedtune.audit import sensitivity
+
+    if not config.privacy.private:
+        raise ConfigError("privacy", config.privacy.mechanism, "claims nothing that could be audited")
+    folder = folder_of(config)
+    make(folder, config)
+    found = sensitivity.search(config, spec, folder, seed=config.seed)
+    say(
+        f"{found.tries} cases, one {found.unit} more in each: the sum moved by at most {found.moved:.6f} clip norms\n"
+        f"  above one clip norm           {found.exceeded}\n"
+        f"  other {found.unit}s moved, by a cell or more   {found.others_moved}\n"
+        f"{folder / sensitivity.FILE}"
+    )
+    if found.exceeded or found.others_moved:
+        raise RunError(
+            "one unit moved a sum by more than its own clipped contribution: no epsilon holds on this machine"
+        )
+
+
+def audit_spec(overrides: Sequence[str]) -> AuditSpec:
+    """The audit's own settings, from overrides such as `audit.canaries=500`.
+
+    Raises:
+        ConfigError: names the first wrong key, its value and what would be accepted.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides([override.lstrip("+") for override in overrides])
+    except HydraException:
+        raise ConfigError("override", " ".join(overrides), "must look like audit.key=value") from None
+    given, known = {}, [field.name for field in fields(AuditSpec)]
+    for one in parsed:
+        key = str(one.key_or_group).removeprefix(_PREFIX)
+        if key not in known:
+            raise ConfigError(_PREFIX + key, one.value(), f"is not a setting of an audit ({', '.join(known)})")
+        if one.is_sweep_override() or isinstance(one.value(), bool):
+            raise ConfigError(_PREFIX + key, str(one.value()), "must be one plain value")
+        given[key] = one.value()
+    try:
+        return TypeAdapter(AuditSpec).validate_python(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raised = first.get("ctx", {}).get("error")
+        if isinstance(raised, ConfigError):
+            raise raised.under(_PREFIX.rstrip(".")) from None
+        bound = f"must be {first['msg'].removeprefix('Input should be ')}"
+        raise ConfigError(_PREFIX + str(first["loc"][0]), first["input"], bound) from None
+
+
+def _judge(result: Audit) -> None:
+    """Fail where a claim is refuted."""
+    wrong = [
+        f"{place(bound.site)}: epsilon is at least {bound.lower_bound:.3f} with {result.confidence:.0%} confidence, "
+        f"above the claimed {epsilon_text(bound.claimed_epsilon)}"
+        for bound in refuted(result)
+    ]
+    if wrong:
+        raise RunError(f"the audit refutes the claim, so the implementation or the claim is wrong ({'; '.join(wrong)})")
+
+
+def show_findings(console: Console, result: Audit, folder: Path) -> None:
+    """Lower bounds beside claims, the membership baselines, and both in plain words."""
+    show(console, [_bounds(result), *([_membership(result)] if result.membership else [])])
+    say(_meaning(result), style="red" if result.exceeded else "", console=console)
+    canaries = "The adapter in this folder holds canaries: use it for nothing else (AUDIT.txt says so)."
+    say(canaries, style="yellow", console=console)
+    say(f"audit:      {RunFolder(folder).audit}", console=console)
+
+
+def _bounds(result: Audit) -> Section:
+    wrong = refuted(result)
+    rows = tuple(
+        (
+            place(bound.site),
+            epsilon_text(bound.claimed_epsilon),
+            f"{bound.lower_bound:.3f}",
+            f"{bound.best_possible:.3f}",
+            f"{bound.right:,} of {bound.guesses:,}",
+            f"{bound.canaries:,}",
+        )
+        for bound in result.bounds
+    )
+    return Section(
+        title="Epsilon: claimed, and shown by the attack",
+        headings=("", "claimed", "shown", "ceiling", "right guesses", "canaries"),
+        rows=rows,
+        styles={number: "red" for number, bound in enumerate(result.bounds) if bound in wrong},
+        notes=(
+            f"claimed: at most; shown: at least, at {result.confidence:.0%} confidence; ceiling: the most that so many "
+            "guesses about so many canaries can show",
+        ),
+    )
+
+
+def _meaning(result: Audit) -> str:
+    attacker = f"The attacker is one {_ATTACKER[result.method]}."
+    if result.exceeded:
+        worst = max(refuted(result), key=lambda bound: bound.lower_bound - bound.claimed_epsilon)
+        return (
+            f"{attacker} At {place(worst.site)} the attack shows an epsilon of at least {worst.lower_bound:.3f}, "
+            f"and the run claims at most {epsilon_text(worst.claimed_epsilon)}: the implementation or the claim is "
+            "wrong."
+        )
+    blind = [place(bound.site) for bound in result.bounds if bound.best_possible <= bound.claimed_epsilon]
+    limit = (
+        f" Even with every guess right it could not have refuted the claim at {', '.join(blind)}: that takes more "
+        "canaries or guesses, or a smaller delta (docs/audit.md)."
+        if blind
+        else ""
+    )
+    above = [place(bound.site) for bound in result.bounds if bound.lower_bound > bound.claimed_epsilon]
+    found = (
+        f"The bound at {', '.join(above)} is above its claim by itself, but so little that it may be by chance: taken "
+        f"together, the {len(result.bounds)} bounds refute no claim at {result.confidence:.0%} confidence."
+        if above
+        else "No bound is above its claim, so nothing contradicts the guarantee."
+    )
+    return f"{attacker} {found} That is no proof of it: another attack may show more.{limit}"
+
+
+def place(site: str | None) -> str:
+    """A site's name, or what the aggregated model is called."""
+    return "aggregated" if site is None else site
+
+
+def _membership(result: Audit) -> Section:
+    rates = [f"{rate.false_alarms:.1%}" for rate in result.membership[0].hit_rates]
+    rows = tuple(
+        (place(one.site), _SCORES[one.score], _area(one), *map(_rate, one.hit_rates)) for one in result.membership
+    )
+    return Section(
+        title="Real records: trained on, or never used?",
+        headings=("", "by", "AUROC", *(f"found at {rate}" for rate in rates)),
+        rows=rows,
+        words=frozenset({0, 1}),
+        notes=(
+            f"AUROC 0.5 is guessing; {result.confidence:.0%} intervals; ratio: the loss against that before training; "
+            "the share found among those trained on, at so many false alarms among those never used",
+        ),
+    )
+
+
+def _area(one: AuditMembership) -> str:
+    return f"{one.auroc:.3f} [{one.auroc_low:.2f}, {one.auroc_high:.2f}]"
+
+
+def _rate(rate: AuditHitRate) -> str:
+    if rate.found is None or rate.low is None or rate.high is None:
+        return "few records"
+    return f"{rate.found:.1%} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+app = single(audit)

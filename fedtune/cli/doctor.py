@@ -1,34 +1,21 @@
-"""`fedtune site doctor`: its arguments, and its lines as text or JSON.  Nothing here is slow to import."""
+"""`fedtune site doctor`: its lines as text or JSON, and its exit code."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.text import Text
+
+from fedtune.cli import sections
+from fedtune.cli.compose import compose_run
+from fedtune.cli.plain_words import counted, printable
+from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
+from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.spec import FedtuneError, RefusedError, RunError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from fedtune.config import RunConfig
-    from fedtune.deploy.doctor.check import Check
-
-DESCRIPTION = """\
-Look at everything that a site needs before it starts, one line each: clock, kit, connection, disk, memory, GPU, base
-models, data, policy, ledger. Beside what fails stands what to do about it. Nothing is trained, nothing is charged.
-
-  fedtune site doctor --kit kit --site site.toml
-  fedtune site doctor --kit kit --site site.toml --import-model ~/MiniLM        install a base model first
-  fedtune site doctor --kit kit --site site.toml --experiment banks_intents     would this run be accepted?
-
-The lines hold no record, no count of records and no path of their files, so that they can be shown to others.
-Exit codes: 0 nothing failed, 2 something at the site, 3 the run would be refused, 1 the server cannot be reached.
-"""
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _NAME, _FOUND, _FIX = 8, 28, 11
 """Columns at which a check's name, what was found and what to do about it begin."""
@@ -41,54 +28,27 @@ class SomethingFailed(FedtuneError):
     exit_code = 2
 
 
-def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fedtune site doctor`."""
-    parser.description = DESCRIPTION
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--kit", required=True, metavar="DIR", help="the site's kit")
-    parser.add_argument("--site", required=True, metavar="FILE", help="the site's site.toml")
-    parser.add_argument(
-        "--import-model",
-        metavar="PATH",
-        help="install a base model of the federation: a folder with safetensors, a .gguf file, or "
-        "package:MODULE/FOLDER inside an installed Python package",
-    )
-    parser.add_argument("--experiment", metavar="NAME", help="try out whether this experiment would be accepted")
-    parser.add_argument("--json", action="store_true", help="for machines")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run to try out")
-
-
-def doctor(options: argparse.Namespace) -> None:
+def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequence[str], as_json: bool) -> None:
     """Make every check, and print a line for each.
+
+    Args:
+        kit: the site's.
+        site_toml: its policy.
+        model: to install first.
+        run: settings of a run to try out; empty: none.
+        as_json: print for machines.
 
     Raises:
         SomethingFailed: at the site.
         RefusedError: policy or budget would refuse the run that was named.
         RunError: the server cannot be reached, or does not take this site.
     """
-    from fedtune.deploy.doctor.examination import Visit, examine  # the accountants and Flower take seconds to import
-
-    visit = Visit(
-        kit=Path(options.kit),
-        site_toml=Path(options.site),
-        model=Path(options.import_model) if options.import_model else None,
-        run=(lambda: _run(options)) if options.experiment or options.overrides else None,
-    )
-    checks = (print_json if options.json else print_lines)(examine(visit))
-    finish(checks)
-
-
-def _run(options: argparse.Namespace) -> RunConfig:
-    from fedtune.cli.compose import compose_run
-
-    named = [f"experiment={options.experiment}"] if options.experiment else []
-    return compose_run([*named, *options.overrides])
+    visit = Visit(kit=kit, site_toml=site_toml, model=model, run=(lambda: compose_run(run)) if run else None)
+    finish((print_json if as_json else print_lines)(examine(visit)))
 
 
 def print_lines(checks: Iterable[Check]) -> list[Check]:
     """Print each check when it is made, and how many there were of each kind."""
-    from rich.console import Console
-
     console, made = Console(highlight=False), []
     for check in checks:
         _print_line(console, check)
@@ -100,19 +60,13 @@ def print_lines(checks: Iterable[Check]) -> list[Check]:
 
 def print_json(checks: Iterable[Check]) -> list[Check]:
     """Print all checks as one JSON object."""
-    from fedtune.deploy.doctor.check import exit_code_of
-
     made = list(checks)
-    data = {"checks": [check.to_json() for check in made], "ok": exit_code_of(made) == 0}
-    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    sections.print_json({"checks": [check.to_json() for check in made], "ok": exit_code_of(made) == 0})
     return made
 
 
 def finish(checks: Sequence[Check]) -> None:
     """Raise what the checks' failures come to; nothing where none failed."""
-    from fedtune.cli.plain_words import counted
-    from fedtune.deploy.doctor.check import REFUSED, SETTINGS, exit_code_of
-
     code, names = exit_code_of(checks), [check.name for check in checks if check.status == "failed"]
     if not code:
         return
@@ -121,10 +75,6 @@ def finish(checks: Sequence[Check]) -> None:
 
 
 def _print_line(console: Console, check: Check) -> None:
-    from rich.text import Text
-
-    from fedtune.cli.plain_words import printable
-
     found = check.found.removeprefix(f"{check.status}, ")
     lines = [f"{check.status:<{_NAME}}{printable(check.name)}"]
     if len(lines[0]) < _FOUND:

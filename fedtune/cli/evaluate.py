@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 from rich.console import Console
-from rich.table import Table
 
+from fedtune.cli.command import Argument, Option, single
 from fedtune.cli.compose import saved_config
+from fedtune.cli.sections import Section, show
 from fedtune.config import parse
 from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError
 
 
-def evaluate(run: str, *, data_file: str, device: str) -> None:
-    """Print the scores of a run's adapter on `data_file`.
+def evaluate(
+    run: Annotated[Path, Argument("RUN", help="a run folder, such as runs/tighter")],
+    data: Annotated[str, Option(metavar="FILE", help=".jsonl or .csv, plain or .gz")],
+    device: Annotated[Literal["auto", "cpu", "cuda"], Option(help="where to score")] = "auto",
+) -> None:
+    """Score a run's saved adapter on a file of your own.
 
-    Raises:
-        ConfigError: the folder has no finished adapter, or that of an audit; or the file does not fit the run's columns
-            and labels.
+    The file has the columns that the run's configuration names; scores are exact and not covered by any guarantee.
     """
-    folder = Path(run)
-    config, files = saved_config(folder), RunFolder(folder)
+    config = saved_config(run)
+    files = RunFolder(run)
     if not files.adapter.is_dir():
-        raise ConfigError("run folder", run, "must hold a finished adapter/; resume the run first")
+        raise ConfigError("run folder", str(run), "must hold a finished adapter/; resume the run first")
     if files.audit_mark.exists():
-        bound = "is an audit: made-up records were planted in its training data (AUDIT.txt); its scores mean nothing"
-        raise ConfigError("run folder", run, bound)
+        mark = files.audit_mark.name
+        bound = f"is an audit: made-up records were planted in its training data ({mark}); its scores mean nothing"
+        raise ConfigError("run folder", str(run), bound)
     from fedtune.sites.shared_model import score_saved  # torch takes seconds to import
 
     settings = config.to_json()
     settings["runtime"]["device"] = device
-    scores = score_saved(parse(settings), files.adapter, data_file)
-    table = Table(title=f"{run} on {data_file}")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.4f}")
-    Console().print(table)
+    scores = score_saved(parse(settings), files.adapter, data)
+    rows = tuple((name, f"{value:.4f}") for name, value in scores.items())
+    show(Console(), [Section(title=f"{run} on {data}", headings=("metric", "value"), rows=rows)])
+
+
+app = single(evaluate)

@@ -1,13 +1,36 @@
-"""`fedtune ledger`: the arguments of its commands; `ledger_commands` does what they say.
-
-Nothing here is slow to import, since every `fedtune --help` reads it.
-"""
+"""`fedtune ledger`: what a site's ledger says, verified before it is shown; and its repair after a backup."""
 
 from __future__ import annotations
 
-import argparse
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
 
-DESCRIPTION = """\
+from dp_accounting import DpEvent
+from rich.console import Console
+
+from fedtune.cli.command import Argument, AsJson, Option, command, group
+from fedtune.cli.plain_words import cap_text, counted, event_text, mechanism_text, odds_text, printable
+from fedtune.cli.sections import SCHEMA_VERSION, Section, json_text, print_json, say, show
+from fedtune.deploy.files import act_as_owner
+from fedtune.privacy import events, filter
+from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
+from fedtune.privacy.amounts import epsilon_left, figures_of, has_guarantee, reference_runs_left
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey, check_public_key
+from fedtune.privacy.ledger.chain import Event, Head
+from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.spending import RunSpending, Spending
+from fedtune.privacy.ledger.verify import Verified, verify
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.spec import ConfigError, RunError
+
+app = group(
+    """\
 Read a site's ledger, which records for ever what was done to the records of one population.
 
   fedtune ledger show ledger.db --last 20                 what happened, newest last
@@ -21,78 +44,471 @@ These four write nothing into the ledger. PATH is the file, or a folder with a l
   fedtune ledger freeze --policy site.toml --why "consent withdrawn"
 docs/site_policy.md explains backups, anchors and the figures.
 """
+)
+_UNITS = {"record": "one record", "user": "one person with all records of theirs"}
 
-_SHOW = "Show a ledger's events as a table, oldest first."
-_SPENT = """\
-Show what a ledger has spent: for its whole life, for the current period and for each run.
-
-The filter's figure holds even when every next run was chosen after seeing earlier results; caps use it.
-The PLD figure is smaller and a proof for each run alone. Every epsilon shown is rounded up.
-"""
-_VERIFY = """\
-Check that nobody without the site's key changed, deleted, inserted or reordered an event.
-
-An anchor, kept on another disk, also shows that none is missing at the end. Exit code 1 if anything does not fit.
-"""
-_EXPORT = "Write a ledger's events, figures and verification as one JSON file."
-_ANCHOR = """\
-Write the ledger's newest head, signed, into an anchor file: keep it on another disk or machine.
-
-An anchor already there must be one that the ledger still contains; otherwise the ledger was put back.
-"""
-_RESTORE = """\
-After a backup of a ledger was put back: charge what the anchor knows and the backup lacks.
-
-Stop training, copy the backup to the place that the policy names, run this, start again.
-"""
-_FREEZE = """\
-Take the population of a ledger out of all training, for ever. There is no way back.
-
-Nothing that was released before is undone by it.
-"""
+LedgerPath = Annotated[str, Argument("PATH", help="a ledger.db, or a folder that holds one")]
+OwnLedger = Annotated[str | None, Argument("PATH", help="the policy's ledger; may be left out")]
+PolicyFile = Annotated[Path, Option(names=("--policy",), metavar="FILE", help="the site's site.toml")]
+AnchorFile = Annotated[Path | None, Option(metavar="FILE", help="an anchor file, kept outside the ledger")]
+SiteKey = Annotated[str | None, Option(metavar="HEX", help="the site's public key, from a source you trust")]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the commands under `fedtune ledger`."""
-    commands = parser.add_subparsers(dest="ledger_command", required=True, metavar="COMMAND")
-
-    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
-        raw = argparse.RawDescriptionHelpFormatter
-        return commands.add_parser(name, help=help, description=description, formatter_class=raw)
-
-    show = command("show", "what happened", _SHOW)
-    spent = command("spent", "what was spent and what is left", _SPENT)
-    verify = command("verify", "was it changed or put back?", _VERIFY)
-    export = command("export", "everything as JSON", _EXPORT)
-    anchor = command("anchor", "write a signed head, to be kept elsewhere", _ANCHOR)
-    restore = command("restore", "continue from a backup", _RESTORE)
-    freeze = command("freeze", "take part in nothing any more", _FREEZE)
-
-    for reading in (show, spent, verify, export, anchor):
-        reading.add_argument("path", metavar="PATH", help="a ledger.db, or a folder that holds one")
-    for changing in (restore, freeze):
-        changing.add_argument("path", metavar="PATH", nargs="?", help="the policy's ledger; may be left out")
-        changing.add_argument("--policy", required=True, metavar="FILE", help="the site's site.toml")
-    for answering in (show, spent, verify):
-        answering.add_argument("--json", action="store_true", help="for machines")
-    show.add_argument("--last", type=int, metavar="N", help="only the newest N events")
-    for checking in (verify, export):
-        checking.add_argument("--anchor", metavar="FILE", help="an anchor file, kept outside the ledger")
-        checking.add_argument("--site-key", metavar="HEX", help="the site's public key, from a source you trust")
-    export.add_argument("--output", metavar="FILE", help="a new file (default: print)")
-    anchor.add_argument("--key", required=True, metavar="FILE", help="the site's private key, site_key.pem")
-    anchor.add_argument("--output", required=True, metavar="FILE", help="where the anchor is kept")
-    restore.add_argument("--anchor", metavar="FILE", help="the newest anchor (default: the policy's own)")
-    freeze.add_argument("--why", required=True, metavar="TEXT", help="the reason; the ledger keeps it")
+@command(app, "what happened", name="show")
+def show_events(
+    path: LedgerPath,
+    last: Annotated[int | None, Option(metavar="N", help="only the newest N events")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a ledger's events as a table, oldest first."""
+    if last is not None and last < 1:
+        raise ConfigError("--last", last, "must be at least 1")
+    file = ledger_file(path)
+    verified = verify(file)
+    chosen = verified.events[-last:] if last else verified.events
+    if as_json:
+        print_json({**identity_json(file, verified), "events": chosen})
+    else:
+        _show_identity(file, verified)
+        show(Console(), [_events(verified, chosen)])
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run one of them.
+@command(app, "what was spent and what is left")
+def spent(path: LedgerPath, as_json: AsJson = False) -> None:
+    """Show what a ledger has spent: for its whole life, for the current period and for each run.
+
+    The filter's figure holds even when every next run was chosen after seeing earlier results; caps use it.
+    The PLD figure is smaller and a proof for each run alone. Every epsilon shown is rounded up.
+    """
+    file = ledger_file(path)
+    verified = verify(file)
+    figures = figures_of(verified)
+    if as_json:
+        print_json({**identity_json(file, verified), **spending_json(verified, figures)})
+        return
+    _show_identity(file, verified)
+    _show_verdict(verified.history, figures)
+    runs = _runs(figures.runs, verified.history)
+    show(Console(), [_lifetime(verified.history, figures), _methods(figures), runs])
+    for remark in _remarks(verified.history):
+        say(remark)
+
+
+@command(app, "was it changed or put back?", name="verify")
+def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None, as_json: AsJson = False) -> None:
+    """Check that nobody without the site's key changed, deleted, inserted or reordered an event.
+
+    An anchor, kept on another disk, also shows that none is missing at the end. Exit code 1 if anything does not fit.
+    """
+    file, verified = _verified(path, anchor=anchor, site_key=site_key)
+    if as_json:
+        print_json({**identity_json(file, verified), **_verification_json(verified)})
+        return
+    _show_identity(file, verified)
+    checked, unchecked = _findings(verified)
+    show(
+        Console(),
+        [
+            Section(title="Checked, and right:", notes=[f"- {text}" for text in checked]),
+            Section(title="Not checked:", notes=[f"- {text}" for text in unchecked]),
+        ],
+    )
+    last = verified.events[-1]
+    say(f"Newest event: {last.sequence}, {_moment(last)}, hash {verified.hash}")
+
+
+@command(app, "everything as JSON")
+def export(
+    path: LedgerPath,
+    anchor: AnchorFile = None,
+    site_key: SiteKey = None,
+    output: Annotated[Path | None, Option(metavar="FILE", help="a new file (default: print)")] = None,
+) -> None:
+    """Write a ledger's events, figures and verification as one JSON file."""
+    if output is not None and output.exists():  # it might be the ledger, or the key
+        raise ConfigError("--output", str(output), "exists already; choose a new file")
+    file, verified = _verified(path, anchor=anchor, site_key=site_key)
+    whole = {
+        **identity_json(file, verified),
+        "head": verified.events[-1],
+        "verification": _verification_json(verified),
+        "spending": spending_json(verified, figures_of(verified)),
+        "events": verified.events,
+    }
+    if output is None:
+        print_json(whole)
+        return
+    _write(output, json_text(whole).encode())
+    say(f"{counted(len(verified.events), 'event')} of {file} written to {output}")
+
+
+@command(app, "write a signed head, to be kept elsewhere", name="anchor")
+def write_anchor(
+    path: LedgerPath,
+    key: Annotated[Path, Option(metavar="FILE", help="the site's private key, site_key.pem")],
+    output: Annotated[Path, Option(metavar="FILE", help="where the anchor is kept")],
+) -> None:
+    """Write the ledger's newest head, signed, into an anchor file: keep it on another disk or machine.
+
+    An anchor already there must be one that the ledger still contains; otherwise the ledger was put back.
+    """
+    file, own = ledger_file(path), SigningKey.load(key)
+    before = Head.read(output) if output.exists() else None
+    verified = verify(file, anchor=before, site_key=own.public)
+    _write(output, verified.history.head(own).to_bytes())
+    say(f"{output} now vouches for {file} up to event {len(verified.events)}. Keep it on another disk or machine.")
+
+
+@command(app, "continue from a backup")
+def restore(
+    policy: PolicyFile,
+    path: OwnLedger = None,
+    anchor: Annotated[Path | None, Option(metavar="FILE", help="the newest anchor (default: the policy's own)")] = None,
+) -> None:
+    """After a backup of a ledger was put back: charge what the anchor knows and the backup lacks.
+
+    Stop training, copy the backup to the place that the policy names, run this, start again.
+    """
+    site = _own_site(policy, path)
+    sources = [anchor] if anchor else []
+    if site.anchor is not None and (site.anchor.is_file() or not sources):
+        sources.append(site.anchor)
+    if not sources:
+        raise ConfigError("--anchor", None, "is required, since the policy names no anchor")
+    verify(site.ledger)  # an older ledger is what is expected here; one that was changed is not
+    ledger = Ledger(site.ledger, site.policy, SigningKey.load(site.site_key))
+    # The policy's own anchor is the one that knows most, whichever was given.
+    heads = sorted((Head.read(source) for source in sources), key=lambda head: head.sequence, reverse=True)
+    gap: Counter[DpEvent] = Counter()
+    lacking = [head for head in heads if not ledger.history.holds(head)]
+    for head in lacking:
+        gap += ledger.charge_gap(head)
+    if lacking and site.anchor is not None:
+        _write(site.anchor, ledger.head().to_bytes())
+    if (doubt := ledger.history.in_doubt) is not None:
+        raise RunError(
+            f"{site.ledger} is still in doubt: a receipt of this site's own knows event {doubt.sequence}, which is "
+            "missing, and no anchor given knows it; find a newer anchor, or freeze the population"
+        )
+    if lacking:
+        _show_restored(ledger, gap, path=site.ledger, last=max(head.sequence for head in lacking))
+    else:
+        say(f"{site.ledger} lacks nothing that {' and '.join(map(str, sources))} know. Nothing was charged.")
+
+
+@command(app, "end all training on a population")
+def freeze(
+    policy: PolicyFile,
+    why: Annotated[str, Option(metavar="TEXT", help="the reason; the ledger keeps it")],
+    path: OwnLedger = None,
+) -> None:
+    """Take the population of a ledger out of all training, for ever. There is no way back.
+
+    Nothing that was released before is undone by it.
+    """
+    if not why.strip():
+        raise ConfigError("--why", why, "must say why; the ledger keeps it")
+    site = _own_site(policy, path)
+    verify(site.ledger)
+    site.open().freeze(why)
+    say(f"{site.ledger} is frozen: this population takes part in nothing any more.")
+
+
+def ledger_file(name: str) -> Path:
+    """The ledger that a person means by PATH.
 
     Raises:
-        ConfigError: a file that was named is missing, or cannot be what it should be.
-        RunError: a ledger cannot be trusted.
+        ConfigError: there is none.
     """
-    from fedtune.cli import ledger_commands  # the accountants take most of a second to import
+    path = Path(name)
+    if path.is_file():
+        return path
+    if (path / "ledger.db").is_file():
+        return path / "ledger.db"
+    found = ", ".join(str(file) for file in sorted(path.glob("sites/*/ledger.db")))
+    bound = f"must be one of {found}" if found else "must be a ledger.db, or a folder with one"
+    raise ConfigError("ledger", name, bound)
 
-    ledger_commands.COMMANDS[options.ledger_command](options)
+
+def _own_site(policy: Path, path: str | None) -> SiteFiles:
+    """The site whose existing ledger is about to be changed."""
+    files = SiteFiles.of(policy)
+    # A ledger that does not exist would be made, and a copy beside the real one would be of no use.
+    given = files.ledger if path is None else ledger_file(path)
+    if not files.ledger.is_file() or not given.samefile(files.ledger):
+        raise ConfigError("ledger", str(given), f"must be the policy's own ledger, {files.ledger}")
+    act_as_owner(files.site_key, files.ledger)
+    SigningKey.load(files.site_key)  # a missing one would be made
+    return files
+
+
+def _verified(path: str, *, anchor: Path | None, site_key: str | None) -> tuple[Path, Verified]:
+    if site_key is not None:
+        check_public_key("--site-key", site_key)
+    file = ledger_file(path)
+    return file, verify(file, anchor=None if anchor is None else Head.read(anchor), site_key=site_key)
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_durably(path, data)
+    except OSError as error:
+        raise ConfigError("output", str(path), f"must be a file that can be written ({error.strerror})") from None
+
+
+# A verified ledger as plain values, in keys that scripts may rely on.
+
+
+def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
+    """Which ledger this is."""
+    opened = verified.history.opened
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "path": str(path),
+        "ledger": opened.ledger,
+        "site": opened.site,
+        "population": opened.population,
+        "unit": opened.unit,
+        "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
+        "delta": opened.delta,
+        "site_key": verified.site_key,
+        "num_events": len(verified.events),
+    }
+
+
+def spending_json(verified: Verified, figures: Spending) -> dict[str, Any]:
+    """The figures of `spent`."""
+    history = verified.history
+    return {
+        **{key: value for key, value in asdict(figures).items() if key != "runs"},
+        "guarantee": has_guarantee(figures),
+        "epsilon_left": epsilon_left(history),
+        "reference_runs_left": reference_runs_left(history),
+        "restored": len(history.restored),
+        "policies": [{"time": time, "max_epsilon": cap} for time, cap in history.policies],
+        "runs": [asdict(run) | {"seeded_noise": history.runs[run.run].proposal.seeded_noise} for run in figures.runs],
+    }
+
+
+def _verification_json(verified: Verified) -> dict[str, Any]:
+    """What `verify` found; it raises for a ledger that does not fit."""
+    return {
+        "unchanged": True,
+        "head": verified.hash,
+        "key_expected": verified.key_expected,
+        "rollback_excluded": verified.rollback_excluded,
+        "anchor_sequence": verified.anchor_sequence if verified.rollback_excluded else None,
+    }
+
+
+# What a person at a site sees.
+
+
+def _show_identity(path: Path, verified: Verified) -> None:
+    opened, last = verified.history.opened, verified.events[-1]
+    say(f"Ledger of site {printable(opened.site)}, population {printable(opened.population)}", style="bold")
+    say(f"{path}: {counted(last.sequence, 'event')}, newest {_moment(last)}")
+
+
+def _events(verified: Verified, chosen: Sequence[Event]) -> Section:
+    unit = verified.history.opened.unit
+    rows = tuple(
+        (
+            str(event.sequence),
+            event.time[:16].replace("T", " "),
+            event.kind.value,
+            printable(event.run),
+            str(event.round or ""),
+            event_text(event),
+        )
+        for event in chosen
+    )
+    note = (
+        f"rate: probability with which each {unit} joins a step; noise: in units of the most that one {unit} can move "
+        "a step's sum"
+    )
+    return Section(
+        title=f"{len(chosen)} of {counted(len(verified.events), 'event')}",
+        headings=("no.", "time (UTC)", "kind", "run", "round", "what"),
+        rows=rows,
+        words=frozenset({1, 2, 3, 5}),
+        whole=frozenset({2}),
+        notes=(note,),
+    )
+
+
+def _show_verdict(history: History, figures: Spending) -> None:
+    """The one thing to know."""
+    unit = _UNITS.get(history.opened.unit, "one unit")
+    style = ""
+    if figures.seeded:
+        style = "bold yellow"
+        text = (
+            "NO GUARANTEE: a run took its noise from a seed, which whoever knows the seed can take away again. The "
+            "figures below are those of a study."
+        )
+    elif math.isinf(figures.epsilon):
+        style = "bold yellow"
+        text = f"NO GUARANTEE: a run trained without noise. Nothing bounds what its updates tell about {unit}."
+    elif figures.epsilon == 0:
+        text = "Nothing was spent yet: nothing that depends on a record has left this site."
+    else:
+        text = (
+            f"Whatever anybody concludes from all that left this site, {unit} more or less changed the odds of it at "
+            f"most {odds_text(figures.epsilon)}-fold (e to the power of epsilon {epsilon_text(figures.epsilon)}), but "
+            f"for a probability of delta {figures.delta:g}."
+        )
+    console = Console()
+    console.print()
+    console.print(text, style=style, markup=False, highlight=False)
+    if figures.frozen:
+        say("FROZEN: this population takes part in nothing any more.", style="bold")
+
+
+def _lifetime(history: History, figures: Spending) -> Section:
+    set_aside, period = figures.share_with_set_aside, f"charged this {figures.period}"
+    cap = "unbounded" if math.isinf(figures.max_epsilon) else f"{figures.max_epsilon:g}"
+    notes = []
+    if figures.share is not None:
+        fixed = epsilon_text(filter.surcharge(figures.order, figures.delta))
+        notes = [
+            f"A fixed part of {fixed} is due with the first noisy step, and only once; shares are of the cap's rest."
+        ]
+    return Section(
+        title=f"Lifetime budget of each {history.opened.unit}, by the filter",
+        headings=("", "epsilon", "share of cap"),
+        rows=(
+            ("charged so far", epsilon_text(figures.epsilon), _share(figures.share)),
+            (
+                "the same, with all that open runs have set aside",
+                epsilon_text(figures.epsilon_with_set_aside),
+                _share(set_aside),
+            ),
+            ("cap", cap, "100 %" if figures.share is not None else ""),
+            (
+                f"left for new runs{_fits(history)}",
+                rounded_down(epsilon_left(history)),
+                "" if figures.frozen or set_aside is None else f"{math.floor(max(0.0, 1 - set_aside) * 100)} %",
+            ),
+            (f"{period} ({cap_text(figures.max_epsilon_per_period)})", epsilon_text(figures.period_epsilon), ""),
+        ),
+        notes=notes,
+    )
+
+
+def _fits(history: History) -> str:
+    if history.frozen:
+        return ": nothing, since it is frozen"
+    fits = reference_runs_left(history)
+    return "" if fits is None else f": {counted(fits, 'run')} like the policy's reference"
+
+
+def _methods(figures: Spending) -> Section:
+    """The same events by each method, and what the figure is good for."""
+    return Section(
+        title="What the figures for all events mean",
+        headings=("method", "epsilon", "meaning"),
+        words=frozenset({0, 2}),
+        whole=frozenset({0}),
+        rows=(
+            (
+                "filter",
+                epsilon_text(figures.epsilon),
+                "Holds even when every next run was chosen after seeing earlier results. Caps and verdicts use it. "
+                f"Its order, {figures.order:g}, was fixed when the ledger was made.",
+            ),
+            (
+                "PLD",
+                epsilon_text(figures.epsilon_pld),
+                "The closest bound, but a proof only for what was fixed beforehand: for each run's whole plan, below, "
+                "it is one; for all runs together only if the first run's results did not shape the later ones.",
+            ),
+            ("RDP", epsilon_text(figures.epsilon_rdp), "An older method, as a check on PLD; under the same condition."),
+        ),
+    )
+
+
+def _runs(runs: Sequence[RunSpending], history: History) -> Section:
+    title = "Each run alone (epsilon: PLD of what is charged; planned: PLD of its whole plan)"
+    if not runs:
+        return Section(title=title, notes=("No run was accepted yet.",))
+    rows = []
+    for run in runs:
+        seeded = history.runs[run.run].proposal.seeded_noise
+        rows.append(
+            (
+                printable(run.run),
+                f"{run.state}\nNO GUARANTEE" if seeded or not run.noise_multiplier else run.state,
+                f"{run.rounds}/{run.most_rounds}",
+                f"{run.noise_multiplier:g}",
+                f"{run.sampling_rate:g}",
+                epsilon_text(run.epsilon),
+                epsilon_text(run.epsilon_rdp),
+                epsilon_text(run.planned_epsilon),
+            )
+        )
+    headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "by RDP", "planned")
+    return Section(title=title, headings=headings, rows=rows, words=frozenset({0, 1}))
+
+
+def _remarks(history: History) -> Iterator[str]:
+    if history.restored:
+        yield (
+            f"Backups put back so far: {len(history.restored)}. What they lacked is in the figures for all events, but "
+            "in no run's own."
+        )
+    caps = [cap for _, cap in history.policies]
+    if len(set(caps)) > 1:
+        changes = ", then ".join(f"{cap_text(cap)} ({time[:10]})" for time, cap in history.policies)
+        yield f"The lifetime cap was changed: {changes}. A cap promises most when it never moves."
+
+
+def _findings(verified: Verified) -> tuple[list[str], list[str]]:
+    """What was checked and is right, and what was not checked."""
+    checked = [
+        f"The file is whole, and holds {counted(len(verified.events), 'event')}.",
+        "Each event's hash covers the event and all before it: none was changed, inserted, reordered, or deleted "
+        "from the middle.",
+        f"Each event is signed by site key {verified.site_key}.",
+        "Each event follows from those before it; the stored replies are the newest committed ones.",
+    ]
+    unchecked = []
+    if verified.rollback_excluded:
+        checked.append(
+            f"The anchor's event {verified.anchor_sequence} is in the ledger, or was made up for when a backup was put "
+            "back: rollback to before it is excluded."
+        )
+    else:
+        unchecked.append(
+            "Rollback is NOT excluded: without an anchor, an older copy of this ledger looks just as right. "
+            "Give one with --anchor."
+        )
+    if not verified.key_expected:
+        unchecked.append(
+            "Whose key it is: it was read from the ledger itself, so somebody could have made a whole new ledger. "
+            "Give the key you know with --site-key."
+        )
+    return checked, unchecked
+
+
+def _show_restored(ledger: Ledger, gap: Counter[DpEvent], *, path: Path, last: int) -> None:
+    parts = [mechanism_text(event, count) for event, count in events.grouped(gap).items()]
+    say(f"{path} lacked events up to number {last} of the lost ledger. Charged now, as one sum:")
+    for part in parts or ["nothing: no round was charged in what is lost"]:
+        say(f"  {part}")
+    figures = ledger.spending()
+    say(f"Spent now: epsilon {epsilon_text(figures.epsilon)} of {cap_text(figures.max_epsilon)}.")
+    say("Lost for good: the missing events' runs, refusals and stored replies. Their cost is not.")
+
+
+def _moment(event: Event) -> str:
+    return f"{event.time[:19].replace('T', ' ')} UTC"
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{math.ceil(share * 100 - 1e-9)} %"
+
+
+def rounded_down(epsilon: float) -> str:
+    """An epsilon that is left, in three decimals."""
+    return "unbounded" if math.isinf(epsilon) else f"{math.floor(epsilon * 1000) / 1000:.3f}"

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from typing import Annotated
 
-DESCRIPTION = """\
-Print the hash by which a policy, a federation and a run's settings name a base model, and the files that it covers.
-
-  fedtune model-hash models/minilm            a folder with safetensors, or with one GGUF file
-  fedtune model-hash Small-Q4_1.gguf          a GGUF file; its hash is the one that sha256sum prints
-  fedtune model-hash package:MODULE/FOLDER    a model in an installed Python package
-
-Files that are not listed are never loaded. A model that a site would refuse is refused here, with the reason.
-"""
+from fedtune.cli.command import Argument, Option, single
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare its arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, or what model.path may be")
-    parser.add_argument(
-        "--files", action="store_true", help="print just what the hash is of (`... --files | sha256sum` prints it)"
-    )
+def model_hash(
+    model: Annotated[str, Argument("MODEL", help="a folder, a GGUF file, or what model.path may be")],
+    files: Annotated[
+        bool, Option(names=("--files",), help="print just what the hash is of (`... --files | sha256sum` prints it)")
+    ] = False,
+) -> None:
+    """Print the hash by which a policy, a federation and a run's settings name a base model, and the files it covers.
 
+      fedtune model-hash models/minilm            a folder with safetensors, or with one GGUF file
+      fedtune model-hash Small-Q4_1.gguf          a GGUF file; its hash is the one that sha256sum prints
+      fedtune model-hash package:MODULE/FOLDER    a model in an installed Python package
 
-def model_hash(options: argparse.Namespace) -> None:
-    """Print it.
-
-    Raises:
-        ConfigError: there is no such model, or it is refused.
+    Files that are not listed are never loaded. A model that a site would refuse is refused here, with the reason.
     """
     # transformers takes seconds to import
     from fedtune.model.base import model_sha256
@@ -36,14 +28,17 @@ def model_hash(options: argparse.Namespace) -> None:
     from fedtune.model.source import locate, model_folder
     from fedtune.model.spec import RANDOM
 
-    spec = locate(options.model)
+    spec = locate(model)
     if spec.path.startswith(RANDOM):
         sys.stdout.write(f"{model_sha256(spec)}\n")
         return
     manifest = manifest_of(model_folder(spec), gguf_file=spec.gguf_file)
-    if options.files:
+    if files:
         sys.stdout.write(manifest.text)
         return
     sys.stdout.write(f"{manifest.sha256}\n\nIt covers:\n")
     for name, digest in manifest.files:
         sys.stdout.write(f"  {digest}  {name}\n")
+
+
+app = single(model_hash)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.console import Console
 
+from fedtune.cli.command import Option, Overrides, single
 from fedtune.cli.compose import compose_run
-from fedtune.cli.plan_outlook import Outlook
+from fedtune.cli.plan_sections import Outlook, show_outlook
+from fedtune.cli.sections import json_text, print_json, say
 from fedtune.config import RunConfig
 from fedtune.federation import planner, solver, verdict
 from fedtune.privacy.keys import check_public_key
@@ -24,91 +23,89 @@ from fedtune.spec import ConfigError
 if TYPE_CHECKING:
     from fedtune.federation.forecast import Forecast
 
-TARGETS = ("noise", "rounds", "sampling_rate")
+Target = Literal["noise", "rounds", "sampling_rate"]
 FORMATS = (".html", ".svg", ".json")
 
-DESCRIPTION = """\
-Show what a run will cost before any data is touched: noise, steps, epsilon by site and round, bytes and time, what
-sites' policies would say, and what other plans would cost.  Overrides are those of `fedtune simulate`, for instance
-  fedtune plan                                       the default experiment
-  fedtune plan experiment=debug privacy.epsilon=3
-  fedtune plan --target noise federation.num_rounds=40
-  fedtune plan --target rounds privacy.noise_multiplier=1.5
-  fedtune plan --target sampling_rate privacy.noise_multiplier=1.5
-  fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml --output plan.html
-docs/planning.md explains every figure.
-"""
 
+def plan(
+    overrides: Overrides = (),
+    target: Annotated[Target | None, Option(help="solve for this, from privacy.epsilon and the rest")] = None,
+    policy: Annotated[tuple[Path, ...], Option(metavar="FILE", help="a site.toml to ask; may be repeated")] = (),
+    lead: Annotated[
+        str | None, Option(metavar="HEX", help="your public key (default: the first that each policy allows)")
+    ] = None,
+    time: Annotated[
+        bool, Option(names=("--time",), help="load the model: bytes, times on this machine, its hash")
+    ] = False,
+    no_model: Annotated[bool, Option(names=("--no-model",), help="load no model, as without --time")] = False,
+    output: Annotated[
+        Path | None, Option(metavar="FILE", help="also write FILE.html, FILE.svg (the chart) or FILE.json")
+    ] = None,
+    as_json: Annotated[bool, Option(names=("--json",), help="print JSON instead of text")] = False,
+) -> None:
+    """Show what a run will cost before any data is touched: noise, steps, epsilon by site and round, what sites'
+    policies would say, and what other plans would cost; with --time also bytes and time.
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fedtune plan`."""
-    parser.description = DESCRIPTION
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    parser.add_argument("--target", choices=TARGETS, help="solve for this, from privacy.epsilon and the rest")
-    parser.add_argument(
-        "--policy", action="append", default=[], metavar="FILE", help="a site.toml to ask; may be repeated"
-    )
-    parser.add_argument("--lead", metavar="HEX", help="your public key (default: the first that each policy allows)")
-    parser.add_argument("--no-model", action="store_true", help="load no model: leaves out bytes and time")
-    parser.add_argument("--output", metavar="FILE", help="also write FILE.html, FILE.svg (the chart) or FILE.json")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-
-
-def plan(options: argparse.Namespace) -> None:
-    """Print, and write where asked, everything about a run's price.
-
-    Raises:
-        ConfigError: for the settings, a policy file or an option.
+    Overrides are those of `fedtune simulate`, for instance
+      fedtune plan                                       the default experiment
+      fedtune plan experiment=debug privacy.epsilon=3
+      fedtune plan --target noise federation.num_rounds=40
+      fedtune plan --target rounds privacy.noise_multiplier=1.5
+      fedtune plan --target sampling_rate privacy.noise_multiplier=1.5
+      fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml --output plan.html
+    docs/planning.md explains every figure.
     """
-    output = None if options.output is None else Path(options.output)
     if output is not None and output.suffix not in FORMATS:
-        raise ConfigError("--output", options.output, f"must end in {', '.join(FORMATS)}")
-    if options.lead is not None:
-        check_public_key("--lead", options.lead)
-    policies = [Path(path) for path in options.policy]
-    leads = [options.lead or _first_lead(path) for path in policies]
+        raise ConfigError("--output", str(output), f"must end in {', '.join(FORMATS)}")
+    if lead is not None:
+        check_public_key("--lead", lead)
+    if time and no_model:
+        raise ConfigError("--no-model", True, "does not go with --time, which loads the model")
+    asked = {path: lead or _first_lead(path) for path in policy}
     with Console(stderr=True).status("Working out the price ..."):
-        outlook = _outlook(options, policies, leads)
+        known = _price_of(overrides, target, with_model=time)
+        verdicts = _verdicts(known, asked)
+        outlook = dataclasses.replace(known, verdicts=verdicts, lead_assumed=lead is None)
     if output is not None:
         _write(output, outlook)  # first: whoever reads standard output may stop in the middle
-    if options.json:
-        sys.stdout.write(json.dumps(outlook.to_json(), indent=2) + "\n")
+    if as_json:
+        print_json(outlook.to_json())
         return
-    from fedtune.cli.plan_text import show
-
-    console = Console()
-    show(console, outlook)
+    show_outlook(Console(), outlook)
     if output is not None:
-        console.print(f"written: {output}", soft_wrap=True, highlight=False)
+        say(f"written: {output}")
 
 
-def _outlook(options: argparse.Namespace, policies: Sequence[Path], leads: Sequence[str]) -> Outlook:
-    config, planned = _planned(options.overrides, options.target)
-    sizes = config.declared_sizes()
-    price = planner.price(planned, sizes)
+def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bool) -> Outlook:
+    """All but what policies say."""
+    config, planned = _planned(overrides, target)
     # What a given noise comes to is kept; a calibrated one leaves a hair of what was asked for.
-    given = config.privacy.noise_multiplier is not None or options.target in ("rounds", "sampling_rate")
+    given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
     epsilon = solver.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
-    forecast, device = (None, "") if options.no_model else _forecast(config, planned)
+    forecast, device = _forecast(config, planned) if with_model else (None, "")
     return Outlook(
         config=config,
-        price=price,
-        solved=options.target,
+        price=planner.price(planned, config.declared_sizes()),
+        solved=target,
         epsilon=epsilon,
         changes=planner.what_if(planned, epsilon=epsilon) if planned.private else (),
         forecast=forecast,
         device=device,
-        verdicts=tuple(
-            verdict.ask(path, config.proposal(lead=lead, plan=planned), declared_sizes=sizes)
-            for path, lead in zip(policies, leads, strict=True)
-        ),
-        lead_assumed=options.lead is None,
-        model_sha256=_model_sha256(config, load=not options.no_model),
+        verdicts=(),
+        lead_assumed=False,
+        model_sha256=_model_sha256(config, load=with_model),
     )
 
 
-def _planned(overrides: Sequence[str], target: str | None) -> tuple[RunConfig, Plan]:
+def _verdicts(known: Outlook, asked: dict[Path, str]) -> tuple[verdict.Verdict, ...]:
+    sizes = known.config.declared_sizes()
+    return tuple(
+        verdict.ask(path, known.config.proposal(lead=lead, plan=known.plan), declared_sizes=sizes)
+        for path, lead in asked.items()
+    )
+
+
+def _planned(overrides: Sequence[str], target: Target | None) -> tuple[RunConfig, Plan]:
     """The run's settings, and its plan with what was solved for."""
     if target is None:
         config = compose_run(overrides)
@@ -169,10 +166,13 @@ def _write(path: Path, outlook: Outlook) -> None:
     from fedtune.cli.plan_page import chart_svg, page_html
 
     if path.suffix == ".json":
-        text = json.dumps(outlook.to_json(), indent=2) + "\n"
+        text = json_text(outlook.to_json())
     else:
         text = chart_svg(outlook) if path.suffix == ".svg" else page_html(outlook)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError("--output", str(path), f"must be a file that can be written ({error.strerror})") from None
+
+
+app = single(plan)

@@ -8,10 +8,9 @@ import re
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
-from fedtune.cli import plan_words as words
-from fedtune.cli.plan_outlook import Outlook
-from fedtune.cli.plan_policies import policies
-from fedtune.cli.plan_words import Section
+from fedtune.cli import plan_sections as words
+from fedtune.cli.plan_sections import Outlook
+from fedtune.cli.sections import Section
 from fedtune.privacy.accountant import epsilon_text
 
 if TYPE_CHECKING:
@@ -44,9 +43,9 @@ def page_html(outlook: Outlook) -> str:
     sections = [
         words.accountants(outlook),
         words.sites(outlook),
-        words.what_if(outlook) if outlook.changes else Section(title=""),
+        words.what_if(outlook),
         words.bytes_and_time(outlook),
-        *policies(outlook),
+        *words.policies(outlook),
         words.rounds(outlook),
     ]
     return f"""<!doctype html>

@@ -1,13 +1,24 @@
-"""`fedtune provision`: the arguments of its commands; `provision_text` does what they say.
-
-Nothing here is slow to import, since every `fedtune --help` reads it.
-"""
+"""`fedtune provision`: makes a federation; says what to send to whom, what to compare, and what expires when."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
 
-DESCRIPTION = """\
+from rich.console import Console
+
+from fedtune.cli.command import Argument, AsJson, Option, command, group
+from fedtune.cli.plain_words import counted, printable
+from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.certificates import Certificate, fingerprint_of, key_fingerprint, spoken
+from fedtune.deploy.kits.members import Member
+from fedtune.deploy.kits.provisioning import Admitted, Overview
+
+app = group(
+    """\
 Make a federation of real sites: its authority, the startup kits of server and lead, and its sites as they come and go.
 
   fedtune provision init federation.toml                  a folder with everything, named after the federation
@@ -20,77 +31,265 @@ Run these where the federation's folder is, or name it with --federation. What i
 the others. After editing the folder's federation.toml (address, further names, base models): renew-server, renew-lead,
 then renew-site for each site.
 """
+)
+SOON_DAYS = 30
+"""Fewer days than these are left: a warning."""
+_MOST_TEXT = 1000
 
-_INIT = """\
-Make a federation's folder from its federation.toml: authority, server's kit, lead's kit.
-
-The folder must not exist. It holds secret keys; authority/ca_key.pem belongs offline whenever it is not needed.
-"""
-_ADD = """\
-Let a site in, by the join_request.json that `fedtune site init` made there.
-
-Prints fingerprints to compare over the telephone, and which file to send to whom.
-"""
-_RENEW_SITE = """\
-Make a new certificate and kit for a site. Nothing changes at the others.
-
-Without REQUEST everything but the expiry date stays. With a new request of the same site, its connection key or its
-declared data sets may change. The site key must stay the same, because it is its ledger's.
-"""
-_REVOKE = """\
-Shut a site out. Its connection key can never be used again; nothing changes at the others.
-
-It takes effect when the new roster.json is in the server's kit.
-"""
-_RENEW_SERVER = "Make a new certificate for the server's key, for the names that federation.toml now gives it."
-_RENEW_LEAD = "Make a new certificate for the lead's connection key. The key that signs requests stays."
-_LIST = "Show the sites, their certificates' expiry and their declared data sets."
+Federation = Annotated[Path, Option(metavar="DIR", help="the federation's folder")]
+Days = Annotated[int | None, Option(metavar="N", help="validity of the certificate (default: as federation.toml says)")]
+SiteName = Annotated[str, Argument("NAME", help="the site")]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the commands under `fedtune provision`."""
-    commands = parser.add_subparsers(dest="provision_command", required=True, metavar="COMMAND")
+@command(app, "make a federation's folder")
+def init(
+    file: Annotated[Path, Argument("FILE", help="a federation.toml")],
+    out: Annotated[Path | None, Option(metavar="DIR", help="the new folder (default: the federation's name)")] = None,
+) -> None:
+    """Make a federation's folder from its federation.toml: authority, server's kit, lead's kit.
 
-    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
-        raw = argparse.RawDescriptionHelpFormatter
-        return commands.add_parser(name, help=help, description=description, formatter_class=raw)
-
-    init = command("init", "make a federation's folder", _INIT)
-    add = command("add-site", "let a site in", _ADD)
-    renew = command("renew-site", "a new certificate for a site", _RENEW_SITE)
-    revoke = command("revoke-site", "shut a site out", _REVOKE)
-    renew_server = command("renew-server", "a new certificate for the server", _RENEW_SERVER)
-    renew_lead = command("renew-lead", "a new certificate for the lead", _RENEW_LEAD)
-    listing = command("list", "who is in, and when what expires", _LIST)
-
-    init.add_argument("file", metavar="FILE", help="a federation.toml")
-    init.add_argument("--out", metavar="DIR", help="the new folder (default: the federation's name)")
-    add.add_argument("request", metavar="REQUEST", help="the site's join_request.json")
-    for named in (renew, revoke):
-        named.add_argument("name", metavar="NAME", help="the site")
-    renew.add_argument("request", metavar="REQUEST", nargs="?", help="a new join_request.json of the same site")
-    for changing in (add, renew, revoke, renew_server, renew_lead, listing):
-        changing.add_argument(
-            "--federation", metavar="DIR", default=".", help="the federation's folder (default: this one)"
-        )
-    for issuing in (add, renew, renew_server, renew_lead):
-        issuing.add_argument(
-            "--days", type=int, metavar="N", help="validity of the certificate (default: as federation.toml says)"
-        )
-    renew.add_argument(
-        "--new-site-key",
-        action="store_true",
-        help="accept another site key: the site starts a new ledger, and its budget anew; agree on it first",
-    )
-    listing.add_argument("--json", action="store_true", help="for machines")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Run one of them.
-
-    Raises:
-        ConfigError: an argument, a file or a request is wrong; nothing was changed.
+    The folder must not exist. It holds secret keys; authority/ca_key.pem belongs offline whenever it is not needed.
     """
-    from fedtune.cli import provision_text  # certificates and policies take most of a second to import
+    made = provisioning.init(file, out=out, now=datetime.now(UTC))
+    say(f"Federation {made.federation} is in {made.folder}/.", style="bold")
+    show(Console(), [_folders(made)])
+    _compare(
+        "Keys of the federation, to be read out to each site over the telephone:",
+        {"lead": made.lead_key, "authority": made.authority.fingerprint},
+    )
+    _steps(
+        f"Move {made.folder}/authority to a place that is offline. Only adding and renewing need it.",
+        f"Copy {made.folder}/server to the machine that {made.server} names, and start there what its README.md says.",
+        "Ask each site for the join_request.json that `fedtune site init` makes there, and let it in: "
+        f"fedtune provision add-site join_request.json --federation {made.folder}",
+    )
 
-    provision_text.COMMANDS[options.provision_command](options)
+
+@command(app, "let a site in", name="add-site")
+def add_site(
+    request: Annotated[Path, Argument("REQUEST", help="the site's join_request.json")],
+    federation: Federation = Path("."),
+    days: Days = None,
+) -> None:
+    """Let a site in, by the join_request.json that `fedtune site init` made there.
+
+    Prints fingerprints to compare over the telephone, and which file to send to whom.
+    """
+    done = provisioning.add_site(federation, request=request, days=days, now=datetime.now(UTC))
+    say(f"Site {done.member.site} is in the federation.", style="bold")
+    _show_admitted(federation, done)
+
+
+@command(app, "a new certificate for a site", name="renew-site")
+def renew_site(
+    name: SiteName,
+    request: Annotated[Path | None, Argument("REQUEST", help="a new join_request.json of the same site")] = None,
+    federation: Federation = Path("."),
+    days: Days = None,
+    new_site_key: Annotated[
+        bool,
+        Option(
+            names=("--new-site-key",),
+            help="accept another site key: the site starts a new ledger, and its budget anew; agree on it first",
+        ),
+    ] = False,
+) -> None:
+    """Make a new certificate and kit for a site. Nothing changes at the others.
+
+    Without REQUEST everything but the expiry date stays. With a new request of the same site, its connection key or its
+    declared data sets may change. The site key must stay the same, because it is its ledger's.
+    """
+    done = provisioning.renew_site(
+        federation, name, request=request, days=days, new_site_key=new_site_key, now=datetime.now(UTC)
+    )
+    say(f"Site {done.member.site} is renewed. Nothing changes at the others.", style="bold")
+    for change in done.changes:
+        say(printable(change, _MOST_TEXT))
+    _show_admitted(federation, done)
+
+
+@command(app, "shut a site out", name="revoke-site")
+def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
+    """Shut a site out. Its connection key can never be used again; nothing changes at the others.
+
+    It takes effect when the new roster.json is in the server's kit.
+    """
+    member = provisioning.revoke_site(federation, name, now=datetime.now(UTC))
+    say(f"Site {member.site} is revoked; its connection key can never be used again.", style="bold")
+    _steps(
+        f"Copy {federation}/server/roster.json into the server's kit, unless the server runs from this folder. Until "
+        "then the site is still let in; no restart is needed.",
+        f"Copy {federation}/lead/roster.json into the lead's kit, unless runs start from this folder.",
+    )
+    say(f"To let it in again, with a new key: fedtune provision renew-site {member.site} REQUEST")
+
+
+@command(app, "a new certificate for the server", name="renew-server")
+def renew_server(federation: Federation = Path("."), days: Days = None) -> None:
+    """Make a new certificate for the server's key, for the names that federation.toml now gives it."""
+    made = provisioning.renew_server(federation, days=days, now=datetime.now(UTC))
+    _show_renewed("server", federation, made.server_certificate)
+
+
+@command(app, "a new certificate for the lead", name="renew-lead")
+def renew_lead(federation: Federation = Path("."), days: Days = None) -> None:
+    """Make a new certificate for the lead's connection key. The key that signs requests stays."""
+    made = provisioning.renew_lead(federation, days=days, now=datetime.now(UTC))
+    _show_renewed("lead", federation, made.lead_certificate)
+
+
+@command(app, "who is in, and when what expires", name="list")
+def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> None:
+    """Show the sites, their certificates' expiry and their declared data sets."""
+    made, now = provisioning.overview(federation), datetime.now(UTC)
+    if as_json:
+        print_json(_to_json(made, now))
+        return
+    say(f"Federation {made.federation}, server {made.server}", style="bold")
+    show(Console(), [_sites(made, now), _certificates(made, now)])
+    for warning in _warnings(made, now):
+        say(warning, style="bold yellow")
+
+
+def _show_admitted(folder: Path, done: Admitted) -> None:
+    """What to compare, and what to send to whom."""
+    made, member = provisioning.overview(folder), done.member
+    certificate = Certificate.of(member.certificate)
+    for name, size in member.datasets.items():
+        say(f"Data set {name}: declared size {size:,}.")
+    say(f"Its certificate is valid until {certificate.not_after:%Y-%m-%d}.")
+    if done.requested:
+        _compare(
+            "Let the site read out these. If one differs, somebody else made the request: send nothing, and revoke it.",
+            {"connection key": certificate.fingerprint, "site key": key_fingerprint(member.site_key)},
+        )
+        _compare(
+            "Read out these; the site compares them with its kit's README.md.",
+            {"lead": made.lead_key, "authority": made.authority.fingerprint},
+        )
+    _steps(
+        f"Send {done.archive} to the site; nothing in it is secret.",
+        f"Copy {folder}/server/roster.json into the server's kit, unless the server runs from this folder. No restart "
+        "is needed.",
+        f"Copy {folder}/lead/roster.json into the lead's kit, unless runs start from this folder.",
+    )
+
+
+def _show_renewed(of: str, folder: Path, certificate: Certificate) -> None:
+    say(f"The {of}'s certificate is valid until {certificate.not_after:%Y-%m-%d}; its key stays.", style="bold")
+    _steps(
+        f"Copy kit.toml, {of}.pem and README.md from {folder / of} into the {of}'s kit, unless it is used from this "
+        f"folder, and start the {of} again."
+    )
+
+
+def _folders(made: Overview) -> Section:
+    rows = [
+        (f"{name}/", use, f"{certificate.not_after:%Y-%m-%d}")
+        for name, use, certificate in (
+            ("authority", "signs certificates; keep it offline, and a backup of it", made.authority),
+            ("server", "the server's kit", made.server_certificate),
+            ("lead", "the lead's kit; keep a backup of lead_key.pem", made.lead_certificate),
+        )
+    ]
+    rows.append(("sites/", "the sites' kits, as they join", ""))
+    return Section(headings=("folder", "for", "valid until"), rows=rows, words=frozenset({0, 1, 2}))
+
+
+def _compare(title: str, fingerprints: Mapping[str, str]) -> None:
+    """Fingerprints in groups of four, one under the other."""
+    say("\n" + title)
+    for name, fingerprint in fingerprints.items():
+        say(f"  {name:<14}  {spoken(fingerprint)}")
+
+
+def _steps(*steps: str) -> None:
+    say("\nWhat to do next:", style="bold")
+    for number, step in enumerate(steps, 1):
+        say(f" {number}. {step}")
+
+
+def _sites(made: Overview, now: datetime) -> Section:
+    rows = []
+    for member in made.members:
+        datasets = "\n".join(f"{name} ({size:,})" for name, size in member.datasets.items())
+        state = f"revoked {member.revoked[:10]}" if member.revoked else "takes part"
+        rows.append((member.site, state, _until(Certificate.of(member.certificate), now), datasets))
+    return Section(
+        title=counted(len(made.members), "site"),
+        headings=("site", "state", "certificate until", "data sets (declared size)"),
+        rows=rows,
+        words=frozenset(range(4)),
+        notes=() if rows else ("None has joined yet.",),
+    )
+
+
+def _certificates(made: Overview, now: datetime) -> Section:
+    rows = tuple((name, _until(certificate, now)) for name, certificate in _own(made).items())
+    return Section(
+        title="The federation's own certificates", headings=("of", "until"), rows=rows, words=frozenset({0, 1})
+    )
+
+
+def _own(made: Overview) -> dict[str, Certificate]:
+    return {"authority": made.authority, "server": made.server_certificate, "lead": made.lead_certificate}
+
+
+def _until(certificate: Certificate, now: datetime) -> str:
+    return f"{certificate.not_after:%Y-%m-%d} ({_left(certificate, now)})"
+
+
+def _left(certificate: Certificate, now: datetime) -> str:
+    return "expired" if now > certificate.not_after else f"{counted(certificate.days_left(now), 'day')} left"
+
+
+def _warnings(made: Overview, now: datetime) -> list[str]:
+    """Whose certificate is about to expire, or has, and the command that renews it."""
+    found = [
+        (f"site {one.site}", Certificate.of(one.certificate), f"renew-site {one.site}")
+        for one in made.members
+        if not one.revoked
+    ]
+    found.append(("the server", made.server_certificate, "renew-server"))
+    found.append(("the lead", made.lead_certificate, "renew-lead"))
+    warnings = [
+        f"The certificate of {name}: {_left(certificate, now)}. Renew it: fedtune provision {command}"
+        for name, certificate, command in found
+        if certificate.days_left(now) < SOON_DAYS
+    ]
+    if made.authority.days_left(now) < SOON_DAYS:
+        warnings.append(f"The authority: {_left(made.authority, now)}. The federation has to be provisioned anew.")
+    return warnings
+
+
+def _to_json(made: Overview, now: datetime) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "federation": made.federation,
+        "server": made.server,
+        "lead": made.lead_key,
+        "certificates": {name: _certificate_json(certificate, now) for name, certificate in _own(made).items()},
+        "sites": [_member_json(member, now) for member in made.members],
+        "warnings": _warnings(made, now),
+    }
+
+
+def _member_json(member: Member, now: datetime) -> dict[str, Any]:
+    return {
+        "site": member.site,
+        "revoked": member.revoked,
+        "certificate": _certificate_json(Certificate.of(member.certificate), now),
+        "connection_key_sha256": fingerprint_of(member.node_key),
+        "site_key": member.site_key,
+        "site_key_sha256": key_fingerprint(member.site_key),
+        "datasets": [{"id": name, "declared_size": size} for name, size in member.datasets.items()],
+    }
+
+
+def _certificate_json(certificate: Certificate, now: datetime) -> dict[str, Any]:
+    return {
+        "not_before": certificate.not_before.isoformat(),
+        "not_after": certificate.not_after.isoformat(),
+        "days_left": certificate.days_left(now),
+        "public_key_sha256": certificate.fingerprint,
+    }

@@ -1,14 +1,56 @@
-"""`fedtune report`: the arguments of its commands; `report_commands` does what they say.
-
-Nothing here is slow to import, since every `fedtune --help` reads it.
-"""
+"""`fedtune report`: writes the privacy report of a run or a ledger, checks one, and compares two."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-DESCRIPTION = """\
+import click
+from rich.console import Console
+
+from fedtune.cli.command import Argument, AsJson, Command, Group, Language, Option, command, group
+from fedtune.cli.compose import saved_config
+from fedtune.cli.ledger import ledger_file
+from fedtune.cli.plain_words import counted, printable
+from fedtune.cli.sections import Section, print_json, say, show
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.keys import SigningKey, check_public_key
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.report import recompute, signing
+from fedtune.report.difference import GROUPS, Change, Value, differences
+from fedtune.report.difference import Group as ChangeGroup
+from fedtune.report.model import SCHEMA_VERSION, Report, SiteReport, State, schema_text
+from fedtune.spec import ConfigError, RunError
+
+
+class _Report(Group):
+    """`report PATH` is `report build PATH`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "-h", "--help"):
+            args.insert(0, "build")
+        return super().parse_args(ctx, args)
+
+
+class _Build(Command):
+    """`--site-report A B` is `--site-report A --site-report B`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        told: list[str] = []
+        several = False
+        for word in args:
+            if several and not word.startswith("-") and told[-1] != "--site-report":
+                told.append("--site-report")
+            several = word == "--site-report" or (several and not word.startswith("-"))
+            told.append(word)
+        return super().parse_args(ctx, told)
+
+
+app = group(
+    """\
 Write the privacy report of a run, or of a site's ledger: what was promised, what is spent, what it means.
 
   fedtune report runs/tighter                        the lead's view of a run
@@ -19,84 +61,336 @@ Write the privacy report of a run, or of a site's ledger: what was promised, wha
 
 It writes report.html, which needs no network and prints well, and report.json with every figure in it; with --pdf a
 report.pdf too. A run's report lies in its folder, a ledger's in a folder beside it that ends in .report.
-"""
-
-_BUILD = """\
-Write report.html and report.json of a run folder or a ledger; the word `build` may be left out.
-
-A ledger is verified first, with a site.toml also against the site's key and anchor. Nothing is written into it, and
-nothing in the report tells more of the records than what was released.
-"""
-_VERIFY = """\
-Check a report: its signature, its form, every epsilon again from the events in it, its verdict, its configuration.
-
-Exit code 1 if anything differs. Without --key it is not checked whose signature it is; without a signature only what
-can be computed again is checked.
-"""
-_DIFF = """\
-Show what changed from one report to another: settings, privacy, utility and cost, with both values.
-
-A and B are report.json files, or folders that hold one. Two runs are compared, or two reports of one ledger.
-"""
-_SCHEMA = """\
-Print the JSON schema that every report.json of this version fits.
-"""
-_COMMANDS = ("build", "verify", "diff", "schema")
-
-
-def with_command(arguments: Sequence[str]) -> list[str]:
-    """`report PATH` as `report build PATH`; anything else unchanged."""
-    said = list(arguments)
-    if said[:1] == ["report"] and said[1:2] and said[1] not in (*_COMMANDS, "-h", "--help"):
-        said.insert(1, "build")
-    return said
+""",
+    cls=_Report,
+)
+_STATES: Mapping[State, tuple[str, str]] = {
+    "within": ("WITHIN the approved budget", "bold"),
+    "exceeded": ("EXCEEDED", "bold red"),
+    "no_guarantee": ("NO GUARANTEE", "bold yellow"),
+}
+_MARKS: Mapping[str, tuple[str, str]] = {
+    "right": ("right", ""),
+    "wrong": ("WRONG", "bold red"),
+    "not_checked": ("not checked", "yellow"),
+}
+_MOST_PROBLEMS = 12
+_UNBOUNDED = ("epsilon", "epsilon_pld", "epsilon_rdp", "planned_epsilon", "with_set_aside", "period_epsilon")
+_NO_LIMIT = ("max_epsilon", "max_epsilon_per_run", "max_epsilon_per_period", "target_epsilon", "left")
+_TITLES: Mapping[ChangeGroup, str] = {
+    "settings": "Settings",
+    "privacy": "Privacy",
+    "utility": "Scores on the lead's files",
+    "cost": "Cost",
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the commands under `fedtune report`."""
-    commands = parser.add_subparsers(dest="report_command", required=True, metavar="COMMAND")
+@command(app, "write a report; the word may be left out", cls=_Build)
+def build(
+    path: Annotated[Path, Argument("PATH", help="a run folder, a ledger.db or its site.toml")],
+    output: Annotated[
+        Path | None, Option(metavar="DIR", help="where to write (default: the run folder, or <ledger>.report)")
+    ] = None,
+    language: Annotated[Language | None, Option(help="of the page (default: the run's setting, else en)")] = None,
+    pdf: Annotated[bool, Option(names=("--pdf",), help="report.pdf too; needs pip install fedtune[pdf]")] = False,
+    sign: Annotated[
+        Path | None, Option(metavar="KEY", help="sign it: the site's site_key.pem, or the lead's lead_key.pem")
+    ] = None,
+    site_report: Annotated[
+        tuple[Path, ...],
+        Option(metavar="FILE ...", help="signed report.json files that sites released for this run"),
+    ] = (),
+    anchor: Annotated[
+        Path | None, Option(metavar="FILE", help="of a ledger: its anchor, which shows that no event is missing")
+    ] = None,
+) -> None:
+    """Write report.html and report.json of a run folder or a ledger; the word `build` may be left out.
 
-    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
-        raw = argparse.RawDescriptionHelpFormatter
-        return commands.add_parser(name, help=help, description=description, formatter_class=raw)
+    A ledger is verified first, with a site.toml also against the site's key and anchor. Nothing is written into it, and
+    nothing in the report tells more of the records than what was released.
+    """
+    key = None if sign is None else SigningKey.load(sign)
+    if (path / "config.yaml").is_file():
+        report, folder = _of_run(path, site_report, anchor=anchor), path
+    else:
+        report, folder = _of_ledger(path, site_report, anchor=anchor)
+    if key is not None:
+        report = signing.signed(report, key)
+        signing.check(report)  # a ledger's report is signed by the key that its events are signed by
+    from fedtune.report.page.render import write_files
 
-    build = command("build", "write a report; the word may be left out", _BUILD)
-    build.add_argument("path", metavar="PATH", help="a run folder, a ledger.db or its site.toml")
-    build.add_argument("--output", metavar="DIR", help="where to write (default: the run folder, or <ledger>.report)")
-    build.add_argument("--language", choices=("en", "de"), help="of the page (default: the run's setting, else en)")
-    build.add_argument("--pdf", action="store_true", help="report.pdf too; needs pip install fedtune[pdf]")
-    build.add_argument("--sign", metavar="KEY", help="sign it: the site's site_key.pem, or the lead's lead_key.pem")
-    build.add_argument(
-        "--site-report",
-        metavar="FILE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="signed report.json files that sites released for this run",
-    )
-    build.add_argument("--anchor", metavar="FILE", help="of a ledger: its anchor, which shows that no event is missing")
-
-    verify = command("verify", "was it changed? is epsilon right?", _VERIFY)
-    verify.add_argument("file", metavar="FILE", help="a report.json, or a folder that holds one")
-    verify.add_argument("--key", metavar="HEX", help="the public key that must have signed it, from a source you trust")
-    verify.add_argument("--config", metavar="SHA", help="the SHA-256 that the run's configuration must have")
-
-    diff = command("diff", "what changed between two reports", _DIFF)
-    diff.add_argument("before", metavar="A", help="a report.json, or a folder that holds one")
-    diff.add_argument("after", metavar="B", help="another")
-    command("schema", "the JSON schema of report.json", _SCHEMA)
-
-    for answering in (verify, diff):
-        answering.add_argument("--json", action="store_true", help="for machines")
+    spoken = language or (saved_config(path).report.language if report.kind == "run" else "en")
+    paths = write_files(output or folder, report, language=spoken, pdf=pdf)
+    verdict, style = verdict_line(report)
+    say(verdict, style=style)
+    for written in paths:
+        say(f"{written.name + ':':<13}{written}")
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run one of them.
+def _of_run(folder: Path, site_reports: Sequence[Path], *, anchor: Path | None) -> Report:
+    from fedtune.report import from_run
+    from fedtune.report.from_run import read_site_report
+
+    if anchor is not None:
+        raise ConfigError("--anchor", str(anchor), "belongs to a ledger's report; this is a run folder")
+    return from_run.build(folder, site_reports=[read_site_report(file) for file in site_reports])
+
+
+def _of_ledger(path: Path, site_reports: Sequence[Path], *, anchor: Path | None) -> tuple[Report, Path]:
+    """The report of a ledger, and the folder that it belongs in."""
+    from fedtune.report import from_ledger
+
+    if site_reports:
+        raise ConfigError("--site-report", str(site_reports[0]), "belongs to a run's report; this is a ledger")
+    of_policy = path.suffix == ".toml"
+    ledger = SiteFiles.of(path).ledger if of_policy else ledger_file(str(path))
+    report = from_ledger.build(path if of_policy else ledger, anchor=anchor)
+    return report, ledger.with_name(f"{ledger.name}.report")
+
+
+@command(app, "was it changed? is epsilon right?")
+def verify(
+    file: Annotated[str, Argument("FILE", help="a report.json, or a folder that holds one")],
+    key: Annotated[
+        str | None,
+        Option(metavar="HEX", help="the public key that must have signed it, from a source you trust"),
+    ] = None,
+    config: Annotated[
+        str | None, Option(metavar="SHA", help="the SHA-256 that the run's configuration must have")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a report: its signature, its form, every epsilon again from the events in it, its verdict, its settings.
+
+    Exit code 1 if anything differs. Without --key it is not checked whose signature it is; without a signature only
+    what can be computed again is checked.
+    """
+    if key is not None:
+        check_public_key("--key", key)
+    path, report = _read(file)
+    found = checks(report, key=key, config_sha256=_configuration_of(path, report, config))
+    if as_json:
+        print_json({"file": str(path), "checks": found})
+    else:
+        say(f"{path}: report of {report.kind} {printable(report.name)}", style="bold")
+        show(Console(), [_checked(found)])
+    wrong = [check.name for check in found if check.state == "wrong"]
+    if wrong:
+        raise RunError(f"{path} does not hold: {', '.join(wrong)}")
+
+
+@command(app, "what changed between two reports")
+def diff(
+    before: Annotated[str, Argument("A", help="a report.json, or a folder that holds one")],
+    after: Annotated[str, Argument("B", help="another")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what changed from one report to another: settings, privacy, utility and cost, with both values.
+
+    A and B are report.json files, or folders that hold one. Two runs are compared, or two reports of one ledger.
+    """
+    pairs = [_read(before), _read(after)]
+    for path, report in pairs:
+        try:
+            signing.check(report)
+        except RunError as error:
+            raise RunError(f"{path}: {error}") from None
+    settings = [_settings(path, report) for path, report in pairs]
+    (before_path, first), (after_path, second) = pairs
+    changes = differences(first, second, settings=(settings[0], settings[1]) if all(settings) else ({}, {}))
+    if as_json:
+        print_json({"before": str(before_path), "after": str(after_path), "changes": changes})
+        return
+    for subject in GROUPS:
+        _show_differences(subject, [one for one in changes if one.group == subject], names=(before, after))
+    if not all(settings) and first.kind != "ledger":
+        say("The runs' configurations are not beside the reports: only the settings in them are compared.")
+
+
+@command(app, "the JSON schema of report.json")
+def schema() -> None:
+    """Print the JSON schema that every report.json of this version fits."""
+    sys.stdout.write(schema_text())
+
+
+def _configuration_of(path: Path, report: Report, given: str | None) -> str | None:
+    """What the run's configuration hashes to: as somebody said, else as the file beside the report does."""
+    if given is not None:
+        if len(given) != 64 or set(given) - set("0123456789abcdef"):
+            raise ConfigError("--config", given, "must be a SHA-256 of 64 lower-case hex digits")
+        return given
+    if report.kind == "ledger" or not (path.parent / "config.yaml").is_file():
+        return None
+    return saved_config(path.parent).digest()
+
+
+def _settings(path: Path, report: Report) -> Mapping[str, Any]:
+    """The settings of a run whose configuration lies beside its report; none if that is another one."""
+    if not (path.parent / "config.yaml").is_file():
+        return {}
+    config = saved_config(path.parent)
+    return config.decisive() if config.digest() == report.provenance.config_sha256 else {}
+
+
+def _read(name: str) -> tuple[Path, Report]:
+    """The report in a file, or in the report.json of a folder.
 
     Raises:
-        ConfigError: a file that was named is missing, or cannot be what it should be.
-        RunError: a ledger or a report cannot be trusted.
+        ConfigError: there is none.
     """
-    from fedtune.cli import report_commands  # the accountants take most of a second to import
+    path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError("report", name, f"must be a report.json, or a folder with one ({error.strerror})") from None
+    try:
+        return path, signing.read(data)
+    except ConfigError as error:
+        raise error.in_file(path) from None
 
-    report_commands.COMMANDS[options.report_command](options)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One check and what it came to.
+
+    Attributes:
+        name: "schema", "signature", "figures", "verdict", "taken" or "configuration".
+        text: the result, in a sentence.
+        problems: what differs.
+    """
+
+    name: str
+    state: Literal["right", "wrong", "not_checked"]
+    text: str
+    problems: tuple[recompute.Problem, ...] = ()
+
+
+def checks(report: Report, *, key: str | None, config_sha256: str | None) -> tuple[Check, ...]:
+    """All of them.
+
+    Args:
+        report: that was read, and so has the form of one.
+        key: public key that must have signed it, if one is known.
+        config_sha256: hash that the run's configuration must have, if it is known.
+    """
+    form = Check(name="schema", state="right", text=f"It is a report of schema version {SCHEMA_VERSION}.")
+    return (
+        form,
+        _signature(report, key),
+        *_figures(report),
+        *_taken(report),
+        _configuration(report, config_sha256),
+    )
+
+
+def _signature(report: Report, key: str | None) -> Check:
+    try:
+        signer = signing.check(report, expected_key=key)
+    except RunError as error:
+        return Check(name="signature", state="wrong", text=f"{str(error)[0].upper()}{str(error)[1:]}.")
+    if signer is None:
+        text = "It is not signed: whoever had it could have changed what cannot be computed again."
+        return Check(name="signature", state="not_checked", text=text)
+    whose = "the key given" if key else "whose key that is was not checked: give the one you know with --key"
+    return Check(name="signature", state="right", text=f"It is signed by {signer} ({whose}), and nothing was changed.")
+
+
+def _figures(report: Report) -> Iterator[Check]:
+    problems = recompute.problems(report)
+    of_verdict = tuple(problem for problem in problems if ".verdict." in f".{problem.where}")
+    others = tuple(problem for problem in problems if problem not in of_verdict)
+    events = sum(charge.count for site in report.sites for row in site.mechanisms for charge in row.charges)
+    again = f"computed again from the {events:,} mechanisms that {counted(len(report.sites), 'site')} ran"
+    if others:
+        yield Check(
+            name="figures", state="wrong", text=f"{counted(len(others), 'figure')} not as {again}:", problems=others
+        )
+    else:
+        yield Check(name="figures", state="right", text=f"Each epsilon that its events give, {again}, is as it says.")
+    if of_verdict:
+        yield Check(name="verdict", state="wrong", text="The verdict does not fit the figures:", problems=of_verdict)
+    else:
+        yield Check(name="verdict", state="right", text="No verdict is better than its figures.")
+
+
+def _taken(report: Report) -> Iterator[Check]:
+    """What no event in the report gives: a joined ledger's figures over all its runs."""
+    if joined := [f"{site.site} ({site.reported or 'undated'})" for site in report.sites if _is_joined(site)]:
+        text = (
+            f"Not computed again: the figures over all runs of {', '.join(joined)} (spent, set aside, left, period, "
+            "runs), taken from a report that the site signed."
+        )
+        yield Check(name="taken", state="not_checked", text=text)
+
+
+def _is_joined(site: SiteReport) -> bool:
+    return site.source == "signed_site_report" and site.lifetime is not None
+
+
+def _configuration(report: Report, expected: str | None) -> Check:
+    said = report.provenance.config_sha256
+    if expected is None:
+        text = "The run's configuration is not at hand: give its SHA-256 with --config."
+        if report.kind == "ledger":
+            text = "A ledger is of many runs, and has no configuration of its own."
+        return Check(name="configuration", state="not_checked", text=text)
+    if said != expected:
+        problem = recompute.Problem("provenance.config_sha256", said, expected)
+        return Check(name="configuration", state="wrong", text="It is of another configuration:", problems=(problem,))
+    return Check(name="configuration", state="right", text=f"It is of the configuration {expected}.")
+
+
+def verdict_line(report: Report) -> tuple[str, str]:
+    """The verdict with the figure behind it, and its style."""
+    reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
+    state, style = _STATES[report.verdict.state]
+    shown = state + (f" ({reasons})" if reasons else "")
+    return f"{shown}: epsilon {epsilon_text(report.epsilon)} at delta {report.delta:g} for each {report.unit}", style
+
+
+def _checked(found: Sequence[Check]) -> Section:
+    """A line for each check, and what differs below it."""
+    rows: list[tuple[str, str, str]] = []
+    styles = {}
+    for check in found:
+        mark, styles[len(rows)] = _MARKS[check.state]
+        rows.append((check.name, mark, check.text))
+        for problem in check.problems[:_MOST_PROBLEMS]:
+            said, again = printable(problem.said), printable(problem.found)
+            rows.append(("", "", f"{printable(problem.where)} says {said}, found {again}"))
+        if len(check.problems) > _MOST_PROBLEMS:
+            rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
+    return Section(rows=rows, words=frozenset({0, 1, 2}), whole=frozenset({0, 1}), styles=styles)
+
+
+def _show_differences(subject: ChangeGroup, changes: Sequence[Change], *, names: tuple[str, str]) -> None:
+    if not changes:
+        say(f"{_TITLES[subject]}: no difference.")
+        return
+    section = Section(
+        title=f"{_TITLES[subject]}: {counted(len(changes), 'difference')}",
+        headings=("", *map(printable, names)),
+        rows=tuple((printable(change.key), *_both(change)) for change in changes),
+        words=frozenset({0, 1, 2}),
+    )
+    show(Console(), [section])
+
+
+def _both(change: Change) -> tuple[str, str]:
+    """Both values, in as many digits as it takes to tell them apart."""
+    pair = (_text(change.key, change.before), _text(change.key, change.after))
+    if pair[0] == pair[1]:
+        pair = (repr(change.before), repr(change.after))
+    before, after = map(printable, pair)
+    return "not there" if change.missing == "before" else before, "not there" if change.missing == "after" else after
+
+
+def _text(key: str, value: Value) -> str:
+    name = key.rsplit(".", 1)[-1]
+    if value is None:
+        return "no limit" if name in _NO_LIMIT else "unbounded" if name in _UNBOUNDED else "none"
+    if isinstance(value, bool | str):
+        return {True: "yes", False: "no", "": "none"}.get(value, str(value))
+    if name in _UNBOUNDED:
+        return epsilon_text(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

@@ -2,59 +2,81 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 from rich.console import Console
 
+from fedtune.cli.command import Argument, Option, single
 from fedtune.cli.compose import compose_run, saved_config
-from fedtune.cli.run_arguments import ACTIONS
 from fedtune.cli.run_folder import folder_of, is_running, make, run_in_folder, told
+from fedtune.cli.sections import Section, plain, print_json, say, show
 from fedtune.config import RunConfig
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import Member
+from fedtune.deploy.services.lead_service import LeadService, latest_answers, members, running_process
+from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.lead import LeadState, site_charge
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.spec import ConfigError, RunError
 
+_ACTIONS = ("status", "stop", "resume")
 _STOP_S = 60.0
 _OURS = ("federation.num_sites", "federation.site_names", "federation.participants", "runtime", "runtime.kind")
 
 
-def run(options: argparse.Namespace) -> None:
-    """Do what the arguments say.
+def run(
+    words: Annotated[
+        tuple[str, ...],
+        Argument(
+            "KEY=VALUE",
+            help="settings to change; or status, stop or resume, and a run folder",
+        ),
+    ] = (),
+    kit: Annotated[Path | None, Option(metavar="DIR", help="the lead's kit")] = None,
+    for_good: Annotated[
+        bool, Option(names=("--for-good",), help="with stop: free what the sites had set aside")
+    ] = False,
+    as_json: Annotated[bool, Option(names=("--json",), help="with status: for machines")] = False,
+) -> None:
+    """Run a federation over real sites, from a lead's kit.
 
-    Raises:
-        ConfigError: kit, roster, run folder or a setting is wrong.
-        RunError: the server cannot be reached, too few sites replied, or a run does not stop.
-        RefusedError: too many sites refuse.
+      fedtune run --kit LEAD experiment=banks_intents sites=[north,south]     only these sites take part
+      fedtune run --kit LEAD name=trial federation.min_sites=2                 all sites; a round needs two of them
+      fedtune run status runs/trial                                            how far it is, what each site has spent
+      fedtune run stop runs/trial                                              stop; what was charged stays charged
+      fedtune run stop runs/trial --for-good --kit LEAD                        also tell the sites that it is over
+      fedtune run resume runs/trial --kit LEAD                                 go on from its last round
+
+    Settings are key=value as for `fedtune simulate`; files, columns and devices are each site's own.
+    docs/adding_a_site.md says how a site joins.
     """
-    words = list(options.overrides)
-    if not words or words[0] not in ACTIONS:
-        _start(words, kit=_kit(options))
+    first, *rest = words or ("",)
+    if first not in _ACTIONS:
+        _start(words, kit=_lead_kit(kit))
         return
-    if len(words) < 2:
-        raise ConfigError("run folder", None, f"is required: fedtune run {words[0]} FOLDER")
-    folder, rest = Path(words[1]), words[2:]
-    match words[0]:
+    if not rest:
+        raise ConfigError("run folder", None, f"is required: fedtune run {first} FOLDER")
+    folder = Path(rest[0])
+    match first:
         case "status":
-            from fedtune.cli.run_status import show_status
-
-            show_status(folder, as_json=options.json)
+            show_status(folder, as_json=as_json)
         case "stop":
-            _stop(folder, kit=_kit(options) if options.for_good else None)
+            _stop(folder, kit=_lead_kit(kit) if for_good else None)
         case _:
-            _start([f"resume='{folder}'", *rest], kit=_kit(options))
+            _start([f"resume='{folder}'", *rest[1:]], kit=_lead_kit(kit))
 
 
-def _kit(options: argparse.Namespace) -> Kit:
-    if options.kit is None:
+def _lead_kit(folder: Path | None) -> Kit:
+    if folder is None:
         raise ConfigError("--kit", None, "is required: the folder of the lead's kit")
-    return Kit.read(Path(options.kit), kind="lead")
+    return Kit.read(folder, kind="lead")
 
 
 def _start(words: Sequence[str], *, kit: Kit) -> None:
@@ -62,7 +84,6 @@ def _start(words: Sequence[str], *, kit: Kit) -> None:
     config = composed(words, kit=kit)
     folder = folder_of(config)
     import fedtune.flower.deployment  # noqa: F401 - before the run's log takes the place of what Flower's import sets up
-    from fedtune.deploy.services.lead_service import LeadService
 
     lead, console = LeadService(kit=kit), Console()
     if config.resume is None:
@@ -78,8 +99,6 @@ def composed(words: Sequence[str], *, kit: Kit) -> RunConfig:
     Raises:
         ConfigError: for every mistake in a setting, or a site that the roster does not have.
     """
-    from fedtune.deploy.services.lead_service import members
-
     wanted = [word for word in words if word.startswith("sites=")]
     others = [word for word in words if not word.startswith("sites=")]
     if any(word.startswith("resume=") for word in others):
@@ -142,9 +161,7 @@ def _names(override: str) -> list[str]:
 
 
 def _stop(folder: Path, *, kit: Kit | None) -> None:
-    from fedtune.deploy.services.lead_service import LeadService, running_process
-
-    config, console = saved_config(folder), Console()
+    config = saved_config(folder)
     if is_running(folder):
         pid = running_process(folder)
         if pid is None:
@@ -156,12 +173,64 @@ def _stop(folder: Path, *, kit: Kit | None) -> None:
             if time.monotonic() > deadline:
                 raise RunError(f"process {pid} has not stopped within {_STOP_S:g} s; it may be finishing an evaluation")
             time.sleep(0.2)
-        console.print(f"{folder} is stopped; `fedtune run resume {folder} --kit ...` goes on.", soft_wrap=True)
+        say(f"{folder} is stopped; `fedtune run resume {folder} --kit ...` goes on.")
     else:
-        console.print(f"{folder} is not running.", soft_wrap=True)
+        say(f"{folder} is not running.")
     if kit is not None:
         heard = LeadService(kit=kit).end(config, timeout_s=30.0)
-        console.print(f"Told that it is over: {', '.join(heard) or 'no site'}.", soft_wrap=True)
+        say(f"Told that it is over: {', '.join(heard) or 'no site'}.")
         if silent := [site for site in config.federation.active if site not in heard]:
-            text = f"Not reached: {', '.join(silent)}; their budget is free when the run expires."
-            console.print(text, soft_wrap=True)
+            say(f"Not reached: {', '.join(silent)}; their budget is free when the run expires.")
+
+
+def show_status(folder: Path, *, as_json: bool) -> None:
+    """Print it.
+
+    Raises:
+        ConfigError: the folder holds no run, or none that has begun.
+        RunError: its newest checkpoint or its file of answers is damaged.
+    """
+    config = saved_config(folder)
+    state = Checkpoints(folder / "checkpoints", config.digest()).load()
+    status = status_of(config, state, running=is_running(folder), answers=latest_answers(folder))
+    if as_json:
+        print_json(status)
+        return
+    how = "running" if status["running"] else "finished" if status["finished"] else "stopped"
+    say(f"{folder}: {how}, {status['round']} of {status['num_rounds']} rounds are done")
+    rows = []
+    for site, about in status["sites"].items():
+        bound = " at most" if about["upper_bound"] else ""
+        rows.append((site, about["last_answer"], about["at"] or "-", f"{epsilon_text(about['epsilon'])}{bound}"))
+    headings = ("site", "last answer", "at", "epsilon so far")
+    show(Console(), [Section(headings=headings, rows=rows, words=frozenset(range(4)))])
+
+
+def status_of(
+    config: RunConfig, state: LeadState, *, running: bool, answers: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """The same as plain JSON; an epsilon of null means that nothing bounds the loss."""
+    plan, last = config.plan(), state.rounds[-1] if state.rounds else None
+    sites = {}
+    for site in config.federation.active:
+        charge = site_charge(state, site, plan)
+        answer = answers.get(site, {})
+        sites[site] = {
+            "last_answer": answer.get("what", "none yet"),
+            "at": answer.get("time"),
+            "epsilon": plain(charge.epsilon),
+            "rounds_charged": charge.rounds,
+            "upper_bound": charge.upper_bound,
+        }
+    return {
+        "name": config.name,
+        "running": running,
+        "finished": state.round >= config.federation.num_rounds,
+        "round": state.round,
+        "num_rounds": config.federation.num_rounds,
+        "metrics": dict(last.metrics) if last else {},
+        "sites": sites,
+    }
+
+
+app = single(run)

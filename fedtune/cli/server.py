@@ -1,54 +1,48 @@
-"""`fedtune server start`: its arguments and the call; nothing here is slow to import."""
+"""`fedtune server`: the process that keeps messages between lead and sites."""
 
 from __future__ import annotations
 
-import argparse
 import os
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Annotated
 
-from fedtune.cli.site import add_service_arguments
+from fedtune.cli.command import Health, HealthAnywhere, LogLevel, Option, command, group
 
-DESCRIPTION = """\
-A federation's server: it keeps messages between lead and sites until they are fetched.
-
-  fedtune server start --kit federation/server
-
-It holds neither the lead's key nor a model, and runs no code that anybody sends. Every connection needs a certificate
-of the federation; sites that are added or revoked in the kit's roster.json are taken up within seconds.
-"""
+app = group("A federation's server: it keeps messages between lead and sites until they are fetched.")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the commands under `fedtune server`."""
-    commands = parser.add_subparsers(dest="server_command", required=True, metavar="COMMAND")
-    raw = argparse.RawDescriptionHelpFormatter
-    start = commands.add_parser("start", help="serve, until stopped", description=DESCRIPTION, formatter_class=raw)
-    start.add_argument("--kit", required=True, metavar="DIR", help="the server's kit")
-    start.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")
-    start.add_argument("--port", type=int, help="port to listen on (default: the one in the kit)")
-    start.add_argument("--data", metavar="DIR", help="folder for the database and the audit log (default: the kit)")
-    add_service_arguments(start)
+@command(app, "serve, until stopped")
+def start(
+    kit: Annotated[Path, Option(metavar="DIR", help="the server's kit")],
+    host: Annotated[str, Option(help="address to listen on; 0.0.0.0: all")] = "0.0.0.0",
+    port: Annotated[int | None, Option(help="port to listen on (default: the one in the kit)")] = None,
+    data: Annotated[
+        Path | None, Option(metavar="DIR", help="folder for the database and the audit log (default: the kit)")
+    ] = None,
+    health: Health = None,
+    health_anywhere: HealthAnywhere = False,
+    log_level: LogLevel = "info",
+) -> None:
+    """A federation's server: it keeps messages between lead and sites until they are fetched.
 
+      fedtune server start --kit federation/server
 
-def run(options: argparse.Namespace) -> None:
-    """Serve.
-
-    Raises:
-        ConfigError: the kit is wrong, or its certificate expired.
+    It holds neither the lead's key nor a model, and runs no code that anybody sends. Every connection needs a
+    certificate of the federation; sites that are added or revoked in the kit's roster.json are taken up within seconds.
     """
-    from fedtune.deploy.health import Health, serve_health
+    from fedtune.deploy.health import Health as Endpoint
+    from fedtune.deploy.health import serve_health
     from fedtune.deploy.kits.kit import Kit
     from fedtune.deploy.logs import configure_logs
 
-    kit = Kit.read(Path(options.kit), kind="server")
-    from fedtune.deploy.services.server_service import ServerService  # Flower takes seconds to import
+    own = Kit.read(kit, kind="server")
+    from fedtune.deploy.services.server_service import ServerService
 
     os.umask(0o077)  # what the process writes is for its own account alone
-    configure_logs(options.log_level)
-    health = Health()
+    configure_logs(log_level)
+    endpoint = Endpoint()
     with ExitStack() as stack:
-        if options.health:
-            stack.enter_context(serve_health(options.health, health, anywhere=options.health_anywhere))
-        data = Path(options.data) if options.data else None
-        ServerService(kit=kit, host=options.host, port=options.port, data=data, health=health).run()
+        if health:
+            stack.enter_context(serve_health(health, endpoint, anywhere=health_anywhere))
+        ServerService(kit=own, host=host, port=port, data=data, health=endpoint).run()

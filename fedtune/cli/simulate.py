@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 
+from fedtune.cli.command import Option, Overrides, single
 from fedtune.cli.compose import compose_run, compose_sweep
 from fedtune.cli.run_folder import folder_of, make, run_in_folder, told
 from fedtune.config import RunConfig
 from fedtune.spec import ConfigError
 
 
-def simulate(overrides: Sequence[str], *, multirun: bool) -> None:
-    """Run one configuration, or each of a sweep.
+def simulate(
+    overrides: Overrides = (),
+    multirun: Annotated[
+        bool,
+        Option(
+            names=(
+                "-m",
+                "--multirun",
+            ),
+            help="run every combination of comma-separated values",
+        ),
+    ] = False,
+) -> None:
+    """Run a federation on this machine.
 
-    Raises:
-        ConfigError: before any run begins, where that can be known.
-        RunError: too few sites replied.
+    Overrides are key=value in Hydra's grammar, for instance
+      fedtune simulate                                   four banks, Banking77, epsilon 8
+      fedtune simulate experiment=debug                  seconds, random tiny model
+      fedtune simulate privacy.epsilon=3 name=tighter
+      fedtune simulate privacy=none                      no privacy, for comparison
+      fedtune simulate -m privacy.epsilon=1,3,8          one run for each value
+      fedtune simulate resume=runs/tighter               continue after Ctrl-C or a crash
+    docs/configuration.md lists every key.
     """
     runs = compose_sweep(overrides) if multirun else [compose_run(overrides)]
     for config in runs:
@@ -44,3 +61,6 @@ def _run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
         make(folder, config)
     again = f"fedtune simulate resume={folder}"
     return run_in_folder(config, folder, console, work=run_simulation, again=again)
+
+
+app = single(simulate)

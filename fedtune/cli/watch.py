@@ -1,37 +1,29 @@
-"""`fedtune watch`: its arguments and the call; nothing here is slow to import."""
+"""`fedtune watch`: a run's live page."""
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
-DESCRIPTION = """\
-Follow a run in a browser: rounds, sites, refusals, epsilon by site, scores, traffic; also of a run that is over.
-
-  fedtune watch runs/tickets
-
-It prints an address to open on this machine, and serves it until Ctrl-C. The page is for this machine alone, needs
-the token in the address, and can only be looked at; nothing is written into the run folder.
-"""
+from fedtune.cli.command import Argument, Language, Option, single
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/tickets")
-    parser.add_argument("--host", default="127.0.0.1", help="loopback address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=0, help="port to listen on (default: 0, any that is free)")
-    parser.add_argument("--language", choices=("en", "de"), help="of the page (default: the run's setting)")
+def watch(
+    run: Annotated[Path, Argument("RUN", help="a run folder, such as runs/tickets")],
+    host: Annotated[str, Option(help="loopback address to listen on")] = "127.0.0.1",
+    port: Annotated[int, Option(help="port to listen on; 0: any that is free")] = 0,
+    language: Annotated[Language | None, Option(help="of the page (default: the run's setting)")] = None,
+) -> None:
+    """Follow a run in a browser: rounds, sites, refusals, epsilon by site, scores, traffic; also of a run that is over.
 
+      fedtune watch runs/tickets
 
-def watch(options: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C or SIGTERM.
-
-    Raises:
-        ConfigError: it is no run folder, or host or port cannot be had.
+    It prints an address to open on this machine, and serves it until Ctrl-C. The page is for this machine alone, needs
+    the token in the address, and can only be looked at; nothing is written into the run folder.
     """
     from fedtune.cli.compose import saved_config
     from fedtune.cli.run_folder import is_running
@@ -39,11 +31,9 @@ def watch(options: argparse.Namespace) -> None:
     from fedtune.report.watch.watch_page import WatchPage
     from fedtune.report.watch.watch_server import WatchServer
 
-    folder = Path(options.run)
-    config = saved_config(folder)
-    watched = WatchedFolder(folder, config, is_running=is_running)
-    page = WatchPage(options.language or config.report.language)
-    server = WatchServer(watched, page, host=options.host, port=options.port)
+    config = saved_config(run)
+    watched = WatchedFolder(run, config, is_running=is_running)
+    server = WatchServer(watched, WatchPage(language or config.report.language), host=host, port=port)
     with _signals_call(server.stop):
         sys.stdout.write(f"{server.address}\nOpen it in a browser on this machine. Ctrl-C ends it.\n")
         sys.stdout.flush()
@@ -59,3 +49,6 @@ def _signals_call(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+app = single(watch)

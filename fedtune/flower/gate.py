@@ -17,7 +17,8 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 
-from fedtune.flower.asgi import Asgi, Receive, Scope, Send, again, answer, as_read, check_form, headers_of, read_body
+from fedtune.flower.asgi import Asgi, Receive, Scope, Send, again, as_read, check_form, headers_of, read_body
+from fedtune.federation.site import answer
 from fedtune.flower.audit_log import AuditLog, Event
 from fedtune.flower.fleet import HELLO
 from fedtune.flower.signed_calls import NotAllowed, SeenCalls, body_of_lead

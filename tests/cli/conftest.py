@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -183,9 +184,12 @@ def site(tmp_path: Path) -> SiteFolder:
     return made
 
 
-@pytest.fixture
-def lived(site: SiteFolder) -> SiteFolder:
-    """The same with an ended run, an interrupted round, refusals and an open run."""
+@pytest.fixture(scope="session")
+def _lived_once(tmp_path_factory: pytest.TempPathFactory) -> SiteFolder:
+    """A site with an ended run, an interrupted round, refusals and an open run; not to be changed."""
+    site = SiteFolder(tmp_path_factory.mktemp("lived") / "north")
+    site.folder.mkdir()
+    site.write_policy()
     ledger = site.open()
     first = site.proposal("diagnosis")
     site.train(ledger, first, 1, 2)
@@ -195,3 +199,9 @@ def lived(site: SiteFolder) -> SiteFolder:
     site.refuse(ledger, site.proposal("greedy", noise_multiplier=0.5))
     site.train(ledger, site.proposal("triage", noise_multiplier=2.5), 1)
     return site
+
+
+@pytest.fixture
+def lived(_lived_once: SiteFolder, tmp_path: Path) -> SiteFolder:
+    """A copy of it."""
+    return SiteFolder(Path(shutil.copytree(_lived_once.folder, tmp_path / "north")))

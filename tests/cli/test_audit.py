@@ -11,9 +11,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.audit.spec import AuditSpec
-from fedtune.cli.audit import DESCRIPTION
-from fedtune.cli.audit_command import audit_spec
-from fedtune.cli.audit_tables import show_findings
+from fedtune.cli.audit import app, audit_spec, show_findings
 from fedtune.report import one_run
 from fedtune.report.derive.audit_bounds import refuted
 from fedtune.report.model import Audit, AuditBound
@@ -121,4 +119,4 @@ def test_the_verdict_is_over_all_bounds_at_once(tmp_path: Path) -> None:
 
 def test_the_help_names_every_setting() -> None:
     for field in fields(AuditSpec):
-        assert f"audit.{field.name}" in DESCRIPTION
+        assert f"audit.{field.name}" in (app.help or "")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,9 @@ import pytest
 from fedtune.cli import doctor
 from fedtune.deploy.doctor.check import REFUSED, SERVER, Check, Status, failed, ok, skipped, warning
 from fedtune.spec import FedtuneError
+
+from ..conftest import parsed
+from . import snapshots
 
 KEY = "0123456789abcdef" * 4
 CHECKS = [
@@ -54,12 +54,9 @@ def test_what_others_wrote_steers_no_terminal(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.splitlines()[0].endswith("for ?[31mred?[0m [bold]and bold[/bold]??north")
 
 
-def test_json_has_every_check(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_every_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     doctor.print_json(CHECKS)
-    data = json.loads(capsys.readouterr().out)
-    assert data["ok"] is False
-    assert data["checks"][0] == {"name": "policy", "status": "ok", "found": "can be read", "fix": ""}
-    assert [check["status"] for check in data["checks"]] == ["ok", "warning", "failed", "skipped"]
+    snapshots.check_json("site-doctor", capsys.readouterr().out, folder=tmp_path)
     doctor.print_json(CHECKS[:2])
     assert json.loads(capsys.readouterr().out)["ok"] is True
 
@@ -84,28 +81,22 @@ def test_a_folder_without_anything(command: Any, tmp_path: Path) -> None:
     assert outcome.out.splitlines()[-1].endswith("skipped")
 
 
-def test_settings_of_a_run_may_stand_anywhere(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[argparse.Namespace] = []
-    monkeypatch.setattr(doctor, "doctor", seen.append)
+def test_settings_of_a_run_may_stand_anywhere() -> None:
     named = ["--kit", "kit", "--site", "site.toml"]
-    assert command("site", "doctor", "lora.rank=4", *named, "seed=1", "--experiment", "debug").code == 0
-    assert (seen[0].overrides, seen[0].experiment) == (["lora.rank=4", "seed=1"], "debug")
-    assert command("site", "doctor", *named).code == 0
-    assert (seen[1].overrides, seen[1].experiment, seen[1].import_model) == ([], None, None)
+    seen = parsed("site", "doctor", "lora.rank=4", *named, "seed=1", "--experiment", "debug")
+    assert (seen["overrides"], seen["experiment"]) == (("lora.rank=4", "seed=1"), "debug")
+    seen = parsed("site", "doctor", *named)
+    assert (seen["overrides"], seen["experiment"], seen["import_model"]) == ((), None, None)
 
 
-def test_a_misspelt_setting_is_found_when_the_run_is_tried_out() -> None:
-    options = argparse.Namespace(experiment="debug", overrides=["lora.rnak=4"])
+def test_a_misspelt_setting_is_found_when_the_run_is_tried_out(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits: list[Any] = []
+    monkeypatch.setattr(doctor, "examine", lambda visit: visits.append(visit) or [])
+    named = ["--kit", str(tmp_path), "--site", "site.toml", "--experiment", "debug"]
+    for word in ("lora.rnak=4", "name=study"):
+        assert command("site", "doctor", word, *named).code == 0
     with pytest.raises(FedtuneError, match=r"lora\.rnak"):
-        doctor._run(options)
-    options.overrides = ["name=study"]
-    assert doctor._run(options).name == "study"
-
-
-def test_nothing_slow_is_imported_for_the_help() -> None:
-    code = (
-        "import sys, argparse; from fedtune.cli import doctor; doctor.add_doctor_arguments(argparse.ArgumentParser());"
-        "print([n for n in ('torch', 'flwr', 'hydra', 'rich', 'cryptography', 'dp_accounting') if n in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "[]\n"
+        visits[0].run()
+    assert visits[1].run().name == "study"

@@ -396,7 +396,9 @@ def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Run)
 
 
 def test_freeze_wants_a_reason_and_makes_no_ledger(site: Any, command: Run) -> None:
-    assert command("ledger", "freeze", "--policy", str(site.policy), "--why", " ").code == 2
+    silent = command("ledger", "freeze", "--policy", str(site.policy), "--why", " ")
+    assert silent.code == 2
+    assert silent.message == "--why = ' ': must say why; the ledger keeps it"
     assert command("ledger", "freeze", "--policy", str(site.policy), "--why", "x").code == 2
     assert not site.ledger.exists()
 

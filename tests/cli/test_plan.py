@@ -14,10 +14,8 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.compose import compose_run
-from fedtune.cli.plan_outlook import Outlook
 from fedtune.cli.plan_page import chart_svg, page_html
-from fedtune.cli.plan_text import show
-from fedtune.cli.plan_words import bytes_text, duration
+from fedtune.cli.plan_sections import Outlook, bytes_text, duration, show_outlook
 from fedtune.federation import planner, solver, verdict
 from fedtune.model.base import model_sha256
 from fedtune.model.spec import ModelSpec
@@ -37,7 +35,7 @@ def plan(command: Callable[..., Any], tiny: Callable[..., list[str]], tmp_path: 
     def run(*arguments: str, model: bool = False) -> Any:
         options = [part for part in arguments if part.startswith("--")]
         overrides = [part for part in arguments if not part.startswith("--")]
-        return command("plan", *tiny(*overrides, into=tmp_path), *([] if model else ["--no-model"]), *options)
+        return command("plan", *tiny(*overrides, into=tmp_path), *(["--time"] if model else []), *options)
 
     return run
 
@@ -79,7 +77,7 @@ def outlook(tiny: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Out
 
 def text(outlook: Outlook, width: int = 80) -> str:
     out = io.StringIO()
-    show(Console(file=out, width=width), outlook)
+    show_outlook(Console(file=out, width=width), outlook)
     return out.getvalue()
 
 
@@ -125,7 +123,7 @@ def test_the_base_model_is_named_by_the_hash_that_sites_know_it_by(plan_json: Ru
     assert plan_json(model=True)["model_sha256"] == expected
     assert plan_json()["model_sha256"] is None, "it is not known without the model"
     assert plan_json(f"model.sha256={expected}")["model_sha256"] == expected, "unless the settings pin it"
-    assert f"SHA-256   {expected}" in text(outlook(model_sha256=expected))
+    assert re.search(f"SHA-256 +{expected}", text(outlook(model_sha256=expected)))
     assert "SHA-256" not in text(outlook())
 
 
@@ -152,7 +150,7 @@ def test_solving_for_the_sampling_rate(plan_json: Run) -> None:
 
 def test_what_was_solved_for_can_be_pasted(plan: Run, tiny: Any, tmp_path: Path) -> None:
     out = plan("--target=rounds", "privacy.epsilon=1").out
-    found = re.search(r"use it +(\S+) (\S+)\n", out)
+    found = re.search(r"use it +(\S+) (\S+) *\n", out)
     assert found
     config = compose_run(tiny("privacy.epsilon=1", *found.groups(), into=tmp_path))
     assert config.federation.num_rounds > 2

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedtune.cli.main import main
-from fedtune.cli.report import with_command
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
 from fedtune.report.model import Report
+
+from ..conftest import parsed
 
 HASH = "0123456789abcdef" * 4
 
@@ -82,57 +81,23 @@ def edit(path: Path, *keys: Any, to: Any) -> None:
 # The command line
 
 
-@pytest.mark.parametrize(
-    ("said", "meant"),
-    [
-        (["report", "runs/a"], ["report", "build", "runs/a"]),
-        (["report", "--pdf", "runs/a"], ["report", "build", "--pdf", "runs/a"]),
-        (["report", "build", "runs/a"], ["report", "build", "runs/a"]),
-        (["report", "./verify"], ["report", "build", "./verify"]),
-        (["report", "verify", "a.json"], ["report", "verify", "a.json"]),
-        (["report", "diff", "a", "b"], ["report", "diff", "a", "b"]),
-        (["report", "--help"], ["report", "--help"]),
-        (["report"], ["report"]),
-        (["ledger", "show", "report"], ["ledger", "show", "report"]),
-        ([], []),
-    ],
-)
-def test_the_word_build_may_be_left_out(said: list[str], meant: list[str]) -> None:
-    assert with_command(said) == meant
+@pytest.mark.parametrize("said", ["runs/a", "build runs/a", "./verify", "--pdf runs/a"])
+def test_the_word_build_may_be_left_out(said: str) -> None:
+    seen = parsed("report", *said.split())
+    assert (str(seen["path"]), seen["pdf"]) == (said.split()[-1].removeprefix("./"), "--pdf" in said)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        (["report"], "fedtune report verify"),
-        (["report", "build"], "--language"),
-        (["report", "runs/a"], "--site-report"),
-        (["report", "verify"], "--config"),
-        (["report", "diff"], "--json"),
-        (["report", "schema"], "every report.json"),
-    ],
-)
-def test_each_command_explains_itself(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main([*arguments, "--help"])
-    assert exit.value.code == 0
-    assert word in capsys.readouterr().out
+def test_several_reports_of_sites_may_follow_one_option() -> None:
+    given = ["runs/a", "--site-report", "a.json", "b.json", "--site-report", "c.json", "--pdf"]
+    seen = parsed("report", *given)
+    assert [str(path) for path in seen["site_report"]] == ["a.json", "b.json", "c.json"]
 
 
 @pytest.mark.parametrize(
     "arguments", [[], ["--pdf"], ["a", "b"], ["verify"], ["diff", "a"], ["a", "--language", "fr"], ["verify", "a", "b"]]
 )
 def test_a_wrong_command_line_is_exit_code_two(arguments: list[str], command: Any) -> None:
-    with pytest.raises(SystemExit) as exit:
-        command("report", *arguments)
-    assert exit.value.code == 2
-
-
-def test_the_arguments_are_fast_to_import() -> None:
-    slow = ("dp_accounting", "pydantic", "hydra", "jinja2", "matplotlib", "numpy")
-    code = f"import sys, fedtune.cli.main; print([name for name in {slow} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == "[]\n"
+    assert command("report", *arguments).code == 2
 
 
 def test_the_schema_is_printed(command: Any) -> None:
@@ -232,7 +197,7 @@ def test_what_cannot_be_is_wrong_input(
 def test_verify_prints_a_line_for_each_check(signed: Path, key_file: Path, command: Any) -> None:
     outcome = command("report", "verify", str(signed.parent), "--key", SigningKey.load(key_file).public)
     assert outcome.code == 0
-    lines = outcome.out.splitlines()
+    lines = [line for line in outcome.out.splitlines() if line]
     assert lines[0].endswith("report.json: report of run one")
     assert [line.split()[:2] for line in lines[1:]] == [
         ["schema", "right"],
@@ -250,7 +215,7 @@ def test_a_missing_signature_or_key_is_said(signed: Path, key_file: Path, comman
     edit(signed, "signature", to=None)
     outcome = command("report", "verify", str(signed))
     assert outcome.code == 0
-    assert "signature     not checked It is not signed" in outcome.out
+    assert re.search("signature +not checked +It is not signed", outcome.out)
     assert command("report", "verify", str(signed), "--key", SigningKey.load(key_file).public).code == 1
 
 
@@ -280,7 +245,7 @@ def test_what_was_changed_is_found(keys: Any, to: Any, unsigned: bool, signed: P
     outcome = command("report", "verify", str(signed))
     assert outcome.code == 1
     assert "does not hold" in outcome.message
-    assert ("WRONG" in outcome.out.splitlines()[2]) != unsigned
+    assert bool(re.search("signature +WRONG", outcome.out)) != unsigned
     assert "found" in outcome.out  # both figures, whatever became of the signature
 
 
@@ -310,7 +275,7 @@ def test_another_configuration_is_found(signed: Path, command: Any) -> None:
     settings.unlink()
     outcome = command("report", "verify", str(signed))
     assert outcome.code == 0
-    assert "configuration not checked" in outcome.out
+    assert re.search("configuration +not checked", outcome.out)
 
 
 def test_a_report_of_another_run_is_found_in_a_folder(signed: Path, looser: Path, tmp_path: Path, command: Any) -> None:
@@ -395,9 +360,9 @@ def test_diff_shows_both_values_group_by_group(run_folder: Path, looser: Path, c
     for words in ("Settings: ", "Privacy: ", "config.privacy.noise_multiplier", "config.training.learning_rate"):
         assert words in outcome.out
     (line,) = (line for line in outcome.out.splitlines() if "sites.site-1.mechanism.noise_multiplier" in line)
-    assert [part.strip() for part in line.strip("│ ").split("│")][1:] == ["4", "3"]
-    (line,) = (line for line in outcome.out.splitlines() if line.strip("│ ").startswith("epsilon "))
-    before, after = (float(part) for part in line.strip("│ ").split("│")[1:])
+    assert line.split()[1:] == ["4", "3"]
+    (line,) = (line for line in outcome.out.splitlines() if line.strip().startswith("epsilon "))
+    before, after = map(float, line.split()[1:])
     assert before < after
     assert "not beside the reports" not in outcome.out
 
@@ -447,7 +412,7 @@ def test_values_that_round_alike_are_told_apart(run_folder: Path, tmp_path: Path
         for line in command("report", "diff", str(run_folder), str(other)).out.splitlines()
         if "epsilon_rdp" in line
     )
-    before, after = (part.strip() for part in line.strip("│ ").split("│")[1:])
+    before, after = line.split()[1:]
     assert before != after
 
 

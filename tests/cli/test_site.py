@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.policy_check import amount_of
 from fedtune.cli.site import template_file
 from fedtune.privacy import accountant
+from fedtune.privacy.amounts import amount_of
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy
 

@@ -14,8 +14,9 @@ import pytest
 
 # A process that gave root up may not be able to read modules any more.
 import fedtune.cli.approve
-import fedtune.cli.ledger_commands
-import fedtune.cli.site_commands
+import fedtune.cli.doctor
+import fedtune.cli.ledger
+import fedtune.cli.site
 import fedtune.deploy.doctor.examination
 import fedtune.deploy.kits.models  # noqa: F401
 from fedtune.cli.main import main

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import strategies as st
 
 from fedtune.cli.compose import saved_config
-from fedtune.cli.report_checks import checks
+from fedtune.cli.report import checks
 from fedtune.data.records import read_records, usable_records
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.deploy.kits.kit import KitFile, read_spec

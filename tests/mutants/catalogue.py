@@ -2,6 +2,7 @@
 
 from .at_site import AT_SITE
 from .in_accounting import ACCOUNTING
+from .in_cli import CLI_FAULTS
 from .in_clipping import CLIPPING
 from .in_deploy import DEPLOY_FAULTS
 from .in_federation import FEDERATION_FAULTS
@@ -16,7 +17,7 @@ MUTANTS: dict[str, Mutant] = {
     mutant.name: mutant
     for mutant in (
         *(*NOISE, *CLIPPING, *SAMPLING, *ACCOUNTING, *LEDGER_FAULTS),
-        *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *MODEL_FAULTS, *DEPLOY_FAULTS),
+        *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *MODEL_FAULTS, *DEPLOY_FAULTS, *CLI_FAULTS),
     )
 }
 QUICK = (

@@ -48,25 +48,9 @@ ACCOUNTING = (
         name="optimistic-pld",
         fault="Privacy losses are rounded down to the grid instead of up: an estimate in the place of a bound.",
         file=ACCOUNTANT,
-        old="""    for event, count in counted:
-        accountant.compose(event, count)
-    return accountant
-
-
-def epsilon_above(""",
-        new="""    from functools import partial
-    from unittest import mock
-
-    from dp_accounting.pld import privacy_loss_distribution as losses
-
-    optimistic = partial(losses.from_gaussian_mechanism, pessimistic_estimate=False)
-    with mock.patch.object(losses, "from_gaussian_mechanism", optimistic):
-        for event, count in counted:
-            accountant.compose(event, count)
-    return accountant
-
-
-def epsilon_above(""",
+        old="        value_discretization_interval=interval,\n        sampling_prob=rate,\n",
+        new="        value_discretization_interval=interval,\n        sampling_prob=rate,\n"
+        "        pessimistic_estimate=False,\n",
         tests=(f"{OF_ACCOUNTANT}::test_pld_gives_the_golden_epsilon",),
     ),
     Mutant(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.report_checks import checks
+from fedtune.cli.report import checks
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy

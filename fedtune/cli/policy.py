@@ -1,0 +1,251 @@
+"""`fedtune site check-policy`: what a policy means, for people who are to sign it, and the ledger beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedtune.cli.ledger import identity_json, rounded_down, spending_json
+from fedtune.cli.plain_words import cap_text, counted, odds_text, printable
+from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.amounts import (
+    Amount,
+    Beside,
+    Caution,
+    amount_of,
+    beside_of,
+    cautions_of,
+    epsilon_left,
+    figures_of,
+    has_guarantee,
+    reference_runs_left,
+)
+from fedtune.privacy.policy import AT_ONCE, Policy
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.spec import ConfigError
+
+
+def check_policy(file: Path, *, as_json: bool) -> None:
+    """Print what the policy in `file` means.
+
+    Raises:
+        ConfigError: the policy is wrong, or its ledger was made for something else.
+        RunError: its ledger cannot be trusted.
+    """
+    files = SiteFiles.of(file)
+    policy, amount = files.policy, amount_of(files.policy)
+    cautions = tuple(cautions_of(policy, amount, folder=file.parent))
+    if not as_json:  # first, since the ledger beside it may not be what it should be
+        say(f"Policy of site {policy.site} ({file})", style="bold")
+        show(Console(), [_meaning(policy, amount, folder=file.parent), _warnings(cautions)])
+    beside = beside_of(files)
+    if as_json:
+        print_json(_to_json(policy, file, amount, cautions, beside))
+    else:
+        _show_beside(beside)
+    for key, made_for, asked in beside.differences:
+        bound = f"does not fit ledger {beside.path}, which was made for {made_for}; it needs a ledger of its own"
+        raise ConfigError(f"{file}: {key}", asked, bound)
+
+
+def _to_json(
+    policy: Policy, file: Path, amount: Amount, cautions: tuple[Caution, ...], beside: Beside
+) -> dict[str, Any]:
+    ledger: dict[str, Any] | None = None
+    if beside.verified is not None:
+        ledger = {
+            **identity_json(beside.path, beside.verified),
+            "fits": not beside.differences,
+            "differences": [{"key": key, "ledger": made, "policy": asked} for key, made, asked in beside.differences],
+            "spending": spending_json(beside.verified, figures_of(beside.verified)),
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "path": str(file),
+        "sha256": policy.digest(),
+        "policy": policy.to_json(),
+        "amount": amount,
+        "warnings": cautions,
+        "ledger": ledger,
+    }
+
+
+def _meaning(policy: Policy, amount: Amount, *, folder: Path) -> Section:
+    """Every rule as a sentence."""
+    told = {
+        "whose records": _whose(policy),
+        "who may ask": _who(policy),
+        "for what": _for_what(policy),
+        "limits of a run": _limits(policy),
+        "budget": _budget(policy),
+        "which comes to": _comes_to(policy, amount),
+        "what leaves": _leaves(policy),
+        "what you state": _stated(policy),
+        "files": _files(policy, folder),
+    }
+    return pairs({about: "\n".join(sentences) + "\n" for about, sentences in told.items()})
+
+
+def _warnings(cautions: Sequence[Caution]) -> Section:
+    """What to think twice about."""
+    if not cautions:
+        return Section(notes=("No warnings.",))
+    return Section(
+        title=counted(len(cautions), "warning"),
+        headings=("key", "value, and what it means"),
+        rows=tuple((caution.key, caution.text) for caution in cautions),
+        words=frozenset({0, 1}),
+    )
+
+
+def _show_beside(beside: Beside) -> None:
+    """What the policy's ledger says."""
+    say("")
+    if beside.verified is None:
+        say(f"No ledger yet at {beside.path}; it is made when the site starts.")
+        return
+    figures, history = figures_of(beside.verified), beside.verified.history
+    runs = reference_runs_left(history)
+    fits = "" if runs is None else f", enough for {counted(runs, 'run')} like the reference"
+    say(
+        f"Ledger {beside.path}: spent epsilon {epsilon_text(figures.epsilon)} of {cap_text(figures.max_epsilon)}, "
+        f"left for new runs {rounded_down(epsilon_left(history))}{fits}."
+    )
+    if figures.frozen:
+        say("It is FROZEN: this population takes part in nothing any more.")
+    if not has_guarantee(figures):
+        say("NO GUARANTEE: some of its runs had no noise, or noise from a seed.", style="bold yellow")
+    if beside.differences:
+        say("It does not fit this policy: the site would not start.", style="bold yellow")
+        for key, made_for, asked in beside.differences:
+            say(f"  {key}: made for {printable(made_for)}, the policy says {printable(asked)}")
+
+
+def _whose(policy: Policy) -> Iterator[str]:
+    unit = policy.population.unit
+    yield f"The population {policy.population.name}; all its data sets share one budget."
+    if unit == "record":
+        yield "Protected is each single record. A person with several records is protected less: the epsilons add up."
+    else:
+        yield "Protected is each person with all records of theirs here. Each record must name its one person."
+        yield f"A step looks at no more than {counted(policy.limits.max_records_per_user, 'record')} of one person."
+    for dataset in policy.dataset:
+        yield f"Data set {dataset.id}: published as {counted(dataset.declared_size, unit)}, whatever the true number."
+
+
+def _who(policy: Policy) -> Iterator[str]:
+    leads = policy.allow.leads
+    if not leads:
+        yield "Nobody: no lead is listed."
+        return
+    yield f"Only {counted(len(leads), 'lead')}, whose requests must be signed with the key"
+    yield from leads
+
+
+def _for_what(policy: Policy) -> Iterator[str]:
+    allow = policy.allow
+    yield f"Tasks: {_listed(allow.tasks)}."
+    yield f"Adapters up to rank {allow.max_rank} on the model's parts {_listed(allow.target_modules)}."
+    yield "The task head may be trained, too." if allow.train_head else "No task head."
+    models = [model if len(model) <= 16 else f"{model[:16]}..." for model in allow.base_models]
+    yield f"Base models, by the SHA-256 of their weights: {_listed(models)}"
+
+
+def _limits(policy: Policy) -> Iterator[str]:
+    limits = policy.limits
+    unit = policy.population.unit
+    yield f"Noise of at least {limits.min_noise_multiplier:g} times the most that one {unit} can move a step's sum."
+    yield f"At most {limits.max_sampling_rate * 100:g} % of the declared size in a step."
+    yield (
+        f"At most {limits.max_rounds} rounds of {limits.max_local_steps} noisy steps; clip norm from "
+        f"{limits.min_grad_norm:g} to {limits.max_grad_norm:g}."
+    )
+    yield f"Larger adapter values than {limits.max_adapter_value:g} are brought down to it, sent or trained."
+    yield (
+        "Machines whose per-example gradients are inexact are accepted: the bound on one "
+        f"{unit}'s influence is then measured, not proved."
+        if policy.allow.inexact_gradients
+        else "A machine whose per-example gradients depend on the rest of the batch trains nothing."
+    )
+    yield f"An accepted run holds its budget for {limits.run_expires_after_days:g} days, unless it ends earlier."
+
+
+def _budget(policy: Policy) -> Iterator[str]:
+    budget = policy.budget
+    if math.isinf(budget.max_epsilon):
+        yield "For life: no cap. Nothing is promised."
+    else:
+        yield (
+            f"For life: epsilon {budget.max_epsilon:g} at delta {budget.delta:g}, over all runs and leads. Whatever "
+            f"anybody concludes from all that ever leaves, one {policy.population.unit} more or less changes the odds "
+            f"of it at most {odds_text(budget.max_epsilon)}-fold, but for a probability of delta."
+        )
+    yield f"For one run: epsilon {cap_text(budget.max_epsilon_per_run)}."
+    yield f"For one {budget.period} (UTC): epsilon {cap_text(budget.max_epsilon_per_period)}."
+
+
+def _comes_to(policy: Policy, amount: Amount) -> Iterator[str]:
+    reference = policy.budget.reference
+    yield (
+        f"A run like your reference ({reference.steps} noisy steps, sampling rate {reference.sampling_rate:g}, noise "
+        f"multiplier {reference.noise_multiplier:g}) costs epsilon {epsilon_text(amount.reference_pld)} on its own "
+        "(by PLD, a proof for one run alone)."
+    )
+    if amount.runs_in_lifetime is not None:
+        yield f"{_runs(amount.runs_in_lifetime)} into the lifetime cap, one after another."
+    if amount.runs_in_period is not None:
+        yield f"{_runs(amount.runs_in_period)} into one {policy.budget.period}."
+    yield (
+        "Over all runs the site counts by a filter, which holds even when every next run is chosen after seeing "
+        f"earlier results: {epsilon_text(amount.reference_filter)} after the first such run, of which "
+        f"{epsilon_text(amount.fixed_part)} is a fixed part that is due only once. A ledger made with this policy "
+        f"would fix the filter's order at {amount.order:g}."
+    )
+
+
+def _runs(count: int) -> str:
+    return f"{counted(count, 'such run')} {'fits' if count == 1 else 'fit'}"
+
+
+def _leaves(policy: Policy) -> Iterator[str]:
+    releases = policy.releases
+    yield "Updates: adapters with noise, paid for from the budget." if releases.updates else "No updates."
+    yield (
+        "Scores of held-out records, with noise and paid for, where a run plans for them."
+        if releases.metrics == "noised"
+        else "No scores of the site's records."
+    )
+    yield "Signed receipts and reasons of refusal, made from requests, policy and ledger alone."
+    yield (
+        f"Answers leave at multiples of {releases.reply_after_s:g} s after their request."
+        if releases.reply_after_s
+        else f"Answers leave at once: {AT_ONCE}."
+    )
+    yield "Never: records, their true number, exact scores, file names, error messages."
+
+
+def _stated(policy: Policy) -> Iterator[str]:
+    yield "No software can check this; reports show it as asserted by the site."
+    yield (
+        "Nobody of this population is among another site's records."
+        if policy.asserted.no_person_at_another_site
+        else "Some people of this population may be among other sites' records."
+    )
+
+
+def _files(policy: Policy, folder: Path) -> Iterator[str]:
+    for name, file in (("ledger", policy.ledger), ("site key", policy.site_key), ("anchor", policy.anchor)):
+        state = "" if (folder / file).is_file() else " (not there yet)"
+        yield f"{name}: {folder / file}{state}" if file else f"{name}: none"
+    for dataset in policy.dataset:
+        state = "" if (folder / dataset.path).exists() else " (not found on this machine)"
+        yield f"records of {dataset.id}: {dataset.path}{state}" if dataset.path else f"records of {dataset.id}: none"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"

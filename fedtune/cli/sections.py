@@ -1,0 +1,114 @@
+"""What commands print: sections of a title, a table and notes, single lines, and the same values as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+SCHEMA_VERSION = 1
+"""Of what `--json` prints."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """A table with what is to be said about it.
+
+    Attributes:
+        headings: of the columns; empty: without headings.
+        words: numbers of the columns that hold words, which stand on the left and may be broken; the others hold
+            numbers, which are never broken.
+        whole: numbers of the columns of words that are never broken either, since a person types them.
+        styles: of rows that stand out, by number.
+    """
+
+    title: str = ""
+    headings: tuple[str, ...] = ()
+    rows: Sequence[tuple[str, ...]] = ()
+    words: frozenset[int] = frozenset({0})
+    whole: frozenset[int] = frozenset()
+    notes: Sequence[str] = ()
+    styles: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+
+def pairs(rows: Mapping[str, str], *, title: str = "") -> Section:
+    """Names and what they say, in two columns."""
+    return Section(title=title, rows=tuple(rows.items()), words=frozenset({0, 1}), whole=frozenset({0}))
+
+
+def show(console: Console, sections: Iterable[Section]) -> None:
+    """Print sections with a line between them; one without rows and notes is left out."""
+    for section in sections:
+        if not section.rows and not section.notes:
+            continue
+        console.print()
+        if section.title:
+            say(section.title, style="bold", console=console)
+        if section.rows:
+            console.print(Padding(_table(section, gap=2 if console.width >= 100 else 1), (0, 0, 0, 2), expand=False))
+        for note in section.notes:
+            console.print(Padding(Text(_harmless(note)), (0, 0, 0, 2), expand=False))
+
+
+def _table(section: Section, *, gap: int) -> Table:
+    headed = bool(section.headings)
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim", show_header=headed)
+    for number, column in enumerate(zip(*section.rows, strict=True)):
+        left = number in section.words
+        broken = left and number not in section.whole
+        table.add_column(
+            Text(_harmless(section.headings[number])) if headed else "",
+            justify="left" if left else "right",
+            no_wrap=not broken,
+            min_width=None if broken else max(len(line) for cell in column for line in (cell.splitlines() or [""])),
+            overflow="fold",
+        )
+    for number, row in enumerate(section.rows):
+        table.add_row(*(Text(_harmless(cell)) for cell in row), style=section.styles.get(number, ""))
+    return table
+
+
+def say(text: str, *, style: str = "", console: Console | None = None) -> None:
+    """Print a line as it is: paths and fingerprints are copied, and so never broken."""
+    (console or Console()).print(Text(_harmless(text), style=style), soft_wrap=True)
+
+
+def _harmless(text: str) -> str:
+    """A text without what could steer a terminal: names and words may come from others."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+
+
+def print_json(value: Any) -> None:
+    """Print a value for machines."""
+    sys.stdout.write(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON; null stands for what nothing bounds, since JSON has no infinity."""
+    return json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """A value of dataclasses, tuples and infinities as JSON has it."""
+    match value:
+        case Enum():
+            return value.value
+        case float() if not math.isfinite(value):
+            return None
+        case dict() | Mapping():
+            return {key: plain(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [plain(inner) for inner in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    return value

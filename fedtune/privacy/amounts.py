@@ -1,0 +1,240 @@
+"""What a site's policy amounts to: the figures behind its caps, what is left, and what to think twice about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.privacy import accountant, filter
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.spending import Spending, divergence_left, runs_left, spending
+from fedtune.privacy.ledger.verify import Verified
+from fedtune.privacy.policy import AT_ONCE, Policy
+from fedtune.privacy.proposal import UNVERIFIED
+from fedtune.privacy.site_files import SiteFiles
+
+LARGE_EPSILON = 10.0
+SMALL_NOISE = 0.3
+_PLACEHOLDER_DIGEST = "0" * 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Amount:
+    """What a policy's caps come to.
+
+    Attributes:
+        order: of the filter, as a ledger made with this policy would fix it.
+        fixed_part: epsilon at that order that is due with the first noisy step, once.
+        reference_pld: epsilon of the reference run by PLD.
+        reference_filter: epsilon of the reference run alone by the filter.
+        runs_in_lifetime: reference runs that fit the lifetime cap, one after another; None: any number.
+        runs_in_period: the same for the period's cap.
+        reference_fits: whether the reference run itself keeps to the cap of one run and to the limits.
+    """
+
+    order: float
+    fixed_part: float
+    reference_pld: float
+    reference_filter: float
+    runs_in_lifetime: int | None
+    runs_in_period: int | None
+    reference_fits: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caution:
+    """Something allowed, but to think twice about."""
+
+    key: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """The ledger that a policy names.
+
+    Attributes:
+        path: where it is or would be.
+        verified: None where there is none yet.
+        differences: (key, what the ledger was made for, what the policy says): with any, the site cannot start.
+    """
+
+    path: Path
+    verified: Verified | None
+    differences: tuple[tuple[str, object, object], ...]
+
+
+def amount_of(policy: Policy) -> Amount:
+    """The figures behind the caps."""
+    budget, limits = policy.budget, policy.limits
+    reference, delta = budget.reference_event(), budget.delta
+    order = budget.order()
+    each = filter.divergence(reference, order)
+
+    def fitting(cap: float | None) -> int | None:
+        if cap is None or math.isinf(cap):
+            return None
+        return max(0, math.floor(filter.most_divergence(cap, order=order, delta=delta) / each))
+
+    alone = accountant.epsilon_pld([reference], delta)
+    within = (
+        budget.reference.noise_multiplier >= limits.min_noise_multiplier
+        and budget.reference.sampling_rate <= limits.max_sampling_rate
+        and budget.reference.steps <= limits.max_local_steps * limits.max_rounds
+        and alone <= (budget.max_epsilon_per_run or math.inf)
+    )
+    return Amount(
+        order=order,
+        fixed_part=filter.surcharge(order, delta),
+        reference_pld=alone,
+        reference_filter=filter.epsilon_filter([reference], order=order, delta=delta),
+        runs_in_lifetime=fitting(budget.max_epsilon),
+        runs_in_period=fitting(budget.max_epsilon_per_period),
+        reference_fits=within,
+    )
+
+
+def cautions_of(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Caution]:
+    """What to think twice about, most serious first; `folder` holds the policy's file."""
+    yield from _cautions_of_promise(policy)
+    yield from _cautions_of_requests(policy)
+    yield from _cautions_of_amounts(policy, amount)
+    if not policy.releases.reply_after_s:
+        text = f"0: {AT_ONCE}; choose more than a round takes"
+        yield Caution(key="releases.reply_after_s", text=text)
+    if not policy.asserted.no_person_at_another_site:
+        text = "false: a person who is among several sites' records has to add up the epsilons of these sites"
+        yield Caution(key="asserted.no_person_at_another_site", text=text)
+    yield from _cautions_of_files(policy, folder)
+
+
+def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
+    """Where little or nothing is promised."""
+    budget, limits = policy.budget, policy.limits
+    if policy.allow.seeded_noise:
+        text = (
+            "true: whoever knows the seed takes the noise away; for made-up records only. A ledger stays marked by it"
+        )
+        yield Caution(key="allow.seeded_noise", text=text)
+    if policy.allow.inexact_gradients:
+        text = (
+            f"true: where gradients depend on the rest of the batch by rounding, the bound on one "
+            f"{policy.population.unit}'s influence is measured, not proved; false accepts exact machines alone"
+        )
+        yield Caution(key="allow.inexact_gradients", text=text)
+    if math.isinf(budget.max_epsilon):
+        yield Caution(key="budget.max_epsilon", text="inf: nothing is promised to anybody")
+    elif budget.max_epsilon > LARGE_EPSILON:
+        text = f"{budget.max_epsilon:g}: above {LARGE_EPSILON:g} a budget promises very little"
+        yield Caution(key="budget.max_epsilon", text=text)
+    if limits.min_noise_multiplier == 0:
+        text = "0: a run without any noise is stopped by nothing but the caps"
+        yield Caution(key="limits.min_noise_multiplier", text=text)
+    elif limits.min_noise_multiplier < SMALL_NOISE:
+        text = f"{limits.min_noise_multiplier:g}: below {SMALL_NOISE:g} a single step can tell who is in the data"
+        yield Caution(key="limits.min_noise_multiplier", text=text)
+    size = policy.population_size
+    if budget.delta > 1 / (10 * size):
+        text = (
+            f"{budget.delta:g}: the promise may fail with this probability for each of {size:,} "
+            f"{policy.population.unit}s; choose at most {10.0 ** math.floor(-math.log10(10 * size)):.0e}"
+        )
+        yield Caution(key="budget.delta", text=text)
+    if not policy.anchor:
+        text = "empty: rollback is not excluded; nothing here notices when the ledger is put back to an older copy"
+        yield Caution(key="anchor", text=text)
+
+
+def _cautions_of_requests(policy: Policy) -> Iterator[Caution]:
+    """Where every request would be refused, or more of them accepted than it seems."""
+    allow = policy.allow
+    for key, empty in (
+        ("allow.leads", not allow.leads),
+        ("allow.tasks", not allow.tasks),
+        ("allow.base_models", not allow.base_models),
+        ("allow.target_modules", not allow.target_modules),
+    ):
+        if empty:
+            yield Caution(key=key, text="empty: every request is refused")
+    if not policy.releases.updates:
+        yield Caution(key="releases.updates", text="false: every request is refused")
+    if UNVERIFIED in allow.base_models:
+        yield Caution(key="allow.base_models", text='"unverified": accepts runs that do not say which model they train')
+    for model in allow.base_models:
+        if model == _PLACEHOLDER_DIGEST:
+            yield Caution(key="allow.base_models", text="only zeros is a place to fill in: no model has this digest")
+    for dataset in policy.dataset:
+        if not dataset.path:
+            yield Caution(key=f"dataset.{dataset.id}.path", text="empty: the site has nothing to train on")
+
+
+def _cautions_of_amounts(policy: Policy, amount: Amount) -> Iterator[Caution]:
+    """Where the caps do not go together."""
+    budget = policy.budget
+    if budget.max_epsilon_per_run is None and budget.max_epsilon_per_period is None:
+        text = "left out, as is max_epsilon_per_period: one run may use up the whole lifetime budget"
+        yield Caution(key="budget.max_epsilon_per_run", text=text)
+    if not amount.reference_fits:
+        text = "would itself be refused by the limits or by max_epsilon_per_run; is it what you expect a run to be?"
+        yield Caution(key="budget.reference", text=text)
+    for key, runs in (
+        ("budget.max_epsilon", amount.runs_in_lifetime),
+        ("budget.max_epsilon_per_period", amount.runs_in_period),
+    ):
+        if runs == 0:
+            yield Caution(key=key, text="leaves no room for a single run like the reference")
+
+
+def _cautions_of_files(policy: Policy, folder: Path) -> Iterator[Caution]:
+    """What is wrong with the files that the policy names; nothing where they are yet to be made."""
+    ledger, anchor = folder / policy.ledger, folder / policy.anchor
+    if ledger.is_file() and not (folder / policy.site_key).is_file():
+        text = "is missing, and a ledger needs the key that it was made with; restore it from its backup"
+        yield Caution(key="site_key", text=text)
+    if policy.anchor and ledger.is_file() and not anchor.is_file():
+        text = "is missing, and the ledger is not new: nothing is trained (docs/site_policy.md says what to do)"
+        yield Caution(key="anchor", text=text)
+    if policy.anchor and anchor.is_file() and ledger.is_file() and anchor.stat().st_dev == ledger.stat().st_dev:
+        text = "lies on the ledger's own disk: both can be put back together"
+        yield Caution(key="anchor", text=text)
+
+
+def beside_of(files: SiteFiles) -> Beside:
+    """The ledger that the site's policy names.
+
+    Raises:
+        RunError: it cannot be trusted.
+    """
+    verified = files.verified()
+    if verified is None:
+        return Beside(path=files.ledger, verified=None, differences=())
+    opened = verified.history.opened
+    differences = opened.differences(files.policy)
+    if files.site_key.is_file() and (public := SigningKey.load(files.site_key).public) != opened.site_key:
+        differences.append(("site_key", opened.site_key, public))
+    return Beside(path=files.ledger, verified=verified, differences=tuple(differences))
+
+
+def figures_of(verified: Verified) -> Spending:
+    """What was spent by now, and never before the newest event."""
+    return spending(verified.history, verified.history.now())
+
+
+def has_guarantee(figures: Spending) -> bool:
+    """Whether anything at all can be promised for what was released."""
+    return not figures.seeded and math.isfinite(figures.epsilon)
+
+
+def epsilon_left(history: History) -> float:
+    """Epsilon that the lifetime cap leaves for new runs, beside all that is set aside."""
+    assert history.policy is not None
+    return divergence_left(history, history.policy, history.now())
+
+
+def reference_runs_left(history: History) -> int | None:
+    """How many runs like the policy's reference still fit the lifetime cap; None: nothing bounds them."""
+    assert history.policy is not None
+    return runs_left(history, history.policy, history.policy.budget.reference_event(), history.now())

@@ -1,0 +1,54 @@
+"""Snapshots of what commands print: one file a command, masked where values vary from run to run.
+
+FEDTUNE_WRITE_SNAPSHOTS=1 writes them anew; the difference is then read before it is committed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import fedtune
+
+FOLDER = Path(__file__).parent / "snapshots"
+_VARYING = (
+    (re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)?"), "<time>"),
+    (re.compile(r"\b[0-9a-f]{64,}\b"), "<hex>"),
+    (re.compile(r"\b[0-9a-f]{32}\b"), "<hex>"),
+    (re.compile(rf"^{re.escape(fedtune.__version__)}$"), "<version>"),
+)
+
+
+def check_text(name: str, text: str) -> None:
+    """Compare `text` with the snapshot `name`, or write it where the environment says so."""
+    path = FOLDER / name
+    if os.environ.get("FEDTUNE_WRITE_SNAPSHOTS"):
+        FOLDER.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert path.is_file(), f"{path} is missing: FEDTUNE_WRITE_SNAPSHOTS=1 writes it"
+    assert text == path.read_text(encoding="utf-8")
+
+
+def check_json(name: str, text: str, *, folder: Path) -> None:
+    """The same of a command's JSON; `folder` is where its files lie."""
+    masked = _masked(json.loads(text), str(folder))
+    check_text(f"{name}.json", json.dumps(masked, indent=1) + "\n")
+
+
+def _masked(value: Any, folder: str) -> Any:
+    """The value with paths, keys, hashes and times replaced, and numbers in six digits."""
+    if isinstance(value, dict):
+        return {key: _masked(inner, folder) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_masked(inner, folder) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, str):
+        shown = value.replace(folder, "<folder>")
+        for pattern, mask in _VARYING:
+            shown = pattern.sub(mask, shown)
+        return shown
+    return value
