@@ -19,7 +19,6 @@ from flwr.supercore.task_identity import TaskIdentity
 import fedtune.flower.message_objects as message_objects
 from fedtune.flower.bounded_http import OutOfBounds
 from fedtune.flower.message_objects import pull_message
-from fedtune.flower.packing import packed, unpacked
 
 Objects = dict[str, bytes]
 
@@ -37,7 +36,7 @@ Change = Callable[[Objects], None]
 def honest(values: np.ndarray) -> tuple[ObjectTree, Objects]:
     """A message with these values, as a lead sends it."""
     content = RecordDict({"arrays": ArrayRecord({"head": Array(values)}), "request": ConfigRecord({"json": "{}"})})
-    message = Message(packed(content), 1, "train")
+    message = Message(content, 1, "train")
     message.metadata.__dict__["_message_id"] = message.object_id
     nested = get_all_nested_objects(message)
     return get_object_tree(message), {id: each.deflate() for id, each in nested.items()}
@@ -66,7 +65,7 @@ def test_an_honest_message_arrives() -> None:
     values = np.zeros(6_000_000, np.float32)
     tree, objects = honest(values)
     assert sum(map(len, objects.values())) < values.nbytes
-    arrived = unpacked(pulled(tree, objects).content)
+    arrived = pulled(tree, objects).content
     assert np.array_equal(arrived.array_records["arrays"]["head"].numpy(), values)
     assert arrived.config_records["request"]["json"] == "{}"
 
