@@ -17,7 +17,7 @@ from fedtune.deploy.certificates import UNREADABLE, Certificate
 from fedtune.deploy.doctor_check import SERVER, Check, Status, failed, ok, skipped, warning
 from fedtune.deploy.doctor_proxy import Proxy, ProxyRefused, proxy_for
 from fedtune.deploy.kits import Kit
-from fedtune.flower.tls import Tls
+from fedtune.flower.wire.tls import Tls
 from fedtune.spec import RunError
 
 DNS, TCP, TLS, AUTHENTICATION = "name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication"
@@ -207,8 +207,11 @@ class Connection:
             return None
 
     def _authenticate(self) -> Check:
-        from fedtune.flower.fleet import hello  # Flower takes a second to import
-        from fedtune.flower.fleet_errors import Foreign, Unauthorised
+        from fedtune.flower.wire.fleet import (
+            Foreign,
+            Unauthorised,
+            hello,  # Flower takes a second to import
+        )
 
         site = self._kit.site
         try:

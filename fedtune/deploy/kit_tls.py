@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedtune.deploy.kits import Kit
-from fedtune.flower.tls import Tls
+from fedtune.flower.wire.tls import Tls
 
 
 def tls_of(kit: Kit) -> Tls:

@@ -22,9 +22,8 @@ from fedtune.deploy.kit_tls import tls_of
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.models import installed_model
 from fedtune.deploy.site_state import SiteState, serving
-from fedtune.flower.fleet import Fleet
-from fedtune.flower.fleet_errors import Dropped, Expired, Unauthorised, Unreachable
 from fedtune.flower.node import Exchange, SiteApp
+from fedtune.flower.wire.fleet import Dropped, Expired, Fleet, Unauthorised, Unreachable
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles

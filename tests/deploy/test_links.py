@@ -16,7 +16,7 @@ from fedtune.deploy.join import JoinRequest
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.roster import read_roster
 from fedtune.deploy.site_state import SiteState, serving
-from fedtune.flower.fleet import node_key
+from fedtune.flower.wire.fleet import node_key
 from fedtune.privacy.chain import Head
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy

@@ -16,7 +16,7 @@ from fedtune.deploy import membership, provision
 from fedtune.deploy.health import Health
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.server_service import ServerService
-from fedtune.flower.superlink import ServerSettings
+from fedtune.flower.wire.superlink import ServerSettings
 from fedtune.spec import ConfigError
 
 

@@ -19,9 +19,8 @@ from fedtune.deploy.authority import Authority, certificate_pem
 from fedtune.deploy.certificates import read_connection_key
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.site_service import tls_of
-from fedtune.flower.fleet import hello
-from fedtune.flower.fleet_errors import Unauthorised, Unreachable
-from fedtune.flower.tls import Tls
+from fedtune.flower.wire.fleet import Unauthorised, Unreachable, hello
+from fedtune.flower.wire.tls import Tls
 
 from .federation import Command, Federation, dealt
 from .networks import Loopback

@@ -12,7 +12,7 @@ from fedtune.data import Record
 from fedtune.deploy.authority import Authority, certificate_pem, make_key, private_pem
 from fedtune.deploy.kits import Kit
 from fedtune.deploy.site_service import tls_of
-from fedtune.flower.tls import Tls
+from fedtune.flower.wire.tls import Tls
 from fedtune.privacy.policy_file import read_policy, write_policy
 
 from .federation import Federation, dealt, settings, write_records

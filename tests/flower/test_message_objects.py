@@ -10,15 +10,14 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import (
-    InflatableObject,
     get_all_nested_objects,
     get_object_tree,
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-import fedtune.flower.message_objects as message_objects
-from fedtune.flower.bounded_http import OutOfBounds
-from fedtune.flower.message_objects import pull_message
+import fedtune.flower.wire.message_objects as message_objects
+from fedtune.flower.wire.bounded_http import OutOfBounds
+from fedtune.flower.wire.message_objects import pull_message
 
 Objects = dict[str, bytes]
 
@@ -134,10 +133,3 @@ def test_another_object_in_the_place_of_a_message() -> None:
     objects[tree.object_id] = objects[of_kind(objects, "RecordDict")]
     with pytest.raises(OutOfBounds, match="something else"):
         pulled(tree, objects)
-
-
-def test_the_kinds_of_objects_are_flower_s() -> None:
-    from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
-
-    assert set(message_objects._PARTS) == set(inflatable_class_registry)
-    assert all(issubclass(kind, InflatableObject) for kind in inflatable_class_registry.values())

@@ -17,10 +17,10 @@ from fedtune.deploy.join import PURPOSE, JoinRequest, _canonical
 from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
 from fedtune.federation.site import Prepared, Site, answer
 from fedtune.flower import records
-from fedtune.flower.audit_log import AuditLog
-from fedtune.flower.fleet import HELLO
-from fedtune.flower.gate import Gate, Registered
-from fedtune.flower.signed_calls import BODY, CALL, SIGNATURE, TIME, _message
+from fedtune.flower.wire.audit_log import AuditLog
+from fedtune.flower.wire.fleet import HELLO
+from fedtune.flower.wire.gate import Gate, Registered
+from fedtune.flower.wire.signed_calls import BODY, CALL, SIGNATURE, TIME, _message
 from fedtune.model import Adapter
 from fedtune.model.adapter import AdapterError
 from fedtune.privacy.release import Reason, Refusal, Refused, Update
