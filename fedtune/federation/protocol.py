@@ -6,20 +6,24 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Refused, Update, receipt_from_json
 from fedtune.spec import ConfigError, check_name
 
+PROTOCOL = 2
+"""Raised when lead and site of two versions cannot understand each other.  2: an update travels as it is stored."""
 INVITATION, ROUND, END = "invitation", "round request", "end of run"
 """Purposes of a lead's signatures."""
 _MOST_CHARACTERS = 1 << 16
 """Of a signed text: what a server asks for is kept in the ledger, and must not fill a site's disk."""
 _NO_JSON = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
 _MOST_ROUNDS = 1 << 31  # far beyond any plan's, and what every table can hold
+_T = TypeVar("_T")
 _SHA256, _NONCE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 
 
@@ -51,29 +55,23 @@ class Invitation:
 
     def signed(self, lead: SigningKey) -> Signed:
         """The question as it is sent."""
-        fields = {"site": self.site, "expires": self.expires, "less": self.less, "nonce": self.nonce}
+        about = {"site": self.site, "expires": self.expires, "less": self.less, "nonce": self.nonce}
+        fields = {"protocol": PROTOCOL, **about}
         text = json.dumps({**fields, "proposal": self.proposal.to_json()}, sort_keys=True)
         return Signed(text=text, signature=lead.sign(INVITATION, text.encode()))
 
     @classmethod
     def of(cls, signed: Signed) -> Invitation:
-        """The question that was signed, by the lead that it names.
+        """The question that was signed, by the lead that it names; raises as `_opened` does."""
 
-        Raises:
-            ConfigError: the text is no such question.
-            Refused: the signature is not that of the lead that it names.
-        """
-        try:
-            fields = _parsed(signed.text)
+        def read(fields: dict[str, Any]) -> Invitation:
             asked = cls(**{**fields, "proposal": Proposal.from_json(fields["proposal"])})
             check_name("site", asked.site)  # it goes into a site's log
             if not (_is_moment(asked.expires) and type(asked.less) is bool and _NONCE.fullmatch(asked.nonce)):
                 raise ValueError("wrong type or out of range")
-        except _NO_JSON as error:
-            raise ConfigError("invitation", signed.text[:80], "must be a lead's question about a run") from error
-        if not is_signed(asked.proposal.lead, INVITATION, signed.text.encode(), signed.signature):
-            raise Refused(Reason.WRONG_SIGNATURE)
-        return asked
+            return asked
+
+        return _opened(signed, INVITATION, _in_this_protocol(read), lead=lambda asked: asked.proposal.lead)
 
     @property
     def run(self) -> str:
@@ -117,19 +115,15 @@ class RoundRequest:
     def signed(self, lead: SigningKey) -> Signed:
         """The request as it is sent."""
         receipt = None if self.receipt is None else asdict(self.receipt)
-        text = json.dumps({**self._asked(), "receipt": receipt, "expires": self.expires}, sort_keys=True)
+        fields = {"protocol": PROTOCOL, **self._asked(), "receipt": receipt, "expires": self.expires}
+        text = json.dumps(fields, sort_keys=True)
         return Signed(text=text, signature=lead.sign(ROUND, text.encode()))
 
     @classmethod
     def of(cls, signed: Signed) -> RoundRequest:
-        """The request that was signed, by the lead that it names.
+        """The request that was signed, by the lead that it names; raises as `_opened` does."""
 
-        Raises:
-            ConfigError: the text is no request.
-            Refused: the signature is not that of the lead that the request names.
-        """
-        try:
-            fields = _parsed(signed.text)
+        def read(fields: dict[str, Any]) -> RoundRequest:
             receipt = None if fields["receipt"] is None else receipt_from_json(fields["receipt"])
             proposal = Proposal.from_json(fields["proposal"])
             request = cls(**{**fields, "proposal": proposal, "receipt": receipt})
@@ -137,11 +131,9 @@ class RoundRequest:
             numbers = type(request.round) is int and _is_moment(request.expires)
             if not (numbers and 1 <= request.round < _MOST_ROUNDS and _SHA256.fullmatch(request.adapter_digest)):
                 raise ValueError("wrong type or out of range")
-        except _NO_JSON as error:
-            raise ConfigError("request", signed.text[:80], "must be a round request") from error
-        if not is_signed(proposal.lead, ROUND, signed.text.encode(), signed.signature):
-            raise Refused(Reason.WRONG_SIGNATURE)
-        return request
+            return request
+
+        return _opened(signed, ROUND, _in_this_protocol(read), lead=lambda request: request.proposal.lead)
 
     def _asked(self) -> dict[str, Any]:
         """What is asked for; receipt and expiry are no part of it, and may differ when the lead asks again."""
@@ -172,33 +164,53 @@ class EndOfRun:
 
     @classmethod
     def of(cls, signed: Signed) -> EndOfRun:
-        """The notice that was signed, by the lead that it names.
+        """The notice that was signed, by the lead that it names; raises as `_opened` does."""
 
-        Raises:
-            ConfigError: the text is no such notice.
-            Refused: the signature is not that of the lead that it names.
-        """
-        try:
-            fields = _parsed(signed.text)
+        def read(fields: dict[str, Any]) -> EndOfRun:
             notice = cls(**{key: str(fields[key]) for key in ("run", "lead", "adapter_digest")})
             if notice.adapter_digest and not _SHA256.fullmatch(notice.adapter_digest):
                 raise ValueError("adapter_digest")
-        except _NO_JSON as error:
-            raise ConfigError("end of run", signed.text[:80], "must be such a notice") from error
-        if not is_signed(notice.lead, END, signed.text.encode(), signed.signature):
-            raise Refused(Reason.WRONG_SIGNATURE)
-        return notice
+            return notice
+
+        return _opened(signed, END, read, lead=lambda notice: notice.lead)
+
+
+def _opened(signed: Signed, purpose: str, read: Callable[[dict[str, Any]], _T], *, lead: Callable[[_T], str]) -> _T:
+    """What a lead signed for this purpose, as `read` makes it of the text's fields.
+
+    Raises:
+        ConfigError: the text is nothing that is signed for this purpose.
+        Refused: the signature is not that of the lead that it names, or it is of another version's protocol.
+    """
+    try:
+        if len(signed.text) > _MOST_CHARACTERS:
+            raise ValueError("too long")
+        text = signed.text.encode()  # a ValueError for half of a surrogate pair: what is signed are bytes
+        asked = read(dict(json.loads(text)))
+    except _NO_JSON as error:
+        raise ConfigError(purpose, signed.text[:80], f"must be a lead's {purpose}") from error
+    if not is_signed(lead(asked), purpose, text, signed.signature):
+        raise Refused(Reason.WRONG_SIGNATURE)
+    return asked
+
+
+def _in_this_protocol(read: Callable[[dict[str, Any]], _T]) -> Callable[[dict[str, Any]], _T]:
+    """`read`, for what says that it is of this version's protocol; up to version 0.1.0 nothing was said."""
+
+    def checked(fields: dict[str, Any]) -> _T:
+        spoken = fields.pop("protocol", 1 if "proposal" in fields else None)
+        if type(spoken) is not int or not 0 < spoken < _MOST_ROUNDS:
+            raise ValueError("protocol")
+        if spoken != PROTOCOL:
+            here = f"protocol {PROTOCOL}: lead and site run different versions of fedtune"
+            raise Refused(Reason.MALFORMED_REQUEST, asked=f"protocol {spoken}", allowed=here)
+        return read(fields)
+
+    return checked
 
 
 def _is_moment(value: object) -> bool:
     return type(value) is float and math.isfinite(value)
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    if len(text) > _MOST_CHARACTERS:
-        raise ValueError("too long")
-    text.encode()  # a ValueError for half of a surrogate pair: what is signed are bytes
-    return dict(json.loads(text))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,12 +12,12 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.federation.aggregation import NO_REPLY, UNSIGNED_REPLY
-from fedtune.federation.protocol import Invitation, Reply
+from fedtune.federation.protocol import PROTOCOL, Invitation, Reply
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import records
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Offer, Refusal
+from fedtune.privacy.release import Offer, Reason, Refusal
 from fedtune.spec import ConfigError, RefusedError, RunError
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def invite(grid: Grid, asked: Invited) -> Answers:
             assert isinstance(reply.body, Offer)
             offers[site] = reply.body
         elif isinstance(reply.body, Refusal) and not reply.receipt:
-            silent[site] = reply.body.reason.value  # nobody signed it: it is shown, and may change
+            silent[site] = _unsigned(reply.body.reason)  # it is shown, and may change
         elif isinstance(reply.body, Refusal) and _is_refusal(reply.body, reply, site=site, run=asked.proposal.run):
             refusals[site] = reply.body
         else:
@@ -114,6 +114,12 @@ def invite(grid: Grid, asked: Invited) -> Answers:
     for site, why in {**{site: body.in_words for site, body in refusals.items()}, **silent}.items():
         log.warning("%s does not take part: %s", site, why)
     return Answers(offers=offers, refusals=refusals, silent=silent)
+
+
+def _unsigned(reason: Reason) -> str:
+    if reason is not Reason.MALFORMED_REQUEST:
+        return reason.value
+    return f"{reason.value}, so it may run another version of fedtune than this lead, which speaks protocol {PROTOCOL}"
 
 
 def is_offer(reply: Reply, *, site: str, run: str, nonce: str) -> bool:

@@ -12,7 +12,6 @@ from fedtune.federation.protocol import Reply, Signed
 from fedtune.federation.site import Site
 from fedtune.flower import records
 from fedtune.flower.client import make_client_app
-from fedtune.flower.packing import packed, unpacked
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.spec import ConfigError, panics_as_errors
 
@@ -49,7 +48,7 @@ class Exchange:
     def answered(self) -> Update | Refusal | Offer | None:
         """What the answer to a round or an invitation is; None for another kind of message."""
         try:
-            return records.to_reply(unpacked(self.reply.content)).body
+            return records.to_reply(self.reply.content).body
         except ConfigError:
             return None
 
@@ -83,9 +82,7 @@ class SiteApp:
         )
         try:
             with panics_as_errors():
-                message.content = unpacked(message.content)
                 exchange._reply = self._app(message, context)
-                exchange._reply.content = packed(exchange._reply.content)
         except Exception:  # an action that this app does not have, for instance
             log.exception("a message could not be answered")
             refusal = Refusal(site=self._name, run="", round=0, reason=Reason.MALFORMED_REQUEST)

@@ -1,4 +1,8 @@
-"""fedtune's own types to and from Flower's records; the only file that knows the keys on the wire."""
+"""fedtune's own types to and from Flower's records; the only file that knows the keys on the wire.
+
+An update travels as its canonical bytes, over which its receipt is signed and which the ledger stores; an adapter as
+safetensors.  Each is one array of bytes: Flower sends every array by several calls of its own.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,18 @@ from fedtune.privacy.release import (
     Receipt,
     Refusal,
     Update,
-    checked_scores,
     offer_from_json,
     receipt_from_json,
     refusal_from_json,
 )
 from fedtune.spec import ConfigError
 
-ARRAYS, REQUEST, SETTINGS, REPLY, RECEIPT = "arrays", "request", "settings", "reply", "receipt"
+ADAPTER, UPDATE = "adapter", "update"
+REQUEST, SETTINGS, REPLY, RECEIPT = "request", "settings", "reply", "receipt"
+ARRAYS = "arrays"
+"""What Flower's strategies average, within the lead's process."""
 WEIGHT, SITE = "weight", "site"
+_BYTES = "bytes"
 END, INVITE = "end", "invite"
 """Flower's actions of the queries that tell a site that a run is over, and ask whether it would take part in one."""
 WEIGHT_KEY = "num-examples"
@@ -42,6 +49,24 @@ def from_arrays(arrays: ArrayRecord) -> dict[str, npt.NDArray[np.float32]]:
     return {name: array.numpy() for name, array in arrays.items()}
 
 
+def _from_bytes(data: bytes) -> ArrayRecord:
+    """A record that holds exactly these bytes."""
+    return ArrayRecord({_BYTES: Array(dtype="uint8", shape=(len(data),), stype=_BYTES, data=data)})
+
+
+def _to_bytes(record: ArrayRecord) -> bytes:
+    """The inverse of `_from_bytes`; raises for every other record."""
+    (array,) = record.values()
+    if (list(record), array.stype, array.dtype, array.shape) != ([_BYTES], _BYTES, "uint8", (len(array.data),)):
+        raise ValueError("not bytes")  # whatever else it says would be no part of what is signed
+    return array.data
+
+
+def from_adapter(adapter: Adapter) -> ArrayRecord:
+    """An adapter as it travels; one record serves all messages that bring it."""
+    return _from_bytes(adapter.to_bytes())
+
+
 def num_bytes(content: RecordDict) -> int:
     """Payload of a message: array bytes, and texts."""
     arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
@@ -49,19 +74,19 @@ def num_bytes(content: RecordDict) -> int:
     return arrays + texts
 
 
-def from_signed(signed: Signed, *, arrays: ArrayRecord | None = None, settings: str = "") -> RecordDict:
+def from_signed(signed: Signed, *, adapter: ArrayRecord | None = None, settings: str = "") -> RecordDict:
     """Content of a message with a lead's signed word.
 
     Args:
         signed: a request for a round, or the end of a run.
-        arrays: the adapter that it speaks of.
+        adapter: the one that it speaks of, as `from_adapter` makes it.
         settings: JSON of the run's configuration, for sites that do not have it.
     """
     content = RecordDict({REQUEST: ConfigRecord({"json": signed.text, "signature": signed.signature})})
     if settings:
         content[SETTINGS] = ConfigRecord({"json": settings})
-    if arrays is not None:
-        content[ARRAYS] = arrays
+    if adapter is not None:
+        content[ADAPTER] = adapter
     return content
 
 
@@ -95,8 +120,8 @@ def to_adapter(content: RecordDict) -> Adapter:
         ConfigError: the message does not hold one.
     """
     try:
-        return Adapter(from_arrays(content.array_records[ARRAYS]))
-    except Exception as error:  # numpy alone raises five kinds over bytes that are no array
+        return Adapter.from_bytes(_to_bytes(content.array_records[ADAPTER]))
+    except Exception as error:  # of Flower's records and of safetensors
         raise ConfigError("message", sorted(content), "must hold an adapter") from error
 
 
@@ -106,7 +131,7 @@ def to_end(content: RecordDict) -> tuple[Signed, Adapter | None]:
     Raises:
         ConfigError: the message does not hold these.
     """
-    return to_signed(content), to_adapter(content) if ARRAYS in content else None
+    return to_signed(content), to_adapter(content) if ADAPTER in content else None
 
 
 def from_receipt(receipt: Receipt | None) -> RecordDict:
@@ -142,15 +167,14 @@ def to_signed(content: RecordDict) -> Signed:
 
 
 def from_reply(reply: Reply) -> RecordDict:
-    """Content of a site's answer: the released tensors, and a JSON of the release types' other fields."""
+    """Content of a site's answer: an update's own bytes, or a JSON of another release type's fields; and a receipt."""
     body, receipt = reply.body, None if reply.receipt is None else asdict(reply.receipt)
     if not isinstance(body, Update):
         kind = "offer" if isinstance(body, Offer) else "refusal"
         fields = {"kind": kind, "receipt": receipt, **asdict(body)}
         return RecordDict({REPLY: ConfigRecord({"json": json.dumps(fields)})})
-    about = {"site": body.site, "run": body.run, "round": body.round, "scores": body.scores}
-    text = json.dumps({"kind": "update", "receipt": receipt, **about})
-    return RecordDict({ARRAYS: to_arrays(body.tensors), REPLY: ConfigRecord({"json": text})})
+    text = json.dumps({"kind": "update", "receipt": receipt})
+    return RecordDict({UPDATE: _from_bytes(body.to_bytes()), REPLY: ConfigRecord({"json": text})})
 
 
 def to_reply(content: RecordDict) -> Reply:
@@ -168,14 +192,8 @@ def to_reply(content: RecordDict) -> Reply:
         elif fields["kind"] == "refusal":
             body = refusal_from_json(fields)
         else:
-            body = Update(
-                site=str(fields["site"]),
-                run=str(fields["run"]),
-                round=int(fields["round"]),
-                tensors=from_arrays(content.array_records[ARRAYS]),
-                scores=checked_scores(fields["scores"]),
-            )
-    except Exception as error:  # numpy alone raises five kinds over bytes that are no array
+            body = Update.from_bytes(_to_bytes(content.array_records[UPDATE]))
+    except Exception as error:  # of Flower's records, of JSON and of ours
         raise ConfigError("reply", sorted(content), "must be a site's answer") from error
     return Reply(body=body, receipt=receipt)
 

@@ -206,7 +206,8 @@ def _back(lead: Lead, state: LeadState, round: int, found: Mapping[str, float]) 
 
 def _requests(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]) -> list[Message]:
     """One message for each site, in the sites' order; the strategy says which nodes are asked."""
-    arrays, digest, round = records.to_arrays(state.adapter.tensors), state.adapter.digest(), state.round + 1
+    adapter, digest, round = records.from_adapter(state.adapter), state.adapter.digest(), state.round + 1
+    arrays = records.to_arrays(state.adapter.tensors)
     messages = {
         nodes[message.metadata.dst_node_id]: message
         for message in lead.strategy.configure_train(round, arrays, ConfigRecord(), grid)
@@ -221,7 +222,7 @@ def _requests(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]
             receipt=receipts.get(site),
             expires=time.time() + lead.federation.round_timeout_s,
         )
-        message.content = records.from_signed(request.signed(lead.key), arrays=arrays, settings=lead.settings)
+        message.content = records.from_signed(request.signed(lead.key), adapter=adapter, settings=lead.settings)
     return [messages[site] for site in lead.declared_sizes if site in messages]
 
 
@@ -275,8 +276,7 @@ def _tell_the_end(grid: Grid, lead: Lead, nodes: Mapping[int, str], *, adapter: 
     """
     given = adapter if lead.gives_adapter else None
     notice = EndOfRun(run=lead.run, lead=lead.key.public, adapter_digest=given.digest() if given else "")
-    arrays = records.to_arrays(given.tensors) if given else None
-    content = records.from_signed(notice.signed(lead.key), arrays=arrays)
+    content = records.from_signed(notice.signed(lead.key), adapter=records.from_adapter(given) if given else None)
     messages = [Message(content, node_id, f"query.{records.END}") for node_id in nodes]
     receipts = {}
     for message in grid.send_and_receive(messages, timeout=min(lead.federation.round_timeout_s, _END_TIMEOUT_S)):

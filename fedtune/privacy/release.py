@@ -26,7 +26,8 @@ RECEIPT = "receipt"
 """Purpose of a receipt's signature."""
 
 _MAGIC, _REFUSAL, _OFFER = b"fedtune-update-2\n", b"fedtune-refusal-1\n", b"fedtune-offer-1\n"
-_MOST_HEADER_BYTES = 1 << 24
+_MOST_HEADER_BYTES = 1 << 20
+"""Names and shapes become Python objects, which are many times as large."""
 _MOST_COUNT, _MOST_TEXT = 1 << 62, 1000
 
 

@@ -14,7 +14,7 @@ from fedtune.deploy.kits.federation_folder import FederationFile, FederationFold
 from fedtune.deploy.kits.kit import Kit, read_spec
 from fedtune.deploy.kits.members import JoinRequest, read_roster
 from fedtune.deploy.services.site_state import SiteState, serving
-from fedtune.flower.fleet import node_key
+from fedtune.flower.wire.fleet import node_key
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify

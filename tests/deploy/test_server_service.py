@@ -16,7 +16,7 @@ from fedtune.deploy.health import Health
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.services.server_service import ServerService
-from fedtune.flower.superlink import ServerSettings
+from fedtune.flower.wire.superlink import ServerSettings
 from fedtune.spec import ConfigError
 
 

@@ -17,9 +17,8 @@ import pytest
 
 from fedtune.deploy.kits.certificates import Authority, certificate_pem, read_connection_key
 from fedtune.deploy.kits.kit import Kit
-from fedtune.flower.fleet import hello
-from fedtune.flower.fleet_errors import Unauthorised, Unreachable
-from fedtune.flower.tls import Tls
+from fedtune.flower.wire.fleet import Unauthorised, Unreachable, hello
+from fedtune.flower.wire.tls import Tls
 
 from .federation import Command, Federation, dealt
 from .networks import Loopback

@@ -160,7 +160,7 @@ def test_an_adapter_that_cannot_be_stored_is_asked_for_again(site: Any, final: A
     "text", ["", "{", "[]", '{"run": "r"}', '{"run": "r", "lead": "x"}', "9" * 5000, '{"run":' * 2000]
 )
 def test_what_is_no_notice_is_malformed(site: Any, text: str) -> None:
-    with pytest.raises(ConfigError, match=r"end of run = .*must be such a notice"):
+    with pytest.raises(ConfigError, match=r"end of run = .*must be a lead's end of run"):
         end_run(site.open(), Signed(text=text, signature="00"), None)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
+from fedtune.federation.protocol import END, ROUND, EndOfRun, Invitation, RoundRequest, Signed
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refused
@@ -100,7 +100,7 @@ def test_anything_else_is_no_request_whoever_signed_it(
     request_: RoundRequest, lead_key: SigningKey, fault: str
 ) -> None:
     signed = resigned(request_.signed(lead_key), lead_key, _FAULTS[fault])
-    with pytest.raises(ConfigError, match=r"must be a round request"):
+    with pytest.raises(ConfigError, match=r"must be a lead's round request"):
         RoundRequest.of(signed)
 
 
@@ -130,5 +130,31 @@ def test_a_notice_of_the_end_is_the_word_of_its_lead_too(lead_key: SigningKey, s
         with pytest.raises(Refused):
             EndOfRun.of(wrong)
     for text in ("{", "[]", "null", "{}", json.dumps({"run": "r"}), " " * 70_000):
-        with pytest.raises(ConfigError, match="must be such a notice"):
+        with pytest.raises(ConfigError, match="must be a lead's end of run"):
             EndOfRun.of(Signed(text=text, signature=lead_key.sign(END, text.encode())))
+
+
+@pytest.mark.parametrize("spoken", [None, 1, 3])
+def test_a_lead_of_another_version_is_told_that_versions_differ(
+    request_: RoundRequest, lead_key: SigningKey, spoken: int | None
+) -> None:
+    def other(fields: dict[str, Any]) -> str:
+        del fields["protocol"]  # as up to version 0.1.0
+        return json.dumps(fields if spoken is None else fields | {"protocol": spoken})
+
+    asked = Invitation(proposal=request_.proposal, site="a", expires=1e9, nonce="0a" * 16)
+    question = json.loads(asked.signed(lead_key).text)
+    for read, signed in (
+        (RoundRequest.of, resigned(request_.signed(lead_key), lead_key, other)),
+        (Invitation.of, Signed(text=other(question), signature="")),
+    ):
+        with pytest.raises(Refused) as refused:
+            read(signed)
+        assert refused.value.reason is Reason.MALFORMED_REQUEST
+        assert refused.value.asked == f"protocol {spoken or 1}"
+        assert refused.value.allowed == "protocol 2: lead and site run different versions of fedtune"
+    for nonsense in (True, 2.0, "2", 0, -1, [], 10**30):
+        with pytest.raises(ConfigError, match="must be a lead's round request"):
+            RoundRequest.of(
+                resigned(request_.signed(lead_key), lead_key, lambda f, n=nonsense: json.dumps(f | {"protocol": n}))
+            )

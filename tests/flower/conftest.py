@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastapi.routing import iter_route_contexts
 from flwr.app import Context, Message
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.main import create_app
 
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState
@@ -20,6 +24,7 @@ from fedtune.flower.client import make_client_app
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.server import Lead, run_rounds
 from fedtune.flower.strategy import make_strategy
+from fedtune.flower.wire.superlink import ServerSettings, _superlink_config
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event
@@ -30,6 +35,7 @@ from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.training.spec import TrainingSpec
 
+from .certificates import LOOPBACK, Authority
 from .loopback import Loopback
 
 STEPS = {"site-1": 1.0, "site-2": -2.0, "site-3": 0.125}
@@ -232,3 +238,14 @@ def network(server: Loopback) -> Iterator[Loopback]:
     """The same, with no site process left at the end of the test."""
     yield server
     server.stop_sites()
+
+
+@pytest.fixture(scope="module")
+def flowers_routes(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
+    """(method, path) of everything that the installed Flower would serve under our settings."""
+    tls = Authority(tmp_path_factory.mktemp("authority") / "ca").issue("server", address=LOOPBACK)
+    settings = ServerSettings(
+        tls=tls, lead="", host=LOOPBACK, port=1, database=Path(FLWR_IN_MEMORY_DB_NAME), roster=list
+    )
+    contexts = iter_route_contexts(create_app(_superlink_config(settings), SuperLinkLifespan).routes)
+    return {(method, context.path) for context in contexts for method in context.methods}

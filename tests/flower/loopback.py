@@ -26,8 +26,8 @@ from sqlalchemy import create_engine
 
 from fedtune.federation.closing import Closing
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower.remote_grid import Heard, RemoteGrid
-from fedtune.flower.tls import Tls
+from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
+from fedtune.flower.wire.tls import Tls
 from fedtune.privacy.keys import SigningKey
 
 from ..forked import Forked
@@ -197,14 +197,14 @@ class Loopback:
         names: Sequence[str],
         *,
         hear: Callable[[int, Message, Message], Heard] = lambda number, question, answer: Heard(good=True),
+        closing: Callable[[], Closing] | None = None,
         **waiting: Any,
     ) -> RemoteGrid:
         """The lead's connection to the sites with these names, in this order; `waiting` are settings of a round."""
         keys = {name: public_pem(self.tls[name]) for name in names}
         spec = FederationSpec(num_sites=len(names), **waiting)
-        return RemoteGrid(
-            self.address, self.lead_tls, sites=keys, key=self.lead_key, hear=hear, closing=lambda: Closing(spec)
-        )
+        closing = closing or (lambda: Closing(spec))
+        return RemoteGrid(self.address, self.lead_tls, sites=keys, key=self.lead_key, hear=hear, closing=closing)
 
     def stop_sites(self) -> None:
         while self._sites:

@@ -25,10 +25,10 @@ sys.addaudithook(note_outbound)
 
 import flwr.supercore.corestate.sql_corestate as sql_corestate  # noqa: E402
 
-from fedtune.flower.connections import Limits  # noqa: E402
-from fedtune.flower.gate import Registered  # noqa: E402
-from fedtune.flower.superlink import ServerSettings, serve  # noqa: E402
-from fedtune.flower.tls import Tls  # noqa: E402
+from fedtune.flower.wire.connections import Limits  # noqa: E402
+from fedtune.flower.wire.gate import Registered  # noqa: E402
+from fedtune.flower.wire.superlink import ServerSettings, serve  # noqa: E402
+from fedtune.flower.wire.tls import Tls  # noqa: E402
 
 
 def roster() -> list[Registered]:

@@ -35,9 +35,14 @@ sys.addaudithook(note_outbound)
 from faults import Faulty  # noqa: E402
 from flwr.app import ConfigRecord, Message, RecordDict  # noqa: E402
 
-from fedtune.flower.fleet import Fleet  # noqa: E402
-from fedtune.flower.fleet_errors import Dropped, Unauthorised, Unreachable  # noqa: E402
-from fedtune.flower.tls import Tls  # noqa: E402
+import fedtune.flower.wire.bounded_http as bounded_http  # noqa: E402
+from fedtune.flower.wire.fleet import (  # noqa: E402
+    Dropped,
+    Fleet,
+    Unauthorised,
+    Unreachable,
+)
+from fedtune.flower.wire.tls import Tls  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +127,7 @@ class Polling:
 
 
 def main() -> None:
+    bounded_http._ALERT_S = 0.05  # nobody is refused here, which is what it waits for at each connection
     given = json.loads((FOLDER / "settings.json").read_text())
     fleet = Fleet(given["server"], Tls(**{key: Path(path) for key, path in given["tls"].items()}))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

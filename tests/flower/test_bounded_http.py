@@ -17,12 +17,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
-import fedtune.flower.bounded_http as bounded_http
-from fedtune.flower.bounded_http import OutOfBounds, _Bound
-from fedtune.flower.fleet import Fleet, hello
-from fedtune.flower.fleet_errors import Foreign, Unreachable
-from fedtune.flower.lead_session import LeadSession
-from fedtune.flower.tls import Tls
+import fedtune.flower.wire.bounded_http as bounded_http
+from fedtune.flower.wire.bounded_http import OutOfBounds, _Bound
+from fedtune.flower.wire.fleet import Fleet, Foreign, Unreachable, hello
+from fedtune.flower.wire.lead_session import LeadSession
+from fedtune.flower.wire.tls import Tls
 from fedtune.privacy.keys import SigningKey
 
 from .certificates import LOOPBACK, Authority

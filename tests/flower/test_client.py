@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.site import Prepared, Site, Trained
@@ -56,7 +56,7 @@ def content(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: S
     request = RoundRequest(
         proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
     )
-    return records.from_signed(request.signed(lead_key), arrays=records.to_arrays(adapter.tensors))
+    return records.from_signed(request.signed(lead_key), adapter=records.from_adapter(adapter))
 
 
 def unchanged(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
@@ -114,9 +114,9 @@ def test_a_failure_is_a_reason_without_text(
     [
         RecordDict(),
         RecordDict({records.REQUEST: ConfigRecord({"json": "__import__('os')", "signature": "00"})}),
-        RecordDict({records.ARRAYS: ArrayRecord([np.ones(2, np.float32)])}),
+        RecordDict({records.ADAPTER: ArrayRecord([np.ones(2, np.float32)])}),
         RecordDict(
-            {records.REQUEST: ConfigRecord({"json": "{}"}), records.ARRAYS: ArrayRecord([np.ones(2, np.float32)])}
+            {records.REQUEST: ConfigRecord({"json": "{}"}), records.ADAPTER: ArrayRecord([np.ones(2, np.float32)])}
         ),
     ],
     ids=["empty", "no arrays", "no request", "no signature"],
@@ -130,8 +130,8 @@ def test_a_malformed_request_is_refused_before_the_site_is_opened(content: Recor
 
 def test_a_request_of_no_words_is_refused(site: Callable[[Any], Site]) -> None:
     words = ConfigRecord({"json": "{}", "signature": "00"})
-    arrays = ArrayRecord({"head": Array(np.ones(4, np.float32))})
-    request = RecordDict({records.REQUEST: words, records.ARRAYS: arrays})
+    adapter = records.from_adapter(Adapter({"head": np.ones(4, np.float32)}))
+    request = RecordDict({records.REQUEST: words, records.ADAPTER: adapter})
     reply = records.to_reply(Asked(lambda context, settings: site(unchanged))(request).content)
     assert isinstance(reply.body, Refusal)
     assert reply.body.reason is Reason.MALFORMED_REQUEST

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from fedtune.flower import connections
-from fedtune.flower.fleet import HELLO, hello
-from fedtune.flower.tls import Tls
+from fedtune.flower.wire import connections
+from fedtune.flower.wire.fleet import HELLO, hello
+from fedtune.flower.wire.tls import Tls
 
 from .certificates import LOOPBACK, Authority
 from .loopback import Loopback, wait_for

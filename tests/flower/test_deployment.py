@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedtune.federation.protocol import Invitation, Reply, RoundRequest, digest_of
 from fedtune.flower import records
 from fedtune.flower.deployment import _ASK_AGAIN_S, OFFER, KnownSite, _Ears
-from fedtune.flower.remote_grid import Heard as Answered
+from fedtune.flower.wire.remote_grid import Heard as Answered
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger

@@ -15,10 +15,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from flwr.supercore.date import now
 
-import fedtune.flower.fleet as fleet_module
-from fedtune.flower.fleet import Fleet, hello, node_key
-from fedtune.flower.fleet_errors import Unauthorised, Unreachable
-from fedtune.flower.tls import Tls
+import fedtune.flower.wire.fleet as fleet_module
+from fedtune.flower.wire.fleet import Fleet, Unauthorised, Unreachable, hello, node_key
+from fedtune.flower.wire.tls import Tls
 from fedtune.spec import ConfigError
 
 from .certificates import LOOPBACK, Authority

@@ -8,12 +8,10 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fastapi.routing import iter_route_contexts
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
@@ -23,38 +21,22 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
-    FLWR_IN_MEMORY_DB_NAME,
 )
 from flwr.supercore.date import now
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
-from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
-from flwr.superlink.main import create_app
 
-from fedtune.flower import asgi, gate
-from fedtune.flower.fleet import HELLO
-from fedtune.flower.lead_session import _bundle
-from fedtune.flower.signed_calls import BODY, CALL, SIGNATURE, TIME, NotAllowed, _message
-from fedtune.flower.superlink import ServerSettings, _superlink_config
-from fedtune.flower.tls import Tls
+from fedtune.flower.wire import gate
+from fedtune.flower.wire.fleet import HELLO
+from fedtune.flower.wire.lead_session import _bundle
+from fedtune.flower.wire.signed_calls import BODY, CALL, SIGNATURE, TIME, NotAllowed, _message
+from fedtune.flower.wire.tls import Tls
 from fedtune.privacy.keys import SigningKey
 
-from .certificates import LOOPBACK, Authority
+from .certificates import LOOPBACK
 from .loopback import Loopback
 from .member import Member, by_site
 
 CLOSED = {"reason": "no such call"}
-
-
-@pytest.fixture(scope="module")
-def flowers_routes(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
-    """(method, path) of everything that the installed Flower would serve under our settings."""
-    tls = Authority(tmp_path_factory.mktemp("authority") / "ca").issue("server", address=LOOPBACK)
-    settings = ServerSettings(
-        tls=tls, lead="", host=LOOPBACK, port=1, database=Path(FLWR_IN_MEMORY_DB_NAME), roster=list
-    )
-    contexts = iter_route_contexts(create_app(_superlink_config(settings), SuperLinkLifespan).routes)
-    return {(method, context.path) for context in contexts for method in context.methods}
 
 
 @pytest.fixture
@@ -77,15 +59,6 @@ def by_lead(key: SigningKey, path: str, body: bytes, *, moment: str | None = Non
     moment, digest = moment or repr(time.time()), hashlib.sha256(body).hexdigest()
     signature = key.sign(CALL, _message(path, moment, digest))
     return {"content-type": PROTOBUF_MEDIA_TYPE, TIME: moment, BODY: digest, SIGNATURE: signature}
-
-
-def test_flower_still_has_every_call_that_is_let_through(flowers_routes: set[tuple[str, str]]) -> None:
-    for path in gate._SITE_CALLS | gate._LEAD_CALLS:
-        assert ("POST", path) in flowers_routes, f"Flower's protocol changed: {path}"
-        assert ("POST", path) in PROTOBUF_REQUEST_TYPES
-    # What a site calls is authenticated by Flower, which looks at the beginning of the path.
-    assert all(path.startswith("/v1/fleet/") for path in gate._SITE_CALLS)
-    assert not any(path.startswith("/v1/fleet/") for path in gate._LEAD_CALLS)
 
 
 def test_everything_else_that_flower_has_is_closed(
@@ -194,7 +167,7 @@ def test_a_site_s_signature_is_good_over_its_own_connection_alone(network: Loopb
 
 
 def test_a_body_is_read_within_a_time_and_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asgi, "_BODY_S", 0.1)
+    monkeypatch.setattr(gate, "_BODY_S", 0.1)
 
     async def dribble() -> dict[str, Any]:
         await asyncio.sleep(0.03)
@@ -214,7 +187,7 @@ def test_a_body_is_read_within_a_time_and_a_size(monkeypatch: pytest.MonkeyPatch
         (nothing, {"content-length": "-1"}, 413),
     ):
         with pytest.raises(NotAllowed) as refused:
-            asyncio.run(asgi.read_body(receive, headers, most_bytes=1000))
+            asyncio.run(gate.read_body(receive, headers, most_bytes=1000))
         assert refused.value.status == status
 
 

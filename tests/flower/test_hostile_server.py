@@ -62,10 +62,9 @@ def sending(lead_key: SigningKey) -> Callable[..., Change]:
 
     def make(head: np.ndarray) -> Change:
         def change(message: Message) -> None:
-            arrays = {**message.content.array_records[records.ARRAYS], "head": Array(head)}
-            message.content[records.ARRAYS] = ArrayRecord(arrays)
-            digest = Adapter({name: array.numpy() for name, array in arrays.items()}).digest()
-            put(message, replace(asked_of(message), adapter_digest=digest).signed(lead_key))
+            adapter = Adapter({**records.to_adapter(message.content).tensors, "head": head})
+            message.content[records.ADAPTER] = records.from_adapter(adapter)
+            put(message, replace(asked_of(message), adapter_digest=adapter.digest()).signed(lead_key))
 
         return change
 
@@ -166,7 +165,7 @@ def test_sending_a_tensor_that_is_none_of_the_runs(
 def test_sending_no_tensor_at_all(federation: Any, intercept: Any) -> None:
     def change(message: Message) -> None:
         broken = Array("float32", (4,), "numpy.ndarray", b"no array")
-        message.content[records.ARRAYS] = ArrayRecord({"head": broken})
+        message.content[records.ADAPTER] = ArrayRecord({"head": broken})
 
     made = federation(num_rounds=2)
     state = made.run_until(1)

@@ -12,9 +12,11 @@ import pytest
 from flwr.app import ConfigRecord, Message
 
 from fedtune.federation.lead import LeadState
+from fedtune.federation.protocol import Reply
 from fedtune.flower import records
 from fedtune.flower.server import run_rounds
 from fedtune.privacy.ledger.chain import Kind
+from fedtune.privacy.release import Reason, Refusal
 from fedtune.spec import RefusedError, RunError
 
 SITES = ("site-1", "site-2", "site-3")
@@ -44,6 +46,22 @@ def test_a_run_with_enough_sites_begins_and_the_refusing_one_is_asked_all_the_sa
     state = run_rounds(made.grid, made.lead, made.start)
     assert state.rounds[0].sites == ("site-1", "site-3")
     assert state.rounds[0].failed_sites == {"site-2": "max_epsilon"}
+
+
+def test_a_site_of_another_version_is_named_before_anybody_pays(
+    federation: Callable[..., Any], tamper: Callable[..., None]
+) -> None:
+    def older(messages: list[Message]) -> list[Message]:
+        (message,) = [message for message in messages if message.metadata.src_node_id == 2]
+        refusal = Refusal(site="site-2", run="", round=0, reason=Reason.MALFORMED_REQUEST)
+        message.content = records.from_reply(Reply(body=refusal, receipt=None))
+        return messages
+
+    made = federation(min_sites=3)
+    tamper(older, ("query.invite",))
+    with pytest.raises(RunError, match="site-2: malformed_request, so it may run another version of fedtune"):
+        run_rounds(made.grid, made.lead, made.start)
+    assert charged(made) == []
 
 
 def test_a_site_that_waits_for_a_person_may_still_come(federation: Callable[..., Any]) -> None:

@@ -6,6 +6,7 @@ import gzip
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.federation import NoOpFederationManager
 
-from fedtune.flower import gate, message_objects
-from fedtune.flower.remote_grid import RemoteGrid
-from fedtune.flower.site_calls import SiteCalls
+from fedtune.federation.closing import Closing
+from fedtune.federation.spec import FederationSpec
+from fedtune.flower.wire import gate, message_objects
+from fedtune.flower.wire.remote_grid import RemoteGrid
+from fedtune.flower.wire.site_calls import SiteCalls
 
 from .loopback import Loopback
 from .member import Member, Question, an_object
@@ -62,10 +65,20 @@ class Round:
 
 @pytest.fixture
 def round_(network: Loopback, member: Member) -> Iterator[Round]:
+    over = Event()
+
+    class Closed(Closing):
+        """Also when the test is over: the lead waited out its minute otherwise."""
+
+        def is_over(self, **counts: int) -> bool:
+            return over.is_set() or super().is_over(**counts)
+
     # The honest answer suffices: nobody waits for another one of the member's.
-    with network.grid(["a", "b"], enough_sites=1, grace_s=1.0) as grid, ThreadPoolExecutor(1) as pool:
+    spec = FederationSpec(num_sites=2, enough_sites=1, grace_s=1.0)
+    with network.grid(["a", "b"], closing=lambda: Closed(spec)) as grid, ThreadPoolExecutor(1) as pool:
         made = Round(network, member, pool, grid)
         yield made
+        over.set()
     made.honest.leave()
 
 

@@ -10,16 +10,14 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import (
-    InflatableObject,
     get_all_nested_objects,
     get_object_tree,
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-import fedtune.flower.message_objects as message_objects
-from fedtune.flower.bounded_http import OutOfBounds
-from fedtune.flower.message_objects import pull_message
-from fedtune.flower.packing import packed, unpacked
+import fedtune.flower.wire.message_objects as message_objects
+from fedtune.flower.wire.bounded_http import OutOfBounds
+from fedtune.flower.wire.message_objects import pull_message
 
 Objects = dict[str, bytes]
 
@@ -37,7 +35,7 @@ Change = Callable[[Objects], None]
 def honest(values: np.ndarray) -> tuple[ObjectTree, Objects]:
     """A message with these values, as a lead sends it."""
     content = RecordDict({"arrays": ArrayRecord({"head": Array(values)}), "request": ConfigRecord({"json": "{}"})})
-    message = Message(packed(content), 1, "train")
+    message = Message(content, 1, "train")
     message.metadata.__dict__["_message_id"] = message.object_id
     nested = get_all_nested_objects(message)
     return get_object_tree(message), {id: each.deflate() for id, each in nested.items()}
@@ -66,7 +64,7 @@ def test_an_honest_message_arrives() -> None:
     values = np.zeros(6_000_000, np.float32)
     tree, objects = honest(values)
     assert sum(map(len, objects.values())) < values.nbytes
-    arrived = unpacked(pulled(tree, objects).content)
+    arrived = pulled(tree, objects).content
     assert np.array_equal(arrived.array_records["arrays"]["head"].numpy(), values)
     assert arrived.config_records["request"]["json"] == "{}"
 
@@ -135,10 +133,3 @@ def test_another_object_in_the_place_of_a_message() -> None:
     objects[tree.object_id] = objects[of_kind(objects, "RecordDict")]
     with pytest.raises(OutOfBounds, match="something else"):
         pulled(tree, objects)
-
-
-def test_the_kinds_of_objects_are_flower_s() -> None:
-    from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
-
-    assert set(message_objects._PARTS) == set(inflatable_class_registry)
-    assert all(issubclass(kind, InflatableObject) for kind in inflatable_class_registry.values())

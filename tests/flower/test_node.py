@@ -12,11 +12,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedtune.cli.ledger import ledger_file
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.site import Prepared, Site, Trained
 from fedtune.flower import records
 from fedtune.flower.node import Exchange, SiteApp
-from fedtune.flower.packing import packed, unpacked
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger
@@ -58,7 +58,7 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
     request = RoundRequest(
         proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
     )
-    return packed(records.from_signed(request.signed(lead_key), arrays=records.to_arrays(adapter.tensors)))
+    return records.from_signed(request.signed(lead_key), adapter=records.from_adapter(adapter))
 
 
 def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exchange:
@@ -74,12 +74,16 @@ def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exc
     return exchange
 
 
-def test_a_round_is_answered_with_one_packed_object(app: SiteApp, request_: RecordDict, adapter: Adapter) -> None:
+def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
+    app: SiteApp, request_: RecordDict, adapter: Adapter, tmp_path: Path
+) -> None:
     exchange = asked(app, request_)
-    (array,) = exchange.reply.content.array_records[records.ARRAYS].values()
-    assert len(array.data) < 2000
-    body = records.to_reply(unpacked(exchange.reply.content)).body
+    (array,) = exchange.reply.content.array_records[records.UPDATE].values()
+    body = records.to_reply(exchange.reply.content).body
     assert isinstance(body, Update)
+    with ledger_file.reading(tmp_path / "ledger.db") as file:
+        ((_, _, stored),) = ledger_file.stored_replies(file)
+    assert array.data == stored == body.to_bytes()
     np.testing.assert_array_equal(body.tensors["head"], adapter.tensors["head"] + 1)
     assert exchange.kind == "train"
     assert isinstance(exchange.answered, Update)
@@ -96,7 +100,7 @@ def test_the_same_message_again_is_answered_with_the_same_bytes(app: SiteApp, re
 
 def test_a_refused_round_is_a_refusal(app: SiteApp, request_: RecordDict, adapter: Adapter) -> None:
     others = {name: value + np.float32(1) for name, value in adapter.tensors.items()}
-    wrong = RecordDict({**request_, records.ARRAYS: records.to_arrays(others)})
+    wrong = RecordDict({**request_, records.ADAPTER: records.from_adapter(Adapter(others))})
     answered = asked(app, wrong).answered
     assert isinstance(answered, Refusal)
     assert answered.reason is Reason.ADAPTER_DIFFERS
@@ -117,7 +121,7 @@ ODD_CONTENTS: dict[str, RecordDict | Error] = {
     "empty": RecordDict(),
     "an error": Error(0, "canary-31"),
     "metrics": RecordDict({"canary-31": MetricRecord({"a": 1.0})}),
-    "arrays alone": RecordDict({records.ARRAYS: ArrayRecord([np.ones(2, np.float32)])}),
+    "arrays alone": RecordDict({records.ADAPTER: ArrayRecord([np.ones(2, np.float32)])}),
     "a request that is none": RecordDict({records.REQUEST: ConfigRecord(WORDS)}),
     "a request of arrays": RecordDict({records.REQUEST: ArrayRecord([np.ones(2, np.float32)])}),
     "settings that are none": RecordDict({records.SETTINGS: ConfigRecord({"json": [1.0]})}),

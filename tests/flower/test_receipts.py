@@ -166,7 +166,7 @@ def test_without_settings_none_are_sent(federation: Callable[..., Any], intercep
     intercept(1, lambda message: contents.append(message.content))
     run_rounds(made.grid, made.lead, made.start)
     (content,) = contents
-    assert set(content) == {records.ARRAYS, records.REQUEST}
+    assert set(content) == {records.ADAPTER, records.REQUEST}
     assert records.to_settings(content) == ""
 
 
@@ -224,9 +224,7 @@ def test_an_adapter_that_was_exchanged_on_the_way_is_not_kept(
         given = list(messages)
         for message in given:
             if message.metadata.message_type == "query.end" and message.metadata.dst_node_id == 2:
-                message.content = RecordDict(
-                    {**message.content, records.ARRAYS: records.to_arrays(made.adapter.tensors)}
-                )
+                message.content = RecordDict({**message.content, records.ADAPTER: records.from_adapter(made.adapter)})
         return list(push(given))
 
     monkeypatch.setattr(grid, "push_messages", exchange)

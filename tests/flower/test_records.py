@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest, Signed
 from fedtune.flower import records
@@ -35,7 +36,7 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
 
 
 def test_a_request_arrives_as_it_was_sent(request_: Signed, adapter: Adapter) -> None:
-    request, received = records.to_request(records.from_signed(request_, arrays=records.to_arrays(adapter.tensors)))
+    request, received = records.to_request(records.from_signed(request_, adapter=records.from_adapter(adapter)))
     assert request == request_
     assert received.digest() == adapter.digest()
 
@@ -53,16 +54,36 @@ def test_an_update_arrives_as_it_was_sent(
     assert list(reply.body.tensors) == list(sent.tensors), "the order is part of what is checked"
 
 
-@pytest.mark.parametrize("reason", list(Reason))
-def test_a_refusal_arrives_as_it_was_sent(reason: Reason) -> None:
-    sent = Reply(body=Refusal(site="a", run="r", round=1, reason=reason, asked="2", allowed=None), receipt=RECEIPT)
-    assert records.to_reply(records.from_reply(sent)) == sent
+def test_a_refusal_arrives_as_it_was_sent() -> None:
+    for reason in Reason:
+        body = Refusal(site="a", run="r", round=1, reason=reason, asked="2", allowed=None)
+        sent = Reply(body=body, receipt=RECEIPT)
+        assert records.to_reply(records.from_reply(sent)) == sent
+
+
+def test_bytes_are_carried_in_one_form_alone(adapter: Adapter) -> None:
+    """What Flower says beside the bytes is part of no signature: it says the same each time, or it is no answer."""
+    update = Update(site="a", run="r", round=1, tensors=adapter.tensors)
+    content = records.from_reply(Reply(body=update, receipt=RECEIPT))
+    ((name, honest),) = content.array_records[records.UPDATE].items()
+    assert honest.data == update.to_bytes()
+    said: dict[str, Any] = {"dtype": honest.dtype, "shape": honest.shape, "stype": honest.stype, "data": honest.data}
+    others = [
+        {"patient-4711": honest},
+        {name: honest, "beside": honest},
+        {},
+        *({name: Array(**{**said, **other})} for other in ({"dtype": "int8"}, {"shape": (1,)}, {"stype": "numpy"})),
+    ]
+    for other in others:
+        content[records.UPDATE] = ArrayRecord(other)
+        with pytest.raises(ConfigError, match="must be a site's answer"):
+            records.to_reply(content)
 
 
 def test_a_reply_holds_nothing_but_the_release(adapter: Adapter) -> None:
     update = Update(site="a", run="r", round=1, tensors=adapter.tensors)
     content = records.from_reply(Reply(body=update, receipt=RECEIPT))
-    assert set(content) == {records.ARRAYS, records.REPLY}
+    assert set(content) == {records.UPDATE, records.REPLY}
     assert not content.metric_records, "Flower's num-examples would tell a site's exact size"
     refusal = Refusal(site="a", run="r", round=1, reason=Reason.SITE_ERROR)
     assert set(records.from_reply(Reply(body=refusal, receipt=None))) == {records.REPLY}
@@ -71,22 +92,22 @@ def test_a_reply_holds_nothing_but_the_release(adapter: Adapter) -> None:
 _NO_REQUEST: dict[str, Callable[[RecordDict], RecordDict]] = {
     "empty": lambda content: RecordDict(),
     "without arrays": lambda content: RecordDict({records.REQUEST: content[records.REQUEST]}),
-    "without a request": lambda content: RecordDict({records.ARRAYS: content[records.ARRAYS]}),
+    "without a request": lambda content: RecordDict({records.ADAPTER: content[records.ADAPTER]}),
     "unsigned": lambda content: RecordDict(
-        {records.ARRAYS: content[records.ARRAYS], records.REQUEST: ConfigRecord({"json": "{}"})}
+        {records.ADAPTER: content[records.ADAPTER], records.REQUEST: ConfigRecord({"json": "{}"})}
     ),
     "of another key": lambda content: RecordDict(
-        {records.ARRAYS: content[records.ARRAYS], records.REQUEST: ConfigRecord({"pickle": "x", "signature": "00"})}
+        {records.ADAPTER: content[records.ADAPTER], records.REQUEST: ConfigRecord({"pickle": "x", "signature": "00"})}
     ),
     "of integers": lambda content: RecordDict(
-        {records.ARRAYS: ArrayRecord([np.ones(3, np.int64)]), records.REQUEST: content[records.REQUEST]}
+        {records.ADAPTER: ArrayRecord([np.ones(3, np.int64)]), records.REQUEST: content[records.REQUEST]}
     ),
 }
 
 
 @pytest.mark.parametrize("fault", list(_NO_REQUEST))
 def test_anything_else_is_no_request(request_: Signed, adapter: Adapter, fault: str) -> None:
-    content = records.from_signed(request_, arrays=records.to_arrays(adapter.tensors))
+    content = records.from_signed(request_, adapter=records.from_adapter(adapter))
     with pytest.raises(ValueError, match=r"must hold (an adapter|a signed request)"):
         records.to_request(_NO_REQUEST[fault](content))
 
@@ -98,7 +119,7 @@ def test_unreadable_replies_are_one_kind_of_error() -> None:
 
 
 def test_bytes_are_counted_with_names_and_texts(request_: Signed, adapter: Adapter) -> None:
-    content = records.from_signed(request_, arrays=records.to_arrays(adapter.tensors))
+    content = records.from_signed(request_, adapter=records.from_adapter(adapter))
     payload = sum(value.nbytes for value in adapter.tensors.values())
     words = len(request_.text) + len(request_.signature)
     assert payload + words <= records.num_bytes(content) <= payload + words + 400
@@ -113,11 +134,11 @@ def test_a_notice_of_the_end_may_bring_the_final_adapter(lead_key: SigningKey, a
     notice = EndOfRun(run="r", lead=lead_key.public, adapter_digest=adapter.digest()).signed(lead_key)
     signed, without = records.to_end(records.from_signed(notice))
     assert (signed, without) == (notice, None)
-    signed, received = records.to_end(records.from_signed(notice, arrays=records.to_arrays(adapter.tensors)))
+    signed, received = records.to_end(records.from_signed(notice, adapter=records.from_adapter(adapter)))
     assert signed == notice
     assert received is not None
     assert received.digest() == adapter.digest()
-    broken = records.from_signed(notice, arrays=ArrayRecord([np.ones(3, np.int64)]))
+    broken = records.from_signed(notice, adapter=ArrayRecord([np.ones(3, np.int64)]))
     with pytest.raises(ConfigError, match="must hold an adapter"):
         records.to_end(broken)
 

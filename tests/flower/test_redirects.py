@@ -12,9 +12,8 @@ import pytest
 
 from fedtune.federation.closing import Closing
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower.fleet import Fleet, hello
-from fedtune.flower.fleet_errors import Foreign, Unreachable
-from fedtune.flower.remote_grid import Heard, RemoteGrid
+from fedtune.flower.wire.fleet import Fleet, Foreign, Unreachable, hello
+from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 

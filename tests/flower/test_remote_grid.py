@@ -16,7 +16,8 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from fedtune.federation.closing import Closing
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.records import ARRAYS
-from fedtune.flower.remote_grid import Heard, RemoteGrid
+from fedtune.flower.wire import bounded_http, remote_grid
+from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
@@ -25,6 +26,14 @@ from .faults import Faulty
 from .loopback import LOOPBACK, Loopback, free_port, wait_for
 
 VALUES = {"b.lora_A": np.arange(6, dtype=np.float32).reshape(2, 3), "head": np.full(4, -0.5, np.float32)}
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lead that tries again soon: what is waited for is polled for, by everybody."""
+    monkeypatch.setattr(remote_grid, "_RECONNECT_S", 0.2)
+    monkeypatch.setattr(remote_grid, "_LOST_S", 0.5)
+    monkeypatch.setattr(bounded_http, "_ALERT_S", 0.05)
 
 
 def questions(*numbers: int, values: dict[str, np.ndarray] = VALUES) -> list[Message]:

@@ -9,10 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fedtune.flower.bounded_http import bounded
-from fedtune.flower.fleet import hello
-from fedtune.flower.fleet_errors import Unreachable
-from fedtune.flower.tls import Tls, refusal
+from fedtune.flower.wire.bounded_http import bounded
+from fedtune.flower.wire.fleet import Unreachable, hello
+from fedtune.flower.wire.tls import Tls, refusal
 
 from .certificates import LOOPBACK, Authority
 from .hostile import Answer, Hostile, server_context

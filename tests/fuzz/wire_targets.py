@@ -10,18 +10,17 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import strategies as st
 
 from fedtune.deploy.kits.members import PURPOSE, JoinRequest
 from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
 from fedtune.federation.site import Prepared, Site, answer
-from fedtune.flower import packing, records
-from fedtune.flower.audit_log import AuditLog
-from fedtune.flower.fleet import HELLO
-from fedtune.flower.gate import Gate, Registered
-from fedtune.flower.signed_calls import BODY, CALL, SIGNATURE, TIME, _message
+from fedtune.flower import records
+from fedtune.flower.wire.audit_log import AuditLog
+from fedtune.flower.wire.fleet import HELLO
+from fedtune.flower.wire.gate import Gate, Registered
+from fedtune.flower.wire.signed_calls import BODY, CALL, SIGNATURE, TIME, _message
 from fedtune.model import Adapter
 from fedtune.model.adapter import AdapterError
 from fedtune.privacy.release import Reason, Refusal, Refused, Update
@@ -73,26 +72,9 @@ def _settings(data: bytes) -> object:
     return read_settings.__wrapped__(_text(data), plan=seeds.plan())
 
 
-def _packed(data: bytes) -> object:
-    content = RecordDict({"arrays": ArrayRecord({"fedtune-packed-1": Array(np.frombuffer(data, np.uint8))})})
-    return records.to_adapter(packing.unpacked(content))
-
-
-def _packed_seed() -> bytes:
-    content = packing.packed(RecordDict({"arrays": records.to_arrays(seeds.adapter().tensors)}))
-    (array,) = content.array_records["arrays"].values()
-    return bytes(array.numpy().tobytes())
-
-
-def _array(data: bytes) -> object:
-    """Bytes that claim to be one of numpy's arrays."""
-    array = Array(dtype="float32", shape=(2, 3), stype="numpy.ndarray", data=data)
-    return records.to_adapter(packing.unpacked(RecordDict({"arrays": ArrayRecord({"b": array})})))
-
-
-def _array_seed() -> bytes:
-    (array, *_) = records.to_arrays(seeds.adapter().tensors).values()
-    return bytes(array.data)
+def _adapter(data: bytes) -> object:
+    """Bytes in the place of an adapter, as they travel."""
+    return records.to_adapter(RecordDict({records.ADAPTER: records._from_bytes(data)}))
 
 
 def _reply(data: bytes) -> object:
@@ -117,11 +99,11 @@ def _records(data: bytes) -> None:
     """A message with other records than the keys promise; each reader says so, or reads."""
     kinds = (ConfigRecord({"json": _text(data)}), ConfigRecord({"x": 1}), ArrayRecord({}), ConfigRecord({"json": [1]}))
     picks = [byte % (len(kinds) + 1) for byte in data[:5]] + [0] * 5
-    names = ("arrays", "request", "settings", "reply", "receipt")
+    names = ("adapter", "request", "settings", "reply", "receipt")
     content = RecordDict({name: kinds[pick - 1] for name, pick in zip(names, picks, strict=False) if pick})
     for read in (
         *(records.to_request, records.to_signed, records.to_settings, records.to_adapter, records.to_end),
-        *(records.to_receipt, records.to_reply, packing.unpacked),
+        *(records.to_receipt, records.to_reply),
     ):
         try:
             read(content)
@@ -224,8 +206,12 @@ TARGETS = (
         parse=Adapter.from_bytes,
         errors=(AdapterError,),
     ),
-    Target(name="packed arrays", broken=_bytes(_packed_seed), parse=_packed, errors=(ConfigError,)),
-    Target(name="numpy array", broken=_bytes(_array_seed), parse=_array, errors=(ConfigError,)),
+    Target(
+        name="adapter on the wire",
+        broken=_bytes(lambda: seeds.adapter().to_bytes()),
+        parse=_adapter,
+        errors=(ConfigError,),
+    ),
     Target(name="reply", broken=_json(_reply_seed), parse=_reply, errors=(ConfigError,)),
     Target(name="receipt", broken=_json(_receipt_seed), parse=_receipt, errors=(ConfigError,)),
     Target(name="records", broken=lambda: st.binary(max_size=32), parse=_records, errors=()),

@@ -20,7 +20,7 @@ from cryptography import x509
 from fedtune.deploy.doctor.check import SERVER, Check, Status, failed, ok, skipped, warning
 from fedtune.deploy.kits.certificates import UNREADABLE, Certificate
 from fedtune.deploy.kits.kit import Kit
-from fedtune.flower.tls import Tls
+from fedtune.flower.wire.tls import Tls
 from fedtune.spec import RunError
 
 DNS, TCP, TLS, AUTHENTICATION = "name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication"
@@ -305,8 +305,11 @@ class Connection:
             return None
 
     def _authenticate(self) -> Check:
-        from fedtune.flower.fleet import hello  # Flower takes a second to import
-        from fedtune.flower.fleet_errors import Foreign, Unauthorised
+        from fedtune.flower.wire.fleet import (
+            Foreign,
+            Unauthorised,
+            hello,  # Flower takes a second to import
+        )
 
         site = self._kit.site
         try:

@@ -10,9 +10,9 @@ from pathlib import Path
 from fedtune.deploy.health import Health
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import read_roster
-from fedtune.flower.audit_log import FILE_NAME
-from fedtune.flower.gate import Registered
-from fedtune.flower.superlink import ServerSettings, serve
+from fedtune.flower.wire.audit_log import FILE_NAME
+from fedtune.flower.wire.gate import Registered
+from fedtune.flower.wire.superlink import ServerSettings, serve
 from fedtune.spec import ConfigError
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """Fetching a message of Flower's, which comes as a tree of objects, within bounded memory and time.
 
 What an object holds may name its parts more than once: some kilobytes that name one part a thousand times would fill a
-machine's memory when they are put together.  So the size of the whole is computed before.  Written for Flower 1.41,
-whose internals it uses; tests/flower/test_message_objects.py fails where they change.
+machine's memory when they are put together.  So the size of the whole is computed before.  It uses internals
+of Flower; tests/flower/test_internals.py fails where they change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
 
-from fedtune.flower.bounded_http import OutOfBounds
+from fedtune.flower.wire.bounded_http import OutOfBounds
 
 MOST_OBJECTS = 4096
 MOST_BYTES = 1 << 30

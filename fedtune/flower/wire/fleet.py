@@ -1,8 +1,8 @@
 """A site's end of the line: the node's half of Flower's Fleet protocol, over mutual TLS.
 
 It takes the place of Flower's SuperNode, so that one process polls, trains and answers, and stays warm.  Flower's app
-bundle is never asked for, let alone installed.  Written for Flower 1.41, whose internals it uses;
-tests/flower/test_fleet.py fails where they change.
+bundle is never asked for, let alone installed.  It uses internals of Flower;
+tests/flower/test_internals.py fails where they change.
 """
 
 from __future__ import annotations
@@ -54,17 +54,36 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedtune.flower.bounded_http import OutOfBounds, bounded
-from fedtune.flower.fleet_errors import Dropped, Foreign, Unauthorised, Unreachable
-from fedtune.flower.message_objects import pull_message
-from fedtune.flower.tls import Tls, refusal, staying
-from fedtune.spec import ConfigError
+from fedtune.flower.wire.bounded_http import OutOfBounds, bounded
+from fedtune.flower.wire.message_objects import pull_message
+from fedtune.flower.wire.tls import Tls, refusal, staying
+from fedtune.spec import ConfigError, RunError
 
 HELLO = "/v1/fedtune/hello"
 """Where the server tells a site how it knows it; not Flower's."""
 _MOST_REASON = 300
 _CALL_TIMEOUT_S = 30.0
 _HEARTBEAT_S = HEARTBEAT_MIN_INTERVAL / 2
+
+
+class Unauthorised(RunError):
+    """The server does not take this node: its key is unknown, or was revoked."""
+
+
+class Expired(Unauthorised):
+    """The certificate of this node has ended."""
+
+
+class Unreachable(RunError):
+    """The server cannot be reached, or has no time; asking again later may help."""
+
+
+class Foreign(Unreachable):
+    """What answers is no server of fedtune's."""
+
+
+class Dropped(RunError):
+    """The server takes no answer to this message any more; whoever asked will ask again."""
 
 
 class Fleet:

@@ -30,11 +30,11 @@ from flwr.superlink.main import create_app
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from fedtune.flower.audit_log import AuditLog
-from fedtune.flower.connections import Door, Http, Limits, server_context
-from fedtune.flower.gate import Gate, Registered, Roster
-from fedtune.flower.site_calls import SiteCalls
-from fedtune.flower.tls import Tls
+from fedtune.flower.wire.audit_log import AuditLog
+from fedtune.flower.wire.connections import Door, Http, Limits, server_context
+from fedtune.flower.wire.gate import Gate, Registered, Roster
+from fedtune.flower.wire.site_calls import SiteCalls
+from fedtune.flower.wire.tls import Tls
 
 log = logging.getLogger(__name__)
 

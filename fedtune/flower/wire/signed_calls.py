@@ -81,11 +81,6 @@ class LeadSignature:
         return call_next(context)
 
 
-def is_from_lead(headers: Mapping[str, str], *, path: str, body: bytes, lead: str, now: float) -> bool:
-    """Whether the holder of the public key `lead` made this call within two minutes of `now` (seconds since 1970)."""
-    return body_of_lead(headers, path=path, lead=lead, now=now) == hashlib.sha256(body).hexdigest()
-
-
 def body_of_lead(headers: Mapping[str, str], *, path: str, lead: str, now: float) -> str | None:
     """SHA-256, in hex, of the body that the lead signed for this call; None where its signature is not there.
 

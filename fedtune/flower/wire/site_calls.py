@@ -1,7 +1,7 @@
 """What a site's call may say: each message is held to its sender, its receiver and an open question of the lead's.
 
 Flower 1.41 checks who calls, and believes the rest: it stores a message between any two nodes, and hands the lead
-whatever claims to be addressed to it.  Written for its tables; tests/flower/test_member_messages.py fails where they
+whatever claims to be addressed to it.  Written for its tables; tests/flower/test_internals.py fails where they
 change.
 """
 
@@ -25,7 +25,7 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supercore.utils import uint64_to_int64
 from sqlalchemy import text
 
-from fedtune.flower.signed_calls import NotAllowed
+from fedtune.flower.wire.signed_calls import NotAllowed
 
 FLEET = "/v1/fleet/"
 _SMALL_BYTES, _ANNOUNCED_BYTES = 1 << 16, 1 << 20

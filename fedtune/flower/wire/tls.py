@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from flwr.supercore.protobuf.client import ProtobufClient
 
-from fedtune.flower.bounded_http import HungUp, bounded
+from fedtune.flower.wire.bounded_http import HungUp, bounded
 
 _Client = TypeVar("_Client", bound=ProtobufClient)
 

@@ -25,9 +25,9 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from fedtune.flower.audit_log import AuditLog
-from fedtune.flower.gate import PEER, Peer
-from fedtune.flower.tls import Tls
+from fedtune.flower.wire.audit_log import AuditLog
+from fedtune.flower.wire.gate import PEER, Peer
+from fedtune.flower.wire.tls import Tls
 
 _RESERVED_FILES = 128
 """Of the process's, for database, roster, health and logs."""

@@ -2,7 +2,7 @@
 
 A question stays open until it is answered or its time is up: it is asked again when its site comes back, or when the
 server forgot it.  That is safe, because a site answers the same request twice with the same bytes, charged once.
-Written for Flower 1.41, whose internals it uses; tests/flower/test_remote_grid.py fails where they change.
+It uses internals of Flower; tests/flower/test_internals.py fails where they change.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
 
 from fedtune.federation.closing import Closing
-from fedtune.flower.lead_session import LeadSession, Pulled
-from fedtune.flower.packing import packed, unpacked
 from fedtune.flower.records import num_bytes
-from fedtune.flower.signed_calls import TOLERANCE_S
-from fedtune.flower.tls import Tls
+from fedtune.flower.wire.lead_session import LeadSession, Pulled
+from fedtune.flower.wire.signed_calls import TOLERANCE_S
+from fedtune.flower.wire.tls import Tls
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
@@ -198,7 +197,6 @@ class RemoteGrid(Grid):
             if answer.has_error():
                 continue  # the site is offline, or what it was asked was lost: it is asked again when it is there
             answer.metadata.__dict__["_src_node_id"] = number
-            answer.content = unpacked(answer.content)
             heard = self._hear(number, question.question, answer)
             if heard.again_s is None:
                 del questions[number]
@@ -274,4 +272,4 @@ class RemoteGrid(Grid):
 
 def _addressed(question: Message, node_id: int, *, ttl: float) -> Message:
     about = question.metadata
-    return Message(packed(question.content), node_id, about.message_type, group_id=about.group_id, ttl=ttl)
+    return Message(question.content, node_id, about.message_type, group_id=about.group_id, ttl=ttl)

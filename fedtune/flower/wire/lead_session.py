@@ -1,6 +1,6 @@
 """One of Flower's runs, as the lead holds it: started, claimed, kept alive and ended.
 
-Written for Flower 1.41, whose internals it uses; tests/flower/test_remote_grid.py fails where they change.
+It uses internals of Flower; tests/flower/test_internals.py fails where they change.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from fedtune.flower.message_objects import NotWhole, pull_message
-from fedtune.flower.signed_calls import LeadSignature
-from fedtune.flower.tls import Tls, staying
+from fedtune.flower.wire.message_objects import NotWhole, pull_message
+from fedtune.flower.wire.signed_calls import LeadSignature
+from fedtune.flower.wire.tls import Tls, staying
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 

@@ -1,0 +1,129 @@
+"""What fedtune relies on inside of Flower, beside its public interface: names, calls, tables, routes and messages.
+
+Only `fedtune/flower/wire` and the simulation's grids use it.  Where this file passes with a new release of Flower, so
+should all else: run it first, and mend what it names.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.inflatable.inflatable_object import InflatableObject
+from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+from flwr.superlink.main import create_app
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from sqlalchemy import TextClause
+
+from fedtune.flower.wire import fleet, gate, lead_session, message_objects, site_calls, superlink
+
+from .loopback import _empty_database
+
+ROOM = Path(superlink.__file__).parents[1]
+PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.simulation"}
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of everything that a file takes from Flower."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flwr"):
+            yield from ((node.module or "", alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names if alias.name.startswith("flwr"))
+
+
+def test_only_one_room_looks_inside() -> None:
+    inside = {ROOM / "grid.py", ROOM / "ray.py"}
+    for path in set(ROOM.glob("*.py")) - inside:
+        assert {module for module, _ in imports(path)} <= PUBLIC, path
+
+
+def test_every_name_is_there() -> None:
+    found = [each for path in ROOM.rglob("*.py") for each in imports(path)]
+    assert len(found) > 80
+    for module, name in found:
+        assert hasattr(importlib.import_module(module), name), f"Flower has no {module}.{name} any more"
+
+
+CALLS: list[tuple[Callable[..., Any], int, tuple[str, ...]]] = [
+    (SqlLinkState.get_node_id_by_public_key, 2, ()),
+    (SqlLinkState.delete_node, 3, ()),
+    (SqlLinkState.create_node, 5, ("name",)),
+    (SqlLinkState.session, 1, ()),
+    (create_app, 2, ()),
+    (HttpGrid, 1, ("token",)),
+    (HttpGrid.set_run, 2, ()),
+    (HttpGrid.get_nodes, 1, ()),
+    (HttpGrid.push_messages, 2, ()),
+    (FleetHttpClient, 1, ("interceptors", "verify", "timeout")),
+    (RuntimeHttpClient, 1, ("interceptors", "verify")),
+    (RuntimeHttpClient._unary_unary, 1, ("path", "rpc_method", "request", "response_type")),
+    (fleet.RuntimeVersionHttpInterceptor, 0, ("component_name",)),
+    (fleet.NodeAuthHttpInterceptor, 2, ()),
+    (lead_session.RuntimeTokenHttpInterceptor, 1, ()),
+    (fleet.make_pull_object_fn_protobuf, 3, ()),
+    (fleet.make_push_object_fn_protobuf, 4, ()),
+    (fleet.make_confirm_message_received_fn_protobuf, 3, ()),
+    (fleet.push_objects, 2, ("object_ids_to_push",)),
+    (message_objects.pull_objects, 2, ("max_time",)),
+    (message_objects.inflate_object_from_contents, 2, ()),
+    (message_objects.get_object_head_values_from_object_content, 1, ()),
+]
+"""How many arguments each is given by position, and which by name."""
+
+
+def test_every_call_is_still_made_so() -> None:
+    for called, positional, named in CALLS:
+        inspect.signature(called).bind(*[None] * positional, **dict.fromkeys(named))
+    for client, calls in (
+        (FleetHttpClient, "ActivateNode DeactivateNode SendNodeHeartbeat PullMessages PushMessages"),
+        (RuntimeHttpClient, "AcquireTask PullTaskInput PushTaskOutput SendTaskHeartbeat GetNodes"),
+    ):
+        for call in (*calls.split(), "PullMessages", "PullObject", "ConfirmMessageReceived", "PushObject"):
+            assert callable(getattr(client, call)), call
+
+
+def test_the_questions_to_its_tables_can_be_asked() -> None:
+    queries = [query.text for query in vars(site_calls).values() if isinstance(query, TextClause)]
+    assert len(queries) == 5
+    names = ("id", "object", "node", "run", "session", "time", "now")
+    with sqlite3.connect(":memory:") as database:
+        database.deserialize(_empty_database())
+        for query in queries:
+            database.execute(f"EXPLAIN {query}", dict.fromkeys(names))
+    database.close()
+
+
+def test_every_call_that_is_let_through_is_there(flowers_routes: set[tuple[str, str]]) -> None:
+    for path in gate._SITE_CALLS | gate._LEAD_CALLS:
+        assert ("POST", path) in flowers_routes, f"Flower's protocol changed: {path}"
+        assert ("POST", path) in PROTOBUF_REQUEST_TYPES
+    # What a site calls is authenticated by Flower, which looks at the beginning of the path.
+    assert all(path.startswith("/v1/fleet/") for path in gate._SITE_CALLS)
+    assert not any(path.startswith("/v1/fleet/") for path in gate._LEAD_CALLS)
+
+
+def test_messages_are_made_of_the_same_kinds() -> None:
+    assert set(message_objects._PARTS) == set(inflatable_class_registry)
+    assert all(issubclass(kind, InflatableObject) for kind in inflatable_class_registry.values())
+
+
+def test_what_a_message_says_of_itself_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 7, raising=False)
+    about = Message(RecordDict(), 5, "train").metadata
+    assert (about.run_id, about.src_node_id) == (7, 7), "it asks TaskIdentity who sends it"
+    about.__dict__.update(_message_id="ab", _src_node_id=3)
+    assert (about.message_id, about.src_node_id) == ("ab", 3)
