@@ -37,7 +37,7 @@ class CausalLM(Task):
         return (*self.roles, *data.template_roles)
 
     def check_base(self, base: PreTrainedModel, *, path: str) -> None:
-        from fedtune.model.probe import check_causal
+        from fedtune.model.fits import check_causal
 
         check_causal(base, path=path)
 
