@@ -11,7 +11,7 @@ import numpy as np
 from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
 from fedtune.privacy.release import Offer, Refusal, Update
-from fedtune.training.reach import Reach
+from fedtune.training.optimizer import Reach
 
 INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"

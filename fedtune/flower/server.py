@@ -28,7 +28,7 @@ from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt
 from fedtune.spec import ConfigError, RefusedError, RunError
-from fedtune.training.reach import Reach, reach
+from fedtune.training.optimizer import Reach, reach
 from fedtune.training.spec import TrainingSpec
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 if TYPE_CHECKING:
     from fedtune.model.adapter import Adapter, AdapterError
     from fedtune.model.base import load_base, load_tokenizer, model_sha256
-    from fedtune.model.lora import attach_lora
+    from fedtune.model.layers import attach_lora
 
 __all__ = [
     "Adapter",
@@ -32,7 +32,7 @@ __all__ = [
 _HOMES = {
     "adapter": ("Adapter", "AdapterError"),
     "base": ("load_base", "load_tokenizer", "model_sha256"),
-    "lora": ("attach_lora",),
+    "layers": ("attach_lora",),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 

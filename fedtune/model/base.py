@@ -1,31 +1,45 @@
-"""The frozen base model and its tokenizer."""
+"""The frozen base model and its tokenizer: from pinned files, from GGUF that is expanded once, or random and tiny.
+
+A GGUF file's values stay those of the quantised file, written as float32: logits are bitwise equal.  Its expanded
+folder loads a hundred times faster.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    LlamaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
-from fedtune.model.activations import compute_by_row
 from fedtune.model.fits import check_ignores_batch_length, check_size
-from fedtune.model.gguf import expanded_gguf
+from fedtune.model.layers import compute_by_row
 from fedtune.model.manifest import manifest_of, staged
 from fedtune.model.quiet import first_line, quiet
+from fedtune.model.refusals import config_refusal
 from fedtune.model.source import cache_folder, model_folder
 from fedtune.model.spec import RANDOM, ModelSpec
-from fedtune.model.tiny import tiny_base, tiny_tokenizer
 from fedtune.model.tokenizer_rules import tokenizer_refusal
 from fedtune.spec import ConfigError, panics_as_errors
 
@@ -154,3 +168,149 @@ def _check_rules(tokenizer: PreTrainedTokenizerBase, *, path: str) -> None:
 
 def _unreadable(spec: ModelSpec, error: Exception) -> ConfigError:
     return ConfigError("model.path", spec.path, f"cannot be loaded: {first_line(error)}")
+
+
+_log = logging.getLogger(__name__)
+
+
+def expanded_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
+    """The folder with `file`'s model and tokenizer in safetensors form; makes it when the cache has none.
+
+    Args:
+        file: the GGUF file, in a folder without others: transformers looks at what lies beside it.
+        sha256: its hash, which names the cache entry.
+        cache: fedtune's cache folder.
+
+    Raises:
+        ConfigError: when the file cannot be read as a causal language model, or the cache not be written.
+    """
+    # Another release of transformers may read the same file differently.
+    target = cache / "gguf" / f"{sha256}-transformers-{transformers.__version__}"
+    if target.is_dir():
+        return target
+    _log.info("expanding %s once, into %s", file.name, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".draft-", dir=target.parent) as scratch:
+            draft = Path(scratch, "draft")
+            _expand(file, draft)
+            _publish(draft, target)
+    except OSError as error:
+        bound = f"must be a folder that can be written ({first_line(error)})"
+        raise ConfigError("model.cache_dir", str(cache), bound) from error
+    return target
+
+
+def load_gguf(file: Path) -> PreTrainedModel:
+    """The causal language model in `file`, expanded to float32 in memory."""
+    # This one progress bar asks no setting whether it may show.
+    with quiet(), redirect_stderr(StringIO()):
+        return AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+
+
+def save_plain(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model that came from GGUF; its own `save_pretrained` refuses, since it counts as quantised."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder)
+
+
+def _expand(file: Path, folder: Path) -> None:
+    try:
+        _check_config(file)
+        model = load_gguf(file)
+        with quiet(), panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+            )
+    except ConfigError:
+        raise
+    # What parses the file raises whatever comes.
+    except Exception as error:
+        bound = f"must be a GGUF causal language model ({first_line(error)})"
+        raise ConfigError("model.gguf_file", file.name, bound) from error
+    with quiet():
+        save_plain(model, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _check_config(file: Path) -> None:
+    """Refuse what a config.json would be refused for, before memory is set aside for it."""
+    with quiet(), redirect_stderr(StringIO()):
+        config = AutoConfig.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
+    fields = json.loads(config.to_json_string(use_diff=False))
+    reason = config_refusal(fields | {"quantization_config": None})
+    if reason is not None:
+        raise ConfigError("model.gguf_file", file.name, f"its metadata {reason}")
+
+
+def _publish(draft: Path, target: Path) -> None:
+    """Rename `draft` into place; another process that was faster has written the same."""
+    try:
+        os.rename(draft, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+_SEED = 20240
+_HIDDEN, _LAYERS, _POSITIONS = 32, 2, 512
+_BERT_SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
+_LLAMA_SPECIAL = ("<s>", "</s>")
+
+
+def tiny_base(path: str, *, predicts_tokens: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model that `path` ("random:bert" or "random:llama") stands for: the same weights in every call."""
+    auto = AutoModelForCausalLM if predicts_tokens else AutoModel
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        return auto.from_config(_config(path), dtype=dtype)
+
+
+def tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """One token a byte.  As in many chat models, the llama's padding token is its end-of-text token."""
+    special = _BERT_SPECIAL if path == "random:bert" else _LLAMA_SPECIAL
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate((*special, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if path == "random:bert":
+        ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+        names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+        names["unk_token"] = "[UNK]"
+    else:
+        names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=_POSITIONS, **names)
+
+
+def _config(path: str) -> PreTrainedConfig:
+    # Wider than the usual 0.02: in a model this narrow the input would otherwise hardly reach the output.
+    shape = {
+        "hidden_size": _HIDDEN,
+        "intermediate_size": 2 * _HIDDEN,
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": 2,
+        "max_position_embeddings": _POSITIONS,
+        "initializer_range": 0.2,
+    }
+    if path == "random:bert":
+        return BertConfig(vocab_size=256 + len(_BERT_SPECIAL), pad_token_id=0, **shape)
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    return LlamaConfig(
+        vocab_size=256 + len(_LLAMA_SPECIAL), num_key_value_heads=1, tie_word_embeddings=True, **ends, **shape
+    )

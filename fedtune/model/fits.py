@@ -1,8 +1,10 @@
-"""Whether a loaded model's parts fit each other: its config and weights, its tokenizer and embedding, its positions."""
+"""Whether a loaded model's parts fit each other, and whether it keeps examples apart, as per-example clipping needs."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.model.quiet import first_line
-from fedtune.model.refusals import rotary_refusal
+from fedtune.model.refusals import ENCODERS, rotary_refusal
 from fedtune.spec import ConfigError, panics_as_errors
 
 _BYTES_FOR_ONE = 8
@@ -105,3 +107,76 @@ def usable_positions(base: nn.Module) -> int | None:
             padding, offset = getattr(module, "padding_idx", None), getattr(module, "offset", 0)
             bounds.append(len(weight) - (padding + 1 if padding is not None else offset))
     return min((bound for bound in bounds if isinstance(bound, int)), default=None)
+
+
+_TOKEN_IDS = ((1, 2, 3), (3, 2, 1))
+"""Two examples of three tokens, which every vocabulary has."""
+
+
+def check_examples_apart(base: nn.Module) -> None:
+    """Require each trainable module to run, on inputs whose first axis is the example.
+
+    A module that flattens (examples x tokens), as some feed-forward blocks and all routed experts do, hides
+    whose token is whose: hooks would clip tokens, not examples, and the guarantee would be void.
+    A trainable module that never runs has no gradient to clip.
+
+    Raises:
+        ConfigError: for `lora.target_modules`.
+    """
+    with _input_shapes(base) as shapes, torch.no_grad():
+        _run(base, torch.tensor(_TOKEN_IDS))
+    for name, seen in shapes.items():
+        key, shown = "lora.target_modules", name.replace(".default", "")
+        if not seen:
+            raise ConfigError(key, shown, "is never used by the base's forward pass; leave it out")
+        if any(shape[:2] != (2, 3) for shape in seen):
+            raise ConfigError(
+                key, shown, "mixes the tokens of several examples, so one example's share cannot be clipped"
+            )
+
+
+def check_causal(base: PreTrainedModel, *, path: str) -> None:
+    """Require that a token's logits don't depend on later tokens, which are what it is to predict.
+
+    An encoder that says of itself that it is a decoder is refused as well: its head computes GELU in a function, which
+    cannot be made to round by row (`fedtune.model.layers`).
+
+    Raises:
+        ConfigError: for `model.path`: an encoder loads as a causal language model without complaint.
+    """
+    needed = "must be a decoder for causal_lm"
+    kind = type(base.config).model_type  # of the class: a config's own attribute could say anything
+    if kind in ENCODERS:
+        raise ConfigError("model.path", path, f"{needed}: {kind} is an encoder")
+    token_ids = torch.tensor(_TOKEN_IDS)
+    later_changed = token_ids.clone()
+    later_changed[:, -1] = token_ids[:, 0]
+    with torch.no_grad():
+        logits, changed = (_run(base, ids).logits[:, 0].float() for ids in (token_ids, later_changed))
+    if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3):
+        raise ConfigError("model.path", path, f"{needed}: its tokens see later ones")
+
+
+def _run(base: nn.Module, token_ids: torch.Tensor) -> Any:
+    token_ids = token_ids.to(next(base.parameters()).device)
+    return base(input_ids=token_ids, attention_mask=torch.ones_like(token_ids))
+
+
+@contextmanager
+def _input_shapes(base: nn.Module) -> Iterator[dict[str, list[torch.Size]]]:
+    """Record the shapes that reach each module with trainable parameters of its own."""
+    shapes: dict[str, list[torch.Size]] = {}
+    handles = []
+    for name, module in base.named_modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            seen = shapes[name] = []
+
+            def record(_: nn.Module, inputs: tuple[Any, ...], seen: list[torch.Size] = seen) -> None:
+                seen.append(inputs[0].shape)
+
+            handles.append(module.register_forward_pre_hook(record))
+    try:
+        yield shapes
+    finally:
+        for handle in handles:
+            handle.remove()

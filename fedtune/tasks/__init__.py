@@ -15,14 +15,13 @@ from fedtune.tasks.causal_lm import CausalLM
 from fedtune.tasks.classification import Classification
 
 if TYPE_CHECKING:
-    from fedtune.tasks.model import TaskModel, assemble, build_task_model
+    from fedtune.tasks.model import TaskModel, build_task_model
     from fedtune.tasks.saved import load_task_model, save_task_model
 
 __all__ = [
     "TASKS",
     "Task",
     "TaskModel",
-    "assemble",
     "build_task_model",
     "load_task_model",
     "save_task_model",
@@ -31,7 +30,7 @@ __all__ = [
 
 TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM())}
 
-_HOMES = {"model": ("TaskModel", "assemble", "build_task_model"), "saved": ("load_task_model", "save_task_model")}
+_HOMES = {"model": ("TaskModel", "build_task_model"), "saved": ("load_task_model", "save_task_model")}
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
 

@@ -1,14 +1,15 @@
 """What every task says: all that settings, training, scoring and reports need to know of it.
 
-A task is one object without state, in a file of its own, and stands in the list of `fedtune.tasks`.  Nothing else in
-fedtune asks which task a run has.
+A task is one object without state.  To add one: write its file in this folder, name it in the list of
+`fedtune.tasks`, and give it an experiment in conf/.  Nothing else in fedtune asks which task a run has
+(tests/tasks/test_third_task.py runs one that fedtune does not know).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
     from fedtune.data.batching import Batch
     from fedtune.tasks.model import TaskModel
+
+
+Ids: TypeAlias = Sequence[npt.NDArray[np.int32]]
+"""Token ids, (t_i,) of each example."""
+FirstTarget: TypeAlias = Callable[[int], int]
+"""From an example's length to the place of its first target, where targets belong to tokens."""
 
 
 class Task(ABC):
@@ -148,12 +155,7 @@ class Task(ABC):
 
     @abstractmethod
     def made_up_targets(
-        self,
-        input_ids: Sequence[npt.NDArray[np.int32]],
-        *,
-        spec: TaskModelSpec,
-        draws: np.random.Generator,
-        first: Callable[[int], int],
+        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
     ) -> Targets:
         """Targets for invented examples, on which a model is tried before a run, and its cost is measured.
 
@@ -161,5 +163,5 @@ class Task(ABC):
             input_ids: of each example.
             spec: of the model.
             draws: where a target is one of several.
-            first: from an example's length to the place of its first target, where targets belong to tokens.
+            first: place of the first target in an example of so many tokens.
         """

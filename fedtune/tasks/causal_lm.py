@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import Task
+from fedtune.tasks.base import FirstTarget, Ids, Task
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class CausalLM(Task):
         return (*self.roles, *data.template_roles)
 
     def check_base(self, base: PreTrainedModel, *, path: str) -> None:
-        from fedtune.model.probe import check_causal
+        from fedtune.model.fits import check_causal
 
         check_causal(base, path=path)
 
@@ -114,12 +114,7 @@ class CausalLM(Task):
         return float(np.exp(-float(model.losses(batch)[0])))
 
     def made_up_targets(
-        self,
-        input_ids: Sequence[npt.NDArray[np.int32]],
-        *,
-        spec: TaskModelSpec,
-        draws: np.random.Generator,
-        first: Callable[[int], int],
+        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
     ) -> Targets:
         return tuple(
             np.where(np.arange(len(ids)) >= first(len(ids)), ids, UNSUPERVISED).astype(np.int64) for ids in input_ids

@@ -13,7 +13,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode
 from fedtune.model.spec import HeadSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import Task
+from fedtune.tasks.base import FirstTarget, Ids, Task
 
 if TYPE_CHECKING:
     import torch
@@ -141,12 +141,7 @@ class Classification(Task):
         return float(model.logits(batch).argmax(dim=1)[0] == batch.targets[0])
 
     def made_up_targets(
-        self,
-        input_ids: Sequence[npt.NDArray[np.int32]],
-        *,
-        spec: TaskModelSpec,
-        draws: np.random.Generator,
-        first: Callable[[int], int],
+        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
     ) -> Targets:
         return draws.integers(0, len(spec.labels), size=len(input_ids))
 

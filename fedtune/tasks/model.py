@@ -8,10 +8,8 @@ from torch import nn
 
 from fedtune.data.batching import Batch
 from fedtune.model.base import load_base
-from fedtune.model.checkpointing import checkpoint_layers
-from fedtune.model.lora import attach_lora, layer_stack
-from fedtune.model.prefix import FrozenPrefix
-from fedtune.model.probe import check_examples_apart
+from fedtune.model.fits import check_examples_apart
+from fedtune.model.layers import FrozenPrefix, attach_lora, checkpoint_layers, layer_stack
 from fedtune.model.spec import TaskModelSpec
 from fedtune.tasks import task_named
 from fedtune.tasks.base import Task

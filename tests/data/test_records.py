@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data import Record, iter_records, read_records, record_key, resolve_file
-from fedtune.data import rows as rows_module
+from fedtune.data import records as rows_module
 from fedtune.data.records import usable_records
 from fedtune.spec import DataError
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from fedtune.data.tokenise import TextDataset
-from fedtune.model.lora import attach_lora
+from fedtune.model.layers import attach_lora
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks import TaskModel, task_named
 

@@ -10,7 +10,7 @@ from opacus.grad_sample import GradSampleHooks
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation.evaluate import evaluate
-from fedtune.model.lora import layer_stack
+from fedtune.model.layers import layer_stack
 from fedtune.tasks import TaskModel
 
 from .conftest import END

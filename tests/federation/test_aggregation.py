@@ -19,7 +19,7 @@ from fedtune.federation.aggregation import (
 from fedtune.federation.protocol import Reply, digest_of
 from fedtune.model import Adapter
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
-from fedtune.training.reach import Reach
+from fedtune.training.optimizer import Reach
 
 Make = Callable[..., Update]
 MakeReceipt = Callable[..., Receipt]

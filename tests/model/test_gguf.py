@@ -12,9 +12,8 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fedtune.model import ModelSpec, load_base, load_tokenizer
-from fedtune.model.gguf import expanded_gguf, load_gguf
-from fedtune.model.known_keys import OF_ANY_CONFIG
-from fedtune.model.refusals import ARCHITECTURES
+from fedtune.model.base import expanded_gguf, load_gguf
+from fedtune.model.refusals import ARCHITECTURES, OF_ANY_CONFIG
 from fedtune.spec import ConfigError
 
 SMOLLM2 = ModelSpec(
@@ -36,10 +35,10 @@ def test_expanded_weights_give_bitwise_equal_logits(
     assert module.origin is not None
     original = load_gguf(Path(module.origin).parent / str(SMOLLM2.gguf_file))
     # The slow part of the expansion is this load; do it once.
-    monkeypatch.setattr("fedtune.model.gguf.load_gguf", lambda _: original)
+    monkeypatch.setattr("fedtune.model.base.load_gguf", lambda _: original)
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
     expanded = load_base(SMOLLM2, predicts_tokens=True)
-    monkeypatch.setattr("fedtune.model.gguf.load_gguf", lambda _: pytest.fail("the cache was not used"))
+    monkeypatch.setattr("fedtune.model.base.load_gguf", lambda _: pytest.fail("the cache was not used"))
     tokenizer = load_tokenizer(SMOLLM2)
     token_ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
     with torch.no_grad():

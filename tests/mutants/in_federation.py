@@ -49,7 +49,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="reach-without-a-norm",
         fault="An update's values are bounded one by one, and not together.",
-        file="fedtune/training/reach.py",
+        file="fedtune/training/optimizer.py",
         old="return math.sqrt(square) <= self.norm",
         new="return True",
         tests=("tests/training/test_reach.py",),
@@ -57,7 +57,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="reach-of-one-step",
         fault="The bound on an update counts one of a round's steps, so that honest updates are refused.",
-        file="fedtune/training/reach.py",
+        file="fedtune/training/optimizer.py",
         old="for step in range(plan.local_steps)]",
         new="for step in range(1)]",
         tests=("tests/training/test_reach.py",),

@@ -126,7 +126,7 @@ MODEL_FAULTS = (
     Mutant(
         name="encoder-as-a-decoder",
         fault="An encoder trains as a language model, with a head whose GELU rounds by its place in the batch.",
-        file="fedtune/model/probe.py",
+        file="fedtune/model/fits.py",
         old="    if kind in ENCODERS:\n",
         new="    if kind in ():\n",
         tests=("tests/tasks/test_model.py",),

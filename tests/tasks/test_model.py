@@ -15,8 +15,8 @@ from torch.nn import functional
 from transformers import BertLMHeadModel, RobertaForCausalLM
 
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, load_tokenizer
-from fedtune.model.checkpointing import checkpoint_layers
-from fedtune.model.probe import check_causal, check_examples_apart
+from fedtune.model.fits import check_causal, check_examples_apart
+from fedtune.model.layers import checkpoint_layers
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model, load_task_model, save_task_model
 from fedtune.tasks.classification import Classification

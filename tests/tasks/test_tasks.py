@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fedtune
 from fedtune.data import DataSpec
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks import task_named
+from fedtune.tasks import TASKS, task_named
 
 GIVEN: dict[str, Any] = {
     "dataset": "banking77",
@@ -70,3 +73,12 @@ def test_each_label_needs_its_text() -> None:
 def test_tasks_import_without_torch() -> None:
     code = "import sys, fedtune.tasks; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nothing_outside_the_room_knows_a_task_by_its_name() -> None:
+    """A new task then touches its own file, the list of tasks and an experiment's settings."""
+    package = Path(fedtune.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.parent != package / "tasks":
+            texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+            assert not texts & set(TASKS), path

@@ -6,7 +6,7 @@ It guesses from a text how long it is, by two heads that each have a number as t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fedtune.data import Batch, DataSpec, Record, TextDataset
 from fedtune.data.tokenise import Targets, Tokenizer, cut, encode
 from fedtune.model.spec import TaskModelSpec
 from fedtune.tasks import TASKS, Task, TaskModel
+from fedtune.tasks.base import FirstTarget, Ids
 from fedtune.tasks.classification import mean_pooled
 
 LONGEST = 16
@@ -64,12 +65,7 @@ class TextLength(Task):
         return float(np.exp(-float(model.losses(batch)[0])))
 
     def made_up_targets(
-        self,
-        input_ids: Sequence[np.ndarray],
-        *,
-        spec: TaskModelSpec,
-        draws: np.random.Generator,
-        first: Callable[[int], int],
+        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
     ) -> Targets:
         return targets_of(input_ids)
 
