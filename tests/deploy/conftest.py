@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -26,9 +27,9 @@ licence = "Apache-2.0"
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def now() -> datetime:
-    """This moment, in whole seconds as certificates have them."""
+    """The moment at which all of it was made, in whole seconds as certificates have them."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
@@ -40,12 +41,18 @@ def federation_toml(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
+    """The folder of a federation without sites, to be copied: it takes many keys and much that is durable."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "federation.toml").write_text(FEDERATION_TOML)
+    return provisioning.init(folder / "federation.toml", out=folder / "federation", now=now).folder
+
+
 @pytest.fixture
-def federation(federation_toml: Path, now: datetime) -> Path:
-    """The folder of a federation without sites."""
-    folder = federation_toml.parent / "federation"
-    provisioning.init(federation_toml, out=folder, now=now)
-    return folder
+def federation(federation_toml: Path, made: Path) -> Path:
+    """A copy of its own."""
+    return shutil.copytree(made, federation_toml.parent / "federation")
 
 
 @pytest.fixture

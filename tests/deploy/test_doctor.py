@@ -171,8 +171,18 @@ def mailbox() -> Iterator[Mailbox]:
 
 
 @pytest.fixture
-def home(tmp_path: Path, mailbox: Mailbox, site_policy: Callable[..., Policy], now: datetime) -> Home:
-    """A site that lacks nothing, and a server that answers it."""
+def home(whole: Home, tmp_path: Path) -> Home:
+    """A site of its own that lacks nothing, and a server that answers it."""
+    shutil.copytree(whole.folder.parent, tmp_path, dirs_exist_ok=True)
+    return dataclasses.replace(whole, folder=tmp_path / "north", model=tmp_path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, mailbox: Mailbox, site_policy: Callable[..., Policy], now: datetime
+) -> Home:
+    """What is copied for each test."""
+    tmp_path = tmp_path_factory.mktemp("whole")
     model = tmp_path / "tiny"
     model.mkdir()
     save_file({"w": torch.arange(8.0)}, model / "model.safetensors")

@@ -29,6 +29,8 @@ class SiteFolder:
     federation: Federation = field(repr=False)
     site_key: str = ""
     process: Process | None = None
+    _events: tuple[Event, ...] = ()
+    _written: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def kit(self) -> Path:
@@ -80,10 +82,12 @@ class SiteFolder:
 
     def events(self, run: str, kind: str = "") -> list[Event]:
         """Events of the run that was given the name `run`, or of one kind of them; also while the site writes."""
-        found: tuple[Event, ...] = ()
-        with suppress(RunError):  # it has no ledger yet
-            found = self.verified().events
-        return [e for e in found if e.run.rpartition("-")[0] == run and kind in ("", e.kind.value)]
+        written = [_written(self.folder / name) for name in ("ledger.db", "ledger.db-journal")]
+        if written != self._written:  # to verify a ledger takes long, and a test that waits asks again and again
+            with suppress(RunError):  # it has no ledger yet
+                self._events = self.verified().events
+                self._written = written
+        return [e for e in self._events if e.run.rpartition("-")[0] == run and kind in ("", e.kind.value)]
 
     def notes(self, run: str) -> list[str]:
         """What its ledger notes about a run."""
@@ -101,3 +105,12 @@ class SiteFolder:
         """How often its log says that it answered so."""
         lines = self.up.lines("answered")
         return sum(line["what"] == what and line.get("run", "").rpartition("-")[0] == run for line in lines)
+
+
+def _written(path: Path) -> tuple[int, int]:
+    """When a file was last written, and its size; zeros where there is none."""
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        return (0, 0)
+    return (about.st_mtime_ns, about.st_size)

@@ -17,14 +17,12 @@ from urllib.request import getproxies, proxy_bypass
 
 from cryptography import x509
 
-from fedtune.deploy.doctor.check import SERVER, Check, Status, failed, ok, skipped, warning
+from fedtune.deploy.doctor.check import SERVER, SOON_DAYS, Check, Status, failed, ok, skipped, warning
 from fedtune.deploy.kits.certificates import UNREADABLE, Certificate
 from fedtune.deploy.kits.kit import Kit
-from fedtune.flower.wire.tls import Tls
 from fedtune.spec import RunError
 
 DNS, TCP, TLS, AUTHENTICATION = "name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication"
-SOON_DAYS = 30
 _MOST_ANSWER_BYTES = 1 << 16
 _ALERT_S = 0.2
 """How long to wait for the server to refuse our certificate before anything is sent: under TLS 1.3 it does so after the
@@ -75,7 +73,7 @@ class Proxy:
             lines = [f"CONNECT {server} HTTP/1.1", f"Host: {server}"]
             lines += [f"Proxy-Authorization: {self.authorization}"] if self.authorization else []
             connection.sendall("\r\n".join([*lines, "", ""]).encode())
-            self._require_connected(_head(connection), server)
+            self._require_connected(_head(connection, timeout_s=timeout_s), server)
         except BaseException:
             connection.close()
             raise
@@ -118,10 +116,12 @@ def proxy_for(host: str) -> Proxy | None:
     )
 
 
-def _head(connection: socket.socket) -> bytes:
-    """An HTTP answer up to its empty line; nothing follows it until we speak."""
-    answer = b""
+def _head(connection: socket.socket, *, timeout_s: float) -> bytes:
+    """An HTTP answer up to its empty line, or as far as it came."""
+    answer, ends = b"", time.monotonic() + timeout_s
     while b"\r\n\r\n" not in answer and len(answer) < _MOST_ANSWER_BYTES:
+        # For the whole answer: one byte now and then must not keep a person waiting.
+        connection.settimeout(max(0.001, ends - time.monotonic()))
         part = connection.recv(4096)
         if not part:
             break
@@ -140,7 +140,7 @@ class Connection:
     def __init__(self, kit: Kit, *, timeout_s: float = 10.0) -> None:
         self._kit, self._timeout_s = kit, timeout_s
         self._host, self._server = kit.host, kit.server
-        self._tls = Tls(ca=kit.ca, certificate=kit.certificate, key=kit.key)
+        self._tls = kit.tls()
         self._proxy: Proxy | None = proxy_for(kit.host)
         self.clock_ahead_s: tuple[float, float] | None = None
 
@@ -236,14 +236,7 @@ class Connection:
         before = time.time()
         with suppress(ConnectionError):  # it hung up, and what it said before that is still to be read
             encrypted.sendall(f"GET / HTTP/1.1\r\nHost: {self._server}\r\nConnection: close\r\n\r\n".encode())
-        answer, ends = b"", time.monotonic() + self._timeout_s
-        while b"\r\n\r\n" not in answer and len(answer) < _MOST_ANSWER_BYTES:
-            # For the whole answer: one byte now and then must not keep a person waiting.
-            encrypted.settimeout(max(0.001, ends - time.monotonic()))
-            part = encrypted.recv(4096)
-            if not part:
-                break
-            answer += part
+        answer = _head(encrypted, timeout_s=self._timeout_s)
         after = time.time()
         if found := re.search(rb"(?im)^date: ([^\r\n]{1,60})\r?$", answer):
             try:

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from fedtune.data.records import SEVERAL_USERS, iter_records
-from fedtune.deploy.doctor.check import Check, PrivateLog, failed, from_error, ok, warning
+from fedtune.deploy.doctor.check import SOON_DAYS, Check, PrivateLog, failed, from_error, ok, warning
 from fedtune.deploy.files import name_of, own_group
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.models import installed_bytes, is_made_here, licence_files, model_place, verify_model
@@ -21,7 +21,6 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TASKS
 
-SOON_DAYS = 30
 FEW, MANY = 0.5, 2.0
 """True number of records (or users), as a share of the declared size, below or above which a person should look."""
 

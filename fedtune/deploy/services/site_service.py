@@ -31,7 +31,9 @@ from fedtune.spec import ConfigError, RunError
 
 log = logging.getLogger(__name__)
 
-_POLL_S, _MOST_WAIT_S, _UNAUTHORISED_S, _FETCHED_S = 0.3, 15.0, 30.0, 3.0
+_MOST_WAIT_S, _UNAUTHORISED_S, _FETCHED_S = 15.0, 30.0, 3.0
+_POLL_S, _MOST_POLL_S = 0.3, 1.0
+"""How soon to ask again where nothing waits: right after a message, and in the end.  Between them it is stretched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ class _Loop:
         self._fleet, self._app, self._state, self._health, self._stop = fleet, app, state, health, stop
         self._ends = ends
         self._active = False
-        self._wait_s = 1.0
+        self._wait_s, self._poll_s = 1.0, _POLL_S
         self._rounds = 0
         self._sent = -math.inf
 
@@ -115,12 +117,14 @@ class _Loop:
         while not self._stop.is_set() and not self._state.left.exists():
             exchange = self._next()
             if exchange is not None:
+                self._poll_s = _POLL_S
                 try:
                     self._answer(exchange)
                 except Exception:  # of a kind that Flower can address no answer to
                     log.exception("a message was dropped: there is no answer to its kind")
             elif self._active:
-                self._stop.wait(_POLL_S)
+                self._stop.wait(self._poll_s)
+                self._poll_s = min(1.05 * self._poll_s, _MOST_POLL_S)
         # Flower gives nobody the answer of a node that has said that it goes: the lead is to have fetched it before.
         time.sleep(max(0.0, self._sent + _FETCHED_S - time.monotonic()))
 
