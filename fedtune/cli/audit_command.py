@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -20,6 +20,9 @@ from fedtune.config import RunConfig
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.audit_record import Audit, read_audit, refuted
 from fedtune.spec import ConfigError, RunError
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from fedtune.federation.results import RunResult
 
 _PREFIX = "audit."
 
@@ -43,7 +46,7 @@ def audit(overrides: Sequence[str]) -> None:
     folder, console = folder_of(config), Console()
     make(folder, config)
 
-    def work(config: RunConfig, folder: Path, display: Any) -> dict[str, Any]:
+    def work(config: RunConfig, folder: Path, display: Any) -> RunResult:
         return run_audit(config, spec, folder, display)
 
     again = "a new audit, for this one cannot be continued"

@@ -18,6 +18,7 @@ from fedtune.config import RunConfig
 from fedtune.deploy.lead_service import latest_answers
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState, site_charge
+from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 
 
@@ -29,7 +30,7 @@ def show_status(folder: Path, *, as_json: bool) -> None:
         RunError: its newest checkpoint or its file of answers is damaged.
     """
     config = saved_config(folder)
-    state = Checkpoints(folder / "checkpoints", config.digest()).load()
+    state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
     status = status_of(config, state, running=is_running(folder), answers=latest_answers(folder))
     if as_json:
         sys.stdout.write(json.dumps(status, indent=2) + "\n")

@@ -16,6 +16,8 @@ from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Receipt, Update
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
+Scores = Mapping[str, float | None]
+"""Name -> score on a file of the lead; None, or a number that is not finite: the model diverged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +41,7 @@ class RoundResult:
     failed_sites: Mapping[str, str]
     bytes_down: int
     bytes_up: int
-    metrics: Mapping[str, float]
+    metrics: Scores
     site_scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     ended: str = ""
     diverged: bool = False
@@ -67,7 +69,7 @@ class LeadState:
     unanswered: Mapping[str, int] = field(default_factory=dict)
     rounds: Sequence[RoundResult] = ()
     seconds: float = 0.0
-    metrics_before: Mapping[str, float] = field(default_factory=dict)
+    metrics_before: Scores = field(default_factory=dict)
 
     def asked(self, sites: Sequence[str]) -> LeadState:
         """The state once a round has been asked of `sites`: until they answer, each may have been charged for it."""

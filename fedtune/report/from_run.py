@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from fedtune.federation.results import FinalResult
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.report import assumptions, cells, codes, facts
@@ -138,7 +139,7 @@ def _provenance(record: RunRecord) -> Provenance:
 
 def _version(record: RunRecord) -> str:
     noted = _one(environment.fedtune_version for environment in record.environments)
-    return noted or str(record.result.get("fedtune_version") or codes.NOT_RECORDED)
+    return noted or (record.result.fedtune_version if record.result else "") or codes.NOT_RECORDED
 
 
 def _model_name(path: str) -> str:
@@ -158,11 +159,11 @@ def _one(values: Iterable[str]) -> str | None:
 
 
 def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
-    epsilons, final = epsilon_by_round(record, sites), record.result.get("final", {})
-    before = record.state.metrics_before if record.state else final.get("metrics_before", {})
+    epsilons, final = epsilon_by_round(sites), record.result.final if record.result else FinalResult(metrics={})
+    before = record.state.metrics_before if record.state else final.metrics_before
     return Utility(
         before=finite(before),
-        final=finite(final.get("metrics", {})),
+        final=finite(final.metrics),
         non_private=None,
         rounds=tuple(
             RoundCost(

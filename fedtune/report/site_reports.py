@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedtune.federation.run_folder import RunFolder
 from fedtune.report import recompute, signing
 from fedtune.report.codes import NOT_RECORDED
 from fedtune.report.model import Report
@@ -18,9 +19,6 @@ from fedtune.report.run_site import Charged, site_report
 from fedtune.report.site_model import LifetimeRun, SiteReport, Verdict
 from fedtune.report.verdicts import worst
 from fedtune.spec import ConfigError, RunError
-
-FOLDER = "site_reports"
-"""Of a run folder: the reports that sites released, one JSON file each."""
 
 
 def read_site_report(path: Path) -> Report:
@@ -43,7 +41,7 @@ def released_in(folder: Path) -> tuple[Report, ...]:
     Raises:
         ConfigError: a file there is no report.
     """
-    return tuple(read_site_report(path) for path in sorted((folder / FOLDER).glob("*.json")))
+    return tuple(read_site_report(path) for path in sorted(RunFolder(folder).site_reports.glob("*.json")))
 
 
 def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report]:

@@ -19,7 +19,7 @@ from fedtune.data.records import read_records, usable_records
 from fedtune.deploy.federation_file import read_federation
 from fedtune.deploy.federation_folder import FederationFolder
 from fedtune.deploy.kit_file import KitFile, read_spec
-from fedtune.deploy.lead_service import ANSWERS, latest_answers
+from fedtune.deploy.lead_service import latest_answers
 from fedtune.deploy.roster import read_roster, write_roster
 from fedtune.deploy.site_state import SiteState
 from fedtune.federation.checkpoint import Checkpoints
@@ -238,7 +238,7 @@ TARGETS = (
     Target(
         name="answers.json",
         broken=_json(lambda: {"north": {"what": "update", "time": "2026-11-20T10:00:00+00:00"}}),
-        parse=_in_file(ANSWERS, lambda path: latest_answers(path.parent)),
+        parse=_in_file("answers.json", lambda path: latest_answers(path.parent)),
         errors=_OURS,
     ),
     Target(
