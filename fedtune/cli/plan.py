@@ -15,7 +15,7 @@ from rich.console import Console
 from fedtune.cli.compose import compose_run
 from fedtune.cli.plan_outlook import Outlook
 from fedtune.config import RunConfig
-from fedtune.federation import planner, solver, verdict
+from fedtune.federation import planner, verdict
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy_file import read_policy
@@ -89,7 +89,7 @@ def _outlook(options: argparse.Namespace, policies: Sequence[Path], leads: Seque
     price = planner.price(planned, sizes)
     # What a given noise comes to is kept; a calibrated one leaves a hair of what was asked for.
     given = config.privacy.noise_multiplier is not None or options.target in ("rounds", "sampling_rate")
-    epsilon = solver.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
+    epsilon = planner.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
     forecast, device = (None, "") if options.no_model else _forecast(config, planned)
     return Outlook(
         config=config,
@@ -130,9 +130,9 @@ def _planned(overrides: Sequence[str], target: str | None) -> tuple[RunConfig, P
         spare_rounds=config.federation.spare_rounds,
     )
     if target == "rounds":
-        return config, solver.solve_rounds(known, epsilon=epsilon)
+        return config, planner.solve_rounds(known, epsilon=epsilon)
     one_record = 1 / max(config.declared_sizes().values())  # a smaller rate would leave most batches empty
-    return config, solver.solve_sampling_rate(known, epsilon=epsilon, least=one_record)
+    return config, planner.solve_sampling_rate(known, epsilon=epsilon, least=one_record)
 
 
 def _first_lead(path: Path) -> str:

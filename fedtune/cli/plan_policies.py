@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-from fedtune.cli.plain_words import REASONS, counted, printable
+from fedtune.cli.plain_words import counted, printable, reason_text
 from fedtune.cli.plan_outlook import Outlook
 from fedtune.cli.plan_words import Section
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.release import Reason
 
 
 def policies(outlook: Outlook) -> list[Section]:
@@ -20,7 +19,7 @@ def policies(outlook: Outlook) -> list[Section]:
 def _policy(verdict: Verdict, outlook: Outlook) -> Section:
     rows = tuple(
         (
-            f"{REASONS[Reason(one.rule)]} ({one.rule})",
+            f"{reason_text(one.rule)} ({one.rule})",
             printable(one.asked or "-", 40),
             printable(one.allowed or "-", 60),
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.config import RunConfig
 from fedtune.deploy.kits import Kit, Member, read_roster
-from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey

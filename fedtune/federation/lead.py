@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +14,10 @@ import numpy.typing as npt
 from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
 from fedtune.privacy import accountant
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.release import Receipt, Update
+from fedtune.privacy.release import Receipt, Update, receipt_from_json
+from fedtune.spec import RunError
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 Scores = Mapping[str, float | None]
@@ -132,6 +136,31 @@ def newest_of(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[
         if known is None or receipt.site_key != known.site_key or receipt.sequence >= known.sequence:
             newest[site] = receipt
     return newest
+
+
+@dataclass(frozen=True)
+class ReceiptBook:
+    """A JSON file.  Sent back with the next request, a receipt shows a site that its ledger was lost or put back."""
+
+    path: Path
+
+    def read(self) -> dict[str, Receipt]:
+        """Site -> its newest receipt.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        if not self.path.exists():
+            return {}
+        try:
+            return {site: receipt_from_json(fields) for site, fields in json.loads(self.path.read_bytes()).items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise RunError(f"{self.path} is damaged; the sites' last receipts are not known") from error
+
+    def keep(self, receipts: Mapping[str, Receipt]) -> None:
+        """Remember those that are newer than what is there."""
+        newest = {site: asdict(receipt) for site, receipt in newest_of(self.read(), receipts).items()}
+        write_durably(self.path, json.dumps(newest, indent=1).encode() + b"\n")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,10 +12,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
-from fedtune.federation.closing import Closing
-from fedtune.federation.lead import LeadState
+from fedtune.federation.aggregation import Closing
+from fedtune.federation.lead import LeadState, ReceiptBook
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest
-from fedtune.federation.receipt_book import ReceiptBook
 from fedtune.federation.results import RunResult
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import records

@@ -15,8 +15,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
 from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState
-from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.federation.lead import LeadState, ReceiptBook
 from fedtune.federation.results import FinalResult, RunResult
 from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.server import Lead, run_rounds

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
 
@@ -31,6 +31,10 @@ NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
 FINE, COARSE = 1e-4, 1e-3
 MOST_NOISE = 1e4
 """Largest noise multiplier of a plan; what asks for more asks for nothing."""
+LEAST_NOISE = 1e-2
+"""Searches for less end here."""
+_TOLERANCE = 1e-5  # relative
+_TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
 
 
 def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) -> float:
@@ -103,13 +107,26 @@ def calibrate_noise(
     Raises:
         ConfigError: no noise multiplier up to 10,000 reaches the target.
     """
+    tried: dict[float, float] = {}
+
+    def epsilon_at(sigma: float) -> float:
+        if sigma not in tried:
+            event = events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
+            tried[sigma] = epsilon_pld([event, *also], delta, interval=COARSE)
+        return tried[sigma]
 
     def within(sigma: float) -> bool:
-        event = events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
-        return epsilon_pld([event, *also], delta, interval=COARSE) <= epsilon
+        # More noise never costs more, so most of the search below is answered by what was tried before it.
+        if any(spent <= epsilon for noise, spent in tried.items() if noise <= sigma):
+            return True
+        if any(spent > epsilon for noise, spent in tried.items() if noise >= sigma):
+            return False
+        return epsilon_at(sigma) <= epsilon
 
     if also and epsilon_pld(also, delta, interval=COARSE) > epsilon:
         raise ConfigError("privacy.epsilon", epsilon, "is spent by the released metrics alone; give them more noise")
+    last_within(epsilon_at, epsilon, start=1.0, bounds=(LEAST_NOISE, MOST_NOISE), rising=False)
+    # The bisection alone decides, so that a target has one noise, whatever was tried first.
     low, high = 0.0, 1.0
     while not within(high):
         low, high = high, 2 * high
@@ -119,6 +136,57 @@ def calibrate_noise(
         middle = (low + high) / 2
         low, high = (low, middle) if within(middle) else (middle, high)
     return math.ceil(high * 1e4) / 1e4
+
+
+def last_within(
+    epsilon_at: Callable[[float], float], epsilon: float, *, start: float, bounds: tuple[float, float], rising: bool
+) -> float | None:
+    """The largest value, or the least where epsilon is not `rising`, at which `epsilon_at` keeps within `epsilon`.
+
+    None when none within `bounds` does.  Steps in log-log coordinates until both sides of the boundary are known, then
+    regula falsi with the Illinois rule.  What is returned was tried.
+    """
+    lowest, highest = map(math.log, bounds)
+
+    def value(x: float) -> float:
+        return min(max(math.exp(x), bounds[0]), bounds[1])  # rounding may pass a bound that Plan holds to
+
+    slope = _TYPICAL_SLOPE if rising else -_TYPICAL_SLOPE
+    inside: tuple[float, float] | None = None  # (log value, log of epsilon over its bound)
+    outside: tuple[float, float] | None = None
+    x, before = math.log(start), None
+    while True:
+        # Nothing may be infinite in what follows; epsilon is 0 where delta alone covers the loss.
+        y = math.log(min(max(epsilon_at(value(x)), 1e-9), 1e9) / epsilon)
+        if y <= 0:
+            inside, outside = (x, y), _halved(outside, before is True)
+        else:
+            outside, inside = (x, y), _halved(inside, before is False)
+        before = y <= 0
+        if inside is None or outside is None:
+            if x in (lowest, highest):
+                break
+            # A little too far, so that both sides of the boundary are known soon.
+            step = math.copysign(min(max(1.2 * abs(y / slope), 0.01), 2.0), -y * slope)
+            x = min(max(x + step, lowest), highest)
+        elif abs(outside[0] - inside[0]) <= _TOLERANCE:
+            break
+        else:
+            x = _between(inside, outside)
+    return None if inside is None else value(inside[0])
+
+
+def _between(inside: tuple[float, float], outside: tuple[float, float]) -> float:
+    """Where the straight line through both ends crosses the boundary, but never quite at an end."""
+    width = outside[0] - inside[0]
+    least = _TOLERANCE / 2 / abs(width)
+    share = inside[1] / (inside[1] - outside[1])
+    return inside[0] + width * min(max(share, least), 1 - least)
+
+
+def _halved(end: tuple[float, float] | None, again: bool) -> tuple[float, float] | None:
+    """The Illinois rule: an end that stays `again` gets half its weight, so that the next point lies nearer to it."""
+    return (end[0], end[1] / 2) if again and end is not None else end
 
 
 def epsilon_text(epsilon: float | None) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import RunConfig
-from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import filter
 from fedtune.privacy.durable import write_durably

@@ -19,7 +19,7 @@ from typing import Any
 
 from flwr.app import Message
 
-from fedtune.federation.closing import Closing
+from fedtune.federation.aggregation import Closing
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.remote_grid import Heard, RemoteGrid
 from fedtune.flower.tls import Tls

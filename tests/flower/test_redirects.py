@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.federation.closing import Closing
+from fedtune.federation.aggregation import Closing
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.fleet import Fleet, hello
 from fedtune.flower.fleet_errors import Foreign, Unreachable

@@ -23,7 +23,7 @@ from fedtune.deploy.lead_service import latest_answers
 from fedtune.deploy.roster import read_roster, write_roster
 from fedtune.deploy.site_state import SiteState
 from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.federation.lead import ReceiptBook
 from fedtune.model import load_task_model
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import check_content
