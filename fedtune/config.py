@@ -1,6 +1,6 @@
 """`RunConfig`: one run's settings, composed of the layers' specs, validated, and hashed.
 
-This is the only module below the command line that knows pydantic.
+The specs themselves are plain dataclasses; it is pydantic that reads them from plain data here.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
 from fedtune.spec import ConfigError, check_at_least, spec
+from fedtune.tasks import task_named
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
 
@@ -63,13 +64,13 @@ class RunConfig:
 
     Attributes:
         name: of the run and its folder.
-        task: "classification" or "causal_lm".
+        task: what is learnt: "classification" or "causal_lm".
         seed: of the adapter's start and of the split into sites; of the noise in a marked study only.
         resume: run folder to continue, or null.
     """
 
     name: str
-    task: Literal["classification", "causal_lm"]
+    task: str
     model: ModelSpec
     data: DataSpec
     lora: LoraSpec = LoraSpec()
@@ -90,15 +91,16 @@ class RunConfig:
                 "name", self.name, "must be a plain folder name: letters, digits, '-', '_', '.', ',', '='"
             )
         check_at_least("seed", self.seed, 0)
+        task = task_named(self.task)
         with _keys_under("data"):
-            self.data.check_task(self.task)
+            task.check_data(self.data)
             self.data.check_unit(self.privacy.unit)
             sizes = self.data.sizes(self.federation.num_sites)
         if self.privacy.private:
             _check_privacy(self, largest_size=max(sizes))
         if self.privacy.metrics == "noised" and self.data.heldout_fraction == 0:
             raise ConfigError("data.heldout_fraction", 0, "must be above 0 for privacy.metrics = noised")
-        self.task_model()
+        task.check_model(self.task_model())
 
     def task_model(self) -> TaskModelSpec:
         """The specs that define the model."""
@@ -117,7 +119,7 @@ class RunConfig:
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:
         """What the lead with public key `lead` proposes to the sites, and what a site makes of this configuration."""
-        targets = self.lora.target_modules
+        targets, has_head = self.lora.target_modules, task_named(self.task).has_head
         return Proposal(
             run=self.run_id(),
             lead=lead,
@@ -126,11 +128,11 @@ class RunConfig:
             base_model=self.model.sha256 or UNVERIFIED,
             target_modules=(targets,) if isinstance(targets, str) else targets,
             rank=self.lora.rank,
-            train_head=self.task == "classification" and self.head.train,
+            train_head=has_head and self.head.train,
             seeded_noise=self.runtime.seeded_noise,
             dtype=self.model.dtype,
             lora_scale=self.lora.scale,
-            head_scale=self.head.scale if self.task == "classification" else 0.0,
+            head_scale=self.head.scale if has_head else 0.0,
             num_sites=len(self.federation.active),
             plan=plan,
         )

@@ -119,11 +119,6 @@ def check_name(key: str, name: str) -> None:
         raise ConfigError(key, name, "must be made of at most 100 letters, digits, '-', '_' and '.'")
 
 
-def finite(value: float | None) -> float | None:
-    """`value`, or None where it is not finite: JSON has no infinity, and writes null for it."""
-    return None if value is None or not math.isfinite(value) else value
-
-
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)

@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -33,18 +34,35 @@ REPOSITORY = Path(__file__).parents[1]
 _IN_NETWORK = ("ip", "netns", "exec")
 _SUBREAPER, _NEW_NETWORK = 36, 0x40000000  # PR_SET_CHILD_SUBREAPER, CLONE_NEWNET
 _MOST_BYTES = 1 << 20
+_STREAMS = ("stdin", "stdout", "stderr")
 _IMPORTED = (
     "fedtune.cli.run",
     "fedtune.cli.server",
     "fedtune.cli.simulate",
-    "fedtune.deploy.lead_service",
-    "fedtune.deploy.server_service",
-    "fedtune.deploy.site_service",
+    "fedtune.deploy.services.lead_service",
+    "fedtune.deploy.services.server_service",
+    "fedtune.deploy.services.site_service",
     "opacus",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.bert.modeling_bert",
     "transformers.models.bert.tokenization_bert",
 )
+_FORKING = threading.Lock()
+_SHIM = """\
+#!{python} -IS
+import array, json, os, signal, socket, sys
+
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
+    channel.connect({address!r})
+    request = {{"words": [*{before!r}, *sys.argv[1:]], "cwd": os.getcwd(), "environment": dict(os.environ)}}
+    streams = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
+    channel.sendmsg([json.dumps(request).encode()], streams)
+    pid = int(channel.recv(20))
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda number, frame: os.kill(pid, number))
+    code = int(channel.recv(20))
+sys.exit(code if code >= 0 else 128 - code)
+"""
 _SET_BY_IMPORTS: dict[str, str] = {}
 """Environment variables that importing sets where nobody else has."""
 
@@ -62,7 +80,8 @@ class Forked(subprocess.Popen[Any]):
             super()._execute_child(*given)  # type: ignore[misc]
             return
         pipes = [(named["p2cread"], 0), (named["c2pwrite"], 1), (named["errwrite"], 2)]
-        self.pid = _server().fork(request, [ours if end < 0 else end for end, ours in pipes])
+        with _FORKING:
+            self.pid = _server().fork(request, [ours if end < 0 else end for end, ours in pipes])
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(named[end] for end in ends))  # type: ignore[attr-defined]
@@ -77,6 +96,53 @@ def run_forked(words: Sequence[str], *, timeout_s: float, **options: Any) -> sub
             process.kill()
             raise
     return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def forked_commands(folder: Path) -> Iterator[Path]:
+    """A folder, made in `folder`, to put first in the PATH of a shell: its `fedtune` and `python` are `Forked`.
+
+    What still runs at the end is killed.
+    """
+    commands, address = folder / "commands", str(folder / "commands.socket")
+    commands.mkdir()
+    for name, before in (("fedtune", ["-m", "fedtune"]), ("python", [])):
+        (commands / name).write_text(_SHIM.format(python=sys.executable, address=address, before=before))
+        (commands / name).chmod(0o755)
+    begun: list[Forked] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.bind(address)
+        door.listen()
+        threading.Thread(target=_let_in, args=(door, begun), daemon=True).start()
+        try:
+            yield commands
+        finally:
+            door.shutdown(socket.SHUT_RDWR)
+            for process in begun:
+                process.kill()
+
+
+def _let_in(door: socket.socket, begun: list[Forked]) -> None:
+    """Fork for each command that a shell starts, until the door is shut."""
+    with contextlib.suppress(OSError):
+        while True:
+            channel, _ = door.accept()
+            threading.Thread(target=_stand_for, args=(channel, begun), daemon=True).start()
+
+
+def _stand_for(channel: socket.socket, begun: list[Forked]) -> None:
+    """Start what one command stands for, and tell it the pid and then the exit code."""
+    with channel:
+        message, streams, _, _ = socket.recv_fds(channel, _MOST_BYTES, 3)
+        asked = json.loads(message)
+        words = [sys.executable, *asked["words"]]
+        process = Forked(words, cwd=asked["cwd"], env=asked["environment"], **dict(zip(_STREAMS, streams, strict=True)))
+        begun.append(process)
+        for stream in streams:
+            os.close(stream)
+        channel.send(str(process.pid).encode())
+        with contextlib.suppress(OSError):  # the shell, and so the command, was killed
+            channel.send(str(process.wait()).encode())
 
 
 def _request(named: dict[str, Any]) -> dict[str, Any] | None:
@@ -197,6 +263,8 @@ def _run(words: Sequence[str]) -> None:
     """What Python does with its command line."""
     if words[0] == "-m":
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-":
+        exec(compile(sys.stdin.read(), "<stdin>", "exec"), {"__name__": "__main__"})
     elif words[0] == "-c":
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     else:

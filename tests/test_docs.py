@@ -41,15 +41,34 @@ def test_the_readme_s_own_data_example_runs(command: Any, tmp_path: Path, monkey
     assert command("evaluate", "runs/tickets", "--data", "more.csv").code == 0
 
 
-def test_the_configuration_page_is_up_to_date() -> None:
-    subprocess.run([sys.executable, ROOT / "docs" / "write_configuration.py", "--check"], check=True)
+@pytest.mark.parametrize("script", ["write_configuration.py", "draw_accuracy.py"])
+def test_what_scripts_write_is_up_to_date(script: str) -> None:
+    subprocess.run([sys.executable, ROOT / "docs" / script, "--check"], check=True)
+
+
+def places(page: Path) -> set[str]:
+    """What a link to a heading of this page may say after the #."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+    for target, place in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
         if not target.startswith(("http://", "https://")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            found = page.parent / target if target else page
+            assert found.exists(), f"{page.name} links to {target}"
+            assert not place or place in places(found), f"{page.name} links to {target}#{place}"
+
+
+def test_the_index_has_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = set(re.findall(r"\]\((\w+\.md)\)", index.read_text()))
+    assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_the_readme_fits_on_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -70,3 +89,19 @@ def test_every_command_and_option_is_in_the_readme_or_the_help(command: Any) -> 
     text = (ROOT / "README.md").read_text()
     for words in ("fedtune simulate", "fedtune evaluate", "--data", "-m ", "resume=", "make simulate", "make test"):
         assert words in text
+
+
+MOST_FILES = {"A strategy": 2, "A task": 16, "A release": 17, "A section of the report": 11}
+"""How many files a change of each kind touches at most.  These numbers only fall."""
+
+
+def test_each_corridor_is_as_short_as_it_was() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## Corridors")[1]
+    parts = re.split(r"^\*\*(.*?)\*\*.*$", text, flags=re.MULTILINE)[1:]
+    found = {
+        kind: len(set(re.findall(r"`((?:fedtune|conf)/[\w/.-]+)`", files)))
+        for kind, files in zip(parts[::2], parts[1::2], strict=True)
+    }
+    assert found.keys() == MOST_FILES.keys()
+    for kind, most in MOST_FILES.items():
+        assert 0 < found[kind] <= most, kind

@@ -25,17 +25,18 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fedtune.audit.guesses import Coins, Count, Place, by_likelihood, counted
 from fedtune.audit.spec import AuditSpec
 from fedtune.data import Batch
-from fedtune.model import Adapter, TaskModel
+from fedtune.model import Adapter
 from fedtune.privacy.mechanism import cell
 from fedtune.privacy.randomness import RandomStream
 from fedtune.sites.participants import Participants
 from fedtune.sites.work import randomness_of
 from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.dp_step import UnitGradients
-from fedtune.training.examples import SiteExamples
+from fedtune.training.examples import Places, SiteExamples
 from fedtune.training.optimizer import learning_rate_factor
-from fedtune.training.users import Places, UserBatch, UserExamples
+from fedtune.training.users import UserBatch, UserExamples
 
 RAW_SIZE = 1000.0
 """Of a canary's gradient before it is clipped, in clip norms."""

@@ -19,13 +19,14 @@ import numpy as np
 from fedtune.audit.guesses import Coins, Count, Place, Values, by_rank, counted
 from fedtune.audit.spec import AuditSpec
 from fedtune.data import Record
-from fedtune.evaluation.forward import batches_by_length, scoring
+from fedtune.evaluation.evaluate import batches_by_length, scoring
 from fedtune.model import Adapter
 from fedtune.privacy.randomness import RandomStream
-from fedtune.report.audit_record import AuditHitRate, AuditMembership
+from fedtune.report.model import AuditHitRate, AuditMembership
 from fedtune.report.one_run import binomial
 from fedtune.sites.participants import Participants
 from fedtune.sites.work import randomness_of
+from fedtune.tasks import task_named
 
 FALSE_ALARMS = (0.01, 0.001)
 _WORDS = 8
@@ -94,14 +95,14 @@ class RecordAttack:
 
     def _made_up(self, stream: RandomStream) -> Record:
         """Random words, and a random label where the task has labels."""
-        data = self._everyone.config.data
+        config, data = self._everyone.config, self._everyone.config.data
 
         def text(role: str) -> str:
             choices = data.labels if role == "label" else self._words
             count = 1 if role == "label" else _WORDS
             return " ".join(choices[int(draw % np.uint64(len(choices)))] for draw in stream.uniform64(count))
 
-        return Record({role: text(role) for role in data.needed_columns(self._everyone.config.task)})
+        return Record({role: text(role) for role in task_named(config.task).columns(data)})
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -20,13 +20,13 @@ import torch
 
 from fedtune.audit.spec import AuditSpec
 from fedtune.config import RunConfig
-from fedtune.data import UNSUPERVISED, TextDataset
-from fedtune.model import TaskModel
+from fedtune.data import TextDataset
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS
 from fedtune.privacy.policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import spec
+from fedtune.tasks import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import project
@@ -205,10 +205,9 @@ def made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) ->
     for length in lengths:
         ids = draws.integers(0, model.num_ids, size=length)
         input_ids.append((np.full(length, ids[0]) if draws.random() < 0.2 else ids).astype(np.int32))
-    if model.spec.task == "classification":
-        return TextDataset(tuple(input_ids), draws.integers(0, len(model.spec.labels), size=len(lengths)))
-    targets = []
-    for example in input_ids:
-        first = int(draws.integers(0, len(example), endpoint=True))  # the last place of all: nothing is supervised
-        targets.append(np.where(np.arange(len(example)) >= first, example, UNSUPERVISED).astype(np.int64))
-    return TextDataset(tuple(input_ids), tuple(targets))
+
+    def first(length: int) -> int:
+        return int(draws.integers(0, length, endpoint=True))  # the last place of all: nothing is supervised
+
+    targets = model.task.made_up_targets(input_ids, spec=model.spec, draws=draws, first=first)
+    return TextDataset(tuple(input_ids), targets)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from fedtune.cli.plain_words import contribution, counted, printable, reason_text
-from fedtune.deploy.site_state import Pending, SiteState
+from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.federation.verdict import BrokenRule, Verdict, ask
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.release import asked_and_allowed

@@ -18,7 +18,8 @@ from fedtune.cli.compose import compose_run
 from fedtune.cli.run_folder import folder_of, make, run_in_folder
 from fedtune.config import RunConfig
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.report.audit_record import Audit, read_audit, refuted
+from fedtune.report.derive.audit_bounds import read_audit, refuted
+from fedtune.report.model import Audit
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.report.audit_record import Audit, AuditHitRate, AuditMembership, refuted
+from fedtune.report.derive.audit_bounds import refuted
+from fedtune.report.model import Audit, AuditHitRate, AuditMembership
 
 _ATTACKER = {
     "gradient_canaries": "who sees every noisy step of a site, or (aggregated) only the average that all sites receive",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedtune.config import RunConfig
-    from fedtune.deploy.doctor_check import Check
+    from fedtune.deploy.doctor.check import Check
 
 DESCRIPTION = """\
 Look at everything that a site needs before it starts, one line each: clock, kit, connection, disk, memory, GPU, base
@@ -66,7 +66,7 @@ def doctor(options: argparse.Namespace) -> None:
         RefusedError: policy or budget would refuse the run that was named.
         RunError: the server cannot be reached, or does not take this site.
     """
-    from fedtune.deploy.doctor import Visit, examine  # the accountants and Flower take seconds to import
+    from fedtune.deploy.doctor.examination import Visit, examine  # the accountants and Flower take seconds to import
 
     visit = Visit(
         kit=Path(options.kit),
@@ -100,7 +100,7 @@ def print_lines(checks: Iterable[Check]) -> list[Check]:
 
 def print_json(checks: Iterable[Check]) -> list[Check]:
     """Print all checks as one JSON object."""
-    from fedtune.deploy.doctor_check import exit_code_of
+    from fedtune.deploy.doctor.check import exit_code_of
 
     made = list(checks)
     data = {"checks": [check.to_json() for check in made], "ok": exit_code_of(made) == 0}
@@ -111,7 +111,7 @@ def print_json(checks: Iterable[Check]) -> list[Check]:
 def finish(checks: Sequence[Check]) -> None:
     """Raise what the checks' failures come to; nothing where none failed."""
     from fedtune.cli.plain_words import counted
-    from fedtune.deploy.doctor_check import REFUSED, SETTINGS, exit_code_of
+    from fedtune.deploy.doctor.check import REFUSED, SETTINGS, exit_code_of
 
     code, names = exit_code_of(checks), [check.name for check in checks if check.status == "failed"]
     if not code:

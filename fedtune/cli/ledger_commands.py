@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fedtune.cli import ledger_json, ledger_tables
 from fedtune.cli.plain_words import cap_text, counted, mechanism_text
-from fedtune.deploy.account import act_as_owner
+from fedtune.deploy.files import act_as_owner
 from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably

@@ -12,7 +12,7 @@ from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
-from fedtune.report.catalogue import catalogue
+from fedtune.report.page.catalogue import catalogue
 
 
 def reason_text(reason: str) -> str:

@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.plain_words import counted
-from fedtune.deploy import provision
-from fedtune.deploy.certificates import Certificate, fingerprint_of, key_fingerprint
-from fedtune.deploy.provision import Overview
-from fedtune.deploy.roster import Member
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.certificates import Certificate, fingerprint_of, key_fingerprint
+from fedtune.deploy.kits.members import Member
+from fedtune.deploy.kits.provisioning import Overview
 
 SOON_DAYS = 30
 """Fewer days than these are left: a warning."""
@@ -25,7 +25,7 @@ SOON_DAYS = 30
 
 def list_sites(options: argparse.Namespace) -> None:
     """Show a federation."""
-    made, now = provision.overview(Path(options.federation)), datetime.now(UTC)
+    made, now = provisioning.overview(Path(options.federation)), datetime.now(UTC)
     if options.json:
         sys.stdout.write(json.dumps(_to_json(made, now), indent=2) + "\n")
         return

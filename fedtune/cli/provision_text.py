@@ -13,15 +13,14 @@ from rich.text import Text
 
 from fedtune.cli import provision_list
 from fedtune.cli.plain_words import printable
-from fedtune.deploy import membership, provision
-from fedtune.deploy.certificates import Certificate, key_fingerprint, spoken
-from fedtune.deploy.membership import Admitted
-from fedtune.deploy.provision import Overview
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.certificates import Certificate, key_fingerprint, spoken
+from fedtune.deploy.kits.provisioning import Admitted, Overview
 
 
 def init(options: argparse.Namespace) -> None:
     """Make a federation."""
-    made = provision.init(Path(options.file), out=Path(options.out) if options.out else None, now=datetime.now(UTC))
+    made = provisioning.init(Path(options.file), out=Path(options.out) if options.out else None, now=datetime.now(UTC))
     console = Console()
     _say(console, f"Federation {made.federation} is in {made.folder}/.", style="bold")
     console.print(_folders(made))
@@ -42,7 +41,7 @@ def init(options: argparse.Namespace) -> None:
 def add_site(options: argparse.Namespace) -> None:
     """Let a site in."""
     folder = Path(options.federation)
-    done = membership.add_site(folder, request=Path(options.request), days=options.days, now=datetime.now(UTC))
+    done = provisioning.add_site(folder, request=Path(options.request), days=options.days, now=datetime.now(UTC))
     console = Console()
     _say(console, f"Site {done.member.site} is in the federation.", style="bold")
     _show_admitted(console, folder, done)
@@ -51,7 +50,7 @@ def add_site(options: argparse.Namespace) -> None:
 def renew_site(options: argparse.Namespace) -> None:
     """Renew a site."""
     folder = Path(options.federation)
-    done = membership.renew_site(
+    done = provisioning.renew_site(
         folder,
         options.name,
         request=Path(options.request) if options.request else None,
@@ -69,7 +68,7 @@ def renew_site(options: argparse.Namespace) -> None:
 def revoke_site(options: argparse.Namespace) -> None:
     """Shut a site out."""
     folder = Path(options.federation)
-    member = membership.revoke_site(folder, options.name, now=datetime.now(UTC))
+    member = provisioning.revoke_site(folder, options.name, now=datetime.now(UTC))
     console = Console()
     _say(console, f"Site {member.site} is revoked; its connection key can never be used again.", style="bold")
     _steps(
@@ -84,14 +83,14 @@ def revoke_site(options: argparse.Namespace) -> None:
 def renew_server(options: argparse.Namespace) -> None:
     """Renew the server's certificate."""
     folder = Path(options.federation)
-    made = provision.renew_server(folder, days=options.days, now=datetime.now(UTC))
+    made = provisioning.renew_server(folder, days=options.days, now=datetime.now(UTC))
     _show_renewed(folder / "server", made.server_certificate, files="kit.toml, server.pem and README.md", of="server")
 
 
 def renew_lead(options: argparse.Namespace) -> None:
     """Renew the lead's certificate."""
     folder = Path(options.federation)
-    made = provision.renew_lead(folder, days=options.days, now=datetime.now(UTC))
+    made = provisioning.renew_lead(folder, days=options.days, now=datetime.now(UTC))
     _show_renewed(folder / "lead", made.lead_certificate, files="kit.toml, lead.pem and README.md", of="lead")
 
 
@@ -108,7 +107,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
 
 def _show_admitted(console: Console, folder: Path, done: Admitted) -> None:
     """What to compare, and what to send to whom."""
-    made, member = provision.overview(folder), done.member
+    made, member = provisioning.overview(folder), done.member
     certificate = Certificate.of(member.certificate)
     for name, size in member.datasets.items():
         _say(console, f"Data set {name}: declared size {size:,}.")

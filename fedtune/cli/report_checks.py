@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedtune.report import recompute, signing
-from fedtune.report.model import SCHEMA_VERSION, Report
-from fedtune.report.site_model import SiteReport
+from fedtune.report.model import SCHEMA_VERSION, Report, SiteReport
 from fedtune.spec import RunError
 
 

@@ -32,7 +32,7 @@ def build(options: argparse.Namespace) -> None:
         report = signing.signed(report, key)
         signing.check(report)  # a ledger's report is signed by the key that its events are signed by
     folder = folder if options.output is None else Path(options.output)
-    from fedtune.report.write import write_files  # draws, which takes a second to import
+    from fedtune.report.page.render import write_files  # draws, which takes a second to import
 
     language = options.language or (saved_config(path).report.language if report.kind == "run" else "en")
     paths = write_files(folder, report, language=language, pdf=options.pdf)
@@ -42,7 +42,7 @@ def build(options: argparse.Namespace) -> None:
 def _of_run(folder: Path, options: argparse.Namespace) -> tuple[Report, Path]:
     """The report of a run, and the folder that it belongs in."""
     from fedtune.report import from_run
-    from fedtune.report.site_reports import read_site_report
+    from fedtune.report.from_run import read_site_report
 
     if options.anchor is not None:
         raise ConfigError("--anchor", options.anchor, "belongs to a ledger's report; this is a run folder")

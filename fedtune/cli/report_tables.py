@@ -13,8 +13,7 @@ from fedtune.cli.plain_words import counted, printable
 from fedtune.cli.report_checks import Check
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.difference import GROUPS, Change, Group, Value
-from fedtune.report.model import Report
-from fedtune.report.site_model import State
+from fedtune.report.model import Report, State
 
 _STATES: Mapping[State, str] = {
     "within": "[bold]WITHIN[/bold] the approved budget",

@@ -17,7 +17,8 @@ from fedtune.cli.compose import compose_run, saved_config
 from fedtune.cli.run_arguments import ACTIONS
 from fedtune.cli.run_folder import folder_of, is_running, make, run_in_folder, told
 from fedtune.config import RunConfig
-from fedtune.deploy.kits import Kit, Member
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.members import Member
 from fedtune.spec import ConfigError, RunError
 
 _STOP_S = 60.0
@@ -61,7 +62,7 @@ def _start(words: Sequence[str], *, kit: Kit) -> None:
     config = composed(words, kit=kit)
     folder = folder_of(config)
     import fedtune.flower.deployment  # noqa: F401 - before the run's log takes the place of what Flower's import sets up
-    from fedtune.deploy.lead_service import LeadService
+    from fedtune.deploy.services.lead_service import LeadService
 
     lead, console = LeadService(kit=kit), Console()
     if config.resume is None:
@@ -77,7 +78,7 @@ def composed(words: Sequence[str], *, kit: Kit) -> RunConfig:
     Raises:
         ConfigError: for every mistake in a setting, or a site that the roster does not have.
     """
-    from fedtune.deploy.lead_service import members
+    from fedtune.deploy.services.lead_service import members
 
     wanted = [word for word in words if word.startswith("sites=")]
     others = [word for word in words if not word.startswith("sites=")]
@@ -141,7 +142,7 @@ def _names(override: str) -> list[str]:
 
 
 def _stop(folder: Path, *, kit: Kit | None) -> None:
-    from fedtune.deploy.lead_service import LeadService, running_process
+    from fedtune.deploy.services.lead_service import LeadService, running_process
 
     config, console = saved_config(folder), Console()
     if is_running(folder):

@@ -52,7 +52,7 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
         elif isinstance(error, RunError):
             console.print(hint, soft_wrap=True)
         raise
-    from fedtune.report.write import write_report  # draws, which takes a second to import
+    from fedtune.report.page.render import write_report  # draws, which takes a second to import
 
     write_report(folder, language=config.report.language)
     show_result(console, config, result, folder)

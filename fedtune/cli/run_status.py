@@ -15,7 +15,7 @@ from rich.table import Table
 from fedtune.cli.compose import saved_config
 from fedtune.cli.run_folder import is_running
 from fedtune.config import RunConfig
-from fedtune.deploy.lead_service import latest_answers
+from fedtune.deploy.services.lead_service import latest_answers
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState, site_charge
 from fedtune.federation.run_folder import RunFolder

@@ -38,11 +38,11 @@ def run(options: argparse.Namespace) -> None:
         ConfigError: the kit is wrong, or its certificate expired.
     """
     from fedtune.deploy.health import Health, serve_health
-    from fedtune.deploy.kits import Kit
+    from fedtune.deploy.kits.kit import Kit
     from fedtune.deploy.logs import configure_logs
 
     kit = Kit.read(Path(options.kit), kind="server")
-    from fedtune.deploy.server_service import ServerService  # Flower takes seconds to import
+    from fedtune.deploy.services.server_service import ServerService  # Flower takes seconds to import
 
     os.umask(0o077)  # what the process writes is for its own account alone
     configure_logs(options.log_level)

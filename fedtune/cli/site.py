@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
         RefusedError: policy or budget refuse.
     """
     if options.site_command not in ("template", "check-policy"):  # these read, and are the person's own
-        from fedtune.deploy.account import act_as_owner
+        from fedtune.deploy.files import act_as_owner
 
         act_as_owner(*_own_places(options))
     match options.site_command:

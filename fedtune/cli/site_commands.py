@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from fedtune.cli.plain_words import counted
-from fedtune.deploy.kits import Kit
-from fedtune.deploy.site_state import SiteState
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.services.site_state import SiteState
 from fedtune.privacy.site_files import SiteFiles
 
 
@@ -40,7 +40,7 @@ def _kit(options: argparse.Namespace) -> Kit:
 
 
 def _init(site_toml: Path, *, out: Path | None) -> None:
-    from fedtune.deploy.join import next_steps, site_init
+    from fedtune.deploy.kits.members import next_steps, site_init
 
     sys.stdout.write(next_steps(site_init(site_toml, out=out)))
 
@@ -49,7 +49,7 @@ def _start(options: argparse.Namespace) -> None:
     kit = _kit(options)
     from fedtune.deploy.health import Health, serve_health
     from fedtune.deploy.logs import configure_logs
-    from fedtune.deploy.site_service import SiteService  # torch and Flower take seconds to import
+    from fedtune.deploy.services.site_service import SiteService  # torch and Flower take seconds to import
 
     configure_logs(options.log_level)
     health = Health()

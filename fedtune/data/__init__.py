@@ -18,7 +18,7 @@ from fedtune.data.partition import (
 from fedtune.data.records import Record, iter_records, read_records, record_key, resolve_file
 from fedtune.data.shapes import Part, Shapes
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, TextDataset, tokenise_causal_lm, tokenise_classification
+from fedtune.data.tokenise import UNSUPERVISED, TextDataset
 
 __all__ = [
     "UNSUPERVISED",
@@ -40,8 +40,6 @@ __all__ = [
     "record_key",
     "resolve_file",
     "split_heldout",
-    "tokenise_causal_lm",
-    "tokenise_classification",
     "unit_hash",
     "users_of",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,8 @@ class Batch:
     Attributes:
         input_ids: (n, t) int64.
         attention_mask: (n, t) int64, 1 for a token and 0 for padding.
-        targets: (n,) int64 classes, or (n, t) int64 targets a token, `UNSUPERVISED` for padding.
+        targets: (n, ...) one of each example, such as its int64 class; or (n, t) int64, one a token, `UNSUPERVISED` for
+            padding.
         prefix: (n, t, h) output of a model's frozen first layers for these examples, where it was kept; all zero for
             an example that these cannot compute.
         empty_rows: of no example: they fill a fixed shape, and have no loss.
@@ -88,9 +89,13 @@ def collate(
     if isinstance(dataset.targets, tuple):
         targets = padded(dataset.targets, UNSUPERVISED)
     else:
-        targets = torch.from_numpy(np.append(dataset.targets[chosen], np.zeros(empty_rows, dtype=np.int64)))
+        targets = torch.from_numpy(_with_empty(dataset.targets[chosen], empty_rows))
     input_ids, mask = padded(dataset.input_ids, pad_id), torch.from_numpy(attended.astype(np.int64))
     return Batch(input_ids, mask, targets, empty_rows=empty_rows)
+
+
+def _with_empty(targets: NDArray[Any], rows: int) -> NDArray[Any]:
+    return np.concatenate([targets, np.zeros((rows, *targets.shape[1:]), dtype=targets.dtype)])
 
 
 def alone(batch: Batch, row: int | None) -> Batch:

@@ -1,9 +1,9 @@
-"""From settings to tokenised examples: the sites' records in a simulation, and the lead's own files."""
+"""From settings to records: the sites' in a simulation, a real site's, and the lead's own."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import fedtune
 from fedtune.data.partition import is_selected, partition_records, split_heldout
 from fedtune.data.records import Record, iter_records, read_records, resolve_file, usable_records
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import TextDataset, Tokenizer, tokenise_causal_lm, tokenise_classification
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import DataError
 
@@ -37,16 +36,23 @@ class SiteRecords:
 
 
 def simulated_site_records(
-    spec: DataSpec, *, task: str, num_sites: int, seed: int, unit: Unit = "record"
+    spec: DataSpec, *, columns: Mapping[str, str], num_sites: int, seed: int, unit: Unit = "record"
 ) -> tuple[SiteRecords, ...]:
     """Each simulated site's records out of the one training file; with unit "user" no user is parted.
+
+    Args:
+        spec: the run's.
+        columns: role to column, with what the partition goes by.
+        num_sites: that records are dealt out to.
+        seed: of the run.
+        unit: that is dealt out.
 
     Raises:
         DataError: the file is missing or malformed, or a site would have no record, or a user would be at two.
     """
     key = split_key(seed)
     path = resolve_file(spec.train_file, shipped_folders(), key="data.train_file")
-    rows = iter_records(path, spec.needed_columns(task, partition=True, unit=unit))
+    rows = iter_records(path, columns)
     chosen = (row for row in rows if is_selected(row, fraction=spec.train_fraction, key=key, unit=unit))
     sites = partition_records(chosen, spec.partition, num_sites=num_sites, key=key, unit=unit)
     split = tuple(
@@ -58,45 +64,22 @@ def simulated_site_records(
     return split
 
 
-def own_records(spec: DataSpec, *, task: str, key: bytes, unit: Unit = "record") -> SiteRecords:
+def own_records(
+    spec: DataSpec, *, columns: Mapping[str, str], usable: Callable[[Record], bool], key: bytes, unit: Unit = "record"
+) -> SiteRecords:
     """A real site's records; `key` is its own secret, and decides by each record's (or user's) hash what is held out.
 
-    A record that a run has no use for (no value, or a label that the run does not declare, or with unit "user" not
-    exactly one user) is left out by itself, and no record at all is fine: what a lead asks for must not make the answer
-    depend on whether some record fits it.
+    A record that a run has no use for (no value, or not `usable`, or with unit "user" not exactly one user) is left
+    out by itself, and no record at all is fine: what a lead asks for must not make the answer depend on whether some
+    record fits it.
 
     Raises:
         DataError: the file cannot be read or parsed, whatever the run.
     """
-    records = usable_records(Path(spec.train_file), spec.needed_columns(task, unit=unit))
-    if task == "classification":
-        declared = set(spec.labels)
-        records = (record for record in records if record.fields["label"] in declared)
+    records = filter(usable, usable_records(Path(spec.train_file), columns))
     return SiteRecords(*split_heldout(records, fraction=spec.heldout_fraction, key=key, unit=unit))
 
 
-def lead_records(spec: DataSpec, name: str, *, task: str, rows: int | None, key: str) -> list[Record]:
+def lead_records(name: str, *, columns: Mapping[str, str], rows: int | None, key: str) -> list[Record]:
     """The lead's own records from file `name`, which the setting `key` gave."""
-    path = resolve_file(name, shipped_folders(), key=key)
-    return read_records(path, spec.needed_columns(task), rows=rows)
-
-
-def tokenise(
-    records: Sequence[Record],
-    tokenizer: Tokenizer,
-    *,
-    spec: DataSpec,
-    task: str,
-    lenient_within: int | None = None,
-) -> TextDataset:
-    """Tokenise for `task`, each record alone; `lenient_within` as in `fedtune.data.tokenise`.
-
-    Raises:
-        DataError: a label was never declared, or a text has no token.
-    """
-    length, within = spec.max_length, lenient_within
-    if task == "classification":
-        return tokenise_classification(records, tokenizer, labels=spec.labels, max_length=length, lenient_within=within)
-    return tokenise_causal_lm(
-        records, tokenizer, template=spec.prompt_template, max_length=length, lenient_within=within
-    )
+    return read_records(resolve_file(name, shipped_folders(), key=key), columns, rows=rows)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from string import Formatter
 
 from fedtune.data.partition import PartitionSpec
 from fedtune.privacy.mechanism import Unit
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, spec
 
 _MOST_TEMPLATE, _MOST_LABELS = 4096, 10_000
 """Of characters and of labels: both are worked through for each record, or at each site, before it has answered."""
-TASK_ROLES = {"classification": ("text", "label"), "causal_lm": ("prompt", "completion")}
 
 
 @spec
@@ -23,10 +22,9 @@ class DataSpec:
         train_file: the sites' records; in a simulation one file, dealt out by `partition`.
         validation_file: the lead's own records, scored after each round; or none.
         test_file: the lead's own records, scored before and after the run only; or none.
-        columns: role to column name in the files.  Roles: `text` and `label` (classification);
-            `prompt`, `completion` and whatever else `prompt_template` names (causal_lm); `label`
-            (partition "dirichlet"); `site` (partition "column"); `user` (privacy.unit "user"), whose values
-            are opaque ids, one a record.
+        columns: role to column name in the files.  Roles: those of the task (`text` and `label`, or `prompt`,
+            `completion` and whatever else `prompt_template` names); `label` (partition "dirichlet"); `site`
+            (partition "column"); `user` (privacy.unit "user"), whose values are opaque ids, one a record.
         labels: the declared label set, in the order of the classes; never discovered from records.
         declared_sizes: records (users, with privacy.unit "user") that each site publishes as its size; one number
             for all, or one a site.
@@ -34,8 +32,8 @@ class DataSpec:
         max_length: tokens of an example; what is longer is cut off at the end.
         partition: how a simulation deals out `train_file`.
         heldout_fraction: share of each site's records kept from training, by each record's hash, or its user's.
-        train_fraction: share of `train_file` used at all, likewise, for smaller runs.
-        validation_rows: use the first so many records of `validation_file` only.
+        train_fraction: share of `train_file` that a smaller run uses, chosen by the same hash.
+        validation_rows: score only this many records of `validation_file`, from its start; null: all.
         test_rows: the same for `test_file`.
     """
 
@@ -72,21 +70,10 @@ class DataSpec:
         if role is not None and role not in self.columns:
             raise ConfigError("partition.kind", self.partition.kind, f"needs data.columns.{role}")
 
-    def check_task(self, task: str) -> None:
-        """Check that columns and labels fit the task; errors name keys of this spec.
-
-        Raises:
-            ConfigError: when a role has no column, or labels are missing, or declared where none are used.
-        """
-        check_one_of("task", task, TASK_ROLES)
-        named = _template_roles(self.prompt_template) if task == "causal_lm" else ()
-        for role in (*TASK_ROLES[task], *named):
-            if role not in self.columns:
-                raise ConfigError("columns", dict(self.columns), f"must name the column for role {role!r}")
-        if task == "classification" and len(self.labels) < 2:
-            raise ConfigError("labels", self.labels, "must declare at least two labels")
-        if task == "causal_lm" and self.labels:
-            raise ConfigError("labels", self.labels, "must be empty for task causal_lm")
+    @property
+    def template_roles(self) -> tuple[str, ...]:
+        """The roles that `prompt_template` names."""
+        return _template_roles(self.prompt_template)
 
     def check_unit(self, unit: Unit) -> None:
         """Check that records can be dealt out and counted by `unit`; errors name keys of this spec.
@@ -101,14 +88,14 @@ class DataSpec:
             bound = "deals records out by their labels, which would part a user; with privacy.unit = user: iid, column"
             raise ConfigError("partition.kind", self.partition.kind, bound)
 
-    def needed_columns(self, task: str, *, partition: bool = False, unit: Unit = "record") -> dict[str, str]:
-        """The columns a file must have: the task's, the prompt's, the unit's, and what the partition goes by."""
-        roles = set(TASK_ROLES[task]) | set(_template_roles(self.prompt_template) if task == "causal_lm" else ())
-        if unit == "user":
-            roles.add("user")
+    def needed_columns(
+        self, roles: Collection[str], *, partition: bool = False, unit: Unit = "record"
+    ) -> dict[str, str]:
+        """Role to column of what a file must have: of `roles`, the unit, and what the partition goes by."""
+        needed = {*roles, *(("user",) if unit == "user" else ())}
         if partition:
-            roles |= {"dirichlet": {"label"}, "column": {"site"}, "iid": set()}[self.partition.kind]
-        return {role: column for role, column in self.columns.items() if role in roles}
+            needed |= {"dirichlet": {"label"}, "column": {"site"}, "iid": set()}[self.partition.kind]
+        return {role: column for role, column in self.columns.items() if role in needed}
 
     def sizes(self, num_sites: int) -> tuple[int, ...]:
         """The declared size of each site.

@@ -1,16 +1,15 @@
-"""Token ids and targets, made once, of each record alone."""
+"""Token ids of texts, each encoded by itself; `fedtune.tasks` says which texts, and what the targets are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.data.records import Record
-from fedtune.spec import ConfigError, DataError, panics_as_errors
+from fedtune.spec import panics_as_errors
 
 _CHARACTERS_A_TOKEN = 64
 """A text is cut to so many characters for each token of an example, before it is encoded: what is longer would decide
@@ -22,6 +21,9 @@ characters of a letter of Hangul; a table that a lead chose could fill the memor
 _CHUNK_TEXTS, _CHUNK_CHARACTERS = 1024, 1 << 18
 
 UNSUPERVISED = -100  # target of a token without a loss; what torch's cross_entropy ignores by default
+
+
+Targets: TypeAlias = NDArray[np.int64] | NDArray[np.float32] | tuple[NDArray[np.int64], ...]
 
 
 class Tokenizer(Protocol):
@@ -41,13 +43,13 @@ class TextDataset:
 
     Attributes:
         input_ids: (t_i,) token ids of each example, t_i at least 1.
-        targets: the class of each example, (n,), or for each example one target a token, (t_i,) each:
+        targets: one of each example, (n, ...), such as its class; or for each example one target a token, (t_i,) each:
             the token itself where it is supervised and `UNSUPERVISED` elsewhere, not shifted.
         lengths: (n,) the t_i, padding not counted.
     """
 
     input_ids: tuple[NDArray[np.int32], ...]
-    targets: NDArray[np.int64] | tuple[NDArray[np.int64], ...]
+    targets: Targets
     lengths: NDArray[np.int32] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,80 +59,13 @@ class TextDataset:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-
-def tokenise_classification(
-    records: Sequence[Record],
-    tokenizer: Tokenizer,
-    *,
-    labels: Sequence[str],
-    max_length: int,
-    lenient_within: int | None = None,
-) -> TextDataset:
-    """Encode the roles `text` and `label`.
-
-    Args:
-        records: n of them; none is fine.
-        tokenizer: adds its own special tokens.
-        labels: the declared label set; a label's class is its place there.
-        max_length: most tokens of an example, special ones included.
-        lenient_within: of a text that cannot be encoded, has no token, or has an id that is not below this number, make
-            an example that adds nothing, so that no single record can stop the others.
-
-    Raises:
-        DataError: when a label is not declared, or a text has no token at all.
-    """
-    classes = {label: index for index, label in enumerate(labels)}
-    targets = np.array([_class_of(record, classes) for record in records], dtype=np.int64)
-    texts = [cut(record.fields["text"], max_length) for record in records]
-    input_ids: list[NDArray[np.int32]] = []
-    encoded = _encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
-    for place, ids in enumerate(encoded):
-        if not ids and lenient_within is None:
-            raise DataError(records[place].at("text"), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
-        if not ids:
-            targets[place] = UNSUPERVISED
-        # Cut once more: a tokenizer cuts nothing where its special tokens alone are more than `max_length`.
-        input_ids.append(np.array(ids[:max_length] or [0], dtype=np.int32))
-    return TextDataset(tuple(input_ids), targets)
-
-
-def tokenise_causal_lm(
-    records: Sequence[Record],
-    tokenizer: Tokenizer,
-    *,
-    template: str,
-    max_length: int,
-    lenient_within: int | None = None,
-) -> TextDataset:
-    """Encode prompt, completion and end-of-text token; the completion and that token are supervised.
-
-    Prompt and completion are encoded apart, so that the prompt's tokens are what generation starts
-    from.  The tokenizer's begin-of-text token leads where it is one that adds it.  What exceeds
-    `max_length` is cut off at the end; an example may so lose all its supervised tokens.
-
-    Args:
-        records: n of them; none is fine.
-        tokenizer: must have an end-of-text token.
-        template: text before the completion, with roles in braces ("{prompt}").
-        max_length: most tokens of an example.
-        lenient_within: a prompt or a completion that cannot be encoded into ids below this number has none.
-
-    Raises:
-        ConfigError: when the tokenizer has no end-of-text token.
-    """
-    end, start = end_of_text(tokenizer), _start_ids(tokenizer)
-    prompts = [_prompt(template, record, max_length=max_length) for record in records]
-    completions = [cut(record.fields["completion"], max_length) for record in records]
-    input_ids, targets = [], []
-    for prompt, completion in zip(
-        _encode(prompts, tokenizer, special_tokens=False, within=lenient_within),
-        _encode(completions, tokenizer, special_tokens=False, within=lenient_within),
-        strict=True,
-    ):
-        given, supervised = [*start, *prompt], [*completion, end]
-        input_ids.append(np.array([*given, *supervised][:max_length], dtype=np.int32))
-        targets.append(np.array([*[UNSUPERVISED] * len(given), *supervised][:max_length], dtype=np.int64))
-    return TextDataset(tuple(input_ids), tuple(targets))
+    def chosen(self, places: Sequence[int]) -> TextDataset:
+        """The examples at these places, in this order; one may be taken more than once."""
+        targets = self.targets
+        taken = (
+            tuple(targets[i] for i in places) if isinstance(targets, tuple) else targets[np.array(places, dtype=int)]
+        )
+        return TextDataset(tuple(self.input_ids[place] for place in places), taken)
 
 
 def cut(text: str, max_length: int) -> str:
@@ -138,31 +73,7 @@ def cut(text: str, max_length: int) -> str:
     return text[: _CHARACTERS_A_TOKEN * max_length]
 
 
-def end_of_text(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends a completion.
-
-    Raises:
-        ConfigError: for `model.path`, when there is none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("model.path", tokenizer.name_or_path, "its tokenizer must have an end-of-text token")
-    return tokenizer.eos_token_id
-
-
-def _prompt(template: str, record: Record, *, max_length: int) -> str:
-    fields = {role: cut(text, max_length) for role, text in record.fields.items()}
-    return cut(template.format_map(fields), max_length)
-
-
-def _class_of(record: Record, classes: Mapping[str, int]) -> int:
-    label = record.fields["label"]
-    if label not in classes:
-        declared = ", ".join(list(classes)[:5]) + (", ..." if len(classes) > 5 else "")
-        raise DataError(record.at("label"), label, f"must be one of the {len(classes)} in data.labels: {declared}")
-    return classes[label]
-
-
-def _encode(
+def encode(
     texts: Sequence[str],
     tokenizer: Tokenizer,
     *,
@@ -234,9 +145,3 @@ def _ids_or_none(encoded: Callable[[Sequence[str]], list[list[int]]], text: str)
         return encoded([text])[0]
     except Exception:
         return []
-
-
-def _start_ids(tokenizer: Tokenizer) -> list[int]:
-    """The begin-of-text token, where the tokenizer puts one before a text."""
-    (ids,) = _encode([""], tokenizer, special_tokens=True)
-    return [ids[0]] if ids and ids[0] == tokenizer.bos_token_id else []

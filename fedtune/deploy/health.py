@@ -12,19 +12,20 @@ asks, prints the answer and ends with 0 for 200, else with 1: a probe for contai
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import ipaddress
 import json
-import logging
 import socket
-import socketserver
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal, TypedDict, get_args
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedtune import __version__
 from fedtune.spec import ConfigError, check_one_of
@@ -34,11 +35,9 @@ READY: frozenset[State] = frozenset({"connected", "training"})
 
 _KEY = "--health"
 _BOUND = "must be host:port on this machine, such as 127.0.0.1:8089"
-_REQUEST_S = 2.0  # for all of a request, so that whoever dribbles bytes holds a place no longer
+_REQUEST_S = 2.0  # for all of a connection, so that whoever dribbles bytes holds a place no longer
 _REQUEST_BYTES = 4096
 _PLACES = 4
-
-_log = logging.getLogger(__name__)
 
 
 class Snapshot(TypedDict):
@@ -117,18 +116,84 @@ def serve_health(address: str, health: Health, *, anywhere: bool = False) -> Ite
     """
     host, port = _parse(address, anywhere=anywhere)
     try:
-        server = _Server(host, port, health)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=16)
     except OSError as error:
         raise ConfigError(_KEY, address, f"cannot be listened on ({error.strerror})") from None
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, name="health", daemon=True)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            _App(health),
+            http=_Brief,
+            ws="none",
+            loop="asyncio",
+            interface="asgi3",
+            lifespan="off",
+            h11_max_incomplete_event_size=_REQUEST_BYTES,
+            timeout_graceful_shutdown=1,
+            access_log=False,
+            log_config=None,
+            proxy_headers=False,
+            server_header=False,
+        )
+    )
+    thread = threading.Thread(target=server.run, args=([listening],), name="health", daemon=True)
     thread.start()
     try:
-        bound = server.server_address[1]
+        bound = listening.getsockname()[1]
         yield f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
     finally:
-        server.shutdown()
+        server.should_exit = True
         thread.join()
-        server.server_close()
+        listening.close()
+
+
+class _App:
+    """The two addresses, as an ASGI application."""
+
+    def __init__(self, health: Health) -> None:
+        self._health = health
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        snapshot = self._health.snapshot()
+        body: Snapshot | dict[str, str] = {}
+        if scope["path"] not in ("/health", "/ready"):
+            status = 404
+        elif scope["method"] != "GET":
+            status = 405
+        else:
+            body = snapshot
+            status = 503 if scope["path"] == "/ready" and snapshot["state"] not in READY else 200
+        content = json.dumps(body).encode() + b"\n"
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+            "Cache-Control": "no-store",
+            "Connection": "close",
+            **({"Allow": "GET"} if status == 405 else {}),
+        }
+        encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": encoded})
+        await send({"type": "http.response.body", "body": content})
+
+
+class _Brief(H11Protocol):
+    """A connection that ends after two seconds; who comes on top of a few takes the place of the oldest.
+
+    A probe takes milliseconds: whoever holds a place for longer must not keep it out.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._began = self.loop.time()
+        self._end = self.loop.call_later(_REQUEST_S, transport.abort)
+        if len(self.connections) > _PLACES:
+            oldest = min(self.connections, key=lambda one: one._began)  # type: ignore[union-attr]
+            self.connections.discard(oldest)
+            oldest.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end.cancel()
+        super().connection_lost(exc)
 
 
 def ask(address: str, path: str = "/health") -> tuple[int, str]:
@@ -163,99 +228,6 @@ def _parse(address: str, *, anywhere: bool) -> tuple[str, int]:
             _KEY, address, "would be read by other machines, too; if you want that, add --health-anywhere"
         )
     return host, int(port)
-
-
-class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """A few requests at a time, each with a thread of its own; who comes on top takes the place of the oldest.
-
-    A probe takes milliseconds: whoever holds a place for longer must not keep it out.
-    """
-
-    allow_reuse_address = True
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 16
-
-    def __init__(self, host: str, port: int, health: Health) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.health = health
-        self._lock = threading.Lock()
-        self._open: dict[socket.socket, None] = {}  # the oldest first
-        super().__init__((host, port), _Request)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
-            if len(self._open) >= _PLACES:
-                oldest = next(iter(self._open))
-                del self._open[oldest]
-                with suppress(OSError):  # it has hung up itself
-                    oldest.shutdown(socket.SHUT_RDWR)
-            self._open[request] = None
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        with self._lock:  # a socket that is closed is nobody's: its number may be another's by now
-            self._open.pop(request, None)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        _log.debug("a request for health failed", exc_info=True)  # not to stderr, as the library would
-
-
-class _Request(socketserver.BaseRequestHandler):
-    """One request, one answer, end of the connection."""
-
-    request: socket.socket
-    server: _Server
-
-    def handle(self) -> None:
-        line = self._first_line()
-        if line is not None:
-            self.request.settimeout(_REQUEST_S)
-            self.request.sendall(_answer(line, self.server.health.snapshot()))
-
-    def _first_line(self) -> bytes | None:
-        """The first line of a request that came whole and in time."""
-        ends, head = time.monotonic() + _REQUEST_S, b""
-        while b"\r\n\r\n" not in head:
-            left = ends - time.monotonic()
-            if left <= 0 or len(head) > _REQUEST_BYTES:
-                return None
-            self.request.settimeout(left)
-            try:
-                received = self.request.recv(_REQUEST_BYTES)
-            except OSError:
-                return None
-            if not received:
-                return None
-            head += received
-        return head.partition(b"\r\n")[0]
-
-
-def _answer(line: bytes, snapshot: Snapshot) -> bytes:
-    method, _, rest = line.partition(b" ")
-    path, _, protocol = rest.partition(b" ")
-    body: object = snapshot
-    if not protocol.startswith(b"HTTP/1."):
-        status, body = "400 Bad Request", {}
-    elif path not in (b"/health", b"/ready"):
-        status, body = "404 Not Found", {}
-    elif method != b"GET":
-        status, body = "405 Method Not Allowed", {}
-    elif path == b"/ready" and snapshot["state"] not in READY:
-        status = "503 Service Unavailable"
-    else:
-        status = "200 OK"
-    content = json.dumps(body).encode() + b"\n"
-    lines = (
-        f"HTTP/1.1 {status}",
-        "Content-Type: application/json",
-        f"Content-Length: {len(content)}",
-        "Cache-Control: no-store",
-        "Connection: close",
-        *(["Allow: GET"] if status.startswith("405") else []),
-    )
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,1 @@
-"""Scores of a task model: classification, causal language modelling, generated text.
-
-Start at `fedtune.evaluation.evaluate.evaluate`.  Nothing is imported here, so that `spec` stays light.
-"""
+"""Scores of a task model (`evaluate`) and of the texts that it writes (`generation`); `spec` has the settings."""

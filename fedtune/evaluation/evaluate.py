@@ -1,64 +1,135 @@
-"""The one entry point: score a task model on data that the lead may look at."""
+"""Scores of a task model: over data that the lead may look at, and of each held-out unit at a site."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fedtune.data.batching import Batch, collate, micro_batches
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.causal_lm import evaluate_causal_lm
-from fedtune.evaluation.classification import evaluate_classification
-from fedtune.evaluation.forward import KeptStates
-from fedtune.evaluation.generation import PromptSet, evaluate_generation
-from fedtune.evaluation.spec import EvaluationSpec
-from fedtune.model.task import CausalLMModel, TaskModel
-from fedtune.spec import check_one_of
+from fedtune.spec import DataError, panics_as_errors
+from fedtune.tasks import TaskModel
+
+KeptStates = dict[int, torch.Tensor | None]
+"""What a model's frozen layers made of a data set, batch by batch: by the first example's place, on the CPU."""
 
 
 def evaluate(
-    task_model: TaskModel,
-    dataset: TextDataset,
-    *,
-    task: str,
-    tokenizer: PreTrainedTokenizerBase,
-    spec: EvaluationSpec,
-    prompts: PromptSet | None = None,
-    kept: KeptStates | None = None,
+    task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptStates | None = None
 ) -> dict[str, float]:
-    """Score `task_model` on `dataset`, without gradients; its training flags end as they were.
+    """Score `task_model` on every example of `dataset`, without gradients; its training flags end as they were.
 
     The scores are exact and not covered by any privacy guarantee: they must not leave a site when
     the data is private.
 
     Args:
-        task_model: a model of the given task.
+        task_model: says itself what is scored (`Task.figures`, `Task.scores`).
         dataset: the tokenised examples, at least one.
-        task: "classification" or "causal_lm".
-        tokenizer: the model's, with a padding token (which one does not matter).
-        spec: batch and text sizes.
-        prompts: what to generate from and score against, when `spec.generate`; `None` skips
-            generation, as after a round, when only the loss is wanted.
+        pad_id: a valid token id.
+        max_tokens: padded tokens of a batch.
         kept: what the model's frozen layers made of `dataset`, from one scoring to the next; empty before the first.
-
-    Returns:
-        classification: `accuracy`, `macro_f1`, `loss`.  causal_lm: `loss`, `perplexity`, and with
-        generation `bleu` (0 to 100) and `rouge_l` (0 to 1).
 
     Raises:
         DataError: when there is nothing to score.
-        ConfigError: when `task` is unknown or a text may outgrow the model's positions.
     """
-    check_one_of("task", task, ("classification", "causal_lm"))
-    pad_id = tokenizer.pad_token_id
-    if task == "classification":
-        return evaluate_classification(task_model, dataset, pad_id=pad_id, max_tokens=spec.max_tokens, kept=kept)
-    scores = evaluate_causal_lm(task_model, dataset, pad_id=pad_id, max_tokens=spec.max_tokens, kept=kept)
-    if not spec.generate or prompts is None:
-        return scores
-    assert isinstance(task_model, CausalLMModel)
-    return scores | evaluate_generation(
-        task_model,
-        prompts,
-        tokenizer=tokenizer,
-        max_new_tokens=spec.max_new_tokens,
-        max_tokens=spec.max_tokens,
-    )
+    figures: dict[str, npt.NDArray[np.float64]] = {}
+    with scoring(task_model):
+        batches = batches_to_score(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
+        for indices, batch in batches:
+            for name, of_batch in task_model.task.figures(task_model, batch).items():
+                figures.setdefault(name, np.zeros(len(dataset)))[indices] = of_batch.cpu()
+    return task_model.task.scores(figures, spec=task_model.spec)
+
+
+def unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> npt.NDArray[np.float64]:
+    """(records,) scores in [0, 1], see `Task.unit_score`.
+
+    Each record goes through the model alone.  In a shared batch, one unit's length would move the others' logits by
+    rounding, and a prediction on the edge could flip: one unit would then change more than its own score.
+
+    The scores themselves are exact and must not leave the site.
+    """
+    scores = np.zeros(len(dataset))
+    with scoring(task_model):
+        for index in range(len(dataset)):
+            batch = collate(dataset, np.array([index]), pad_id=pad_id).to(task_model.device)
+            # Of a record that cannot be computed: 0, and the others as they are.
+            with suppress(Exception), panics_as_errors():
+                scores[index] = task_model.task.unit_score(task_model, batch)
+    return scores
+
+
+def user_scores(scores: npt.NDArray[np.float64], users: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:
+    """(users,) scores in [0, 1] of users as units: the mean over all of a user's records; 0 for one that is not finite.
+
+    However many records a user has, it adds one score in [0, 1] and counts once, as `mechanism.noised_scores` needs.
+
+    Args:
+        scores: one for each record.
+        users: for each user the places of its records, at least one.
+    """
+    usable = np.clip(np.where(np.isfinite(scores), scores, 0.0), 0.0, 1.0)
+    return np.array([usable[places].mean() for places in users], dtype=np.float64)
+
+
+@contextmanager
+def scoring(model: nn.Module) -> Iterator[None]:
+    """Put every module of `model` in evaluation mode without gradients, then restore each one's flag.
+
+    The flags are set and restored one by one, not by `eval()` and `train()`: the trainable leaves of
+    a task model stay in training mode inside a frozen base on purpose, which those two calls would
+    lose.  Hooks for per-example gradients see a module in evaluation mode and keep nothing.
+    `no_grad` rather than `inference_mode`: a buffer that a model makes lazily in its first forward
+    pass would be an inference tensor, and the next training step could not differentiate through it.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was_training in flags:
+            module.training = was_training
+
+
+def batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Yield (indices, batch) over all of `dataset`, sorted by length, each batch within `max_tokens`.
+
+    Raises:
+        DataError: when there is nothing to score.
+    """
+    if len(dataset) == 0:
+        raise DataError("evaluation data", 0, "must hold at least one example")
+    for indices in micro_batches(np.arange(len(dataset)), dataset.lengths, max_tokens=max_tokens):
+        yield indices, collate(dataset, indices, pad_id=pad_id)
+
+
+def batches_to_score(
+    model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptStates | None
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """The same on the model's device, and behind the frozen layers where `kept` says what these made of a batch.
+
+    Args:
+        model: the one that `kept` was filled by.
+        dataset: always the same for one `kept`, as are the other arguments.
+        pad_id: a valid token id.
+        max_tokens: of a batch.
+        kept: filled in the first pass; None keeps nothing.
+    """
+    for indices, plain in batches_by_length(dataset, pad_id=pad_id, max_tokens=max_tokens):
+        batch = plain.to(model.device)
+        if kept is None:
+            yield indices, batch
+            continue
+        first = int(indices[0])
+        if first not in kept:
+            states = model.frozen_states(batch)
+            kept[first] = None if states is None else states.cpu()
+        yield indices, replace(plain, prefix=kept[first]).to(model.device)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
+import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.data.batching import micro_batches
 from fedtune.data.records import Record
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset
-from fedtune.evaluation.forward import scoring
-from fedtune.evaluation.greedy import write_greedily
-from fedtune.model.task import CausalLMModel
+from fedtune.evaluation.evaluate import scoring
 from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import TaskModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,9 @@ class PromptSet:
     references: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def of(cls, dataset: TextDataset, records: Sequence[Record], *, rows: int | None = None) -> PromptSet:
+    def of(
+        cls, dataset: TextDataset, records: Sequence[Record], *, role: str = "completion", rows: int | None = None
+    ) -> PromptSet:
         """Group records by their prompt's tokens: those before the first supervised one.
 
         Generation so starts from exactly what training saw (template, special tokens, truncation),
@@ -39,7 +43,8 @@ class PromptSet:
 
         Args:
             dataset: `records`, tokenised in the same order.
-            records: n of them, with the role `completion`.
+            records: n of them.
+            role: whose text is the reference, see `Task.writes`.
             rows: keep the first so many distinct prompts, with references from all of `records`.
 
         Raises:
@@ -51,7 +56,7 @@ class PromptSet:
             prompt = _prompt_ids(dataset, index)
             if not prompt:
                 raise DataError(record.at("prompt"), "no tokens", "must give a token to generate from")
-            groups.setdefault(prompt, []).append(record.fields["completion"])
+            groups.setdefault(prompt, []).append(record.fields[role])
         kept = list(groups)[:rows]
         if not kept:
             raise DataError("evaluation data", 0, "must hold at least one prompt to generate from")
@@ -62,7 +67,7 @@ class PromptSet:
 
 
 def evaluate_generation(
-    task_model: CausalLMModel,
+    task_model: TaskModel,
     prompts: PromptSet,
     *,
     tokenizer: PreTrainedTokenizerBase,
@@ -81,7 +86,7 @@ def evaluate_generation(
 
 
 def generate(
-    task_model: CausalLMModel,
+    task_model: TaskModel,
     prompts: Sequence[np.ndarray],
     *,
     tokenizer: PreTrainedTokenizerBase,
@@ -95,7 +100,7 @@ def generate(
     generation settings (temperature, penalties) are not used.
 
     Args:
-        task_model: a causal language model.
+        task_model: one whose task writes text.
         prompts: (t,) token ids each, t at least 1.
         tokenizer: decodes, and names the end-of-text token that training appended.
         max_new_tokens: longest text, in tokens.
@@ -161,7 +166,7 @@ def _prompt_ids(dataset: TextDataset, index: int) -> tuple[int, ...]:
     return tuple(dataset.input_ids[index][:cut].tolist())
 
 
-def _check_positions(task_model: CausalLMModel, *, longest: int, max_new_tokens: int) -> None:
+def _check_positions(task_model: TaskModel, *, longest: int, max_new_tokens: int) -> None:
     most = getattr(task_model.base.config, "max_position_embeddings", None)
     if most is not None and longest > most:
         raise ConfigError(
@@ -169,3 +174,71 @@ def _check_positions(task_model: CausalLMModel, *, longest: int, max_new_tokens:
             max_new_tokens,
             f"the longest prompt has {longest - max_new_tokens} tokens, and the model takes {most} in all",
         )
+
+
+def write_greedily(
+    model: PeftModel,
+    prompts: Sequence[np.ndarray],
+    *,
+    end_id: int | None,
+    pad_id: int,
+    max_new_tokens: int,
+    device: torch.device,
+) -> list[list[int]]:
+    """Append the likeliest token to each prompt until `end_id` or `max_new_tokens`.
+
+    Transformers' own `generate` would mix in the sampling settings and penalties that a checkpoint
+    ships, also under an explicit greedy configuration; this loop has none.
+
+    Returns:
+        The new token ids of each prompt, without `end_id`.
+    """
+    token_ids, mask = _pad_left(prompts, pad_id=pad_id, device=device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    takes_positions = _takes_positions(model)
+    cache = None
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    written: list[torch.Tensor] = []
+    for _ in range(max_new_tokens):
+        placed = {"position_ids": positions} if takes_positions else {}
+        # Only the last position's logits are read; all of them would take prompt length x vocabulary.
+        output = model(
+            input_ids=token_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **placed,
+        )
+        cache = output.past_key_values
+        chosen = output.logits[:, -1].argmax(dim=-1)  # (n,)
+        written.append(chosen)
+        if end_id is not None:
+            finished |= chosen == end_id
+        if bool(finished.all()):
+            break
+        token_ids = chosen[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return [_until(row, end_id) for row in torch.stack(written, dim=1).tolist()]
+
+
+def _pad_left(prompts: Sequence[np.ndarray], *, pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-aligned token ids and attention mask, both (n, longest), so that every row's last token is real."""
+    longest = max(len(prompt) for prompt in prompts)
+    token_ids = np.full((len(prompts), longest), pad_id, dtype=np.int64)
+    mask = np.zeros_like(token_ids)
+    for row, prompt in enumerate(prompts):
+        token_ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return torch.from_numpy(token_ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def _takes_positions(model: PeftModel) -> bool:
+    """Whether the base takes position ids; families that read distances off the mask (ALiBi) take none."""
+    return "position_ids" in inspect.signature(model.get_base_model().forward).parameters
+
+
+def _until(token_ids: list[int], end_id: int | None) -> list[int]:
+    """The tokens before the first `end_id`; what a finished row wrote on is noise."""
+    return token_ids[: token_ids.index(end_id)] if end_id in token_ids else token_ids

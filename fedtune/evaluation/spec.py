@@ -15,10 +15,10 @@ class EvaluationSpec:
     Attributes:
         max_tokens: padded tokens a forward pass may hold (rows times longest row); one example
             longer than this still runs, alone.
-        generate: whether causal language models also write text that BLEU and ROUGE-L score.
+        generate: whether a model whose task writes text also writes some, which BLEU and ROUGE-L score.
         max_new_tokens: longest text to write, in tokens.
-        generation_rows: write for the first so many distinct prompts only, each with all of its
-            references; `None` writes for every one.
+        generation_rows: write for this many distinct prompts only, from the first on, each with all of its
+            references; `None` writes for every prompt.
     """
 
     max_tokens: int = 4096

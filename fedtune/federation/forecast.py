@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from fedtune.data import Batch
-from fedtune.model import TaskModel
+from fedtune.data import Batch, TextDataset, collate
 from fedtune.privacy.plan import Plan
+from fedtune.tasks import TaskModel
 from fedtune.training.machine import keeps_frozen_states
 from fedtune.training.per_example import attached
 from fedtune.training.spec import RuntimeSpec
@@ -109,7 +110,8 @@ def _least_seconds(model: TaskModel, work: Callable[[], object]) -> float:
 
 def _made_up(model: TaskModel, max_length: int, *, count: int) -> Batch:
     """Examples of full length, of token ids that every vocabulary has, each token of them supervised."""
-    token_ids = 1 + torch.arange(count * max_length).reshape(count, max_length) % 3
-    classes = model.spec.task == "classification"
-    targets = torch.zeros(count, dtype=torch.int64) if classes else token_ids
-    return Batch(token_ids, torch.ones_like(token_ids), targets).to(model.device)
+    token_ids = (1 + np.arange(count * max_length, dtype=np.int32) % 3).reshape(count, max_length)
+    draws = np.random.default_rng(0)
+    targets = model.task.made_up_targets(list(token_ids), spec=model.spec, draws=draws, first=lambda _: 0)
+    made_up = TextDataset(tuple(token_ids), targets)
+    return collate(made_up, range(count), pad_id=0).to(model.device)

@@ -13,7 +13,7 @@ from fedtune import __version__
 from fedtune.federation.lead import LeadState, RoundResult, Scores, site_charge
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.plan import Plan
-from fedtune.spec import finite
+from fedtune.words import finite
 
 SCHEMA_VERSION = 1
 

@@ -30,10 +30,10 @@ class FederationSpec:
         server_beta_2: FedAdam's second moment decay.
         server_tau: FedAdam's degree of adaptivity.
         round_timeout_s: how long the server waits for a round's replies.
-        enough_sites: with so many updates a round waits `grace_s` for further ones and closes; null: it waits for every
-            site that is at work.
-        grace_s: how much longer a round that has enough updates waits: `min_sites` where all others are offline,
-            paused, waiting for a person or have refused.
+        enough_sites: number of updates after which a round waits only `grace_s` for more; null: it waits for every site
+            that is at work.
+        grace_s: how much longer a round waits once it has enough updates, or once it has `min_sites` and all other
+            sites are offline, paused, waiting for a person or have refused.
     """
 
     num_rounds: int = 5

@@ -20,12 +20,12 @@ from fedtune.federation.results import FinalResult, RunResult
 from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.server import Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
-from fedtune.model import save_task_model
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.sites.environment import note_environment
 from fedtune.sites.shared_model import SharedModel
+from fedtune.tasks import save_task_model
 
 
 class Listener(Protocol):

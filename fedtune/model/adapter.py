@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from safetensors import SafetensorError
@@ -16,9 +16,14 @@ from safetensors.numpy import load, save
 from fedtune.spec import FedtuneError
 
 if TYPE_CHECKING:  # a lead's `run status` and `run stop` read adapters, and need neither torch nor PEFT
+    import torch
     from torch import nn
 
-    from fedtune.model.task import TaskModel
+
+class _Trained(Protocol):
+    """A model, of which the trained tensors alone are used: `fedtune.tasks.TaskModel`."""
+
+    def trainable(self) -> dict[str, nn.Parameter]: ...
 
 
 class AdapterError(FedtuneError, ValueError):
@@ -43,11 +48,11 @@ class Adapter:
         object.__setattr__(self, "tensors", MappingProxyType(frozen))
 
     @classmethod
-    def of(cls, model: TaskModel) -> Adapter:
+    def of(cls, model: _Trained) -> Adapter:
         """The model's trainable tensors as they are now."""
         return cls({name: parameter.detach().cpu().numpy() for name, parameter in model.trainable().items()})
 
-    def load_into(self, model: TaskModel) -> None:
+    def load_into(self, model: _Trained) -> None:
         """Copy into the model's trainable tensors; the base stays in memory as it is.
 
         Raises:
@@ -94,7 +99,7 @@ class Adapter:
             raise AdapterError(f"not an encoded adapter: {error}") from error
 
 
-def copy_tensors(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, nn.Parameter]) -> None:
+def copy_tensors(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, torch.Tensor]) -> None:
     """Copy arrays into the parameters of the same names.
 
     Raises:

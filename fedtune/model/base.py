@@ -24,7 +24,7 @@ from fedtune.model.gguf import expanded_gguf
 from fedtune.model.manifest import manifest_of, staged
 from fedtune.model.quiet import first_line, quiet
 from fedtune.model.source import cache_folder, model_folder
-from fedtune.model.spec import RANDOM, ModelSpec, Task
+from fedtune.model.spec import RANDOM, ModelSpec
 from fedtune.model.tiny import tiny_base, tiny_tokenizer
 from fedtune.model.tokenizer_rules import tokenizer_refusal
 from fedtune.spec import ConfigError, panics_as_errors
@@ -60,12 +60,12 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(spec: ModelSpec, *, task: Task, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_base(spec: ModelSpec, *, predicts_tokens: bool = False, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The base model: frozen, in evaluation mode, in `spec.dtype`, on `device`.
 
     Args:
         spec: which model; its `sha256` is checked first.
-        task: "classification" gives the bare encoder or decoder, "causal_lm" one with its output layer.
+        predicts_tokens: with the output layer; otherwise the bare encoder or decoder.
         device: where it goes before any adapter is attached (opacus#820).
 
     Raises:
@@ -74,10 +74,10 @@ def load_base(spec: ModelSpec, *, task: Task, device: torch.device | str = "cpu"
     if spec.path.startswith(RANDOM):
         if spec.sha256 is not None and spec.sha256 != (found := model_sha256(spec)):
             raise ConfigError("model.sha256", spec.sha256, f"is not the hash of {spec.path}, which is {found}")
-        model = tiny_base(spec.path, task, dtype=_DTYPES[spec.dtype])
+        model = tiny_base(spec.path, predicts_tokens=predicts_tokens, dtype=_DTYPES[spec.dtype])
     else:
         with _pinned_files(spec) as folder:
-            model = _pretrained(spec, task, folder)
+            model = _pretrained(spec, folder, predicts_tokens=predicts_tokens)
     check_ignores_batch_length(model, path=spec.path)
     compute_by_row(model)
     # Training never reads the key-value cache; a generator asks for it by argument.
@@ -94,7 +94,7 @@ def model_sha256(spec: ModelSpec) -> str:
     if not spec.path.startswith(RANDOM):
         return manifest_of(model_folder(spec), gguf_file=spec.gguf_file).sha256
     digest = hashlib.sha256()
-    for _, tensor in sorted(tiny_base(spec.path, "classification").state_dict().items()):
+    for _, tensor in sorted(tiny_base(spec.path).state_dict().items()):
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
@@ -114,8 +114,8 @@ def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Pat
             yield derived.folder
 
 
-def _pretrained(spec: ModelSpec, task: Task, folder: Path) -> PreTrainedModel:
-    auto = AutoModel if task == "classification" else AutoModelForCausalLM
+def _pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool) -> PreTrainedModel:
+    auto = AutoModelForCausalLM if predicts_tokens else AutoModel
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -136,7 +136,7 @@ def _pretrained(spec: ModelSpec, task: Task, folder: Path) -> PreTrainedModel:
     # Transformers fills what a checkpoint lacks with random numbers. We pool ourselves, so a missing pooler is fine.
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:
-        raise ConfigError("model.path", spec.path, f"must hold all weights for {task}; it lacks {missing[0]}")
+        raise ConfigError("model.path", spec.path, f"must hold all weights for its task; it lacks {missing[0]}")
     if model.config.is_encoder_decoder:
         raise ConfigError("model.path", spec.path, "must be an encoder or a decoder, not both")
     return model

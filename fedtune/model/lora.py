@@ -9,19 +9,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.model.quiet import quiet
-from fedtune.model.spec import LoraSpec, Task
+from fedtune.model.spec import LoraSpec
 from fedtune.spec import ConfigError
 
-_TASK_TYPES = {"classification": TaskType.FEATURE_EXTRACTION, "causal_lm": TaskType.CAUSAL_LM}
 
-
-def attach_lora(base: PreTrainedModel, *, spec: LoraSpec, task: Task, seed: int) -> PeftModel:
+def attach_lora(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: bool, seed: int) -> PeftModel:
     """Wrap `base`, which already lies on its device, in float32 adapters: A random, B zero.
 
     Args:
         base: the frozen model; changed in place.
         spec: which modules, and how.
-        task: chooses PEFT's wrapper.
+        predicts_tokens: chooses PEFT's wrapper.
         seed: of A's start.  It is drawn on the CPU, so that it is the same for every device.
 
     Raises:
@@ -31,7 +29,7 @@ def attach_lora(base: PreTrainedModel, *, spec: LoraSpec, task: Task, seed: int)
     layers = _layer_indices(spec, len(stack))
     linear = _linear_modules(nn.ModuleList(stack[layer] for layer in layers))
     config = LoraConfig(
-        task_type=_TASK_TYPES[task],
+        task_type=TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION,
         r=spec.rank,
         lora_alpha=spec.alpha,
         use_rslora=spec.rslora,

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from fedtune.spec import ConfigError, check_at_least, check_one_of, check_positive, spec
-
-Task: TypeAlias = Literal["classification", "causal_lm"]
 
 PACKAGE = "package:"
 RANDOM = "random:"
@@ -26,7 +24,7 @@ class ModelSpec:
     Attributes:
         path: a Hugging Face id, a local folder, `package:<module>/<folder>` for weights inside an
             installed Python package, or `random:bert` / `random:llama` for a tiny untrained model.
-        sha256: what `fedtune.model.model_sha256` must give; `None` accepts any model.
+        sha256: hash that the model must have, as `fedtune model-hash` prints it; `None` accepts any model.
         gguf_file: a GGUF file inside `path`; it is expanded to fp32 once and cached.
         revision: branch, tag or commit at the hub.
         dtype: of the frozen weights; adapter, head and losses are float32 either way.
@@ -129,26 +127,18 @@ class TaskModelSpec:
     Attributes:
         model: the frozen base.
         lora: its adapters.
-        head: the classification head; unused for "causal_lm".
-        task: "classification" or "causal_lm".
-        labels: the declared label set, in the order of the head's rows; empty for "causal_lm".
+        head: for tasks that have one.
+        task: what is learnt, see `fedtune.tasks`.
+        labels: the declared label set, in the order of the head's rows; empty where the task has none.
         seed: of the adapters' random start, which is public.
     """
 
     model: ModelSpec
     lora: LoraSpec
-    task: Task
+    task: str
     head: HeadSpec = HeadSpec()
     labels: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_one_of("task", self.task, ("classification", "causal_lm"))
         check_at_least("seed", self.seed, 0)
-        if self.task == "causal_lm":
-            return
-        if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
-            raise ConfigError("data.labels", self.labels, "must be at least two different labels for classification")
-        if self.head.label_texts and len(self.head.label_texts) != len(self.labels):
-            bound = f"must be one text for each of the {len(self.labels)} labels, in their order"
-            raise ConfigError("head.label_texts", self.head.label_texts, bound)

@@ -14,17 +14,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedtune.model.spec import Task
-
 _SEED = 20240
 _HIDDEN, _LAYERS, _POSITIONS = 32, 2, 512
 _BERT_SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 _LLAMA_SPECIAL = ("<s>", "</s>")
 
 
-def tiny_base(path: str, task: Task, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_base(path: str, *, predicts_tokens: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model that `path` ("random:bert" or "random:llama") stands for: the same weights in every call."""
-    auto = AutoModel if task == "classification" else AutoModelForCausalLM
+    auto = AutoModelForCausalLM if predicts_tokens else AutoModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         return auto.from_config(_config(path), dtype=dtype)

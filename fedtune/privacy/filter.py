@@ -63,6 +63,7 @@ def most_divergence(epsilon: float, *, order: float, delta: float) -> float:
     return epsilon - surcharge(order, delta)
 
 
+@lru_cache(maxsize=256)  # a ledger asks for it with each of its notes of the policy
 def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
     """The order at which `reference` takes the smallest share of the cap (`epsilon`, `delta`).
 

@@ -24,7 +24,7 @@ class PrivacySpec:
         mechanism: "dp_sgd", or "none" for training without a guarantee.
         unit: what one (epsilon, delta) protects: "record", or "user": whoever the records' role `user` names, with
             all of their records at a site.  Every size, rate and denominator then counts users.
-        records_per_user: with unit "user", the most records of one user in a step; of more, others are drawn in each.
+        records_per_user: with unit "user", the most records of one user in a step, drawn anew for each step.
         epsilon: target over all rounds and steps of the run, at every site.
         delta: must stay below one over every site's declared size.
         noise_multiplier: noise standard deviation over clip norm; null: calibrated to the target.
@@ -32,7 +32,8 @@ class PrivacySpec:
         sampling_rate: probability with which a unit joins a step.
         metrics: "noised": each site also releases, each round, noised scores of its held-out records
             (`data.heldout_fraction`), paid for by the same epsilon; "none": it releases none.
-        metrics_noise_multiplier: noise standard deviation of those scores over what one unit can change.
+        metrics_noise_multiplier: noise standard deviation of those scores, in units of what one privacy unit can
+            change.
     """
 
     mechanism: Literal["dp_sgd", "none"] = "dp_sgd"

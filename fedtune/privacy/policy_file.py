@@ -42,7 +42,7 @@ def read_toml(path: Path, *, key: str) -> dict[str, Any]:
     """The tables of the TOML file `path`, which a person calls `key`.
 
     Raises:
-        ConfigError: the file cannot be read, or is no TOML.  Nothing in it is quoted: a link may lead to another file.
+        ConfigError: the file cannot be read, or is not TOML.  Nothing in it is quoted: a link may lead to another file.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def read_toml(path: Path, *, key: str) -> dict[str, Any]:
         raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, an integer of thousands of digits
         place = re.search(r" \((at [^()]*)\)$", str(error))
-        raise ConfigError(key, str(path), f"must be TOML{f'; it is none {place[1]}' if place else ''}") from None
+        raise ConfigError(key, str(path), f"must be TOML{f'; there is an error {place[1]}' if place else ''}") from None
 
 
 def policy_of(fields: object) -> Policy:
@@ -133,6 +133,8 @@ def _value(key: str, value: Any, hint: Any) -> Any:
     """`value` as the type `hint`; nothing is converted but a whole number to a float."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:  # JSON has it, TOML has not
+            return None
         return _value(key, value, next(argument for argument in arguments if argument is not type(None)))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         _require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from fedtune.report.audit_record import Audit
-from fedtune.report.model import Report
-from fedtune.report.site_model import Mechanism, SiteReport
+from fedtune.report.model import Audit, Mechanism, Report, SiteReport
 from fedtune.spec import ConfigError
 
 Group = Literal["settings", "privacy", "utility", "cost"]

@@ -1,4 +1,4 @@
-"""What a run was made on and with, noted in its folder by the run itself: a report made later, elsewhere, reads it."""
+"""The machine and the model of a run, which the run notes in its folder for a later report."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
             raise ValueError("schema_version")
         return tuple(Environment(**one) for one in fields["environments"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: what the run was made on is not known") from error
+        raise RunError(f"{path} is damaged, so the machine and the model of the run are not known") from error
 
 
 def _here(shared: SharedModel) -> Environment:

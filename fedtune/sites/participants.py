@@ -15,6 +15,7 @@ from fedtune.privacy.plan import Plan
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.virtual_site import VirtualSites
 from fedtune.sites.work import SiteWork
+from fedtune.tasks import task_named
 
 
 class Participants:
@@ -34,13 +35,13 @@ class Participants:
     @cached_property
     def work(self) -> dict[str, SiteWork]:
         """What each active site does in a round, with its records."""
-        config, federation = self.config, self.config.federation
+        config, federation, unit = self.config, self.config.federation, self.config.privacy.unit
         records = simulated_site_records(
             config.data,
-            task=config.task,
+            columns=task_named(config.task).columns(config.data, partition=True, unit=unit),
             num_sites=federation.num_sites,
             seed=config.seed,
-            unit=config.privacy.unit,
+            unit=unit,
         )
         sizes = config.declared_sizes()
         return {

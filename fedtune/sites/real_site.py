@@ -14,7 +14,7 @@ from fedtune.data.load import own_records
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.site import Prepared, Site, Trained
-from fedtune.model import Adapter, save_task_model
+from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger
@@ -27,6 +27,7 @@ from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import at_site, read_settings
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
+from fedtune.tasks import save_task_model, task_named
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,10 @@ class SitePlaces:
     Attributes:
         site_toml: its policy.
         installed: the folder of an installed base model, by hash; raises ConfigError for none.
-        paused: whether the site takes part in nothing for now.
+        paused: whether the site is paused.
         runs: folder for the settings that leads sent.
         adapters: folder for final adapters.
-        awaits: told of each run that a person is yet to approve, with its settings.
+        awaits: called for each run that waits for a person's approval, with its settings.
     """
 
     site_toml: Path
@@ -126,12 +127,12 @@ class RealSite:
     def _loaded(self, shared: SharedModel, files: SiteFiles) -> SiteWork:
         # A key of the site's own decides what is held out, so that nobody outside knows of a record which it is.
         key = SigningKey.load(files.site_key).secret("held-out split")
-        size = files.policy.declared_size(shared.config.data.dataset)
+        data, unit, task = shared.config.data, shared.config.privacy.unit, task_named(shared.config.task)
         return SiteWork(
             files.policy.site,
             shared,
-            own_records(shared.config.data, task=shared.config.task, key=key, unit=shared.config.privacy.unit),
-            declared_size=size,
+            own_records(data, columns=task.columns(data, unit=unit), usable=task.usable(data), key=key, unit=unit),
+            declared_size=files.policy.declared_size(data.dataset),
             max_adapter_value=files.policy.adapter_bound(shared.config.lora.scale),
             lenient=True,
         )

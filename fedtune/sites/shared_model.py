@@ -13,14 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import RunConfig
 from fedtune.data import Record, Shapes, TextDataset
-from fedtune.data.load import lead_records, tokenise
-from fedtune.data.tokenise import end_of_text
-from fedtune.evaluation.evaluate import evaluate
-from fedtune.evaluation.forward import KeptStates
-from fedtune.evaluation.generation import PromptSet
-from fedtune.model import Adapter, TaskModel, build_task_model, load_task_model, load_tokenizer
+from fedtune.data.load import lead_records
+from fedtune.evaluation.evaluate import KeptStates, evaluate
+from fedtune.evaluation.generation import PromptSet, evaluate_generation
+from fedtune.model import Adapter, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
+from fedtune.tasks import TaskModel, build_task_model, load_task_model, task_named
 from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.preflight import moved_by_others, require_alone
 
@@ -112,9 +111,8 @@ class SharedModel:
 
     def tokenised(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
         """Records as this model reads them; `lenient`: whatever they are."""
-        config = self.config
-        num_ids = self.model.num_ids if lenient else None
-        return tokenise(records, self.tokenizer, spec=config.data, task=config.task, lenient_within=num_ids)
+        within = self.model.num_ids if lenient else None
+        return self.model.task.tokenise(records, self.tokenizer, data=self.config.data, lenient_within=within)
 
     @cached_property
     def validation(self) -> LeadData | None:
@@ -164,8 +162,9 @@ class LeadData:
         cls, file: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rows: int | None, key: str
     ) -> LeadData:
         """Read and tokenise a file that the setting `key` named."""
-        records = lead_records(config.data, file, task=config.task, rows=rows, key=key)
-        return cls(records, tokenise(records, tokenizer, spec=config.data, task=config.task))
+        task = task_named(config.task)
+        records = lead_records(file, columns=task.columns(config.data), rows=rows, key=key)
+        return cls(records, task.tokenise(records, tokenizer, data=config.data))
 
 
 def score_saved(config: RunConfig, adapter_folder: Path, data_file: str) -> dict[str, float]:
@@ -185,17 +184,17 @@ def _ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTraine
     model = ready_model(build, config.runtime, max_length=config.data.max_length)
     tokenizer = load_tokenizer(model.spec.model)
     check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=config.model.path)
-    if config.task == "causal_lm":
-        end_of_text(tokenizer)
+    model.task.check_tokenizer(tokenizer)
     return tokenizer, model
 
 
 def _score(
     model: TaskModel, tokenizer: PreTrainedTokenizerBase, data: LeadData, config: RunConfig, *, generate: bool
 ) -> dict[str, float]:
-    spec = config.evaluation
-    wanted = generate and spec.generate and config.task == "causal_lm"
-    prompts = PromptSet.of(data.examples, data.records, rows=spec.generation_rows) if wanted else None
-    return evaluate(
-        model, data.examples, task=config.task, tokenizer=tokenizer, spec=spec, prompts=prompts, kept=data.kept
-    )
+    spec, role = config.evaluation, model.task.writes
+    scores = evaluate(model, data.examples, pad_id=tokenizer.pad_token_id, max_tokens=spec.max_tokens, kept=data.kept)
+    if not (generate and spec.generate and role is not None):
+        return scores
+    prompts = PromptSet.of(data.examples, data.records, role=role, rows=spec.generation_rows)
+    sizes = {"max_new_tokens": spec.max_new_tokens, "max_tokens": spec.max_tokens}
+    return scores | evaluate_generation(model, prompts, tokenizer=tokenizer, **sizes)

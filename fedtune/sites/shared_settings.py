@@ -22,6 +22,7 @@ from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError
+from fedtune.tasks import task_named
 from fedtune.training.spec import RuntimeSpec
 
 MOST_CHARACTERS = 1 << 20
@@ -44,7 +45,7 @@ def for_sites(config: RunConfig) -> RunConfig:
         test_file=None,
         validation_rows=None,
         test_rows=None,
-        columns={role: role for role in config.data.needed_columns(config.task, unit=config.privacy.unit)},
+        columns={role: role for role in task_named(config.task).columns(config.data, unit=config.privacy.unit)},
         partition=PartitionSpec(),
         train_fraction=1.0,
     )
@@ -70,7 +71,7 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
         plan: the one that the lead signed, and that policy and budget allow.
 
     Raises:
-        Refused: it is none of this version of fedtune, or of another plan.
+        Refused: this version of fedtune does not know the settings, or they are not those of `plan`.
     """
     try:
         if len(text) > MOST_CHARACTERS:

@@ -40,6 +40,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RefusedError, RunError
+from fedtune.tasks import task_named
 
 LEAD_KEY = "lead_key.pem"
 DEALT = "dealt_out.json"
@@ -85,7 +86,7 @@ class VirtualSites:
             "data.train_file": data.train_file,
             "data.partition": dataclasses.asdict(data.partition),
             # Records are dealt out by a hash of the fields that the task and the partition need, users by their ids.
-            "data.columns": data.needed_columns(self.config.task, partition=True, unit=self.config.privacy.unit),
+            "data.columns": task_named(self.config.task).columns(data, partition=True, unit=self.config.privacy.unit),
         }
         dealt = json.loads(json.dumps(partition))
         if not path.exists():
@@ -164,7 +165,7 @@ def _offer(ledger: Ledger, proposal: Proposal, config: RunConfig) -> Offer:
     if config.can_use(offer):
         return offer
     ledger.require_acceptable(proposal)
-    raise RunError("its budget changed while it was asked; start again")
+    raise RunError("its budget changed in the meantime; start again")
 
 
 def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> Policy:

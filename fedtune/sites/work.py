@@ -10,7 +10,7 @@ from functools import cached_property
 from fedtune.data import TextDataset, users_of
 from fedtune.data.load import SiteRecords
 from fedtune.data.records import record_key
-from fedtune.evaluation.units import unit_scores, user_scores
+from fedtune.evaluation.evaluate import unit_scores, user_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Trained
 from fedtune.model import Adapter
@@ -101,14 +101,11 @@ class SiteWork:
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
     ) -> tuple[float, float]:
         """How the adapter does on the held-out units, noised as the plan says."""
-        config = self.shared.config
         adapter.load_into(self.shared.model)
-        exact = unit_scores(
-            self.shared.model, self._heldout, task=config.task, pad_id=self.shared.tokenizer.pad_token_id
-        )
+        exact = unit_scores(self.shared.model, self._heldout, pad_id=self.shared.tokenizer.pad_token_id)
         return noised_scores(
             exact if plan.unit == "record" else user_scores(exact, users_of(self.records.heldout)),
-            declared_size=self.declared_size * config.data.heldout_fraction,
+            declared_size=self.declared_size * self.shared.config.data.heldout_fraction,
             noise_multiplier=plan.metrics_noise_multiplier,
             stream=randomness.stream(self.site, request.round, attempt, "scores"),
         )

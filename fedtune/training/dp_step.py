@@ -3,8 +3,8 @@
 Sample, clip each, sum, noise, divide, step.  Read together with `fedtune.privacy.mechanism`, this file is the whole
 argument that one step is one `PoissonSampledDpEvent(rate, GaussianDpEvent(noise_multiplier))`.
 
-What is sampled and clipped is a privacy unit: a record, with the gradient of its own loss; or a user, with the mean of
-the gradients of its records (`fedtune.training.users`).  Nothing here knows which.
+What is sampled and clipped is a privacy unit.  Nothing here knows whether that is a record, with the gradient of its
+own loss, or a user, with the mean of its records' gradients: `Records` and `UnitGradients` are all there is of it.
 """
 
 from __future__ import annotations

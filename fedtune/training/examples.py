@@ -1,10 +1,11 @@
-"""A site's tokenised records as training reads them: in micro-batches, with what frozen layers make of them kept."""
+"""A site's tokenised records as training reads them: in micro-batches, with the frozen layers' outputs kept."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +13,38 @@ import torch
 
 from fedtune.data import Batch, Part, Shapes, TextDataset, collate
 from fedtune.data.batching import one_at_a_time
-from fedtune.model import TaskModel
+from fedtune.privacy.mechanism import Unit
+from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import panics_as_errors
+from fedtune.tasks import TaskModel
 from fedtune.training.dp_step import UnitGradients
 
 log = logging.getLogger(__name__)
 
 
+Places = npt.NDArray[np.int64]
+
+
+class Units(Protocol):
+    """A site's privacy units, which a step samples, cuts into micro-batches and turns into one gradient each."""
+
+    unit: ClassVar[Unit]
+
+    def __len__(self) -> int:
+        """How many units there are."""
+
+    def cut_with(self, stream: RandomStream, /) -> Callable[[Places], Iterable[Any]]:
+        """What turns the sampled units of a step into micro-batches; `stream`: for what is drawn within a unit."""
+
+    def gradients(self, of_each: UnitGradients, /) -> UnitGradients:
+        """What turns a micro-batch into one gradient for each unit, by those of single examples."""
+
+    def add_plain_gradient(self, model: TaskModel, batch: Any, /) -> None:
+        """Add the units' gradients to the parameters' own, unclipped.  Guarantee: none."""
+
+
 class SiteExamples:
-    """What a training step draws its batches from.
+    """What a training step draws its batches from: each record is a unit.
 
     Args:
         dataset: the site's records.
@@ -28,6 +52,8 @@ class SiteExamples:
         shapes: that a micro-batch may have.
         device: where batches go.
     """
+
+    unit: ClassVar[Unit] = "record"
 
     def __init__(self, dataset: TextDataset, *, pad_id: int, shapes: Shapes, device: torch.device | str) -> None:
         self._dataset, self._pad_id, self._shapes, self.device = dataset, pad_id, shapes, device
@@ -57,9 +83,17 @@ class SiteExamples:
         kept = batch if self._states is None else replace(batch, prefix=self._kept(part, batch))
         return kept.to(self.device)
 
+    def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[Batch]]:
+        """`cut`: nothing is drawn within a record."""
+        return self.cut
+
     def gradients(self, of_each: UnitGradients) -> UnitGradients:
         """What turns a micro-batch of `cut` into one gradient for each unit: here a unit is an example."""
         return of_each
+
+    def add_plain_gradient(self, model: TaskModel, batch: Batch) -> None:
+        """Add the examples' gradients to the parameters' own, unclipped.  Guarantee: none."""
+        model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
 
     def keep_frozen_states(
         self, model: TaskModel, *, parts: Iterable[Part] | None = None, lenient: bool = True
@@ -77,7 +111,7 @@ class SiteExamples:
             lenient: false for made-up examples: one that cannot be computed raises.
 
         Raises:
-            Exception: whatever the machine failed with, for no record's sake.
+            Exception: the machine's own failure, never one that a record caused.
         """
         if self._states is not None:
             return

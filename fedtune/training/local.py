@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from fedtune.model import Adapter, TaskModel
+from fedtune.model import Adapter
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import Randomness, RandomStream
+from fedtune.tasks import TaskModel
 from fedtune.training.dp_step import Records, dp_sgd_step
-from fedtune.training.examples import SiteExamples
+from fedtune.training.examples import Units
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
-from fedtune.training.users import UserBatch, UserExamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,12 @@ class RoundOfTraining:
 def train_round(
     model: TaskModel,
     adapter: Adapter,
-    examples: SiteExamples | UserExamples,
+    units: Units,
     work: RoundOfTraining,
     *,
     randomness: Randomness,
 ) -> Adapter:
-    """Train `adapter` on `examples` for one round of `work.plan` and return the adapter that may be released.
+    """Train `adapter` on a site's `units` for one round of `work.plan` and return the adapter that may be released.
 
     The adapter that came and the one after each step are projected into the site's bound on values: what is sent or
     learnt can never end a run, and rounding stays small.  That reads no record.
@@ -61,11 +61,12 @@ def train_round(
     assert everything == {id(p) for p in parameters.values()}, "a tensor trains outside the clipped set"
     optimizer = make_optimizer(parameters, work.training, clipped=work.plan.private)
     purpose = (work.site, work.round, work.attempt)
-    by_user = isinstance(examples, UserExamples)
-    assert by_user == (work.plan.unit == "user"), "what is sampled and what the plan counts differ"
-    records = _units(examples, work, randomness)
+    assert units.unit == work.plan.unit, "what is sampled and what the plan counts differ"
     sampling = randomness.stream(*purpose, "sampling")
     noise = randomness.stream(*purpose, "noise")
+    # A stream of its own, drawn from in every step: which of a sampled user's records take part.
+    cut = units.cut_with(randomness.stream(*purpose, "records"))
+    records = Records(count=len(units), declared_size=work.declared_size, cut=cut)
 
     def take_steps(step: Callable[[], None]) -> None:
         total_steps = work.plan.num_rounds * work.plan.local_steps
@@ -79,7 +80,7 @@ def train_round(
         with attached(model) as gradients:
             take_steps(
                 lambda: dp_sgd_step(
-                    examples.gradients(gradients),
+                    units.gradients(gradients),
                     records,
                     work.plan,
                     parameters=parameters,
@@ -89,7 +90,7 @@ def train_round(
                 )
             )
     else:
-        take_steps(lambda: plain_step(model, records, work.plan, optimizer=optimizer, sampling=sampling))
+        take_steps(lambda: plain_step(model, units, records, work.plan, optimizer=optimizer, sampling=sampling))
 
     released = Adapter.of(model)
     assert list(released.tensors) == list(parameters), "released tensors and trained tensors differ"
@@ -97,7 +98,7 @@ def train_round(
 
 
 def project(parameters: Mapping[str, torch.nn.Parameter], most: float) -> None:
-    """Bring every value into [-most, most], and what is no number to 0.
+    """Cut every value to [-most, most]; a value that is not a number becomes 0.
 
     That is post-processing of what was released or is about to be.
     """
@@ -106,25 +107,19 @@ def project(parameters: Mapping[str, torch.nn.Parameter], most: float) -> None:
             parameter.nan_to_num_(0.0, most, -most).clamp_(-most, most)
 
 
-def _units(examples: SiteExamples | UserExamples, work: RoundOfTraining, randomness: Randomness) -> Records:
-    """The privacy units that a step samples from."""
-    if not isinstance(examples, UserExamples):
-        return Records(count=len(examples), declared_size=work.declared_size, cut=examples.cut)
-    # A stream of its own, drawn from in every step: which of a sampled user's records take part.
-    choosing = randomness.stream(work.site, work.round, work.attempt, "records")
-    return Records(count=len(examples), declared_size=work.declared_size, cut=examples.cut_with(choosing))
-
-
 def plain_step(
-    model: TaskModel, records: Records, plan: Plan, *, optimizer: torch.optim.Optimizer, sampling: RandomStream
+    model: TaskModel,
+    units: Units,
+    records: Records,
+    plan: Plan,
+    *,
+    optimizer: torch.optim.Optimizer,
+    sampling: RandomStream,
 ) -> None:
     """The same step without clipping and noise.  Guarantee: none."""
     optimizer.zero_grad(set_to_none=True)
     for batch in records.cut(poisson_sample(records.count, plan.sampling_rate, sampling)):
-        if isinstance(batch, UserBatch):
-            batch.add_plain_gradient(model)
-        else:
-            model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
+        units.add_plain_gradient(model, batch)
     for parameter in model.trainable().values():
         if parameter.grad is not None:
             parameter.grad /= plan.sampling_rate * records.declared_size

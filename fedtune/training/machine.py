@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 from fedtune.data import Shapes
-from fedtune.model import TaskModel
 from fedtune.model.fits import usable_positions
 from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel
 from fedtune.training.spec import RuntimeSpec
 
 
@@ -54,6 +54,6 @@ def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Sh
 
 
 def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
-    """Whether what the frozen layers make of so many tokens fits the memory set aside for it."""
+    """Whether the frozen layers' outputs for so many tokens fit the memory set aside for them."""
     width = model.base.config.get_text_config().hidden_size * model.base.dtype.itemsize
     return bool(num_tokens * width <= runtime.kept_states_mib * 2**20)

@@ -11,8 +11,8 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 
 from fedtune.data.batching import Batch, one_at_a_time
-from fedtune.model import TaskModel
 from fedtune.spec import ConfigError, panics_as_errors
+from fedtune.tasks import TaskModel
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class PerExampleGradients:
         for name, parameter in self._parameters.items():
             gradient = getattr(parameter, "grad_sample", None)
             if gradient is None:
-                raise ConfigError("lora.target_modules", name, "is trainable but takes no part in the forward pass")
+                raise ConfigError("lora.target_modules", name, "is trainable, but the forward pass does not use it")
             gradients[name] = gradient[: len(batch.input_ids)]  # a head may have worked on more rows
         self._clear()
         return gradients

@@ -1,4 +1,4 @@
-"""A try before anything is charged: whether an example's contribution depends on that example alone, on this machine.
+"""Tries before anything is charged whether an example's contribution depends on it alone, on this machine.
 
 Shapes are fixed (`fedtune.data.shapes`), so kernels cannot choose by what else is in a batch; whether they treat every
 row and every number of rows alike is tried here, at every shape that a step may have.  First with the run's own model;
@@ -8,17 +8,18 @@ What is made up is drawn anew each time, so that nobody can look for a model tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.data import UNSUPERVISED, Batch, Part, Shapes, TextDataset
-from fedtune.model import Adapter, TaskModel
+from fedtune.data import Batch, Part, Shapes, TextDataset
+from fedtune.model import Adapter
 from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel
 from fedtune.training.dp_step import CLIP_NORM_CELLS, contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import PerExampleGradients, attached
@@ -91,7 +92,9 @@ def require_alone(moved: float, *, path: str, inexact_allowed: bool) -> None:
         ConfigError: for `model.path`.
     """
     if moved > _LARGEST_ROUNDING:
-        raise ConfigError("model.path", path, "mixes the examples of a batch, so none can be clipped by itself")
+        raise ConfigError(
+            "model.path", path, "mixes the examples of a batch, so that no example can be clipped by itself"
+        )
     if moved > 0 and not inexact_allowed:
         bound = (
             "has another gradient for an example when other examples share its micro-batch on this machine (by up to "
@@ -180,11 +183,8 @@ class _Trial:
         return moved
 
     def _copies(self, length: int) -> TextDataset:
-        one = _made_up(self._model, [self._shapes.most_tokens(length)], self._draws)
-        count = self._most_room(length)
-        if isinstance(one.targets, tuple):
-            return TextDataset(one.input_ids * count, (one.input_ids[0].astype(np.int64),) * count)
-        return TextDataset(one.input_ids * count, np.repeat(one.targets, count))
+        one = _made_up(self._model, [self._shapes.most_tokens(length)], self._draws, first=lambda _: 0)
+        return one.chosen([0] * self._most_room(length))
 
 
 def _gradients(gradients: PerExampleGradients, batch: Batch) -> dict[str, torch.Tensor]:
@@ -205,18 +205,18 @@ def _distance(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor], ma
     return max(moved, 1 / CLIP_NORM_CELLS)  # bits that clipping happens to hide here
 
 
-def _made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
+def _made_up(
+    model: TaskModel,
+    lengths: list[int],
+    draws: np.random.Generator,
+    *,
+    first: Callable[[int], int] = lambda length: length // 2,
+) -> TextDataset:
     num_ids = model.num_ids
     input_ids = tuple(draws.integers(0, num_ids, size=length).astype(np.int32) for length in lengths)
     for ids in input_ids[::2]:  # not all, or every example would begin with the same token
         ids[0], ids[-1] = num_ids - 1, 0
-    if model.spec.task == "classification":
-        return TextDataset(input_ids, draws.integers(0, len(model.spec.labels), size=len(lengths)))
-    supervised = (np.arange(len(ids)) >= len(ids) // 2 for ids in input_ids)
-    targets = (
-        np.where(where, ids, UNSUPERVISED).astype(np.int64) for where, ids in zip(supervised, input_ids, strict=True)
-    )
-    return TextDataset(input_ids, tuple(targets))
+    return TextDataset(input_ids, model.task.made_up_targets(input_ids, spec=model.spec, draws=draws, first=first))
 
 
 def _fill(model: TaskModel, draws: np.random.Generator) -> None:

@@ -85,9 +85,9 @@ class RuntimeSpec:
         device: "auto" takes a GPU where the torch build has one.
         num_threads: torch threads in every process; null: one for each core.
         micro_batch_tokens: padded tokens in a micro-batch; smaller needs less memory.
-        kept_states_mib: memory for keeping what the frozen layers below the adapters make of each record, in
-            MiB over all sites of a process, and as much for each data set of the lead's; where it does not
-            suffice, nothing is kept.  0 turns it off.
+        kept_states_mib: memory for keeping each record's output of the frozen layers below the adapters, in
+            MiB over all sites of a process, and as much for each data set of the lead's.  If the outputs do not
+            fit, none are kept.  0 turns it off.
         gradient_checkpointing: recompute activations in the backward pass, for large models.
         seeded_noise: take noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
         sites_dir: folder in which simulated sites keep policy, key and ledger over several runs; null: each run

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedtune.data import Batch
-from fedtune.model import TaskModel
-from fedtune.privacy.mechanism import choose_records
+from fedtune.privacy.mechanism import Unit, choose_records
 from fedtune.privacy.randomness import RandomStream
+from fedtune.tasks import TaskModel
 from fedtune.training.dp_step import UnitGradients
-from fedtune.training.examples import SiteExamples
-
-Places = npt.NDArray[np.int64]
+from fedtune.training.examples import Places, SiteExamples
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +50,6 @@ class UserBatch:
             rows = users[order[np.searchsorted(records, part.places, sorter=order)]]
             device = batch.input_ids.device
             yield batch, torch.from_numpy(rows).to(device), torch.from_numpy(1 / counts[rows]).to(device)
-
-    def add_plain_gradient(self, model: TaskModel) -> None:
-        """Add the users' mean gradients to the parameters' own, unclipped.  Guarantee: none."""
-        for batch, _, shares in self.parts():
-            losses = model.losses(batch)
-            (losses * shares.to(losses.dtype)).sum().backward()  # type: ignore[no-untyped-call]
 
 
 class UserGradients:
@@ -92,7 +84,7 @@ class UserGradients:
 
 
 class UserExamples:
-    """What a training step draws its users from.
+    """What a training step draws its users from: each user is a unit.
 
     Args:
         examples: the site's records.
@@ -100,6 +92,8 @@ class UserExamples:
         most_records: of one user in a step.
         most_users: whose means are made together, which bounds the memory for them.
     """
+
+    unit: ClassVar[Unit] = "user"
 
     def __init__(
         self, examples: SiteExamples, users: Sequence[Places], *, most_records: int, most_users: int = 64
@@ -115,6 +109,12 @@ class UserExamples:
     def gradients(self, of_each: UnitGradients) -> UnitGradients:
         """What turns a micro-batch of `cut` into one gradient for each user."""
         return UserGradients(of_each)
+
+    def add_plain_gradient(self, model: TaskModel, batch: UserBatch) -> None:
+        """Add the users' mean gradients to the parameters' own, unclipped.  Guarantee: none."""
+        for records, _, shares in batch.parts():
+            losses = model.losses(records)
+            (losses * shares.to(losses.dtype)).sum().backward()  # type: ignore[no-untyped-call]
 
     def keep_frozen_states(self, model: TaskModel) -> None:
         """As `SiteExamples.keep_frozen_states`."""

@@ -25,10 +25,10 @@ from run import DATA, Problem, problems
 from torch.nn import functional
 
 from fedtune.cli.compose import compose_run
-from fedtune.model import build_task_model
 from fedtune.model.base import load_tokenizer
-from fedtune.model.heads import mean_pooled
 from fedtune.privacy.accountant import calibrate_noise
+from fedtune.tasks import build_task_model
+from fedtune.tasks.classification import mean_pooled
 
 RATE, ROUNDS, STEPS, SCALE = 0.3, 10, 5, 10.0
 

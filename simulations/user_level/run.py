@@ -46,7 +46,8 @@ from fedtune.data.load import simulated_site_records, split_key
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
-from fedtune.report.explain import group
+from fedtune.report.derive.profile import group
+from fedtune.tasks import task_named
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- results: written by simulations/user_level/run.py -->", "<!-- end of results -->"
@@ -156,7 +157,11 @@ def capped(config: RunConfig, into: Path, *, members: int, declared: list[int]) 
     """
     key = split_key(config.seed)
     sites = simulated_site_records(
-        config.data, task=config.task, num_sites=config.federation.num_sites, seed=config.seed, unit="user"
+        config.data,
+        columns=task_named(config.task).columns(config.data, partition=True, unit="user"),
+        num_sites=config.federation.num_sites,
+        seed=config.seed,
+        unit="user",
     )
     rows = []
     for number, site in enumerate(sites):

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from fedtune.model import TaskModel
+from fedtune.tasks import TaskModel
 from fedtune.training.examples import SiteExamples
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.report.audit_record import Audit, read_audit
+from fedtune.report.derive.audit_bounds import read_audit
+from fedtune.report.model import Audit
 from fedtune.report.one_run import best_possible
 from fedtune.spec import RunError
 

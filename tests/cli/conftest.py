@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fedtune.cli.site import template_file
-from fedtune.deploy import membership, provision
-from fedtune.deploy.join import REQUEST, site_init
-from fedtune.deploy.site_state import SiteState
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.members import REQUEST, site_init
+from fedtune.deploy.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.plan import Plan
@@ -161,12 +161,12 @@ def joined(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., 
         federation = tmp_path / "federation"
         if not federation.exists():
             (tmp_path / "federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:9"\n')
-            provision.init(tmp_path / "federation.toml", out=federation, now=begun)
+            provisioning.init(tmp_path / "federation.toml", out=federation, now=begun)
         here = Here(tmp_path / name)
         here.folder.mkdir()
         write_policy(site_policy(name, approval="manual"), here.toml)
         request = site_init(here.toml, out=None) / REQUEST
-        archive = membership.add_site(federation, request=request, days=None, now=begun).archive
+        archive = provisioning.add_site(federation, request=request, days=None, now=begun).archive
         with zipfile.ZipFile(archive) as kit:
             kit.extractall(request.parent)
         return here

@@ -15,7 +15,8 @@ from fedtune.cli.audit import DESCRIPTION
 from fedtune.cli.audit_command import audit_spec
 from fedtune.cli.audit_tables import show_findings
 from fedtune.report import one_run
-from fedtune.report.audit_record import Audit, AuditBound, refuted
+from fedtune.report.derive.audit_bounds import refuted
+from fedtune.report.model import Audit, AuditBound
 from fedtune.spec import ConfigError
 
 

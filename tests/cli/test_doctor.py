@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli import doctor
-from fedtune.deploy.doctor_check import REFUSED, SERVER, Check, Status, failed, ok, skipped, warning
+from fedtune.deploy.doctor.check import REFUSED, SERVER, Check, Status, failed, ok, skipped, warning
 from fedtune.spec import FedtuneError
 
 KEY = "0123456789abcdef" * 4

@@ -136,7 +136,7 @@ def test_a_mistake_is_told_before_torch_and_flower_are_imported() -> None:
 
 def test_the_status_of_a_run_and_a_mistake_in_one_wait_for_no_slow_import() -> None:
     code = (
-        "import sys, fedtune.cli.run_status, fedtune.deploy.lead_service;"
+        "import sys, fedtune.cli.run_status, fedtune.deploy.services.lead_service;"
         "print([name for name in ('torch', 'peft', 'flwr', 'opacus') if name in sys.modules])"
     )
     done = subprocess.run(

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy.join import next_steps, site_init
-from fedtune.deploy.kits import read_roster
+from fedtune.deploy.kits.members import next_steps, read_roster, site_init
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
 

@@ -16,9 +16,9 @@ import pytest
 from fedtune.cli.compose import compose_run, saved_config, write_config
 from fedtune.cli.run import composed
 from fedtune.config import RunConfig
-from fedtune.deploy import membership, provision
-from fedtune.deploy.join import REQUEST, site_init
-from fedtune.deploy.kits import Kit
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.privacy.policy import Dataset, Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.spec import ConfigError
@@ -37,15 +37,15 @@ def kit(tmp_path_factory: pytest.TempPathFactory, site_policy: Callable[..., Pol
     """The kit of a lead with three sites, and `gone`, which was revoked; west has no data set but banking77."""
     folder, now = tmp_path_factory.mktemp("federation"), datetime.now(UTC).replace(microsecond=0)
     (folder / "federation.toml").write_text('name = "banks"\nserver = "127.0.0.1:9"\n')
-    provision.init(folder / "federation.toml", out=folder / "banks", now=now)
+    provisioning.init(folder / "federation.toml", out=folder / "banks", now=now)
     for name, size in {**SIZES, "gone": 50}.items():
         (folder / name).mkdir()
         others = [] if name == "west" else [Dataset(id="letters", declared_size=11)]
         datasets = (*others, Dataset(id="banking77", declared_size=size))
         write_policy(site_policy(name, dataset=datasets), folder / name / "site.toml")
         request = site_init(folder / name / "site.toml", out=None) / REQUEST
-        membership.add_site(folder / "banks", request=request, days=None, now=now)
-    membership.revoke_site(folder / "banks", "gone", now=now)
+        provisioning.add_site(folder / "banks", request=request, days=None, now=now)
+    provisioning.revoke_site(folder / "banks", "gone", now=now)
     return Kit.read(folder / "banks" / "lead", kind="lead")
 
 

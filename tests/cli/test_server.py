@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy import provision
+from fedtune.deploy.kits import provisioning
 from fedtune.deploy.logs import configured_logs
 
 
@@ -23,7 +23,7 @@ def own_logs() -> Iterator[None]:
 def make_federation(folder: Path, *, days_ago: int = 0) -> Path:
     (folder / "federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:9"\n')
     begun = datetime.now(UTC).replace(microsecond=0) - timedelta(days=days_ago)
-    provision.init(folder / "federation.toml", out=folder / "federation", now=begun)
+    provisioning.init(folder / "federation.toml", out=folder / "federation", now=begun)
     return folder / "federation"
 
 

@@ -16,10 +16,10 @@ import pytest
 import fedtune.cli.approve
 import fedtune.cli.ledger_commands
 import fedtune.cli.site_commands
-import fedtune.deploy.doctor
-import fedtune.deploy.models  # noqa: F401
+import fedtune.deploy.doctor.examination
+import fedtune.deploy.kits.models  # noqa: F401
 from fedtune.cli.main import main
-from fedtune.deploy import account
+from fedtune.deploy import files
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
@@ -43,7 +43,7 @@ def tmp_path() -> Iterator[Path]:
 def served(joined: Callable[..., Here], monkeypatch: pytest.MonkeyPatch) -> Here:
     """A site whose files belong to the account of its process."""
     # This Python may lie in root's own folder; what is needed of it is imported.
-    monkeypatch.setattr(account, "_python_is_readable", lambda: True)
+    monkeypatch.setattr(files, "_python_is_readable", lambda: True)
     here = joined("north")
     here.edit(anchor="anchor.json")
     here.ledger()
@@ -144,7 +144,7 @@ def test_a_link_of_the_account_s_is_not_followed_as_root(served: Here, waiting: 
 def test_a_python_that_the_account_cannot_read(
     served: Here, waiting: Proposal, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    monkeypatch.setattr(account, "_python_is_readable", lambda: False)
+    monkeypatch.setattr(files, "_python_is_readable", lambda: False)
     assert called("site", "approve", "r", "--yes", *served.words) == 2
     assert "cannot be read by account 54321" in capfd.readouterr().err
 

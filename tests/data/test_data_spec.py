@@ -70,32 +70,6 @@ def test_wrong_settings(wrong: dict[str, Any], message: str) -> None:
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "task", "message"),
-    [
-        ({}, "regression", "task = 'regression': must be one of classification, causal_lm"),
-        ({"labels": ("a",)}, "classification", "labels = ('a',): must declare at least two"),
-        (
-            {"columns": {"text": "t"}},
-            "classification",
-            "columns = {'text': 't'}: must name the column for role 'label'",
-        ),
-        ({}, "causal_lm", "columns = {'text': 'text', 'label': 'label'}: must name the column for role 'prompt'"),
-        (GENERATION | {"labels": ("a", "b")}, "causal_lm", "labels = ('a', 'b'): must be empty for task causal_lm"),
-        (GENERATION | {"prompt_template": "{topic}"}, "causal_lm", "columns = "),
-    ],
-)
-def test_settings_for_another_task(wrong: dict[str, Any], task: str, message: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        DataSpec(**GIVEN | wrong).check_task(task)
-    assert str(error.value).startswith(message)
-
-
-def test_settings_that_fit_their_task() -> None:
-    DataSpec(**GIVEN).check_task("classification")
-    DataSpec(**GIVEN | GENERATION).check_task("causal_lm")
-
-
 def test_sizes() -> None:
     assert DataSpec(**GIVEN).sizes(3) == (100, 100, 100)
     assert DataSpec(**GIVEN | {"declared_sizes": (5, 6)}).sizes(2) == (5, 6)

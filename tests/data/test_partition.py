@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.data import (
+    DataSpec,
     PartitionSpec,
     Record,
     assign_site,
@@ -16,12 +17,13 @@ from fedtune.data import (
     is_selected,
     partition_records,
     split_heldout,
-    tokenise_classification,
     unit_hash,
 )
 from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import task_named
 
 KEY = b"a key of these tests"
+DATA = DataSpec(dataset="d", train_file="f", columns={}, declared_sizes=1, labels=("a", "b", "c"), max_length=5)
 SPECS = [
     PartitionSpec(),
     PartitionSpec(proportions=(1.0, 2.0, 3.0)),
@@ -57,7 +59,7 @@ def test_adding_one_record_changes_nothing_of_any_other(
             (site, side, [ids.tolist() for ids in dataset.input_ids], list(dataset.targets))
             for site, held in enumerate(partition_records(given, spec, num_sites=3, key=KEY))
             for side in split_heldout(held, fraction=0.4, key=KEY)
-            for dataset in [tokenise_classification(side, encoder_tokenizer, labels="abc", max_length=5)]
+            for dataset in [task_named("classification").tokenise(side, encoder_tokenizer, data=DATA)]
         ]
 
     longer = [*rows[:place], new, *rows[place:]]

@@ -160,12 +160,18 @@ def spec(path: Path, **changes: Any) -> DataSpec:
     return DataSpec(**(values | changes))
 
 
+def columns(data: DataSpec, **unit: Any) -> dict[str, str]:
+    return data.needed_columns(("prompt", "completion"), **unit)
+
+
 def test_a_real_site_leaves_out_what_has_not_one_user_by_itself(tmp_path: Path) -> None:
     # What a lead asks for must not make the answer depend on whether some record fits it; the doctor says it before.
     path = written(tmp_path, "ann", ["ann", "bob"], "bob", None, "ann")
-    records = own_records(spec(path), task="causal_lm", key=KEY, unit="user")
+    records = own_records(
+        spec(path), columns=columns(spec(path), unit="user"), usable=lambda _: True, key=KEY, unit="user"
+    )
     assert [record.fields["user"] for record in records.training] == ["ann", "bob", "ann"]
-    by_record = own_records(spec(path), task="causal_lm", key=KEY)
+    by_record = own_records(spec(path), columns=columns(spec(path)), usable=lambda _: True, key=KEY)
     assert len(by_record.training) == 5
     assert "user" not in by_record.training[0].fields, "what a run has no use for is not read"
 
@@ -173,7 +179,7 @@ def test_a_real_site_leaves_out_what_has_not_one_user_by_itself(tmp_path: Path) 
 def test_a_simulations_users_lie_whole_at_one_site_on_one_side(tmp_path: Path) -> None:
     path = written(tmp_path, *(f"u{n % 40}" for n in range(400)))
     given = spec(path, heldout_fraction=0.3, train_fraction=0.8)
-    sites = simulated_site_records(given, task="causal_lm", num_sites=2, seed=1, unit="user")
+    sites = simulated_site_records(given, columns=columns(given, unit="user"), num_sites=2, seed=1, unit="user")
     sides = [{record.fields["user"] for record in side} for site in sites for side in (site.training, site.heldout)]
     assert sum(map(len, sides)) == len(set().union(*sides)) < 40, "no user on two sides, and some are not used at all"
     assert all(sides)
@@ -194,8 +200,8 @@ def test_users_need_a_column(tmp_path: Path) -> None:
         without.check_unit("user")
     without.check_unit("record")
     spec(path).check_unit("record")
-    assert "user" not in spec(path).needed_columns("causal_lm")
-    assert spec(path).needed_columns("causal_lm", unit="user")["user"] == "who"
+    assert "user" not in columns(spec(path))
+    assert columns(spec(path), unit="user")["user"] == "who"
 
 
 def test_labels_deal_no_users_out(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy import membership, provision
-from fedtune.deploy.join import REQUEST, site_init
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
 
@@ -44,7 +44,7 @@ def federation_toml(tmp_path: Path) -> Path:
 def federation(federation_toml: Path, now: datetime) -> Path:
     """The folder of a federation without sites."""
     folder = federation_toml.parent / "federation"
-    provision.init(federation_toml, out=folder, now=now)
+    provisioning.init(federation_toml, out=folder, now=now)
     return folder
 
 
@@ -67,7 +67,7 @@ def joined(federation: Path, request_of: Callable[..., Path], now: datetime) -> 
 
     def make(site: str) -> Path:
         request = request_of(site)
-        done = membership.add_site(federation, request=request, days=None, now=now)
+        done = provisioning.add_site(federation, request=request, days=None, now=now)
         unpack(done.archive, request.parent)
         return request.parent
 

@@ -18,11 +18,14 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from fedtune.deploy.authority import Authority, certificate_pem, make_key, private_pem
-from fedtune.deploy.certificates import (
+from fedtune.deploy.kits.certificates import (
+    Authority,
     Certificate,
+    certificate_pem,
     check_issued,
     fingerprint_of,
+    make_key,
+    private_pem,
     public_pem,
     read_connection_key,
     spoken,

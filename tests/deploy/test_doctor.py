@@ -27,12 +27,13 @@ from safetensors.torch import save_file
 
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.deploy import doctor_ledger, doctor_site, membership, provision
-from fedtune.deploy.doctor import Visit, examine
-from fedtune.deploy.doctor_check import Check, PrivateLog, Status, exit_code_of
-from fedtune.deploy.join import REQUEST, site_init
-from fedtune.deploy.kits import Kit
-from fedtune.deploy.models import install_model, model_place
+from fedtune.deploy.doctor import file_checks, ledger_checks
+from fedtune.deploy.doctor.check import Check, PrivateLog, Status, exit_code_of
+from fedtune.deploy.doctor.examination import Visit, examine
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.members import REQUEST, site_init
+from fedtune.deploy.kits.models import install_model, model_place
 from fedtune.model.base import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
@@ -184,7 +185,7 @@ def home(tmp_path: Path, mailbox: Mailbox, site_policy: Callable[..., Policy], n
         f'[[model]]\nname = "tiny"\nsha256 = "{digest}"\nlicence = "CC0-1.0"\n'
     )
     federation = tmp_path / "federation"
-    provision.init(written, out=federation, now=now)
+    provisioning.init(written, out=federation, now=now)
     mailbox.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     mailbox.context.load_cert_chain(federation / "server" / "server.pem", federation / "server" / "server_key.pem")
     mailbox.context.load_verify_locations(federation / "authority" / "ca.pem")
@@ -197,7 +198,7 @@ def home(tmp_path: Path, mailbox: Mailbox, site_policy: Callable[..., Policy], n
     site.change_data(path="records.csv", columns=columns)
     site.write_records()
     request = site_init(site.site_toml, out=site.kit) / REQUEST
-    admitted = membership.add_site(federation, request=request, days=None, now=now)
+    admitted = provisioning.add_site(federation, request=request, days=None, now=now)
     with zipfile.ZipFile(admitted.archive) as archive:
         archive.extractall(site.kit)
     install_model(model, Kit.read(site.kit, kind="site"))
@@ -349,11 +350,11 @@ def test_a_certificate_of_the_future_is_the_clock_s_fault(home: Home, now: datet
 
 
 def doctor_certificate(home: Home, now: datetime) -> Check:
-    return doctor_site.certificate(Kit.read(home.kit, kind="site"), now)
+    return file_checks.certificate(Kit.read(home.kit, kind="site"), now)
 
 
 def renewed(home: Home, tmp_path: Path, *, days: int, now: datetime) -> None:
-    admitted = membership.renew_site(
+    admitted = provisioning.renew_site(
         tmp_path / "federation", "north", request=None, days=days, new_site_key=False, now=now
     )
     with zipfile.ZipFile(admitted.archive) as archive:
@@ -370,7 +371,7 @@ def test_a_policy_that_cannot_be_read(home: Home) -> None:
     assert checks["ledger"].found == "skipped, because the policy cannot be used"
     assert checks["authentication"].status is Status.OK, "the connection does not need it"
     home.site_toml.write_text("site = \n")
-    assert "must be TOML; it is none at line" in home.examined()["policy"].found
+    assert "must be TOML; there is an error at line" in home.examined()["policy"].found
 
 
 def test_a_lead_that_the_policy_does_not_know(home: Home, stranger_key: Any) -> None:
@@ -552,9 +553,9 @@ def test_whether_the_site_is_served(home: Home) -> None:
     files, state = SiteFiles.of(home.site_toml), home.kit / "state"
     state.mkdir()
     (state / "paused").touch()
-    assert "is paused" in doctor_ledger.serving(files, state=state).found
+    assert "is paused" in ledger_checks.serving(files, state=state).found
     (state / "left").touch()
-    assert "has left" in doctor_ledger.serving(files, state=state).found
+    assert "has left" in ledger_checks.serving(files, state=state).found
 
 
 # Base models.
@@ -725,7 +726,7 @@ def test_a_check_that_goes_wrong_shows_no_text(home: Home, monkeypatch: pytest.M
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("fedtune.deploy.doctor_site._sized", broken)
+    monkeypatch.setattr("fedtune.deploy.doctor.file_checks._sized", broken)
     checks = home.examined()
     assert failures(checks).keys() == {"data"}
     assert CANARY not in str(checks)

@@ -19,13 +19,11 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy.authority import Authority, certificate_pem, make_key, private_pem
-from fedtune.deploy.doctor_check import Check
-from fedtune.deploy.doctor_connection import AUTHENTICATION, DNS, TCP, TLS, Connection
-from fedtune.deploy.doctor_proxy import proxy_for
-from fedtune.deploy.folders import write_secret
-from fedtune.deploy.kit_file import KitFile
-from fedtune.deploy.kits import Kit
+from fedtune.deploy.doctor.check import Check
+from fedtune.deploy.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection, proxy_for
+from fedtune.deploy.files import write_secret
+from fedtune.deploy.kits.certificates import Authority, certificate_pem, make_key, private_pem
+from fedtune.deploy.kits.kit import Kit, KitFile
 from fedtune.privacy.keys import SigningKey
 from tests.flower.hostile import Hostile
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.deploy import doctor_machine as machine
-from fedtune.deploy.certificates import Certificate
-from fedtune.deploy.doctor_check import Check, Status
-from fedtune.deploy.doctor_machine import Gpu
+from fedtune.deploy.doctor import machine_checks as machine
+from fedtune.deploy.doctor.check import Check, Status
+from fedtune.deploy.doctor.machine_checks import Gpu
+from fedtune.deploy.kits.certificates import Certificate
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 GIB, MIB = 2**30, 2**20

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy import membership
-from fedtune.deploy.certificates import read_certificate
-from fedtune.deploy.doctor import Visit, examine
-from fedtune.deploy.federation_folder import FederationFolder
-from fedtune.deploy.join import REQUEST
-from fedtune.deploy.kits import Kit
-from fedtune.deploy.roster import read_roster
-from fedtune.deploy.site_state import SiteState, serving
+from fedtune.deploy.doctor.examination import Visit, examine
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.certificates import read_certificate
+from fedtune.deploy.kits.federation_folder import FederationFolder
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.members import REQUEST, read_roster
+from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.policy import Policy
@@ -65,10 +64,10 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
 def test_rotating_a_connection_key(federation: Path, north: Path, command: Any) -> None:
     kit = north / "kit"
     before = (kit / "connection_key.pem").read_bytes()
-    membership.revoke_site(federation, "north", now=datetime.now(UTC))
+    provisioning.revoke_site(federation, "north", now=datetime.now(UTC))
     assert command("site", "init", "--site", str(north / "site.toml"), "--out", str(north / "new-kit")).code == 0
     request = north / "new-kit" / REQUEST
-    renewed = membership.renew_site(
+    renewed = provisioning.renew_site(
         federation, "north", request=request, days=None, new_site_key=False, now=datetime.now(UTC)
     )
     (north / "new-kit/connection_key.pem").replace(kit / "connection_key.pem")
@@ -186,7 +185,7 @@ def test_connection_key_and_kit_are_lost(federation: Path, north: Path, command:
     before = ledger_of(north).history.opened.ledger
     shutil.rmtree(north / "kit")
     assert command("site", "init", "--site", str(north / "site.toml")).code == 0
-    renewed = membership.renew_site(
+    renewed = provisioning.renew_site(
         federation, "north", request=north / "kit" / REQUEST, days=None, new_site_key=False, now=datetime.now(UTC)
     )
     with zipfile.ZipFile(renewed.archive) as archive:

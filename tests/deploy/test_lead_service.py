@@ -16,9 +16,9 @@ import pytest
 
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.deploy import membership, provision
-from fedtune.deploy.kits import Kit
-from fedtune.deploy.lead_service import (
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.services.lead_service import (
     RUNNING,
     LeadService,
     _Noted,
@@ -64,7 +64,7 @@ def test_a_site_that_nobody_let_in_is_named_with_those_that_are_there(three: Kit
 
 
 def test_a_revoked_site_takes_no_part(three: Kit, federation: Path, now: datetime) -> None:
-    membership.revoke_site(federation, "south", now=now)
+    provisioning.revoke_site(federation, "south", now=now)
     assert names(three) == ["north", "west"]
     with pytest.raises(ConfigError, match=r"sites = 'south': was revoked at \d{4}-"):
         members(three, ("south",))
@@ -83,7 +83,7 @@ def test_without_any_site_there_is_nothing_to_run(
     with pytest.raises(ConfigError, match="add-site"):
         members(lead(), ())
     joined("north")
-    membership.revoke_site(federation, "north", now=now)
+    provisioning.revoke_site(federation, "north", now=now)
     with pytest.raises(ConfigError, match="add-site"):
         members(lead(), ())
 
@@ -118,7 +118,7 @@ def test_a_lead_knows_its_sites_keys_from_the_roster_alone(three: Kit, config: R
 def test_an_expired_certificate_stops_a_run_before_it_begins(
     federation_toml: Path, config: RunConfig, now: datetime, tmp_path: Path
 ) -> None:
-    provision.init(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
+    provisioning.init(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
     kit = Kit.read(tmp_path / "old" / "lead", kind="lead")
     folder = tmp_path / "one"
     folder.mkdir()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy.site_state import SiteState
+from fedtune.deploy.services.site_state import SiteState
 from fedtune.spec import RunError
 
 

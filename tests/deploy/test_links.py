@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy.certificates import read_certificate, read_connection_key
-from fedtune.deploy.doctor_check import PrivateLog
-from fedtune.deploy.federation_file import FederationFile, read_federation
-from fedtune.deploy.federation_folder import FederationFolder
-from fedtune.deploy.join import JoinRequest
-from fedtune.deploy.kits import Kit
-from fedtune.deploy.roster import read_roster
-from fedtune.deploy.site_state import SiteState, serving
+from fedtune.deploy.doctor.check import PrivateLog
+from fedtune.deploy.kits.certificates import read_certificate, read_connection_key
+from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
+from fedtune.deploy.kits.kit import Kit, read_spec
+from fedtune.deploy.kits.members import JoinRequest, read_roster
+from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.flower.fleet import node_key
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
@@ -65,7 +63,7 @@ def _served(path: Path) -> object:
 
 READERS: dict[str, Callable[[Path], object]] = {
     "site.toml": read_policy,
-    "federation.toml": read_federation,
+    "federation.toml": lambda path: read_spec(FederationFile, path),
     "kit.toml": _kit,
     "join_request.json": JoinRequest.read,
     "roster.json": read_roster,

@@ -21,11 +21,12 @@ from typing import Any
 import pytest
 
 from fedtune.data.records import read_records
-from fedtune.data.tokenise import tokenise_classification
-from fedtune.deploy import log_lines
+from fedtune.data.spec import DataSpec
+from fedtune.deploy import logs
 from fedtune.deploy.logs import LEVELS, Level, configure_logs, configured_logs
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError, DataError, RunError
+from fedtune.tasks import task_named
 
 PACKAGE = Path(__file__).parents[2] / "fedtune"
 CANARY = "CANARY-7319"
@@ -158,13 +159,17 @@ def test_real_data_that_cannot_be_read_leaves_no_cell_in_the_log(rows: str, tmp_
     with logged() as lines:
         try:
             records = read_records(file, {"text": "text", "label": "label"})
-            tokenise_classification(records, None, labels=("a", "b"), max_length=8)  # type: ignore[arg-type]
+            columns = {"text": "text", "label": "label"}
+            data = DataSpec(
+                dataset="d", train_file="f", columns=columns, declared_sizes=1, labels=("a", "b"), max_length=8
+            )
+            task_named("classification").tokenise(records, None, data=data)  # type: ignore[arg-type]
         except DataError as error:
             own.exception("%s failed in round %d: %s", "north", 3, error)
     assert CANARY not in lines.text
     assert str(tmp_path) not in lines.text
     assert lines[0]["event"] == "north failed in round 3: fedtune.spec.DataError"
-    assert any(frame.startswith("fedtune/data/") for frame in lines[0]["error"]["frames"])
+    assert any(frame.startswith(("fedtune/data/", "fedtune/tasks/")) for frame in lines[0]["error"]["frames"])
 
 
 @pytest.mark.parametrize(
@@ -197,12 +202,12 @@ def test_of_libraries_that_see_records_only_the_place_is_written(library: str) -
     assert CANARY not in lines.text
     assert [line["level"] for line in lines] == ["warning", "error", "error"]
     for line in lines:
-        assert line["event"] == log_lines.WITHHELD
+        assert line["event"] == logs.WITHHELD
         assert line["where"].startswith("test_logs.py:")
         assert line["where"].endswith("test_of_libraries_that_see_records_only_the_place_is_written")
 
 
-@pytest.mark.parametrize("library", sorted(log_lines.CARRIERS))
+@pytest.mark.parametrize("library", sorted(logs.CARRIERS))
 def test_of_carriers_messages_are_kept_without_texts_of_exceptions(library: str) -> None:
     logger = logging.getLogger(library)
     before = logger.level
@@ -300,7 +305,7 @@ def test_a_warning_names_its_kind_and_place() -> None:
         warnings.simplefilter("always")
         warnings.warn(f"cell {CANARY}", RuntimeWarning, stacklevel=1)
     assert CANARY not in lines.text
-    assert lines[0]["event"] == f"RuntimeWarning: {log_lines.WITHHELD}"
+    assert lines[0]["event"] == f"RuntimeWarning: {logs.WITHHELD}"
     assert lines[0]["where"].startswith("test_logs.py:")
 
 

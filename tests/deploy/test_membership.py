@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy import join, membership
-from fedtune.deploy.certificates import Certificate, read_connection_key
-from fedtune.deploy.federation_folder import FederationFolder
-from fedtune.deploy.folders import locked, zip_of
-from fedtune.deploy.join import JoinRequest
-from fedtune.deploy.kits import Kit, Member, read_roster
-from fedtune.deploy.membership import Admitted
+from fedtune.deploy.files import locked, zip_of
+from fedtune.deploy.kits import members, provisioning
+from fedtune.deploy.kits.certificates import Certificate, read_connection_key
+from fedtune.deploy.kits.federation_folder import FederationFolder
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.members import JoinRequest, Member, read_roster
+from fedtune.deploy.kits.provisioning import Admitted
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
@@ -33,7 +33,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def add(federation: Path, now: datetime) -> Callable[[Path], Admitted]:
-    return lambda request: membership.add_site(federation, request=request, days=None, now=now)
+    return lambda request: provisioning.add_site(federation, request=request, days=None, now=now)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def renew(federation: Path, now: datetime) -> Callable[..., Admitted]:
         name: str, request: Path | None = None, *, days: int | None = None, new_site_key: bool = False, later: int = 0
     ) -> Admitted:
         moment = now + timedelta(days=later)
-        return membership.renew_site(
+        return provisioning.renew_site(
             federation, name, request=request, days=days, new_site_key=new_site_key, now=moment
         )
 
@@ -109,7 +109,7 @@ def test_no_roster_holds_a_private_key(federation: Path, joined: Callable[[str],
 
 
 def test_days_may_be_fewer(request_of: Callable[..., Path], federation: Path, now: datetime) -> None:
-    done = membership.add_site(federation, request=request_of("north"), days=7, now=now)
+    done = provisioning.add_site(federation, request=request_of("north"), days=7, now=now)
     assert Certificate.of(done.member.certificate).not_after == now + timedelta(days=7)
 
 
@@ -183,13 +183,13 @@ def test_revoking_marks_the_roster_and_touches_nothing_else(
     joined("north")
     joined("south")
     before = files_in(federation)
-    membership.revoke_site(federation, "north", now=now)
+    provisioning.revoke_site(federation, "north", now=now)
     changed = {name for name, data in files_in(federation).items() if data != before[name]}
     assert changed == {"server/roster.json", "lead/roster.json"}
     assert member("north").revoked == now.isoformat()
     assert member("south").revoked is None
     with pytest.raises(ConfigError, match=r"site = 'north': was revoked before, on 20"):
-        membership.revoke_site(federation, "north", now=now)
+        provisioning.revoke_site(federation, "north", now=now)
 
 
 def test_a_revoked_connection_key_can_never_be_used_again(
@@ -202,7 +202,7 @@ def test_a_revoked_connection_key_can_never_be_used_again(
     now: datetime,
 ) -> None:
     first = joined("north") / "join_request.json"
-    membership.revoke_site(federation, "north", now=now)
+    provisioning.revoke_site(federation, "north", now=now)
     before = files_in(federation)
     with pytest.raises(ConfigError, match=r"was revoked on .*: let it in again with `renew-site north REQUEST`"):
         add(first)
@@ -228,8 +228,8 @@ def test_a_revoked_key_does_not_come_back_under_another_name(
     now: datetime,
 ) -> None:
     key = joined("north") / "connection_key.pem"
-    membership.revoke_site(federation, "north", now=now)
-    monkeypatch.setattr(join, "make_key", lambda: read_connection_key(key))
+    provisioning.revoke_site(federation, "north", now=now)
+    monkeypatch.setattr(members, "make_key", lambda: read_connection_key(key))
     with pytest.raises(ConfigError, match=r"join_request\.json: connection key = .*was revoked with site north"):
         add(request_of("south"))
 
@@ -274,7 +274,7 @@ def test_an_unknown_site_is_named(
         with pytest.raises(ConfigError, match=f"site = 'west': must be a site of the federation: {known}"):
             renew("west")
         with pytest.raises(ConfigError, match=f"site = 'west': must be a site of the federation: {known}"):
-            membership.revoke_site(federation, "west", now=now)
+            provisioning.revoke_site(federation, "west", now=now)
         if known == "none yet":
             joined("north")
 
@@ -305,7 +305,7 @@ def test_another_site_key_means_a_new_ledger_and_has_to_be_agreed(
 def test_days_have_bounds(federation: Path, request_of: Callable[..., Path], days: int, now: datetime) -> None:
     request, before = request_of("north"), files_in(federation)
     with pytest.raises(ConfigError, match=f"--days = {days}: must be a number of days"):
-        membership.add_site(federation, request=request, days=days, now=now)
+        provisioning.add_site(federation, request=request, days=days, now=now)
     assert files_in(federation) == before
 
 
@@ -317,7 +317,7 @@ def test_the_server_s_roster_is_written_last_and_nothing_counts_before(
 ) -> None:
     request = request_of("north")
     roster = (federation / "server" / "roster.json").read_bytes()
-    real = membership.write_durably
+    real = provisioning.write_durably
     for stop in ("north-kit.zip", "server/roster.json"):
 
         def fail(path: Path, data: bytes, stop: str = stop) -> None:
@@ -326,8 +326,8 @@ def test_the_server_s_roster_is_written_last_and_nothing_counts_before(
             real(path, data)
 
         with monkeypatch.context() as patch:
-            patch.setattr("fedtune.deploy.membership.write_durably", fail)
-            patch.setattr("fedtune.deploy.roster.write_durably", fail)
+            patch.setattr("fedtune.deploy.kits.provisioning.write_durably", fail)
+            patch.setattr("fedtune.deploy.kits.members.write_durably", fail)
             with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
                 add(request)
         assert (federation / "server" / "roster.json").read_bytes() == roster

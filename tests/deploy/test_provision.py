@@ -12,10 +12,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from fedtune.deploy import membership, provision
-from fedtune.deploy.certificates import names_of, read_certificate
-from fedtune.deploy.federation_file import read_federation
-from fedtune.deploy.kits import Kit
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.certificates import names_of, read_certificate
+from fedtune.deploy.kits.federation_folder import FederationFile
+from fedtune.deploy.kits.kit import Kit, read_spec
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
@@ -52,7 +52,7 @@ def test_secrets_are_their_owner_s_alone(federation: Path) -> None:
 def test_certificates_last_as_long_as_the_file_says(federation_toml: Path, now: datetime) -> None:
     days = "authority_days = 100\nserver_days = 20\nlead_days = 30\nsite_days = 4000\n"
     federation_toml.write_text(f"{federation_toml.read_text()}\n[certificates]\n{days}")
-    made = provision.init(federation_toml, out=federation_toml.parent / "made", now=now)
+    made = provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
     ends = [one.not_after - now for one in (made.authority, made.server_certificate, made.lead_certificate)]
     assert ends == [timedelta(days=days) for days in (100, 20, 30)]
 
@@ -61,14 +61,14 @@ def test_without_out_the_folder_has_the_federation_s_name(
     federation_toml: Path, now: datetime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(federation_toml.parent)
-    assert provision.init(Path("federation.toml"), out=None, now=now).folder == Path("cardiology-2026")
+    assert provisioning.init(Path("federation.toml"), out=None, now=now).folder == Path("cardiology-2026")
     assert Kit.read(Path("cardiology-2026/server"), kind="server").federation == "cardiology-2026"
 
 
 def test_the_server_s_certificate_has_every_name(federation_toml: Path, now: datetime) -> None:
     text = federation_toml.read_text().replace("127.0.0.1:9092", "[2001:db8::1]:443")
     federation_toml.write_text(text.replace('"fl.example.org"', '"FL.example.org", "10.0.0.3", "localhost"'))
-    provision.init(federation_toml, out=federation_toml.parent / "made", now=now)
+    provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
     names = names_of(read_certificate(federation_toml.parent / "made" / "server" / "server.pem"))
     assert sorted(names) == ["10.0.0.3", "2001:db8::1", "fl.example.org", "localhost"]
 
@@ -111,31 +111,31 @@ def test_a_wrong_federation_toml_makes_nothing(
     assert old in text
     federation_toml.write_text(text.replace(old, new, 1))
     with pytest.raises(ConfigError, match=message) as caught:
-        provision.init(federation_toml, out=federation_toml.parent / "made", now=now)
+        provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
     assert str(federation_toml) in str(caught.value)
     assert os.listdir(federation_toml.parent) == ["federation.toml"]
 
 
 def test_a_file_that_is_missing_is_named(tmp_path: Path, now: datetime) -> None:
     with pytest.raises(ConfigError, match=f"file = '{tmp_path}/none.toml': must be a readable file"):
-        provision.init(tmp_path / "none.toml", out=tmp_path / "made", now=now)
+        provisioning.init(tmp_path / "none.toml", out=tmp_path / "made", now=now)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_exists_is_left_alone(federation: Path, federation_toml: Path, now: datetime) -> None:
     before = files_in(federation)
     with pytest.raises(ConfigError, match=f"--out = '{federation}': exists already"):
-        provision.init(federation_toml, out=federation, now=now)
+        provisioning.init(federation_toml, out=federation, now=now)
     assert files_in(federation) == before
     dangling = federation_toml.parent / "dangling"
     dangling.symlink_to("nowhere")
     with pytest.raises(ConfigError, match="exists already"):
-        provision.init(federation_toml, out=dangling, now=now)
+        provisioning.init(federation_toml, out=dangling, now=now)
 
 
 def test_a_place_that_is_no_folder_is_named(federation_toml: Path, now: datetime) -> None:
     with pytest.raises(ConfigError, match=r"--out = '.*/made': cannot be written: .*toml"):
-        provision.init(federation_toml, out=federation_toml / "made", now=now)
+        provisioning.init(federation_toml, out=federation_toml / "made", now=now)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -143,7 +143,7 @@ def test_a_folder_without_permission_is_named(federation_toml: Path, now: dateti
     closed = federation_toml.parent / "closed"
     closed.mkdir(mode=0o500)
     with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
-        provision.init(federation_toml, out=closed / "made", now=now)
+        provisioning.init(federation_toml, out=closed / "made", now=now)
 
 
 def test_nothing_is_left_when_writing_fails(
@@ -152,9 +152,9 @@ def test_nothing_is_left_when_writing_fails(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(provision.FederationFolder, "write_members", full)
+    monkeypatch.setattr(provisioning.FederationFolder, "write_members", full)
     with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
-        provision.init(federation_toml, out=federation_toml.parent / "made", now=now)
+        provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
     assert os.listdir(federation_toml.parent) == ["federation.toml"]
 
 
@@ -164,15 +164,15 @@ def test_a_broken_program_leaves_nothing_either(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(provision.FederationFolder, "write_members", interrupt)
+    monkeypatch.setattr(provisioning.FederationFolder, "write_members", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        provision.init(federation_toml, out=federation_toml.parent / "made", now=now)
+        provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
     assert os.listdir(federation_toml.parent) == ["federation.toml"]
 
 
 @pytest.mark.parametrize("kind", ["server", "lead"])
 def test_renewing_keeps_keys_and_everything_else(federation: Path, kind: str, now: datetime) -> None:
-    renew = {"server": provision.renew_server, "lead": provision.renew_lead}[kind]
+    renew = {"server": provisioning.renew_server, "lead": provisioning.renew_lead}[kind]
     before = files_in(federation)
     key = read_certificate(federation / kind / f"{kind}.pem").public_key()
     later = now + timedelta(days=300)
@@ -189,7 +189,7 @@ def test_renewing_keeps_keys_and_everything_else(federation: Path, kind: str, no
 def test_renewing_the_server_works_without_its_key_at_hand(federation: Path, now: datetime) -> None:
     (federation / "server" / "server_key.pem").unlink()  # it was moved to the server
     key = read_certificate(federation / "server" / "server.pem").public_key()
-    provision.renew_server(federation, days=None, now=now)
+    provisioning.renew_server(federation, days=None, now=now)
     assert read_certificate(federation / "server" / "server.pem").public_key() == key
 
 
@@ -200,10 +200,10 @@ def test_the_server_takes_new_names_from_the_edited_file(
     settings.write_text(settings.read_text().replace("127.0.0.1:9092", "new.example.org:443"))
     before = files_in(federation)
     with pytest.raises(ConfigError, match=r"server = 'new.example.org:443': is not in .*renew-server first"):
-        membership.add_site(federation, request=site, days=None, now=now)
+        provisioning.add_site(federation, request=site, days=None, now=now)
     assert files_in(federation) == before
-    provision.renew_server(federation, days=None, now=now)
-    membership.add_site(federation, request=site, days=None, now=now)
+    provisioning.renew_server(federation, days=None, now=now)
+    provisioning.add_site(federation, request=site, days=None, now=now)
     assert 'server = "new.example.org:443"' in (federation / "sites" / "north" / "kit.toml").read_text()
     assert Kit.read(federation / "server", kind="server").check_certificate(now)
 
@@ -212,7 +212,7 @@ def test_a_federation_keeps_its_name(federation: Path, now: datetime) -> None:
     settings = federation / "federation.toml"
     settings.write_text(settings.read_text().replace("cardiology-2026", "oncology"))
     with pytest.raises(ConfigError, match=r"federation\.toml: name = 'oncology': must stay 'cardiology-2026'"):
-        provision.renew_lead(federation, days=None, now=now)
+        provisioning.renew_lead(federation, days=None, now=now)
 
 
 def test_the_authority_may_be_kept_elsewhere(
@@ -220,36 +220,36 @@ def test_the_authority_may_be_kept_elsewhere(
 ) -> None:
     joined("north")
     (federation / "authority").rename(federation.parent / "offline")
-    assert len(provision.overview(federation).members) == 1
+    assert len(provisioning.overview(federation).members) == 1
     before = files_in(federation)
     with pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"):
-        membership.add_site(federation, request=request_of("south"), days=None, now=now)
+        provisioning.add_site(federation, request=request_of("south"), days=None, now=now)
     assert files_in(federation) == before
-    membership.revoke_site(federation, "north", now=now)
+    provisioning.revoke_site(federation, "north", now=now)
     (federation.parent / "offline").rename(federation / "authority")
-    membership.add_site(federation, request=federation.parent / "south/kit/join_request.json", days=None, now=now)
+    provisioning.add_site(federation, request=federation.parent / "south/kit/join_request.json", days=None, now=now)
 
 
 def test_another_federation_s_authority_is_refused(federation: Path, federation_toml: Path, now: datetime) -> None:
     other = federation_toml.parent / "other"
-    provision.init(federation_toml, out=other, now=now)
+    provisioning.init(federation_toml, out=other, now=now)
     for name in ("ca_key.pem", "ca.pem"):
         (other / "authority" / name).replace(federation / "authority" / name)
     with pytest.raises(ConfigError, match="must be the authority of this federation"):
-        provision.renew_lead(federation, days=None, now=now)
+        provisioning.renew_lead(federation, days=None, now=now)
 
 
 def test_a_folder_that_is_no_federation_is_named(tmp_path: Path, now: datetime) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ConfigError, match=f"--federation = '{folder}': must be the folder"):
-            provision.renew_server(folder, days=None, now=now)
+            provisioning.renew_server(folder, days=None, now=now)
 
 
 def test_days_have_bounds(federation: Path, now: datetime) -> None:
     before = files_in(federation)
     for days in (0, -1, 10**9):
         with pytest.raises(ConfigError, match=f"--days = {days}: must be a number of days from 1 to 36500"):
-            provision.renew_server(federation, days=days, now=now)
+            provisioning.renew_server(federation, days=days, now=now)
     assert files_in(federation) == before
 
 
@@ -272,7 +272,7 @@ sha256 = "{"53" * 32}"
 licence = "Apache-2.0"
 """
     )
-    settings = read_federation(tmp_path / "federation.toml")
+    settings = read_spec(FederationFile, tmp_path / "federation.toml")
     assert settings.hosts == ("fl.example.org",)
     assert settings.certificates.site_days == 365
     assert settings.model[0].name == "minilm"

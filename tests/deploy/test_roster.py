@@ -9,9 +9,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from fedtune.deploy.authority import Authority, make_key
-from fedtune.deploy.certificates import p384_of
-from fedtune.deploy.roster import Member, read_roster, write_roster
+from fedtune.deploy.kits.certificates import Authority, make_key, p384_of
+from fedtune.deploy.kits.members import Member, read_roster, write_roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-import fedtune.deploy.server_service as server_service
-from fedtune.deploy import membership, provision
+import fedtune.deploy.services.server_service as server_service
 from fedtune.deploy.health import Health
-from fedtune.deploy.kits import Kit
-from fedtune.deploy.server_service import ServerService
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.services.server_service import ServerService
 from fedtune.flower.superlink import ServerSettings
 from fedtune.spec import ConfigError
 
@@ -70,7 +70,7 @@ def test_the_roster_is_read_anew_each_time(
     assert settings.roster() == []
     joined("north")
     joined("south")
-    membership.revoke_site(federation, "south", now=now)
+    provisioning.revoke_site(federation, "south", now=now)
     assert [(one.site, one.revoked) for one in settings.roster()] == [("north", False), ("south", True)]
     assert all(b"PUBLIC KEY" in one.node_key for one in settings.roster())
 
@@ -124,7 +124,7 @@ def test_a_folder_for_the_database_must_be_there(
 def test_an_expired_certificate_is_said_to_be_one(
     service: ServerService, served: list[ServerSettings], federation_toml: Path, now: datetime, tmp_path: Path
 ) -> None:
-    provision.init(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
+    provisioning.init(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
     kit = Kit.read(tmp_path / "old" / "server", kind="server")
     with pytest.raises(ConfigError, match=r"server\.pem.*expired.*renew-server"):
         replace(service, kit=kit).run()

@@ -16,11 +16,11 @@ from flwr.app import Message, RecordDict
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 from flwr.supercore.task_identity import TaskIdentity
 
-import fedtune.deploy.site_service as site_service
+import fedtune.deploy.services.site_service as site_service
 import fedtune.flower.bounded_http as bounded_http
 from fedtune.deploy.health import Health
-from fedtune.deploy.site_service import _Loop, _until_stopped
-from fedtune.deploy.site_state import SiteState
+from fedtune.deploy.services.site_service import _Loop, _until_stopped
+from fedtune.deploy.services.site_state import SiteState
 from fedtune.flower.fleet import Fleet
 from fedtune.flower.node import Exchange, SiteApp
 from tests.flower.certificates import LOOPBACK, Authority

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-import fedtune.deploy.site_state as site_state
-from fedtune.deploy.site_state import MOST_WAITING, SiteState, serving
+import fedtune.deploy.services.site_state as site_state
+from fedtune.deploy.services.site_state import MOST_WAITING, SiteState, serving
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
@@ -177,7 +177,7 @@ def test_a_site_remembers_the_ledger_that_it_served(state: SiteState) -> None:
 _HOLD = """
 import sys, time
 from pathlib import Path
-from fedtune.deploy.site_state import serving
+from fedtune.deploy.services.site_state import serving
 with serving(Path(sys.argv[1])):
     print("serving", flush=True)
     time.sleep(600)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy import membership
-from fedtune.deploy.doctor import Visit, examine
-from fedtune.deploy.doctor_check import Status
-from fedtune.deploy.federation_folder import FederationFolder
-from fedtune.deploy.join import REQUEST, JoinRequest, site_init
-from fedtune.deploy.kits import Kit
-from fedtune.deploy.site_state import SiteState
+from fedtune.deploy.doctor.check import Status
+from fedtune.deploy.doctor.examination import Visit, examine
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.federation_folder import FederationFolder
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.members import REQUEST, JoinRequest, site_init
+from fedtune.deploy.services.site_state import SiteState
 from fedtune.privacy.ledger.decisions import Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
@@ -59,12 +59,12 @@ def test_its_federation_takes_sites_and_renews_them(left: Path) -> None:
     assert JoinRequest.read(left / "north/kit" / REQUEST).site == "north"
     (folder / "sites").mkdir()
     now = datetime.now(UTC).replace(microsecond=0)
-    membership.renew_site(folder, "north", request=None, days=None, new_site_key=False, now=now)
+    provisioning.renew_site(folder, "north", request=None, days=None, new_site_key=False, now=now)
     south = left / "south"
     south.mkdir()
     text = (left / "north/site.toml").read_text().replace('site = "north"', 'site = "south"')
     (south / "site.toml").write_text(text)
-    membership.add_site(folder, request=site_init(south / "site.toml", out=None) / REQUEST, days=None, now=now)
+    provisioning.add_site(folder, request=site_init(south / "site.toml", out=None) / REQUEST, days=None, now=now)
     with FederationFolder.held(folder) as held:
         assert [member.site for member in held.members()] == ["north", "south"]
 

@@ -17,11 +17,12 @@ from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import simulated_site_records
-from fedtune.deploy import provision
+from fedtune.deploy.kits import provisioning
 from fedtune.privacy.policy import Machine, Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
+from fedtune.tasks import task_named
 
 from .networks import SERVER, Network, best_network
 from .processes import FEDTUNE, Process
@@ -58,7 +59,12 @@ def simulated(*overrides: str, names: Sequence[str] = NAMES) -> list[str]:
 def dealt(names: tuple[str, ...]) -> dict[str, list[Record]]:
     """Each site's records, as a simulation deals them out."""
     config = compose_run(simulated(*settings("name=dealt"), names=names))
-    of_sites = simulated_site_records(config.data, task=config.task, num_sites=len(names), seed=config.seed)
+    of_sites = simulated_site_records(
+        config.data,
+        columns=task_named(config.task).columns(config.data, partition=True),
+        num_sites=len(names),
+        seed=config.seed,
+    )
     return {name: records.training for name, records in zip(names, of_sites, strict=True)}
 
 
@@ -137,7 +143,7 @@ class Federation:
         if made is None:
             self.do("provision", "init", str(file), "--out", str(self.home))
         else:
-            provision.init(file, out=self.home, now=made)
+            provisioning.init(file, out=self.home, now=made)
         self.lead_key: str = tomllib.loads((self.lead_kit / "kit.toml").read_text())["lead"]
         self.sites = {name: self.join(name, records) for name, records in dealt(tuple(names)).items()}
 

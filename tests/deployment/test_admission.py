@@ -15,10 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy.authority import Authority, certificate_pem
-from fedtune.deploy.certificates import read_connection_key
-from fedtune.deploy.kits import Kit
-from fedtune.deploy.site_service import tls_of
+from fedtune.deploy.kits.certificates import Authority, certificate_pem, read_connection_key
+from fedtune.deploy.kits.kit import Kit
 from fedtune.flower.fleet import hello
 from fedtune.flower.fleet_errors import Unauthorised, Unreachable
 from fedtune.flower.tls import Tls
@@ -97,7 +95,7 @@ def let_expire(kit: Path, *, federation: Federation, kind: str) -> None:
 
 
 def site_tls(kit: Path) -> Tls:
-    return tls_of(Kit.read(kit, kind="site"))
+    return Kit.read(kit, kind="site").tls()
 
 
 def told(process: Process) -> str:

@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.data import Record
-from fedtune.deploy.authority import Authority, certificate_pem, make_key, private_pem
-from fedtune.deploy.kits import Kit
-from fedtune.deploy.site_service import tls_of
+from fedtune.deploy.kits.certificates import Authority, certificate_pem, make_key, private_pem
+from fedtune.deploy.kits.kit import Kit
 from fedtune.flower.tls import Tls
 from fedtune.privacy.policy_file import read_policy, write_policy
 
@@ -54,7 +53,7 @@ class Wire:
 
     def statuses(self, paths: list[str]) -> dict[str, int]:
         """What the server answers to a member's empty calls."""
-        network, tls = self.federation.network, tls_of(Kit.read(self.federation.sites["south"].kit, kind="site"))
+        network, tls = self.federation.network, Kit.read(self.federation.sites["south"].kit, kind="site").tls()
         files = [str(tls.ca), str(tls.certificate), str(tls.key)]
         words = [sys.executable, "-c", _PROBE, f"{network.address}:{network.port}", *files, *paths]
         probe = self.federation.run("probe", "south", words)
@@ -132,7 +131,7 @@ def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> No
         "listen": listen,
         "server": f"{network.address}:{network.port}",
         "own": {name: str(path) for name, path in asdict(own).items()},
-        "site": {name: str(path) for name, path in asdict(tls_of(kit)).items()},
+        "site": {name: str(path) for name, path in asdict(kit.tls()).items()},
         "records": str(recorded),
     }
     (federation.folder / "proxy.json").write_text(json.dumps(given))

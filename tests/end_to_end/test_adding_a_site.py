@@ -24,12 +24,14 @@ from safetensors.numpy import load_file
 
 from fedtune.cli.main import _options
 from fedtune.cli.report import with_command
-from fedtune.deploy.kits import read_roster
+from fedtune.deploy.kits.members import read_roster
 from fedtune.privacy import filter
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
+
+from ..forked import forked_commands
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "adding_a_site.md"
@@ -81,10 +83,16 @@ class Followed:
 def followed(tmp_path_factory: pytest.TempPathFactory) -> Followed:
     folder = tmp_path_factory.mktemp("empty")
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "120"}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    output = tmp_path_factory.mktemp("printed") / "output.txt"  # no pipe, which those that it starts would hold open
-    with output.open("w") as file:
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    beside = tmp_path_factory.mktemp("beside")
+    with forked_commands(beside) as commands:
+        environment["PATH"] = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return follow(folder, beside / "output.txt", environment)
+
+
+def follow(folder: Path, output: Path, environment: dict[str, str]) -> Followed:
+    """Paste the page into a shell in `folder`."""
+    with output.open("w") as file:  # no pipe, which those that it starts would hold open
         shell = subprocess.Popen(
             ["bash", "-c", script(PAGE.read_text()).replace(PORT, free_port())],
             cwd=folder,

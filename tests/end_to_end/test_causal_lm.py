@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel
 
 from fedtune.cli.compose import saved_config
-from fedtune.model import load_task_model
 from fedtune.model.tiny import tiny_base
+from fedtune.tasks import load_task_model
 
 REPOSITORY = Path(__file__).parents[2]
 _SCORES = {"loss", "perplexity", "bleu", "rouge_l"}
@@ -53,8 +53,8 @@ def test_scores_of_a_language_model(folder: Path, result_of: Any) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_plain_peft_gives_the_same_logits(folder: Path) -> None:
     ours = load_task_model(folder / "adapter", model=saved_config(folder).model, device="cpu")
-    plain = PeftModel.from_pretrained(tiny_base("random:llama", "causal_lm"), folder / "adapter").eval()
-    untrained = tiny_base("random:llama", "causal_lm").eval()
+    plain = PeftModel.from_pretrained(tiny_base("random:llama", predicts_tokens=True), folder / "adapter").eval()
+    untrained = tiny_base("random:llama", predicts_tokens=True).eval()
     row = torch.randint(2, 250, (1, 20), generator=torch.Generator().manual_seed(1))
     logits = plain(input_ids=row).logits.detach()
     np.testing.assert_allclose(ours.base(input_ids=row).logits.detach(), logits, atol=1e-5)

@@ -22,11 +22,12 @@ from safetensors.numpy import load_file
 from torch.nn import functional
 
 from fedtune.cli.compose import saved_config
-from fedtune.data.load import lead_records, tokenise
-from fedtune.model import load_task_model, load_tokenizer
+from fedtune.data.load import lead_records
+from fedtune.model import load_tokenizer
 from fedtune.model.tiny import tiny_base
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
+from fedtune.tasks import load_task_model, task_named
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -179,11 +180,13 @@ def test_the_report_repeats_the_figures_and_says_within(result: Any, folder: Pat
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(folder: Path) -> None:
     config = saved_config(folder)
-    records = lead_records(config.data, config.data.test_file or "", task=config.task, rows=12, key="data.test_file")
-    tokenizer = load_tokenizer(config.model)
-    examples = tokenise(records, tokenizer, spec=config.data, task=config.task)
+    task = task_named(config.task)
+    records = lead_records(
+        config.data.test_file or "", columns=task.columns(config.data), rows=12, key="data.test_file"
+    )
+    examples = task.tokenise(records, load_tokenizer(config.model), data=config.data)
     ours = load_task_model(folder / "adapter", model=config.model, device="cpu")
-    plain = PeftModel.from_pretrained(tiny_base("random:bert", "classification"), folder / "adapter").eval()
+    plain = PeftModel.from_pretrained(tiny_base("random:bert"), folder / "adapter").eval()
     head = {name: torch.from_numpy(value) for name, value in load_file(folder / "adapter/head.safetensors").items()}
     assert head["centre"].abs().max() > 0
     moved = [value for name, value in plain.state_dict().items() if "lora_B" in name]

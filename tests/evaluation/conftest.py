@@ -25,8 +25,8 @@ from transformers import (
 
 from fedtune.data.tokenise import TextDataset
 from fedtune.model.lora import attach_lora
-from fedtune.model.spec import LoraSpec, ModelSpec, Task, TaskModelSpec
-from fedtune.model.task import CausalLMModel, ClassificationModel
+from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.tasks import TaskModel, task_named
 
 VOCABULARY = 50
 END = 2
@@ -54,39 +54,39 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def classifier() -> ClassificationModel:
+def classifier() -> TaskModel:
     return bert_classifier(LoraSpec(rank=2))
 
 
 @pytest.fixture
-def last_layer_classifier() -> ClassificationModel:
+def last_layer_classifier() -> TaskModel:
     """Its first layer is frozen."""
     return bert_classifier(LoraSpec(rank=2, layers=(-1,)))
 
 
-def bert_classifier(lora: LoraSpec) -> ClassificationModel:
+def bert_classifier(lora: LoraSpec) -> TaskModel:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
     spec = task_spec("classification", labels=tuple(f"label {index}" for index in range(NUM_LABELS)))
-    model = ClassificationModel(spec, adapted(BertModel(config), "classification", lora))
+    model = TaskModel(spec, task_named("classification"), adapted(BertModel(config), "classification", lora))
     torch.nn.init.normal_(model.head.weight)
     return model
 
 
 @pytest.fixture
-def language_model() -> CausalLMModel:
+def language_model() -> TaskModel:
     return llama(LoraSpec(rank=2))
 
 
 @pytest.fixture
-def last_layer_language_model() -> CausalLMModel:
+def last_layer_language_model() -> TaskModel:
     """Its first layer is frozen."""
     return llama(LoraSpec(rank=2, layers=(-1,)))
 
 
-def llama(lora: LoraSpec) -> CausalLMModel:
+def llama(lora: LoraSpec) -> TaskModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -100,27 +100,33 @@ def llama(lora: LoraSpec) -> CausalLMModel:
         eos_token_id=END,
         pad_token_id=END,
     )
-    return CausalLMModel(task_spec("causal_lm"), adapted(LlamaForCausalLM(config), "causal_lm", lora))
+    return TaskModel(
+        task_spec("causal_lm"), task_named("causal_lm"), adapted(LlamaForCausalLM(config), "causal_lm", lora)
+    )
 
 
 @pytest.fixture
-def language_model_without_positions() -> CausalLMModel:
+def language_model_without_positions() -> TaskModel:
     """Bloom: its attention falls off with distance (ALiBi), and its forward pass takes no position ids."""
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.5)
-    return CausalLMModel(task_spec("causal_lm"), adapted(BloomForCausalLM(config), "causal_lm", LoraSpec(rank=2)))
+    return TaskModel(
+        task_spec("causal_lm"),
+        task_named("causal_lm"),
+        adapted(BloomForCausalLM(config), "causal_lm", LoraSpec(rank=2)),
+    )
 
 
-def task_spec(task: Task, labels: tuple[str, ...] = ()) -> TaskModelSpec:
+def task_spec(task: str, labels: tuple[str, ...] = ()) -> TaskModelSpec:
     return TaskModelSpec(model=ModelSpec(path="random:llama"), lora=LoraSpec(), task=task, labels=labels)
 
 
-def adapted(base: PreTrainedModel, task: Task, lora: LoraSpec) -> PeftModel:
+def adapted(base: PreTrainedModel, task: str, lora: LoraSpec) -> PeftModel:
     """Adapters that change the outputs: B is not zero."""
     with warnings.catch_warnings():
         # PEFT 0.21 reads a property that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        wrapped = attach_lora(base.requires_grad_(False), spec=lora, task=task, seed=0)
+        wrapped = attach_lora(base.requires_grad_(False), spec=lora, predicts_tokens=task == "causal_lm", seed=0)
     for name, parameter in wrapped.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.causal_lm import evaluate_causal_lm
-from fedtune.model.task import CausalLMModel
+from fedtune.evaluation.evaluate import evaluate
 from fedtune.spec import DataError
+from fedtune.tasks import TaskModel
 
 
-def token_losses(model: CausalLMModel, dataset: TextDataset) -> list[np.ndarray]:
+def token_losses(model: TaskModel, dataset: TextDataset) -> list[np.ndarray]:
     """Each example's supervised token losses, from the plain base model, one example at a time."""
     found = []
     for input_ids, target in zip(dataset.input_ids, dataset.targets, strict=True):
@@ -24,9 +24,9 @@ def token_losses(model: CausalLMModel, dataset: TextDataset) -> list[np.ndarray]
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 def test_loss_weighs_examples_and_perplexity_weighs_tokens(
-    language_model: CausalLMModel, completions: TextDataset, max_tokens: int
+    language_model: TaskModel, completions: TextDataset, max_tokens: int
 ) -> None:
-    scores = evaluate_causal_lm(language_model, completions, pad_id=2, max_tokens=max_tokens)
+    scores = evaluate(language_model, completions, pad_id=2, max_tokens=max_tokens)
     losses = token_losses(language_model, completions)
     assert len(losses[-1]) == 0, "one example without supervised tokens belongs to this test"
     per_example = [row.mean() if len(row) else 0.0 for row in losses]
@@ -35,14 +35,14 @@ def test_loss_weighs_examples_and_perplexity_weighs_tokens(
     assert scores["perplexity"] == pytest.approx(np.exp(np.concatenate(losses).mean()), rel=1e-4)
 
 
-def test_data_without_a_supervised_token_is_refused(language_model: CausalLMModel, completions: TextDataset) -> None:
+def test_data_without_a_supervised_token_is_refused(language_model: TaskModel, completions: TextDataset) -> None:
     unsupervised = TextDataset(input_ids=completions.input_ids[-1:], targets=completions.targets[-1:])
     with pytest.raises(DataError, match="max_length"):
-        evaluate_causal_lm(language_model, unsupervised, pad_id=2, max_tokens=100)
+        evaluate(language_model, unsupervised, pad_id=2, max_tokens=100)
 
 
 def test_a_diverged_model_has_infinite_perplexity(
-    language_model: CausalLMModel, completions: TextDataset, monkeypatch: pytest.MonkeyPatch
+    language_model: TaskModel, completions: TextDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(language_model, "losses", lambda batch: torch.full((len(batch.input_ids),), 1e4))
-    assert evaluate_causal_lm(language_model, completions, pad_id=2, max_tokens=100)["perplexity"] == float("inf")
+    assert evaluate(language_model, completions, pad_id=2, max_tokens=100)["perplexity"] == float("inf")

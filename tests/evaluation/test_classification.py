@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.classification import evaluate_classification, macro_f1
-from fedtune.model.task import ClassificationModel
+from fedtune.evaluation.evaluate import evaluate
+from fedtune.tasks import TaskModel
+from fedtune.tasks.classification import macro_f1
 
 
 def test_macro_f1_by_hand() -> None:
@@ -36,10 +37,8 @@ def test_macro_f1_is_scikit_learns_over_the_declared_labels(pairs: list[tuple[in
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 10_000])
-def test_scores_equal_one_example_at_a_time(
-    classifier: ClassificationModel, labelled: TextDataset, max_tokens: int
-) -> None:
-    scores = evaluate_classification(classifier, labelled, pad_id=0, max_tokens=max_tokens)
+def test_scores_equal_one_example_at_a_time(classifier: TaskModel, labelled: TextDataset, max_tokens: int) -> None:
+    scores = evaluate(classifier, labelled, pad_id=0, max_tokens=max_tokens)
     predicted, losses = [], []
     with torch.no_grad():
         for index in range(len(labelled)):
@@ -53,11 +52,11 @@ def test_scores_equal_one_example_at_a_time(
     assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_a_model_that_is_right_scores_one(classifier: ClassificationModel, labelled: TextDataset) -> None:
+def test_a_model_that_is_right_scores_one(classifier: TaskModel, labelled: TextDataset) -> None:
     with torch.no_grad():
         predicted = [
             int(classifier.logits(collate(labelled, np.array([index]), pad_id=0)).argmax())
             for index in range(len(labelled))
         ]
     answered = TextDataset(input_ids=labelled.input_ids, targets=np.array(predicted))
-    assert evaluate_classification(classifier, answered, pad_id=0, max_tokens=64)["accuracy"] == 1.0
+    assert evaluate(classifier, answered, pad_id=0, max_tokens=64)["accuracy"] == 1.0

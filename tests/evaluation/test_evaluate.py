@@ -6,24 +6,20 @@ import numpy as np
 import pytest
 import torch
 from opacus.grad_sample import GradSampleHooks
-from transformers import PreTrainedTokenizerFast
 
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation.evaluate import evaluate
-from fedtune.evaluation.generation import PromptSet
-from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.model.lora import layer_stack
-from fedtune.model.task import CausalLMModel, ClassificationModel
-from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel
+
+from .conftest import END
 
 
-def test_classification(
-    classifier: ClassificationModel, labelled: TextDataset, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_classification(classifier: TaskModel, labelled: TextDataset) -> None:
     weights = {name: value.clone() for name, value in classifier.state_dict().items()}
     flags = [module.training for module in classifier.modules()]
-    scores = evaluate(classifier, labelled, task="classification", tokenizer=tokenizer, spec=EvaluationSpec())
+    scores = evaluate(classifier, labelled, pad_id=END, max_tokens=4096)
     assert set(scores) == {"accuracy", "macro_f1", "loss"}
     assert all(type(score) is float for score in scores.values())
     assert [module.training for module in classifier.modules()] == flags
@@ -31,20 +27,16 @@ def test_classification(
     assert all(parameter.grad is None for parameter in classifier.parameters())
 
 
-def test_no_module_runs_with_gradients_or_in_training_mode(
-    classifier: ClassificationModel, labelled: TextDataset, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_no_module_runs_with_gradients_or_in_training_mode(classifier: TaskModel, labelled: TextDataset) -> None:
     seen: set[tuple[bool, bool]] = set()
     for module in classifier.modules():
         module.register_forward_hook(lambda ran, _, __: seen.add((ran.training, torch.is_grad_enabled())))
-    evaluate(classifier, labelled, task="classification", tokenizer=tokenizer, spec=EvaluationSpec())
+    evaluate(classifier, labelled, pad_id=END, max_tokens=4096)
     assert seen == {(False, False)}
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # a frozen base's inputs need none
-def test_hooks_for_per_example_gradients_keep_nothing_of_it(
-    classifier: ClassificationModel, labelled: TextDataset, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_hooks_for_per_example_gradients_keep_nothing_of_it(classifier: TaskModel, labelled: TextDataset) -> None:
     hooks = GradSampleHooks(classifier, loss_reduction="sum")
     batch = collate(labelled, np.arange(8), pad_id=0)
     classifier.losses(batch).sum().backward()
@@ -52,7 +44,7 @@ def test_hooks_for_per_example_gradients_keep_nothing_of_it(
     classifier.zero_grad()
     for parameter in classifier.trainable().values():
         parameter.grad_sample = None
-    evaluate(classifier, labelled, task="classification", tokenizer=tokenizer, spec=EvaluationSpec())
+    evaluate(classifier, labelled, pad_id=END, max_tokens=4096)
     assert all(parameter.grad_sample is None for parameter in classifier.trainable().values())
     classifier.losses(batch).sum().backward()
     for name, parameter in classifier.trainable().items():
@@ -60,45 +52,20 @@ def test_hooks_for_per_example_gradients_keep_nothing_of_it(
     hooks.cleanup()
 
 
-@pytest.mark.parametrize(("wanted", "given"), [(True, True), (True, False), (False, True)])
-def test_causal_lm_generates_when_it_is_wanted_and_prompts_are_given(
-    language_model: CausalLMModel,
-    completions: TextDataset,
-    tokenizer: PreTrainedTokenizerFast,
-    wanted: bool,
-    given: bool,
-) -> None:
-    prompts = PromptSet(input_ids=(completions.input_ids[0][:3],), references=(("w3 w4",),)) if given else None
-    spec = EvaluationSpec(generate=wanted, max_new_tokens=4)
-    scores = evaluate(language_model, completions, task="causal_lm", tokenizer=tokenizer, spec=spec, prompts=prompts)
-    expected = {"loss", "perplexity"} | ({"bleu", "rouge_l"} if wanted and given else set())
-    assert set(scores) == expected
-    assert all(type(score) is float for score in scores.values())
-
-
-def test_an_unknown_task_is_named(
-    classifier: ClassificationModel, labelled: TextDataset, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with pytest.raises(ConfigError, match=r"^task = 'regression': must be one of classification, causal_lm"):
-        evaluate(classifier, labelled, task="regression", tokenizer=tokenizer, spec=EvaluationSpec())
-
-
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
-def test_frozen_layers_run_once_and_scores_are_the_same(
-    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, task: str
-) -> None:
+def test_frozen_layers_run_once_and_scores_are_the_same(request: pytest.FixtureRequest, task: str) -> None:
     model = request.getfixturevalue(f"last_layer_{'classifier' if task == 'classification' else 'language_model'}")
     data = request.getfixturevalue("labelled" if task == "classification" else "completions")
     frozen, *_ = layer_stack(model.base.get_base_model())[1]
     attention = next(module for name, module in frozen.named_children() if "attention" in name or "attn" in name)
     calls: list[None] = []
     attention.register_forward_hook(lambda *_: calls.append(None))
-    spec, kept = EvaluationSpec(max_tokens=64), dict[int, torch.Tensor | None]()
-    expected = evaluate(model, data, task=task, tokenizer=tokenizer, spec=spec)
+    kept: dict[int, torch.Tensor | None] = {}
+    expected = evaluate(model, data, pad_id=END, max_tokens=64)
     ran: list[bool] = []
     for _ in range(3):
         calls.clear()
-        found = evaluate(model, data, task=task, tokenizer=tokenizer, spec=spec, kept=kept)
+        found = evaluate(model, data, pad_id=END, max_tokens=64, kept=kept)
         assert found == pytest.approx(expected, rel=1e-6)
         ran.append(bool(calls))
     assert ran == [True, False, False]
@@ -106,15 +73,13 @@ def test_frozen_layers_run_once_and_scores_are_the_same(
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.mul_(2.0)
-    again = evaluate(model, data, task=task, tokenizer=tokenizer, spec=spec, kept=kept)
-    assert again == pytest.approx(evaluate(model, data, task=task, tokenizer=tokenizer, spec=spec), rel=1e-6)
+    again = evaluate(model, data, pad_id=END, max_tokens=64, kept=kept)
+    assert again == pytest.approx(evaluate(model, data, pad_id=END, max_tokens=64), rel=1e-6)
     assert again != pytest.approx(expected, rel=1e-6), "what trains is scored anew"
 
 
-def test_of_a_model_without_frozen_layers_nothing_is_kept(
-    classifier: ClassificationModel, labelled: TextDataset, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_of_a_model_without_frozen_layers_nothing_is_kept(classifier: TaskModel, labelled: TextDataset) -> None:
     kept: dict[int, torch.Tensor | None] = {}
-    score = partial(evaluate, classifier, labelled, task="classification", tokenizer=tokenizer, spec=EvaluationSpec())
+    score = partial(evaluate, classifier, labelled, pad_id=END, max_tokens=4096)
     assert score(kept=kept) == score()
     assert set(kept.values()) == {None}

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.forward import batches_by_length, scoring
-from fedtune.model.task import CausalLMModel, ClassificationModel
+from fedtune.evaluation.evaluate import batches_by_length, scoring
 from fedtune.spec import DataError
+from fedtune.tasks import TaskModel
 
 
 def flags(model: torch.nn.Module) -> dict[str, bool]:
     return {name: module.training for name, module in model.named_modules()}
 
 
-def test_scoring_restores_each_training_flag(classifier: ClassificationModel) -> None:
+def test_scoring_restores_each_training_flag(classifier: TaskModel) -> None:
     before = flags(classifier)
     assert set(before.values()) == {True, False}, "the model has to be of both kinds for this test to mean anything"
     with scoring(classifier):
@@ -23,7 +23,7 @@ def test_scoring_restores_each_training_flag(classifier: ClassificationModel) ->
     assert torch.is_grad_enabled()
 
 
-def test_scoring_restores_after_an_error(classifier: ClassificationModel) -> None:
+def test_scoring_restores_after_an_error(classifier: TaskModel) -> None:
     before = flags(classifier)
     with pytest.raises(RuntimeError, match="inside"), scoring(classifier):
         raise RuntimeError("inside")
@@ -31,7 +31,7 @@ def test_scoring_restores_after_an_error(classifier: ClassificationModel) -> Non
 
 
 def test_a_model_trains_after_its_first_forward_pass_was_scored(
-    language_model: CausalLMModel, completions: TextDataset
+    language_model: TaskModel, completions: TextDataset
 ) -> None:
     _, batch = next(batches_by_length(completions, pad_id=0, max_tokens=40))
     with scoring(language_model):

@@ -7,10 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fedtune.data.records import Record
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.generation import PromptSet, evaluate_generation, generate, text_scores
-from fedtune.evaluation.greedy import write_greedily
-from fedtune.model.task import CausalLMModel
+from fedtune.evaluation.generation import PromptSet, evaluate_generation, generate, text_scores, write_greedily
 from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import TaskModel
 
 CPU = torch.device("cpu")
 
@@ -20,7 +19,7 @@ def prompts_of(dataset: TextDataset) -> list[np.ndarray]:
     return [ids[: (len(ids) + 1) // 2] for ids in dataset.input_ids]
 
 
-def written_without_cache(model: CausalLMModel, prompt: np.ndarray, num_tokens: int) -> list[int]:
+def written_without_cache(model: TaskModel, prompt: np.ndarray, num_tokens: int) -> list[int]:
     """Greedy text by whole forward passes over one unpadded row."""
     token_ids = torch.as_tensor(prompt, dtype=torch.int64)[None]
     with torch.no_grad():
@@ -42,7 +41,7 @@ def test_padding_and_cache_change_no_token(
     assert written == expected
 
 
-def test_each_row_ends_at_its_own_end_of_text(language_model: CausalLMModel, completions: TextDataset) -> None:
+def test_each_row_ends_at_its_own_end_of_text(language_model: TaskModel, completions: TextDataset) -> None:
     prompts = prompts_of(completions)
     whole = [written_without_cache(language_model, prompt, 8) for prompt in prompts]
     end = whole[0][3]
@@ -53,7 +52,7 @@ def test_each_row_ends_at_its_own_end_of_text(language_model: CausalLMModel, com
 
 @pytest.mark.parametrize("max_tokens", [1, 50, 10_000])
 def test_texts_come_in_the_order_of_prompts_whatever_the_batches(
-    language_model: CausalLMModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast, max_tokens: int
+    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast, max_tokens: int
 ) -> None:
     prompts = prompts_of(completions)
     expected = []
@@ -67,7 +66,7 @@ def test_texts_come_in_the_order_of_prompts_whatever_the_batches(
 
 
 def test_a_text_beyond_the_models_positions_is_refused(
-    language_model: CausalLMModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
+    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(ConfigError, match=r"^evaluation.max_new_tokens = 30: .* takes 32 in all"):
         generate(language_model, prompts_of(completions), tokenizer=tokenizer, max_new_tokens=30, max_tokens=100)
@@ -121,7 +120,7 @@ def test_a_prompt_without_tokens_is_a_data_error() -> None:
 
 
 def test_generated_text_is_scored_against_its_prompt(
-    language_model: CausalLMModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
+    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     options = {"tokenizer": tokenizer, "max_new_tokens": 8, "max_tokens": 100}
     texts = generate(language_model, prompts_of(completions), **options)

@@ -10,8 +10,8 @@ import pytest
 
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.units import unit_scores, user_scores
-from fedtune.model.task import CausalLMModel, ClassificationModel
+from fedtune.evaluation.evaluate import unit_scores, user_scores
+from fedtune.tasks import TaskModel
 
 PAD = 2
 
@@ -22,7 +22,7 @@ def scored(request: pytest.FixtureRequest) -> tuple[Callable[[TextDataset], np.n
     task = request.param
     names = {"classification": ("classifier", "labelled"), "causal_lm": ("language_model", "completions")}[task]
     model, dataset = (request.getfixturevalue(name) for name in names)
-    return lambda given: unit_scores(model, given, task=task, pad_id=PAD), dataset
+    return lambda given: unit_scores(model, given, pad_id=PAD), dataset
 
 
 def only(dataset: TextDataset, chosen: Any) -> TextDataset:
@@ -76,16 +76,16 @@ def test_no_records_of_one_user_move_more_than_one_score_within_its_bounds() -> 
         assert score == 1.0
 
 
-def test_a_class_is_right_or_wrong(classifier: ClassificationModel, labelled: TextDataset) -> None:
-    scores = unit_scores(classifier, labelled, task="classification", pad_id=PAD)
+def test_a_class_is_right_or_wrong(classifier: TaskModel, labelled: TextDataset) -> None:
+    scores = unit_scores(classifier, labelled, pad_id=PAD)
     classifier.eval()
     for index, score in enumerate(scores):
         logits = classifier.logits(collate(labelled, np.array([index]), pad_id=PAD)).detach()
         assert score == float(int(logits.argmax()) == labelled.targets[index])
 
 
-def test_a_text_scores_by_its_mean_loss(language_model: CausalLMModel, completions: TextDataset) -> None:
-    scores = unit_scores(language_model, completions, task="causal_lm", pad_id=PAD)
+def test_a_text_scores_by_its_mean_loss(language_model: TaskModel, completions: TextDataset) -> None:
+    scores = unit_scores(language_model, completions, pad_id=PAD)
     language_model.eval()
     for index, score in enumerate(scores):
         loss = language_model.losses(collate(completions, np.array([index]), pad_id=PAD)).detach()
@@ -93,10 +93,10 @@ def test_a_text_scores_by_its_mean_loss(language_model: CausalLMModel, completio
     assert scores[-1] == 1.0, "without a supervised token there is nothing to lose"
 
 
-def test_scoring_leaves_the_model_as_it_was(classifier: ClassificationModel, labelled: TextDataset) -> None:
+def test_scoring_leaves_the_model_as_it_was(classifier: TaskModel, labelled: TextDataset) -> None:
     flags = [module.training for module in classifier.modules()]
     before = {name: value.clone() for name, value in classifier.trainable().items()}
-    unit_scores(classifier, labelled, task="classification", pad_id=PAD)
+    unit_scores(classifier, labelled, pad_id=PAD)
     assert [module.training for module in classifier.modules()] == flags
     assert all(bool((value == before[name]).all()) for name, value in classifier.trainable().items())
     assert all(value.grad is None for value in classifier.trainable().values())

@@ -11,13 +11,18 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
+from flwr.supercore.state.alembic.utils import run_migrations
+from sqlalchemy import create_engine
 
 from fedtune.federation.aggregation import Closing
 from fedtune.federation.spec import FederationSpec
@@ -56,6 +61,18 @@ def ended(process: subprocess.Popen[str], *, by: signal.Signals, seconds: float 
     return process.wait(timeout=seconds)
 
 
+@cache
+def _empty_database() -> bytes:
+    """A server's database as Flower's forty migrations leave it, which take a second; made once for all servers."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the migrations'
+        path = Path(folder) / "state.db"
+        engine = create_engine(f"sqlite:///{path}")
+        run_migrations(engine)
+        engine.dispose()
+        return path.read_bytes()
+
+
 @dataclass
 class SiteProcess:
     """A site that runs."""
@@ -90,10 +107,11 @@ class Loopback:
 
     Attributes:
         members: the roster: name -> (PEM of its connection key, whether it was revoked).
+        migrates: whether the server makes its database itself, as a real one does, in place of finding an empty one.
     """
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        self.folder = folder
+        self.folder, self.migrates = folder, False
         self.authority = Authority(folder / "certificates")
         self.lead_tls = self.authority.issue("lead")
         self.lead_key = SigningKey.load_or_make(folder / "lead_key.pem")
@@ -135,6 +153,9 @@ class Loopback:
 
     def start(self) -> None:
         """Start the server, or start it again, and wait until it listens."""
+        database = self.folder / "state.db"
+        if not database.exists() and not self.migrates:
+            database.write_bytes(_empty_database())
         before = self.output.count("ready\n") if (self.folder / "output.log").exists() else 0
         self._server = start_process("server_process.py", self.folder)
 

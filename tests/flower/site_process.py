@@ -77,7 +77,7 @@ class Polling:
     def step(self) -> None:
         message = self._tried(self._next)
         if message is None:
-            time.sleep(0.1)
+            time.sleep(0.25)
             return
         self._number += 1
         note("received", type=message.metadata.message_type, number=self._number)

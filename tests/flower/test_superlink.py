@@ -86,7 +86,8 @@ def test_a_disk_that_is_full_is_noticed_and_stops_no_greeting(own: Loopback) -> 
     says("True")
 
 
-def test_it_notes_who_came_and_when_it_ran(own: Loopback) -> None:
+def test_it_makes_its_database_and_notes_who_came_and_when_it_ran(own: Loopback) -> None:
+    own.migrates = True
     own.start()
     assert hello(own.address, own.tls["a"]).site == "a"
     own.set_revoked("a")

@@ -16,15 +16,13 @@ from hypothesis import strategies as st
 from fedtune.cli.compose import saved_config
 from fedtune.cli.report_checks import checks
 from fedtune.data.records import read_records, usable_records
-from fedtune.deploy.federation_file import read_federation
-from fedtune.deploy.federation_folder import FederationFolder
-from fedtune.deploy.kit_file import KitFile, read_spec
-from fedtune.deploy.lead_service import latest_answers
-from fedtune.deploy.roster import read_roster, write_roster
-from fedtune.deploy.site_state import SiteState
+from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
+from fedtune.deploy.kits.kit import KitFile, read_spec
+from fedtune.deploy.kits.members import read_roster, write_roster
+from fedtune.deploy.services.lead_service import latest_answers
+from fedtune.deploy.services.site_state import SiteState
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import ReceiptBook
-from fedtune.model import load_task_model
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import check_content
 from fedtune.privacy.ledger.chain import Head
@@ -33,9 +31,10 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report import from_run, signing
 from fedtune.report.difference import differences
-from fedtune.report.run_record import read_run
+from fedtune.report.record.run_record import read_run
 from fedtune.sites.virtual_site import DEALT, read_dealt_out
 from fedtune.spec import ConfigError, DataError, FedtuneError, RunError
+from fedtune.tasks import load_task_model
 
 from . import seeds
 from .mutations import mutated_bytes, mutated_json, mutated_toml
@@ -158,8 +157,8 @@ def _roster_seed() -> Any:
 def _member() -> Any:
     from datetime import UTC, datetime
 
-    from fedtune.deploy.authority import Authority, make_key
-    from fedtune.deploy.roster import Member
+    from fedtune.deploy.kits.certificates import Authority, make_key
+    from fedtune.deploy.kits.members import Member
 
     authority = Authority.make("clinics", days=30, now=datetime.now(UTC))
     certificate = authority.issue_client(
@@ -218,7 +217,7 @@ TARGETS = (
     Target(
         name="federation.toml",
         broken=_toml(lambda: _FEDERATION),
-        parse=_in_file("federation.toml", read_federation),
+        parse=_in_file("federation.toml", lambda path: read_spec(FederationFile, path)),
         errors=_OURS,
     ),
     Target(

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import strategies as st
 
-from fedtune.deploy.join import PURPOSE, JoinRequest, _canonical
+from fedtune.deploy.kits.members import PURPOSE, JoinRequest
 from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
 from fedtune.federation.site import Prepared, Site, answer
 from fedtune.flower import packing, records
@@ -170,7 +170,9 @@ def _join(data: bytes) -> object:
     """Signed again by the site after the change, as somebody who means harm would do."""
     try:
         fields = json.loads(data)
-        signature = seeds.key(2).sign(PURPOSE, _canonical({k: v for k, v in fields.items() if k != "signature"}))
+        unsigned = {key: value for key, value in fields.items() if key != "signature"}
+        canonical = json.dumps(unsigned, sort_keys=True, separators=(",", ":")).encode()
+        signature = seeds.key(2).sign(PURPOSE, canonical)
         data = json.dumps({**fields, "signature": signature}).encode()
     except (ValueError, RecursionError, TypeError, AttributeError):
         pass  # no JSON object: as it is
@@ -178,7 +180,7 @@ def _join(data: bytes) -> object:
 
 
 def _join_seed() -> Any:
-    from fedtune.deploy.join import site_init
+    from fedtune.deploy.kits.members import site_init
 
     path = seeds.folder() / "joining" / "site.toml"
     if not path.exists():

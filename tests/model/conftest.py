@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModel, TaskModelSpec, build_task_model
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.tasks import TaskModel, build_task_model
 
 # More threads than one only get in each other's way in models this small.
 torch.set_num_threads(1)

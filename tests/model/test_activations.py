@@ -62,7 +62,7 @@ def test_a_transposed_tensor_too() -> None:
 
 
 def test_every_activation_of_a_loaded_model_is_one() -> None:
-    base = load_base(ModelSpec(path="random:bert"), task="classification")
+    base = load_base(ModelSpec(path="random:bert"))
     kinds = [type(module).__module__ for module in base.modules()]
     wrapped = [module for module in base.modules() if isinstance(module, RowByRow)]
     assert wrapped

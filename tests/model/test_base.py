@@ -25,7 +25,7 @@ needs_minilm = pytest.mark.skipif(
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A local folder with the tiny bert and its tokenizer."""
-    load_base(BERT, task="classification").save_pretrained(tmp_path / "model")
+    load_base(BERT).save_pretrained(tmp_path / "model")
     load_tokenizer(BERT).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -47,7 +47,7 @@ def test_the_tiny_tokenizer_reads_and_writes_any_text(spec: ModelSpec) -> None:
     tokenizer = load_tokenizer(spec)
     text = "Grüße_an 7 €\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text.strip()
-    assert max(tokenizer(text)["input_ids"]) < load_base(spec, task="classification").config.vocab_size
+    assert max(tokenizer(text)["input_ids"]) < load_base(spec).config.vocab_size
 
 
 def test_the_tiny_llama_pads_with_its_end_token_as_chat_models_do() -> None:
@@ -57,7 +57,7 @@ def test_the_tiny_llama_pads_with_its_end_token_as_chat_models_do() -> None:
 
 def test_the_base_is_frozen_and_in_evaluation_mode(folder: Path) -> None:
     for spec in (BERT, ModelSpec(path=str(folder))):
-        base = load_base(spec, task="classification")
+        base = load_base(spec)
         assert not any(parameter.requires_grad for parameter in base.parameters())
         assert not any(module.training for module in base.modules())
 
@@ -65,14 +65,14 @@ def test_the_base_is_frozen_and_in_evaluation_mode(folder: Path) -> None:
 def test_a_local_folder_loads_the_same_model_without_a_word(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     spec = ModelSpec(path=str(folder), sha256=model_sha256(ModelSpec(path=str(folder))))
     token_ids = torch.tensor([load_tokenizer(spec)("hello")["input_ids"]])
-    outputs = [load_base(model, task="classification")(token_ids).last_hidden_state for model in (spec, BERT)]
+    outputs = [load_base(model)(token_ids).last_hidden_state for model in (spec, BERT)]
     assert torch.equal(*outputs)
     assert capfd.readouterr() == ("", "")
 
 
 def test_other_weights_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_base(ModelSpec(path=str(folder), sha256="0" * 64), task="classification")
+        load_base(ModelSpec(path=str(folder), sha256="0" * 64))
     assert caught.value.key == "model.sha256"
 
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(folder: Path) -> None:
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lacks encoder\.layer\.1\.output\.dense\.weight"):
-        load_base(ModelSpec(path=str(folder)), task="classification")
+        load_base(ModelSpec(path=str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def test_a_checkpoint_that_lacks_weights_is_refused(folder: Path) -> None:
 )
 def test_a_missing_model_is_one_line(path: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_base(ModelSpec(path=path), task="classification")
+        load_base(ModelSpec(path=path))
     assert caught.value.key == "model.path"
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_readable_files_is_one_line(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    for load in (lambda spec: load_base(spec, task="classification"), load_tokenizer):
+    for load in (lambda spec: load_base(spec), load_tokenizer):
         with pytest.raises(ConfigError, match=r"model\.path") as caught:
             load(ModelSpec(path=str(folder)))
         assert "\n" not in str(caught.value)
@@ -132,7 +132,7 @@ def test_the_hub_is_asked_only_when_the_cache_has_nothing(monkeypatch: pytest.Mo
         return str(folder)
 
     monkeypatch.setattr("fedtune.model.source.snapshot_download", cached)
-    load_base(ModelSpec(path="someone/model"), task="classification")
+    load_base(ModelSpec(path="someone/model"))
     assert set(asked) == {True}
 
 
@@ -143,13 +143,13 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     with pytest.raises(ConfigError, match=r"model\.path.*ConnectionError: Name or service not known") as caught:
-        load_base(ModelSpec(path="someone/model", cache_dir=str(tmp_path)), task="classification")
+        load_base(ModelSpec(path="someone/model", cache_dir=str(tmp_path)))
     assert "\n" not in str(caught.value)
 
 
 @needs_minilm
 def test_the_packaged_encoder_has_the_pinned_weights(capfd: pytest.CaptureFixture[str]) -> None:
-    base = load_base(MINILM, task="classification")
+    base = load_base(MINILM)
     tokenizer = load_tokenizer(MINILM)
     assert base.config.hidden_size == 384
     assert tokenizer.pad_token is not None

@@ -38,7 +38,7 @@ def test_expanded_weights_give_bitwise_equal_logits(
     # The slow part of the expansion is this load; do it once.
     monkeypatch.setattr("fedtune.model.gguf.load_gguf", lambda _: original)
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
-    expanded = load_base(SMOLLM2, task="causal_lm")
+    expanded = load_base(SMOLLM2, predicts_tokens=True)
     monkeypatch.setattr("fedtune.model.gguf.load_gguf", lambda _: pytest.fail("the cache was not used"))
     tokenizer = load_tokenizer(SMOLLM2)
     token_ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])

@@ -37,7 +37,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bert and its tokenizer, as save_pretrained writes them."""
     folder = tmp_path_factory.mktemp("clean") / "model"
     bert = ModelSpec(path="random:bert")
-    load_base(bert, task="classification").save_pretrained(folder)
+    load_base(bert).save_pretrained(folder)
     load_tokenizer(bert).save_pretrained(folder)
     return folder
 
@@ -244,7 +244,7 @@ def test_a_hostile_folder_is_refused_with_its_reason(attack: str, folder: Path) 
     change, reason = REFUSED[attack]
     change(folder)
     with pytest.raises(ConfigError, match=reason) as caught:
-        load_base(ModelSpec(path=str(folder)), task="classification")
+        load_base(ModelSpec(path=str(folder)))
     assert caught.value.key == "model.path"
     assert "\n" not in str(caught.value)
 
@@ -301,7 +301,7 @@ def test_what_is_not_in_the_manifest_changes_nothing(added: str, clean: Path, fo
     HARMLESS[added](folder)
     pinned = model_sha256(ModelSpec(path=str(clean)))
     spec = ModelSpec(path=str(folder), sha256=pinned)
-    ours, theirs = load_base(spec, task="classification"), load_base(ModelSpec(path=str(clean)), task="classification")
+    ours, theirs = load_base(spec), load_base(ModelSpec(path=str(clean)))
     for (name, one), (_, other) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
     assert (
@@ -353,7 +353,7 @@ def template_gives(number: int) -> Change:
 
 def fits(folder: Path) -> None:
     spec = ModelSpec(path=str(folder))
-    check_tokenizer_fits(load_tokenizer(spec), load_base(spec, task="classification"), path=spec.path)
+    check_tokenizer_fits(load_tokenizer(spec), load_base(spec), path=spec.path)
 
 
 def test_a_tokenizer_fits_its_own_model(folder: Path) -> None:
@@ -419,7 +419,7 @@ def test_positions_behind_the_padding_row_are_those_that_can_be_used(padding: in
 
 
 def test_positions_of_other_models_are_all_usable(clean: Path) -> None:
-    assert usable_positions(load_base(ModelSpec(path=str(clean)), task="classification")) == 512
+    assert usable_positions(load_base(ModelSpec(path=str(clean)))) == 512
     assert usable_positions(tiny(LlamaModel, LlamaConfig, max_position_embeddings=20)) == 20
 
 
@@ -440,7 +440,7 @@ def test_positions_of_other_models_are_all_usable(clean: Path) -> None:
 )
 def test_static_rope_types_load(tmp_path: Path, rope: dict[str, Any]) -> None:
     tiny(LlamaModel, LlamaConfig, rope_parameters=rope).save_pretrained(tmp_path)
-    load_base(ModelSpec(path=str(tmp_path)), task="classification")
+    load_base(ModelSpec(path=str(tmp_path)))
 
 
 def test_why_dynamic_rope_types_are_refused() -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec, attach_lora, build_task_model, load_base
+from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec, attach_lora, load_base
 from fedtune.spec import ConfigError
+from fedtune.tasks import build_task_model
 
 Specs = Callable[..., TaskModelSpec]
 
@@ -76,8 +77,8 @@ def test_the_start_depends_on_the_seed_alone(spec: Specs) -> None:
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_scale(rslora: bool) -> None:
-    base = load_base(ModelSpec(path="random:bert"), task="classification")
+    base = load_base(ModelSpec(path="random:bert"))
     spec = LoraSpec(rank=4, alpha=6.0, target_modules=("query",), rslora=rslora)
-    model = attach_lora(base, spec=spec, task="classification", seed=0)
+    model = attach_lora(base, spec=spec, predicts_tokens=False, seed=0)
     layer = model.get_submodule("base_model.model.encoder.layer.0.attention.self.query")
     assert layer.scaling["default"] == pytest.approx(6.0 / (math.sqrt(4) if rslora else 4))

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from fedtune.model import ModelSpec, load_base, load_task_model, load_tokenizer, model_sha256, save_task_model
+from fedtune.model import ModelSpec, load_base, load_tokenizer, model_sha256
 from fedtune.model.gguf import expanded_gguf
 from fedtune.model.manifest import Manifest, manifest_of, staged
 from fedtune.spec import ConfigError, RunError
+from fedtune.tasks import load_task_model, save_task_model
 
 BERT = ModelSpec(path="random:bert")
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -27,7 +28,7 @@ FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A local folder with the tiny bert and its tokenizer."""
-    load_base(BERT, task="classification").save_pretrained(tmp_path / "model")
+    load_base(BERT).save_pretrained(tmp_path / "model")
     load_tokenizer(BERT).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -54,7 +55,7 @@ def test_a_config_does_not_point_the_loader_at_other_weights(folder: Path) -> No
     save_file(other, folder / "README.safetensors", metadata={"format": "pt"})
     changed_json(folder / "config.json", transformers_weights="README.safetensors")
     with pytest.raises(ConfigError, match="has transformers_weights"):
-        load_base(ModelSpec(path=str(folder), sha256=weights_hash(folder)), task="classification")
+        load_base(ModelSpec(path=str(folder), sha256=weights_hash(folder)))
 
 
 @pytest.mark.parametrize(
@@ -71,11 +72,11 @@ def test_a_config_does_not_point_the_loader_at_other_weights(folder: Path) -> No
 )
 def test_another_file_beside_the_same_weights_is_another_model(folder: Path, name: str, changes: Any) -> None:
     spec = ModelSpec(path=str(folder), sha256=model_sha256(ModelSpec(path=str(folder))))
-    load_base(spec, task="classification")
+    load_base(spec)
     if not (folder / name).exists():
         (folder / name).write_text("{}")
     changed_json(folder / name, **changes)
-    for load in (lambda: load_base(spec, task="classification"), lambda: load_tokenizer(spec)):
+    for load in (lambda: load_base(spec), lambda: load_tokenizer(spec)):
         with pytest.raises(ConfigError, match="is not the hash of") as caught:
             load()
         assert caught.value.key == "model.sha256"
@@ -99,7 +100,7 @@ def test_the_hash_is_of_sha256sum_s_lines_under_a_line_that_says_what_it_is(fold
 
 
 def test_the_hash_of_a_sharded_model_covers_the_index_and_every_shard(folder: Path) -> None:
-    load_base(BERT, task="classification").save_pretrained(folder, max_shard_size="20KB")
+    load_base(BERT).save_pretrained(folder, max_shard_size="20KB")
     (folder / "model.safetensors").unlink()
     shards = sorted(set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()))
     manifest = manifest_of(folder)
@@ -108,10 +109,8 @@ def test_the_hash_of_a_sharded_model_covers_the_index_and_every_shard(folder: Pa
     lines = "".join(f"{sha256((folder / name).read_bytes())}  {name}\n" for name in shards)
     assert manifest.weights_sha256 == sha256(lines.encode()) != manifest.sha256, "no list of shards is a manifest"
     spec = ModelSpec(path=str(folder), sha256=manifest.sha256)
-    before = load_base(BERT, task="classification").state_dict()
-    assert all(
-        torch.equal(one, before[name]) for name, one in load_base(spec, task="classification").named_parameters()
-    )
+    before = load_base(BERT).state_dict()
+    assert all(torch.equal(one, before[name]) for name, one in load_base(spec).named_parameters())
 
 
 def test_a_gguf_file_keeps_its_plain_hash(tmp_path: Path) -> None:
@@ -200,7 +199,7 @@ def test_a_snapshot_of_the_hub_s_cache_may_link_into_that_cache(folder: Path, tm
 
 def test_a_hash_of_the_weights_alone_is_refused_with_what_to_do(folder: Path) -> None:
     spec = ModelSpec(path=str(folder), sha256=weights_hash(folder))
-    for load in (lambda: load_base(spec, task="classification"), lambda: load_tokenizer(spec)):
+    for load in (lambda: load_base(spec), lambda: load_tokenizer(spec)):
         with pytest.raises(ConfigError, match=r"the hash of the weights alone, as fedtune 0\.1\.0 wrote it") as caught:
             load()
         assert caught.value.key == "model.sha256"
@@ -243,7 +242,7 @@ def test_a_gguf_file_is_expanded_without_what_lies_beside_it(
 
     monkeypatch.setattr("fedtune.model.base.expanded_gguf", expanded)
     spec = ModelSpec(path=str(beside), gguf_file="a.gguf", sha256=sha256(b"{}"))
-    load_base(spec, task="classification")
+    load_base(spec)
     load_tokenizer(spec)
     assert seen == [(["a.gguf"], sha256(b"{}"))] * 2
     with pytest.raises(ConfigError, match="is not the hash of"):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from opacus.grad_sample import GradSampleHooks
 
-from fedtune.model import LoraSpec, TaskModel, TaskModelSpec, build_task_model
+from fedtune.model import LoraSpec, TaskModelSpec
+from fedtune.tasks import TaskModel, build_task_model
 
 LAST_LAYER = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
 
 
@@ -36,18 +36,6 @@ def test_a_wrong_value_is_named(make: Any, values: dict[str, Any], key: str) -> 
     with pytest.raises(ConfigError) as caught:
         make(**values)
     assert caught.value.key == key
-
-
-@pytest.mark.parametrize("labels", [(), ("a",), ("a", "a")])
-def test_classification_needs_labels(labels: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match=r"data\.labels"):
-        TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task="classification", labels=labels)
-
-
-def test_each_label_needs_its_text() -> None:
-    head = HeadSpec(label_texts=("one",))
-    with pytest.raises(ConfigError, match=r"head\.label_texts"):
-        TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task="classification", labels=("a", "b"), head=head)
 
 
 def test_pydantic_builds_the_settings_and_forbids_unknown_keys() -> None:

@@ -225,7 +225,7 @@ def test_published_patterns_are_quick_on_hard_texts(text: str) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     model = ModelSpec(path="random:bert")
-    load_base(model, task="classification").save_pretrained(tmp_path)
+    load_base(model).save_pretrained(tmp_path)
     load_tokenizer(model).save_pretrained(tmp_path)
     return tmp_path
 

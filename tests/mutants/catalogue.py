@@ -3,6 +3,7 @@
 from .at_site import AT_SITE
 from .in_accounting import ACCOUNTING
 from .in_clipping import CLIPPING
+from .in_deploy import DEPLOY_FAULTS
 from .in_federation import FEDERATION_FAULTS
 from .in_ledger import LEDGER_FAULTS
 from .in_models import MODEL_FAULTS
@@ -15,7 +16,7 @@ MUTANTS: dict[str, Mutant] = {
     mutant.name: mutant
     for mutant in (
         *(*NOISE, *CLIPPING, *SAMPLING, *ACCOUNTING, *LEDGER_FAULTS),
-        *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *MODEL_FAULTS),
+        *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *MODEL_FAULTS, *DEPLOY_FAULTS),
     )
 }
 QUICK = (

@@ -79,7 +79,7 @@ CLIPPING = (
     Mutant(
         name="a-tensor-outside-the-clipped-set",
         fault="A tensor trains that is neither clipped nor noised: it is left out of what the step knows of.",
-        file="fedtune/model/task.py",
+        file="fedtune/tasks/model.py",
         old="for name, parameter in self.adapter_parameters().items() if parameter.requires_grad}",
         new='for name, parameter in self.adapter_parameters().items() if "layer.1.output" not in name}',
         tests=(f"{OF_STEP[0]}::test_every_step_of_a_round_draws_anew_and_every_tensor_is_covered",),
@@ -105,7 +105,7 @@ CLIPPING = (
         name="token-mean-loss",
         fault="The loss is a mean over the batch's tokens, as a Transformers model returns it: one record's length "
         "rescales the gradients of the others.",
-        file="fedtune/model/task.py",
+        file="fedtune/tasks/causal_lm.py",
         old="supervised.sum(dim=1).clamp(min=1)",
         new="supervised.sum().clamp(min=1)",
         tests=OF_STEP,

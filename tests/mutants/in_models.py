@@ -121,7 +121,7 @@ MODEL_FAULTS = (
         file="fedtune/data/tokenise.py",
         old="<= _MOST_LONGER * len(text) + _ROOM",
         new=">= 0",
-        tests=("tests/data/test_tokenise.py",),
+        tests=("tests/tasks/test_tokenise.py",),
     ),
     Mutant(
         name="encoder-as-a-decoder",
@@ -129,7 +129,7 @@ MODEL_FAULTS = (
         file="fedtune/model/probe.py",
         old="    if kind in ENCODERS:\n",
         new="    if kind in ():\n",
-        tests=("tests/model/test_task.py",),
+        tests=("tests/tasks/test_model.py",),
     ),
     Mutant(
         name="built-rope-not-looked-at",

@@ -302,7 +302,7 @@ def test_a_ledger_is_of_one_population_site_and_delta(
     opened: Open, policy: Any, path: Path, what: str, change: dict[str, Any]
 ) -> None:
     opened()
-    with pytest.raises(RunError, match=rf"was made for {what} = .*; another one needs a ledger of its own"):
+    with pytest.raises(RunError, match=rf"was made for {what} = .*; to change it, make a new ledger"):
         opened(policy=policy(**change))
     assert kinds_of(path) == OPENED
 
@@ -655,7 +655,7 @@ def test_a_ledger_opened_under_an_older_policy_stops(opened: Open, policy: Any, 
     ledger = opened()
     opened(policy=policy(limits={"max_rounds": 3}))
     for ask in (lambda: ledger.reserve(proposal(), round=1, request="q"), lambda: ledger.offer(proposal())):
-        with pytest.raises(RunError, match="was changed while it was open; open it anew"):
+        with pytest.raises(RunError, match="was changed while it was open; open it again"):
             ask()
     assert not opened(policy=policy(limits={"max_rounds": 3})).history.runs
 

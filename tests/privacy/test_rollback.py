@@ -98,9 +98,9 @@ def test_another_branch_than_the_anchors_stops(
     answered(anchored(), proposal(), 2)
     shutil.copy(backup, path)
     answered(opened(), proposal(), 2, 3, 4)  # without the anchor it goes on, and gets longer
-    with pytest.raises(RunError, match="or is another branch"):
+    with pytest.raises(RunError, match="or has branched off"):
         anchored()
-    with pytest.raises(RunError, match="another branch"):
+    with pytest.raises(RunError, match="has branched off"):
         verify(path, anchor=Head.read(anchor))
 
 

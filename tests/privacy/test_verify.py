@@ -275,7 +275,7 @@ def test_a_forger_who_deletes_reorders_or_inserts_is_found(whole: Path, victim: 
     ):
         replace_rows(victim, rehashed(forged), tamper)
         message = found(victim)
-        assert "is not signed by the site's key" in message or "cannot be understood: its time lies before" in message
+        assert "is not signed by the site's key" in message or "cannot be understood: its time is earlier" in message
 
 
 anything = st.recursive(
@@ -355,7 +355,7 @@ def test_a_truncated_ledger_passes_without_an_anchor_and_is_found_with_one(
     verified = verify(victim)
     assert not verified.rollback_excluded
     length = len(stored(whole))
-    expected = f"the ledger was put back: it ends at event {length - 3}, the anchor knows {length}"
+    expected = f"an older copy of the ledger was put back: it ends at event {length - 3}, the anchor knows {length}"
     assert found(victim, anchor=newest) == expected
 
 
@@ -366,7 +366,7 @@ def test_an_older_copy_passes_without_an_anchor_and_is_found_with_one(
     older = copied(path)
     ledger.reserve(proposal(), round=1, request="q")
     assert verify(older).rollback_excluded is False
-    assert found(older, anchor=ledger.head()).startswith("the ledger was put back: it ends at event 2")
+    assert found(older, anchor=ledger.head()).startswith("an older copy of the ledger was put back: it ends at event 2")
 
 
 def test_another_branch_is_found_with_an_anchor(opened: Any, proposal: Any, path: Path, copied: Any) -> None:
@@ -375,7 +375,7 @@ def test_another_branch_is_found_with_an_anchor(opened: Any, proposal: Any, path
     ledger.reserve(proposal(), round=1, request="q")
     opened(path=branch).reserve(proposal(), round=1, request="another")
     assert found(branch, anchor=ledger.head()) == (
-        "event 4 is not the one that the anchor knows: the ledger is another branch"
+        "event 4 is not the one that the anchor knows: the ledger has branched off"
     )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.report import assumptions, cells, codes, page
-from fedtune.report.model import Assumption, Report
-from fedtune.report.site_model import Cap, Release, Spent, Step, Verdict
+from fedtune.report.derive import assumptions, cells, codes
+from fedtune.report.model import Assumption, Cap, Release, Report, Spent, Step, Verdict
+from fedtune.report.page import render
 
 Make = Callable[..., Report]
 
@@ -207,7 +207,7 @@ def reports_of(request: pytest.FixtureRequest) -> dict[str, Report]:
 def page_of(request: pytest.FixtureRequest, name: str, language: str) -> str:
     """The page of a situation in a language; made once, too."""
     if (name, language) not in _PAGES:
-        _PAGES[name, language] = page.render(reports_of(request)[name], language=language)
+        _PAGES[name, language] = render.render(reports_of(request)[name], language=language)
     return _PAGES[name, language]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
-from fedtune.report import assumptions, from_ledger, from_run
-from fedtune.report.ledger_record import read_ledger
-from fedtune.report.model import Assumption, Report
-from fedtune.report.run_record import RunRecord, read_run
+from fedtune.report import from_ledger, from_run
+from fedtune.report.derive import assumptions
+from fedtune.report.derive.facts import RunFacts, noted_inexact
+from fedtune.report.model import Assumption, Report, SiteReport
+from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.sites.shared_settings import for_sites
 
 from .site_ledgers import Books
@@ -42,6 +43,10 @@ def statuses(report: Report) -> dict[str, str]:
 def evidence(report: Report, code: str) -> str:
     (found,) = [one.evidence for one in report.assumptions if one.code == code]
     return found
+
+
+def of_run(record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
+    return assumptions.ordered(assumptions.of_run(RunFacts.of_record(record), sites))
 
 
 def test_codes_are_told_and_stand_once(run: Path, books: Callable[..., Books]) -> None:
@@ -102,18 +107,17 @@ def test_of_sites_that_accept_inexact_gradients_the_bound_is_measured(run: Path,
 def test_of_a_ledger_that_ever_noted_inexact_gradients_the_bound_is_measured(
     books: Callable[..., Books], run_proposal: Any
 ) -> None:
-    made = books()
+    made = books(allow={"inexact_gradients": True})
     made.charge(run_proposal(), 1)
-    record = read_ledger(made.ledger)
-    noted = [event for event in record.events if event.detail.get("what") == "policy"]
-    for allow, code in (
-        ({"inexact_gradients": True}, "clipping_but_for_rounding"),
-        ({}, "clipping_but_for_rounding"),
-        ({"inexact_gradients": False}, "clipping_exact"),
-    ):
-        later = replace(noted[0], detail={"what": "policy", "policy": {"allow": allow}})
-        changed = replace(record, events=(*record.events, later))
-        assert assumptions._clipping_of_ledger(changed)[0] == code
+    assert clipping(from_ledger.build(made.ledger).assumptions) == ("clipping_but_for_rounding", "assumed")
+    made.edit(allow={"inexact_gradients": False})
+    assert clipping(from_ledger.build(made.ledger).assumptions) == ("clipping_but_for_rounding", "assumed")
+    # A policy that says nothing is of a version whose bound was not exact yet.
+    says_no: dict[str, Any] = {"allow": {"inexact_gradients": False}}
+    found = [
+        noted_inexact([says_no, *later]) for later in ([], [{"allow": {}}], [{"allow": {"inexact_gradients": True}}])
+    ]
+    assert found == ["false", "not noted", "true"]
 
 
 def with_receipts_of(record: RunRecord, *, run: str) -> RunRecord:
@@ -154,7 +158,7 @@ def test_of_real_sites_the_lead_knows_what_it_holds(run: Path) -> None:
         environments=tuple(replace(one, sampling=None, randomness=None) for one in record.environments),
     )
     deployed = with_receipts_of(deployed, run=deployed.run)
-    found = {one.code: one.status for one in assumptions.of_run(deployed, from_run.build(run).sites)}
+    found = {one.code: one.status for one in of_run(deployed, from_run.build(run).sites)}
     assert found["sites_run_their_own_software"] == "assumed"
     assert found["unpredictable_randomness"] == "assumed"
     assert found["noise_in_every_step"] == "assumed", "what real sites do is not the lead's to verify"
@@ -166,7 +170,7 @@ def test_a_receipt_that_is_not_signed_is_found(run: Path) -> None:
     assert record.state is not None
     forged = {"site-1": replace(record.receipts["site-1"], charged_rounds=1)}
     state = replace(record.state, receipts={**record.receipts, **forged})
-    found = assumptions.of_run(replace(record, state=state), from_run.build(run).sites)
+    found = of_run(replace(record, state=state), from_run.build(run).sites)
     assert found[0].code == "receipts_signed"
     assert (found[0].status, found[0].evidence) == ("violated", "site-1")
 
@@ -180,7 +184,7 @@ def test_a_site_that_denies_is_heard(books: Callable[..., Books]) -> None:
 def test_delta_that_is_too_large_for_the_size_is_violated(run: Path) -> None:
     report = from_run.build(run)
     large = [replace(site, declared_size=200_000) for site in report.sites]
-    found = {one.code: one for one in assumptions.of_run(read_run(run), large)}["delta_below_one_over_size"]
+    found = {one.code: one for one in of_run(read_run(run), large)}["delta_below_one_over_size"]
     assert (found.status, found.evidence) == ("violated", "delta=1e-05; declared_size=200000")
 
 
@@ -188,7 +192,7 @@ def test_an_accountant_that_contradicts_the_other_is_violated(run: Path) -> None
     report = from_run.build(run)
     (first, *others) = report.sites
     wrong = replace(first, spent=replace(first.spent, epsilon_rdp=0.01))
-    found = {one.code: one.status for one in assumptions.of_run(read_run(run), [wrong, *others])}
+    found = {one.code: one.status for one in of_run(read_run(run), [wrong, *others])}
     assert found["accountants_agree"] == "violated"
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.report.catalogue import LANGUAGES, catalogue
 from fedtune.report.model import to_json
+from fedtune.report.page.catalogue import LANGUAGES, catalogue
 
 from .shown import NAMES, lookup, page_of, reports_of
 

@@ -13,27 +13,27 @@ from hypothesis import strategies as st
 import fedtune.report
 from fedtune.privacy.policy import PERIODS
 from fedtune.privacy.release import Reason
-from fedtune.report import assumptions, cells, codes, page_one
-from fedtune.report.catalogue import LANGUAGES, catalogue
-from fedtune.report.model import Assumption, Cell, Report
-from fedtune.report.site_model import SiteReport, Verdict
+from fedtune.report.derive import assumptions, cells, codes, verdicts
+from fedtune.report.model import Assumption, Cell, Report, SiteReport, Verdict
+from fedtune.report.page import render
+from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.spec import ConfigError
 
 PACKAGE = Path(fedtune.report.__file__).parent
-TEXTS = {path.stem: tomllib.loads(path.read_text()) for path in (PACKAGE / "texts").glob("*.toml")}
+TEXTS = {path.stem: tomllib.loads(path.read_text()) for path in (PACKAGE / "page" / "texts").glob("*.toml")}
 KEYS = {(section, key) for section, texts in TEXTS["en"].items() for key in texts}
 
 STATES = get_args(get_type_hints(Verdict)["state"])
 SEEN = {
     code
-    for table in (page_one._SEES, page_one._WITHOUT_NOISE, page_one._WITH_A_SEED)
+    for table in (render._SEES, render._WITHOUT_NOISE, render._WITH_A_SEED)
     for who, sees in table.items()
     for code in (who, *sees)
 } | {"by_subtraction", "if_two_sites"}
 CODES: dict[str, set[str]] = {
     "kind": set(get_args(get_type_hints(Report)["kind"])),
     "state": set(STATES),
-    "reason": set(codes.VERDICT_REASONS),
+    "reason": {code for codes in verdicts.REASONS.values() for code in codes},
     "released": set(codes.RELEASED),
     "covers": set(codes.COVERS),
     "leaves_out": set(codes.LEAVES_OUT),
@@ -59,7 +59,7 @@ CODES: dict[str, set[str]] = {
 
 
 def sources() -> Iterator[str]:
-    for path in [*PACKAGE.glob("*.py"), *PACKAGE.glob("templates/*.j2")]:
+    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.glob("page/templates/*.j2")]:
         yield path.read_text()
 
 
@@ -88,9 +88,9 @@ def test_no_text_is_left_over() -> None:
     # Keys that are put together: "chart." ~ code, and the like.
     charts = {"epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost"}
     whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
-    whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "charts.py").read_text())}
+    whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "charts.py").read_text())}
     whole |= {("verdict", f"{state}_{kind}") for state in STATES for kind in CODES["kind"]}
-    whole |= {("access", key) for key in (*SEEN, *page_one.COLUMNS)}
+    whole |= {("access", key) for key in (*SEEN, *render.COLUMNS)}
     whole |= {("strength", band + end) for band in ("strong", "reasonable", "weak") for end in ("", "_range")}
     whole |= {("strength", "none")} | {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_")}
     whole |= {("meaning", key + end) for key in ("ceiling", "mechanism") for end in ("", "_note")}
@@ -98,13 +98,14 @@ def test_no_text_is_left_over() -> None:
     whole |= {("language", key) for key in ("decimal", "group", "day", "moment")}
     whole |= {("cells", state + end) for state in get_args(get_type_hints(Cell)["state"]) for end in ("", "_means")}
     whole |= {(section, code) for section, known in CODES.items() for code in known}
-    templates = "\n".join(path.read_text() for path in PACKAGE.glob("templates/*.j2"))
-    put_together = templates + "".join((PACKAGE / name).read_text() for name in ("catalogue.py", "tables.py"))
+    templates = "\n".join(path.read_text() for path in PACKAGE.glob("page/templates/*.j2"))
+    put_together = templates + "".join((PACKAGE / "page" / name).read_text() for name in ("catalogue.py", "tables.py"))
     for section in ("formulae", "provenance", "sign_off", "utility", "page", "word", "cells", "ledger"):
         whole |= {(section, key) for key in re.findall(r'"(\w+)"', put_together)}
     whole |= {(section, "heading") for section in re.findall(r'"(\w+)"', templates)}
-    known = "".join((PACKAGE / name).read_text() for name in ("facts.py", "cells.py"))
+    known = (PACKAGE / "derive" / "cells.py").read_text()
     whole |= {("value", key) for key in re.findall(r'"(\w+)"', known)}
+    whole |= {("value", "unbounded")}  # of `epsilon_text`
     whole |= {("by_user", f"{section}__{key}") for section, key in KEYS}  # other words for a text that there is
     assert KEYS - whole == set()
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fedtune.privacy.policy import Policy
-from fedtune.report import cells, from_ledger, from_run
+from fedtune.report import from_ledger, from_run
+from fedtune.report.derive import cells
 from fedtune.report.model import Cell, Report
 
 from .site_ledgers import Books

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from fedtune.report import drawing
-from fedtune.report.catalogue import catalogue
-from fedtune.report.charts import Chart, Charts
-from fedtune.report.model import Report
-from fedtune.report.site_model import Cap
-from fedtune.report.tables import Tables
-from fedtune.report.words import Words
+from fedtune.report.model import Cap, Report
+from fedtune.report.page import drawing
+from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.charts import Chart, Charts
+from fedtune.report.page.tables import Tables
+from fedtune.report.page.wording import Words
 
 from .shown import HOSTILE, Make, filled, wide_ledger, wide_run
 
@@ -79,7 +78,7 @@ def test_equal_charts_have_equal_bytes_in_every_process(code: str, run: Report, 
 
 def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
     program = (
-        "from fedtune.report.drawing import drawn, line_style, legend; import hashlib\n"
+        "from fedtune.report.page.drawing import drawn, line_style, legend; import hashlib\n"
         "def draw(axes):\n"
         "    axes[0].plot([1, 2], [3, 4], label='a', **line_style(0)); axes[0].bar([1], [2], hatch='//', label='b')\n"
         "    legend(axes[0])\n"

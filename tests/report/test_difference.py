@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.report.audit_record import Audit, AuditBound
 from fedtune.report.difference import Change, differences
-from fedtune.report.model import Report
+from fedtune.report.model import Audit, AuditBound, Report
 from fedtune.spec import ConfigError
 
 Make = Callable[..., Report]

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.report import explain
-from fedtune.report.catalogue import catalogue
+from fedtune.report.derive import profile
+from fedtune.report.page.catalogue import catalogue
+
+from . import gaussian
 
 # At delta 1e-6, in percent.  "gen" is from (epsilon, delta) alone, "gau" of a Gaussian mechanism with just that pair.
 # One cell is corrected: the source has 99.995 for 99.99551 (epsilon 10, hit rate at 1 % false alarms).
@@ -27,23 +29,23 @@ _DELTA = 1e-6
 
 
 def row(epsilon: float) -> list[float]:
-    mu = explain.gaussian_mu(epsilon, _DELTA)
+    mu = gaussian.gaussian_mu(epsilon, _DELTA)
     rates = [
         rate
-        for alarms in explain.FALSE_ALARMS
+        for alarms in profile.FALSE_ALARMS
         for rate in (
-            explain.hit_rate_ceiling(epsilon, _DELTA, false_alarms=alarms),
-            explain.gaussian_hit_rate(mu, false_alarms=alarms),
+            profile.hit_rate_ceiling(epsilon, _DELTA, false_alarms=alarms),
+            gaussian.gaussian_hit_rate(mu, false_alarms=alarms),
         )
     ]
     return [
         epsilon,
         math.exp(epsilon),
         mu,
-        *(100 * explain.posterior(epsilon, prior=prior) for prior in explain.PRIORS),
+        *(100 * profile.posterior(epsilon, prior=prior) for prior in profile.PRIORS),
         *(100 * rate for rate in rates),
-        explain.right_of_100_ceiling(epsilon, _DELTA),
-        explain.gaussian_right_of_100(mu),
+        profile.right_of_100_ceiling(epsilon, _DELTA),
+        gaussian.gaussian_right_of_100(mu),
     ]
 
 
@@ -59,7 +61,7 @@ def test_every_cell_of_the_table(line: str) -> None:
 def test_the_chance_to_pass_the_posterior_can_be_many_times_delta() -> None:
     # Of a Gaussian with just this pair, the chance that the loss of an outcome is above epsilon: Phi(mu/2 - eps/mu).
     epsilon = 0.5
-    mu = explain.gaussian_mu(epsilon, _DELTA)
+    mu = gaussian.gaussian_mu(epsilon, _DELTA)
     passed = NormalDist().cdf(mu / 2 - epsilon / mu)
     assert passed > 30 * _DELTA
     for language, words in (("en", "many times delta"), ("de", "ein Vielfaches von Delta")):
@@ -72,46 +74,36 @@ def test_the_chance_to_pass_the_posterior_can_be_many_times_delta() -> None:
 
 def test_the_examples_beside_the_table() -> None:
     # Epsilon 8 at delta 1e-6: the bound from the pair alone allows 99.97 % hits at 1 % false alarms, the curve 21 %.
-    assert round(100 * explain.hit_rate_ceiling(8, 1e-6, false_alarms=0.01), 2) == 99.97
-    assert round(100 * explain.gaussian_hit_rate(explain.gaussian_mu(8, 1e-6), false_alarms=0.01)) == 21
-    assert explain.expected_failures(1e-6, declared_size=100_000) == pytest.approx(0.1)
-    epsilon, delta = explain.group(1, _DELTA, members=5)
+    assert round(100 * profile.hit_rate_ceiling(8, 1e-6, false_alarms=0.01), 2) == 99.97
+    assert round(100 * gaussian.gaussian_hit_rate(gaussian.gaussian_mu(8, 1e-6), false_alarms=0.01)) == 21
+    assert profile.expected_failures(1e-6, declared_size=100_000) == pytest.approx(0.1)
+    epsilon, delta = profile.group(1, _DELTA, members=5)
     assert (epsilon, round(delta, 6)) == (5, 8.6e-5)
-    epsilon, delta = explain.group(3, _DELTA, members=5)
+    epsilon, delta = profile.group(3, _DELTA, members=5)
     assert (epsilon, round(delta, 2)) == (15, 0.17)
 
 
 def test_many_records_of_one_person_end_in_no_promise() -> None:
-    assert explain.group(1, _DELTA, members=1) == (1, _DELTA)
-    assert explain.group(8, _DELTA, members=1000) == (8000, 1.0)
-    assert explain.group(0, _DELTA, members=3) == (0, 3 * _DELTA)
-    assert explain.group(2, 0, members=3) == (6, 0)
-    assert explain.group(5, 0.01, members=4) == (20, 1.0)
-
-
-def test_the_precision_of_an_attack() -> None:
-    # Nine of ten guesses "used" are wrong where one record in a hundred was, and hits are ten times false alarms.
-    assert explain.precision_ceiling(0.1, false_alarms=0.01, prior=0.01) == pytest.approx(0.0917, abs=1e-4)
-    # Without a delta, precision is at most the posterior, and reaches it.
-    rate = explain.hit_rate_ceiling(1, 0, false_alarms=0.01)
-    assert explain.precision_ceiling(rate, false_alarms=0.01, prior=0.1) == pytest.approx(
-        explain.posterior(1, prior=0.1)
-    )
+    assert profile.group(1, _DELTA, members=1) == (1, _DELTA)
+    assert profile.group(8, _DELTA, members=1000) == (8000, 1.0)
+    assert profile.group(0, _DELTA, members=3) == (0, 3 * _DELTA)
+    assert profile.group(2, 0, members=3) == (6, 0)
+    assert profile.group(5, 0.01, members=4) == (20, 1.0)
 
 
 @pytest.mark.parametrize("epsilon", [math.inf, 1e5])
 def test_nothing_bounds_an_unbounded_epsilon(epsilon: float) -> None:
-    assert explain.posterior(epsilon, prior=0.001) == 1
-    assert explain.hit_rate_ceiling(epsilon, 1e-5, false_alarms=0.001) == 1
-    assert explain.right_of_100_ceiling(epsilon, 1e-5) == 100
+    assert profile.posterior(epsilon, prior=0.001) == 1
+    assert profile.hit_rate_ceiling(epsilon, 1e-5, false_alarms=0.001) == 1
+    assert profile.right_of_100_ceiling(epsilon, 1e-5) == 100
 
 
 def test_nothing_spent_is_coin_tossing() -> None:
-    assert explain.posterior(0, prior=0.1) == pytest.approx(0.1)
-    assert explain.hit_rate_ceiling(0, 0, false_alarms=0.01) == pytest.approx(0.01)
-    assert explain.right_of_100_ceiling(0, 0) == 50
-    assert explain.gaussian_right_of_100(0) == 50
-    assert explain.gaussian_hit_rate(0, false_alarms=0.3) == pytest.approx(0.3)
+    assert profile.posterior(0, prior=0.1) == pytest.approx(0.1)
+    assert profile.hit_rate_ceiling(0, 0, false_alarms=0.01) == pytest.approx(0.01)
+    assert profile.right_of_100_ceiling(0, 0) == 50
+    assert gaussian.gaussian_right_of_100(0) == 50
+    assert gaussian.gaussian_hit_rate(0, false_alarms=0.3) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("mu", [0.01, 0.5, 2.0, 7.5, 40.0, 200.0])
@@ -120,28 +112,28 @@ def test_mu_is_found_again_and_rounded_up(mu: float, delta: float) -> None:
     low, high = 0.0, 1e6
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if explain.gaussian_delta(mu, middle) > delta else (low, middle)
+        low, high = (middle, high) if gaussian.gaussian_delta(mu, middle) > delta else (low, middle)
     if low == 0:  # this mu has less than delta at every epsilon
-        assert explain.gaussian_delta(mu, 0) <= delta
+        assert gaussian.gaussian_delta(mu, 0) <= delta
         return
-    assert mu <= explain.gaussian_mu(high, delta) * (1 + 1e-9)
-    assert explain.gaussian_mu(high, delta) == pytest.approx(mu, rel=1e-6)
+    assert mu <= gaussian.gaussian_mu(high, delta) * (1 + 1e-9)
+    assert gaussian.gaussian_mu(high, delta) == pytest.approx(mu, rel=1e-6)
 
 
 def test_delta_of_a_gaussian_where_the_terms_change_their_form() -> None:
     # e^epsilon Phi(...) is summed one way below 20 and another above; the two meet.
-    values = [explain.gaussian_delta(4.0, epsilon) for epsilon in (71.99, 72.0, 72.01)]
+    values = [gaussian.gaussian_delta(4.0, epsilon) for epsilon in (71.99, 72.0, 72.01)]
     assert values[0] > values[1] > values[2] > 0
     assert values[0] / values[1] == pytest.approx(values[1] / values[2], rel=1e-4)
 
 
 @given(epsilon=st.floats(0, 50), delta=st.floats(0, 0.5), alarms=st.floats(1e-6, 0.999), more=st.floats(0, 5))
 def test_ceilings_only_grow(epsilon: float, delta: float, alarms: float, more: float) -> None:
-    rate = explain.hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
+    rate = profile.hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
     assert alarms <= rate <= 1
-    assert rate <= explain.hit_rate_ceiling(epsilon + more, delta, false_alarms=alarms) + 1e-12
-    assert rate <= explain.hit_rate_ceiling(epsilon, min(1, delta + more), false_alarms=alarms) + 1e-12
-    right = explain.right_of_100_ceiling(epsilon, delta)
+    assert rate <= profile.hit_rate_ceiling(epsilon + more, delta, false_alarms=alarms) + 1e-12
+    assert rate <= profile.hit_rate_ceiling(epsilon, min(1, delta + more), false_alarms=alarms) + 1e-12
+    right = profile.right_of_100_ceiling(epsilon, delta)
     assert 50 <= right <= 100
     # An attack with these rates, half of whose records were used, is right no more often than that.
     assert 100 * (rate + 1 - alarms) / 2 <= right + 1e-9
@@ -149,10 +141,10 @@ def test_ceilings_only_grow(epsilon: float, delta: float, alarms: float, more: f
 
 @given(epsilon=st.floats(0.01, 20), delta=st.floats(1e-9, 1e-3), alarms=st.floats(1e-4, 0.5))
 def test_a_gaussian_never_passes_the_ceiling_of_its_pair(epsilon: float, delta: float, alarms: float) -> None:
-    mu = explain.gaussian_mu(epsilon, delta)
-    ceiling = explain.hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
-    assert explain.gaussian_hit_rate(mu, false_alarms=alarms) <= ceiling + 1e-9
-    assert explain.gaussian_right_of_100(mu) <= explain.right_of_100_ceiling(epsilon, delta) + 1e-9
+    mu = gaussian.gaussian_mu(epsilon, delta)
+    ceiling = profile.hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
+    assert gaussian.gaussian_hit_rate(mu, false_alarms=alarms) <= ceiling + 1e-9
+    assert gaussian.gaussian_right_of_100(mu) <= profile.right_of_100_ceiling(epsilon, delta) + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -168,4 +160,4 @@ def test_a_gaussian_never_passes_the_ceiling_of_its_pair(epsilon: float, delta: 
     ],
 )
 def test_the_band_names_its_source(epsilon: float | None, code: str) -> None:
-    assert explain.strength_band(epsilon) == code
+    assert profile.strength_band(epsilon) == code

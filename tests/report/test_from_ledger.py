@@ -23,8 +23,9 @@ from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
-from fedtune.report import from_ledger, ledger_rounds, profile, recompute, signing
-from fedtune.report.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASE_KINDS, RELEASED
+from fedtune.report import from_ledger, recompute, signing
+from fedtune.report.derive import ledger_site, profile
+from fedtune.report.derive.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASE_KINDS, RELEASED
 from fedtune.report.model import Report
 from fedtune.spec import ConfigError, RunError
 
@@ -97,7 +98,7 @@ def test_steps_end_at_what_was_spent_and_name_each_round(charged: Books) -> None
 
 def test_only_the_newest_runs_are_shown_by_round(charged: Books, monkeypatch: pytest.MonkeyPatch) -> None:
     every = from_ledger.build(charged.ledger).sites[0].steps
-    monkeypatch.setattr(ledger_rounds, "MOST_STEPS", 2)
+    monkeypatch.setattr(ledger_site, "MOST_STEPS", 2)
     (site,) = from_ledger.build(charged.ledger).sites
     assert [(step.run, step.round) for step in site.steps] == [("r", None), ("s", 1)]
     assert [step.epsilon for step in site.steps] == [every[1].epsilon, every[2].epsilon]
@@ -468,6 +469,6 @@ def test_ten_thousand_events_in_twenty_settings_are_composed_once_a_setting(
     (site,) = report.sites
     assert site.verification.num_events == 10_022
     assert (len(site.mechanisms), site.spent.rounds) == (20, 5000)
-    assert len(site.steps) <= ledger_rounds.MOST_STEPS
+    assert len(site.steps) <= ledger_site.MOST_STEPS
     assert {(one.kind, one.count) for one in site.releases} == {("update", 250)}
     assert len(signing.to_text(report)) < 200_000

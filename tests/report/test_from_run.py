@@ -19,8 +19,9 @@ from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
-from fedtune.report import from_run, one_run, recompute, run_site, signing
-from fedtune.report.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASED, UNPROTECTED_FIGURES
+from fedtune.report import from_run, one_run, recompute, signing
+from fedtune.report.derive import run_site
+from fedtune.report.derive.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASED, UNPROTECTED_FIGURES
 from fedtune.report.model import Report
 from fedtune.sites import environment
 from fedtune.sites.participants import Participants

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from fedtune.report import page, signing
-from fedtune.report.catalogue import LANGUAGES, catalogue
+from fedtune.report import signing
 from fedtune.report.model import Report, to_json
-from fedtune.report.words import MOST_ROWS, Words, pointer, shortened
+from fedtune.report.page import render
+from fedtune.report.page.catalogue import LANGUAGES, catalogue
+from fedtune.report.page.wording import MOST_ROWS, Words, pointer, shortened
 from fedtune.spec import ConfigError
 
 from .shown import HOSTILE, NAMES, Element, Make, filled, lookup, page_of, parsed, reports_of, wide_ledger, wide_run
@@ -189,7 +190,7 @@ def test_hostile_names_stay_text(rendered: Rendered, language: str) -> None:
 
 @pytest.mark.parametrize("text", [HOSTILE, 'a\\b\n"; } body { display: none', "</style><script>", "ü病"])
 def test_a_style_sheets_string_cannot_be_left(text: str) -> None:
-    made = page.css_string(text)
+    made = render.css_string(text)
     assert re.fullmatch(r'"(?:[A-Za-z0-9]|\\[0-9a-f]+ )*"', made)
     back = re.sub(r"\\([0-9a-f]+) ", lambda match: chr(int(match.group(1), 16)), made[1:-1])
     assert back == text
@@ -204,7 +205,7 @@ def test_the_pages_hash_is_that_of_the_file(shown: tuple[Report, str]) -> None:
 
 def test_equal_reports_give_equal_pages(reports: dict[str, Report], rendered: Rendered, language: str) -> None:
     for name in ("within", "ledger"):
-        assert rendered(name, language) == page.render(reports[name], language=language)
+        assert rendered(name, language) == render.render(reports[name], language=language)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("wide")])
@@ -288,7 +289,7 @@ def test_no_promise_is_made_without_a_guarantee(rendered: Rendered, language: st
 def test_an_epsilon_is_rounded_up(a_report: Make) -> None:
     report = a_report()
     north = replace(report.sites[0], spent=replace(report.sites[0].spent, epsilon=1.2341))
-    html = page.render(replace(report, epsilon=1.2341, sites=(north, report.sites[1])), language="en")
+    html = render.render(replace(report, epsilon=1.2341, sites=(north, report.sites[1])), language="en")
     assert "e^<data" in html
     assert ">1.235</data>" in html
     assert ">1.234</data>" not in html
@@ -319,7 +320,7 @@ def test_cells_of_each_state_are_told_apart(rendered: Rendered, language: str) -
 def test_violated_assumptions_come_first_and_all_of_them(a_report: Make, language: str) -> None:
     report = filled(a_report())
     turned = tuple(replace(one, status="violated") for one in report.assumptions[:8])
-    html = main(page.render(replace(report, assumptions=(*turned, *report.assumptions[8:])), language=language))
+    html = main(render.render(replace(report, assumptions=(*turned, *report.assumptions[8:])), language=language))
     listed = html.all(id="assumptions")[0].all("li")
     assert [one.attributes["class"] for one in listed] == ["violated"] * 8
 
@@ -347,7 +348,7 @@ def test_one_of_two_sites_sees_the_others_result_by_subtraction(rendered: Render
     wide = wide_run(a_report)
     one, *others = wide.utility.rounds
     few = replace(wide.utility, rounds=(replace(one, sites=("a", "b")), *others))
-    assert row(page.render(replace(wide, utility=few), language="en"))[2] == "by subtraction"
+    assert row(render.render(replace(wide, utility=few), language="en"))[2] == "by subtraction"
 
 
 def test_a_run_without_noise_is_not_described_as_one_with_noise(rendered: Rendered, language: str) -> None:
@@ -366,20 +367,20 @@ def test_a_run_without_noise_is_not_described_as_one_with_noise(rendered: Render
 
 
 def test_a_ledgers_history_shows_its_end(a_ledger_report: Make) -> None:
-    html = page.render(wide_ledger(a_ledger_report, runs=100), language="en")
+    html = render.render(wide_ledger(a_ledger_report, runs=100), language="en")
     assert "/sites/0/lifetime/runs/99/" in html
     assert "/sites/0/lifetime/runs/0/" not in html
     assert f"{MOST_ROWS} of 100 rows are shown" in html
 
 
 def test_the_page_of_many_runs_stays_short(a_ledger_report: Make) -> None:
-    few, many = (page.render(wide_ledger(a_ledger_report, runs=runs), language="en") for runs in (100, 2500))
+    few, many = (render.render(wide_ledger(a_ledger_report, runs=runs), language="en") for runs in (100, 2500))
     assert len(many) < 2 * len(few)  # 25 times as many runs
 
 
 def test_another_language_is_refused(a_report: Make) -> None:
     with pytest.raises(ConfigError, match=r"report\.language = 'fr'"):
-        page.render(a_report(), language="fr")
+        render.render(a_report(), language="fr")
 
 
 def test_a_pointer_finds_names_with_any_letter() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.report import page, pdf
-from fedtune.report.catalogue import LANGUAGES
+from fedtune.report.page import render
+from fedtune.report.page.catalogue import LANGUAGES
 from fedtune.spec import ConfigError
 
 from .shown import LONG, NAMES, Make, page_of
@@ -46,11 +46,11 @@ def test_page_one_is_one_side(language: str, request: pytest.FixtureRequest) -> 
 
 @needs_weasyprint
 def test_a_pdf_is_whole_and_the_same_each_time(a_report: Make) -> None:
-    html = page.render(a_report(), language="de")
-    data = pdf.made(html)
+    html = render.render(a_report(), language="de")
+    data = render.as_pdf(html)
     assert data.startswith(b"%PDF-")
     assert data.rstrip().endswith(b"%%EOF")
-    assert data == pdf.made(html)
+    assert data == render.as_pdf(html)
     objects = data + b"".join(_unpacked(data))
     assert b"/MarkInfo" in objects  # tagged: a screen reader finds headings and tables
     assert not re.search(rb"/(JavaScript|Launch|EmbeddedFile)\b", objects)
@@ -64,7 +64,7 @@ def _unpacked(data: bytes) -> Iterator[bytes]:
 
 @needs_weasyprint
 def test_each_page_names_the_report_and_its_hash(a_report: Make) -> None:
-    html = page.render(a_report(name=LONG), language="en")
+    html = render.render(a_report(name=LONG), language="en")
     digest = re.findall(r"\b[0-9a-f]{64}\b", html)[-1]
     for one in pages(html):
         footer = " ".join(
@@ -93,7 +93,7 @@ def test_nothing_is_fetched(a_report: Make) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         image = f'<img src="http://127.0.0.1:{server.server_port}/x.png"><img src="file:///etc/hostname">'
         style = f'<link rel="stylesheet" href="http://127.0.0.1:{server.server_port}/x.css">'
-        assert pdf.made(f"<html><head>{style}</head><body>{image}<p>text</p></body></html>").startswith(b"%PDF-")
+        assert render.as_pdf(f"<html><head>{style}</head><body>{image}<p>text</p></body></html>").startswith(b"%PDF-")
         server.shutdown()
     assert asked == []
 
@@ -102,13 +102,13 @@ def test_without_weasyprint_it_is_said_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "weasyprint", None)
     monkeypatch.setitem(sys.modules, "weasyprint.urls", None)
     with pytest.raises(ConfigError, match=re.escape("--pdf = True: needs WeasyPrint: pip install 'fedtune[pdf]'")):
-        pdf.made("<p>")
+        render.as_pdf("<p>")
 
 
 def test_without_pango_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise OSError("cannot load library 'libpango-1.0-0'")
 
-    monkeypatch.setattr(pdf.importlib, "import_module", fail)
+    monkeypatch.setattr(render.importlib, "import_module", fail)
     with pytest.raises(ConfigError, match=r"needs Pango .*libpango-1\.0-0"):
-        pdf.made("<p>")
+        render.as_pdf("<p>")

@@ -10,7 +10,9 @@ import pytest
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
 
 from fedtune.privacy import accountant, events
-from fedtune.report import explain, profile
+from fedtune.report.derive import profile
+
+from . import gaussian
 
 _NORMAL = NormalDist()
 _SHARES = (0.0001, 0.001, 0.01, 0.1, 0.5, 0.9)
@@ -46,17 +48,17 @@ def test_a_gaussian_s_curve_is_known_exactly(sigma: float) -> None:
         assert point.epsilon_pld is not None
         assert point.epsilon_rdp is not None
         # At the epsilon that is claimed, the mechanism really has no more than this delta; a bucket less, and it has.
-        assert explain.gaussian_delta(mu, point.epsilon_pld) <= point.delta * (1 + 1e-9)
+        assert gaussian.gaussian_delta(mu, point.epsilon_pld) <= point.delta * (1 + 1e-9)
         if point.epsilon_pld > 0.01:
-            assert explain.gaussian_delta(mu, point.epsilon_pld - 2e-3) > point.delta
+            assert gaussian.gaussian_delta(mu, point.epsilon_pld - 2e-3) > point.delta
         assert point.epsilon_rdp >= point.epsilon_pld
     for alarms in _SHARES:
-        rate, exact = profile.hit_rate(spent, false_alarms=alarms), explain.gaussian_hit_rate(mu, false_alarms=alarms)
+        rate, exact = profile.hit_rate(spent, false_alarms=alarms), gaussian.gaussian_hit_rate(mu, false_alarms=alarms)
         assert rate is not None
         assert exact - 1e-12 <= rate <= exact * (1 + 1e-5)
     right = profile.right_of_100(spent)
     assert right is not None
-    assert explain.gaussian_right_of_100(mu) - 1e-9 <= right <= explain.gaussian_right_of_100(mu) + 1e-3
+    assert gaussian.gaussian_right_of_100(mu) - 1e-9 <= right <= gaussian.gaussian_right_of_100(mu) + 1e-3
 
 
 def best_attacks(rate: float, sigma: float, alarms: float) -> tuple[float, float]:
@@ -111,12 +113,12 @@ def test_the_curve_lies_below_each_of_its_points(spent: dict[DpEvent, int]) -> N
         assert point.epsilon_pld is not None
         for alarms in _SHARES:
             rate = profile.hit_rate(spent, false_alarms=alarms)
-            ceiling = explain.hit_rate_ceiling(point.epsilon_pld, point.delta, false_alarms=alarms)
+            ceiling = profile.hit_rate_ceiling(point.epsilon_pld, point.delta, false_alarms=alarms)
             assert rate is not None
             assert alarms <= rate <= ceiling + 1e-7
         right = profile.right_of_100(spent)
         assert right is not None
-        assert 50 <= right <= explain.right_of_100_ceiling(point.epsilon_pld, point.delta) + 1e-6
+        assert 50 <= right <= profile.right_of_100_ceiling(point.epsilon_pld, point.delta) + 1e-6
 
 
 def test_more_alarms_and_more_steps_never_mean_fewer_hits(spent: dict[DpEvent, int]) -> None:
@@ -161,13 +163,13 @@ def test_what_it_means(spent: dict[DpEvent, int]) -> None:
     epsilon = profile.epsilon_pld(spent, 1e-5)
     meant = profile.meaning(spent, epsilon=epsilon, delta=1e-5, declared_size=2000)
     assert epsilon is not None
-    assert meant.right_of_100_ceiling == explain.right_of_100_ceiling(epsilon, 1e-5)
+    assert meant.right_of_100_ceiling == profile.right_of_100_ceiling(epsilon, 1e-5)
     assert meant.right_of_100_mechanism == profile.right_of_100(spent)
     assert meant.expected_failures == pytest.approx(0.02)
     assert [(one.prior, one.ceiling) for one in meant.posterior] == [
-        (prior, explain.posterior(epsilon, prior=prior)) for prior in explain.PRIORS
+        (prior, profile.posterior(epsilon, prior=prior)) for prior in profile.PRIORS
     ]
-    assert [one.false_alarms for one in meant.hit_rates] == list(explain.FALSE_ALARMS)
+    assert [one.false_alarms for one in meant.hit_rates] == list(profile.FALSE_ALARMS)
     for one in meant.hit_rates:
         assert one.mechanism is not None
         assert one.false_alarms < one.mechanism <= one.ceiling

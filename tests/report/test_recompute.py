@@ -10,9 +10,19 @@ from typing import Any
 
 import pytest
 
-from fedtune.report.model import Assumption, Report, from_json, to_json
-from fedtune.report.recompute import Problem, charges_of, problems
-from fedtune.report.site_model import Approved, SiteReport, Spent, State, Verdict
+from fedtune.report.model import (
+    Approved,
+    Assumption,
+    Problem,
+    Report,
+    SiteReport,
+    Spent,
+    State,
+    Verdict,
+    from_json,
+    to_json,
+)
+from fedtune.report.recompute import charges_of, problems
 
 Make = Callable[..., Report]
 

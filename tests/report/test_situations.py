@@ -20,9 +20,9 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.report import from_ledger, from_run, recompute, signing
-from fedtune.report.catalogue import catalogue
 from fedtune.report.model import Report
-from fedtune.report.page import render
+from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.render import render
 from fedtune.sites.participants import Participants
 
 from .masking import check_golden, masked

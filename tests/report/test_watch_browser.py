@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli.run_folder import only_one
-from fedtune.report.catalogue import LANGUAGES, catalogue
+from fedtune.report.page.catalogue import LANGUAGES, catalogue
 
 from .shown import lookup
 from .watched import MadeRun, Served, served

@@ -10,10 +10,10 @@ from typing import Any, get_args
 
 import pytest
 
-from fedtune.report import watch_charts, watch_words
-from fedtune.report.catalogue import LANGUAGES, catalogue
-from fedtune.report.watch_model import Answer, Left, Mark, Phase, RunNow
-from fedtune.report.watch_page import PARTS, WatchPage
+from fedtune.report.page.catalogue import LANGUAGES, catalogue
+from fedtune.report.watch import watch_charts, watch_words
+from fedtune.report.watch.watch_model import Answer, Left, Mark, Phase, RunNow
+from fedtune.report.watch.watch_page import PARTS, WatchPage
 
 from .shown import lookup, parsed
 from .test_watch_state import NORTH, seen
@@ -95,7 +95,7 @@ def test_every_figure_has_its_place_in_the_state(now: RunNow, language: str) -> 
     page = WatchPage(language)
     shown = page.shown(now)
     root = parsed(page.html(shown, nonce="n").replace("<!doctype html>", ""))
-    from fedtune.report.watch_model import to_json
+    from fedtune.report.watch.watch_model import to_json
 
     figures = root.all("data")
     assert len(figures) > 40

@@ -14,9 +14,10 @@ from fedtune.cli.compose import saved_config
 from fedtune.cli.run_folder import is_running, only_one
 from fedtune.federation.lead import charged_epsilons
 from fedtune.privacy import accountant
-from fedtune.report import from_run, watch_folder
-from fedtune.report.watch_folder import WatchedFolder
-from fedtune.report.watch_model import RunNow, to_json
+from fedtune.report import from_run
+from fedtune.report.watch import watch_folder
+from fedtune.report.watch.watch_folder import WatchedFolder
+from fedtune.report.watch.watch_model import RunNow, to_json
 
 from .watched import BEGAN, ROUND_S, MadeRun, contents
 

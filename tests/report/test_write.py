@@ -12,8 +12,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from fedtune.report import from_run, model, page, signing
-from fedtune.report.write import write_report
+from fedtune.report import from_run, model, signing
+from fedtune.report.page import render
+from fedtune.report.page.render import write_report
 from fedtune.spec import ConfigError
 
 from .shown import NAMES, reports_of
@@ -31,7 +32,7 @@ def test_a_run_ends_with_its_report(folder: Path) -> None:
     report = signing.read(data)
     assert report == from_run.build(folder), "later, the same folder gives the same report"
     assert data.decode() == signing.to_text(report)
-    assert (folder / "report.html").read_text() == page.render(report, language="en")
+    assert (folder / "report.html").read_text() == render.render(report, language="en")
     assert json.loads(data)["schema_version"] == 2
 
 
@@ -50,7 +51,7 @@ def test_an_unknown_language_writes_nothing(folder: Path) -> None:
 
 def test_a_ledgers_report_needs_no_model() -> None:
     code = (
-        "import sys, fedtune.report.from_ledger, fedtune.report.write, fedtune.cli.report_commands;"
+        "import sys, fedtune.report.from_ledger, fedtune.report.page.render, fedtune.cli.report_commands;"
         "print([name for name in ('torch', 'transformers', 'flwr') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

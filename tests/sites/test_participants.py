@@ -13,7 +13,7 @@ import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.evaluation.units import unit_scores
+from fedtune.evaluation.evaluate import unit_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Site, Trained
 from fedtune.privacy.mechanism import noised_scores
@@ -124,7 +124,7 @@ def test_a_round_scores_the_adapter_that_came_and_noises_it_as_planned(
     assert trained.scores is not None
     shared.initial_adapter.load_into(shared.model)
     heldout = everyone.work["site-1"]._heldout
-    exact = unit_scores(shared.model, heldout, task="classification", pad_id=shared.tokenizer.pad_token_id)
+    exact = unit_scores(shared.model, heldout, pad_id=shared.tokenizer.pad_token_id)
     expected = noised_scores(
         exact,
         declared_size=90 * 0.3,

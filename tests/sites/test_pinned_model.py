@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 
 from fedtune.config import RunConfig
-from fedtune.model import ModelSpec, build_task_model, load_base, load_tokenizer, save_task_model
+from fedtune.model import ModelSpec, load_base, load_tokenizer
 from fedtune.model.manifest import manifest_of
 from fedtune.privacy.release import Reason, Update
 from fedtune.sites.shared_model import SharedModel, score_saved
 from fedtune.spec import ConfigError
+from fedtune.tasks import build_task_model, save_task_model
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     bert = ModelSpec(path="random:bert")
-    load_base(bert, task="classification").save_pretrained(tmp_path / "bert")
+    load_base(bert).save_pretrained(tmp_path / "bert")
     load_tokenizer(bert).save_pretrained(tmp_path / "bert")
     return tmp_path / "bert"
 
@@ -100,7 +101,7 @@ def test_a_tokenizer_that_ends_no_text_is_refused_where_the_model_is_loaded(
 ) -> None:
     """Before, each round was charged before its records could not be tokenised."""
     llama = ModelSpec(path="random:llama")
-    load_base(llama, task="causal_lm").save_pretrained(tmp_path)
+    load_base(llama, predicts_tokens=True).save_pretrained(tmp_path)
     load_tokenizer(llama).save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del fields["eos_token"]

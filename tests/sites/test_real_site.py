@@ -14,7 +14,7 @@ import fedtune.sites.real_site as real_site
 import fedtune.sites.shared_model as shared_model
 from fedtune.config import RunConfig, parse
 from fedtune.federation.protocol import Reply
-from fedtune.model import Adapter, TaskModel
+from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
@@ -22,6 +22,7 @@ from fedtune.sites.shared_model import SharedModel, score_saved
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel
 
 MakeStation = Callable[..., Any]
 

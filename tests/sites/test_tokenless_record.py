@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.data import tokenise
 from fedtune.model import Adapter
 from fedtune.privacy.release import Update
+from fedtune.tasks import classification
 
 from .conftest import write_records
 
@@ -17,13 +17,13 @@ from .conftest import write_records
 def test_a_record_without_a_token_stops_no_round(
     station: Callable[..., Any], first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = tokenise._encode
+    original = classification.encode
 
     def encode(texts: Sequence[str], *args: Any, **options: Any) -> Iterator[list[int]]:
         for text, ids in zip(texts, original(texts, *args, **options), strict=True):
             yield [] if text == "\u200b" else ids
 
-    monkeypatch.setattr(tokenise, "_encode", encode)
+    monkeypatch.setattr(classification, "encode", encode)
     site = station()
     write_records(site.data, [("one letter", "praise"), ("\u200b", "praise"), ("another", "invoice")])
     reply = site.ask(adapter=first_adapter)

@@ -29,11 +29,12 @@ from fedtune.cli.compose import saved_config
 from fedtune.data import Shapes
 from fedtune.data.load import simulated_site_records
 from fedtune.federation.protocol import RoundRequest
-from fedtune.model import Adapter, load_task_model
+from fedtune.model import Adapter
 from fedtune.privacy.mechanism import GRID_BITS, cell
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.work import SiteWork
+from fedtune.tasks import load_task_model, task_named
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.spec import TrainingSpec
@@ -239,7 +240,10 @@ def work(simulate: Callable[..., Path], tmp_path_factory: Any) -> Any:
     config = saved_config(folder)
     shared = SharedModel(config)
     records = simulated_site_records(
-        config.data, task=config.task, num_sites=config.federation.num_sites, seed=config.seed
+        config.data,
+        columns=task_named(config.task).columns(config.data, partition=True),
+        num_sites=config.federation.num_sites,
+        seed=config.seed,
     )
     name = config.federation.names[0]
     size = config.declared_sizes()[name]

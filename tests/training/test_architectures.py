@@ -10,9 +10,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from fedtune.data import Shapes
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, build_task_model
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.model.refusals import ARCHITECTURES
 from fedtune.model.tiny import tiny_tokenizer
+from fedtune.tasks import build_task_model
 from fedtune.training.preflight import moved_by_others
 
 ENCODERS = {"bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"}

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from fedtune.data import TextDataset, collate
-from fedtune.model import TaskModel
 from fedtune.privacy.mechanism import cell, poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
+from fedtune.tasks import TaskModel
 from fedtune.training.dp_step import Records, add_clipped, assert_one_tensor_set, zeros
 from fedtune.training.optimizer import make_optimizer
 from fedtune.training.per_example import PerExampleGradients, attached

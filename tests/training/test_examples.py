@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fedtune.data import TextDataset
-from fedtune.model import LoraSpec, TaskModel
+from fedtune.model import LoraSpec
+from fedtune.tasks import TaskModel
 from fedtune.training.dp_step import add_clipped, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fedtune.data import TextDataset
-from fedtune.model import LoraSpec, TaskModel
+from fedtune.model import LoraSpec
+from fedtune.tasks import TaskModel
 from fedtune.training import dp_step
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fedtune.data import TextDataset, collate
-from fedtune.model import HeadSpec, LoraSpec, TaskModel
+from fedtune.model import HeadSpec, LoraSpec
 from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel
 from fedtune.training.per_example import attached
 
 KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]

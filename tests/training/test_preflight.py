@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from fedtune.data import Shapes
-from fedtune.model import Adapter, LoraSpec, TaskModel
+from fedtune.model import Adapter, LoraSpec
 from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel
 from fedtune.training.preflight import _Trial, moved_by_others, require_alone
 
 KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]

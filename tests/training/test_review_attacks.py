@@ -22,7 +22,8 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, TextDataset
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModel, TaskModelSpec, build_task_model
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, contributions, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached

@@ -14,10 +14,11 @@ from scipy import stats
 from torch import nn
 
 from fedtune.data import Batch, Shapes, TextDataset
-from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModel, TaskModelSpec, build_task_model
+from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.mechanism import choose_records, poisson_sample
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import SeededRandomness
+from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training import dp_step, local
 from fedtune.training.dp_step import Records, add_clipped, contributions, dp_sgd_step
 from fedtune.training.examples import SiteExamples
@@ -223,7 +224,7 @@ def test_a_step_adds_noise_once_whoever_was_drawn(count: int) -> None:
 LABELS = ("invoice", "complaint", "praise")
 
 
-def model_of(task: Task = "classification", *, trained: bool = True) -> TaskModel:
+def model_of(task: str = "classification", *, trained: bool = True) -> TaskModel:
     spec = TaskModelSpec(
         model=ModelSpec(path="random:bert" if task == "classification" else "random:llama", dtype="float32"),
         task=task,
@@ -241,7 +242,7 @@ def model_of(task: Task = "classification", *, trained: bool = True) -> TaskMode
     return model
 
 
-def dataset_of(*lengths: int, task: Task = "classification") -> TextDataset:
+def dataset_of(*lengths: int, task: str = "classification") -> TextDataset:
     draws = np.random.default_rng(5)
     ids = tuple(draws.integers(5, 200, size=length).astype(np.int32) for length in lengths)
     if task == "classification":

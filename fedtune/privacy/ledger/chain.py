@@ -94,7 +94,7 @@ class Head:
             with, to find where it left this chain.
         made_up: (sequence, hash) of events of lost branches that this one was made up for.
         seeded: whether any run so far took its noise from a seed.
-        frozen: whether the population takes part in nothing any more.
+        frozen: whether all training on the population has ended for ever.
         site_key: public key of the site.
         signature: on all of the above.
     """
@@ -133,7 +133,7 @@ class Head:
         """The head in an anchor file.
 
         Raises:
-            ConfigError: the file is missing, is no head, or its signature is not that of the key that it names.
+            ConfigError: the file is missing or not a head, or the key that it names did not sign it.
         """
         try:
             fields = json.loads(path.read_bytes())

@@ -150,7 +150,7 @@ class Ledger:
             self._store.note("approved", run=proposal.run, proposal=proposal.to_json())
 
     def freeze(self, why: str) -> None:
-        """Take no part in anything any more; there is no way back."""
+        """End all training on the population, for ever."""
         with self._store.transaction():
             self._store.note("frozen", why=why)
 
@@ -302,7 +302,7 @@ class Ledger:
 
     def _require_newest_policy(self) -> None:
         if self.history.policy != self.policy:
-            raise RunError(f"the policy of ledger {self._store.path} was changed while it was open; open it anew")
+            raise RunError(f"the policy of ledger {self._store.path} was changed while it was open; open it again")
 
     def _require_fitting(self) -> None:
         """Unit, delta, population, site, key and who a user is are fixed when a ledger is made."""
@@ -313,5 +313,5 @@ class Ledger:
             if made_for != says:
                 raise RunError(
                     f"ledger {self._store.path} was made for {key} = {made_for}, the policy says {says}; "
-                    "another one needs a ledger of its own"
+                    "to change it, make a new ledger"
                 )

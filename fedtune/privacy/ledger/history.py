@@ -222,7 +222,7 @@ class History:
         order: of the filter.
         runs: run -> what became of it.
         seeded: whether any accepted run took its noise from a seed.
-        frozen: whether the population takes part in nothing any more.
+        frozen: whether all training on the population has ended for ever.
         in_doubt: a genuine receipt that shows that events are missing, until they are made up for.
         restored: what was made up for, each time a backup was put back.
         lost_runs: run -> rounds that it was charged on lost branches alone.
@@ -275,7 +275,7 @@ class History:
     def _follow(self, event: Event) -> None:
         moment = datetime.fromisoformat(event.time)
         if self.last_time is not None and moment < self.last_time:
-            raise ValueError("its time lies before the event in front of it")
+            raise ValueError("its time is earlier than that of the event before it")
         self.last_time = moment
         if event.sequence <= 2 and (event.kind, event.detail.get("what")) != (Kind.NOTE, _FIRST[event.sequence - 1]):
             raise ValueError(f"event {event.sequence} must be the note {_FIRST[event.sequence - 1]!r}")
@@ -291,7 +291,7 @@ class History:
             case Kind.COMMIT:
                 run = self.runs[event.run]
                 if run.reserved.get(event.round) != event.request or run.attempts[event.round] != event.attempt:
-                    raise ValueError("it commits what was not reserved")
+                    raise ValueError("it commits a round that was not reserved")
                 run.replies[event.request] = str(event.detail["reply_sha256"])
             case Kind.REFUSAL | Kind.RELEASE:
                 stranger = Reason(event.detail.get("reason", Reason.SITE_ERROR)).is_of_a_stranger
@@ -311,7 +311,7 @@ class History:
             raise ValueError("it does not follow the reservations before it")
         charged = dp_events.from_json(event.detail["event"])
         if charged != run.plan.event():
-            raise ValueError("it charges something else than a round of the run's plan")
+            raise ValueError("it does not charge a round of the run's plan")
         for part, count in dp_events.grouped([charged]).items():
             self._charges.append((event.sequence, moment, part, count))
 

@@ -78,7 +78,7 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
     """A connection to an existing ledger that changes nothing, but for undoing a transaction that a crash cut short.
 
     Raises:
-        RunError: the file is missing, damaged or no ledger.
+        RunError: the file is missing, damaged or not a ledger.
     """
     if not path.is_file():
         raise RunError(f"ledger {path} does not exist")
@@ -300,7 +300,7 @@ class EventStore:
         if not self.history.holds(anchor):
             raise RunError(
                 f"ledger {self.path} is older than its anchor {self._anchor} (event {self.history.length} of at least "
-                f"{anchor.sequence}), or is another branch; see `fedtune ledger restore`"
+                f"{anchor.sequence}), or has branched off; see `fedtune ledger restore`"
             )
 
     def require_same_ledger(self, anchor: Head) -> None:

@@ -95,5 +95,8 @@ def _check_anchor(events: list[Event], history: History, anchor: Head, site_key:
     if history.holds(anchor):
         return
     if anchor.sequence > len(events):
-        raise RunError(f"the ledger was put back: it ends at event {len(events)}, the anchor knows {anchor.sequence}")
-    raise RunError(f"event {anchor.sequence} is not the one that the anchor knows: the ledger is another branch")
+        raise RunError(
+            f"an older copy of the ledger was put back: it ends at event {len(events)}, "
+            f"the anchor knows {anchor.sequence}"
+        )
+    raise RunError(f"event {anchor.sequence} is not the one that the anchor knows: the ledger has branched off")

@@ -1,0 +1,1 @@
+"""`fedtune site doctor`: one file a subject of checks."""

@@ -1,0 +1,148 @@
+"""Files of a kit or a federation: written whole or not at all, and in the hands of the account that they belong to."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pwd
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from fedtune.privacy.durable import fsync_folder
+from fedtune.spec import ConfigError
+
+
+@contextmanager
+def new_folder(target: Path, *, key: str, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, readable by its owner alone; it becomes `target` when the block ends without an error.
+
+    Args:
+        target: the folder to be.
+        key: what a person calls it, for an error.
+        replace: whether a `target` that exists is replaced.
+
+    Raises:
+        ConfigError: `target` exists and is not to be replaced, or cannot be written.
+    """
+    if not replace and os.path.lexists(target):
+        raise ConfigError(key, str(target), "exists already: move it away, or name another folder")
+    with writing(target, key=key):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        try:
+            yield building
+            if replace and target.exists():
+                shutil.rmtree(target)
+            building.rename(target)
+            fsync_folder(target.parent)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def writing(target: Path, *, key: str) -> Iterator[None]:
+    """Turn the operating system's refusals into an error for people."""
+    try:
+        yield
+    except OSError as error:
+        where = "" if error.filename in (None, str(target), target) else f" ({error.filename})"
+        raise ConfigError(key, str(target), f"cannot be written: {error.strerror or error}{where}") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; wait where another holds it.
+
+    Raises:
+        ConfigError: the folder, or its file system, does not allow that.
+    """
+    with ExitStack() as held:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ConfigError("folder", str(folder), f"cannot be locked: {error.strerror or error}") from None
+        yield
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """Write a new file that its owner alone can read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def zip_of(files: Mapping[str, bytes], *, moment: datetime) -> bytes:
+    """A zip archive, the same bytes for the same files; each is dated `moment` and readable by all."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in sorted(files.items()):
+            entry = zipfile.ZipInfo(name, moment.timetuple()[:6])
+            entry.create_system = 3  # Unix: only then are the mode bits read
+            entry.external_attr = 0o100644 << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, data)
+    return buffer.getvalue()
+
+
+def act_as_owner(*places: Path) -> None:
+    """Become the owner of the first of these that exists, for good, where root runs this and it is not root's.
+
+    Raises:
+        ConfigError: this root may not, as in some containers; or that account cannot read this Python.
+    """
+    place = next((place for place in places if os.path.lexists(place)), None)
+    if place is None or os.geteuid() != 0:
+        return
+    owner = place.lstat()  # of a link itself, which is not followed
+    if owner.st_uid == 0:
+        return
+    known = _known(owner.st_uid)
+    group = known.pw_gid if known else owner.st_gid
+    groups = os.getgrouplist(known.pw_name, group) if known else [group]
+    name = name_of(owner.st_uid)
+    try:
+        os.setgroups(groups)
+        os.setresgid(group, group, group)
+        os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
+    except OSError as error:
+        bound = f"belongs to account {name}, which this root may not become ({error.strerror}): run this as {name}"
+        raise ConfigError("account", str(place), bound) from None
+    if not _python_is_readable():
+        bound = f"cannot be read by account {name}, to which {place} belongs: install fedtune in /opt, for instance"
+        raise ConfigError("Python", sys.prefix, bound)
+    os.environ["HOME"] = known.pw_dir if known else "/"
+    sys.stderr.write(f"fedtune: acting as account {name}, to which {place} belongs\n")
+
+
+def name_of(uid: int) -> str:
+    """The account's name; its number where it has none."""
+    known = _known(uid)
+    return known.pw_name if known else str(uid)
+
+
+def own_group(uid: int) -> int | None:
+    """The account's own group; None for an account without a name."""
+    known = _known(uid)
+    return known.pw_gid if known else None
+
+
+def _python_is_readable() -> bool:
+    return os.access(os.__file__, os.R_OK) and os.access(__file__, os.R_OK)
+
+
+def _known(uid: int) -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwuid(uid)
+    except KeyError:
+        return None

@@ -1,0 +1,327 @@
+"""Certificates: how they and the keys that they are for are read and checked, and the authority that issues them.
+
+The authority is one EC P-384 key.  It signs nothing but end certificates (path length 0).  Every certificate names the
+federation, what its holder is ("server", "lead" or "site") and the holder; only the server's may be used to serve.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedtune.spec import ConfigError, check_name
+
+CLOCK_SKEW = timedelta(minutes=5)
+"""Certificates begin so long before they are made, for machines whose clocks are slow."""
+_OVER = "the federation has to be provisioned anew"
+_MOST_DAYS = 36_500
+UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
+"""What `cryptography` raises for a damaged certificate, request or key; some of it only when a field is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Certificate:
+    """What people want to know of a certificate.
+
+    Attributes:
+        name: common name of the subject: a site's name, "lead", "server".
+        fingerprint: SHA-256 of the public key (its SubjectPublicKeyInfo), 64 hex digits; a renewal keeps it.
+    """
+
+    name: str
+    not_before: datetime
+    not_after: datetime
+    fingerprint: str
+
+    @classmethod
+    def of(cls, certificate: x509.Certificate) -> Certificate:
+        """What `certificate` says."""
+        return cls(
+            name=common_name(certificate.subject) or "",
+            not_before=certificate.not_valid_before_utc,
+            not_after=certificate.not_valid_after_utc,
+            fingerprint=fingerprint_of(public_pem(certificate)),
+        )
+
+    def days_left(self, now: datetime) -> int:
+        """Whole days until it expires; negative when it has."""
+        return (self.not_after - now) // timedelta(days=1)
+
+
+def read_certificate(path: Path) -> x509.Certificate:
+    """The first certificate in a PEM file.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as error:
+        raise ConfigError("certificate", str(path), f"must be a readable file ({error.strerror})") from None
+    except UNREADABLE:
+        raise ConfigError("certificate", str(path), "must be a certificate in PEM form") from None
+
+
+def read_connection_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The private key in a PEM file: EC P-384, for TLS and for Flower's node authentication.
+
+    Raises:
+        ConfigError: the file holds no such key.
+    """
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except OSError as error:
+        raise ConfigError("key", str(path), f"must be a readable file ({error.strerror})") from None
+    except UNREADABLE:
+        key = None
+    if not is_p384(key):
+        raise ConfigError("key", str(path), "must be an EC P-384 private key in PEM form, without a password")
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key
+
+
+def check_private(path: Path) -> None:
+    """Require that nobody but the owner can read the secret file `path`."""
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise ConfigError(str(path), f"mode {mode:03o}", f"must be readable by its owner alone: chmod 600 {path}")
+
+
+def p384_of(holder: x509.Certificate | x509.CertificateSigningRequest, *, key: str) -> ec.EllipticCurvePublicKey:
+    """The public key of a certificate or a request, which must be EC P-384; `key` names its place, for an error."""
+    try:
+        public = holder.public_key()
+    except UNREADABLE:  # it is parsed only now
+        raise ConfigError(key, "unreadable", "must be for an EC P-384 key") from None
+    if not is_p384(public):
+        raise ConfigError(key, type(public).__name__, "must be for an EC P-384 key")
+    assert isinstance(public, ec.EllipticCurvePublicKey)
+    return public
+
+
+def is_p384(key: object) -> bool:
+    """Whether `key`, public or private, is on the one curve that certificates and node authentication use."""
+    return isinstance(key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey) and isinstance(
+        key.curve, ec.SECP384R1
+    )
+
+
+def check_issued(certificate: x509.Certificate, *, ca: x509.Certificate, key: str) -> None:
+    """Require `certificate` to be signed by the authority `ca`."""
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (*UNREADABLE, InvalidSignature):
+        raise ConfigError(key, common_name(certificate.subject), "must be issued by the authority in ca.pem") from None
+
+
+def check_in_force(certificate: x509.Certificate, *, now: datetime, key: str, renewal: str) -> None:
+    """Require `now` (with a time zone) to lie within the certificate's days; `renewal` says what to do otherwise."""
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now > ends:
+        raise ConfigError(key, f"{ends:%Y-%m-%d %H:%M} UTC", f"is when the certificate expired: {renewal}")
+    if now < begins:
+        bound = f"is when the certificate begins, and this machine's clock says {now:%Y-%m-%d %H:%M}: set the clock"
+        raise ConfigError(key, f"{begins:%Y-%m-%d %H:%M} UTC", bound)
+
+
+def common_name(name: x509.Name) -> str | None:
+    """The one common name in a subject; None where there is none, or several."""
+    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(found[0].value) if len(found) == 1 else None
+
+
+def check_common_name(key: str, name: str) -> None:
+    """Require a name that a certificate's subject can hold, and a file, a message and a command line too."""
+    check_name(key, name)
+    if len(name) > 64:
+        raise ConfigError(key, name, "must have at most 64 characters, so that it fits into a certificate")
+
+
+def check_days(key: str, days: int) -> None:
+    """Require a number of days that a certificate can last."""
+    if not 1 <= days <= _MOST_DAYS:
+        raise ConfigError(key, days, f"must be a number of days from 1 to {_MOST_DAYS}")
+
+
+def names_of(certificate: x509.Certificate) -> list[str]:
+    """The names and addresses of machines that a server's certificate is for, in lower case."""
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    addresses = [address.compressed for address in found.get_values_for_type(x509.IPAddress)]
+    return [name.lower() for name in found.get_values_for_type(x509.DNSName)] + addresses
+
+
+def public_pem(holder: x509.Certificate | x509.CertificateSigningRequest | ec.EllipticCurvePrivateKey) -> bytes:
+    """The public key of a certificate, a request or a private key: SubjectPublicKeyInfo in PEM form."""
+    return holder.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def fingerprint_of(public: bytes) -> str:
+    """SHA-256, in hex, of a public key given as PEM: over its SubjectPublicKeyInfo in DER form."""
+    key = serialization.load_pem_public_key(public)
+    encoded = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(encoded).hexdigest()
+
+
+def key_fingerprint(site_key: str) -> str:
+    """SHA-256, in hex, of an Ed25519 public key that is given as 64 hex digits."""
+    return hashlib.sha256(bytes.fromhex(site_key)).hexdigest()
+
+
+def spoken(fingerprint: str) -> str:
+    """Hex digits in groups of four, to be read out over a telephone."""
+    return " ".join(fingerprint[start : start + 4] for start in range(0, len(fingerprint), 4))
+
+
+def ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that `text` spells, or None: then it is a name.  A zone (fe80::1%eth0) has no place here."""
+    try:
+        return None if "%" in text else ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Authority:
+    """The authority's key and its own certificate."""
+
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+
+    @classmethod
+    def make(cls, federation: str, *, days: int, now: datetime) -> Authority:
+        """A new authority for `federation`, for so many days from `now` (with a time zone)."""
+        check_days("authority_days", days)
+        key = make_key()
+        name = _subject(federation, kind="authority", name="authority")
+        builder = _begun(key.public_key(), subject=name, issuer=name)
+        builder = builder.not_valid_before(now - CLOCK_SKEW).not_valid_after(now + timedelta(days=days))
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
+        return cls(key=key, certificate=builder.sign(key, hashes.SHA384()))
+
+    @classmethod
+    def load(cls, folder: Path) -> Authority:
+        """The authority in `folder`.
+
+        Raises:
+            ConfigError: a file is missing or holds something else, or others can read the key.
+        """
+        path = folder / "ca_key.pem"
+        if not os.path.isfile(path):
+            bound = "is missing: bring the authority's folder back from where you keep it, for as long as you need it"
+            raise ConfigError(str(path), None, bound)
+        check_private(path)
+        key, certificate = read_connection_key(path), read_certificate(folder / "ca.pem")
+        if public_pem(certificate) != public_pem(key):
+            raise ConfigError(str(path), None, "is not the key of the certificate in ca.pem beside it")
+        return cls(key=key, certificate=certificate)
+
+    @property
+    def federation(self) -> str:
+        """The name of the federation that the authority was made for."""
+        return str(self.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value)
+
+    def issue_server(
+        self, public: ec.EllipticCurvePublicKey, *, hosts: Sequence[str], days: int, now: datetime
+    ) -> x509.Certificate:
+        """A certificate with which a server may serve under any of `hosts`."""
+        names = x509.SubjectAlternativeName([_host(host) for host in hosts])
+        builder = self._end(public, kind="server", name="server")
+        builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        return self._signed(builder.add_extension(names, critical=False), days=days, now=now)
+
+    def issue_client(
+        self, public: ec.EllipticCurvePublicKey, *, kind: str, name: str, days: int, now: datetime
+    ) -> x509.Certificate:
+        """A certificate with which a "lead" (its name is "lead", too) or a "site" may call the server."""
+        builder = self._end(public, kind=kind, name=name)
+        builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        return self._signed(builder, days=days, now=now)
+
+    def _end(self, public: ec.EllipticCurvePublicKey, *, kind: str, name: str) -> x509.CertificateBuilder:
+        builder = _begun(
+            public, subject=_subject(self.federation, kind=kind, name=name), issuer=self.certificate.subject
+        )
+        issuer = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        identifier = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer)
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
+        return builder.add_extension(identifier, critical=False)
+
+    def _signed(self, builder: x509.CertificateBuilder, *, days: int, now: datetime) -> x509.Certificate:
+        """The certificate, from `now` for so many days, but never beyond the authority's own.
+
+        Raises:
+            ConfigError: the authority's own is not in force.
+        """
+        own = self.certificate
+        check_in_force(own, now=now, key="authority", renewal=_OVER)
+        begins = max(now - CLOCK_SKEW, own.not_valid_before_utc)
+        ends = min(now + timedelta(days=days), own.not_valid_after_utc)
+        return builder.not_valid_before(begins).not_valid_after(ends).sign(self.key, hashes.SHA384())
+
+
+def make_key() -> ec.EllipticCurvePrivateKey:
+    """A new EC P-384 key."""
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key in PEM form, not encrypted: for a file that its owner alone can read."""
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def certificate_pem(certificate: x509.Certificate) -> bytes:
+    """A certificate in PEM form."""
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _subject(federation: str, *, kind: str, name: str) -> x509.Name:
+    return x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
+            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, kind),
+            x509.NameAttribute(NameOID.COMMON_NAME, name),
+        ]
+    )
+
+
+def _begun(public: ec.EllipticCurvePublicKey, *, subject: x509.Name, issuer: x509.Name) -> x509.CertificateBuilder:
+    """What every certificate starts with; a serial number of 159 random bits."""
+    builder = x509.CertificateBuilder(issuer, subject, public, x509.random_serial_number())
+    return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _host(host: str) -> x509.GeneralName:
+    address = ip_address(host)
+    return x509.DNSName(host) if address is None else x509.IPAddress(address)

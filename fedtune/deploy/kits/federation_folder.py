@@ -1,0 +1,245 @@
+"""The folder that `fedtune provision init` makes: federation.toml, the authority, the kits and the roster."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+
+from fedtune.deploy.files import locked
+from fedtune.deploy.kits.certificates import (
+    Authority,
+    Certificate,
+    certificate_pem,
+    check_common_name,
+    check_days,
+    fingerprint_of,
+    names_of,
+    read_certificate,
+    spoken,
+)
+from fedtune.deploy.kits.kit import (
+    VERSION,
+    Address,
+    KitFile,
+    KitModel,
+    check_models,
+    is_host,
+    read_json,
+    read_spec,
+)
+from fedtune.deploy.kits.members import Member, read_roster, write_roster
+from fedtune.privacy.durable import write_durably
+from fedtune.spec import ConfigError, check_one_of, spec
+
+SETTINGS = "federation.toml"
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+@spec
+class CertificateDays:
+    """For how many days certificates are valid; none outlives the authority's own."""
+
+    authority_days: int = 3650
+    server_days: int = 365
+    lead_days: int = 365
+    site_days: int = 365
+
+    def __post_init__(self) -> None:
+        for key in ("authority_days", "server_days", "lead_days", "site_days"):
+            check_days(key, getattr(self, key))
+
+
+@spec
+class FederationFile:
+    """One federation.toml.
+
+    Attributes:
+        server: host:port as the sites reach it.
+        also_known_as: further names or IP addresses of the server, for its certificate.
+        model: base models that runs may name.
+    """
+
+    name: str
+    server: str
+    also_known_as: tuple[str, ...] = ()
+    certificates: CertificateDays = CertificateDays()
+    model: tuple[KitModel, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_common_name("name", self.name)
+        Address.of(self.server)
+        for host in self.also_known_as:
+            if not is_host(host):
+                raise ConfigError("also_known_as", host, "must be a DNS name or an IP address, without a port")
+        check_models(self.model)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Every name and address of the server, the first of them the one in the kits; none repeats."""
+        return tuple(dict.fromkeys((Address.of(self.server).host, *(host.lower() for host in self.also_known_as))))
+
+
+@spec
+class _RetiredKeys:
+    """What retired_keys.json says."""
+
+    version: int
+    fingerprints: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_one_of("version", self.version, (VERSION,))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FederationFolder:
+    """A federation's folder and the settings in it, which the lead may edit: new certificates and kits follow them."""
+
+    folder: Path
+    settings: FederationFile
+    lead_key: str
+
+    @classmethod
+    def open(cls, folder: Path) -> FederationFolder:
+        """The federation in `folder`.
+
+        Raises:
+            ConfigError: it holds none, or its settings are wrong.
+        """
+        if not all(map(os.path.isfile, (folder / SETTINGS, folder / "server" / "roster.json"))):
+            bound = "must be the folder that `fedtune provision init` made; name it with --federation"
+            raise ConfigError("--federation", str(folder), bound)
+        settings = read_spec(FederationFile, folder / SETTINGS)
+        made_for = read_spec(KitFile, folder / "lead" / "kit.toml")
+        if settings.name != made_for.federation:
+            bound = f"must stay {made_for.federation!r}: certificates are made out to it"
+            raise ConfigError("name", settings.name, bound).in_file(folder / SETTINGS)
+        return cls(folder=folder, settings=settings, lead_key=made_for.lead)
+
+    @classmethod
+    @contextmanager
+    def held(cls, folder: Path) -> Iterator[FederationFolder]:
+        """The federation in `folder`, which no other command changes meanwhile."""
+        cls.open(folder)
+        with locked(folder):
+            yield cls.open(folder)
+
+    @property
+    def server(self) -> Path:
+        """The server's kit."""
+        return self.folder / "server"
+
+    @property
+    def lead(self) -> Path:
+        """The lead's kit."""
+        return self.folder / "lead"
+
+    @property
+    def sites(self) -> Path:
+        """The sites' kits and their zip archives."""
+        return self.folder / "sites"
+
+    def authority(self) -> Authority:
+        """The authority with its key, which only issuing needs.
+
+        Raises:
+            ConfigError: the key is not at hand, or is another federation's.
+        """
+        authority = Authority.load(self.folder / "authority")
+        if authority.certificate != self.ca():
+            bound = f"must be the authority of this federation, whose certificate is {self.server / 'ca.pem'}"
+            raise ConfigError("authority", str(self.folder / "authority"), bound)
+        return authority
+
+    def ca(self) -> x509.Certificate:
+        """The authority's certificate."""
+        return read_certificate(self.server / "ca.pem")
+
+    def members(self) -> tuple[Member, ...]:
+        """The sites.  The server's roster is written last, and so is the one that counts."""
+        return read_roster(self.server / "roster.json")
+
+    def write_members(self, members: Collection[Member]) -> None:
+        """Write both rosters."""
+        for folder in (self.lead, self.server):
+            write_roster(folder / "roster.json", members, federation=self.settings.name)
+
+    def retired(self) -> frozenset[str]:
+        """Fingerprints of connection keys that a site had and has no more: Flower takes none of them back."""
+        path = self.folder / "retired_keys.json"
+        try:
+            return frozenset(read_json(_RetiredKeys, path.read_bytes(), key="file").fingerprints)
+        except FileNotFoundError:
+            return frozenset()
+        except OSError as error:
+            raise ConfigError("file", str(path), f"must be a readable file ({error.strerror})") from None
+        except ConfigError as error:
+            raise error.in_file(path) from None
+
+    def retire(self, node_key: bytes) -> None:
+        """Remember a connection key that must never be used again."""
+        fingerprints = tuple(sorted(self.retired() | {fingerprint_of(node_key)}))
+        fields = dataclasses.asdict(_RetiredKeys(version=VERSION, fingerprints=fingerprints))
+        write_durably(self.folder / "retired_keys.json", json.dumps(fields, indent=1).encode() + b"\n")
+
+    def check_served(self) -> None:
+        """Require that the server's certificate is for the address that new kits name."""
+        host, names = self.settings.hosts[0], names_of(read_certificate(self.server / "server.pem"))
+        if host not in names:
+            bound = f"is not in the server's certificate, which is for {', '.join(names)}: renew-server first"
+            raise ConfigError("server", self.settings.server, bound).in_file(self.folder / SETTINGS)
+
+    def kit_files(
+        self, kind: Literal["server", "lead", "site"], certificate: x509.Certificate, *, site: str | None = None
+    ) -> dict[str, bytes]:
+        """Names and bytes of what is not secret in a kit, but for the roster."""
+        kit = KitFile(
+            version=VERSION,
+            kind=kind,
+            federation=self.settings.name,
+            server=self.settings.server,
+            lead=self.lead_key,
+            site=site,
+            model=self.settings.model,
+        )
+        ca = read_certificate(self.folder / "authority" / "ca.pem")
+        return {
+            "kit.toml": kit.to_toml().encode(),
+            "ca.pem": certificate_pem(ca),
+            "README.md": _readme(kit, certificate, ca=ca).encode(),
+            f"{kind}.pem": certificate_pem(certificate),
+        }
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files durably, one after the other."""
+    for name, data in files.items():
+        write_durably(folder / name, data)
+
+
+def _readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Certificate) -> str:
+    """A kit's README.md: what its files are, which are secret, and what to type, in order."""
+    own = Certificate.of(certificate)
+    return (
+        (_TEMPLATES / f"{kit.kind}.md")
+        .read_text(encoding="utf-8")
+        .format(
+            federation=kit.federation,
+            server=kit.server,
+            port=Address.of(kit.server).port,
+            hosts=", ".join(names_of(certificate)),
+            site=kit.site,
+            fingerprint=spoken(own.fingerprint),
+            ends=f"{own.not_after:%Y-%m-%d}",
+            lead_key=kit.lead,
+            lead=spoken(kit.lead),
+            authority=spoken(Certificate.of(ca).fingerprint),
+        )
+    )

@@ -1,0 +1,371 @@
+"""Provisioning a federation: authority, server and lead are made once; sites come, renew and go.
+
+A command that fails leaves the federation as it was.  Rosters are written last; no other site's kit is ever touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedtune.deploy.files import new_folder, write_secret, writing, zip_of
+from fedtune.deploy.kits.certificates import (
+    Authority,
+    Certificate,
+    certificate_pem,
+    check_days,
+    fingerprint_of,
+    make_key,
+    p384_of,
+    private_pem,
+    read_certificate,
+)
+from fedtune.deploy.kits.federation_folder import SETTINGS, FederationFile, FederationFolder, write_files
+from fedtune.deploy.kits.kit import read_spec
+from fedtune.deploy.kits.members import JoinRequest, Member
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overview:
+    """A federation as it stands.
+
+    Attributes:
+        server: host:port.
+        lead_key: public key of the lead, 64 hex digits.
+        members: its sites, revoked ones too.
+    """
+
+    folder: Path
+    federation: str
+    server: str
+    lead_key: str
+    authority: Certificate
+    server_certificate: Certificate
+    lead_certificate: Certificate
+    members: tuple[Member, ...]
+
+
+def init(file: Path, *, out: Path | None, now: datetime) -> Overview:
+    """Make a federation from its federation.toml, in the new folder `out` (None: one that is named after it).
+
+    Raises:
+        ConfigError: the file is wrong, or the folder exists or cannot be written.
+    """
+    settings = read_spec(FederationFile, file)
+    target = out or Path(settings.name)
+    with new_folder(target, key="--out") as building:
+        authority = Authority.make(settings.name, days=settings.certificates.authority_days, now=now)
+        server, lead = make_key(), make_key()
+        for name in ("authority", "server", "lead", "sites"):
+            (building / name).mkdir(mode=0o700)
+        write_secret(building / "authority" / "ca_key.pem", private_pem(authority.key))
+        write_secret(building / "server" / "server_key.pem", private_pem(server))
+        write_secret(building / "lead" / "connection_key.pem", private_pem(lead))
+        lead_key = SigningKey.load_or_make(building / "lead" / "lead_key.pem").public
+        write_durably(building / SETTINGS, file.read_bytes())
+        write_durably(building / "authority" / "ca.pem", certificate_pem(authority.certificate))
+        federation = FederationFolder(folder=building, settings=settings, lead_key=lead_key)
+        issuing = _Issuing(federation, authority, days=None, now=now)
+        issuing.write("server", server.public_key())
+        issuing.write("lead", lead.public_key())
+        federation.write_members(())
+    return overview(target)
+
+
+def renew_server(folder: Path, *, days: int | None, now: datetime) -> Overview:
+    """Make a new certificate for the server's key, for the names that federation.toml now gives it.
+
+    Raises:
+        ConfigError: the authority's key is not at hand.
+    """
+    return _renew(folder, "server", days=days, now=now)
+
+
+def renew_lead(folder: Path, *, days: int | None, now: datetime) -> Overview:
+    """Make a new certificate for the lead's connection key.
+
+    Raises:
+        ConfigError: the authority's key is not at hand.
+    """
+    return _renew(folder, "lead", days=days, now=now)
+
+
+def _renew(folder: Path, kind: Literal["server", "lead"], *, days: int | None, now: datetime) -> Overview:
+    with FederationFolder.held(folder) as federation, writing(folder, key="--federation"):
+        public = p384_of(read_certificate(folder / kind / f"{kind}.pem"), key=f"{kind}.pem")
+        _Issuing(federation, federation.authority(), days=days, now=now).write(kind, public)
+    return overview(folder)
+
+
+def overview(folder: Path) -> Overview:
+    """The federation in `folder` as it stands.
+
+    Raises:
+        ConfigError: the folder holds none.
+    """
+    federation = FederationFolder.open(folder)
+    return Overview(
+        folder=folder,
+        federation=federation.settings.name,
+        server=federation.settings.server,
+        lead_key=federation.lead_key,
+        authority=Certificate.of(federation.ca()),
+        server_certificate=Certificate.of(read_certificate(federation.server / "server.pem")),
+        lead_certificate=Certificate.of(read_certificate(federation.lead / "lead.pem")),
+        members=federation.members(),
+    )
+
+
+class _Issuing:
+    """Makes certificates: for so many `days`, or as federation.toml says."""
+
+    def __init__(self, federation: FederationFolder, authority: Authority, *, days: int | None, now: datetime) -> None:
+        if days is not None:
+            check_days("--days", days)
+        self._federation, self._authority, self._days, self._now = federation, authority, days, now
+
+    def write(self, kind: Literal["server", "lead"], public: ec.EllipticCurvePublicKey) -> None:
+        """Write the kit of the server or the lead, but for its secrets and the roster."""
+        hosts = self._federation.settings.hosts
+        if kind == "server":
+            certificate = self._authority.issue_server(public, hosts=hosts, days=self._days_of(kind), now=self._now)
+        else:
+            certificate = self.client(public, kind=kind, name=kind)
+        write_files(self._federation.folder / kind, self._federation.kit_files(kind, certificate))
+
+    def client(
+        self, public: ec.EllipticCurvePublicKey, *, kind: Literal["lead", "site"], name: str
+    ) -> x509.Certificate:
+        """A certificate for a lead or a site."""
+        return self._authority.issue_client(public, kind=kind, name=name, days=self._days_of(kind), now=self._now)
+
+    def _days_of(self, kind: str) -> int:
+        return self._days or int(getattr(self._federation.settings.certificates, f"{kind}_days"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admitted:
+    """A site that was let in, or renewed.
+
+    Attributes:
+        archive: the zip to send to it.
+        requested: whether it sent a request, whose keys people have to compare.
+        changes: what a renewal changed besides the certificate, for people.
+    """
+
+    member: Member
+    archive: Path
+    requested: bool
+    changes: tuple[str, ...] = ()
+
+
+def add_site(folder: Path, *, request: Path, days: int | None, now: datetime) -> Admitted:
+    """Let the site that made the file `request` into the federation in `folder`.
+
+    Raises:
+        ConfigError: the request is wrong, or its name or a key of it is taken.
+    """
+    asked = JoinRequest.read(request)
+    with FederationFolder.held(folder) as federation:
+        members = federation.members()
+        with _about(request):
+            _check_not_taken(asked.site, members)
+            _check_keys_are_new(federation, asked, members)
+        certificate = _certify_site(federation, asked.csr, site=asked.site, days=days, now=now)
+        member = _member(asked, certificate)
+        return Admitted(member=member, archive=_admit(federation, member, (*members, member)), requested=True)
+
+
+def renew_site(
+    folder: Path, name: str, *, request: Path | None, days: int | None, new_site_key: bool, now: datetime
+) -> Admitted:
+    """Make a new certificate and kit for a site; nothing changes for any other.
+
+    Args:
+        folder: of the federation.
+        name: of the site.
+        request: a new request, for another connection key or other declared data sets; None: all of it stays.
+        days: for which the certificate is valid; None: as federation.toml says.
+        new_site_key: whether the request may name another site key, which means a new ledger.
+        now: with a time zone.
+
+    Raises:
+        ConfigError: there is no such site, it was revoked and the connection key is not new, or the request is wrong.
+    """
+    asked = None if request is None else JoinRequest.read(request)
+    if new_site_key and asked is None:
+        raise ConfigError("--new-site-key", True, "needs the REQUEST that names the new site key")
+    with FederationFolder.held(folder) as federation:
+        members = federation.members()
+        old = _member_named(name, members)
+        if asked is None:
+            _check_not_revoked(old)
+            certificate = _certify_site(federation, old.certificate, site=name, days=days, now=now)
+            member = replace(old, certificate=certificate)
+        else:
+            with _about(request):
+                _check_renewal(federation, asked, old=old, others=_without(old, members), new_site_key=new_site_key)
+            member = _member(asked, _certify_site(federation, asked.csr, site=name, days=days, now=now))
+        if member.node_key != old.node_key:
+            with writing(folder, key="--federation"):
+                federation.retire(old.node_key)
+        archive = _admit(federation, member, tuple(member if one is old else one for one in members))
+        return Admitted(member=member, archive=archive, requested=asked is not None, changes=_changes(old, member))
+
+
+def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
+    """Shut a site out; its connection key can never be used again.
+
+    Raises:
+        ConfigError: there is no such site, or it was revoked before.
+    """
+    with FederationFolder.held(folder) as federation:
+        members = federation.members()
+        old = _member_named(name, members)
+        if old.revoked:
+            raise ConfigError("site", name, f"was revoked before, on {old.revoked}")
+        revoked = replace(old, revoked=now.isoformat(timespec="seconds"))
+        with writing(folder, key="--federation"):
+            federation.write_members(tuple(revoked if one is old else one for one in members))
+        return revoked
+
+
+@contextmanager
+def _about(request: Path | None) -> Iterator[None]:
+    """Name the request in errors about what it says."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.in_file(request) from None
+
+
+def _admit(federation: FederationFolder, member: Member, members: Collection[Member]) -> Path:
+    """Write the site's kit and archive, and then the rosters; return the archive."""
+    files = federation.kit_files("site", member.certificate, site=member.site)
+    archive = federation.sites / f"{member.site}-kit.zip"
+    with writing(federation.folder, key="--federation"):
+        with new_folder(federation.sites / member.site, key="kit", replace=True) as building:
+            write_files(building, files)
+        write_durably(archive, zip_of(files, moment=member.certificate.not_valid_before_utc))
+        federation.write_members(members)
+    return archive
+
+
+def _certify_site(
+    federation: FederationFolder,
+    holder: x509.Certificate | x509.CertificateSigningRequest,
+    *,
+    site: str,
+    days: int | None,
+    now: datetime,
+) -> x509.Certificate:
+    """A certificate for the key of `holder`."""
+    federation.check_served()
+    issuing = _Issuing(federation, federation.authority(), days=days, now=now)
+    return issuing.client(p384_of(holder, key="csr"), kind="site", name=site)
+
+
+def _member(asked: JoinRequest, certificate: x509.Certificate) -> Member:
+    return Member(
+        site=asked.site, site_key=asked.site_key, datasets=asked.datasets, certificate=certificate, revoked=None
+    )
+
+
+def _check_not_taken(name: str, members: Collection[Member]) -> None:
+    for member in members:
+        if member.site.casefold() != name.casefold():  # a file system may take North for north
+            continue
+        if member.revoked:
+            bound = f"was revoked on {member.revoked}: let it in again with `renew-site {member.site} REQUEST`"
+        else:
+            bound = f"is taken by a site; a new request of that same site goes to `renew-site {member.site} REQUEST`"
+        raise ConfigError("site", name, bound)
+
+
+def _check_keys_are_new(federation: FederationFolder, asked: JoinRequest, others: Collection[Member]) -> None:
+    """Require keys that no other site has or had; Flower never takes back a connection key that it let go."""
+    fingerprint = fingerprint_of(asked.node_key)
+    again = "make a new one with `fedtune site init --out NEW`"
+    if fingerprint in federation.retired():
+        raise ConfigError("connection key", fingerprint, f"was replaced before and can never be used again: {again}")
+    for member in others:
+        if member.node_key == asked.node_key:
+            state = "was revoked with" if member.revoked else "belongs to"
+            raise ConfigError("connection key", fingerprint, f"{state} site {member.site}: {again}")
+        if member.site_key == asked.site_key:
+            bound = f"belongs to site {member.site}: every site has a ledger and a site key of its own"
+            raise ConfigError("site_key", asked.site_key, bound)
+
+
+def _check_renewal(
+    federation: FederationFolder,
+    asked: JoinRequest,
+    *,
+    old: Member,
+    others: Collection[Member],
+    new_site_key: bool,
+) -> None:
+    if asked.site != old.site:
+        raise ConfigError("site", asked.site, f"must be {old.site!r}, the site that is renewed")
+    if asked.node_key == old.node_key:
+        _check_not_revoked(old)
+    else:
+        _check_keys_are_new(federation, asked, others)
+    if asked.site_key != old.site_key and not new_site_key:
+        bound = (
+            f"is not the site key that the site joined with, {old.site_key}. Another one means a new ledger: what the "
+            "old one spent no longer counts, so the same people's budget starts anew. If you and the site agreed on "
+            "that, add --new-site-key"
+        )
+        raise ConfigError("site_key", asked.site_key, bound)
+
+
+def _check_not_revoked(member: Member) -> None:
+    if member.revoked:
+        bound = (
+            f"was revoked on {member.revoked}, and its connection key can never be used again: ask the site for a new "
+            f"request (`fedtune site init --out NEW`), then `renew-site {member.site} REQUEST`"
+        )
+        raise ConfigError("site", member.site, bound)
+
+
+def _member_named(name: str, members: Collection[Member]) -> Member:
+    for member in members:
+        if member.site == name:
+            return member
+    known = ", ".join(member.site for member in members) or "none yet"
+    raise ConfigError("site", name, f"must be a site of the federation: {known}")
+
+
+def _without(member: Member, members: Collection[Member]) -> tuple[Member, ...]:
+    return tuple(one for one in members if one is not member)
+
+
+def _changes(old: Member, new: Member) -> tuple[str, ...]:
+    """What a renewal changed besides the certificate."""
+    changes = []
+    if old.revoked:
+        changes.append("The site was revoked, and takes part again.")
+    if new.node_key != old.node_key:
+        changes.append("It has a new connection key; the old one can never be used again.")
+    if new.site_key != old.site_key:
+        changes.append("It has a new site key, and so a new ledger: what the old one spent no longer counts.")
+    for name in sorted(old.datasets.keys() | new.datasets.keys()):
+        before, after = old.datasets.get(name), new.datasets.get(name)
+        if before is None:
+            changes.append(f"Data set {name} is new, with a declared size of {after:,}.")
+        elif after is None:
+            changes.append(f"Data set {name} is gone.")
+        elif before != after:
+            changes.append(f"Data set {name} has a declared size of {after:,} instead of {before:,}.")
+    return tuple(changes)

@@ -1,0 +1,171 @@
+"""`fedtune run`: a lead's runs over real sites, from its kit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.config import RunConfig
+from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.members import Member, read_roster
+from fedtune.federation.lead import ReceiptBook
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import ConfigError, RunError
+
+if TYPE_CHECKING:  # torch and Flower take seconds to import; status, stop and a mistake in a setting need neither
+    from fedtune.federation.results import RunResult
+    from fedtune.flower.deployment import DeployedListener, LeadConnection
+
+RECEIPTS, RUNNING = "receipts.json", "running.json"
+
+
+def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
+    """The named sites of the roster, or all that are not revoked where none is named.
+
+    Raises:
+        ConfigError: there is no such site, or it was revoked, or named twice.
+    """
+    known = {member.site: member for member in read_roster(kit.roster)}
+    current = [name for name, member in known.items() if member.revoked is None]
+    if not names and not current:
+        raise ConfigError("sites", [], "the roster has no site yet: `fedtune provision add-site` adds one")
+    for name in names:
+        if name not in known:
+            raise ConfigError("sites", name, f"must be one of {', '.join(current)}")
+        if known[name].revoked is not None:
+            raise ConfigError("sites", name, f"was revoked at {known[name].revoked}")
+    if len(set(names)) != len(names):
+        raise ConfigError("sites", list(names), "must not repeat a name")
+    return tuple(known[name] for name in names or current)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeadService:
+    """A lead that is ready to run.
+
+    Attributes:
+        kit: the lead's.
+    """
+
+    kit: Kit
+
+    def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
+        """Run `config` over its sites.
+
+        Raises:
+            ConfigError: kit, roster or settings are wrong.
+            RunError: the server cannot be reached, or too few sites replied.
+            RefusedError: too many sites refuse.
+        """
+        from fedtune.flower.deployment import run_deployed
+
+        connection = self._connection(config)
+        with _running(folder):
+            return run_deployed(
+                config,
+                folder,
+                connection=connection,
+                receipts=ReceiptBook(self.kit.folder / RECEIPTS),
+                listener=_Noted(listener, folder),
+            )
+
+    def fitted(self, config: RunConfig) -> RunConfig:
+        """`config` with as many rounds or as little noise as the sites have room for, where it asks for that.
+
+        Raises:
+            ConfigError, RunError, RefusedError: as for `run`.
+        """
+        if not config.may_be_fitted:
+            return config
+        from fedtune.flower.deployment import fitted_deployed
+
+        return fitted_deployed(config, connection=self._connection(config))
+
+    def end(self, config: RunConfig, *, timeout_s: float) -> list[str]:
+        """Tell the run's sites that it is over for good; returns those that heard it."""
+        from fedtune.flower.deployment import end_deployed
+
+        return end_deployed(config, connection=self._connection(config), timeout_s=timeout_s)
+
+    def _connection(self, config: RunConfig) -> LeadConnection:
+        from fedtune.flower.deployment import KnownSite, LeadConnection
+
+        self.kit.check_certificate(datetime.now(UTC))
+        return LeadConnection(
+            server=self.kit.server,
+            tls=self.kit.tls(),
+            key=SigningKey.load(self.kit.lead_key),
+            sites=[
+                KnownSite(name=member.site, node_key=member.node_key, site_key=member.site_key)
+                for member in members(self.kit, config.federation.active)
+            ],
+        )
+
+
+class _Noted:
+    """Tells a listener everything, and notes each site's latest answer in the run folder, for `fedtune run status`."""
+
+    def __init__(self, listener: DeployedListener, folder: Path) -> None:
+        self._listener, self._path = listener, RunFolder(folder).answers
+        self._answers: dict[str, dict[str, str]] = {}
+        self.prepared, self.round_finished = listener.prepared, listener.round_finished
+        self.site_replied = listener.site_replied
+
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+        self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_durably(self._path, json.dumps(self._answers, indent=1).encode() + b"\n")
+        self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged_rounds)
+
+
+def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
+    """Site -> what it last answered, and when (UTC); empty before the first answer.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    path = RunFolder(folder).answers
+    try:
+        known = json.loads(path.read_bytes()) if path.exists() else {}
+        return {str(site): {key: str(answer[key]) for key in ("what", "time")} for site, answer in known.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        bound = "move it away to see the rest of the run's state, and what sites answer from then on"
+        raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error
+
+
+@contextmanager
+def _running(folder: Path) -> Iterator[None]:
+    """Say in the run folder which process runs it, so that `fedtune run stop` finds it."""
+    write_durably(folder / RUNNING, json.dumps({"pid": os.getpid()}).encode())
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    # Also in a background process, for which the shell ignores Ctrl-C's signal.
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        (folder / RUNNING).unlink(missing_ok=True)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def running_process(folder: Path) -> int | None:
+    """The process that runs a folder on this machine, if one does."""
+    try:
+        pid = int(json.loads((folder / RUNNING).read_bytes())["pid"])
+        if pid <= 0:  # to the system, a group of processes and none of them
+            return None
+        os.kill(pid, 0)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+    return pid

@@ -1,0 +1,175 @@
+"""What an audit found: its file `audit.json`, what it means for the verdicts of a report, and whether it adds up."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.durable import write_durably
+from fedtune.report import one_run
+from fedtune.report.derive.verdicts import verdict_of
+from fedtune.report.model import Audit, AuditBound, Problem, Report, SiteReport
+from fedtune.spec import RunError
+
+_SCHEMA_VERSION = 1
+_MOST_CANARIES = 10**6
+_MOST_EPSILON = 1e3
+"""Far more than that many canaries can show."""
+_LAST_DIGITS = 5e-6
+"""Where a search for a bound may end on another machine."""
+_MARK = """\
+This folder is an audit. Among the training data were {what},
+planted on purpose, and the adapter has learnt from them. Use it for nothing else; train again without an audit.
+"""
+_ADAPTER = TypeAdapter(Audit)
+
+
+def mark(folder: Path, what: str) -> None:
+    """Say in the folder, before anything is trained, that its adapter holds canaries."""
+    write_durably(RunFolder(folder).audit_mark, _MARK.format(what=what).encode())
+
+
+def write_audit(folder: Path, audit: Audit) -> None:
+    """Write `audit.json`."""
+    fields = {**_ADAPTER.dump_python(audit, mode="json"), "schema_version": _SCHEMA_VERSION}
+    write_durably(RunFolder(folder).audit, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def read_audit(folder: Path) -> Audit | None:
+    """What an audit of the run found; None: none was made, or it was not finished.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = RunFolder(folder).audit
+    if not path.is_file():
+        return None
+    try:
+        fields = json.loads(path.read_bytes())
+        if fields.pop("schema_version") != _SCHEMA_VERSION:
+            raise ValueError("schema_version")
+        return _ADAPTER.validate_json(json.dumps(fields), strict=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ValidationError) as error:
+        raise RunError(f"{path} is damaged: what the audit found is not known") from error
+
+
+def judged(sites: Iterable[SiteReport], audit: Audit | None, *, marked: bool) -> tuple[SiteReport, ...]:
+    """The sites, with no guarantee where the audit refutes the claim, or has begun and found nothing yet.
+
+    Args:
+        sites: as they are without the audit.
+        audit: what it found.
+        marked: whether the run's folder says that canaries were planted.
+    """
+    before = tuple(sites)
+    return tuple(_judged(site, before, audit, marked=marked) for site in before)
+
+
+def _judged(site: SiteReport, sites: Sequence[SiteReport], audit: Audit | None, *, marked: bool) -> SiteReport:
+    if audit is None:
+        return _nothing_promised(site, "holds_canaries") if marked else site
+    if refutes(audit, sites, site.site):
+        return _nothing_promised(site, "refuted_by_audit")
+    if site.verdict.state == "no_guarantee":
+        return site
+    # Canaries are records, each at the same cost; but who reads the verdict alone shall know what the adapter holds.
+    return replace(site, verdict=replace(site.verdict, reasons=(*site.verdict.reasons, "audited")))
+
+
+def refutes(audit: Audit, sites: Iterable[SiteReport], site: str) -> bool:
+    """Whether the audit showed more than is claimed of `site`, or of all together, in the report of `sites`."""
+    places = {bound.site for bound in refuted(audit, sites)}
+    return site in places or None in places or (audit.exceeded and not places)
+
+
+def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound, ...]:
+    """The bounds whose claim the counts refute.
+
+    All bounds are judged at once, so each is asked for more confidence than it has by itself.
+
+    Args:
+        audit: its bounds, each with the epsilon that was claimed.
+        sites: of a report; where one claims less than the audit says was claimed, that counts.
+    """
+    spent = charged(audit, sites)
+    errors = one_run.allowed_errors(audit.confidence, [bound.site for bound in audit.bounds])
+    return tuple(
+        bound
+        for bound, error in zip(audit.bounds, errors, strict=True)
+        if _is_refuted(bound, spent, delta=audit.delta, error=error)
+    )
+
+
+def charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:
+    """Place -> epsilon of the report, as far as it has one: for all audited sites together, the largest of theirs."""
+    audited = {bound.site for bound in audit.bounds if bound.site}
+    spent = {site.site: site.spent.epsilon for site in sites if site.spent}
+    known: dict[str | None, float] = {site: epsilon for site, epsilon in spent.items() if epsilon is not None}
+    together = [spent[site] for site in spent if site in audited or not audited]
+    epsilons = [epsilon for epsilon in together if epsilon is not None]
+    return known if len(epsilons) < len(together) or not epsilons else known | {None: max(epsilons)}
+
+
+def can_be_counts(bound: AuditBound) -> bool:
+    """Whether a bound can be computed from what it says."""
+    return 0 <= bound.right <= bound.guesses <= bound.canaries <= _MOST_CANARIES
+
+
+def _is_refuted(bound: AuditBound, spent: Mapping[str | None, float], *, delta: float, error: float) -> bool:
+    claim = min(
+        spent.get(bound.site, math.inf), bound.claimed_epsilon
+    )  # in this order what is no number is passed over
+    if not 0 <= claim < _MOST_EPSILON:
+        return not claim >= _MOST_EPSILON
+    if not can_be_counts(bound):
+        return not bound.lower_bound <= claim
+    counts = bound.canaries, bound.guesses, bound.right
+    return one_run.p_value(*counts, epsilon=claim, delta=delta) < error
+
+
+def _nothing_promised(site: SiteReport, why: str) -> SiteReport:
+    return replace(site, verdict=verdict_of([*site.verdict.reasons, why]), meaning=None)
+
+
+def audit_problems(report: Report) -> Iterator[Problem]:
+    """Every figure of the report's audit that is not what its counts come to, or not what the report claims."""
+    audit = report.audit
+    if audit is None:
+        return
+    if audit.delta != report.delta:
+        yield Problem("audit.delta", audit.delta, report.delta)
+    if not one_run.LEAST_CONFIDENCE <= audit.confidence < 1:
+        yield Problem("audit.confidence", audit.confidence, f"a number from {one_run.LEAST_CONFIDENCE} to 1")
+        return
+    places, known = Counter(bound.site for bound in audit.bounds), {None, *(site.site for site in report.sites)}
+    if twice := [site for site, count in places.items() if count > 1 or site not in known]:
+        yield Problem("audit.bounds", twice, "each site of the report once at most")
+    spent = charged(audit, report.sites)
+    for number, bound in enumerate(audit.bounds):
+        for key, said, found in _of_bound(audit, bound, spent.get(bound.site)):
+            yield Problem(f"audit.bounds.{number}.{key}", said, found)
+    if not audit.exceeded and refuted(audit, report.sites):
+        yield Problem("audit.exceeded", False, True)
+
+
+def _of_bound(audit: Audit, bound: AuditBound, spent: float | None) -> Iterator[Problem]:
+    if not can_be_counts(bound):
+        counts = f"{bound.right} of {bound.guesses} of {bound.canaries}"
+        yield Problem("right", counts, "no more right than guessed, and no more guesses than canaries")
+        return
+    charged_most = math.inf if spent is None else spent * (1 + 1e-9)
+    if not (0 <= bound.claimed_epsilon <= charged_most and math.isfinite(bound.claimed_epsilon)):
+        yield Problem("claimed_epsilon", bound.claimed_epsilon, f"at most {spent}, which was charged")
+    for key, right in (("lower_bound", bound.right), ("best_possible", bound.guesses)):
+        found = one_run.epsilon_lower_bound(
+            bound.canaries, bound.guesses, right, delta=audit.delta, confidence=audit.confidence
+        )
+        if not abs(getattr(bound, key) - found) <= _LAST_DIGITS * max(1.0, found):
+            yield Problem(key, getattr(bound, key), found)

@@ -1,0 +1,333 @@
+"""Fields of an impact assessment and of technical documentation: what fedtune knows, and what only a site can say.
+
+A cell is "auto" (facts of the run or ledger), "design" (what is so in every run of an unchanged fedtune, and was not
+observed in this one), "site" (the names of facts that a person at the site supplies) or "missing" (facts that belong on
+record and are not).  No prose, no judgement: purpose, legal basis and necessity are the
+controller's, and whether anything is anonymous or lawful is nobody's to compute.
+
+Facts are short texts: figures, names, hashes and codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedtune.federation.results import FinalResult
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.report.derive.profile import largest
+from fedtune.report.derive.verdicts import worst
+from fedtune.report.model import Cell, Provenance, Report, Scores, SiteReport, Verification
+from fedtune.report.record.ledger_record import LedgerRecord
+
+if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
+    from fedtune.report.record.run_record import RunRecord
+
+
+class Row(NamedTuple):
+    """A field, the facts that fedtune fills in where they are known, and those that it never can."""
+
+    code: str
+    facts: tuple[str, ...]
+    of_the_site: tuple[str, ...]
+
+
+ROWS = (
+    Row(
+        "dpia_description",  # GDPR Art. 35(7)(a), WP248 Annex 2
+        (
+            "unit",
+            "dataset",
+            "task",
+            "declared_sizes",
+            "columns_used",
+            "num_sites",
+            "runtime",
+            "released",
+            "base_model",
+            "date",
+        ),
+        ("purpose", "context", "recipients", "retention", "codes_of_conduct"),
+    ),
+    Row(
+        "dpia_necessity",  # Art. 35(7)(b)
+        ("raw_records_leave_site", "columns_used", "most_tokens", "trained_parameters", "rank", "target_modules"),
+        ("legal_basis", "why_this_much_data", "alternatives"),
+    ),
+    Row(
+        "dpia_rights",  # Art. 12-22, 28, 36, chapter V
+        ("erasure_reaches_records", "erasure_reaches_model", "excluded_records"),
+        ("notices", "access_and_objection", "contracts", "joint_controllers", "transfers"),
+    ),
+    Row(
+        "dpia_risks",  # Art. 35(7)(c)
+        (
+            "epsilon",
+            "delta",
+            "expected_failures",
+            "right_of_100_ceiling",
+            "right_of_100_mechanism",
+            "attack_results",
+            "update_checks",
+            "rollback_excluded",
+        ),
+        ("severity", "impact_scenarios", "rating"),
+    ),
+    Row(
+        "dpia_measures",  # Art. 35(7)(d)
+        ("mechanism", "sampling_run", "randomness", "ledger_verified", "transport", "secure_aggregation"),
+        ("organisational_measures", "staff", "physical_security"),
+    ),
+    Row(
+        "dpia_advice",  # Art. 35(2), 35(9), 36
+        ("verdict",),
+        ("officer_advice", "views_of_data_subjects", "prior_consultation"),
+    ),
+    Row(
+        "dpia_needed",  # WP248, nine criteria
+        ("candidate_criteria",),
+        ("criteria_confirmed",),
+    ),
+    Row(
+        "edpb_anonymity",  # EDPB opinion 28/2024
+        ("epsilon", "delta", "trained_parameters", "parameters_per_record", "attack_results", "date"),
+        ("claim", "threat_model", "reviewed_by"),
+    ),
+    Row(
+        "wp216_tests",  # WP216: singling out, linkability, inference
+        ("singling_out_bound", "linkability_bound", "inference_covered"),
+        ("judgement", "review_date"),
+    ),
+    Row(
+        "ico_pets",  # ICO, privacy-enhancing technologies, 2023
+        ("technologies_on", "technologies_off"),
+        ("uk_dpia_decision",),
+    ),
+    Row(
+        "hipaa_expert",  # 45 CFR 164.514(b)(1)
+        ("mechanism", "accountant", "epsilon", "delta", "recompute_with"),
+        ("expert", "recipient_analysis", "determination", "expiry"),
+    ),
+    Row(
+        "ai_act_general",  # Annex IV 1, 2(a)-(c)
+        (
+            "base_model",
+            "base_model_sha256",
+            "base_model_licence",
+            "fedtune_version",
+            "rank",
+            "target_modules",
+            "hardware",
+            "seconds",
+        ),
+        ("intended_purpose", "provider", "high_risk_class", "rationale_of_epsilon"),
+    ),
+    Row(
+        "ai_act_data",  # Annex IV 2(d)
+        ("dataset", "columns_used", "labels", "most_tokens", "heldout_fraction", "used_fraction", "file_hashes"),
+        ("origin", "collection", "labelling", "cleaning", "representativeness"),
+    ),
+    Row(
+        "ai_act_validation",  # Annex IV 2(g)
+        ("scores_before", "scores_final", "scores_by_group", "confidence_intervals", "date"),
+        ("relevance", "signatures"),
+    ),
+    Row(
+        "ai_act_oversight",  # Annex IV 2(e), 2(h), 3-9
+        ("libraries", "update_checks", "transport", "known_limits"),
+        ("oversight", "risk_management", "standards", "declaration", "post_market_plan"),
+    ),
+    Row(
+        "gpai_summary",  # summary of training content, July 2025
+        ("modality", "declared_total", "source_type", "languages", "collected_between"),
+        ("narrative", "publication", "copyright_policy"),
+    ),
+    Row(
+        "gpai_role",  # a third of the original's compute
+        ("compute_ratio",),
+        ("legal_role",),
+    ),
+)
+
+BY_DESIGN: Mapping[str, str] = {
+    "raw_records_leave_site": "no",
+    "erasure_reaches_records": "yes",
+    "erasure_reaches_model": "no",
+    "secure_aggregation": "no",
+    "candidate_criteria": "innovative_technology",
+    "inference_covered": "no",
+    "recompute_with": "fedtune report verify report.json",
+    "modality": "text",
+    "source_type": "held_by_sites",
+}
+"""Facts that are so in every run of fedtune: no record of a run shows them."""
+
+Facts = dict[str, str | None]
+_TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
+
+
+def rows(known: Mapping[str, str | None]) -> tuple[Cell, ...]:
+    """The cells, filled from what is known.
+
+    Args:
+        known: name of a fact -> its value, None where it is not known; one that no row asks for is a mistake of ours.
+    """
+    assert known.keys() <= {name for row in ROWS for name in row.facts}, "a fact that no cell shows"
+    values = {name: value for name, value in known.items() if value is not None}
+    return tuple(cell for row in ROWS for cell in _cells(row, values))
+
+
+def _cells(row: Row, known: Mapping[str, str]) -> Iterator[Cell]:
+    found = {name: known[name] for name in row.facts if name in known}
+    if of_record := {name: value for name, value in found.items() if name not in BY_DESIGN}:
+        yield Cell(code=row.code, state="auto", facts=of_record)
+    if by_design := {name: value for name, value in found.items() if name in BY_DESIGN}:
+        yield Cell(code=row.code, state="design", facts=by_design)
+    if unknown := {name: "" for name in row.facts if name not in known}:
+        yield Cell(code=row.code, state="missing", facts=unknown)
+    yield Cell(code=row.code, state="site", facts=dict.fromkeys(row.of_the_site, ""))
+
+
+def of_run(record: RunRecord, provenance: Provenance) -> Facts:
+    """Those that a run's folder has and the rest of its report has not."""
+    config, data = record.config, record.config.data
+    sizes = config.declared_sizes()
+    final = record.result.final if record.result else FinalResult(metrics={})
+    targets = config.lora.target_modules
+    parameters = sum(value.size for value in record.state.adapter.tensors.values()) if record.state else None
+    return _of_every_report(provenance) | {
+        "dataset": data.dataset,
+        "task": config.task,
+        "declared_sizes": _pairs(sizes),
+        "declared_total": str(sum(sizes.values())),
+        "columns_used": _listed(data.needed_columns(config.task, unit=record.plan.unit)),
+        "num_sites": str(len(config.federation.active)),
+        "runtime": config.runtime.kind,
+        "most_tokens": str(data.max_length),
+        "trained_parameters": None if parameters is None else str(parameters),
+        "parameters_per_record": None if parameters is None else f"{parameters / sum(sizes.values()):.3g}",
+        "rank": str(config.lora.rank),
+        "target_modules": targets if isinstance(targets, str) else _listed(targets),
+        "update_checks": config.federation.strategy,
+        "mechanism": "dp_sgd" if record.plan.private else "none",
+        "transport": _TRANSPORT[config.runtime.kind],
+        "seconds": _number(final.seconds),
+        "labels": str(len(data.labels)) if data.labels else None,
+        "heldout_fraction": _number(data.heldout_fraction),
+        # How much of a file a simulation uses says nothing of real sites' files.
+        "used_fraction": None if record.deployed else _number(data.train_fraction),
+        "scores_before": _scores(record.state.metrics_before if record.state else final.metrics_before),
+        "scores_final": _scores(final.metrics),
+    }
+
+
+def of_ledger(record: LedgerRecord, provenance: Provenance) -> Facts:
+    """Those that a ledger has, over all its runs, and the rest of its report has not."""
+    policy, history = record.policy, record.history
+    sizes = {dataset.id: dataset.declared_size for dataset in policy.dataset}
+    proposals = [run.proposal for run in history.runs.values()]
+    return _of_every_report(provenance) | {
+        "dataset": _listed(sizes),
+        "task": _listed(proposal.task for proposal in proposals),
+        "declared_sizes": _pairs(sizes),
+        "declared_total": str(sum(sizes.values())),
+        "num_sites": "1",
+        "rank": _listed(str(proposal.rank) for proposal in proposals),
+        "target_modules": _listed(name for proposal in proposals for name in proposal.target_modules),
+        "mechanism": _listed("dp_sgd" if run.plan.private else "none" for run in history.runs.values()),
+        "base_model": _listed(proposal.base_model for proposal in proposals),
+    }
+
+
+def of_report(report: Report) -> Facts:
+    """Those that follow from the rest of a report, whose own cells are not looked at."""
+    known = figures(report.sites, delta=report.delta)
+    known |= {
+        "unit": report.unit,
+        "released": _listed(report.released),
+        "randomness": report.randomness,
+        "known_limits": _listed(report.not_protected),
+        "date": report.date,
+    }
+    if report.kind == "ledger":
+        known |= _of_verification(report.sites[0].verification if report.sites else None)
+    return known
+
+
+def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
+    """Those that follow from the sites' own figures, of the worst site each."""
+    verdict = worst(site.verdict for site in sites)
+    promised = verdict.state != "no_guarantee"
+    epsilons = [site.spent.epsilon if site.spent else None for site in sites]
+    meanings = [site.meaning for site in sites if site.meaning]
+    mechanisms = {mechanism.sampling_run for site in sites for mechanism in site.mechanisms}
+    by_mechanism = [meaning.right_of_100_mechanism for meaning in meanings]
+    ceiling = _of_100(meaning.right_of_100_ceiling for meaning in meanings) if promised else "100"
+    failures = [meaning.expected_failures for meaning in meanings if meaning.expected_failures is not None]
+    technologies = ["federated_learning", *(["differential_privacy"] if promised else [])]
+    return {
+        "verdict": verdict.state,
+        "epsilon": epsilon_text(largest(epsilons) if promised else None),
+        "delta": f"{delta:g}",
+        "expected_failures": _number(max(failures, default=None)),
+        "right_of_100_ceiling": ceiling,
+        "right_of_100_mechanism": _by_mechanism(by_mechanism) if promised else None,
+        "singling_out_bound": ceiling,
+        "linkability_bound": ceiling,
+        "sampling_run": _listed(sorted(mechanisms)),
+        "technologies_on": _listed(technologies),
+        "technologies_off": _listed(["secure_aggregation", *([] if promised else ["differential_privacy"])]),
+    }
+
+
+def _of_every_report(provenance: Provenance) -> Facts:
+    version = provenance.libraries.get("dp-accounting")
+    return dict(BY_DESIGN) | {
+        "accountant": f"PLD, RDP: dp-accounting {version}" if version else "PLD, RDP: dp-accounting",
+        "base_model": provenance.model,
+        "base_model_sha256": provenance.model_sha256,
+        "base_model_licence": provenance.model_licence,
+        "fedtune_version": provenance.fedtune_version,
+        "hardware": provenance.machine,
+        "libraries": _listed(f"{name} {version}" for name, version in provenance.libraries.items()),
+    }
+
+
+def _scores(metrics: Scores) -> str | None:
+    shown = [(name, value) for name, value in metrics.items() if value is not None and math.isfinite(value)]
+    return _listed(f"{name} {value:.4f}" for name, value in shown)
+
+
+def _by_mechanism(values: Sequence[float | None]) -> str | None:
+    return "not_computed" if None in values else _of_100(values)
+
+
+def _of_verification(found: Verification | None) -> Facts:
+    up_to_there = found is not None and found.anchor_sequence is not None and not found.rollback_excluded
+    to_the_end = found is not None and found.rollback_excluded
+    return {
+        "ledger_verified": _yes_or_no(found is not None),
+        "rollback_excluded": "up_to_the_anchor" if up_to_there else _yes_or_no(to_the_end),
+    }
+
+
+def _of_100(values: Iterable[float | None]) -> str | None:
+    """In hundredths, upwards."""
+    return _number(max((math.ceil(value * 100) / 100 for value in values if value is not None), default=None))
+
+
+def _pairs(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}: {size}" for name, size in sizes.items())
+
+
+def _listed(names: Iterable[str]) -> str | None:
+    return ", ".join(dict.fromkeys(names)) or None
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.6g}"
+
+
+def _yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,201 @@
+"""What a report's rules have to know beside its sites' figures.
+
+The builder of a report takes these facts from a run folder or a ledger; who checks a report takes them from the report
+itself, as favourably as it allows.  The rules are the same for both.  Texts are evidence, which only the builder has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fedtune.privacy.ledger.chain import Kind
+from fedtune.privacy.policy_file import policy_of
+from fedtune.report.derive.codes import NOT_RECORDED
+from fedtune.report.model import Report, SiteReport
+from fedtune.report.record.ledger_record import LedgerRecord
+from fedtune.words import finite
+
+if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
+    from fedtune.report.record.run_record import RunRecord
+
+_Place = TypeVar("_Place", int, str)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """Of a run.
+
+    Attributes:
+        target: epsilon that the run was given; None: it promises nothing.
+        sampling: how the process that trained says units joined a step; None: nobody noted it.
+        randomness: whether it noted where noise came from.
+        inexact: whether the policies of all simulated sites accept inexact gradients; None: not on file.
+        finished: whether every round was aggregated; `progress` says how many.
+        unchanged: whether `config.yaml` is the one that the run had; `digest` is of the file.
+        deployed: whether the sites were real ones.
+        doubtful: sites whose receipts are not believed.
+        keys: site -> the key of its newest receipt, shortened.
+    """
+
+    delta: float
+    unit: str
+    target: float | None
+    private: bool
+    seeded: bool
+    sampling: str | None
+    randomness: bool
+    inexact: bool | None
+    finished: bool
+    unchanged: bool
+    deployed: bool
+    doubtful: tuple[str, ...]
+    progress: str = ""
+    digest: str = ""
+    keys: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of_record(cls, record: RunRecord) -> RunFacts:
+        """As the run's folder has them."""
+        noted = record.environments[-1] if record.environments else None
+        return cls(
+            delta=record.plan.delta,
+            unit=record.plan.unit,
+            target=record.config.privacy.epsilon if record.plan.private else None,
+            private=record.plan.private,
+            seeded=record.seeded,
+            sampling=noted.sampling if noted else None,
+            randomness=bool(noted and noted.randomness),
+            inexact=record.inexact_gradients,
+            finished=record.finished,
+            unchanged=record.config_unchanged,
+            deployed=record.deployed,
+            doubtful=record.doubtful,
+            progress=f"{len(record.rounds)} / {record.config.federation.num_rounds}",
+            digest=record.config.digest(),
+            keys=tuple((site, receipt.site_key[:16]) for site, receipt in record.receipts.items()),
+        )
+
+    @classmethod
+    def of_report(cls, report: Report) -> RunFacts:
+        """As favourably as a run's report allows."""
+        stated = {one.code for one in report.assumptions}
+        rows = [row for site in report.sites for row in site.mechanisms]
+        sampled = {row.sampling_run for row in rows} or {"poisson"}
+        doubtful = [site.site for site in report.sites if "receipts_not_believed" in site.verdict.reasons]
+        return cls(
+            delta=report.delta,
+            unit=report.unit,
+            target=report.target_epsilon,
+            private=all(row.noise_multiplier > 0 for row in rows),
+            seeded=report.seeded_noise,
+            sampling=sampled.pop() if len(sampled) == 1 and NOT_RECORDED not in sampled else None,
+            randomness=report.randomness != NOT_RECORDED,
+            inexact="clipping_but_for_rounding" in stated,
+            finished="end_independent_of_releases" not in stated,
+            unchanged=not any("configuration_changed" in site.verdict.reasons for site in report.sites),
+            deployed="sites_run_their_own_software" in stated,
+            doubtful=tuple(doubtful),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerFacts:
+    """Of a ledger.
+
+    Attributes:
+        inexact: what its policies said of inexact gradients: "true" if one accepted them, "false" if all did not, "not
+            noted" by a version that was not exact yet.
+        cap_raised: whether a lifetime cap was raised after something was charged.
+        spent_without_cap: whether something was charged while no lifetime cap was in force.
+        above_run_cap: whether a plan is above the cap on one run that was in force when it was accepted.
+        policy_noted: whether the ledger has noted the policy in force, with its digest; None: it was not given.
+        restored: the entries that made up for lost ones.
+        problem: why the ledger does not verify.
+        versions: of fedtune, that wrote it.
+    """
+
+    delta: float
+    unit: str
+    inexact: str
+    cap_raised: bool
+    spent_without_cap: bool
+    above_run_cap: bool
+    policy_noted: bool | None
+    policy_digest: str = ""
+    restored: str = ""
+    problem: str = ""
+    versions: str = ""
+
+    @classmethod
+    def of_record(cls, record: LedgerRecord, *, above_run_cap: bool) -> LedgerFacts:
+        """As the ledger has them."""
+        policies = [event for event in record.events if event.detail.get("what") == "policy"]
+        restored = [event.sequence for event in record.events if event.detail.get("what") == "restored"]
+        caps = [(event.sequence, finite(policy_of(event.detail["policy"]).budget.max_epsilon)) for event in policies]
+        charges = [event.sequence for event in record.events if event.kind is Kind.RESERVE] + restored
+        own = record.policy_file
+        return cls(
+            delta=record.history.delta,
+            unit=record.history.opened.unit,
+            inexact=noted_inexact([event.detail["policy"] for event in policies]),
+            cap_raised=cap_was_raised(caps, charges),
+            spent_without_cap=spent_without_cap(caps, charges),
+            above_run_cap=above_run_cap,
+            policy_noted=None if own is None else own.to_json() == record.policy.to_json(),
+            policy_digest=own.digest() if own else "",
+            restored=", ".join(map(str, restored)),
+            problem=record.problem,
+            versions="fedtune " + ", ".join(dict.fromkeys(event.code for event in record.events)),
+        )
+
+    @classmethod
+    def of_report(cls, report: Report, site: SiteReport) -> LedgerFacts:
+        """As favourably as a report allows, of one of its sites.
+
+        A ledger has entries, a report has days alone; and a cap on one run that was in force once is only in a ledger.
+        """
+        stated = {one.code for one in report.assumptions}
+        caps = [(cap.time[:10], cap.max_epsilon) for cap in site.lifetime.caps] if site.lifetime else []
+        # What a lead joined has the steps of its own run alone.
+        days = [step.time[:10] for step in site.steps if step.time] if site.source == "own_ledger" else []
+        return cls(
+            delta=report.delta,
+            unit=report.unit,
+            inexact="not noted" if "clipping_but_for_rounding" in stated else "false",
+            cap_raised=cap_was_raised(caps, days),
+            spent_without_cap=spent_without_cap(caps, days),
+            above_run_cap="above_run_cap" in site.verdict.reasons,
+            policy_noted=True if "policy_noted" in stated else None,
+        )
+
+
+def spent_without_cap(caps: Sequence[tuple[_Place, float | None]], charges: Sequence[_Place]) -> bool:
+    """Whether something was charged while no lifetime cap was in force: no later cap makes that a promise.
+
+    Args:
+        caps: from where on each held, None being none; in order.
+        charges: where something was charged.  Places are entries of a ledger, or days where no more is known: of two
+            things on one day either may have come first, so that nothing is certain.
+    """
+    return any(
+        cap is None and place < charge and all(charge < end for end, _ in caps[number + 1 : number + 2])
+        for number, (place, cap) in enumerate(caps)
+        for charge in charges
+    )
+
+
+def cap_was_raised(caps: Sequence[tuple[_Place, float | None]], charges: Sequence[_Place]) -> bool:
+    """Whether a lifetime cap was raised after something was charged, and so perhaps because of what it released."""
+    return bool(charges) and any(
+        place > min(charges) and before is not None and (after is None or after > before)
+        for (_, before), (place, after) in pairwise(caps)
+    )
+
+
+def noted_inexact(policies: Sequence[Mapping[str, Any]]) -> str:
+    """What the policies that a ledger noted say of inexact gradients, as in `LedgerFacts`."""
+    said = {policy["allow"].get("inexact_gradients") for policy in policies}
+    return "true" if True in said else "false" if said == {False} else "not noted"

@@ -1,0 +1,290 @@
+"""What was charged, as a report says it, and what it means: epsilon over delta, and how well any attack can do.
+
+The ceilings follow from (epsilon, delta) alone, by formulae that anybody can check by hand; they hold for an attacker
+who knows every other record and everything that was released, and real attacks do worse.  An epsilon that nothing
+bounds gives the trivial ceiling.
+
+The mechanism's own curve says more: the privacy loss distribution of everything that was charged bounds delta at every
+epsilon at once, and with it every attack's hit rate; (epsilon, delta) is one point of that curve.  Each figure is an
+upper bound: losses are rounded up, add and remove are both covered, and each attack is bounded by the best of many
+points.  Like every figure by PLD this is a proof for a plan that was fixed beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+
+from dp_accounting import DpEvent
+
+from fedtune.privacy import accountant, events
+from fedtune.privacy.accountant import Counted
+from fedtune.privacy.events import Spent
+from fedtune.privacy.plan import Plan
+from fedtune.report.model import Charge, CurvePoint, HitRate, Meaning, Mechanism, Posterior, Source
+from fedtune.report.model import Spent as Figures
+from fedtune.words import finite, unbounded
+
+DELTAS = tuple(10.0**-power for power in range(3, 11))
+"""Where the reports' curves are shown, beside their own delta."""
+_LARGEST_EPSILON = 60.0  # beyond it, a share that an attack misses is no longer seen in a float
+PRIORS = (0.5, 0.1, 0.01, 0.001)
+"""How sure an attacker may be beforehand, in the reports' tables."""
+FALSE_ALARMS = (0.01, 0.001)
+"""Shares of false alarms in the reports' tables."""
+TIERS_SOURCE = "arXiv 2303.00654"
+_TIERS = ((1.0, "strong"), (10.0, "reasonable"))
+_LARGEST_EXPONENT = 700.0  # e to it is still a number
+
+
+def charged_events(plan: Plan, rounds: int) -> Mapping[DpEvent, int]:
+    """The single mechanisms of so many charged rounds, counted."""
+    return events.grouped([plan.event(rounds=rounds)])
+
+
+def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechanism:
+    """What `rounds` charged rounds of a plan did.
+
+    Args:
+        plan: the run's.
+        run: as the sites' ledgers call it.
+        rounds: charged, retries included.
+        sampling: how units really joined a step, or "not_recorded".
+    """
+    charges = events.counted(charged_events(plan, rounds))
+    return Mechanism(
+        run=run,
+        sampling_assumed="poisson",
+        sampling_run=sampling,
+        sampling_rate=plan.sampling_rate,
+        noise_multiplier=plan.noise_multiplier,
+        max_grad_norm=plan.max_grad_norm if plan.private else None,
+        local_steps=plan.local_steps,
+        rounds=rounds,
+        metrics_noise_multiplier=plan.metrics_noise_multiplier,
+        charges=tuple(Charge(event=event, count=count) for event, count in charges),
+        records_per_user=plan.records_per_user,
+    )
+
+
+def largest(epsilons: Iterable[float | None]) -> float | None:
+    """The worst of some epsilons; None, which nothing bounds, is worse than all."""
+    values = list(epsilons)
+    return None if None in values else max((value for value in values if value is not None), default=0.0)
+
+
+def posterior(epsilon: float, *, prior: float) -> float:
+    """How sure an attacker can become that a record was used, from epsilon alone.
+
+    Posterior odds are e^epsilon times the `prior` odds.  With a delta above 0 this bounds no single outcome: the chance
+    of an outcome that passes it is at least delta, and can be many times delta.
+    """
+    factor = _inverse_exponential(epsilon)
+    return prior / (prior + (1 - prior) * factor)
+
+
+def hit_rate_ceiling(epsilon: float, delta: float, *, false_alarms: float) -> float:
+    """Of the records that were used, the share that any attack finds: at most, from (epsilon, delta) alone.
+
+    Args:
+        epsilon: of the guarantee.
+        delta: of the guarantee.
+        false_alarms: share of the records that were not used which the attack takes for used ones.
+    """
+    other_way = 1 - (1 - delta - false_alarms) * _inverse_exponential(epsilon)
+    return max(false_alarms, min(_exponential(epsilon) * false_alarms + delta, other_way, 1.0))
+
+
+def right_of_100_ceiling(epsilon: float, delta: float) -> float:
+    """Of 100 guesses whether a record was used, half of which were: at most so many are right on average.
+
+    From (epsilon, delta) alone; 50 is coin-tossing.
+    """
+    factor = _inverse_exponential(epsilon)  # (e^epsilon + delta) / (1 + e^epsilon), without the large number
+    return 100 * (1 + delta * factor) / (1 + factor)
+
+
+def group(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
+    """What (epsilon, delta) for one record comes to for `members` records of one person.
+
+    Delta grows so fast that this seldom promises anything: the unit has to be the person while training.
+    """
+    if delta == 0 or epsilon == 0:
+        return members * epsilon, min(1.0, members * delta)
+    if members * epsilon > _LARGEST_EXPONENT:
+        return members * epsilon, 1.0
+    return members * epsilon, min(1.0, delta * math.expm1(members * epsilon) / math.expm1(epsilon))
+
+
+def expected_failures(delta: float, *, declared_size: int) -> float:
+    """Of `declared_size` records, on how many the bound by epsilon may fail at worst, on average."""
+    return delta * declared_size
+
+
+def strength_band(epsilon: float | None) -> str:
+    """A word for the size of `epsilon` (None: unbounded), by the tiers of `TIERS_SOURCE`; no regulator sets one."""
+    if epsilon is None or math.isinf(epsilon):
+        return "none"
+    return next((code for most, code in _TIERS if epsilon <= most), "weak")
+
+
+def _exponential(epsilon: float) -> float:
+    return math.inf if epsilon > _LARGEST_EXPONENT else math.exp(epsilon)
+
+
+def _inverse_exponential(epsilon: float) -> float:
+    return 0.0 if epsilon > _LARGEST_EXPONENT else math.exp(-epsilon)
+
+
+def interval_of(source: Source) -> float:
+    """The width of PLD's buckets for a site's epsilon: fine for one run's, coarse for a ledger's.
+
+    Curves are always computed on the coarse grid, which only ever says more.
+    """
+    return accountant.COARSE if source == "own_ledger" else accountant.FINE
+
+
+def epsilon_pld(spent: Spent, delta: float, *, interval: float = accountant.COARSE) -> float | None:
+    """Epsilon at `delta` by PLD, from a composition that is kept; None: unbounded."""
+    return finite(_pld(_counted(spent), interval).get_epsilon(delta))
+
+
+def epsilon_rdp(spent: Spent, delta: float) -> float | None:
+    """Epsilon at `delta` by RDP, likewise."""
+    with accountant.without_notes_on_skipped_orders():
+        return finite(_rdp(_counted(spent)).get_epsilon(delta))
+
+
+def accountants_agree(figures: Figures, *, width: float) -> bool:
+    """Whether RDP, which is looser, says no less than PLD; where it does, one of the two may be wrong.
+
+    Both are upper bounds.  PLD's grows with the `width` of its buckets, by no more than about the root of the number of
+    mechanisms; of many with next to no loss, RDP may say less by that.
+    """
+    if not figures.epsilon_pld or not figures.epsilon_rdp:
+        return True
+    return figures.epsilon_pld <= figures.epsilon_rdp + width * math.sqrt(figures.steps + figures.rounds)
+
+
+def curve(spent: Spent, deltas: Iterable[float]) -> tuple[CurvePoint, ...]:
+    """Epsilon at each delta, by both accountants, the largest delta first."""
+    return tuple(
+        CurvePoint(delta=delta, epsilon_pld=epsilon_pld(spent, delta), epsilon_rdp=epsilon_rdp(spent, delta))
+        for delta in sorted(set(deltas), reverse=True)
+    )
+
+
+def curve_deltas(delta: float) -> tuple[float, ...]:
+    """The deltas of a report's curve: powers of ten, and the report's own."""
+    return tuple(sorted({*DELTAS, delta}, reverse=True))
+
+
+def hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
+    """Of the records that were used, the share that any attack on this mechanism finds: at most; None: unbounded.
+
+    For an attack with a share f of false alarms, and each epsilon >= 0 with its delta, the share is at most
+    e^epsilon f + delta, and at most 1 - (1 - delta - f) / e^epsilon.  The least over epsilon is the mechanism's
+    trade-off curve (Dong, Roth and Su 2019, arXiv 1905.02383, Section 2.3).
+    """
+    return _hit_rate_of(_counted(spent), false_alarms)
+
+
+@lru_cache(maxsize=256)
+def _hit_rate_of(counted: Counted, false_alarms: float) -> float | None:
+    if _is_unbounded(counted):
+        return None
+
+    def more_alarms(epsilon: float) -> float:
+        return math.exp(epsilon) * false_alarms + _delta(counted, epsilon)
+
+    def fewer_misses(epsilon: float) -> float:
+        return 1 - (1 - _delta(counted, epsilon) - false_alarms) * math.exp(-epsilon)
+
+    return max(false_alarms, min(1.0, _least(more_alarms), _least(fewer_misses)))
+
+
+def hit_rates(spent: Spent, false_alarms: Iterable[float] = FALSE_ALARMS) -> tuple[float | None, ...]:
+    """`hit_rate` at each share of false alarms."""
+    return tuple(hit_rate(spent, false_alarms=share) for share in false_alarms)
+
+
+def right_of_100(spent: Spent) -> float | None:
+    """Of 100 guesses whether a record was used, half of which were: so many are right at most; None: unbounded.
+
+    The best attack is right with probability (1 + delta) / 2, delta being the mechanism's own at epsilon 0.
+    """
+    counted = _counted(spent)
+    return None if _is_unbounded(counted) else 50 * (1 + _delta(counted, 0.0))
+
+
+def meaning(
+    spent: Spent, *, epsilon: float | None, delta: float, declared_size: int | None, fixed: bool = True
+) -> Meaning:
+    """What `epsilon` at `delta`, and the mechanism that `spent` it, mean as frequencies.
+
+    Args:
+        spent: everything charged.
+        epsilon: that the report states for it; None: unbounded.
+        delta: that it is stated at.
+        declared_size: number of units that the site publishes.
+        fixed: whether all that was charged was fixed beforehand; else the mechanism's curve bounds nothing.
+    """
+    stated = unbounded(epsilon)
+    right = right_of_100_ceiling(stated, delta)
+    rates = zip(FALSE_ALARMS, hit_rates(spent) if fixed else (None, None), strict=True)
+    return Meaning(
+        right_of_100_ceiling=right,
+        right_of_100_mechanism=_at_most(right_of_100(spent) if fixed else None, right),
+        posterior=tuple(Posterior(prior=prior, ceiling=posterior(stated, prior=prior)) for prior in PRIORS),
+        hit_rates=tuple(_hit_rate(stated, delta, false_alarms=alarms, mechanism=rate) for alarms, rate in rates),
+        expected_failures=(None if declared_size is None else expected_failures(delta, declared_size=declared_size)),
+    )
+
+
+def _hit_rate(epsilon: float, delta: float, *, false_alarms: float, mechanism: float | None) -> HitRate:
+    ceiling = hit_rate_ceiling(epsilon, delta, false_alarms=false_alarms)
+    return HitRate(false_alarms=false_alarms, ceiling=ceiling, mechanism=_at_most(mechanism, ceiling))
+
+
+def _at_most(mechanism: float | None, ceiling: float) -> float | None:
+    """Both bound the same attack; the coarse grid may say a little more than a ceiling from a finer one."""
+    return None if mechanism is None else min(mechanism, ceiling)
+
+
+def _least(bound: Callable[[float], float]) -> float:
+    """The least of a `bound` over epsilon, by golden section; it falls, then rises, and holds at every epsilon."""
+    ratio = (math.sqrt(5) - 1) / 2
+    low, high = 0.0, _LARGEST_EPSILON
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = bound(left), bound(right)
+    while high - low > 1e-5:
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = bound(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = bound(right)
+    return min(at_left, at_right, bound(0.0))
+
+
+def _counted(spent: Spent) -> Counted:
+    """The mechanisms in a fixed order, so that equal histories give equal figures to the last digit."""
+    pairs = events.grouped(spent).items()
+    return tuple(sorted(pairs, key=lambda pair: json.dumps(events.to_json(pair[0]), sort_keys=True)))
+
+
+def _delta(mechanisms: Counted, epsilon: float) -> float:
+    """Delta at `epsilon`, whichever of two neighbours has the unit more."""
+    return min(1.0, max(0.0, float(_pld(mechanisms, accountant.COARSE).get_delta(epsilon))))
+
+
+def _is_unbounded(mechanisms: Counted) -> bool:
+    return math.isinf(_pld(mechanisms, accountant.COARSE).get_epsilon(0.5))
+
+
+_pld = lru_cache(maxsize=64)(accountant.composed_pld)
+_rdp = lru_cache(maxsize=64)(accountant.composed_rdp)

@@ -1,0 +1,154 @@
+"""Whether what was spent stays within what was approved, as it follows from a report's figures.
+
+A verdict is made of reasons: its state is the worst that one of them brings about, and `REASONS` says which that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from fedtune.privacy.events import Spent
+from fedtune.report.derive.codes import NOT_RECORDED
+from fedtune.report.derive.facts import LedgerFacts, RunFacts
+from fedtune.report.derive.profile import accountants_agree, interval_of, meaning
+from fedtune.report.model import SiteReport, State, Verdict
+from fedtune.words import unbounded
+
+REASONS: Mapping[State, tuple[str, ...]] = {
+    "no_guarantee": (
+        "no_noise",
+        "seeded_noise",
+        "ledger_not_verified",
+        "ledger_in_doubt",
+        "no_lifetime_cap",
+        "site_report_disagrees",
+        "configuration_changed",
+        "receipts_not_believed",
+        "accountants_disagree",
+        "refuted_by_audit",
+        "holds_canaries",
+    ),
+    "exceeded": ("above_target", "above_lifetime_cap", "above_period_cap", "above_run_cap"),
+    "within": (
+        "nothing_spent",
+        "not_finished",
+        "site_silent",
+        "sampling_not_recorded",
+        "cap_raised",
+        "audited",
+    ),
+}
+"""State -> the reasons for it, those of "within" being worth saying; the worst state first."""
+WORST_FIRST: tuple[State, ...] = tuple(REASONS)
+_LAST_DIGITS = 1e-9
+"""Relative; what two ways to compute the same epsilon may differ by."""
+
+
+def verdict_of(reasons: Iterable[str]) -> Verdict:
+    """The verdict for all reasons that hold."""
+    holding = tuple(dict.fromkeys(reasons))
+    state: State = next((state for state in WORST_FIRST if not set(REASONS[state]).isdisjoint(holding)), "within")
+    return Verdict(state=state, reasons=tuple(code for code in holding if code in REASONS[state]))
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The worst state of some verdicts, with the reasons of those that have it, each once.
+
+    That one site spent nothing is no reason where another one did.
+    """
+    several = list(verdicts)
+    state = min((verdict.state for verdict in several), key=WORST_FIRST.index, default=WORST_FIRST[-1])
+    having = [verdict.reasons for verdict in several if verdict.state == state]
+    codes = dict.fromkeys(code for reasons in having for code in reasons)
+    if not all("nothing_spent" in reasons for reasons in having):
+        codes.pop("nothing_spent", None)
+    return Verdict(state=state, reasons=tuple(codes))
+
+
+def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: float) -> SiteReport:
+    """The site with the verdict for `reasons`, and with what its epsilon means.
+
+    Where nothing is promised that is not said, unless it says "anything": nothing but noise is missing.
+
+    Args:
+        site: with figures.
+        reasons: that hold.
+        charged: everything that its epsilon is of.
+        delta: of the report.
+    """
+    verdict, spent = verdict_of(reasons), site.spent
+    assert spent is not None
+    if verdict.state == "no_guarantee" and verdict.reasons != ("no_noise",):
+        return replace(site, verdict=verdict, meaning=None)
+    size, fixed = site.declared_size, were_fixed(site)
+    means = meaning(charged, epsilon=spent.epsilon, delta=delta, declared_size=size, fixed=fixed)
+    return replace(site, verdict=verdict, meaning=means)
+
+
+def of_run(site: SiteReport, facts: RunFacts) -> Iterator[str]:
+    """The reasons at one site of a run, whose plan was fixed: its whole cost is a proof whatever ended the run."""
+    spent = site.spent
+    if spent is None:
+        return
+    if spent.rounds == 0:
+        yield "nothing_spent"
+    else:
+        rows, planned = site.mechanisms, (spent.epsilon, spent.planned_epsilon)
+        yield from _holding(
+            no_noise=spent.epsilon is None,
+            seeded_noise=facts.seeded,
+            above_target=any(above(epsilon, facts.target) for epsilon in planned),
+            not_finished=not facts.finished,
+            site_silent=spent.upper_bound,
+            sampling_not_recorded=any(row.sampling_run == NOT_RECORDED for row in rows),
+        )
+    yield from _holding(
+        configuration_changed=not facts.unchanged,
+        receipts_not_believed=site.site in facts.doubtful,
+        accountants_disagree=not accountants_agree(spent, width=interval_of(site.source)),
+    )
+
+
+def of_ledger(site: SiteReport, facts: LedgerFacts) -> Iterator[str]:
+    """The reasons of a ledger: what was spent against what is approved now."""
+    spent, life, approved = site.spent, site.lifetime, site.approved
+    if spent is None or life is None:
+        return
+    something = life.epsilon != 0
+    cap, of_period = (approved.max_epsilon, approved.max_epsilon_per_period) if approved else (None, None)
+    yield from _holding(
+        ledger_not_verified=site.verification is None,
+        ledger_in_doubt=life.in_doubt,
+        seeded_noise=life.seeded,
+        no_noise=life.epsilon is None,
+        # A filter bounds anything only while a cap is fixed and never passed.
+        no_lifetime_cap=facts.spent_without_cap or (cap is None and something),
+        above_lifetime_cap=something and above(life.epsilon, cap),
+        above_period_cap=something and above(life.period_epsilon, of_period),
+        above_run_cap=facts.above_run_cap,
+        nothing_spent=not something,
+        cap_raised=facts.cap_raised,
+        accountants_disagree=not accountants_agree(spent, width=interval_of(site.source)),
+    )
+
+
+def _holding(**known: bool) -> Iterator[str]:
+    yield from (code for code, is_so in known.items() if is_so)
+
+
+def above(epsilon: float | None, cap: float | None) -> bool:
+    """Whether an epsilon passes a cap, by more than last digits; None is unbounded, or no cap."""
+    return cap is not None and unbounded(epsilon) > cap * (1 + _LAST_DIGITS)
+
+
+def were_fixed(site: SiteReport) -> bool:
+    """Whether all that was charged was fixed before any of it was released: one run, charged its whole plan.
+
+    A later run may be chosen, and an earlier one ended, because of what was released.
+    """
+    if site.source != "own_ledger":
+        return True  # one run's plan
+    charged = [row for row in site.mechanisms if row.rounds]
+    most = {run.run: run.most_rounds for run in site.lifetime.runs} if site.lifetime else {}
+    return len(charged) == 1 and most.get(charged[0].run) == charged[0].rounds

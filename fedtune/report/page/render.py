@@ -1,0 +1,369 @@
+"""A report as one HTML file that needs nothing else: no script, no font, no request; as PDF; and its files.
+
+What page 1 says beyond single figures is here, too, and how cells are grouped to fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from fedtune.privacy.durable import write_durably
+from fedtune.report import signing
+from fedtune.report.model import Assumption, Report
+from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.charts import Charts
+from fedtune.report.page.tables import Tables
+from fedtune.report.page.wording import Words, pointer, shortened
+from fedtune.spec import ConfigError
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_LONGEST_NAME = 28  # in the running footer, and within a sentence
+_LONGEST_TITLE = 40
+Access = dict[str, tuple[str, ...]]
+"""Who -> a code for each of `COLUMNS`."""
+
+COLUMNS = ("raw", "before_noise", "after_noise", "combined", "final")
+"""What there is to see."""
+_MOST_ASSUMPTIONS = 5
+_COIN_TOSSING = 50
+_SEES: Access = {
+    "own_site": ("yes", "yes", "own", "yes", "yes"),
+    "other_sites": ("no", "no", "no", "yes", "yes"),
+    "lead": ("no", "no", "yes", "yes", "yes"),
+    "users": ("no", "no", "no", "no", "yes"),
+    "public": ("no", "no", "no", "no", "if_published"),
+}
+_WITHOUT_NOISE: Access = {
+    "own_site": ("yes", "yes", "none_made", "yes", "yes"),
+    "other_sites": ("no", "no", "none_made", "yes", "yes"),
+    "lead": ("no", "same_as_before", "none_made", "yes", "yes"),
+}
+# The sites make their noise from the same seed.
+_WITH_A_SEED: Access = {
+    "other_sites": ("no", "with_seed", "no", "yes", "yes"),
+    "lead": ("no", "with_seed", "yes", "yes", "yes"),
+}
+_RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
+"""The column of the result that a site is left with when it takes its own from all combined."""
+_MOST_FOR_SUBTRACTION = 2
+Group = Literal["impact", "health", "documentation"]
+_GROUPS: tuple[tuple[str, Group], ...] = (("hipaa", "health"), ("ai_act", "documentation"), ("gpai", "documentation"))
+_SECTIONS = {
+    "released": "released",
+    "known_limits": "not_protected",
+    "randomness": "randomness",
+    "sampling_run": "sampling",
+    "verdict": "state",
+    "unit": "unit",
+} | dict.fromkeys(
+    (
+        "candidate_criteria",
+        "epsilon",
+        "erasure_reaches_model",
+        "erasure_reaches_records",
+        "inference_covered",
+        "ledger_verified",
+        "mechanism",
+        "modality",
+        "raw_records_leave_site",
+        "right_of_100_mechanism",
+        "rollback_excluded",
+        "runtime",
+        "secure_aggregation",
+        "source_type",
+        "technologies_off",
+        "technologies_on",
+        "transport",
+    ),
+    "value",
+)
+"""Facts whose values are codes, and the section of texts that has them; the others are names and figures."""
+_NUMBERS = (
+    "compute_ratio",
+    "declared_sizes",
+    "declared_total",
+    "delta",
+    "epsilon",
+    "expected_failures",
+    "heldout_fraction",
+    "labels",
+    "linkability_bound",
+    "most_tokens",
+    "num_sites",
+    "parameters_per_record",
+    "rank",
+    "right_of_100_ceiling",
+    "right_of_100_mechanism",
+    "scores_before",
+    "scores_final",
+    "seconds",
+    "singling_out_bound",
+    "trained_parameters",
+    "used_fraction",
+)
+"""Facts that end in a number; in the others digits belong to names, versions and hashes."""
+_NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e-?\d+)?$")
+
+
+def render(report: Report, *, language: str) -> str:
+    """The page of a report, in "en" or "de"; equal reports give equal pages.
+
+    Every figure on it carries its place in report.json.
+
+    Raises:
+        ConfigError: there are no texts in this language.
+    """
+    words = Words(report, catalogue(language))
+    tables = Tables(words)
+    digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
+    footer = words.text("page.footer", name=shortened(report.name, _LONGEST_NAME), digest=digest)
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            language=language,
+            report=report,
+            words=words,
+            t=words.text,
+            figure=words.figure,
+            code=words.code,
+            tables=tables,
+            charts=Charts(words, tables),
+            one=PageOne(words),
+            fields=Fields(words),
+            columns=COLUMNS,
+            pointer=pointer,
+            title=words.text("page.title", name=shortened(report.name, _LONGEST_TITLE)),
+            short=lambda name: shortened(name, _LONGEST_NAME),
+            digest=digest,
+            footer=css_string(footer.unescape()),
+        )
+    )
+
+
+def css_string(text: str) -> Markup:
+    """`text` as a string of a style sheet; nothing in it can end the string, the sheet or its element."""
+    safe = "".join(letter if letter.isascii() and letter.isalnum() else f"\\{ord(letter):x} " for letter in text)
+    return Markup(f'"{safe}"')
+
+
+@lru_cache(maxsize=1)
+def environment() -> Environment:
+    """The templates of all pages: everything that is filled in is escaped, and a name that is not there is an error."""
+    return Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def write_report(folder: Path, *, language: str = "en") -> None:
+    """Write the report of a run into its folder.
+
+    Raises:
+        ConfigError: the folder holds no run, or there is no such language.
+        RunError: what it holds is damaged.
+    """
+    from fedtune.report import from_run  # reads checkpoints, which takes torch; a ledger's report does without
+
+    write_files(folder, from_run.build(folder), language=language)
+
+
+def write_files(folder: Path, report: Report, *, language: str, pdf: bool = False) -> list[Path]:
+    """Write a report's files; each is whole at any moment.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: there is no such language, what makes a PDF is not installed, or the folder cannot be written.
+    """
+    html = render(report, language=language)
+    files = {"report.json": signing.to_text(report).encode(), "report.html": html.encode()}
+    if pdf:
+        files["report.pdf"] = as_pdf(html)
+    try:
+        for name, data in files.items():
+            write_durably(folder / name, data)
+    except OSError as error:
+        raise ConfigError("--output", str(folder), f"must be a folder that can be written ({error.strerror})") from None
+    return [folder / name for name in files]
+
+
+def as_pdf(html: str) -> bytes:
+    """`html`, a page of `render`, as tagged PDF; equal pages give equal bytes on one machine.
+
+    Nothing is fetched: what a page names outside itself is left out.
+
+    Raises:
+        ConfigError: WeasyPrint is not installed, or a library of the system that it needs.
+    """
+    weasyprint = _weasyprint()
+    # It tells of each rule of the style sheet that is for screens only.
+    logging.getLogger("weasyprint").setLevel(logging.ERROR)
+    # A class made here, since its base may be missing.
+    refusing = type("Refusing", (weasyprint.urls.URLFetcher,), {"fetch": _refuse})
+    document = weasyprint.HTML(string=html, base_url=None, url_fetcher=refusing())
+    identifier = hashlib.sha256(html.encode()).digest()[:16]
+    return bytes(document.write_pdf(pdf_identifier=identifier, pdf_tags=True))
+
+
+def _weasyprint() -> Any:
+    try:
+        importlib.import_module("weasyprint.urls")
+        return importlib.import_module("weasyprint")
+    except ImportError:
+        raise ConfigError("--pdf", True, "needs WeasyPrint: pip install 'fedtune[pdf]'") from None
+    except OSError as error:  # the package is there, a library of the system is not
+        bound = f"needs Pango (on Debian: apt-get install libpango-1.0-0 libpangoft2-1.0-0): {error}"
+        raise ConfigError("--pdf", True, bound) from None
+
+
+def _refuse(_: object, url: str, *__: object, **___: object) -> None:
+    raise ValueError(f"a report needs nothing from outside, and not {url}")
+
+
+class PageOne:
+    """Of one report; every word and figure comes from elsewhere."""
+
+    def __init__(self, words: Words) -> None:
+        self._words = words
+
+    def access(self) -> Access:
+        """What each of five sees."""
+        noise = self._words.noise
+        sees = _SEES | {"noised": {}, "seeded": _WITH_A_SEED, "no_noise": _WITHOUT_NOISE}[noise]
+        if how := self.by_subtraction():
+            others = list(sees["other_sites"])
+            others[_RESULT[noise]] = how
+            sees["other_sites"] = tuple(others)
+        return sees
+
+    def by_subtraction(self) -> str | None:
+        """How one of two sites sees the other's result: it takes its own from the average of both; None: it cannot."""
+        report = self._words.report
+        if report.kind == "ledger":
+            return "if_two_sites"  # of its runs the ledger knows no others that took part
+        rounds = report.utility.rounds if report.utility else ()
+        took_part = [len(report.sites), *(len(one.sites) for one in rounds if one.sites)]
+        return "by_subtraction" if min(took_part) <= _MOST_FOR_SUBTRACTION else None
+
+    def is_simulated(self) -> bool:
+        """Whether the record says that no real sites took part."""
+        return any(cell.facts.get("runtime") in ("simulation", "ray") for cell in self._words.report.cells)
+
+    def largest_failures(self) -> str | None:
+        """Pointer to the site that expects most failures of the promise."""
+        sites = self._words.report.sites
+        known = {
+            place: site.meaning.expected_failures
+            for place, site in enumerate(sites)
+            if site.meaning is not None and site.meaning.expected_failures is not None
+        }
+        return f"/sites/{max(known, key=lambda place: known[place])}" if known else None
+
+    def assumptions(self) -> tuple[Assumption, ...]:
+        """All violated ones, and then as many others as page 1 has room for."""
+        found = self._words.report.assumptions
+        violated = [one for one in found if one.status == "violated"]
+        others = [one for one in found if one.status != "violated"]
+        return (*violated, *others[: max(0, _MOST_ASSUMPTIONS - len(violated))])
+
+    def guesses(self, pointer: str) -> Markup:
+        """A picture of 100 guesses: discs are right by luck, diamonds right beyond that, rings wrong."""
+        right = min(100, math.ceil(self._words.at(pointer)))
+        marks = "".join(_mark(number, right) for number in range(100))
+        label = self._words.text("meaning.picture", number=right)
+        return Markup('<svg class="guesses" viewBox="0 0 200 50" role="img" aria-label="{}">{}</svg>').format(
+            label, Markup(marks)
+        )
+
+
+def _mark(number: int, right: int) -> str:
+    x, y = number % 20 * 10 + 5, number // 20 * 10 + 5
+    if number >= right:
+        return f'<circle cx="{x}" cy="{y}" r="3" fill="#fff" stroke="#666"/>'
+    if number < _COIN_TOSSING:
+        return f'<circle cx="{x}" cy="{y}" r="3.2" fill="#767676"/>'
+    return f'<path d="M{x} {y - 4.4}l4.4 4.4-4.4 4.4-4.4-4.4z" fill="#0b3d66"/>'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """The cell of one state: its facts, each with what it is called and what it says."""
+
+    state: str
+    facts: tuple[tuple[Markup, Markup], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Field:
+    """All cells of one code."""
+
+    name: Markup
+    parts: tuple[Part, ...]
+
+    @property
+    def known(self) -> list[Part]:
+        """What fedtune fills in, and what it should have been able to."""
+        return [part for part in self.parts if part.state != "site"]
+
+    @property
+    def open(self) -> list[Part]:
+        """What somebody at the site fills in."""
+        return [part for part in self.parts if part.state == "site"]
+
+
+class Fields:
+    """The fields of one report."""
+
+    def __init__(self, words: Words) -> None:
+        self._words = words
+
+    def of(self, group: Group) -> list[Field]:
+        """The fields of a group, in the report's order."""
+        found: dict[str, list[Part]] = {}
+        for place, cell in enumerate(self._words.report.cells):
+            if _group(cell.code) == group:
+                facts = tuple((self._words.code("fact", key), self._value(place, key)) for key in cell.facts)
+                found.setdefault(cell.code, []).append(Part(state=cell.state, facts=facts))
+        return [Field(name=self._words.code("field", code), parts=tuple(parts)) for code, parts in found.items()]
+
+    def _value(self, place: int, key: str) -> Markup:
+        """What a fact says: codes in words, numbers in the language's way, names as they are."""
+        where = pointer("cells", place, "facts", key)
+        value = self._words.at(where)
+        if not value:
+            return Markup("")
+        if key == "date":
+            return self._words.figure(where, "moment")
+        section = _SECTIONS.get(key)
+        tokens = [self._token(section, key, token) for token in value.split(", ")]
+        separator = "; " if section == "not_protected" else ", "
+        return Markup('<span data-at="{}" data-as="fact">{}</span>').format(where, Markup(separator).join(tokens))
+
+    def _token(self, section: str | None, key: str, token: str) -> Markup:
+        if section and self._words.catalogue.has(section, token):
+            return self._words.code(section, token)
+        return Markup("{}").format(_NUMBER.sub(self._number, token) if key in _NUMBERS else token)
+
+    def _number(self, found: re.Match[str]) -> str:
+        text = found.group()
+        return self._words.catalogue.digits(text)
+
+
+def _group(code: str) -> Group:
+    return next((group for prefix, group in _GROUPS if code.startswith(prefix)), "impact")

@@ -1,0 +1,1 @@
+"""What a run or a ledger left behind, as its files are."""

@@ -1,0 +1,165 @@
+"""What every task says: all that settings, training, scoring and reports need to know of it.
+
+A task is one object without state, in a file of its own, and stands in the list of `fedtune.tasks`.  Nothing else in
+fedtune asks which task a run has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.data.records import Record
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
+from fedtune.model.spec import TaskModelSpec
+from fedtune.privacy.mechanism import Unit
+from fedtune.spec import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from fedtune.data.batching import Batch
+    from fedtune.tasks.model import TaskModel
+
+
+class Task(ABC):
+    """What a run learns.
+
+    Methods that take a model import torch themselves: a command that only reads settings does not wait for it.
+
+    Attributes:
+        name: in settings, policies and reports.
+        roles: that every record must have.
+        has_labels: whether `data.labels` declares the classes.
+        has_head: whether a head is trained beside the adapters, by the settings under `head`.
+        predicts_tokens: whether the base is a decoder with its output layer; otherwise it ends in hidden states.
+        writes: the role whose text the model can write, which BLEU and ROUGE-L then score; None: it writes no text.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]]
+    has_labels: ClassVar[bool] = False
+    has_head: ClassVar[bool] = False
+    predicts_tokens: ClassVar[bool] = False
+    writes: ClassVar[str | None] = None
+
+    def roles_in(self, data: DataSpec) -> tuple[str, ...]:
+        """The roles that a record must have under these settings."""
+        return self.roles
+
+    def columns(self, data: DataSpec, *, partition: bool = False, unit: Unit = "record") -> dict[str, str]:
+        """Role to column of what a file must have: the task's, the unit's, and what the partition goes by."""
+        return data.needed_columns(self.roles_in(data), partition=partition, unit=unit)
+
+    def check_data(self, data: DataSpec) -> None:
+        """Check that columns and labels fit the task; errors name keys of `data`.
+
+        Raises:
+            ConfigError: a role has no column, or labels are missing, or declared where none are used.
+        """
+        for role in self.roles_in(data):
+            if role not in data.columns:
+                raise ConfigError("columns", dict(data.columns), f"must name the column for role {role!r}")
+        if self.has_labels and len(data.labels) < 2:
+            raise ConfigError("labels", data.labels, "must declare at least two labels")
+        if data.labels and not self.has_labels:
+            raise ConfigError("labels", data.labels, f"must be empty for task {self.name}")
+
+    def check_model(self, spec: TaskModelSpec) -> None:  # noqa: B027
+        """Check the settings of a model, also of a saved one; errors name keys of the run.
+
+        Raises:
+            ConfigError: they do not fit the task.
+        """
+
+    def check_base(self, base: PreTrainedModel, *, path: str) -> None:  # noqa: B027
+        """Check a loaded base before adapters are attached.
+
+        Raises:
+            ConfigError: for `model.path`, which it does not suit.
+        """
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:  # noqa: B027
+        """Check a loaded tokenizer.
+
+        Raises:
+            ConfigError: for `model.path`, whose tokenizer lacks what records need.
+        """
+
+    def usable(self, data: DataSpec) -> Callable[[Record], bool]:
+        """Whether a site uses a record at all: what the run never declared is left out, each record by itself."""
+        return lambda record: True
+
+    @abstractmethod
+    def tokenise(
+        self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
+    ) -> TextDataset:
+        """Token ids and targets, of each record alone.
+
+        Args:
+            records: n of them; none is fine.
+            tokenizer: the base's.
+            data: says how long an example may be, and what else the task reads there.
+            lenient_within: token ids must be below this number, and a record that has others, or that cannot be
+                encoded, becomes an example that adds nothing: no record may stop the others.  None: it raises.
+
+        Raises:
+            DataError: a record does not fit the settings.
+        """
+
+    def add_head(self, model: TaskModel) -> None:  # noqa: B027
+        """Give a new model the task's own tensors: those to train under `model.head`, public ones as buffers.
+
+        They must not depend on anything but the model's settings, since a saved adapter is loaded into them.
+        """
+
+    def start_head(self, model: TaskModel) -> None:  # noqa: B027
+        """Bring the head of a new model to where training starts, from public settings alone."""
+
+    @abstractmethod
+    def logits(self, model: TaskModel, batch: Batch) -> torch.Tensor:
+        """Float32 scores, whose first axis is the example."""
+
+    @abstractmethod
+    def losses(self, model: TaskModel, batch: Batch) -> torch.Tensor:
+        """(rows,) float32; each example's own loss, which depends on that example alone, with its gradient."""
+
+    def figures(self, model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
+        """What `scores` needs of each example, (rows,) by name."""
+        return {"loss": model.losses(batch)}
+
+    def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
+        """Scores of a whole data set, by name, from the figures of all its examples, (examples,) each.
+
+        Raises:
+            DataError: the data has nothing to score.
+        """
+        return {"loss": float(np.mean(figures["loss"]))}
+
+    @abstractmethod
+    def unit_score(self, model: TaskModel, batch: Batch) -> float:
+        """One score in [0, 1] of the one example in `batch`, which may be summed, noised and released."""
+
+    @abstractmethod
+    def made_up_targets(
+        self,
+        input_ids: Sequence[npt.NDArray[np.int32]],
+        *,
+        spec: TaskModelSpec,
+        draws: np.random.Generator,
+        first: Callable[[int], int],
+    ) -> Targets:
+        """Targets for invented examples, on which a model is tried before a run, and its cost is measured.
+
+        Args:
+            input_ids: of each example.
+            spec: of the model.
+            draws: where a target is one of several.
+            first: from an example's length to the place of its first target, where targets belong to tokens.
+        """

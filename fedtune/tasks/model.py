@@ -1,0 +1,138 @@
+"""A frozen base with adapters and a task: per-example losses, logits, and the parameters that train."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from fedtune.data.batching import Batch
+from fedtune.model.base import load_base
+from fedtune.model.checkpointing import checkpoint_layers
+from fedtune.model.lora import attach_lora, layer_stack
+from fedtune.model.prefix import FrozenPrefix
+from fedtune.model.probe import check_examples_apart
+from fedtune.model.spec import TaskModelSpec
+from fedtune.tasks import task_named
+from fedtune.tasks.base import Task
+
+
+class TaskModel(nn.Module):
+    """A base that stays as it is, and the few tensors that are trained, noised, sent and saved.
+
+    Every module is in evaluation mode for good, except those with trainable parameters of their own:
+    dropout inside the base would change an example's gradient from pass to pass, and hooks for
+    per-example gradients look only at modules in training mode.
+
+    Attributes:
+        spec: what the model was built from.
+        task: what it learns.
+        base: PEFT's wrapper around the base; call it for the base's own output.
+        head: tensors of the task's own; None where it has none.
+    """
+
+    head: nn.Module | None
+
+    def __init__(self, spec: TaskModelSpec, task: Task, base: PeftModel) -> None:
+        super().__init__()
+        self.spec, self.task, self.base = spec, task, base
+        self.head = None
+        task.add_head(self)
+        self._prefix = FrozenPrefix(layer_stack(base.get_base_model())[1])
+        self.train()
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """The task's float32 scores; the first axis is the row."""
+        with self._prefix.given(batch.prefix):
+            return self.task.logits(self, batch)
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """Each example's own loss, (examples,) float32; nothing runs for an empty batch.
+
+        A loss depends on its example alone, so that clipping bounds what an example can do: a mean over
+        the batch's tokens would let one example's length rescale the gradients of the others.
+        """
+        if len(batch.input_ids) == 0:
+            return torch.zeros(0, device=self.device, requires_grad=torch.is_grad_enabled())
+        with self._prefix.given(batch.prefix):
+            losses = self.task.losses(self, batch)
+        return losses[: len(losses) - batch.empty_rows]
+
+    def frozen_states(self, batch: Batch) -> torch.Tensor | None:
+        """What the layers below the first trained one make of each example, (n, t, h), whatever the adapter.
+
+        A batch that carries it as `prefix` skips those layers.  None when there are none to skip.
+        """
+        return self._prefix.states(lambda: self.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The losses."""
+        return self.losses(batch)
+
+    def train(self, mode: bool = True) -> TaskModel:
+        """Set training mode for the modules with trainable parameters of their own, evaluation mode elsewhere."""
+        super().train(False)
+        for module in self.modules():
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                module.train(mode)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.parameters()).device
+
+    @property
+    def num_ids(self) -> int:
+        """Token ids that the base has an embedding for, from 0."""
+        return int(self.base.get_base_model().get_input_embeddings().weight.shape[0])
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """All adapter and head tensors by their public name, in the order of the names; frozen ones too.
+
+        Names are PEFT's own in a saved adapter ("base_model.model....lora_A.weight"), and "head.weight".
+        """
+        named = {
+            name.removeprefix("base.").replace(".default.", "."): parameter
+            for name, parameter in self.named_parameters()
+            if ".lora_" in name or name.startswith("head.")
+        }
+        return dict(sorted(named.items()))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The tensors that are clipped, noised, stepped and released, in the order of their names."""
+        return {name: parameter for name, parameter in self.adapter_parameters().items() if parameter.requires_grad}
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Store only the layers' inputs in the forward pass: less memory, about a third more time.
+
+        Losses and per-example gradients stay the same.
+
+        Raises:
+            ConfigError: for `runtime.gradient_checkpointing`, in the first training pass, when the base's layers
+                depend on each other by more than what one hands to the next.
+        """
+        _, layers = layer_stack(self.base.get_base_model())
+        checkpoint_layers(layers)
+
+
+def build_task_model(spec: TaskModelSpec, *, device: torch.device | str = "cpu") -> TaskModel:
+    """Load the base, attach adapters that change nothing yet, and start the head.
+
+    Raises:
+        ConfigError: when the base cannot be had, or does not suit the task, the adapters or per-example clipping.
+    """
+    model = assemble(spec, device=device)
+    model.task.start_head(model)
+    return model
+
+
+def assemble(spec: TaskModelSpec, *, device: torch.device | str) -> TaskModel:
+    """The model with a head that is yet to be started, checked to keep examples apart."""
+    task = task_named(spec.task)
+    task.check_model(spec)
+    frozen = load_base(spec.model, predicts_tokens=task.predicts_tokens, device=device)
+    task.check_base(frozen, path=spec.model.path)
+    base = attach_lora(frozen, spec=spec.lora, predicts_tokens=task.predicts_tokens, seed=spec.seed)
+    check_examples_apart(base)
+    return TaskModel(spec, task, base)

@@ -1,0 +1,164 @@
+"""A saved adapter: a folder that PEFT loads by itself, with the task's head and settings beside it.
+
+adapter_config.json  adapter_model.safetensors   what `peft.PeftModel.from_pretrained(base, folder)` reads
+head.safetensors                                 the task's own tensors; of classification "weight" (labels, h) and
+                                                 "centre" (h,), see `HeadSpec`:
+                                                 logits = scale * weight @ normalised(pooled - centre)
+fedtune.json                                     settings, labels, the base's hash, the adapter's digest
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
+from fedtune.model.base import model_sha256
+from fedtune.model.manifest import manifest_of
+from fedtune.model.source import model_folder
+from fedtune.model.spec import RANDOM, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.spec import ConfigError
+from fedtune.tasks import task_named
+from fedtune.tasks.model import TaskModel, assemble
+
+_SCHEMA_VERSION = 1
+_HEAD = "head."
+"""What the names of the task's own tensors begin with; its public constants are buffers of the model itself."""
+
+
+def save_task_model(model: TaskModel, folder: Path) -> None:
+    """Write the adapter folder; a crash leaves the old folder, or none, but never half of a new one.
+
+    Matrices that were frozen at a random start (FFA-LoRA) are saved too, so that the folder is complete.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        complete, replaced = Path(scratch, "complete"), Path(scratch, "replaced")
+        complete.mkdir()
+        _write(model, complete)
+        if folder.exists():
+            os.rename(folder, replaced)
+        os.rename(complete, folder)
+
+
+def load_task_model(folder: Path, *, model: ModelSpec | None = None, device: torch.device | str = "cpu") -> TaskModel:
+    """Build the model that a folder was saved from.
+
+    Args:
+        folder: what `save_task_model` wrote.
+        model: where the base lies here, when that is not where it was; it must be the same model.
+        device: where to put it.
+
+    Raises:
+        ConfigError: when a file is missing or malformed, or the base is not the one the adapter was trained on.
+        AdapterError: when the tensors are not those the settings describe.
+    """
+    settings = _read_json(folder / "fedtune.json")
+    try:
+        spec = _spec_from(settings, model)
+        expected = settings["adapter_digest"]
+        tensors, head = _read_tensors(folder, has_head=task_named(spec.task).has_head)
+        # Before matrices of that rank are made: any number can stand in a file, and fill the memory.
+        if spec.lora.rank not in {length for array in tensors.values() for length in array.shape}:
+            raise ConfigError("lora.rank", spec.lora.rank, "must be that of the saved matrices")
+        loaded = assemble(spec, device=device)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(str(folder / "fedtune.json"), type(error).__name__, f"is malformed: {error}") from error
+    constants = dict(loaded.named_buffers(recurse=False))
+    copy_tensors(
+        tensors | {_HEAD + name: array for name, array in head.items() if name not in constants},
+        loaded.adapter_parameters(),
+    )
+    copy_tensors({name: array for name, array in head.items() if name in constants}, constants)
+    if Adapter.of(loaded).digest() != expected:
+        raise AdapterError(f"{folder}: the tensors are not the ones that fedtune.json names by digest")
+    return loaded
+
+
+def _write(model: TaskModel, folder: Path) -> None:
+    tensors = {name: parameter.detach().cpu().numpy() for name, parameter in model.adapter_parameters().items()}
+    head = {name.removeprefix(_HEAD): tensors.pop(name) for name in list(tensors) if name.startswith(_HEAD)}
+    head |= {name: constant.cpu().numpy() for name, constant in model.named_buffers(recurse=False)}
+    # safetensors' own "format" entry tells PEFT that these are for torch.
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if model.task.has_head:
+        save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "adapter_config.json", _peft_settings(model))
+    _write_json(folder / "fedtune.json", _settings(model))
+
+
+def _peft_settings(model: TaskModel) -> dict[str, Any]:
+    """PEFT's own, with the base as the user named it: where its files lie is this machine's affair."""
+    settings: dict[str, Any] = model.base.peft_config["default"].to_dict()
+    settings |= {"base_model_name_or_path": model.spec.model.path, "revision": model.spec.model.revision}
+    return settings | {"target_modules": sorted(settings["target_modules"]), "inference_mode": True}
+
+
+def _settings(model: TaskModel) -> dict[str, Any]:
+    base = model.spec.model
+    pinned = replace(base, sha256=base.sha256 or model_sha256(base), cache_dir=None)
+    spec = asdict(replace(model.spec, model=pinned))
+    return {"schema_version": _SCHEMA_VERSION, **spec, "adapter_digest": Adapter.of(model).digest()}
+
+
+def _spec_from(settings: dict[str, Any], model: ModelSpec | None) -> TaskModelSpec:
+    saved = ModelSpec(**settings["model"])
+    # A base that lies elsewhere is still pinned to the model that the adapter was trained on.
+    here = saved if model is None else replace(model, sha256=saved.sha256)
+    return TaskModelSpec(
+        model=_pinned_whole(here),
+        lora=LoraSpec(**_with_tuples(settings["lora"])),
+        head=HeadSpec(**_with_tuples(settings["head"])),
+        task=settings["task"],
+        labels=tuple(settings["labels"]),
+        seed=settings["seed"],
+    )
+
+
+def _pinned_whole(model: ModelSpec) -> ModelSpec:
+    """The same base by its whole manifest's hash, where fedtune 0.1.0 saved that of its weights.
+
+    That weakens nothing: sites never load saved adapters, only the lead does to score or use its own, and 0.1.0
+    promised no more than the same weights.  A run's model is never pinned so.
+    """
+    if model.path.startswith(RANDOM) or model.sha256 is None:
+        return model
+    manifest = manifest_of(model_folder(model), gguf_file=model.gguf_file)
+    return replace(model, sha256=manifest.sha256) if model.sha256 == manifest.weights_sha256 else model
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _read_tensors(folder: Path, *, has_head: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The adapter's tensors, and the task's own."""
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        return tensors, load_file(folder / "head.safetensors") if has_head else {}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError("adapter", str(folder), f"must hold the adapter's tensors ({error})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError("adapter", str(path), f"must be an adapter's settings ({error})") from error
+    if not isinstance(settings, dict) or settings.get("schema_version") != _SCHEMA_VERSION:
+        raise ConfigError("adapter", str(path), f"must be an adapter's settings of version {_SCHEMA_VERSION}")
+    return settings
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

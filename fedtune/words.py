@@ -1,0 +1,50 @@
+"""Figures as every layer writes them: infinity in JSON, counts with their noun, sizes and times."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def finite(value: float | None) -> float | None:
+    """A figure as JSON has it, which knows no infinity: None says that nothing bounds it."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def unbounded(value: float | None) -> float:
+    """The figure again that `finite` gave: None is infinity."""
+    return math.inf if value is None else value
+
+
+def jsonable(value: Any) -> Any:
+    """Nested data with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 round`, `2 rounds`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def size(num_bytes: float) -> str:
+    """`312 bytes`, `1.5 MiB`."""
+    if num_bytes < 1024:
+        return f"{num_bytes:.0f} bytes"
+    for unit in ("KiB", "MiB"):
+        num_bytes /= 1024
+        if num_bytes < 1024:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1024:.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min`, `5.0 h`: rounded up, as exactly as an estimate is."""
+    if seconds < 10:
+        return f"{max(seconds, 0.1):.1f} s"
+    if seconds < 120:
+        return f"{math.ceil(seconds)} s"
+    return f"{math.ceil(seconds / 60)} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,287 @@
+"""Losses, the head, and what trains; per-example gradients against a loop over examples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from opacus.grad_sample import GradSampleHooks
+from torch import nn
+from torch.nn import functional
+from transformers import BertLMHeadModel, RobertaForCausalLM
+
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, load_tokenizer
+from fedtune.model.checkpointing import checkpoint_layers
+from fedtune.model.probe import check_causal, check_examples_apart
+from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel, build_task_model, load_task_model, save_task_model
+from fedtune.tasks.classification import Classification
+
+EMBED = Classification().embed
+KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
+kinds = pytest.mark.parametrize(("path", "task"), KINDS)
+# torch says so where the input of a hooked module needs no gradient, as below the first adapter; the hook is right.
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+
+
+def hooked_gradients(model: TaskModel, batch: Any) -> dict[str, torch.Tensor]:
+    """Per-example gradients (n, ...) by Opacus."""
+    hooks = GradSampleHooks(model, loss_reduction="sum")
+    model.losses(batch).sum().backward()
+    rows = len(batch.input_ids)  # a head computes more of them: rows of no example fill a fixed shape
+    gradients = {name: parameter.grad_sample[:rows] for name, parameter in model.trainable().items()}
+    hooks.cleanup()
+    model.zero_grad()
+    return gradients
+
+
+def looped_gradients(model: TaskModel, batch: Any) -> dict[str, torch.Tensor]:
+    """The same, one example at a time and without padding."""
+    rows = []
+    for row in range(len(batch.input_ids)):
+        model.losses(batch.one(row)).sum().backward()
+        rows.append({name: parameter.grad for name, parameter in model.trainable().items()})
+        model.zero_grad()
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """Each example's whole gradient agrees to 1e-5 of its norm."""
+    assert list(left) == list(right)
+    first, second = (torch.cat([rows.flatten(1) for rows in each.values()], dim=1) for each in (left, right))
+    assert ((first - second).norm(dim=1) <= 1e-5 * second.norm(dim=1)).all()
+
+
+@kinds
+def test_per_example_gradients_equal_a_loop(trained: Any, examples: Any, path: str, task: str) -> None:
+    model, batch = trained(path, task), examples(task)
+    hooked = hooked_gradients(model, batch)
+    assert any(gradient.abs().max() > 1e-3 for gradient in hooked.values())
+    assert_same(hooked, looped_gradients(model, batch))
+
+
+@kinds
+@pytest.mark.parametrize("lora", [LoraSpec(rank=2), LoraSpec(rank=2, layers=(-1,), train_a=False)])
+def test_checkpointing_changes_no_loss_and_no_gradient(
+    trained: Any, examples: Any, path: str, task: str, lora: LoraSpec
+) -> None:
+    model, batch = trained(path, task, lora=lora), examples(task)
+    losses, gradients = model.losses(batch), hooked_gradients(model, batch)
+    model.enable_gradient_checkpointing()
+    model = copy.deepcopy(model)
+    torch.testing.assert_close(model.losses(batch), losses, rtol=0, atol=0)
+    again = hooked_gradients(model, batch)
+    assert_same(again, gradients)
+    assert_same(again, looped_gradients(model, batch))
+    with torch.no_grad():
+        torch.testing.assert_close(model.losses(batch), losses, rtol=0, atol=0)
+
+
+def test_checkpointing_stores_less(trained: Any, examples: Any) -> None:
+    def stored(model: TaskModel) -> int:
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.losses(examples("causal_lm"))
+        return sum(sizes)
+
+    model = trained("random:llama", "causal_lm")
+    plain = stored(model)
+    model.enable_gradient_checkpointing()
+    assert stored(model) < plain / 3
+
+
+@kinds
+def test_a_loss_depends_on_its_example_alone(trained: Any, examples: Any, path: str, task: str) -> None:
+    model, batch = trained(path, task), examples(task)
+    alone = torch.cat([model.losses(batch.one(row)) for row in range(4)])
+    torch.testing.assert_close(model.losses(batch), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_the_causal_loss_is_the_mean_over_an_examples_own_supervised_tokens(trained: Any, examples: Any) -> None:
+    model, batch = trained("random:llama", "causal_lm"), examples("causal_lm")
+    logits, losses = model.logits(batch), model.losses(batch)
+    for row in range(3):
+        supervised = [place for place in range(1, 7) if batch.targets[row, place] != -100]
+        each = [functional.cross_entropy(logits[row, place - 1], batch.targets[row, place]) for place in supervised]
+        torch.testing.assert_close(losses[row], torch.stack(each).mean())
+    assert losses[3] == 0
+
+
+@kinds
+def test_an_empty_batch_has_no_losses(trained: Any, examples: Any, path: str, task: str) -> None:
+    batch = examples(task)
+    empty = type(batch)(*(tensor[:0] for tensor in (batch.input_ids, batch.attention_mask, batch.targets)))
+    losses = trained(path, task).losses(empty)
+    losses.sum().backward()
+    assert losses.shape == (0,)
+    assert losses.dtype == torch.float32
+
+
+def test_no_supervised_token_anywhere_still_gives_gradients_of_zero(trained: Any, examples: Any) -> None:
+    batch = examples("causal_lm")
+    batch.targets.fill_(-100)
+    gradients = hooked_gradients(trained("random:llama", "causal_lm"), batch)
+    assert all(gradient.shape[0] == 4 and not gradient.any() for gradient in gradients.values())
+
+
+@kinds
+def test_a_step_moves_the_trainable_tensors_and_nothing_else(spec: Any, examples: Any, path: str, task: str) -> None:
+    model, batch = build_task_model(spec(path, task)), examples(task)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(3):  # the head first, then B, then A: each starts where the ones after it have no gradient
+        model.losses(batch).sum().backward()
+        torch.optim.SGD(model.trainable().values(), lr=0.001).step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.removeprefix("base.").replace(".default", "") for name in moved} == set(model.trainable())
+
+
+@kinds
+def test_only_modules_that_train_are_ever_in_training_mode(spec: Any, path: str, task: str) -> None:
+    model = build_task_model(spec(path, task))
+    for _ in range(2):
+        training = {module for module in model.modules() if module.training}
+        assert training == {m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
+        model.eval()
+        assert not any(module.training for module in model.modules())
+        model.train()
+
+
+@kinds
+def test_a_bfloat16_base_keeps_adapter_head_and_losses_in_float32(
+    trained: Any, examples: Any, path: str, task: str
+) -> None:
+    model = trained(path, task, model=ModelSpec(path=path, dtype="bfloat16"))
+    batch = examples(task)
+    assert {parameter.dtype for parameter in model.adapter_parameters().values()} == {torch.float32}
+    assert next(model.base.get_base_model().parameters()).dtype == torch.bfloat16
+    assert model.losses(batch).dtype == model.logits(batch).dtype == torch.float32
+    assert {gradient.dtype for gradient in hooked_gradients(model, batch).values()} == {torch.float32}
+    torch.testing.assert_close(model.losses(batch), trained(path, task).losses(batch), rtol=0.1, atol=0.1)
+
+
+def test_padding_is_never_told_by_its_token(trained: Any, examples: Any) -> None:
+    model, batch = trained("random:llama", "causal_lm"), examples("causal_lm")
+    other = type(batch)(torch.where(batch.attention_mask == 1, batch.input_ids, 9), batch.attention_mask, batch.targets)
+    torch.testing.assert_close(model.losses(batch), model.losses(other), rtol=1e-6, atol=1e-6)
+    ended = batch.input_ids.clone()
+    ended[0, 3] = 1  # a real end-of-turn token has the padding token's id
+    assert model.losses(type(batch)(ended, batch.attention_mask, batch.targets))[0] != model.losses(batch)[0]
+
+
+def test_tied_embeddings_stay_frozen(spec: Any) -> None:
+    base = build_task_model(spec("random:llama", "causal_lm")).base.get_base_model()
+    assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    assert not base.get_output_embeddings().weight.requires_grad
+
+
+@pytest.mark.parametrize("path", ["random:bert", "random:llama"])
+def test_the_head_starts_at_zero(spec: Any, examples: Any, path: str) -> None:
+    model = build_task_model(spec(path))
+    assert not model.logits(examples("classification")).any()
+
+
+@pytest.mark.parametrize("path", ["random:bert", "random:llama"])
+def test_label_names_start_the_head(spec: Any, path: str) -> None:
+    model = build_task_model(spec(path, head=HeadSpec(init="label_names", scale=5.0)))
+    tokenizer = load_tokenizer(model.spec.model)
+    token_ids = torch.tensor([tokenizer("exchange rate")["input_ids"]])
+    rows = model.head.weight
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(EMBED(model, token_ids, torch.ones_like(token_ids))[0], rows[1])
+    described = build_task_model(spec(path, head=HeadSpec(init="label_names", label_texts=("a", "exchange rate", "c"))))
+    torch.testing.assert_close(described.head.weight[1], rows[1])
+    assert not torch.allclose(described.head.weight[0], rows[0])
+
+
+def test_a_frozen_head_does_not_train(spec: Any) -> None:
+    model = build_task_model(spec(head=HeadSpec(init="label_names", train=False)))
+    assert "head.weight" not in model.trainable()
+    assert "head.weight" in model.adapter_parameters()
+
+
+def test_an_encoder_is_no_causal_language_model(spec: Any) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path.*decoder"):
+        build_task_model(spec("random:bert", "causal_lm"))
+
+
+def test_layers_that_pass_gradients_on_the_side_are_not_checkpointed() -> None:
+    class Layer(nn.Linear):
+        def forward(self, hidden: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden) + side
+
+    layers = nn.ModuleList([Layer(2, 2)])
+    checkpoint_layers(layers)
+    layers[0](torch.ones(1, 2), side=torch.ones(2)).sum().backward()
+    with pytest.raises(ConfigError, match=r"runtime\.gradient_checkpointing"):
+        layers[0](torch.ones(1, 2), side=torch.ones(2, requires_grad=True))
+
+
+class Flattening(nn.Module):
+    """A base whose feed-forward block loses the example axis, and which has a module it never uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4).requires_grad_(False)
+        self.linear = nn.Linear(4, 4)
+        self.flat, self.unused = False, False
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids)
+        if self.unused:
+            return hidden
+        return self.linear(hidden.flatten(0, 1)).view(hidden.shape) if self.flat else self.linear(hidden)
+
+
+def test_a_module_that_mixes_examples_is_refused() -> None:
+    base = Flattening()
+    check_examples_apart(base)
+    base.flat = True
+    with pytest.raises(ConfigError, match="several examples"):
+        check_examples_apart(base)
+    base.unused = True
+    with pytest.raises(ConfigError, match="never used"):
+        check_examples_apart(base)
+
+
+def test_specs_are_kept(spec: Callable[..., TaskModelSpec]) -> None:
+    assert build_task_model(spec()).spec == spec()
+
+
+def test_the_centre_is_the_mean_of_the_labels_embeddings_and_is_not_trained(spec: Callable[..., TaskModelSpec]) -> None:
+    plain = build_task_model(spec(head=HeadSpec(init="label_names")))
+    model = build_task_model(spec(head=HeadSpec(init="label_names", centre=True)))
+    torch.testing.assert_close(model.centre, plain.head.weight.mean(dim=0))
+    rows = torch.nn.functional.normalize(plain.head.weight - model.centre, dim=-1)
+    torch.testing.assert_close(model.head.weight, rows)
+    assert "centre" not in model.trainable()
+    ids = torch.tensor([[2, 7, 8, 3]])
+    embedded, uncentred = (EMBED(one, ids, torch.ones_like(ids)) for one in (model, plain))
+    torch.testing.assert_close(embedded, torch.nn.functional.normalize(uncentred - model.centre, dim=-1))
+
+
+def test_a_saved_folder_keeps_the_centre(spec: Callable[..., TaskModelSpec], tmp_path: Path) -> None:
+    model = build_task_model(spec(head=HeadSpec(centre=True)))
+    with torch.no_grad():
+        model.centre.add_(0.25)  # recomputing it would not give this
+    save_task_model(model, tmp_path / "adapter")
+    loaded = load_task_model(tmp_path / "adapter")
+    assert torch.equal(loaded.centre, model.centre)
+
+
+@pytest.mark.parametrize("kind", [RobertaForCausalLM, BertLMHeadModel])
+def test_an_encoder_that_calls_itself_a_decoder_is_none(kind: Any) -> None:
+    """It sees no later token, but its head rounds a place by where that lies in the batch."""
+    config = kind.config_class(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, is_decoder=True
+    )
+    with pytest.raises(ConfigError, match=r"model\.path .*must be a decoder for causal_lm: [a-z-]+ is an encoder"):
+        check_causal(kind(config), path="some/model")

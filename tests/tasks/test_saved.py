@@ -1,0 +1,215 @@
+"""Adapters travel and are saved without loss, and nothing else passes for one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save
+from transformers import AutoModel
+
+from fedtune.model import Adapter, AdapterError, HeadSpec, LoraSpec, ModelSpec, load_base, load_tokenizer
+from fedtune.spec import ConfigError
+from fedtune.tasks import build_task_model, load_task_model, save_task_model
+from fedtune.tasks.classification import Classification, mean_pooled
+
+KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
+kinds = pytest.mark.parametrize(("path", "task"), KINDS)
+
+
+def small(**changes: np.ndarray) -> Adapter:
+    return Adapter({"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(2, np.float32)} | changes)
+
+
+def test_the_digest_is_what_its_documentation_says() -> None:
+    expected = hashlib.sha256(
+        b'["a","float32",[2]]\n'
+        + np.ones(2, "<f4").tobytes()
+        + b'["b","float32",[2,3]]\n'
+        + np.arange(6, dtype="<f4").tobytes()
+    ).hexdigest()
+    assert small().digest() == expected
+
+
+def test_the_digest_sees_values_names_and_shapes_but_not_order_or_layout() -> None:
+    digest = small().digest()
+    assert Adapter(dict(reversed(small().tensors.items()))).digest() == digest
+    assert small(b=np.asfortranarray(small().tensors["b"])).digest() == digest
+    others = [small(a=np.zeros(2, np.float32)), small(a=np.ones((1, 2), np.float32)), small(c=np.ones(1, np.float32))]
+    assert len({digest, *(other.digest() for other in others)}) == 4
+
+
+def test_an_adapter_cannot_be_changed() -> None:
+    source = np.ones(2, np.float32)
+    adapter = small(a=source)
+    source[:] = 7
+    assert adapter.tensors["a"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match="read-only"):
+        adapter.tensors["a"][0] = 2
+    with pytest.raises(TypeError):
+        adapter.tensors["a"] = source  # type: ignore[index]
+
+
+def test_bytes_round_trip() -> None:
+    assert Adapter.from_bytes(small().to_bytes()).digest() == small().digest()
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", small().to_bytes()[:-1], save({"a": torch.ones(2).bfloat16()})])
+def test_bytes_that_are_no_adapter(data: bytes) -> None:
+    with pytest.raises(AdapterError):
+        Adapter.from_bytes(data)
+
+
+@pytest.mark.parametrize("array", [np.ones(2), np.ones(2, np.float16), [1.0]])
+def test_only_float32_arrays(array: Any) -> None:
+    with pytest.raises(AdapterError, match="a must be a float32 array"):
+        Adapter({"a": array})
+
+
+@kinds
+def test_an_adapter_moves_a_model(trained: Any, spec: Any, examples: Any, path: str, task: str) -> None:
+    model, other = trained(path, task), build_task_model(spec(path, task))
+    adapter = Adapter.of(model)
+    assert list(adapter.tensors) == list(model.trainable()) == sorted(model.trainable())
+    adapter.load_into(other)
+    assert torch.equal(other.logits(examples(task)), model.logits(examples(task)))
+    assert Adapter.of(other).digest() == adapter.digest()
+
+
+def test_an_adapter_that_does_not_fit_copies_nothing(trained: Any, spec: Any) -> None:
+    model = build_task_model(spec())
+    before, tensors = Adapter.of(model), dict(Adapter.of(trained()).tensors)
+    head = tensors.pop("head.weight")
+    wrong = [tensors, tensors | {"head.weight": head, "extra": head}, tensors | {"head.weight": head[:, :-1]}]
+    for each in wrong:
+        with pytest.raises(AdapterError, match=r"head\.weight|extra"):
+            Adapter(each).load_into(model)
+    assert Adapter.of(model).digest() == before.digest()
+
+
+@kinds
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("lora", [LoraSpec(rank=2, rslora=True), LoraSpec(rank=2, layers=(-1,), train_a=False)])
+def test_plain_peft_gives_the_same_logits(
+    trained: Any, examples: Any, tmp_path: Path, path: str, task: str, lora: LoraSpec
+) -> None:
+    model, batch = trained(path, task, lora=lora), examples(task)
+    save_task_model(model, tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(
+        load_base(ModelSpec(path=path), predicts_tokens=task == "causal_lm"), str(tmp_path / "adapter")
+    )
+    output = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    if task == "causal_lm":
+        logits = output.logits
+    else:
+        head = load_file(tmp_path / "adapter" / "head.safetensors")["weight"]
+        scale = json.loads((tmp_path / "adapter" / "fedtune.json").read_text())["head"]["scale"]
+        logits = scale * mean_pooled(output.last_hidden_state, batch.attention_mask) @ head.T
+    torch.testing.assert_close(logits, model.logits(batch), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_plain_peft_on_plain_transformers(trained: Any, spec: Any, examples: Any, tmp_path: Path) -> None:
+    local = ModelSpec(path=str(tmp_path / "base"))
+    load_base(ModelSpec(path="random:bert")).save_pretrained(local.path)
+    load_tokenizer(ModelSpec(path="random:bert")).save_pretrained(local.path)
+    model, batch = trained(model=local), examples("classification")
+    save_task_model(model, tmp_path / "adapter")
+    base = AutoModel.from_pretrained(local.path)
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    hidden = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    torch.testing.assert_close(
+        mean_pooled(hidden, batch.attention_mask), Classification().embed(model, batch.input_ids, batch.attention_mask)
+    )
+
+
+@kinds
+@pytest.mark.parametrize("changes", [{}, {"lora": LoraSpec(rank=3, layers=(0,), train_a=False)}])
+def test_a_saved_folder_loads_as_it_was(
+    trained: Any, examples: Any, tmp_path: Path, path: str, task: str, changes: dict[str, Any]
+) -> None:
+    head = HeadSpec(scale=7.0, init="label_names", train=False)
+    model = trained(path, task, head=head, **changes)
+    save_task_model(model, tmp_path / "adapter")
+    loaded = load_task_model(tmp_path / "adapter")
+    assert torch.equal(loaded.logits(examples(task)), model.logits(examples(task)))
+    assert loaded.spec.lora == model.spec.lora
+    assert loaded.spec.labels == model.spec.labels
+    assert loaded.spec.model.sha256 is not None
+
+
+def test_files_name_no_place_on_this_machine(trained: Any, tmp_path: Path) -> None:
+    save_task_model(trained(model=ModelSpec(path="random:bert", cache_dir=str(tmp_path / "cache"))), tmp_path / "one")
+    for name in ("adapter_config.json", "fedtune.json"):
+        text = (tmp_path / "one" / name).read_text()
+        assert '"random:bert"' in text
+        assert str(tmp_path) not in text
+        assert os.path.expanduser("~") not in text
+
+
+def test_saving_twice_writes_the_same_bytes(trained: Any, tmp_path: Path) -> None:
+    for folder in ("one", "two", "one"):
+        save_task_model(trained(), tmp_path / folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    names = [path.name for path in (tmp_path / "one").iterdir()]
+    assert sorted(names) == ["adapter_config.json", "adapter_model.safetensors", "fedtune.json", "head.safetensors"]
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+
+
+def test_a_crash_while_saving_keeps_the_old_folder(
+    trained: Any, spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained()
+    save_task_model(model, tmp_path / "adapter")
+
+    def crash(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("fedtune.tasks.saved._settings", crash)
+    with pytest.raises(OSError, match="no space"):
+        save_task_model(build_task_model(spec()), tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert Adapter.of(load_task_model(tmp_path / "adapter")).digest() == Adapter.of(model).digest()
+
+
+def test_a_folder_that_was_changed_is_refused(trained: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    save_task_model(trained(), folder)
+    settings = json.loads((folder / "fedtune.json").read_text())
+
+    def rewrite(**changes: Any) -> None:
+        (folder / "fedtune.json").write_text(json.dumps(settings | changes))
+
+    for changes, error in (
+        ({"adapter_digest": "0" * 64}, AdapterError),
+        ({"lora": settings["lora"] | {"rank": 3}}, ConfigError),
+        ({"lora": settings["lora"] | {"rang": 3}}, ConfigError),
+        ({"model": settings["model"] | {"sha256": "0" * 64}}, ConfigError),
+        ({"schema_version": 2}, ConfigError),
+        ({"labels": None}, ConfigError),
+    ):
+        rewrite(**changes)
+        with pytest.raises(error):
+            load_task_model(folder)
+    rewrite()
+    (folder / "head.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"head\.safetensors"):
+        load_task_model(folder)
+    with pytest.raises(ConfigError, match="adapter"):
+        load_task_model(tmp_path / "nowhere")
+
+
+def test_a_base_elsewhere_must_have_the_same_weights(trained: Any, examples: Any, tmp_path: Path) -> None:
+    model = trained()
+    save_task_model(model, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"model\.sha256"):
+        load_task_model(tmp_path / "adapter", model=ModelSpec(path="random:llama"))
+    here = load_task_model(tmp_path / "adapter", model=ModelSpec(path="random:bert", dtype="bfloat16"))
+    assert here.spec.model.dtype == "bfloat16"

@@ -1,0 +1,72 @@
+"""What settings each task takes, and that reading them waits for no model library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from fedtune.data import DataSpec
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.spec import ConfigError
+from fedtune.tasks import task_named
+
+GIVEN: dict[str, Any] = {
+    "dataset": "banking77",
+    "train_file": "train.jsonl",
+    "columns": {"text": "text", "label": "label"},
+    "labels": ("a", "b"),
+    "declared_sizes": 100,
+    "max_length": 32,
+}
+GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "task", "message"),
+    [
+        ({}, "regression", "task = 'regression': must be one of classification, causal_lm"),
+        ({"labels": ("a",)}, "classification", "labels = ('a',): must declare at least two"),
+        (
+            {"columns": {"text": "t"}},
+            "classification",
+            "columns = {'text': 't'}: must name the column for role 'label'",
+        ),
+        ({}, "causal_lm", "columns = {'text': 'text', 'label': 'label'}: must name the column for role 'prompt'"),
+        (GENERATION | {"labels": ("a", "b")}, "causal_lm", "labels = ('a', 'b'): must be empty for task causal_lm"),
+        (GENERATION | {"prompt_template": "{topic}"}, "causal_lm", "columns = "),
+    ],
+)
+def test_settings_for_another_task(wrong: dict[str, Any], task: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        task_named(task).check_data(DataSpec(**GIVEN | wrong))
+    assert str(error.value).startswith(message)
+
+
+def test_settings_that_fit_their_task() -> None:
+    task_named("classification").check_data(DataSpec(**GIVEN))
+    task_named("causal_lm").check_data(DataSpec(**GIVEN | GENERATION))
+
+
+def checked(**values: Any) -> None:
+    spec = TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task="classification", **values)
+    task_named("classification").check_model(spec)
+
+
+@pytest.mark.parametrize("labels", [(), ("a",), ("a", "a")])
+def test_classification_needs_labels(labels: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.labels"):
+        checked(labels=labels)
+
+
+def test_each_label_needs_its_text() -> None:
+    head = HeadSpec(label_texts=("one",))
+    with pytest.raises(ConfigError, match=r"head\.label_texts"):
+        checked(labels=("a", "b"), head=head)
+
+
+def test_tasks_import_without_torch() -> None:
+    code = "import sys, fedtune.tasks; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,134 @@
+"""A third task, defined here alone: the commands run it as they run the tasks that fedtune brings along.
+
+It guesses from a text how long it is, by two heads that each have a number as their target.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.data import Batch, DataSpec, Record, TextDataset
+from fedtune.data.tokenise import Targets, Tokenizer, cut, encode
+from fedtune.model.spec import TaskModelSpec
+from fedtune.tasks import TASKS, Task, TaskModel
+from fedtune.tasks.classification import mean_pooled
+
+LONGEST = 16
+HEADS = ("length", "room")
+
+
+class TextLength(Task):
+    """Two numbers in [0, 1]: how much of the longest length a text takes, and how much it leaves."""
+
+    name = "text_length"
+    roles = ("text",)
+    has_head = True
+
+    def tokenise(
+        self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
+    ) -> TextDataset:
+        texts = [cut(record.fields["text"], data.max_length) for record in records]
+        encoded = encode(texts, tokenizer, special_tokens=True, max_length=data.max_length, within=lenient_within)
+        input_ids = tuple(np.array(ids or [0], dtype=np.int32) for ids in encoded)
+        return TextDataset(input_ids, targets_of(input_ids))
+
+    def add_head(self, model: TaskModel) -> None:
+        size = model.base.config.get_text_config().hidden_size
+        heads = {name: torch.nn.Linear(size, 1, bias=False, device=model.device) for name in HEADS}
+        for head in heads.values():
+            torch.nn.init.zeros_(head.weight)
+        model.head = torch.nn.ModuleDict(heads)
+
+    def logits(self, model: TaskModel, batch: Batch) -> torch.Tensor:
+        hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        pooled = mean_pooled(hidden, batch.attention_mask)
+        # As for classification: a product with few rows rounds otherwise.
+        rows = torch.nn.functional.pad(pooled, (0, 0, 0, -len(pooled) % 32))
+        assert isinstance(model.head, torch.nn.ModuleDict)
+        return torch.cat([model.head[name](rows)[: len(pooled)] for name in HEADS], dim=1)
+
+    def losses(self, model: TaskModel, batch: Batch) -> torch.Tensor:
+        return (self.logits(model, batch) - batch.targets).square().sum(dim=1)
+
+    def scores(self, figures: Mapping[str, np.ndarray], *, spec: TaskModelSpec) -> dict[str, float]:
+        return super().scores(figures, spec=spec) | {"worst": float(figures["loss"].max())}
+
+    def unit_score(self, model: TaskModel, batch: Batch) -> float:
+        return float(np.exp(-float(model.losses(batch)[0])))
+
+    def made_up_targets(
+        self,
+        input_ids: Sequence[np.ndarray],
+        *,
+        spec: TaskModelSpec,
+        draws: np.random.Generator,
+        first: Callable[[int], int],
+    ) -> Targets:
+        return targets_of(input_ids)
+
+
+def targets_of(input_ids: Sequence[np.ndarray]) -> np.ndarray:
+    """(n, 2)."""
+    lengths = np.array([len(ids) for ids in input_ids], dtype=np.float32) / LONGEST
+    return np.stack([lengths, 1 - lengths], axis=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def listed() -> Iterator[None]:
+    TASKS[TextLength.name] = TextLength()
+    yield
+    del TASKS[TextLength.name]
+
+
+@pytest.fixture(scope="module")
+def folder(listed: None, simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulate(
+        f"task={TextLength.name}",
+        "data.labels=[]",
+        "data.heldout_fraction=0.2",
+        "privacy.metrics=noised",
+        "training.learning_rate=0.05",
+        into=tmp_path_factory.mktemp("runs"),
+    )
+
+
+def test_it_is_simulated(folder: Path, result_of: Any) -> None:
+    result = result_of(folder)
+    assert result["task"] == "text_length"
+    assert set(result["final"]["metrics"]) == {"loss", "worst"}
+    assert 0 < result["privacy"]["epsilon"] < 8
+    assert {path.name for path in (folder / "adapter").iterdir()} >= {"head.safetensors", "fedtune.json"}
+
+
+def test_it_is_evaluated(folder: Path, command: Any, tmp_path: Path) -> None:
+    data = tmp_path / "texts.csv"
+    data.write_text("text\nwhere is my card\nlost\n")
+    told = command("evaluate", str(folder), "--data", str(data))
+    assert told.code == 0, told.err
+    assert "worst" in told.out
+
+
+def test_it_is_planned(folder: Path, command: Any, tiny: Any, tmp_path: Path) -> None:
+    told = command("plan", *tiny(f"task={TextLength.name}", "data.labels=[]", into=tmp_path))
+    assert told.code == 0, told.err
+
+
+def test_it_is_reported(folder: Path, command: Any) -> None:
+    told = command("report", str(folder))
+    assert told.code == 0, told.err
+    assert json.loads((folder / "report.json").read_text())
+    assert command("report", "verify", str(folder / "report.json")).code == 0
+    assert "text_length" in (folder / "report.html").read_text()
+
+
+def test_a_task_that_is_not_listed_is_named(command: Any, tiny: Any, tmp_path: Path) -> None:
+    told = command("simulate", *tiny("task=regression", into=tmp_path))
+    assert told.code == 2
+    assert told.message == "task = 'regression': must be one of classification, causal_lm, text_length"

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import normalizers
+from tokenizers.pre_tokenizers import FixedLength
+
+from fedtune.data import UNSUPERVISED, DataSpec, Record, TextDataset
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import task_named
+
+from .conftest import make_tokenizer
+
+CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = 2, 3, 4, 5, 6, 7, 8, 9, 10
+PROMPTED = [Record({"prompt": "name", "completion": "there is"}), Record({"prompt": "my card", "completion": "lost"})]
+
+
+def settings(**given: Any) -> DataSpec:
+    return DataSpec(dataset="d", train_file="f", columns={}, declared_sizes=1, **given)
+
+
+def tokenise_classification(
+    records: list[Record], tokenizer: Any, *, labels: Any, max_length: int, lenient_within: int | None = None
+) -> TextDataset:
+    data = settings(labels=tuple(labels), max_length=max_length)
+    return task_named("classification").tokenise(records, tokenizer, data=data, lenient_within=lenient_within)
+
+
+def tokenise_causal_lm(
+    records: list[Record], tokenizer: Any, *, template: str, max_length: int, lenient_within: int | None = None
+) -> TextDataset:
+    data = settings(prompt_template=template, max_length=max_length)
+    return task_named("causal_lm").tokenise(records, tokenizer, data=data, lenient_within=lenient_within)
+
+
+def labelled(*rows: tuple[str, str]) -> list[Record]:
+    return [Record({"text": text, "label": label}, file="a.csv", line=i + 2) for i, (text, label) in enumerate(rows)]
+
+
+def test_classification(encoder_tokenizer: Any) -> None:
+    rows = labelled(("where is my card", "b"), ("lost card", "a"))
+    dataset = tokenise_classification(rows, encoder_tokenizer, labels=("a", "b"), max_length=5)
+    assert [ids.tolist() for ids in dataset.input_ids] == [[CLS, WHERE, IS, MY, SEP], [CLS, LOST, CARD, SEP]]
+    assert isinstance(dataset.targets, np.ndarray)
+    assert dataset.targets.tolist() == [1, 0]
+    assert dataset.lengths.tolist() == [5, 4]
+    assert (dataset.input_ids[0].dtype, dataset.targets.dtype, dataset.lengths.dtype) == (np.int32, np.int64, np.int32)
+
+
+def test_no_example_is_longer_than_asked_whatever_the_tokenizer_puts_around_it() -> None:
+    tokenizer = make_tokenizer(post="[CLS] [CLS] $A [SEP] [SEP]")
+    rows = labelled(("where is my card", "b"), ("lost", "a"))
+    for within in (None, 99):
+        dataset = tokenise_classification(rows, tokenizer, labels="ab", max_length=3, lenient_within=within)
+        assert dataset.lengths.max() <= 3
+
+
+@pytest.mark.parametrize("within", [11, 6])
+def test_a_text_beyond_the_vocabulary_adds_nothing_where_that_is_asked(decoder_tokenizer: Any, within: int) -> None:
+    rows = labelled(("where is my card", "b"), ("lost", "a"), (" ", "a"))
+    dataset = tokenise_classification(rows, decoder_tokenizer, labels="ab", max_length=5, lenient_within=within)
+    assert dataset.targets.tolist() == [1 if within == 11 else UNSUPERVISED, 0, UNSUPERVISED]
+    assert dataset.lengths.tolist() == [4 if within == 11 else 1, 1, 1]
+    prompted = [Record({"prompt": "where", "completion": "lost"})]
+    causal = tokenise_causal_lm(prompted, decoder_tokenizer, template="{prompt}", max_length=5, lenient_within=within)
+    assert causal.input_ids[0].tolist() == ([WHERE, LOST, SEP] if within == 11 else [LOST, SEP])
+
+
+def test_a_text_that_cannot_be_encoded_costs_no_other_its_tokens(encoder_tokenizer: Any) -> None:
+    class Fragile:
+        bos_token_id, eos_token_id, name_or_path = CLS, SEP, "fragile"
+
+        def __call__(self, text: list[str], **options: Any) -> Any:
+            if any("bad" in one for one in text):
+                raise ValueError("bad")
+            return encoder_tokenizer(text, **options)
+
+    rows = labelled(("lost card", "a"), ("bad", "a"), ("my card", "b"))
+    dataset = tokenise_classification(rows, Fragile(), labels="ab", max_length=5, lenient_within=99)
+    assert [ids.tolist() for ids in dataset.input_ids] == [[CLS, LOST, CARD, SEP], [0], [CLS, MY, CARD, SEP]]
+    assert dataset.targets.tolist() == [0, UNSUPERVISED, 1]
+    with pytest.raises(ValueError, match="bad"):
+        tokenise_classification(rows, Fragile(), labels="ab", max_length=5)
+
+
+def test_an_undeclared_label(encoder_tokenizer: Any) -> None:
+    rows = labelled(("lost card", "a"), ("lost card", "z"))
+    message = r"a\.csv:3, label = 'z': must be one of the 6 in data\.labels: a, b, c, d, e, \.\.\."
+    with pytest.raises(DataError, match=message):
+        tokenise_classification(rows, encoder_tokenizer, labels="abcdef", max_length=5)
+
+
+def test_a_text_without_tokens(decoder_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"a\.csv:2, text = 'no tokens'"):
+        tokenise_classification(labelled((" ", "a")), decoder_tokenizer, labels="ab", max_length=5)
+
+
+def test_causal_lm_supervises_completion_and_end(decoder_tokenizer: Any) -> None:
+    dataset = tokenise_causal_lm(PROMPTED, decoder_tokenizer, template="where {prompt}", max_length=9)
+    assert [ids.tolist() for ids in dataset.input_ids] == [[WHERE, NAME, THERE, IS, SEP], [WHERE, MY, CARD, LOST, SEP]]
+    hidden = UNSUPERVISED
+    assert isinstance(dataset.targets, tuple)
+    assert [row.tolist() for row in dataset.targets] == [
+        [hidden, hidden, THERE, IS, SEP],
+        [hidden, hidden, hidden, LOST, SEP],
+    ]
+    assert {row.dtype for row in dataset.targets} == {np.dtype(np.int64)}
+
+
+def test_causal_lm_begins_as_the_tokenizer_does(leading_tokenizer: Any, encoder_tokenizer: Any) -> None:
+    for tokenizer in (leading_tokenizer, encoder_tokenizer):
+        dataset = tokenise_causal_lm(PROMPTED[:1], tokenizer, template="{prompt}", max_length=9)
+        assert dataset.input_ids[0].tolist() == [CLS, NAME, THERE, IS, SEP]
+        assert dataset.targets[0].tolist() == [UNSUPERVISED, UNSUPERVISED, THERE, IS, SEP]
+
+
+def test_causal_lm_cuts_the_end(decoder_tokenizer: Any) -> None:
+    dataset = tokenise_causal_lm(PROMPTED, decoder_tokenizer, template="where a {prompt}", max_length=4)
+    assert [row.tolist() for row in dataset.input_ids] == [[WHERE, 11, NAME, THERE], [WHERE, 11, MY, CARD]]
+    assert dataset.targets[0].tolist() == [UNSUPERVISED] * 3 + [THERE]
+    assert dataset.targets[1].tolist() == [UNSUPERVISED] * 4
+
+
+def test_a_brace_in_a_record_is_text(decoder_tokenizer: Any) -> None:
+    rows = [Record({"prompt": "{completion}", "completion": "lost"})]
+    dataset = tokenise_causal_lm(rows, decoder_tokenizer, template="{prompt} {{", max_length=9)
+    assert dataset.input_ids[0].tolist() == [1, 1, LOST, SEP]
+
+
+def test_no_end_of_text_token(decoder_tokenizer: Any) -> None:
+    class Endless:
+        eos_token_id = None
+        name_or_path = "endless"
+
+    with pytest.raises(ConfigError, match=r"model\.path = 'endless': its tokenizer must have an end-of-text token"):
+        tokenise_causal_lm(PROMPTED, Endless(), template="{prompt}", max_length=9)  # type: ignore[arg-type]
+
+
+def test_nothing_to_tokenise(encoder_tokenizer: Any) -> None:
+    classified = tokenise_classification([], encoder_tokenizer, labels="ab", max_length=5)
+    assert len(classified) == 0
+    assert classified.lengths.shape == (0,)
+    assert tokenise_causal_lm([], encoder_tokenizer, template="{prompt}", max_length=5).targets == ()
+
+
+def test_chunks_do_not_matter(encoder_tokenizer: Any) -> None:
+    rows = labelled(*[(" ".join("bcdefg"[: 1 + i % 6]), "a") for i in range(1030)])
+    together = tokenise_classification(rows, encoder_tokenizer, labels="ab", max_length=6)
+    for i in (0, 5, 1023, 1024, 1029):
+        alone = tokenise_classification(rows[i : i + 1], encoder_tokenizer, labels="ab", max_length=6)
+        assert np.array_equal(together.input_ids[i], alone.input_ids[0])
+
+
+class Panicking:
+    """A tokenizer whose library panics over a word, with the library's own exception."""
+
+    bos_token_id, eos_token_id, name_or_path = CLS, SEP, "panicking"
+
+    def __init__(self, sound: Any, *, panic: Any = None) -> None:
+        self.sound, self.panic = sound, panic or (lambda: FixedLength(length=0).pre_tokenize_str("a"))
+        self.calls: list[list[str]] = []
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        self.calls.append(text)
+        if any("bad" in one for one in text):
+            self.panic()
+        return self.sound(text, **options)
+
+
+def test_a_panic_costs_one_record_its_tokens(encoder_tokenizer: Any) -> None:
+    rows = labelled(("lost card", "a"), ("bad", "a"), ("my card", "b"))
+    dataset = tokenise_classification(rows, Panicking(encoder_tokenizer), labels="ab", max_length=5, lenient_within=99)
+    assert [ids.tolist() for ids in dataset.input_ids] == [[CLS, LOST, CARD, SEP], [0], [CLS, MY, CARD, SEP]]
+    assert isinstance(dataset.targets, np.ndarray)
+    assert dataset.targets.tolist() == [0, UNSUPERVISED, 1]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_person_can_stop_it(encoder_tokenizer: Any, stop: type[BaseException]) -> None:
+    def stopped() -> None:
+        raise stop
+
+    tokenizer = Panicking(encoder_tokenizer, panic=stopped)
+    with pytest.raises(stop):
+        tokenise_classification(labelled(("bad", "a")), tokenizer, labels="a", max_length=5, lenient_within=99)
+
+
+def test_a_long_text_is_cut_before_it_is_encoded(encoder_tokenizer: Any) -> None:
+    tokenizer = Panicking(encoder_tokenizer)
+    long = "card " * 100_000
+    for within in (None, 99):
+        tokenise_classification(labelled((long, "a")), tokenizer, labels="a", max_length=5, lenient_within=within)
+        row = Record({"prompt": long, "completion": long})
+        tokenise_causal_lm([row], tokenizer, template="my {prompt}", max_length=5, lenient_within=within)
+    assert max(len(text) for call in tokenizer.calls for text in call) == 64 * 5
+
+
+def test_a_cut_text_fills_its_example_all_the_same(encoder_tokenizer: Any) -> None:
+    rows = labelled(("card " * 1000, "a"), ("card " * 20, "a"))
+    dataset = tokenise_classification(rows, encoder_tokenizer, labels="a", max_length=20)
+    assert dataset.input_ids[0].tolist() == dataset.input_ids[1].tolist() == [CLS, *[CARD] * 18, SEP]
+
+
+def test_a_chunk_is_bounded_in_characters(encoder_tokenizer: Any) -> None:
+    tokenizer = Panicking(encoder_tokenizer)
+    rows = labelled(*[("a " * 50_000, "a")] * 6, ("card", "a"), ("a " * 150_000, "a"), ("lost", "a"))
+    dataset = tokenise_classification(rows, tokenizer, labels="a", max_length=20_000)
+    assert [len(call) for call in tokenizer.calls] == [2, 2, 3, 1, 1]
+    assert dataset.input_ids[6].tolist() == [CLS, CARD, SEP]
+    assert dataset.input_ids[8].tolist() == [CLS, LOST, SEP]
+
+
+def growing(to: str) -> Any:
+    """A tokenizer whose normaliser makes so much of one letter."""
+    tokenizer = make_tokenizer(post=None)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("ß", to)
+    return tokenizer
+
+
+@pytest.mark.parametrize(("to", "left_out"), [("card" * 1000, True), (" card", False)])
+def test_a_text_that_grows_without_bound_adds_nothing_and_costs_no_other_its_tokens(to: str, left_out: bool) -> None:
+    """A normaliser that makes gigabytes of one record's letters would end the process, exactly where it has them."""
+    rows = labelled(("lost card", "a"), ("my ß", "a"), ("my card", "b"))
+    dataset = tokenise_classification(rows, growing(to), labels="ab", max_length=9, lenient_within=99)
+    plain = tokenise_classification(rows[::2], growing(to), labels="ab", max_length=9)
+    assert dataset.targets.tolist() == [0, UNSUPERVISED if left_out else 0, 1]
+    assert [dataset.input_ids[place].tolist() for place in (0, 2)] == [ids.tolist() for ids in plain.input_ids]
+    assert (dataset.lengths[1] == 1) == left_out
+
+
+def test_what_unicode_itself_makes_longer_is_encoded() -> None:
+    tokenizer = make_tokenizer(post=None)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKD()
+    rows = labelled(("한국어 텍스트 " * 300, "a"), ("\ufdfa", "b"))
+    dataset = tokenise_classification(rows, tokenizer, labels="ab", max_length=9, lenient_within=99)
+    assert dataset.targets.tolist() == [0, 1]

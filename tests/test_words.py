@@ -1,0 +1,35 @@
+"""Figures as every layer writes them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fedtune.words import counted, duration, finite, jsonable, size, unbounded
+
+
+def test_what_nothing_bounds_is_null_and_infinity_again() -> None:
+    assert [finite(value) for value in (1.5, 0, None, math.inf, -math.inf, math.nan)] == [1.5, 0.0, *[None] * 4]
+    assert [unbounded(value) for value in (1.5, None)] == [1.5, math.inf]
+    assert jsonable({"a": [math.inf, (1, "x", None)]}) == {"a": [None, [1, "x", None]]}
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (counted(1, "record"), "1 record"),
+        (counted(0, "record"), "0 records"),
+        (counted(1200, "record"), "1,200 records"),
+        (size(312), "312 bytes"),
+        (size(1023.9), "1024 bytes"),
+        (size(1.5 * 2**20), "1.5 MiB"),
+        (size(3 * 2**40), "3072.0 GiB"),
+        (duration(0.0), "0.1 s"),
+        (duration(11.2), "12 s"),
+        (duration(150), "3 min"),
+        (duration(18000), "5.0 h"),
+    ],
+)
+def test_counts_sizes_and_times_are_written_one_way(found: str, text: str) -> None:
+    assert found == text
