@@ -293,6 +293,6 @@ def test_every_stream_of_a_round_has_256_bits_of_the_operating_system(
     monkeypatch.setattr(RandomStream, "__init__", kept)
     worked()
     worked()
-    assert len(keys) == 4, "sampling and noise of two rounds"
-    assert len(set(keys)) == 4
+    assert len(keys) == 6, "sampling, noise and choice of records of two rounds"
+    assert len(set(keys)) == 6
     assert all(len(key) == 32 for key in keys)
