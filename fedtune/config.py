@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.data.spec import DataSpec
 from fedtune.evaluation.spec import EvaluationSpec
+from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy import accountant
@@ -213,7 +214,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is none, or it is not YAML of keys and values.
     """
-    path = folder / "config.yaml"
+    path = RunFolder(folder).config
     if not path.is_file():
         raise ConfigError("run folder", str(folder), "must hold a config.yaml")
     try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fedtune.audit.gradient_attack import GradientAttack
 from fedtune.audit.guesses import Count, Place
@@ -14,6 +14,7 @@ from fedtune.audit.record_attack import RecordAttack
 from fedtune.audit.spec import AuditSpec
 from fedtune.config import RunConfig, parse
 from fedtune.federation.lead import LeadState
+from fedtune.federation.results import RunResult
 from fedtune.flower.federation_run import Listener
 from fedtune.flower.simulation import simulate
 from fedtune.model import Adapter
@@ -64,11 +65,8 @@ def audited_sites(config: RunConfig, spec: AuditSpec) -> tuple[str, ...]:
     return spec.sites or tuple(config.federation.active)
 
 
-def run_audit(config: RunConfig, spec: AuditSpec, folder: Path, listener: Listener) -> dict[str, object]:
+def run_audit(config: RunConfig, spec: AuditSpec, folder: Path, listener: Listener) -> RunResult:
     """Run `config`, which `auditable` gave, attack it, and write the run folder with `audit.json` in it.
-
-    Returns:
-        The content of `run.json`.
 
     Raises:
         ConfigError: the canaries don't fit the model, or as `simulate`.
@@ -114,9 +112,10 @@ def _allow_large_adapters(everyone: Participants) -> None:
         write_policy(replace(policy, limits=limits), sites.folder / site / POLICY)
 
 
-def _claims(run: Mapping[str, Any], sites: Sequence[str]) -> dict[Place, float]:
+def _claims(run: RunResult, sites: Sequence[str]) -> dict[Place, float]:
     """What the run charged each audited site; of the average, which is made of all, the most that any of them did."""
-    claims: dict[Place, float] = {site: float(run["privacy"]["sites"][site]["epsilon"]) for site in sites}
+    charged = {site: run.privacy.sites[site].epsilon for site in sites}
+    claims: dict[Place, float] = {site: math.inf if one is None else one for site, one in charged.items()}
     return {**claims, None: max(claims.values())}
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
-from fedtune.cli.plain_words import REASONS, contribution, counted, printable
+from fedtune.cli.plain_words import contribution, counted, printable, reason_text
 from fedtune.cli.sections import Section, pairs, say, show
 from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.federation.verdict import BrokenRule, Verdict, ask
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.privacy.release import Reason, asked_and_allowed
+from fedtune.privacy.release import asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RefusedError, RunError
 
@@ -143,4 +143,4 @@ def _broken(verdict: Verdict) -> str:
 
 def _rule(broken: BrokenRule) -> str:
     known = asked_and_allowed(broken.asked, broken.allowed)
-    return REASONS[Reason(broken.rule)] + (f" ({known})" if known else "")
+    return reason_text(broken.rule) + (f" ({known})" if known else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -23,6 +23,9 @@ from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.derive.audit_bounds import read_audit, refuted
 from fedtune.report.model import Audit, AuditHitRate, AuditMembership
 from fedtune.spec import ConfigError, RunError
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from fedtune.federation.results import RunResult
 
 _PREFIX = "audit."
 _ATTACKER = {
@@ -64,7 +67,7 @@ def audit(overrides: Overrides = ()) -> None:
     folder, console = folder_of(config), Console()
     make(folder, config)
 
-    def work(config: RunConfig, folder: Path, display: Any) -> dict[str, Any]:
+    def work(config: RunConfig, folder: Path, display: Any) -> RunResult:
         return run_audit(config, spec, folder, display)
 
     again = "a new audit, for this one cannot be continued"

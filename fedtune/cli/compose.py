@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from fedtune.config import RunConfig, parse, saved_settings
 from fedtune.data.load import shipped_folders
+from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError
 
 
@@ -77,7 +78,7 @@ def saved_config(folder: Path) -> RunConfig:
 def write_config(config: RunConfig, folder: Path) -> None:
     """Write `config.yaml`; `saved_config` reads it back."""
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(config.to_json()), folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create(config.to_json()), RunFolder(folder).config)
 
 
 def _chooses_option(override: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,6 +13,7 @@ from rich.table import Table
 from fedtune.cli.plain_words import counted
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
+from fedtune.federation.results import RunResult
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
@@ -124,46 +124,44 @@ class Display:
         )
 
 
-def show_result(console: Console, config: RunConfig, result: Mapping[str, Any], folder: Path) -> None:
+def show_result(console: Console, config: RunConfig, result: RunResult, folder: Path) -> None:
     """The table of sites, the scores and where everything lies."""
-    privacy = result["privacy"]
+    privacy = result.privacy
     table = Table(title="What each site has spent")
     for heading in ("site", "declared size", "steps", "epsilon", "epsilon by RDP"):
         table.add_column(heading, justify="left" if heading == "site" else "right")
-    for site, spent in privacy["sites"].items():
-        bound = " at most" if spent["upper_bound"] else ""
+    for site, spent in privacy.sites.items():
+        bound = " at most" if spent.upper_bound else ""
         table.add_row(
             site,
             f"{config.declared_sizes()[site]:,}",
-            f"{spent['steps']}{bound}",
-            epsilon_text(spent["epsilon"]),
-            epsilon_text(spent["epsilon_rdp"]),
+            f"{spent.steps}{bound}",
+            epsilon_text(spent.epsilon),
+            epsilon_text(spent.epsilon_rdp),
         )
     console.print(table)
-    if privacy["epsilon"] is None:
+    if privacy.epsilon is None:
         console.print("[yellow]No privacy guarantee: this run added no noise.[/yellow]")
-    elif not privacy["seeded_noise"]:
-        console.print(
-            f"epsilon {epsilon_text(privacy['epsilon'])} at delta {privacy['delta']:g} for each {privacy['unit']}"
-        )
-    if privacy["seeded_noise"]:
+    elif not privacy.seeded_noise:
+        console.print(f"epsilon {epsilon_text(privacy.epsilon)} at delta {privacy.delta:g} for each {privacy.unit}")
+    if privacy.seeded_noise:
         console.print("[yellow]A study without a guarantee: its noise came from the configured seed.[/yellow]")
-    final = result["final"]
-    if final["metrics"]:
-        before = f" (before: {_scores(final['metrics_before'])})" if final["metrics_before"] else ""
-        console.print(f"[bold]test: {_scores(final['metrics'])}[/bold]{before}", soft_wrap=True)
-    console.print(f"{_duration(final['seconds'])}, peak memory {final['peak_memory_bytes'] / 2**30:.1f} GiB")
+    final = result.final
+    if final.metrics:
+        before = f" (before: {_scores(final.metrics_before)})" if final.metrics_before else ""
+        console.print(f"[bold]test: {_scores(final.metrics)}[/bold]{before}", soft_wrap=True)
+    console.print(f"{_duration(final.seconds or 0.0)}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
     console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True)
 
 
-def show_sweep(console: Console, results: Mapping[Path, Mapping[str, Any]]) -> None:
+def show_sweep(console: Console, results: Mapping[Path, RunResult]) -> None:
     """One line for each run of a sweep."""
     table = Table(title="Sweep")
     table.add_column("run")
     table.add_column("epsilon", justify="right")
     table.add_column("test")
     for folder, result in results.items():
-        table.add_row(folder.name, epsilon_text(result["privacy"]["epsilon"]), _scores(result["final"]["metrics"]))
+        table.add_row(folder.name, epsilon_text(result.privacy.epsilon), _scores(result.final.metrics))
     console.print(table)
 
 

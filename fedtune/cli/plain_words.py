@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
@@ -13,55 +12,12 @@ from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
+from fedtune.report.page.catalogue import catalogue
 
-REASONS: Mapping[Reason, str] = {
-    Reason.AWAITING_APPROVAL: "a person at the site is yet to approve the run",
-    Reason.BASE_MODEL_MISSING: "the base model is not installed at the site",
-    Reason.SETTINGS: "the run's settings are none that this version of fedtune knows",
-    Reason.PAUSED: "the site is paused",
-    Reason.LEADS: "who asked is not a lead of this site",
-    Reason.DATASET: "the site has no such data set",
-    Reason.DECLARED_SIZE: "the run takes the site for another size than it declares",
-    Reason.TASKS: "the task is not allowed",
-    Reason.BASE_MODELS: "the base model is not allowed",
-    Reason.TARGET_MODULES: "these parts of the model may not be trained",
-    Reason.MAX_RANK: "the adapter's rank is too large",
-    Reason.TRAIN_HEAD: "a task head may not be trained",
-    Reason.SEEDED_NOISE: "its noise would come from a seed",
-    Reason.UPDATES: "no updates leave this site",
-    Reason.METRICS: "no scores leave this site",
-    Reason.UNIT: "another privacy unit than this site's",
-    Reason.DELTA: "another delta than this site's",
-    Reason.MIN_NOISE_MULTIPLIER: "too little noise",
-    Reason.MAX_SAMPLING_RATE: "the sampling rate is too high",
-    Reason.MIN_GRAD_NORM: "the clip norm is too small",
-    Reason.MAX_GRAD_NORM: "the clip norm is too large",
-    Reason.MAX_LOCAL_STEPS: "too many steps in a round",
-    Reason.MAX_ROUNDS: "too many rounds",
-    Reason.MAX_RECORDS_PER_USER: "too many records of one user in a step",
-    Reason.MAX_ADAPTER_VALUE: "the adapter to train from has a value that is not a finite number",
-    Reason.DTYPES: "the base model may not be computed in this number format",
-    Reason.MAX_LORA_SCALE: "the adapter is scaled up too much",
-    Reason.MAX_HEAD_SCALE: "the task head is scaled up too much",
-    Reason.MAX_EPSILON: "the lifetime budget would be passed",
-    Reason.MAX_EPSILON_PER_RUN: "the run's plan costs too much",
-    Reason.MAX_EPSILON_PER_PERIOD: "the budget of this period would be passed",
-    Reason.FROZEN: "this population takes part in nothing any more",
-    Reason.PLAN_CHANGED: "the run was accepted with another plan",
-    Reason.PLAN_EXHAUSTED: "the run's plan is used up",
-    Reason.RUN_ENDED: "the run is over",
-    Reason.ROUND_REQUESTED_DIFFERENTLY: "the round was asked for before, in other words",
-    Reason.REPLY_NO_LONGER_STORED: "the reply was sent before and is no longer stored",
-    Reason.LEDGER_BEHIND_RECEIPT: "the lead holds a receipt that this ledger lacks",
-    Reason.WRONG_SITE: "the request is for another site",
-    Reason.WRONG_RUN: "the request is for another run",
-    Reason.WRONG_SIGNATURE: "a signature is wrong",
-    Reason.REQUEST_EXPIRED: "the request is too old",
-    Reason.ADAPTER_DIFFERS: "the adapter is not the one that the request names",
-    Reason.ADAPTER_SHAPE: "the adapter does not fit the model",
-    Reason.MALFORMED_REQUEST: "the request is malformed",
-    Reason.SITE_ERROR: "an error at the site; its log says more",
-}
+
+def reason_text(reason: str) -> str:
+    """Why a site refused, in the words that a report's page has for it."""
+    return catalogue("en").texts["refusal"].get(reason, "for a reason that this version does not know")
 
 
 def printable(text: object, most: int = 200) -> str:
@@ -145,10 +101,9 @@ def _mechanisms(data: object) -> str:
 
 def _refused(detail: dict[str, Any]) -> str:
     rule, asked, allowed = (detail.get(key) for key in ("reason", "asked", "allowed"))
-    meaning = REASONS[Reason(rule)] if rule in list(Reason) else "for a reason that this version does not know"
     numbers = [f"asked for {printable(asked, 40)}"] if asked is not None else []
     numbers += [f"allowed {printable(allowed)}"] if allowed is not None and rule != Reason.LEADS else []
-    return f"refused: {meaning} ({'; '.join([*numbers, f'rule {printable(rule)}'])})"
+    return f"refused: {reason_text(str(rule))} ({'; '.join([*numbers, f'rule {printable(rule)}'])})"
 
 
 def _offered(detail: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.cli.plan_sections import Outlook, show_outlook
 from fedtune.cli.sections import json_text, print_json, say
 from fedtune.config import RunConfig
-from fedtune.federation import planner, solver, verdict
+from fedtune.federation import planner, verdict
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy_file import read_policy
@@ -81,7 +81,7 @@ def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bo
     config, planned = _planned(overrides, target)
     # What a given noise comes to is kept; a calibrated one leaves a hair of what was asked for.
     given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
-    epsilon = solver.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
+    epsilon = planner.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
     forecast, device = _forecast(config, planned) if with_model else (None, "")
     return Outlook(
         config=config,
@@ -127,9 +127,9 @@ def _planned(overrides: Sequence[str], target: Target | None) -> tuple[RunConfig
         spare_rounds=config.federation.spare_rounds,
     )
     if target == "rounds":
-        return config, solver.solve_rounds(known, epsilon=epsilon)
+        return config, planner.solve_rounds(known, epsilon=epsilon)
     one_record = 1 / max(config.declared_sizes().values())  # a smaller rate would leave most batches empty
-    return config, solver.solve_sampling_rate(known, epsilon=epsilon, least=one_record)
+    return config, planner.solve_sampling_rate(known, epsilon=epsilon, least=one_record)
 
 
 def _first_lead(path: Path) -> str:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedtune import __version__
-from fedtune.cli.plain_words import REASONS, contribution, counted, printable
+from fedtune.cli.plain_words import contribution, counted, printable, reason_text
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, plain, say, show
 from fedtune.config import RunConfig
 from fedtune.federation.planner import Change, Price, RoundPrice
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.release import Reason
 
 if TYPE_CHECKING:
     from fedtune.federation.forecast import Forecast  # which imports torch
@@ -375,7 +374,7 @@ def policies(outlook: Outlook) -> list[Section]:
 def _policy(verdict: Verdict, outlook: Outlook) -> Section:
     rows = tuple(
         (
-            f"{REASONS[Reason(one.rule)]} ({one.rule})",
+            f"{reason_text(one.rule)} ({one.rule})",
             printable(one.asked or "-", 40),
             printable(one.allowed or "-", 60),
         )

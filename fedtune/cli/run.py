@@ -23,6 +23,7 @@ from fedtune.deploy.kits.members import Member
 from fedtune.deploy.services.lead_service import LeadService, latest_answers, members, running_process
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState, site_charge
+from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.spec import ConfigError, RunError
 
@@ -191,7 +192,7 @@ def show_status(folder: Path, *, as_json: bool) -> None:
         RunError: its newest checkpoint or its file of answers is damaged.
     """
     config = saved_config(folder)
-    state = Checkpoints(folder / "checkpoints", config.digest()).load()
+    state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
     status = status_of(config, state, running=is_running(folder), answers=latest_answers(folder))
     if as_json:
         print_json(status)

@@ -20,15 +20,13 @@ from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.cli.display import Display
+    from fedtune.federation.results import RunResult
 
-_LOCK = "log.txt"
-"""Locked by the process that runs a folder, and its log."""
-
-Work = Callable[[RunConfig, Path, "Display"], dict[str, Any]]
-"""Runs a configuration in its folder, shows it, and returns the content of `run.json`."""
+Work = Callable[[RunConfig, Path, "Display"], "RunResult"]
+"""Runs a configuration in its folder, and shows it."""
 
 
-def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str) -> dict[str, Any]:
+def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str) -> RunResult:
     """Run in a folder that is there, with a report at the end.
 
     Args:
@@ -42,10 +40,10 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
 
     display = Display(console, config, shown=config.tracking.progress)
     try:
-        with only_one(folder), _log_to(folder / _LOCK, config.tracking.log_level), display:
+        with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level), display:
             result = work(config, folder, display)
     except BaseException as error:
-        begun = any(folder.glob("checkpoints/round-*.safetensors"))
+        begun = bool(RunFolder(folder).saved_checkpoints)
         if config.resume is None and not begun:
             _remove(folder)  # nothing ran: leave nothing behind
         hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
@@ -107,17 +105,18 @@ def told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
 
 
 def _remove(folder: Path) -> None:
-    for name in ("checkpoints", "sites"):  # without a checkpoint no site was asked, so no ledger has begun
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.yaml", _LOCK):
-        (folder / name).unlink(missing_ok=True)
+    files = RunFolder(folder)
+    for inner in (files.checkpoints, files.sites):  # without a checkpoint no site was asked, so no ledger has begun
+        shutil.rmtree(inner, ignore_errors=True)
+    for path in (files.config, files.log):
+        path.unlink(missing_ok=True)
     folder.rmdir()
 
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Keep two processes from running one folder: their ledgers and checkpoints would mix."""
-    with (folder / _LOCK).open("a") as lock:
+    with RunFolder(folder).log.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -127,7 +126,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 def is_running(folder: Path) -> bool:
     """Whether a process holds the folder; changes nothing in it."""
-    path = folder / _LOCK
+    path = RunFolder(folder).log
     if not path.is_file():
         return False
     with path.open() as lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 
@@ -12,6 +12,9 @@ from fedtune.cli.compose import compose_run, compose_sweep
 from fedtune.cli.run_folder import folder_of, make, run_in_folder, told
 from fedtune.config import RunConfig
 from fedtune.spec import ConfigError
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from fedtune.federation.results import RunResult
 
 
 def simulate(
@@ -51,7 +54,7 @@ def simulate(
         show_sweep(console, dict(zip(folders, results, strict=True)))
 
 
-def _run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
+def _run(config: RunConfig, folder: Path, console: Console) -> RunResult:
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     from fedtune.flower.simulation import simulate as run_simulation
     from fedtune.sites.virtual_site import fitted

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +14,14 @@ import numpy.typing as npt
 from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
 from fedtune.privacy import accountant
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.release import Receipt, Update
+from fedtune.privacy.release import Receipt, Update, receipt_from_json
+from fedtune.spec import RunError
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
+Scores = Mapping[str, float | None]
+"""Name -> score on a file of the lead; None, or a number that is not finite: the model diverged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +45,7 @@ class RoundResult:
     failed_sites: Mapping[str, str]
     bytes_down: int
     bytes_up: int
-    metrics: Mapping[str, float]
+    metrics: Scores
     site_scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     ended: str = ""
     diverged: bool = False
@@ -67,7 +73,7 @@ class LeadState:
     unanswered: Mapping[str, int] = field(default_factory=dict)
     rounds: Sequence[RoundResult] = ()
     seconds: float = 0.0
-    metrics_before: Mapping[str, float] = field(default_factory=dict)
+    metrics_before: Scores = field(default_factory=dict)
 
     def asked(self, sites: Sequence[str]) -> LeadState:
         """The state once a round has been asked of `sites`: until they answer, each may have been charged for it."""
@@ -130,6 +136,31 @@ def newest_of(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[
         if known is None or receipt.site_key != known.site_key or receipt.sequence >= known.sequence:
             newest[site] = receipt
     return newest
+
+
+@dataclass(frozen=True)
+class ReceiptBook:
+    """A JSON file.  Sent back with the next request, a receipt shows a site that its ledger was lost or put back."""
+
+    path: Path
+
+    def read(self) -> dict[str, Receipt]:
+        """Site -> its newest receipt.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        if not self.path.exists():
+            return {}
+        try:
+            return {site: receipt_from_json(fields) for site, fields in json.loads(self.path.read_bytes()).items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise RunError(f"{self.path} is damaged; the sites' last receipts are not known") from error
+
+    def keep(self, receipts: Mapping[str, Receipt]) -> None:
+        """Remember those that are newer than what is there."""
+        newest = {site: asdict(receipt) for site, receipt in newest_of(self.read(), receipts).items()}
+        write_durably(self.path, json.dumps(newest, indent=1).encode() + b"\n")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,8 @@
 """What a run will cost, from public numbers alone: nothing here reads a record.
 
-`price` says what a plan costs each site and round by round, `what_if` what other plans would.  `solver.py` turns a
-target epsilon into noise, rounds or a sampling rate; whether a site would accept the plan is `verdict.py`; bytes and
+`price` says what a plan costs each site and round by round, `what_if` what other plans would.  `solve_rounds`,
+`solve_sampling_rate` and `least_noise` turn a target epsilon into a plan; every answer was tried and kept within the
+target, on the coarse grid that calibration uses too.  Whether a site would accept the plan is `verdict.py`; bytes and
 time, which need the model, are `forecast.py`.
 """
 
@@ -11,12 +12,15 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
-from fedtune.federation.solver import coarse_epsilon, least_noise
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.plan import Plan
+from fedtune.spec import ConfigError
 
 _MOST_POINTS = 20
+MOST_ROUNDS = 1_000_000
+"""The search for rounds ends here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,3 +211,78 @@ def _shown_rounds(plan: Plan) -> list[int]:
     count = plan.most_rounds
     every = -(-count // _MOST_POINTS)
     return sorted({1, *range(every, count, every), plan.num_rounds, count})
+
+
+@lru_cache(maxsize=1024)
+def coarse_epsilon(plan: Plan) -> float:
+    """Of the whole plan by PLD, on the coarse grid that calibration uses too: a little above the fine one's at most."""
+    whole = plan.whole
+    return accountant.epsilon_pld([whole], plan.delta, interval=accountant.COARSE)
+
+
+def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
+    """`plan` with the most rounds, beside its spare ones, that stay within `epsilon`.
+
+    Raises:
+        ConfigError: not even one round does.
+    """
+
+    def within(count: int) -> bool:
+        return coarse_epsilon(dataclasses.replace(plan, num_rounds=count)) <= epsilon
+
+    fits, too_many = 0, 1
+    while within(too_many):
+        fits, too_many = too_many, 2 * too_many
+        if too_many > MOST_ROUNDS:
+            return dataclasses.replace(plan, num_rounds=fits)
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if within(middle) else (fits, middle)
+    if not fits:
+        spare = f" and {plan.spare_rounds} spare ones" if plan.spare_rounds else ""
+        bound = f"passes privacy.epsilon = {epsilon:g} with one round of {plan.local_steps} steps{spare}"
+        raise ConfigError("privacy.noise_multiplier", plan.noise_multiplier, bound)
+    return dataclasses.replace(plan, num_rounds=fits)
+
+
+def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
+    """`plan` with the largest sampling rate, rounded down to four digits, that stays within `epsilon`.
+
+    Raises:
+        ConfigError: no rate from `least` upwards does.
+    """
+
+    def at(rate: float) -> Plan:
+        return dataclasses.replace(plan, sampling_rate=rate)
+
+    rate = accountant.last_within(
+        lambda rate: coarse_epsilon(at(rate)),
+        epsilon,
+        start=max(plan.sampling_rate, least),
+        bounds=(least, 1.0),
+        rising=True,
+    )
+    if rate is None:
+        bound = f"passes privacy.epsilon = {epsilon:g} at every sampling rate down to {least:.3g}"
+        raise ConfigError("privacy.noise_multiplier", plan.noise_multiplier, bound)
+    return at(_rounded_down(rate))
+
+
+def least_noise(plan: Plan, *, epsilon: float) -> float | None:
+    """The least noise multiplier, rounded up to four digits, that keeps `plan` within `epsilon`; None: no noise does.
+
+    What `accountant.calibrate_noise` finds from scratch; the search begins near the answer, at the noise of `plan`.
+    """
+    noise = accountant.last_within(
+        lambda noise: coarse_epsilon(dataclasses.replace(plan, noise_multiplier=noise)),
+        epsilon,
+        start=plan.noise_multiplier,
+        bounds=(accountant.LEAST_NOISE, accountant.MOST_NOISE),
+        rising=False,
+    )
+    return None if noise is None else math.ceil(noise * 1e4) / 1e4
+
+
+def _rounded_down(value: float, digits: int = 4) -> float:
+    scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
+    return math.floor(value * scale) / scale

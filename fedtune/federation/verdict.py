@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dp_accounting import DpEvent
 
-from fedtune.federation.solver import coarse_epsilon
+from fedtune.federation.planner import coarse_epsilon
 from fedtune.privacy import events, filter
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.history import History

@@ -12,10 +12,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
-from fedtune.federation.closing import Closing
-from fedtune.federation.lead import LeadState
+from fedtune.federation.aggregation import Closing
+from fedtune.federation.lead import LeadState, ReceiptBook
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest
-from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.federation.results import RunResult
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import records
 from fedtune.flower.federation_run import FederationRun, KnownSites, Listener
@@ -73,7 +73,7 @@ class DeployedListener(Listener, Protocol):
 
 def run_deployed(
     config: RunConfig, folder: Path, *, connection: LeadConnection, receipts: ReceiptBook, listener: DeployedListener
-) -> dict[str, object]:
+) -> RunResult:
     """Run `config` at real sites to its end, or from its newest checkpoint on, and write the run folder.
 
     Returns:

@@ -15,9 +15,9 @@ from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
 from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState
-from fedtune.federation.receipt_book import ReceiptBook
-from fedtune.federation.results import FinalResult, run_json
+from fedtune.federation.lead import LeadState, ReceiptBook
+from fedtune.federation.results import FinalResult, RunResult
+from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.server import Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.privacy.durable import write_durably
@@ -71,13 +71,10 @@ class FederationRun:
 
     @property
     def _checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.folder / "checkpoints", self.config.digest())
+        return Checkpoints(RunFolder(self.folder).checkpoints, self.config.digest())
 
-    def to_its_end(self, listener: Listener) -> dict[str, object]:
-        """Run from the start, or from the newest checkpoint on, and write the run folder.
-
-        Returns:
-            The content of `run.json`.
+    def to_its_end(self, listener: Listener) -> RunResult:
+        """Run from the start, or from the newest checkpoint on, write the run folder, and say what it came to.
 
         Raises:
             ConfigError: data, model or checkpoint don't fit the configuration; raised before any training.
@@ -102,7 +99,7 @@ class FederationRun:
         self.receipts.keep(state.receipts)
         metrics = self.shared.score(state.adapter, self.shared.test, generate=True)
         state.adapter.load_into(self.shared.model)
-        save_task_model(self.shared.model, self.folder / "adapter")
+        save_task_model(self.shared.model, RunFolder(self.folder).adapter)
         return self._write_result(state, metrics=metrics, seconds=elapsed())
 
     def _lead(self, state: LeadState, listener: Listener, elapsed: Callable[[], float]) -> Lead:
@@ -153,15 +150,15 @@ class FederationRun:
         self._checkpoints.save(state)
         return state
 
-    def _write_result(self, state: LeadState, *, metrics: Mapping[str, float], seconds: float) -> dict[str, object]:
-        """Write `run.json`, and return its content."""
+    def _write_result(self, state: LeadState, *, metrics: Mapping[str, float], seconds: float) -> RunResult:
+        """Write `run.json`."""
         final = FinalResult(
             metrics=metrics,
             metrics_before=state.metrics_before,
             seconds=seconds,
             peak_memory_bytes=_peak_memory_bytes(),
         )
-        result = run_json(
+        result = RunResult.of(
             state,
             final,
             self.proposal.plan,
@@ -170,7 +167,7 @@ class FederationRun:
             config_sha256=self.config.digest(),
             seeded_noise=self.config.runtime.seeded_noise,
         )
-        write_durably(self.folder / "run.json", json.dumps(result, indent=2).encode() + b"\n")
+        write_durably(RunFolder(self.folder).result, json.dumps(result.to_json(), indent=2).encode() + b"\n")
         return result
 
 

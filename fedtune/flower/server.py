@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedtune.federation.aggregation import RoundReplies, sort_replies
 from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState, RoundResult, newest_of
+from fedtune.federation.lead import LeadState, RoundResult, Scores, newest_of
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import records
@@ -156,7 +156,7 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str
     _require_enough(sorted_out, lead, round)
     bytes_up = sum(records.num_bytes(message.content) for _, message in answers.values())
     adapter = _aggregate(lead, sorted_out, {site: message for site, (_, message) in answers.items()}, round)
-    metrics = lead.evaluate(adapter)
+    metrics: Scores = lead.evaluate(adapter)
     if diverged := not _is_sound(adapter, metrics):
         adapter, metrics = _back(lead, state, round, metrics)
     result = RoundResult(
@@ -181,12 +181,12 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str
     )
 
 
-def _is_sound(adapter: Adapter, metrics: Mapping[str, float]) -> bool:
+def _is_sound(adapter: Adapter, metrics: Scores) -> bool:
     values = all(bool(np.isfinite(tensor).all()) for tensor in adapter.tensors.values())
-    return values and all(math.isfinite(score) for score in metrics.values())
+    return values and all(score is not None and math.isfinite(score) for score in metrics.values())
 
 
-def _back(lead: Lead, state: LeadState, round: int, found: Mapping[str, float]) -> tuple[Adapter, Mapping[str, float]]:
+def _back(lead: Lead, state: LeadState, round: int, found: Scores) -> tuple[Adapter, Scores]:
     """The adapter before a round that diverged, with its scores; the server optimizer goes back, too.
 
     Raises:

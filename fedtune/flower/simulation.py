@@ -9,13 +9,14 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 
 from fedtune.config import RunConfig, parse
+from fedtune.federation.results import RunResult
 from fedtune.flower.client import make_client_app
 from fedtune.flower.federation_run import Engine, FederationRun, Listener
 from fedtune.flower.grid import InProcessGrid, in_process
 from fedtune.sites.participants import participants
 
 
-def simulate(config: RunConfig, folder: Path, listener: Listener) -> dict[str, object]:
+def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
     """Run `config` to its end, or from its newest checkpoint on, and write the run folder.
 
     Returns:

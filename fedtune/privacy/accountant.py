@@ -13,12 +13,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
-from typing import Any
 
-import numpy as np
-from dp_accounting import DpEvent, GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting import DpEvent, NeighboringRelation
 from dp_accounting.pld import PLDAccountant
-from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
 from dp_accounting.rdp import RdpAccountant
 
 from fedtune.privacy import events
@@ -34,6 +31,10 @@ NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
 FINE, COARSE = 1e-4, 1e-3
 MOST_NOISE = 1e4
 """Largest noise multiplier of a plan; what asks for more asks for nothing."""
+LEAST_NOISE = 1e-2
+"""Searches for less end here."""
+_TOLERANCE = 1e-5  # relative
+_TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
 
 
 def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) -> float:
@@ -53,37 +54,10 @@ def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float:
 
 def composed_pld(counted: Counted, interval: float) -> PLDAccountant:
     """Privacy loss distributions of all mechanisms together, in buckets of width `interval`."""
-    accountant = _PLDAccountant(NEIGHBOURING_RELATION, value_discretization_interval=interval)
+    accountant = PLDAccountant(NEIGHBOURING_RELATION, value_discretization_interval=interval)
     for event, count in counted:
         accountant.compose(event, count)
     return accountant
-
-
-class _PLDAccountant(PLDAccountant):  # type: ignore[misc]  # dp-accounting has no types
-    """dp-accounting's own; it computes the distribution of one DP-SGD step once for all numbers of steps."""
-
-    _pld: PrivacyLossDistribution
-
-    def _maybe_compose(self, event: DpEvent, count: int, do_compose: bool) -> Any:
-        match event:
-            case PoissonSampledDpEvent(sampling_probability=rate, event=GaussianDpEvent(noise_multiplier=noise)) if (
-                rate > 0 and noise > 0
-            ):
-                if do_compose:
-                    step = _one_step(noise, rate, self._value_discretization_interval)
-                    self._pld = self._pld.compose(step.self_compose(count))
-                return None
-        return super()._maybe_compose(event, count, do_compose)
-
-
-@lru_cache(maxsize=64)
-def _one_step(noise: float, rate: float, interval: float) -> PrivacyLossDistribution:
-    return from_gaussian_mechanism(
-        standard_deviation=noise,
-        value_discretization_interval=interval,
-        sampling_prob=rate,
-        neighboring_relation=NEIGHBOURING_RELATION,
-    )
 
 
 def epsilon_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
@@ -116,17 +90,8 @@ def composed_rdp(counted: Counted) -> RdpAccountant:
     accountant = RdpAccountant(neighboring_relation=NEIGHBOURING_RELATION)
     with without_notes_on_skipped_orders():
         for event, count in counted:
-            accountant._rdp = accountant._rdp + count * _divergences(event)
+            accountant.compose(event, count)
     return accountant
-
-
-@lru_cache(maxsize=256)
-def _divergences(event: DpEvent) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Renyi divergences of one event at dp-accounting's default orders."""
-    accountant = RdpAccountant(neighboring_relation=NEIGHBOURING_RELATION)
-    accountant.compose(event)
-    found: np.ndarray[Any, np.dtype[np.float64]] = accountant._rdp
-    return found
 
 
 def calibrate_noise(
@@ -142,60 +107,86 @@ def calibrate_noise(
     Raises:
         ConfigError: no noise multiplier up to 10,000 reaches the target.
     """
+    tried: dict[float, float] = {}
 
-    def spent(sigma: float) -> float:
-        event = events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
-        return epsilon_pld([event, *also], delta, interval=COARSE)
+    def epsilon_at(sigma: float) -> float:
+        if sigma not in tried:
+            event = events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
+            tried[sigma] = epsilon_pld([event, *also], delta, interval=COARSE)
+        return tried[sigma]
+
+    def within(sigma: float) -> bool:
+        # More noise never costs more, so most of the search below is answered by what was tried before it.
+        if any(spent <= epsilon for noise, spent in tried.items() if noise <= sigma):
+            return True
+        if any(spent > epsilon for noise, spent in tried.items() if noise >= sigma):
+            return False
+        return epsilon_at(sigma) <= epsilon
 
     if also and epsilon_pld(also, delta, interval=COARSE) > epsilon:
         raise ConfigError("privacy.epsilon", epsilon, "is spent by the released metrics alone; give them more noise")
+    last_within(epsilon_at, epsilon, start=1.0, bounds=(LEAST_NOISE, MOST_NOISE), rising=False)
+    # The bisection alone decides, so that a target has one noise, whatever was tried first.
     low, high = 0.0, 1.0
-    while spent(high) > epsilon:
+    while not within(high):
         low, high = high, 2 * high
         if high > MOST_NOISE:
             raise ConfigError("privacy.epsilon", epsilon, f"cannot be reached in {steps} steps by any noise")
-    while low == 0 and spent(high / 2) <= epsilon:
-        high /= 2
-    least, enough = _crossing(spent, epsilon, low or high / 2, high)
-    # What a bisection alone would give, which noise of 0.1.0 was: it is asked again only between the two ends.
-    found = _bisected(lambda sigma: sigma >= enough or (sigma > least and spent(sigma) <= epsilon), low, high)
-    if spent(found) > epsilon:  # where rounding makes epsilon rise with noise
-        found = _bisected(lambda sigma: spent(sigma) <= epsilon, low, high)
-    return found
-
-
-def _bisected(within: Callable[[float], bool], low: float, high: float) -> float:
-    """The least noise between `low` and `high` that is `within`, rounded up to four digits."""
     while high - low > 1e-5 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if within(middle) else (middle, high)
     return math.ceil(high * 1e4) / 1e4
 
 
-def _crossing(spent: Callable[[float], float], epsilon: float, low: float, high: float) -> tuple[float, float]:
-    """Two noise multipliers close together, of which the first spends more than `epsilon` and the second does not.
+def last_within(
+    epsilon_at: Callable[[float], float], epsilon: float, *, start: float, bounds: tuple[float, float], rising: bool
+) -> float | None:
+    """The largest value, or the least where epsilon is not `rising`, at which `epsilon_at` keeps within `epsilon`.
 
-    Regula falsi with the Illinois rule in log-log coordinates, where epsilon is nearly a straight line.
+    None when none within `bounds` does.  Steps in log-log coordinates until both sides of the boundary are known, then
+    regula falsi with the Illinois rule.  What is returned was tried.
     """
-    ends = {True: (math.log(low), _log(spent(low) / epsilon)), False: (math.log(high), _log(spent(high) / epsilon))}
-    last: bool | None = None
-    while ends[False][0] - ends[True][0] > 2e-6:
-        (x0, y0), (x1, y1) = ends[True], ends[False]
-        share = min(max(y0 / (y0 - y1), 0.0), 1.0)
-        margin = min(5e-7 / (x1 - x0), 0.5)
-        x = x0 + (x1 - x0) * min(max(share, margin), 1 - margin)
-        y = _log(spent(math.exp(x)) / epsilon)
-        above = y > 0
-        if above is last:  # the other end stays: half its weight, so that the next point lies nearer to it
-            other = ends[not above]
-            ends[not above] = (other[0], other[1] / 2)
-        ends[above], last = (x, y), above
-    return math.exp(ends[True][0]), math.exp(ends[False][0])
+    lowest, highest = map(math.log, bounds)
+
+    def value(x: float) -> float:
+        return min(max(math.exp(x), bounds[0]), bounds[1])  # rounding may pass a bound that Plan holds to
+
+    slope = _TYPICAL_SLOPE if rising else -_TYPICAL_SLOPE
+    inside: tuple[float, float] | None = None  # (log value, log of epsilon over its bound)
+    outside: tuple[float, float] | None = None
+    x, before = math.log(start), None
+    while True:
+        # Nothing may be infinite in what follows; epsilon is 0 where delta alone covers the loss.
+        y = math.log(min(max(epsilon_at(value(x)), 1e-9), 1e9) / epsilon)
+        if y <= 0:
+            inside, outside = (x, y), _halved(outside, before is True)
+        else:
+            outside, inside = (x, y), _halved(inside, before is False)
+        before = y <= 0
+        if inside is None or outside is None:
+            if x in (lowest, highest):
+                break
+            # A little too far, so that both sides of the boundary are known soon.
+            step = math.copysign(min(max(1.2 * abs(y / slope), 0.01), 2.0), -y * slope)
+            x = min(max(x + step, lowest), highest)
+        elif abs(outside[0] - inside[0]) <= _TOLERANCE:
+            break
+        else:
+            x = _between(inside, outside)
+    return None if inside is None else value(inside[0])
 
 
-def _log(ratio: float) -> float:
-    """Its logarithm, finite where delta alone covers the loss or nothing bounds it."""
-    return math.log(min(max(ratio, 1e-9), 1e9))
+def _between(inside: tuple[float, float], outside: tuple[float, float]) -> float:
+    """Where the straight line through both ends crosses the boundary, but never quite at an end."""
+    width = outside[0] - inside[0]
+    least = _TOLERANCE / 2 / abs(width)
+    share = inside[1] / (inside[1] - outside[1])
+    return inside[0] + width * min(max(share, least), 1 - least)
+
+
+def _halved(end: tuple[float, float] | None, again: bool) -> tuple[float, float] | None:
+    """The Illinois rule: an end that stays `again` gets half its weight, so that the next point lies nearer to it."""
+    return (end[0], end[1] / 2) if again and end is not None else end
 
 
 def epsilon_text(epsilon: float | None) -> str:

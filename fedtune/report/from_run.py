@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedtune.federation.results import FinalResult
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.report import recompute, signing
@@ -35,8 +36,6 @@ from fedtune.sites.environment import Environment
 from fedtune.spec import ConfigError, RunError
 
 LEAVES_OUT = tuple(code for code in codes.LEAVES_OUT if code != "other_ledgers")
-FOLDER = "site_reports"
-"""Of a run folder: the reports that sites released, one JSON file each."""
 
 
 def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
@@ -149,7 +148,7 @@ def _provenance(record: RunRecord) -> Provenance:
 
 def _version(record: RunRecord) -> str:
     noted = _one(environment.fedtune_version for environment in record.environments)
-    return noted or str(record.result.get("fedtune_version") or codes.NOT_RECORDED)
+    return noted or (record.result.fedtune_version if record.result else "") or codes.NOT_RECORDED
 
 
 def _model_name(path: str) -> str:
@@ -169,11 +168,11 @@ def _one(values: Iterable[str]) -> str | None:
 
 
 def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
-    epsilons, final = epsilon_by_round(record, sites), record.result.get("final", {})
-    before = record.state.metrics_before if record.state else final.get("metrics_before", {})
+    epsilons, final = epsilon_by_round(sites), record.result.final if record.result else FinalResult(metrics={})
+    before = record.state.metrics_before if record.state else final.metrics_before
     return Utility(
         before=scores_of(before),
-        final=scores_of(final.get("metrics", {})),
+        final=scores_of(final.metrics),
         non_private=None,
         rounds=tuple(
             RoundCost(
@@ -211,7 +210,7 @@ def released_in(folder: Path) -> tuple[Report, ...]:
     Raises:
         ConfigError: a file there is no report.
     """
-    return tuple(read_site_report(path) for path in sorted((folder / FOLDER).glob("*.json")))
+    return tuple(read_site_report(path) for path in sorted(RunFolder(folder).site_reports.glob("*.json")))
 
 
 def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report]:

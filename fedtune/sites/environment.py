@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fedtune
+from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.spec import RunError, spec
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:  # it imports torch, which who only reads needs not
     from fedtune.config import RunConfig
     from fedtune.sites.shared_model import SharedModel
 
-FILE = "environment.json"
 _SCHEMA_VERSION = 1
 _LIBRARIES = (
     "cryptography",
@@ -66,7 +66,7 @@ def note_environment(folder: Path, shared: SharedModel) -> None:
     if known and replace(here, since=known[-1].since) == known[-1]:
         return
     fields = {"schema_version": _SCHEMA_VERSION, "environments": [asdict(one) for one in (*known, here)]}
-    write_durably(folder / FILE, json.dumps(fields, indent=1).encode() + b"\n")
+    write_durably(RunFolder(folder).environment, json.dumps(fields, indent=1).encode() + b"\n")
 
 
 def read_environments(folder: Path) -> tuple[Environment, ...]:
@@ -75,7 +75,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
     Raises:
         RunError: the note is damaged.
     """
-    path = folder / FILE
+    path = RunFolder(folder).environment
     if not path.exists():
         return ()
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from fedtune.config import RunConfig
 from fedtune.data.load import own_records
 from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.site import Prepared, Site, Trained
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
@@ -164,7 +165,7 @@ class RealSite:
             raise ConfigError("final adapter", run, "must have the names and shapes that the run trained")
         adapter.load_into(shared.model)
         folder = self._places.adapters / run
-        save_task_model(shared.model, folder / "adapter")
+        save_task_model(shared.model, RunFolder(folder).adapter)
         # JSON is YAML, too.
-        write_durably(folder / "config.yaml", json.dumps(config.to_json(), indent=1).encode() + b"\n")
+        write_durably(RunFolder(folder).config, json.dumps(config.to_json(), indent=1).encode() + b"\n")
         log.info("the final adapter is kept", extra={"run": run})

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import RunConfig
-from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.federation.lead import ReceiptBook
+from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -65,7 +66,7 @@ class VirtualSites:
     def of(cls, config: RunConfig, run_folder: Path, plan: Plan) -> VirtualSites:
         """The sites of a run."""
         kept = config.runtime.sites_dir
-        return cls(config, Path(kept) if kept else run_folder / "sites", plan)
+        return cls(config, Path(kept) if kept else RunFolder(run_folder).sites, plan)
 
     def check_dealt_out(self) -> None:
         """Note how records were dealt out to kept sites, or check that this run does it the same way.

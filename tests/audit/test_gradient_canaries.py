@@ -168,7 +168,7 @@ def test_an_audit_is_charged_like_the_run_that_it_audits(tiny: Any, tmp_path: Pa
             results[name] = run_audit(
                 auditable(config, AuditSpec(canaries=50)), AuditSpec(canaries=50), folder, Silent()
             )
-    assert results["audited"]["privacy"] == results["plain"]["privacy"]
+    assert results["audited"].privacy == results["plain"].privacy
 
 
 class Silent:

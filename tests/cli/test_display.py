@@ -15,6 +15,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.cli.display import Display, show_result, show_sweep
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.federation.results import FinalResult, PrivacyResult, RunResult, SiteResult
 from fedtune.model import Adapter
 from fedtune.privacy.release import Receipt
 
@@ -114,21 +115,18 @@ def test_the_bar_counts_sites_and_rounds(config: RunConfig, state: Callable[...,
     assert "round 1/10, site 2/2" in out or "round 2/10, site 1/2" in out
 
 
-def result(**changes: Any) -> dict[str, Any]:
-    site = {"epsilon": 1.00001, "epsilon_rdp": 1.2, "steps": 4, "upper_bound": False}
-    privacy = {"unit": "record", "delta": 1e-5, "epsilon": 1.00001, "seeded_noise": False}
-    return {
-        "final": {
-            "metrics": {"accuracy": 0.5},
-            "metrics_before": {"accuracy": 0.1},
-            "seconds": 61.0,
-            "peak_memory_bytes": 2**30,
-        },
-        "privacy": privacy | {"sites": {"site-1": site, "site-2": site | {"upper_bound": True}}} | changes,
-    }
+def result(**changes: Any) -> RunResult:
+    plan = {"rounds": 2, "sampling_rate": 0.2, "noise_multiplier": 4.0, "metrics_noise_multiplier": 0.0}
+    site = SiteResult(epsilon=1.00001, epsilon_rdp=1.2, steps=4, upper_bound=False, **plan)
+    sites = {"site-1": site, "site-2": replace(site, upper_bound=True)}
+    privacy = PrivacyResult(delta=1e-5, epsilon=1.00001, seeded_noise=False, sites=sites)
+    final = FinalResult(
+        metrics={"accuracy": 0.5}, metrics_before={"accuracy": 0.1}, seconds=61.0, peak_memory_bytes=2**30
+    )
+    return RunResult(rounds=(), final=final, privacy=replace(privacy, **changes))
 
 
-def table(config: RunConfig, result: dict[str, Any]) -> str:
+def table(config: RunConfig, result: RunResult) -> str:
     out = io.StringIO()
     show_result(Console(file=out, width=100), config, result, Path("runs/a"))
     return out.getvalue()

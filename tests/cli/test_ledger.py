@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.plain_words import REASONS, odds_text, printable
+from fedtune.cli.plain_words import odds_text, printable
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.release import Reason
 
 READERS = ("show", "spent", "verify", "export")
 
@@ -401,10 +400,6 @@ def test_freeze_wants_a_reason_and_makes_no_ledger(site: Any, command: Run) -> N
     assert silent.message == "--why = ' ': must say why; the ledger keeps it"
     assert command("ledger", "freeze", "--policy", str(site.policy), "--why", "x").code == 2
     assert not site.ledger.exists()
-
-
-def test_every_reason_of_a_refusal_has_words() -> None:
-    assert set(REASONS) == set(Reason)
 
 
 @pytest.mark.parametrize(("epsilon", "shown"), [(1.0001, "1.001"), (2.0, "2.000"), (math.inf, "unbounded")])

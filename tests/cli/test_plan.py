@@ -16,7 +16,7 @@ from rich.console import Console
 from fedtune.cli.compose import compose_run
 from fedtune.cli.plan_page import chart_svg, page_html
 from fedtune.cli.plan_sections import Outlook, bytes_text, duration, show_outlook
-from fedtune.federation import planner, solver, verdict
+from fedtune.federation import planner, verdict
 from fedtune.model.base import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
@@ -139,7 +139,7 @@ def test_solving_for_rounds_with_noise_that_a_run_would_refuse(plan_json: Run) -
     said = plan_json("--target=rounds", "privacy.epsilon=1", "federation.num_rounds=20")
     assert 0.9 < said["epsilon"] <= 1.0
     more = Plan(**(said["plan"] | {"num_rounds": said["plan"]["num_rounds"] + 1}))
-    assert solver.coarse_epsilon(more) > 1.0
+    assert planner.coarse_epsilon(more) > 1.0
 
 
 def test_solving_for_the_sampling_rate(plan_json: Run) -> None:
@@ -215,7 +215,7 @@ def test_bars_grow_with_epsilon(outlook: Callable[..., Outlook]) -> None:
 
 def test_other_plans_are_a_table(outlook: Callable[..., Outlook]) -> None:
     known = outlook()
-    epsilon = solver.coarse_epsilon(known.plan)
+    epsilon = planner.coarse_epsilon(known.plan)
     changed = text(outlook(changes=planner.what_if(known.plan, epsilon=epsilon), epsilon=epsilon))
     for change in ("as planned", "3 rounds", "4 rounds", "batches x 2 (rate 0.4)", "delta 1e-06"):
         assert change in changed

@@ -19,7 +19,6 @@ from fedtune.config import RunConfig
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.services.lead_service import (
-    ANSWERS,
     RUNNING,
     LeadService,
     _Noted,
@@ -210,7 +209,7 @@ def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_p
     answers = latest_answers(tmp_path)
     assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
     assert all(datetime.fromisoformat(answer["time"]) >= now for answer in answers.values())
-    assert set(json.loads((tmp_path / ANSWERS).read_text())) == {"north", "south"}
+    assert set(json.loads((tmp_path / "answers.json").read_text())) == {"north", "south"}
     noted.site_replied(2)
     state: Any = "a state"
     noted.round_finished(state)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedtune.federation import planner, solver
+from fedtune.federation import planner
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.plan import Plan
 
@@ -109,7 +109,7 @@ def test_without_noise_nothing_is_bounded(run_plan: Plan) -> None:
 
 def test_what_if_names_each_change_and_keeps_within_epsilon() -> None:
     plan = golden(noise_multiplier=2.0, sampling_rate=0.1, local_steps=5, num_rounds=3)
-    epsilon = solver.coarse_epsilon(plan)
+    epsilon = planner.coarse_epsilon(plan)
     changes = {change.what: change for change in planner.what_if(plan, epsilon=epsilon)}
     assert list(changes) == [
         "5 rounds", "6 rounds", "batches x 1.5 (rate 0.15)", "batches x 2 (rate 0.2)", "delta 1e-06",
@@ -119,14 +119,14 @@ def test_what_if_names_each_change_and_keeps_within_epsilon() -> None:
         assert change.noise_needed is not None
         needed = replace(change.plan, noise_multiplier=change.noise_needed)
         assert accountant.epsilon_pld([needed.event(rounds=needed.most_rounds)], needed.delta) <= change.epsilon
-        assert change.same_noise_epsilon == solver.coarse_epsilon(change.plan)
+        assert change.same_noise_epsilon == planner.coarse_epsilon(change.plan)
     assert changes["5 rounds"].plan.num_rounds == 5
     assert changes["delta 1e-06"].plan.delta == pytest.approx(1e-6)
 
 
 def test_what_if_says_what_a_larger_batch_does_to_the_mean_gradient() -> None:
     plan = golden(noise_multiplier=2.0, sampling_rate=0.1, local_steps=5, num_rounds=3)
-    doubled = planner.what_if(plan, epsilon=solver.coarse_epsilon(plan))[3]
+    doubled = planner.what_if(plan, epsilon=planner.coarse_epsilon(plan))[3]
     assert doubled.noise_needed is not None
     assert doubled.step_noise == pytest.approx(doubled.noise_needed / 0.2 / (2.0 / 0.1))
     assert doubled.noise_needed / 2.0 > 1 > doubled.noise_needed / 4.0, "more noise on the sum, less on the mean"

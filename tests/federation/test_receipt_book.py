@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.federation.lead import ReceiptBook
 from fedtune.privacy.release import Receipt
 from fedtune.spec import RunError
 

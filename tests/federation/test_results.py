@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedtune.federation.lead import LeadState, RoundResult
-from fedtune.federation.results import FinalResult, run_json
+from fedtune.federation.results import FinalResult, RunResult
 from fedtune.model import Adapter
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Receipt
@@ -31,7 +31,7 @@ def build(adapter: Adapter, plan: Plan, receipt: Callable[..., Receipt]) -> Call
         )
         state = LeadState(round=1, adapter=adapter, receipts=receipts, rounds=[result])
         final = FinalResult(metrics={"loss": loss}, metrics_before={}, seconds=1.0, peak_memory_bytes=1)
-        return run_json(
+        return RunResult.of(
             state,
             final,
             plan,
@@ -39,7 +39,7 @@ def build(adapter: Adapter, plan: Plan, receipt: Callable[..., Receipt]) -> Call
             task="classification",
             config_sha256="00",
             seeded_noise=False,
-        )
+        ).to_json()
 
     return make
 

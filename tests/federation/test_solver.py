@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.federation import solver
+from fedtune.federation import planner
 from fedtune.privacy import accountant
 from fedtune.privacy.plan import Plan
 from fedtune.spec import ConfigError
@@ -29,7 +29,7 @@ def test_the_least_noise_is_what_calibration_finds(plan: Plan) -> None:
         calibrated = accountant.calibrate_noise(
             epsilon=target, delta=plan.delta, sampling_rate=plan.sampling_rate, steps=6
         )
-        found = solver.least_noise(plan, epsilon=target)
+        found = planner.least_noise(plan, epsilon=target)
         assert found == pytest.approx(calibrated, abs=1.01e-4)
 
 
@@ -48,7 +48,7 @@ def test_the_least_noise_never_overshoots(rate: float, start: float, target: flo
         num_rounds=2,
         metrics_noise_multiplier=scores,
     )
-    noise = solver.least_noise(planned, epsilon=target)
+    noise = planner.least_noise(planned, epsilon=target)
     if noise is None:
         assert epsilon(replace(planned, noise_multiplier=1e4)) > target
         return
@@ -58,33 +58,33 @@ def test_the_least_noise_never_overshoots(rate: float, start: float, target: flo
 
 
 def test_no_noise_suffices_where_scores_alone_pass_the_target(plan: Plan) -> None:
-    assert solver.least_noise(replace(plan, metrics_noise_multiplier=1.0), epsilon=1.0) is None
+    assert planner.least_noise(replace(plan, metrics_noise_multiplier=1.0), epsilon=1.0) is None
 
 
 def test_the_most_rounds_are_within_and_one_more_is_not(plan: Plan) -> None:
-    solved = solver.solve_rounds(plan, epsilon=5.0)
+    solved = planner.solve_rounds(plan, epsilon=5.0)
     assert epsilon(solved) <= 5.0 < epsilon(replace(solved, num_rounds=solved.num_rounds + 1))
     assert replace(solved, num_rounds=plan.num_rounds) == plan
 
 
 def test_spare_rounds_are_paid_for_first(plan: Plan) -> None:
-    without = solver.solve_rounds(plan, epsilon=5.0)
-    spared = solver.solve_rounds(replace(plan, spare_rounds=2), epsilon=5.0)
+    without = planner.solve_rounds(plan, epsilon=5.0)
+    spared = planner.solve_rounds(replace(plan, spare_rounds=2), epsilon=5.0)
     assert spared.num_rounds == without.num_rounds - 2
 
 
 def test_one_round_that_is_too_much_is_said(plan: Plan) -> None:
     with pytest.raises(ConfigError, match=r"privacy\.noise_multiplier = 1\.5: passes privacy\.epsilon = 0\.1 with one"):
-        solver.solve_rounds(plan, epsilon=0.1)
+        planner.solve_rounds(plan, epsilon=0.1)
 
 
 def test_rounds_without_end_end_somewhere(plan: Plan) -> None:
     endless = replace(plan, noise_multiplier=9000.0, sampling_rate=1e-4, local_steps=1)
-    assert solver.solve_rounds(endless, epsilon=8.0).num_rounds > solver.MOST_ROUNDS / 2
+    assert planner.solve_rounds(endless, epsilon=8.0).num_rounds > planner.MOST_ROUNDS / 2
 
 
 def test_the_largest_rate_is_within_and_the_next_digit_is_not(plan: Plan) -> None:
-    solved = solver.solve_sampling_rate(plan, epsilon=3.0, least=0.001)
+    solved = planner.solve_sampling_rate(plan, epsilon=3.0, least=0.001)
     rate = solved.sampling_rate
     assert rate == float(f"{rate:.4g}"), "four digits"
     assert epsilon(solved) <= 3.0 < epsilon(replace(plan, sampling_rate=rate * 1.001))
@@ -92,10 +92,10 @@ def test_the_largest_rate_is_within_and_the_next_digit_is_not(plan: Plan) -> Non
 
 def test_much_noise_allows_every_rate(plan: Plan) -> None:
     assert (
-        solver.solve_sampling_rate(replace(plan, noise_multiplier=50.0), epsilon=3.0, least=0.001).sampling_rate == 1.0
+        planner.solve_sampling_rate(replace(plan, noise_multiplier=50.0), epsilon=3.0, least=0.001).sampling_rate == 1.0
     )
 
 
 def test_little_noise_allows_no_rate(plan: Plan) -> None:
     with pytest.raises(ConfigError, match=r"passes privacy\.epsilon = 0\.1 at every sampling rate down to 0\.01"):
-        solver.solve_sampling_rate(replace(plan, noise_multiplier=0.5), epsilon=0.1, least=0.01)
+        planner.solve_sampling_rate(replace(plan, noise_multiplier=0.5), epsilon=0.1, least=0.01)

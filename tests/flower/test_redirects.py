@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.federation.closing import Closing
+from fedtune.federation.aggregation import Closing
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.wire.fleet import Fleet, Foreign, Unreachable, hello
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid

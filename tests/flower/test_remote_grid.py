@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-from fedtune.federation.closing import Closing
+from fedtune.federation.aggregation import Closing
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.records import ARRAYS
 from fedtune.flower.wire import bounded_http, remote_grid

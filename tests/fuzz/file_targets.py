@@ -19,10 +19,10 @@ from fedtune.data.records import read_records, usable_records
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.deploy.kits.kit import KitFile, read_spec
 from fedtune.deploy.kits.members import read_roster, write_roster
-from fedtune.deploy.services.lead_service import ANSWERS, latest_answers
+from fedtune.deploy.services.lead_service import latest_answers
 from fedtune.deploy.services.site_state import SiteState
 from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.federation.lead import ReceiptBook
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import check_content
 from fedtune.privacy.ledger.chain import Head
@@ -237,7 +237,7 @@ TARGETS = (
     Target(
         name="answers.json",
         broken=_json(lambda: {"north": {"what": "update", "time": "2026-11-20T10:00:00+00:00"}}),
-        parse=_in_file(ANSWERS, lambda path: latest_answers(path.parent)),
+        parse=_in_file("answers.json", lambda path: latest_answers(path.parent)),
         errors=_OURS,
     ),
     Target(

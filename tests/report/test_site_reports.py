@@ -17,7 +17,7 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.release import RECEIPT
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import from_ledger, from_run, recompute, signing
-from fedtune.report.from_run import FOLDER, read_site_report
+from fedtune.report.from_run import read_site_report
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page import render
 from fedtune.spec import ConfigError
@@ -102,12 +102,12 @@ def test_the_assumptions_say_who_asserts_what(folder: Path) -> None:
 
 def test_reports_in_the_run_folder_are_taken(folder: Path) -> None:
     own = signed_report(folder, "site-2")
-    (folder / "second" / FOLDER).mkdir()
-    (folder / "second" / FOLDER / "site-2.json").write_text(signing.to_text(own))
+    (folder / "second" / "site_reports").mkdir()
+    (folder / "second" / "site_reports" / "site-2.json").write_text(signing.to_text(own))
     report = from_run.build(folder / "second")
     assert [site.source for site in report.sites] == ["charged_by_receipts", "signed_site_report"]
     assert from_run.build(folder / "second", site_reports=[own]) == report, "the same one twice is one"
-    assert read_site_report(folder / "second" / FOLDER / "site-2.json") == own
+    assert read_site_report(folder / "second" / "site_reports" / "site-2.json") == own
 
 
 def test_an_earlier_runs_report_takes_the_same_site_report(folder: Path) -> None:
@@ -298,8 +298,8 @@ def test_without_receipts_no_report_can_be_checked(folder: Path) -> None:
 
 
 def test_a_file_that_is_no_report_is_named(folder: Path) -> None:
-    (folder / "second" / FOLDER).mkdir()
-    path = folder / "second" / FOLDER / "site-1.json"
+    (folder / "second" / "site_reports").mkdir()
+    path = folder / "second" / "site_reports" / "site-1.json"
     path.write_text("{}")
     with pytest.raises(ConfigError, match=r"site-1\.json"):
         from_run.build(folder / "second")

@@ -12,7 +12,6 @@ import pytest
 
 from fedtune.cli.compose import saved_config
 from fedtune.cli.run_folder import is_running, only_one
-from fedtune.deploy.services.lead_service import ANSWERS
 from fedtune.federation.lead import charged_epsilons
 from fedtune.privacy import accountant
 from fedtune.report import from_run
@@ -127,13 +126,13 @@ def test_what_real_sites_answer_within_a_round(tmp_path: Path) -> None:
     now = seen(run.folder)
     assert latest(now) == {"north": ("asked", 2), "south": ("update", 2), "west": ("awaiting_approval", 2)}
     assert not now.simulated
-    assert (run.folder / ANSWERS).exists(), "the name under which the lead's process notes them"
+    assert (run.folder / "answers.json").exists(), "the name under which the lead's process notes them"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"north": 3}', '{"north": {"what": "update"}}', "\xff"])
 def test_answers_that_cannot_be_read_are_left_out(tmp_path: Path, text: str) -> None:
     run = MadeRun.at(tmp_path / "run", "runtime.kind=deployment", *NORTH).begin().ask()
-    (run.folder / ANSWERS).write_text(text, encoding="latin-1")
+    (run.folder / "answers.json").write_text(text, encoding="latin-1")
     assert set(latest(seen(run.folder)).values()) == {("asked", 1)}
 
 

@@ -55,11 +55,12 @@ def joined(plan: Any, *, steps: int = STEPS) -> Joined:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     sampling, noise = SystemRandomness().stream(), SystemRandomness().stream()
+    planned, records = plan(sampling_rate=RATE), Records(count=UNITS, declared_size=UNITS, cut=cut)  # type: ignore[arg-type]
     for step in range(steps):  # noqa: B007, `cut` reads it
         dp_sgd_step(
             Silent(),  # type: ignore[arg-type]
-            Records(count=UNITS, declared_size=UNITS, cut=cut),  # type: ignore[arg-type]
-            plan(sampling_rate=RATE),
+            records,
+            planned,
             parameters={"a": parameter},
             optimizer=optimizer,
             sampling=sampling,

@@ -14,8 +14,9 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ from .decisions import FALSE_ALARM, POWER, Unrelated
 
 SIGNS = 64
 Values = npt.NDArray[np.float64]
-Candidates = Iterable[tuple[str, npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,33 @@ def small_seeds_and_seconds() -> Iterator[int]:
     yield from range(now, now - (1 << 16), -1)
 
 
-def candidates(release: Release) -> Candidates:
-    """Every guess, with the first values of the noise that it would mean."""
-    generator = torch.Generator()
+def signs_of(values: npt.NDArray[Any]) -> bytes:
+    return np.packbits(values[:SIGNS] > 0).tobytes()
+
+
+@cache
+def guesses() -> dict[bytes, str]:
+    """The signs of the first values that each seed of torch and of numpy means."""
+    generator, found = torch.Generator(), dict[bytes, str]()
     for seed in small_seeds_and_seconds():
         for dtype in (torch.float32, torch.float64):
-            yield f"torch {seed}", torch.randn(SIGNS, generator=generator.manual_seed(seed), dtype=dtype).numpy()
-    for seed in small_seeds_and_seconds():
-        yield f"numpy {seed}", np.random.Generator(np.random.PCG64(seed)).standard_normal(SIGNS)
-    for seed in range(1 << 13):
-        stream = SeededRandomness(seed).stream(release.site, 1, 1, "noise")
-        yield f"fedtune {seed}", stream.rounded_normal(release.moved.size, 2.0**GRID_BITS)[:SIGNS]
+            values = torch.randn(SIGNS, generator=generator.manual_seed(seed), dtype=dtype).numpy()
+            found[signs_of(values)] = f"torch {seed}"
+        found[signs_of(np.random.Generator(np.random.PCG64(seed)).standard_normal(SIGNS))] = f"numpy {seed}"
+    return found
+
+
+@cache
+def guesses_of_a_study(site: str, size: int) -> dict[bytes, str]:
+    """The same of fedtune's own streams, which depend on the site and on how many values are drawn."""
+    streams = ((seed, SeededRandomness(seed).stream(site, 1, 1, "noise")) for seed in range(1 << 13))
+    return {signs_of(stream.rounded_normal(size, 2.0**GRID_BITS)): f"fedtune {seed}" for seed, stream in streams}
 
 
 def recover(release: Release) -> str | None:
     """The generator and seed that the noise came from; None if no guess fits."""
-    signs = release.signs
-    return next((guess for guess, values in candidates(release) if np.packbits(values > 0).tobytes() == signs), None)
+    of_a_study = guesses_of_a_study(release.site, release.moved.size)
+    return guesses().get(release.signs) or of_a_study.get(release.signs)
 
 
 class TorchStream(RandomStream):
@@ -283,6 +293,6 @@ def test_every_stream_of_a_round_has_256_bits_of_the_operating_system(
     monkeypatch.setattr(RandomStream, "__init__", kept)
     worked()
     worked()
-    assert len(keys) == 4, "sampling and noise of two rounds"
-    assert len(set(keys)) == 4
+    assert len(keys) == 6, "sampling, noise and choice of records of two rounds"
+    assert len(set(keys)) == 6
     assert all(len(key) == 32 for key in keys)

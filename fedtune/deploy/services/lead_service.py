@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING
 from fedtune.config import RunConfig
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import Member, read_roster
-from fedtune.federation.receipt_book import ReceiptBook
+from fedtune.federation.lead import ReceiptBook
+from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # torch and Flower take seconds to import; status, stop and a mistake in a setting need neither
+    from fedtune.federation.results import RunResult
     from fedtune.flower.deployment import DeployedListener, LeadConnection
 
-RECEIPTS, RUNNING, ANSWERS = "receipts.json", "running.json", "answers.json"
+RECEIPTS, RUNNING = "receipts.json", "running.json"
 
 
 def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
@@ -56,8 +58,8 @@ class LeadService:
 
     kit: Kit
 
-    def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> dict[str, object]:
-        """Run `config` over its sites; returns the content of `run.json`.
+    def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
+        """Run `config` over its sites.
 
         Raises:
             ConfigError: kit, roster or settings are wrong.
@@ -113,7 +115,7 @@ class _Noted:
     """Tells a listener everything, and notes each site's latest answer in the run folder, for `fedtune run status`."""
 
     def __init__(self, listener: DeployedListener, folder: Path) -> None:
-        self._listener, self._path = listener, folder / ANSWERS
+        self._listener, self._path = listener, RunFolder(folder).answers
         self._answers: dict[str, dict[str, str]] = {}
         self.prepared, self.round_finished = listener.prepared, listener.round_finished
         self.site_replied = listener.site_replied
@@ -130,7 +132,7 @@ def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
     Raises:
         RunError: the file cannot be read.
     """
-    path = folder / ANSWERS
+    path = RunFolder(folder).answers
     try:
         known = json.loads(path.read_bytes()) if path.exists() else {}
         return {str(site): {key: str(answer[key]) for key in ("what", "time")} for site, answer in known.items()}

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
 
-from fedtune.federation.closing import Closing
+from fedtune.federation.aggregation import Closing
 from fedtune.flower.records import num_bytes
 from fedtune.flower.wire.lead_session import LeadSession, Pulled
 from fedtune.flower.wire.signed_calls import TOLERANCE_S

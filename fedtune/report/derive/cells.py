@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedtune.federation.results import FinalResult
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.derive.profile import largest
 from fedtune.report.derive.verdicts import worst
@@ -192,7 +193,7 @@ def of_run(record: RunRecord, provenance: Provenance) -> Facts:
     """Those that a run's folder has and the rest of its report has not."""
     config, data = record.config, record.config.data
     sizes = config.declared_sizes()
-    final = record.result.get("final", {})
+    final = record.result.final if record.result else FinalResult(metrics={})
     targets = config.lora.target_modules
     parameters = sum(value.size for value in record.state.adapter.tensors.values()) if record.state else None
     return _of_every_report(provenance) | {
@@ -211,13 +212,13 @@ def of_run(record: RunRecord, provenance: Provenance) -> Facts:
         "update_checks": config.federation.strategy,
         "mechanism": "dp_sgd" if record.plan.private else "none",
         "transport": _TRANSPORT[config.runtime.kind],
-        "seconds": _number(final.get("seconds")),
+        "seconds": _number(final.seconds),
         "labels": str(len(data.labels)) if data.labels else None,
         "heldout_fraction": _number(data.heldout_fraction),
         # How much of a file a simulation uses says nothing of real sites' files.
         "used_fraction": None if record.deployed else _number(data.train_fraction),
-        "scores_before": _scores(record.state.metrics_before if record.state else final.get("metrics_before", {})),
-        "scores_final": _scores(final.get("metrics", {})),
+        "scores_before": _scores(record.state.metrics_before if record.state else final.metrics_before),
+        "scores_final": _scores(final.metrics),
     }
 
 

@@ -76,7 +76,7 @@ def site_report(record: RunRecord, site: str, charged: Charged, *, sampling: str
     return verdicts.judged(made, reasons, charged=mechanisms, delta=plan.delta)
 
 
-def epsilon_by_round(record: RunRecord, sites: Iterable[SiteReport]) -> dict[int, float | None]:
+def epsilon_by_round(sites: Iterable[SiteReport]) -> dict[int, float | None]:
     """Round -> the worst site's epsilon after it."""
     worst: dict[int, list[float | None]] = {}
     for site in sites:

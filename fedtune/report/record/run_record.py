@@ -10,24 +10,24 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from fedtune.config import RunConfig, parse, saved_settings
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.federation.results import RunResult
+from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Receipt
 from fedtune.sites.environment import Environment, read_environments
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError, RunError
 
-_Scores = dict[str, FiniteFloat | None]
-"""null for one that is not finite."""
+_RESULT = TypeAdapter(RunResult)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class RunRecord:
         config: of `config.yaml`.
         plan: what every site was asked to accept.
         config_sha256: of the configuration that the run really had, where `run.json` says it.
-        result: the content of `run.json`; empty where there is none.
+        result: the content of `run.json`; None where there is none.
         state: the newest checkpoint; None: none is left.
         rounds: the finished ones.
         environments: what it was made on.
@@ -48,7 +48,7 @@ class RunRecord:
     config: RunConfig
     plan: Plan
     config_sha256: str
-    result: Mapping[str, Any]
+    result: RunResult | None
     state: LeadState | None
     rounds: Sequence[RoundResult]
     environments: tuple[Environment, ...]
@@ -101,11 +101,11 @@ class RunRecord:
 
     def _noted(self, site: str) -> int:
         """Rounds that were charged according to `run.json`, where no later receipt can have said that it were fewer."""
-        if not self.result:
+        if self.result is None:
             return 0
-        spent, state = self.result["privacy"]["sites"][site], self.state
-        resumed_since = state is not None and len(state.rounds) > len(self.result["rounds"])
-        return 0 if spent["upper_bound"] and resumed_since else int(spent["rounds"])
+        spent, state = self.result.privacy.sites[site], self.state
+        resumed_since = state is not None and len(state.rounds) > len(self.result.rounds)
+        return 0 if spent.upper_bound and resumed_since else spent.rounds
 
     @property
     def _stored(self) -> Mapping[str, Receipt]:
@@ -148,8 +148,7 @@ class RunRecord:
     @property
     def seeded(self) -> bool:
         """Whether its noise came from a seed."""
-        said = bool(self.result and self.result["privacy"]["seeded_noise"])
-        return said or self.config.runtime.seeded_noise
+        return (self.result is not None and self.result.privacy.seeded_noise) or self.config.runtime.seeded_noise
 
     @property
     def config_unchanged(self) -> bool:
@@ -165,7 +164,8 @@ class RunRecord:
         updates = self.updates(site)
         if self.state is None:
             known, silent = self._noted(site), 0
-            upper_bound = bool(self.result["privacy"]["sites"][site]["upper_bound"])
+            assert self.result is not None, "a run without a checkpoint is read from run.json"
+            upper_bound = self.result.privacy.sites[site].upper_bound
         else:
             receipt, silent = self.receipts.get(site), self.state.unanswered.get(site, 0)
             known = receipt.charged_rounds if receipt else 0
@@ -187,7 +187,7 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
         RunError: what it holds is damaged.
     """
     config, result = _config(folder), _result(folder)
-    digest = str(result.get("config_sha256") or config.digest())
+    digest = (result.config_sha256 if result else "") or config.digest()
     state = _state(folder, digest, result)
     return RunRecord(
         config=config,
@@ -196,7 +196,7 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
         result=result,
         state=state,
         # Of a checkpoint put back to an earlier one, the rounds that came after it stand in run.json.
-        rounds=max(state.rounds if state else (), _rounds(result) if result else (), key=len),
+        rounds=max(state.rounds if state else (), result.rounds if result else (), key=len),
         environments=read_environments(folder),
         inexact_gradients=_inexact_gradients(folder, config),
     )
@@ -206,7 +206,7 @@ def _inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
     """Whether a simulation took any machine: only where the policies of all its sites accept inexact gradients."""
     if config.runtime.kind == "deployment":
         return None
-    sites = Path(config.runtime.sites_dir) if config.runtime.sites_dir else folder / "sites"
+    sites = Path(config.runtime.sites_dir) if config.runtime.sites_dir else RunFolder(folder).sites
     try:
         policies = [tomllib.loads((sites / name / "site.toml").read_text()) for name in config.federation.active]
         accepted = [policy["allow"]["inexact_gradients"] for policy in policies]
@@ -220,125 +220,54 @@ def _config(folder: Path) -> RunConfig:
     try:
         return parse(settings)
     except ConfigError as error:
-        raise error.in_file(folder / "config.yaml") from None
+        raise error.in_file(RunFolder(folder).config) from None
 
 
-def _result(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
+def _result(folder: Path) -> RunResult | None:
+    """What `run.json` says; a folder may come from anybody, so its form is checked."""
+    path = RunFolder(folder).result
     if not path.is_file():
-        return {}
-    data = path.read_bytes()
+        return None
     try:
-        _check_form(data)
-        result = dict(json.loads(data))
-        _ = _rounds(result)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        result = _RESULT.validate_json(path.read_bytes(), strict=True)
+        json.dumps(result.to_json(), allow_nan=False)  # a ValueError for a number that is not finite
+        if not result.privacy.sites:
+            raise ValueError("privacy.sites")
+    except (ValueError, ValidationError, RecursionError) as error:
         raise RunError(f"{path} is damaged: it is no run.json of fedtune") from error
     return result
 
 
-def _plan(folder: Path, config: RunConfig, result: Mapping[str, Any]) -> Plan:
+def _plan(folder: Path, config: RunConfig, result: RunResult | None) -> Plan:
     """The run's plan, with the noise that was calibrated then: searching for it again takes a second.
 
     Raises:
         ConfigError: `config.yaml` says something else than `run.json` about what the run cost.
     """
-    if not result:
+    if result is None:
         return config.plan()
-    privacy = result["privacy"]
-    spent = next(iter(privacy["sites"].values()))
-    plan = replace(config, privacy=replace(config.privacy, noise_multiplier=spent["noise_multiplier"] or None)).plan()
+    privacy = result.privacy
+    spent = next(iter(privacy.sites.values()))
+    plan = replace(config, privacy=replace(config.privacy, noise_multiplier=spent.noise_multiplier or None)).plan()
     for key, value, noted in (
-        ("privacy.unit", plan.unit, privacy.get("unit", plan.unit)),
-        ("privacy.delta", plan.delta, privacy["delta"]),
-        ("privacy.noise_multiplier", plan.noise_multiplier, spent["noise_multiplier"]),
-        ("privacy.sampling_rate", plan.sampling_rate, spent["sampling_rate"]),
-        ("privacy.metrics_noise_multiplier", plan.metrics_noise_multiplier, spent["metrics_noise_multiplier"]),
-        ("training.local_steps", plan.local_steps * spent["rounds"], spent["steps"]),
-        ("federation.participants", sorted(config.federation.active), sorted(privacy["sites"])),
+        ("privacy.unit", plan.unit, privacy.unit),
+        ("privacy.delta", plan.delta, privacy.delta),
+        ("privacy.noise_multiplier", plan.noise_multiplier, spent.noise_multiplier),
+        ("privacy.sampling_rate", plan.sampling_rate, spent.sampling_rate),
+        ("privacy.metrics_noise_multiplier", plan.metrics_noise_multiplier, spent.metrics_noise_multiplier),
+        ("training.local_steps", plan.local_steps * spent.rounds, spent.steps),
+        ("federation.participants", sorted(config.federation.active), sorted(privacy.sites)),
     ):
         if value != noted:
-            raise ConfigError(key, value, f"must be what run.json says it was, {noted}").in_file(folder / "config.yaml")
+            wrong = ConfigError(key, value, f"must be what run.json says it was, {noted}")
+            raise wrong.in_file(RunFolder(folder).config)
     return plan
 
 
-def _state(folder: Path, digest: str, result: Mapping[str, Any]) -> LeadState | None:
-    checkpoints = folder / "checkpoints"
-    if not any(checkpoints.glob("round-*.safetensors")):
-        if not result:
+def _state(folder: Path, digest: str, result: RunResult | None) -> LeadState | None:
+    files = RunFolder(folder)
+    if not files.saved_checkpoints:
+        if result is None:
             raise ConfigError("run folder", str(folder), "must be one of a run that has begun: it has no checkpoint")
         return None
-    return Checkpoints(checkpoints, digest).load()
-
-
-def _rounds(result: Mapping[str, Any]) -> list[RoundResult]:
-    return [RoundResult(**{**fields, "sites": tuple(fields["sites"])}) for fields in result["rounds"]]
-
-
-@dataclass
-class _Spent:
-    rounds: int
-    steps: int
-    sampling_rate: FiniteFloat
-    noise_multiplier: FiniteFloat
-    metrics_noise_multiplier: FiniteFloat
-    upper_bound: bool
-    epsilon: FiniteFloat | None = None
-    epsilon_rdp: FiniteFloat | None = None
-    planned_epsilon: FiniteFloat | None = None
-
-
-@dataclass
-class _Privacy:
-    delta: FiniteFloat
-    seeded_noise: bool
-    sites: dict[str, _Spent]
-    unit: str = "record"
-
-
-@dataclass
-class _Final:
-    metrics: _Scores
-    metrics_before: _Scores = field(default_factory=dict)
-    seconds: FiniteFloat | None = None
-    peak_memory_bytes: int | None = None
-
-
-@dataclass
-class _Round:
-    round: int
-    seconds: FiniteFloat
-    sites: list[str]
-    failed_sites: dict[str, str]
-    bytes_down: int
-    bytes_up: int
-    metrics: _Scores
-    site_scores: dict[str, tuple[FiniteFloat, FiniteFloat]] = field(default_factory=dict)
-    ended: str = ""
-
-
-@dataclass
-class _Run:
-    rounds: list[_Round]
-    final: _Final
-    privacy: _Privacy
-    config_sha256: str = ""
-    fedtune_version: str = ""
-
-
-_RUN_JSON = TypeAdapter(_Run)
-
-
-def _check_form(data: bytes) -> None:
-    """Require the form of a `run.json`; keys beside those that are needed are let be.
-
-    Raises:
-        ValueError: it has another form.
-    """
-    try:
-        run = _RUN_JSON.validate_json(data, strict=True)
-    except ValidationError as error:
-        about = error.errors(include_url=False)[0]
-        raise ValueError(f"{'.'.join(map(str, about['loc']))}: {about['msg']}") from None
-    if not run.privacy.sites:
-        raise ValueError("privacy.sites: names no site")
+    return Checkpoints(files.checkpoints, digest).load()

@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.config import RunConfig
+from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.plan import Plan
 from fedtune.report.record.run_record import read_run
 from fedtune.report.watch.watch_model import RunNow
 from fedtune.report.watch.watch_state import Seen, run_now, time_left
 from fedtune.spec import FedtuneError
 
-_FILES = ("config.yaml", "run.json", "answers.json", "environment.json")
 _AGAIN_S = 0.1
 _Marks = tuple[tuple[str, int, int, int], ...]
 
@@ -62,10 +62,10 @@ class WatchedFolder:
         return replace(self._seen, running=running, problem=problem)
 
     def _read(self, *, running: bool) -> Seen:
-        begun = any((self._folder / "checkpoints").glob("round-*.safetensors")) or (self._folder / "run.json").exists()
-        if not begun:
+        files = RunFolder(self._folder)
+        if not files.saved_checkpoints and not files.result.exists():
             # Raises where there is no folder any more: a run that fails before it begins takes it away.
-            (self._folder / "config.yaml").stat()
+            files.config.stat()
             return Seen(config=self._config, record=None, running=running)
         asked, answers = tuple(_asked(self._folder)), _answers(self._folder)
         record = read_run(self._folder, plan=self._plan)
@@ -75,8 +75,8 @@ class WatchedFolder:
 
 def _marks(folder: Path) -> _Marks:
     """Names, times and sizes of all files that the page depends on."""
-    paths = [folder / name for name in _FILES]
-    paths += sorted((folder / "checkpoints").glob("*")) if (folder / "checkpoints").is_dir() else []
+    files = RunFolder(folder)
+    paths = [files.config, files.result, files.answers, files.environment, *sorted(files.checkpoints.glob("*"))]
 
     def found() -> Iterator[tuple[str, int, int, int]]:
         for path in paths:
@@ -91,7 +91,7 @@ def _marks(folder: Path) -> _Marks:
 
 def _asked(folder: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
     """The journal of rounds that were asked for; what it means for the budget is read with the checkpoint."""
-    path = folder / "checkpoints" / "asked.jsonl"
+    path = RunFolder(folder).asked
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         if line.endswith(b"\n"):
             try:
@@ -103,7 +103,7 @@ def _asked(folder: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
 
 def _answers(folder: Path) -> Mapping[str, Mapping[str, str]]:
     """What real sites last answered; a simulation has none."""
-    path = folder / "answers.json"
+    path = RunFolder(folder).answers
     try:
         known = json.loads(path.read_bytes()) if path.exists() else {}
         return {site: {key: str(answer[key]) for key in ("what", "time")} for site, answer in known.items()}

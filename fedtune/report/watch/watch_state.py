@@ -64,7 +64,7 @@ class Seen:
         if self.running:
             return "running"
         # A finished run's result is written after its last round; without it, it ended in between.
-        results = self.record.result.get("rounds", ())
+        results = self.record.result.rounds if self.record.result else ()
         return "finished" if self.record.finished and len(results) == len(self.rounds) else "stopped"
 
 
@@ -97,7 +97,7 @@ def run_now(seen: Seen) -> RunNow:
         seconds=sum(result.seconds for result in rounds),
         bytes_down=sum(result.bytes_down for result in rounds),
         bytes_up=sum(result.bytes_up for result in rounds),
-        final=scores_of(record.result.get("final", {}).get("metrics", {}) if record else {}),
+        final=scores_of(record.result.final.metrics if record and record.result else {}),
     )
 
 
