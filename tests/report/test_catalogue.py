@@ -17,6 +17,7 @@ from fedtune.report.derive import assumptions, cells, codes, verdicts
 from fedtune.report.model import Assumption, Cell, Report, SiteReport, Verdict
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
+from fedtune.report.page.tables import layouts
 from fedtune.spec import ConfigError
 
 PACKAGE = Path(fedtune.report.__file__).parent
@@ -59,7 +60,7 @@ CODES: dict[str, set[str]] = {
 
 
 def sources() -> Iterator[str]:
-    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.glob("page/templates/*.j2")]:
+    for path in [*PACKAGE.rglob("*.py"), PACKAGE / "page" / "tables.toml", *PACKAGE.glob("page/templates/*.j2")]:
         yield path.read_text()
 
 
@@ -114,6 +115,11 @@ def test_every_key_that_is_used_is_there() -> None:
     for text in sources():
         for section, key in re.findall(r'(?:\bt|\.text|heading=|absent=|zero=)\(?"(\w+)\.(\w+)"(?! ~)', text):
             assert (section, key) in KEYS
+    for table in layouts().values():
+        for column in table.columns:
+            for key in (table.caption, column.heading, column.absent, column.zero or "word.none"):
+                assert tuple(key.split(".")) in KEYS
+            assert not column.kind.startswith("code:") or column.kind.removeprefix("code:") in TEXTS["en"]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -80,7 +80,7 @@ class Charts:
             drawing.legend(axes[0])
 
         height = 1.3 + 0.38 * len(bars)
-        return self._chart("budget_left", self._tables.budget_left(), draw if bars else None, height=height)
+        return self._chart("budget_left", self._tables.named("budget_left"), draw if bars else None, height=height)
 
     def profile(self) -> Chart:
         """Epsilon over delta, by both accountants, at the site that spent most."""
@@ -101,7 +101,7 @@ class Charts:
             drawing.powers_of_ten(axes[0])
             drawing.legend(axes[0])
 
-        return self._chart("profile", self._tables.curve(), draw if rows else None)
+        return self._chart("profile", self._tables.named("curve"), draw if rows else None)
 
     def utility(self) -> Chart:
         """The first score that is no loss, against the epsilon spent by then."""
@@ -146,7 +146,7 @@ class Charts:
             self._label(axes[1], x="axis_run" if self._is_ledger else "axis_row", y="axis_rate")
             drawing.whole_numbers(axes[1])
 
-        table = self._tables.mechanisms()
+        table = self._tables.named("mechanisms")
         return self._chart("mechanism", table, draw if rows else None, panels=2)
 
     def cost(self) -> Chart:
@@ -165,7 +165,7 @@ class Charts:
             drawing.whole_numbers(axes[1])
             drawing.legend(axes[1])
 
-        return self._chart("cost", self._tables.cost(), draw if rows else None, panels=2)
+        return self._chart("cost", self._tables.named("cost"), draw if rows else None, panels=2)
 
     def _bars(
         self, axes: Axes, rounds: Sequence[float], sizes: Sequence[float], *, number: int, of: int, label: str = ""

@@ -48,6 +48,11 @@ class Column:
     zero: str = ""
     is_named: bool = False
 
+    @classmethod
+    def of(cls, heading: str, at: str, kind: str, absent: str = "word.unknown", zero: str = "") -> Column:
+        """A column of `tables.toml`."""
+        return cls(heading=heading, at=at, kind=kind, absent=absent, zero=zero)
+
     @property
     def is_figure(self) -> bool:
         """Whether it stands at the right."""
