@@ -89,6 +89,7 @@ def test_no_text_is_left_over() -> None:
     # Keys that are put together: "chart." ~ code, and the like.
     charts = {"epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost"}
     whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
+    whole |= {("watch", f"{code}_desc") for code in ("epsilon", "scores", "traffic")}
     whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "charts.py").read_text())}
     whole |= {("verdict", f"{state}_{kind}") for state in STATES for kind in CODES["kind"]}
     whole |= {("access", key) for key in (*SEEN, *render.COLUMNS)}

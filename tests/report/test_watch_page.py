@@ -125,8 +125,8 @@ def test_names_are_escaped(now: RunNow) -> None:
 
 def test_charts_are_drawn_again_only_where_their_figures_changed(now: RunNow, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    real = watch_charts.drawing.drawn
-    monkeypatch.setattr(watch_charts.drawing, "drawn", lambda *args, **rest: drawn.append(1) or real(*args, **rest))
+    real = watch_charts.drawing.chart
+    monkeypatch.setattr(watch_charts.drawing, "chart", lambda *args, **rest: drawn.append(1) or real(*args, **rest))
     page = WatchPage("en")
     first = page.shown(now)
     assert len(drawn) == 3

@@ -12,13 +12,12 @@ from markupsafe import Markup
 from fedtune.report.page.catalogue import Catalogue, catalogue
 from fedtune.report.page.render import environment
 from fedtune.report.page.wording import shortened
-from fedtune.report.watch.watch_charts import WatchCharts
+from fedtune.report.watch import watch_charts
 from fedtune.report.watch.watch_model import RunNow, to_json
 from fedtune.report.watch.watch_words import WatchWords
 
 PARTS = ("marks", "phase", "progress", "privacy", "sites", "epsilon", "scores", "traffic", "failures")
 """What the script puts in place anew where it changed; each is a macro of the template, and an element of the page."""
-_CHARTS = ("epsilon", "scores", "traffic")
 _LONGEST_NAME = 60
 
 
@@ -51,15 +50,14 @@ class WatchPage:
         self._words: Catalogue = catalogue(language)
         self._now: RunNow | None = None
         self._shown = Shown(state="", tag="", title="", parts={})
-        self._charts: dict[str, Markup | None] = {}
+        self._charts: Mapping[str, Markup | None] = {}
 
     def shown(self, now: RunNow) -> Shown:
         """All that the page shows of `now`; drawn again only where it differs from the last one."""
         if now != self._now:
             # Charts take longest, and do not depend on what changes most often.
             if self._now is None or _drawn_of(now) != _drawn_of(self._now):
-                charts = WatchCharts(now, self._words.for_unit(now.unit))
-                self._charts = {code: getattr(charts, code)() for code in _CHARTS}
+                self._charts = watch_charts.charts(now, self._words.for_unit(now.unit))
             self._now, self._shown = now, self._drawn(now)
         return self._shown
 
