@@ -35,9 +35,9 @@ def watch(options: argparse.Namespace) -> None:
     """
     from fedtune.cli.compose import saved_config
     from fedtune.cli.run_folder import is_running
-    from fedtune.report.watch.watch_folder import WatchedFolder
     from fedtune.report.watch.watch_page import WatchPage
     from fedtune.report.watch.watch_server import WatchServer
+    from fedtune.report.watch.watch_state import WatchedFolder
 
     folder = Path(options.run)
     config = saved_config(folder)

@@ -105,7 +105,7 @@ def test_no_text_is_left_over() -> None:
     for section in ("formulae", "provenance", "sign_off", "utility", "page", "word", "cells", "ledger"):
         whole |= {(section, key) for key in re.findall(r'"(\w+)"', put_together)}
     whole |= {(section, "heading") for section in re.findall(r'"(\w+)"', templates)}
-    known = (PACKAGE / "derive" / "cells.py").read_text()
+    known = "".join((PACKAGE / "derive" / name).read_text() for name in ("cells.py", "cells.toml"))
     whole |= {("value", key) for key in re.findall(r'"(\w+)"', known)}
     whole |= {("value", "unbounded")}  # of `epsilon_text`
     whole |= {("by_user", f"{section}__{key}") for section, key in KEYS}  # other words for a text that there is
