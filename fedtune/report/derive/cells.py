@@ -37,6 +37,9 @@ class Row(NamedTuple):
 _DATA = tomllib.loads(Path(__file__).with_name("cells.toml").read_text(encoding="utf-8"))
 ROWS = tuple(Row(code, tuple(row["facts"]), tuple(row["of_the_site"])) for code, row in _DATA["field"].items())
 BY_DESIGN: Mapping[str, str] = _DATA["by_design"]
+CODES: Mapping[str, str] = {fact: section for section, facts in _DATA["codes"].items() for fact in facts}
+"""Fact -> the section of texts that has words for its values."""
+NUMBERS = frozenset(_DATA["numbers"]["facts"])
 Facts = dict[str, str | None]
 _TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
@@ -17,7 +16,7 @@ from fedtune.report.page import drawing
 from fedtune.report.page.catalogue import Catalogue, catalogue
 from fedtune.report.page.drawing import MOST_LINES, Panel, Series
 from fedtune.report.page.render import environment
-from fedtune.report.page.wording import MOST_ROWS, Table, pointer, shortened
+from fedtune.report.page.wording import MOST_ROWS, Table, figure, found_at, pointer, shortened
 from fedtune.report.watch.watch_state import ASKED, NOTHING, UPDATE, RunNow, SiteNow, to_json
 
 PARTS = ("marks", "phase", "progress", "privacy", "sites", "epsilon", "scores", "traffic", "failures")
@@ -125,11 +124,7 @@ class WatchWords:
 
     def figure(self, at: str, kind: str) -> Markup:
         """The figure at a JSON pointer, tied to its place."""
-        value: Any = self.json
-        for part in at.split("/")[1:]:
-            value = value[int(part)] if isinstance(value, tuple) else value[part.replace("~1", "/").replace("~0", "~")]
-        shown = self.catalogue.figure(value, kind)
-        return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(json.dumps(value), at, kind, shown)
+        return figure(self.catalogue, found_at(self.json, at), at, kind)
 
     def epsilon(self, of: str = "") -> Markup:
         """Of a site at a pointer, or of the run; "at most" where a round may have been charged that nobody signed."""
