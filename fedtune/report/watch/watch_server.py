@@ -182,7 +182,7 @@ class WatchServer:
         self._server.should_exit = True
 
     def _shown(self) -> tuple[Shown, str]:
-        """The run as it stands, and the page of it; one at a time, since matplotlib draws one at a time."""
+        """The run as it stands, and the page of it; one request at a time: the page keeps what it drew last."""
         with self._drawing:
             shown, nonce = self._page.shown(self._folder.now()), secrets.token_urlsafe(16)
             return shown, nonce
