@@ -27,9 +27,9 @@ def watch(
     """
     from fedtune.cli.compose import saved_config
     from fedtune.cli.run_folder import is_running
-    from fedtune.report.watch.watch_folder import WatchedFolder
     from fedtune.report.watch.watch_page import WatchPage
     from fedtune.report.watch.watch_server import WatchServer
+    from fedtune.report.watch.watch_state import WatchedFolder
 
     config = saved_config(run)
     watched = WatchedFolder(run, config, is_running=is_running)

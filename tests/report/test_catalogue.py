@@ -17,6 +17,7 @@ from fedtune.report.derive import assumptions, cells, codes, verdicts
 from fedtune.report.model import Assumption, Cell, Report, SiteReport, Verdict
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
+from fedtune.report.page.tables import layouts
 from fedtune.spec import ConfigError
 
 PACKAGE = Path(fedtune.report.__file__).parent
@@ -59,7 +60,7 @@ CODES: dict[str, set[str]] = {
 
 
 def sources() -> Iterator[str]:
-    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.glob("page/templates/*.j2")]:
+    for path in [*PACKAGE.rglob("*.py"), PACKAGE / "page" / "tables.toml", *PACKAGE.glob("page/templates/*.j2")]:
         yield path.read_text()
 
 
@@ -88,6 +89,7 @@ def test_no_text_is_left_over() -> None:
     # Keys that are put together: "chart." ~ code, and the like.
     charts = {"epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost"}
     whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
+    whole |= {("watch", f"{code}_desc") for code in ("epsilon", "scores", "traffic")}
     whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "charts.py").read_text())}
     whole |= {("verdict", f"{state}_{kind}") for state in STATES for kind in CODES["kind"]}
     whole |= {("access", key) for key in (*SEEN, *render.COLUMNS)}
@@ -103,7 +105,7 @@ def test_no_text_is_left_over() -> None:
     for section in ("formulae", "provenance", "sign_off", "utility", "page", "word", "cells", "ledger"):
         whole |= {(section, key) for key in re.findall(r'"(\w+)"', put_together)}
     whole |= {(section, "heading") for section in re.findall(r'"(\w+)"', templates)}
-    known = (PACKAGE / "derive" / "cells.py").read_text()
+    known = "".join((PACKAGE / "derive" / name).read_text() for name in ("cells.py", "cells.toml"))
     whole |= {("value", key) for key in re.findall(r'"(\w+)"', known)}
     whole |= {("value", "unbounded")}  # of `epsilon_text`
     whole |= {("by_user", f"{section}__{key}") for section, key in KEYS}  # other words for a text that there is
@@ -114,6 +116,11 @@ def test_every_key_that_is_used_is_there() -> None:
     for text in sources():
         for section, key in re.findall(r'(?:\bt|\.text|heading=|absent=|zero=)\(?"(\w+)\.(\w+)"(?! ~)', text):
             assert (section, key) in KEYS
+    for table in layouts().values():
+        for column in table.columns:
+            for key in (table.caption, column.heading, column.absent, column.zero or "word.none"):
+                assert tuple(key.split(".")) in KEYS
+            assert not column.kind.startswith("code:") or column.kind.removeprefix("code:") in TEXTS["en"]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

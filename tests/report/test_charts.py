@@ -8,11 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedtune.report.model import Cap, Report
 from fedtune.report.page import drawing
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.charts import Chart, Charts
+from fedtune.report.page.drawing import Panel, Series
 from fedtune.report.page.tables import Tables
 from fedtune.report.page.wording import Words
 
@@ -41,10 +44,6 @@ def drawn(report: Report, code: str, language: str = "en") -> ElementTree.Elemen
 
 def texts(svg: ElementTree.Element) -> list[str]:
     return ["".join(one.itertext()).strip() for one in svg.iter(f"{SVG}text")]
-
-
-def markers(svg: ElementTree.Element) -> int:
-    return sum(1 for one in svg.iter(f"{SVG}use") if "line2d" not in str(one.attrib))
 
 
 @pytest.fixture
@@ -78,11 +77,10 @@ def test_equal_charts_have_equal_bytes_in_every_process(code: str, run: Report, 
 
 def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
     program = (
-        "from fedtune.report.page.drawing import drawn, line_style, legend; import hashlib\n"
-        "def draw(axes):\n"
-        "    axes[0].plot([1, 2], [3, 4], label='a', **line_style(0)); axes[0].bar([1], [2], hatch='//', label='b')\n"
-        "    legend(axes[0])\n"
-        "print(hashlib.sha256(drawn('x', draw, panels=1, height=2).encode()).hexdigest())"
+        "from fedtune.report.page.drawing import Panel, Series, chart\n"
+        "one = Series(points=[(1, 3), (2, 4)], number=0, label='a')\n"
+        "two = Series(points=[(1, 2)], number=1, kind='bars')\n"
+        "print(chart('x', [Panel(series=[one, two], y='y')], named=('t', 'd'), number=str))"
     )
     made = {
         subprocess.run(
@@ -94,9 +92,38 @@ def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
 
 
 def test_lines_differ_in_more_than_colour() -> None:
-    styles = [drawing.line_style(number) for number in range(drawing.MOST_LINES)]
-    for aspect in ("color", "linestyle", "marker"):
-        assert len({str(style[aspect]) for style in styles}) == drawing.MOST_LINES
+    for aspect in (drawing.COLOURS, drawing.DASHES, drawing.MARKERS):
+        assert len(set(aspect)) == drawing.MOST_LINES
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.0, 8.3, [0.0, 2.0, 4.0, 6.0, 8.0]),
+        (-0.5, 0.5, [-0.4, -0.2, 0.0, 0.2, 0.4]),
+        (1e-9, 1.06e-7, [2e-8, 4e-8, 6e-8, 8e-8, 1e-7]),
+        (99_999.0, 100_001.0, [99_999.0, 99_999.5, 100_000.0, 100_000.5, 100_001.0]),
+    ],
+)
+def test_ticks_are_round_numbers(low: float, high: float, ticks: list[float]) -> None:
+    assert drawing._ticks(low, high) == pytest.approx(ticks)
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-9, 1e9), st.floats(0, 1e12)), min_size=1, max_size=60),
+    st.sampled_from(["number", "whole", "powers"]),
+    st.sampled_from(["line", "points", "bars", "limit"]),
+    st.booleans(),
+)
+def test_whatever_is_drawn_stays_on_its_axes(points: Any, scale: Any, kind: Any, from_zero: bool) -> None:
+    panel = Panel(series=[Series(points=points, number=1, label="<b>", kind=kind)], scale=scale, from_zero=from_zero)
+    root = ElementTree.fromstring(str(drawing.chart("x", [panel], named=("t", "d"), number=str)))
+    width, height = (float(side) for side in root.attrib["viewBox"].split()[2:])
+    for path in root.iter(f"{SVG}path"):
+        for x, y in re.findall(r"translate\(([-\d.]+) ([-\d.]+)\)", path.attrib.get("transform", "")):
+            assert 0 <= float(x) <= width
+            assert 0 <= float(y) <= height
 
 
 def test_colours_are_told_apart_in_grey_or_by_their_dashes() -> None:

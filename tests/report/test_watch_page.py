@@ -11,9 +11,9 @@ from typing import Any, get_args
 import pytest
 
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
-from fedtune.report.watch import watch_charts, watch_words
-from fedtune.report.watch.watch_model import Answer, Left, Mark, Phase, RunNow
+from fedtune.report.watch import watch_page
 from fedtune.report.watch.watch_page import PARTS, WatchPage
+from fedtune.report.watch.watch_state import Answer, Left, Mark, Phase, RunNow
 
 from .shown import lookup, parsed
 from .test_watch_state import NORTH, seen
@@ -37,7 +37,7 @@ def text_of(now: RunNow, language: str = "en") -> str:
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("phase", get_args(Phase))
 def test_every_phase_has_words(now: RunNow, phase: Phase, language: str) -> None:
-    words = catalogue(language).text(watch_words._PHASES[phase]).unescape()
+    words = catalogue(language).text(watch_page._PHASES[phase]).unescape()
     assert words in text_of(replace(now, phase=phase), language)
 
 
@@ -95,7 +95,7 @@ def test_every_figure_has_its_place_in_the_state(now: RunNow, language: str) -> 
     page = WatchPage(language)
     shown = page.shown(now)
     root = parsed(page.html(shown, nonce="n").replace("<!doctype html>", ""))
-    from fedtune.report.watch.watch_model import to_json
+    from fedtune.report.watch.watch_state import to_json
 
     figures = root.all("data")
     assert len(figures) > 40
@@ -125,8 +125,8 @@ def test_names_are_escaped(now: RunNow) -> None:
 
 def test_charts_are_drawn_again_only_where_their_figures_changed(now: RunNow, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    real = watch_charts.drawing.drawn
-    monkeypatch.setattr(watch_charts.drawing, "drawn", lambda *args, **rest: drawn.append(1) or real(*args, **rest))
+    real = watch_page.drawing.chart
+    monkeypatch.setattr(watch_page.drawing, "chart", lambda *args, **rest: drawn.append(1) or real(*args, **rest))
     page = WatchPage("en")
     first = page.shown(now)
     assert len(drawn) == 3

@@ -15,9 +15,8 @@ from fedtune.cli.run_folder import is_running, only_one
 from fedtune.federation.lead import charged_epsilons
 from fedtune.privacy import accountant
 from fedtune.report import from_run
-from fedtune.report.watch import watch_folder
-from fedtune.report.watch.watch_folder import WatchedFolder
-from fedtune.report.watch.watch_model import RunNow, to_json
+from fedtune.report.watch import watch_state
+from fedtune.report.watch.watch_state import RunNow, WatchedFolder, to_json
 
 from .watched import BEGAN, ROUND_S, MadeRun, contents
 
@@ -221,8 +220,8 @@ def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
 
 def test_files_are_read_again_only_where_one_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    real = watch_folder.read_run
-    monkeypatch.setattr(watch_folder, "read_run", lambda *args, **rest: reads.append(1) or real(*args, **rest))
+    real = watch_state.read_run
+    monkeypatch.setattr(watch_state, "read_run", lambda *args, **rest: reads.append(1) or real(*args, **rest))
     run = MadeRun.at(tmp_path / "run", *NORTH).begin()
     folder = watched(run.folder)
     for _ in range(3):
@@ -268,7 +267,7 @@ def test_what_fails_is_tried_again_at_once_and_the_next_time(
 ) -> None:
     """A checkpoint may be followed by the next one while it is read."""
     run = MadeRun.at(tmp_path / "run", *NORTH).begin()
-    real, tries = watch_folder.read_run, []
+    real, tries = watch_state.read_run, []
 
     def flaky(*args: object, **rest: object) -> object:
         tries.append(1)
@@ -276,7 +275,7 @@ def test_what_fails_is_tried_again_at_once_and_the_next_time(
             raise FileNotFoundError("round-0000.safetensors")
         return real(*args, **rest)
 
-    monkeypatch.setattr(watch_folder, "read_run", flaky)
+    monkeypatch.setattr(watch_state, "read_run", flaky)
     folder = watched(run.folder)
     assert (folder.now().problem is None) == (failures == 1)
     assert folder.now().problem is None

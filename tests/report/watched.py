@@ -24,9 +24,9 @@ from fedtune.federation.lead import LeadState, RoundResult
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
-from fedtune.report.watch.watch_folder import WatchedFolder
 from fedtune.report.watch.watch_page import WatchPage
 from fedtune.report.watch.watch_server import WatchServer
+from fedtune.report.watch.watch_state import WatchedFolder
 
 BEGAN = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
 ROUND_S = 40.0

@@ -111,9 +111,10 @@ def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Fou
         yield "noise_in_every_step", "verified", "environment.json; tests/training/test_dp_step.py"
     else:
         yield "noise_in_every_step", *by_sites
-    if facts.sampling == "poisson":
+    sampled = {row.sampling_run for site in sites for row in site.mechanisms}
+    if facts.sampling == "poisson" and sampled <= {"poisson"}:
         yield "poisson_sampling", "verified", "environment.json; tests/training/test_dp_step.py"
-    elif {row.sampling_run for site in sites for row in site.mechanisms} == {"poisson"}:
+    elif sampled == {"poisson"}:
         yield "poisson_sampling", "asserted", _named(said)
     else:
         yield "poisson_sampling", "assumed", "the sites' fedtune"

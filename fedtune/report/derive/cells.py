@@ -11,7 +11,9 @@ Facts are short texts: figures, names, hashes and codes.
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedtune.federation.results import FinalResult
@@ -33,136 +35,12 @@ class Row(NamedTuple):
     of_the_site: tuple[str, ...]
 
 
-ROWS = (
-    Row(
-        "dpia_description",  # GDPR Art. 35(7)(a), WP248 Annex 2
-        (
-            "unit",
-            "dataset",
-            "task",
-            "declared_sizes",
-            "columns_used",
-            "num_sites",
-            "runtime",
-            "released",
-            "base_model",
-            "date",
-        ),
-        ("purpose", "context", "recipients", "retention", "codes_of_conduct"),
-    ),
-    Row(
-        "dpia_necessity",  # Art. 35(7)(b)
-        ("raw_records_leave_site", "columns_used", "most_tokens", "trained_parameters", "rank", "target_modules"),
-        ("legal_basis", "why_this_much_data", "alternatives"),
-    ),
-    Row(
-        "dpia_rights",  # Art. 12-22, 28, 36, chapter V
-        ("erasure_reaches_records", "erasure_reaches_model", "excluded_records"),
-        ("notices", "access_and_objection", "contracts", "joint_controllers", "transfers"),
-    ),
-    Row(
-        "dpia_risks",  # Art. 35(7)(c)
-        (
-            "epsilon",
-            "delta",
-            "expected_failures",
-            "right_of_100_ceiling",
-            "right_of_100_mechanism",
-            "attack_results",
-            "update_checks",
-            "rollback_excluded",
-        ),
-        ("severity", "impact_scenarios", "rating"),
-    ),
-    Row(
-        "dpia_measures",  # Art. 35(7)(d)
-        ("mechanism", "sampling_run", "randomness", "ledger_verified", "transport", "secure_aggregation"),
-        ("organisational_measures", "staff", "physical_security"),
-    ),
-    Row(
-        "dpia_advice",  # Art. 35(2), 35(9), 36
-        ("verdict",),
-        ("officer_advice", "views_of_data_subjects", "prior_consultation"),
-    ),
-    Row(
-        "dpia_needed",  # WP248, nine criteria
-        ("candidate_criteria",),
-        ("criteria_confirmed",),
-    ),
-    Row(
-        "edpb_anonymity",  # EDPB opinion 28/2024
-        ("epsilon", "delta", "trained_parameters", "parameters_per_record", "attack_results", "date"),
-        ("claim", "threat_model", "reviewed_by"),
-    ),
-    Row(
-        "wp216_tests",  # WP216: singling out, linkability, inference
-        ("singling_out_bound", "linkability_bound", "inference_covered"),
-        ("judgement", "review_date"),
-    ),
-    Row(
-        "ico_pets",  # ICO, privacy-enhancing technologies, 2023
-        ("technologies_on", "technologies_off"),
-        ("uk_dpia_decision",),
-    ),
-    Row(
-        "hipaa_expert",  # 45 CFR 164.514(b)(1)
-        ("mechanism", "accountant", "epsilon", "delta", "recompute_with"),
-        ("expert", "recipient_analysis", "determination", "expiry"),
-    ),
-    Row(
-        "ai_act_general",  # Annex IV 1, 2(a)-(c)
-        (
-            "base_model",
-            "base_model_sha256",
-            "base_model_licence",
-            "fedtune_version",
-            "rank",
-            "target_modules",
-            "hardware",
-            "seconds",
-        ),
-        ("intended_purpose", "provider", "high_risk_class", "rationale_of_epsilon"),
-    ),
-    Row(
-        "ai_act_data",  # Annex IV 2(d)
-        ("dataset", "columns_used", "labels", "most_tokens", "heldout_fraction", "used_fraction", "file_hashes"),
-        ("origin", "collection", "labelling", "cleaning", "representativeness"),
-    ),
-    Row(
-        "ai_act_validation",  # Annex IV 2(g)
-        ("scores_before", "scores_final", "scores_by_group", "confidence_intervals", "date"),
-        ("relevance", "signatures"),
-    ),
-    Row(
-        "ai_act_oversight",  # Annex IV 2(e), 2(h), 3-9
-        ("libraries", "update_checks", "transport", "known_limits"),
-        ("oversight", "risk_management", "standards", "declaration", "post_market_plan"),
-    ),
-    Row(
-        "gpai_summary",  # summary of training content, July 2025
-        ("modality", "declared_total", "source_type", "languages", "collected_between"),
-        ("narrative", "publication", "copyright_policy"),
-    ),
-    Row(
-        "gpai_role",  # a third of the original's compute
-        ("compute_ratio",),
-        ("legal_role",),
-    ),
-)
-
-BY_DESIGN: Mapping[str, str] = {
-    "raw_records_leave_site": "no",
-    "erasure_reaches_records": "yes",
-    "erasure_reaches_model": "no",
-    "secure_aggregation": "no",
-    "candidate_criteria": "innovative_technology",
-    "inference_covered": "no",
-    "recompute_with": "fedtune report verify report.json",
-    "modality": "text",
-    "source_type": "held_by_sites",
-}
-"""Facts that are so in every run of fedtune: no record of a run shows them."""
-
+_DATA = tomllib.loads(Path(__file__).with_name("cells.toml").read_text(encoding="utf-8"))
+ROWS = tuple(Row(code, tuple(row["facts"]), tuple(row["of_the_site"])) for code, row in _DATA["field"].items())
+BY_DESIGN: Mapping[str, str] = _DATA["by_design"]
+CODES: Mapping[str, str] = {fact: section for section, facts in _DATA["codes"].items() for fact in facts}
+"""Fact -> the section of texts that has words for its values."""
+NUMBERS = frozenset(_DATA["numbers"]["facts"])
 Facts = dict[str, str | None]
 _TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
 

@@ -83,7 +83,7 @@ class RunFacts:
         """As favourably as a run's report allows."""
         stated = {one.code for one in report.assumptions}
         rows = [row for site in report.sites for row in site.mechanisms]
-        sampled = {row.sampling_run for row in rows} or {"poisson"}
+        sampled = sorted({row.sampling_run for row in rows} - {NOT_RECORDED})
         doubtful = [site.site for site in report.sites if "receipts_not_believed" in site.verdict.reasons]
         return cls(
             delta=report.delta,
@@ -91,7 +91,7 @@ class RunFacts:
             target=report.target_epsilon,
             private=all(row.noise_multiplier > 0 for row in rows),
             seeded=report.seeded_noise,
-            sampling=sampled.pop() if len(sampled) == 1 and NOT_RECORDED not in sampled else None,
+            sampling="poisson" if "poisson" in sampled or not rows else next(iter(sampled), None),
             randomness=report.randomness != NOT_RECORDED,
             inexact="clipping_but_for_rounding" in stated,
             finished="end_independent_of_releases" not in stated,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
 from fedtune.report.page import drawing
+from fedtune.report.page.drawing import Panel, Series
 from fedtune.report.page.tables import Tables
-from fedtune.report.page.wording import Table, Words, shortened
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from fedtune.report.page.wording import Table, Words, pointer, shortened
 
 _MOST_BARS = 12
 _MOST_POINTS = 200
@@ -37,148 +35,116 @@ class Charts:
 
     def epsilon_spent(self) -> Chart:
         """By round of a run, or by run of a ledger, with the limit."""
-        lines = {site: self._line(site) for site in self._sites()}
-        lines = {site: points for site, points in lines.items() if points}
-
-        def draw(axes: Sequence[Axes]) -> None:
-            for number, (site, points) in enumerate(list(lines.items())[: drawing.MOST_LINES]):
-                axes[0].plot(*zip(*points, strict=True), label=self._name(site), **drawing.line_style(number))
-            self._draw_limit(axes[0], lines)
-            self._label(axes[0], x="axis_run" if self._is_ledger else "axis_round", y="axis_epsilon")
-            axes[0].set_ylim(bottom=0)
-            drawing.whole_numbers(axes[0])
-            drawing.legend(axes[0])
-
-        return self._chart("epsilon_spent", self._tables.steps(), draw if lines else None)
+        lines = {site: points for site in self._sites() if (points := self._line(site))}
+        series = [
+            Series(points=points, number=number, label=self._name(site))
+            for number, (site, points) in enumerate(list(lines.items())[: drawing.MOST_LINES])
+        ]
+        target, levels = self._words.report.target_epsilon, []
+        if self._is_ledger:
+            series += [limit for site in lines if (limit := self._limit(site, lines[site])).points]
+        elif target is not None:
+            levels = [(target, self._said("limit"), drawing.LIMIT)]
+        x = self._said("axis_run" if self._is_ledger else "axis_round")
+        panel = Panel(series=series, levels=levels, x=x, y=self._said("axis_epsilon"), scale="whole")
+        return self._chart("epsilon_spent", self._tables.steps(), [panel] if lines else [])
 
     def budget_left(self) -> Chart:
         """Spent, held and left at each site that has a limit."""
         bars = [site for site in self._sites() if self._words.at(f"{site}/left") is not None][:_MOST_BARS]
         bars = [site for site in bars if self._words.at(f"{site}/lifetime/epsilon") is not None]
-
-        def draw(axes: Sequence[Axes]) -> None:
-            names = [self._name(site) for site in bars]
-            spent = self._numbers(f"{site}/lifetime/epsilon" for site in bars)
-            taken = self._numbers(f"{site}/lifetime/with_set_aside" for site in bars)
-            left = self._numbers(f"{site}/left" for site in bars)
-            held = [max(0.0, with_plans - alone) for with_plans, alone in zip(taken, spent, strict=True)]
-            parts = (
-                ("spent", spent, drawing.COLOURS[0], ""),
-                ("held", held, "#ffffff", "xx"),
-                ("left", left, "#ffffff", "//"),
+        rows = []
+        for site in bars:
+            spent, taken, left = self._numbers(
+                f"{site}/{of}" for of in ("lifetime/epsilon", "lifetime/with_set_aside", "left")
             )
-            start = [0.0] * len(bars)
-            for key, widths, colour, hatch in parts:
-                label = self._words.text(f"chart.{key}").unescape()
-                fill: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "#000000", "linewidth": 0.8}
-                axes[0].barh(range(len(bars)), widths, left=start, height=0.55, label=label, **fill)
-                start = [a + b for a, b in zip(start, widths, strict=True)]
-            axes[0].set_yticks(range(len(bars)), names)
-            axes[0].invert_yaxis()
-            axes[0].grid(visible=False, axis="y")
-            self._label(axes[0], x="axis_epsilon", y=None)
-            drawing.legend(axes[0])
-
-        height = 1.3 + 0.38 * len(bars)
-        return self._chart("budget_left", self._tables.budget_left(), draw if bars else None, height=height)
+            rows.append((self._name(site), (spent, max(0.0, taken - spent), left)))
+        table, labels = self._tables.named("budget_left"), [self._said(key) for key in ("spent", "held", "left")]
+        if not rows:
+            return Chart(code="budget_left", svg=None, table=table)
+        svg = drawing.stacked(
+            "budget_left",
+            rows,
+            labels,
+            x=self._said("axis_epsilon"),
+            named=self._named("budget_left"),
+            number=self._words.catalogue.on_axis,
+        )
+        return Chart(code="budget_left", svg=svg, table=table)
 
     def profile(self) -> Chart:
         """Epsilon over delta, by both accountants, at the site that spent most."""
         worst = self._words.worst
         rows = [] if worst is None else self._words.rows("curve", sites=[int(worst.rsplit("/", 1)[1])])
         rows = [row for row in rows if self._words.at(f"{row}/epsilon_pld") is not None]
-
-        def draw(axes: Sequence[Axes]) -> None:
-            for number, key in enumerate(("pld", "rdp")):
-                points = [(self._words.at(f"{row}/delta"), self._words.at(f"{row}/epsilon_{key}")) for row in rows]
-                points = [point for point in points if point[1] is not None]
-                if points:
-                    label = self._words.text(f"chart.{key}").unescape()
-                    axes[0].plot(*zip(*points, strict=True), label=label, **drawing.line_style(number))
-            axes[0].set_xscale("log")
-            axes[0].set_ylim(bottom=0)
-            self._label(axes[0], x="axis_delta", y="axis_epsilon")
-            drawing.powers_of_ten(axes[0])
-            drawing.legend(axes[0])
-
-        return self._chart("profile", self._tables.curve(), draw if rows else None)
+        series = []
+        for number, key in enumerate(("pld", "rdp")):
+            points = [(self._words.at(f"{row}/delta"), self._words.at(f"{row}/epsilon_{key}")) for row in rows]
+            points = [point for point in points if point[1] is not None]
+            if points:
+                series.append(Series(points=points, number=number, label=self._said(key)))
+        panel = Panel(series=series, x=self._said("axis_delta"), y=self._said("axis_epsilon"), scale="powers")
+        return self._chart("profile", self._tables.named("curve"), [panel] if rows else [])
 
     def utility(self) -> Chart:
         """The first score that is no loss, against the epsilon spent by then."""
         names = self._tables.score_names()
         name = next((name for name in names if "loss" not in name), names[0] if names else "")
-        points = [
-            (self._words.at(f"{row}/epsilon"), self._words.at(row + _score(name)), self._words.at(f"{row}/round"))
-            for row in self._tables.rounds()
-            if name
-        ]
-        points = [point for point in points if point[0] is not None and point[1] is not None]
-
-        def draw(axes: Sequence[Axes]) -> None:
-            spent, scores, rounds = zip(*points, strict=True)
-            axes[0].plot(spent, scores, **drawing.line_style(0))
-            for place in sorted({0, len(points) - 1}):
-                label = f"{self._words.text('page.round').unescape()} {rounds[place]}"
-                where: dict[str, Any] = {
-                    "ha": "left" if place == 0 else "right",
-                    "va": "top",
-                    "textcoords": "offset points",
-                }
-                axes[0].annotate(label, (spent[place], scores[place]), xytext=(0, -7), **where)
-            self._draw_levels(axes[0], name)
-            self._label(axes[0], x="axis_epsilon", y=None)
-            axes[0].set_ylabel(shortened(name, 30))
-
-        return self._chart("utility", self._tables.utility(), draw if points else None)
+        rows = self._tables.rounds() if name else []
+        keys = ("/epsilon", pointer("scores", name), "/round")
+        found = [tuple(self._words.at(row + key) for key in keys) for row in rows]
+        found = [one for one in found if None not in one[:2]]
+        levels = []
+        for key, dashes in (("before", drawing.BEFORE), ("non_private", drawing.WITHOUT_PRIVACY)):
+            level = (self._words.at(f"/utility/{key}") or {}).get(name)
+            if level is not None:
+                levels.append((level, self._words.text(f"utility.{key}").unescape(), dashes))
+        round_ = self._words.text("page.round").unescape()
+        panel = Panel(
+            series=[Series(points=[(spent, score) for spent, score, _ in found], number=0, label=name)],
+            levels=levels,
+            notes=[
+                (spent, score, f"{round_} {number}") for spent, score, number in dict.fromkeys((found[0], found[-1]))
+            ]
+            if found
+            else [],
+            x=self._said("axis_epsilon"),
+            y=shortened(name, 30),
+            from_zero=False,
+        )
+        return self._chart("utility", self._tables.utility(), [panel] if found else [])
 
     def mechanism(self) -> Chart:
         """Noise and sampling of each run at each site."""
         rows = self._words.rows("mechanisms")
         rows = rows[-_MOST_POINTS:] if self._is_ledger else rows[:_MOST_POINTS]
-
-        def draw(axes: Sequence[Axes]) -> None:
-            places = range(1, len(rows) + 1)
-            for number, (key, label) in enumerate((("noise_multiplier", "axis_noise"), ("sampling_rate", "axis_rate"))):
-                style = drawing.line_style(number) | {"linestyle": "none"}
-                axes[number].plot(places, self._numbers(f"{row}/{key}" for row in rows), **style)
-                self._label(axes[number], x=None, y=label)
-                axes[number].set_ylim(bottom=0)
-            self._label(axes[1], x="axis_run" if self._is_ledger else "axis_row", y="axis_rate")
-            drawing.whole_numbers(axes[1])
-
-        table = self._tables.mechanisms()
-        return self._chart("mechanism", table, draw if rows else None, panels=2)
+        panels = [
+            Panel(
+                series=[Series(points=self._numbered(f"{row}/{key}" for row in rows), number=number, kind="points")],
+                x=self._said("axis_run" if self._is_ledger else "axis_row"),
+                y=self._said(label),
+                scale="whole",
+            )
+            for number, (key, label) in enumerate((("noise_multiplier", "axis_noise"), ("sampling_rate", "axis_rate")))
+        ]
+        return self._chart("mechanism", self._tables.named("mechanisms"), panels if rows else [])
 
     def cost(self) -> Chart:
         """Seconds and megabytes of each round."""
         rows = self._tables.rounds()
+        rounds = self._numbers(f"{row}/round" for row in rows)
+        kind: Any = "line" if len(rounds) > _MOST_BARS else "bars"
 
-        def draw(axes: Sequence[Axes]) -> None:
-            rounds = self._numbers(f"{row}/round" for row in rows)
-            self._bars(axes[0], rounds, self._numbers(f"{row}/seconds" for row in rows), number=0, of=1)
-            for number, key in enumerate(("down", "up")):
-                megabytes = [size / 1e6 for size in self._numbers(f"{row}/bytes_{key}" for row in rows)]
-                label = self._words.text(f"chart.{key}").unescape()
-                self._bars(axes[1], rounds, megabytes, number=number, of=2, label=label)
-            self._label(axes[0], x=None, y="axis_seconds")
-            self._label(axes[1], x="axis_round", y="axis_megabytes")
-            drawing.whole_numbers(axes[1])
-            drawing.legend(axes[1])
+        def series(key: str, number: int, label: str = "", scale: float = 1.0) -> Series:
+            sizes = [size / scale for size in self._numbers(f"{row}/{key}" for row in rows)]
+            return Series(points=list(zip(rounds, sizes, strict=True)), number=number, label=label, kind=kind)
 
-        return self._chart("cost", self._tables.cost(), draw if rows else None, panels=2)
-
-    def _bars(
-        self, axes: Axes, rounds: Sequence[float], sizes: Sequence[float], *, number: int, of: int, label: str = ""
-    ) -> None:
-        """Bars beside each other, or lines where there are too many."""
-        if len(rounds) > _MOST_BARS:
-            axes.plot(rounds, sizes, label=label, **drawing.line_style(number))
-            axes.set_ylim(bottom=0)
-            return
-        shift = (number - (of - 1) / 2) * 0.8 / of
-        fill: dict[str, Any] = {"color": "#ffffff" if number else "#56B4E9", "hatch": "///" if number else ""}
-        places = [place + shift for place in rounds]
-        axes.bar(places, sizes, width=0.8 / of, label=label, edgecolor="#000000", **fill)
+        traffic = [series(f"bytes_{key}", n, self._said(key), 1e6) for n, key in enumerate(("down", "up"))]
+        panels = [
+            Panel(series=[series("seconds", 0)], y=self._said("axis_seconds"), scale="whole"),
+            Panel(series=traffic, x=self._said("axis_round"), y=self._said("axis_megabytes"), scale="whole"),
+        ]
+        return self._chart("cost", self._tables.named("cost"), panels if rows else [])
 
     @property
     def _is_ledger(self) -> bool:
@@ -188,12 +154,19 @@ class Charts:
         return [f"/sites/{place}" for place in self._words.order]
 
     def _name(self, site: str) -> str:
-        # A legend leaves out labels that begin with "_".
-        name = shortened(self._words.at(f"{site}/site"), _LONGEST_NAME)
-        return f" {name}" if name.startswith("_") else name
+        return shortened(self._words.at(f"{site}/site"), _LONGEST_NAME)
 
-    def _numbers(self, pointers: Any) -> list[float]:
+    def _said(self, key: str) -> str:
+        return self._words.text(f"chart.{key}").unescape()
+
+    def _named(self, code: str) -> tuple[str, str]:
+        return self._said(code), self._said(f"{code}_desc")
+
+    def _numbers(self, pointers: Iterable[str]) -> list[float]:
         return [self._words.at(pointer) or 0.0 for pointer in pointers]
+
+    def _numbered(self, pointers: Iterable[str]) -> list[tuple[float, float]]:
+        return [(float(number), value) for number, value in enumerate(self._numbers(pointers), 1)]
 
     def _line(self, site: str) -> list[tuple[float, float]]:
         """Points of a site that are bounded: a run's by round, a ledger's by run."""
@@ -201,62 +174,21 @@ class Charts:
         numbered = list(enumerate(steps, 1)) if self._is_ledger else [(step["round"], step) for step in steps]
         return [(x, step["epsilon"]) for x, step in numbered if x is not None and step["epsilon"] is not None]
 
-    def _draw_limit(self, axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-        """The run's target, or the lifetime limit that was in force at each run of a ledger."""
-        label = self._words.text("chart.limit").unescape()
-        style: dict[str, Any] = {"color": "#000000", "linestyle": (0, (4, 3)), "linewidth": 1.2, "label": label}
-        if not self._is_ledger:
-            if (target := self._words.report.target_epsilon) is not None:
-                axes.axhline(target, **style)
-            return
-        for site, points in lines.items():
-            caps = self._words.at(f"{site}/lifetime/caps") or []
-            steps = self._words.at(f"{site}/steps")
-            limits = [(x, _cap_at(caps, steps[int(x) - 1]["time"])) for x, _ in points]
-            known = [(x, cap) for x, cap in limits if cap is not None]
-            if known:
-                axes.step(*zip(*known, strict=True), where="post", **style)
+    def _limit(self, site: str, points: Sequence[tuple[float, float]]) -> Series:
+        """The lifetime limit that was in force at each run of a ledger."""
+        caps, steps = self._words.at(f"{site}/lifetime/caps") or [], self._words.at(f"{site}/steps")
+        limits = [(x, _cap_at(caps, steps[int(x) - 1]["time"])) for x, _ in points]
+        known = [(x, cap) for x, cap in limits if cap is not None]
+        return Series(points=known, number=0, label=self._said("limit"), kind="limit")
 
-    def _draw_levels(self, axes: Axes, name: str) -> None:
-        """The same score before training, and without privacy where it is known."""
-        for key, dashes in (("before", (0, (1, 2))), ("non_private", (0, (6, 3)))):
-            level = (self._words.at(f"/utility/{key}") or {}).get(name)
-            if level is not None:
-                label = self._words.text(f"utility.{key}").unescape()
-                axes.axhline(level, color="#000000", linestyle=dashes, linewidth=1.2, label=label)
-        drawing.legend(axes)
-
-    def _label(self, axes: Axes, *, x: str | None, y: str | None) -> None:
-        """Names of the axes, and figures as the language writes them."""
-        from matplotlib.ticker import FuncFormatter
-
-        figure = self._words.catalogue.figure
-        for axis, key in ((axes.xaxis, x), (axes.yaxis, y)):
-            if key is not None:
-                axis.set_label_text(self._words.text(f"chart.{key}").unescape())
-                axis.set_major_formatter(FuncFormatter(lambda value, _: figure(round(float(value), 12), "number")))
-
-    def _chart(
-        self,
-        code: str,
-        table: Table,
-        draw: Callable[[Sequence[Axes]], None] | None,
-        *,
-        panels: int = 1,
-        height: float = 0,
-    ) -> Chart:
-        if draw is None:
+    def _chart(self, code: str, table: Table, panels: Sequence[Panel]) -> Chart:
+        if not panels:
             return Chart(code=code, svg=None, table=table)
-        title, description = self._words.text(f"chart.{code}"), self._words.text(f"chart.{code}_desc")
-        svg = drawing.drawn(code, draw, panels=panels, height=height or 1.2 + 1.5 * panels)
-        return Chart(code=code, svg=drawing.inline(svg, code, title, description), table=table)
+        svg = drawing.chart(code, panels, named=self._named(code), number=self._words.catalogue.on_axis)
+        return Chart(code=code, svg=svg, table=table)
 
 
 def _cap_at(caps: Sequence[Mapping[str, Any]], time: str | None) -> float | None:
     """The limit in force at a time; where none was yet, the first."""
     before = [cap for cap in caps if time is None or cap["time"][: len(time)] <= time] or list(caps[:1])
     return before[-1]["max_epsilon"] if before else None
-
-
-def _score(name: str) -> str:
-    return "/scores/" + name.replace("~", "~0").replace("/", "~1")

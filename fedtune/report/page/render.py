@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
+from fedtune.report.derive.cells import CODES, NUMBERS
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.charts import Charts
@@ -59,60 +60,6 @@ _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
 _MOST_FOR_SUBTRACTION = 2
 Group = Literal["impact", "health", "documentation"]
 _GROUPS: tuple[tuple[str, Group], ...] = (("hipaa", "health"), ("ai_act", "documentation"), ("gpai", "documentation"))
-_SECTIONS = {
-    "released": "released",
-    "known_limits": "not_protected",
-    "randomness": "randomness",
-    "sampling_run": "sampling",
-    "verdict": "state",
-    "unit": "unit",
-} | dict.fromkeys(
-    (
-        "candidate_criteria",
-        "epsilon",
-        "erasure_reaches_model",
-        "erasure_reaches_records",
-        "inference_covered",
-        "ledger_verified",
-        "mechanism",
-        "modality",
-        "raw_records_leave_site",
-        "right_of_100_mechanism",
-        "rollback_excluded",
-        "runtime",
-        "secure_aggregation",
-        "source_type",
-        "technologies_off",
-        "technologies_on",
-        "transport",
-    ),
-    "value",
-)
-"""Facts whose values are codes, and the section of texts that has them; the others are names and figures."""
-_NUMBERS = (
-    "compute_ratio",
-    "declared_sizes",
-    "declared_total",
-    "delta",
-    "epsilon",
-    "expected_failures",
-    "heldout_fraction",
-    "labels",
-    "linkability_bound",
-    "most_tokens",
-    "num_sites",
-    "parameters_per_record",
-    "rank",
-    "right_of_100_ceiling",
-    "right_of_100_mechanism",
-    "scores_before",
-    "scores_final",
-    "seconds",
-    "singling_out_bound",
-    "trained_parameters",
-    "used_fraction",
-)
-"""Facts that end in a number; in the others digits belong to names, versions and hashes."""
 _NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e-?\d+)?$")
 
 
@@ -350,7 +297,7 @@ class Fields:
             return Markup("")
         if key == "date":
             return self._words.figure(where, "moment")
-        section = _SECTIONS.get(key)
+        section = CODES.get(key)
         tokens = [self._token(section, key, token) for token in value.split(", ")]
         separator = "; " if section == "not_protected" else ", "
         return Markup('<span data-at="{}" data-as="fact">{}</span>').format(where, Markup(separator).join(tokens))
@@ -358,7 +305,7 @@ class Fields:
     def _token(self, section: str | None, key: str, token: str) -> Markup:
         if section and self._words.catalogue.has(section, token):
             return self._words.code(section, token)
-        return Markup("{}").format(_NUMBER.sub(self._number, token) if key in _NUMBERS else token)
+        return Markup("{}").format(_NUMBER.sub(self._number, token) if key in NUMBERS else token)
 
     def _number(self, found: re.Match[str]) -> str:
         text = found.group()

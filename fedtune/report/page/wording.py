@@ -48,6 +48,11 @@ class Column:
     zero: str = ""
     is_named: bool = False
 
+    @classmethod
+    def of(cls, heading: str, at: str, kind: str, absent: str = "word.unknown", zero: str = "") -> Column:
+        """A column of `tables.toml`."""
+        return cls(heading=heading, at=at, kind=kind, absent=absent, zero=zero)
+
     @property
     def is_figure(self) -> bool:
         """Whether it stands at the right."""
@@ -117,12 +122,7 @@ class Words:
         return None if found is _ABSENT else found
 
     def _find(self, pointer: str) -> Any:
-        value: Any = self.json
-        for part in pointer.split("/")[1:]:
-            if value is None:
-                return _ABSENT
-            value = value[int(part)] if isinstance(value, list) else value[_unescaped(part)]
-        return value
+        return found_at(self.json, pointer)
 
     def text(self, key: str, **values: object) -> Markup:
         """A text of the catalogue."""
@@ -138,11 +138,7 @@ class Words:
 
     def figure(self, pointer: str, kind: str) -> Markup:
         """The figure at a pointer, told apart from text and tied to its place in report.json."""
-        value = self.at(pointer)
-        shown = self.catalogue.figure(value, kind)
-        return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
-            json.dumps(value), pointer, kind, shown
-        )
+        return figure(self.catalogue, self.at(pointer), pointer, kind)
 
     def spent(self, site: str, at: str, kind: str = "epsilon") -> Markup:
         """A figure of a site's charges; "at most" where it fell silent."""
@@ -211,6 +207,22 @@ class Words:
         return [
             f"/sites/{place}/{of}/{n}" for place in places for n in range(len(self.at(f"/sites/{place}/{of}") or ()))
         ]
+
+
+def found_at(data: Any, pointer: str) -> Any:
+    """What a JSON pointer names, or `_ABSENT` where one of its parents is null."""
+    for part in pointer.split("/")[1:]:
+        if data is None:
+            return _ABSENT
+        data = data[int(part)] if isinstance(data, list | tuple) else data[_unescaped(part)]
+    return data
+
+
+def figure(catalogue: Catalogue, value: Any, pointer: str, kind: str) -> Markup:
+    """A figure, told apart from text and tied to its place in the page's JSON."""
+    return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
+        json.dumps(value), pointer, kind, catalogue.figure(value, kind)
+    )
 
 
 def pointer(*parts: str | int) -> str:

@@ -1,26 +1,151 @@
-"""From what a run's folder holds at one moment to what its live page shows.
+"""A run at one moment, as its live page shows it, from a folder that a run may be writing to; nothing is written there.
 
 Each figure is one that the run's report would show, too.  A round that is under way may have been charged already, so
-it counts as charged.
+it counts as charged.  None says that nothing bounds an epsilon, or that something is not known.  Times are UTC in ISO
+form.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import RoundResult, charged_epsilons
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.plan import Plan
 from fedtune.report.derive.profile import largest
 from fedtune.report.derive.run_site import steps_of
-from fedtune.report.model import scores_of
-from fedtune.report.record.run_record import RunRecord
-from fedtune.report.watch.watch_model import Answer, Failure, Left, Mark, Phase, RoundDone, RunNow, SiteNow, Step
+from fedtune.report.derive.verdicts import above
+from fedtune.report.model import Scores, scores_of
+from fedtune.report.record.run_record import RunRecord, read_run
+from fedtune.spec import FedtuneError, spec
 from fedtune.words import finite
 
+Phase = Literal["waiting", "preparing", "running", "finished", "stopped", "unreadable"]
+Mark = Literal["no_noise", "seeded_noise", "above_target"]
 ASKED, UPDATE, NOTHING = "asked", "update", "nothing"
+_AGAIN_S = 0.1
+_Stamps = tuple[tuple[str, int, int, int], ...]
+
+
+@spec
+class Answer:
+    """What a site last did.
+
+    Attributes:
+        what: "update", the reason why there is none, "asked" while nothing came, "nothing" before that.
+        round: in which; None: not known.
+    """
+
+    what: str
+    round: int | None
+
+
+@spec
+class Step:
+    """Epsilon after a finished round."""
+
+    round: int
+    epsilon: float | None
+
+
+@spec
+class SiteNow:
+    """One site.
+
+    Attributes:
+        updates: finished rounds that it took part in, and `failures` those that it did not.
+        charged: rounds.
+        upper_bound: a round is under way or was not answered, and is counted as charged.
+        steps: by finished round.
+    """
+
+    site: str
+    latest: Answer
+    updates: int
+    failures: int
+    charged: int
+    epsilon: float | None
+    upper_bound: bool
+    steps: tuple[Step, ...]
+
+
+@spec
+class RoundDone:
+    """A finished round; scores are exact, on the lead's validation file."""
+
+    round: int
+    ended: str | None
+    seconds: float
+    bytes_down: int
+    bytes_up: int
+    scores: Scores
+
+
+@spec
+class Failure:
+    """Why a round went without a site; the newest come first."""
+
+    round: int
+    site: str
+    reason: str
+
+
+@spec
+class Left:
+    """Time until the last round is done, at the pace so far; rounded up."""
+
+    value: int
+    unit: Literal["seconds", "minutes", "hours"]
+
+
+@spec
+class RunNow:
+    """A run at one moment.
+
+    Attributes:
+        problem: why the folder cannot be read, in English.
+        marks: what the report's verdict would be for, were it written now.
+        under_way: number of the round that was asked for and is not finished.
+        ended: when the newest round was finished.
+        epsilon: of the site that spent most, and `upper_bound` of the same.
+        target_epsilon: None: the run promises nothing.
+    """
+
+    name: str
+    phase: Phase
+    problem: str | None
+    simulated: bool
+    marks: tuple[Mark, ...]
+    unit: str
+    delta: float
+    target_epsilon: float | None
+    rounds_done: int
+    rounds_planned: int
+    under_way: int | None
+    ended: str | None
+    left: Left | None
+    epsilon: float | None
+    upper_bound: bool
+    sites: tuple[SiteNow, ...]
+    rounds: tuple[RoundDone, ...]
+    failures: tuple[Failure, ...]
+    seconds: float
+    bytes_down: int
+    bytes_up: int
+    final: Scores
+
+
+def to_json(now: RunNow) -> dict[str, Any]:
+    """Plain JSON, whose places the page's figures name."""
+    return asdict(now)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +250,7 @@ def _marks(seen: Seen, *, private: bool, epsilon: float | None, target: float | 
         yield "no_noise"
     if seen.record.seeded if seen.record else seen.config.runtime.seeded_noise:
         yield "seeded_noise"
-    if target is not None and (epsilon is None or epsilon > target):
+    if above(epsilon, target):
         yield "above_target"
 
 
@@ -203,3 +328,93 @@ def _failures(rounds: Sequence[RoundResult]) -> Iterator[Failure]:
     for result in reversed(rounds):
         for site, reason in result.failed_sites.items():
             yield Failure(round=result.round, site=site, reason=reason)
+
+
+class WatchedFolder:
+    """A run folder and what it held when it last changed.
+
+    Args:
+        folder: the run's.
+        config: of its `config.yaml`.
+        is_running: whether a process works on the folder; must not change it.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, *, is_running: Callable[[Path], bool]) -> None:
+        self._folder, self._config, self._is_running = folder, config, is_running
+        self._plan: Plan | None = None
+        self._known: tuple[bool, _Stamps] | None = None
+        self._seen = Seen(config=config, record=None, running=False)
+        self._now = run_now(self._seen)
+
+    def now(self, *, at: datetime | None = None) -> RunNow:
+        """The run at this moment; files are read again only where one of them changed.
+
+        A folder that cannot be read is told as one, with what was last known of the run: it may be mended.
+        """
+        # Looked at before it is read: a change in between is found the next time.
+        stamps = _stamps(self._folder)
+        running = self._is_running(self._folder)
+        if (running, stamps) != self._known:
+            self._seen = self._look(running=running)
+            self._now = run_now(self._seen)
+            self._known = None if self._seen.problem else (running, stamps)
+        return replace(self._now, left=time_left(self._seen, at=at or datetime.now(UTC)))
+
+    def _look(self, *, running: bool) -> Seen:
+        problem = None
+        for wait_s in (0.0, _AGAIN_S):  # a checkpoint may be followed by the next while it is read
+            time.sleep(wait_s)
+            try:
+                return self._read(running=running)
+            except (FedtuneError, OSError) as error:
+                problem = str(error)
+        return replace(self._seen, running=running, problem=problem)
+
+    def _read(self, *, running: bool) -> Seen:
+        files = RunFolder(self._folder)
+        if not files.saved_checkpoints and not files.result.exists():
+            # Raises where there is no folder any more: a run that fails before it begins takes it away.
+            files.config.stat()
+            return Seen(config=self._config, record=None, running=running)
+        asked, answers = tuple(_asked(self._folder)), _answers(self._folder)
+        record = read_run(self._folder, plan=self._plan)
+        self._plan = record.plan
+        return Seen(config=record.config, record=record, running=running, asked=asked, answers=answers)
+
+
+def _stamps(folder: Path) -> _Stamps:
+    """Names, times and sizes of all files that the page depends on."""
+    files = RunFolder(folder)
+    paths = [files.config, files.result, files.answers, files.environment, *sorted(files.checkpoints.glob("*"))]
+
+    def found() -> Iterator[tuple[str, int, int, int]]:
+        for path in paths:
+            try:
+                about = path.stat()
+            except OSError:
+                continue
+            yield path.name, about.st_ino, about.st_mtime_ns, about.st_size
+
+    return tuple(found())
+
+
+def _asked(folder: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The journal of rounds that were asked for; what it means for the budget is read with the checkpoint."""
+    path = RunFolder(folder).asked
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        if line.endswith(b"\n"):
+            try:
+                fields = json.loads(line)
+                yield int(fields["round"]), tuple(map(str, fields["sites"]))
+            except (ValueError, TypeError, KeyError):
+                continue
+
+
+def _answers(folder: Path) -> Mapping[str, Mapping[str, str]]:
+    """What real sites last answered; a simulation has none."""
+    path = RunFolder(folder).answers
+    try:
+        known = json.loads(path.read_bytes()) if path.exists() else {}
+        return {site: {key: str(answer[key]) for key in ("what", "time")} for site, answer in known.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}
