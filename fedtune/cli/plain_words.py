@@ -79,6 +79,11 @@ def odds_text(epsilon: float) -> str:
     return f"{math.ceil(factor / unit) * unit:,.10g}"
 
 
+def rounded_down(epsilon: float) -> str:
+    """An epsilon that is left, in three decimals."""
+    return "unbounded" if math.isinf(epsilon) else f"{math.floor(epsilon * 1000) / 1000:.3f}"
+
+
 def cap_text(cap: float | None) -> str:
     """A cap as the policy has it."""
     return "no cap" if cap is None or math.isinf(cap) else f"at most {cap:g}"

@@ -9,8 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedtune.cli.ledger import identity_json, rounded_down, spending_json
-from fedtune.cli.plain_words import cap_text, counted, odds_text, printable
+from fedtune.cli.plain_words import cap_text, counted, odds_text, printable, rounded_down
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.amounts import (
@@ -23,7 +22,9 @@ from fedtune.privacy.amounts import (
     epsilon_left,
     figures_of,
     has_guarantee,
+    identity_json,
     reference_runs_left,
+    spending_json,
 )
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_tables import AT_ONCE
