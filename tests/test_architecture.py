@@ -62,6 +62,11 @@ def test_only_our_own_bugs_are_asserted(path: Path) -> None:
         assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
 
 
+def test_what_a_command_takes_is_typed() -> None:
+    # A Namespace of argparse is Any to mypy: a misspelt option would be found by who types it.
+    assert [name_of(path) for path in MODULES if "argparse" in path.read_text()] == []
+
+
 def test_the_privacy_core_runs_without_a_framework() -> None:
     code = (
         "import sys; import fedtune.privacy.ledger.decisions, fedtune.privacy.mechanism, fedtune.privacy.plan;"

@@ -70,7 +70,7 @@ def finish(checks: Sequence[Check]) -> None:
     code, names = exit_code_of(checks), [check.name for check in checks if check.status == "failed"]
     if not code:
         return
-    message = f"{counted(len(names), 'check')} failed ({', '.join(names)}); beside each stands what to do"
+    message = f"{counted(len(names), 'check')} failed ({', '.join(names)}); each line says what to do"
     raise {SETTINGS: SomethingFailed, REFUSED: RefusedError}.get(code, RunError)(message)
 
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from dp_accounting import DpEvent
 from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.plain_words import cap_text, counted, event_text, mechanism_text, odds_text, printable
-from fedtune.cli.sections import SCHEMA_VERSION, Section, json_text, print_json, say, show
+from fedtune.cli.plain_words import cap_text, counted, event_text, mechanism_text, odds_text, printable, rounded_down
+from fedtune.cli.sections import Section, json_text, print_json, say, show
 from fedtune.deploy.files import act_as_owner
 from fedtune.privacy import events, filter
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
-from fedtune.privacy.amounts import epsilon_left, figures_of, has_guarantee, reference_runs_left
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.amounts import (
+    epsilon_left,
+    figures_of,
+    identity_json,
+    reference_runs_left,
+    spending_json,
+    verification_json,
+)
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.ledger.chain import Event, Head
@@ -102,7 +108,7 @@ def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None,
     """
     file, verified = _verified(path, anchor=anchor, site_key=site_key)
     if as_json:
-        print_json({**identity_json(file, verified), **_verification_json(verified)})
+        print_json({**identity_json(file, verified), **verification_json(verified)})
         return
     _show_identity(file, verified)
     checked, unchecked = _findings(verified)
@@ -131,7 +137,7 @@ def export(
     whole = {
         **identity_json(file, verified),
         "head": verified.events[-1],
-        "verification": _verification_json(verified),
+        "verification": verification_json(verified),
         "spending": spending_json(verified, figures_of(verified)),
         "events": verified.events,
     }
@@ -211,7 +217,7 @@ def freeze(
     site = _own_site(policy, path)
     verify(site.ledger)
     site.open().freeze(why)
-    say(f"{site.ledger} is frozen: this population takes part in nothing any more.")
+    say(f"{site.ledger} is frozen: all training on this population has ended for ever.")
 
 
 def ledger_file(name: str) -> Path:
@@ -254,54 +260,6 @@ def _write(path: Path, data: bytes) -> None:
         write_durably(path, data)
     except OSError as error:
         raise ConfigError("output", str(path), f"must be a file that can be written ({error.strerror})") from None
-
-
-# A verified ledger as plain values, in keys that scripts may rely on.
-
-
-def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
-    """Which ledger this is."""
-    opened = verified.history.opened
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "path": str(path),
-        "ledger": opened.ledger,
-        "site": opened.site,
-        "population": opened.population,
-        "unit": opened.unit,
-        "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
-        "delta": opened.delta,
-        "site_key": verified.site_key,
-        "num_events": len(verified.events),
-    }
-
-
-def spending_json(verified: Verified, figures: Spending) -> dict[str, Any]:
-    """The figures of `spent`."""
-    history = verified.history
-    return {
-        **{key: value for key, value in asdict(figures).items() if key != "runs"},
-        "guarantee": has_guarantee(figures),
-        "epsilon_left": epsilon_left(history),
-        "reference_runs_left": reference_runs_left(history),
-        "restored": len(history.restored),
-        "policies": [{"time": time, "max_epsilon": cap} for time, cap in history.policies],
-        "runs": [asdict(run) | {"seeded_noise": history.runs[run.run].proposal.seeded_noise} for run in figures.runs],
-    }
-
-
-def _verification_json(verified: Verified) -> dict[str, Any]:
-    """What `verify` found; it raises for a ledger that does not fit."""
-    return {
-        "unchanged": True,
-        "head": verified.hash,
-        "key_expected": verified.key_expected,
-        "rollback_excluded": verified.rollback_excluded,
-        "anchor_sequence": verified.anchor_sequence if verified.rollback_excluded else None,
-    }
-
-
-# What a person at a site sees.
 
 
 def _show_identity(path: Path, verified: Verified) -> None:
@@ -362,7 +320,7 @@ def _show_verdict(history: History, figures: Spending) -> None:
     console.print()
     console.print(text, style=style, markup=False, highlight=False)
     if figures.frozen:
-        say("FROZEN: this population takes part in nothing any more.", style="bold")
+        say("FROZEN: all training on this population has ended for ever.", style="bold")
 
 
 def _lifetime(history: History, figures: Spending) -> Section:
@@ -507,8 +465,3 @@ def _moment(event: Event) -> str:
 
 def _share(share: float | None) -> str:
     return "" if share is None else f"{math.ceil(share * 100 - 1e-9)} %"
-
-
-def rounded_down(epsilon: float) -> str:
-    """An epsilon that is left, in three decimals."""
-    return "unbounded" if math.isinf(epsilon) else f"{math.floor(epsilon * 1000) / 1000:.3f}"

@@ -35,6 +35,11 @@ def odds_text(epsilon: float) -> str:
     return f"{math.ceil(factor / unit) * unit:,.10g}"
 
 
+def rounded_down(epsilon: float) -> str:
+    """An epsilon that is left, in three decimals."""
+    return "unbounded" if math.isinf(epsilon) else f"{math.floor(epsilon * 1000) / 1000:.3f}"
+
+
 def cap_text(cap: float | None) -> str:
     """A cap as the policy has it."""
     return "no cap" if cap is None or math.isinf(cap) else f"at most {cap:g}"
@@ -139,7 +144,7 @@ def _noted(detail: dict[str, Any]) -> str:
         case "approved":
             return "a person at the site approved the run as it was proposed"
         case "frozen":
-            return f"FROZEN, takes part in nothing any more: {printable(detail['why'])}"
+            return f"FROZEN, all training has ended: {printable(detail['why'])}"
         case other:
             return f"unknown note {printable(other)}"
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedtune.cli.ledger import identity_json, rounded_down, spending_json
-from fedtune.cli.plain_words import cap_text, counted, odds_text, printable
+from fedtune.cli.plain_words import cap_text, counted, odds_text, printable, rounded_down
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.amounts import (
@@ -23,7 +22,9 @@ from fedtune.privacy.amounts import (
     epsilon_left,
     figures_of,
     has_guarantee,
+    identity_json,
     reference_runs_left,
+    spending_json,
 )
 from fedtune.privacy.policy import AT_ONCE, Policy
 from fedtune.privacy.site_files import SiteFiles
@@ -49,7 +50,7 @@ def check_policy(file: Path, *, as_json: bool) -> None:
     else:
         _show_beside(beside)
     for key, made_for, asked in beside.differences:
-        bound = f"does not fit ledger {beside.path}, which was made for {made_for}; it needs a ledger of its own"
+        bound = f"does not fit ledger {beside.path}, which was made for {made_for}; make a new ledger for it"
         raise ConfigError(f"{file}: {key}", asked, bound)
 
 
@@ -117,7 +118,7 @@ def _show_beside(beside: Beside) -> None:
         f"left for new runs {rounded_down(epsilon_left(history))}{fits}."
     )
     if figures.frozen:
-        say("It is FROZEN: this population takes part in nothing any more.")
+        say("It is FROZEN: all training on this population has ended for ever.")
     if not has_guarantee(figures):
         say("NO GUARANTEE: some of its runs had no noise, or noise from a seed.", style="bold yellow")
     if beside.differences:

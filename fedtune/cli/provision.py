@@ -26,7 +26,7 @@ Make a federation of real sites: its authority, the startup kits of server and l
   fedtune provision renew-site north-hospital             a new certificate for the same key
   fedtune provision revoke-site north-hospital            shut a site out
   fedtune provision renew-server; ... renew-lead          new certificates for these
-  fedtune provision list                                  who is in, and when what expires
+  fedtune provision list                                  the members, and when their certificates end
 Run these where the federation's folder is, or name it with --federation. What is done to one site changes nothing at
 the others. After editing the folder's federation.toml (address, further names, base models): renew-server, renew-lead,
 then renew-site for each site.
@@ -138,7 +138,7 @@ def renew_lead(federation: Federation = Path("."), days: Days = None) -> None:
     _show_renewed("lead", federation, made.lead_certificate)
 
 
-@command(app, "who is in, and when what expires", name="list")
+@command(app, "the members, and when their certificates end", name="list")
 def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> None:
     """Show the sites, their certificates' expiry and their declared data sets."""
     made, now = provisioning.overview(federation), datetime.now(UTC)
@@ -258,7 +258,7 @@ def _warnings(made: Overview, now: datetime) -> list[str]:
         if certificate.days_left(now) < SOON_DAYS
     ]
     if made.authority.days_left(now) < SOON_DAYS:
-        warnings.append(f"The authority: {_left(made.authority, now)}. The federation has to be provisioned anew.")
+        warnings.append(f"The authority: {_left(made.authority, now)}. Provision the federation again.")
     return warnings
 
 

@@ -289,9 +289,9 @@ def _signature(report: Report, key: str | None) -> Check:
     except RunError as error:
         return Check(name="signature", state="wrong", text=f"{str(error)[0].upper()}{str(error)[1:]}.")
     if signer is None:
-        text = "It is not signed: whoever had it could have changed what cannot be computed again."
+        text = "It is not signed: anybody could have changed what cannot be computed again."
         return Check(name="signature", state="not_checked", text=text)
-    whose = "the key given" if key else "whose key that is was not checked: give the one you know with --key"
+    whose = "the key given" if key else "nobody checked who owns that key: give the key that you know with --key"
     return Check(name="signature", state="right", text=f"It is signed by {signer} ({whose}), and nothing was changed.")
 
 
@@ -332,7 +332,7 @@ def _configuration(report: Report, expected: str | None) -> Check:
     if expected is None:
         text = "The run's configuration is not at hand: give its SHA-256 with --config."
         if report.kind == "ledger":
-            text = "A ledger is of many runs, and has no configuration of its own."
+            text = "A ledger covers many runs and has no single configuration."
         return Check(name="configuration", state="not_checked", text=text)
     if said != expected:
         problem = recompute.Problem("provenance.config_sha256", said, expected)

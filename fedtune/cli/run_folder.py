@@ -68,7 +68,7 @@ def folder_of(config: RunConfig) -> Path:
         return folder
     folder = Path(config.resume)
     if RunFolder(folder).audit_mark.exists():
-        raise ConfigError("resume", config.resume, "is an audit, whose data holds canaries; an audit is not continued")
+        raise ConfigError("resume", config.resume, "is an audit, whose data holds canaries; an audit cannot be resumed")
     saved = saved_config(folder)
     if saved.digest() != config.digest():
         differences = ", ".join(_differences(saved.decisive(), config.decisive()))

@@ -20,10 +20,10 @@ A site of a federation: its policy, its keys, and the process that answers for i
   fedtune site template > site.toml                       a policy to start from, with every key explained
   fedtune site check-policy site.toml                     what a policy means, in plain words
   fedtune site init --site site.toml                      make the site's keys, and a request to join
-  fedtune site doctor --kit kit --site site.toml          what still stands in the way, and how to mend it
+  fedtune site doctor --kit kit --site site.toml          what is still missing, and how to fix it
   fedtune site start --kit kit --site site.toml           take part, until stopped
   fedtune site approve [RUN] --kit kit --site site.toml   what a run would cost; let it start
-  fedtune site pause | resume | leave --kit kit ...       take part in nothing for now; go on; leave for good
+  fedtune site pause | resume | leave --kit kit ...       pause; go on; leave for good
 docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a policy's numbers.
 """
 )
@@ -62,7 +62,7 @@ def init(
     sys.stdout.write(next_steps(site_init(site, out=out)))
 
 
-@command(app, "what still stands in the way")
+@command(app, "what is still missing")
 def doctor(
     kit: KitFolder,
     site: PolicyFile,
@@ -154,7 +154,7 @@ def approve(
         work.approve(state, run, site_toml=site, files=files, yes=yes)
 
 
-@command(app, "take part in nothing for now")
+@command(app, "pause")
 def pause(kit: KitFolder) -> None:
     """Take part in nothing for now. Every request is answered with 'paused' until resume."""
     _set_paused(kit, True)

@@ -224,9 +224,7 @@ def _parse(address: str, *, anywhere: bool) -> tuple[str, int]:
     if not (port.isascii() and port.isdigit() and int(port) < 1 << 16) or bracketed != (known.version == 6):
         raise ConfigError(_KEY, address, _BOUND)
     if not (known.is_loopback or anywhere):
-        raise ConfigError(
-            _KEY, address, "would be read by other machines, too; if you want that, add --health-anywhere"
-        )
+        raise ConfigError(_KEY, address, "could be read by other machines; if you want that, add --health-anywhere")
     return host, int(port)
 
 

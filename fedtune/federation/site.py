@@ -69,7 +69,7 @@ class Site:
         understand: reads what the lead sent of the run, before a person is asked about it; may raise Refused.
         prepare: makes ready for a run that policy, budget and person allow; may raise Refused, and takes what time
             it needs.  It opens no record, or a request that is refused in the end would tell of them.
-        paused: whether a person at the site wants it to take part in nothing for now.
+        paused: whether a person at the site wants it to pause.
         keep: stores a run's final adapter, given the run's name.
         awaits: told of a run that a person at the site is yet to approve, before the answer is held back.
     """

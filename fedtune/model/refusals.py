@@ -129,7 +129,7 @@ def check_content(name: str, content: bytes, *, folder: str) -> None:
     except _NotPlain as error:
         raise _refused(folder, name, str(error)) from None
     except (ValueError, RecursionError) as error:
-        raise _refused(folder, name, "is no readable JSON") from error
+        raise _refused(folder, name, "is not readable JSON") from error
     if name == "config.json":
         reason = config_refusal(fields)
     elif name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
@@ -281,7 +281,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _not_finite(word: str) -> NoReturn:
-    raise _NotPlain(f"holds {word[:20]}, which is no finite number")
+    raise _NotPlain(f"holds {word[:20]}, which is not a finite number")
 
 
 def _finite(text: str) -> float:

@@ -106,7 +106,7 @@ def _hub_folder(spec: ModelSpec) -> Path:
         if _has_weights(folder, spec):
             return folder
     why = f" ({type(problem).__name__}: {first_line(problem)})" if problem else ""
-    bound = f"is no folder on this machine, and its safetensors weights could not be had from the model hub{why}"
+    bound = f"is not a folder on this machine, and its safetensors weights could not be loaded from the model hub{why}"
     raise ConfigError("model.path", spec.path, bound) from problem
 
 

@@ -190,7 +190,7 @@ def _least_match(pattern: Any) -> int:
         return 1
     simple = _SIMPLE.fullmatch(text) if kind == "Regex" and len(text) <= _MOST_PATTERN else None
     if simple is None:
-        raise _Unknown(f"has the pattern {short(text)}, of which fedtune does not know that it takes linear time")
+        raise _Unknown(f"has the pattern {short(text)}, and fedtune does not know whether it takes linear time")
     return min(int(simple["least"] or 1), int(simple["most"] or 99))
 
 

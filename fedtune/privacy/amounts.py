@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fedtune.privacy import accountant, filter
+from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import Spending, divergence_left, runs_left, spending
@@ -16,6 +18,8 @@ from fedtune.privacy.policy import AT_ONCE, Policy
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
 
+SCHEMA_VERSION = 1
+"""Of what is said of a ledger as JSON."""
 LARGE_EPSILON = 10.0
 SMALL_NOISE = 0.3
 _PLACEHOLDER_DIGEST = "0" * 64
@@ -115,9 +119,7 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
     """Where little or nothing is promised."""
     budget, limits = policy.budget, policy.limits
     if policy.allow.seeded_noise:
-        text = (
-            "true: whoever knows the seed takes the noise away; for made-up records only. A ledger stays marked by it"
-        )
+        text = "true: anybody who knows the seed can subtract the noise; for made-up records only. It marks the ledger for ever"
         yield Caution(key="allow.seeded_noise", text=text)
     if policy.allow.inexact_gradients:
         text = (
@@ -238,3 +240,45 @@ def reference_runs_left(history: History) -> int | None:
     """How many runs like the policy's reference still fit the lifetime cap; None: nothing bounds them."""
     assert history.policy is not None
     return runs_left(history, history.policy, history.policy.budget.reference_event(), history.now())
+
+
+def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
+    """Which ledger this is, in keys that scripts may rely on."""
+    opened = verified.history.opened
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "path": str(path),
+        "ledger": opened.ledger,
+        "site": opened.site,
+        "population": opened.population,
+        "unit": opened.unit,
+        "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
+        "delta": opened.delta,
+        "site_key": verified.site_key,
+        "num_events": len(verified.events),
+    }
+
+
+def spending_json(verified: Verified, figures: Spending) -> dict[str, Any]:
+    """The figures of `spent`."""
+    history = verified.history
+    return {
+        **{key: value for key, value in asdict(figures).items() if key != "runs"},
+        "guarantee": has_guarantee(figures),
+        "epsilon_left": epsilon_left(history),
+        "reference_runs_left": reference_runs_left(history),
+        "restored": len(history.restored),
+        "policies": [{"time": time, "max_epsilon": cap} for time, cap in history.policies],
+        "runs": [asdict(run) | {"seeded_noise": history.runs[run.run].proposal.seeded_noise} for run in figures.runs],
+    }
+
+
+def verification_json(verified: Verified) -> dict[str, Any]:
+    """What `verify` found; it raises for a ledger that does not fit."""
+    return {
+        "unchanged": True,
+        "head": verified.hash,
+        "key_expected": verified.key_expected,
+        "rollback_excluded": verified.rollback_excluded,
+        "anchor_sequence": verified.anchor_sequence if verified.rollback_excluded else None,
+    }

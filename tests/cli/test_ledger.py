@@ -386,7 +386,7 @@ def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Run)
     assert command("ledger", "freeze", "--policy", str(lived.policy), "--why", "consent withdrawn").code == 0
     lived.refuse(lived.open(), lived.proposal("late"))
     out = command("ledger", "show", str(lived.ledger)).out
-    assert "takes part in nothing any more: consent withdrawn" in out
+    assert "all training has ended: consent withdrawn" in out
     spent = command("ledger", "spent", str(lived.ledger))
     assert "FROZEN" in spent.out
     assert "nothing, since it is frozen" in spent.out

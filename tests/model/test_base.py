@@ -79,7 +79,7 @@ def test_other_weights_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "bound"),
     [
-        ("[" * 50_000, "its model.safetensors.index.json is no readable JSON"),
+        ("[" * 50_000, "its model.safetensors.index.json is not readable JSON"),
         ('{"weight_map": ["a.safetensors"]}', "must hold a readable model.safetensors.index.json"),
         ('{"weight_map": {}}', "that names safetensors files beside it"),
         ('{"weight_map": {"w": "../other/model.safetensors"}}', "that names safetensors files beside it"),

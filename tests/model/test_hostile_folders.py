@@ -174,13 +174,13 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "not a number": (writes("config.json", '{"layer_norm_eps": NaN}'), "holds NaN"),
     "infinite": (writes("config.json", '{"initializer_range": -Infinity}'), "holds -Infinity"),
     "too large a float": (writes("config.json", '{"layer_norm_eps": 1e999}'), "no finite number"),
-    "cut off": (writes("config.json", '{"model_type": "be'), "config.json is no readable JSON"),
-    "not UTF-8": (writes("config.json", b'{"model_type": "\xff"}'), "config.json is no readable JSON"),
+    "cut off": (writes("config.json", '{"model_type": "be'), "config.json is not readable JSON"),
+    "not UTF-8": (writes("config.json", b'{"model_type": "\xff"}'), "config.json is not readable JSON"),
     "a list": (writes("config.json", "[]"), "config.json must be a JSON object"),
     "deep": (writes("config.json", "[" * 40 + "]" * 40), "nested more than 32 deep"),
-    "far too deep": (writes("config.json", "[" * 90_000), "config.json is no readable JSON"),
+    "far too deep": (writes("config.json", "[" * 90_000), "config.json is not readable JSON"),
     "a long config": (writes("config.json", " " * (1 << 20) + "{}"), "larger than 1 MiB"),
-    "a tokenizer without JSON": (writes("tokenizer.json", "{"), "tokenizer.json is no readable JSON"),
+    "a tokenizer without JSON": (writes("tokenizer.json", "{"), "tokenizer.json is not readable JSON"),
     # Steps of a tokenizer that a text can break.
     "a pattern that gives up": (
         sets("tokenizer.json", normalizer={"type": "Replace", "pattern": {"Regex": "(?:|.){30}(?!)"}, "content": ""}),

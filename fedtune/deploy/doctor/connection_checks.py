@@ -319,7 +319,7 @@ class Connection:
             found = f"the server could not be asked ({error.strerror or type(error).__name__})"
             return failed(AUTHENTICATION, found, fix="Put right what the lines above name.", exit_code=SERVER)
         if known.site != site:
-            fix = "Ask the lead to provision this site anew: names and keys were mixed up."
+            fix = "Ask the lead to provision this site again: names and keys were mixed up."
             found = f"the server knows this key as {known.site}, and the kit is for {site}"
             return failed(AUTHENTICATION, found, fix=fix, exit_code=SERVER)
         return ok(AUTHENTICATION, f"the server knows this key as {site}")

@@ -87,7 +87,7 @@ class _Examination:
     def _gone_wrong(self, name: str, error: Exception) -> Check:
         # A DataError's words are for whoever owns the file; other errors of ours are made to be shown.
         if isinstance(error, FedtuneError) and not isinstance(error, DataError):
-            return from_error(name, error, fix="Put right what is named here.")
+            return from_error(name, error, fix="Correct what is named here.")
         return file_checks.unforeseen(name, error, self._log)
 
     def _looks(self) -> tuple[_Look, ...]:
@@ -144,7 +144,7 @@ class _Examination:
             self._files = SiteFiles.of(self._visit.site_toml)
         except ConfigError as error:
             yield from_error(
-                "policy", error, fix="Put right what is named here; `fedtune site template` explains every key."
+                "policy", error, fix="Correct what is named here; `fedtune site template` explains every key."
             )
             return
         yield ok("policy", f"can be read, for site {self.policy.site} and population {self.policy.population.name}")

@@ -172,7 +172,7 @@ def _unreadable(error: DataError, dataset: Dataset, *, name: str, block: str, lo
     """
     where = log.keep(f"{name}: {error}")
     if error.value == SEVERAL_USERS:
-        fix = "Leave out what belongs to several people, or say whose it is: each record has one id, without , ; or |."
+        fix = "Leave out records of several people, or decide who owns them: each record has one id, without , ; or |."
         return failed(name, f"a record names several users; runs leave such records out{where}", fix=fix)
     # The key names the column, where it is about one, by the name that the policy has for it.
     column = next((f"column {column!r}" for column in dataset.columns.values() if repr(column) in error.key), "")

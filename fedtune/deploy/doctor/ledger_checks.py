@@ -66,7 +66,7 @@ def _unfit(files: SiteFiles, history: History) -> Iterator[Check]:
     """Why nothing would be trained with a ledger that is whole."""
     name = "ledger"
     for key, made_for, says in history.opened.differences(files.policy):
-        fix = f"Set {key} in site.toml back; what differs in it needs a ledger of its own."
+        fix = f"Set {key} in site.toml back; to change it, make a new ledger."
         yield failed(name, f"was made for {key} = {made_for}, and the policy says {says}", fix=fix)
     if files.anchor is not None and not files.anchor.is_file() and history.charged():
         fix = f"Bring the anchor back, or make a new one with `fedtune ledger anchor` ({_PAGE})."
@@ -77,7 +77,7 @@ def _unfit(files: SiteFiles, history: History) -> Iterator[Check]:
         yield failed(name, found, fix=fix)
     if history.frozen:
         fix = "There is no way back, and that was meant; ask the lead to revoke this site if nothing else is to come."
-        yield failed(name, "frozen: this population takes part in nothing any more", fix=fix)
+        yield failed(name, "frozen: all training on this population has ended for ever", fix=fix)
 
 
 def site_key(files: SiteFiles, history: History | None) -> Check:

@@ -112,7 +112,7 @@ def memory(
         total, available = limit, min(available, limit - (_number(cgroup / "memory.current") or 0))
     found = f"{available / _GIB:.1f} GiB of {total / _GIB:.1f} GiB available"
     if model_bytes is None:
-        return ok(name, f"{found}; what is needed is known when a base model is installed")
+        return ok(name, f"{found}; the need is known when a base model is installed")
     needed = _MODEL_COPIES * model_bytes + _BESIDE_MODEL_BYTES
     found += f", about {needed / _GIB:.1f} GiB needed"
     if available < needed:

@@ -24,7 +24,7 @@ from fedtune.spec import ConfigError, check_name
 
 CLOCK_SKEW = timedelta(minutes=5)
 """Certificates begin so long before they are made, for machines whose clocks are slow."""
-_OVER = "the federation has to be provisioned anew"
+_OVER = "provision the federation again"
 _MOST_DAYS = 36_500
 UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
 """What `cryptography` raises for a damaged certificate, request or key; some of it only when a field is asked for."""

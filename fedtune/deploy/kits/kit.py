@@ -311,6 +311,6 @@ class Kit:
             raise ConfigError(key, found.name, f"must be the certificate of {expected}")
         if self.kind == "server" and self.host not in names_of(certificate):
             raise ConfigError(key, self.host, f"must be in the certificate, which names {names_of(certificate)}")
-        check_in_force(ca, now=now, key=str(self.ca), renewal="the federation has to be provisioned anew")
+        check_in_force(ca, now=now, key=str(self.ca), renewal="provision the federation again")
         check_in_force(certificate, now=now, key=key, renewal=_RENEWAL[self.kind])
         return found

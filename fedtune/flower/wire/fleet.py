@@ -305,7 +305,7 @@ def _in_our_words() -> Iterator[None]:
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
             raise Unauthorised(f"the server does not take this site's key ({status})") from error
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
-            raise Dropped(f"the server has no more use for this message ({status})") from error
+            raise Dropped(f"the server no longer needs this message ({status})") from error
         raise Unreachable(f"the server answered {status}") from error
     except (ObjectPullError, ObjectPushError) as error:
         raise Dropped("the server no longer keeps this message") from error

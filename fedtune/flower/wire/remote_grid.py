@@ -141,7 +141,7 @@ class RemoteGrid(Grid):
                 elif self._session is None:
                     raise self._refused(error) from error
                 else:
-                    log.warning("the server forgot this run (%s); asking anew", error.response.status_code)
+                    log.warning("the server forgot this run (%s); asking again", error.response.status_code)
                     self._forget(open_)
             except (httpx.HTTPError, ObjectPushError) as error:
                 self._wait_for_server(error)

@@ -59,7 +59,7 @@ UNPROTECTED_FIGURES = (
 """Exact figures of a report that no noise covers."""
 
 NOT_RECORDED = "not_recorded"
-"""Of a fact that nobody noted when it could be known."""
+"""For a fact that was not recorded at the time."""
 
 RANDOMNESS = ("operating_system", "seeded", NOT_RECORDED, "none")
 

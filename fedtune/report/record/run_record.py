@@ -183,7 +183,7 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
         plan: of an earlier reading of the same folder; without it, noise that is not on record is searched for again.
 
     Raises:
-        ConfigError: it is none, or its files belong to different runs.
+        ConfigError: it is not a run folder, or its files belong to different runs.
         RunError: what it holds is damaged.
     """
     config, result = _config(folder), _result(folder)

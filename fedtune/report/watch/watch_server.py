@@ -142,7 +142,7 @@ class WatchServer:
         port: 0 takes one that is free.
 
     Raises:
-        ConfigError: the host is another, or host and port cannot be had.
+        ConfigError: the host is not a loopback address, or the port is taken.
     """
 
     def __init__(self, folder: WatchedFolder, page: WatchPage, *, host: str, port: int) -> None:
