@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from fedtune.federation.forecast import Forecast  # which imports torch
 
 NOT_PRIVATE = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
-SEEDED = "NO GUARANTEE: the noise would come from the configured seed, and anybody who knows the seed can subtract the noise."
+SEEDED = (
+    "NO GUARANTEE: the noise would come from the configured seed, and anybody who knows the seed can subtract the noise."
+)
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _MOST_BAR = 60
 

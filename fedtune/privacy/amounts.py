@@ -119,7 +119,10 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
     """Where little or nothing is promised."""
     budget, limits = policy.budget, policy.limits
     if policy.allow.seeded_noise:
-        text = "true: anybody who knows the seed can subtract the noise; for made-up records only. It marks the ledger for ever"
+        text = (
+            "true: anybody who knows the seed can subtract the noise; for made-up records only. "
+            "It marks the ledger for ever"
+        )
         yield Caution(key="allow.seeded_noise", text=text)
     if policy.allow.inexact_gradients:
         text = (
