@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 NOT_PRIVATE = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
 SEEDED = (
-    "NO GUARANTEE: the noise would come from the configured seed, and anybody who knows the seed can subtract the noise."
+    "NO GUARANTEE: the noise would come from the configured seed, and anybody who knows the seed "
+    "can subtract the noise."
 )
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _MOST_BAR = 60

@@ -102,7 +102,7 @@ def calibrate_noise(
     `also` are other events that the same epsilon has to pay for.
 
     Guarantee: `epsilon_pld` of the result never exceeds `epsilon`: the search ends on the side of more noise, on a
-    coarser and so more pessimistic grid, and rounds the noise up.
+    coarser and so more pessimistic grid, rounds the noise up, and tries what it returns.
 
     Raises:
         ConfigError: no noise multiplier up to 10,000 reaches the target.
@@ -135,7 +135,10 @@ def calibrate_noise(
     while high - low > 1e-5 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if within(middle) else (middle, high)
-    return math.ceil(high * 1e4) / 1e4
+    noise = math.ceil(high * 1e4) / 1e4
+    while epsilon_at(noise) > epsilon:
+        noise = round(noise + 1e-4, 4)
+    return noise
 
 
 def last_within(

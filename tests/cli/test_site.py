@@ -144,7 +144,7 @@ def test_the_figures_are_the_ledger_s(site: Any, command: Any) -> None:
         ("allow.leads", {"leads": "[]"}, "every request is refused"),
         ("allow.tasks", {"tasks": "[]"}, "every request is refused"),
         ("allow.base_models", {"base_models": '["unverified"]'}, "do not say which model"),
-        ("allow.seeded_noise", {"seeded_noise": "true"}, "whoever knows the seed"),
+        ("allow.seeded_noise", {"seeded_noise": "true"}, "anybody who knows the seed"),
         ("allow.inexact_gradients", {"inexact_gradients": "true"}, "measured, not proved"),
         ("releases.updates", {"updates": "false"}, "every request is refused"),
         ("releases.reply_after_s", {"reply_after_s": "0"}, "how many records there are"),

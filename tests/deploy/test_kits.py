@@ -182,7 +182,7 @@ def test_an_expired_certificate_names_the_way_out(
     kit.check_certificate(now + timedelta(days=364))
     with pytest.raises(ConfigError, match=f"is when the certificate expired: .*{command}"):
         kit.check_certificate(now + timedelta(days=366))
-    with pytest.raises(ConfigError, match="provisioned anew"):
+    with pytest.raises(ConfigError, match="provision the federation again"):
         kit.check_certificate(now + timedelta(days=4000))
     with pytest.raises(ConfigError, match="set the clock"):
         kit.check_certificate(now - timedelta(days=1))

@@ -12,13 +12,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.cli.ledger import ledger_file
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.site import Prepared, Site, Trained
 from fedtune.flower import records
 from fedtune.flower.node import Exchange, SiteApp
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
@@ -81,8 +81,8 @@ def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
     (array,) = exchange.reply.content.array_records[records.UPDATE].values()
     body = records.to_reply(exchange.reply.content).body
     assert isinstance(body, Update)
-    with ledger_file.reading(tmp_path / "ledger.db") as file:
-        ((_, _, stored),) = ledger_file.stored_replies(file)
+    with store.reading(tmp_path / "ledger.db") as file:
+        ((_, _, stored),) = store.stored_replies(file)
     assert array.data == stored == body.to_bytes()
     np.testing.assert_array_equal(body.tensors["head"], adapter.tensors["head"] + 1)
     assert exchange.kind == "train"

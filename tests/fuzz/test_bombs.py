@@ -22,5 +22,5 @@ def test_small_inputs_that_stand_for_much_fill_no_memory() -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     grown = {one["bomb"]: one["mib"] for one in map(json.loads, done.stdout.splitlines())}
-    assert len(grown) >= 18
+    assert len(grown) >= 15
     assert {name: mib for name, mib in grown.items() if mib > MOST_MIB} == {}

@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a key twice, tokenizer": (writes("tokenizer_config.json", '{"a": 1, "a": 2}'), "has the key a twice"),
     "not a number": (writes("config.json", '{"layer_norm_eps": NaN}'), "holds NaN"),
     "infinite": (writes("config.json", '{"initializer_range": -Infinity}'), "holds -Infinity"),
-    "too large a float": (writes("config.json", '{"layer_norm_eps": 1e999}'), "no finite number"),
+    "too large a float": (writes("config.json", '{"layer_norm_eps": 1e999}'), "not a finite number"),
     "cut off": (writes("config.json", '{"model_type": "be'), "config.json is not readable JSON"),
     "not UTF-8": (writes("config.json", b'{"model_type": "\xff"}'), "config.json is not readable JSON"),
     "a list": (writes("config.json", "[]"), "config.json must be a JSON object"),
@@ -184,7 +184,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     # Steps of a tokenizer that a text can break.
     "a pattern that gives up": (
         sets("tokenizer.json", normalizer={"type": "Replace", "pattern": {"Regex": "(?:|.){30}(?!)"}, "content": ""}),
-        "does not know that it takes linear time",
+        "does not know whether it takes linear time",
     ),
     "a word that grows": (
         sets("tokenizer.json", normalizer={"type": "Replace", "pattern": {"String": "JANE"}, "content": "X" * 1000}),

@@ -92,7 +92,7 @@ AT_SITE = (
         name="signature-not-checked",
         fault="A request counts as that of the lead whom it names, whoever sent it.",
         file=PROTOCOL,
-        old="if not is_signed(proposal.lead, ROUND, signed.text.encode(), signed.signature):",
+        old="if not is_signed(lead(asked), purpose, text, signed.signature):",
         new="if not signed.signature:",
         tests=HOSTILE,
     ),

@@ -48,17 +48,37 @@ ACCOUNTING = (
         name="optimistic-pld",
         fault="Privacy losses are rounded down to the grid instead of up: an estimate in the place of a bound.",
         file=ACCOUNTANT,
-        old="        value_discretization_interval=interval,\n        sampling_prob=rate,\n",
-        new="        value_discretization_interval=interval,\n        sampling_prob=rate,\n"
-        "        pessimistic_estimate=False,\n",
+        old="""    for event, count in counted:
+        accountant.compose(event, count)
+    return accountant
+
+
+def epsilon_above(""",
+        new="""    from functools import partial
+    from unittest import mock
+
+    from dp_accounting.pld import privacy_loss_distribution as losses
+
+    optimistic = partial(losses.from_gaussian_mechanism, pessimistic_estimate=False)
+    with mock.patch.object(losses, "from_gaussian_mechanism", optimistic):
+        for event, count in counted:
+            accountant.compose(event, count)
+    return accountant
+
+
+def epsilon_above(""",
         tests=(f"{OF_ACCOUNTANT}::test_pld_gives_the_golden_epsilon",),
     ),
     Mutant(
         name="noise-rounded-to-the-nearest",
         fault="Calibrated noise is rounded to two digits, down as well as up, and the target is overshot.",
         file=ACCOUNTANT,
-        old="return math.ceil(high * 1e4) / 1e4",
-        new="return round(high, 2)",
+        old="""    noise = math.ceil(high * 1e4) / 1e4
+    while epsilon_at(noise) > epsilon:
+        noise = round(noise + 1e-4, 4)
+    return noise
+""",
+        new="    return round(high, 2)\n",
         tests=(f"{OF_ACCOUNTANT}::test_calibrated_noise_keeps_within_the_target_and_wastes_little",),
     ),
     Mutant(

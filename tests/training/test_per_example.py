@@ -128,7 +128,7 @@ def test_a_tensor_that_takes_no_part_is_refused(trained: Any, examples: Any) -> 
     model.trainable()["head.weight"].requires_grad_(False)
     with attached(model) as gradients:
         model.head.spare = torch.nn.Linear(2, 2, bias=False)
-        with pytest.raises(ConfigError, match=r"lora\.target_modules = 'head\.spare\.weight': is trainable but"):
+        with pytest.raises(ConfigError, match=r"lora\.target_modules = 'head\.spare\.weight': is trainable, but"):
             type(gradients)(model).of(collate(examples("classification"), [0, 1], pad_id=0))
 
 

@@ -22,6 +22,7 @@ from fedtune.report.derive.profile import largest
 from fedtune.report.derive.verdicts import worst
 from fedtune.report.model import Cell, Provenance, Report, Scores, SiteReport, Verification
 from fedtune.report.record.ledger_record import LedgerRecord
+from fedtune.tasks import task_named
 
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
     from fedtune.report.record.run_record import RunRecord
@@ -79,7 +80,7 @@ def of_run(record: RunRecord, provenance: Provenance) -> Facts:
         "task": config.task,
         "declared_sizes": _pairs(sizes),
         "declared_total": str(sum(sizes.values())),
-        "columns_used": _listed(data.needed_columns(config.task, unit=record.plan.unit)),
+        "columns_used": _listed(task_named(config.task).columns(data, unit=record.plan.unit)),
         "num_sites": str(len(config.federation.active)),
         "runtime": config.runtime.kind,
         "most_tokens": str(data.max_length),
