@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 
@@ -16,13 +19,25 @@ def unbounded(value: float | None) -> float:
     return math.inf if value is None else value
 
 
+def finite_scores(scores: Mapping[str, float | None]) -> Mapping[str, float | None]:
+    """Scores as JSON has them: a model that diverged may have a loss that is not a number."""
+    return {name: finite(score) for name, score in scores.items()}
+
+
 def jsonable(value: Any) -> Any:
-    """Nested data with None for every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Nested data and dataclasses as JSON has them, with None for every number that is not finite."""
+    match value:
+        case Enum():
+            return value.value
+        case float() if not math.isfinite(value):
+            return None
+        case Mapping():
+            return {key: jsonable(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [jsonable(inner) for inner in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return jsonable(dataclasses.asdict(value))
+    return value
 
 
 def counted(count: int, noun: str) -> str:

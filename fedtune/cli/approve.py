@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedtune.cli.plain_words import contribution, counted, printable, reason_text
+from fedtune.cli.plain_words import contribution, printable, reason_text
 from fedtune.cli.sections import Section, pairs, say, show
 from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.federation.verdict import BrokenRule, Verdict, ask
@@ -19,6 +19,7 @@ from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.release import asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RefusedError, RunError
+from fedtune.words import counted
 
 _SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime", "task")
 """Groups of settings that the proposal's own rows say already, or that are not the run's."""

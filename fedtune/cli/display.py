@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedtune.cli.plain_words import counted
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
 from fedtune.federation.results import RunResult
@@ -18,6 +17,7 @@ from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
 from fedtune.sites.shared_model import SharedModel
+from fedtune.words import counted
 
 
 class Display:

@@ -11,10 +11,11 @@ from rich.text import Text
 
 from fedtune.cli import sections
 from fedtune.cli.compose import compose_run
-from fedtune.cli.plain_words import counted, printable
+from fedtune.cli.plain_words import printable
 from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.spec import FedtuneError, RefusedError, RunError
+from fedtune.words import counted
 
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _NAME, _FOUND, _FIX = 8, 28, 11

@@ -12,7 +12,7 @@ from dp_accounting import DpEvent
 from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.plain_words import cap_text, counted, event_text, mechanism_text, odds_text, printable, rounded_down
+from fedtune.cli.plain_words import cap_text, event_text, mechanism_text, odds_text, printable, rounded_down
 from fedtune.cli.sections import Section, json_text, print_json, say, show
 from fedtune.deploy.files import act_as_owner
 from fedtune.privacy import events, filter
@@ -34,6 +34,7 @@ from fedtune.privacy.ledger.spending import RunSpending, Spending
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
+from fedtune.words import counted
 
 app = group(
     """\

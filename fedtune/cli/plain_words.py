@@ -13,6 +13,7 @@ from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.report.page.catalogue import catalogue
+from fedtune.words import counted
 
 
 def reason_text(reason: str) -> str:
@@ -43,11 +44,6 @@ def rounded_down(epsilon: float) -> str:
 def cap_text(cap: float | None) -> str:
     """A cap as the policy has it."""
     return "no cap" if cap is None or math.isinf(cap) else f"at most {cap:g}"
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 round`, `2 rounds`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def contribution(plan: Plan) -> str:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedtune import __version__
-from fedtune.cli.plain_words import contribution, counted, printable, reason_text
-from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, plain, say, show
+from fedtune.cli.plain_words import contribution, printable, reason_text
+from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, say, show
 from fedtune.config import RunConfig
 from fedtune.federation.planner import Change, Price, RoundPrice
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.plan import Plan
+from fedtune.words import counted, duration, jsonable, size
 
 if TYPE_CHECKING:
     from fedtune.federation.forecast import Forecast  # which imports torch
@@ -95,7 +96,7 @@ class Outlook:
             "lead_assumed": self.lead_assumed,
             "policies": [dataclasses.asdict(one) | {"allowed": one.allowed} for one in self.verdicts],
         }
-        return {key: plain(value) for key, value in fields.items()}
+        return {key: jsonable(value) for key, value in fields.items()}
 
     def _site(self, name: str) -> dict[str, Any]:
         """One site's figures, with those that all sites have in common."""
@@ -315,7 +316,7 @@ def bytes_and_time(outlook: Outlook) -> Section:
     if found is None:
         return Section(title="Bytes and time", notes=("Left out: no model was loaded. --time loads it.",))
     slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
-    each, total = bytes_text(found.bytes_each_way), bytes_text(found.bytes_total)
+    each, total = size(found.bytes_each_way), size(found.bytes_total)
     step, one_round = duration(found.step_seconds[slowest]), duration(found.round_seconds[slowest])
     at = f" at {slowest}" if len(sites) > 1 else ""
     return Section(
@@ -341,24 +342,6 @@ def bytes_and_time(outlook: Outlook) -> Section:
 
 def _full_users(plan: Plan) -> str:
     return f" and {counted(plan.records_per_user, 'record')} of each user" if plan.unit == "user" else ""
-
-
-def bytes_text(count: float) -> str:
-    """`1.5 MiB`."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """`0.4 s`, `12 s`, `3 min`, `5 h`: about as exact as an upper estimate is."""
-    if seconds < 10:
-        return f"{max(seconds, 0.1):.1f} s"
-    if seconds < 120:
-        return f"{math.ceil(seconds)} s"
-    return f"{math.ceil(seconds / 60)} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _rounds(outlook: Outlook) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedtune.cli.plain_words import cap_text, counted, odds_text, printable, rounded_down
+from fedtune.cli.plain_words import cap_text, odds_text, printable, rounded_down
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.amounts import (
@@ -29,6 +29,7 @@ from fedtune.privacy.amounts import (
 from fedtune.privacy.policy import AT_ONCE, Policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError
+from fedtune.words import counted
 
 
 def check_policy(file: Path, *, as_json: bool) -> None:

@@ -10,12 +10,14 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.plain_words import counted, printable
+from fedtune.cli.plain_words import printable
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
+from fedtune.deploy.doctor.check import SOON_DAYS
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import Certificate, fingerprint_of, key_fingerprint, spoken
 from fedtune.deploy.kits.members import Member
 from fedtune.deploy.kits.provisioning import Admitted, Overview
+from fedtune.words import counted
 
 app = group(
     """\
@@ -32,8 +34,6 @@ the others. After editing the folder's federation.toml (address, further names, 
 then renew-site for each site.
 """
 )
-SOON_DAYS = 30
-"""Fewer days than these are left: a warning."""
 _MOST_TEXT = 1000
 
 Federation = Annotated[Path, Option(metavar="DIR", help="the federation's folder")]

@@ -14,7 +14,7 @@ from rich.console import Console
 from fedtune.cli.command import Argument, AsJson, Command, Group, Language, Option, command, group
 from fedtune.cli.compose import saved_config
 from fedtune.cli.ledger import ledger_file
-from fedtune.cli.plain_words import counted, printable
+from fedtune.cli.plain_words import printable
 from fedtune.cli.sections import Section, print_json, say, show
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import SigningKey, check_public_key
@@ -24,6 +24,7 @@ from fedtune.report.difference import GROUPS, Change, Value, differences
 from fedtune.report.difference import Group as ChangeGroup
 from fedtune.report.model import SCHEMA_VERSION, Report, SiteReport, State, schema_text
 from fedtune.spec import ConfigError, RunError
+from fedtune.words import counted
 
 
 class _Report(Group):

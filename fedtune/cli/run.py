@@ -16,7 +16,7 @@ from rich.console import Console
 from fedtune.cli.command import Argument, Option, single
 from fedtune.cli.compose import compose_run, saved_config
 from fedtune.cli.run_folder import folder_of, is_running, make, run_in_folder, told
-from fedtune.cli.sections import Section, plain, print_json, say, show
+from fedtune.cli.sections import Section, print_json, say, show
 from fedtune.config import RunConfig
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import Member
@@ -26,6 +26,7 @@ from fedtune.federation.lead import LeadState, site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.spec import ConfigError, RunError
+from fedtune.words import finite
 
 _ACTIONS = ("status", "stop", "resume")
 _STOP_S = 60.0
@@ -219,7 +220,7 @@ def status_of(
         sites[site] = {
             "last_answer": answer.get("what", "none yet"),
             "at": answer.get("time"),
-            "epsilon": plain(charge.epsilon),
+            "epsilon": finite(charge.epsilon),
             "rounds_charged": charge.rounds,
             "upper_bound": charge.upper_bound,
         }

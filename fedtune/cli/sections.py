@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+from fedtune.words import jsonable
 
 SCHEMA_VERSION = 1
 """Of what `--json` prints."""
@@ -95,20 +95,4 @@ def print_json(value: Any) -> None:
 
 def json_text(value: Any) -> str:
     """A value as JSON; null stands for what nothing bounds, since JSON has no infinity."""
-    return json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
-
-
-def plain(value: Any) -> Any:
-    """A value of dataclasses, tuples and infinities as JSON has it."""
-    match value:
-        case Enum():
-            return value.value
-        case float() if not math.isfinite(value):
-            return None
-        case dict() | Mapping():
-            return {key: plain(inner) for key, inner in value.items()}
-        case list() | tuple():
-            return [plain(inner) for inner in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
-    return value
+    return json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n"

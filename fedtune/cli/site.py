@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Option, command, group
+from fedtune.words import counted
 
 if TYPE_CHECKING:
     from fedtune.deploy.kits.kit import Kit
@@ -175,7 +176,6 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
     What was spent stays on record.
     """
     own = _own_kit(kit)
-    from fedtune.cli.plain_words import counted
     from fedtune.deploy.services.site_state import SiteState
 
     files = own.site_files(site)

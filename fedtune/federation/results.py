@@ -13,7 +13,7 @@ from fedtune import __version__
 from fedtune.federation.lead import LeadState, RoundResult, Scores, site_charge
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.plan import Plan
-from fedtune.words import finite
+from fedtune.words import finite, finite_scores
 
 SCHEMA_VERSION = 1
 
@@ -82,12 +82,12 @@ class RunResult:
     ) -> RunResult:
         """What the run in `state` came to; every epsilon is derived here from charged rounds and the plan."""
         charges = {site: site_charge(state, site, plan) for site in sites}
-        before, after = _finite(final.metrics_before), _finite(final.metrics)
+        before, after = finite_scores(final.metrics_before), finite_scores(final.metrics)
         return cls(
             fedtune_version=__version__,
             config_sha256=config_sha256,
             task=task,
-            rounds=tuple(replace(result, metrics=_finite(result.metrics)) for result in state.rounds),
+            rounds=tuple(replace(result, metrics=finite_scores(result.metrics)) for result in state.rounds),
             final=replace(final, metrics=after, metrics_before=before),
             privacy=PrivacyResult(
                 unit=plan.unit,
@@ -115,8 +115,3 @@ class RunResult:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, in the order of the fields."""
         return asdict(self)
-
-
-def _finite(scores: Scores) -> Scores:
-    """A diverged model's loss may not be finite."""
-    return {name: finite(score) for name, score in scores.items()}

@@ -29,11 +29,11 @@ from fedtune.report.model import (
     SiteReport,
     Utility,
     Verdict,
-    scores_of,
 )
 from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.sites.environment import Environment
 from fedtune.spec import ConfigError, RunError
+from fedtune.words import finite_scores
 
 LEAVES_OUT = tuple(code for code in codes.LEAVES_OUT if code != "other_ledgers")
 
@@ -171,8 +171,8 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
     epsilons, final = epsilon_by_round(sites), record.result.final if record.result else FinalResult(metrics={})
     before = record.state.metrics_before if record.state else final.metrics_before
     return Utility(
-        before=scores_of(before),
-        final=scores_of(final.metrics),
+        before=finite_scores(before),
+        final=finite_scores(final.metrics),
         non_private=None,
         rounds=tuple(
             RoundCost(
@@ -182,7 +182,7 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
                 seconds=result.seconds,
                 bytes_down=result.bytes_down,
                 bytes_up=result.bytes_up,
-                scores=scores_of(result.metrics),
+                scores=finite_scores(result.metrics),
                 epsilon=epsilons[result.round],
             )
             for result in record.rounds

@@ -15,7 +15,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.spec import ConfigError, spec
-from fedtune.words import finite
 
 SCHEMA_VERSION = 2
 Scores = Mapping[str, float | None]
@@ -420,11 +419,6 @@ class Problem(NamedTuple):
     where: str
     said: object
     found: object
-
-
-def scores_of(metrics: Scores) -> Scores:
-    """Scores as JSON has them: a model that diverged may have a loss that is no number."""
-    return {name: finite(value) for name, value in metrics.items()}
 
 
 _ADAPTER = TypeAdapter(Report)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fedtune.cli.compose import compose_run
 from fedtune.cli.plan_page import chart_svg, page_html
-from fedtune.cli.plan_sections import Outlook, bytes_text, duration, show_outlook
+from fedtune.cli.plan_sections import Outlook, show_outlook
 from fedtune.federation import planner, verdict
 from fedtune.model.base import model_sha256
 from fedtune.model.spec import ModelSpec
@@ -24,6 +24,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Dataset, Policy
 from fedtune.privacy.policy_file import write_policy
+from fedtune.words import duration, size
 
 Run = Callable[..., Any]
 
@@ -343,4 +344,4 @@ def test_a_time_is_about_as_exact_as_it_can_be(seconds: float, shown: str) -> No
     ("count", "shown"), [(10, "10 bytes"), (2048, "2.0 KiB"), (3 * 2**20, "3.0 MiB"), (5 * 2**30, "5.0 GiB")]
 )
 def test_bytes_in_the_unit_that_fits(count: int, shown: str) -> None:
-    assert bytes_text(count) == shown
+    assert size(count) == shown

@@ -23,10 +23,10 @@ from fedtune.privacy.plan import Plan
 from fedtune.report.derive.profile import largest
 from fedtune.report.derive.run_site import steps_of
 from fedtune.report.derive.verdicts import above
-from fedtune.report.model import Scores, scores_of
+from fedtune.report.model import Scores
 from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.spec import FedtuneError, spec
-from fedtune.words import finite
+from fedtune.words import finite, finite_scores
 
 Phase = Literal["waiting", "preparing", "running", "finished", "stopped", "unreadable"]
 Mark = Literal["no_noise", "seeded_noise", "above_target"]
@@ -222,7 +222,7 @@ def run_now(seen: Seen) -> RunNow:
         seconds=sum(result.seconds for result in rounds),
         bytes_down=sum(result.bytes_down for result in rounds),
         bytes_up=sum(result.bytes_up for result in rounds),
-        final=scores_of(record.result.final.metrics if record and record.result else {}),
+        final=finite_scores(record.result.final.metrics if record and record.result else {}),
     )
 
 
@@ -320,7 +320,7 @@ def _round(result: RoundResult) -> RoundDone:
         seconds=result.seconds,
         bytes_down=result.bytes_down,
         bytes_up=result.bytes_up,
-        scores=scores_of(result.metrics),
+        scores=finite_scores(result.metrics),
     )
 
 
