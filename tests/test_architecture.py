@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
+import grimp
 import pytest
+from vulture import Vulture
+
+from tests.allowed_unused import ALLOWED_UNUSED
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "fedtune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+MOST_LINES = 34_300
+MOST_FILES = 198
+"""What the package may weigh.  Both only fall, unless docs/LOG.md says why."""
 
 
 def name_of(path: Path) -> str:
@@ -44,6 +54,51 @@ def test_every_package_is_in_a_layer() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_no_module_is_called_after_nothing(path: Path) -> None:
     assert path.stem not in {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """What each module imports from this package: at once, within a function, or for types alone."""
+    graph = grimp.build_graph("fedtune", cache_dir=None)
+    return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    try:
+        graphlib.TopologicalSorter(imports()).prepare()
+    except graphlib.CycleError as problem:
+        pytest.fail(" -> ".join(problem.args[1]))
+
+
+def test_no_shreds() -> None:
+    """A short module that only one module beside it needs is a part of that module."""
+    shreds = []
+    for path in MODULES:
+        module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+        room = module.rpartition(".")[0]
+        users = [other for other, imported in imports().items() if module in imported]
+        if len(path.read_text().splitlines()) < 200 and [user.rpartition(".")[0] for user in users] == [room]:
+            shreds.append(f"{module} <- {users[0]}")
+    assert not shreds
+
+
+def test_no_two_files_have_one_name() -> None:
+    names = Counter(path.name for path in MODULES)
+    assert {name for name, count in names.items() if count > 1} <= {"__init__.py", "spec.py"}
+
+
+def test_the_package_grows_no_heavier() -> None:
+    assert len(MODULES) <= MOST_FILES
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= MOST_LINES
+
+
+def test_nothing_is_there_for_nobody() -> None:
+    tool = Vulture()
+    tool.scavenge([str(PACKAGE)])
+    found = {item.name for item in tool.get_unused_code()}
+    allowed = {name for names in ALLOWED_UNUSED.values() for name in names}
+    assert found - allowed == set(), "nothing in fedtune/ uses these: delete them, or say in allowed_unused.py who does"
+    assert allowed - found == set(), "these are gone or in use: take them out of allowed_unused.py"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
