@@ -38,8 +38,8 @@ HEAD = """\
 
 `fedtune simulate` composes `conf/` with [Hydra](https://hydra.cc): choose an option of a group with `group=option`
 (`privacy=none`, `experiment=debug`), change one value with `key=value` (`privacy.epsilon=3`), sweep with
-`-m key=1,2,3`. The defaults below are those of the experiment `banks_intents`. A value that breaks a bound ends with
-exit code 2 and a message that names key, value and bound.
+`-m key=1,2,3`. The defaults below are those of the experiment `banks_intents`. If a value breaks a bound, the command
+ends with exit code 2 and a message that names key, value and bound.
 """
 
 

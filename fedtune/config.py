@@ -34,12 +34,12 @@ from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
 @spec
 class TrackingSpec:
-    """What a run shows and writes while it goes on.
+    """What a run shows and writes while it runs.
 
     Attributes:
         progress: show rounds, sites, scores, epsilon and time left on the terminal.
         output_dir: folder in which run folders are made.
-        log_level: of `log.txt`.
+        log_level: the level of `log.txt`.
     """
 
     progress: bool = True
@@ -52,7 +52,7 @@ class ReportSpec:
     """How a run's report is written.
 
     Attributes:
-        language: of the page, "en" or "de"; report.json is the same in every language.
+        language: the language of the page, "en" or "de"; report.json is the same in every language.
     """
 
     language: Literal["en", "de"] = "en"
@@ -63,10 +63,11 @@ class RunConfig:
     """Everything that defines a run.
 
     Attributes:
-        name: of the run and its folder.
-        task: what is learnt: "classification" or "causal_lm".
-        seed: of the adapter's start and of the split into sites; of the noise in a marked study only.
-        resume: run folder to continue, or null.
+        name: the name of the run and of its folder.
+        task: what the model learns: "classification" or "causal_lm".
+        seed: the seed of the adapter's random start and of the split into sites; the seed of the noise only in a
+            marked study.
+        resume: the run folder to continue, or null.
     """
 
     name: str

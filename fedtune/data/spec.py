@@ -18,21 +18,22 @@ class DataSpec:
     """Which files, which columns, which labels, and how they are dealt out.
 
     Attributes:
-        dataset: name under which sites and ledgers know the data.
+        dataset: the name by which sites and ledgers know the data.
         train_file: the sites' records; in a simulation one file, dealt out by `partition`.
         validation_file: the lead's own records, scored after each round; or none.
         test_file: the lead's own records, scored before and after the run only; or none.
-        columns: role to column name in the files.  Roles: those of the task (`text` and `label`, or `prompt`,
-            `completion` and whatever else `prompt_template` names); `label` (partition "dirichlet"); `site`
-            (partition "column"); `user` (privacy.unit "user"), whose values are opaque ids, one a record.
+        columns: the column name in the files for each role.  Roles: those of the task (`text` and `label`, or `prompt`,
+            `completion` and all other names in `prompt_template`); `label` (partition "dirichlet"); `site`
+            (partition "column"); `user` (privacy.unit "user"), whose values are opaque ids, one for each record.
         labels: the declared label set, in the order of the classes; never discovered from records.
-        declared_sizes: records (users, with privacy.unit "user") that each site publishes as its size; one number
-            for all, or one a site.
-        prompt_template: text before the completion, with roles in braces; a brace itself is doubled.
-        max_length: tokens of an example; what is longer is cut off at the end.
+        declared_sizes: the number of records (users, with privacy.unit "user") that each site publishes as its size;
+            one number for all sites, or one for each site.
+        prompt_template: the text before the completion, with roles in braces; write a literal brace twice.
+        max_length: the most tokens of an example; longer examples are cut off at the end.
         partition: how a simulation deals out `train_file`.
-        heldout_fraction: share of each site's records kept from training, by each record's hash, or its user's.
-        train_fraction: share of `train_file` that a smaller run uses, chosen by the same hash.
+        heldout_fraction: the share of each site's records that is held out from training, by the hash of each record or
+            of its user.
+        train_fraction: the share of `train_file` that a smaller run uses, chosen by the same hash.
         validation_rows: score only this many records of `validation_file`, from its start; null: all.
         test_rows: the same for `test_file`.
     """

@@ -7,18 +7,18 @@ from fedtune.spec import check_at_least, spec
 
 @spec
 class EvaluationSpec:
-    """How data that the lead may look at is scored.
+    """How the lead's own data is scored.
 
-    None of these settings touches a private record; `max_tokens` is a speed and memory knob and
+    None of these settings touches a private record; `max_tokens` affects speed and memory, and
     changes no score beyond rounding.
 
     Attributes:
-        max_tokens: padded tokens a forward pass may hold (rows times longest row); one example
-            longer than this still runs, alone.
-        generate: whether a model whose task writes text also writes some, which BLEU and ROUGE-L score.
-        max_new_tokens: longest text to write, in tokens.
-        generation_rows: write for this many distinct prompts only, from the first on, each with all of its
-            references; `None` writes for every prompt.
+        max_tokens: the most padded tokens in a forward pass (rows times longest row); a longer
+            example still runs, alone.
+        generate: true lets a model whose task writes text also write texts, which BLEU and ROUGE-L score.
+        max_new_tokens: the longest text to write, in tokens.
+        generation_rows: write texts for the first distinct prompts only, this many, each with all of its
+            references; null: for every prompt.
     """
 
     max_tokens: int = 4096

@@ -13,27 +13,28 @@ MOST_SITES = 10_000
 
 @spec
 class FederationSpec:
-    """A federation's settings.
+    """The rounds, the sites and the rule for averaging.
 
     Attributes:
-        num_rounds: exchanges between server and sites.
-        num_sites: sites in the federation.
-        site_names: one for each site; empty: site-1, site-2, ...
-        participants: names of the sites that take part in this run; empty: all of them.
-        min_sites: fewest updates a round needs; with fewer the run ends.
+        num_rounds: the number of exchanges between server and sites.
+        num_sites: the number of sites in the federation.
+        site_names: a name for each site; empty: site-1, site-2, ...
+        participants: the names of the sites that take part in this run; empty: all of them.
+        min_sites: the fewest updates that a round needs; with fewer the run ends.
         if_over_budget: what to do when a site's budget has no room for the plan: "stop" (the site refuses),
             "fewer_rounds" (as many as every site allows) or "more_noise" (as little as every site allows).
-        spare_rounds: further rounds that noise is calibrated for, so that an interrupted round can be retried.
-        strategy: Flower's rule for turning updates into the next adapter; weights are declared sizes.
-        server_learning_rate: of FedAdam and FedAvgM.
-        server_momentum: of FedAvgM, and FedAdam's beta_1.
+        spare_rounds: additional rounds for which noise is calibrated, so that an interrupted round can be retried.
+        strategy: Flower's rule for turning updates into the next adapter ("fedavg", "fedadam", "fedavgm" or
+            "fedmedian"); the weights are declared sizes.
+        server_learning_rate: the server's learning rate in FedAdam and FedAvgM.
+        server_momentum: FedAvgM's momentum, and FedAdam's beta_1.
         server_beta_2: FedAdam's second moment decay.
         server_tau: FedAdam's degree of adaptivity.
         round_timeout_s: how long the server waits for a round's replies.
-        enough_sites: number of updates after which a round waits only `grace_s` for more; null: it waits for every site
-            that is at work.
-        grace_s: how much longer a round waits once it has enough updates, or once it has `min_sites` and all other
-            sites are offline, paused, waiting for a person or have refused.
+        enough_sites: the number of updates after which a round waits only `grace_s` for more; null: a round waits for
+            every site that is at work.
+        grace_s: how much longer a round waits once it has enough updates, or once it has `min_sites` updates and all
+            other sites are offline, paused, waiting for a person or have refused.
     """
 
     num_rounds: int = 5

@@ -24,13 +24,13 @@ class ModelSpec:
     Attributes:
         path: a Hugging Face id, a local folder, `package:<module>/<folder>` for weights inside an
             installed Python package, or `random:bert` / `random:llama` for a tiny untrained model.
-        sha256: hash that the model must have, as `fedtune model-hash` prints it; `None` accepts any model.
+        sha256: the hash that the model must have, as `fedtune model-hash` prints it; null accepts any model.
         gguf_file: a GGUF file inside `path`; it is expanded to fp32 once and cached.
-        revision: branch, tag or commit at the hub.
-        dtype: of the frozen weights; adapter, head and losses are float32 either way.
-        cache_dir: for downloads and expanded GGUF files. `None`: the hub's own cache, and
+        revision: the branch, tag or commit at the hub.
+        dtype: the number format of the frozen weights; adapter, head and losses are always float32.
+        cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and
             `FEDTUNE_CACHE` or `~/.cache/fedtune`.
-        licence: of the weights, to be shown in reports.
+        licence: the licence of the weights, which reports show.
     """
 
     path: str
@@ -60,14 +60,14 @@ class LoraSpec:
     """Low-rank adapters W + (alpha / rank) B A, Hu et al. 2021, arXiv 2106.09685.
 
     Attributes:
-        rank: rows of A, columns of B.
-        alpha: numerator of the scale.
+        rank: the number of rows of A and of columns of B.
+        alpha: the numerator of the scale.
         target_modules: last names of the linear modules to adapt ("q_proj"), or "all-linear".
-            Only modules inside the stack of transformer layers are ever adapted, so tied
+            Only modules inside the stack of transformer layers are adapted, so tied
             embeddings, output layers and poolers stay frozen.
-        layers: which transformer layers; negative numbers count from the end. `None`: all.
-        rslora: scale by alpha / sqrt(rank), Kalajdzievski 2023, arXiv 2312.03732.
-        train_a: `False` freezes every A at its random start (FFA-LoRA, Sun et al. 2024,
+        layers: the transformer layers to adapt; negative numbers count from the end; null: all.
+        rslora: true scales by alpha / sqrt(rank), Kalajdzievski 2023, arXiv 2312.03732.
+        train_a: false freezes every A at its random start (FFA-LoRA, Sun et al. 2024,
             arXiv 2403.12313): averaging over sites is then exact, and noise enters B only.
     """
 
@@ -99,12 +99,12 @@ class HeadSpec:
     """The bias-free classification head: logits = scale * W x, with x mean pooled and of norm 1.
 
     Attributes:
-        scale: of the logits (an inverse temperature).
-        centre: subtract from x the mean embedding of the labels' texts, and bring it back to norm 1.  Sentence
-            embeddings share a large common part that says nothing of the class; this estimate of it is public.
+        scale: the scale of the logits (an inverse temperature).
+        centre: true subtracts from x the mean embedding of the labels' texts and scales it back to norm 1.  Sentence
+            embeddings share a large common part that says nothing about the class; this estimate of it is public.
         init: "zero", or "label_names": each row starts as the frozen base's embedding of the label's
-            text.  Label names are declared and public, so that costs no privacy.
-        train: `False` leaves the head as it starts.
+            text.  Label names are declared and public, so this costs no privacy.
+        train: false leaves the head as it starts.
         label_texts: a description for each label, in the order of the labels, that "label_names"
             embeds in place of the label's name.
     """

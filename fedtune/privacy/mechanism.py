@@ -22,17 +22,17 @@ class PrivacySpec:
 
     Attributes:
         mechanism: "dp_sgd", or "none" for training without a guarantee.
-        unit: what one (epsilon, delta) protects: "record", or "user": whoever the records' role `user` names, with
-            all of their records at a site.  Every size, rate and denominator then counts users.
+        unit: what one (epsilon, delta) protects: "record", or "user": a person, named by the role `user`, with all of
+            their records at a site.  Every size, rate and denominator then counts users.
         records_per_user: with unit "user", the most records of one user in a step, drawn anew for each step.
-        epsilon: target over all rounds and steps of the run, at every site.
-        delta: must stay below one over every site's declared size.
-        noise_multiplier: noise standard deviation over clip norm; null: calibrated to the target.
-        max_grad_norm: clip norm C, over all trainable tensors of one unit together.
-        sampling_rate: probability with which a unit joins a step.
-        metrics: "noised": each site also releases, each round, noised scores of its held-out records
+        epsilon: the target over all rounds and steps of the run, at every site.
+        delta: the delta of the promise; it must stay below one over every site's declared size.
+        noise_multiplier: the noise's standard deviation divided by the clip norm; null: calibrated to the target.
+        max_grad_norm: the clip norm C, over all trainable tensors of one unit together.
+        sampling_rate: the probability with which a unit joins a step.
+        metrics: "noised": in each round each site also releases noised scores of its held-out records
             (`data.heldout_fraction`), paid for by the same epsilon; "none": it releases none.
-        metrics_noise_multiplier: noise standard deviation of those scores, in units of what one privacy unit can
+        metrics_noise_multiplier: the standard deviation of those scores' noise, in units of what one privacy unit can
             change.
     """
 

@@ -14,21 +14,21 @@ _LARGEST_RATE = 1e9
 
 @spec
 class TrainingSpec:
-    """How a site steps.
+    """How a site trains.
 
     Attributes:
         local_steps: optimizer steps in a round.
         optimizer: "adamw" or "sgd"; its state starts anew each round.
-        learning_rate: of the LoRA tensors at the schedule's peak.
-        head_learning_rate: of the task head; null: the same as `learning_rate`.
-        unclipped_learning_rate: in place of `learning_rate` in a run without privacy, whose gradients are not clipped
+        learning_rate: the learning rate of the LoRA tensors at the schedule's peak.
+        head_learning_rate: the learning rate of the task head; null: the same as `learning_rate`.
+        unclipped_learning_rate: replaces `learning_rate` in a run without privacy, whose gradients are not clipped
             and so several times larger; null: the same.
-        unclipped_head_learning_rate: likewise in place of `head_learning_rate`.
+        unclipped_head_learning_rate: replaces `head_learning_rate` in the same way.
         weight_decay: decoupled for AdamW, added to the gradient for SGD.
-        momentum: of SGD.
-        betas: of AdamW.
-        schedule: shape of the learning rate over the run's global step, after the warm-up.
-        warmup_steps: global steps over which the learning rate rises linearly.
+        momentum: SGD's momentum.
+        betas: AdamW's betas.
+        schedule: the shape of the learning rate over the run's global step, after the warm-up.
+        warmup_steps: the number of global steps over which the learning rate rises linearly.
     """
 
     local_steps: int = 5
@@ -78,20 +78,20 @@ def _check_not_beyond(key: str, value: float) -> None:
 
 @spec
 class RuntimeSpec:
-    """Where a run happens and how fast.  Only `seeded_noise` touches the guarantee, and it marks the run.
+    """Where a run happens and how fast.  Only `seeded_noise` affects the guarantee, and it marks the run.
 
     Attributes:
         kind: "simulation" (in this process), "ray" (Flower's simulation engine) or "deployment" (real sites).
-        device: "auto" takes a GPU where the torch build has one.
-        num_threads: torch threads in every process; null: one for each core.
-        micro_batch_tokens: padded tokens in a micro-batch; smaller needs less memory.
-        kept_states_mib: memory for keeping each record's output of the frozen layers below the adapters, in
-            MiB over all sites of a process, and as much for each data set of the lead's.  If the outputs do not
+        device: "auto" (a GPU if the torch build can use one), "cpu" or "cuda".
+        num_threads: the number of torch threads in every process; null: one for each core.
+        micro_batch_tokens: the padded tokens in a micro-batch; fewer tokens need less memory.
+        kept_states_mib: the memory in MiB for keeping each record's output of the frozen layers below the adapters,
+            for all sites of a process together, and as much for each of the lead's data sets.  If the outputs do not
             fit, none are kept.  0 turns it off.
-        gradient_checkpointing: recompute activations in the backward pass, for large models.
-        seeded_noise: take noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
-        sites_dir: folder in which simulated sites keep policy, key and ledger over several runs; null: each run
-            makes its own, in its run folder.
+        gradient_checkpointing: true recomputes activations in the backward pass, for large models.
+        seeded_noise: true takes noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
+        sites_dir: the folder in which simulated sites keep policy, key and ledger over several runs; null: each run
+            makes new ones in its run folder.
     """
 
     kind: Literal["simulation", "ray", "deployment"] = "simulation"
