@@ -7,32 +7,56 @@ import io
 import json
 import unittest.mock
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from dp_accounting.pld import privacy_loss_distribution
+from omegaconf import OmegaConf
+from omegaconf._utils import get_yaml_loader
 
 from fedtune.cli.command import Command
 from fedtune.cli.main import fedtune, main
+from fedtune.data import load
+from fedtune.data.records import Record, iter_records
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Allow, Asserted, Budget, Dataset, Limits, Policy, Population, Reference, Releases
 from fedtune.privacy.proposal import Proposal
 
+REPOSITORY = Path(__file__).parents[1]
 # Flower's command line imports typer, which imports names that click 8.4 announces to remove.
 _CLICK = r"'click\."
 warnings.filterwarnings("ignore", _CLICK, DeprecationWarning)  # while the other conftest files are imported
 
 
-# dp-accounting's own: fractions of a second for one step's distribution, which runs of many tests have in common.
+# What runs of many tests have in common is computed once in this process: a step's privacy loss distribution, the YAML
+# of conf/, and the records of the repository's own data files.
 privacy_loss_distribution.from_gaussian_mechanism = lru_cache(maxsize=32)(
     privacy_loss_distribution.from_gaussian_mechanism
 )
+_parsed = lru_cache(maxsize=256)(partial(yaml.load, Loader=get_yaml_loader()))
+_read = lru_cache(maxsize=16)(lambda path, columns: tuple(iter_records(path, dict(columns))))
+_load_yaml = OmegaConf.load
+
+
+def _load_yaml_once(file: Any) -> Any:
+    text = file.read() if hasattr(file, "read") else Path(file).read_text(encoding="utf-8")
+    return OmegaConf.create(_parsed(text)) if isinstance(_parsed(text), dict) else _load_yaml(io.StringIO(text))
+
+
+def _read_once(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
+    ours = REPOSITORY in path.resolve().parents
+    return iter(_read(path, tuple(columns.items()))) if ours else iter_records(path, columns)
+
+
+OmegaConf.load = staticmethod(_load_yaml_once)  # type: ignore[method-assign]
+load.iter_records = _read_once
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,7 +13,7 @@ import pytest
 from fedtune.data import Part
 from fedtune.training import dp_step
 
-TRIES = 12
+TRIES = 6
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,46 @@ from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy_file import read_policy, write_policy
 
-ROUNDS = 4
+ROUNDS = 3
 SITES = ("site-1", "site-2")
 
 
+@pytest.fixture(scope="module")
+def first_run(command: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The kept sites as a first run of so many rounds left them."""
+
+    @cache
+    def make(rounds: int) -> Path:
+        folder = tmp_path_factory.mktemp("first")
+        settings = (f"runtime.sites_dir={folder / 'kept'}", f"federation.num_rounds={rounds}")
+        outcome = command("simulate", *tiny(*settings, into=folder / "runs", name="first"))
+        assert outcome.code == 0, outcome.err
+        return folder / "kept"
+
+    return make
+
+
 @pytest.fixture
-def kept(tmp_path: Path) -> Path:
+def rounds(request: pytest.FixtureRequest) -> int:
+    """Of the first run; a test that needs more than one asks for them."""
+    return getattr(request, "param", 1)
+
+
+several_rounds = pytest.mark.parametrize("rounds", [ROUNDS], indirect=True)
+
+
+@pytest.fixture
+def kept(first_run: Callable[[int], Path], rounds: int, tmp_path: Path) -> Path:
     """Where the sites are kept over the runs."""
-    return tmp_path / "kept"
+    return Path(shutil.copytree(first_run(rounds), tmp_path / "kept"))
 
 
 @pytest.fixture
-def run(command: Any, tiny: Any, kept: Path, tmp_path: Path) -> Callable[..., Any]:
-    """`fedtune simulate` of four rounds against the kept sites."""
+def run(command: Any, tiny: Any, kept: Path, tmp_path: Path, rounds: int) -> Callable[..., Any]:
+    """`fedtune simulate` of some rounds against the kept sites, which one run was charged to already."""
 
     def start(name: str, *overrides: str) -> Any:
-        settings = (f"runtime.sites_dir={kept}", f"federation.num_rounds={ROUNDS}")
+        settings = (f"runtime.sites_dir={kept}", f"federation.num_rounds={rounds}")
         return command("simulate", *tiny(*settings, *overrides, into=tmp_path / "runs", name=name))
 
     return start
@@ -74,12 +99,12 @@ def require_only_refusals(kept: Path, before: dict[str, tuple[Event, ...]], rule
         assert {event.detail["what"] for event in added if event.kind is Kind.NOTE} <= {"policy"}
 
 
+@several_rounds
 def test_the_second_run_gets_what_is_left_and_the_third_is_refused(
     run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
 ) -> None:
-    assert run("first").code == 0
     for site in SITES:
-        allow_rounds(kept, site, 1.5 * ROUNDS + 0.5)
+        allow_rounds(kept, site, 1.5 * ROUNDS + 1.0)
     second = run("second", "federation.if_over_budget=fewer_rounds")
     assert (second.code, second.err) == (0, "")
     assert "room for 2 rounds at noise multiplier 4" in second.out
@@ -107,10 +132,10 @@ def test_the_second_run_gets_what_is_left_and_the_third_is_refused(
     assert not (tmp_path / "runs" / "third").exists()
 
 
+@several_rounds
 def test_more_noise_instead_of_fewer_rounds(
     run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
 ) -> None:
-    assert run("first").code == 0
     for site in SITES:
         allow_rounds(kept, site, 1.5 * ROUNDS)
     second = run("second", "federation.if_over_budget=more_noise")
@@ -130,10 +155,10 @@ def test_more_noise_instead_of_fewer_rounds(
     assert "site-1: max_epsilon" in third.message
 
 
+@several_rounds
 def test_a_run_that_is_too_expensive_is_refused_with_site_and_numbers(
     run: Callable[..., Any], kept: Path, tmp_path: Path
 ) -> None:
-    assert run("first").code == 0
     before = events(kept)
     second = run("second")
     assert second.code == 3
@@ -150,10 +175,10 @@ def test_a_run_that_is_too_expensive_is_refused_with_site_and_numbers(
     assert {(spent["rounds"], spent["upper_bound"]) for spent in run_json["privacy"]["sites"].values()} == {(0, False)}
 
 
+@several_rounds
 def test_one_site_without_budget_does_not_stop_the_other(
     run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
 ) -> None:
-    assert run("first").code == 0
     allow_rounds(kept, "site-2", 2 * ROUNDS + 0.01)
     before = events(kept)
     second = run("second")
@@ -191,11 +216,10 @@ def test_a_rule_of_the_site_is_named(
     asked: str,
     allowed: str,
 ) -> None:
-    assert run("first", "federation.num_rounds=1").code == 0
     for site in SITES:
         edit(kept, site, budget={"max_epsilon": 9.0}, **changes)
     before = events(kept)
-    second = run("second", "federation.num_rounds=1", "data.heldout_fraction=0.2", override)
+    second = run("second", "data.heldout_fraction=0.2", override)
     assert second.code == 3
     for site in SITES:
         assert f"{site}: {rule}, asked {asked}, allowed {allowed}" in second.message
@@ -205,7 +229,6 @@ def test_a_rule_of_the_site_is_named(
 def test_a_ledger_that_was_put_back_takes_part_in_nothing_and_the_other_goes_on(
     run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
 ) -> None:
-    assert run("first", "federation.num_rounds=1").code == 0
     for site in SITES:
         edit(kept, site, budget={"max_epsilon": 9.0})
     path = kept / "site-1" / "site.toml"
@@ -214,12 +237,12 @@ def test_a_ledger_that_was_put_back_takes_part_in_nothing_and_the_other_goes_on(
     # An anchor is begun with a ledger; one that is there already is not taken on trust.
     ledger_path.unlink()
     (kept / "receipts.json").unlink()  # by which the lead would miss the old one
-    assert run("second", "federation.num_rounds=1", "federation.min_sites=2").code == 0
+    assert run("second", "federation.min_sites=2").code == 0
     shutil.copy(ledger_path, tmp_path / "backup")
-    assert run("third", "federation.num_rounds=1").code == 0
+    assert run("third").code == 0
     shutil.copy(tmp_path / "backup", ledger_path)
     before = events(kept)
-    fourth = run("fourth", "federation.num_rounds=1")
+    fourth = run("fourth")
     assert fourth.code == 0
     assert "site-1: site_error" in fourth.out
     assert "anchor" not in fourth.out + fourth.err
@@ -227,24 +250,23 @@ def test_a_ledger_that_was_put_back_takes_part_in_nothing_and_the_other_goes_on(
     assert result_of(folder)["rounds"][0]["sites"] == ["site-2"]
     assert "is older than its anchor" in (folder / "log.txt").read_text()
     assert ledger(kept, "site-1").events == before["site-1"]
-    assert run("fifth", "federation.num_rounds=1", "federation.min_sites=2").code == 1
+    assert run("fifth", "federation.min_sites=2").code == 1
 
 
 @pytest.mark.parametrize("what", ["put back", "begun anew"])
 def test_without_an_anchor_the_lead_s_receipts_of_earlier_runs_show_it(
     run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any, what: str
 ) -> None:
-    assert run("first", "federation.num_rounds=1").code == 0
     for site in SITES:
         edit(kept, site, budget={"max_epsilon": 9.0})
     ledger_path = kept / "site-1" / "ledger.db"
     shutil.copy(ledger_path, tmp_path / "backup")
-    assert run("second", "federation.num_rounds=1", "federation.min_sites=2").code == 0
+    assert run("second", "federation.min_sites=2").code == 0
     ledger_path.unlink()
     if what == "put back":
         shutil.copy(tmp_path / "backup", ledger_path)
     for name in ("third", "fourth"):
-        outcome = run(name, "federation.num_rounds=1")
+        outcome = run(name)
         assert outcome.code == 0
         assert "site-1: ledger_behind_receipt" in outcome.out
         assert result_of(tmp_path / "runs" / name)["rounds"][0]["sites"] == ["site-2"]
@@ -265,9 +287,8 @@ def test_without_an_anchor_the_lead_s_receipts_of_earlier_runs_show_it(
 def test_a_record_stays_at_the_site_whose_ledger_knows_it(
     run: Callable[..., Any], kept: Path, tmp_path: Path, override: str, key: str
 ) -> None:
-    assert run("first", "federation.num_rounds=1").code == 0
     before = events(kept)
-    second = run("second", "federation.num_rounds=1", override)
+    second = run("second", override)
     assert second.code == 2
     assert second.message.startswith(key)
     assert f"the sites in {kept} were dealt their records so" in second.message
@@ -278,7 +299,6 @@ def test_a_record_stays_at_the_site_whose_ledger_knows_it(
 def test_a_policy_that_is_none_stops_before_anything_is_trained(
     run: Callable[..., Any], kept: Path, tmp_path: Path
 ) -> None:
-    assert run("first", "federation.num_rounds=1").code == 0
     path = kept / "site-1" / "site.toml"
     path.write_text(path.read_text().replace("max_rounds", "max_round"))
     for wanted in ("fewer_rounds", "more_noise"):

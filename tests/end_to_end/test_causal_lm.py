@@ -31,6 +31,9 @@ def folder(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data.declared_sizes=40",
         "evaluation.generate=true",
         "evaluation.max_new_tokens=8",
+        "privacy.metrics=noised",
+        "privacy.metrics_noise_multiplier=4.0",
+        "data.heldout_fraction=0.4",
         into=tmp_path_factory.mktemp("runs"),
     )
 
@@ -42,6 +45,8 @@ def test_scores_of_a_language_model(folder: Path, result_of: Any) -> None:
     for entry in result["rounds"]:
         # Writing text after every round would take longer than training.
         assert set(entry["metrics"]) == {"loss", "perplexity"}
+        assert set(entry["site_scores"]) == {"site-1", "site-2"}, "a language model is scored by its sites, too"
+        assert np.isfinite([*entry["site_scores"].values()]).all()
     assert 0 < result["privacy"]["epsilon"] < 8
     assert {path.name for path in (folder / "adapter").iterdir()} == {
         "adapter_config.json",

@@ -269,21 +269,14 @@ def test_without_privacy_epsilon_is_null_and_nothing_is_promised(unprotected: Pa
     assert "There is no promise" in page
 
 
-def test_a_seeded_study_is_marked_wherever_its_epsilon_stands(
-    command: Any, tiny: Any, tmp_path: Path, result_of: Any
+def test_a_seeded_study_repeats_and_is_marked_wherever_its_epsilon_stands(
+    command: Any, tiny: Any, tmp_path: Path, result_of: Any, adapter_of: Any
 ) -> None:
-    outcome = command("simulate", *tiny("runtime.seeded_noise=true", into=tmp_path))
-    assert outcome.code == 0
+    for name in ("one", "other"):
+        outcome = command("simulate", *tiny("runtime.seeded_noise=true", into=tmp_path, name=name))
+        assert outcome.code == 0
+    assert adapter_of(tmp_path / "one") == adapter_of(tmp_path / "other")
     assert "study without a guarantee" in outcome.out
-    assert result_of(tmp_path / "run")["privacy"]["seeded_noise"] is True
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert result_of(tmp_path / "other")["privacy"]["seeded_noise"] is True
+    report = json.loads((tmp_path / "other" / "report.json").read_text())
     assert report["verdict"] == {"state": "no_guarantee", "reasons": ["seeded_noise"]}
-
-
-def test_unseeded_runs_differ_and_seeded_runs_do_not(
-    simulate: Callable[..., Path], adapter_of: Any, tmp_path: Path
-) -> None:
-    seeded = [adapter_of(simulate("runtime.seeded_noise=true", into=tmp_path / part)) for part in ("a", "b")]
-    secret = [adapter_of(simulate(into=tmp_path / part)) for part in ("c", "d")]
-    assert seeded[0] == seeded[1]
-    assert secret[0] != secret[1]

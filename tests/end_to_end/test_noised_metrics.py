@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,8 @@ def test_ledger_and_report_hold_the_scores_events(calibrated: Path, result_of: A
         assert {events.from_json(charge["event"]): charge["count"] for charge in charges} == expected
 
 
-def test_a_resumed_run_keeps_the_scores_it_had(
-    simulate: Callable[..., Path], command: Any, tmp_path: Path, result_of: Any
-) -> None:
-    folder = simulate(*NOISED, into=tmp_path)
+def test_a_resumed_run_keeps_the_scores_it_had(calibrated: Path, command: Any, tmp_path: Path, result_of: Any) -> None:
+    folder = Path(shutil.copytree(calibrated, tmp_path / "run"))
     before = result_of(folder)
     (folder / "checkpoints" / "round-0002.safetensors").unlink()
     assert command("simulate", f"resume={folder}").code == 0
@@ -117,11 +116,3 @@ def test_a_resumed_run_keeps_the_scores_it_had(
     # The second round's replies are stored at the sites: drawing new noise for them would be a further release.
     assert [entry["site_scores"] for entry in after["rounds"]] == [entry["site_scores"] for entry in before["rounds"]]
     assert after["privacy"] == before["privacy"]
-
-
-def test_a_language_model_is_scored_too(simulate: Callable[..., Path], tmp_path: Path, result_of: Any) -> None:
-    generation = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.max_length=384")
-    folder = simulate(*generation, "data.declared_sizes=40", *NOISED, into=tmp_path)
-    for entry in result_of(folder)["rounds"]:
-        assert set(entry["site_scores"]) == set(SITES)
-        assert all(math.isfinite(value) for pair in entry["site_scores"].values() for value in pair)

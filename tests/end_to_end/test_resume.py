@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ _STRATEGIES = {
     "fedavg": (),
     "fedadam": ("federation.server_learning_rate=0.05", "federation.server_momentum=0.9"),
     "fedavgm": ("federation.server_learning_rate=0.7", "federation.server_momentum=0.8"),
-    "fedmedian": (),
 }
 
 
@@ -50,52 +49,47 @@ class Follower:
             raise Stop
 
 
-@pytest.fixture
-def overrides(tiny: Any, tmp_path: Path) -> Callable[..., list[str]]:
-    def make(strategy: str, name: str) -> list[str]:
-        chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", f"federation.strategy={strategy}")
-        settings: list[str] = tiny(*chosen, *_STRATEGIES[strategy], into=tmp_path, name=name)
-        return settings
+def overrides(tiny: Any, strategy: str, folder: Path) -> list[str]:
+    chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", f"federation.strategy={strategy}")
+    settings: list[str] = tiny(*chosen, *_STRATEGIES[strategy], into=folder.parent, name=folder.name)
+    return settings
 
-    return make
+
+@pytest.fixture(scope="module")
+def whole(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By strategy, a run that nothing stopped."""
+    folders = {strategy: tmp_path_factory.mktemp("whole") / strategy for strategy in _STRATEGIES}
+    for strategy, folder in folders.items():
+        write_config(compose_run(overrides(tiny, strategy, folder)), folder)
+        run_simulation(saved_config(folder), folder, Follower(None))
+    return folders
 
 
 @pytest.mark.parametrize("strategy", list(_STRATEGIES))
 def test_stopped_at_each_boundary_and_resumed_gives_the_same_bytes(
-    overrides: Callable[..., list[str]], strategy: str, tmp_path: Path, adapter_of: Any, result_of: Any
+    whole: dict[str, Path], strategy: str, tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any
 ) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder in (whole, parts):
-        write_config(compose_run(overrides(strategy, folder.name)), folder)
-    run_simulation(saved_config(whole), whole, Follower(None))
+    parts = tmp_path / strategy
+    write_config(compose_run(overrides(tiny, strategy, parts)), parts)
     for number in range(1, _ROUNDS + 1):
         # A new start every time: only what lies in the folder can carry the run on.
         resume = [] if number == 1 else [f"resume={parts}"]
         follower = Follower(number)
         with pytest.raises(Stop):
-            run_simulation(compose_run([*overrides(strategy, "parts"), *resume]), parts, follower)
+            run_simulation(compose_run([*overrides(tiny, strategy, parts), *resume]), parts, follower)
         assert follower.rounds == [number - 1, number]
     run_simulation(compose_run([f"resume={parts}"]), parts, Follower(None))
-    assert adapter_of(parts) == adapter_of(whole)
-    assert len(adapter_of(whole)) == 2
-    one, other = result_of(whole), result_of(parts)
+    assert adapter_of(parts) == adapter_of(whole[strategy])
+    assert len(adapter_of(parts)) == 2
+    one, other = result_of(whole[strategy]), result_of(parts)
     assert one["privacy"] == other["privacy"]
     assert one["final"]["metrics"] == other["final"]["metrics"]
     assert [entry["metrics"] for entry in one["rounds"]] == [entry["metrics"] for entry in other["rounds"]]
 
 
-def test_strategies_that_average_alike_still_differ_where_they_should(
-    overrides: Callable[..., list[str]], tmp_path: Path, adapter_of: Any
-) -> None:
+def test_strategies_that_average_alike_still_differ_where_they_should(whole: dict[str, Path], adapter_of: Any) -> None:
     # Were the server's momentum lost, resuming would agree with itself all the same.
-    results = {}
-    for strategy in ("fedavg", "fedadam", "fedavgm"):
-        folder = tmp_path / strategy
-        config = compose_run(overrides(strategy, strategy))
-        write_config(config, folder)
-        run_simulation(config, folder, Follower(None))
-        results[strategy] = adapter_of(folder)["head.safetensors"]
-    assert len(set(results.values())) == 3
+    assert len({adapter_of(folder)["head.safetensors"] for folder in whole.values()}) == 3
 
 
 def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(
@@ -139,9 +133,20 @@ def test_ctrl_c_before_anything_was_trained_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_moved_keeps_its_budget(simulate: Any, command: Any, tmp_path: Path, result_of: Any) -> None:
+@pytest.fixture(scope="module")
+def finished(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that came to its end, which tests copy."""
+    return Path(simulate(into=tmp_path_factory.mktemp("runs")))
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """That run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_folder_that_moved_keeps_its_budget(folder: Path, command: Any, tmp_path: Path, result_of: Any) -> None:
     # Ledgers know a run by the name it began with; a new one would let every site start from zero.
-    folder = simulate(into=tmp_path)
     (folder / "checkpoints" / "round-0002.safetensors").unlink()
     before = [verify(folder / "sites" / site / "ledger.db").events for site in ("site-1", "site-2")]
     moved = folder.rename(tmp_path / "elsewhere")
@@ -152,17 +157,15 @@ def test_a_folder_that_moved_keeps_its_budget(simulate: Any, command: Any, tmp_p
 
 
 def test_resuming_a_finished_run_writes_the_same_again(
-    simulate: Any, command: Any, tmp_path: Path, result_of: Any, adapter_of: Any
+    folder: Path, command: Any, result_of: Any, adapter_of: Any
 ) -> None:
-    folder = simulate(into=tmp_path)
     adapter, result = adapter_of(folder), result_of(folder)
     assert command("simulate", f"resume={folder}").code == 0
     assert adapter_of(folder) == adapter
     assert result_of(folder)["privacy"] == result["privacy"]
 
 
-def test_a_damaged_checkpoint_ends_the_run_and_says_so(simulate: Any, command: Any, tmp_path: Path) -> None:
-    folder = simulate("privacy=none", into=tmp_path)
+def test_a_damaged_checkpoint_ends_the_run_and_says_so(folder: Path, command: Any) -> None:
     newest = folder / "checkpoints" / "round-0002.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     outcome = command("simulate", f"resume={folder}")
@@ -170,10 +173,7 @@ def test_a_damaged_checkpoint_ends_the_run_and_says_so(simulate: Any, command: A
     assert "round-0002.safetensors is damaged" in outcome.message
 
 
-def test_a_damaged_ledger_keeps_its_site_from_training(
-    simulate: Any, command: Any, tmp_path: Path, result_of: Any
-) -> None:
-    folder = simulate(into=tmp_path)
+def test_a_damaged_ledger_keeps_its_site_from_training(folder: Path, command: Any, result_of: Any) -> None:
     (folder / "checkpoints" / "round-0002.safetensors").unlink()
     with contextlib.closing(sqlite3.connect(folder / "sites" / "site-1" / "ledger.db", isolation_level=None)) as file:
         file.execute("DROP TRIGGER events_are_never_deleted")
@@ -189,7 +189,6 @@ def test_a_damaged_ledger_keeps_its_site_from_training(
     assert (spent["site-2"]["upper_bound"], spent["site-2"]["steps"]) == (False, 4)
 
 
-def test_the_journal_of_rounds_is_written_before_a_site_is_asked(simulate: Any, tmp_path: Path) -> None:
-    folder = simulate("privacy=none", into=tmp_path)
+def test_the_journal_of_rounds_is_written_before_a_site_is_asked(folder: Path) -> None:
     asked = [json.loads(line) for line in (folder / "checkpoints" / "asked.jsonl").read_text().splitlines()]
     assert asked == [{"round": round, "sites": ["site-1", "site-2"]} for round in (1, 2)]

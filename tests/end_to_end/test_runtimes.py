@@ -12,20 +12,15 @@ from typing import Any
 
 import pytest
 
+from ..forked import run_forked
+
 REPOSITORY = Path(__file__).parents[2]
 
 
 def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`fedtune` as a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "fedtune", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return run_forked([sys.executable, "-m", "fedtune", *arguments], cwd=REPOSITORY, env=environment, timeout_s=300)
 
 
 @pytest.mark.slow
@@ -33,8 +28,10 @@ def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_ray_and_one_process_give_the_same_bytes(
     simulate: Any, tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any
 ) -> None:
-    one = simulate("runtime.seeded_noise=true", into=tmp_path, name="one-process")
-    done = fedtune("simulate", *tiny("runtime.seeded_noise=true", "runtime=ray", into=tmp_path, name="ray"))
+    # All cores for each site: so one worker process does all of it, and only one waits for its imports.
+    settings = ("runtime.seeded_noise=true", f"runtime.num_threads={os.cpu_count()}", "federation.num_rounds=1")
+    one = simulate(*settings, into=tmp_path, name="one-process")
+    done = fedtune("simulate", *tiny("runtime=ray", *settings, into=tmp_path, name="ray"))
     assert done.returncode == 0, done.stderr + done.stdout
     other = tmp_path / "ray"
     assert adapter_of(one) == adapter_of(other)

@@ -119,10 +119,10 @@ def test_noised_scores_count_users(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("first", "other"), [("user", "record"), ("record", "user")])
 def test_a_ledger_of_one_unit_takes_no_run_of_another(command: Any, tmp_path: Path, first: str, other: str) -> None:
-    kept = f"runtime.sites_dir='{tmp_path / 'kept'}'"
+    kept = (f"runtime.sites_dir='{tmp_path / 'kept'}'", "federation.num_rounds=1", "training.local_steps=1")
 
     def simulated(unit: str, name: str) -> Any:
-        return command("simulate", *arguments(tmp_path, kept, f"privacy.unit={unit}", name=name))
+        return command("simulate", *arguments(tmp_path, *kept, f"privacy.unit={unit}", name=name))
 
     assert simulated(first, "one").code == 0
     refused = simulated(other, "two")
@@ -146,11 +146,14 @@ def test_the_planner_speaks_of_users(command: Any, tmp_path: Path) -> None:
     assert (found["plan"]["unit"], found["plan"]["records_per_user"]) == ("user", 4)
 
 
+RUNS = (("one", 4), ("again", 4), ("other", 1))
+
+
 def test_a_seeded_run_by_user_repeats(run: Run, adapter_of: Any) -> None:
-    folders = [run("runtime.seeded_noise=true", name=name) for name in ("one", "two")]
-    other = run("runtime.seeded_noise=true", "privacy.records_per_user=1", name="other")
-    assert adapter_of(folders[0]) == adapter_of(folders[1])
-    assert adapter_of(folders[0]) != adapter_of(other)
+    seeded = ("runtime.seeded_noise=true", "federation.num_rounds=1")
+    one, again, other = (run(*seeded, f"privacy.records_per_user={most}", name=name) for name, most in RUNS)
+    assert adapter_of(one) == adapter_of(again)
+    assert adapter_of(one) != adapter_of(other)
 
 
 @pytest.mark.parametrize(

