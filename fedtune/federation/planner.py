@@ -134,8 +134,7 @@ def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
             epsilon_of_one_round=none,
         )
     whole, delta = plan.whole, plan.delta
-    # As `filter.filter_cost`, and the order with it.
-    cap, order = min((filter.epsilon_filter([whole], order=order, delta=delta), order) for order in filter.ORDERS)
+    _, order = filter.cheapest(whole, delta=delta)
     return Price(
         plan=plan,
         sites=sites,
@@ -143,7 +142,7 @@ def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
         rounds=tuple(_round(plan, number, order) for number in _shown_rounds(plan)),
         epsilon=accountant.epsilon_pld([whole], delta),
         epsilon_rdp=accountant.epsilon_rdp([whole], delta),
-        epsilon_filter=cap,
+        epsilon_filter=filter.epsilon_filter([whole], order=order, delta=delta),
         filter_order=order,
         epsilon_of_one_round=accountant.epsilon_pld([plan.event()], delta, interval=accountant.COARSE),
     )

@@ -14,9 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
 
-from dp_accounting import DpEvent, NeighboringRelation
-from dp_accounting.pld import PLDAccountant
+import numpy as np
+import numpy.typing as npt
+from dp_accounting import DpEvent, GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant, pld_pmf
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 from dp_accounting.rdp import RdpAccountant
+from scipy import fft, special
 
 from fedtune.privacy import events
 from fedtune.spec import ConfigError
@@ -34,6 +39,8 @@ MOST_NOISE = 1e4
 LEAST_NOISE = 1e-2
 """Searches for less end here."""
 _TOLERANCE = 1e-5  # relative
+_TAIL = 1e-15  # probability that a composition may count as an infinite loss, to stay short
+_AT_ONCE = 100_000  # exponents of one bucket each that are computed in one go: what a processor's cache holds
 _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
 
 
@@ -54,10 +61,99 @@ def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float:
 
 def composed_pld(counted: Counted, interval: float) -> PLDAccountant:
     """Privacy loss distributions of all mechanisms together, in buckets of width `interval`."""
-    accountant = PLDAccountant(NEIGHBOURING_RELATION, value_discretization_interval=interval)
+    accountant = _Pld(NEIGHBOURING_RELATION, value_discretization_interval=interval)
     for event, count in counted:
         accountant.compose(event, count)
     return accountant
+
+
+class _Pld(PLDAccountant):  # type: ignore[misc]  # dp-accounting has no types
+    """dp-accounting's, which builds the distribution of one sampled step once for all its compositions."""
+
+    def _maybe_compose(self, event: DpEvent, count: int, do_compose: bool) -> object:
+        match event:
+            case PoissonSampledDpEvent(rate, GaussianDpEvent(noise)) if do_compose and 0 < rate < 1 and noise > 0:
+                width = self._value_discretization_interval
+                removing, adding = (
+                    _self_composed(_step(rate, noise, width, adjacency), count)
+                    for adjacency in (AdjacencyType.REMOVE, AdjacencyType.ADD)
+                )
+                self._pld: PrivacyLossDistribution = self._pld.compose(PrivacyLossDistribution(removing, adding))
+                return None
+            case _:
+                return super()._maybe_compose(event, count, do_compose)
+
+
+@lru_cache(maxsize=8)  # with next to no noise, one may take 50 MB
+def _step(rate: float, noise: float, interval: float, adjacency: AdjacencyType) -> pld_pmf.PLDPmf:
+    """Of one sampled step: what dp-accounting's `from_gaussian_mechanism` gives, number for number."""
+    loss = _SampledGaussianLoss(noise, sampling_prob=rate, adjacency_type=adjacency)
+    bounds = loss.connect_dots_bounds()
+    low, high = math.floor(bounds.epsilon_lower / interval), math.ceil(bounds.epsilon_upper / interval)
+    deltas = loss.get_delta_for_epsilon(np.arange(low, high + 1) * interval)
+    return pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(interval, low, high, deltas)
+
+
+def _self_composed(step: pld_pmf.PLDPmf, count: int) -> pld_pmf.PLDPmf:
+    """What its `self_compose` gives for `count` steps, number for number, but that Chernoff's exponents are kept."""
+    if not isinstance(step, pld_pmf.DensePLDPmf):
+        return step.self_compose(count, _TAIL)
+    low, high = 0, (step.size - 1) * count
+    for order, exponent in _chernoff_exponents(step):
+        bound = (count * exponent + math.log(2 / _TAIL)) / order
+        if order > 0 and math.isfinite(bound):
+            high = min(high, math.ceil(bound))
+        elif math.isfinite(bound):
+            low = max(low, math.floor(bound))
+    fast = fft.next_fast_len(max(high - low + 1, step.size))
+    wrapped = np.real(fft.ifft(fft.fft(step._probs, fast) ** count))
+    return pld_pmf.DensePLDPmf(
+        step._discretization,
+        step._lower_loss * count + low,
+        np.roll(wrapped, -low)[: high - low + 1],
+        _TAIL - math.expm1(count * math.log1p(-step._infinity_mass)),
+        pessimistic_estimate=True,
+    )
+
+
+@lru_cache(maxsize=8)
+def _chernoff_exponents(step: pld_pmf.DensePLDPmf) -> tuple[tuple[float, float], ...]:
+    """Orders, and the log of the moment generating function of a step's bucket there."""
+    orders = np.concatenate((np.arange(-20, 0), np.arange(1, 21))) / step.size
+    some = np.array_split(orders, math.ceil(min(orders.size, orders.size * step.size / _AT_ONCE)))
+    found = [special.logsumexp(np.outer(part, np.arange(step.size)), axis=1, b=step._probs) for part in some]
+    return tuple(zip(orders.tolist(), np.concatenate(found).tolist(), strict=True))
+
+
+class _SampledGaussianLoss(GaussianPrivacyLoss):  # type: ignore[misc]
+    """dp-accounting's, whose loop over thousands of losses is one line of numpy: the same operations in their order."""
+
+    def get_delta_for_epsilon(self, epsilon: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Delta at each epsilon, for a sampling rate below 1."""
+        adding = self.adjacency_type is AdjacencyType.ADD
+        # With a unit more, no loss is above -log(1 - rate); with one less, none is below log(1 - rate).
+        gain = -epsilon if adding else epsilon
+        reached = gain > math.log1p(-self.sampling_prob)
+        deltas = np.zeros_like(epsilon) if adding else -np.expm1(epsilon)
+        cutoffs = self._cutoffs(gain[reached], adding=adding)
+        deltas[reached] = self.mu_upper_cdf(cutoffs) - np.exp(epsilon[reached] + self.mu_lower_log_cdf(cutoffs))
+        return np.clip(deltas, 0, 1)
+
+    def _cutoffs(self, gain: npt.NDArray[np.float64], *, adding: bool) -> npt.NDArray[np.float64]:
+        """Where the noise gives just this loss."""
+        rate, edge = self.sampling_prob, math.log(1 - self.sampling_prob)
+        at_edge = np.abs(gain - edge) <= 1e-9 * np.maximum(np.abs(gain), abs(edge))  # as `math.isclose`
+        raised = gain + np.log(1 / rate)
+        with np.errstate(divide="ignore", invalid="ignore"):  # at the edge, whose value is set below
+            unsampled = raised + np.log1p(-np.exp(np.log(-(1 - 1 / rate)) - raised))
+        unsampled = np.where(gain == 0, np.log(1 / rate + (1 - 1 / rate)), unsampled)
+        unsampled = np.where(at_edge, -math.inf, unsampled)
+        cutoffs: npt.NDArray[np.float64] = (
+            self._inverse_privacy_loss_without_subsampling_add(-unsampled)
+            if adding
+            else self._inverse_privacy_loss_without_subsampling_remove(unsampled)
+        )
+        return cutoffs
 
 
 def epsilon_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
@@ -87,11 +183,30 @@ def _epsilon_rdp(counted: Counted, delta: float) -> float:
 
 def composed_rdp(counted: Counted) -> RdpAccountant:
     """Renyi divergences of all mechanisms together."""
-    accountant = RdpAccountant(neighboring_relation=NEIGHBOURING_RELATION)
+    accountant = _Rdp(neighboring_relation=NEIGHBOURING_RELATION)
     with without_notes_on_skipped_orders():
         for event, count in counted:
             accountant.compose(event, count)
     return accountant
+
+
+class _Rdp(RdpAccountant):  # type: ignore[misc]
+    """dp-accounting's, which works out the divergences of one sampled step once for all its compositions."""
+
+    def _maybe_compose(self, event: DpEvent, count: int, do_compose: bool) -> object:
+        if do_compose and isinstance(event, PoissonSampledDpEvent):
+            self._rdp += count * np.array([renyi_divergence(event, order) for order in self._orders.tolist()])
+            return None
+        return super()._maybe_compose(event, count, do_compose)
+
+
+@lru_cache(maxsize=16384)
+def renyi_divergence(event: DpEvent, order: float) -> float:
+    """Of one `event` at `order`, in nats, as dp-accounting has it: rounding may put one of next to no cost below 0."""
+    rdp = RdpAccountant(orders=[order], neighboring_relation=NEIGHBOURING_RELATION)
+    with without_notes_on_skipped_orders():
+        rdp.compose(event)
+    return float(rdp._rdp[0])
 
 
 def calibrate_noise(

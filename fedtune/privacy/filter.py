@@ -9,10 +9,10 @@ each event's Renyi divergence at that order, and stop before the sum passes a bo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from functools import lru_cache
 
 from dp_accounting import DpEvent
-from dp_accounting.rdp import RdpAccountant
 
 from fedtune.privacy import accountant
 from fedtune.privacy.events import Spent, grouped
@@ -24,14 +24,10 @@ ORDERS = tuple(
 """Orders to choose from when a ledger is made: 1.1, 1.15, ... 5.95, then whole numbers."""
 
 
-@lru_cache(maxsize=4096)
 def divergence(event: DpEvent, order: float) -> float:
     """Renyi divergence of `order` that one `event` can cause, in nats; infinite for an event without a guarantee."""
-    rdp = RdpAccountant(orders=[order], neighboring_relation=accountant.NEIGHBOURING_RELATION)
-    with accountant.without_notes_on_skipped_orders():
-        rdp.compose(event)
-    found = float(rdp._rdp[0])
-    return 0.0 if found < 0 else found  # rounding can put an event of next to no cost below 0
+    found = accountant.renyi_divergence(event, order)
+    return 0.0 if found < 0 else found  # and no number stays none
 
 
 def total_divergence(spent: Spent, order: float) -> float:
@@ -74,14 +70,34 @@ def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
         ConfigError: the cap leaves room for nothing at any order.
     """
     if math.isinf(epsilon):  # every order lets everything in; take the one that says least of the reference
-        return min(ORDERS, key=lambda order: total_divergence([reference], order) + surcharge(order, delta))
+        return cheapest(reference, delta=delta)[1]
     room = {order: most_divergence(epsilon, order=order, delta=delta) for order in ORDERS}
-    usable = [order for order, left in room.items() if left > 0]
+    usable = {order: left for order, left in room.items() if left > 0}
     if not usable:
         raise ConfigError("max_epsilon", epsilon, f"leaves no room for anything at delta {delta:g}")
-    return min(usable, key=lambda order: total_divergence([reference], order) / room[order])
+    return _least(reference, usable, lambda order, divergence: divergence / usable[order])[1]
+
+
+def cheapest(plan: DpEvent, *, delta: float) -> tuple[float, float]:
+    """The least cap under which `plan` fits whole, and the order at which it does."""
+    return _least(plan, ORDERS, lambda order, divergence: divergence + surcharge(order, delta))
 
 
 def filter_cost(plan: DpEvent, *, delta: float) -> float:
     """The least cap, at any order, under which `plan` fits whole."""
-    return min(total_divergence([plan], order) + surcharge(order, delta) for order in ORDERS)
+    return cheapest(plan, delta=delta)[0]
+
+
+def _least(plan: DpEvent, orders: Collection[float], cost: Callable[[float, float], float]) -> tuple[float, float]:
+    """The least `cost` of an order and its divergence, and that order; of equal ones the smallest.
+
+    `cost` rises with the divergence, and no order's divergence is below that of a smaller order.  So the whole order
+    below, which is quick, tells that most of the others cost more.
+    """
+    whole = {order: total_divergence([plan], order) for order in orders if order.is_integer()}
+    least = min(((cost(order, divergence), order) for order, divergence in whole.items()), default=(math.inf, math.inf))
+    for order in orders:
+        below = whole.get(math.floor(order), 0.0)
+        if order not in whole and cost(order, below) <= least[0] + 1e-9 * (1 + abs(least[0])):  # rounding
+            least = min(least, (cost(order, total_divergence([plan], order)), order))
+    return least

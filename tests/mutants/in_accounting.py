@@ -48,25 +48,8 @@ ACCOUNTING = (
         name="optimistic-pld",
         fault="Privacy losses are rounded down to the grid instead of up: an estimate in the place of a bound.",
         file=ACCOUNTANT,
-        old="""    for event, count in counted:
-        accountant.compose(event, count)
-    return accountant
-
-
-def epsilon_above(""",
-        new="""    from functools import partial
-    from unittest import mock
-
-    from dp_accounting.pld import privacy_loss_distribution as losses
-
-    optimistic = partial(losses.from_gaussian_mechanism, pessimistic_estimate=False)
-    with mock.patch.object(losses, "from_gaussian_mechanism", optimistic):
-        for event, count in counted:
-            accountant.compose(event, count)
-    return accountant
-
-
-def epsilon_above(""",
+        old="np.arange(low, high + 1) * interval)",
+        new="np.arange(low + 1, high + 2) * interval)",
         tests=(f"{OF_ACCOUNTANT}::test_pld_gives_the_golden_epsilon",),
     ),
     Mutant(
@@ -94,8 +77,8 @@ def epsilon_above(""",
         fault="The filter's order is the one at which the reference plan takes the largest share of the cap (at order "
         "66 a budget of 9 is spent as one of 66).",
         file=FILTER,
-        old="return min(usable, key=",
-        new="return max(usable, key=",
+        old="divergence / usable[order]",
+        new="usable[order] / divergence",
         tests=OF_FILTER,
     ),
     Mutant(

@@ -6,12 +6,23 @@ import logging
 import math
 
 import pytest
-from dp_accounting import NeighboringRelation
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import events
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION, calibrate_noise, epsilon_above, epsilon_pld, epsilon_rdp
+from fedtune.privacy.accountant import (
+    COARSE,
+    NEIGHBOURING_RELATION,
+    calibrate_noise,
+    composed_pld,
+    composed_rdp,
+    epsilon_above,
+    epsilon_pld,
+    epsilon_rdp,
+)
 from fedtune.spec import ConfigError
 
 # sampling rate, noise multiplier, steps, delta, epsilon; checked outside fedtune.
@@ -69,6 +80,24 @@ def test_steps_in_rounds_equal_steps_at_once() -> None:
     at_once = [events.dp_sgd(sampling_rate=0.1, noise_multiplier=2.0, steps=24)]
     assert epsilon_pld(in_rounds, 1e-5) == pytest.approx(epsilon_pld(at_once, 1e-5), abs=1e-6)
     assert epsilon_rdp(in_rounds, 1e-5) == pytest.approx(epsilon_rdp(at_once, 1e-5), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rate", "sigma", "count"), [(0.3, 1.5, 50), (0.01, 0.6, 3000), (0.999, 0.7, 3), (1e-4, 20.0, 7), (1.0, 2.0, 4)]
+)
+def test_steps_that_are_kept_compose_as_in_dp_accounting(rate: float, sigma: float, count: int) -> None:
+    """Also together with a mechanism that is not sampled; both are asked twice, since steps are kept."""
+    step, score = PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), GaussianDpEvent(9.0)
+    pld, rdp = PLDAccountant(NEIGHBOURING_RELATION, value_discretization_interval=COARSE), RdpAccountant()
+    for event, times in ((step, count), (score, 2)):
+        pld.compose(event, times)
+        rdp.compose(event, times)
+    for _ in range(2):
+        ours = composed_pld(((step, count), (score, 2)), COARSE)
+        for delta in (1e-3, 1e-5, 1e-9):
+            assert ours.get_epsilon(delta) == pytest.approx(pld.get_epsilon(delta), rel=1e-12)
+        assert ours.get_delta(1.0) == pytest.approx(pld.get_delta(1.0), rel=1e-12)
+        assert composed_rdp(((step, count), (score, 2))).get_epsilon(1e-5) == rdp.get_epsilon(1e-5)
 
 
 def test_neighbours_differ_by_one_record_more() -> None:

@@ -61,6 +61,14 @@ REFERENCES = [
 ]
 
 
+def test_no_order_that_is_passed_over_would_cost_less() -> None:
+    for plan in (GOLDEN, events.dp_sgd(sampling_rate=0.01, noise_multiplier=0.6, steps=3000), GaussianDpEvent(30.0)):
+        tried = [
+            (filter.total_divergence([plan], order) + filter.surcharge(order, DELTA), order) for order in filter.ORDERS
+        ]
+        assert filter.cheapest(plan, delta=DELTA) == min(tried)
+
+
 @pytest.mark.parametrize(("reference", "cap"), REFERENCES)
 def test_the_best_order_is_the_one_that_lets_the_reference_repeat_most_often(reference: DpEvent, cap: float) -> None:
     def repeats(order: float) -> float:
