@@ -9,7 +9,7 @@ DEPLOY_FAULTS = (
         name="join-request-unsigned",
         fault="A join request passes without its site's signature: whoever carries it puts a key of their own in it.",
         file="fedtune/deploy/kits/members.py",
-        old="        if not is_signed(file.site_key, PURPOSE, file.signed_bytes(), file.signature):",
+        old="        if not is_signed(self.site_key, PURPOSE, _signed_bytes(signed), self.signature):",
         new="        if False:",
         tests=("tests/deploy/test_join.py::test_a_request_that_was_changed_is_refused",),
     ),
@@ -40,7 +40,7 @@ DEPLOY_FAULTS = (
     Mutant(
         name="revoked-and-still-served",
         fault="The server's roster of connection keys does not say who was revoked.",
-        file="fedtune/deploy/services/server_service.py",
+        file="fedtune/deploy/services/lead_and_server.py",
         old="revoked=member.revoked is not None)",
         new="revoked=False)",
         tests=("tests/deploy/test_server_service.py::test_the_roster_is_read_anew_each_time",),
@@ -48,7 +48,7 @@ DEPLOY_FAULTS = (
     Mutant(
         name="revoked-and-still-asked",
         fault="A lead asks sites that were revoked.",
-        file="fedtune/deploy/services/lead_service.py",
+        file="fedtune/deploy/services/lead_and_server.py",
         old="    current = [name for name, member in known.items() if member.revoked is None]",
         new="    current = list(known)",
         tests=("tests/deploy/test_lead_service.py::test_a_revoked_site_takes_no_part",),

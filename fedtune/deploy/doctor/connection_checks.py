@@ -17,8 +17,8 @@ from urllib.request import getproxies, proxy_bypass
 
 from cryptography import x509
 
-from fedtune.deploy.doctor.check import SERVER, SOON_DAYS, Check, Status, failed, ok, skipped, warning
-from fedtune.deploy.kits.certificates import UNREADABLE, Certificate
+from fedtune.deploy.doctor.check import SERVER, Check, Status, failed, ok, skipped, warning
+from fedtune.deploy.kits.certificates import SOON_DAYS, UNREADABLE, Certificate
 from fedtune.deploy.kits.kit import Kit
 from fedtune.spec import RunError
 

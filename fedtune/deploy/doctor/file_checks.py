@@ -69,7 +69,7 @@ def replies(policy: Policy) -> Check:
 
 def base_models(kit: Kit, policy: Policy) -> Iterator[Check]:
     """Whether each model that the policy allows lies in the store, unchanged; all of its files are read for it."""
-    known = {model.sha256: model for model in kit.models}
+    known = {model.sha256: model for model in kit.model}
     for sha256 in policy.allow.base_models:
         name = f"base model {known[sha256].name}" if sha256 in known else f"base model {sha256[:12]}"
         if sha256 == UNVERIFIED:
@@ -80,7 +80,7 @@ def base_models(kit: Kit, policy: Policy) -> Iterator[Check]:
             yield warning(name, found, fix="Take it out of allow.base_models, or ask the lead for it.")
         else:
             yield _installed(kit, sha256, name=name, licence=known[sha256].licence if sha256 in known else "")
-    for model in kit.models:
+    for model in kit.model:
         if model.sha256 not in policy.allow.base_models:
             found = f"runs may name it, and the policy does not allow it (SHA-256 {model.sha256})"
             yield ok(f"base model {model.name}", found)
