@@ -80,7 +80,7 @@ DEPLOY_FAULTS = (
     Mutant(
         name="doctor-quotes-a-record",
         fault="The doctor prints what is wrong with a data file in the words of the error, which quote a record.",
-        file="fedtune/deploy/doctor/file_checks.py",
+        file="fedtune/deploy/doctor/site_checks.py",
         old='    where = log.keep(f"{name}: {error}")',
         new='    where = f" ({error})"',
         tests=(f"{DOCTOR}::test_a_column_that_is_missing",),
@@ -88,7 +88,7 @@ DEPLOY_FAULTS = (
     Mutant(
         name="doctor-counts-records",
         fault="The doctor prints how many records there are, and its lines are pasted into tickets.",
-        file="fedtune/deploy/doctor/file_checks.py",
+        file="fedtune/deploy/doctor/site_checks.py",
         old='    found = f"every record can be read; enough {units} for the declared size"',
         new='    found = f"every record can be read; enough {units} for the declared size ({share:.2f} of it)"',
         tests=(f"{DOCTOR}::test_by_user_the_declared_size_is_a_number_of_users",),
@@ -96,7 +96,7 @@ DEPLOY_FAULTS = (
     Mutant(
         name="doctor-shows-unforeseen-errors",
         fault="The doctor prints the text of an error that nobody foresaw, which may hold anything.",
-        file="fedtune/deploy/doctor/file_checks.py",
+        file="fedtune/deploy/doctor/site_checks.py",
         old='could not be looked at ({type(error).__name__}){where}"',
         new='could not be looked at ({error}){where}"',
         tests=(f"{DOCTOR}::test_a_check_that_goes_wrong_shows_no_text",),
@@ -120,7 +120,7 @@ DEPLOY_FAULTS = (
     Mutant(
         name="refused-run-is-a-mistake",
         fault="The doctor ends with the exit code of a wrong setting where the policy refuses a run.",
-        file="fedtune/deploy/doctor/ledger_checks.py",
+        file="fedtune/deploy/doctor/site_checks.py",
         old="return failed(name, found, fix=fix, exit_code=REFUSED)",
         new="return failed(name, found, fix=fix)",
         tests=(f"{DOCTOR}::test_a_run_that_breaks_a_rule",),
