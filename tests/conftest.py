@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
+import sys
+import threading
 import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -101,6 +104,23 @@ def run_command(*arguments: str) -> Outcome:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(list(arguments))
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def own_logging() -> Iterator[None]:
+    """Afterwards the process logs as it did before, whatever took its logging over in the block."""
+    loggers = [logging.root, *(one for one in logging.root.manager.loggerDict.values() if type(one) is logging.Logger)]
+    before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    factory = logging.getLogRecordFactory()
+    hooks = (sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning = hooks
+        for logger, handlers, propagate, level in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

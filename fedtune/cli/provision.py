@@ -12,11 +12,11 @@ from rich.console import Console
 from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.plain_words import printable
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
-from fedtune.deploy.doctor.check import SOON_DAYS
 from fedtune.deploy.kits import provisioning
-from fedtune.deploy.kits.certificates import Certificate, fingerprint_of, key_fingerprint, spoken
+from fedtune.deploy.kits.certificates import SOON_DAYS, Certificate, fingerprint_of, key_fingerprint, spoken
+from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.members import Member
-from fedtune.deploy.kits.provisioning import Admitted, Overview
+from fedtune.deploy.kits.provisioning import Admitted
 from fedtune.words import counted
 
 app = group(
@@ -127,21 +127,19 @@ def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
 @command(app, "a new certificate for the server", name="renew-server")
 def renew_server(federation: Federation = Path("."), days: Days = None) -> None:
     """Make a new certificate for the server's key, for the names that federation.toml now gives it."""
-    made = provisioning.renew_server(federation, days=days, now=datetime.now(UTC))
-    _show_renewed("server", federation, made.server_certificate)
+    _show_renewed("server", federation, provisioning.renew(federation, "server", days=days, now=datetime.now(UTC)))
 
 
 @command(app, "a new certificate for the lead", name="renew-lead")
 def renew_lead(federation: Federation = Path("."), days: Days = None) -> None:
     """Make a new certificate for the lead's connection key. The key that signs requests stays."""
-    made = provisioning.renew_lead(federation, days=days, now=datetime.now(UTC))
-    _show_renewed("lead", federation, made.lead_certificate)
+    _show_renewed("lead", federation, provisioning.renew(federation, "lead", days=days, now=datetime.now(UTC)))
 
 
 @command(app, "the members, and when their certificates end", name="list")
 def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> None:
     """Show the sites, their certificates' expiry and their declared data sets."""
-    made, now = provisioning.overview(federation), datetime.now(UTC)
+    made, now = FederationFolder.open(federation), datetime.now(UTC)
     if as_json:
         print_json(_to_json(made, now))
         return
@@ -153,9 +151,9 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
 
 def _show_admitted(folder: Path, done: Admitted) -> None:
     """What to compare, and what to send to whom."""
-    made, member = provisioning.overview(folder), done.member
-    certificate = Certificate.of(member.certificate)
-    for name, size in member.datasets.items():
+    made, member = FederationFolder.open(folder), done.member
+    certificate = Certificate.of(member.issued)
+    for name, size in member.sizes.items():
         say(f"Data set {name}: declared size {size:,}.")
     say(f"Its certificate is valid until {certificate.not_after:%Y-%m-%d}.")
     if done.requested:
@@ -183,7 +181,7 @@ def _show_renewed(of: str, folder: Path, certificate: Certificate) -> None:
     )
 
 
-def _folders(made: Overview) -> Section:
+def _folders(made: FederationFolder) -> Section:
     rows = [
         (f"{name}/", use, f"{certificate.not_after:%Y-%m-%d}")
         for name, use, certificate in (
@@ -209,12 +207,12 @@ def _steps(*steps: str) -> None:
         say(f" {number}. {step}")
 
 
-def _sites(made: Overview, now: datetime) -> Section:
+def _sites(made: FederationFolder, now: datetime) -> Section:
     rows = []
     for member in made.members:
-        datasets = "\n".join(f"{name} ({size:,})" for name, size in member.datasets.items())
+        datasets = "\n".join(f"{name} ({size:,})" for name, size in member.sizes.items())
         state = f"revoked {member.revoked[:10]}" if member.revoked else "takes part"
-        rows.append((member.site, state, _until(Certificate.of(member.certificate), now), datasets))
+        rows.append((member.site, state, _until(Certificate.of(member.issued), now), datasets))
     return Section(
         title=counted(len(made.members), "site"),
         headings=("site", "state", "certificate until", "data sets (declared size)"),
@@ -224,14 +222,14 @@ def _sites(made: Overview, now: datetime) -> Section:
     )
 
 
-def _certificates(made: Overview, now: datetime) -> Section:
+def _certificates(made: FederationFolder, now: datetime) -> Section:
     rows = tuple((name, _until(certificate, now)) for name, certificate in _own(made).items())
     return Section(
         title="The federation's own certificates", headings=("of", "until"), rows=rows, words=frozenset({0, 1})
     )
 
 
-def _own(made: Overview) -> dict[str, Certificate]:
+def _own(made: FederationFolder) -> dict[str, Certificate]:
     return {"authority": made.authority, "server": made.server_certificate, "lead": made.lead_certificate}
 
 
@@ -243,10 +241,10 @@ def _left(certificate: Certificate, now: datetime) -> str:
     return "expired" if now > certificate.not_after else f"{counted(certificate.days_left(now), 'day')} left"
 
 
-def _warnings(made: Overview, now: datetime) -> list[str]:
+def _warnings(made: FederationFolder, now: datetime) -> list[str]:
     """Whose certificate is about to expire, or has, and the command that renews it."""
     found = [
-        (f"site {one.site}", Certificate.of(one.certificate), f"renew-site {one.site}")
+        (f"site {one.site}", Certificate.of(one.issued), f"renew-site {one.site}")
         for one in made.members
         if not one.revoked
     ]
@@ -262,7 +260,7 @@ def _warnings(made: Overview, now: datetime) -> list[str]:
     return warnings
 
 
-def _to_json(made: Overview, now: datetime) -> dict[str, Any]:
+def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "federation": made.federation,
@@ -278,11 +276,11 @@ def _member_json(member: Member, now: datetime) -> dict[str, Any]:
     return {
         "site": member.site,
         "revoked": member.revoked,
-        "certificate": _certificate_json(Certificate.of(member.certificate), now),
+        "certificate": _certificate_json(Certificate.of(member.issued), now),
         "connection_key_sha256": fingerprint_of(member.node_key),
         "site_key": member.site_key,
         "site_key_sha256": key_fingerprint(member.site_key),
-        "datasets": [{"id": name, "declared_size": size} for name, size in member.datasets.items()],
+        "datasets": [{"id": name, "declared_size": size} for name, size in member.sizes.items()],
     }
 
 

@@ -20,7 +20,7 @@ from fedtune.cli.sections import Section, print_json, say, show
 from fedtune.config import RunConfig
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import Member
-from fedtune.deploy.services.lead_service import LeadService, latest_answers, members, running_process
+from fedtune.deploy.services.lead_and_server import LeadService, latest_answers, members, running_process
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState, site_charge
 from fedtune.federation.run_folder import RunFolder
@@ -147,10 +147,10 @@ def _about(chosen: Sequence[Member]) -> list[str]:
 
 def _sizes(chosen: Sequence[Member], dataset: str) -> list[int]:
     for member in chosen:
-        if dataset not in member.datasets:
-            bound = f"is no data set of {member.site}, which declared {', '.join(member.datasets)}"
+        if dataset not in member.sizes:
+            bound = f"is no data set of {member.site}, which declared {', '.join(member.sizes)}"
             raise ConfigError("data.dataset", dataset, bound)
-    return [member.datasets[dataset] for member in chosen]
+    return [member.sizes[dataset] for member in chosen]
 
 
 def _names(override: str) -> list[str]:

@@ -37,7 +37,7 @@ def start(
     from fedtune.deploy.logs import configure_logs
 
     own = Kit.read(kit, kind="server")
-    from fedtune.deploy.services.server_service import ServerService
+    from fedtune.deploy.services.lead_and_server import ServerService
 
     os.umask(0o077)  # what the process writes is for its own account alone
     configure_logs(log_level)

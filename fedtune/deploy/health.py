@@ -61,10 +61,9 @@ class Health:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._state: State = "starting"
-        self._since = datetime.now(UTC)
-        self._last_contact: datetime | None = None
-        self._rounds_answered = 0
+        self._told = Snapshot(
+            state="starting", since=_spelt(datetime.now(UTC)), last_contact=None, rounds_answered=0, version=__version__
+        )
 
     def update(
         self,
@@ -82,24 +81,21 @@ class Health:
         """
         check_one_of("state", state, (None, *get_args(State)))
         with self._lock:
-            if state is not None and state != self._state:
-                self._state, self._since = state, datetime.now(UTC)
+            if state is not None and state != self._told["state"]:
+                self._told["state"], self._told["since"] = state, _spelt(datetime.now(UTC))
             if last_contact is not None:
-                self._last_contact = last_contact.astimezone(UTC)
+                self._told["last_contact"] = _spelt(last_contact.astimezone(UTC))
             if rounds_answered is not None:
-                self._rounds_answered = rounds_answered
+                self._told["rounds_answered"] = rounds_answered
 
     def snapshot(self) -> Snapshot:
         """All values, of one moment."""
         with self._lock:
-            last = self._last_contact
-            return Snapshot(
-                state=self._state,
-                since=self._since.isoformat(timespec="seconds"),
-                last_contact=None if last is None else last.isoformat(timespec="seconds"),
-                rounds_answered=self._rounds_answered,
-                version=__version__,
-            )
+            return self._told.copy()
+
+
+def _spelt(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
 
 
 @contextmanager
@@ -122,7 +118,7 @@ def serve_health(address: str, health: Health, *, anywhere: bool = False) -> Ite
         raise ConfigError(_KEY, address, f"cannot be listened on ({error.strerror})") from None
     server = uvicorn.Server(
         uvicorn.Config(
-            _App(health),
+            _app(health),
             http=_Brief,
             ws="none",
             loop="asyncio",
@@ -147,14 +143,11 @@ def serve_health(address: str, health: Health, *, anywhere: bool = False) -> Ite
         listening.close()
 
 
-class _App:
+def _app(health: Health) -> Any:
     """The two addresses, as an ASGI application."""
 
-    def __init__(self, health: Health) -> None:
-        self._health = health
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        snapshot = self._health.snapshot()
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        snapshot = health.snapshot()
         body: Snapshot | dict[str, str] = {}
         if scope["path"] not in ("/health", "/ready"):
             status = 404
@@ -165,15 +158,16 @@ class _App:
             status = 503 if scope["path"] == "/ready" and snapshot["state"] not in READY else 200
         content = json.dumps(body).encode() + b"\n"
         headers = {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(content)),
-            "Cache-Control": "no-store",
-            "Connection": "close",
-            **({"Allow": "GET"} if status == 405 else {}),
+            b"content-type": b"application/json",
+            b"content-length": str(len(content)).encode(),
+            b"cache-control": b"no-store",
+            b"connection": b"close",
+            **({b"allow": b"GET"} if status == 405 else {}),
         }
-        encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": status, "headers": encoded})
+        await send({"type": "http.response.start", "status": status, "headers": list(headers.items())})
         await send({"type": "http.response.body", "body": content})
+
+    return answer
 
 
 class _Brief(H11Protocol):

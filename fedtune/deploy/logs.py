@@ -1,4 +1,4 @@
-"""Logs of processes that run for months: JSON lines on stderr or in a file, and no line holds anything of a record.
+"""Logs of processes that run for months: JSON lines on stderr, and no line holds anything of a record.
 
 An exception's own text may quote a record (`int("a cell")`, a label that is not declared), and so may a library's
 message.  Who speaks decides what is written:
@@ -29,11 +29,8 @@ import sysconfig
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from io import TextIOWrapper
-from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO, get_args
@@ -59,134 +56,65 @@ Level = Literal["debug", "info", "warning", "error"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 _log = logging.getLogger(__name__)
-_current: _Logs | None = None
 
 
-def configure_logs(level: Level, *, file: Path | None = None) -> None:
-    """Send everything that this process logs to stderr, or to `file`, as JSON lines; a second call replaces the first.
+def configure_logs(level: Level) -> None:
+    """Send everything that this process logs to stderr as JSON lines; a second call replaces the first.
 
     fedtune's own messages are kept from `level` on, other libraries' from warnings on; at "debug" also what the
     libraries that carry messages say from "info" on.  It takes over for good: the handlers of other libraries (also of
-    those that are imported later), warnings, and the uncaught exceptions of every thread.  `file` is made for its owner
-    alone to read, and is made anew after it was moved away (logrotate needs no signal).
+    those that are imported later), warnings, and the uncaught exceptions of every thread.
 
     Raises:
-        ConfigError: there is no such level, or the file cannot be written.
+        ConfigError: there is no such level.
     """
-    global _current
-    made = _Logs(level, file=file, stream=None)
-    if _current is not None:
-        _current.restore()
-    _current = made
-    made.take_over()
+    check_one_of("--log-level", level, LEVELS)
+    handler = _Lines(sys.stderr)
+    lowest = logging.getLevelNamesMapping()[level.upper()]
+    handler.addFilter(lambda record: _is_kept(record, lowest))
 
-
-@contextmanager
-def configured_logs(level: Level, *, file: Path | None = None, stream: TextIO | None = None) -> Iterator[None]:
-    """`configure_logs` for the block only; what was there before is back afterwards.
-
-    Args:
-        level: of fedtune's own messages.
-        file: as for `configure_logs`.
-        stream: where to instead of stderr, where `file` is None.
-    """
-    global _current
-    made, before = _Logs(level, file=file, stream=stream), _current
-    _current = None
-    made.take_over()
-    try:
-        yield
-    finally:
-        if _current is not None:  # one that was made inside the block
-            _current.restore()
-        _current = before
-        made.restore()
-
-
-class _Logs:
-    """One configuration of the process's logging, and what there was before it."""
-
-    def __init__(self, level: Level, *, file: Path | None, stream: TextIO | None) -> None:
-        check_one_of("--log-level", level, LEVELS)
-        self._level = logging.getLevelNamesMapping()[level.upper()]
-        self._handler = _handler(file, stream)
-        self._handler.setFormatter(JsonLines())
-        self._handler.addFilter(self._is_kept)
-        self._loggers: dict[logging.Logger, tuple[list[logging.Handler], bool, int]] = {}
-        self._factory: Callable[..., logging.LogRecord] = logging.LogRecord
-
-    def take_over(self) -> None:
-        self._before = logging.getLogRecordFactory()
-        around = getattr(self._before, "__self__", None)
-        # Inside another configuration, only the inner one takes over.
-        self._factory = around._factory if isinstance(around, _Logs) else self._before
-        self._hooks = (sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning)
-        for name, level in (("", min(self._level, logging.WARNING)), (OWN, self._level)):
-            logger = logging.getLogger(name)
-            self._adopt(logger)
-            logger.setLevel(level)
-        logging.setLogRecordFactory(self._make_record)
-        sys.excepthook, threading.excepthook = _uncaught, _uncaught_in_thread
-        sys.unraisablehook, warnings.showwarning = _unraisable, _warned
-
-    def restore(self) -> None:
-        logging.setLogRecordFactory(self._before)
-        sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning = self._hooks
-        for logger, (handlers, propagate, level) in self._loggers.items():
-            logger.handlers, logger.propagate = handlers, propagate
-            logger.setLevel(level)
-        self._handler.close()
-
-    def _is_kept(self, record: logging.LogRecord) -> bool:
-        owner = owner_of(record)
-        if owner == OWN:
-            return record.levelno >= self._level
-        carried = self._level <= logging.DEBUG and owner in CARRIERS
-        return record.levelno >= max(self._level, logging.INFO if carried else logging.WARNING)
-
-    def _make_record(self, name: str, *rest: Any, **more: Any) -> logging.LogRecord:
+    def made(name: str, *rest: Any, **more: Any) -> logging.LogRecord:
         """A record, after every handler was taken from its way that would write it in full.
 
         It is done here because libraries add theirs when they are first imported, long after logs were configured.
         """
         logger: logging.Logger | None = logging.getLogger(name)
         while logger is not None:
-            self._adopt(logger)
+            _adopt(logger, handler)
             logger = logger.parent
-        return self._factory(name, *rest, **more)
+        return logging.LogRecord(name, *rest, **more)
 
-    def _adopt(self, logger: logging.Logger) -> None:
-        wanted = [self._handler] if logger.parent is None else []
-        self._loggers.setdefault(logger, (logger.handlers, logger.propagate, logger.level))
-        if logger.handlers != wanted:
-            logger.handlers = wanted
-        logger.propagate = True
-
-
-class _QuietStream(logging.StreamHandler[TextIO]):
-    """A handler that drops what it cannot write; the library's own way shows the message and its arguments."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
+    for name, least in (("", min(lowest, logging.WARNING)), (OWN, lowest)):
+        _adopt(logging.getLogger(name), handler)
+        logging.getLogger(name).setLevel(least)
+    logging.setLogRecordFactory(made)
+    sys.excepthook, threading.excepthook = _uncaught, _uncaught_in_thread
+    sys.unraisablehook, warnings.showwarning = _unraisable, _warned
 
 
-class _QuietFile(WatchedFileHandler):
-    """The same, for a file that its owner alone may read."""
+class _Lines(logging.StreamHandler[TextIO]):
+    """One JSON object a line: time, level, logger, event, then extra fields and `error` where there is one."""
 
-    def _open(self) -> TextIOWrapper:
-        return open(self.baseFilename, "a", encoding="ascii", opener=lambda path, flags: os.open(path, flags, 0o600))
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(_fields(record))  # ASCII, and so one line, whatever it holds
 
     def handleError(self, record: logging.LogRecord) -> None:
-        pass
+        """Drop what cannot be written; the library's own way shows the message and its arguments."""
 
 
-def _handler(file: Path | None, stream: TextIO | None) -> logging.Handler:
-    if file is None:
-        return _QuietStream(sys.stderr if stream is None else stream)
-    try:
-        return _QuietFile(file)
-    except OSError as error:
-        raise ConfigError("log file", str(file), f"must be a file that can be written ({error.strerror})") from None
+def _adopt(logger: logging.Logger, handler: logging.Handler) -> None:
+    wanted = [handler] if logger.parent is None else []
+    if logger.handlers != wanted:
+        logger.handlers = wanted
+    logger.propagate = True
+
+
+def _is_kept(record: logging.LogRecord, lowest: int) -> bool:
+    owner = _owner_of(record)
+    if owner == OWN:
+        return record.levelno >= lowest
+    carried = lowest <= logging.DEBUG and owner in CARRIERS
+    return record.levelno >= max(lowest, logging.INFO if carried else logging.WARNING)
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -216,28 +144,16 @@ def _warned(
     line: str | None = None,
 ) -> None:
     """In place of `warnings.showwarning`, whose parameters these are."""
-    where = f"{short(filename)}:{lineno}"
+    where = f"{_short(filename)}:{lineno}"
     _log.warning("%s: %s", category.__name__, WITHHELD, extra={"where": where})
 
 
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, logger, event, then extra fields and `error` where there is one."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(_fields(record))  # ASCII, and so one line, whatever it holds
-
-
-def owner_of(record: logging.LogRecord) -> str:
+def _owner_of(record: logging.LogRecord) -> str:
     """The package that speaks: the first part of the logger's name."""
     return record.name.partition(".")[0]
 
 
-def described(error: BaseException) -> dict[str, Any]:
-    """What may be written of an exception: type, frames, cause; its text only where that is made of settings."""
-    return _described(error, set())
-
-
-def short(file: str) -> str:
+def _short(file: str) -> str:
     """A source file from its package on; only its name where it is of no package, since folders are the site's own."""
     if file.startswith(_PACKAGE):
         return f"{OWN}/{file.removeprefix(_PACKAGE)}"
@@ -246,7 +162,7 @@ def short(file: str) -> str:
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    owner = owner_of(record)
+    owner = _owner_of(record)
     may_speak = owner == OWN or owner in CARRIERS
     fields: dict[str, Any] = {
         "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
@@ -255,11 +171,11 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
         "event": _message(record) if may_speak else WITHHELD,
     }
     if not may_speak:
-        fields["where"] = f"{short(record.pathname)}:{record.lineno} {record.funcName}"
+        fields["where"] = f"{_short(record.pathname)}:{record.lineno} {record.funcName}"
     if owner == OWN:
         fields |= {key: _json(value) for key, value in vars(record).items() if key not in _STANDARD | fields.keys()}
     if record.exc_info and record.exc_info[1] is not None:
-        fields["error"] = described(record.exc_info[1])
+        fields["error"] = _described(record.exc_info[1], set())
     return fields
 
 
@@ -294,6 +210,7 @@ def _bounded(text: str) -> str:
 
 
 def _described(error: BaseException, seen: set[int]) -> dict[str, Any]:
+    """What may be written of an exception: type, frames, cause; its text only where that is made of settings."""
     seen.add(id(error))
     fields: dict[str, Any] = {"type": _type_name(error), **_codes(error)}
     if _is_of_settings(error):
@@ -330,4 +247,4 @@ def _type_name(value: object) -> str:
 def _frames(trace: TracebackType | None) -> list[str]:
     """The innermost frames, outermost first."""
     walked = [(frame.f_code, line) for frame, line in traceback.walk_tb(trace)]
-    return [f"{short(code.co_filename)}:{line} {code.co_qualname}" for code, line in walked[-_MOST_FRAMES:]]
+    return [f"{_short(code.co_filename)}:{line} {code.co_qualname}" for code, line in walked[-_MOST_FRAMES:]]

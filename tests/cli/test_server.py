@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from fedtune.deploy.kits import provisioning
-from fedtune.deploy.logs import configured_logs
+
+from ..conftest import own_logging
 
 
 @pytest.fixture(autouse=True)
 def own_logs() -> Iterator[None]:
     """A service that begins takes the process's logs over; afterwards they are as before."""
-    with configured_logs("info"):
+    with own_logging():
         yield
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy.logs import configured_logs
 from fedtune.deploy.services.site_state import serving
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.filter import epsilon_filter
@@ -22,6 +21,7 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 
+from ..conftest import own_logging
 from .conftest import Here
 
 Propose = Callable[..., Proposal]
@@ -38,7 +38,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def own_process() -> Iterator[None]:
     """A command takes its process's logs and umask over; afterwards they are as before."""
     before = os.umask(0o022)
-    with configured_logs("info"):
+    with own_logging():
         yield
     os.umask(before)
 

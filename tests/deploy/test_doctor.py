@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.deploy.doctor import file_checks, ledger_checks
+from fedtune.deploy.doctor import site_checks
 from fedtune.deploy.doctor.check import Check, PrivateLog, Status, exit_code_of
 from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.deploy.kits import provisioning
@@ -360,7 +360,7 @@ def test_a_certificate_of_the_future_is_the_clock_s_fault(home: Home, now: datet
 
 
 def doctor_certificate(home: Home, now: datetime) -> Check:
-    return file_checks.certificate(Kit.read(home.kit, kind="site"), now)
+    return site_checks.certificate(Kit.read(home.kit, kind="site"), now)
 
 
 def renewed(home: Home, tmp_path: Path, *, days: int, now: datetime) -> None:
@@ -563,9 +563,9 @@ def test_whether_the_site_is_served(home: Home) -> None:
     files, state = SiteFiles.of(home.site_toml), home.kit / "state"
     state.mkdir()
     (state / "paused").touch()
-    assert "is paused" in ledger_checks.serving(files, state=state).found
+    assert "is paused" in site_checks.serving(files, state=state).found
     (state / "left").touch()
-    assert "has left" in ledger_checks.serving(files, state=state).found
+    assert "has left" in site_checks.serving(files, state=state).found
 
 
 # Base models.
@@ -736,7 +736,7 @@ def test_a_check_that_goes_wrong_shows_no_text(home: Home, monkeypatch: pytest.M
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("fedtune.deploy.doctor.file_checks._sized", broken)
+    monkeypatch.setattr("fedtune.deploy.doctor.site_checks._sized", broken)
     checks = home.examined()
     assert failures(checks).keys() == {"data"}
     assert CANARY not in str(checks)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy.doctor import file_checks, ledger_checks
+from fedtune.deploy.doctor import machine_checks, site_checks
 from fedtune.deploy.doctor.check import Check, Status
-from fedtune.deploy.doctor.file_checks import owners
+from fedtune.deploy.doctor.machine_checks import owners
 from fedtune.deploy.files import name_of
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
@@ -114,13 +114,13 @@ def test_what_root_made_is_named_once(site: Path, monkeypatch: pytest.MonkeyPatc
         os.chown(path, STRANGER, STRANGER)
     for name in ("ledger.db", "other disk/anchor.json"):
         os.chown(site / name, 0, 0)
-    monkeypatch.setattr(file_checks.os, "geteuid", lambda: STRANGER)
-    monkeypatch.setattr(ledger_checks.os, "access", lambda path, mode: Path(path).stat().st_uid == STRANGER)
+    monkeypatch.setattr(machine_checks.os, "geteuid", lambda: STRANGER)
+    monkeypatch.setattr(site_checks.os, "access", lambda path, mode: Path(path).stat().st_uid == STRANGER)
     assert [(check.name, check.status) for check in looked_at(site)] == [
         ("files: ledger", Status.FAILED),
         ("files: anchor", Status.FAILED),
     ]
-    check, history = ledger_checks.ledger(SiteFiles.of(site / "site.toml"))
+    check, history = site_checks.ledger(SiteFiles.of(site / "site.toml"))
     assert history is None
     assert "this account may not read or write" in check.found
     assert "restore" not in check.fix

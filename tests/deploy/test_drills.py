@@ -77,7 +77,7 @@ def test_rotating_a_connection_key(federation: Path, north: Path, command: Any) 
     assert Kit.read(kit, kind="site").check_certificate(datetime.now(UTC)).name == "north"
     (member,) = read_roster(federation / "server/roster.json")
     assert member.revoked is None
-    assert member.certificate.public_key() == read_certificate(kit / "site.pem").public_key()
+    assert member.issued.public_key() == read_certificate(kit / "site.pem").public_key()
     with FederationFolder.held(federation) as held:
         assert len(held.retired()) == 1
 

@@ -27,7 +27,7 @@ from fedtune.spec import ConfigError
 def test_a_request_says_what_the_policy_says(request_of: Callable[..., Path]) -> None:
     path = request_of("north", declared_size=8000)
     request, folder = JoinRequest.read(path), path.parent
-    assert (request.site, request.datasets) == ("north", {"patients": 8000})
+    assert (request.site, [(one.id, one.declared_size) for one in request.datasets]) == ("north", [("patients", 8000)])
     assert request.site_key == SigningKey.load(folder.parent / "site_key.pem").public
     assert request.node_key == public_pem(read_connection_key(folder / "connection_key.pem"))
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from flwr.supercore.primitives.asymmetric import (
     bytes_to_private_key,
     bytes_to_public_key,
@@ -21,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.certificates import certificate_pem, p384_of, read_certificate
 from fedtune.deploy.kits.kit import Address, Kit, KitFile, KitModel, read_spec
 from fedtune.deploy.kits.members import read_roster
 from fedtune.privacy.keys import SigningKey
@@ -40,7 +43,7 @@ def test_a_kit_says_where_its_files_are(kits: dict[str, Path], kind: str, now: d
     kit = Kit.read(kits[kind], kind=kind)
     assert (kit.kind, kit.federation, kit.server) == (kind, "cardiology-2026", "127.0.0.1:9092")
     assert (kit.host, kit.port) == ("127.0.0.1", 9092)
-    assert kit.models == (KitModel(name="minilm", sha256="53" * 32, licence="Apache-2.0"),)
+    assert kit.model == (KitModel(name="minilm", sha256="53" * 32, licence="Apache-2.0"),)
     assert kit.site == ("north" if kind == "site" else None)
     assert kit.lead == SigningKey.load(kits["lead"] / "lead_key.pem").public
     assert kit.certificate.name == f"{kind}.pem"
@@ -201,7 +204,7 @@ def test_the_roster_knows_the_sites(federation: Path, joined: Callable[[str], Pa
     members = read_roster(federation / "server" / "roster.json")
     assert members == read_roster(federation / "lead" / "roster.json")
     for member, folder, site in zip(members, folders, ("north", "south"), strict=True):
-        assert (member.site, member.revoked, member.datasets) == (site, None, {"patients": 100})
+        assert (member.site, member.revoked, member.sizes) == (site, None, {"patients": 100})
         assert member.site_key == SigningKey.load(folder.parent / "site_key.pem").public
 
 
@@ -252,6 +255,31 @@ def test_a_wrong_roster_is_refused(
     with pytest.raises(ConfigError, match=message) as caught:
         read_roster(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        # The point of the public key in a form that there is none of, and a kind of key that there is none of.
+        (b"\x03\x62\x00\x04", b"\x03\x62\x00\x08"),
+        (bytes.fromhex("06072a8648ce3d0201"), bytes.fromhex("06071a8648ce3d0201")),
+    ],
+    ids=["point", "kind"],
+)
+def test_a_certificate_whose_key_cannot_be_read_is_refused(
+    federation: Path, joined: Callable[[str], Path], right: bytes, wrong: bytes
+) -> None:
+    der = read_certificate(joined("north") / "site.pem").public_bytes(serialization.Encoding.DER)
+    assert der.count(right) == 1
+    damaged = x509.load_der_x509_certificate(der.replace(right, wrong))
+    with pytest.raises(ConfigError, match="must be for an EC P-384 key"):
+        p384_of(damaged, key="certificate")
+    path = federation / "server" / "roster.json"
+    fields = json.loads(path.read_text())
+    fields["sites"][0]["certificate"] = certificate_pem(damaged).decode()
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match="must be one in PEM form"):
+        read_roster(path)
 
 
 def test_a_roster_that_is_missing_or_cut_short_is_refused(federation: Path) -> None:

@@ -7,14 +7,13 @@ import gc
 import io
 import json
 import logging
-import os
 import ssl
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,12 @@ import pytest
 from fedtune.data.records import read_records
 from fedtune.data.spec import DataSpec
 from fedtune.deploy import logs
-from fedtune.deploy.logs import LEVELS, Level, configure_logs, configured_logs
+from fedtune.deploy.logs import LEVELS, Level, configure_logs
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError, DataError, RunError
 from fedtune.tasks import task_named
+
+from ..conftest import own_logging
 
 PACKAGE = Path(__file__).parents[2] / "fedtune"
 CANARY = "CANARY-7319"
@@ -42,7 +43,8 @@ class Lines(list[dict[str, Any]]):
 @contextmanager
 def logged(level: Level = "info") -> Iterator[Lines]:
     stream, lines = io.StringIO(), Lines()
-    with configured_logs(level, stream=stream):
+    with own_logging(), redirect_stderr(stream):
+        configure_logs(level)
         yield lines
     lines.text = stream.getvalue()
     lines.extend(map(json.loads, lines.text.splitlines()))
@@ -267,7 +269,8 @@ def test_a_full_disk_shows_nothing_elsewhere(capsys: pytest.CaptureFixture[str])
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")
 
-    with configured_logs("info", stream=Full()):
+    with own_logging(), redirect_stderr(Full()):
+        configure_logs("info")
         own.warning("row %s", CANARY)
     assert capsys.readouterr() == ("", "")
 
@@ -284,20 +287,6 @@ def test_a_library_s_own_handler_is_passed_by_even_one_made_later(capsys: pytest
     assert elsewhere.getvalue() == ""
     assert len(lines) == 2
     assert CANARY not in lines.text + "".join(capsys.readouterr())
-
-
-def test_what_was_there_before_is_back_after_the_block() -> None:
-    logger = logging.getLogger("peft.test_logs")
-    mine = logging.NullHandler()
-    logger.addHandler(mine)
-    logger.propagate = False
-    root = logging.getLogger()
-    before = (root.handlers[:], root.level, logging.getLogRecordFactory(), sys.excepthook, warnings.showwarning)
-    with logged():
-        logger.warning("x")
-        assert logger.propagate
-    assert (logger.handlers, logger.propagate) == ([mine], False)
-    assert before == (root.handlers, root.level, logging.getLogRecordFactory(), sys.excepthook, warnings.showwarning)
 
 
 def test_a_warning_names_its_kind_and_place() -> None:
@@ -370,10 +359,9 @@ def test_a_deep_recursion_and_a_ring_of_causes_stay_short() -> None:
 
 
 PROCESS = f"""
-import logging, sys, threading, warnings
-from pathlib import Path
+import logging, threading, warnings
 from fedtune.deploy.logs import configure_logs
-configure_logs("warning", file=Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+configure_logs("warning")
 import transformers
 transformers.utils.logging.get_logger("transformers.x").warning("row {CANARY}")
 warnings.warn("row {CANARY}")
@@ -386,49 +374,29 @@ last()
 """
 
 
-@pytest.mark.parametrize("to_file", [False, True])
-def test_a_whole_process_writes_nothing_but_json(to_file: bool, tmp_path: Path) -> None:
-    file = tmp_path / "site.log"
-    arguments = [sys.executable, "-c", PROCESS, *([str(file)] if to_file else [])]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+def test_a_whole_process_writes_nothing_but_json() -> None:
+    done = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    text = file.read_text() if to_file else done.stderr
-    assert CANARY not in done.stdout + done.stderr + text
-    if to_file:
-        assert done.stderr == ""
-        assert file.stat().st_mode & 0o777 == 0o600
-    lines = [json.loads(line) for line in text.splitlines()]
+    assert CANARY not in done.stdout + done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert [line["logger"].partition(".")[0] for line in lines] == ["transformers", "fedtune", "fedtune", "fedtune"]
     assert lines[-1]["error"]["type"] == "KeyError"
     assert lines[-1]["error"]["frames"][-1].endswith(" last")
 
 
-def test_a_log_that_was_moved_away_is_made_anew(tmp_path: Path) -> None:
-    file = tmp_path / "site.log"
-    with configured_logs("info", file=file):
-        own.info("first")
-        os.rename(file, tmp_path / "site.log.1")
-        own.info("second")
-    assert json.loads(file.read_text())["event"] == "second"
-    assert file.stat().st_mode & 0o777 == 0o600
+def test_the_second_configuration_replaces_the_first() -> None:
+    with logged() as first:
+        with redirect_stderr(io.StringIO()) as second:
+            configure_logs("info")
+        own.info("to the second")
+    assert first == []
+    assert json.loads(second.getvalue())["event"] == "to the second"
 
 
-def test_the_second_configuration_replaces_the_first(tmp_path: Path) -> None:
-    hook = sys.excepthook
-    with configured_logs("error"):  # puts back what there was
-        configure_logs("info", file=tmp_path / "a.log")
-        own.info("to a")
-        configure_logs("info", file=tmp_path / "b.log")
-        own.info("to b")
-    assert [json.loads((tmp_path / name).read_text())["event"] for name in ("a.log", "b.log")] == ["to a", "to b"]
-    assert sys.excepthook is hook
-
-
-@pytest.mark.parametrize(("level", "file"), [("loud", "site.log"), ("info", "missing/site.log")])
-def test_a_wrong_level_or_file_is_said(level: Any, file: str, tmp_path: Path) -> None:
+def test_a_wrong_level_is_said_and_nothing_is_taken_over() -> None:
     hook = sys.excepthook
     with pytest.raises(ConfigError, match=r"must be"):
-        configure_logs(level, file=tmp_path / file)
+        configure_logs("loud")  # type: ignore[arg-type]
     assert sys.excepthook is hook
 
 

@@ -94,7 +94,7 @@ def test_the_archive_is_the_same_for_the_same_files(
 ) -> None:
     done = add(request_of("north"))
     files = files_in(federation / "sites" / "north")
-    moment = done.member.certificate.not_valid_before_utc
+    moment = done.member.issued.not_valid_before_utc
     again = zip_of(dict(reversed(list(files.items()))), moment=moment)
     assert again == done.archive.read_bytes()
     with zipfile.ZipFile(done.archive) as archive:
@@ -110,7 +110,7 @@ def test_no_roster_holds_a_private_key(federation: Path, joined: Callable[[str],
 
 def test_days_may_be_fewer(request_of: Callable[..., Path], federation: Path, now: datetime) -> None:
     done = provisioning.add_site(federation, request=request_of("north"), days=7, now=now)
-    assert Certificate.of(done.member.certificate).not_after == now + timedelta(days=7)
+    assert Certificate.of(done.member.issued).not_after == now + timedelta(days=7)
 
 
 def test_a_certificate_does_not_outlive_the_authority(
@@ -118,7 +118,7 @@ def test_a_certificate_does_not_outlive_the_authority(
 ) -> None:
     add(request_of("north"))
     done = renew("north", later=3500)
-    assert Certificate.of(done.member.certificate).not_after == now + timedelta(days=3650)
+    assert Certificate.of(done.member.issued).not_after == now + timedelta(days=3650)
 
 
 def test_renewing_with_the_same_key_changes_nothing_at_the_others(
@@ -160,7 +160,7 @@ def test_a_new_request_changes_connection_key_and_declared_sizes(
     request = request_of("north", kit="new", declared_size=250)
     done = renew("north", request)
     assert member("north").node_key == JoinRequest.read(request).node_key != old.node_key
-    assert member("north").datasets == {"patients": 250}
+    assert member("north").sizes == {"patients": 250}
     assert member("north").site_key == old.site_key
     assert done.changes == (
         "It has a new connection key; the old one can never be used again.",

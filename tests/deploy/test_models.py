@@ -34,7 +34,8 @@ def kit(tmp_path: Path) -> Callable[..., Kit]:
 
     def make(*hashes: str) -> Kit:
         named = tuple(KitModel(name=f"m{n}", sha256=found, licence="MIT") for n, found in enumerate(hashes, 1))
-        return Kit(folder=folder, kind="site", federation="f", server="h:1", lead="", site="north", models=named)
+        about = {"version": 1, "kind": "site", "federation": "f", "server": "h:1", "lead": "ab" * 32, "site": "north"}
+        return Kit(folder=folder, model=named, **about)
 
     return make
 

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from cryptography import x509
@@ -14,7 +15,7 @@ from cryptography.hazmat.primitives import serialization
 
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import names_of, read_certificate
-from fedtune.deploy.kits.federation_folder import FederationFile
+from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.deploy.kits.kit import Kit, read_spec
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
@@ -171,25 +172,25 @@ def test_a_broken_program_leaves_nothing_either(
 
 
 @pytest.mark.parametrize("kind", ["server", "lead"])
-def test_renewing_keeps_keys_and_everything_else(federation: Path, kind: str, now: datetime) -> None:
-    renew = {"server": provisioning.renew_server, "lead": provisioning.renew_lead}[kind]
+def test_renewing_keeps_keys_and_everything_else(
+    federation: Path, kind: Literal["server", "lead"], now: datetime
+) -> None:
     before = files_in(federation)
     key = read_certificate(federation / kind / f"{kind}.pem").public_key()
     later = now + timedelta(days=300)
-    renew(federation, days=None, now=later)
+    provisioning.renew(federation, kind, days=None, now=later)
     changed = {name for name, data in files_in(federation).items() if data != before[name]}
     assert changed == {f"{kind}/{kind}.pem", f"{kind}/README.md"}  # the README names the new date
     assert read_certificate(federation / kind / f"{kind}.pem").public_key() == key
     found = Kit.read(federation / kind, kind=kind).check_certificate(later)
     assert found.not_after == later + timedelta(days=365)
-    renew(federation, days=7, now=later)
-    assert Kit.read(federation / kind, kind=kind).check_certificate(later).not_after == later + timedelta(days=7)
+    assert provisioning.renew(federation, kind, days=7, now=later).not_after == later + timedelta(days=7)
 
 
 def test_renewing_the_server_works_without_its_key_at_hand(federation: Path, now: datetime) -> None:
     (federation / "server" / "server_key.pem").unlink()  # it was moved to the server
     key = read_certificate(federation / "server" / "server.pem").public_key()
-    provisioning.renew_server(federation, days=None, now=now)
+    provisioning.renew(federation, "server", days=None, now=now)
     assert read_certificate(federation / "server" / "server.pem").public_key() == key
 
 
@@ -202,7 +203,7 @@ def test_the_server_takes_new_names_from_the_edited_file(
     with pytest.raises(ConfigError, match=r"server = 'new.example.org:443': is not in .*renew-server first"):
         provisioning.add_site(federation, request=site, days=None, now=now)
     assert files_in(federation) == before
-    provisioning.renew_server(federation, days=None, now=now)
+    provisioning.renew(federation, "server", days=None, now=now)
     provisioning.add_site(federation, request=site, days=None, now=now)
     assert 'server = "new.example.org:443"' in (federation / "sites" / "north" / "kit.toml").read_text()
     assert Kit.read(federation / "server", kind="server").check_certificate(now)
@@ -212,7 +213,7 @@ def test_a_federation_keeps_its_name(federation: Path, now: datetime) -> None:
     settings = federation / "federation.toml"
     settings.write_text(settings.read_text().replace("cardiology-2026", "oncology"))
     with pytest.raises(ConfigError, match=r"federation\.toml: name = 'oncology': must stay 'cardiology-2026'"):
-        provisioning.renew_lead(federation, days=None, now=now)
+        provisioning.renew(federation, "lead", days=None, now=now)
 
 
 def test_the_authority_may_be_kept_elsewhere(
@@ -220,7 +221,7 @@ def test_the_authority_may_be_kept_elsewhere(
 ) -> None:
     joined("north")
     (federation / "authority").rename(federation.parent / "offline")
-    assert len(provisioning.overview(federation).members) == 1
+    assert len(FederationFolder.open(federation).members) == 1
     before = files_in(federation)
     with pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"):
         provisioning.add_site(federation, request=request_of("south"), days=None, now=now)
@@ -236,20 +237,20 @@ def test_another_federation_s_authority_is_refused(federation: Path, federation_
     for name in ("ca_key.pem", "ca.pem"):
         (other / "authority" / name).replace(federation / "authority" / name)
     with pytest.raises(ConfigError, match="must be the authority of this federation"):
-        provisioning.renew_lead(federation, days=None, now=now)
+        provisioning.renew(federation, "lead", days=None, now=now)
 
 
 def test_a_folder_that_is_no_federation_is_named(tmp_path: Path, now: datetime) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ConfigError, match=f"--federation = '{folder}': must be the folder"):
-            provisioning.renew_server(folder, days=None, now=now)
+            provisioning.renew(folder, "server", days=None, now=now)
 
 
 def test_days_have_bounds(federation: Path, now: datetime) -> None:
     before = files_in(federation)
     for days in (0, -1, 10**9):
         with pytest.raises(ConfigError, match=f"--days = {days}: must be a number of days from 1 to 36500"):
-            provisioning.renew_server(federation, days=days, now=now)
+            provisioning.renew(federation, "server", days=days, now=now)
     assert files_in(federation) == before
 
 

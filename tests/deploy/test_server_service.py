@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-import fedtune.deploy.services.server_service as server_service
 from fedtune.deploy.health import Health
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.kit import Kit
-from fedtune.deploy.services.server_service import ServerService
+from fedtune.deploy.services.lead_and_server import ServerService
 from fedtune.flower.wire.superlink import ServerSettings
 from fedtune.spec import ConfigError
 
@@ -36,7 +35,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
         seen.append(settings)
         ready()
 
-    monkeypatch.setattr(server_service, "serve", serve)
+    monkeypatch.setattr("fedtune.flower.wire.superlink.serve", serve)
     return seen
 
 

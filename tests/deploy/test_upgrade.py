@@ -66,7 +66,7 @@ def test_its_federation_takes_sites_and_renews_them(left: Path) -> None:
     (south / "site.toml").write_text(text)
     provisioning.add_site(folder, request=site_init(south / "site.toml", out=None) / REQUEST, days=None, now=now)
     with FederationFolder.held(folder) as held:
-        assert [member.site for member in held.members()] == ["north", "south"]
+        assert [member.site for member in held.members] == ["north", "south"]
 
 
 def test_its_ledger_is_whole_and_goes_on(left: Path, files: SiteFiles) -> None:

@@ -19,7 +19,7 @@ from fedtune.data.records import read_records, usable_records
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.deploy.kits.kit import KitFile, read_spec
 from fedtune.deploy.kits.members import read_roster, write_roster
-from fedtune.deploy.services.lead_service import latest_answers
+from fedtune.deploy.services.lead_and_server import latest_answers
 from fedtune.deploy.services.site_state import SiteState
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import ReceiptBook
@@ -157,15 +157,19 @@ def _roster_seed() -> Any:
 def _member() -> Any:
     from datetime import UTC, datetime
 
-    from fedtune.deploy.kits.certificates import Authority, make_key
-    from fedtune.deploy.kits.members import Member
+    from fedtune.deploy.kits.certificates import Authority, certificate_pem, make_key
+    from fedtune.deploy.kits.members import DataSet, Member
 
     authority = Authority.make("clinics", days=30, now=datetime.now(UTC))
     certificate = authority.issue_client(
         make_key().public_key(), kind="site", name="north", days=10, now=datetime.now(UTC)
     )
     return Member(
-        site="north", site_key=seeds.key(2).public, datasets={"letters": 40}, certificate=certificate, revoked=None
+        site="north",
+        site_key=seeds.key(2).public,
+        datasets=(DataSet(id="letters", declared_size=40),),
+        certificate=certificate_pem(certificate).decode(),
+        revoked=None,
     )
 
 

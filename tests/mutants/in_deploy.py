@@ -9,7 +9,7 @@ DEPLOY_FAULTS = (
         name="join-request-unsigned",
         fault="A join request passes without its site's signature: whoever carries it puts a key of their own in it.",
         file="fedtune/deploy/kits/members.py",
-        old="        if not is_signed(file.site_key, PURPOSE, file.signed_bytes(), file.signature):",
+        old="        if not is_signed(self.site_key, PURPOSE, _signed_bytes(signed), self.signature):",
         new="        if False:",
         tests=("tests/deploy/test_join.py::test_a_request_that_was_changed_is_refused",),
     ),
@@ -40,7 +40,7 @@ DEPLOY_FAULTS = (
     Mutant(
         name="revoked-and-still-served",
         fault="The server's roster of connection keys does not say who was revoked.",
-        file="fedtune/deploy/services/server_service.py",
+        file="fedtune/deploy/services/lead_and_server.py",
         old="revoked=member.revoked is not None)",
         new="revoked=False)",
         tests=("tests/deploy/test_server_service.py::test_the_roster_is_read_anew_each_time",),
@@ -48,7 +48,7 @@ DEPLOY_FAULTS = (
     Mutant(
         name="revoked-and-still-asked",
         fault="A lead asks sites that were revoked.",
-        file="fedtune/deploy/services/lead_service.py",
+        file="fedtune/deploy/services/lead_and_server.py",
         old="    current = [name for name, member in known.items() if member.revoked is None]",
         new="    current = list(known)",
         tests=("tests/deploy/test_lead_service.py::test_a_revoked_site_takes_no_part",),
@@ -80,7 +80,7 @@ DEPLOY_FAULTS = (
     Mutant(
         name="doctor-quotes-a-record",
         fault="The doctor prints what is wrong with a data file in the words of the error, which quote a record.",
-        file="fedtune/deploy/doctor/file_checks.py",
+        file="fedtune/deploy/doctor/site_checks.py",
         old='    where = log.keep(f"{name}: {error}")',
         new='    where = f" ({error})"',
         tests=(f"{DOCTOR}::test_a_column_that_is_missing",),
@@ -88,7 +88,7 @@ DEPLOY_FAULTS = (
     Mutant(
         name="doctor-counts-records",
         fault="The doctor prints how many records there are, and its lines are pasted into tickets.",
-        file="fedtune/deploy/doctor/file_checks.py",
+        file="fedtune/deploy/doctor/site_checks.py",
         old='    found = f"every record can be read; enough {units} for the declared size"',
         new='    found = f"every record can be read; enough {units} for the declared size ({share:.2f} of it)"',
         tests=(f"{DOCTOR}::test_by_user_the_declared_size_is_a_number_of_users",),
@@ -96,7 +96,7 @@ DEPLOY_FAULTS = (
     Mutant(
         name="doctor-shows-unforeseen-errors",
         fault="The doctor prints the text of an error that nobody foresaw, which may hold anything.",
-        file="fedtune/deploy/doctor/file_checks.py",
+        file="fedtune/deploy/doctor/site_checks.py",
         old='could not be looked at ({type(error).__name__}){where}"',
         new='could not be looked at ({error}){where}"',
         tests=(f"{DOCTOR}::test_a_check_that_goes_wrong_shows_no_text",),
@@ -120,7 +120,7 @@ DEPLOY_FAULTS = (
     Mutant(
         name="refused-run-is-a-mistake",
         fault="The doctor ends with the exit code of a wrong setting where the policy refuses a run.",
-        file="fedtune/deploy/doctor/ledger_checks.py",
+        file="fedtune/deploy/doctor/site_checks.py",
         old="return failed(name, found, fix=fix, exit_code=REFUSED)",
         new="return failed(name, found, fix=fix)",
         tests=(f"{DOCTOR}::test_a_run_that_breaks_a_rule",),

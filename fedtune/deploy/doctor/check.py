@@ -14,9 +14,6 @@ SETTINGS, REFUSED, SERVER = 2, 3, 1
 """Exit codes, most important first: something at the site is wrong; a run would be refused; the server is out of
 reach."""
 
-SOON_DAYS = 30
-"""A certificate that ends in fewer days is to be renewed now."""
-
 
 class Status(StrEnum):
     """What a check came to."""

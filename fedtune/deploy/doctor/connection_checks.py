@@ -12,13 +12,14 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from cryptography import x509
 
-from fedtune.deploy.doctor.check import SERVER, SOON_DAYS, Check, Status, failed, ok, skipped, warning
-from fedtune.deploy.kits.certificates import UNREADABLE, Certificate
+from fedtune.deploy.doctor.check import SERVER, Check, Status, failed, ok, skipped, warning
+from fedtune.deploy.kits.certificates import SOON_DAYS, UNREADABLE, Certificate
 from fedtune.deploy.kits.kit import Kit
 from fedtune.spec import RunError
 
@@ -27,6 +28,8 @@ _MOST_ANSWER_BYTES = 1 << 16
 _ALERT_S = 0.2
 """How long to wait for the server to refuse our certificate before anything is sent: under TLS 1.3 it does so after the
 handshake, and what is sent meanwhile can make its reason get lost."""
+_PROXY_FIX = "Set HTTPS_PROXY to your network's proxy, or unset it where none is needed."
+_failed = partial(failed, exit_code=SERVER)
 # OpenSSL's numbers for what is wrong with a certificate.
 _EXPIRED, _NOT_YET_VALID, _OTHER_HOST = (10,), (9,), (62, 64)
 _OTHER_AUTHORITY = (2, 7, 18, 19, 20, 21, 24, 26)
@@ -170,9 +173,8 @@ class Connection:
         except (OSError, UnicodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is no name"
             fix = f"Have {host} put into your network's DNS, or ask the lead whether the address is right."
-            if self._proxy:
-                fix = "Set HTTPS_PROXY to the name of your network's proxy, or unset it where none is needed."
-            return failed(DNS, f"{host} does not resolve ({why})", fix=fix, exit_code=SERVER)
+            fix = _PROXY_FIX if self._proxy else fix
+            return _failed(DNS, f"{host} does not resolve ({why})", fix=fix)
         if self._proxy:
             return ok(DNS, f"the proxy's name {host} resolves; {self._host} is for the proxy to resolve")
         address = str(found[0][4][0])
@@ -184,18 +186,16 @@ class Connection:
         try:
             self._open().close()
         except ProxyRefused as refused:
-            return failed(TCP, f"the proxy {self._proxy} {refused}", fix=refused.fix, exit_code=SERVER)
+            return _failed(TCP, f"the proxy {self._proxy} {refused}", fix=refused.fix)
         except ConnectionRefusedError:
-            fix = "Ask the lead whether the server runs, and at this port."
-            if self._proxy:
-                fix = "Set HTTPS_PROXY to your network's proxy, or unset it where none is needed."
-            return failed(TCP, f"{goal} refuses connections", fix=fix, exit_code=SERVER)
+            fix = _PROXY_FIX if self._proxy else "Ask the lead whether the server runs, and at this port."
+            return _failed(TCP, f"{goal} refuses connections", fix=fix)
         except TimeoutError:
             fix = f"Have outgoing TCP connections to {goal} allowed in your network's firewall."
-            return failed(TCP, f"{goal} gave no answer in {self._timeout_s:g} s", fix=fix, exit_code=SERVER)
+            return _failed(TCP, f"{goal} gave no answer in {self._timeout_s:g} s", fix=fix)
         except OSError as error:
             fix = f"Have a route and outgoing TCP connections to {goal} set up in your network."
-            return failed(TCP, f"{goal} cannot be reached ({error.strerror or error})", fix=fix, exit_code=SERVER)
+            return _failed(TCP, f"{goal} cannot be reached ({error.strerror or error})", fix=fix)
         return ok(TCP, f"{self._server} accepts connections{via}")
 
     def _open(self) -> socket.socket:
@@ -222,13 +222,13 @@ class Connection:
         except TimeoutError:
             fix = "Ask the lead whether the server is well, and your network's people what lies between."
             found = f"{self._server} accepts connections, and gave no answer in {self._timeout_s:g} s"
-            return failed(TLS, found, fix=fix, exit_code=SERVER)
+            return _failed(TLS, found, fix=fix)
         except OSError as error:  # a reset, mostly: who refuses a certificate may hang up before saying so
             fix = (
                 "Have the lead look into the server's log, and your network's people into what breaks TLS connections."
             )
             found = f"{self._server} hung up on the TLS connection ({error.strerror or type(error).__name__})"
-            return failed(TLS, found, fix=fix, exit_code=SERVER)
+            return _failed(TLS, found, fix=fix)
 
     def _ask(self, encrypted: ssl.SSLSocket) -> bytes:
         """The head of an HTTP answer; also sets the clocks' difference."""
@@ -249,7 +249,7 @@ class Connection:
     def _encrypted(self, encrypted: ssl.SSLSocket, answer: bytes) -> Check:
         if not answer.startswith(b"HTTP/"):
             found = "the server's certificate is right, and its answer is not HTTP"
-            return failed(TLS, found, fix="Ask the lead whether the server runs at this port.", exit_code=SERVER)
+            return _failed(TLS, found, fix="Ask the lead whether the server runs at this port.")
         ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(str((encrypted.getpeercert() or {})["notAfter"])), UTC)
         days = (ends - datetime.now(UTC)).days
         found = f"{encrypted.version()}; the federation's own server, whose certificate ends on {ends:%Y-%m-%d}"
@@ -276,16 +276,16 @@ class Connection:
         else:
             found = f"the server's certificate is wrong ({error.verify_message})"
             fix = "Ask the lead to run `fedtune provision renew-server`."
-        return failed(TLS, found, fix=fix, exit_code=SERVER)
+        return _failed(TLS, found, fix=fix)
 
     def _tls_failed(self, error: ssl.SSLError) -> Check:
         reason = error.reason or type(error).__name__
         if "ALERT" in reason and re.search("UNKNOWN_CA|CERTIFICATE|ACCESS_DENIED", reason):
             said = re.sub(r"^.*ALERT_", "", reason).replace("_", " ").lower()
             fix = f"Ask the lead for a new kit (`fedtune provision renew-site {self._kit.site}`), and unzip it here."
-            return failed(TLS, f"the server refused this site's certificate ({said})", fix=fix, exit_code=SERVER)
+            return _failed(TLS, f"the server refused this site's certificate ({said})", fix=fix)
         fix = "Ask the lead whether the server's address and port are right, and your network what lies between."
-        return failed(TLS, f"{self._server} does not speak TLS as expected ({reason})", fix=fix, exit_code=SERVER)
+        return _failed(TLS, f"{self._server} does not speak TLS as expected ({reason})", fix=fix)
 
     def _shown_certificate(self) -> x509.Certificate | None:
         """The certificate that is shown at the server's address, whoever's it is; nothing is sent to it."""
@@ -298,30 +298,24 @@ class Connection:
             return None
 
     def _authenticate(self) -> Check:
-        from fedtune.flower.wire.fleet import (
-            Foreign,
-            Unauthorised,
-            hello,  # Flower takes a second to import
-        )
+        from fedtune.flower.wire.fleet import Foreign, Unauthorised, hello  # Flower takes a second to import
 
         site = self._kit.site
         try:
             known = hello(self._server, self._tls)
-        except Unauthorised as error:
-            return failed(AUTHENTICATION, str(error), fix=_remedy(str(error), site=site or ""), exit_code=SERVER)
-        except Foreign as error:
-            fix = "Ask the lead whether a fedtune server of this version runs at this address."
-            return failed(AUTHENTICATION, str(error), fix=fix, exit_code=SERVER)
-        except RunError as error:
+        except (RunError, OSError) as error:
+            found = f"the server could not be asked ({type(error).__name__})"
             fix = "Mend what the lines above name, or ask the lead whether the server is well."
-            return failed(AUTHENTICATION, str(error), fix=fix, exit_code=SERVER)
-        except OSError as error:
-            found = f"the server could not be asked ({error.strerror or type(error).__name__})"
-            return failed(AUTHENTICATION, found, fix="Put right what the lines above name.", exit_code=SERVER)
+            if isinstance(error, Unauthorised):
+                fix = _remedy(str(error), site=site or "")
+            elif isinstance(error, Foreign):
+                fix = "Ask the lead whether a fedtune server of this version runs at this address."
+            return _failed(AUTHENTICATION, str(error) if isinstance(error, RunError) else found, fix=fix)
         if known.site != site:
             fix = "Ask the lead to provision this site again: names and keys were mixed up."
-            found = f"the server knows this key as {known.site}, and the kit is for {site}"
-            return failed(AUTHENTICATION, found, fix=fix, exit_code=SERVER)
+            return _failed(
+                AUTHENTICATION, f"the server knows this key as {known.site}, and the kit is for {site}", fix=fix
+            )
         return ok(AUTHENTICATION, f"the server knows this key as {site}")
 
 

@@ -12,12 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.config import RunConfig
-from fedtune.deploy.doctor import file_checks, ledger_checks, machine_checks
+from fedtune.deploy.doctor import machine_checks, site_checks
 from fedtune.deploy.doctor.check import Check, PrivateLog, from_error, ok, skipped
 from fedtune.deploy.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection
 from fedtune.deploy.kits.certificates import Certificate, read_certificate
 from fedtune.deploy.kits.kit import Kit
-from fedtune.deploy.kits.models import install_model
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.site_files import SiteFiles
@@ -60,22 +59,28 @@ def examine(visit: Visit) -> Iterator[Check]:
 
 
 class _Examination:
-    """What was read on the way, for the checks that come later."""
+    """What was read on the way, for the checks that come later; a check whose need could not be read is skipped."""
+
+    kit: Kit
+    files: SiteFiles
+    history: History
 
     def __init__(self, visit: Visit) -> None:
         self._visit = visit
         self._log = PrivateLog(visit.kit / "state" / "doctor.log")
-        self._kit: Kit | None = None
-        self._files: SiteFiles | None = None
+        self._read: set[str] = set()
         self._certificate: Certificate | None = None
-        self._history: History | None = None
         self._clock_ahead_s: tuple[float, float] | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """What `files` says."""
+        return self.files.policy
 
     def checks(self) -> Iterator[Check]:
         """All of them."""
         for look in self._looks():
-            there = {_KIT: self._kit, _POLICY: self._files, _LEDGER: self._history}
-            missing = [need for need in look.needs if there[need] is None]
+            missing = [need for need in look.needs if need not in self._read]
             if missing:
                 yield from (skipped(name, f"{missing[0]} cannot be used") for name in look.names)
                 continue
@@ -88,77 +93,61 @@ class _Examination:
         # A DataError's words are for whoever owns the file; other errors of ours are made to be shown.
         if isinstance(error, FedtuneError) and not isinstance(error, DataError):
             return from_error(name, error, fix="Correct what is named here.")
-        return file_checks.unforeseen(name, error, self._log)
+        return site_checks.unforeseen(name, error, self._log)
 
-    def _looks(self) -> tuple[_Look, ...]:
+    def _looks(self) -> Iterator[_Look]:
         visit = self._visit
-        importing = (_Look(("import",), (_KIT,), self._import),) if visit.model is not None else ()
-        return (
-            _Look(("policy",), (), self._read_policy),
-            _Look(("kit",), (), self._read_kit),
-            _Look(("files",), (), lambda: file_checks.owners(visit.kit, visit.site_toml, self._files)),
-            _Look(("certificate",), (_KIT,), self._read_certificate),
-            _Look(("site's name",), (_KIT, _POLICY), lambda: [file_checks.names(self.kit, self.policy)]),
-            _Look(("lead",), (_KIT, _POLICY), lambda: [file_checks.lead(self.kit, self.policy)]),
-            _Look(("time of replies",), (_POLICY,), lambda: [file_checks.replies(self.policy)]),
-            _Look((DNS, TCP, TLS, AUTHENTICATION), (_KIT,), self._connect),
-            _Look(("clock",), (), self._clock),
-            _Look(("disks",), (), self._disks),
-            *importing,
-            _Look(("base models",), (_KIT, _POLICY), lambda: file_checks.base_models(self.kit, self.policy)),
-            _Look(("memory",), (), self._memory),
-            _Look(("GPU",), (_POLICY,), self._gpu),
-            _Look(("data",), (_POLICY,), lambda: file_checks.data_sets(self.policy, visit.site_toml.parent, self._log)),
-            _Look(("ledger",), (_POLICY,), self._read_ledger),
-            _Look(("site key",), (_POLICY,), lambda: [ledger_checks.site_key(self.files, self._history)]),
-            _Look(("budget",), (_POLICY, _LEDGER), lambda: [ledger_checks.budget(self.history, self.policy)]),
-            _Look(("serving",), (_POLICY,), self._serving),
-            self._trying_out(),
-        )
+        yield _Look(("policy",), (), self._read_policy)
+        yield _Look(("kit",), (), self._read_kit)
+        yield _Look(("files",), (), lambda: machine_checks.owners(visit.kit, visit.site_toml, self._files_if_read))
+        yield _Look(("certificate",), (_KIT,), self._read_certificate)
+        yield _Look(("site's name",), (_KIT, _POLICY), lambda: [site_checks.names(self.kit, self.policy)])
+        yield _Look(("lead",), (_KIT, _POLICY), lambda: [site_checks.lead(self.kit, self.policy)])
+        yield _Look(("time of replies",), (_POLICY,), lambda: [site_checks.replies(self.policy)])
+        yield _Look((DNS, TCP, TLS, AUTHENTICATION), (_KIT,), self._connect)
+        yield _Look(("clock",), (), self._clock)
+        yield _Look(("disks",), (), self._disks)
+        if visit.model is not None:
+            model = visit.model
+            yield _Look(("import",), (_KIT,), lambda: [site_checks.imported(model, self.kit)])
+        yield _Look(("base models",), (_KIT, _POLICY), lambda: site_checks.base_models(self.kit, self.policy))
+        yield _Look(("memory",), (), self._memory)
+        yield _Look(("GPU",), (_POLICY,), self._gpu)
+        yield _Look(("data",), (_POLICY,), self._data)
+        yield _Look(("ledger",), (_POLICY,), self._read_ledger)
+        yield _Look(("site key",), (_POLICY,), self._site_key)
+        yield _Look(("budget",), (_POLICY, _LEDGER), lambda: [site_checks.budget(self.history, self.policy)])
+        yield _Look(("serving",), (_POLICY,), lambda: [site_checks.serving(self.files, state=visit.kit / "state")])
+        if visit.run is None:
+            yield _Look(("run",), (), lambda: [skipped("run", "no experiment was named to try out")])
+        else:
+            yield _Look(("run",), (_KIT, _POLICY, _LEDGER), self._try_out)
 
     @property
-    def kit(self) -> Kit:
-        """The kit, for a check that needs it."""
-        assert self._kit is not None
-        return self._kit
-
-    @property
-    def files(self) -> SiteFiles:
-        """The policy and what it names, likewise."""
-        assert self._files is not None
-        return self._files
-
-    @property
-    def policy(self) -> Policy:
-        """The policy, likewise."""
-        return self.files.policy
-
-    @property
-    def history(self) -> History:
-        """The ledger's, likewise."""
-        assert self._history is not None
-        return self._history
+    def _files_if_read(self) -> SiteFiles | None:
+        return self.files if _POLICY in self._read else None
 
     def _read_policy(self) -> Iterator[Check]:
         try:
-            self._files = SiteFiles.of(self._visit.site_toml)
+            self.files = SiteFiles.of(self._visit.site_toml)
         except ConfigError as error:
-            yield from_error(
-                "policy", error, fix="Correct what is named here; `fedtune site template` explains every key."
-            )
+            fix = "Correct what is named here; `fedtune site template` explains every key."
+            yield from_error("policy", error, fix=fix)
             return
+        self._read.add(_POLICY)
         yield ok("policy", f"can be read, for site {self.policy.site} and population {self.policy.population.name}")
 
     def _read_kit(self) -> Iterator[Check]:
         try:
-            self._kit = Kit.read(self._visit.kit, kind="site")
+            self.kit = Kit.read(self._visit.kit, kind="site")
         except ConfigError as error:
             yield from_error("kit", error, fix="Unzip the kit that the lead sent, whole, into this folder.")
             return
+        self._read.add(_KIT)
         yield ok("kit", f"whole, for federation {self.kit.federation} at {self.kit.server}; its key is private")
 
     def _read_certificate(self) -> Iterator[Check]:
-        yield file_checks.certificate(self.kit, datetime.now(UTC))
+        yield site_checks.certificate(self.kit, datetime.now(UTC))
         with suppress(ConfigError):  # that it cannot be read is said by then
             self._certificate = Certificate.of(read_certificate(self.kit.certificate))
 
@@ -172,50 +161,41 @@ class _Examination:
         yield machine_checks.clock(self._clock_ahead_s, certificate=self._certificate, now=now)
 
     def _disks(self) -> Iterator[Check]:
-        folders = {"kit": self._visit.kit}
-        if self._files is not None:
-            folders["ledger"] = self.files.ledger.parent
-            if self.files.anchor is not None:
-                folders["anchor"] = self.files.anchor.parent
+        folders, files = {"kit": self._visit.kit}, self._files_if_read
+        if files is None:
+            yield from machine_checks.disks(folders)
+            return
+        folders["ledger"] = files.ledger.parent
+        if files.anchor is not None:
+            folders["anchor"] = files.anchor.parent
         yield from machine_checks.disks(folders)
-        if self._files is not None:
-            yield machine_checks.ledger_place(self.files.ledger)
-            yield machine_checks.anchor_place(self.files.ledger, self.files.anchor)
-
-    def _import(self) -> Iterator[Check]:
-        assert self._visit.model is not None
-        installed = install_model(self._visit.model, self.kit)
-        state = "is installed now" if installed.new else "was installed before, and is unchanged"
-        yield ok("import", f"{installed.model.name} {state}, in {installed.folder}")
+        yield machine_checks.ledger_place(files.ledger)
+        yield machine_checks.anchor_place(files.ledger, files.anchor)
 
     def _memory(self) -> Iterator[Check]:
-        both = self._kit is not None and self._files is not None
-        yield machine_checks.memory(file_checks.largest_model_bytes(self.kit, self.policy) if both else None)
+        both = {_KIT, _POLICY} <= self._read
+        yield machine_checks.memory(site_checks.largest_model_bytes(self.kit, self.policy) if both else None)
 
     def _gpu(self) -> Iterator[Check]:
         yield machine_checks.gpu(self.policy.machine.device, ask=machine_checks.this_gpu)
 
+    def _data(self) -> Iterator[Check]:
+        return site_checks.data_sets(self.policy, self._visit.site_toml.parent, self._log)
+
     def _read_ledger(self) -> Iterator[Check]:
-        check, self._history = ledger_checks.ledger(self.files)
+        check, history = site_checks.ledger(self.files)
+        if history is not None:
+            self.history = history
+            self._read.add(_LEDGER)
         yield check
 
-    def _serving(self) -> Iterator[Check]:
-        yield ledger_checks.serving(self.files, state=self._visit.kit / "state")
+    def _site_key(self) -> Iterator[Check]:
+        yield site_checks.site_key(self.files, self.history if _LEDGER in self._read else None)
 
-    def _trying_out(self) -> _Look:
-        run = self._visit.run
-        if run is None:
-            return _Look(("run",), (), lambda: [skipped("run", "no experiment was named to try out")])
-
-        def try_out() -> list[Check]:
-            return [
-                ledger_checks.experiment(
-                    run(),
-                    kit=self.kit,
-                    site_toml=self._visit.site_toml,
-                    policy=self.policy,
-                    history=self.history,
-                )
-            ]
-
-        return _Look(("run",), (_KIT, _POLICY, _LEDGER), try_out)
+    def _try_out(self) -> Iterator[Check]:
+        visit = self._visit
+        assert visit.run is not None
+        run = visit.run()
+        yield site_checks.experiment(
+            run, kit=self.kit, site_toml=visit.site_toml, policy=self.policy, history=self.history
+        )

@@ -24,6 +24,8 @@ from fedtune.spec import ConfigError, check_name
 
 CLOCK_SKEW = timedelta(minutes=5)
 """Certificates begin so long before they are made, for machines whose clocks are slow."""
+SOON_DAYS = 30
+"""A certificate that ends in fewer days is to be renewed now."""
 _OVER = "provision the federation again"
 _MOST_DAYS = 36_500
 UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)

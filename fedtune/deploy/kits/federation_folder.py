@@ -8,10 +8,12 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.deploy.files import locked
 from fedtune.deploy.kits.certificates import (
@@ -40,6 +42,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError, check_one_of, spec
 
 SETTINGS = "federation.toml"
+Kind = Literal["server", "lead", "site"]
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -100,7 +103,11 @@ class _RetiredKeys:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FederationFolder:
-    """A federation's folder and the settings in it, which the lead may edit: new certificates and kits follow them."""
+    """A federation's folder as it stands, with the settings that the lead may edit: new certificates and kits follow.
+
+    Attributes:
+        lead_key: public key of the lead, 64 hex digits.
+    """
 
     folder: Path
     settings: FederationFile
@@ -132,44 +139,58 @@ class FederationFolder:
             yield cls.open(folder)
 
     @property
-    def server(self) -> Path:
-        """The server's kit."""
-        return self.folder / "server"
+    def federation(self) -> str:
+        """Its name."""
+        return self.settings.name
 
     @property
-    def lead(self) -> Path:
-        """The lead's kit."""
-        return self.folder / "lead"
+    def server(self) -> str:
+        """The server's host:port."""
+        return self.settings.server
 
     @property
-    def sites(self) -> Path:
-        """The sites' kits and their zip archives."""
-        return self.folder / "sites"
+    def authority(self) -> Certificate:
+        """The authority's certificate."""
+        return Certificate.of(read_certificate(self.folder / "server" / "ca.pem"))
 
-    def authority(self) -> Authority:
-        """The authority with its key, which only issuing needs.
+    @property
+    def server_certificate(self) -> Certificate:
+        """The server's."""
+        return Certificate.of(read_certificate(self.folder / "server" / "server.pem"))
+
+    @property
+    def lead_certificate(self) -> Certificate:
+        """The lead's."""
+        return Certificate.of(read_certificate(self.folder / "lead" / "lead.pem"))
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The sites, revoked ones too.  The server's roster is written last, and so is the one that counts."""
+        return read_roster(self.folder / "server" / "roster.json")
+
+    def issue(
+        self, kind: Kind, public: ec.EllipticCurvePublicKey, *, name: str, days: int | None, now: datetime
+    ) -> x509.Certificate:
+        """A certificate for so many `days`, or as federation.toml says; it needs the authority's key.
 
         Raises:
             ConfigError: the key is not at hand, or is another federation's.
         """
+        if days is not None:
+            check_days("--days", days)
+        days = days or int(getattr(self.settings.certificates, f"{kind}_days"))
         authority = Authority.load(self.folder / "authority")
-        if authority.certificate != self.ca():
-            bound = f"must be the authority of this federation, whose certificate is {self.server / 'ca.pem'}"
+        if authority.certificate != read_certificate(ca := self.folder / "server" / "ca.pem"):
+            bound = f"must be the authority of this federation, whose certificate is {ca}"
             raise ConfigError("authority", str(self.folder / "authority"), bound)
-        return authority
-
-    def ca(self) -> x509.Certificate:
-        """The authority's certificate."""
-        return read_certificate(self.server / "ca.pem")
-
-    def members(self) -> tuple[Member, ...]:
-        """The sites.  The server's roster is written last, and so is the one that counts."""
-        return read_roster(self.server / "roster.json")
+        if kind == "server":
+            return authority.issue_server(public, hosts=self.settings.hosts, days=days, now=now)
+        return authority.issue_client(public, kind=kind, name=name, days=days, now=now)
 
     def write_members(self, members: Collection[Member]) -> None:
         """Write both rosters."""
-        for folder in (self.lead, self.server):
-            write_roster(folder / "roster.json", members, federation=self.settings.name)
+        for kind in ("lead", "server"):
+            write_roster(self.folder / kind / "roster.json", members, federation=self.federation)
 
     def retired(self) -> frozenset[str]:
         """Fingerprints of connection keys that a site had and has no more: Flower takes none of them back."""
@@ -191,20 +212,18 @@ class FederationFolder:
 
     def check_served(self) -> None:
         """Require that the server's certificate is for the address that new kits name."""
-        host, names = self.settings.hosts[0], names_of(read_certificate(self.server / "server.pem"))
+        host, names = self.settings.hosts[0], names_of(read_certificate(self.folder / "server" / "server.pem"))
         if host not in names:
             bound = f"is not in the server's certificate, which is for {', '.join(names)}: renew-server first"
             raise ConfigError("server", self.settings.server, bound).in_file(self.folder / SETTINGS)
 
-    def kit_files(
-        self, kind: Literal["server", "lead", "site"], certificate: x509.Certificate, *, site: str | None = None
-    ) -> dict[str, bytes]:
+    def kit_files(self, kind: Kind, certificate: x509.Certificate, *, site: str | None = None) -> dict[str, bytes]:
         """Names and bytes of what is not secret in a kit, but for the roster."""
         kit = KitFile(
             version=VERSION,
             kind=kind,
-            federation=self.settings.name,
-            server=self.settings.server,
+            federation=self.federation,
+            server=self.server,
             lead=self.lead_key,
             site=site,
             model=self.settings.model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -146,7 +146,14 @@ def check_models(models: tuple[KitModel, ...]) -> None:
 
 @spec
 class KitFile:
-    """What kit.toml says; `Kit` adds the folder."""
+    """What kit.toml says.
+
+    Attributes:
+        server: host:port as the sites reach it.
+        lead: public key of the lead, 64 hex digits.
+        site: name of the site; None in other kits.
+        model: base models that runs may name.
+    """
 
     version: int
     kind: Literal["server", "lead", "site"]
@@ -176,32 +183,16 @@ class KitFile:
         for model in self.model:
             lines += ["", "[[model]]"]
             # Text that is printable is spelt the same in TOML and in JSON.
-            lines += [f"{name} = {_text(getattr(model, name))}" for name in ("name", "sha256", "licence")]
+            model_values = ((name, getattr(model, name)) for name in ("name", "sha256", "licence"))
+            lines += [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in model_values]
         return "\n".join(lines) + "\n"
 
 
-def _text(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kit:
-    """A server's, a lead's or a site's kit.
-
-    Attributes:
-        kind: "server", "lead" or "site".
-        server: host:port as the sites reach it; `host` and `port` are its parts.
-        lead: public key of the lead, 64 hex digits.
-        site: name of the site; None in other kits.
-    """
+class Kit(KitFile):
+    """A server's, a lead's or a site's kit: what its kit.toml says, and its folder with the other files."""
 
     folder: Path
-    kind: str
-    federation: str
-    server: str
-    lead: str
-    site: str | None
-    models: tuple[KitModel, ...]
 
     @classmethod
     def read(cls, folder: Path, *, kind: str) -> Kit:
@@ -219,15 +210,7 @@ class Kit:
         read = read_spec(KitFile, file)
         if read.kind != kind:
             raise ConfigError("kind", read.kind, f"must be {kind!r} here").in_file(file)
-        kit = cls(
-            folder=folder,
-            kind=kind,
-            federation=read.federation,
-            server=read.server,
-            lead=read.lead,
-            site=read.site,
-            models=read.model,
-        )
+        kit = cls(folder=folder, **{field.name: getattr(read, field.name) for field in fields(read)})
         kit._check_files()
         return kit
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -20,7 +20,6 @@ from cryptography.x509.oid import NameOID
 from fedtune.deploy.files import new_folder, write_secret, writing
 from fedtune.deploy.kits.certificates import (
     UNREADABLE,
-    certificate_pem,
     check_common_name,
     check_private,
     common_name,
@@ -47,7 +46,7 @@ _MOST_UNITS = 1 << 53  # what a float still counts exactly
 
 
 @spec
-class _DataSet:
+class DataSet:
     """A data set, as a site declares it in its request and as the roster keeps it."""
 
     id: str
@@ -60,13 +59,19 @@ class _DataSet:
 
 
 @spec
-class _Entry:
-    """A site in roster.json."""
+class Member:
+    """A site of the federation, as the server and the lead know it, and as roster.json keeps it.
+
+    Attributes:
+        certificate: in PEM form; made out to the site, for the EC P-384 key of its connection.
+        site_key: public key of its ledger, 64 hex digits.
+        revoked: when it was shut out, in ISO form; None: it takes part.
+    """
 
     site: str
     certificate: str
     site_key: str
-    datasets: tuple[_DataSet, ...]
+    datasets: tuple[DataSet, ...]
     revoked: str | None
 
     def __post_init__(self) -> None:
@@ -77,23 +82,28 @@ class _Entry:
                 datetime.fromisoformat(self.revoked)
             except ValueError:
                 raise ConfigError("revoked", self.revoked, "must be a time in ISO form, or null") from None
-
-    def member(self) -> Member:
-        """The site, with its certificate read."""
         try:
-            certificate = x509.load_pem_x509_certificate(self.certificate.encode())
-            named, connection_key = common_name(certificate.subject), certificate.public_key()  # parsed only now
+            named, connection_key = common_name(self.issued.subject), self.issued.public_key()  # parsed only now
         except UNREADABLE:
             raise ConfigError("certificate", self.site, "must be one in PEM form") from None
         if named != self.site or not is_p384(connection_key):
             raise ConfigError("certificate", self.site, "must be the site's own, for an EC P-384 key")
-        return Member(
-            site=self.site,
-            site_key=self.site_key,
-            datasets=_sizes(self.datasets),
-            certificate=certificate,
-            revoked=self.revoked,
-        )
+        _check_datasets(self.datasets)
+
+    @property
+    def issued(self) -> x509.Certificate:
+        """The certificate, read."""
+        return x509.load_pem_x509_certificate(self.certificate.encode())
+
+    @property
+    def node_key(self) -> bytes:
+        """Public key of its connection (EC P-384): SubjectPublicKeyInfo in PEM form, as Flower registers nodes."""
+        return public_pem(self.issued)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The declared size of each data set."""
+        return {one.id: one.declared_size for one in self.datasets}
 
 
 @spec
@@ -102,55 +112,10 @@ class _RosterFile:
 
     version: int
     federation: str
-    sites: tuple[_Entry, ...]
+    sites: tuple[Member, ...]
 
     def __post_init__(self) -> None:
         check_one_of("version", self.version, (VERSION,))
-
-
-@spec
-class _RequestFile:
-    """What join_request.json says; the signature covers the rest."""
-
-    version: int
-    site: str
-    csr: str
-    site_key: str
-    datasets: tuple[_DataSet, ...]
-    signature: str = ""
-
-    def __post_init__(self) -> None:
-        check_one_of("version", self.version, (VERSION,))
-        check_site_name(self.site)
-        check_public_key("site_key", self.site_key)
-
-    def signed_bytes(self) -> bytes:
-        """What the site signs."""
-        fields = dataclasses.asdict(self)
-        del fields["signature"]
-        return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
-    """A site of the federation, as the server and the lead know it.
-
-    Attributes:
-        site_key: public key of its ledger, 64 hex digits.
-        datasets: id -> declared size.
-        revoked: when it was shut out, in ISO form; None: it takes part.
-    """
-
-    site: str
-    site_key: str
-    datasets: Mapping[str, int]
-    certificate: x509.Certificate
-    revoked: str | None
-
-    @property
-    def node_key(self) -> bytes:
-        """Public key of its connection (EC P-384): SubjectPublicKeyInfo in PEM form, as Flower registers nodes."""
-        return public_pem(self.certificate)
 
 
 def read_roster(path: Path) -> tuple[Member, ...]:
@@ -164,7 +129,7 @@ def read_roster(path: Path) -> tuple[Member, ...]:
     except OSError as error:
         raise ConfigError("roster", str(path), f"must be a readable file ({error.strerror})") from None
     try:
-        members = tuple(entry.member() for entry in read_json(_RosterFile, data, key="roster").sites)
+        members = read_json(_RosterFile, data, key="roster").sites
         _check_distinct(members)
     except ConfigError as error:
         raise error.in_file(path) from None
@@ -173,31 +138,19 @@ def read_roster(path: Path) -> tuple[Member, ...]:
 
 def write_roster(path: Path, members: Collection[Member], *, federation: str) -> None:
     """Replace the roster at `path`; a server that reads it meanwhile sees the old one or the new one."""
-    entries = tuple(
-        _Entry(
-            site=member.site,
-            certificate=certificate_pem(member.certificate).decode(),
-            site_key=member.site_key,
-            datasets=tuple(_DataSet(id=name, declared_size=size) for name, size in member.datasets.items()),
-            revoked=member.revoked,
-        )
-        for member in members
-    )
-    _write(path, _RosterFile(version=VERSION, federation=federation, sites=entries))
+    _write(path, dataclasses.asdict(_RosterFile(version=VERSION, federation=federation, sites=tuple(members))))
 
 
-def _write(path: Path, file: _RosterFile | _RequestFile) -> None:
-    write_durably(path, json.dumps(dataclasses.asdict(file), indent=1).encode() + b"\n")
+def _write(path: Path, fields: Mapping[str, Any]) -> None:
+    write_durably(path, json.dumps(fields, indent=1).encode() + b"\n")
 
 
-def _sizes(datasets: Collection[_DataSet]) -> dict[str, int]:
-    """The declared size of each data set."""
-    sizes = {one.id: one.declared_size for one in datasets}
-    if not sizes:
+def _check_datasets(datasets: Collection[DataSet]) -> None:
+    names = [one.id for one in datasets]
+    if not names:
         raise ConfigError("datasets", [], "must declare at least one data set")
-    if len(sizes) < len(datasets):
-        raise ConfigError("datasets.id", [one.id for one in datasets], "must not repeat")
-    return sizes
+    if len(set(names)) < len(names):
+        raise ConfigError("datasets.id", names, "must not repeat")
 
 
 def _check_distinct(members: Collection[Member]) -> None:
@@ -209,22 +162,35 @@ def _check_distinct(members: Collection[Member]) -> None:
         names |= {member.site.casefold(), member.node_key.decode()}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@spec
 class JoinRequest:
-    """A site's request that was checked: it holds both keys, and signed what it declares.
+    """What a site's join_request.json says: it holds both keys, and signed what it declares.
 
     Whether the site is who it says is for people to compare: over the telephone, by the fingerprints.
 
     Attributes:
-        csr: a certificate signing request for its connection key, EC P-384, which it proves to hold.
+        csr: a certificate signing request for its connection key, EC P-384, which it proves to hold; in PEM form.
         site_key: public key of its ledger, 64 hex digits.
-        datasets: id -> declared size.
+        signature: the site key's, over the rest.
     """
 
+    version: int
     site: str
-    csr: x509.CertificateSigningRequest
+    csr: str
     site_key: str
-    datasets: Mapping[str, int]
+    datasets: tuple[DataSet, ...]
+    signature: str = ""
+
+    def __post_init__(self) -> None:
+        check_one_of("version", self.version, (VERSION,))
+        check_site_name(self.site)
+        check_public_key("site_key", self.site_key)
+        signed = {key: value for key, value in dataclasses.asdict(self).items() if key != "signature"}
+        if not is_signed(self.site_key, PURPOSE, _signed_bytes(signed), self.signature):
+            bound = "must be the site's: the request was changed after it was made; ask the site for it again"
+            raise ConfigError("signature", self.signature, bound)
+        _check_csr(self.csr, site=self.site)
+        _check_datasets(self.datasets)
 
     @classmethod
     def read(cls, path: Path) -> JoinRequest:
@@ -248,17 +214,17 @@ class JoinRequest:
         """The request in `data`, a file's bytes."""
         if len(data) > _MOST_BYTES:
             raise ConfigError("request", f"more than {_MOST_BYTES} bytes", f"must have at most {_MOST_BYTES} bytes")
-        file = read_json(_RequestFile, data, key="request")
-        if not is_signed(file.site_key, PURPOSE, file.signed_bytes(), file.signature):
-            bound = "must be the site's: the request was changed after it was made; ask the site for it again"
-            raise ConfigError("signature", file.signature, bound)
-        csr = _checked_csr(file.csr, site=file.site)
-        return cls(site=file.site, csr=csr, site_key=file.site_key, datasets=_sizes(file.datasets))
+        return read_json(cls, data, key="request")
+
+    @property
+    def signing_request(self) -> x509.CertificateSigningRequest:
+        """The certificate signing request, read."""
+        return x509.load_pem_x509_csr(self.csr.encode())
 
     @property
     def node_key(self) -> bytes:
         """Public key of its connection: SubjectPublicKeyInfo in PEM form."""
-        return public_pem(self.csr)
+        return public_pem(self.signing_request)
 
 
 def check_site_name(name: str) -> None:
@@ -268,8 +234,8 @@ def check_site_name(name: str) -> None:
         raise ConfigError("site", name, "must not be the name of a part of every federation")
 
 
-def _checked_csr(text: str, *, site: str) -> x509.CertificateSigningRequest:
-    """The certificate signing request in `text`: the site's, for an EC P-384 key that its maker holds."""
+def _check_csr(text: str, *, site: str) -> None:
+    """Require a certificate signing request of the site's, for an EC P-384 key that its maker holds."""
     try:
         csr = x509.load_pem_x509_csr(text.encode())
         signed, name = csr.is_signature_valid, common_name(csr.subject)
@@ -280,7 +246,6 @@ def _checked_csr(text: str, *, site: str) -> x509.CertificateSigningRequest:
         raise ConfigError("csr", name, "must be signed with the key that it names")
     if name != site:
         raise ConfigError("csr", name, f"must have the site's name, {site!r}, as its common name")
-    return csr
 
 
 def site_init(site_toml: Path, *, out: Path | None) -> Path:
@@ -312,7 +277,7 @@ def site_init(site_toml: Path, *, out: Path | None) -> Path:
 def next_steps(folder: Path) -> str:
     """What the site does with what `site_init` made in `folder`, to be printed."""
     request = JoinRequest.read(folder / REQUEST)
-    declared = ", ".join(f"{name} ({size:,} declared)" for name, size in request.datasets.items())
+    declared = ", ".join(f"{one.id} ({one.declared_size:,} declared)" for one in request.datasets)
     return f"""\
 Site {request.site}: data sets {declared}.
 
@@ -329,18 +294,24 @@ Keep a backup of the site key that site.toml names; without it the ledger cannot
 """
 
 
-def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> _RequestFile:
+def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[str, Any]:
+    """The fields of `JoinRequest`."""
     policy, site_key = files.policy, _site_key(files)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, policy.site)])
     csr = x509.CertificateSigningRequestBuilder(name).sign(connection, hashes.SHA384())
-    unsigned = _RequestFile(
-        version=VERSION,
-        site=policy.site,
-        csr=csr.public_bytes(serialization.Encoding.PEM).decode(),
-        site_key=site_key.public,
-        datasets=tuple(_DataSet(id=one.id, declared_size=one.declared_size) for one in policy.dataset),
-    )
-    return dataclasses.replace(unsigned, signature=site_key.sign(PURPOSE, unsigned.signed_bytes()))
+    fields = {
+        "version": VERSION,
+        "site": policy.site,
+        "csr": csr.public_bytes(serialization.Encoding.PEM).decode(),
+        "site_key": site_key.public,
+        "datasets": [{"id": one.id, "declared_size": one.declared_size} for one in policy.dataset],
+    }
+    return {**fields, "signature": site_key.sign(PURPOSE, _signed_bytes(fields))}
+
+
+def _signed_bytes(fields: Mapping[str, Any]) -> bytes:
+    """What the site signs: all but the signature."""
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _site_key(files: SiteFiles) -> SigningKey:

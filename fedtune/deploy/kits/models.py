@@ -109,11 +109,11 @@ def install_model(path: Path, kit: Kit) -> Installed:
     """
     folder, gguf_file, papers = _source(path)
     manifest = _manifest(folder, gguf_file=gguf_file, key=_OPTION)
-    model = next((model for model in kit.models if model.sha256 == manifest.sha256), None)
+    model = next((model for model in kit.model if model.sha256 == manifest.sha256), None)
     if model is None:
-        if any(model.sha256 == manifest.weights_sha256 for model in kit.models):
+        if any(model.sha256 == manifest.weights_sha256 for model in kit.model):
             raise ConfigError(_OPTION, str(path), f"kit.toml names {manifest.weights_sha256}, which {old_hash(path)}")
-        allowed = ", ".join(f"{model.sha256} ({model.name})" for model in kit.models) or "no model at all"
+        allowed = ", ".join(f"{model.sha256} ({model.name})" for model in kit.model) or "no model at all"
         raise ConfigError(_OPTION, str(path), f"has SHA-256 {manifest.sha256}, and kit.toml names {allowed}")
     target = model_place(kit.folder, manifest.sha256)
     try:

@@ -20,7 +20,6 @@ from fedtune.deploy.kits.certificates import (
     Authority,
     Certificate,
     certificate_pem,
-    check_days,
     fingerprint_of,
     make_key,
     p384_of,
@@ -34,28 +33,10 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Overview:
-    """A federation as it stands.
-
-    Attributes:
-        server: host:port.
-        lead_key: public key of the lead, 64 hex digits.
-        members: its sites, revoked ones too.
-    """
-
-    folder: Path
-    federation: str
-    server: str
-    lead_key: str
-    authority: Certificate
-    server_certificate: Certificate
-    lead_certificate: Certificate
-    members: tuple[Member, ...]
+OwnKind = Literal["server", "lead"]
 
 
-def init(file: Path, *, out: Path | None, now: datetime) -> Overview:
+def init(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
     """Make a federation from its federation.toml, in the new folder `out` (None: one that is named after it).
 
     Raises:
@@ -73,84 +54,33 @@ def init(file: Path, *, out: Path | None, now: datetime) -> Overview:
         write_secret(building / "lead" / "connection_key.pem", private_pem(lead))
         lead_key = SigningKey.load_or_make(building / "lead" / "lead_key.pem").public
         write_durably(building / SETTINGS, file.read_bytes())
-        write_durably(building / "authority" / "ca.pem", certificate_pem(authority.certificate))
+        for name in ("authority", "server"):
+            write_durably(building / name / "ca.pem", certificate_pem(authority.certificate))
         federation = FederationFolder(folder=building, settings=settings, lead_key=lead_key)
-        issuing = _Issuing(federation, authority, days=None, now=now)
-        issuing.write("server", server.public_key())
-        issuing.write("lead", lead.public_key())
+        _make_kit(federation, "server", server.public_key(), days=None, now=now)
+        _make_kit(federation, "lead", lead.public_key(), days=None, now=now)
         federation.write_members(())
-    return overview(target)
+    return FederationFolder.open(target)
 
 
-def renew_server(folder: Path, *, days: int | None, now: datetime) -> Overview:
-    """Make a new certificate for the server's key, for the names that federation.toml now gives it.
-
-    Raises:
-        ConfigError: the authority's key is not at hand.
-    """
-    return _renew(folder, "server", days=days, now=now)
-
-
-def renew_lead(folder: Path, *, days: int | None, now: datetime) -> Overview:
-    """Make a new certificate for the lead's connection key.
+def renew(folder: Path, kind: OwnKind, *, days: int | None, now: datetime) -> Certificate:
+    """Make a new certificate for the key of the server (for the names that federation.toml now gives it) or the lead.
 
     Raises:
         ConfigError: the authority's key is not at hand.
     """
-    return _renew(folder, "lead", days=days, now=now)
-
-
-def _renew(folder: Path, kind: Literal["server", "lead"], *, days: int | None, now: datetime) -> Overview:
+    path = folder / kind / f"{kind}.pem"
     with FederationFolder.held(folder) as federation, writing(folder, key="--federation"):
-        public = p384_of(read_certificate(folder / kind / f"{kind}.pem"), key=f"{kind}.pem")
-        _Issuing(federation, federation.authority(), days=days, now=now).write(kind, public)
-    return overview(folder)
+        _make_kit(federation, kind, p384_of(read_certificate(path), key=path.name), days=days, now=now)
+    return Certificate.of(read_certificate(path))
 
 
-def overview(folder: Path) -> Overview:
-    """The federation in `folder` as it stands.
-
-    Raises:
-        ConfigError: the folder holds none.
-    """
-    federation = FederationFolder.open(folder)
-    return Overview(
-        folder=folder,
-        federation=federation.settings.name,
-        server=federation.settings.server,
-        lead_key=federation.lead_key,
-        authority=Certificate.of(federation.ca()),
-        server_certificate=Certificate.of(read_certificate(federation.server / "server.pem")),
-        lead_certificate=Certificate.of(read_certificate(federation.lead / "lead.pem")),
-        members=federation.members(),
-    )
-
-
-class _Issuing:
-    """Makes certificates: for so many `days`, or as federation.toml says."""
-
-    def __init__(self, federation: FederationFolder, authority: Authority, *, days: int | None, now: datetime) -> None:
-        if days is not None:
-            check_days("--days", days)
-        self._federation, self._authority, self._days, self._now = federation, authority, days, now
-
-    def write(self, kind: Literal["server", "lead"], public: ec.EllipticCurvePublicKey) -> None:
-        """Write the kit of the server or the lead, but for its secrets and the roster."""
-        hosts = self._federation.settings.hosts
-        if kind == "server":
-            certificate = self._authority.issue_server(public, hosts=hosts, days=self._days_of(kind), now=self._now)
-        else:
-            certificate = self.client(public, kind=kind, name=kind)
-        write_files(self._federation.folder / kind, self._federation.kit_files(kind, certificate))
-
-    def client(
-        self, public: ec.EllipticCurvePublicKey, *, kind: Literal["lead", "site"], name: str
-    ) -> x509.Certificate:
-        """A certificate for a lead or a site."""
-        return self._authority.issue_client(public, kind=kind, name=name, days=self._days_of(kind), now=self._now)
-
-    def _days_of(self, kind: str) -> int:
-        return self._days or int(getattr(self._federation.settings.certificates, f"{kind}_days"))
+def _make_kit(
+    federation: FederationFolder, kind: OwnKind, public: ec.EllipticCurvePublicKey, *, days: int | None, now: datetime
+) -> None:
+    """Write the kit of the server or the lead, but for its secrets and the roster."""
+    certificate = federation.issue(kind, public, name=kind, days=days, now=now)
+    write_files(federation.folder / kind, federation.kit_files(kind, certificate))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,12 +107,11 @@ def add_site(folder: Path, *, request: Path, days: int | None, now: datetime) ->
     """
     asked = JoinRequest.read(request)
     with FederationFolder.held(folder) as federation:
-        members = federation.members()
+        members = federation.members
         with _about(request):
             _check_not_taken(asked.site, members)
             _check_keys_are_new(federation, asked, members)
-        certificate = _certify_site(federation, asked.csr, site=asked.site, days=days, now=now)
-        member = _member(asked, certificate)
+        member = _admitted(federation, asked, days=days, now=now)
         return Admitted(member=member, archive=_admit(federation, member, (*members, member)), requested=True)
 
 
@@ -206,16 +135,15 @@ def renew_site(
     if new_site_key and asked is None:
         raise ConfigError("--new-site-key", True, "needs the REQUEST that names the new site key")
     with FederationFolder.held(folder) as federation:
-        members = federation.members()
+        members = federation.members
         old = _member_named(name, members)
         if asked is None:
             _check_not_revoked(old)
-            certificate = _certify_site(federation, old.certificate, site=name, days=days, now=now)
-            member = replace(old, certificate=certificate)
+            member = replace(old, certificate=_certify(federation, old.issued, site=name, days=days, now=now))
         else:
             with _about(request):
                 _check_renewal(federation, asked, old=old, others=_without(old, members), new_site_key=new_site_key)
-            member = _member(asked, _certify_site(federation, asked.csr, site=name, days=days, now=now))
+            member = _admitted(federation, asked, days=days, now=now)
         if member.node_key != old.node_key:
             with writing(folder, key="--federation"):
                 federation.retire(old.node_key)
@@ -230,7 +158,7 @@ def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
         ConfigError: there is no such site, or it was revoked before.
     """
     with FederationFolder.held(folder) as federation:
-        members = federation.members()
+        members = federation.members
         old = _member_named(name, members)
         if old.revoked:
             raise ConfigError("site", name, f"was revoked before, on {old.revoked}")
@@ -251,34 +179,38 @@ def _about(request: Path | None) -> Iterator[None]:
 
 def _admit(federation: FederationFolder, member: Member, members: Collection[Member]) -> Path:
     """Write the site's kit and archive, and then the rosters; return the archive."""
-    files = federation.kit_files("site", member.certificate, site=member.site)
-    archive = federation.sites / f"{member.site}-kit.zip"
+    files, sites = federation.kit_files("site", member.issued, site=member.site), federation.folder / "sites"
+    archive = sites / f"{member.site}-kit.zip"
     with writing(federation.folder, key="--federation"):
-        with new_folder(federation.sites / member.site, key="kit", replace=True) as building:
+        with new_folder(sites / member.site, key="kit", replace=True) as building:
             write_files(building, files)
-        write_durably(archive, zip_of(files, moment=member.certificate.not_valid_before_utc))
+        write_durably(archive, zip_of(files, moment=member.issued.not_valid_before_utc))
         federation.write_members(members)
     return archive
 
 
-def _certify_site(
+def _admitted(federation: FederationFolder, asked: JoinRequest, *, days: int | None, now: datetime) -> Member:
+    return Member(
+        site=asked.site,
+        certificate=_certify(federation, asked.signing_request, site=asked.site, days=days, now=now),
+        site_key=asked.site_key,
+        datasets=asked.datasets,
+        revoked=None,
+    )
+
+
+def _certify(
     federation: FederationFolder,
     holder: x509.Certificate | x509.CertificateSigningRequest,
     *,
     site: str,
     days: int | None,
     now: datetime,
-) -> x509.Certificate:
-    """A certificate for the key of `holder`."""
+) -> str:
+    """A certificate for the key of `holder`, in PEM form."""
     federation.check_served()
-    issuing = _Issuing(federation, federation.authority(), days=days, now=now)
-    return issuing.client(p384_of(holder, key="csr"), kind="site", name=site)
-
-
-def _member(asked: JoinRequest, certificate: x509.Certificate) -> Member:
-    return Member(
-        site=asked.site, site_key=asked.site_key, datasets=asked.datasets, certificate=certificate, revoked=None
-    )
+    issued = federation.issue("site", p384_of(holder, key="csr"), name=site, days=days, now=now)
+    return certificate_pem(issued).decode()
 
 
 def _check_not_taken(name: str, members: Collection[Member]) -> None:
@@ -360,8 +292,8 @@ def _changes(old: Member, new: Member) -> tuple[str, ...]:
         changes.append("It has a new connection key; the old one can never be used again.")
     if new.site_key != old.site_key:
         changes.append("It has a new site key, and so a new ledger: what the old one spent no longer counts.")
-    for name in sorted(old.datasets.keys() | new.datasets.keys()):
-        before, after = old.datasets.get(name), new.datasets.get(name)
+    for name in sorted(old.sizes.keys() | new.sizes.keys()):
+        before, after = old.sizes.get(name), new.sizes.get(name)
         if before is None:
             changes.append(f"Data set {name} is new, with a declared size of {after:,}.")
         elif after is None:

@@ -21,10 +21,10 @@ import httpx
 _MIB = 1 << 20
 MOST_AGE_S = 300.0
 """After so long a connection is closed and made anew, so that certificates that ended or were replaced are noticed."""
-_ALERT_S = 0.5
-"""How long to wait for the server to take or refuse our certificate: under TLS 1.3 it does so after the handshake, and
-what is sent meanwhile can make its reason get lost.  A server that takes it sends session tickets, which ends the
-wait."""
+_ALERT_S, _LEAST_ALERT_S, _HANDSHAKES = 0.5, 0.1, 5
+"""How long at most to wait for the server to refuse our certificate: under TLS 1.3 it does so after the handshake, one
+way there and back later, and what is sent meanwhile can make its reason get lost.  The handshake took as long at least,
+so that several times its length is enough."""
 _WRITTEN_AT_ONCE = 1 << 14  # a TLS record, so that the deadline is looked at after each
 
 
@@ -158,10 +158,11 @@ class _Stream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        within = self._deadline.within(timeout, httpcore.ConnectTimeout)
+        within, began = self._deadline.within(timeout, httpcore.ConnectTimeout), time.monotonic()
         stream = self._inner.start_tls(ssl_context, server_hostname, within)
+        alert_s = min(_ALERT_S, _LEAST_ALERT_S + _HANDSHAKES * (time.monotonic() - began))
         try:
-            _hear_refusal(stream.get_extra_info("socket"))
+            _hear_refusal(stream.get_extra_info("socket"), within_s=alert_s)
         except OSError as error:
             stream.close()
             raise httpcore.ConnectError(str(error)) from error
@@ -174,8 +175,8 @@ class _Stream(httpcore.NetworkStream):
         return self._inner.get_extra_info(info)
 
 
-def _hear_refusal(connection: object) -> None:
-    """Raise what the server says of our certificate, where it refuses it.
+def _hear_refusal(connection: object, *, within_s: float) -> None:
+    """Raise what the server says of our certificate within so many seconds, where it refuses it.
 
     Raises:
         OSError: of `ssl`, with the server's alert.
@@ -184,7 +185,7 @@ def _hear_refusal(connection: object) -> None:
         return
     waiting = select.poll()
     waiting.register(connection, select.POLLIN)
-    if not connection.pending() and not waiting.poll(1000 * _ALERT_S):
+    if not connection.pending() and not waiting.poll(1000 * within_s):
         return
     connection.setblocking(False)
     try:

@@ -1,8 +1,13 @@
-"""`fedtune run`: a lead's runs over real sites, from its kit."""
+"""`fedtune run` and `fedtune server start`: a lead's runs over real sites, and a federation's server, from their kits.
+
+Both begin without Flower and torch, which take seconds to import: to look at a run, or to be told of a mistake in a
+setting, needs neither.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -13,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.config import RunConfig
+from fedtune.deploy.health import Health
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import Member, read_roster
 from fedtune.federation.lead import ReceiptBook
@@ -21,11 +27,13 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError, RunError
 
-if TYPE_CHECKING:  # torch and Flower take seconds to import; status, stop and a mistake in a setting need neither
+if TYPE_CHECKING:
     from fedtune.federation.results import RunResult
     from fedtune.flower.deployment import DeployedListener, LeadConnection
+    from fedtune.flower.wire.gate import Registered
 
-RECEIPTS, RUNNING = "receipts.json", "running.json"
+log = logging.getLogger(__name__)
+RECEIPTS, RUNNING, DATABASE = "receipts.json", "running.json", "server.db"
 
 
 def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
@@ -169,3 +177,70 @@ def running_process(folder: Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return pid
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerService:
+    """A server that is ready to start.
+
+    Attributes:
+        kit: the server's.
+        host: address to listen on.
+        port: to listen on; None: the one that the sites are told.
+        data: folder for the database and the audit log; None: the kit's own.
+        health: told how the server is doing.
+    """
+
+    kit: Kit
+    host: str
+    port: int | None
+    data: Path | None
+    health: Health
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            ConfigError: the kit is incomplete, or its certificate expired.
+        """
+        from fedtune.flower.wire.audit_log import FILE_NAME
+        from fedtune.flower.wire.superlink import ServerSettings, serve
+
+        certificate = self.kit.check_certificate(datetime.now(UTC))
+        folder = self.data or self.kit.folder
+        if not folder.is_dir():
+            raise ConfigError("--data", str(folder), "must be a folder")
+        settings = ServerSettings(
+            tls=self.kit.tls(),
+            lead=self.kit.lead,
+            host=self.host,
+            port=self.port or self.kit.port,
+            database=folder / DATABASE,
+            roster=self._roster,
+            audit=folder / FILE_NAME,
+        )
+
+        def ready() -> None:
+            self.health.update(state="connected", last_contact=datetime.now(UTC))
+            about = {"federation": self.kit.federation, "port": settings.port}
+            log.info("the server listens", extra={**about, "certificate_until": certificate.not_after.isoformat()})
+
+        serve(settings, ready=ready, works=self._works)
+        self.health.update(state="stopping")
+        log.info("the server is down")
+
+    def _works(self, works: bool) -> None:
+        """Note whether the database takes what is written: a server that cannot keep a message is not ready."""
+        state = self.health.snapshot()["state"]
+        if works and state == "failing":
+            self.health.update(state="connected")
+        elif not works and state == "connected":
+            self.health.update(state="failing")
+
+    def _roster(self) -> list[Registered]:
+        from fedtune.flower.wire.gate import Registered
+
+        return [
+            Registered(site=member.site, node_key=member.node_key, revoked=member.revoked is not None)
+            for member in read_roster(self.kit.roster)
+        ]
