@@ -41,7 +41,7 @@ def test_the_readme_s_own_data_example_runs(command: Any, tmp_path: Path, monkey
     assert command("evaluate", "runs/tickets", "--data", "more.csv").code == 0
 
 
-@pytest.mark.parametrize("script", ["write_configuration.py", "draw_accuracy.py"])
+@pytest.mark.parametrize("script", ["write_configuration.py", "write_report_schema.py", "draw_accuracy.py"])
 def test_what_scripts_write_is_up_to_date(script: str) -> None:
     subprocess.run([sys.executable, ROOT / "docs" / script, "--check"], check=True)
 
@@ -91,7 +91,7 @@ def test_every_command_and_option_is_in_the_readme_or_the_help(command: Any) -> 
         assert words in text
 
 
-MOST_FILES = {"A strategy": 2, "A task": 3, "A release": 15, "A section of the report": 10}
+MOST_FILES = {"A strategy": 2, "A task": 3, "A release": 14, "A section of the report": 5}
 """How many files a change of each kind touches at most.  These numbers only fall."""
 
 

@@ -27,9 +27,8 @@ def watch(
     """
     from fedtune.cli.compose import saved_config
     from fedtune.cli.run_folder import is_running
-    from fedtune.report.watch.watch_page import WatchPage
-    from fedtune.report.watch.watch_server import WatchServer
-    from fedtune.report.watch.watch_state import WatchedFolder
+    from fedtune.report.watch import WatchedFolder, WatchPage
+    from fedtune.report.watch_server import WatchServer
 
     config = saved_config(run)
     watched = WatchedFolder(run, config, is_running=is_running)

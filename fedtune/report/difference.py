@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from fedtune.report.model import Audit, Mechanism, Report, SiteReport
+from fedtune.report.model import Report, to_json
 from fedtune.spec import ConfigError
 
 Group = Literal["settings", "privacy", "utility", "cost"]
 GROUPS: tuple[Group, ...] = ("settings", "privacy", "utility", "cost")
 Value = str | float | bool | None
 Figures = dict[str, Value]
-_MECHANISM = (
-    "sampling_assumed",
-    "sampling_run",
-    "sampling_rate",
-    "noise_multiplier",
-    "max_grad_norm",
-    "local_steps",
-    "metrics_noise_multiplier",
-    "records_per_user",
-)
+_OF_REPORT: Mapping[Group, Sequence[str]] = {
+    "settings": (
+        *("name", "unit", "neighbouring_relation", "delta", "target_epsilon", "seeded_noise", "randomness"),
+        *("released", "covers", "leaves_out", "provenance.*"),
+    ),
+    "privacy": ("verdict.state", "verdict.reasons", "epsilon"),
+}
+_OF_SITE: Mapping[Group, Sequence[str]] = {
+    "settings": ("declared_size",),
+    "privacy": (
+        *("verdict.state", "source", "approved.*", "spent.*"),
+        *("lifetime.with_set_aside", "lifetime.left", "lifetime.period_epsilon", "lifetime.reference_runs_left"),
+        *("lifetime.frozen", "lifetime.in_doubt", "lifetime.restored"),
+        *("meaning.right_of_100_ceiling", "meaning.right_of_100_mechanism", "meaning.expected_failures"),
+    ),
+}
+_OF_MECHANISM: Mapping[Group, Sequence[str]] = {
+    "settings": (
+        *("sampling_assumed", "sampling_run", "sampling_rate", "noise_multiplier", "max_grad_norm", "local_steps"),
+        *("metrics_noise_multiplier", "records_per_user"),
+    ),
+    "privacy": ("rounds",),
+}
+_OF_BOUND, _OF_UTILITY = ("lower_bound", "best_possible", "canaries"), ("before.*", "final.*", "non_private.*")
+"""Places of report.json that are compared; with a star, everything there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,13 +75,10 @@ def differences(
     if before.kind != after.kind:
         raise ConfigError("kind", after.kind, f"must be that of the first report, {before.kind}")
     configurations = [{f"config.{key}": value for key, value in _flat(one)} for one in settings]
-    pairs: tuple[tuple[Group, Figures, Figures], ...] = (
-        ("settings", _settings(before) | configurations[0], _settings(after) | configurations[1]),
-        ("privacy", _privacy(before), _privacy(after)),
-        ("utility", _utility(before), _utility(after)),
-        ("cost", _cost(before), _cost(after)),
-    )
-    return tuple(change for group, old, new in pairs for change in _changes(group, old, new))
+    old, new = _figures(before), _figures(after)
+    old["settings"] |= configurations[0]
+    new["settings"] |= configurations[1]
+    return tuple(change for group in GROUPS for change in _changes(group, old[group], new[group]))
 
 
 def _changes(group: Group, old: Figures, new: Figures) -> Iterator[Change]:
@@ -76,94 +88,47 @@ def _changes(group: Group, old: Figures, new: Figures) -> Iterator[Change]:
             yield Change(group=group, key=key, before=old.get(key), after=new.get(key), missing=missing)
 
 
-def _settings(report: Report) -> Figures:
-    """What was chosen, and what it ran on."""
-    fields = ("name", "unit", "neighbouring_relation", "delta", "target_epsilon", "seeded_noise", "randomness")
-    found: Figures = {key: getattr(report, key) for key in fields}
-    for key in ("released", "covers", "leaves_out"):
-        found[key] = ", ".join(getattr(report, key))
-    found |= {f"provenance.{key}": value for key, value in _flat(asdict(report.provenance))}
-    for site in report.sites:
-        found[f"sites.{site.site}.declared_size"] = site.declared_size
-        for row in site.mechanisms:
-            found |= {f"{_row(report, site, row)}.{key}": getattr(row, key) for key in _MECHANISM}
-    return found
-
-
-def _privacy(report: Report) -> Figures:
-    """What was spent, what it means, and whether it was allowed."""
-    found: Figures = {
-        "verdict.state": report.verdict.state,
-        "verdict.reasons": ", ".join(report.verdict.reasons),
-        "epsilon": report.epsilon,
-    }
-    for site in report.sites:
-        where = f"sites.{site.site}"
-        found |= {f"{where}.verdict.state": site.verdict.state, f"{where}.source": site.source}
-        for key in ("approved", "spent"):
-            found |= {f"{where}.{name}": value for name, value in _flat({key: _fields(getattr(site, key))})}
-        if site.lifetime:
-            names = (
-                "with_set_aside",
-                "left",
-                "period_epsilon",
-                "reference_runs_left",
-                "frozen",
-                "in_doubt",
-                "restored",
-            )
-            found |= {f"{where}.lifetime.{name}": getattr(site.lifetime, name) for name in names}
-        if site.meaning:
-            meant = ("right_of_100_ceiling", "right_of_100_mechanism", "expected_failures")
-            found |= {f"{where}.meaning.{name}": getattr(site.meaning, name) for name in meant}
-        for row in site.mechanisms:
-            found[f"{_row(report, site, row)}.rounds"] = row.rounds
-    found |= {f"assumptions.{one.code}": one.status for one in report.assumptions}
+def _figures(report: Report) -> dict[Group, Figures]:
+    """What was chosen and what it ran on, what was spent and whether it was allowed, scores, and sums over rounds."""
+    data = to_json(report)
+    found = {group: _picked(data, _OF_REPORT.get(group, ()), "") for group in GROUPS}
+    for site in data["sites"]:
+        where = f"sites.{site['site']}."
+        for group in _OF_SITE:
+            found[group] |= _picked(site, _OF_SITE[group], where)
+            for row in site["mechanisms"]:
+                # A run's report has one row for a site, whose run is called otherwise in every report.
+                one_run = report.kind == "run" and len(site["mechanisms"]) == 1
+                name = "mechanism." if one_run else f"runs.{row['run']}."
+                found[group] |= _picked(row, _OF_MECHANISM[group], where + name)
+    found["privacy"] |= {f"assumptions.{one.code}": one.status for one in report.assumptions}
     if report.audit:
-        found |= dict(_audit(report.audit))
+        found["privacy"] |= _picked(data["audit"], ("method", "confidence"), "audit.")
+        for bound in data["audit"]["bounds"]:
+            found["privacy"] |= _picked(bound, _OF_BOUND, f"audit.{bound['site'] or 'all_sites'}.")
+        for attack in data["audit"]["membership"]:
+            found["privacy"][f"audit.{attack['site'] or 'all_sites'}.{attack['score']}.auroc"] = attack["auroc"]
+    if report.utility:
+        found["utility"], rounds = _picked(data["utility"], _OF_UTILITY, ""), report.utility.rounds
+        found["cost"] = {
+            "rounds": len(rounds),
+            "seconds": math.fsum(one.seconds for one in rounds),
+            "bytes_down": sum(one.bytes_down for one in rounds),
+            "bytes_up": sum(one.bytes_up for one in rounds),
+            "sites_that_failed": sum(len(one.failed_sites) for one in rounds),
+        }
     return found
 
 
-def _audit(audit: Audit) -> Iterator[tuple[str, Value]]:
-    yield from (("audit.method", audit.method), ("audit.confidence", audit.confidence))
-    for bound in audit.bounds:
-        where = f"audit.{bound.site or 'all_sites'}"
-        yield from ((f"{where}.{key}", getattr(bound, key)) for key in ("lower_bound", "best_possible", "canaries"))
-    for attack in audit.membership:
-        yield f"audit.{attack.site or 'all_sites'}.{attack.score}.auroc", attack.auroc
-
-
-def _utility(report: Report) -> Figures:
-    """Scores before and after."""
-    utility = report.utility
-    if utility is None:
-        return {}
-    groups = {"before": utility.before, "final": utility.final, "non_private": utility.non_private or {}}
-    return dict(_flat(groups))
-
-
-def _cost(report: Report) -> Figures:
-    """Sums over the rounds of a run."""
-    if report.utility is None:
-        return {}
-    rounds = report.utility.rounds
-    return {
-        "rounds": len(rounds),
-        "seconds": math.fsum(one.seconds for one in rounds),
-        "bytes_down": sum(one.bytes_down for one in rounds),
-        "bytes_up": sum(one.bytes_up for one in rounds),
-        "sites_that_failed": sum(len(one.failed_sites) for one in rounds),
-    }
-
-
-def _row(report: Report, site: SiteReport, row: Mechanism) -> str:
-    """A run's report has one row for a site, whose run is called otherwise in every report."""
-    one_run = report.kind == "run" and len(site.mechanisms) == 1
-    return f"sites.{site.site}.mechanism" if one_run else f"sites.{site.site}.runs.{row.run}"
-
-
-def _fields(part: object) -> Mapping[str, object]:
-    return {} if part is None else asdict(part)  # type: ignore[call-overload]
+def _picked(data: Mapping[str, Any], places: Sequence[str], prefix: str) -> Figures:
+    """The values at some places, as far as there is anything."""
+    found: Figures = {}
+    for place in places:
+        parent, dot, name = place.rpartition(".")
+        fields = data[parent] if parent else data
+        if fields is not None:
+            found |= _flat(fields if name == "*" else {name: fields[name]}, prefix + parent + dot)
+    return found
 
 
 def _flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Value]]:

@@ -7,35 +7,43 @@ over all runs cannot be computed again from what is joined.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
+from fedtune.federation.aggregation import BEYOND_PLAN, INVALID_UPDATE, NO_REPLY, UNSIGNED_REPLY
+from fedtune.federation.lead import RoundResult, charged_epsilons
 from fedtune.federation.results import FinalResult
 from fedtune.federation.run_folder import RunFolder
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION
+from fedtune.privacy import accountant
+from fedtune.privacy.plan import Plan
 from fedtune.report import recompute, signing
-from fedtune.report.derive import assumptions, cells, codes, verdicts
+from fedtune.report.derive import cells, profile, verdicts
 from fedtune.report.derive.audit_bounds import judged, read_audit
-from fedtune.report.derive.facts import RunFacts
-from fedtune.report.derive.profile import largest
-from fedtune.report.derive.run_site import Charged, epsilon_by_round, site_report
+from fedtune.report.derive.facts import NOT_RECORDED, RunFacts
+from fedtune.report.derive.profile import charged_events, largest, mechanism_of
+from fedtune.report.derive.rules import report_of
 from fedtune.report.model import (
-    Audit,
     LifetimeRun,
-    Provenance,
+    Release,
     Report,
     RoundCost,
     SiteReport,
+    Source,
+    Spent,
+    Step,
     Utility,
     Verdict,
 )
 from fedtune.report.record.run_record import RunRecord, read_run
-from fedtune.sites.environment import Environment
 from fedtune.spec import ConfigError, RunError
-from fedtune.words import finite_scores
+from fedtune.words import finite, finite_scores
 
-LEAVES_OUT = tuple(code for code in codes.LEAVES_OUT if code != "other_ledgers")
+_MOST_FIGURES = 64
+"""Different numbers of rounds for which epsilon is computed; in between, that of the next larger one is shown."""
 
 
 def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
@@ -50,121 +58,39 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
         RunError: what it holds is damaged.
     """
     record = read_run(folder)
+    return of_record(folder, record, own=by_site(record, [*released_in(folder), *site_reports]))
+
+
+def of_record(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> Report:
+    """The report of a run that may be under way.
+
+    Args:
+        folder: the run's, which says whether an attack on it was planned, and what came of it.
+        record: of the folder.
+        own: site -> the report that it released, checked.
+
+    Raises:
+        RunError: the findings of the attack are damaged, or of another run.
+    """
     audit, marked = read_audit(folder), RunFolder(folder).audit_mark.exists()
     if audit is not None and audit.delta != record.plan.delta:
         raise RunError(f"{RunFolder(folder).audit} is of another run: its delta is {audit.delta:g}")
-    sites = judged(_sites(record, [*released_in(folder), *site_reports]), audit, marked=marked)
-    plan, provenance = record.plan, _provenance(record)
-    report = Report(
-        kind="run",
-        name=record.config.name,
-        date=_date(record),
-        verdict=verdicts.worst(site.verdict for site in sites),
-        unit=plan.unit,
-        neighbouring_relation=NEIGHBOURING_RELATION.name.lower(),
-        delta=plan.delta,
-        epsilon=largest(site.spent.epsilon if site.spent else None for site in sites),
-        target_epsilon=record.config.privacy.epsilon if plan.private else None,
-        seeded_noise=record.seeded,
-        randomness=_randomness(record, sites),
-        released=tuple(_released(record)),
-        sites=sites,
-        covers=("rounds_and_steps", "charged_retries", *(("noised_scores",) if plan.releases_metrics else ())),
-        leaves_out=LEAVES_OUT,
-        not_protected=codes.of_unit(codes.NOT_PROTECTED, plan.unit),
-        unprotected_figures=tuple(_unprotected_figures(sites, audit)),
-        assumptions=assumptions.ordered(assumptions.of_run(RunFacts.of_record(record), sites)),
-        cells=(),
-        provenance=provenance,
-        utility=_utility(record, sites),
-        audit=audit,
+    facts = RunFacts.of_record(record)
+    made = (
+        joined(record, own[site], facts) if site in own else _from_receipts(record, site, facts)
+        for site in record.config.federation.active
     )
-    return replace(report, cells=cells.rows(cells.of_run(record, provenance) | cells.of_report(report)))
+    sites = judged(made, audit, marked=marked)
+    known = cells.of_run(record, facts.provenance)
+    return report_of(facts, sites, known=known, utility=_utility(record, sites), audit=audit)
 
 
-def _sites(record: RunRecord, released: Iterable[Report]) -> Iterator[SiteReport]:
-    own = by_site(record, released)
-    sampling = record.environments[-1].sampling if record.environments else None
-    for site in record.config.federation.active:
-        if site in own:
-            yield joined(record, own[site])
-        else:
-            charged = Charged.by_receipts(record, site)
-            yield site_report(record, site, charged, sampling=sampling or codes.NOT_RECORDED)
-
-
-def _date(record: RunRecord) -> str | None:
-    """Of the newest thing on record."""
-    times = [result.ended for result in record.rounds if result.ended]
-    return max([*times, *(environment.since for environment in record.environments)], default=None)
-
-
-def _randomness(record: RunRecord, sites: Sequence[SiteReport]) -> str:
-    """Where noise and samples came from, as far as somebody who knows has said so."""
-    if not record.plan.private:
-        return "none"
-    if record.seeded:
-        return "seeded"
-    noted = record.environments[-1].randomness if record.environments else None
-    # A site that signed its ledger's report runs fedtune, which draws from the operating system unless it is seeded.
-    if noted is None and all(site.source == "signed_site_report" for site in sites):
-        return "operating_system"
-    return noted or codes.NOT_RECORDED
-
-
-def _released(record: RunRecord) -> Iterator[str]:
-    yield "updates"
-    if record.plan.releases_metrics:
-        yield "noised_scores"
-    yield from ("aggregates", "refusals_and_receipts")
-    if record.finished:
-        yield "final_adapter"
-
-
-def _unprotected_figures(sites: Sequence[SiteReport], audit: Audit | None) -> Iterator[str]:
-    """Exact figures of this report: a joined site's count of entries, and how an attack did on records trained on."""
-    there = {
-        "attack_on_real_records": audit is not None and bool(audit.membership),
-        "counts_of_events": any(site.verification for site in sites),
-    }
-    yield from (code for code in codes.UNPROTECTED_FIGURES if there.get(code, True))
-
-
-def _provenance(record: RunRecord) -> Provenance:
-    config, environments = record.config, record.environments
-    return Provenance(
-        fedtune_version=_version(record),
-        config_sha256=record.config_sha256,
-        model=_model_name(config.model.path),
-        model_sha256=_one(environment.model_sha256 for environment in environments) or config.model.sha256,
-        model_licence=config.model.licence,
-        dataset=config.data.dataset,
-        task=config.task,
-        libraries=_libraries(environments),
-        python=_one(environment.python for environment in environments),
-        machine=_one(f"{one.system} {one.machine}, {one.device}" for one in environments),
-    )
-
-
-def _version(record: RunRecord) -> str:
-    noted = _one(environment.fedtune_version for environment in record.environments)
-    return noted or (record.result.fedtune_version if record.result else "") or codes.NOT_RECORDED
-
-
-def _model_name(path: str) -> str:
-    """Without the folder on the lead's machine."""
-    return Path(path).name if path.startswith(("/", "~", ".")) else path
-
-
-def _libraries(environments: Sequence[Environment]) -> dict[str, str]:
-    names = dict.fromkeys(name for environment in environments for name in environment.libraries)
-    found = {name: _one(one.libraries[name] for one in environments if name in one.libraries) for name in names}
-    return {name: version for name, version in found.items() if version}
-
-
-def _one(values: Iterable[str]) -> str | None:
-    """What all parts of a run had in common, or in order what they had."""
-    return " / ".join(dict.fromkeys(values)) or None
+def _from_receipts(record: RunRecord, site: str, facts: RunFacts) -> SiteReport:
+    """A site as the lead knows it."""
+    rounds, upper_bound = record.charged(site)
+    source: Source = "charged_by_receipts" if site in record.receipts else "not_released"
+    charged = Charged(rounds=rounds, upper_bound=upper_bound, source="run_record" if record.state is None else source)
+    return site_report(record, site, charged, facts, sampling=facts.sampling or NOT_RECORDED)
 
 
 def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
@@ -232,11 +158,11 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
     return found
 
 
-def joined(record: RunRecord, report: Report) -> SiteReport:
+def joined(record: RunRecord, report: Report, facts: RunFacts) -> SiteReport:
     """What a run's report says of a site that released its own."""
     own, run = report.sites[0], _this_run(record, report)
-    sampling = next((one.sampling_run for one in own.mechanisms if one.run == record.run), codes.NOT_RECORDED)
-    made = site_report(record, own.site, _charged(record, own.site, run), sampling=sampling)
+    sampling = next((one.sampling_run for one in own.mechanisms if one.run == record.run), NOT_RECORDED)
+    made = site_report(record, own.site, _charged(record, own.site, run), facts, sampling=sampling)
     disagrees = _disagrees(record, report, run)
     words = [made.verdict, own.verdict]
     if disagrees:
@@ -326,3 +252,140 @@ def _require_site(sites: Sequence[str], report: Report, site: str) -> None:
 
 def _refused(report: Report, bound: str) -> ConfigError:
     return ConfigError("site report", report.name, bound)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Charged:
+    """What was charged to a run at one site.
+
+    Attributes:
+        rounds: retries included.
+        upper_bound: the site fell silent, and every round asked of it is counted.
+        source: who says so.
+    """
+
+    rounds: int
+    upper_bound: bool
+    source: Source
+
+
+def site_report(record: RunRecord, site: str, charged: Charged, facts: RunFacts, *, sampling: str) -> SiteReport:
+    """One site of a run.
+
+    Args:
+        record: of the run.
+        site: its name.
+        charged: to the run at that site.
+        facts: of the run.
+        sampling: how units really joined its steps, or "not_recorded".
+    """
+    plan = record.plan
+    mechanisms = charged_events(plan, charged.rounds)
+    made = SiteReport(
+        site=site,
+        source=charged.source,
+        verdict=Verdict(state="within"),
+        declared_size=record.config.declared_sizes()[site],
+        approved=None,
+        spent=_spent(plan, charged),
+        left=None,
+        meaning=None,
+        mechanisms=(mechanism_of(plan, run=record.run, rounds=charged.rounds, sampling=sampling),)
+        if charged.rounds
+        else (),
+        curve=profile.curve(mechanisms, profile.curve_deltas(plan.delta)) if mechanisms else (),
+        steps=tuple(_steps(record, site, record.settled(site, charged.rounds))),
+        releases=tuple(_releases(record, site)),
+    )
+    return verdicts.judged(made, verdicts.of_run(made, facts), charged=mechanisms, delta=plan.delta)
+
+
+def epsilon_by_round(sites: Iterable[SiteReport]) -> dict[int, float | None]:
+    """Round -> the worst site's epsilon after it."""
+    worst: dict[int, list[float | None]] = {}
+    for site in sites:
+        for step in site.steps:
+            worst.setdefault(step.round or 0, []).append(step.epsilon)
+    return {number: largest(values) for number, values in worst.items()}
+
+
+def _spent(plan: Plan, charged: Charged) -> Spent:
+    mechanisms, grid = charged_events(plan, charged.rounds), profile.interval_of(charged.source)
+    by_pld = profile.epsilon_pld(mechanisms, plan.delta, interval=grid)
+    return Spent(
+        epsilon=by_pld,
+        epsilon_pld=by_pld,
+        epsilon_rdp=profile.epsilon_rdp(mechanisms, plan.delta),
+        planned_epsilon=profile.epsilon_pld([plan.whole], plan.delta, interval=grid),
+        upper_bound=charged.upper_bound,
+        rounds=charged.rounds,
+        steps=charged.rounds * plan.local_steps,
+    )
+
+
+def _steps(record: RunRecord, site: str, charged: int) -> Iterator[Step]:
+    """Epsilon after each round: at most all that was charged, but for one round for each later update of the site."""
+    took_part = [site in result.sites for result in record.rounds]
+    for index, result in enumerate(record.rounds):
+        so_far = max(0, charged - sum(took_part[index + 1 :]))
+        yield Step(
+            run=record.run,
+            round=result.round,
+            time=result.ended or None,
+            epsilon=_epsilon_after(record.plan, so_far, charged),
+        )
+
+
+def _epsilon_after(plan: Plan, rounds: int, charged: int) -> float | None:
+    every = math.ceil(charged / _MOST_FIGURES) or 1
+    shown = min(charged, math.ceil(rounds / every) * every)
+    final = charged_epsilons(plan, charged)[0]
+    return finite(final if shown == charged else min(final, _coarse_epsilon(plan, shown)))
+
+
+@lru_cache(maxsize=256)
+def _coarse_epsilon(plan: Plan, rounds: int) -> float:
+    """Never less than on the fine grid, and several times faster."""
+    if rounds == 0:
+        return 0.0
+    return accountant.epsilon_pld([plan.event(rounds=rounds)], plan.delta, interval=accountant.COARSE)
+
+
+def _releases(record: RunRecord, site: str) -> Iterator[Release]:
+    """What came from a site over all rounds, by kind and reason."""
+    groups: dict[tuple[str, str | None], list[RoundResult]] = {}
+    for result in record.rounds:
+        if (what := _what_came(result, site)) is not None:
+            groups.setdefault(what, []).append(result)
+    for (kind, reason), results in groups.items():
+        times = [result.ended for result in results if result.ended]
+        yield Release(
+            kind=kind,
+            run=record.run,
+            reason=reason,
+            count=len(results),
+            first=min(times, default=None),
+            last=max(times, default=None),
+        )
+    receipt = record.receipts.get(site)
+    came = Counter({kind: len(results) for (kind, _), results in groups.items()})["update"]
+    if receipt and receipt.charged_rounds > came:
+        without = receipt.charged_rounds - came
+        yield Release(
+            kind="reservation_without_update", run=record.run, reason=None, count=without, first=None, last=None
+        )
+
+
+def _what_came(result: RoundResult, site: str) -> tuple[str, str | None] | None:
+    """Kind and reason; None where the site was not asked."""
+    if site in result.sites:
+        return "update", None
+    match result.failed_sites.get(site):
+        case None:
+            return None
+        case reason if reason in (NO_REPLY, UNSIGNED_REPLY):
+            return "no_answer", reason
+        case reason if reason in (INVALID_UPDATE, BEYOND_PLAN):
+            return "update", reason
+        case reason:
+            return "refusal", reason

@@ -11,15 +11,12 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from datetime import datetime
 from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
 
 from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION
-from fedtune.privacy.policy import period_of
-from fedtune.report.derive import assumptions, cells, profile, verdicts
+from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.derive.audit_bounds import audit_problems, refutes
 from fedtune.report.derive.facts import LedgerFacts, RunFacts
 from fedtune.report.derive.profile import largest
@@ -53,7 +50,7 @@ def problems(report: Report) -> list[Problem]:
         after = [step.epsilon for site in report.sites for step in site.steps if step.round == cost.round]
         found += _compared(f"utility.rounds.{number}.epsilon", cost.epsilon, largest(after)) if after else ()
     try:
-        found += _contradictions(report)
+        found += rules.contradictions(report)
         found += audit_problems(report)
     except (ValueError, ArithmeticError, LookupError) as error:  # a time that is none, an order of 0
         found.append(Problem("report", "figures", f"that cannot be compared: {error}"))
@@ -282,101 +279,3 @@ def _near(left: float, found: float) -> bool:
 def _at_most(epsilon: float | None, most: float | None) -> bool:
     """None is unbounded."""
     return most is None or (epsilon is not None and epsilon <= most * (1 + _LAST_DIGITS))
-
-
-def _contradictions(report: Report) -> Iterator[Problem]:
-    """What one part of the report says and another denies: found without computing any epsilon."""
-    yield from _identity(report)
-    for site in report.sites:
-        for where, said, found in _between_parts(report, site):
-            yield Problem(f"sites.{site.site}.{where}", said, found)
-    known = cells.of_report(report)
-    for cell in report.cells:
-        for name, value in cell.facts.items():
-            if value and name in known and value != known[name]:
-                yield Problem(f"cells.{cell.code}.{name}", value, known[name])
-    private = any(row.noise_multiplier > 0 for site in report.sites for row in site.mechanisms)
-    if report.kind == "run" and private and report.target_epsilon is None:
-        yield Problem("target_epsilon", None, "a number: what the run was given")
-    yield from _assumptions(report)
-
-
-def _assumptions(report: Report) -> Iterator[Problem]:
-    """Assumptions that the report's own facts ask for, do not know, or do not bear out as well as it says."""
-    derived = {one.code: one.status for one in assumptions.ordered(_derived(report))}
-    stated = [one.code for one in report.assumptions]
-    for code in sorted(derived.keys() - set(stated)):
-        yield Problem(f"assumptions.{code}", None, "stated")
-    for code in sorted(set(stated) - derived.keys() - set(assumptions.CLIPPING)):
-        yield Problem(f"assumptions.{code}", "stated", f"none of a {report.kind} by {report.unit}")
-    if len(set(stated)) < len(stated) or set(assumptions.CLIPPING) <= set(stated):
-        yield Problem("assumptions", ", ".join(stated), "each once, and one about clipping")
-    order = assumptions.WORST_FIRST
-    for one in report.assumptions:
-        best = derived.get(one.code, one.status)
-        if order.index(one.status) > order.index(best):
-            yield Problem(f"assumptions.{one.code}.status", one.status, best)
-    violated = {one.code for one in report.assumptions if one.status == "violated"}
-    if report.verdict.state != "no_guarantee" and not violated.isdisjoint(assumptions.FOUNDATIONS):
-        yield Problem("verdict.state", report.verdict.state, "no_guarantee")
-
-
-def _derived(report: Report) -> Iterator[tuple[str, assumptions.Status, str]]:
-    if report.kind == "run":
-        yield from assumptions.of_run(RunFacts.of_report(report), report.sites)
-    elif report.sites:
-        site = report.sites[0]
-        yield from assumptions.of_ledger(LedgerFacts.of_report(report, site), site)
-
-
-def _least_in_period(report: Report, site: SiteReport, life: Lifetime) -> float:
-    """What was spent in the calendar period of a ledger's newest entry, at the least, as far as its steps tell."""
-    dated = [(period_of(datetime.fromisoformat(step.time), life.period), step) for step in site.steps if step.time]
-    if not dated or report.date is None or life.epsilon is None:
-        return 0.0
-    now = period_of(datetime.fromisoformat(report.date), life.period)
-    first = next((place for place, (period, _) in enumerate(dated) if period == now), None)
-    if first is None:
-        return 0.0
-    # The step of a whole run stands where the run ended: it may have begun in the period before.
-    before = first if dated[first][1].round is None else first - 1
-    if before < 0:
-        return life.epsilon
-    spent_before = dated[before][1].epsilon
-    return 0.0 if spent_before is None else life.epsilon - spent_before + filter.surcharge(life.order, report.delta)
-
-
-def _identity(report: Report) -> Iterator[Problem]:
-    names = [site.site for site in report.sites]
-    if not names or len(set(names)) < len(names):
-        yield Problem("sites", ", ".join(names), "at least one site, and each once")
-    if report.kind == "ledger" and [site.source for site in report.sites] != ["own_ledger"]:
-        yield Problem("kind", report.kind, "run")
-    if report.kind == "run" and any(site.source == "own_ledger" for site in report.sites):
-        yield Problem("kind", report.kind, "ledger")
-    if report.unit not in ("record", "user"):
-        yield Problem("unit", report.unit, "record or user")
-    if report.unit == "record" and any(row.records_per_user != 1 for site in report.sites for row in site.mechanisms):
-        yield Problem("mechanisms.records_per_user", "several", "1, where the unit is a record")
-    if report.neighbouring_relation != (relation := NEIGHBOURING_RELATION.name.lower()):
-        yield Problem("neighbouring_relation", report.neighbouring_relation, relation)
-    seeded = report.randomness == "seeded" if report.randomness != "none" else report.seeded_noise
-    if report.seeded_noise != seeded:
-        yield Problem("randomness", report.randomness, f"seeded_noise is {report.seeded_noise}".lower())
-
-
-def _between_parts(report: Report, site: SiteReport) -> Iterator[Problem]:
-    updates = sum(release.count for release in site.releases if release.kind == "update")
-    if site.spent and site.spent.rounds < updates:
-        yield Problem("spent.rounds", site.spent.rounds, f"at least {updates}, which left the site")
-    life, verified = site.lifetime, site.verification
-    if life and not life.seeded and (seeded := [run.run for run in life.runs if run.seeded_noise]):
-        yield Problem("lifetime.seeded", life.seeded, ", ".join(seeded))
-    if life and site.source == "own_ledger":
-        if life.seeded != report.seeded_noise:
-            yield Problem("lifetime.seeded", life.seeded, report.seeded_noise)
-        least = _least_in_period(report, site, life)
-        if life.period_epsilon is not None and life.period_epsilon < least - 1e-6 * max(1.0, least):
-            yield Problem("lifetime.period_epsilon", life.period_epsilon, f"at least {least}")
-    if verified and verified.rollback_excluded and verified.anchor_sequence != verified.num_events:
-        yield Problem("verification.rollback_excluded", True, f"an anchor at entry {verified.anchor_sequence}")

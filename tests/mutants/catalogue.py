@@ -9,6 +9,7 @@ from .in_federation import FEDERATION_FAULTS
 from .in_ledger import LEDGER_FAULTS
 from .in_models import MODEL_FAULTS
 from .in_noise import NOISE
+from .in_report import REPORT_FAULTS
 from .in_sampling import SAMPLING
 from .in_users import USER_FAULTS
 from .mutant import Mutant
@@ -18,6 +19,7 @@ MUTANTS: dict[str, Mutant] = {
     for mutant in (
         *(*NOISE, *CLIPPING, *SAMPLING, *ACCOUNTING, *LEDGER_FAULTS),
         *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *MODEL_FAULTS, *DEPLOY_FAULTS, *CLI_FAULTS),
+        *REPORT_FAULTS,
     )
 }
 QUICK = (

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.report.derive import assumptions, cells, codes
+from fedtune.report.derive import cells, rules
 from fedtune.report.model import Assumption, Cap, Release, Report, Spent, Step, Verdict
 from fedtune.report.page import render
 
@@ -60,16 +60,22 @@ def filled(report: Report, **changes: Any) -> Report:
         Assumption(code="sites_run_their_own_software", status="asserted", evidence="tests/deployment"),
         *(
             Assumption(code=code, status="verified", evidence="tests/training/test_dp_step.py")
-            for code in (*assumptions.CODES[:3], *assumptions.CODES[5:10])
+            for code in (
+                *("noise_in_every_step", "poisson_sampling", "unpredictable_randomness", "delta_below_one_over_size"),
+                *("accountants_agree", "one_record_is_one_unit", "every_record_names_its_person"),
+                "units_at_one_site_only",
+            )
         ),
     )
     fields: dict[str, Any] = {
         "cells": cells.rows(known),
-        "not_protected": codes.of_unit(codes.NOT_PROTECTED, report.unit),
-        "unprotected_figures": codes.UNPROTECTED_FIGURES,
-        "covers": codes.COVERS[:3],
-        "leaves_out": codes.LEAVES_OUT,
-        "released": codes.RELEASED,
+        "not_protected": tuple(
+            code for code in rules.NOT_PROTECTED if report.unit == "record" or code != "several_records"
+        ),
+        "unprotected_figures": rules.UNPROTECTED_FIGURES,
+        "covers": ("rounds_and_steps", "charged_retries", "noised_scores"),
+        "leaves_out": rules.LEAVES_OUT,
+        "released": ("updates", "noised_scores", "aggregates", "final_adapter", "refusals_and_receipts"),
         "assumptions": supposed,
     }
     return replace(report, **{**fields, **changes})

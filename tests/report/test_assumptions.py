@@ -15,7 +15,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
 from fedtune.report import from_ledger, from_run
-from fedtune.report.derive import assumptions
+from fedtune.report.derive import rules
 from fedtune.report.derive.facts import RunFacts, noted_inexact
 from fedtune.report.model import Assumption, Report, SiteReport
 from fedtune.report.record.run_record import RunRecord, read_run
@@ -24,11 +24,6 @@ from fedtune.sites.shared_settings import for_sites
 from .site_ledgers import Books
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def run(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return simulate(into=tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
@@ -46,30 +41,31 @@ def evidence(report: Report, code: str) -> str:
 
 
 def of_run(record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
-    return assumptions.ordered(assumptions.of_run(RunFacts.of_record(record), sites))
+    return rules.assumptions(RunFacts.of_record(record), sites)
 
 
-def test_codes_are_told_and_stand_once(run: Path, books: Callable[..., Books]) -> None:
-    for report in (from_run.build(run), from_ledger.build(books().site_toml)):
+def test_codes_are_told_and_stand_once(run_folder: Path, books: Callable[..., Books]) -> None:
+    for report in (from_run.build(run_folder), from_ledger.build(books().site_toml)):
         codes = [one.code for one in report.assumptions]
         assert len(set(codes)) == len(codes)
-        assert set(codes) <= set(assumptions.CODES)
-        order = [assumptions.WORST_FIRST.index(one.status) for one in report.assumptions]
+        order = [rules._WORST_FIRST.index(one.status) for one in report.assumptions]
         assert order == sorted(order)
 
 
-def test_a_test_that_is_named_as_evidence_exists(run: Path, books: Callable[..., Books], run_proposal: Any) -> None:
+def test_a_test_that_is_named_as_evidence_exists(
+    run_folder: Path, books: Callable[..., Books], run_proposal: Any
+) -> None:
     made = books()
     made.charge(run_proposal(), 1)
-    for report in (from_run.build(run), from_ledger.build(made.ledger)):
+    for report in (from_run.build(run_folder), from_ledger.build(made.ledger)):
         for one in report.assumptions:
             for word in one.evidence.replace(";", " ").split():
                 if word.startswith(("tests/", "docs/")):
                     assert (REPOSITORY / word).exists(), word
 
 
-def test_of_a_simulation_the_process_itself_knows(run: Path) -> None:
-    found = statuses(from_run.build(run))
+def test_of_a_simulation_the_process_itself_knows(run_folder: Path) -> None:
+    found = statuses(from_run.build(run_folder))
     assert found == {
         "one_record_is_one_unit": "assumed",
         "units_at_one_site_only": "assumed",
@@ -86,12 +82,12 @@ def test_of_a_simulation_the_process_itself_knows(run: Path) -> None:
 
 def clipping(found: tuple[Assumption, ...]) -> tuple[str, str]:
     """Code and status of what is said about clipping."""
-    (one,) = (one for one in found if one.code in assumptions.CLIPPING)
+    (one,) = (one for one in found if one.code in rules.CLIPPING)
     return one.code, one.status
 
 
-def test_of_sites_that_accept_inexact_gradients_the_bound_is_measured(run: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(run, tmp_path / "run"))
+def test_of_sites_that_accept_inexact_gradients_the_bound_is_measured(run_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run_folder, tmp_path / "run"))
     policies = sorted(copy.glob("sites/*/site.toml"))
     for count, path in enumerate(policies, start=1):
         path.write_text(path.read_text().replace("inexact_gradients = false", "inexact_gradients = true"))
@@ -134,8 +130,8 @@ def with_receipts_of(record: RunRecord, *, run: str) -> RunRecord:
 
 
 @pytest.mark.parametrize("model_known", [True, False])
-def test_receipts_of_a_run_with_a_longer_name_are_not_this_runs(run: Path, model_known: bool) -> None:
-    record = read_run(run)
+def test_receipts_of_a_run_with_a_longer_name_are_not_this_runs(run_folder: Path, model_known: bool) -> None:
+    record = read_run(run_folder)
     config = replace(record.config, runtime=replace(record.config.runtime, kind="deployment"))
     if not model_known:
         record = replace(record, environments=())
@@ -150,27 +146,27 @@ def test_receipts_of_a_run_with_a_longer_name_are_not_this_runs(run: Path, model
     assert same_form.doubtful == (("site-1", "site-2") if model_known else ())
 
 
-def test_of_real_sites_the_lead_knows_what_it_holds(run: Path) -> None:
-    record = read_run(run)
+def test_of_real_sites_the_lead_knows_what_it_holds(run_folder: Path) -> None:
+    record = read_run(run_folder)
     deployed = replace(
         record,
         config=replace(record.config, runtime=replace(record.config.runtime, kind="deployment")),
         environments=tuple(replace(one, sampling=None, randomness=None) for one in record.environments),
     )
     deployed = with_receipts_of(deployed, run=deployed.run)
-    found = {one.code: one.status for one in of_run(deployed, from_run.build(run).sites)}
+    found = {one.code: one.status for one in of_run(deployed, from_run.build(run_folder).sites)}
     assert found["sites_run_their_own_software"] == "assumed"
     assert found["unpredictable_randomness"] == "assumed"
     assert found["noise_in_every_step"] == "assumed", "what real sites do is not the lead's to verify"
     assert found["receipts_signed"] == "verified"
 
 
-def test_a_receipt_that_is_not_signed_is_found(run: Path) -> None:
-    record = read_run(run)
+def test_a_receipt_that_is_not_signed_is_found(run_folder: Path) -> None:
+    record = read_run(run_folder)
     assert record.state is not None
     forged = {"site-1": replace(record.receipts["site-1"], charged_rounds=1)}
     state = replace(record.state, receipts={**record.receipts, **forged})
-    found = of_run(replace(record, state=state), from_run.build(run).sites)
+    found = of_run(replace(record, state=state), from_run.build(run_folder).sites)
     assert found[0].code == "receipts_signed"
     assert (found[0].status, found[0].evidence) == ("violated", "site-1")
 
@@ -181,18 +177,18 @@ def test_a_site_that_denies_is_heard(books: Callable[..., Books]) -> None:
     assert report.assumptions[0].code == "units_at_one_site_only"
 
 
-def test_delta_that_is_too_large_for_the_size_is_violated(run: Path) -> None:
-    report = from_run.build(run)
+def test_delta_that_is_too_large_for_the_size_is_violated(run_folder: Path) -> None:
+    report = from_run.build(run_folder)
     large = [replace(site, declared_size=200_000) for site in report.sites]
-    found = {one.code: one for one in of_run(read_run(run), large)}["delta_below_one_over_size"]
+    found = {one.code: one for one in of_run(read_run(run_folder), large)}["delta_below_one_over_size"]
     assert (found.status, found.evidence) == ("violated", "delta=1e-05; declared_size=200000")
 
 
-def test_an_accountant_that_contradicts_the_other_is_violated(run: Path) -> None:
-    report = from_run.build(run)
+def test_an_accountant_that_contradicts_the_other_is_violated(run_folder: Path) -> None:
+    report = from_run.build(run_folder)
     (first, *others) = report.sites
     wrong = replace(first, spent=replace(first.spent, epsilon_rdp=0.01))
-    found = {one.code: one.status for one in of_run(read_run(run), [wrong, *others])}
+    found = {one.code: one.status for one in of_run(read_run(run_folder), [wrong, *others])}
     assert found["accountants_agree"] == "violated"
 
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+import json
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import fedtune.report
 from fedtune.privacy.policy import PERIODS
 from fedtune.privacy.release import Reason
-from fedtune.report.derive import assumptions, cells, codes, verdicts
+from fedtune.report import watch
+from fedtune.report.derive import cells, rules, verdicts
 from fedtune.report.model import Assumption, Cell, Report, SiteReport, Verdict
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
@@ -21,7 +22,7 @@ from fedtune.report.page.tables import layouts
 from fedtune.spec import ConfigError
 
 PACKAGE = Path(fedtune.report.__file__).parent
-TEXTS = {path.stem: tomllib.loads(path.read_text()) for path in (PACKAGE / "page" / "texts").glob("*.toml")}
+TEXTS = {language: catalogue(language).texts for language in LANGUAGES}
 KEYS = {(section, key) for section, texts in TEXTS["en"].items() for key in texts}
 
 STATES = get_args(get_type_hints(Verdict)["state"])
@@ -35,37 +36,54 @@ CODES: dict[str, set[str]] = {
     "kind": set(get_args(get_type_hints(Report)["kind"])),
     "state": set(STATES),
     "reason": {code for codes in verdicts.REASONS.values() for code in codes},
-    "released": set(codes.RELEASED),
-    "covers": set(codes.COVERS),
-    "leaves_out": set(codes.LEAVES_OUT),
-    "not_protected": set(codes.NOT_PROTECTED),
-    "unprotected_figure": set(codes.UNPROTECTED_FIGURES),
-    "randomness": set(codes.RANDOMNESS),
-    "release": set(codes.RELEASE_KINDS),
-    "refusal": {str(reason) for reason in Reason} | set(codes.RELEASE_REASONS),
-    "sampling": set(codes.SAMPLING),
-    "run_state": set(codes.RUN_STATES),
+    "leaves_out": set(rules.LEAVES_OUT),
+    "not_protected": set(rules.NOT_PROTECTED),
+    "unprotected_figure": set(rules.UNPROTECTED_FIGURES),
+    "refusal": {str(reason) for reason in Reason} | {watch.ASKED, watch.UPDATE, watch.NOTHING},
     "source": set(get_args(get_type_hints(SiteReport)["source"])),
     "status": set(get_args(get_type_hints(Assumption)["status"])),
-    "assumption": set(assumptions.CODES),
     "field": {row.code for row in cells.ROWS},
     "fact": {name for row in cells.ROWS for name in (*row.facts, *row.of_the_site)},
     "period": set(PERIODS),
-    "audit_method": set(codes.AUDIT_METHODS),
-    "audit_score": set(codes.AUDIT_SCORES),
+    "phase": set(get_args(watch.Phase)),
     "unit": {"record", "user"},
     "relation": {"add_or_remove_one"},
 }
-"""Every code that a report may hold, by the section that has words for it."""
+"""Codes that types and rules list, by the section that has words for them."""
+WRITTEN = {
+    "released": "released.*", "covers": "covers.*", "randomness": "randomness", "release": "sites.*.releases.*.kind",
+    "refusal": "sites.*.releases.*.reason", "sampling": "sites.*.mechanisms.*.sampling_run",
+    "run_state": "sites.*.lifetime.runs.*.state", "assumption": "assumptions.*.code", "reason": "verdict.reasons.*",
+    "audit_method": "audit.method", "audit_score": "audit.membership.*.score",
+}  # fmt: skip
+"""Sections of codes that builders write, and where they stand in a report."""
+
+
+def in_package() -> str:
+    """All of fedtune's code, where a code of a report is written in quotes."""
+    return "\n".join(path.read_text() for path in PACKAGE.parent.rglob("*.py"))
 
 
 def sources() -> Iterator[str]:
-    for path in [*PACKAGE.rglob("*.py"), PACKAGE / "page" / "tables.toml", *PACKAGE.glob("page/templates/*.j2")]:
+    for path in [*PACKAGE.rglob("*.py"), PACKAGE / "page" / "page.toml", *PACKAGE.glob("page/templates/*.j2")]:
         yield path.read_text()
 
 
-def test_every_language_has_its_file() -> None:
-    assert set(TEXTS) == set(LANGUAGES)
+def found_in(data: Any, place: str) -> Iterator[str]:
+    key, _, rest = place.partition(".")
+    for part in data or () if key == "*" else [(data or {}).get(key)]:
+        if rest:
+            yield from found_in(part, rest)
+        elif part is not None:
+            yield part
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_code_of_reports_on_file_has_words(language: str) -> None:
+    files = [*Path(__file__).parent.glob("golden/*.json"), *Path(__file__).parent.glob("of_0_1_0/*.json")]
+    for path in files:
+        for section, place in WRITTEN.items():
+            assert set(found_in(json.loads(path.read_text()), place)) <= TEXTS[language][section].keys(), path
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -87,9 +105,11 @@ def test_no_text_is_left_over() -> None:
     written = "\n".join(sources())
     whole = {(section, key) for section, key in re.findall(r'"(\w+)\.(\w+)"', written)}
     # Keys that are put together: "chart." ~ code, and the like.
-    charts = {"epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost"}
+    charts = {"epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost", "scores"}
     whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
-    whole |= {("watch", f"{code}_desc") for code in ("epsilon", "scores", "traffic")}
+    whole |= set(re.findall(r"\b(\w+)\.(\w+)", (PACKAGE / "page" / "page.toml").read_text()))
+    whole |= {("watch", f"left_{unit}") for unit in ("seconds", "minutes", "hours")}
+    whole |= {(section, code) for section in WRITTEN for code in re.findall(r'"(\w+)"', in_package())}
     whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "charts.py").read_text())}
     whole |= {("verdict", f"{state}_{kind}") for state in STATES for kind in CODES["kind"]}
     whole |= {("access", key) for key in (*SEEN, *render.COLUMNS)}

@@ -5,33 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fedtune.privacy.policy import Policy
-from fedtune.report import from_ledger, from_run
+from fedtune.report import from_run
 from fedtune.report.derive import cells
 from fedtune.report.model import Cell, Report
 
-from .site_ledgers import Books
-
 # REPORT: purpose, legal basis, necessity, rights, retention and every judgement are the site's own.
 LEGAL = {"purpose", "legal_basis", "retention", "claim", "judgement", "determination", "legal_role", "high_risk_class"}
-
-
-@pytest.fixture(scope="module")
-def of_run(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    return from_run.build(simulate(into=tmp_path_factory.mktemp("runs")))
-
-
-@pytest.fixture(scope="module")
-def of_ledger(
-    site_policy: Callable[..., Policy], run_proposal: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Report:
-    books = Books.made(tmp_path_factory.mktemp("sites") / "a", site_policy())
-    books.charge(run_proposal(), 1)
-    return from_ledger.build(books.ledger)
 
 
 def facts(report: Report, state: str) -> dict[str, dict[str, str]]:
@@ -76,7 +58,7 @@ def test_no_value_is_prose_or_a_verdict_of_law(which: str, request: pytest.Fixtu
 
 def test_a_run_fills_in_what_it_knows(of_run: Report) -> None:
     auto = facts(of_run, "auto")
-    assert auto["dpia_description"]["declared_sizes"] == "site-1: 90, site-2: 90"
+    assert auto["dpia_description"]["declared_sizes"] == "site-1: 80, site-2: 90"
     assert auto["dpia_risks"]["epsilon"] == "0.414"
     assert auto["dpia_measures"] == {
         "mechanism": "dp_sgd",

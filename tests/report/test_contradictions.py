@@ -10,29 +10,14 @@ from typing import Any
 import pytest
 
 from fedtune.privacy.policy import Policy
-from fedtune.report import from_ledger, from_run, one_run, recompute
-from fedtune.report.derive import assumptions, profile
+from fedtune.report import from_ledger, one_run, recompute
+from fedtune.report.derive import profile, rules
 from fedtune.report.model import Assumption, Audit, AuditBound, Cap, Report, Spent, Verdict
 
 from .site_ledgers import Books
 
 Make = Callable[..., Report]
 WITHIN = Verdict(state="within")
-
-
-@pytest.fixture(scope="module")
-def of_run(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    return from_run.build(simulate(into=tmp_path_factory.mktemp("runs")))
-
-
-@pytest.fixture(scope="module")
-def of_ledger(
-    site_policy: Callable[..., Policy], run_proposal: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Report:
-    books = Books.made(tmp_path_factory.mktemp("sites") / "a", site_policy(limits={"max_rounds": 50}))
-    books.charge(run_proposal(), 1, 2)
-    books.charge(run_proposal(run="s"), 1)
-    return from_ledger.build(books.site_toml)
 
 
 def where(report: Report) -> set[str]:
@@ -239,7 +224,7 @@ def test_a_rollback_is_excluded_by_an_anchor_at_the_end_only(of_ledger: Report) 
 
 def with_clipping(report: Report, *codes: str, status: Any = "assumed") -> Report:
     """The report with these assumptions about clipping in place of its own."""
-    others = [one for one in report.assumptions if one.code not in assumptions.CLIPPING]
+    others = [one for one in report.assumptions if one.code not in rules.CLIPPING]
     stated = [Assumption(code=code, status=status, evidence="") for code in codes]
     return replace(report, assumptions=(*others, *stated))
 
@@ -247,7 +232,7 @@ def with_clipping(report: Report, *codes: str, status: Any = "assumed") -> Repor
 def test_a_report_that_was_made_before_clipping_was_exact_stays_consistent(of_run: Report, of_ledger: Report) -> None:
     for report in (of_run, of_ledger):
         assert not where(with_clipping(report, "clipping_but_for_rounding"))
-        both = with_clipping(report, *assumptions.CLIPPING)
+        both = with_clipping(report, *rules.CLIPPING)
         assert where(both) == {"assumptions"}
         measured = with_clipping(report, "clipping_but_for_rounding", status="verified")
         assert where(measured) == {"assumptions.clipping_but_for_rounding.status"}

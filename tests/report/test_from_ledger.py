@@ -24,8 +24,7 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.report import from_ledger, recompute, signing
-from fedtune.report.derive import ledger_site, profile
-from fedtune.report.derive.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASE_KINDS, RELEASED
+from fedtune.report.derive import profile
 from fedtune.report.model import Report
 from fedtune.spec import ConfigError, RunError
 
@@ -78,16 +77,6 @@ def test_the_figures_are_the_ledgers_own(charged: Books) -> None:
     assert report.verdict.state == "within"
 
 
-def test_each_code_is_one_that_the_catalogue_is_told_of(charged: Books) -> None:
-    charged.refuse(Reason.MAX_RANK, run="r")
-    report = from_ledger.build(charged.ledger)
-    assert set(report.released) <= set(RELEASED)
-    assert set(report.covers) <= set(COVERS)
-    assert set(report.leaves_out) <= set(LEAVES_OUT)
-    assert set(report.not_protected) <= set(NOT_PROTECTED)
-    assert {release.kind for release in report.sites[0].releases} <= set(RELEASE_KINDS)
-
-
 def test_steps_end_at_what_was_spent_and_name_each_round(charged: Books) -> None:
     (site,) = from_ledger.build(charged.ledger).sites
     assert [(step.run, step.round) for step in site.steps] == [("r", 1), ("r", 2), ("s", 1)]
@@ -98,7 +87,7 @@ def test_steps_end_at_what_was_spent_and_name_each_round(charged: Books) -> None
 
 def test_only_the_newest_runs_are_shown_by_round(charged: Books, monkeypatch: pytest.MonkeyPatch) -> None:
     every = from_ledger.build(charged.ledger).sites[0].steps
-    monkeypatch.setattr(ledger_site, "MOST_STEPS", 2)
+    monkeypatch.setattr(from_ledger, "MOST_STEPS", 2)
     (site,) = from_ledger.build(charged.ledger).sites
     assert [(step.run, step.round) for step in site.steps] == [("r", None), ("s", 1)]
     assert [step.epsilon for step in site.steps] == [every[1].epsilon, every[2].epsilon]
@@ -260,14 +249,6 @@ def test_a_cap_that_came_before_the_spending_is_one(books: Callable[..., Books],
     assert from_ledger.build(made.ledger).verdict.state == "within"
 
 
-def test_without_a_promise_nothing_is_said_to_follow_from_the_figures(
-    books: Callable[..., Books], run_proposal: Proposals
-) -> None:
-    made = books(budget={"max_epsilon": float("inf")})
-    made.charge(run_proposal(), 1)
-    assert from_ledger.build(made.ledger).sites[0].meaning is None
-
-
 def test_an_old_anchor_excludes_a_rollback_no_further_than_it_reaches(
     books: Callable[..., Books], run_proposal: Proposals, tmp_path: Path
 ) -> None:
@@ -357,17 +338,6 @@ def test_a_ledger_under_another_key_than_the_sites_is_not_verified(charged: Book
     assert from_ledger.build(charged.site_toml).verdict.reasons == ("ledger_not_verified",)
 
 
-def test_a_ledger_that_was_put_back_is_not_verified(books: Callable[..., Books], run_proposal: Proposals) -> None:
-    made = books(anchor="anchor.json")
-    made.charge(run_proposal(), 1)
-    backup = made.copied("backup.db")
-    made.charge(run_proposal(), 2)
-    shutil.copy(backup, made.ledger)
-    report = from_ledger.build(made.site_toml)
-    assert report.verdict.reasons == ("ledger_not_verified",)
-    assert "was put back" in report.assumptions[0].evidence
-
-
 @pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + bytes(100)])
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "ledger.db"
@@ -399,17 +369,6 @@ def test_equal_ledgers_give_equal_bytes(charged: Books) -> None:
     assert one == other
     assert signing.read(one.encode()) == from_ledger.build(charged.site_toml)
     assert json.loads(one)["schema_version"] == 2
-
-
-def test_the_adapter_that_the_lead_gave_is_named_by_its_digest(charged: Books) -> None:
-    charged.open().end("r", adapter_sha256="ad" * 32)
-    charged.open().end("s")
-    (site,) = from_ledger.build(charged.ledger).sites
-    assert {run.run: (run.state, run.adapter_sha256) for run in site.lifetime.runs} == {
-        "r": ("ended", "ad" * 32),
-        "s": ("ended", None),
-    }
-    assert site.lifetime.with_set_aside == site.lifetime.epsilon
 
 
 def test_rounds_that_a_lost_branch_was_charged_are_in_its_run(
@@ -469,6 +428,6 @@ def test_ten_thousand_events_in_twenty_settings_are_composed_once_a_setting(
     (site,) = report.sites
     assert site.verification.num_events == 10_022
     assert (len(site.mechanisms), site.spent.rounds) == (20, 5000)
-    assert len(site.steps) <= ledger_site.MOST_STEPS
+    assert len(site.steps) <= from_ledger.MOST_STEPS
     assert {(one.kind, one.count) for one in site.releases} == {("update", 250)}
     assert len(signing.to_text(report)) < 200_000

@@ -13,45 +13,22 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-import fedtune.cli.display as display
 from fedtune.cli.compose import saved_config
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
 from fedtune.report import from_run, one_run, recompute, signing
-from fedtune.report.derive import run_site
-from fedtune.report.derive.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASED, UNPROTECTED_FIGURES
 from fedtune.report.model import Report
 from fedtune.sites import environment
-from fedtune.sites.participants import Participants
 from fedtune.spec import ConfigError, RunError
 
 SITES = ("site-1", "site-2")
 
 
-@pytest.fixture(scope="module")
-def made(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run with different sites; tests that change it take a copy."""
-    return simulate("data.declared_sizes=[80,90]", into=tmp_path_factory.mktemp("runs"))
-
-
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "run"))
-
-
-@pytest.fixture
-def stopped(command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that was interrupted after its first round."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(display.Display, "round_finished", interrupt)
-        assert command("simulate", *tiny(into=tmp_path, name="stopped")).code == 1
-    return tmp_path / "stopped"
+def folder(run_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_folder, tmp_path / "run"))
 
 
 def result_of(folder: Path) -> Any:
@@ -63,8 +40,8 @@ def status(report: Report, code: str) -> str:
     return found
 
 
-def test_the_figures_are_those_of_run_json(made: Path) -> None:
-    report, result = from_run.build(made), result_of(made)
+def test_the_figures_are_those_of_run_json(run_folder: Path) -> None:
+    report, result = from_run.build(run_folder), result_of(run_folder)
     assert (report.kind, report.name, report.provenance.config_sha256) == (
         "run",
         "run",
@@ -84,21 +61,8 @@ def test_the_figures_are_those_of_run_json(made: Path) -> None:
     assert recompute.problems(report) == []
 
 
-def test_each_code_is_one_that_the_catalogue_is_told_of(made: Path) -> None:
-    report = from_run.build(made)
-    for said, known in (
-        (report.released, RELEASED),
-        (report.covers, COVERS),
-        (report.leaves_out, LEAVES_OUT),
-        (report.not_protected, NOT_PROTECTED),
-        (report.unprotected_figures, UNPROTECTED_FIGURES),
-    ):
-        assert said
-        assert set(said) <= set(known)
-
-
-def test_rounds_have_what_run_json_has_and_the_epsilon_so_far(made: Path) -> None:
-    report, result = from_run.build(made), result_of(made)
+def test_rounds_have_what_run_json_has_and_the_epsilon_so_far(run_folder: Path) -> None:
+    report, result = from_run.build(run_folder), result_of(run_folder)
     assert report.utility.final == result["final"]["metrics"]
     assert report.utility.before == result["final"]["metrics_before"]
     for cost, entry in zip(report.utility.rounds, result["rounds"], strict=True):
@@ -113,18 +77,18 @@ def test_rounds_have_what_run_json_has_and_the_epsilon_so_far(made: Path) -> Non
     assert report.date == times[-1]
 
 
-def test_many_rounds_cost_a_bounded_number_of_compositions(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = from_run.read_run(made)
+def test_many_rounds_cost_a_bounded_number_of_compositions(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = from_run.read_run(run_folder)
     composed = []
 
     def epsilon(spent: Any, delta: float, **rest: Any) -> float:
         composed.append(spent)
         return 0.1 * len(composed)
 
-    monkeypatch.setattr(run_site.accountant, "epsilon_pld", epsilon)
+    monkeypatch.setattr(from_run.accountant, "epsilon_pld", epsilon)
     plan = record.plan
-    shown = [run_site._epsilon_after(plan, rounds, 5000) for rounds in range(1, 5001)]
-    assert len(composed) <= run_site._MOST_FIGURES + 2
+    shown = [from_run._epsilon_after(plan, rounds, 5000) for rounds in range(1, 5001)]
+    assert len(composed) <= from_run._MOST_FIGURES + 2
     assert None not in shown
 
 
@@ -173,30 +137,6 @@ def test_the_lead_s_folder_is_not_told(folder: Path) -> None:
     text = signing.to_text(from_run.build(folder))
     assert str(folder) not in text
     assert str(folder.parent) not in text
-
-
-def test_a_run_that_stopped_is_reported_as_far_as_it_went(stopped: Path) -> None:
-    report = from_run.build(stopped)
-    assert (report.verdict.state, report.verdict.reasons) == ("within", ("not_finished",))
-    assert report.utility.final == {}
-    assert [cost.round for cost in report.utility.rounds] == [1]
-    assert [site.spent.rounds for site in report.sites] == [1, 1]
-    assert all(site.spent.epsilon < site.spent.planned_epsilon for site in report.sites)
-    assert status(report, "end_independent_of_releases") == "assumed"
-    assert "final_adapter" not in report.released
-    assert recompute.problems(report) == []
-
-
-def test_a_killed_run_counts_the_round_that_it_had_asked_for(stopped: Path) -> None:
-    # As a process leaves it that dies in its second round: the journal has the round, and nothing wrote run.json.
-    (stopped / "run.json").unlink()
-    Checkpoints(stopped / "checkpoints", saved_config(stopped).digest()).ask(2, list(SITES))
-    report = from_run.build(stopped)
-    assert (report.verdict.state, report.verdict.reasons) == ("within", ("not_finished", "site_silent"))
-    assert [(site.spent.rounds, site.spent.upper_bound) for site in report.sites] == [(2, True)] * 2
-    assert status(report, "every_site_answered") == "violated"
-    assert report.assumptions[0].code == "every_site_answered"
-    assert recompute.problems(report) == []
 
 
 def test_without_checkpoints_run_json_is_what_is_known(folder: Path) -> None:
@@ -427,27 +367,6 @@ def test_a_score_that_is_no_number_is_null(folder: Path) -> None:
     result["final"]["metrics"]["loss"] = None
     (folder / "run.json").write_text(json.dumps(result))
     assert from_run.build(folder).utility.final["loss"] is None
-
-
-def test_a_site_that_fell_silent_has_an_upper_bound_and_no_receipt(
-    simulate: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    open_site = Participants.site
-
-    def broken(self: Participants, index: int) -> Any:
-        if index == 1:
-            raise OSError("the disk is gone")
-        return open_site(self, index)
-
-    monkeypatch.setattr(Participants, "site", broken)
-    report = from_run.build(simulate(into=tmp_path))
-    answered, silent = report.sites
-    assert (answered.source, answered.spent.upper_bound) == ("charged_by_receipts", False)
-    assert (silent.source, silent.spent.upper_bound, silent.spent.rounds) == ("not_released", True, 2)
-    assert silent.verdict.reasons == ("site_silent",)
-    assert {(one.kind, one.reason): one.count for one in silent.releases} == {("refusal", "site_error"): 2}
-    assert (status(report, "every_site_answered"), status(report, "receipts_signed")) == ("violated", "assumed")
-    assert recompute.problems(report) == []
 
 
 def test_the_environment_is_noted_once_for_each_machine(simulate: Any, command: Any, tmp_path: Path) -> None:

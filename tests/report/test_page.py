@@ -16,7 +16,7 @@ from fedtune.report import signing
 from fedtune.report.model import Report, to_json
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
-from fedtune.report.page.wording import MOST_ROWS, Words, pointer, shortened
+from fedtune.report.page.tables import MOST_ROWS, Words, pointer, shortened
 from fedtune.spec import ConfigError
 
 from .shown import HOSTILE, NAMES, Element, Make, filled, lookup, page_of, parsed, reports_of, wide_ledger, wide_run

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.report.watch.watch_state import WatchedFolder
+from fedtune.report.watch import WatchedFolder
 from fedtune.spec import ConfigError
 
 from .watched import MadeRun, Served, contents, served
@@ -194,7 +194,7 @@ def test_the_whole_page_and_the_state_say_the_same(page: Served) -> None:
     assert f"<title>{data['title']}</title>" in html
     for part in data["parts"].values():
         assert part in html
-    assert data["state"]["failures"] == [{"round": 1, "site": "site-2", "reason": "max_epsilon"}]
+    assert data["state"]["progress"]["failures"] == [{"round": 1, "site": "site-2", "reason": "max_epsilon"}]
 
 
 def test_what_did_not_change_is_not_sent_again(page: Served) -> None:

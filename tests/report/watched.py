@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -16,18 +16,18 @@ import httpx
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.cli.compose import compose_run, write_config
-from fedtune.cli.run_folder import is_running
+from fedtune.cli.compose import compose_run, saved_config, write_config
+from fedtune.cli.run_folder import is_running, only_one
 from fedtune.config import RunConfig
 from fedtune.federation.checkpoint import Checkpoints
 from fedtune.federation.lead import LeadState, RoundResult
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
-from fedtune.report.watch.watch_page import WatchPage
-from fedtune.report.watch.watch_server import WatchServer
-from fedtune.report.watch.watch_state import WatchedFolder
+from fedtune.report.watch import Live, WatchedFolder, WatchPage
+from fedtune.report.watch_server import WatchServer
 
+NORTH = ("federation.num_sites=3", "federation.num_rounds=10", "federation.site_names=[north,south,west]")
 BEGAN = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
 ROUND_S = 40.0
 
@@ -146,13 +146,23 @@ class Served:
             return client.get("/state").json()
 
 
+def watched(folder: Path) -> WatchedFolder:
+    return WatchedFolder(folder, saved_config(folder), is_running=is_running)
+
+
+def seen(folder: Path, *, seconds: float = 0.0, running: bool = True) -> Live:
+    """The run, so long after it began."""
+    at = BEGAN + timedelta(seconds=seconds)
+    if not running:
+        return watched(folder).now(at=at)
+    with only_one(folder):
+        return watched(folder).now(at=at)
+
+
 @contextmanager
 def served(folder: Path, *, language: str = "en", host: str = "127.0.0.1", port: int = 0) -> Iterator[Served]:
     """The page of a folder, by a real server in a thread."""
-    from fedtune.cli.compose import saved_config
-
-    watched = WatchedFolder(folder, saved_config(folder), is_running=is_running)
-    server = WatchServer(watched, WatchPage(language), host=host, port=port)
+    server = WatchServer(watched(folder), WatchPage(language), host=host, port=port)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -176,6 +186,3 @@ def wait_until(holds: Any, *, seconds: float = 20) -> None:
     while not holds():
         assert time.monotonic() < ends
         time.sleep(0.05)
-
-
-__all__: Sequence[str] = ("BEGAN", "ROUND_S", "MadeRun", "Served", "contents", "served", "wait_until")

@@ -68,7 +68,7 @@ def _cells(row: Row, known: Mapping[str, str]) -> Iterator[Cell]:
     yield Cell(code=row.code, state="site", facts=dict.fromkeys(row.of_the_site, ""))
 
 
-def of_run(record: RunRecord, provenance: Provenance) -> Facts:
+def of_run(record: RunRecord, provenance: Provenance | None) -> Facts:
     """Those that a run's folder has and the rest of its report has not."""
     config, data = record.config, record.config.data
     sizes = config.declared_sizes()
@@ -101,7 +101,7 @@ def of_run(record: RunRecord, provenance: Provenance) -> Facts:
     }
 
 
-def of_ledger(record: LedgerRecord, provenance: Provenance) -> Facts:
+def of_ledger(record: LedgerRecord, provenance: Provenance | None) -> Facts:
     """Those that a ledger has, over all its runs, and the rest of its report has not."""
     policy, history = record.policy, record.history
     sizes = {dataset.id: dataset.declared_size for dataset in policy.dataset}
@@ -160,7 +160,8 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
     }
 
 
-def _of_every_report(provenance: Provenance) -> Facts:
+def _of_every_report(provenance: Provenance | None) -> Facts:
+    assert provenance is not None, "facts of a record"
     version = provenance.libraries.get("dp-accounting")
     return dict(BY_DESIGN) | {
         "accountant": f"PLD, RDP: dp-accounting {version}" if version else "PLD, RDP: dp-accounting",

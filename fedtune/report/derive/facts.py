@@ -1,37 +1,60 @@
-"""What a report's rules have to know beside its sites' figures.
+"""What a report takes from its source, and what its rules have to know beside its sites' figures.
 
-The builder of a report takes these facts from a run folder or a ledger; who checks a report takes them from the report
-itself, as favourably as it allows.  The rules are the same for both.  Texts are evidence, which only the builder has.
+The builder of a report takes these facts from a run folder or a ledger; who checks a report takes those that its rules
+need from the report itself, as favourably as it allows.  The rules are the same for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.policy_file import policy_of
-from fedtune.report.derive.codes import NOT_RECORDED
-from fedtune.report.model import Report, SiteReport
+from fedtune.privacy.proposal import UNVERIFIED
+from fedtune.report.model import Provenance, Report, SiteReport
 from fedtune.report.record.ledger_record import LedgerRecord
 from fedtune.words import finite
 
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
     from fedtune.report.record.run_record import RunRecord
 
+NOT_RECORDED = "not_recorded"
+"""For a fact that was not recorded at the time."""
 _Place = TypeVar("_Place", int, str)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunFacts:
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """Of a run or a ledger; what has a default is evidence, or stands in the report as it is: the builder's alone.
+
+    Attributes:
+        date: of the newest thing on record.
+        seeded: whether noise came from a seed.
+        released: codes of what left the sites, or the lead; `covers` of what the report's epsilon adds up.
+    """
+
+    delta: float
+    unit: str
+    seeded: bool
+    name: str = ""
+    date: str | None = None
+    released: tuple[str, ...] = ()
+    covers: tuple[str, ...] = ()
+    provenance: Provenance | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts(_Facts):
     """Of a run.
 
     Attributes:
         target: epsilon that the run was given; None: it promises nothing.
         sampling: how the process that trained says units joined a step; None: nobody noted it.
-        randomness: whether it noted where noise came from.
+        randomness: where it says noise came from, likewise.
         inexact: whether the policies of all simulated sites accept inexact gradients; None: not on file.
         finished: whether every round was aggregated; `progress` says how many.
         unchanged: whether `config.yaml` is the one that the run had; `digest` is of the file.
@@ -40,13 +63,10 @@ class RunFacts:
         keys: site -> the key of its newest receipt, shortened.
     """
 
-    delta: float
-    unit: str
     target: float | None
     private: bool
-    seeded: bool
     sampling: str | None
-    randomness: bool
+    randomness: str | None
     inexact: bool | None
     finished: bool
     unchanged: bool
@@ -59,15 +79,25 @@ class RunFacts:
     @classmethod
     def of_record(cls, record: RunRecord) -> RunFacts:
         """As the run's folder has them."""
-        noted = record.environments[-1] if record.environments else None
+        noted, plan = record.environments[-1] if record.environments else None, record.plan
+        noised_scores = ("noised_scores",) if plan.releases_metrics else ()
+        times = [result.ended for result in record.rounds if result.ended]
         return cls(
-            delta=record.plan.delta,
-            unit=record.plan.unit,
-            target=record.config.privacy.epsilon if record.plan.private else None,
-            private=record.plan.private,
+            name=record.config.name,
+            date=max([*times, *(environment.since for environment in record.environments)], default=None),
+            delta=plan.delta,
+            unit=plan.unit,
+            released=(
+                *("updates", *noised_scores, "aggregates", "refusals_and_receipts"),
+                *(("final_adapter",) if record.finished else ()),
+            ),
+            covers=("rounds_and_steps", "charged_retries", *noised_scores),
+            provenance=_provenance_of_run(record),
+            target=record.config.privacy.epsilon if plan.private else None,
+            private=plan.private,
             seeded=record.seeded,
             sampling=noted.sampling if noted else None,
-            randomness=bool(noted and noted.randomness),
+            randomness=noted.randomness if noted else None,
             inexact=record.inexact_gradients,
             finished=record.finished,
             unchanged=record.config_unchanged,
@@ -92,7 +122,7 @@ class RunFacts:
             private=all(row.noise_multiplier > 0 for row in rows),
             seeded=report.seeded_noise,
             sampling="poisson" if "poisson" in sampled or not rows else next(iter(sampled), None),
-            randomness=report.randomness != NOT_RECORDED,
+            randomness=None if report.randomness == NOT_RECORDED else report.randomness,
             inexact="clipping_but_for_rounding" in stated,
             finished="end_independent_of_releases" not in stated,
             unchanged=not any("configuration_changed" in site.verdict.reasons for site in report.sites),
@@ -101,11 +131,12 @@ class RunFacts:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LedgerFacts:
+@dataclass(frozen=True, kw_only=True)
+class LedgerFacts(_Facts):
     """Of a ledger.
 
     Attributes:
+        randomness: the worst source of noise of all runs.
         inexact: what its policies said of inexact gradients: "true" if one accepted them, "false" if all did not, "not
             noted" by a version that was not exact yet.
         cap_raised: whether a lifetime cap was raised after something was charged.
@@ -117,8 +148,7 @@ class LedgerFacts:
         versions: of fedtune, that wrote it.
     """
 
-    delta: float
-    unit: str
+    randomness: str
     inexact: str
     cap_raised: bool
     spent_without_cap: bool
@@ -132,14 +162,31 @@ class LedgerFacts:
     @classmethod
     def of_record(cls, record: LedgerRecord, *, above_run_cap: bool) -> LedgerFacts:
         """As the ledger has them."""
-        policies = [event for event in record.events if event.detail.get("what") == "policy"]
-        restored = [event.sequence for event in record.events if event.detail.get("what") == "restored"]
+        history, events = record.history, record.events
+        plans = [run.plan for run in history.runs.values()]
+        noised_scores = ("noised_scores",) if any(plan.releases_metrics for plan in plans) else ()
+        policies = [event for event in events if event.detail.get("what") == "policy"]
+        restored = [event.sequence for event in events if event.detail.get("what") == "restored"]
         caps = [(event.sequence, finite(policy_of(event.detail["policy"]).budget.max_epsilon)) for event in policies]
-        charges = [event.sequence for event in record.events if event.kind is Kind.RESERVE] + restored
-        own = record.policy_file
+        charges = [event.sequence for event in events if event.kind is Kind.RESERVE] + restored
+        own, versions = record.policy_file, list(dict.fromkeys(event.code for event in events))
+        without_noise = plans and not all(plan.private for plan in plans)
         return cls(
-            delta=record.history.delta,
-            unit=record.history.opened.unit,
+            name=f"{history.opened.site} {history.opened.population}",
+            date=record.now.date().isoformat(),
+            delta=history.delta,
+            unit=history.opened.unit,
+            seeded=history.seeded,
+            randomness="seeded" if history.seeded else "none" if without_noise else "operating_system",
+            released=(
+                *(("updates",) if any(event.kind is Kind.COMMIT for event in events) else ()),
+                *(*noised_scores, "refusals_and_receipts"),
+            ),
+            covers=(
+                *("rounds_and_steps", "charged_retries", *noised_scores, "all_runs", "tuning_trials"),
+                *(("lost_branches",) if history.restored else ()),
+            ),
+            provenance=_provenance_of_ledger(record, versions),
             inexact=noted_inexact([event.detail["policy"] for event in policies]),
             cap_raised=cap_was_raised(caps, charges),
             spent_without_cap=spent_without_cap(caps, charges),
@@ -148,7 +195,7 @@ class LedgerFacts:
             policy_digest=own.digest() if own else "",
             restored=", ".join(map(str, restored)),
             problem=record.problem,
-            versions="fedtune " + ", ".join(dict.fromkeys(event.code for event in record.events)),
+            versions="fedtune " + ", ".join(versions),
         )
 
     @classmethod
@@ -164,12 +211,57 @@ class LedgerFacts:
         return cls(
             delta=report.delta,
             unit=report.unit,
+            seeded=report.seeded_noise,
+            randomness=report.randomness,
             inexact="not noted" if "clipping_but_for_rounding" in stated else "false",
             cap_raised=cap_was_raised(caps, days),
             spent_without_cap=spent_without_cap(caps, days),
             above_run_cap="above_run_cap" in site.verdict.reasons,
             policy_noted=True if "policy_noted" in stated else None,
         )
+
+
+def _provenance_of_run(record: RunRecord) -> Provenance:
+    config, environments = record.config, record.environments
+    names = dict.fromkeys(name for environment in environments for name in environment.libraries)
+    libraries = {name: _one(one.libraries[name] for one in environments if name in one.libraries) for name in names}
+    version = _one(environment.fedtune_version for environment in environments)
+    path = config.model.path
+    return Provenance(
+        fedtune_version=version or (record.result.fedtune_version if record.result else "") or NOT_RECORDED,
+        config_sha256=record.config_sha256,
+        model=Path(path).name if path.startswith(("/", "~", ".")) else path,  # not the folder on the lead's machine
+        model_sha256=_one(environment.model_sha256 for environment in environments) or config.model.sha256,
+        model_licence=config.model.licence,
+        dataset=config.data.dataset,
+        task=config.task,
+        libraries={name: version for name, version in libraries.items() if version},
+        python=_one(environment.python for environment in environments),
+        machine=_one(f"{one.system} {one.machine}, {one.device}" for one in environments),
+    )
+
+
+def _one(values: Iterable[str]) -> str | None:
+    """What all parts of a run had in common, or in order what they had."""
+    return " / ".join(dict.fromkeys(values)) or None
+
+
+def _provenance_of_ledger(record: LedgerRecord, versions: Sequence[str]) -> Provenance:
+    """What the events name; the machine that they came about on is not among it."""
+    proposals = [run.proposal for run in record.history.runs.values()]
+    models = {proposal.base_model for proposal in proposals}
+    return Provenance(
+        fedtune_version=" / ".join(versions),
+        config_sha256=None,
+        model=None,
+        model_sha256=models.pop() if len(models) == 1 and models != {UNVERIFIED} else None,
+        model_licence=None,
+        dataset=", ".join(dataset.id for dataset in record.policy.dataset),
+        task=", ".join(dict.fromkeys(proposal.task for proposal in proposals)) or None,
+        libraries={},
+        python=None,
+        machine=None,
+    )
 
 
 def spent_without_cap(caps: Sequence[tuple[_Place, float | None]], charges: Sequence[_Place]) -> bool:

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from fedtune.privacy.events import Spent
-from fedtune.report.derive.codes import NOT_RECORDED
-from fedtune.report.derive.facts import LedgerFacts, RunFacts
+from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts
 from fedtune.report.derive.profile import accountants_agree, interval_of, meaning
 from fedtune.report.model import SiteReport, State, Verdict
 from fedtune.words import unbounded
@@ -84,6 +83,11 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
     size, fixed = site.declared_size, were_fixed(site)
     means = meaning(charged, epsilon=spent.epsilon, delta=delta, declared_size=size, fixed=fixed)
     return replace(site, verdict=verdict, meaning=means)
+
+
+def of_settings(facts: RunFacts) -> Iterator[str]:
+    """The reasons that a run's settings give before anything is spent."""
+    yield from _holding(no_noise=not facts.private, seeded_noise=facts.seeded)
 
 
 def of_run(site: SiteReport, facts: RunFacts) -> Iterator[str]:

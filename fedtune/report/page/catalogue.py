@@ -1,4 +1,4 @@
-"""The words of the report's page: one file of texts for each language, and how that language writes figures.
+"""The words of the report's page, `texts.toml`, and how each language writes figures.
 
 Privacy loss is rounded up and what is left of a budget down; a missing bound is a word, never 0 and never blank.
 """
@@ -18,10 +18,9 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.spec import ConfigError, check_one_of
+from fedtune.spec import check_one_of
 
 LANGUAGES = ("en", "de")
-_TEXTS = Path(__file__).parent / "texts"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _SMALLEST_PLAIN = Decimal("1e-7")  # smaller ones have too many zeros to count
@@ -165,11 +164,9 @@ def catalogue(language: str) -> Catalogue:
         ConfigError: there are none.
     """
     check_one_of("report.language", language, LANGUAGES)
-    path = _TEXTS / f"{language}.toml"
-    try:
-        return Catalogue(language, tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError("report.language", language, f"must have a readable file of texts: {error}") from None
+    texts = tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
+    of_language = {section: {key: text[language] for key, text in keys.items()} for section, keys in texts.items()}
+    return Catalogue(language, of_language)
 
 
 def power_of_ten(exponent: int) -> str:

@@ -24,8 +24,7 @@ from fedtune.report.derive.cells import CODES, NUMBERS
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.charts import Charts
-from fedtune.report.page.tables import Tables
-from fedtune.report.page.wording import Words, pointer, shortened
+from fedtune.report.page.tables import Tables, Words, pointer, sections, shortened
 from fedtune.spec import ConfigError
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -91,6 +90,7 @@ def render(report: Report, *, language: str) -> str:
             fields=Fields(words),
             columns=COLUMNS,
             pointer=pointer,
+            sections=sections(),
             title=words.text("page.title", name=shortened(report.name, _LONGEST_TITLE)),
             short=lambda name: shortened(name, _LONGEST_NAME),
             digest=digest,

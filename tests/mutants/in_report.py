@@ -1,0 +1,83 @@
+"""Faults of a report: its verdict, what it rests on, its cells, and what `report verify` lets through."""
+
+from .mutant import Mutant
+
+VERDICTS, FACTS, RULES = (f"fedtune/report/derive/{name}.py" for name in ("verdicts", "facts", "rules"))
+OF_LEDGER, CONTRADICTIONS, RECOMPUTE = (
+    f"tests/report/test_{name}.py" for name in ("from_ledger", "contradictions", "recompute")
+)
+
+REPORT_FAULTS = (
+    Mutant(
+        name="best-site-gives-the-verdict",
+        fault="A report's verdict is that of its most favourable site.",
+        file=VERDICTS,
+        old="state = min((verdict.state for verdict in several)",
+        new="state = max((verdict.state for verdict in several)",
+        tests=("tests/report/test_from_run.py::test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict",),
+    ),
+    Mutant(
+        name="plan-above-the-target",
+        fault="A run whose plan costs more than its target is within budget as long as less was charged.",
+        file=VERDICTS,
+        old="rows, planned = site.mechanisms, (spent.epsilon, spent.planned_epsilon)",
+        new="rows, planned = site.mechanisms, (spent.epsilon,)",
+        tests=(f"{RECOMPUTE}::test_a_plan_above_the_target_is_exceeded_although_less_was_charged",),
+    ),
+    Mutant(
+        name="chosen-runs-called-fixed",
+        fault="The mechanism's own curve bounds a run of a ledger that ended early, perhaps because of its results.",
+        file=VERDICTS,
+        old="return len(charged) == 1 and most.get(charged[0].run) == charged[0].rounds",
+        new="return len(charged) == 1 and charged[0].run in most",
+        tests=(f"{OF_LEDGER}::test_a_mechanisms_own_curve_bounds_only_what_was_fixed",),
+    ),
+    Mutant(
+        name="spent-before-the-first-cap",
+        fault="What was charged while no lifetime cap was in force is covered by a cap that came later.",
+        file=FACTS,
+        old="cap is None and place < charge and all(",
+        new="cap is None and place > charge and all(",
+        tests=(f"{OF_LEDGER}::test_a_cap_that_came_after_the_spending_promises_nothing",),
+    ),
+    Mutant(
+        name="cap-raised-unsaid",
+        fault="A cap that was raised after something was released is not told of.",
+        file=FACTS,
+        old="place > min(charges) and before is not None",
+        new="place < min(charges) and before is not None",
+        tests=(f"{OF_LEDGER}::test_a_cap_that_was_raised_after_something_was_released_is_said",),
+    ),
+    Mutant(
+        name="seed-called-random",
+        fault="Noise from a seed counts as unpredictable.",
+        file=RULES,
+        old='yield "unpredictable_randomness", "violated", "runtime.seeded_noise=true"',
+        new='yield "unpredictable_randomness", "verified", "runtime.seeded_noise=true"',
+        tests=(f"{CONTRADICTIONS}::test_a_seed_is_predictable",),
+    ),
+    Mutant(
+        name="cells-promise-without-a-guarantee",
+        fault="An impact assessment states the figures of a report that promises nothing.",
+        file="fedtune/report/derive/cells.py",
+        old='promised = verdict.state != "no_guarantee"',
+        new='promised = verdict.state != "exceeded"',
+        tests=("tests/report/test_cells.py::test_a_run_without_noise_has_nothing_that_bounds_it",),
+    ),
+    Mutant(
+        name="smaller-epsilon-verifies",
+        fault="`report verify` accepts an epsilon below the one that the events come to.",
+        file="fedtune/report/recompute.py",
+        old="if not -_LAST_DIGITS * abs(found) <= said - found <= TOLERANCE * abs(found):",
+        new="if not said - found <= TOLERANCE * abs(found):",
+        tests=(f"{RECOMPUTE}::test_an_epsilon_may_be_a_little_larger_and_never_smaller",),
+    ),
+    Mutant(
+        name="unchecked-called-verified",
+        fault='`report verify` accepts "verified" where the report\'s own facts bear out less.',
+        file=RULES,
+        old="if _WORST_FIRST.index(one.status) > _WORST_FIRST.index(best):",
+        new="if _WORST_FIRST.index(one.status) < _WORST_FIRST.index(best):",
+        tests=(f"{CONTRADICTIONS}::test_nothing_can_be_called_verified_that_nobody_checks",),
+    ),
+)
