@@ -109,5 +109,5 @@ class Checkpoints:
 
 def _round(fields: dict[str, Any]) -> RoundResult:
     """The result that `asdict` and JSON made `fields` of: both write tuples as lists."""
-    scores = {site: (score, count) for site, (score, count) in fields["site_scores"].items()}
+    scores = {site: tuple(values) for site, values in fields["site_scores"].items()}
     return RoundResult(**{**fields, "sites": tuple(fields["sites"]), "site_scores": scores})

@@ -13,6 +13,7 @@ from fedtune.federation.results import RunResult
 from fedtune.flower.client import make_client_app
 from fedtune.flower.federation_run import Engine, FederationRun, Listener
 from fedtune.flower.grid import InProcessGrid, in_process
+from fedtune.flower.invitation import Invited
 from fedtune.sites.participants import participants
 
 
@@ -37,8 +38,11 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
         config=config,
         folder=folder,
         shared=everyone.shared,
-        proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan),
-        key=everyone.sites.lead_key(),
+        asked=Invited(
+            proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan),
+            key=everyone.sites.lead_key(),
+            federation=config.federation,
+        ),
         receipts=everyone.sites.receipts(),
         engine=_engine(config, simulated_client_app(config_json, str(folder)), listener),
         ready=ready,

@@ -70,15 +70,13 @@ def _released(record: LedgerRecord) -> Iterator[str]:
     plans = [run.plan for run in record.history.runs.values()]
     if Kind.COMMIT in kinds:
         yield "updates"
-    if any(plan.releases_metrics for plan in plans):
-        yield "noised_scores"
+    yield from codes.statistics_of(plans)
     yield "refusals_and_receipts"
 
 
 def _covers(history: History) -> Iterator[str]:
     yield from ("rounds_and_steps", "charged_retries")
-    if any(run.plan.releases_metrics for run in history.runs.values()):
-        yield "noised_scores"
+    yield from codes.statistics_of(run.plan for run in history.runs.values())
     yield from ("all_runs", "tuning_trials")
     if history.restored:
         yield "lost_branches"

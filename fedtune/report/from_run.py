@@ -69,7 +69,7 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
         randomness=_randomness(record, sites),
         released=tuple(_released(record)),
         sites=sites,
-        covers=("rounds_and_steps", "charged_retries", *(("noised_scores",) if plan.releases_metrics else ())),
+        covers=("rounds_and_steps", "charged_retries", *codes.statistics_of([plan])),
         leaves_out=LEAVES_OUT,
         not_protected=codes.of_unit(codes.NOT_PROTECTED, plan.unit),
         unprotected_figures=tuple(_unprotected_figures(sites, audit)),
@@ -114,8 +114,7 @@ def _randomness(record: RunRecord, sites: Sequence[SiteReport]) -> str:
 
 def _released(record: RunRecord) -> Iterator[str]:
     yield "updates"
-    if record.plan.releases_metrics:
-        yield "noised_scores"
+    yield from codes.statistics_of([record.plan])
     yield from ("aggregates", "refusals_and_receipts")
     if record.finished:
         yield "final_adapter"

@@ -211,7 +211,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
             seeded_noise=proposal.seeded_noise,
         ),
         # Nobody is there from whom the time of a reply could be hidden.
-        releases=Releases(metrics="noised" if plan.releases_metrics else "none", reply_after_s=0.0),
+        releases=Releases(metrics=plan.metrics, reply_after_s=0.0),
         asserted=Asserted(no_person_at_another_site=True),
     )
 

@@ -33,6 +33,7 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import METRICS
 from fedtune.training.spec import TrainingSpec
 
 from .certificates import LOOPBACK, Authority
@@ -139,8 +140,8 @@ class Federation:
         if request.site in self.fails:
             raise self.fails[request.site]
         moved = {name: value + np.float32(STEPS[request.site]) for name, value in adapter.tensors.items()}
-        scores = (STEPS[request.site], 0.5) if self.plan.releases_metrics else None
-        return Trained(adapter=Adapter(moved), scores=scores)
+        scores = (STEPS[request.site], 0.5, 0.25)[: METRICS[self.plan.metrics].num_values]
+        return Trained(adapter=Adapter(moved), scores=scores or None)
 
     def events(self, site: str) -> tuple[Event, ...]:
         """A site's ledger, each event checked."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.release import METRICS
 
 AUDIT_METHODS = ("gradient_canaries", "record_canaries")
 AUDIT_SCORES = ("loss", "reference_ratio")
 """What an audit planted, and by what membership of real records was guessed."""
 
-RELEASED = ("updates", "noised_scores", "aggregates", "final_adapter", "refusals_and_receipts")
+STATISTICS = tuple(known.name for known in METRICS.values() if known.name)
+"""What rounds may release beside updates."""
+
+RELEASED = ("updates", *STATISTICS, "aggregates", "final_adapter", "refusals_and_receipts")
 """What left the sites, or the lead."""
 
-COVERS = ("rounds_and_steps", "charged_retries", "noised_scores", "all_runs", "tuning_trials", "lost_branches")
+COVERS = ("rounds_and_steps", "charged_retries", *STATISTICS, "all_runs", "tuning_trials", "lost_branches")
 """What the epsilon of a report adds up."""
 
 LEAVES_OUT = (
@@ -45,6 +51,12 @@ NOT_PROTECTED = (
 def of_unit(not_protected: Sequence[str], unit: str) -> tuple[str, ...]:
     """Those of `NOT_PROTECTED` that hold for a privacy unit: by user, a person's records are protected as a whole."""
     return tuple(code for code in not_protected if unit == "record" or code != "several_records")
+
+
+def statistics_of(plans: Iterable[Plan]) -> tuple[str, ...]:
+    """Those of `STATISTICS` that rounds of these plans release."""
+    released = {plan.metrics for plan in plans if plan.releases_metrics}
+    return tuple(known.name for kind, known in METRICS.items() if kind in released)
 
 
 UNPROTECTED_FIGURES = (
