@@ -20,8 +20,8 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.flower import records
 from fedtune.flower.federation_run import FederationRun, Listener
 from fedtune.flower.invitation import Invited, invite
+from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
-from fedtune.flower.wire.tls import Tls
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.sites.shared_model import SharedModel

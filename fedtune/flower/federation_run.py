@@ -14,8 +14,7 @@ from typing import Protocol
 from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
-from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState, ReceiptBook
+from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
 from fedtune.federation.results import FinalResult, RunResult
 from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.invitation import Invited

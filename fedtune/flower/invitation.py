@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
@@ -70,16 +70,11 @@ class Answers:
         refused = [site for site, refusal in self.refusals.items() if refusal.reason.is_final]
         refused += [site for site in self.offers if site not in ready]
         error = RefusedError if len(federation.active) - len(refused) < federation.min_sites else RunError
-        raise error(
-            f"{len(ready)} of {len(federation.active)} sites would take part, and federation.min_sites = "
-            f"{federation.min_sites} ({self._reasons(ready)}); nothing was charged for this run"
-        )
-
-    def _reasons(self, ready: Collection[str]) -> str:
-        said = {site: refusal.in_words for site, refusal in self.refusals.items()} | dict(self.silent)
+        others = {site: refusal.in_words for site, refusal in self.refusals.items()} | dict(self.silent)
         less = {site: offer for site, offer in self.offers.items() if site not in ready}
-        said |= {site: f"has room for {offer.most_rounds} rounds" for site, offer in less.items()}
-        return ", ".join(f"{site}: {words}" for site, words in said.items())
+        others |= {site: f"has room for {offer.most_rounds} rounds" for site, offer in less.items()}
+        too_few = federation.too_few(len(ready), "would take part", others=others)
+        raise error(f"{too_few}; nothing was charged for this run")
 
 
 def invite(grid: Grid, asked: Invited, *, less: bool = False) -> Answers:

@@ -15,8 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedtune.federation.aggregation import RoundReplies, sort_replies
-from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState, RoundResult, Scores, newest_of
+from fedtune.federation.lead import Checkpoints, LeadState, RoundResult, Scores, newest_of
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.flower import records
 from fedtune.flower.invitation import Invited, invite, readable
@@ -215,25 +214,15 @@ def _aggregate(lead: Lead, replies: RoundReplies, messages: Mapping[str, Message
 def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
     if len(replies.updates) >= lead.federation.min_sites:
         return
-    reasons = ", ".join(f"{site}: {_explained(replies, site)}" for site in replies.failures)
+    refusals = {site: refusal.in_words for site, refusal in replies.refusals.items()}
+    others = {site: refusals.get(site, reason) for site, reason in replies.failures.items()}
+    too_few = lead.federation.too_few(len(replies.updates), "sent an update", others=others)
     final = [site for site, refusal in replies.refusals.items() if refusal.reason.is_final]
     if len(lead.declared_sizes) - len(final) < lead.federation.min_sites:
         exhausted = any(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
         hint = "; interrupted rounds count, plan with federation.spare_rounds" if exhausted else ""
-        raise RefusedError(
-            f"round {round}: refused by policy or budget, and federation.min_sites = {lead.federation.min_sites} "
-            f"({reasons}){hint}"
-        )
-    raise RunError(
-        f"round {round}: {len(replies.updates)} of {len(lead.declared_sizes)} sites sent an update, and "
-        f"federation.min_sites = {lead.federation.min_sites} are needed ({reasons}); "
-        f"the checkpoint of round {round - 1} can be resumed"
-    )
-
-
-def _explained(replies: RoundReplies, site: str) -> str:
-    refusal = replies.refusals.get(site)
-    return refusal.in_words if refusal else replies.failures[site]
+        raise RefusedError(f"round {round}: refused by policy or budget; {too_few}{hint}")
+    raise RunError(f"round {round}: {too_few}; the checkpoint of round {round - 1} can be resumed")
 
 
 def _tell_the_end(grid: Grid, lead: Lead, *, adapter: Adapter | None) -> dict[str, Receipt]:

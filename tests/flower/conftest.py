@@ -15,14 +15,13 @@ from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.main import create_app
 
-from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState
+from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Prepared, Site, Trained
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.client import make_client_app
-from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.server import Lead, run_rounds
+from fedtune.flower.simulation import InProcessGrid
 from fedtune.flower.strategy import make_strategy
 from fedtune.flower.wire.superlink import ServerSettings, _superlink_config
 from fedtune.model import Adapter

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from fedtune.federation.lead import site_charge
+from fedtune.federation.results import site_charge
 from fedtune.flower import records
 from fedtune.flower.server import run_rounds
 from fedtune.privacy.events import grouped

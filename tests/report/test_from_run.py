@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedtune.cli.display as display
 from fedtune.cli.compose import saved_config
-from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
@@ -24,7 +24,7 @@ from fedtune.report.derive import run_site
 from fedtune.report.derive.codes import COVERS, LEAVES_OUT, NOT_PROTECTED, RELEASED, UNPROTECTED_FIGURES
 from fedtune.report.model import Report
 from fedtune.sites import environment
-from fedtune.sites.participants import Participants
+from fedtune.sites.virtual_site import Participants
 from fedtune.spec import ConfigError, RunError
 
 SITES = ("site-1", "site-2")

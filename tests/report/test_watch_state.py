@@ -12,7 +12,7 @@ import pytest
 
 from fedtune.cli.compose import saved_config
 from fedtune.cli.run_folder import is_running, only_one
-from fedtune.federation.lead import charged_epsilons
+from fedtune.federation.results import charged_epsilons
 from fedtune.privacy import accountant
 from fedtune.report import from_run
 from fedtune.report.watch import watch_state

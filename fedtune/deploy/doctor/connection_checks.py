@@ -318,9 +318,9 @@ class Connection:
         except OSError as error:
             found = f"the server could not be asked ({error.strerror or type(error).__name__})"
             return failed(AUTHENTICATION, found, fix="Put right what the lines above name.", exit_code=SERVER)
-        if known.site != site:
+        if known != site:
             fix = "Ask the lead to provision this site again: names and keys were mixed up."
-            found = f"the server knows this key as {known.site}, and the kit is for {site}"
+            found = f"the server knows this key as {known}, and the kit is for {site}"
             return failed(AUTHENTICATION, found, fix=fix, exit_code=SERVER)
         return ok(AUTHENTICATION, f"the server knows this key as {site}")
 

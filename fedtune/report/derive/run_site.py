@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedtune.federation.aggregation import BEYOND_PLAN, INVALID_UPDATE, NO_REPLY, UNSIGNED_REPLY
-from fedtune.federation.lead import RoundResult, charged_epsilons
+from fedtune.federation.lead import RoundResult
+from fedtune.federation.results import charged_epsilons
 from fedtune.privacy import accountant
 from fedtune.privacy.plan import Plan
 from fedtune.report.derive import profile, verdicts

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.config import RunConfig
-from fedtune.federation.lead import RoundResult, charged_epsilons
+from fedtune.federation.lead import RoundResult
+from fedtune.federation.results import charged_epsilons
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.plan import Plan
 from fedtune.report.derive.profile import largest
