@@ -287,7 +287,7 @@ def everything_sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Every byte of every message that a site hands to Flower, as it would be put on the wire."""
     from flwr.common.serde import message_to_proto  # here, for the sake of tests that need no Flower
 
-    from fedtune.flower.grid import InProcessGrid
+    from fedtune.flower.simulation import InProcessGrid
 
     sent: list[bytes] = []
     pull = InProcessGrid.pull_messages

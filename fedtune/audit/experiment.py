@@ -23,9 +23,8 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.report.derive.audit_bounds import mark, refuted, write_audit
 from fedtune.report.model import Audit, AuditBound
 from fedtune.report.one_run import best_possible, epsilon_lower_bound
-from fedtune.sites.participants import Participants, participants
 from fedtune.sites.shared_model import SharedModel
-from fedtune.sites.virtual_site import POLICY, generated_policy
+from fedtune.sites.virtual_site import POLICY, Participants, generated_policy, participants
 from fedtune.spec import ConfigError
 
 _LARGEST_ADAPTER = 1e6

@@ -28,7 +28,7 @@ from fedtune.data import Batch
 from fedtune.model import Adapter
 from fedtune.privacy.mechanism import cell
 from fedtune.privacy.randomness import RandomStream
-from fedtune.sites.participants import Participants
+from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import randomness_of
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel

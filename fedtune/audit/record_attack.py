@@ -24,7 +24,7 @@ from fedtune.model import Adapter
 from fedtune.privacy.randomness import RandomStream
 from fedtune.report.model import AuditHitRate, AuditMembership
 from fedtune.report.one_run import binomial
-from fedtune.sites.participants import Participants
+from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import randomness_of
 from fedtune.tasks import task_named
 

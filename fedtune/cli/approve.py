@@ -16,7 +16,7 @@ from fedtune.cli.sections import Section, pairs, say, show
 from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.federation.verdict import BrokenRule, Verdict, ask
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.privacy.release import asked_and_allowed
+from fedtune.privacy.release import METRICS, asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RefusedError, RunError
 from fedtune.words import counted
@@ -117,7 +117,7 @@ def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
         "mechanism": f"noise multiplier {plan.noise_multiplier:g}, clip norm {plan.max_grad_norm:g}, "
         f"sampling rate {plan.sampling_rate:g}",
         "protects": contribution(plan) if plan.unit == "user" else "each record by itself",
-        "releases": "updates and noised scores" if plan.releases_metrics else "updates",
+        "releases": " and ".join(filter(None, ("updates", METRICS[plan.metrics].in_words))),
     }
     return pairs(rows)
 

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from fedtune.config import RunConfig
-from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
-from fedtune.federation.results import RunResult
+from fedtune.federation.lead import LeadState
+from fedtune.federation.results import RunResult, charged_epsilons, site_charge
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal

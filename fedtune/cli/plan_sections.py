@@ -17,6 +17,7 @@ from fedtune.federation.planner import Change, Price, RoundPrice
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.plan import Plan
+from fedtune.privacy.release import METRICS
 from fedtune.words import counted, duration, jsonable, size
 
 if TYPE_CHECKING:
@@ -138,9 +139,9 @@ def facts(outlook: Outlook) -> dict[str, str]:
         how = f"the least for epsilon {config.privacy.epsilon:g}" if outlook.calibrated else "given"
         found["noise"] = f"multiplier {plan.noise_multiplier:g} ({how}), clip norm {plan.max_grad_norm:g}"
     if plan.releases_metrics:
-        noise = f"noise multiplier {plan.metrics_noise_multiplier:g}"
         found["scores"] = (
-            f"noised scores of held-out {plan.unit}s each round, {noise}; every epsilon here pays for them"
+            f"{METRICS[plan.metrics].in_words} of held-out {plan.unit}s each round, noise multiplier "
+            f"{plan.metrics_noise_multiplier:g}; every epsilon here pays for them"
         )
     return found | _solution(outlook)
 

@@ -21,8 +21,8 @@ from fedtune.config import RunConfig
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import Member
 from fedtune.deploy.services.lead_and_server import LeadService, latest_answers, members, running_process
-from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState, site_charge
+from fedtune.federation.lead import Checkpoints, LeadState
+from fedtune.federation.results import site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.spec import ConfigError, RunError

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
 from fedtune.federation.protocol import Reply
 from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
-from fedtune.privacy.release import Offer, Refusal, Update
-from fedtune.training.optimizer import Reach
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import METRICS, Answer, Refusal, Update
+
+if TYPE_CHECKING:  # it imports torch
+    from fedtune.training.optimizer import Reach
 
 INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"
@@ -64,77 +67,60 @@ class RoundReplies:
 
     Attributes:
         updates: site -> adapter, in the order of the sites, so that a sum over them always rounds alike.
-        scores: site -> noised score and count of its held-out units, where the plan releases them.
+        scores: site -> noised statistics of its held-out units, where the plan releases them.
         failures: site -> reason, for every asked site without a usable update.
         refusals: the failures that are refusals under their site's signature, with what was asked and what is allowed.
     """
 
-    updates: dict[str, Adapter]
-    scores: dict[str, tuple[float, float]]
-    failures: dict[str, str]
-    refusals: dict[str, Refusal]
+    updates: dict[str, Adapter] = field(default_factory=dict)
+    scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    refusals: dict[str, Refusal] = field(default_factory=dict)
 
 
 def sort_replies(
-    replies: Mapping[str, Reply],
-    *,
-    run: str,
-    round: int,
-    sent: Adapter,
-    reaches: Mapping[str, Reach],
-    scored: bool,
+    replies: Mapping[str, Reply], *, proposal: Proposal, round: int, sent: Adapter, reaches: Mapping[str, Reach]
 ) -> RoundReplies:
     """Keep the updates that their sites signed and that training can have made of the adapter that was sent.
 
     Args:
         replies: site -> its answer.
-        run: the run's name at its sites.
+        proposal: of the run.
         round: of the run.
         sent: the adapter that each site was sent.
         reaches: asked site -> how far its training may take the adapter, in the sites' order.
-        scored: whether the plan releases scores beside an update.
 
     Returns:
         Beside the updates, why every other asked site has none.  A site gives a stranger no receipt, and none of a
         ledger that it cannot read: such a refusal's reason is shown, and it counts as no answer.
     """
-    updates: dict[str, Adapter] = {}
-    scores: dict[str, tuple[float, float]] = {}
-    failures: dict[str, str] = {}
-    refusals: dict[str, Refusal] = {}
+    found = RoundReplies()
+    num_scores = METRICS[proposal.plan.metrics].num_values
     for site, reach in reaches.items():
-        reply = replies.get(site)
+        reply, asked = replies.get(site), (site, proposal.run, round)
         if reply is None:
-            failures[site] = NO_REPLY
-        elif not reply.is_signed() and (reply.receipt or isinstance(reply.body, Update)):
-            failures[site] = UNSIGNED_REPLY
+            found.failures[site] = NO_REPLY
         elif isinstance(reply.body, Refusal):
-            about = (reply.body.site, reply.body.run, reply.body.round)
-            if not reply.receipt:
-                failures[site] = reply.body.reason.value
-            elif about != (site, run, round):
-                failures[site] = UNSIGNED_REPLY  # what was signed is the answer to something else
-            else:
-                failures[site] = reply.body.reason.value
-                refusals[site] = reply.body
-        elif (
-            (reply.body.run, reply.body.site) != (run, site)
-            or not fits(reply.body, sent, round=round)
-            or (reply.body.scores is not None) is not scored
-        ):
-            failures[site] = INVALID_UPDATE
+            own = reply.is_signed() and reply.about == asked
+            found.failures[site] = reply.body.reason.value if own or not reply.receipt else UNSIGNED_REPLY
+            if own:
+                found.refusals[site] = reply.body
+        elif not reply.is_signed():
+            found.failures[site] = UNSIGNED_REPLY
+        elif reply.about != asked or not fits(reply.body, sent) or len(reply.body.scores or ()) != num_scores:
+            found.failures[site] = INVALID_UPDATE
         elif not reach.includes(reply.body.tensors, sent=sent):
-            failures[site] = BEYOND_PLAN
+            found.failures[site] = BEYOND_PLAN
         else:
-            updates[site] = Adapter(reply.body.tensors)
+            found.updates[site] = Adapter(reply.body.tensors)
             if reply.body.scores is not None:
-                scores[site] = reply.body.scores
-    return RoundReplies(updates=updates, scores=scores, failures=failures, refusals=refusals)
+                found.scores[site] = reply.body.scores
+    return found
 
 
-def fits(body: Update | Offer, sent: Adapter, *, round: int) -> TypeGuard[Update]:
-    """Whether this is the round's update: the sent adapter's names, order, shapes and type, and finite values."""
-    if not isinstance(body, Update) or body.round != round or list(body.tensors) != list(sent.tensors):
+def fits(body: Answer, sent: Adapter) -> TypeGuard[Update]:
+    """Whether this is an update with the sent adapter's names, order, shapes and type, and finite values."""
+    if not isinstance(body, Update) or list(body.tensors) != list(sent.tensors):
         return False
     return all(
         value.shape == sent.tensors[name].shape and value.dtype == np.float32 and bool(np.isfinite(value).all())

@@ -1,23 +1,23 @@
-"""What the lead knows of a run between two rounds, and what each site has been charged as far as it can tell."""
+"""What the lead knows of a run between two rounds, and how it keeps that: checkpoints and a book of receipts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
 from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
-from fedtune.privacy import accountant
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Receipt, Update, receipt_from_json
-from fedtune.spec import RunError
+from fedtune.spec import ConfigError, RunError
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 Scores = Mapping[str, float | None]
@@ -32,8 +32,8 @@ class RoundResult:
         seconds: training and aggregation; evaluation is not counted.
         failed_sites: site -> reason.
         metrics: of the aggregated adapter on the lead's validation file.
-        site_scores: site -> (noised score, noised share of the declared number) of its held-out units, for the adapter
-            that the round began with; what `privacy.metrics=noised` releases.
+        site_scores: site -> its noised statistics of held-out units, for the adapter that the round began with; with
+            `privacy.metrics=noised`, the noised score and the noised share of the declared number.
         ended: UTC, when the round was aggregated and scored; empty in runs of versions that did not note it.
         diverged: the average, or its score, was not finite; the run went back to the adapter before, whose `metrics`
             these are.  The round is charged all the same.
@@ -46,7 +46,7 @@ class RoundResult:
     bytes_down: int
     bytes_up: int
     metrics: Scores
-    site_scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    site_scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     ended: str = ""
     diverged: bool = False
 
@@ -163,53 +163,97 @@ class ReceiptBook:
         write_durably(self.path, json.dumps(newest, indent=1).encode() + b"\n")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SiteCharge:
-    """A site's spending in one run, from its receipts.
+_KEPT = 2
 
-    Attributes:
-        rounds: charged, retries included; `steps` are theirs.
-        epsilon: by PLD, at the plan's delta; infinite without noise.
-        epsilon_rdp: the same events by RDP.
-        planned_epsilon: of the whole plan, by PLD.  For a run that ended early this is the figure that is proved
-            whatever made it end: `epsilon` is one only where that did not depend on what the run had released.
-        upper_bound: the site fell silent, so every round asked of it since its last receipt is counted as charged.
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run: `round-0003.safetensors` and the journal of rounds that were asked for.
+
+    Args:
+        folder: made when missing.
+        config_sha256: digest of the configuration; a checkpoint of another one is refused.
     """
 
-    rounds: int
-    steps: int
-    epsilon: float
-    epsilon_rdp: float
-    planned_epsilon: float
-    upper_bound: bool
+    def __init__(self, folder: Path, config_sha256: str) -> None:
+        self._folder = folder
+        self._config = config_sha256
+        self._asked = folder / "asked.jsonl"
+
+    def ask(self, round: int, sites: list[str]) -> None:
+        """Note, before a request is sent, that `sites` may be charged for `round`."""
+        line = json.dumps({"round": round, "sites": sites}).encode() + b"\n"
+        write_durably(self._asked, b"".join(self._whole_lines()) + line)
+
+    def save(self, state: LeadState) -> None:
+        """Write `state`; a crash leaves the checkpoint before it."""
+        tensors = {f"adapter/{name}": value for name, value in state.adapter.tensors.items()}
+        tensors |= {f"strategy/{name}": np.asarray(value) for name, value in state.strategy.items()}
+        about = {
+            "config_sha256": self._config,
+            "round": state.round,
+            "adapter": list(state.adapter.tensors),
+            "strategy": list(state.strategy),
+            "receipts": {site: asdict(receipt) for site, receipt in state.receipts.items()},
+            "unanswered": dict(state.unanswered),
+            "rounds": [asdict(result) for result in state.rounds],
+            "seconds": state.seconds,
+            "metrics_before": dict(state.metrics_before),
+        }
+        write_durably(self._path(state.round), save_tensors(tensors, metadata={"fedtune": json.dumps(about)}))
+        for old in sorted(self._folder.glob("round-*.safetensors"))[:-_KEPT]:
+            old.unlink()
+
+    def load(self) -> LeadState:
+        """The newest state, with every round that was asked for after it counted as unanswered.
+
+        Raises:
+            ConfigError: there is no checkpoint, or it belongs to another configuration.
+            RunError: the newest checkpoint is damaged.
+        """
+        found = sorted(self._folder.glob("round-*.safetensors"))
+        if not found:
+            raise ConfigError("resume", str(self._folder.parent), "must be a run folder with a checkpoint")
+        data = found[-1].read_bytes()
+        try:
+            tensors = load_tensors(data)
+            size = int.from_bytes(data[:8], "little")
+            about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedtune"])
+            other = about["config_sha256"] != self._config
+            state = LeadState(
+                round=about["round"],
+                adapter=Adapter({name: tensors[f"adapter/{name}"] for name in about["adapter"]}),
+                strategy={name: tensors[f"strategy/{name}"] for name in about["strategy"]},
+                receipts={site: Receipt(**fields) for site, fields in about["receipts"].items()},
+                unanswered=about["unanswered"],
+                rounds=[_round(fields) for fields in about["rounds"]],
+                seconds=about["seconds"],
+                metrics_before=about["metrics_before"],
+            )
+        except Exception as error:
+            raise RunError(f"checkpoint {found[-1]} is damaged: {error}") from error
+        if other:
+            raise ConfigError("resume", str(self._folder.parent), "was made with another configuration")
+        return self._with_unanswered(state)
+
+    def _with_unanswered(self, state: LeadState) -> LeadState:
+        try:
+            for asked in map(json.loads, self._whole_lines()):
+                if asked["round"] > state.round:
+                    state = state.asked(asked["sites"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise RunError(f"{self._asked} is damaged; which rounds were asked for is not known") from error
+        return state
+
+    def _whole_lines(self) -> list[bytes]:
+        """A line without its end was cut short by a crash, before any request of its round was sent."""
+        lines = self._asked.read_bytes().splitlines(keepends=True) if self._asked.exists() else []
+        return [line for line in lines if line.endswith(b"\n")]
+
+    def _path(self, round: int) -> Path:
+        return self._folder / f"round-{round:04d}.safetensors"
 
 
-def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
-    """What `site` has spent in this run: derived from charged rounds, never from what was planned.
-
-    A site that fell silent may have been charged for every round asked of it since its last receipt, but for no more
-    rounds than its plan: its ledger grants none.
-    """
-    receipt = state.receipts.get(site)
-    silent = state.unanswered.get(site, 0)
-    charged = receipt.charged_rounds if receipt else 0
-    rounds = max(charged, min(charged + silent, plan.most_rounds))
-    epsilon, epsilon_rdp = charged_epsilons(plan, rounds)
-    return SiteCharge(
-        rounds=rounds,
-        steps=rounds * plan.local_steps,
-        epsilon=epsilon,
-        epsilon_rdp=epsilon_rdp,
-        planned_epsilon=charged_epsilons(plan, plan.most_rounds)[0],
-        upper_bound=silent > 0,
-    )
-
-
-@lru_cache(maxsize=256)
-def charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
-    """Epsilon of so many charged rounds of a plan, by PLD and by RDP."""
-    # Cached: sites mostly stand at the same count, and composing takes a moment.
-    if rounds == 0:
-        return 0.0, 0.0
-    spent = [plan.event(rounds=rounds)]
-    return accountant.epsilon_pld(spent, plan.delta), accountant.epsilon_rdp(spent, plan.delta)
+def _round(fields: dict[str, Any]) -> RoundResult:
+    """The result that `asdict` and JSON made `fields` of: both write tuples as lists."""
+    scores = {site: tuple(values) for site, values in fields["site_scores"].items()}
+    return RoundResult(**{**fields, "sites": tuple(fields["sites"]), "site_scores": scores})

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Refused, Update, receipt_from_json
+from fedtune.privacy.release import Answer, Reason, Receipt, Refused, receipt_from_json
 from fedtune.spec import ConfigError, check_name
 
 PROTOCOL = 2
@@ -221,7 +221,7 @@ class Reply:
         receipt: None where the site cannot read its ledger, or tells a stranger nothing of it.
     """
 
-    body: Update | Refusal | Offer
+    body: Answer
     receipt: Receipt | None
 
     def is_signed(self) -> bool:
@@ -234,7 +234,12 @@ class Reply:
         except Exception:  # arrays of texts, for instance: numpy alone raises five kinds
             return False
 
+    @property
+    def about(self) -> tuple[str, str, int]:
+        """Site, run and round (0: before the run) that the answer says it is about; its own word if `is_signed`."""
+        return self.body.site, self.body.run, self.body.round
 
-def digest_of(body: Update | Refusal | Offer) -> str:
+
+def digest_of(body: Answer) -> str:
     """SHA-256, in hex, of an answer's canonical bytes; of an update it is what the site's ledger has noted, too."""
     return hashlib.sha256(body.to_bytes()).hexdigest()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from fedtune import __version__
-from fedtune.federation.lead import LeadState, RoundResult, Scores, site_charge
+from fedtune.federation.lead import LeadState, RoundResult, Scores
+from fedtune.privacy import accountant
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.plan import Plan
 from fedtune.words import finite, finite_scores
@@ -30,7 +32,7 @@ class FinalResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteResult:
-    """What one site was charged, as `lead.SiteCharge`, and the plan's numbers; nothing bounds an epsilon of None."""
+    """What one site was charged, as `SiteCharge`, and the plan's numbers; nothing bounds an epsilon of None."""
 
     epsilon: float | None = None
     epsilon_rdp: float | None = None
@@ -54,6 +56,58 @@ class PrivacyResult:
     epsilon: float | None = None
     seeded_noise: bool
     sites: Mapping[str, SiteResult]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteCharge:
+    """A site's spending in one run, from its receipts.
+
+    Attributes:
+        rounds: charged, retries included; `steps` are theirs.
+        epsilon: by PLD, at the plan's delta; infinite without noise.
+        epsilon_rdp: the same events by RDP.
+        planned_epsilon: of the whole plan, by PLD.  For a run that ended early this is the figure that is proved
+            whatever made it end: `epsilon` is one only where that did not depend on what the run had released.
+        upper_bound: the site fell silent, so every round asked of it since its last receipt is counted as charged.
+    """
+
+    rounds: int
+    steps: int
+    epsilon: float
+    epsilon_rdp: float
+    planned_epsilon: float
+    upper_bound: bool
+
+
+def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
+    """What `site` has spent in this run: derived from charged rounds, never from what was planned.
+
+    A site that fell silent may have been charged for every round asked of it since its last receipt, but for no more
+    rounds than its plan: its ledger grants none.
+    """
+    receipt = state.receipts.get(site)
+    silent = state.unanswered.get(site, 0)
+    charged = receipt.charged_rounds if receipt else 0
+    rounds = max(charged, min(charged + silent, plan.most_rounds))
+    epsilon, epsilon_rdp = charged_epsilons(plan, rounds)
+    return SiteCharge(
+        rounds=rounds,
+        steps=rounds * plan.local_steps,
+        epsilon=epsilon,
+        epsilon_rdp=epsilon_rdp,
+        planned_epsilon=charged_epsilons(plan, plan.most_rounds)[0],
+        upper_bound=silent > 0,
+    )
+
+
+@lru_cache(maxsize=256)
+def charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
+    """Epsilon of so many charged rounds of a plan, by PLD and by RDP."""
+    # Cached: sites mostly stand at the same count, and composing takes a moment.
+    if rounds == 0:
+        return 0.0, 0.0
+    spent = [plan.event(rounds=rounds)]
+    return accountant.epsilon_pld(spent, plan.delta), accountant.epsilon_rdp(spent, plan.delta)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

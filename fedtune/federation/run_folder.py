@@ -37,7 +37,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of what a resumed run needs: `fedtune.federation.checkpoint`."""
+        """The folder of what a resumed run needs: `fedtune.federation.lead.Checkpoints`."""
         return self.path / "checkpoints"
 
     @property

@@ -16,7 +16,7 @@ from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundReques
 from fedtune.model import Adapter
 from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Refused, Update
+from fedtune.privacy.release import Answer, Offer, Reason, Receipt, Refusal, Refused, Update
 from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
@@ -28,12 +28,12 @@ class Trained:
 
     Attributes:
         adapter: after the plan's noisy steps.
-        scores: noised score and count of held-out units, where the plan releases them.
+        scores: noised statistics of held-out units, where the plan releases them.
         fingerprint: of the records, for the ledger alone.
     """
 
     adapter: Adapter
-    scores: tuple[float, float] | None = None
+    scores: tuple[float, ...] | None = None
     fingerprint: str = ""
 
 
@@ -102,7 +102,7 @@ def consider(site: Site, signed: Signed) -> Reply:
 
 
 def _reply(site: Site, signed: Signed, read: Callable[[Signed], _R], body_for: Callable[[_R], Update | Offer]) -> Reply:
-    body: Update | Offer | Refusal
+    body: Answer
     request: _R | None = None
     try:
         with panics_as_errors():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
@@ -97,3 +98,8 @@ class FederationSpec:
         """The sites that take part, in the order of `names`."""
         chosen = set(self.participants or self.names)
         return tuple(name for name in self.names if name in chosen)
+
+    def too_few(self, count: int, did: str, *, others: Mapping[str, str]) -> str:
+        """The words for fewer than `min_sites` sites that did something, with the reasons of the others."""
+        reasons = ", ".join(f"{site}: {why}" for site, why in others.items())
+        return f"{count} of {len(self.active)} sites {did}, and federation.min_sites = {self.min_sites} ({reasons})"

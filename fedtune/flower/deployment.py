@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,12 +18,12 @@ from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundReques
 from fedtune.federation.results import RunResult
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import records
-from fedtune.flower.federation_run import FederationRun, KnownSites, Listener
-from fedtune.flower.invitation import Invited, invite, is_offer
+from fedtune.flower.federation_run import FederationRun, Listener
+from fedtune.flower.invitation import Invited, invite
+from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
-from fedtune.flower.wire.tls import Tls
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.release import Reason, Refusal, Update
+from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
@@ -84,24 +84,17 @@ def run_deployed(
         RunError: the server cannot be reached, or too few sites replied.
         RefusedError: too many sites' policies or budgets refuse the run.
     """
-    sent = for_sites(config)
-    plan = sent.plan()
-    sites = dict(enumerate(connection.sites, 1))
-    grid = _grid(connection, _Ears(sites, listener, most_rounds=plan.most_rounds), config.federation)
+    asked = _invited(config, connection)
+    grid = _grid(connection, config.federation, listener, most_rounds=asked.proposal.plan.most_rounds)
     return FederationRun(
         config=config,
         folder=folder,
         shared=SharedModel(config, inexact_allowed=True),  # nothing is trained here
-        proposal=sent.proposal(lead=connection.key.public, plan=plan),
-        key=connection.key,
+        asked=asked,
         receipts=receipts,
         engine=lambda run: _over(grid, run),
         ready=lambda: None,
-        sites=KnownSites(
-            settings=json.dumps(sent.to_json()),
-            keys={site.name: site.site_key for site in connection.sites},
-            nodes={number: site.name for number, site in sites.items()},
-        ),
+        gives_adapter=True,
     ).to_its_end(listener)
 
 
@@ -115,21 +108,8 @@ def fitted_deployed(config: RunConfig, *, connection: LeadConnection) -> RunConf
         RunError: the server cannot be reached, or fewer than `min_sites` sites answered.
         RefusedError: too few sites have room for anything.
     """
-    sent = for_sites(config)
-    sites = dict(enumerate(connection.sites, 1))
-    with _grid(connection, _Ears(sites, None), config.federation) as grid:
-        found = invite(
-            grid,
-            Invited(
-                proposal=sent.proposal(lead=connection.key.public, plan=sent.plan()),
-                key=connection.key,
-                federation=config.federation,
-                settings=json.dumps(sent.to_json()),
-                nodes={number: site.name for number, site in sites.items()},
-                site_keys={site.name: site.site_key for site in connection.sites},
-                less=True,
-            ),
-        )
+    with _grid(connection, config.federation) as grid:
+        found = invite(grid, _invited(config, connection), less=True)
     found.require_enough(config.federation, takes_part=config.can_use)
     return config.fitted_to([offer for offer in found.offers.values() if config.can_use(offer)])
 
@@ -138,11 +118,24 @@ def end_deployed(config: RunConfig, *, connection: LeadConnection, timeout_s: fl
     """Tell the sites that a run is over, without a final adapter; returns those that heard it."""
     run = for_sites(config).run_id()
     notice = EndOfRun(run=run, lead=connection.key.public).signed(connection.key)
-    sites = dict(enumerate(connection.sites, 1))
-    with _grid(connection, _Ears(sites, None), config.federation) as grid:
-        messages = [Message(records.from_signed(notice), number, f"query.{records.END}") for number in sites]
+    with _grid(connection, config.federation) as grid:
+        content = records.from_signed(notice)
+        messages = [Message(content, number, f"query.{records.END}") for number in grid.get_node_ids()]
         heard = grid.send_and_receive(messages, timeout=timeout_s)
-    return [sites[answer.metadata.src_node_id].name for answer in heard]
+    return [connection.sites[answer.metadata.src_node_id - 1].name for answer in heard]
+
+
+def _invited(config: RunConfig, connection: LeadConnection) -> Invited:
+    """Every site, about the run as it is sent to them."""
+    sent = for_sites(config)
+    return Invited(
+        proposal=sent.proposal(lead=connection.key.public, plan=sent.plan()),
+        key=connection.key,
+        federation=config.federation,
+        settings=json.dumps(sent.to_json()),
+        nodes={number: site.name for number, site in enumerate(connection.sites, 1)},
+        site_keys={site.name: site.site_key for site in connection.sites},
+    )
 
 
 class _Ears:
@@ -152,18 +145,16 @@ class _Ears:
     site's signature alone.
 
     Args:
-        sites: by the grid's number.
+        sites: in the order of the grid's numbers, from 1.
         most_rounds: that a site may be charged for.
     """
 
-    def __init__(
-        self, sites: Mapping[int, KnownSite], listener: DeployedListener | None, *, most_rounds: int = 0
-    ) -> None:
+    def __init__(self, sites: Sequence[KnownSite], listener: DeployedListener | None, *, most_rounds: int) -> None:
         self._sites, self._listener, self._most_rounds = sites, listener, most_rounds
         self._said: dict[str, str] = {}
 
     def __call__(self, number: int, question: Message, answer: Message) -> Heard:
-        kind, site = question.metadata.message_type, self._sites[number]
+        kind, site = question.metadata.message_type, self._sites[number - 1]
         if kind == f"query.{records.END}":
             return Heard(good=True)  # no more than a receipt was asked for
         try:
@@ -195,18 +186,25 @@ def _answers(question: Message, reply: Reply, *, site: str) -> bool:
     signed = records.to_signed(question.content)
     if question.metadata.message_type == f"query.{records.INVITE}":
         invitation = Invitation.of(signed)
-        return is_offer(reply, site=site, run=invitation.run, nonce=invitation.nonce)
-    request, body = RoundRequest.of(signed), reply.body
-    return isinstance(body, Update) and (body.site, body.run, body.round) == (site, request.run, request.round)
+        about = reply.about == (site, invitation.run, 0)
+        return about and isinstance(reply.body, Offer) and reply.body.nonce == invitation.nonce
+    request = RoundRequest.of(signed)
+    return isinstance(reply.body, Update) and reply.about == (site, request.run, request.round)
 
 
-def _grid(connection: LeadConnection, ears: _Ears, spec: FederationSpec) -> RemoteGrid:
+def _grid(
+    connection: LeadConnection,
+    spec: FederationSpec,
+    listener: DeployedListener | None = None,
+    *,
+    most_rounds: int = 0,
+) -> RemoteGrid:
     return RemoteGrid(
         connection.server,
         connection.tls,
         sites={site.name: site.node_key for site in connection.sites},
         key=connection.key,
-        hear=ears,
+        hear=_Ears(connection.sites, listener, most_rounds=most_rounds),
         closing=lambda: Closing(spec),
     )
 

@@ -7,21 +7,20 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
-from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState, ReceiptBook
+from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
 from fedtune.federation.results import FinalResult, RunResult
 from fedtune.federation.run_folder import RunFolder
+from fedtune.flower.invitation import Invited
 from fedtune.flower.server import Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.sites.environment import note_environment
 from fedtune.sites.shared_model import SharedModel
@@ -52,22 +51,21 @@ class FederationRun:
     Attributes:
         folder: the run folder.
         shared: the lead's model and data.
-        key: the lead's.
+        asked: who is asked about what.
         receipts: of the sites, kept over runs.
         engine: runs the rounds.
         ready: reads and checks what only this runtime has, before anything is charged.
-        sites: of a real deployment, what the lead knows of them beforehand.
+        gives_adapter: whether the sites receive the final adapter.
     """
 
     config: RunConfig
     folder: Path
     shared: SharedModel
-    proposal: Proposal
-    key: SigningKey
+    asked: Invited
     receipts: ReceiptBook
     engine: Engine
     ready: Callable[[], None]
-    sites: KnownSites | None = None
+    gives_adapter: bool = False
 
     @property
     def _checkpoints(self) -> Checkpoints:
@@ -89,7 +87,7 @@ class FederationRun:
             return time.monotonic() - began
 
         lead = self._lead(state, listener, elapsed)
-        listener.prepared(self.shared, self.proposal, state)
+        listener.prepared(self.shared, self.asked.proposal, state)
         try:
             state = self.engine(lambda grid: run_rounds(grid, lead, state))
         except BaseException:
@@ -105,16 +103,19 @@ class FederationRun:
     def _lead(self, state: LeadState, listener: Listener, elapsed: Callable[[], float]) -> Lead:
         strategy = make_strategy(self.config.federation)
         restore_strategy(strategy, state.strategy)
-        known = self.sites or KnownSites()
+        asked = self.asked
 
         def finished(state: LeadState) -> None:
             self.receipts.keep(state.receipts)
             listener.round_finished(state)
 
         return Lead(
-            proposal=self.proposal,
-            key=self.key,
-            federation=self.config.federation,
+            proposal=asked.proposal,
+            key=asked.key,
+            federation=asked.federation,
+            settings=asked.settings,
+            nodes=asked.nodes,
+            site_keys=asked.site_keys,
             training=self.config.training,
             declared_sizes=self.config.declared_sizes(),
             strategy=strategy,
@@ -125,12 +126,9 @@ class FederationRun:
             earlier_receipts={
                 site: receipt
                 for site, receipt in self.receipts.read().items()
-                if receipt.site_key == known.keys.get(site, receipt.site_key)
+                if receipt.site_key == asked.site_keys.get(site, receipt.site_key)
             },
-            settings=known.settings,
-            site_keys=known.keys,
-            nodes=known.nodes,
-            gives_adapter=self.sites is not None,
+            gives_adapter=self.gives_adapter,
         )
 
     def _first_state(self) -> LeadState:
@@ -161,7 +159,7 @@ class FederationRun:
         result = RunResult.of(
             state,
             final,
-            self.proposal.plan,
+            self.asked.proposal.plan,
             sites=self.config.federation.active,
             task=self.config.task,
             config_sha256=self.config.digest(),
@@ -169,21 +167,6 @@ class FederationRun:
         )
         write_durably(RunFolder(self.folder).result, json.dumps(result.to_json(), indent=2).encode() + b"\n")
         return result
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KnownSites:
-    """What a lead knows of real sites.
-
-    Attributes:
-        settings: JSON of the configuration that they are sent.
-        keys: site -> the public key under which it signs.
-        nodes: the grid's number -> site.
-    """
-
-    settings: str = ""
-    keys: Mapping[str, str] = field(default_factory=dict)
-    nodes: Mapping[int, str] = field(default_factory=dict)
 
 
 def _peak_memory_bytes() -> int:

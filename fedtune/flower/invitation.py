@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
@@ -28,21 +28,19 @@ class Invited:
     """Who is asked about what.
 
     Attributes:
-        proposal: of the run.
-        key: the lead's, which signs each question.
+        proposal: what every site is asked to take part in.
+        key: the lead's, which signs each question and request.
         settings: JSON of the run's configuration, for sites that do not have it; or empty.
-        nodes: node id -> site.
+        nodes: node id -> site, where that is known; empty: each node is asked for its name before a run begins.
         site_keys: site -> the public key under which it signs, where that is known beforehand.
-        less: whether a site without room for all of it is to say how much it has room for.
     """
 
     proposal: Proposal
     key: SigningKey
     federation: FederationSpec
-    settings: str
-    nodes: Mapping[int, str]
+    settings: str = ""
+    nodes: Mapping[int, str] = field(default_factory=dict)
     site_keys: Mapping[str, str] = field(default_factory=dict)
-    less: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,28 +70,29 @@ class Answers:
         refused = [site for site, refusal in self.refusals.items() if refusal.reason.is_final]
         refused += [site for site in self.offers if site not in ready]
         error = RefusedError if len(federation.active) - len(refused) < federation.min_sites else RunError
-        raise error(
-            f"{len(ready)} of {len(federation.active)} sites would take part, and federation.min_sites = "
-            f"{federation.min_sites} ({self._reasons(ready)}); nothing was charged for this run"
-        )
-
-    def _reasons(self, ready: Collection[str]) -> str:
-        said = {site: refusal.in_words for site, refusal in self.refusals.items()} | dict(self.silent)
+        others = {site: refusal.in_words for site, refusal in self.refusals.items()} | dict(self.silent)
         less = {site: offer for site, offer in self.offers.items() if site not in ready}
-        said |= {site: f"has room for {offer.most_rounds} rounds" for site, offer in less.items()}
-        return ", ".join(f"{site}: {words}" for site, words in said.items())
+        others |= {site: f"has room for {offer.most_rounds} rounds" for site, offer in less.items()}
+        too_few = federation.too_few(len(ready), "would take part", others=others)
+        raise error(f"{too_few}; nothing was charged for this run")
 
 
-def invite(grid: Grid, asked: Invited) -> Answers:
-    """Ask every site about a run, and sort out what they say; no site is charged."""
+def invite(grid: Grid, asked: Invited, *, less: bool = False) -> Answers:
+    """Ask every site about a run, and sort out what they say; no site is charged.
+
+    Args:
+        grid: that reaches them.
+        asked: who, about what.
+        less: whether a site without room for all of it is to say how much it has room for.
+    """
     expires, nonce = time.time() + asked.federation.round_timeout_s, secrets.token_hex(16)
     messages = []
     for node_id, site in asked.nodes.items():
-        question = Invitation(proposal=asked.proposal, site=site, expires=expires, nonce=nonce, less=asked.less)
+        question = Invitation(proposal=asked.proposal, site=site, expires=expires, nonce=nonce, less=less)
         content = records.from_signed(question.signed(asked.key), settings=asked.settings)
         messages.append(Message(content, node_id, f"query.{records.INVITE}"))
     received = grid.send_and_receive(messages, timeout=asked.federation.round_timeout_s)
-    replies = readable(received, asked.nodes, asked.site_keys)
+    replies = readable(received, asked)
     offers: dict[str, Offer] = {}
     refusals: dict[str, Refusal] = {}
     silent: dict[str, str] = {}
@@ -102,13 +101,13 @@ def invite(grid: Grid, asked: Invited) -> Answers:
             silent[site] = NO_REPLY
             continue
         reply, _ = replies[site]
-        if is_offer(reply, site=site, run=asked.proposal.run, nonce=nonce):
-            assert isinstance(reply.body, Offer)
+        own = reply.is_signed() and reply.about == (site, asked.proposal.run, 0)
+        if own and isinstance(reply.body, Offer) and reply.body.nonce == nonce:
             offers[site] = reply.body
+        elif own and isinstance(reply.body, Refusal):
+            refusals[site] = reply.body
         elif isinstance(reply.body, Refusal) and not reply.receipt:
             silent[site] = _unsigned(reply.body.reason)  # it is shown, and may change
-        elif isinstance(reply.body, Refusal) and _is_refusal(reply.body, reply, site=site, run=asked.proposal.run):
-            refusals[site] = reply.body
         else:
             silent[site] = UNSIGNED_REPLY
     for site, why in {**{site: body.in_words for site, body in refusals.items()}, **silent}.items():
@@ -122,29 +121,17 @@ def _unsigned(reason: Reason) -> str:
     return f"{reason.value}, so it may run another version of fedtune than this lead, which speaks protocol {PROTOCOL}"
 
 
-def is_offer(reply: Reply, *, site: str, run: str, nonce: str) -> bool:
-    """Whether this is the site's own offer, to this question."""
-    body = reply.body
-    return isinstance(body, Offer) and reply.is_signed() and (body.site, body.run, body.nonce) == (site, run, nonce)
-
-
-def _is_refusal(body: Refusal, reply: Reply, *, site: str, run: str) -> bool:
-    return reply.is_signed() and (body.site, body.run, body.round) == (site, run, 0)
-
-
-def readable(
-    received: Iterable[Message], nodes: Mapping[int, str], site_keys: Mapping[str, str]
-) -> dict[str, tuple[Reply, Message]]:
+def readable(received: Iterable[Message], asked: Invited) -> dict[str, tuple[Reply, Message]]:
     """Each site's readable answer; an unreadable one counts as none, as does a receipt under a foreign key."""
     answers = {}
     for message in received:
-        site = nodes.get(message.metadata.src_node_id)
+        site = asked.nodes.get(message.metadata.src_node_id)
         if site is None or message.has_error():
             log.warning("%s: Flower delivered an error in place of a reply", site)
             continue
         try:
             reply = records.to_reply(message.content)
-            if reply.receipt and reply.receipt.site_key != site_keys.get(site, reply.receipt.site_key):
+            if reply.receipt and reply.receipt.site_key != asked.site_keys.get(site, reply.receipt.site_key):
                 log.warning("%s: its receipt is signed with a key that the roster does not know", site)
                 reply = replace(reply, receipt=None)
             if reply.receipt and not reply.receipt.reply:

@@ -16,15 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedtune.federation.protocol import Reply, Signed
 from fedtune.model import Adapter
-from fedtune.privacy.release import (
-    Offer,
-    Receipt,
-    Refusal,
-    Update,
-    offer_from_json,
-    receipt_from_json,
-    refusal_from_json,
-)
+from fedtune.privacy.release import AS_JSON, Answer, Receipt, Update, receipt_from_json
 from fedtune.spec import ConfigError
 
 ADAPTER, UPDATE = "adapter", "update"
@@ -169,12 +161,11 @@ def to_signed(content: RecordDict) -> Signed:
 def from_reply(reply: Reply) -> RecordDict:
     """Content of a site's answer: an update's own bytes, or a JSON of another release type's fields; and a receipt."""
     body, receipt = reply.body, None if reply.receipt is None else asdict(reply.receipt)
-    if not isinstance(body, Update):
-        kind = "offer" if isinstance(body, Offer) else "refusal"
-        fields = {"kind": kind, "receipt": receipt, **asdict(body)}
-        return RecordDict({REPLY: ConfigRecord({"json": json.dumps(fields)})})
-    text = json.dumps({"kind": "update", "receipt": receipt})
-    return RecordDict({UPDATE: _from_bytes(body.to_bytes()), REPLY: ConfigRecord({"json": text})})
+    if isinstance(body, Update):
+        text = json.dumps({"kind": UPDATE, "receipt": receipt})
+        return RecordDict({UPDATE: _from_bytes(body.to_bytes()), REPLY: ConfigRecord({"json": text})})
+    kind = next(kind for kind, (release, _) in AS_JSON.items() if isinstance(body, release))
+    return RecordDict({REPLY: ConfigRecord({"json": json.dumps({"kind": kind, "receipt": receipt, **asdict(body)})})})
 
 
 def to_reply(content: RecordDict) -> Reply:
@@ -186,11 +177,9 @@ def to_reply(content: RecordDict) -> Reply:
     try:
         fields = json.loads(str(content.config_records[REPLY]["json"]))
         receipt = None if fields["receipt"] is None else receipt_from_json(fields["receipt"])
-        body: Update | Refusal | Offer
-        if fields["kind"] == "offer":
-            body = offer_from_json(fields)
-        elif fields["kind"] == "refusal":
-            body = refusal_from_json(fields)
+        if fields["kind"] in AS_JSON:
+            _, read = AS_JSON[fields["kind"]]
+            body: Answer = read(fields)
         else:
             body = Update.from_bytes(_to_bytes(content.array_records[UPDATE]))
     except Exception as error:  # of Flower's records, of JSON and of ours

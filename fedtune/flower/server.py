@@ -15,20 +15,16 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedtune.federation.aggregation import RoundReplies, sort_replies
-from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState, RoundResult, Scores, newest_of
+from fedtune.federation.lead import Checkpoints, LeadState, RoundResult, Scores, newest_of
 from fedtune.federation.protocol import EndOfRun, RoundRequest
-from fedtune.federation.spec import FederationSpec
 from fedtune.flower import records
 from fedtune.flower.invitation import Invited, invite, readable
 from fedtune.flower.strategy import restore_strategy, strategy_state
 from fedtune.model import Adapter
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt
 from fedtune.spec import ConfigError, RefusedError, RunError
-from fedtune.training.optimizer import Reach, reach
+from fedtune.training.optimizer import reach
 from fedtune.training.spec import TrainingSpec
 
 log = logging.getLogger(__name__)
@@ -37,27 +33,19 @@ _END_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lead:
-    """What the lead brings to a run.
+class Lead(Invited):
+    """What the lead brings to a run, beside who is asked about what.
 
     Attributes:
-        proposal: what every site is asked to take part in.
-        key: signs each request.
         training: how each site steps, which bounds how far an update can be from the adapter that was sent.
         declared_sizes: site -> the size it publishes; the weights of the average.
         evaluate: scores an adapter on the lead's own validation data.
         finished: called with the state after each round.
         earlier_receipts: site -> the newest one of earlier runs, to be sent back until this run has one.
         elapsed: seconds since the run began, interruptions left out.
-        settings: JSON of the run's configuration, sent to sites that do not have it; or empty.
-        site_keys: site -> the public key under which it signs receipts, where that is known beforehand.
-        nodes: node id -> site, where that is known; empty: each node is asked for its name.
         gives_adapter: whether the sites receive the final adapter.
     """
 
-    proposal: Proposal
-    key: SigningKey
-    federation: FederationSpec
     training: TrainingSpec
     declared_sizes: Mapping[str, int]
     strategy: FedAvg
@@ -66,9 +54,6 @@ class Lead:
     finished: Callable[[LeadState], None]
     elapsed: Callable[[], float]
     earlier_receipts: Mapping[str, Receipt] = field(default_factory=dict)
-    settings: str = ""
-    site_keys: Mapping[str, str] = field(default_factory=dict)
-    nodes: Mapping[int, str] = field(default_factory=dict)
     gives_adapter: bool = False
 
     @property
@@ -101,57 +86,47 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
             can be resumed.
         RefusedError: so many sites refuse, or have used up their plan, that no round can succeed.
     """
-    nodes = lead.nodes or _introductions(grid, lead)
+    lead = replace(lead, nodes=lead.nodes or _introductions(grid, lead))
     if state.round == 0:
-        _ask_who_takes_part(grid, lead, nodes)
+        # So that no site is charged for a run that the others' policies end.
+        answers, rounds = invite(grid, lead), lead.plan.num_rounds
+        answers.require_enough(lead.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
     try:
         while state.round < lead.federation.num_rounds:
-            state = _run_round(grid, lead, state, nodes)
+            state = _run_round(grid, lead, state)
             lead.checkpoints.save(state)
             lead.finished(state)
     except RefusedError:
         # No round can succeed any more: the sites that accepted need not hold budget for it.
-        _tell_the_end(grid, lead, nodes, adapter=None)
+        _tell_the_end(grid, lead, adapter=None)
         raise
-    receipts = _tell_the_end(grid, lead, nodes, adapter=state.adapter)
+    receipts = _tell_the_end(grid, lead, adapter=state.adapter)
     state = state.heard(receipts, run=lead.run, most_rounds=lead.plan.most_rounds)
     lead.checkpoints.save(state)
     return state
 
 
-def _ask_who_takes_part(grid: Grid, lead: Lead, nodes: Mapping[int, str]) -> None:
-    """Ask before round 1, so that no site is charged for a run that the others' policies end."""
-    asked = Invited(
-        proposal=lead.proposal,
-        key=lead.key,
-        federation=lead.federation,
-        settings=lead.settings,
-        nodes=nodes,
-        site_keys=lead.site_keys,
-    )
-    rounds = lead.plan.num_rounds
-    invite(grid, asked).require_enough(lead.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
-
-
-def _run_round(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]) -> LeadState:
+def _run_round(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     round, started, sites = state.round + 1, time.monotonic(), list(lead.declared_sizes)
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
-    messages = _requests(grid, lead, state, nodes)
+    messages = _requests(grid, lead, state)
     bytes_down = sum(records.num_bytes(message.content) for message in messages)
     received = list(grid.send_and_receive(messages, timeout=lead.federation.round_timeout_s))
-    answers = readable(received, nodes, lead.site_keys)
+    answers = readable(received, lead)
     most_rounds = lead.plan.most_rounds
     came = {site: reply for site, (reply, _) in answers.items()}
     replies = state.believed(came, run=lead.run, most_rounds=most_rounds)
     state = state.answered(replies, run=lead.run, most_rounds=most_rounds)
     sorted_out = sort_replies(
         replies,
-        run=lead.run,
+        proposal=lead.proposal,
         round=round,
         sent=state.adapter,
-        reaches=_reaches(lead, state.adapter, round),
-        scored=lead.plan.releases_metrics,
+        reaches={
+            site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=state.adapter)
+            for site, size in lead.declared_sizes.items()
+        },
     )
     _require_enough(sorted_out, lead, round)
     bytes_up = sum(records.num_bytes(message.content) for _, message in answers.values())
@@ -204,12 +179,12 @@ def _back(lead: Lead, state: LeadState, round: int, found: Scores) -> tuple[Adap
     return state.adapter, state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter)
 
 
-def _requests(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]) -> list[Message]:
+def _requests(grid: Grid, lead: Lead, state: LeadState) -> list[Message]:
     """One message for each site, in the sites' order; the strategy says which nodes are asked."""
     adapter, digest, round = records.from_adapter(state.adapter), state.adapter.digest(), state.round + 1
     arrays = records.to_arrays(state.adapter.tensors)
     messages = {
-        nodes[message.metadata.dst_node_id]: message
+        lead.nodes[message.metadata.dst_node_id]: message
         for message in lead.strategy.configure_train(round, arrays, ConfigRecord(), grid)
     }
     receipts = newest_of(lead.earlier_receipts, state.receipts)
@@ -226,14 +201,6 @@ def _requests(grid: Grid, lead: Lead, state: LeadState, nodes: Mapping[int, str]
     return [messages[site] for site in lead.declared_sizes if site in messages]
 
 
-def _reaches(lead: Lead, sent: Adapter, round: int) -> dict[str, Reach]:
-    """How far each site's training may take the adapter, in the sites' order."""
-    return {
-        site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=sent)
-        for site, size in lead.declared_sizes.items()
-    }
-
-
 def _aggregate(lead: Lead, replies: RoundReplies, messages: Mapping[str, Message], round: int) -> Adapter:
     """Flower's strategy over the valid updates, in the sites' order and weighted by what they declared."""
     for site, update in replies.updates.items():
@@ -247,28 +214,18 @@ def _aggregate(lead: Lead, replies: RoundReplies, messages: Mapping[str, Message
 def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
     if len(replies.updates) >= lead.federation.min_sites:
         return
-    reasons = ", ".join(f"{site}: {_explained(replies, site)}" for site in replies.failures)
+    refusals = {site: refusal.in_words for site, refusal in replies.refusals.items()}
+    others = {site: refusals.get(site, reason) for site, reason in replies.failures.items()}
+    too_few = lead.federation.too_few(len(replies.updates), "sent an update", others=others)
     final = [site for site, refusal in replies.refusals.items() if refusal.reason.is_final]
     if len(lead.declared_sizes) - len(final) < lead.federation.min_sites:
         exhausted = any(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
         hint = "; interrupted rounds count, plan with federation.spare_rounds" if exhausted else ""
-        raise RefusedError(
-            f"round {round}: refused by policy or budget, and federation.min_sites = {lead.federation.min_sites} "
-            f"({reasons}){hint}"
-        )
-    raise RunError(
-        f"round {round}: {len(replies.updates)} of {len(lead.declared_sizes)} sites sent an update, and "
-        f"federation.min_sites = {lead.federation.min_sites} are needed ({reasons}); "
-        f"the checkpoint of round {round - 1} can be resumed"
-    )
+        raise RefusedError(f"round {round}: refused by policy or budget; {too_few}{hint}")
+    raise RunError(f"round {round}: {too_few}; the checkpoint of round {round - 1} can be resumed")
 
 
-def _explained(replies: RoundReplies, site: str) -> str:
-    refusal = replies.refusals.get(site)
-    return refusal.in_words if refusal else replies.failures[site]
-
-
-def _tell_the_end(grid: Grid, lead: Lead, nodes: Mapping[int, str], *, adapter: Adapter | None) -> dict[str, Receipt]:
+def _tell_the_end(grid: Grid, lead: Lead, *, adapter: Adapter | None) -> dict[str, Receipt]:
     """Let every site know that the run is over; who does not hear it waits until the run expires.
 
     Returns:
@@ -277,10 +234,10 @@ def _tell_the_end(grid: Grid, lead: Lead, nodes: Mapping[int, str], *, adapter: 
     given = adapter if lead.gives_adapter else None
     notice = EndOfRun(run=lead.run, lead=lead.key.public, adapter_digest=given.digest() if given else "")
     content = records.from_signed(notice.signed(lead.key), adapter=records.from_adapter(given) if given else None)
-    messages = [Message(content, node_id, f"query.{records.END}") for node_id in nodes]
+    messages = [Message(content, node_id, f"query.{records.END}") for node_id in lead.nodes]
     receipts = {}
     for message in grid.send_and_receive(messages, timeout=min(lead.federation.round_timeout_s, _END_TIMEOUT_S)):
-        site = nodes.get(message.metadata.src_node_id)
+        site = lead.nodes.get(message.metadata.src_node_id)
         if site is None or message.has_error():
             continue
         try:

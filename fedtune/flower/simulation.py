@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from flwr.app import Context
+import torch
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.config import RunConfig, parse
+from fedtune.federation.lead import LeadState
 from fedtune.federation.results import RunResult
 from fedtune.flower.client import make_client_app
 from fedtune.flower.federation_run import Engine, FederationRun, Listener
-from fedtune.flower.grid import InProcessGrid, in_process
-from fedtune.sites.participants import participants
+from fedtune.flower.invitation import Invited
+from fedtune.flower.server import make_server_app
+from fedtune.sites.virtual_site import participants
+from fedtune.spec import ConfigError, RunError
 
 
 def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
@@ -37,8 +50,11 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
         config=config,
         folder=folder,
         shared=everyone.shared,
-        proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan),
-        key=everyone.sites.lead_key(),
+        asked=Invited(
+            proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan),
+            key=everyone.sites.lead_key(),
+            federation=config.federation,
+        ),
         receipts=everyone.sites.receipts(),
         engine=_engine(config, simulated_client_app(config_json, str(folder)), listener),
         ready=ready,
@@ -60,8 +76,132 @@ def simulated_client_app(config_json: str, folder: str) -> ClientApp:
 
 def _engine(config: RunConfig, client_app: ClientApp, listener: Listener) -> Engine:
     if config.runtime.kind == "ray":
-        from fedtune.flower.ray import on_ray  # Ray is an extra
-
         return lambda run: on_ray(run, client_app, config)
     grid = InProcessGrid(client_app, len(config.federation.active), replied=listener.site_replied)
     return lambda run: in_process(run, grid)
+
+
+_RUN_ID = 1
+_SERVER_NODE_ID = 0
+
+
+class InProcessGrid(Grid):
+    """Runs `num_nodes` virtual nodes, with ids 1, 2, ..., by calling `client_app` here and now.
+
+    One frozen base model serves all sites, there is no daemon and no start-up.  Sites take their turns, each with all
+    threads, so that results do not depend on scheduling.
+
+    Args:
+        client_app: called with each message and its node's context; must answer, never raise.
+        num_nodes: how many nodes there are.
+        replied: called with the number of replies so far in a round of training.
+    """
+
+    def __init__(self, client_app: ClientApp, num_nodes: int, *, replied: Callable[[int], None]) -> None:
+        self._client_app, self._replied = client_app, replied
+        self._contexts = {node_id: _context(node_id, num_nodes) for node_id in range(1, num_nodes + 1)}
+        self._replies: dict[str, Message] = {}
+        # Flower's Message constructor reads who is sending from here; outside a Flower process nobody has set it.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN_ID, _SERVER_NODE_ID, 0
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError("an in-process grid has one run")
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError("an in-process grid has no Flower run")
+
+    def create_message(  # the base class's signature
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Sequence[int]:
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        message_ids = []
+        for message in messages:
+            message_id = str(uuid.uuid4())
+            message.metadata.__dict__["_message_id"] = message_id
+            context = self._contexts[message.metadata.dst_node_id]
+            self._replies[message_id] = self._client_app(message, context)
+            message_ids.append(message_id)
+            if message.metadata.message_type == MessageType.TRAIN:
+                self._replied(len(message_ids))
+        return message_ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+
+def _context(node_id: int, num_nodes: int) -> Context:
+    return Context(
+        run_id=_RUN_ID,
+        node_id=node_id,
+        node_config={"partition-id": node_id - 1, "num-partitions": num_nodes},
+        state=RecordDict(),
+        run_config={},
+    )
+
+
+def in_process(run: Callable[[Grid], LeadState], grid: InProcessGrid) -> LeadState:
+    """Run the ServerApp over `grid`, here and now, and return what `run` returns."""
+    outcome: list[LeadState] = []
+    server_app = make_server_app(lambda given: outcome.append(run(given)))
+    server_app(grid, _context(_SERVER_NODE_ID, num_nodes=0))
+    return outcome[0]
+
+
+def on_ray(run: Callable[[Grid], LeadState], client_app: ClientApp, config: RunConfig) -> LeadState:
+    """Call `run` with a grid whose nodes are actors of Flower's engine on a Ray cluster, and return what it returns.
+
+    Each actor has as many CPUs as torch threads, and its own copy of the base model, which it keeps between rounds.
+
+    Raises:
+        ConfigError: the extra `ray` is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("runtime", "ray", "needs the extra: pip install 'fedtune[ray]'")
+    from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig  # its parts for Ray are an extra
+    from flwr.simulation import run_simulation
+
+    outcome: list[LeadState] = []
+    failure: list[BaseException] = []
+
+    def keep(grid: Grid) -> None:
+        # Flower wraps what is raised here; keep it, so that its type and exit code survive.
+        try:
+            outcome.append(run(grid))
+        except BaseException as error:
+            failure.append(error)
+            raise
+
+    cores = os.cpu_count() or 1
+    threads = config.runtime.num_threads or cores
+    backend: BackendConfig = {
+        "init_args": {"num_cpus": max(cores, threads), "include_dashboard": False, "logging_level": logging.ERROR},
+        "client_resources": {"num_cpus": threads, "num_gpus": _gpu_share(config)},
+    }
+    num_sites = len(config.federation.active)
+    try:
+        with warnings.catch_warnings():
+            # Ray's advice on a variable of its own that changes nothing here.
+            warnings.filterwarnings("ignore", message="Tip: In future versions of Ray", category=FutureWarning)
+            run_simulation(make_server_app(keep), client_app, num_supernodes=num_sites, backend_config=backend)
+    except BaseException as error:
+        raise (failure[0] if failure else error) from None
+    if failure:
+        raise failure[0]
+    if not outcome:
+        raise RunError("Flower's simulation engine ended without a result; see log.txt")
+    return outcome[0]
+
+
+def _gpu_share(config: RunConfig) -> float:
+    """Ray hides the GPUs from an actor that asks for none, so each asks for its part of one."""
+    wanted = config.runtime.device != "cpu" and torch.cuda.is_available()
+    return 1.0 / len(config.federation.active) if wanted else 0.0

@@ -100,9 +100,14 @@ class Plan:
         return self.noise_multiplier > 0
 
     @property
+    def metrics(self) -> str:
+        """Which statistics of held-out units each round releases too, as `release.METRICS` names them."""
+        return "noised" if self.metrics_noise_multiplier > 0 else "none"
+
+    @property
     def releases_metrics(self) -> bool:
-        """Whether each round also releases the noised scores of held-out records."""
-        return self.metrics_noise_multiplier > 0
+        """Whether each round releases any."""
+        return self.metrics != "none"
 
     @property
     def most_rounds(self) -> int:

@@ -24,7 +24,7 @@ from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.mechanism import UNITS, Unit
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.release import METRICS, Reason, Refused
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 PERIODS = ("month", "quarter", "year")
@@ -219,17 +219,18 @@ class Releases:
 
     Attributes:
         updates: noised adapters.
-        metrics: "noised": scores of held-out records with noise, where a run plans for them; "none".
+        metrics: "noised": scores of held-out records with noise, where a run plans for them; "none".  It is one of
+            `release.METRICS`.
         reply_after_s: an answer leaves at a whole multiple of this after its request came.  0: when it is ready, so
             that the time of a reply tells roughly how many records there are.
     """
 
     updates: bool = True
-    metrics: Literal["none", "noised"] = "none"
+    metrics: str = "none"
     reply_after_s: float = 600.0
 
     def __post_init__(self) -> None:
-        check_one_of("metrics", self.metrics, ("none", "noised"))
+        check_one_of("metrics", self.metrics, tuple(METRICS))
         check_at_least("reply_after_s", self.reply_after_s, 0)
 
 
@@ -415,7 +416,7 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         (Reason.TRAIN_HEAD, proposal.train_head, allow.train_head),
         (Reason.SEEDED_NOISE, proposal.seeded_noise, allow.seeded_noise),
         (Reason.UPDATES, True, policy.releases.updates),
-        (Reason.METRICS, plan.releases_metrics, policy.releases.metrics == "noised"),
+        (Reason.METRICS, plan.releases_metrics, policy.releases.metrics == plan.metrics),
     ):
         if wanted and not granted:
             yield reason, "yes", "no"

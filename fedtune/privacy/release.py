@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,29 @@ _MAGIC, _REFUSAL, _OFFER = b"fedtune-update-2\n", b"fedtune-refusal-1\n", b"fedt
 _MOST_HEADER_BYTES = 1 << 20
 """Names and shapes become Python objects, which are many times as large."""
 _MOST_COUNT, _MOST_TEXT = 1 << 62, 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Statistics:
+    """Numbers about its held-out units that a site may release with an update, noised together by one mechanism.
+
+    Attributes:
+        name: of what is released; a report has words for it.
+        num_values: how many numbers it is.
+    """
+
+    name: str
+    num_values: int
+
+    @property
+    def in_words(self) -> str:
+        """As people read it."""
+        return self.name.replace("_", " ")
+
+
+METRICS = {"none": Statistics(name="", num_values=0), "noised": Statistics(name="noised_scores", num_values=2)}
+"""By the value of a run's `privacy.metrics`, and of a policy's `releases.metrics`.  Whatever it is, a round releases it
+by one Gaussian mechanism with the plan's `metrics_noise_multiplier`, as `mechanism.noised_scores` does."""
 
 
 class Reason(StrEnum):
@@ -139,7 +162,8 @@ class Update:
     """The adapter after a site's noisy steps and, where the plan has them, noised scores of the adapter it began with.
 
     Attributes:
-        scores: noised mean score and noised count of held-out units, as `mechanism.noised_scores` gives them.
+        scores: the plan's statistics of held-out units; for "noised", the noised mean score and the noised count, as
+            `mechanism.noised_scores` gives them.
 
     Guarantee: post-processing of the round's `DpEvent`; releasing it costs what the ledger reserved for the round.
     """
@@ -148,7 +172,7 @@ class Update:
     run: str
     round: int
     tensors: Tensors
-    scores: tuple[float, float] | None = None
+    scores: tuple[float, ...] | None = None
 
     def to_bytes(self) -> bytes:
         """Canonical bytes: magic, header length, JSON header, then each tensor as little-endian float32."""
@@ -197,7 +221,7 @@ class Update:
             run=str(header["run"]),
             round=int(header["round"]),
             tensors=tensors,
-            scores=checked_scores(header["scores"]),
+            scores=_scores(header["scores"]),
         )
         # One update has one encoding: no field beside these, no other type or spacing carries anything.
         if update._header() != data[start : start + size]:
@@ -205,14 +229,15 @@ class Update:
         return update
 
 
-def checked_scores(data: object) -> tuple[float, float] | None:
-    """Two finite numbers, or None; raises ValueError for anything else."""
-    match data:
-        case None:
-            return None
-        case [float() as score, float() as count] if math.isfinite(score) and math.isfinite(count):
-            return score, count
-    raise ValueError("scores")
+def _scores(data: object) -> tuple[float, ...] | None:
+    """Finite numbers, as many as some statistics have, or None; raises ValueError for anything else."""
+    if data is None:
+        return None
+    if not isinstance(data, list) or len(data) not in {known.num_values for known in METRICS.values()} - {0}:
+        raise ValueError("scores")
+    if not all(type(value) is float and math.isfinite(value) for value in data):
+        raise ValueError("scores")
+    return tuple(data)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,6 +326,8 @@ class Offer:
     most_rounds: int
     least_noise: float | None
     nonce: str = ""
+    round: ClassVar[int] = 0
+    """None has begun."""
 
     def to_bytes(self) -> bytes:
         """Canonical bytes, over which a receipt is signed."""
@@ -339,6 +366,15 @@ def _text(value: object) -> str:
     if type(value) is not str or len(value) > _MOST_TEXT or not value.isprintable():
         raise ValueError("a text")
     return value
+
+
+Answer = Update | Refusal | Offer
+"""What a site answers; each has `to_bytes`, over which its receipt is signed."""
+AS_JSON: Mapping[str, tuple[type[Refusal | Offer], Callable[[Mapping[str, Any]], Refusal | Offer]]] = {
+    "refusal": (Refusal, refusal_from_json),
+    "offer": (Offer, offer_from_json),
+}
+"""Answers that travel as the JSON of their fields, by name, with what reads them; an update travels as its bytes."""
 
 
 class Refused(RefusedError):

@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedtune.federation.aggregation import BEYOND_PLAN, INVALID_UPDATE, NO_REPLY, UNSIGNED_REPLY
-from fedtune.federation.lead import RoundResult, charged_epsilons
-from fedtune.federation.results import FinalResult
+from fedtune.federation.lead import RoundResult
+from fedtune.federation.results import FinalResult, charged_epsilons
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
 from fedtune.privacy.plan import Plan

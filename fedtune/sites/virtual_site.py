@@ -1,8 +1,9 @@
-"""The files of a simulated site: the same policy, key and ledger that a real site has, with defaults made for the run.
+"""Everyone in a simulation, in one process: virtual sites with their records and ledgers, and the lead with its own.
 
-What is tried on a laptop is what runs at a site: the generated `site.toml` allows exactly the run that it was made for,
-and its lifetime cap is what that run costs.  With `runtime.sites_dir` the files are kept over several runs, and can be
-edited like those of a real site.
+A simulated site has the same policy, key and ledger that a real site has, with defaults made for the run: what is tried
+on a laptop is what runs at a site.  The generated `site.toml` allows exactly the run that it was made for, and its
+lifetime cap is what that run costs.  With `runtime.sites_dir` the files are kept over several runs, and can be edited
+like those of a real site.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, parse
+from fedtune.data.load import simulated_site_records
 from fedtune.federation.lead import ReceiptBook
+from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.site import Prepared, Site, Trained
+from fedtune.model import Adapter
 from fedtune.privacy import filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -39,6 +45,8 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refused
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError, RefusedError, RunError
 from fedtune.tasks import task_named
 
@@ -138,19 +146,16 @@ def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
     sites.check_dealt_out()
     proposal = config.proposal(lead=sites.lead_key().public, plan=sites.plan)
     offers: list[Offer] = []
-    without: list[str] = []
+    without: dict[str, str] = {}
     for site in config.federation.active:
         try:
             offers.append(_offer(sites.ledger(site), proposal, config))
         except Refused as refused:
-            without.append(f"{site}: {refused.reason}, asked {refused.asked}, allowed {refused.allowed}")
+            without[site] = f"{refused.reason}, asked {refused.asked}, allowed {refused.allowed}"
         except RunError as error:
-            without.append(f"{site}: {error}")
+            without[site] = str(error)
     if len(offers) < config.federation.min_sites:
-        raise RefusedError(
-            f"{len(offers)} of {len(config.federation.active)} sites have room for a run, and "
-            f"federation.min_sites = {config.federation.min_sites} ({', '.join(without)})"
-        )
+        raise RefusedError(config.federation.too_few(len(offers), "have room for a run", others=without))
     return config.fitted_to(offers)
 
 
@@ -211,7 +216,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
             seeded_noise=proposal.seeded_noise,
         ),
         # Nobody is there from whom the time of a reply could be hidden.
-        releases=Releases(metrics="noised" if plan.releases_metrics else "none", reply_after_s=0.0),
+        releases=Releases(metrics=plan.metrics, reply_after_s=0.0),
         asserted=Asserted(no_person_at_another_site=True),
     )
 
@@ -241,3 +246,69 @@ def read_dealt_out(path: Path, *, keys: Iterable[str]) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         bound = "restore it: without it nobody knows which records each ledger has counted"
         raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error
+
+
+class Participants:
+    """One frozen base model, shared by every site and the lead; sites differ in records and ledger only.
+
+    Args:
+        config: the run's.
+        folder: the run folder, where each site's ledger lies.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.config = config
+        self.sites = VirtualSites.of(config, folder, config.plan())
+        policies = [self.sites.files(name).policy for name in config.federation.active]
+        self.shared = SharedModel(config, inexact_allowed=all(one.allow.inexact_gradients for one in policies))
+
+    @cached_property
+    def work(self) -> dict[str, SiteWork]:
+        """What each active site does in a round, with its records."""
+        config, federation, unit = self.config, self.config.federation, self.config.privacy.unit
+        records = simulated_site_records(
+            config.data,
+            columns=task_named(config.task).columns(config.data, partition=True, unit=unit),
+            num_sites=federation.num_sites,
+            seed=config.seed,
+            unit=unit,
+        )
+        sizes = config.declared_sizes()
+        return {
+            name: SiteWork(
+                name,
+                self.shared,
+                of_site,
+                declared_size=sizes[name],
+                max_adapter_value=self.sites.files(name).policy.adapter_bound(config.lora.scale),
+            )
+            for name, of_site in zip(federation.names, records, strict=True)
+            if name in federation.active
+        }
+
+    @property
+    def plan(self) -> Plan:
+        """The run's plan, its noise calibrated once in a process."""
+        return self.sites.plan
+
+    def site(self, index: int) -> Site:
+        """Open a site with its ledger, as the file stands now."""
+        name = self.config.federation.active[index]
+        ledger, work = self.sites.ledger(name), self.work[name]
+
+        def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+            return work.do(request, adapter, attempt, fingerprint_key=ledger.fingerprint_key())
+
+        prepared = Prepared(
+            proposal=self.config.proposal(lead=self.sites.lead_key().public, plan=self.plan),
+            template=self.shared.initial_adapter,
+            declared_size=work.declared_size,
+            train=train,
+        )
+        return Site(name=name, ledger=ledger, prepare=lambda _: prepared)
+
+
+@lru_cache(maxsize=1)
+def participants(config_json: str, folder: str) -> Participants:
+    """A run's participants in this process, built on first use: a Ray actor keeps its base model between rounds."""
+    return Participants(parse(json.loads(config_json)), Path(folder))

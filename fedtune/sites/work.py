@@ -99,7 +99,7 @@ class SiteWork:
 
     def _scores(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
-    ) -> tuple[float, float]:
+    ) -> tuple[float, ...]:
         """How the adapter does on the held-out units, noised as the plan says."""
         adapter.load_into(self.shared.model)
         exact = unit_scores(self.shared.model, self._heldout, pad_id=self.shared.tokenizer.pad_token_id)

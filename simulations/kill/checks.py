@@ -12,9 +12,9 @@ from typing import Any
 from observer import Seen
 from world import Setting
 
-from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState, site_charge
+from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.results import site_charge
 from fedtune.privacy import accountant
 from fedtune.privacy.events import grouped
 from fedtune.privacy.filter import epsilon_filter

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fedtune.federation.checkpoint as checkpoint
+import fedtune.federation.lead as lead
 import fedtune.flower.federation_run as federation_run
 import fedtune.privacy.durable as durable
 import fedtune.privacy.keys as keys
 import fedtune.privacy.ledger.decisions as ledger
 import fedtune.privacy.ledger.store as event_store
 import fedtune.privacy.policy_file as policy_file
-import fedtune.sites.participants as participants
+import fedtune.sites.virtual_site as virtual_site
 import fedtune.training.local as local
 
 START = "lead: before"
@@ -166,10 +166,10 @@ def install(doomed: Doomed, *, spill: bool) -> None:
         (ledger.Ledger, "commit", "commit"),
         (ledger.Ledger, "refuse", "refusal"),
         (ledger.Ledger, "end", "end of run"),
-        (participants.Participants, "site", "site files"),
+        (virtual_site.Participants, "site", "site files"),
         (local, "dp_sgd_step", "step"),
         (event_store, "write_durably", "anchor"),
-        (checkpoint, "write_durably", _which_file),
+        (lead, "write_durably", _which_file),
         (policy_file, "write_durably", "site files"),
         (federation_run, "write_durably", "result"),
     ):
@@ -180,7 +180,7 @@ def install(doomed: Doomed, *, spill: bool) -> None:
 
 
 def _which_file(path: Path, data: bytes) -> str:
-    return "journal" if path.name == "asked.jsonl" else "checkpoint"
+    return {"asked.jsonl": "journal", "receipts.json": "receipts"}.get(path.name, "checkpoint")
 
 
 class _WatchedOs:

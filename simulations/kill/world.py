@@ -23,7 +23,7 @@ from fedtune.federation.protocol import Reply, RoundRequest, Signed
 from fedtune.federation.site import Prepared, Site, Trained, answer
 from fedtune.model import Adapter
 from fedtune.privacy.policy import Policy
-from fedtune.sites.participants import Participants
+from fedtune.sites.virtual_site import Participants
 from fedtune.spec import RefusedError, RunError
 
 ANCHORED = "site-1"

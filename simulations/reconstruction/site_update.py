@@ -17,9 +17,8 @@ from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import answer
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Update
-from fedtune.sites.participants import Participants
 from fedtune.sites.shared_model import SharedModel
-from fedtune.sites.virtual_site import VirtualSites
+from fedtune.sites.virtual_site import Participants, VirtualSites
 
 SITE = "bank-a"
 

@@ -29,7 +29,7 @@ from fedtune.flower.simulation import simulate
 from fedtune.model import Adapter
 from fedtune.privacy.mechanism import cell
 from fedtune.privacy.randomness import SeededRandomness
-from fedtune.sites.participants import Participants
+from fedtune.sites.virtual_site import Participants
 from fedtune.training import dp_step
 from fedtune.training.examples import SiteExamples
 

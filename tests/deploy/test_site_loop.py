@@ -21,7 +21,7 @@ import fedtune.flower.wire.bounded_http as bounded_http
 from fedtune.deploy.health import Health
 from fedtune.deploy.services.site_service import _Loop, _until_stopped
 from fedtune.deploy.services.site_state import SiteState
-from fedtune.flower.node import Exchange, SiteApp
+from fedtune.flower.client import Exchange, SiteApp
 from fedtune.flower.wire.fleet import Fleet
 from tests.flower.certificates import LOOPBACK, Authority
 from tests.flower.hostile import Hostile, server_context, whole

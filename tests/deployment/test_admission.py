@@ -18,7 +18,7 @@ import pytest
 from fedtune.deploy.kits.certificates import Authority, certificate_pem, read_connection_key
 from fedtune.deploy.kits.kit import Kit
 from fedtune.flower.wire.fleet import Unauthorised, Unreachable, hello
-from fedtune.flower.wire.tls import Tls
+from fedtune.flower.wire.identity import Tls
 
 from .federation import Command, Federation, dealt
 from .networks import Loopback
@@ -127,7 +127,7 @@ def test_a_key_that_is_on_no_roster_is_refused(door: Door) -> None:
 def test_the_site_that_belongs_here_is_known(door: Door) -> None:
     """What the refusals above would look like if they were not refusals."""
     server = f"127.0.0.1:{door.federation.network.port}"
-    assert hello(server, site_tls(door.home.kit)).site == "north"
+    assert hello(server, site_tls(door.home.kit)) == "north"
     assert "the server refused this site" not in door.home.up.text
 
 

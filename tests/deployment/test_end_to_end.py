@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedtune.cli.compose import saved_config
-from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.release import receipt_from_json
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import fedtune.sites.participants as participants
+import fedtune.sites.virtual_site as participants
 import fedtune.sites.work as site_work
 from fedtune.model import Adapter
 

@@ -18,6 +18,7 @@ from fedtune.federation.aggregation import (
 )
 from fedtune.federation.protocol import Reply, digest_of
 from fedtune.model import Adapter
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.training.optimizer import Reach
 
@@ -42,9 +43,16 @@ def signed(receipt: MakeReceipt) -> Callable[[Update | Refusal], Reply]:
 
 
 @pytest.fixture
-def sort(adapter: Adapter, signed: Callable[[Update | Refusal], Reply]) -> Sort:
-    def make(body: Update | Refusal, reach: Reach = ANYWHERE, *, scored: bool = False) -> RoundReplies:
-        return sort_replies({"a": signed(body)}, run="r", round=1, sent=adapter, reaches={"a": reach}, scored=scored)
+def sort(adapter: Adapter, signed: Callable[[Update | Refusal], Reply], run_proposal: Callable[..., Proposal]) -> Sort:
+    """What becomes of replies, or of the site a's body, in round 1."""
+
+    def make(
+        of_a: Update | Refusal | dict[str, Reply], reach: Reach = ANYWHERE, *, sites: str = "a", noise: float = 0.0
+    ) -> RoundReplies:
+        plan = run_proposal().plan
+        proposal = run_proposal(plan=replace(plan, metrics_noise_multiplier=noise))
+        replies = of_a if isinstance(of_a, dict) else {"a": signed(of_a)}
+        return sort_replies(replies, proposal=proposal, round=1, sent=adapter, reaches=dict.fromkeys(sites, reach))
 
     return make
 
@@ -57,18 +65,18 @@ def test_a_fitting_update_is_kept(adapter: Adapter, update: Make, sort: Sort) ->
 
 def test_scores_are_kept_beside_their_update(update: Make, sort: Sort) -> None:
     assert sort(update()).scores == {}
-    assert sort(update(scores=(0.5, -0.25)), scored=True).scores == {"a": (0.5, -0.25)}
-    assert sort(update(scores=(0.5, -0.25), round=2), scored=True).scores == {}, "an invalid update has none either"
+    assert sort(update(scores=(0.5, -0.25)), noise=3.0).scores == {"a": (0.5, -0.25)}
+    assert sort(update(scores=(0.5, -0.25), round=2), noise=3.0).scores == {}, "an invalid update has none either"
 
 
 @pytest.mark.parametrize("scored", [False, True])
 def test_scores_come_where_the_plan_releases_them_and_nowhere_else(update: Make, sort: Sort, scored: bool) -> None:
     other = update(scores=None if scored else (1e308, 1e308))
-    assert sort(other, scored=scored).failures == {"a": INVALID_UPDATE}
+    assert sort(other, noise=3.0 if scored else 0.0).failures == {"a": INVALID_UPDATE}
 
 
 def test_a_refusal_that_nobody_signed_or_of_another_round_is_never_final(
-    adapter: Adapter, signed: Callable[[Refusal], Reply]
+    sort: Sort, signed: Callable[[Refusal], Reply]
 ) -> None:
     refusal = Refusal(site="a", run="r", round=1, reason=Reason.MAX_EPSILON)
     for reply, shown in (
@@ -76,7 +84,7 @@ def test_a_refusal_that_nobody_signed_or_of_another_round_is_never_final(
         (signed(replace(refusal, round=0)), UNSIGNED_REPLY),
         (signed(replace(refusal, run="s")), UNSIGNED_REPLY),
     ):
-        found = sort_replies({"a": reply}, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE}, scored=False)
+        found = sort({"a": reply})
         assert (found.failures, found.refusals) == ({"a": shown}, {})
 
 
@@ -122,7 +130,7 @@ def test_an_update_of_another_round_run_or_site_is_dropped(
 
 @pytest.mark.parametrize("what", ["no receipt", "of another answer", "of no answer", "not signed", "one value changed"])
 def test_an_update_without_its_sites_receipt_is_no_reply(
-    adapter: Adapter, update: Make, receipt: MakeReceipt, signed: Callable[[Update], Reply], what: str
+    sort: Sort, adapter: Adapter, update: Make, receipt: MakeReceipt, signed: Callable[[Update], Reply], what: str
 ) -> None:
     reply = signed(update())
     assert reply.receipt is not None
@@ -134,7 +142,7 @@ def test_an_update_without_its_sites_receipt_is_no_reply(
         "not signed": replace(reply, receipt=replace(reply.receipt, charged_rounds=9)),
         "one value changed": replace(reply, body=update(tensors=changed)),
     }[what]
-    sorted_out = sort_replies({"a": reply}, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE}, scored=False)
+    sorted_out = sort({"a": reply})
     assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": UNSIGNED_REPLY})
 
 
@@ -149,11 +157,11 @@ def test_an_update_beyond_what_the_plan_allows_is_the_sites_failure(adapter: Ada
 
 
 def test_a_refusal_whose_words_were_changed_is_not_shown_as_the_sites(
-    adapter: Adapter, signed: Callable[[Refusal], Reply]
+    sort: Sort, signed: Callable[[Refusal], Reply]
 ) -> None:
     refusal = Refusal(site="a", run="r", round=1, reason=Reason.PAUSED)
     reply = replace(signed(refusal), body=replace(refusal, reason=Reason.MAX_EPSILON))
-    sorted_out = sort_replies({"a": reply}, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE}, scored=False)
+    sorted_out = sort({"a": reply})
     assert (sorted_out.failures, sorted_out.refusals) == ({"a": UNSIGNED_REPLY}, {})
 
 
@@ -166,17 +174,15 @@ def test_a_refusal_is_reported_by_its_reason(sort: Sort, reason: Reason) -> None
 
 
 def test_sites_keep_the_order_in_which_they_were_asked(
-    adapter: Adapter, update: Make, signed: Callable[[Update], Reply]
+    sort: Sort, update: Make, signed: Callable[[Update], Reply]
 ) -> None:
     replies = {site: signed(update(site=site)) for site in ("c", "a", "b")}
-    sorted_out = sort_replies(
-        replies, run="r", round=1, sent=adapter, reaches=dict.fromkeys("abcd", ANYWHERE), scored=False
-    )
+    sorted_out = sort(replies, sites="abcd")
     assert list(sorted_out.updates) == ["a", "b", "c"]
     assert sorted_out.failures == {"d": NO_REPLY}
 
 
-def test_who_was_not_asked_is_not_heard(adapter: Adapter, update: Make, signed: Callable[[Update], Reply]) -> None:
+def test_who_was_not_asked_is_not_heard(sort: Sort, update: Make, signed: Callable[[Update], Reply]) -> None:
     replies = {"stranger": signed(update(site="stranger"))}
-    sorted_out = sort_replies(replies, run="r", round=1, sent=adapter, reaches={"a": ANYWHERE}, scored=False)
+    sorted_out = sort(replies)
     assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": NO_REPLY})

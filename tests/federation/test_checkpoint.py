@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.model import Adapter
 from fedtune.privacy.release import Receipt
 from fedtune.spec import ConfigError, RunError

@@ -8,8 +8,9 @@ import pytest
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 
-from fedtune.federation.lead import LeadState, RoundResult, site_charge
+from fedtune.federation.lead import LeadState, RoundResult
 from fedtune.federation.protocol import Reply
+from fedtune.federation.results import site_charge
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.plan import Plan

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import fedtune.federation.site as site_module
-from fedtune.federation.lead import LeadState, site_charge
+from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply
+from fedtune.federation.results import site_charge
 from fedtune.federation.site import Trained
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey

@@ -15,14 +15,13 @@ from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.main import create_app
 
-from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState
+from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Prepared, Site, Trained
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.client import make_client_app
-from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.server import Lead, run_rounds
+from fedtune.flower.simulation import InProcessGrid
 from fedtune.flower.strategy import make_strategy
 from fedtune.flower.wire.superlink import ServerSettings, _superlink_config
 from fedtune.model import Adapter
@@ -33,6 +32,7 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import METRICS
 from fedtune.training.spec import TrainingSpec
 
 from .certificates import LOOPBACK, Authority
@@ -139,8 +139,8 @@ class Federation:
         if request.site in self.fails:
             raise self.fails[request.site]
         moved = {name: value + np.float32(STEPS[request.site]) for name, value in adapter.tensors.items()}
-        scores = (STEPS[request.site], 0.5) if self.plan.releases_metrics else None
-        return Trained(adapter=Adapter(moved), scores=scores)
+        scores = (STEPS[request.site], 0.5, 0.25)[: METRICS[self.plan.metrics].num_values]
+        return Trained(adapter=Adapter(moved), scores=scores or None)
 
     def events(self, site: str) -> tuple[Event, ...]:
         """A site's ledger, each event checked."""

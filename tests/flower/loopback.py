@@ -26,8 +26,8 @@ from sqlalchemy import create_engine
 
 from fedtune.federation.aggregation import Closing
 from fedtune.federation.spec import FederationSpec
+from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
-from fedtune.flower.wire.tls import Tls
 from fedtune.privacy.keys import SigningKey
 
 from ..forked import Forked

@@ -24,7 +24,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from fedtune.flower.wire.fleet import node_key
-from fedtune.flower.wire.tls import Tls
+from fedtune.flower.wire.identity import Tls
 
 from .loopback import Loopback, wait_for
 

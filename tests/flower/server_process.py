@@ -27,8 +27,8 @@ import flwr.supercore.corestate.sql_corestate as sql_corestate  # noqa: E402
 
 from fedtune.flower.wire.connections import Limits  # noqa: E402
 from fedtune.flower.wire.gate import Registered  # noqa: E402
+from fedtune.flower.wire.identity import Tls  # noqa: E402
 from fedtune.flower.wire.superlink import ServerSettings, serve  # noqa: E402
-from fedtune.flower.wire.tls import Tls  # noqa: E402
 
 
 def roster() -> list[Registered]:

@@ -42,7 +42,7 @@ from fedtune.flower.wire.fleet import (  # noqa: E402
     Unauthorised,
     Unreachable,
 )
-from fedtune.flower.wire.tls import Tls  # noqa: E402
+from fedtune.flower.wire.identity import Tls  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

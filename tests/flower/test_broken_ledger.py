@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.lead import site_charge
+from fedtune.federation.results import site_charge
 from fedtune.flower.server import run_rounds
 from fedtune.privacy.ledger import store
 

@@ -1,4 +1,4 @@
-"""A site's ClientApp: whatever comes in, what goes out is a release and never an exception."""
+"""A site's app: whatever comes in, what goes out is a release and never an exception or its text."""
 
 from __future__ import annotations
 
@@ -8,41 +8,43 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.serde import message_to_proto
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.federation.protocol import EndOfRun, RoundRequest
-from fedtune.federation.site import Prepared, Site, Trained
+from fedtune.federation.site import Prepared, Site, Train, Trained
 from fedtune.flower import records
-from fedtune.flower.client import make_client_app
-from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.client import Exchange, SiteApp
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
+from fedtune.spec import ConfigError, RunError
+
+END = f"query.{records.END}"
 
 
-class Asked:
-    """Sends one message to one site and returns the answer."""
+@pytest.fixture(autouse=True)
+def server() -> None:
+    """Messages come from a server, as Flower would make them."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 0, 0
 
-    def __init__(self, site_of: Callable[[Context, str], Site]) -> None:
-        self.replies: list[int] = []
-        app = make_client_app(site_of, lambda context: "a")
-        self._grid = InProcessGrid(app, 1, replied=self.replies.append)
 
-    def __call__(self, content: RecordDict, kind: str = "train") -> Message:
-        (answer,) = self._grid.send_and_receive([Message(content, 1, kind)])
-        return answer
+def one_more(request: RoundRequest, given: Adapter, attempt: int) -> Trained:
+    return Trained(adapter=Adapter({name: value + np.float32(1) for name, value in given.tensors.items()}))
 
 
 @pytest.fixture
 def site(
     tmp_path: Path, adapter: Adapter, site_policy: Callable[..., Policy], run_proposal: Callable[..., Proposal]
-) -> Callable[[Any], Site]:
-    """A site that trains by the given function."""
+) -> Callable[..., Site]:
+    """The site `a`, whose ledger is opened anew, and which trains by adding one unless told otherwise."""
 
-    def make(train: Any) -> Site:
+    def make(train: Train = one_more) -> Site:
         key = SigningKey.load_or_make(tmp_path / "site_key.pem")
         ledger = Ledger(tmp_path / "ledger.db", site_policy("a"), key)
         prepared = Prepared(proposal=run_proposal(), template=adapter, declared_size=100, train=train)
@@ -52,119 +54,202 @@ def site(
 
 
 @pytest.fixture
-def content(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: SigningKey) -> RecordDict:
+def app(site: Callable[..., Site]) -> SiteApp:
+    """The app of that site."""
+    return SiteApp(lambda settings: site(), name="a")
+
+
+@pytest.fixture
+def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: SigningKey) -> RecordDict:
+    """The request for the first round, as it travels."""
     request = RoundRequest(
         proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
     )
     return records.from_signed(request.signed(lead_key), adapter=records.from_adapter(adapter))
 
 
-def unchanged(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-    return Trained(adapter=adapter)
+def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exchange:
+    """A message that came from the server, and was answered."""
+    message = Message(RecordDict(), 5, kind)
+    if isinstance(content, Error):
+        message.__dict__.update({"_content": None, "_error": content})
+    else:
+        message.content = content
+    message.metadata.__dict__["_message_id"] = "m-1"
+    exchange = Exchange(message)
+    app.answer(exchange)
+    return exchange
 
 
-def test_it_gives_its_public_name(site: Callable[[Any], Site]) -> None:
-    asked = Asked(lambda context, settings: site(None))
-    answer = asked(RecordDict(), "query")
-    assert answer.content.config_records[records.SITE]["name"] == "a"
-    assert asked.replies == [], "an introduction is no progress of a round"
+def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
+    app: SiteApp, request_: RecordDict, adapter: Adapter, tmp_path: Path
+) -> None:
+    exchange = asked(app, request_)
+    (array,) = exchange.reply.content.array_records[records.UPDATE].values()
+    body = records.to_reply(exchange.reply.content).body
+    assert isinstance(body, Update)
+    with store.reading(tmp_path / "ledger.db") as file:
+        ((_, _, stored),) = store.stored_replies(file)
+    assert array.data == stored == body.to_bytes()
+    np.testing.assert_array_equal(body.tensors["head"], adapter.tensors["head"] + 1)
+    assert exchange.kind == "train"
+    assert isinstance(exchange.answered, Update)
+    assert (exchange.answered.run, exchange.answered.round) == ("r", 1)
+    assert RoundRequest.of(exchange.request).round == 1
+    about = exchange.reply.metadata
+    assert (about.reply_to_message_id, about.src_node_id, about.dst_node_id, about.run_id) == ("m-1", 5, 0, 7)
+    again = asked(app, request_)
+    assert again.reply.content.object_id == exchange.reply.content.object_id, "the same bytes"
 
 
-def test_it_answers_a_round(site: Callable[[Any], Site], content: RecordDict, adapter: Adapter) -> None:
-    asked = Asked(lambda context, settings: site(unchanged))
-    reply = records.to_reply(asked(content).content)
-    assert isinstance(reply.body, Update)
-    np.testing.assert_array_equal(reply.body.tensors["head"], adapter.tensors["head"])
-    assert asked.replies == [1]
+def test_a_refused_round_is_a_refusal(app: SiteApp, request_: RecordDict, adapter: Adapter) -> None:
+    others = {name: value + np.float32(1) for name, value in adapter.tensors.items()}
+    wrong = RecordDict({**request_, records.ADAPTER: records.from_adapter(Adapter(others))})
+    answered = asked(app, wrong).answered
+    assert isinstance(answered, Refusal)
+    assert answered.reason is Reason.ADAPTER_DIFFERS
 
 
-def fails(*args: object) -> Any:
-    raise OSError("canary-23: /data/patients.csv")
+def test_an_introduction_is_no_answer_to_a_round(app: SiteApp) -> None:
+    introduced = asked(app, RecordDict(), "query")
+    assert introduced.answered is None
+    assert introduced.reply.content.config_records[records.SITE]["name"] == "a"
+
+
+def test_the_end_of_a_run_is_noted_and_answered_with_a_receipt_for_its_lead_alone(
+    app: SiteApp,
+    site: Callable[..., Site],
+    request_: RecordDict,
+    lead_key: SigningKey,
+    stranger_key: SigningKey,
+) -> None:
+    notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
+    before = asked(app, records.from_signed(notice), END)
+    assert before.answered is None
+    assert records.to_receipt(before.reply.content) is None, "it took no part in this run"
+    asked(app, request_)
+    for key, ended in ((stranger_key, False), (lead_key, True)):
+        notice = EndOfRun(run="r", lead=key.public).signed(key)
+        receipt = records.to_receipt(asked(app, records.from_signed(notice), END).reply.content)
+        assert receipt == (site().ledger.receipt("r") if ended else None)
+        assert (site().ledger.history.runs["r"].expires is None) == ended
+
+
+def fails(*_: object) -> Any:
+    raise AssertionError("not even opened")
+
+
+WORDS = {"json": "canary-31", "signature": "00"}
+ARRAYS = ArrayRecord([np.ones(2, np.float32)])
+ODD_CONTENTS: dict[str, RecordDict | Error] = {
+    "empty": RecordDict(),
+    "an error": Error(0, "canary-31"),
+    "metrics": RecordDict({"canary-31": MetricRecord({"a": 1.0})}),
+    "arrays alone": RecordDict({records.ADAPTER: ARRAYS}),
+    "a request that is none": RecordDict({records.REQUEST: ConfigRecord(WORDS)}),
+    "a request without a signature": RecordDict(
+        {records.REQUEST: ConfigRecord({"json": "{}"}), records.ADAPTER: ARRAYS}
+    ),
+    "a request of arrays": RecordDict({records.REQUEST: ARRAYS}),
+    "settings that are none": RecordDict({records.SETTINGS: ConfigRecord({"json": [1.0]})}),
+}
+KINDS = ["train", "evaluate", "query", END, "train.canary", "query.canary", "system", "get_properties", "reconnect"]
+"""Of messages that Flower lets through."""
+
+
+@pytest.mark.parametrize("odd", ODD_CONTENTS)
+def test_whatever_comes_is_answered_and_nothing_of_it_comes_back(odd: str, caplog: pytest.LogCaptureFixture) -> None:
+    for kind in KINDS:
+        exchange = asked(SiteApp(fails, name="a"), ODD_CONTENTS[odd], kind)
+        reply = exchange.reply
+        assert not reply.has_error(), kind
+        assert b"canary-31" not in message_to_proto(reply).content.SerializeToString(), kind
+        if exchange.answered is not None:
+            assert isinstance(exchange.answered, Refusal), kind
+            assert (exchange.answered.reason, exchange.answered.run) == (Reason.MALFORMED_REQUEST, ""), kind
+            assert (exchange.answered.asked, exchange.answered.allowed) == (None, None), kind
+            assert records.to_reply(reply.content).receipt is None, kind
+        elif kind == END and not isinstance(ODD_CONTENTS[odd], Error):
+            assert reply.content == records.from_receipt(None)
+            assert "could not end a run" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "train.canary", "system", "reconnect"])
+def test_another_action_than_a_rounds_is_malformed_even_with_a_good_request(
+    app: SiteApp, request_: RecordDict, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    answered = asked(app, request_, kind).answered
+    assert isinstance(answered, Refusal)
+    assert answered.reason is Reason.MALFORMED_REQUEST
+    assert "could not be answered" in caplog.text
+
+
+def test_a_request_of_no_words_is_refused(app: SiteApp, adapter: Adapter) -> None:
+    words = ConfigRecord({"json": "{}", "signature": "00"})
+    answered = asked(app, RecordDict({records.REQUEST: words, records.ADAPTER: records.from_adapter(adapter)})).answered
+    assert isinstance(answered, Refusal)
+    assert answered.reason is Reason.MALFORMED_REQUEST
 
 
 class Panic(BaseException):
     """As a library written in Rust raises it."""
 
 
-def panics(*args: object) -> Any:
-    raise Panic("canary-23: /data/patients.csv")
-
-
-@pytest.mark.parametrize("fails", [fails, panics])
-@pytest.mark.parametrize("where", ["opening the site", "training"])
+@pytest.mark.parametrize(
+    "failure",
+    [RunError("canary-31"), ConfigError("canary-31", 1, "x"), OSError("canary-31: /a.csv"), Panic("canary-31")],
+    ids=lambda failure: type(failure).__name__,
+)
+@pytest.mark.parametrize("where", ["opening the site", "training", "ending"])
 def test_a_failure_is_a_reason_without_text(
-    site: Callable[[Any], Site],
-    content: RecordDict,
+    site: Callable[..., Site],
+    request_: RecordDict,
+    failure: BaseException,
     where: str,
-    fails: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    asked = Asked(fails if where == "opening the site" else lambda context, settings: site(fails))
-    answer = asked(content)
-    assert not answer.has_error()
-    reply = records.to_reply(answer.content)
-    assert isinstance(reply.body, Refusal)
-    assert reply.body.reason is Reason.SITE_ERROR
-    assert "canary" not in repr((answer.metadata, answer.content))
-    assert "canary-23" in caplog.text
+    def fails(*_: object) -> Any:
+        raise failure
+
+    app = SiteApp((lambda settings: site(fails)) if where == "training" else fails, name="a")
+    exchange = asked(app, request_, END if where == "ending" else "train")
+    assert not exchange.reply.has_error()
+    if where != "ending":
+        assert isinstance(exchange.answered, Refusal)
+        assert exchange.answered.reason is Reason.SITE_ERROR
+    assert b"canary-31" not in message_to_proto(exchange.reply).content.SerializeToString()
+    assert "canary-31" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        RecordDict(),
-        RecordDict({records.REQUEST: ConfigRecord({"json": "__import__('os')", "signature": "00"})}),
-        RecordDict({records.ADAPTER: ArrayRecord([np.ones(2, np.float32)])}),
-        RecordDict(
-            {records.REQUEST: ConfigRecord({"json": "{}"}), records.ADAPTER: ArrayRecord([np.ones(2, np.float32)])}
-        ),
-    ],
-    ids=["empty", "no arrays", "no request", "no signature"],
-)
-def test_a_malformed_request_is_refused_before_the_site_is_opened(content: RecordDict) -> None:
-    reply = records.to_reply(Asked(fails)(content).content)
-    assert isinstance(reply.body, Refusal)
-    assert reply.body.reason is Reason.MALFORMED_REQUEST
-    assert reply.receipt is None
-
-
-def test_a_request_of_no_words_is_refused(site: Callable[[Any], Site]) -> None:
-    words = ConfigRecord({"json": "{}", "signature": "00"})
-    adapter = records.from_adapter(Adapter({"head": np.ones(4, np.float32)}))
-    request = RecordDict({records.REQUEST: words, records.ADAPTER: adapter})
-    reply = records.to_reply(Asked(lambda context, settings: site(unchanged))(request).content)
-    assert isinstance(reply.body, Refusal)
-    assert reply.body.reason is Reason.MALFORMED_REQUEST
-
-
-def test_the_end_of_a_run_is_noted_and_answered_with_a_receipt_for_its_lead_alone(
-    site: Callable[[Any], Site], content: RecordDict, lead_key: SigningKey, stranger_key: SigningKey
-) -> None:
-    asked = Asked(lambda context, settings: site(unchanged))
-    asked(content)
-    assert asked.replies == [1]
-    for key, ended in ((stranger_key, False), (lead_key, True)):
-        notice = EndOfRun(run="r", lead=key.public).signed(key)
-        answer = asked(records.from_signed(notice), f"query.{records.END}")
-        assert not answer.has_error()
-        receipt = records.to_receipt(answer.content)
-        assert receipt == (site(None).ledger.receipt("r") if ended else None)
-        assert (site(None).ledger.history.runs["r"].expires is None) == ended
-
-
-@pytest.mark.parametrize("content", [RecordDict(), RecordDict({records.REQUEST: ConfigRecord({"json": "{"})})])
-def test_a_notice_that_is_none_is_answered_like_any_other(
-    site: Callable[[Any], Site], content: RecordDict, caplog: pytest.LogCaptureFixture
-) -> None:
-    answer = Asked(lambda context, settings: site(unchanged))(content, f"query.{records.END}")
-    assert not answer.has_error()
-    assert answer.content == records.from_receipt(None)
-    assert "could not end a run" in caplog.text
-
-
-def test_ctrl_c_is_not_swallowed(site: Callable[[Any], Site], content: RecordDict) -> None:
-    def interrupted(*args: object) -> Any:
+def test_ctrl_c_is_not_swallowed(site: Callable[..., Site], request_: RecordDict) -> None:
+    def interrupted(*_: object) -> Any:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Asked(lambda context, settings: site(interrupted))(content)
+        asked(SiteApp(lambda settings: site(interrupted), name="a"), request_)
+
+
+def test_settings_reach_the_site_as_they_were_sent(request_: RecordDict) -> None:
+    seen: list[str] = []
+
+    def note(settings: str) -> Any:
+        seen.append(settings)
+        raise RunError("enough")
+
+    app = SiteApp(note, name="a")
+    asked(app, RecordDict({**request_, records.SETTINGS: ConfigRecord({"json": "{}"})}))
+    asked(app, request_)
+    assert seen == ["{}", ""]
+
+
+def test_a_message_is_void_when_its_time_is_up(app: SiteApp) -> None:
+    exchange = asked(app, RecordDict(), "query")
+    about = exchange.message.metadata
+    about.created_at, about.ttl = 1000.0, 60.0
+    assert not exchange.is_void(1060.0)
+    assert exchange.is_void(1060.5)
+
+
+def test_the_request_of_a_message_without_one_is_wrong_input() -> None:
+    with pytest.raises(ConfigError, match="must hold a signed request"):
+        _ = Exchange(Message(RecordDict(), 5, "query")).request

@@ -15,7 +15,7 @@ import pytest
 
 from fedtune.flower.wire import connections
 from fedtune.flower.wire.fleet import HELLO, hello
-from fedtune.flower.wire.tls import Tls
+from fedtune.flower.wire.identity import Tls
 
 from .certificates import LOOPBACK, Authority
 from .loopback import Loopback, wait_for
@@ -177,7 +177,7 @@ def test_a_connection_has_a_life(network: Loopback) -> None:
 def test_a_connection_ends_with_its_certificate(network: Loopback) -> None:
     tls = network.enlist("short", days=8 / 86400)  # valid for eight seconds; starting with ten days ago
     wait_for(lambda: "short is registered" in network.output, seconds=10)
-    assert hello(network.address, tls).site == "short"
+    assert hello(network.address, tls) == "short"
 
     def over() -> bool:
         try:

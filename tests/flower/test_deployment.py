@@ -46,9 +46,7 @@ class Line:
     def __init__(self, ledger: Ledger, key: str, proposal: Proposal, lead: SigningKey, adapter: Adapter) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 0, 0
         self.ledger, self.adapter, self.heard = ledger, adapter, Heard()
-        self.sites = {
-            number: KnownSite(name=name, node_key=b"", site_key=key) for number, name in ((1, "north"), (2, "south"))
-        }
+        self.sites = [KnownSite(name=name, node_key=b"", site_key=key) for name in ("north", "south")]
         listener: Any = self.heard
         self.ears = _Ears(self.sites, listener, most_rounds=4)
         self._lead, self._proposal = lead, proposal
@@ -63,7 +61,7 @@ class Line:
     def hears(self, number: int, reply: Reply, kind: str = "train") -> Answered:
         """What the ears make of a reply."""
         answer = Message(records.from_reply(reply), 1, kind)
-        return self.ears(number, self.question(self.sites[number].name, kind), answer)
+        return self.ears(number, self.question(self.sites[number - 1].name, kind), answer)
 
     def signed(self, body: Update | Refusal | Offer) -> Reply:
         return Reply(body=body, receipt=self.ledger.receipt("r", reply=digest_of(body)))
@@ -114,7 +112,7 @@ def test_an_update_that_the_site_did_not_sign_for_this_question_closes_no_round(
     elif what == "another answer's":
         reply = replace(line.signed(line.update(round=2)), body=body)
     elif what == "another key's":
-        line.sites[1] = replace(line.sites[1], site_key=stranger_key.public)
+        line.sites[0] = replace(line.sites[0], site_key=stranger_key.public)
         reply = line.signed(body)
     else:
         reply = line.signed(line.update(round=2) if what == "another round" else line.update("south"))
@@ -203,6 +201,6 @@ def test_an_offer_to_this_question_is_good_and_news(line: Line) -> None:
 
 
 def test_nobody_needs_to_listen(line: Line) -> None:
-    deaf = _Ears(line.sites, None)
+    deaf = _Ears(line.sites, None, most_rounds=0)
     answer = Message(records.from_reply(line.signed(refusal(Reason.PAUSED))), 1, "train")
     assert deaf(1, line.question("north"), answer).again_s == _ASK_AGAIN_S

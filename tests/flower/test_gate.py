@@ -27,9 +27,8 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from fedtune.flower.wire import gate
 from fedtune.flower.wire.fleet import HELLO
+from fedtune.flower.wire.identity import BODY, CALL, SIGNATURE, TIME, NotAllowed, Tls, _message
 from fedtune.flower.wire.lead_session import _bundle
-from fedtune.flower.wire.signed_calls import BODY, CALL, SIGNATURE, TIME, NotAllowed, _message
-from fedtune.flower.wire.tls import Tls
 from fedtune.privacy.keys import SigningKey
 
 from .certificates import LOOPBACK

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
-from fedtune.federation.lead import site_charge
 from fedtune.federation.protocol import END, EndOfRun, RoundRequest, Signed
+from fedtune.federation.results import site_charge
 from fedtune.flower import records
 from fedtune.flower.server import run_rounds
 from fedtune.model import Adapter

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedtune.federation.lead import site_charge
+from fedtune.federation.results import site_charge
 from fedtune.federation.site import Site
 from fedtune.flower import records
 from fedtune.flower.client import make_client_app
-from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.server import run_rounds
+from fedtune.flower.simulation import InProcessGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RefusedError
 

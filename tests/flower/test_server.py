@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from fedtune.federation.lead import site_charge
+from fedtune.federation.results import site_charge
 from fedtune.flower import records
 from fedtune.flower.server import run_rounds
 from fedtune.privacy.events import grouped
 from fedtune.privacy.plan import Plan
-from fedtune.privacy.release import Update
+from fedtune.privacy.release import METRICS, Statistics, Update
+from fedtune.report.derive.facts import statistics_of
 from fedtune.spec import RefusedError, RunError
+
+from .conftest import STEPS
 
 
 def reply_of(messages: list[Message], node: int) -> Message:
@@ -62,6 +65,20 @@ def test_a_silent_site_counts_as_charged_and_the_others_go_on(
     silent, heard = (site_charge(state, site, made.plan) for site in ("site-2", "site-1"))
     assert (silent.steps, silent.upper_bound) == (4, True)
     assert (heard.steps, heard.upper_bound) == (4, False)
+
+
+def test_statistics_of_another_kind_need_no_word_of_lead_or_wire(
+    federation: Callable[..., Any], run_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release is declared in `privacy`; what carries, sorts, stores and shows it knows its name from there."""
+    monkeypatch.setitem(METRICS, "with_loss", Statistics(name="noised_scores_and_loss", num_values=3))
+    monkeypatch.setattr(Plan, "metrics", property(lambda plan: "with_loss"))
+    noised, allowed = replace(run_plan, metrics_noise_multiplier=20.0), {"metrics": "with_loss", "reply_after_s": 0.0}
+    made = federation(num_rounds=1, asks={"plan": noised}, policies={key: {"releases": allowed} for key in STEPS})
+    state = run_rounds(made.grid, made.lead, made.start)
+    expected = {site: (step, 0.5, 0.25) for site, step in STEPS.items()}
+    assert state.rounds[0].site_scores == expected == made.lead.checkpoints.load().rounds[0].site_scores
+    assert statistics_of([made.plan]) == ("noised_scores_and_loss",)
 
 
 def test_a_failed_site_has_no_weight(federation: Callable[..., Any], tamper: Callable[..., None]) -> None:

@@ -42,7 +42,7 @@ def test_a_signal_ends_it_within_seconds_with_exit_code_0(own: Loopback, by: sig
     own.start()
     site = own.site("a")
     site.wait_for("activated")
-    assert hello(own.address, own.tls["a"]).site == "a"
+    assert hello(own.address, own.tls["a"]) == "a"
     assert ended(own.process, by=by, seconds=15) == 0
     site.wait_for("trouble")
     assert site.process.poll() is None, "a site outlives its server"
@@ -66,7 +66,7 @@ def test_a_roster_that_cannot_be_read_leaves_everybody_where_he_is(own: Loopback
     roster.write_bytes(whole)
     newcomer = own.enlist("b")
     wait_for(lambda: "b is registered" in own.output)
-    assert hello(own.address, newcomer).site == "b"
+    assert hello(own.address, newcomer) == "b"
 
 
 def test_a_disk_that_is_full_is_noticed_and_stops_no_greeting(own: Loopback) -> None:
@@ -80,7 +80,7 @@ def test_a_disk_that_is_full_is_noticed_and_stops_no_greeting(own: Loopback) -> 
     # No file may grow beyond 1 KiB, which is how a full disk looks to a database.
     resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE, (1024, hard))
     says("False")
-    assert hello(own.address, own.tls["a"]).site == "a"
+    assert hello(own.address, own.tls["a"]) == "a"
     resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
     says("True")
 
@@ -88,7 +88,7 @@ def test_a_disk_that_is_full_is_noticed_and_stops_no_greeting(own: Loopback) -> 
 def test_it_makes_its_database_and_notes_who_came_and_when_it_ran(own: Loopback) -> None:
     own.migrates = True
     own.start()
-    assert hello(own.address, own.tls["a"]).site == "a"
+    assert hello(own.address, own.tls["a"]) == "a"
     own.set_revoked("a")
     wait_for(lambda: "a was revoked" in own.output, seconds=15)
     with pytest.raises(Unauthorised, match="revoked"):

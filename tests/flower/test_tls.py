@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.flower.wire.bounded_http import bounded
 from fedtune.flower.wire.fleet import Unreachable, hello
-from fedtune.flower.wire.tls import Tls, refusal
+from fedtune.flower.wire.identity import Tls, refusal
 
 from .certificates import LOOPBACK, Authority
 from .hostile import Answer, Hostile, server_context

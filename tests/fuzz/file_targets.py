@@ -21,8 +21,7 @@ from fedtune.deploy.kits.kit import KitFile, read_spec
 from fedtune.deploy.kits.members import read_roster, write_roster
 from fedtune.deploy.services.lead_and_server import latest_answers
 from fedtune.deploy.services.site_state import SiteState
-from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import ReceiptBook
+from fedtune.federation.lead import Checkpoints, ReceiptBook
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import check_content
 from fedtune.privacy.ledger.chain import Head

@@ -20,7 +20,7 @@ from fedtune.flower import records
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.fleet import HELLO
 from fedtune.flower.wire.gate import Gate, Registered
-from fedtune.flower.wire.signed_calls import BODY, CALL, SIGNATURE, TIME, _message
+from fedtune.flower.wire.identity import BODY, CALL, SIGNATURE, TIME, _message
 from fedtune.model import Adapter
 from fedtune.model.adapter import AdapterError
 from fedtune.privacy.release import Reason, Refusal, Refused, Update

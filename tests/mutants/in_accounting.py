@@ -144,7 +144,7 @@ ACCOUNTING = (
     Mutant(
         name="a-silent-site-spends-nothing",
         fault="The lead counts no round of a site that did not answer, although it may have trained.",
-        file="fedtune/federation/lead.py",
+        file="fedtune/federation/results.py",
         old="rounds = max(charged, min(charged + silent, plan.most_rounds))",
         new="rounds = charged",
         tests=("tests/federation/test_lead.py",),

@@ -14,7 +14,7 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.cli.compose import saved_config
-from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt

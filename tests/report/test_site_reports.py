@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli.report import checks
-from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.release import RECEIPT

@@ -14,7 +14,7 @@ import pytest
 
 import fedtune.cli.display as display
 from fedtune.cli.compose import saved_config
-from fedtune.federation.checkpoint import Checkpoints
+from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
@@ -23,7 +23,7 @@ from fedtune.report import from_ledger, from_run, recompute, signing
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.render import render
-from fedtune.sites.participants import Participants
+from fedtune.sites.virtual_site import Participants
 
 from .masking import check_golden, masked
 from .site_ledgers import Books

@@ -13,7 +13,7 @@ import pytest
 
 from fedtune.cli.compose import saved_config
 from fedtune.cli.run_folder import only_one
-from fedtune.federation.lead import charged_epsilons
+from fedtune.federation.results import charged_epsilons
 from fedtune.privacy import accountant
 from fedtune.report import from_run, watch
 from fedtune.report.model import Report, Verdict

@@ -19,8 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtune.cli.compose import compose_run, saved_config, write_config
 from fedtune.cli.run_folder import is_running, only_one
 from fedtune.config import RunConfig
-from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt

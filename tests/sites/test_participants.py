@@ -18,7 +18,7 @@ from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Site, Trained
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import SeededRandomness
-from fedtune.sites.participants import Participants
+from fedtune.sites.virtual_site import Participants
 from fedtune.spec import ConfigError
 
 

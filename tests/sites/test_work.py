@@ -20,8 +20,8 @@ from fedtune.federation.site import Trained
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
-from fedtune.sites.participants import Participants
 from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import SiteWork, randomness_of
 
 LETTERS = [(f"letter {n} of {n % 7}", ("invoice", "complaint", "praise")[n % 3]) for n in range(40)]

@@ -311,11 +311,9 @@ class Connection:
             elif isinstance(error, Foreign):
                 fix = "Ask the lead whether a fedtune server of this version runs at this address."
             return _failed(AUTHENTICATION, str(error) if isinstance(error, RunError) else found, fix=fix)
-        if known.site != site:
+        if known != site:
             fix = "Ask the lead to provision this site again: names and keys were mixed up."
-            return _failed(
-                AUTHENTICATION, f"the server knows this key as {known.site}, and the kit is for {site}", fix=fix
-            )
+            return _failed(AUTHENTICATION, f"the server knows this key as {known}, and the kit is for {site}", fix=fix)
         return ok(AUTHENTICATION, f"the server knows this key as {site}")
 
 

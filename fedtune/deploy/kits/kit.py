@@ -27,7 +27,7 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, check_name, check_one_of, spec
 
 if TYPE_CHECKING:
-    from fedtune.flower.wire.tls import Tls
+    from fedtune.flower.wire.identity import Tls
 
 T = TypeVar("T")
 VERSION = 1
@@ -264,7 +264,7 @@ class Kit(KitFile):
 
     def tls(self) -> Tls:
         """Its files as one end of a connection."""
-        from fedtune.flower.wire.tls import Tls
+        from fedtune.flower.wire.identity import Tls
 
         return Tls(ca=self.ca, certificate=self.certificate, key=self.key)
 

@@ -21,7 +21,7 @@ from fedtune.deploy.kits.certificates import Certificate, check_private
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.models import installed_model
 from fedtune.deploy.services.site_state import SiteState, serving
-from fedtune.flower.node import Exchange, SiteApp
+from fedtune.flower.client import Exchange, SiteApp
 from fedtune.flower.wire.fleet import Dropped, Expired, Fleet, Unauthorised, Unreachable
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal

@@ -27,7 +27,7 @@ from uvicorn.server import ServerState
 
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.gate import PEER, Peer
-from fedtune.flower.wire.tls import Tls
+from fedtune.flower.wire.identity import Tls
 
 _RESERVED_FILES = 128
 """Of the process's, for database, roster, health and logs."""

@@ -12,7 +12,6 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -55,8 +54,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedtune.flower.wire.bounded_http import OutOfBounds, bounded
+from fedtune.flower.wire.identity import Tls, refusal, staying
 from fedtune.flower.wire.message_objects import pull_message
-from fedtune.flower.wire.tls import Tls, refusal, staying
 from fedtune.spec import ConfigError, RunError
 
 HELLO = "/v1/fedtune/hello"
@@ -250,21 +249,8 @@ def node_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePu
     return private, private.public_key()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hello:
-    """What the server knows of a node.
-
-    Attributes:
-        site: its name.
-        server_time: the server's clock, seconds since 1970.
-    """
-
-    site: str
-    server_time: float
-
-
-def hello(server: str, tls: Tls) -> Hello:
-    """Ask the server how it knows this site; changes nothing there.
+def hello(server: str, tls: Tls) -> str:
+    """The name by which the server knows this site; asking changes nothing there.
 
     Raises:
         Unauthorised: it does not, or no longer; the text says which.
@@ -284,7 +270,7 @@ def hello(server: str, tls: Tls) -> Hello:
     try:
         fields = answer.json()
         if answer.status_code == httpx.codes.OK:
-            return Hello(site=str(fields["site"]), server_time=float(fields["time"]))
+            return str(fields["site"])
         reason = str(fields["reason"])
         if not reason.isprintable() or len(reason) > _MOST_REASON:
             raise ValueError("words that are not for people")

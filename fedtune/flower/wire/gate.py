@@ -21,7 +21,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from fedtune.flower.wire.audit_log import AuditLog, Event
 from fedtune.flower.wire.fleet import HELLO
-from fedtune.flower.wire.signed_calls import NotAllowed, SeenCalls, body_of_lead
+from fedtune.flower.wire.identity import NotAllowed, SeenCalls, body_of_lead
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class Gate:
                 await self._lead_call(scope, receive, send)
             elif path == HELLO:
                 site = self._member(headers_of(scope), _peer(scope)).site
-                await answer(send, 200, {"site": site, "time": time.time()})
+                await answer(send, 200, {"site": site, "time": time.time()})  # sites of 0.1.0 read the time, too
             else:
                 raise NotAllowed(404, "no such call")
         except NotAllowed as refusal:
@@ -172,7 +172,7 @@ class Gate:
         signed = body_of_lead(headers, path=path, lead=self._lead, now=time.time())
         if signed is None:
             raise NotAllowed(401, _UNSIGNED)
-        if peer is not None and any(member.node_key == peer.key for member in self._roster()):
+        if peer is not None and self._with(peer.key):
             raise NotAllowed(401, f"{_UNSIGNED}; and this is a site's connection")
         self._seen.check(headers)  # before a body is read that may be large
         body = await read_body(receive, headers, most_bytes=_LEAD_BYTES)
@@ -206,15 +206,24 @@ class Gate:
             raise NotAllowed(401, "wrong signature")
         if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE:
             raise NotAllowed(403, f"its clock is {abs(age):.0f} s {'behind' if age > 0 else 'ahead'}")
-        known = [member for member in self._roster() if member.node_key == key]
-        if not known:
+        known = self._with(key)
+        if known is None:
             raise NotAllowed(403, "unknown")
-        if known[0].revoked:
+        if known.revoked:
             raise NotAllowed(403, "revoked")
         if peer is None or peer.key != key:
             # A site signs the time alone: who has seen that must not use it.
             raise NotAllowed(401, "signed by another than the connection's certificate")
-        return known[0]
+        return known
+
+    def _with(self, key: bytes) -> Registered | None:
+        """The member with a connection key, also one that was revoked."""
+        return next((member for member in self._roster() if member.node_key == key), None)
+
+    def name_of(self, key: bytes) -> str:
+        """The name of that member; empty: there is none."""
+        member = self._with(key)
+        return member.site if member else ""
 
     def _note(self, scope: Scope, refusal: NotAllowed) -> None:
         path = scope.get("path", "")
@@ -233,8 +242,7 @@ class Gate:
     def _about(self, peer: Peer | None) -> dict[str, str]:
         if peer is None:
             return {}
-        member = next((member.site for member in self._roster() if member.node_key == peer.key), "")
-        return {"address": peer.address, "certificate": peer.certificate, "member": member}
+        return {"address": peer.address, "certificate": peer.certificate, "member": self.name_of(peer.key)}
 
 
 def _peer(scope: Scope) -> Peer | None:

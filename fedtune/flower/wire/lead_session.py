@@ -42,9 +42,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
+from fedtune.flower.wire.identity import LeadSignature, Tls, staying
 from fedtune.flower.wire.message_objects import NotWhole, pull_message
-from fedtune.flower.wire.signed_calls import LeadSignature
-from fedtune.flower.wire.tls import Tls, staying
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 

@@ -20,9 +20,8 @@ from flwr.supercore.run import Run
 
 from fedtune.federation.aggregation import Closing
 from fedtune.flower.records import num_bytes
+from fedtune.flower.wire.identity import TOLERANCE_S, Tls
 from fedtune.flower.wire.lead_session import LeadSession, Pulled
-from fedtune.flower.wire.signed_calls import TOLERANCE_S
-from fedtune.flower.wire.tls import Tls
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 

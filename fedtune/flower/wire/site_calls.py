@@ -25,7 +25,7 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supercore.utils import uint64_to_int64
 from sqlalchemy import text
 
-from fedtune.flower.wire.signed_calls import NotAllowed
+from fedtune.flower.wire.identity import NotAllowed
 
 FLEET = "/v1/fleet/"
 _SMALL_BYTES, _ANNOUNCED_BYTES = 1 << 16, 1 << 20

@@ -33,8 +33,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.connections import Door, Http, Limits, server_context
 from fedtune.flower.wire.gate import Gate, Registered, Roster
+from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.site_calls import SiteCalls
-from fedtune.flower.wire.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def serve(
     roster = _KeptRoster(settings.roster, state, audit)
     roster.look()
     gate = Gate(app, lead=settings.lead, roster=lambda: roster.members, rules=SiteCalls(state), audit=audit)
-    door = Door(server_context(settings.tls), settings.limits, member=roster.name_of, audit=audit)
+    door = Door(server_context(settings.tls), settings.limits, member=gate.name_of, audit=audit)
 
     def listens() -> None:
         audit.note("server started")
@@ -167,10 +167,6 @@ class _KeptRoster:
         members = self._read()
         keep_roster(self.state, members, self.audit)
         self.members = members
-
-    def name_of(self, key: bytes) -> str:
-        """The member with a connection key; empty: none."""
-        return next((member.site for member in self.members if member.node_key == key), "")
 
 
 def _watch(roster: _KeptRoster, stop: threading.Event, works: Callable[[bool], None]) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedtune.privacy.ledger.chain import Kind
+from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
+from fedtune.privacy.release import METRICS
 from fedtune.report.model import Provenance, Report, SiteReport
 from fedtune.report.record.ledger_record import LedgerRecord
 from fedtune.words import finite
@@ -80,7 +82,7 @@ class RunFacts(_Facts):
     def of_record(cls, record: RunRecord) -> RunFacts:
         """As the run's folder has them."""
         noted, plan = record.environments[-1] if record.environments else None, record.plan
-        noised_scores = ("noised_scores",) if plan.releases_metrics else ()
+        statistics = statistics_of([plan])
         times = [result.ended for result in record.rounds if result.ended]
         return cls(
             name=record.config.name,
@@ -88,10 +90,10 @@ class RunFacts(_Facts):
             delta=plan.delta,
             unit=plan.unit,
             released=(
-                *("updates", *noised_scores, "aggregates", "refusals_and_receipts"),
+                *("updates", *statistics, "aggregates", "refusals_and_receipts"),
                 *(("final_adapter",) if record.finished else ()),
             ),
-            covers=("rounds_and_steps", "charged_retries", *noised_scores),
+            covers=("rounds_and_steps", "charged_retries", *statistics),
             provenance=_provenance_of_run(record),
             target=record.config.privacy.epsilon if plan.private else None,
             private=plan.private,
@@ -164,7 +166,7 @@ class LedgerFacts(_Facts):
         """As the ledger has them."""
         history, events = record.history, record.events
         plans = [run.plan for run in history.runs.values()]
-        noised_scores = ("noised_scores",) if any(plan.releases_metrics for plan in plans) else ()
+        statistics = statistics_of(plans)
         policies = [event for event in events if event.detail.get("what") == "policy"]
         restored = [event.sequence for event in events if event.detail.get("what") == "restored"]
         caps = [(event.sequence, finite(policy_of(event.detail["policy"]).budget.max_epsilon)) for event in policies]
@@ -180,10 +182,10 @@ class LedgerFacts(_Facts):
             randomness="seeded" if history.seeded else "none" if without_noise else "operating_system",
             released=(
                 *(("updates",) if any(event.kind is Kind.COMMIT for event in events) else ()),
-                *(*noised_scores, "refusals_and_receipts"),
+                *(*statistics, "refusals_and_receipts"),
             ),
             covers=(
-                *("rounds_and_steps", "charged_retries", *noised_scores, "all_runs", "tuning_trials"),
+                *("rounds_and_steps", "charged_retries", *statistics, "all_runs", "tuning_trials"),
                 *(("lost_branches",) if history.restored else ()),
             ),
             provenance=_provenance_of_ledger(record, versions),
@@ -219,6 +221,12 @@ class LedgerFacts(_Facts):
             above_run_cap="above_run_cap" in site.verdict.reasons,
             policy_noted=True if "policy_noted" in stated else None,
         )
+
+
+def statistics_of(plans: Iterable[Plan]) -> tuple[str, ...]:
+    """What rounds of these plans release beside updates."""
+    released = {plan.metrics for plan in plans if plan.releases_metrics}
+    return tuple(known.name for kind, known in METRICS.items() if kind in released)
 
 
 def _provenance_of_run(record: RunRecord) -> Provenance:

@@ -17,8 +17,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from fedtune.config import RunConfig, parse, saved_settings
-from fedtune.federation.checkpoint import Checkpoints
-from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.federation.results import RunResult
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.plan import Plan
