@@ -1,12 +1,21 @@
-"""A federation in a folder, and sites that want to join it."""
+"""Builders of these tests: a federation in a folder, sites that want to join it, a server that a doctor asks."""
 
 from __future__ import annotations
 
+import http.server
+import json
 import shutil
+import socket
+import ssl
+import threading
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,3 +94,74 @@ def unpack(archive: Path, folder: Path) -> None:
     """Unzip a kit, as its README.md says."""
     with zipfile.ZipFile(archive) as opened:
         opened.extractall(folder)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """What lies in a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy of this machine's stands between a site and its server."""
+    for name in ("HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+class Mailbox(http.server.ThreadingHTTPServer):
+    """A federation's server on loopback that knows one site, as far as the doctor asks it.
+
+    Attributes:
+        context: for TLS; set before the first connection.
+        says: status and content for a site that says hello.
+        clock_ahead_s: of its `Date`.
+        seen: paths that were asked for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.context: ssl.SSLContext | None = None
+        self.says: Callable[[], tuple[int, Any]] = lambda: (200, {"site": "north", "time": time.time()})
+        self.clock_ahead_s = 0.0
+        self.seen: list[str] = []
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        plain, address = super().get_request()
+        assert self.context is not None
+        # The handshake is made by the thread that answers, so that a client that fails it stops nobody else.
+        return self.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False), address
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is what these tests are about."""
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Serve in a thread for the block."""
+        thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield
+        finally:
+            self.shutdown()
+            self.server_close()
+            thread.join()
+
+
+class _Answer(http.server.BaseHTTPRequestHandler):
+    server: Mailbox
+
+    def do_GET(self) -> None:
+        self.server.seen.append(self.path)
+        status, content = self.server.says() if self.path == "/v1/fedtune/hello" else (404, {"reason": "no"})
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return formatdate((timestamp or time.time()) + self.server.clock_ahead_s, usegmt=True)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass

@@ -6,15 +6,11 @@ import contextlib
 import dataclasses
 import fcntl
 import gzip
-import http.server
 import json
 import os
+import re
 import shutil
-import socket
 import ssl
-import threading
-import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -45,6 +41,10 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import DataError
 
+from .conftest import Mailbox, unpack
+
+pytestmark = pytest.mark.usefixtures("no_proxy")
+
 CANARY = "Xylander-7391"
 """Stands in the records, and must stand in nothing that is printed."""
 ELSEWHERE = Path("/dev/shm")
@@ -58,12 +58,13 @@ LINES = [
 
 @dataclass
 class Home:
-    """A site's files, and the lead's public key."""
+    """A site's files, the lead's public key, and a run that the lead may ask for."""
 
     folder: Path
     lead: str
     policy: Policy
     model: Path
+    asked: Callable[..., Proposal]
 
     @property
     def kit(self) -> Path:
@@ -96,6 +97,21 @@ class Home:
     def open(self) -> Ledger:
         return SiteFiles.of(self.site_toml).open()
 
+    def spend(self, *, rounds: int = 1, **asked: Any) -> None:
+        """Charge rounds of a run that the policy allows."""
+        ledger = self.open()
+        proposal = self.asked(lead=self.lead, base_model=self.policy.allow.base_models[0], **asked)
+        for round in range(1, rounds + 1):
+            granted = ledger.reserve(proposal, round=round, request=f"{proposal.run} {round}")
+            assert not isinstance(granted, bytes)
+            ledger.commit(granted, b"reply")
+
+    def put_back(self, change: Callable[[], None]) -> None:
+        """Do something, and then put back the ledger as it was before."""
+        shutil.copy(self.folder / "ledger.db", self.folder / "backup.db")
+        change()
+        os.replace(self.folder / "backup.db", self.folder / "ledger.db")
+
     def examined(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, Check]:
         """Every line, by its name; a run is tried out where one is asked for or changed."""
         named = (lambda: self.run(*overrides)) if run or overrides else None
@@ -125,49 +141,11 @@ class Home:
         )
 
 
-class Mailbox(http.server.ThreadingHTTPServer):
-    """A server of the federation that knows one site."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.context: ssl.SSLContext | None = None
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        plain, address = super().get_request()
-        assert self.context is not None
-        return self.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False), address
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass
-
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        body = json.dumps({"site": "north", "time": time.time()}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-
-
 @pytest.fixture(scope="module")
 def mailbox() -> Iterator[Mailbox]:
-    with Mailbox() as mailbox:
-        thread = threading.Thread(target=mailbox.serve_forever, args=(0.01,))
-        thread.start()
+    mailbox = Mailbox()
+    with mailbox.serving():
         yield mailbox
-        mailbox.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -179,7 +157,11 @@ def home(whole: Home, tmp_path: Path) -> Home:
 
 @pytest.fixture(scope="module")
 def whole(
-    tmp_path_factory: pytest.TempPathFactory, mailbox: Mailbox, site_policy: Callable[..., Policy], now: datetime
+    tmp_path_factory: pytest.TempPathFactory,
+    mailbox: Mailbox,
+    site_policy: Callable[..., Policy],
+    run_proposal: Callable[..., Proposal],
+    now: datetime,
 ) -> Home:
     """What is copied for each test."""
     tmp_path = tmp_path_factory.mktemp("whole")
@@ -202,15 +184,14 @@ def whole(
     mailbox.context.verify_mode = ssl.CERT_REQUIRED
     lead = Kit.read(federation / "lead", kind="lead").lead
     policy = site_policy("north", allow={"leads": (lead,), "base_models": (digest,)}, releases={"reply_after_s": 600.0})
-    site = Home(tmp_path / "north", lead, policy, model)
+    site = Home(tmp_path / "north", lead, policy, model, run_proposal)
     site.folder.mkdir()
     columns = {"text": "letter", "label": "outcome"}
     site.change_data(path="records.csv", columns=columns)
     site.write_records()
     request = site_init(site.site_toml, out=site.kit) / REQUEST
     admitted = provisioning.add_site(federation, request=request, days=None, now=now)
-    with zipfile.ZipFile(admitted.archive) as archive:
-        archive.extractall(site.kit)
+    unpack(admitted.archive, site.kit)
     install_model(model, Kit.read(site.kit, kind="site"))
     return site
 
@@ -230,6 +211,7 @@ def code(checks: dict[str, Check]) -> int:
 
 
 def test_a_site_that_lacks_nothing(home: Home) -> None:
+    home.write_records(count=113)
     checks = home.examined(run=True)
     assert list(checks) == LINES
     assert not failures(checks)
@@ -240,63 +222,15 @@ def test_a_site_that_lacks_nothing(home: Home) -> None:
     assert checks["ledger"].found.startswith("none yet")
     assert not (home.folder / "ledger.db").exists(), "nothing is made"
     assert not (home.kit / "state").exists()
-
-
-def test_no_line_tells_of_the_records(home: Home) -> None:
-    home.write_records(count=113)
-    texts = json.dumps([check.to_json() for check in home.examined(run=True).values()])
+    assert checks["time of replies"].found == "answers leave at multiples of 600 s after their request"
+    assert checks["run"].found.startswith("would be accepted; epsilon 0.")
+    assert "lifetime budget 0 % taken before" in checks["run"].found
+    texts = json.dumps([check.to_json() for check in checks.values()])
     for secret in (CANARY, "113", "114", "records.csv", "outcome", "well"):
         assert secret not in texts, secret
     assert "enough records for the declared size" in texts
-
-
-def of_users(home: Home, records_a_user: int, *, users: int = 100) -> None:
-    """A site whose population is protected by user, with records of so many."""
-    columns = {"text": "letter", "label": "outcome", "user": "patient"}
-    home.change_data(columns=columns)
-    home.change(population={"unit": "user"})
-    rows = [f"came on day {n},well,{CANARY} {user}" for user in range(users) for n in range(records_a_user)]
-    home.records.write_text("\n".join(["letter,outcome,patient", *rows]) + "\n")
-
-
-def test_by_user_the_declared_size_is_a_number_of_users(home: Home) -> None:
-    of_users(home, 9)
-    found = home.examined()["data patients"]
-    assert (found.status, found.found) == (
-        Status.OK,
-        "every record can be read; enough users for the declared size",
-    )
-    of_users(home, 100, users=9)
-    found = home.examined()["data patients"]
-    assert found.status is Status.WARNING
-    assert "far fewer users than the declared size" in found.found
-
-
-def test_a_record_of_several_users_is_found_before_a_run_leaves_it_out(home: Home) -> None:
-    of_users(home, 1)
-    home.records.write_text(home.records.read_text() + f'ours,well,"{CANARY} 1; {CANARY} 2"\n')
-    found = home.examined()["data patients"]
-    assert found.status is Status.FAILED
-    assert found.found.startswith("a record names several users; runs leave such records out")
-    assert CANARY not in json.dumps(found.to_json())
-
-
-def test_replies_that_leave_at_once_are_warned_of(home: Home) -> None:
-    assert home.examined()["time of replies"].found == "answers leave at multiples of 600 s after their request"
-    home.change(releases={"reply_after_s": 0.0})
-    checks = home.examined()
-    check = checks["time of replies"]
-    assert check.status is Status.WARNING
-    assert "the time of a reply tells roughly how many records there are" in check.found
-    assert check.fix.startswith("Set `reply_after_s` under [releases] in site.toml")
-    assert not failures(checks)
-
-
-def test_a_run_that_was_not_named_is_skipped(home: Home) -> None:
-    assert home.examined()["run"].found == "skipped, because no experiment was named to try out"
-
-
-# The kit and its certificate.
+    home.change(approval="manual")
+    assert "once a person here approves it" in home.examined(run=True)["run"].found
 
 
 def test_without_kit_and_policy_everything_else_is_still_looked_at(tmp_path: Path) -> None:
@@ -306,161 +240,322 @@ def test_without_kit_and_policy_everything_else_is_still_looked_at(tmp_path: Pat
     assert code(checks) == 2
     assert checks["encryption (TLS)"].found == "skipped, because the kit cannot be used"
     assert checks["disk of the kit"].status is Status.OK
+    assert checks["run"].found == "skipped, because no experiment was named to try out"
 
 
-def test_a_kit_that_others_can_read(home: Home) -> None:
-    (home.kit / "connection_key.pem").chmod(0o644)
-    checks = home.examined()
-    assert failures(checks).keys() == {"kit"}
-    assert checks["kit"].fix == f"Run `chmod 600 {home.kit / 'connection_key.pem'}`."
+# One thing that is wrong, and the lines that are not well because of it, with what to do: in snapshots/doctor.txt.
+
+OF_THE_MACHINE = {"disk of the kit", "disk of the ledger", "disk of the anchor", "anchor's place", "memory", "GPU"}
+SNAPSHOTS = Path(__file__).parent / "snapshots" / "doctor.txt"
 
 
-@pytest.mark.parametrize("name", ["kit.toml", "ca.pem", "site.pem", "connection_key.pem"])
-def test_a_kit_that_is_not_whole(home: Home, name: str) -> None:
-    (home.kit / name).unlink()
-    checks = home.examined()
-    assert failures(checks).keys() == {"kit"}
-    assert name in checks["kit"].found
+def missing(name: str) -> Callable[[Home], None]:
+    return lambda home: (home.kit / name).unlink()
 
 
-def test_a_kit_of_another_key(home: Home, tmp_path: Path) -> None:
-    other = site_init(home.site_toml, out=tmp_path / "again")
+def data(**changes: Any) -> Callable[[Home], None]:
+    return lambda home: home.change_data(**changes)
+
+
+def policy(**changes: Any) -> Callable[[Home], None]:
+    return lambda home: home.change(**changes)
+
+
+def records(content: bytes, *, name: str = "records.csv") -> Callable[[Home], None]:
+    def write(home: Home) -> None:
+        (home.folder / name).write_bytes(content)
+        home.change_data(path=name)
+
+    return write
+
+
+def in_policy(old: str, new: str) -> Callable[[Home], Any]:
+    return lambda home: home.site_toml.write_text(home.site_toml.read_text().replace(old, new))
+
+
+def state(name: str) -> Callable[[Home], None]:
+    def make(home: Home) -> None:
+        (home.kit / "state").mkdir()
+        (home.kit / "state" / name).touch()
+
+    return make
+
+
+def another_key(home: Home) -> None:
+    other = site_init(home.site_toml, out=home.folder / "again")
     shutil.copy(other / "connection_key.pem", home.kit / "connection_key.pem")
-    checks = home.examined()
-    assert failures(checks).keys() == {"certificate", "encryption (TLS)"}
-    assert "made for another" in checks["certificate"].found
-    assert code(checks) == 2
 
 
-def test_a_kit_of_another_site(home: Home) -> None:
-    home.change(site="south")
-    assert failures(home.examined())["site's name"] == "the kit is for north, the policy for south"
+def without_header(home: Home) -> None:
+    # Its first record would stand where the error names the columns that there are.
+    home.records.write_text(home.records.read_text().partition("\n")[2])
+
+
+def cut_off(home: Home) -> None:
+    # Where it ends is the number of records, but for a few.
+    packed = gzip.compress(home.records.read_bytes())
+    records(packed[: len(packed) // 2], name="records.csv.gz")(home)
+
+
+def not_given(home: Home) -> None:
+    (home.folder / "kept.csv").symlink_to("/proc/self/mem")  # it can be opened; reading it is an error
+    home.change_data(path="kept.csv")
+
+
+def of_users(home: Home, records_a_user: int = 1, *, users: int = 100) -> None:
+    """A site whose population is protected by user, with records of so many."""
+    columns = {"text": "letter", "label": "outcome", "user": "patient"}
+    home.change_data(columns=columns)
+    home.change(population={"unit": "user"})
+    rows = [f"came on day {n},well,{CANARY} {user}" for user in range(users) for n in range(records_a_user)]
+    home.records.write_text("\n".join(["letter,outcome,patient", *rows]) + "\n")
+
+
+def of_two_users(home: Home) -> None:
+    of_users(home)
+    home.records.write_text(home.records.read_text() + f'ours,well,"{CANARY} 1; {CANARY} 2"\n')
+
+
+def changed_ledger(home: Home) -> None:
+    home.spend()
+    path = home.folder / "ledger.db"
+    path.write_bytes(path.read_bytes().replace(b'"rank":4', b'"rank":5'))
+
+
+def ledger_put_back(home: Home) -> None:
+    home.change(anchor="anchor.json")
+    home.spend()
+    home.put_back(lambda: home.spend(run="r2"))
+
+
+def ledger_gone(home: Home) -> None:
+    home.change(anchor="anchor.json")
+    home.spend()
+    (home.folder / "ledger.db").unlink()
+
+
+def anchor_gone(home: Home) -> None:
+    home.change(anchor="anchor.json")
+    home.spend()
+    (home.folder / "anchor.json").unlink()
+
+
+def in_doubt(home: Home) -> None:
+    home.open()
+    receipts: list[Any] = []
+
+    def train() -> None:
+        home.spend()
+        receipts.append(home.open().receipt("r"))
+
+    home.put_back(train)
+    with contextlib.suppress(Exception):
+        home.open().require_contains(receipts[0])
+
+
+def of_another_population(home: Home) -> None:
+    home.open()
+    home.change(population={"name": "others"})
+
+
+def site_key(change: Callable[[Path], object]) -> Callable[[Home], None]:
+    def make(home: Home) -> None:
+        home.open()
+        change(home.folder / "site_key.pem")
+
+    return make
+
+
+def another_site_key(path: Path) -> None:
+    path.unlink()
+    SigningKey.load_or_make(path)
+
+
+def changed_model(home: Home) -> None:
+    weights = model_place(home.kit, home.policy.allow.base_models[0]) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+
+
+def made_up_model(home: Home) -> None:
+    digest = model_sha256(ModelSpec(path="random:bert"))
+    text = (home.kit / "kit.toml").read_text()
+    (home.kit / "kit.toml").write_text(text.replace(home.policy.allow.base_models[0], digest))
+    home.change(allow={"base_models": (digest,)})
+
+
+def seeded(home: Home) -> None:
+    home.change(allow={"seeded_noise": True})
+    home.spend(seeded_noise=True)
+
+
+def second_data_set(home: Home) -> None:
+    second = Dataset(id="letters", declared_size=10, path="gone.csv", columns={"text": "a", "label": "b"})
+    home.change(dataset=(*home.policy.dataset, second))
+
+
+FAULTS: dict[str, Callable[[Home], Any]] = {
+    "a key that others can read": lambda home: (home.kit / "connection_key.pem").chmod(0o644),
+    **{f"a kit without {name}": missing(name) for name in ("kit.toml", "ca.pem", "site.pem", "connection_key.pem")},
+    "a kit of another key": another_key,
+    "a kit of another site": policy(site="south"),
+    "a policy with a misspelt key": in_policy("max_rank = 4", "max_rnak = 4"),
+    "a policy that is no TOML": lambda home: home.site_toml.write_text("site = \n"),
+    "a lead that the policy does not know": policy(allow={"leads": ("ab" * 32,)}),
+    "replies that leave at once": policy(releases={"reply_after_s": 0.0}),
+    "a column that is missing": data(columns={"text": "letter", "label": "department"}),
+    "a file without a header": without_header,
+    "columns of no task": data(columns={"prompt": "letter"}),
+    "columns of one task of two": policy(allow={"tasks": ("classification", "causal_lm")}),
+    "no UTF-8": records(b'letter,outcome\n"Xylander-7391 \xff",well\n'),
+    "an open quote": records(b'letter,outcome\n"Xylander-7391,well\n'),
+    "a cell too many": records(b"letter,outcome\nXylander-7391,well,Xylander-7391\n"),
+    "a blank value": records(b"letter,outcome\nXylander-7391,\n"),
+    "a column twice": records(b"letter,letter,outcome\nXylander-7391,a,b\n"),
+    "another key": records(f'{{"{CANARY}": 1}}\n'.encode(), name="records.jsonl"),
+    "a list": records(f'["{CANARY}"]\n'.encode(), name="records.jsonl"),
+    "half an object": records(f'{{"letter": "{CANARY}\n'.encode(), name="records.jsonl"),
+    "a word": records(b"nonsense\n", name="records.jsonl"),
+    "a gzip file that was cut off": cut_off,
+    "a file that is not there": data(path="gone.csv"),
+    "a folder for a file": data(path="."),
+    "no file": data(path=""),
+    "a file without records": records(b"letter,outcome\n"),
+    "a file that the system does not give": not_given,
+    "a second data set without its file": second_data_set,
+    "a record of several users": of_two_users,
+    "a model with a changed byte": changed_model,
+    "a model that is not installed": lambda home: shutil.rmtree(home.kit / "models"),
+    "models that kit and policy see differently": policy(allow={"base_models": ("ab" * 32, "unverified")}),
+    "no model that is allowed": policy(allow={"base_models": ()}),
+    "a ledger that was changed": changed_ledger,
+    "a ledger that is none": lambda home: (home.folder / "ledger.db").write_bytes(
+        b"SQLite format 3\0" + b"\xff" * 4096
+    ),
+    "a ledger that was put back": ledger_put_back,
+    "a ledger that is gone": ledger_gone,
+    "a ledger whose anchor is gone": anchor_gone,
+    "a ledger of another population": of_another_population,
+    "a ledger that is frozen": lambda home: home.open().freeze("consent withdrawn"),
+    "a ledger in doubt": in_doubt,
+    "a ledger with seeded noise": seeded,
+    "a site key that others can read": site_key(lambda path: path.chmod(0o640)),
+    "a site key that is gone": site_key(Path.unlink),
+    "another site key": site_key(another_site_key),
+    "a site that is paused": state("paused"),
+    "a site that has left": state("left"),
+}
+WITH_A_RUN = ("a policy with a misspelt key", "a ledger that was changed")
+RUNS = {
+    "max_rank": "lora.rank=8",
+    "dataset": "data.dataset=others",
+    "declared_size": "data.declared_sizes=90",
+    "max_rounds": "federation.num_rounds=9",
+    "min_noise_multiplier": "privacy.noise_multiplier=3.0",
+    "base_models": "model.sha256=null",
+    "site_names": "federation.site_names=[south]",
+    "misspelt": "lora.rnak=8",
+}
+
+
+def told(home: Home, checks: dict[str, Check], *, model: str) -> str:
+    """The exit code and the lines that are not well; of all lines, none holds anything of the records."""
+    failures(checks)
+    texts = json.dumps([check.to_json() for check in checks.values()])
+    for secret in (CANARY, "records.csv", "records.jsonl", "gone.csv", "kept.csv", "line 4"):
+        assert secret not in texts, texts
+    lines, skipped = [f"exit code {code(checks)}"], dict[str, list[str]]()
+    for name, check in checks.items():
+        if check.status is Status.SKIPPED:
+            skipped.setdefault(check.found, []).append(name)
+        elif check.status is not Status.OK and name not in OF_THE_MACHINE:
+            lines += [f"{check.status:<8}{name}: {check.found}", *([f"        -> {check.fix}"] if check.fix else [])]
+    lines += [f"{why}: {', '.join(names)}" for why, names in skipped.items()]
+    text = "\n".join(lines).replace(str(home.folder), "NORTH").replace(home.lead, "THE LEAD'S")
+    masks = {model: "THE MODEL'S", r"\b[0-9a-f]{64}\b": "HEX", r"\b[0-9a-f]{16}\.\.\.": "HEX..."}
+    for pattern, mask in masks.items():
+        text = re.sub(pattern, mask, text)
+    return text
+
+
+def check_snapshot(name: str, text: str) -> None:
+    """Compare with the section `name` of the snapshots; FEDTUNE_WRITE_SNAPSHOTS=1 writes it."""
+    sections = dict(part.split("\n", 1) for part in SNAPSHOTS.read_text().split("## ")[1:])
+    if os.environ.get("FEDTUNE_WRITE_SNAPSHOTS"):
+        sections[name] = text + "\n\n"
+        SNAPSHOTS.write_text("".join(f"## {each}\n{sections[each]}" for each in sections))
+    assert text == sections[name].rstrip("\n")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_has_its_line(home: Home, fault: str) -> None:
+    model = home.policy.allow.base_models[0]
+    FAULTS[fault](home)
+    check_snapshot(fault, told(home, home.examined(run=fault in WITH_A_RUN), model=model))
+
+
+@pytest.mark.parametrize("rule", RUNS)
+def test_a_run_that_breaks_a_rule(home: Home, rule: str) -> None:
+    check_snapshot(f"a run: {rule}", told(home, home.examined(RUNS[rule]), model=home.policy.allow.base_models[0]))
+
+
+def test_a_file_without_a_header_is_quoted_in_the_site_s_own_log_alone(home: Home) -> None:
+    without_header(home)
+    home.examined()
+    log = home.kit / "state" / "doctor.log"
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert CANARY in log.read_text(), "whoever may read the records can see what is wrong"
+
+
+def test_by_user_the_declared_size_is_a_number_of_users(home: Home) -> None:
+    of_users(home, 9)
+    found = home.examined()["data patients"]
+    assert (found.status, found.found) == (Status.OK, "every record can be read; enough users for the declared size")
+    of_users(home, 100, users=9)
+    found = home.examined()["data patients"]
+    assert found.status is Status.WARNING
+    assert "far fewer users than the declared size" in found.found
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(40, "far fewer"), (60, "enough records"), (150, "enough records"), (230, "far more")]
+)
+def test_the_true_count_is_said_in_words_alone(home: Home, count: int, words: str) -> None:
+    home.write_records(count)
+    check = home.examined()["data patients"]
+    assert words in check.found
+    assert check.status is (Status.OK if words == "enough records" else Status.WARNING)
+    assert str(count) not in check.found + check.fix
 
 
 @pytest.mark.parametrize(("days", "status"), [(20, Status.WARNING), (40, Status.OK)])
 def test_a_certificate_that_soon_expires(home: Home, tmp_path: Path, now: datetime, days: int, status: Status) -> None:
-    renewed(home, tmp_path, days=days, now=now)
+    admitted = provisioning.renew_site(
+        tmp_path / "federation", "north", request=None, days=days, new_site_key=False, now=now
+    )
+    unpack(admitted.archive, home.kit)
     check = home.examined()["certificate"]
     assert check.status is status
     assert f"{now + timedelta(days=days):%Y-%m-%d}" in check.found
 
 
-def test_a_certificate_that_has_expired(home: Home, tmp_path: Path, now: datetime) -> None:
-    renewed(home, tmp_path, days=1, now=now)
-    check = doctor_certificate(home, now + timedelta(days=2))
-    assert check.status is Status.FAILED
-    assert "expired" in check.found
-    assert check.fix.startswith("Ask the lead for a new kit")
-
-
-def test_a_certificate_of_the_future_is_the_clock_s_fault(home: Home, now: datetime) -> None:
-    check = doctor_certificate(home, now - timedelta(days=2))
-    assert check.status is Status.FAILED
-    assert "clock" in check.found
-
-
-def doctor_certificate(home: Home, now: datetime) -> Check:
-    return site_checks.certificate(Kit.read(home.kit, kind="site"), now)
-
-
-def renewed(home: Home, tmp_path: Path, *, days: int, now: datetime) -> None:
-    admitted = provisioning.renew_site(
-        tmp_path / "federation", "north", request=None, days=days, new_site_key=False, now=now
-    )
-    with zipfile.ZipFile(admitted.archive) as archive:
-        archive.extractall(home.kit)
-
-
-# The policy, the lead and the run.
-
-
-def test_a_policy_that_cannot_be_read(home: Home) -> None:
-    home.site_toml.write_text(home.site_toml.read_text().replace("max_rank = 4", "max_rnak = 4"))
-    checks = home.examined(run=True)
-    assert "max_rnak" in failures(checks)["policy"]
-    assert checks["ledger"].found == "skipped, because the policy cannot be used"
-    assert checks["authentication"].status is Status.OK, "the connection does not need it"
-    home.site_toml.write_text("site = \n")
-    assert "must be TOML; there is an error at line" in home.examined()["policy"].found
-
-
-def test_a_lead_that_the_policy_does_not_know(home: Home, stranger_key: Any) -> None:
-    home.change(allow={"leads": (stranger_key.public,)})
-    checks = home.examined()
-    assert failures(checks).keys() == {"lead"}
-    line = checks["lead"].fix.partition("under [allow]: ")[2]
-    assert line == f'leads = ["{stranger_key.public}", "{home.lead}"]'
-    home.change(allow={"leads": (home.lead,)})
-    assert not failures(home.examined())
-
-
-def test_a_run_that_is_accepted_has_its_price(home: Home) -> None:
-    check = home.examined(run=True)["run"]
-    assert check.found.startswith("would be accepted; epsilon 0.")
-    assert "lifetime budget 0 % taken before" in check.found
-    home.change(approval="manual")
-    assert "once a person here approves it" in home.examined(run=True)["run"].found
-
-
 @pytest.mark.parametrize(
-    ("override", "rule"),
-    [
-        ("lora.rank=8", "max_rank (asked 8, allowed at most 4)"),
-        ("data.dataset=others", "dataset (asked others, allowed patients)"),
-        ("data.declared_sizes=90", "declared_size (asked 90, allowed 100)"),
-        ("federation.num_rounds=9", "max_rounds (asked 10, allowed at most 4)"),
-        ("privacy.noise_multiplier=3.0", "min_noise_multiplier (asked 3.0, allowed at least 4)"),
-    ],
+    ("days", "found", "fix"),
+    [(366, "expired", "Ask the lead for a new kit"), (-2, "clock", "Set the clock")],
+    ids=["past", "future"],
 )
-def test_a_run_that_breaks_a_rule(home: Home, override: str, rule: str) -> None:
-    checks = home.examined(override)
-    assert failures(checks) == {"run": f"would be refused: {rule}"}
-    assert code(checks) == 3
+def test_a_certificate_of_another_time(home: Home, now: datetime, days: int, found: str, fix: str) -> None:
+    check = site_checks.certificate(Kit.read(home.kit, kind="site"), now + timedelta(days=days))
+    assert check.status is Status.FAILED
+    assert found in check.found
+    assert check.fix.startswith(fix)
 
 
-def test_a_run_that_is_refused_is_told_what_would_do(home: Home) -> None:
-    assert "3 of its 9 rounds" in home.examined("federation.num_rounds=9")["run"].fix
-    assert "noise multiplier of 4" in home.examined("privacy.noise_multiplier=3.0")["run"].fix
+# The ledger and its budget, base models, and the process that serves.
 
 
-def test_a_run_without_its_model_s_hash(home: Home) -> None:
-    checks = home.examined("model.sha256=null")
-    assert "base_models (asked unverified" in failures(checks)["run"]
-    assert "model.sha256=HEX" in checks["run"].fix
-
-
-def test_a_run_that_names_no_such_site(home: Home) -> None:
-    check = home.examined("federation.site_names=[south]")["run"]
-    assert check.status is Status.WARNING
-    assert "names no site north" in check.found
-
-
-def test_a_run_that_is_misspelt_is_the_settings_fault(home: Home) -> None:
-    checks = home.examined("lora.rnak=8")
-    assert "lora.rnak" in failures(checks)["run"]
-    assert code(checks) == 2
-
-
-# The ledger and its budget.
-
-
-def spend(home: Home, proposal: Proposal, *, rounds: int) -> None:
-    ledger = home.open()
-    for round in range(1, rounds + 1):
-        granted = ledger.reserve(proposal, round=round, request=f"{proposal.run} {round}")
-        assert not isinstance(granted, bytes)
-        ledger.commit(granted, b"reply")
-
-
-@pytest.fixture
-def proposal(home: Home, run_proposal: Callable[..., Proposal]) -> Callable[..., Proposal]:
-    """A run that the policy of `home` allows."""
-    return lambda **changes: run_proposal(lead=home.lead, base_model=home.policy.allow.base_models[0], **changes)
-
-
-def test_a_ledger_that_has_lived(home: Home, proposal: Any) -> None:
+def test_a_ledger_that_has_lived(home: Home) -> None:
     home.change(anchor="anchor.json")
-    spend(home, proposal(), rounds=2)
+    home.spend(rounds=2)
     checks = home.examined(run=True)
     assert not failures(checks)
     assert checks["ledger"].found == "whole and signed, as far as its anchor"
@@ -469,8 +564,8 @@ def test_a_ledger_that_has_lived(home: Home, proposal: Any) -> None:
     assert f"lifetime budget {taken} % taken before" in checks["run"].found
 
 
-def test_a_budget_that_is_used_up(home: Home, proposal: Any) -> None:
-    spend(home, proposal(), rounds=4)
+def test_a_budget_that_is_used_up(home: Home) -> None:
+    home.spend(rounds=4)
     spent = home.examined()["budget"].found.partition("epsilon ")[2].split(" ")[0]
     home.change(budget={"max_epsilon": float(spent) + 0.01})
     checks = home.examined(run=True)
@@ -480,112 +575,16 @@ def test_a_budget_that_is_used_up(home: Home, proposal: Any) -> None:
     assert code(checks) == 3
 
 
-def test_a_ledger_that_was_changed(home: Home, proposal: Any) -> None:
-    spend(home, proposal(), rounds=1)
-    data = (home.folder / "ledger.db").read_bytes()
-    (home.folder / "ledger.db").write_bytes(data.replace(b'"rank":4', b'"rank":5'))
-    checks = home.examined(run=True)
-    assert failures(checks).keys() == {"ledger"}
-    assert checks["budget"].status is checks["run"].status is Status.SKIPPED
-    assert code(checks) == 2
-
-
-def test_a_ledger_that_is_no_ledger(home: Home) -> None:
-    (home.folder / "ledger.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 4096)
-    assert failures(home.examined()).keys() == {"ledger"}
-
-
-def test_a_ledger_that_was_put_back(home: Home, proposal: Any) -> None:
-    home.change(anchor="anchor.json")
-    spend(home, proposal(), rounds=1)
-    shutil.copy(home.folder / "ledger.db", home.folder / "backup.db")
-    spend(home, proposal(run="r2"), rounds=1)
-    os.replace(home.folder / "backup.db", home.folder / "ledger.db")
-    assert "put back" in failures(home.examined())["ledger"]
-    (home.folder / "ledger.db").unlink()
-    assert "is missing, and its anchor knows" in failures(home.examined())["ledger"]
-
-
-def test_a_ledger_whose_anchor_is_gone(home: Home, proposal: Any) -> None:
-    home.change(anchor="anchor.json")
-    spend(home, proposal(), rounds=1)
-    (home.folder / "anchor.json").unlink()
-    assert "anchor is missing" in failures(home.examined())["ledger"]
-
-
-def test_a_ledger_of_another_population(home: Home) -> None:
-    home.open()
-    home.change(population={"name": "others"})
-    assert "was made for population.name = north-patients" in failures(home.examined())["ledger"]
-
-
-def test_a_ledger_that_is_frozen(home: Home) -> None:
-    home.open().freeze("consent withdrawn")
-    assert "frozen" in failures(home.examined())["ledger"]
-
-
-def test_a_ledger_in_doubt(home: Home, proposal: Any) -> None:
-    home.open()
-    shutil.copy(home.folder / "ledger.db", home.folder / "backup.db")
-    spend(home, proposal(), rounds=1)
-    receipt = home.open().receipt("r")
-    os.replace(home.folder / "backup.db", home.folder / "ledger.db")
-    with contextlib.suppress(Exception):
-        home.open().require_contains(receipt)
-    assert "in doubt" in failures(home.examined())["ledger"]
-
-
-def test_a_site_key_that_is_wrong(home: Home) -> None:
-    home.open()
-    key = home.folder / "site_key.pem"
-    key.chmod(0o640)
-    assert "mode 640" in failures(home.examined())["site key"]
-    key.rename(home.folder / "kept.pem")
-    assert "is missing" in failures(home.examined())["site key"]
-    SigningKey.load_or_make(key)
-    assert "not the key that the ledger was made with" in failures(home.examined())["site key"]
-
-
-def test_a_ledger_with_seeded_noise(home: Home, proposal: Any) -> None:
-    home.change(allow={"seeded_noise": True})
-    spend(home, proposal(seeded_noise=True), rounds=1)
-    check = home.examined()["budget"]
-    assert check.status is Status.WARNING
-    assert "promises nothing" in check.found
-
-
 def test_whether_the_site_is_served(home: Home) -> None:
     assert "no process" in home.examined()["serving"].found
     with (home.folder / "ledger.db.serving").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         check = home.examined()["serving"]
         assert (check.status, check.found) == (Status.OK, "a process of this site is serving")
-    files, state = SiteFiles.of(home.site_toml), home.kit / "state"
-    state.mkdir()
-    (state / "paused").touch()
-    assert "is paused" in site_checks.serving(files, state=state).found
-    (state / "left").touch()
-    assert "has left" in site_checks.serving(files, state=state).found
 
 
-# Base models.
-
-
-def test_a_model_with_a_changed_byte(home: Home) -> None:
-    weights = model_place(home.kit, home.policy.allow.base_models[0]) / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(bytes(data))
-    checks = home.examined()
-    assert "is not what lies in its folder" in failures(checks)["base model tiny"]
-    assert "Import it again" in checks["base model tiny"].fix
-
-
-def test_a_model_that_is_not_installed_and_then_is(home: Home) -> None:
+def test_a_model_is_imported_once(home: Home) -> None:
     shutil.rmtree(home.kit / "models")
-    checks = home.examined()
-    assert "is not installed" in failures(checks)["base model tiny"]
-    assert "--import-model" in checks["base model tiny"].fix
     checks = home.examined(model=home.model)
     assert checks["import"].found.startswith("tiny is installed now")
     assert not failures(checks)
@@ -600,132 +599,9 @@ def test_an_import_that_is_refused_stops_no_other_check(home: Home) -> None:
     assert checks["budget"].status is Status.OK
 
 
-def test_models_that_kit_and_policy_see_differently(home: Home) -> None:
-    here = home.policy.allow.base_models
-    home.change(allow={"base_models": ("ab" * 32, "unverified")})
-    checks = home.examined()
-    assert not failures(checks)
-    assert checks["base model abababababab"].status is Status.WARNING
-    assert checks["base model unverified"].status is Status.WARNING
-    assert "the policy does not allow it" in checks["base model tiny"].found
-    home.change(allow={"base_models": ()})
-    assert "allows none" in failures(home.examined())["base models"]
-    home.change(allow={"base_models": here})
-
-
 def test_a_made_up_model_needs_no_files(home: Home) -> None:
-    digest = model_sha256(ModelSpec(path="random:bert"))
-    text = (home.kit / "kit.toml").read_text()
-    (home.kit / "kit.toml").write_text(text.replace(home.policy.allow.base_models[0], digest))
-    home.change(allow={"base_models": (digest,)})
+    made_up_model(home)
     assert "made-up model" in home.examined()["base model tiny"].found
-
-
-# Data.
-
-
-def data_of(home: Home) -> Check:
-    """The data's line, after it and all others were searched for the records."""
-    checks = home.examined()
-    texts = json.dumps([check.to_json() for check in checks.values()])
-    for secret in (CANARY, "records.", "gone.csv", "kept.csv", "line 4"):
-        assert secret not in texts.replace("with the records.", ""), texts
-    return checks["data patients"]
-
-
-@pytest.mark.parametrize(
-    ("count", "words"), [(40, "far fewer"), (60, "enough records"), (150, "enough records"), (230, "far more")]
-)
-def test_the_true_count_is_said_in_words_alone(home: Home, count: int, words: str) -> None:
-    home.write_records(count)
-    check = home.examined()["data patients"]
-    assert words in check.found
-    assert check.status is (Status.OK if words == "enough records" else Status.WARNING)
-    assert str(count) not in check.found + check.fix
-
-
-def test_a_column_that_is_missing(home: Home) -> None:
-    home.change_data(columns={"text": "letter", "label": "department"})
-    check = data_of(home)
-    assert check.status is Status.FAILED
-    assert check.found.startswith("column 'department' is not in every record")
-
-
-def test_a_file_without_a_header_shows_no_record(home: Home) -> None:
-    # Its first record would stand where the error names the columns that there are.
-    home.records.write_text(home.records.read_text().partition("\n")[2])
-    check = data_of(home)
-    assert check.status is Status.FAILED
-    log = home.kit / "state" / "doctor.log"
-    assert str(log) in check.found
-    assert log.stat().st_mode & 0o777 == 0o600
-    assert CANARY in log.read_text(), "whoever may read the records can see what is wrong"
-
-
-def test_columns_of_no_task(home: Home) -> None:
-    home.change_data(columns={"prompt": "letter"})
-    assert "text, label (classification)" in data_of(home).fix
-    home.change_data(columns={"text": "letter", "label": "outcome"})
-    home.change(allow={"tasks": ("classification", "causal_lm")})
-    assert data_of(home).found.endswith("have not the roles of task causal_lm")
-
-
-@pytest.mark.parametrize(
-    "spoilt",
-    [
-        b'letter,outcome\n"Xylander-7391 \xff",well\n',
-        b'letter,outcome\n"Xylander-7391,well\n',
-        b"letter,outcome\nXylander-7391,well,Xylander-7391\n",
-        b"letter,outcome\nXylander-7391,\n",
-        b"letter,letter,outcome\nXylander-7391,a,b\n",
-    ],
-)
-def test_a_record_that_cannot_be_read(home: Home, spoilt: bytes) -> None:
-    home.records.write_bytes(spoilt)
-    check = data_of(home)
-    assert check.status is Status.FAILED
-    assert check.found.startswith("a record cannot be read")
-
-
-@pytest.mark.parametrize("spoilt", [f'{{"{CANARY}": 1}}', f'["{CANARY}"]', f'{{"letter": "{CANARY}', "nonsense"])
-def test_a_line_that_is_no_record(home: Home, spoilt: str) -> None:
-    (home.folder / "records.jsonl").write_text(spoilt + "\n")
-    home.change_data(path="records.jsonl")
-    assert data_of(home).status is Status.FAILED
-
-
-def test_a_gzip_file_that_was_cut_off(home: Home) -> None:
-    # Where it ends is the number of records, but for a few.
-    whole = gzip.compress(home.records.read_bytes())
-    (home.folder / "records.csv.gz").write_bytes(whole[: len(whole) // 2])
-    home.change_data(path="records.csv.gz")
-    assert data_of(home).status is Status.FAILED
-
-
-def test_files_that_are_not_there(home: Home) -> None:
-    home.change_data(path="gone.csv")
-    assert "is not there" in data_of(home).found
-    home.change_data(path=".")
-    assert data_of(home).found == "is a folder"
-    home.change_data(path="")
-    assert data_of(home).found == "has no file"
-    (home.folder / "empty.csv").write_text("letter,outcome\n")
-    home.change_data(path="empty.csv")
-    assert data_of(home).found == "holds no record"
-
-
-def test_a_file_that_the_system_does_not_give(home: Home) -> None:
-    (home.folder / "kept.csv").symlink_to("/proc/self/mem")  # it can be opened; reading it is an error
-    home.change_data(path="kept.csv")
-    assert data_of(home).status is Status.FAILED
-
-
-def test_every_data_set_has_its_line(home: Home) -> None:
-    second = Dataset(id="letters", declared_size=10, path="gone.csv", columns={"text": "a", "label": "b"})
-    home.change(dataset=(*home.policy.dataset, second))
-    checks = home.examined()
-    assert failures(checks).keys() == {"data letters"}
-    assert checks["data patients"].status is Status.OK
 
 
 # What goes wrong in the doctor itself, and what the lines come to.

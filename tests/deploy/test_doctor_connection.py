@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
-import json
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,10 @@ from fedtune.deploy.kits.certificates import Authority, certificate_pem, make_ke
 from fedtune.deploy.kits.kit import Kit, KitFile
 from fedtune.privacy.keys import SigningKey
 from tests.flower.hostile import Hostile
+
+from .conftest import Mailbox
+
+pytestmark = pytest.mark.usefixtures("no_proxy")
 
 LONG_AGO = datetime.now(UTC) - timedelta(days=900)
 
@@ -44,82 +44,33 @@ def theirs() -> Authority:
     return authority_of("Example Inspection Inc")
 
 
-@dataclass
-class Server:
-    """What a server shows and says; `doctor` connects to it over loopback."""
-
-    folder: Path
-    authority: Authority
-    clients: Authority
-    hosts: tuple[str, ...] = ("localhost", "127.0.0.1")
-    begins: datetime = field(default_factory=lambda: datetime.now(UTC))
-    days: int = 365
-    newest_tls: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3
-    clock_ahead_s: float = 0.0
-    status: int = 200
-    hello: Any = field(default_factory=lambda: {"site": "north", "time": time.time()})
-    seen: list[str] = field(default_factory=list)
-
-    def context(self) -> ssl.SSLContext:
-        key = make_key()
-        shown = self.authority.issue_server(key.public_key(), hosts=self.hosts, days=self.days, now=self.begins)
-        chain, trusted = self.folder / "server_chain.pem", self.folder / "server_trusts.pem"
-        chain.write_bytes(private_pem(key) + certificate_pem(shown))
-        trusted.write_bytes(certificate_pem(self.clients.certificate))
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(chain)
-        context.load_verify_locations(trusted)
-        context.verify_mode, context.maximum_version = ssl.CERT_REQUIRED, self.newest_tls
-        return context
-
-
-class Loopback(http.server.ThreadingHTTPServer):
-    """Serves a `Server` over TLS."""
-
-    def __init__(self, server: Server) -> None:
-        self.server, self.context = server, server.context()
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        plain, address = super().get_request()
-        # The handshake is made by the thread that answers, so that a client that fails it stops nobody else.
-        return self.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False), address
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that hangs up is what these tests are about
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Loopback
-
-    def do_GET(self) -> None:
-        told = self.server.server
-        told.seen.append(self.path)
-        status, content = (told.status, told.hello) if self.path == "/v1/fedtune/hello" else (404, {"reason": "no"})
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return formatdate((timestamp or time.time()) + self.server.server.clock_ahead_s, usegmt=True)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+def context(
+    folder: Path,
+    authority: Authority,
+    *,
+    clients: Authority | None = None,
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1"),
+    begins: datetime | None = None,
+    days: int = 365,
+    newest_tls: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
+) -> ssl.SSLContext:
+    """A server's, with a certificate of one authority; it trusts the certificates of `clients`, or of the same."""
+    key = make_key()
+    shown = authority.issue_server(key.public_key(), hosts=hosts, days=days, now=begins or datetime.now(UTC))
+    chain, trusted = folder / "server_chain.pem", folder / "server_trusts.pem"
+    chain.write_bytes(private_pem(key) + certificate_pem(shown))
+    trusted.write_bytes(certificate_pem((clients or authority).certificate))
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.load_cert_chain(chain)
+    made.load_verify_locations(trusted)
+    made.verify_mode, made.maximum_version = ssl.CERT_REQUIRED, newest_tls
+    return made
 
 
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
 
 
 @pytest.fixture
@@ -144,18 +95,14 @@ def kit(tmp_path: Path, ours: Authority) -> Callable[[str], Kit]:
 
 
 @pytest.fixture
-def served(tmp_path: Path, ours: Authority, stack: ExitStack) -> Callable[..., tuple[Server, str]]:
-    """Serve with some things changed; its address as localhost:port."""
+def served(tmp_path: Path, ours: Authority, stack: ExitStack) -> Callable[..., tuple[Mailbox, str]]:
+    """Serve with some things of its certificate changed; its address as localhost:port."""
 
-    def start(**changes: Any) -> tuple[Server, str]:
-        server = Server(**{"folder": tmp_path, "authority": ours, "clients": ours, **changes})
-        loopback = Loopback(server)
-        thread = threading.Thread(target=loopback.serve_forever, args=(0.01,))
-        thread.start()
-        stack.callback(thread.join)
-        stack.callback(loopback.server_close)
-        stack.callback(loopback.shutdown)
-        return server, f"localhost:{loopback.server_port}"
+    def start(authority: Authority = ours, clients: Authority = ours, **changes: Any) -> tuple[Mailbox, str]:
+        mailbox = Mailbox()
+        mailbox.context = context(tmp_path, authority, clients=clients, **changes)
+        stack.enter_context(mailbox.serving())
+        return mailbox, f"localhost:{mailbox.server_port}"
 
     return start
 
@@ -191,12 +138,6 @@ def test_an_address_in_place_of_a_name(kit: Any, served: Any) -> None:
     assert checks[DNS].found == "127.0.0.1 is an address"
 
 
-def test_a_certificate_that_soon_ends_is_a_warning(kit: Any, served: Any) -> None:
-    checks = tried(kit(served(days=20)[1]))
-    assert marks(checks) == "oowo"
-    assert "renew-server" in checks[TLS].fix
-
-
 def test_a_name_that_does_not_resolve(kit: Any) -> None:
     checks = tried(kit("fl.nowhere.invalid:9092"))
     assert marks(checks) == "fsss"
@@ -212,53 +153,38 @@ def test_a_port_where_nobody_listens(kit: Any) -> None:
     assert "refuses connections" in checks[TCP].found
 
 
-def test_a_server_of_another_authority(kit: Any, served: Any, theirs: Authority) -> None:
-    checks = tried(kit(served(authority=theirs)[1]))
-    assert marks(checks) == "oofs"
-    assert "TLS inspection" in checks[TLS].found
-    assert "Example Inspection Inc" in checks[TLS].found, "whose it is tells who opens the connections"
-    assert "exempted" in checks[TLS].fix
+PAST: dict[str, Any] = {"begins": datetime.now(UTC) - timedelta(days=60), "days": 30}
 
 
-def test_a_server_of_another_authority_by_the_same_name(kit: Any, served: Any) -> None:
-    checks = tried(kit(served(authority=authority_of("cardiology"))[1]))
-    assert marks(checks) == "oofs"
-    assert "not issued by the federation's authority" in checks[TLS].found
-
-
-def test_a_server_under_another_name(kit: Any, served: Any) -> None:
-    checks = tried(kit(served(hosts=("fl.example.org",))[1]))
-    assert marks(checks) == "oofs"
-    assert checks[TLS].found == "the server's certificate is not for localhost but for fl.example.org"
-    assert "also_known_as" in checks[TLS].fix
+@pytest.mark.parametrize(
+    ("changes", "expected", "found", "fix"),
+    [
+        ({"days": 20}, "oowo", "the federation's own server, whose certificate ends on", "renew-server"),
+        # Whose it is tells who opens the connections.
+        ({"authority": "Example Inspection Inc"}, "oofs", "TLS inspection", "exempted"),
+        ({"authority": "Example Inspection Inc"}, "oofs", "Example Inspection Inc", "exempted"),
+        ({"authority": "cardiology"}, "oofs", "not issued by the federation's authority", "exempted"),
+        ({"hosts": ("fl.example.org",)}, "oofs", "not for localhost but for fl.example.org", "also_known_as"),
+        (PAST, "oofs", f"has expired on {PAST['begins'] + timedelta(days=30):%Y-%m-%d}", "renew-server"),
+        ({"begins": datetime.now(UTC) + timedelta(days=3)}, "oofs", "not valid yet", "clock"),
+        ({"newest_tls": ssl.TLSVersion.TLSv1_2}, "oofs", "does not speak TLS as expected", "address and port"),
+    ],
+)
+def test_a_server_whose_certificate_or_protocol_is_wrong(
+    kit: Any, served: Any, changes: dict[str, Any], expected: str, found: str, fix: str
+) -> None:
+    if "authority" in changes:
+        changes = {"authority": authority_of(changes["authority"])}
+    checks = tried(kit(served(**changes)[1]))
+    assert marks(checks) == expected
+    assert found in checks[TLS].found
+    assert fix in checks[TLS].fix
 
 
 def test_a_server_under_another_address(kit: Any, served: Any) -> None:
     checks = tried(kit(served(hosts=("localhost",))[1].replace("localhost", "127.0.0.1")))
     assert marks(checks) == "oofs"
     assert "not for 127.0.0.1 but for localhost" in checks[TLS].found
-
-
-def test_a_server_certificate_that_has_expired(kit: Any, served: Any) -> None:
-    began = datetime.now(UTC) - timedelta(days=60)
-    checks = tried(kit(served(begins=began, days=30)[1]))
-    assert marks(checks) == "oofs"
-    assert f"has expired on {began + timedelta(days=30):%Y-%m-%d}" in checks[TLS].found
-    assert "renew-server" in checks[TLS].fix
-
-
-def test_a_server_certificate_of_the_future(kit: Any, served: Any) -> None:
-    checks = tried(kit(served(begins=datetime.now(UTC) + timedelta(days=3))[1]))
-    assert marks(checks) == "oofs"
-    assert "not valid yet" in checks[TLS].found
-    assert "clock" in checks[TLS].fix
-
-
-def test_a_server_that_speaks_an_old_protocol(kit: Any, served: Any) -> None:
-    checks = tried(kit(served(newest_tls=ssl.TLSVersion.TLSv1_2)[1]))
-    assert marks(checks) == "oofs"
-    assert "certificate" not in checks[TLS].found
-    assert "does not speak TLS as expected" in checks[TLS].found
 
 
 def test_a_server_that_refuses_our_certificate(kit: Any, served: Any, theirs: Authority) -> None:
@@ -277,7 +203,7 @@ def test_a_server_that_dribbles_is_left(kit: Any, ours: Authority, tmp_path: Pat
             to.sendall(b"H")
             dribbling.pause(0.05)
 
-    dribbling = Hostile(Server(folder=tmp_path, authority=ours, clients=ours).context(), dribble)
+    dribbling = Hostile(context(tmp_path, ours), dribble)
     began = time.monotonic()
     assert marks(tried(kit(dribbling.address), timeout_s=0.5)) == "oofs"
     assert time.monotonic() - began < 10
@@ -315,7 +241,9 @@ def test_a_server_that_never_answers(kit: Any, stack: ExitStack) -> None:
     ],
 )
 def test_what_the_server_says_to_our_key(kit: Any, served: Any, status: int, hello: Any, found: str, fix: str) -> None:
-    checks = tried(kit(served(status=status, hello=hello)[1]))
+    mailbox, address = served()
+    mailbox.says = lambda: (status, hello)
+    checks = tried(kit(address))
     assert marks(checks) == "ooof"
     assert found in checks[AUTHENTICATION].found
     assert fix in checks[AUTHENTICATION].fix
@@ -323,7 +251,9 @@ def test_what_the_server_says_to_our_key(kit: Any, served: Any, status: int, hel
 
 @pytest.mark.parametrize("ahead_s", [-90.0, 90.0])
 def test_the_clocks_difference_is_measured(kit: Any, served: Any, ahead_s: float) -> None:
-    connection = Connection(kit(served(clock_ahead_s=ahead_s)[1]))
+    mailbox, address = served()
+    mailbox.clock_ahead_s = ahead_s
+    connection = Connection(kit(address))
     assert marks({check.name: check for check in connection.checks()}) == "oooo"
     assert connection.clock_ahead_s is not None
     assert connection.clock_ahead_s[0] == pytest.approx(-ahead_s, abs=2)

@@ -16,7 +16,7 @@ import pytest
 
 from fedtune.deploy.files import locked, zip_of
 from fedtune.deploy.kits import members, provisioning
-from fedtune.deploy.kits.certificates import Certificate, read_connection_key
+from fedtune.deploy.kits.certificates import read_connection_key
 from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import JoinRequest, Member, read_roster
@@ -24,11 +24,9 @@ from fedtune.deploy.kits.provisioning import Admitted
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
+from .conftest import files_in
+
 KIT = ["README.md", "ca.pem", "kit.toml", "site.pem"]
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -106,19 +104,6 @@ def test_no_roster_holds_a_private_key(federation: Path, joined: Callable[[str],
     joined("north")
     for kind in ("server", "lead"):
         assert b"PRIVATE" not in (federation / kind / "roster.json").read_bytes()
-
-
-def test_days_may_be_fewer(request_of: Callable[..., Path], federation: Path, now: datetime) -> None:
-    done = provisioning.add_site(federation, request=request_of("north"), days=7, now=now)
-    assert Certificate.of(done.member.issued).not_after == now + timedelta(days=7)
-
-
-def test_a_certificate_does_not_outlive_the_authority(
-    request_of: Callable[..., Path], renew: Callable[..., Admitted], add: Callable[[Path], Admitted], now: datetime
-) -> None:
-    add(request_of("north"))
-    done = renew("north", later=3500)
-    assert Certificate.of(done.member.issued).not_after == now + timedelta(days=3650)
 
 
 def test_renewing_with_the_same_key_changes_nothing_at_the_others(
@@ -299,14 +284,6 @@ def test_another_site_key_means_a_new_ledger_and_has_to_be_agreed(
     done = renew("north", request, new_site_key=True)
     assert member("north").site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
     assert "It has a new site key, and so a new ledger: what the old one spent no longer counts." in done.changes
-
-
-@pytest.mark.parametrize("days", [0, -5, 40_000])
-def test_days_have_bounds(federation: Path, request_of: Callable[..., Path], days: int, now: datetime) -> None:
-    request, before = request_of("north"), files_in(federation)
-    with pytest.raises(ConfigError, match=f"--days = {days}: must be a number of days"):
-        provisioning.add_site(federation, request=request, days=days, now=now)
-    assert files_in(federation) == before
 
 
 def test_the_server_s_roster_is_written_last_and_nothing_counts_before(

@@ -20,16 +20,14 @@ from fedtune.deploy.kits.kit import Kit, read_spec
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
+from .conftest import files_in
+
 SECRETS = {
     "authority/ca_key.pem",
     "server/server_key.pem",
     "lead/connection_key.pem",
     "lead/lead_key.pem",
 }
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_init_makes_the_folders_of_the_design(federation: Path, federation_toml: Path) -> None:

@@ -133,11 +133,6 @@ def test_settings_that_cannot_be_shown_are_damage(state: SiteState, run_proposal
         state.waiting()
 
 
-def test_settings_have_a_folder_of_their_own(state: SiteState) -> None:
-    assert state.runs.is_dir()
-    assert state.runs == state.runs
-
-
 def test_so_many_runs_wait_and_no_more(state: SiteState, run_proposal: Propose) -> None:
     for number in range(MOST_WAITING):
         state.wait_for_approval(run_proposal(run=f"run-{number}"), SETTINGS)
@@ -214,29 +209,27 @@ def test_a_ledger_has_one_server_until_that_dies(tmp_path: Path, holder: subproc
 
 def test_another_ledger_is_free(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     with serving(tmp_path / "another.db"):
-        pass
+        file = tmp_path / "another.db.serving"
+        assert (file.read_text(), file.stat().st_mode & 0o777) == (f"{os.getpid()}\n", 0o600)
+    assert holder.poll() is None, "and the other goes on"
 
 
 def test_the_lock_is_given_back_and_its_file_stays(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.db"
+    (tmp_path / "ledger.db.serving").write_text("123456789012345\n")  # a longer number is overwritten whole
     with pytest.raises(RuntimeError, match="failed"), serving(ledger):
         raise RuntimeError("failed")
     file = tmp_path / "ledger.db.serving"
+    assert file.read_text() == f"{os.getpid()}\n"
     inode = file.stat().st_ino
     with serving(ledger), pytest.raises(ConfigError, match=f"process {os.getpid()} already"), serving(ledger):
         pytest.fail("nor does one process serve it twice")
     # Were it removed, two processes could hold two files of one name.
     assert file.stat().st_ino == inode
-    assert file.stat().st_mode & 0o777 == 0o600
     assert not ledger.exists()
 
 
 def test_a_ledger_that_is_yet_to_be_made_may_lie_in_a_folder_that_is_too(tmp_path: Path) -> None:
-    with serving(tmp_path / "private" / "ledger.db"):
-        pass
-
-
-def test_a_longer_number_is_overwritten_whole(tmp_path: Path) -> None:
-    (tmp_path / "ledger.db.serving").write_text("123456789012345\n")
-    with serving(tmp_path / "ledger.db"):
-        assert json.loads((tmp_path / "ledger.db.serving").read_text()) == os.getpid()
+    ledger = tmp_path / "private" / "ledger.db"
+    with serving(ledger), pytest.raises(ConfigError, match="is being served by process"), serving(ledger):
+        pytest.fail("and is locked like any other")

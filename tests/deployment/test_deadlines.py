@@ -19,6 +19,8 @@ from .processes import wait_for
 DEADLINE_S = 10.0
 """Several times what a round takes once models are loaded, also on a slow machine."""
 TWO_OF_THREE = (f"federation.round_timeout_s={DEADLINE_S}", "federation.min_sites=2")
+SOON = "federation.grace_s=1"
+"""Who is away is not waited for where enough have answered: only who is at work, or too few, take a whole deadline."""
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +42,12 @@ def federation(some: Federation) -> Federation:
     return some
 
 
-def test_a_round_ends_at_its_deadline_with_enough_sites_and_not_with_fewer(some: Federation) -> None:
+def test_a_round_goes_on_with_enough_sites_and_ends_at_its_deadline_with_fewer(some: Federation) -> None:
     federation = some
     leaves, absent = federation.sites["south"], federation.sites["west"]
     absent.stop()
     leaves.hold(True)
-    lead = federation.lead("few", *settings(*TWO_OF_THREE))
+    lead = federation.lead("few", *settings(*TWO_OF_THREE, SOON))
     leaves.wait_for("few", "reserve", round=1, lead=lead)
     # It ends with the round that it is in, while the lead is slow to fetch its answer, and gets it all the same.
     lead.signal(signal.SIGSTOP)
@@ -64,7 +66,6 @@ def test_a_round_ends_at_its_deadline_with_enough_sites_and_not_with_fewer(some:
     result = federation.result("few")
     (first,) = result["rounds"]
     assert (first["sites"], first["failed_sites"]) == (["north", "south"], {"west": "no_reply"})
-    assert DEADLINE_S <= first["seconds"] < 2 * DEADLINE_S
     assert not absent.events("few")
     # The last receipts are from before the round that failed: what was charged since is bounded, never left out.
     for name, about in result["privacy"]["sites"].items():
@@ -86,7 +87,7 @@ def test_a_late_update_is_not_counted(federation: Federation) -> None:
     assert lead.end() == 0, lead.text
     first, second = federation.result("late")["rounds"]
     assert (first["sites"], first["failed_sites"]) == (["north", "south"], {"west": "no_reply"})
-    assert first["seconds"] >= DEADLINE_S
+    assert DEADLINE_S <= first["seconds"] < 2 * DEADLINE_S
     assert (second["sites"], second["failed_sites"]) == (list(NAMES), {})
     # It was charged for both, and its first update is in no average.
     check_books(federation, "late", uncounted={"west": [1]})
@@ -142,7 +143,7 @@ def test_a_site_that_is_revoked_in_a_round_is_put_out(federation: Federation) ->
     revoked, others = federation.sites["west"], (federation.sites["north"], federation.sites["south"])
     pids, contacts = [site.up.pid for site in others], [site.up.text.count("no contact") for site in others]
     revoked.hold(True)
-    lead = federation.lead("revoked", *settings(*TWO_OF_THREE))
+    lead = federation.lead("revoked", *settings(*TWO_OF_THREE, SOON))
     revoked.wait_for("revoked", "reserve", round=1, lead=lead)
     federation.do("provision", "revoke-site", "west", "--federation", str(federation.home))
     assert federation.server is not None

@@ -43,7 +43,7 @@ DEPLOY_FAULTS = (
         file="fedtune/deploy/services/lead_and_server.py",
         old="revoked=member.revoked is not None)",
         new="revoked=False)",
-        tests=("tests/deploy/test_server_service.py::test_the_roster_is_read_anew_each_time",),
+        tests=("tests/deploy/test_lead_and_server.py::test_the_roster_is_read_anew_each_time",),
     ),
     Mutant(
         name="revoked-and-still-asked",
@@ -51,7 +51,7 @@ DEPLOY_FAULTS = (
         file="fedtune/deploy/services/lead_and_server.py",
         old="    current = [name for name, member in known.items() if member.revoked is None]",
         new="    current = list(known)",
-        tests=("tests/deploy/test_lead_service.py::test_a_revoked_site_takes_no_part",),
+        tests=("tests/deploy/test_lead_and_server.py::test_a_revoked_site_takes_no_part",),
     ),
     Mutant(
         name="approved-by-its-name",
@@ -83,7 +83,7 @@ DEPLOY_FAULTS = (
         file="fedtune/deploy/doctor/site_checks.py",
         old='    where = log.keep(f"{name}: {error}")',
         new='    where = f" ({error})"',
-        tests=(f"{DOCTOR}::test_a_column_that_is_missing",),
+        tests=(f"{DOCTOR}::test_what_is_wrong_has_its_line[a column that is missing]",),
     ),
     Mutant(
         name="doctor-counts-records",

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.config import RunConfig
-from fedtune.deploy.health import Health
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import Member, read_roster
 from fedtune.federation.lead import ReceiptBook
@@ -28,6 +27,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:
+    from fedtune.deploy.health import Health
     from fedtune.federation.results import RunResult
     from fedtune.flower.deployment import DeployedListener, LeadConnection
     from fedtune.flower.wire.gate import Registered

@@ -1,13 +1,15 @@
-"""A lead's service: which sites a run is with, who runs a folder, and what its sites last said."""
+"""A lead's and a server's services: who takes part, who runs a folder, what sites last said, and what is served."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,20 @@ import pytest
 
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
+from fedtune.deploy.health import Health
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.services.lead_and_server import (
     RUNNING,
     LeadService,
+    ServerService,
     _Noted,
     _running,
     latest_answers,
     members,
     running_process,
 )
+from fedtune.flower.wire.superlink import ServerSettings
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
@@ -115,10 +120,18 @@ def test_a_lead_knows_its_sites_keys_from_the_roster_alone(three: Kit, config: R
     assert (connection.server, connection.tls.key) == ("127.0.0.1:9092", three.key)
 
 
-def test_an_expired_certificate_stops_a_run_before_it_begins(
-    federation_toml: Path, config: RunConfig, now: datetime, tmp_path: Path
+def test_an_expired_certificate_stops_a_run_and_a_server_before_they_begin(
+    federation_toml: Path,
+    config: RunConfig,
+    service: ServerService,
+    served: list[ServerSettings],
+    now: datetime,
+    tmp_path: Path,
 ) -> None:
     provisioning.init(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
+    with pytest.raises(ConfigError, match=r"server\.pem.*expired.*renew-server"):
+        replace(service, kit=Kit.read(tmp_path / "old" / "server", kind="server")).run()
+    assert served == []
     kit = Kit.read(tmp_path / "old" / "lead", kind="lead")
     folder = tmp_path / "one"
     folder.mkdir()
@@ -222,3 +235,107 @@ def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_p
         ("round_finished", "a state"),
         ("prepared", "a state", "a state", "a state"),
     ]
+
+
+# What serves.
+
+
+@pytest.fixture
+def service(federation: Path) -> ServerService:
+    """A server with its database in the kit, on the port that the sites are told."""
+    kit = Kit.read(federation / "server", kind="server")
+    return ServerService(kit=kit, host="127.0.0.1", port=None, data=None, health=Health())
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
+    """The settings of servers that began to listen, and were stopped at once."""
+    seen: list[ServerSettings] = []
+
+    def serve(settings: ServerSettings, *, ready: Callable[[], None], works: Callable[[bool], None]) -> None:
+        seen.append(settings)
+        ready()
+
+    monkeypatch.setattr("fedtune.flower.wire.superlink.serve", serve)
+    return seen
+
+
+def test_a_server_takes_everything_from_its_kit(service: ServerService, served: list[ServerSettings]) -> None:
+    service.run()
+    (settings,) = served
+    kit = service.kit
+    assert (settings.host, settings.port, settings.lead) == ("127.0.0.1", 9092, kit.lead)
+    assert (settings.tls.ca, settings.tls.certificate, settings.tls.key) == (kit.ca, kit.certificate, kit.key)
+    assert settings.database == kit.folder / "server.db"
+    assert settings.audit == kit.folder / "audit.jsonl"
+
+
+def test_another_port_and_folder_can_be_asked_for(
+    service: ServerService, served: list[ServerSettings], tmp_path: Path
+) -> None:
+    replace(service, port=9999, data=tmp_path).run()
+    assert (served[0].port, served[0].database) == (9999, tmp_path / "server.db")
+    assert served[0].audit == tmp_path / "audit.jsonl"
+
+
+def test_the_roster_is_read_anew_each_time(
+    service: ServerService,
+    served: list[ServerSettings],
+    joined: Callable[[str], Path],
+    federation: Path,
+    now: datetime,
+) -> None:
+    service.run()
+    (settings,) = served
+    assert settings.roster() == []
+    joined("north")
+    joined("south")
+    provisioning.revoke_site(federation, "south", now=now)
+    assert [(one.site, one.revoked) for one in settings.roster()] == [("north", False), ("south", True)]
+    assert all(b"PUBLIC KEY" in one.node_key for one in settings.roster())
+
+
+def test_a_server_does_not_begin_without_a_roster(service: ServerService, served: list[ServerSettings]) -> None:
+    service.run()
+    service.kit.roster.write_text("{")
+    with pytest.raises(ConfigError, match="must be JSON"):
+        served[0].roster()
+
+
+def test_health_follows_the_server(
+    service: ServerService, served: list[ServerSettings], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert service.health.snapshot()["last_contact"] is None
+    with caplog.at_level(logging.INFO, "fedtune"):
+        service.run()
+    snapshot = service.health.snapshot()
+    assert snapshot["state"] == "stopping"
+    assert snapshot["last_contact"] is not None
+    assert [record.message for record in caplog.records] == ["the server listens", "the server is down"]
+    listens: Any = caplog.records[0]
+    assert (listens.federation, listens.port) == ("cardiology-2026", 9092)
+
+
+def test_a_server_whose_database_takes_nothing_is_not_ready(service: ServerService) -> None:
+    states = []
+    service._works(True)
+    states.append(service.health.snapshot()["state"])
+    service.health.update(state="connected")
+    for works in (True, False, False, True):
+        service._works(works)
+        states.append(service.health.snapshot()["state"])
+    assert states == ["starting", "connected", "failing", "failing", "connected"]
+    service.health.update(state="stopping")
+    service._works(False)
+    assert service.health.snapshot()["state"] == "stopping"
+
+
+def test_a_folder_for_the_database_must_be_there(
+    service: ServerService, served: list[ServerSettings], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for place in (tmp_path / "nowhere", file):
+        with pytest.raises(ConfigError, match=r"--data = .*: must be a folder"):
+            replace(service, data=place).run()
+    assert served == []
