@@ -83,26 +83,31 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
         ConfigError: the file is no policy.
     """
     files = SiteFiles.of(path)
-    policy = files.policy
+    policy, plan = files.policy, proposal.plan
     note = _size_note(policy, proposal, declared_sizes)
+    budget: _Budget | None = None
     try:
         budget = _Budget(policy, _read(files))
-    except FedtuneError as error:
-        return _in_doubt(path, policy, proposal, note=f"the site would not start: {error}")
-    broken = [*policy.broken_rules(proposal), *budget.refusals(proposal)]
-    plan = proposal.plan
+    except FedtuneError as error:  # the ledger does not fit together: the site trains nothing
+        note = f"the site would not start: {error}"
+    against = budget.refusals(proposal) if budget else [Refused(Reason.SITE_ERROR)]
+    broken = [*policy.broken_rules(proposal), *against]
+    most_rounds, least_noise = (plan.num_rounds, plan.noise_multiplier) if budget else (0, None)
+    if budget and broken:
+        most_rounds = spending.most_rounds(proposal, budget.accepts)
+        least_noise = spending.least_noise(proposal, budget.accepts)
     return Verdict(
         policy=str(path),
         site=policy.site,
         lead=proposal.lead,
         broken=tuple(BrokenRule(rule=why.reason.value, asked=why.asked, allowed=why.allowed) for why in broken),
-        ledger="read" if files.ledger.is_file() else "new",
-        taken=budget.epsilon(budget.taken),
-        would_be=budget.epsilon(budget.taken + events.grouped([plan.whole])),
+        ledger="in doubt" if budget is None else "read" if files.ledger.is_file() else "new",
+        taken=budget.epsilon(budget.taken) if budget else None,
+        would_be=budget.epsilon(budget.taken + events.grouped([plan.whole])) if budget else None,
         max_epsilon=policy.budget.max_epsilon,
-        runs_left=budget.runs_left(plan),
-        most_rounds=spending.most_rounds(proposal, budget.accepts) if broken else plan.num_rounds,
-        least_noise=spending.least_noise(proposal, budget.accepts) if broken else plan.noise_multiplier,
+        runs_left=budget.runs_left(plan) if budget else None,
+        most_rounds=most_rounds,
+        least_noise=least_noise,
         note=note,
     )
 
@@ -154,25 +159,6 @@ def _read(files: SiteFiles) -> History:
     for key, made_for, says in verified.history.opened.differences(files.policy):
         raise RunError(f"the ledger was made for {key} = {made_for}, the policy says {says}")
     return verified.history
-
-
-def _in_doubt(path: Path, policy: Policy, proposal: Proposal, *, note: str) -> Verdict:
-    """The verdict of a site whose ledger does not fit together: it trains nothing."""
-    broken = [*policy.broken_rules(proposal), Refused(Reason.SITE_ERROR)]
-    return Verdict(
-        policy=str(path),
-        site=policy.site,
-        lead=proposal.lead,
-        broken=tuple(BrokenRule(rule=why.reason.value, asked=why.asked, allowed=why.allowed) for why in broken),
-        ledger="in doubt",
-        taken=None,
-        would_be=None,
-        max_epsilon=policy.budget.max_epsilon,
-        runs_left=None,
-        most_rounds=0,
-        least_noise=None,
-        note=note,
-    )
 
 
 def _size_note(policy: Policy, proposal: Proposal, declared_sizes: Mapping[str, int]) -> str:

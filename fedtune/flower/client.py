@@ -49,7 +49,8 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
         receipt = None
         try:
             with panics_as_errors():
-                signed, adapter = records.to_end(message.content)
+                signed = records.to_signed(message.content)
+                adapter = records.to_adapter(message.content) if records.ADAPTER in message.content else None
                 receipt = end_run(site_of(context, ""), signed, adapter)
         except Exception:
             log.exception("%s could not end a run", name_of(context))
@@ -72,7 +73,7 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
 
 
 def _to_round(content: RecordDict) -> _Answer:
-    signed, adapter = records.to_request(content)
+    signed, adapter = records.to_signed(content), records.to_adapter(content)
     return lambda site: answer(site, signed, adapter)
 
 

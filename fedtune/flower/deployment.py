@@ -84,6 +84,11 @@ def run_deployed(
         RunError: the server cannot be reached, or too few sites replied.
         RefusedError: too many sites' policies or budgets refuse the run.
     """
+
+    def over_sites(run: Callable[[Grid], LeadState]) -> LeadState:
+        with grid:
+            return run(grid)
+
     asked = _invited(config, connection)
     grid = _grid(connection, config.federation, listener, most_rounds=asked.proposal.plan.most_rounds)
     return FederationRun(
@@ -92,7 +97,7 @@ def run_deployed(
         shared=SharedModel(config, inexact_allowed=True),  # nothing is trained here
         asked=asked,
         receipts=receipts,
-        engine=lambda run: _over(grid, run),
+        engine=over_sites,
         ready=lambda: None,
         gives_adapter=True,
     ).to_its_end(listener)
@@ -207,8 +212,3 @@ def _grid(
         hear=_Ears(connection.sites, listener, most_rounds=most_rounds),
         closing=lambda: Closing(spec),
     )
-
-
-def _over(grid: RemoteGrid, run: Callable[[Grid], LeadState]) -> LeadState:
-    with grid:
-        return run(grid)

@@ -96,15 +96,6 @@ def to_settings(content: RecordDict) -> str:
         raise ConfigError("message", sorted(content), "must hold settings as text") from error
 
 
-def to_request(content: RecordDict) -> tuple[Signed, Adapter]:
-    """The request and the adapter that travels with it; neither has been checked.
-
-    Raises:
-        ConfigError: the message does not hold these.
-    """
-    return to_signed(content), to_adapter(content)
-
-
 def to_adapter(content: RecordDict) -> Adapter:
     """The adapter in a message, unchecked.
 
@@ -115,15 +106,6 @@ def to_adapter(content: RecordDict) -> Adapter:
         return Adapter.from_bytes(_to_bytes(content.array_records[ADAPTER]))
     except Exception as error:  # of Flower's records and of safetensors
         raise ConfigError("message", sorted(content), "must hold an adapter") from error
-
-
-def to_end(content: RecordDict) -> tuple[Signed, Adapter | None]:
-    """The lead's word that a run is over, and the final adapter where it is there; both unchecked.
-
-    Raises:
-        ConfigError: the message does not hold these.
-    """
-    return to_signed(content), to_adapter(content) if ADAPTER in content else None
 
 
 def from_receipt(receipt: Receipt | None) -> RecordDict:

@@ -21,7 +21,7 @@ from .certificates import LOOPBACK, Authority
 from .loopback import Loopback, wait_for
 from .member import by_site
 
-LIMITS = {"handshake_s": 1.5, "head_s": 1.0, "idle_s": 1.5, "life_s": 4.0, "of_certificate": 6}
+LIMITS = {"handshake_s": 1.5, "head_s": 1.0, "idle_s": 1.5, "life_s": 2.5, "of_certificate": 6}
 ELSEWHERE = "127.0.0.9"
 
 
@@ -171,11 +171,11 @@ def test_a_connection_has_a_life(network: Loopback) -> None:
                 if not line.recv(1 << 16):
                     break
                 time.sleep(0.3)
-        assert 3 < time.monotonic() - began < 8
+        assert 2 < time.monotonic() - began < 7
 
 
 def test_a_connection_ends_with_its_certificate(network: Loopback) -> None:
-    tls = network.enlist("short", days=8 / 86400)  # valid for eight seconds; starting with ten days ago
+    tls = network.enlist("short", days=6 / 86400)  # valid for six seconds; starting with ten days ago
     wait_for(lambda: "short is registered" in network.output, seconds=10)
     assert hello(network.address, tls) == "short"
 

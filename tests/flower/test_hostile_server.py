@@ -100,18 +100,13 @@ def require_site_2_only_refused(made: Any, intercept: Any, change: Change, rule:
     assert (charge.rounds, charge.upper_bound) == (1, False)
 
 
+# Every rule is in tests/federation/test_hostile_lead.py; here the others' round goes on.
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
         ({"noise_multiplier": 0.0}, Reason.MIN_NOISE_MULTIPLIER),
-        ({"sampling_rate": 1.0}, Reason.MAX_SAMPLING_RATE),
-        ({"max_grad_norm": 1e6}, Reason.MAX_GRAD_NORM),
-        ({"max_grad_norm": 1e-9}, Reason.MIN_GRAD_NORM),
-        ({"local_steps": 1000}, Reason.MAX_LOCAL_STEPS),
-        ({"num_rounds": 1000}, Reason.MAX_ROUNDS),
         ({"base_model": "cd" * 32}, Reason.BASE_MODELS),
         ({"run": "another"}, Reason.WRONG_RUN),
-        ({"metrics_noise_multiplier": 20.0}, Reason.METRICS),
     ],
     ids=str,
 )

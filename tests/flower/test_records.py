@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest, Signed
+from fedtune.federation.protocol import Reply, RoundRequest, Signed
 from fedtune.flower import records
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
@@ -36,9 +36,9 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
 
 
 def test_a_request_arrives_as_it_was_sent(request_: Signed, adapter: Adapter) -> None:
-    request, received = records.to_request(records.from_signed(request_, adapter=records.from_adapter(adapter)))
-    assert request == request_
-    assert received.digest() == adapter.digest()
+    content = records.from_signed(request_, adapter=records.from_adapter(adapter))
+    assert records.to_signed(content) == request_
+    assert records.to_adapter(content).digest() == adapter.digest()
 
 
 @pytest.mark.parametrize("scores", [None, (0.25, -1.5)])
@@ -108,8 +108,9 @@ _NO_REQUEST: dict[str, Callable[[RecordDict], RecordDict]] = {
 @pytest.mark.parametrize("fault", list(_NO_REQUEST))
 def test_anything_else_is_no_request(request_: Signed, adapter: Adapter, fault: str) -> None:
     content = records.from_signed(request_, adapter=records.from_adapter(adapter))
-    with pytest.raises(ValueError, match=r"must hold (an adapter|a signed request)"):
-        records.to_request(_NO_REQUEST[fault](content))
+    broken = _NO_REQUEST[fault](content)
+    with pytest.raises(ConfigError, match=r"must hold (an adapter|a signed request)"):
+        _ = records.to_signed(broken), records.to_adapter(broken)
 
 
 def test_unreadable_replies_are_one_kind_of_error() -> None:
@@ -123,24 +124,6 @@ def test_bytes_are_counted_with_names_and_texts(request_: Signed, adapter: Adapt
     payload = sum(value.nbytes for value in adapter.tensors.values())
     words = len(request_.text) + len(request_.signature)
     assert payload + words <= records.num_bytes(content) <= payload + words + 400
-
-
-def test_a_notice_of_the_end_arrives_as_it_was_sent(lead_key: SigningKey) -> None:
-    notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
-    assert records.to_signed(records.from_signed(notice)) == notice
-
-
-def test_a_notice_of_the_end_may_bring_the_final_adapter(lead_key: SigningKey, adapter: Adapter) -> None:
-    notice = EndOfRun(run="r", lead=lead_key.public, adapter_digest=adapter.digest()).signed(lead_key)
-    signed, without = records.to_end(records.from_signed(notice))
-    assert (signed, without) == (notice, None)
-    signed, received = records.to_end(records.from_signed(notice, adapter=records.from_adapter(adapter)))
-    assert signed == notice
-    assert received is not None
-    assert received.digest() == adapter.digest()
-    broken = records.from_signed(notice, adapter=ArrayRecord([np.ones(3, np.int64)]))
-    with pytest.raises(ConfigError, match="must hold an adapter"):
-        records.to_end(broken)
 
 
 @pytest.mark.parametrize("receipt", [RECEIPT, None])

@@ -27,61 +27,71 @@ from .loopback import Loopback, ended, start_process, wait_for
 AUDIT = AuditLog(None)
 
 
+def made(folder: Path) -> Iterator[Loopback]:
+    """A server of one's own, not yet started."""
+    folder.mkdir()
+    network = Loopback(folder)
+    network.enlist("a")
+    yield network
+    network.stop()
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Loopback]:
     """A server of one's own, not yet started."""
-    (tmp_path / "network").mkdir()
-    made = Loopback(tmp_path / "network")
-    made.enlist("a")
-    yield made
-    made.stop()
+    yield from made(tmp_path / "network")
 
 
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_within_seconds_with_exit_code_0(own: Loopback, by: signal.Signals) -> None:
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    """A server that runs, for tests after which it still does."""
+    for network in made(tmp_path_factory.mktemp("running") / "network"):
+        network.start()
+        yield network
+        assert network.process.poll() is None
+
+
+def test_ctrl_c_ends_it_within_seconds_with_exit_code_0(own: Loopback) -> None:
+    # SIGTERM is tried below.
     own.start()
     site = own.site("a")
     site.wait_for("activated")
-    assert hello(own.address, own.tls["a"]) == "a"
-    assert ended(own.process, by=by, seconds=15) == 0
+    assert ended(own.process, by=signal.SIGINT, seconds=15) == 0
     site.wait_for("trouble")
     assert site.process.poll() is None, "a site outlives its server"
     assert "Traceback" not in own.output
 
 
-def test_a_port_that_is_taken_is_an_error(own: Loopback) -> None:
-    own.start()
-    second = start_process("server_process.py", own.folder)
+def test_a_port_that_is_taken_is_an_error(running: Loopback) -> None:
+    second = start_process("server_process.py", running.folder)
     assert second.wait(timeout=60) == 1
-    assert "Address already in use" in own.output
-    assert own.process.poll() is None
+    assert "Address already in use" in running.output
 
 
-def test_a_roster_that_cannot_be_read_leaves_everybody_where_he_is(own: Loopback) -> None:
-    own.start()
-    roster, whole = own.folder / "roster.json", (own.folder / "roster.json").read_bytes()
+def test_a_roster_that_cannot_be_read_leaves_everybody_where_he_is(running: Loopback) -> None:
+    roster, whole = running.folder / "roster.json", (running.folder / "roster.json").read_bytes()
     roster.write_bytes(whole[:-5])
-    wait_for(lambda: "the roster could not be read; the sites stay as they are" in own.output)
-    own.site("a").wait_for("activated")
+    wait_for(lambda: "the roster could not be read; the sites stay as they are" in running.output)
+    running.site("a").wait_for("activated")
     roster.write_bytes(whole)
-    newcomer = own.enlist("b")
-    wait_for(lambda: "b is registered" in own.output)
-    assert hello(own.address, newcomer) == "b"
+    newcomer = running.enlist("b")
+    wait_for(lambda: "b is registered" in running.output)
+    assert hello(running.address, newcomer) == "b"
+    running.stop_sites()
 
 
-def test_a_disk_that_is_full_is_noticed_and_stops_no_greeting(own: Loopback) -> None:
-    own.start()
-    said, (soft, hard) = own.folder / "works", resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE)
+def test_a_disk_that_is_full_is_noticed_and_stops_no_greeting(running: Loopback) -> None:
+    said, (soft, hard) = running.folder / "works", resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE)
 
     def says(text: str) -> None:
         wait_for(lambda: said.exists() and said.read_text() == text, seconds=15, what=text)
 
     says("True")
     # No file may grow beyond 1 KiB, which is how a full disk looks to a database.
-    resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE, (1024, hard))
+    resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (1024, hard))
     says("False")
-    assert hello(own.address, own.tls["a"]) == "a"
-    resource.prlimit(own.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
+    assert hello(running.address, running.tls["a"]) == "a"
+    resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
     says("True")
 
 

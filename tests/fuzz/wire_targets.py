@@ -102,7 +102,7 @@ def _records(data: bytes) -> None:
     names = ("adapter", "request", "settings", "reply", "receipt")
     content = RecordDict({name: kinds[pick - 1] for name, pick in zip(names, picks, strict=False) if pick})
     for read in (
-        *(records.to_request, records.to_signed, records.to_settings, records.to_adapter, records.to_end),
+        *(records.to_signed, records.to_settings, records.to_adapter),
         *(records.to_receipt, records.to_reply),
     ):
         try:

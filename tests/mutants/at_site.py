@@ -174,7 +174,7 @@ AT_SITE = (
         file="fedtune/sites/real_site.py",
         old="            lenient=True,",
         new="            lenient=False,",
-        tests=("tests/sites/test_tokenless_record.py",),
+        tests=("tests/sites/test_no_oracle.py::test_a_record_without_a_token_stops_no_round",),
     ),
     Mutant(
         name="states-of-a-record-that-fails",

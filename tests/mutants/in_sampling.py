@@ -95,6 +95,6 @@ SAMPLING = (
         file="fedtune/sites/real_site.py",
         old='key = SigningKey.load(files.site_key).secret("held-out split")',
         new="key = str(shared.config.seed).encode().ljust(32)",
-        tests=("tests/sites/test_held_out_key.py",),
+        tests=("tests/sites/test_real_site.py::test_each_site_holds_out_records_by_a_key_of_its_own",),
     ),
 )

@@ -71,7 +71,7 @@ USER_FAULTS = (
         file="fedtune/sites/work.py",
         old='            exact if plan.unit == "record" else user_scores(exact, users_of(self.records.heldout)),',
         new="            exact,",
-        tests=("tests/sites/test_user_scores.py",),
+        tests=("tests/sites/test_by_user.py::test_a_user_adds_one_score_to_the_sum_however_many_records_it_has",),
     ),
     Mutant(
         name="another-unit-than-the-population-s",

@@ -1,24 +1,32 @@
-"""A real site whose population is protected by user."""
+"""A site whose population is protected by user: it trains on users, and scores each once."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 import fedtune.sites.work as site_work
 from fedtune.config import RunConfig
+from fedtune.data import Record
+from fedtune.data.load import SiteRecords
 from fedtune.model import Adapter
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.release import Reason
+from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
+from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
 from fedtune.training.users import UserExamples
 
-from .conftest import LABELS, write_records
+from .conftest import LABELS, round_request, write_records
 
 BY_USER: dict[str, Any] = {
     "data": {"columns": {"text": "text", "label": "label", "user": "who"}},
@@ -82,3 +90,37 @@ def test_where_a_lead_has_its_users_column_does_not_travel(letters: Callable[...
     sent = for_sites(letters(data={"columns": columns}, privacy={"unit": "user"}))
     assert "canary" not in json.dumps(sent.to_json())
     assert sent.data.columns["user"] == "user", "that there is one does"
+
+
+def records(users: dict[str, int]) -> list[Record]:
+    """So many of each user."""
+    return [
+        Record({"text": f"letter {number} of {user}", "label": ("invoice", "praise")[number % 2], "user": user})
+        for user, count in users.items()
+        for number in range(count)
+    ]
+
+
+def test_a_user_adds_one_score_to_the_sum_however_many_records_it_has(
+    letters: Callable[..., RunConfig], lead_key: SigningKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = {"text": "text", "label": "label", "user": "who"}
+    by_user = {"metrics": "noised", "unit": "user"}
+    config = letters(data={"heldout_fraction": 0.5, "columns": columns}, privacy=by_user)
+    shared = SharedModel(config)
+    summed: list[npt.NDArray[np.float64]] = []
+    original = site_work.noised_scores
+
+    def watched(scores: npt.NDArray[np.float64], **settings: Any) -> tuple[float, float]:
+        summed.append(scores)
+        return original(scores, **settings)
+
+    monkeypatch.setattr(site_work, "noised_scores", watched)
+    request = round_request(config, lead_key)
+    for users in ({"one": 9, "another": 1}, {"one": 9}, {}):
+        own = SiteRecords(training=records({"third": 3}), heldout=records(users))
+        work = SiteWork("north", shared, own, declared_size=40, max_adapter_value=math.inf)
+        assert work.do(request, shared.initial_adapter, 1, fingerprint_key=b"k").scores is not None
+        assert summed[-1].shape == (len(users),)
+        assert ((summed[-1] >= 0) & (summed[-1] <= 1)).all()
+    assert summed[0][0] == summed[1][0], "nor does one user move another's score"

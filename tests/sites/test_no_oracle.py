@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.release import Reason, Refusal, Refused, Update
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
+from fedtune.tasks import classification
 
 
 def put(path: Path, *rows: tuple[str, str]) -> None:
@@ -160,3 +161,20 @@ def test_a_lead_that_was_struck_off_ends_nothing(
         site.end(first_adapter)
     write_policy(policy, site.site_toml)
     assert site.end(first_adapter) is not None
+
+
+def test_a_record_without_a_token_stops_no_round(
+    station: Callable[..., Any], first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = classification.encode
+
+    def encode(texts: Sequence[str], *args: Any, **options: Any) -> Iterator[list[int]]:
+        for text, ids in zip(texts, original(texts, *args, **options), strict=True):
+            yield [] if text == "\u200b" else ids
+
+    monkeypatch.setattr(classification, "encode", encode)
+    site = station()
+    put(site.data, ("one letter", "praise"), ("\u200b", "praise"), ("another", "invoice"))
+    reply = site.ask(adapter=first_adapter)
+    assert isinstance(reply.body, Update), reply.body
+    assert list(map(len, site.real._warm[1].examples._dataset.input_ids)).count(1) == 1, "the text had none"

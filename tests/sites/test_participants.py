@@ -14,12 +14,13 @@ import fedtune.sites.work as site_work
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.evaluation.evaluate import unit_scores
-from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.site import Site, Trained
+from fedtune.federation.site import Trained
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.sites.virtual_site import Participants
 from fedtune.spec import ConfigError
+
+from .conftest import round_request
 
 
 @pytest.fixture
@@ -71,17 +72,10 @@ def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Callable[.
 NOISED = ("privacy.metrics=noised", "data.heldout_fraction=0.3")
 
 
-def first_request(everyone: Participants, site: Site) -> RoundRequest:
-    proposal = everyone.config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan)
-    return RoundRequest(
-        proposal=proposal, round=1, site=site.name, adapter_digest="ab" * 32, receipt=None, expires=1e12
-    )
-
-
 def train(everyone: Participants, *, attempt: int = 1) -> Trained:
     """What the first site makes of the initial adapter in round 1."""
     site = everyone.site(0)
-    request = first_request(everyone, site)
+    request = round_request(everyone.config, everyone.sites.lead_key(), site=site.name)
     prepared = site.prepare(request)
     assert prepared.proposal == request.proposal
     return prepared.train(request, everyone.shared.initial_adapter, attempt)

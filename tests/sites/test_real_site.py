@@ -13,6 +13,7 @@ import pytest
 import fedtune.sites.real_site as real_site
 import fedtune.sites.shared_model as shared_model
 from fedtune.config import RunConfig, parse
+from fedtune.data.partition import split_heldout
 from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
@@ -407,8 +408,13 @@ def test_each_site_holds_out_records_by_a_key_of_its_own(
 ) -> None:
     north, south = station("north", **HELD_OUT), station("south", **HELD_OUT)
     assert north.data.read_bytes() == south.data.read_bytes()
-    by_north = held_out(north, north.config)
-    assert by_north != held_out(south, south.config)
+    by_north, by_south = held_out(north, north.config), held_out(south, south.config)
+    assert by_north != by_south
+    for site, kept in ((north, by_north), (south, by_south)):
+        records = site.real._warm[1].records
+        key = SigningKey.load(site.folder / "site_key.pem").secret("held-out split")
+        by_key = split_heldout([*records.training, *records.heldout], fraction=0.5, key=key)[1]
+        assert kept == {record.fields["text"] for record in by_key}, "by the secret of its key file"
     assert held_out(north, letters(name="second", seed=7, **HELD_OUT)) == by_north, "the lead's seed has no say"
     north.restart()
     assert held_out(north, north.config, round=2) == by_north

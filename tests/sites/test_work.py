@@ -15,7 +15,6 @@ from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.data.partition import PartitionSpec
-from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site import Trained
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
@@ -23,6 +22,8 @@ from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import SiteWork, randomness_of
+
+from .conftest import round_request
 
 LETTERS = [(f"letter {n} of {n % 7}", ("invoice", "complaint", "praise")[n % 3]) for n in range(40)]
 """The records of a station, in the order of its file."""
@@ -42,11 +43,7 @@ def in_a_simulation(config: RunConfig, folder: Path) -> Callable[[int], Adapter]
     site = everyone.site(0)
 
     def train(round: int) -> Adapter:
-        proposal = everyone.config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan)
-        digest = everyone.shared.initial_adapter.digest()
-        request = RoundRequest(
-            proposal=proposal, round=round, site="north", adapter_digest=digest, receipt=None, expires=1e12
-        )
+        request = round_request(everyone.config, everyone.sites.lead_key(), round=round)
         return site.prepare(request).train(request, everyone.shared.initial_adapter, 1).adapter
 
     return train
@@ -99,12 +96,8 @@ def do(
     max_adapter_value: float = 2.0,
 ) -> Trained:
     """A round at the site north."""
-    proposal = shared.config.proposal(lead=lead.public, plan=shared.config.plan())
-    request = RoundRequest(
-        proposal=proposal, round=1, site="north", adapter_digest="ab" * 32, receipt=None, expires=1e12
-    )
     work = SiteWork("north", shared, records, declared_size=40, max_adapter_value=max_adapter_value)
-    return work.do(request, adapter or shared.initial_adapter, attempt, fingerprint_key=key)
+    return work.do(round_request(shared.config, lead), adapter or shared.initial_adapter, attempt, fingerprint_key=key)
 
 
 def read(letters: list[tuple[str, str]]) -> list[Record]:
