@@ -20,7 +20,5 @@ MUTANTS: dict[str, Mutant] = {
         *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *MODEL_FAULTS, *DEPLOY_FAULTS, *CLI_FAULTS),
     )
 }
-QUICK = (
-    "no-noise", "half-the-noise", "shuffled-instead-of-poisson", "exact-scores", "scores-of-sensitivity-one"
-)  # fmt: skip
+QUICK = ("no-noise", "shuffled-instead-of-poisson", "exact-scores")
 """Found by tests of a second or two that need no torch."""
