@@ -9,10 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fedtune.spec import check_one_of
 from fedtune.tasks.base import Task
-from fedtune.tasks.causal_lm import CausalLM
-from fedtune.tasks.classification import Classification
+from fedtune.tasks.registry import TASKS, task_named
 
 if TYPE_CHECKING:
     from fedtune.tasks.model import TaskModel, build_task_model
@@ -28,20 +26,8 @@ __all__ = [
     "task_named",
 ]
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM())}
-
 _HOMES = {"model": ("TaskModel", "build_task_model"), "saved": ("load_task_model", "save_task_model")}
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
-
-
-def task_named(name: str) -> Task:
-    """The task that settings call `name`.
-
-    Raises:
-        ConfigError: for `task`, when there is no such task.
-    """
-    check_one_of("task", name, TASKS)
-    return TASKS[name]
 
 
 def __getattr__(name: str) -> object:

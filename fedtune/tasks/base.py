@@ -1,7 +1,7 @@
 """What every task says: all that settings, training, scoring and reports need to know of it.
 
-A task is one object without state.  To add one: write its file in this folder, name it in the list of
-`fedtune.tasks`, and give it an experiment in conf/.  Nothing else in fedtune asks which task a run has
+A task is one object without state.  To add one: write its file in this folder, name it in
+`fedtune.tasks.registry`, and give it an experiment in conf/.  Nothing else in fedtune asks which task a run has
 (tests/tasks/test_third_task.py runs one that fedtune does not know).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +23,32 @@ from fedtune.spec import ConfigError
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from fedtune.data.batching import Batch
-    from fedtune.tasks.model import TaskModel
 
 
 Ids: TypeAlias = Sequence[npt.NDArray[np.int32]]
 """Token ids, (t_i,) of each example."""
 FirstTarget: TypeAlias = Callable[[int], int]
 """From an example's length to the place of its first target, where targets belong to tokens."""
+
+
+class Model(Protocol):
+    """What a task sees of the model that learns it, a `fedtune.tasks.model.TaskModel`."""
+
+    spec: TaskModelSpec
+    base: PeftModel
+    head: torch.nn.Module | None
+
+    @property
+    def device(self) -> torch.device: ...
+    def logits(self, batch: Batch) -> torch.Tensor: ...
+    def losses(self, batch: Batch) -> torch.Tensor: ...
+    def get_buffer(self, target: str) -> torch.Tensor: ...
+    def get_parameter(self, target: str) -> torch.nn.Parameter: ...
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None: ...
 
 
 class Task(ABC):
@@ -120,24 +136,24 @@ class Task(ABC):
             DataError: a record does not fit the settings.
         """
 
-    def add_head(self, model: TaskModel) -> None:  # noqa: B027
+    def add_head(self, model: Model) -> None:  # noqa: B027
         """Give a new model the task's own tensors: those to train under `model.head`, public ones as buffers.
 
         They must not depend on anything but the model's settings, since a saved adapter is loaded into them.
         """
 
-    def start_head(self, model: TaskModel) -> None:  # noqa: B027
+    def start_head(self, model: Model) -> None:  # noqa: B027
         """Bring the head of a new model to where training starts, from public settings alone."""
 
     @abstractmethod
-    def logits(self, model: TaskModel, batch: Batch) -> torch.Tensor:
+    def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """Float32 scores, whose first axis is the example."""
 
     @abstractmethod
-    def losses(self, model: TaskModel, batch: Batch) -> torch.Tensor:
+    def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         """(rows,) float32; each example's own loss, which depends on that example alone, with its gradient."""
 
-    def figures(self, model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
+    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         """What `scores` needs of each example, (rows,) by name."""
         return {"loss": model.losses(batch)}
 
@@ -150,7 +166,7 @@ class Task(ABC):
         return {"loss": float(np.mean(figures["loss"]))}
 
     @abstractmethod
-    def unit_score(self, model: TaskModel, batch: Batch) -> float:
+    def unit_score(self, model: Model, batch: Batch) -> float:
         """One score in [0, 1] of the one example in `batch`, which may be summed, noised and released."""
 
     @abstractmethod

@@ -14,14 +14,13 @@ from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import FirstTarget, Ids, Task
+from fedtune.tasks.base import FirstTarget, Ids, Model, Task
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
     from fedtune.data.batching import Batch
-    from fedtune.tasks.model import TaskModel
 
 
 class CausalLM(Task):
@@ -71,12 +70,12 @@ class CausalLM(Task):
             targets.append(np.array([*[UNSUPERVISED] * len(given), *supervised][:length], dtype=np.int64))
         return TextDataset(tuple(input_ids), tuple(targets))
 
-    def logits(self, model: TaskModel, batch: Batch) -> torch.Tensor:
+    def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """(rows, t, vocabulary) for the token after each place."""
         logits: torch.Tensor = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return logits.float()
 
-    def losses(self, model: TaskModel, batch: Batch) -> torch.Tensor:
+    def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         import torch
 
         wanted = batch.targets[:, 1:]
@@ -89,7 +88,7 @@ class CausalLM(Task):
         ).view(wanted.shape)
         return token_losses.sum(dim=1) / supervised.sum(dim=1).clamp(min=1)
 
-    def figures(self, model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
+    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         # The first token has no predecessor to be predicted from: the model shifts by one.
         return {"loss": model.losses(batch), "tokens": (batch.targets[:, 1:] != UNSUPERVISED).sum(dim=1)}
 
@@ -109,7 +108,7 @@ class CausalLM(Task):
             "perplexity": _perplexity(float(losses @ num_tokens / num_tokens.sum())),
         }
 
-    def unit_score(self, model: TaskModel, batch: Batch) -> float:
+    def unit_score(self, model: Model, batch: Batch) -> float:
         """exp(-loss)."""
         return float(np.exp(-float(model.losses(batch)[0])))
 

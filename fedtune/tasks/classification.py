@@ -13,13 +13,12 @@ from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode
 from fedtune.model.spec import HeadSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import FirstTarget, Ids, Task
+from fedtune.tasks.base import FirstTarget, Ids, Model, Task
 
 if TYPE_CHECKING:
     import torch
 
     from fedtune.data.batching import Batch
-    from fedtune.tasks.model import TaskModel
 
 _LABEL_TOKENS = 64
 """A label's text is cut here: a name or a sentence, which bounds the memory for thousands of labels."""
@@ -69,7 +68,7 @@ class Classification(Task):
             input_ids.append(np.array(ids[:length] or [0], dtype=np.int32))
         return TextDataset(tuple(input_ids), targets)
 
-    def add_head(self, model: TaskModel) -> None:
+    def add_head(self, model: Model) -> None:
         import torch
 
         hidden_size, device = model.base.config.get_text_config().hidden_size, model.device
@@ -79,7 +78,7 @@ class Classification(Task):
         # A public constant, not trained and never part of an update.
         model.register_buffer("centre", torch.zeros(hidden_size, device=device), persistent=False)
 
-    def start_head(self, model: TaskModel) -> None:
+    def start_head(self, model: Model) -> None:
         """Take from the labels' texts what `spec.head` wants of them: the centre, and each row of the head."""
         import torch
 
@@ -94,7 +93,7 @@ class Classification(Task):
             with torch.no_grad():
                 model.get_parameter("head.weight").copy_(rows)
 
-    def embed(self, model: TaskModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def embed(self, model: Model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Token ids and attention mask, both (n, t), to embeddings (n, h) of norm 1 in float32."""
         from torch.nn import functional
 
@@ -103,7 +102,7 @@ class Classification(Task):
         centred = model.spec.head.centre
         return functional.normalize(pooled - model.get_buffer("centre"), dim=-1) if centred else pooled
 
-    def logits(self, model: TaskModel, batch: Batch) -> torch.Tensor:
+    def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """(rows, labels)."""
         from torch.nn import functional
 
@@ -114,12 +113,12 @@ class Classification(Task):
         scores: torch.Tensor = model.head(rows)[: len(embeddings)]
         return model.spec.head.scale * scores
 
-    def losses(self, model: TaskModel, batch: Batch) -> torch.Tensor:
+    def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         from torch.nn import functional
 
         return functional.cross_entropy(self.logits(model, batch), batch.targets, reduction="none")
 
-    def figures(self, model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
+    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         from torch.nn import functional
 
         logits = model.logits(batch)
@@ -136,7 +135,7 @@ class Classification(Task):
             "loss": float(np.mean(figures["loss"])),
         }
 
-    def unit_score(self, model: TaskModel, batch: Batch) -> float:
+    def unit_score(self, model: Model, batch: Batch) -> float:
         """Whether the predicted class is right."""
         return float(model.logits(batch).argmax(dim=1)[0] == batch.targets[0])
 
@@ -194,7 +193,7 @@ def label_texts(spec: HeadSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
     return spec.label_texts or tuple(label.replace("_", " ") for label in labels)
 
 
-def _label_embeddings(task: Classification, model: TaskModel) -> torch.Tensor:
+def _label_embeddings(task: Classification, model: Model) -> torch.Tensor:
     """(labels, h) float32: each label's text, embedded by the frozen base; every row has norm 1.
 
     The texts are the declared, public label set, and no record is read: this costs no privacy.

@@ -11,8 +11,8 @@ from fedtune.model.base import load_base
 from fedtune.model.fits import check_examples_apart
 from fedtune.model.layers import FrozenPrefix, attach_lora, checkpoint_layers, layer_stack
 from fedtune.model.spec import TaskModelSpec
-from fedtune.tasks import task_named
 from fedtune.tasks.base import Task
+from fedtune.tasks.registry import task_named
 
 
 class TaskModel(nn.Module):

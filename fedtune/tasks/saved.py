@@ -27,8 +27,8 @@ from fedtune.model.manifest import manifest_of
 from fedtune.model.source import model_folder
 from fedtune.model.spec import RANDOM, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks import task_named
 from fedtune.tasks.model import TaskModel, assemble
+from fedtune.tasks.registry import task_named
 
 _SCHEMA_VERSION = 1
 _HEAD = "head."

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedtune.data import Shapes, TextDataset, collate
 from fedtune.data.batching import alone
 
-quick = settings(max_examples=200, deadline=None, derandomize=True)
+quick = settings(max_examples=80, deadline=None, derandomize=True)
 
 
 @st.composite

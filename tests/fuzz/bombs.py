@@ -18,7 +18,7 @@ from .target import Target
 
 _TARGETS = {target.name: target for target in (*wire_targets.TARGETS, *file_targets.TARGETS)}
 MIB = 1 << 20
-MOST_MIB = 200
+MOST_MIB = 100
 """By so much may a process grow."""
 
 
@@ -40,13 +40,13 @@ def bombs() -> Iterator[tuple[str, Target, bytes]]:
     member, members = gzip.compress(b"a" * (16 * MIB), mtime=0), 2 * MOST_MIB // 16
     quoted = gzip.compress(b'body,kind\n"', mtime=0)
     for name, data in (
-        ("400 MiB in one line", member * members),
-        ("400 MiB of nesting", gzip.compress(b"[" * (16 * MIB), mtime=0) * members),
+        ("200 MiB in one line", member * members),
+        ("200 MiB of nesting", gzip.compress(b"[" * (16 * MIB), mtime=0) * members),
         ("a million blank lines", gzip.compress(b"\n" * MIB, mtime=0)),
     ):
         yield name, _TARGETS["data.jsonl.gz"], data
     csv = Target(name="csv", broken=_TARGETS["data.csv"].broken, parse=_csv_gz(), errors=_TARGETS["data.csv"].errors)
-    yield "400 MiB in one cell", csv, quoted + member * members
+    yield "200 MiB in one cell", csv, quoted + member * members
     yield "a cell of 16 million lines", csv, quoted + gzip.compress(b"a\n" * (8 * MIB), mtime=0) * 2
     for name, header in (
         ("an update that announces 4 GB", {"tensors": [["b", [1 << 30]]]}),

@@ -22,7 +22,5 @@ MUTANTS: dict[str, Mutant] = {
         *REPORT_FAULTS,
     )
 }
-QUICK = (
-    "no-noise", "half-the-noise", "shuffled-instead-of-poisson", "exact-scores", "scores-of-sensitivity-one"
-)  # fmt: skip
+QUICK = ("no-noise", "shuffled-instead-of-poisson", "exact-scores")
 """Found by tests of a second or two that need no torch."""

@@ -45,22 +45,17 @@ def half_a_digit(value: float) -> float:
 @pytest.mark.parametrize(("rate", "sigma", "steps", "delta", "golden"), GOLDEN_PLD)
 def test_pld_gives_the_golden_epsilon(rate: float, sigma: float, steps: int, delta: float, golden: float) -> None:
     event = events.dp_sgd(sampling_rate=rate, noise_multiplier=sigma, steps=steps)
-    assert epsilon_pld([event], delta) == pytest.approx(golden, abs=max(half_a_digit(golden), 0.005))
+    fine, coarse = epsilon_pld([event], delta), epsilon_pld([event], delta, interval=1e-3)
+    assert fine == pytest.approx(golden, abs=max(half_a_digit(golden), 0.005))
+    assert fine <= coarse + 1e-4, "a coarser grid reported less"
+    assert coarse <= 1.01 * fine + 1e-3
+    assert fine <= epsilon_rdp([event], delta)
 
 
 @pytest.mark.parametrize(("rate", "sigma", "steps", "delta", "golden"), GOLDEN_RDP)
 def test_rdp_gives_the_golden_epsilon(rate: float, sigma: float, steps: int, delta: float, golden: float) -> None:
     event = events.dp_sgd(sampling_rate=rate, noise_multiplier=sigma, steps=steps)
     assert epsilon_rdp([event], delta) == pytest.approx(golden, abs=half_a_digit(golden))
-
-
-@pytest.mark.parametrize(("rate", "sigma", "steps", "delta"), [case[:4] for case in GOLDEN_PLD])
-def test_pld_never_exceeds_rdp_and_coarser_never_says_less(rate: float, sigma: float, steps: int, delta: float) -> None:
-    event = events.dp_sgd(sampling_rate=rate, noise_multiplier=sigma, steps=steps)
-    fine, coarse = epsilon_pld([event], delta), epsilon_pld([event], delta, interval=1e-3)
-    assert fine <= coarse + 1e-4, "a coarser grid reported less"
-    assert coarse <= 1.01 * fine + 1e-3
-    assert fine <= epsilon_rdp([event], delta)
 
 
 def test_one_gaussian_agrees_with_its_closed_form() -> None:
@@ -137,7 +132,7 @@ def test_nothing_spent_is_zero() -> None:
 
 
 # No shrinking: one calibration takes half a second.
-@settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     epsilon=st.floats(0.5, 4),
     rate=st.floats(0.005, 0.5),

@@ -249,8 +249,8 @@ def whole_pair(drawn: Sequence[int], deviation: float) -> tuple[int, int]:
 @pytest.mark.parametrize("deviation", [1e-3, 0.3, 1.0, 37.5, 2.0**24, 1.3e9, 1e12])
 def test_values_are_those_of_the_same_bits_in_exact_arithmetic(deviation: float) -> None:
     one = fed()
-    found = one.rounded_normal(1000, deviation).reshape(2, 500)
-    for place, pair in enumerate(zip(one.drawn[:500], one.drawn[500:1000], strict=True)):
+    found = one.rounded_normal(400, deviation).reshape(2, 200)
+    for place, pair in enumerate(zip(one.drawn[:200], one.drawn[200:400], strict=True)):
         assert tuple(found[:, place]) == whole_pair([*pair, *one.further.get(pair, [])], deviation)
     assert len(one.further) < 2 or deviation > 1e9, "more bits are asked for hardly ever"
 
@@ -278,10 +278,10 @@ def test_a_value_next_to_the_middle_between_two_integers_is_decided_by_more_bits
 def test_more_bits_never_change_what_floats_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every value by interval arithmetic, beside the fast path on the same first words."""
     for deviation in (1e-3, 0.3, 1.0, 3.0, 1000.0, 1.3 * 2.0**24, 1e9):
-        fast = stream("paths", str(deviation)).rounded_normal(500, deviation)
+        fast = stream("paths", str(deviation)).rounded_normal(200, deviation)
         with monkeypatch.context() as patched:
             patched.setattr(randomness, "_box_muller", all_in_doubt)
-            slow = stream("paths", str(deviation)).rounded_normal(500, deviation)
+            slow = stream("paths", str(deviation)).rounded_normal(200, deviation)
         np.testing.assert_array_equal(fast, slow)
 
 
@@ -308,8 +308,8 @@ def farthest(radius: int, angle: int) -> list[tuple[mpmath.mpf, mpmath.mpf]]:
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.3, 1.0, 1.7 * 2.0**24, 1e12])
 def test_floats_are_as_near_as_their_stated_error(deviation: float) -> None:
-    """The bound by which a value counts as decided, at 2,000 random and 529 extreme pairs of words each."""
-    draws = stream("error", str(deviation)).uniform64(4000).tolist()
+    """The bound by which a value counts as decided, at 500 random and 529 extreme pairs of words each."""
+    draws = stream("error", str(deviation)).uniform64(1000).tolist()
     pairs = [*zip(draws[::2], draws[1::2], strict=True), *itertools.product(EXTREME, EXTREME)]
     radius, angle = (np.array(words, dtype=np.uint64) for words in zip(*pairs, strict=True))
     values, error = _box_muller(radius, angle, deviation)

@@ -17,8 +17,8 @@ import torch
 from fedtune.data import Batch, DataSpec, Record, TextDataset
 from fedtune.data.tokenise import Targets, Tokenizer, cut, encode
 from fedtune.model.spec import TaskModelSpec
-from fedtune.tasks import TASKS, Task, TaskModel
-from fedtune.tasks.base import FirstTarget, Ids
+from fedtune.tasks import TASKS, Task
+from fedtune.tasks.base import FirstTarget, Ids, Model
 from fedtune.tasks.classification import mean_pooled
 
 LONGEST = 16
@@ -40,14 +40,14 @@ class TextLength(Task):
         input_ids = tuple(np.array(ids or [0], dtype=np.int32) for ids in encoded)
         return TextDataset(input_ids, targets_of(input_ids))
 
-    def add_head(self, model: TaskModel) -> None:
+    def add_head(self, model: Model) -> None:
         size = model.base.config.get_text_config().hidden_size
         heads = {name: torch.nn.Linear(size, 1, bias=False, device=model.device) for name in HEADS}
         for head in heads.values():
             torch.nn.init.zeros_(head.weight)
         model.head = torch.nn.ModuleDict(heads)
 
-    def logits(self, model: TaskModel, batch: Batch) -> torch.Tensor:
+    def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         pooled = mean_pooled(hidden, batch.attention_mask)
         # As for classification: a product with few rows rounds otherwise.
@@ -55,13 +55,13 @@ class TextLength(Task):
         assert isinstance(model.head, torch.nn.ModuleDict)
         return torch.cat([model.head[name](rows)[: len(pooled)] for name in HEADS], dim=1)
 
-    def losses(self, model: TaskModel, batch: Batch) -> torch.Tensor:
+    def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         return (self.logits(model, batch) - batch.targets).square().sum(dim=1)
 
     def scores(self, figures: Mapping[str, np.ndarray], *, spec: TaskModelSpec) -> dict[str, float]:
         return super().scores(figures, spec=spec) | {"worst": float(figures["loss"].max())}
 
-    def unit_score(self, model: TaskModel, batch: Batch) -> float:
+    def unit_score(self, model: Model, batch: Batch) -> float:
         return float(np.exp(-float(model.losses(batch)[0])))
 
     def made_up_targets(

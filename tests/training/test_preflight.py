@@ -73,7 +73,7 @@ def test_ordinary_models_pass(last_layer: Any, path: str, task: str, checkpointi
     assert all(torch.equal(one, expected[name]) for name, one in model.state_dict().items()), "and the model's weights"
 
 
-@pytest.mark.parametrize("positions", [20, 21, 64])
+@pytest.mark.parametrize("positions", [20, 21])
 @kinds
 def test_ordinary_models_pass_where_records_are_as_long_as_they_may_be(
     fresh: Any, path: str, task: str, positions: int
@@ -102,13 +102,14 @@ def of_the_row_before(hidden: torch.Tensor) -> torch.Tensor:
     return hidden + 0.5 * hidden.roll(1, dims=0)
 
 
-@pytest.mark.parametrize("number", [0, -1], ids=["frozen layer", "trained layer"])
 @pytest.mark.parametrize(
     "change",
     [mean_of_batch, only_from_six_rows, only_of_a_single_row, of_the_row_before],
     ids=lambda change: change.__name__,
 )
-@kinds
+@pytest.mark.parametrize(
+    ("path", "task", "number"), [(*KINDS[0], 0), (*KINDS[0], -1), (*KINDS[1], -1)], ids=["frozen", "trained", "llama"]
+)
 def test_a_layer_that_mixes_examples_is_refused(
     last_layer: Any, path: str, task: str, change: Change, number: int
 ) -> None:
@@ -181,8 +182,11 @@ def test_frozen_layers_whose_output_is_kept_are_tried_in_other_company_too(last_
         check(model, keeps=keeps)
 
 
+# Every number of rows of the longest, and the fewest of each other length.
 @pytest.mark.parametrize(
-    ("length", "rows"), [(length, rows) for length in SHAPES.lengths for rows in SHAPES.rows(length)]
+    ("length", "rows"),
+    [(SHAPES.lengths[-1], rows) for rows in SHAPES.rows(SHAPES.lengths[-1])]
+    + [(length, SHAPES.rows(length)[-1]) for length in SHAPES.lengths[:-1]],
 )
 def test_frozen_layers_are_tried_at_every_number_of_rows(last_layer: Any, length: int, rows: int) -> None:
     model = last_layer()
@@ -195,7 +199,7 @@ def test_frozen_layers_are_tried_at_every_number_of_rows(last_layer: Any, length
         check(model, keeps=True)
 
 
-@pytest.mark.parametrize("error", [IndexError, RuntimeError, ValueError, MemoryError, KeyError, AssertionError])
+@pytest.mark.parametrize("error", [IndexError, MemoryError])
 @pytest.mark.parametrize("keeps", [False, True])
 def test_what_a_record_could_make_fail_is_a_mistake_in_the_settings(
     last_layer: Any, error: type[Exception], keeps: bool

@@ -1,0 +1,20 @@
+"""The list of tasks.  It imports at once: models are built elsewhere, since importing torch and its kin takes time."""
+
+from __future__ import annotations
+
+from fedtune.spec import check_one_of
+from fedtune.tasks.base import Task
+from fedtune.tasks.causal_lm import CausalLM
+from fedtune.tasks.classification import Classification
+
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM())}
+
+
+def task_named(name: str) -> Task:
+    """The task that settings call `name`.
+
+    Raises:
+        ConfigError: for `task`, when there is no such task.
+    """
+    check_one_of("task", name, TASKS)
+    return TASKS[name]
