@@ -81,4 +81,13 @@ USER_FAULTS = (
         new="        (Reason.UNIT, plan.unit, [plan.unit]),",
         tests=("tests/privacy/test_policy.py",),
     ),
+    Mutant(
+        name="who-a-user-is-by-id-alone",
+        fault="Only the id of a data set is held to its user column: under another id the same file's persons become "
+        "visits, and are charged as such.",
+        file="fedtune/privacy/ledger/history.py",
+        old="            if dataset.path:\n",
+        new="            if dataset.path and False:\n",
+        tests=("tests/privacy/test_ledger.py::test_a_column_says_who_a_user_is_after_a_detour_and_under_another_id",),
+    ),
 )

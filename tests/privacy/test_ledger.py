@@ -336,6 +336,28 @@ def test_a_column_says_who_a_user_is_for_ever(opened: Open, policy: Any, path: P
     opened(path=path.with_name("records.db"), policy=records)  # there a user is nobody's unit
 
 
+def test_a_column_says_who_a_user_is_after_a_detour_and_under_another_id(
+    opened: Open, policy: Any, path: Path
+) -> None:
+    def of(*named: tuple[str, str, str]) -> Any:
+        columns = {"text": "body", "label": "code"}
+        data = (Dataset(id=id, declared_size=2000, path=at, columns=columns | {"user": who}) for id, at, who in named)
+        return policy(population={"unit": "user"}, dataset=tuple(data))
+
+    first = ("notes", "notes.csv", "who")
+    opened(policy=of(first))
+    opened(policy=of(("other", "other.csv", "who")))
+    for refused, by in (
+        ([("notes", "moved.csv", "visit")], "dataset notes"),
+        ([("notes2", "notes.csv", "visit")], r"file notes\.csv"),
+        ([first, ("notes2", "./notes.csv", "visit")], r"file notes\.csv"),
+        ([("new", "new.csv", "who"), ("new2", "new.csv", "visit")], r"file new\.csv"),
+    ):
+        with pytest.raises(RunError, match=rf"made for {by} columns\.user = "):
+            opened(policy=of(*refused))
+    opened(policy=of(first, ("notes2", "notes.csv", "who"), ("others", "others.csv", "visit")))
+
+
 def test_a_ledger_of_one_unit_charges_no_run_of_another(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
     records, users = proposal(), proposal(run="u", plan=BY_USER)
     refused = refusal_of(opened(), users)

@@ -23,7 +23,7 @@ from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.history import History, Opened, Reservation, Restored, Run, other_users
+from fedtune.privacy.ledger.history import History, Opened, Reservation, Restored, Run
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
@@ -308,7 +308,7 @@ class Ledger:
         """Unit, delta, population, site, key and who a user is are fixed when a ledger is made."""
         opened = self.history.opened
         differences = [("site_key", opened.site_key, self._key.public), *opened.differences(self.policy)]
-        differences += other_users(self.history.policy, self.policy)
+        differences += self.history.users.differences(self.policy)
         for key, made_for, says in differences:
             if made_for != says:
                 raise RunError(

@@ -7,8 +7,9 @@ derive the same figures.
 from __future__ import annotations
 
 import math
+import posixpath
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
@@ -136,16 +137,41 @@ class Opened:
         return [(key, made_for, says) for key, made_for, says in pairs if made_for != says]
 
 
-def other_users(before: Policy | None, policy: Policy) -> list[tuple[str, object, object]]:
-    """(key, column that said whose a record is, column that says so now) of each data set where they differ.
+class Users:
+    """Which column says whose a record is, for every data set's id and file that a policy ever named.
 
-    A budget of persons that another column turns into one of visits would protect nobody.
+    A budget of persons that another column turns into one of visits would protect nobody: not after the data set was
+    left out for a while, and not under another id.
     """
-    if before is None or policy.population.unit != "user":
-        return []
-    known = {dataset.id: dataset.columns.get("user") for dataset in before.dataset}
-    pairs = [(one.id, known.get(one.id), one.columns.get("user")) for one in policy.dataset]
-    return [(f"dataset {id} columns.user", was, now) for id, was, now in pairs if was is not None and was != now]
+
+    def __init__(self) -> None:
+        self._columns: dict[tuple[str, str], set[str]] = {}
+
+    def note(self, policy: Policy) -> None:
+        """Take a policy's data sets into account."""
+        for name, column in _user_columns(policy):
+            self._columns.setdefault(name, set()).add(column)
+
+    def differences(self, policy: Policy) -> list[tuple[str, str, str]]:
+        """(key, column that said whose a record is, column that `policy` names) where they differ."""
+        if policy.population.unit != "user":
+            return []
+        together = Users()
+        together._columns = {name: set(columns) for name, columns in self._columns.items()}
+        together.note(policy)  # two of its own data sets may differ over one file
+        return [
+            (f"{kind} {name} columns.user", was, now)
+            for (kind, name), now in _user_columns(policy)
+            for was in sorted(together._columns[kind, name] - {now})
+        ]
+
+
+def _user_columns(policy: Policy) -> Iterator[tuple[tuple[str, str], str]]:
+    for dataset in policy.dataset:
+        if column := dataset.columns.get("user"):
+            yield ("dataset", dataset.id), column
+            if dataset.path:
+                yield ("file", posixpath.normpath(dataset.path)), column
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,6 +244,7 @@ class History:
 
     Attributes:
         policy: the newest one.
+        users: who a user is, by every policy so far.
         delta: at which every figure of the ledger is stated.
         order: of the filter.
         runs: run -> what became of it.
@@ -237,6 +264,7 @@ class History:
     def __init__(self) -> None:
         self._opened: Opened | None = None
         self.policy: Policy | None = None
+        self.users = Users()
         self.delta = self.order = math.nan
         self.runs: dict[str, Run] = {}
         self.seeded = False
@@ -324,6 +352,7 @@ class History:
                 self.delta, self.order = self._opened.delta, self._opened.order
             case "policy":
                 self.policy = policy_of(event.detail["policy"])
+                self.users.note(self.policy)
                 self.policies.append((event.time, self.policy.budget.max_epsilon))
             case "approved":
                 self.approved[Proposal.from_json(event.detail["proposal"]).digest()] = moment
