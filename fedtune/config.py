@@ -31,6 +31,10 @@ from fedtune.spec import ConfigError, check_at_least, spec
 from fedtune.tasks import task_named
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
+MOST_NAME = 200
+"""Characters of a run's name: a site's files are called after it, 33 characters of digest, an ending and the number of
+the process that writes them, and no file system takes more than 255."""
+
 
 @spec
 class TrackingSpec:
@@ -91,6 +95,8 @@ class RunConfig:
             raise ConfigError(
                 "name", self.name, "must be a plain folder name: letters, digits, '-', '_', '.', ',', '='"
             )
+        if len(self.name) > MOST_NAME:
+            raise ConfigError("name", self.name, f"must have at most {MOST_NAME} characters")
         check_at_least("seed", self.seed, 0)
         task = task_named(self.task)
         with _keys_under("data"):

@@ -52,12 +52,14 @@ class Prepared:
         template: an adapter with the names and shapes that this run trains.
         declared_size: what the run takes the site's size to be; it must be the size that the policy declares.
         train: trains on the records.
+        store: writes what the site keeps of the run, before the round is charged: if it cannot, nothing is charged.
     """
 
     proposal: Proposal
     template: Adapter
     declared_size: int
     train: Train
+    store: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +208,7 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
     _check_adapter(site, request, adapter, template=run.template)
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
+    run.store()
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
     if isinstance(granted, bytes):
         return granted

@@ -100,8 +100,7 @@ class RealSite:
         shared = self._shared_model(config, files.policy)
 
         def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-            # The round is charged by now: only now is anything written for it, and a record read.
-            write_durably(self._places.runs / f"{request.run}.json", settings.encode())
+            # The round is charged by now: only now is a record read.
             work = self._work(request.run, shared, files)
             return work.do(request, adapter, attempt, fingerprint_key=ledger.fingerprint_key())
 
@@ -110,6 +109,7 @@ class RealSite:
             template=shared.initial_adapter,
             declared_size=config.declared_sizes()[files.policy.site],
             train=train,
+            store=lambda: write_durably(self._places.runs / f"{proposal.run}.json", settings.encode()),
         )
 
     def _work(self, run: str, shared: SharedModel, files: SiteFiles) -> SiteWork:

@@ -85,6 +85,7 @@ _WRONG_VALUES = [
     ("runtime.num_threads=0", "runtime.num_threads", "0", "at least 1"),
     ("resume=nowhere", "resume", "'nowhere'", "must be a run folder"),
     ("name=../up", "name", "'../up'", "plain folder name"),
+    (f"name={'n' * 201}", "name", "nnn", "at most 200 characters"),
     ("seed=-1", "seed", "-1", "at least 0"),
     ("privacy.epsilon=[1", "override", "'privacy.epsilon=[1'", "must look like key=value"),
     ("privacy.epsilon", "override", "'privacy.epsilon'", "must look like key=value"),

@@ -161,6 +161,19 @@ AT_SITE = (
         tests=("tests/sites/test_work.py::test_a_fingerprint_is_of_the_training_records_under_the_given_key",),
     ),
     Mutant(
+        name="settings-kept-after-the-charge",
+        fault="What the site keeps of a run is written when the round is charged: where it cannot be, each repetition "
+        "charges another round and trains none.",
+        file="fedtune/federation/site.py",
+        old="""    run.store()
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
+""",
+        new="""    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
+    run.store()
+""",
+        tests=("tests/sites/test_real_site.py::test_a_site_that_cannot_keep_the_settings_charges_nothing",),
+    ),
+    Mutant(
         name="records-read-before-the-charge",
         fault="Records are opened when a request is checked: a refused one tells of them, by its time or its failure.",
         file="fedtune/sites/real_site.py",

@@ -57,6 +57,35 @@ def test_a_round_is_answered_with_a_trained_adapter_and_a_receipt(site: Any, fir
     assert charged(reply) == 1
 
 
+@pytest.mark.parametrize("length", [1, 160, 200, 201, 266])
+def test_a_long_name_costs_no_round_without_an_update(
+    station: MakeStation, letters: Callable[..., RunConfig], length: int
+) -> None:
+    site, plain, named = station(), letters(), "n" * length
+    if length <= 200:
+        reply = site.ask(letters(name=named))
+        assert isinstance(reply.body, Update)
+        assert charged(reply) == 1
+        return
+    with pytest.raises(ConfigError, match="must have at most 200 characters"):
+        letters(name=named)
+    # A lead that does not look is refused before anything is charged.
+    digest = for_sites(plain).digest()[:32]
+    text = json.dumps(for_sites(plain).to_json() | {"name": named})
+    for _ in range(2):
+        assert site.refusal(settings=text, run=f"{named}-{digest}") is Reason.SETTINGS
+    assert site.ledger().history.runs == {}
+
+
+def test_a_site_that_cannot_keep_the_settings_charges_nothing(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(real_site, "write_durably", fail)
+    assert site.refusal() is Reason.SITE_ERROR
+    assert site.ledger().history.runs == {}
+
+
 # Whose run it is.
 
 
