@@ -30,6 +30,12 @@ TOLERANCE = 1e-6
 """Relative, upwards; downwards only what two machines' last digits may differ by."""
 _LAST_DIGITS = 1e-9
 _MOST_BUCKETS = 5e7
+"""Of one distribution, and of all distributions of single mechanisms of a report together: some minutes' work.  A
+ledger of 300 runs, each with another plan and noised scores, stays below it; a run has one plan."""
+_MOST_COMPOSED = 2 * _MOST_BUCKETS
+"""Buckets that are passed over to compose all that a report holds; a composition is far quicker than a distribution."""
+_BUCKETS_OF_ANY = 3e4
+"""As much work as a mechanism takes whatever its size: about 0.1 s."""
 
 Charges = Counter[DpEvent]
 
@@ -41,6 +47,8 @@ def problems(report: Report) -> list[Problem]:
     """
     if not 0 < report.delta < 1:
         return [Problem("delta", report.delta, "a number between 0 and 1")]
+    if too_much := [*_too_much_work(report)]:
+        return too_much
     found = [problem for site in report.sites for problem in _of_site(report, site)]
     found += _compared("epsilon", report.epsilon, largest([site.spent.epsilon for site in report.sites if site.spent]))
     worst = [state for state in WORST_FIRST if state in {site.verdict.state for site in report.sites}]
@@ -57,6 +65,27 @@ def problems(report: Report) -> list[Problem]:
     return found
 
 
+def _too_much_work(report: Report) -> Iterator[Problem]:
+    """A small file can name so many different mechanisms that their distributions keep this machine busy for days."""
+    parts: dict[tuple[float, frozenset[tuple[DpEvent, int]]], tuple[Charges, int]] = {}
+    for site in report.sites:
+        try:
+            charged = sum((_charges(row) for row in site.mechanisms), Counter())
+        except (ValueError, ArithmeticError, RecursionError):
+            continue  # found again, and named, at its site
+        times = 2 if site.source == "own_ledger" else 1  # there each run is computed by itself, too
+        parts[profile.interval_of(site.source), frozenset(charged.items())] = charged, times
+    single = {(interval, event) for (interval, _), (charged, _) in parts.items() for event in charged}
+    work = sum(_BUCKETS_OF_ANY * len(charged) * times for charged, times in parts.values())
+    work += sum(_buckets(event) * accountant.FINE / interval for interval, event in single)
+    if work <= _MOST_BUCKETS:  # or it would be too much to say how wide the compositions are
+        wide = ((interval, charged, times) for (interval, _), (charged, times) in parts.items())
+        composed = sum(len(part) * times * (_widest(part) or 0.0) / interval for interval, part, times in wide)
+        work = composed * _MOST_BUCKETS / _MOST_COMPOSED
+    if work > _MOST_BUCKETS:
+        yield Problem("sites.mechanisms", f"{len(single)} different mechanisms", "that would take hours to compute")
+
+
 def charges_of(site: SiteReport) -> Charges:
     """Everything that a site was charged, equal mechanisms counted.
 
@@ -66,11 +95,16 @@ def charges_of(site: SiteReport) -> Charges:
     total: Charges = Counter()
     for mechanism in site.mechanisms:
         total += _charges(mechanism)
-    noisy = Counter({event: count for event, count in total.items() if not isinstance(event, NonPrivateDpEvent)})
-    widest = profile.epsilon_rdp(noisy, 1e-12)
+    widest = _widest(total)
     if widest is None or widest / accountant.FINE > _MOST_BUCKETS:
         raise ConfigError("charges", f"epsilon {widest}", "must be mechanisms whose epsilon can be computed")
     return total
+
+
+def _widest(charges: Charges) -> float | None:
+    """About the largest loss that the distribution of these charges has to hold."""
+    noisy = Counter({event: count for event, count in charges.items() if not isinstance(event, NonPrivateDpEvent)})
+    return profile.epsilon_rdp(noisy, 1e-12)
 
 
 def _charges(mechanism: Mechanism) -> Charges:
@@ -91,14 +125,22 @@ def _check_size(event: DpEvent, count: int) -> None:
     gaussian = event.event if isinstance(event, PoissonSampledDpEvent) else event
     if isinstance(gaussian, GaussianDpEvent):
         sigma = gaussian.noise_multiplier
-        widest = (10 / sigma + 1 / sigma**2) / accountant.FINE
-        if rate >= 1e-15 and sigma <= 1e6 and count <= 10**9 and widest <= _MOST_BUCKETS:
+        if rate >= 1e-15 and sigma <= 1e6 and count <= 10**9 and _buckets(event) <= _MOST_BUCKETS:
             return
     elif isinstance(event, NonPrivateDpEvent):
         return
     raise ConfigError(
         "event", f"{count} x {events.to_json(event)}", "must be a mechanism whose epsilon can be computed"
     )
+
+
+def _buckets(event: DpEvent) -> float:
+    """Of a mechanism's distribution on the fine grid, about."""
+    gaussian = event.event if isinstance(event, PoissonSampledDpEvent) else event
+    if not isinstance(gaussian, GaussianDpEvent):
+        return 0.0
+    sigma = gaussian.noise_multiplier
+    return float(10 / sigma + 1 / sigma**2) / accountant.FINE
 
 
 def _of_site(report: Report, site: SiteReport) -> list[Problem]:
@@ -128,7 +170,11 @@ def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Pro
     yield from _compared("spent.epsilon", spent.epsilon, by_filter if site.source == "own_ledger" else pld)
     if spent.planned_epsilon is not None and not _at_most(pld, spent.planned_epsilon):
         yield Problem("spent.planned_epsilon", spent.planned_epsilon, f"at least {pld}")
-    again = profile.curve(charged, [point.delta for point in site.curve])
+    deltas = [point.delta for point in site.curve]
+    if deltas != [*(profile.curve_deltas(delta) if charged else ())]:
+        yield Problem("curve", f"{len(deltas)} deltas", "the powers of ten and the report's own delta")
+        return
+    again = profile.curve(charged, deltas)
     yield from _compared("curve", [dataclasses.asdict(p) for p in site.curve], [dataclasses.asdict(p) for p in again])
     if site.meaning is not None:
         size, fixed = site.declared_size, verdicts.were_fixed(site)
@@ -217,6 +263,9 @@ def _lifetime(report: Report, site: SiteReport, life: Lifetime) -> Iterator[Prob
 def _runs(report: Report, site: SiteReport, life: Lifetime) -> Iterator[Problem]:
     """Each run's own count and epsilon; one without charges has spent nothing."""
     rows = {row.run: row for row in site.mechanisms}
+    if len({run.run for run in life.runs}) < len(life.runs):
+        yield Problem("lifetime.runs", len(life.runs), "each run once")
+        return
     for run in life.runs:
         where, row = f"lifetime.runs.{run.run}", rows.get(run.run)
         rounds, steps = (row.rounds, row.rounds * row.local_steps) if row else (0, 0)

@@ -10,8 +10,11 @@ import json
 import resource
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from fedtune.report import recompute, signing
 
 from . import file_targets, seeds, wire_targets
 from .target import Target
@@ -64,7 +67,27 @@ def bombs() -> Iterator[tuple[str, Target, bytes]]:
     yield "a billion sites", _TARGETS["config.yaml"], _with_sites(10**9)
     saved = json.loads((seeds.run_folder() / "adapter/fedtune.json").read_text())
     saved["lora"]["rank"] = 1 << 30
+    yield "a report of 3000 mechanisms", _VERIFIED, _of_many_mechanisms(3000)
     yield "a rank of a billion", _TARGETS["saved adapter's settings"], json.dumps(saved).encode()
+
+
+def _of_many_mechanisms(count: int) -> bytes:
+    """A run's report whose charges would take half an hour to compute: each is another mechanism."""
+    report = json.loads((Path(__file__).parents[1] / "report/reports/run.json").read_text())
+    report["sites"][0]["mechanisms"][0]["charges"] = [
+        {"count": 1, "event": {"kind": "poisson_sampled", "sampling_probability": 1e-3, "event": gaussian}}
+        for gaussian in ({"kind": "gaussian", "noise_multiplier": 1 + number * 1e-6} for number in range(count))
+    ]
+    return json.dumps(report).encode()
+
+
+def _verified(data: bytes) -> None:
+    began = time.monotonic()
+    assert [problem.where for problem in recompute.problems(signing.read(data))] == ["sites.mechanisms"]
+    assert time.monotonic() - began < 10
+
+
+_VERIFIED = Target(name="report verify", broken=_TARGETS["report.json"].broken, parse=_verified, errors=())
 
 
 def _csv_gz() -> Callable[[bytes], object]:

@@ -80,4 +80,13 @@ REPORT_FAULTS = (
         new="if _WORST_FIRST.index(one.status) < _WORST_FIRST.index(best):",
         tests=(f"{CONTRADICTIONS}::test_nothing_can_be_called_verified_that_nobody_checks",),
     ),
+    Mutant(
+        name="work-of-a-report-unbounded",
+        fault="The size of each mechanism is bounded and their number is not: a report of 300 kB keeps who verifies it "
+        "busy for an hour.",
+        file="fedtune/report/recompute.py",
+        old="    if work > _MOST_BUCKETS:\n",
+        new="    if work < 0:\n",
+        tests=("tests/report/test_recompute.py::test_the_work_that_a_small_report_asks_for_is_bounded",),
+    ),
 )

@@ -336,9 +336,7 @@ def test_a_column_says_who_a_user_is_for_ever(opened: Open, policy: Any, path: P
     opened(path=path.with_name("records.db"), policy=records)  # there a user is nobody's unit
 
 
-def test_a_column_says_who_a_user_is_after_a_detour_and_under_another_id(
-    opened: Open, policy: Any, path: Path
-) -> None:
+def test_a_column_says_who_a_user_is_after_a_detour_and_under_another_id(opened: Open, policy: Any, path: Path) -> None:
     def of(*named: tuple[str, str, str]) -> Any:
         columns = {"text": "body", "label": "code"}
         data = (Dataset(id=id, declared_size=2000, path=at, columns=columns | {"user": who}) for id, at, who in named)

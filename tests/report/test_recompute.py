@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from fedtune.report import recompute
 from fedtune.report.model import (
     Approved,
     Assumption,
+    Charge,
     Problem,
     Report,
     SiteReport,
@@ -111,6 +113,51 @@ def test_a_changed_epsilon_says_both_figures(a_report: Make) -> None:
     assert right
     (problem,) = problems(with_spent(report, epsilon_pld=1.0))
     assert problem == Problem("sites.north-hospital.spent.epsilon_pld", 1.0, pytest.approx(right.epsilon_pld))
+
+
+def of_many_plans(report: Report, count: int) -> Report:
+    """The first site with so many runs, each with another plan and with noised scores."""
+    (row, *_), gaussian = report.sites[0].mechanisms, {"kind": "gaussian"}
+    rows = (
+        dataclasses.replace(
+            row,
+            run=f"r{number}",
+            charges=(
+                Charge(
+                    event={
+                        "kind": "poisson_sampled",
+                        "sampling_probability": 0.05,
+                        "event": gaussian | {"noise_multiplier": 1 + number / 1000},
+                    },
+                    count=30,
+                ),
+                Charge(event=gaussian | {"noise_multiplier": 20 + number / 1000}, count=3),
+            ),
+        )
+        for number in range(count)
+    )
+    return with_site(report, mechanisms=tuple(rows))
+
+
+def test_the_work_that_a_small_report_asks_for_is_bounded(
+    a_report: Make, a_ledger_report: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recompute.profile, "epsilon_rdp", lambda *_: 50.0)  # of so many it takes a minute
+    for report in (of_many_plans(a_ledger_report(), 1000), of_many_plans(a_report(), 500)):
+        (problem,) = recompute._too_much_work(report)
+        assert (problem.where, problem.found) == ("sites.mechanisms", "that would take hours to compute")
+        assert problems(report) == [problem]
+    assert list(recompute._too_much_work(of_many_plans(a_ledger_report(), 250))) == []
+    assert list(recompute._too_much_work(of_many_plans(a_report(), 2))) == []
+
+
+def test_a_curve_and_a_run_stand_in_a_report_once(a_report: Make, a_ledger_report: Make) -> None:
+    curve = a_report().sites[0].curve
+    assert where(with_site(a_report(), curve=curve * 1000)) == {"sites.north-hospital.curve"}
+    life = a_ledger_report().sites[0].lifetime
+    assert life
+    twice = with_site(a_ledger_report(), lifetime=dataclasses.replace(life, runs=life.runs * 1000))
+    assert "sites.north-hospital.lifetime.runs" in where(twice)
 
 
 def test_an_epsilon_that_something_bounds_is_not_unbounded_and_the_other_way_round(
