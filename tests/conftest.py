@@ -9,13 +9,11 @@ import unittest.mock
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from dp_accounting.pld import privacy_loss_distribution
 
 from fedtune.cli.command import Command
 from fedtune.cli.main import fedtune, main
@@ -27,12 +25,6 @@ from fedtune.privacy.proposal import Proposal
 # Flower's command line imports typer, which imports names that click 8.4 announces to remove.
 _CLICK = r"'click\."
 warnings.filterwarnings("ignore", _CLICK, DeprecationWarning)  # while the other conftest files are imported
-
-
-# dp-accounting's own: fractions of a second for one step's distribution, which runs of many tests have in common.
-privacy_loss_distribution.from_gaussian_mechanism = lru_cache(maxsize=32)(
-    privacy_loss_distribution.from_gaussian_mechanism
-)
 
 
 def pytest_configure(config: pytest.Config) -> None:

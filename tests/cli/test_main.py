@@ -105,7 +105,7 @@ def test_a_mistake_is_told_before_torch_and_flower_are_imported() -> None:
 
 
 def test_help_waits_for_no_slow_import() -> None:
-    slow = ("torch", "hydra", "dp_accounting", "numpy", "pydantic", "rich", "cryptography", "jinja2", "matplotlib")
+    slow = ("torch", "hydra", "dp_accounting", "numpy", "pydantic", "rich", "cryptography", "jinja2")
     code = (
         "import sys; from fedtune.cli.main import main\n"
         "for words in ([], ['watch'], ['site'], ['site', 'doctor'], ['server', 'start'], ['model-hash']):\n"
