@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from dp_accounting.pld import privacy_loss_distribution
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
@@ -38,11 +37,8 @@ _CLICK = r"'click\."
 warnings.filterwarnings("ignore", _CLICK, DeprecationWarning)  # while the other conftest files are imported
 
 
-# What runs of many tests have in common is computed once in this process: a step's privacy loss distribution, the YAML
-# of conf/, and the records of the repository's own data files.
-privacy_loss_distribution.from_gaussian_mechanism = lru_cache(maxsize=32)(
-    privacy_loss_distribution.from_gaussian_mechanism
-)
+# What runs of many tests have in common is read once in this process: the YAML of conf/, and the records of the
+# repository's own data files.
 _parsed = lru_cache(maxsize=256)(partial(yaml.load, Loader=get_yaml_loader()))
 _read = lru_cache(maxsize=16)(lambda path, columns: tuple(iter_records(path, dict(columns))))
 _load_yaml = OmegaConf.load

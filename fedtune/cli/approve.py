@@ -12,11 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from fedtune.cli.plain_words import contribution, printable, reason_text
-from fedtune.cli.sections import Section, pairs, say, show
+from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.federation.verdict import BrokenRule, Verdict, ask
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.release import METRICS, asked_and_allowed
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RefusedError, RunError
 from fedtune.words import counted
@@ -25,10 +27,12 @@ _SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime"
 """Groups of settings that the proposal's own rows say already, or that are not the run's."""
 
 
-def show_waiting(state: SiteState) -> None:
+def show_waiting(state: SiteState, *, as_json: bool) -> None:
     """List the runs that wait."""
     waiting = state.waiting()
-    if waiting:
+    if as_json:
+        print_json({"schema_version": SCHEMA_VERSION, "waiting": [_to_json(pending) for pending in waiting]})
+    elif waiting:
         show(Console(), [_waiting_runs(waiting)])
     else:
         say("No run waits for approval.")
@@ -86,11 +90,30 @@ def _waiting_runs(waiting: list[Pending]) -> Section:
     return Section(headings=headings, rows=rows, words=frozenset(range(5)), whole=frozenset({0}))
 
 
-def _price(pending: Pending) -> str:
+def _to_json(pending: Pending) -> dict[str, Any]:
+    """A run that waits; its epsilon is null where it promises none."""
     asked = pending.proposal
+    return {
+        "run": asked.run,
+        "digest": asked.digest(),
+        "since": pending.since,
+        "dataset": asked.dataset,
+        "lead": asked.lead,
+        "epsilon": _epsilon(asked),
+        "delta": asked.plan.delta,
+    }
+
+
+def _epsilon(asked: Proposal) -> float | None:
+    """Of the whole run, by PLD; None: it has no guarantee."""
     if asked.seeded_noise or not asked.plan.private:
-        return "NO GUARANTEE"
-    return epsilon_text(epsilon_pld([asked.plan.whole], asked.plan.delta))
+        return None
+    return epsilon_pld([asked.plan.whole], asked.plan.delta)
+
+
+def _price(pending: Pending) -> str:
+    epsilon = _epsilon(pending.proposal)
+    return "NO GUARANTEE" if epsilon is None else epsilon_text(epsilon)
 
 
 def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Option, command, group
+from fedtune.spec import ConfigError
 from fedtune.words import counted
 
 if TYPE_CHECKING:
@@ -139,18 +140,21 @@ def approve(
     site: PolicyFile,
     run: Annotated[str | None, Argument("RUN", help="the run to let start; without it, those that wait")] = None,
     yes: Annotated[bool, Option(names=("--yes",), help="do not ask")] = False,
+    as_json: Annotated[bool, Option(names=("--json",), help="without RUN: for machines")] = False,
 ) -> None:
     """Show the runs that wait for approval and what they would cost, or let one start.
 
     Needed where site.toml says approval = "manual". Nothing is done for a run before it is approved.
     """
+    if run is not None and as_json:
+        raise ConfigError("--json", True, "does not go with RUN")
     own = _own_kit(kit)
     from fedtune.cli import approve as work
     from fedtune.deploy.services.site_state import SiteState
 
     state, files = SiteState.of(own.folder), own.site_files(site)
     if run is None:
-        work.show_waiting(state)
+        work.show_waiting(state, as_json=as_json)
     else:
         work.approve(state, run, site_toml=site, files=files, yes=yes)
 
