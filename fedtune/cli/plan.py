@@ -151,7 +151,7 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     # Here, because torch and transformers take seconds to import, and a mistake should not wait for them.
     from fedtune.federation.forecast import forecast
     from fedtune.tasks import build_task_model
-    from fedtune.training.preflight import device_for, ready_model
+    from fedtune.training.machine import device_for, ready_model
 
     runtime, length = config.runtime, config.data.max_length
     # A plan for a GPU can be made on a machine without one.

@@ -12,8 +12,8 @@ import torch
 from fedtune.data import Batch, TextDataset, collate
 from fedtune.privacy.plan import Plan
 from fedtune.tasks import TaskModel
+from fedtune.training.machine import keeps_frozen_states
 from fedtune.training.per_example import attached
-from fedtune.training.preflight import keeps_frozen_states
 from fedtune.training.spec import RuntimeSpec
 
 _BYTES_A_VALUE = 4  # released tensors are float32

@@ -20,14 +20,8 @@ from fedtune.model import Adapter, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
 from fedtune.tasks import TaskModel, build_task_model, load_task_model, task_named
-from fedtune.training.preflight import (
-    device_for,
-    keeps_frozen_states,
-    moved_by_others,
-    ready_model,
-    require_alone,
-    shapes_for,
-)
+from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
+from fedtune.training.preflight import moved_by_others, require_alone
 
 _Facts = tuple[Hashable, ...]
 _measured: dict[_Facts, tuple[Shapes, float]] = {}

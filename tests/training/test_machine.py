@@ -12,7 +12,7 @@ from transformers import RobertaConfig, RobertaModel
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model
-from fedtune.training.preflight import device_for, keeps_frozen_states, ready_model, shapes_for
+from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.spec import RuntimeSpec
 
 TINY = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="classification", labels=("a", "b"))
