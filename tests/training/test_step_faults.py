@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from scipy import stats
 from torch import nn
 
 from fedtune.data import Batch, Shapes, TextDataset
@@ -201,14 +200,8 @@ def test_a_step_is_the_sum_of_the_drawn_over_the_public_size() -> None:
     np.testing.assert_allclose(found, clipped[drawn].sum(axis=0) / (0.5 * 40), atol=1e-5)
 
 
-def has_scale(values: npt.NDArray[np.float64], scale: float) -> bool:
-    """Chi-square, at one in a million; of 6,000 values it rejects a scale that is 10 % off."""
-    below = stats.chi2.cdf(np.sum((values / scale) ** 2), df=values.size)
-    return bool(2 * min(below, 1 - below) > 1e-6)
-
-
 @pytest.mark.parametrize("count", [0, 30])
-def test_a_step_adds_noise_once_whoever_was_drawn(count: int) -> None:
+def test_a_step_adds_noise_once_whoever_was_drawn(count: int, has_scale: Any) -> None:
     silent = MadeUp({"lora_A": torch.zeros(count, 60, 100), "head.weight": torch.zeros(count, 6000)})
     found = moved(silent, plan_of(noise_multiplier=1.3), declared_size=40)
     assert (len(silent.drawn[0]) > 6) == (count > 0), "in several micro-batches"
