@@ -38,13 +38,7 @@ _POLL_S, _MOST_POLL_S = 0.3, 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class SiteService:
-    """A site that is ready to start.
-
-    Attributes:
-        kit: the site's.
-        site_toml: its policy.
-        health: told how the service is doing.
-    """
+    """A site that is ready to start, by its kit and its policy; `health` is told how it is doing."""
 
     kit: Kit
     site_toml: Path
