@@ -148,7 +148,12 @@ def interval_of(source: Source) -> float:
 
 def epsilon_pld(spent: Spent, delta: float, *, interval: float = accountant.COARSE) -> float | None:
     """Epsilon at `delta` by PLD, from a composition that is kept; None: unbounded."""
-    return finite(_pld(_counted(spent), interval).get_epsilon(delta))
+    return _epsilon_pld(_counted(spent), delta, interval)
+
+
+@lru_cache(maxsize=1024)  # most sites of a run were charged alike
+def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float | None:
+    return finite(_pld(counted, interval).get_epsilon(delta))
 
 
 def epsilon_rdp(spent: Spent, delta: float) -> float | None:
