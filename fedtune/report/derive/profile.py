@@ -210,11 +210,6 @@ def _hit_rate_of(counted: Counted, false_alarms: float) -> float | None:
     return max(false_alarms, min(1.0, _least(more_alarms), _least(fewer_misses)))
 
 
-def hit_rates(spent: Spent, false_alarms: Iterable[float] = FALSE_ALARMS) -> tuple[float | None, ...]:
-    """`hit_rate` at each share of false alarms."""
-    return tuple(hit_rate(spent, false_alarms=share) for share in false_alarms)
-
-
 def right_of_100(spent: Spent) -> float | None:
     """Of 100 guesses whether a record was used, half of which were: so many are right at most; None: unbounded.
 
@@ -238,7 +233,7 @@ def meaning(
     """
     stated = unbounded(epsilon)
     right = right_of_100_ceiling(stated, delta)
-    rates = zip(FALSE_ALARMS, hit_rates(spent) if fixed else (None, None), strict=True)
+    rates = ((share, hit_rate(spent, false_alarms=share) if fixed else None) for share in FALSE_ALARMS)
     return Meaning(
         right_of_100_ceiling=right,
         right_of_100_mechanism=_at_most(right_of_100(spent) if fixed else None, right),
