@@ -330,7 +330,7 @@ def test_every_phase_and_time_left_has_words(now: Live, language: str) -> None:
         assert words.code("phase", phase).unescape() in text_of(with_progress(now, phase=phase), language)
     for unit in ("seconds", "minutes", "hours"):
         said = words.text(f"watch.left_{unit}", value=20).unescape()
-        left = Left(value=20, unit=unit)  # type: ignore[arg-type]
+        left = Left(value=20, unit=unit)
         assert said in text_of(with_progress(now, left=left), language).replace("20 ", "20 ")
         assert said not in text_of(now, language)
 
