@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.serverapp import Grid, ServerApp
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedtune.federation.aggregation import RoundReplies, sort_replies
@@ -65,17 +65,6 @@ class Lead(Invited):
     def plan(self) -> Plan:
         """The run's plan."""
         return self.proposal.plan
-
-
-def make_server_app(run: Callable[[Grid], None]) -> ServerApp:
-    """The ServerApp of every runtime: calls `run` with whatever grid its engine provides."""
-    app = ServerApp()
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        run(grid)
-
-    return app
 
 
 def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
