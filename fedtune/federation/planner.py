@@ -62,7 +62,7 @@ class RoundPrice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """What a plan costs; epsilons are infinite where it adds no noise.
+    """What a plan costs; the defaults are those of a plan that adds no noise.
 
     Attributes:
         sites: name -> figures.
@@ -79,12 +79,12 @@ class Price:
     plan: Plan
     sites: Mapping[str, SitePrice]
     largest: tuple[str, ...]
-    rounds: tuple[RoundPrice, ...]
-    epsilon: float
-    epsilon_rdp: float
-    epsilon_filter: float
-    filter_order: float | None
-    epsilon_of_one_round: float
+    rounds: tuple[RoundPrice, ...] = ()
+    epsilon: float = math.inf
+    epsilon_rdp: float = math.inf
+    epsilon_filter: float = math.inf
+    filter_order: float | None = None
+    epsilon_of_one_round: float = math.inf
 
     @property
     def steps(self) -> int:
@@ -121,18 +121,7 @@ def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
     sites = {site: _site(plan, size, total=sum(declared_sizes.values())) for site, size in declared_sizes.items()}
     largest = tuple(site for site, size in declared_sizes.items() if size == max(declared_sizes.values()))
     if not plan.private:
-        none = math.inf
-        return Price(
-            plan=plan,
-            sites=sites,
-            largest=largest,
-            rounds=(),
-            epsilon=none,
-            epsilon_rdp=none,
-            epsilon_filter=none,
-            filter_order=None,
-            epsilon_of_one_round=none,
-        )
+        return Price(plan=plan, sites=sites, largest=largest)
     whole, delta = plan.whole, plan.delta
     _, order = filter.cheapest(whole, delta=delta)
     return Price(

@@ -21,9 +21,15 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import RECEIPT, Receipt, Update
+from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refusal, Update
 
 NONCE = "0a" * 16
+
+
+def reason(reply: Reply) -> Reason:
+    """Why a reply is a refusal, which it must be."""
+    assert isinstance(reply.body, Refusal)
+    return reply.body.reason
 
 
 @pytest.fixture

@@ -23,10 +23,7 @@ from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update
 
-
-def reason(reply: Reply) -> Reason:
-    assert isinstance(reply.body, Refusal)
-    return reply.body.reason
+from .conftest import reason
 
 
 def receipt_of(reply: Reply) -> Receipt:

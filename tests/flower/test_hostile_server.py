@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
-from fedtune.federation.protocol import END, EndOfRun, RoundRequest, Signed
+from fedtune.federation.protocol import RoundRequest, Signed
 from fedtune.federation.results import site_charge
 from fedtune.flower import records
 from fedtune.flower.server import run_rounds
@@ -214,22 +214,6 @@ def test_at_its_end_a_run_gives_free_what_it_had_set_aside(federation: Any) -> N
         history = verify(made.ledger_path(site)).history
         assert history.runs["r"].expires is None
         assert history.runs["r"].charged_rounds == 2
-
-
-def test_nobody_but_the_lead_ends_a_run(
-    federation: Any, intercept: Any, stranger_key: SigningKey, lead_key: SigningKey
-) -> None:
-    made = federation(num_rounds=2)
-    state = made.run_until(1)
-    for key, purpose_key in ((stranger_key, stranger_key), (lead_key, stranger_key)):
-        notice = EndOfRun(run="r", lead=key.public)
-        signed = replace(notice.signed(key), signature=purpose_key.sign(END, notice.signed(key).text.encode()))
-        message = Message(records.from_signed(signed), 1, f"query.{records.END}")
-        (answer,) = made.grid.send_and_receive([message])
-        assert answer.content == records.from_receipt(None)
-    assert verify(made.ledger_path("site-1")).history.runs["r"].expires is not None
-    state = run_rounds(made.grid, made.lead, state)
-    assert state.rounds[1].sites == ("site-1", "site-2", "site-3")
 
 
 def test_after_its_end_no_site_trains_for_a_run(federation: Any) -> None:

@@ -117,12 +117,8 @@ def change_update(change: Callable[[Update], Update]) -> Callable[[Message], Non
     return change_bytes(lambda data: change(Update.from_bytes(data)).to_bytes())
 
 
-def change_arrays(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Callable[[Message], None]:
-    return change_update(lambda update: replace(update, tensors=change(dict(update.tensors))))
-
-
 def change_head(value: np.ndarray) -> Callable[[Message], None]:
-    return change_arrays(lambda arrays: arrays | {"head": value})
+    return change_update(lambda update: replace(update, tensors={**update.tensors, "head": value}))
 
 
 def change_header(**changes: Any) -> Callable[[Message], None]:
@@ -139,15 +135,6 @@ def change_fields(**changes: Any) -> Callable[[Message], None]:
     def change(message: Message) -> None:
         fields = json.loads(str(message.content.config_records[records.REPLY]["json"]))
         message.content[records.REPLY] = ConfigRecord({"json": json.dumps(fields | changes)})
-
-    return change
-
-
-def change_receipt(**changes: Any) -> Callable[[Message], None]:
-    def change(message: Message) -> None:
-        fields = json.loads(str(message.content.config_records[records.REPLY]["json"]))
-        fields["receipt"] |= changes
-        message.content[records.REPLY] = ConfigRecord({"json": json.dumps(fields)})
 
     return change
 

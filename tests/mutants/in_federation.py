@@ -33,7 +33,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="receipt-of-another-key-counts",
         fault="An update whose receipt is signed by a key that the roster does not know enters the average.",
-        file="fedtune/flower/invitation.py",
+        file="fedtune/flower/server.py",
         old="                reply = replace(reply, receipt=None)",
         new="                pass",
         tests=("tests/flower/test_receipts.py",),
@@ -81,7 +81,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="offer-that-nobody-signed",
         fault="A server can say in a site's name that it takes part.",
-        file="fedtune/flower/invitation.py",
+        file="fedtune/flower/server.py",
         old="own = reply.is_signed() and reply.about",
         new="own = reply.about",
         tests=ASKING,
@@ -89,7 +89,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="offer-to-an-old-question",
         fault="An offer that a site made before it changed its mind passes again: a server has the others charged.",
-        file="fedtune/flower/invitation.py",
+        file="fedtune/flower/server.py",
         old=" and reply.body.nonce == nonce",
         new="",
         tests=ASKING,

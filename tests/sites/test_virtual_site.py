@@ -148,25 +148,17 @@ def test_with_noised_metrics_their_noise_is_bounded_too(config: Callable[..., Ru
         ({"target_modules": ("all-linear", "embeddings")}, Reason.TARGET_MODULES),
         ({"rank": 5}, Reason.MAX_RANK),
         ({"seeded_noise": True}, Reason.SEEDED_NOISE),
+        ({"train_head": True}, Reason.TRAIN_HEAD),
     ],
     ids=str,
 )
 def test_what_is_trained_and_for_whom_is_bounded(
     config: Callable[..., RunConfig], lead_key: SigningKey, changes: dict[str, Any], rule: Reason
 ) -> None:
-    policy, proposal = policy_and_proposal(config(), lead_key.public)
+    policy, proposal = policy_and_proposal(config("head.train=false"), lead_key.public)
     with pytest.raises(Refused) as refused:
         policy.check(replace(proposal, **changes))
     assert refused.value.reason is rule
-
-
-def test_a_head_is_released_only_where_the_run_trains_one(
-    config: Callable[..., RunConfig], lead_key: SigningKey
-) -> None:
-    policy, proposal = policy_and_proposal(config("head.train=false"), lead_key.public)
-    with pytest.raises(Refused) as refused:
-        policy.check(replace(proposal, train_head=True))
-    assert refused.value.reason is Reason.TRAIN_HEAD
 
 
 @pytest.mark.parametrize("overrides", [(), NOISED], ids=str)
