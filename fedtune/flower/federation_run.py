@@ -23,6 +23,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.sites.environment import note_environment
 from fedtune.sites.shared_model import SharedModel
+from fedtune.spec import RunError
 from fedtune.tasks import save_task_model
 
 
@@ -137,6 +138,8 @@ class FederationRun:
         """
         if self.config.resume is not None:
             state = self._checkpoints.load()
+            if unsigned := [site for site, receipt in state.receipts.items() if not receipt.is_signed()]:
+                raise RunError(f"the newest checkpoint has a receipt that is not signed by {', '.join(unsigned)}")
         _ = self.shared.validation, self.shared.test
         self.ready()
         if self.config.resume is not None:

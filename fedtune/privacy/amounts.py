@@ -79,7 +79,7 @@ def amount_of(policy: Policy) -> Amount:
     each = filter.divergence(reference, order)
 
     def fitting(cap: float | None) -> int | None:
-        if cap is None or math.isinf(cap):
+        if cap is None or math.isinf(cap) or each == 0:
             return None
         return max(0, math.floor(filter.most_divergence(cap, order=order, delta=delta) / each))
 
