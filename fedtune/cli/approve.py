@@ -16,9 +16,8 @@ from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say
 from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.federation.verdict import BrokenRule, Verdict, ask
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.privacy.release import METRICS, asked_and_allowed
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import asked_and_allowed
+from fedtune.privacy.release import METRICS, asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RefusedError, RunError
 from fedtune.words import counted

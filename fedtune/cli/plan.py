@@ -22,7 +22,7 @@ from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy_file import read_policy
-from fedtune.report.page.drawing import LIMIT, Panel, Series, chart
+from fedtune.report.page.charts import LIMIT, Panel, Series, chart
 from fedtune.spec import ConfigError
 
 if TYPE_CHECKING:
