@@ -27,9 +27,19 @@ from fedtune.cli.main import fedtune, main
 from fedtune.data import load
 from fedtune.data.records import Record, iter_records
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Allow, Asserted, Budget, Dataset, Limits, Policy, Population, Reference, Releases
 from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import (
+    Allow,
+    Asserted,
+    Budget,
+    Dataset,
+    Limits,
+    Policy,
+    Population,
+    Reference,
+    Releases,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 # Flower's command line imports typer, which imports names that click 8.4 announces to remove.

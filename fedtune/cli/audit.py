@@ -15,8 +15,8 @@ from rich.console import Console
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.command import AsJson, Overrides, single
 from fedtune.cli.compose import compose_run
-from fedtune.cli.run_folder import folder_of, make, run_in_folder
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
+from fedtune.cli.working_folder import folder_of, make, run_in_folder
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text

@@ -28,7 +28,7 @@ def model_hash(
         raise ConfigError("--json", True, "does not go with --files")
     # transformers takes seconds to import, and rich what matters to a command's help
     from fedtune.cli.sections import SCHEMA_VERSION, print_json
-    from fedtune.model.base import model_sha256
+    from fedtune.model.base_model import model_sha256
     from fedtune.model.manifest import manifest_of
     from fedtune.model.source import locate, model_folder
     from fedtune.model.spec import RANDOM

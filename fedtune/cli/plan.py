@@ -20,8 +20,8 @@ from fedtune.config import RunConfig
 from fedtune.federation import planner, verdict
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import check_public_key
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.run_plan import Plan
 from fedtune.report.page.charts import LIMIT, Panel, Series, chart
 from fedtune.spec import ConfigError
 
@@ -146,7 +146,7 @@ def _model_sha256(config: RunConfig, *, load: bool) -> str | None:
     """The hash by which sites know the base model: as the settings pin it, or else that of its files."""
     if config.model.sha256 is not None or not load:
         return config.model.sha256
-    from fedtune.model.base import model_sha256  # transformers takes seconds to import
+    from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
     return model_sha256(config.model)
 

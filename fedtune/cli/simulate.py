@@ -9,8 +9,8 @@ from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, Overrides, single
 from fedtune.cli.compose import compose_run, compose_sweep
-from fedtune.cli.run_folder import folder_of, make, run_in_folder, told
 from fedtune.cli.sections import SCHEMA_VERSION, print_json
+from fedtune.cli.working_folder import folder_of, make, run_in_folder, told
 from fedtune.config import RunConfig
 from fedtune.spec import ConfigError
 

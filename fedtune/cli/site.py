@@ -95,7 +95,7 @@ def doctor(
     from fedtune.deploy.files import act_as_owner
 
     act_as_owner(kit / "connection_key.pem", kit)
-    from fedtune.cli import doctor as work
+    from fedtune.cli import site_actions as work
 
     words = [f"experiment={experiment}"] if experiment else []
     work.examine_site(
@@ -149,7 +149,7 @@ def approve(
     if run is not None and as_json:
         raise ConfigError("--json", True, "does not go with RUN")
     own = _own_kit(kit)
-    from fedtune.cli import approve as work
+    from fedtune.cli import site_actions as work
     from fedtune.deploy.services.site_state import SiteState
 
     state, files = SiteState.of(own.folder), own.site_files(site)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedtune.privacy import accountant, filter
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
 _MOST_POINTS = 20

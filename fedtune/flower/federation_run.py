@@ -17,7 +17,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
 from fedtune.federation.results import FinalResult, RunResult
 from fedtune.federation.run_folder import RunFolder
-from fedtune.flower.server import Invited, Lead, run_rounds
+from fedtune.flower.server_app import Invited, Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal

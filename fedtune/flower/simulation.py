@@ -23,7 +23,7 @@ from fedtune.federation.lead import LeadState
 from fedtune.federation.results import RunResult
 from fedtune.flower.client import make_client_app
 from fedtune.flower.federation_run import Engine, FederationRun, Listener
-from fedtune.flower.server import Invited
+from fedtune.flower.server_app import Invited
 from fedtune.sites.virtual_site import participants
 from fedtune.spec import ConfigError, RunError
 

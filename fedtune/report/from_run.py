@@ -19,7 +19,7 @@ from fedtune.federation.lead import RoundResult
 from fedtune.federation.results import FinalResult, charged_epsilons
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.report import recompute, signing
 from fedtune.report.derive import cells, profile, verdicts
 from fedtune.report.derive.audit_bounds import judged, read_audit

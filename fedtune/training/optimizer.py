@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fedtune.model import Adapter
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.training.spec import TrainingSpec
 
 

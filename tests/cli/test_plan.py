@@ -18,13 +18,13 @@ from fedtune.cli.compose import compose_run
 from fedtune.cli.plan import chart_svg, page_html
 from fedtune.cli.plan_sections import Outlook, show_outlook
 from fedtune.federation import planner, verdict
-from fedtune.model.base import model_sha256
+from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Dataset, Policy
 from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.words import duration, size
 
 from . import snapshots

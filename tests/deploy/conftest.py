@@ -23,8 +23,8 @@ import pytest
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.members import REQUEST, Member, read_roster, site_init
 from fedtune.deploy.kits.provisioning import Admitted
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.site_policy import Policy
 
 FEDERATION_TOML = f"""\
 name = "cardiology-2026"

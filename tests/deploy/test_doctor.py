@@ -30,15 +30,15 @@ from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.deploy.kits.models import install_model, model_place
-from fedtune.model.base import model_sha256
+from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger
-from fedtune.privacy.policy import Dataset, Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import DataError
 
 from .conftest import Mailbox, unpack

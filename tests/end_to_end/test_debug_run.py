@@ -24,7 +24,7 @@ from torch.nn import functional
 from fedtune.cli.compose import saved_config
 from fedtune.data.load import lead_records
 from fedtune.model import load_tokenizer
-from fedtune.model.base import tiny_base
+from fedtune.model.base_model import tiny_base
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.tasks import load_task_model, task_named

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Message
 
 from fedtune.federation.spec import STRATEGIES, FederationSpec
-from fedtune.flower.server import run_rounds
+from fedtune.flower.server_app import run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy, strategy_state
 
 from .conftest import STEPS

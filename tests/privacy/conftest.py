@@ -17,9 +17,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import history, store
 from fedtune.privacy.ledger.decisions import Ledger
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Allow, Asserted, Budget, Dataset, Limits, Policy, Population, Reference, Releases
 from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import (
+    Allow,
+    Asserted,
+    Budget,
+    Dataset,
+    Limits,
+    Policy,
+    Population,
+    Reference,
+    Releases,
+)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
+from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run
 from fedtune.report.derive import rules
 from fedtune.report.derive.facts import RunFacts, noted_inexact

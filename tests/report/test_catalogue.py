@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedtune.report
-from fedtune.privacy.policy import PERIODS
 from fedtune.privacy.release import Reason
-from fedtune.report import watch
+from fedtune.privacy.site_policy import PERIODS
+from fedtune.report import watch_page as watch
 from fedtune.report.derive import cells, rules, verdicts
 from fedtune.report.model import Assumption, Cell, Report, SiteReport, Verdict
 from fedtune.report.page.catalogue import LANGUAGES, catalogue

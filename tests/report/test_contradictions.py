@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy.policy import Policy
+from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, one_run, recompute
 from fedtune.report.derive import profile, rules
 from fedtune.report.model import Assumption, Audit, AuditBound, Cap, Report, Spent, Verdict

@@ -19,10 +19,10 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
+from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, recompute, signing
 from fedtune.report.derive import profile
 from fedtune.spec import ConfigError, RunError

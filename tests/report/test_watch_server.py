@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.report.watch import WatchedFolder
+from fedtune.report.watch_page import WatchedFolder
 from fedtune.spec import ConfigError
 
 from .watched import MadeRun, Served, contents, served

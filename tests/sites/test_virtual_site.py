@@ -16,10 +16,10 @@ from fedtune.config import RunConfig
 from fedtune.privacy.filter import filter_cost, surcharge, total_divergence
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger
-from fedtune.privacy.policy import Policy, Releases
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_policy import Policy, Releases
 from fedtune.sites.virtual_site import VirtualSites, fitted, generated_policy
 from fedtune.spec import ConfigError, RefusedError
 

@@ -15,8 +15,8 @@ from torch import nn
 from fedtune.data import Batch, Shapes, TextDataset
 from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.mechanism import choose_records, poisson_sample
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import SeededRandomness
+from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training import dp_step, local
 from fedtune.training.dp_step import Records, add_clipped, contributions, dp_sgd_step
@@ -26,6 +26,7 @@ from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
+from tests.padded import length_of
 
 CELLS = 2**24
 """A clip norm."""
@@ -359,7 +360,7 @@ def test_a_micro_batch_has_the_shape_that_it_was_cut_to_whatever_is_in_it() -> N
         for part in examples.parts(np.array(chosen)):
             batch = examples.batch(part)
             assert tuple(batch.input_ids.shape) == tuple(batch.attention_mask.shape) == (part.rows, part.length)
-            assert part.length == examples._shapes.length_of(int(examples._dataset.lengths[part.places[0]]))
+            assert part.length == length_of(examples._shapes, int(examples._dataset.lengths[part.places[0]]))
             assert part.rows in examples._shapes.rows(part.length)
 
 

@@ -19,11 +19,11 @@ from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
 from fedtune.privacy.keys import SigningKey, is_public_key
 from fedtune.privacy.ledger.chain import DENSE, START, Event, Head, Kind, path_of
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy, period_of
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import Policy, period_of
 from fedtune.spec import FedtuneError, RunError
 
 _FIRST = ("opened", "policy")  # the notes that every ledger begins with

@@ -22,7 +22,7 @@ from dp_accounting import DpEvent
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import Counted
 from fedtune.privacy.events import Spent
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.report.model import Charge, CurvePoint, HitRate, Meaning, Mechanism, Posterior, Source
 from fedtune.report.model import Spent as Figures
 from fedtune.words import finite, unbounded

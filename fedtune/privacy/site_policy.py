@@ -22,9 +22,9 @@ from dp_accounting import DpEvent
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.mechanism import UNITS, Unit
-from fedtune.privacy.plan import LEAST_SAMPLING_RATE, Plan
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, Reason, Refused
+from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE, Plan
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 PERIODS = ("month", "quarter", "year")

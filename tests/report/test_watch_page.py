@@ -12,13 +12,14 @@ from typing import Any, get_args
 import pytest
 
 from fedtune.cli.compose import saved_config
-from fedtune.cli.run_folder import only_one
+from fedtune.cli.working_folder import only_one
 from fedtune.federation.results import charged_epsilons
 from fedtune.privacy import accountant
-from fedtune.report import from_run, watch
+from fedtune.report import from_run
+from fedtune.report import watch_page as watch
 from fedtune.report.model import Report, Verdict
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
-from fedtune.report.watch import PARTS, Left, Live, Phase, WatchPage
+from fedtune.report.watch_page import PARTS, Left, Live, Phase, WatchPage
 
 from .shown import lookup, parsed
 from .watched import NORTH, ROUND_S, MadeRun, contents, seen, watched

@@ -12,7 +12,7 @@ from dp_accounting import GaussianDpEvent
 from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.mechanism import PrivacySpec
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fedtune.privacy.accountant import epsilon_pld
-from fedtune.privacy.policy import Budget, Dataset, Machine, Policy, Population, Reference, Releases, period_of
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_policy import Budget, Dataset, Machine, Policy, Population, Reference, Releases, period_of
 from fedtune.spec import ConfigError
 
 # The proposal that breaks one rule, the rule, what is asked and what is allowed; the policy is the shared one.
