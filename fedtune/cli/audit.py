@@ -38,18 +38,18 @@ _SCORES = {"loss": "loss", "reference_ratio": "ratio"}
 def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
     """Attack a run on this machine, and compare what the attack shows with the epsilon that the run claims.
 
-    Made-up records (canaries) are put into the training data, each by a coin of its own; whoever sees what training
-    releases then guesses which were in.  The share of right guesses gives a lower bound on epsilon.  Bounds that refute
-    the claim end with exit code 1: the implementation or the claim is wrong.
+    An independent coin puts each of many made-up records (canaries) into the training data or leaves it out.  An
+    attacker who sees what training releases then guesses which are in.  The share of right guesses gives a lower bound
+    on epsilon.  Bounds that refute the claim end with exit code 1: the implementation or the claim is wrong.
 
-      fedtune audit experiment=debug audit.canaries=1000         canaries of 1,000 clip norms; every noisy step is seen
-      fedtune audit experiment=debug audit.kind=records          made-up texts; only the final model is seen
+      fedtune audit experiment=debug audit.canaries=1000         canaries of 1,000 clip norms; every step is seen
+      fedtune audit experiment=debug audit.kind=records          made-up texts; the final model alone is seen
       fedtune audit experiment=debug audit.kind=sensitivity      no run: how far can one record move a step's sum?
       fedtune audit privacy.epsilon=3 "audit.sites=[bank-a]" audit.guesses=100
 
       audit.kind        gradient, records or sensitivity          audit.canaries    at each site (1000)
-      audit.guesses     made about them; default: all             audit.confidence  of each bound (0.95)
-      audit.sites       that get canaries; default: all           audit.never_used  share kept to compare with (0.3)
+      audit.guesses     made at each site; default: all           audit.confidence  of each bound (0.95)
+      audit.sites       with canaries; default: all               audit.never_used  share kept to compare with (0.3)
       audit.tries       cases of a search for sensitivity (200)
 
     Other overrides are those of `fedtune simulate`.  The run folder is marked, since its adapter holds canaries; real

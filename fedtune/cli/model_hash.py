@@ -10,9 +10,12 @@ from fedtune.spec import ConfigError
 
 
 def model_hash(
-    model: Annotated[str, Argument("MODEL", help="a folder, a GGUF file, or what model.path may be")],
+    model: Annotated[str, Argument("MODEL", help="a folder, a GGUF file, or any other value of model.path")],
     files: Annotated[
-        bool, Option(names=("--files",), help="print just what the hash is of (`... --files | sha256sum` prints it)")
+        bool,
+        Option(
+            names=("--files",), help="print only the lines that are hashed (`... --files | sha256sum` prints the hash)"
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

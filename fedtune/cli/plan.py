@@ -35,12 +35,14 @@ FORMATS = (".html", ".svg", ".json")
 def plan(
     overrides: Overrides = (),
     target: Annotated[Target | None, Option(help="solve for this, from privacy.epsilon and the rest")] = None,
-    policy: Annotated[tuple[Path, ...], Option(metavar="FILE", help="a site.toml to ask; may be repeated")] = (),
+    policy: Annotated[
+        tuple[Path, ...], Option(metavar="FILE", help="check the plan against this site.toml; may be repeated")
+    ] = (),
     lead: Annotated[
         str | None, Option(metavar="HEX", help="your public key (default: the first that each policy allows)")
     ] = None,
     time: Annotated[
-        bool, Option(names=("--time",), help="load the model: bytes, times on this machine, its hash")
+        bool, Option(names=("--time",), help="load the model; show bytes, time on this machine and its hash")
     ] = False,
     no_model: Annotated[bool, Option(names=("--no-model",), help="load no model, as without --time")] = False,
     output: Annotated[
