@@ -24,9 +24,9 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.mechanism import PrivacySpec
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, check_at_least, spec
 from fedtune.tasks import task_named
 from fedtune.training.spec import RuntimeSpec, TrainingSpec

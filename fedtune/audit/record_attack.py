@@ -19,7 +19,7 @@ import numpy as np
 from fedtune.audit.guesses import Coins, Count, Place, Values, by_rank, counted
 from fedtune.audit.spec import AuditSpec
 from fedtune.data import Record
-from fedtune.evaluation.evaluate import batches_by_length, scoring
+from fedtune.evaluation.scoring import batches_by_length, scoring
 from fedtune.model import Adapter
 from fedtune.privacy.randomness import RandomStream
 from fedtune.report.model import AuditHitRate, AuditMembership

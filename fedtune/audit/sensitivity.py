@@ -23,7 +23,7 @@ from fedtune.config import RunConfig
 from fedtune.data import TextDataset
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS
-from fedtune.privacy.policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
+from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import spec
 from fedtune.tasks import TaskModel

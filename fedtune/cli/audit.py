@@ -13,10 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from fedtune.audit.spec import AuditSpec
-from fedtune.cli.command import Overrides, single
+from fedtune.cli.command import AsJson, Overrides, single
 from fedtune.cli.compose import compose_run
-from fedtune.cli.run_folder import folder_of, make, run_in_folder
-from fedtune.cli.sections import Section, say, show
+from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
+from fedtune.cli.working_folder import folder_of, make, run_in_folder
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
@@ -35,21 +35,21 @@ _ATTACKER = {
 _SCORES = {"loss": "loss", "reference_ratio": "ratio"}
 
 
-def audit(overrides: Overrides = ()) -> None:
+def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
     """Attack a run on this machine, and compare what the attack shows with the epsilon that the run claims.
 
-    Made-up records (canaries) are put into the training data, each by a coin of its own; whoever sees what training
-    releases then guesses which were in.  The share of right guesses gives a lower bound on epsilon.  Bounds that refute
-    the claim end with exit code 1: the implementation or the claim is wrong.
+    An independent coin puts each of many made-up records (canaries) into the training data or leaves it out.  An
+    attacker who sees what training releases then guesses which are in.  The share of right guesses gives a lower bound
+    on epsilon.  Bounds that refute the claim end with exit code 1: the implementation or the claim is wrong.
 
-      fedtune audit experiment=debug audit.canaries=1000         canaries of 1,000 clip norms; every noisy step is seen
-      fedtune audit experiment=debug audit.kind=records          made-up texts; only the final model is seen
+      fedtune audit experiment=debug audit.canaries=1000         canaries of 1,000 clip norms; every step is seen
+      fedtune audit experiment=debug audit.kind=records          made-up texts; the final model alone is seen
       fedtune audit experiment=debug audit.kind=sensitivity      no run: how far can one record move a step's sum?
       fedtune audit privacy.epsilon=3 "audit.sites=[bank-a]" audit.guesses=100
 
       audit.kind        gradient, records or sensitivity          audit.canaries    at each site (1000)
-      audit.guesses     made about them; default: all             audit.confidence  of each bound (0.95)
-      audit.sites       that get canaries; default: all           audit.never_used  share kept to compare with (0.3)
+      audit.guesses     made at each site; default: all           audit.confidence  of each bound (0.95)
+      audit.sites       with canaries; default: all               audit.never_used  share kept to compare with (0.3)
       audit.tries       cases of a search for sensitivity (200)
 
     Other overrides are those of `fedtune simulate`.  The run folder is marked, since its adapter holds canaries; real
@@ -58,13 +58,13 @@ def audit(overrides: Overrides = ()) -> None:
     spec = audit_spec([one for one in overrides if one.lstrip("+").startswith(_PREFIX)])
     config = compose_run([one for one in overrides if not one.lstrip("+").startswith(_PREFIX)])
     if spec.kind == "sensitivity":
-        _search(config, spec)
+        _search(config, spec, as_json=as_json)
         return
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     from fedtune.audit.experiment import auditable, run_audit
 
     config = auditable(config, spec)
-    folder, console = folder_of(config), Console()
+    folder, console = folder_of(config), Console(stderr=as_json)
     make(folder, config)
 
     def work(config: RunConfig, folder: Path, display: Any) -> RunResult:
@@ -74,11 +74,18 @@ def audit(overrides: Overrides = ()) -> None:
     run_in_folder(config, folder, console, work=work, again=again)
     result = read_audit(folder)
     assert result is not None, "an audit that ended has written what it found"
-    show_findings(console, result, folder)
+    if as_json:
+        _print(folder, result)
+    else:
+        show_findings(console, result, folder)
     _judge(result)
 
 
-def _search(config: RunConfig, spec: AuditSpec) -> None:
+def _print(folder: Path, result: object) -> None:
+    print_json({"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": result})
+
+
+def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
     """Look for a case that breaks the bound on one unit's influence, and say what came of it.
 
     Raises:
@@ -91,12 +98,16 @@ def _search(config: RunConfig, spec: AuditSpec) -> None:
     folder = folder_of(config)
     make(folder, config)
     found = sensitivity.search(config, spec, folder, seed=config.seed)
-    say(
+    text = (
         f"{found.tries} cases, one {found.unit} more in each: the sum moved by at most {found.moved:.6f} clip norms\n"
         f"  above one clip norm           {found.exceeded}\n"
         f"  other {found.unit}s moved, by a cell or more   {found.others_moved}\n"
         f"{folder / sensitivity.FILE}"
     )
+    if as_json:
+        _print(folder, found)
+    else:
+        say(text)
     if found.exceeded or found.others_moved:
         raise RunError(
             "one unit moved a sum by more than its own clipped contribution: no epsilon holds on this machine"

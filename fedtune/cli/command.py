@@ -43,7 +43,9 @@ Overrides = Annotated[tuple[str, ...], Argument("KEY=VALUE", help="settings to c
 AsJson = Annotated[bool, Option("for machines", names=("--json",))]
 Language = Literal["en", "de"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Option()]
-Health = Annotated[str | None, Option("answer GET /health and /ready there; on loopback", metavar="HOST:PORT")]
+Health = Annotated[
+    str | None, Option("answer GET /health and GET /ready at this loopback address", metavar="HOST:PORT")
+]
 HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
 
 

@@ -14,8 +14,8 @@ from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.federation.results import RunResult, charged_epsilons, site_charge
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.run_plan import Plan
 from fedtune.sites.shared_model import SharedModel
 from fedtune.words import counted
 

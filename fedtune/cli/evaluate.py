@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from rich.console import Console
 
-from fedtune.cli.command import Argument, Option, single
+from fedtune.cli.command import Argument, AsJson, Option, single
 from fedtune.cli.compose import saved_config
-from fedtune.cli.sections import Section, show
+from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, show
 from fedtune.config import parse
 from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError
@@ -19,6 +19,7 @@ def evaluate(
     run: Annotated[Path, Argument("RUN", help="a run folder, such as runs/tighter")],
     data: Annotated[str, Option(metavar="FILE", help=".jsonl or .csv, plain or .gz")],
     device: Annotated[Literal["auto", "cpu", "cuda"], Option(help="where to score")] = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Score a run's saved adapter on a file of your own.
 
@@ -37,6 +38,9 @@ def evaluate(
     settings = config.to_json()
     settings["runtime"]["device"] = device
     scores = score_saved(parse(settings), files.adapter, data)
+    if as_json:
+        print_json({"schema_version": SCHEMA_VERSION, "run": str(run), "data": data, "scores": scores})
+        return
     rows = tuple((name, f"{value:.4f}") for name, value in scores.items())
     show(Console(), [Section(title=f"{run} on {data}", headings=("metric", "value"), rows=rows)])
 

@@ -42,7 +42,7 @@ Read a site's ledger, which records for ever what was done to the records of one
 
   fedtune ledger show ledger.db --last 20                 what happened, newest last
   fedtune ledger spent ledger.db                          what was spent, what is left
-  fedtune ledger verify ledger.db --anchor anchor.json    was it changed, was it put back?
+  fedtune ledger verify ledger.db --anchor anchor.json    was it changed, or an older copy put back?
   fedtune ledger export ledger.db --output ledger.json    everything, for an auditor
 These four write nothing into the ledger. PATH is the file, or a folder with a ledger.db in it.
 
@@ -157,7 +157,7 @@ def write_anchor(
 ) -> None:
     """Write the ledger's newest head, signed, into an anchor file: keep it on another disk or machine.
 
-    An anchor already there must be one that the ledger still contains; otherwise the ledger was put back.
+    If the file exists, the ledger must contain its anchor; otherwise an older ledger was put back.
     """
     file, own = ledger_file(path), SigningKey.load(key)
     before = Head.read(output) if output.exists() else None
@@ -172,7 +172,7 @@ def restore(
     path: OwnLedger = None,
     anchor: Annotated[Path | None, Option(metavar="FILE", help="the newest anchor (default: the policy's own)")] = None,
 ) -> None:
-    """After a backup of a ledger was put back: charge what the anchor knows and the backup lacks.
+    """Charge what the anchor knows and a restored backup lacks.
 
     Stop training, copy the backup to the place that the policy names, run this, start again.
     """
@@ -211,7 +211,7 @@ def freeze(
 ) -> None:
     """Take the population of a ledger out of all training, for ever. There is no way back.
 
-    Nothing that was released before is undone by it.
+    It does not undo earlier releases.
     """
     if not why.strip():
         raise ConfigError("--why", why, "must say why; the ledger keeps it")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 # Before anything imports torch or transformers: no threads that tokenizers would fork.
@@ -36,6 +37,27 @@ COMMANDS: Mapping[str, str] = {
     "run": "run a federation over real sites",
 }
 """Each is the module of its name, which holds the command as `app` and is imported when it is called."""
+_WITH_ACCOUNTANTS = ("plan", "ledger", "report")
+
+
+@contextmanager
+def _scipy_without_its_notes() -> Iterator[None]:
+    """While scipy is imported it adds a note to the documentation of 800 functions, which takes a quarter of a second.
+
+    No command shows any of them.  What the functions compute is as ever.
+    """
+    try:
+        from scipy._lib._docscrape import NumpyDocString
+
+        parse = NumpyDocString._parse
+    except (ImportError, AttributeError):  # another version, which may do without
+        yield
+        return
+    NumpyDocString._parse = lambda self: None
+    try:
+        yield
+    finally:
+        NumpyDocString._parse = parse
 
 
 class _Fedtune(click.Group):
@@ -47,7 +69,8 @@ class _Fedtune(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        found: click.Command = import_module(f"fedtune.cli.{cmd_name.replace('-', '_')}").app
+        with _scipy_without_its_notes() if cmd_name in _WITH_ACCOUNTANTS else nullcontext():
+            found: click.Command = import_module(f"fedtune.cli.{cmd_name.replace('-', '_')}").app
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

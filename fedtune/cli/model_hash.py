@@ -5,14 +5,19 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-from fedtune.cli.command import Argument, Option, single
+from fedtune.cli.command import Argument, AsJson, Option, single
+from fedtune.spec import ConfigError
 
 
 def model_hash(
-    model: Annotated[str, Argument("MODEL", help="a folder, a GGUF file, or what model.path may be")],
+    model: Annotated[str, Argument("MODEL", help="a folder, a GGUF file, or any other value of model.path")],
     files: Annotated[
-        bool, Option(names=("--files",), help="print just what the hash is of (`... --files | sha256sum` prints it)")
+        bool,
+        Option(
+            names=("--files",), help="print only the lines that are hashed (`... --files | sha256sum` prints the hash)"
+        ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print the hash by which a policy, a federation and a run's settings name a base model, and the files it covers.
 
@@ -22,23 +27,29 @@ def model_hash(
 
     Files that are not listed are never loaded. A model that a site would refuse is refused here, with the reason.
     """
-    # transformers takes seconds to import
-    from fedtune.model.base import model_sha256
+    if files and as_json:
+        raise ConfigError("--json", True, "does not go with --files")
+    # transformers takes seconds to import, and rich what matters to a command's help
+    from fedtune.cli.sections import SCHEMA_VERSION, print_json
+    from fedtune.model.base_model import model_sha256
     from fedtune.model.manifest import manifest_of
     from fedtune.model.source import locate, model_folder
     from fedtune.model.spec import RANDOM
 
     spec = locate(model)
-    if spec.path.startswith(RANDOM):
-        sys.stdout.write(f"{model_sha256(spec)}\n")
-        return
-    manifest = manifest_of(model_folder(spec), gguf_file=spec.gguf_file)
-    if files:
+    random = spec.path.startswith(RANDOM)  # made from its settings, not read from files
+    manifest = None if random else manifest_of(model_folder(spec), gguf_file=spec.gguf_file)
+    digest = model_sha256(spec) if manifest is None else manifest.sha256
+    covered = () if manifest is None else manifest.files
+    if as_json:
+        print_json({"schema_version": SCHEMA_VERSION, "sha256": digest, "files": dict(covered)})
+    elif files and manifest is not None:
         sys.stdout.write(manifest.text)
-        return
-    sys.stdout.write(f"{manifest.sha256}\n\nIt covers:\n")
-    for name, digest in manifest.files:
-        sys.stdout.write(f"  {digest}  {name}\n")
+    else:
+        sys.stdout.write(f"{digest}\n")
+        sys.stdout.write("\nIt covers:\n" if covered else "")
+        for name, one in covered:
+            sys.stdout.write(f"  {one}  {name}\n")
 
 
 app = single(model_hash)

@@ -9,9 +9,9 @@ from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.ledger.chain import Event, Kind
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
+from fedtune.privacy.run_plan import Plan
 from fedtune.report.page.catalogue import catalogue
 from fedtune.words import counted
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from markupsafe import Markup
 from rich.console import Console
 
+from fedtune.cli import plan_sections as words
 from fedtune.cli.command import Option, Overrides, single
 from fedtune.cli.compose import compose_run
 from fedtune.cli.plan_sections import Outlook, show_outlook
-from fedtune.cli.sections import json_text, print_json, say
+from fedtune.cli.sections import as_html, json_text, pairs, print_json, say
 from fedtune.config import RunConfig
 from fedtune.federation import planner, verdict
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import check_public_key
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.run_plan import Plan
+from fedtune.report.page.charts import LIMIT, Panel, Series, chart
 from fedtune.spec import ConfigError
 
 if TYPE_CHECKING:
@@ -30,12 +35,14 @@ FORMATS = (".html", ".svg", ".json")
 def plan(
     overrides: Overrides = (),
     target: Annotated[Target | None, Option(help="solve for this, from privacy.epsilon and the rest")] = None,
-    policy: Annotated[tuple[Path, ...], Option(metavar="FILE", help="a site.toml to ask; may be repeated")] = (),
+    policy: Annotated[
+        tuple[Path, ...], Option(metavar="FILE", help="check the plan against this site.toml; may be repeated")
+    ] = (),
     lead: Annotated[
         str | None, Option(metavar="HEX", help="your public key (default: the first that each policy allows)")
     ] = None,
     time: Annotated[
-        bool, Option(names=("--time",), help="load the model: bytes, times on this machine, its hash")
+        bool, Option(names=("--time",), help="load the model; show bytes, time on this machine and its hash")
     ] = False,
     no_model: Annotated[bool, Option(names=("--no-model",), help="load no model, as without --time")] = False,
     output: Annotated[
@@ -141,7 +148,7 @@ def _model_sha256(config: RunConfig, *, load: bool) -> str | None:
     """The hash by which sites know the base model: as the settings pin it, or else that of its files."""
     if config.model.sha256 is not None or not load:
         return config.model.sha256
-    from fedtune.model.base import model_sha256  # transformers takes seconds to import
+    from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
     return model_sha256(config.model)
 
@@ -163,16 +170,92 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
 
 def _write(path: Path, outlook: Outlook) -> None:
     """Write the page, the chart or the data, as the file's ending says."""
-    from fedtune.cli.plan_page import chart_svg, page_html
-
     if path.suffix == ".json":
         text = json_text(outlook.to_json())
+    elif path.suffix == ".svg":
+        text = str(chart_svg(outlook)).replace("<svg ", '<svg font-family="sans-serif" ', 1)
     else:
-        text = chart_svg(outlook) if path.suffix == ".svg" else page_html(outlook)
+        text = page_html(outlook)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError("--output", str(path), f"must be a file that can be written ({error.strerror})") from None
+
+
+_PAGE = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }}
+h2 {{ margin: 2rem 0 .5rem; font-size: 1.2rem; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; margin: .5rem 0; }}
+th, td {{ border-bottom: 1px solid #ccc; padding: .3rem .8rem .3rem 0; text-align: right; vertical-align: top; }}
+th {{ border-bottom: 2px solid #666; font-weight: 600; white-space: pre-line; vertical-align: bottom; }}
+th.word, td.word {{ text-align: left; }}
+td {{ font-variant-numeric: tabular-nums; }}
+svg {{ width: 100%; height: auto; max-width: 40rem; }}
+.promise {{ border-left: .4rem solid #0072B2; padding-left: 1rem; font-size: 1.1rem; }}
+.none {{ border-color: #D55E00; }}
+.note {{ color: #444; margin: .2rem 0; }}
+@media print {{ body {{ margin: 0; font-size: 11px; }} h2 {{ break-after: avoid; }}
+  table, svg {{ break-inside: avoid; }} }}
+</style></head><body>
+<h1>{title}</h1>
+<p class="{kind}"><strong>{promise}</strong></p>
+{facts}{chart}
+{sections}
+<p class="note">Worked out from settings and declared sizes alone; no record was read.</p>
+</body></html>
+"""
+
+
+def page_html(outlook: Outlook) -> str:
+    """A self-contained page with every table and the chart; no script, no network."""
+    sections = (
+        words.accountants(outlook),
+        words.sites(outlook),
+        words.what_if(outlook),
+        words.bytes_and_time(outlook),
+        *words.policies(outlook),
+        words.rounds(outlook),
+    )
+    return Markup(_PAGE).format(
+        title=f"Plan of {outlook.config.name}",
+        kind="promise" if outlook.guaranteed else "promise none",
+        promise=words.promise(outlook),
+        facts=as_html(pairs(words.facts(outlook))),
+        chart=chart_svg(outlook),
+        sections=Markup("").join(map(as_html, sections)),
+    )
+
+
+def chart_svg(outlook: Outlook) -> Markup:
+    """Epsilon after each round by each accountant; without privacy it says so, without lines."""
+    plan, price = outlook.plan, outlook.price
+    if not price.rounds:
+        return Markup(
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 310 24" role="img" font-size="10">'
+            '<text x="8" y="16">No epsilon is promised: privacy=none</text></svg>'
+        )
+    lines = (
+        (f"PLD, the run's: {epsilon_text(price.epsilon)}", [(one.round, one.pld) for one in price.rounds]),
+        (f"RDP: {epsilon_text(price.epsilon_rdp)}", [(one.round, one.rdp) for one in price.rounds]),
+        (f"Renyi filter: {epsilon_text(price.epsilon_filter)}", [(one.round, one.filter) for one in price.rounds]),
+    )
+    spare = f"; spare rounds from {plan.num_rounds + 1}" if plan.spare_rounds else ""
+    panel = Panel(
+        series=[
+            Series(number=number, label=label, points=[(x, y) for x, y in points if math.isfinite(y)])
+            for number, (label, points) in enumerate(lines)
+        ],
+        x=f"rounds (of {plan.local_steps} steps each{spare})",
+        y=f"epsilon at delta {plan.delta:g}",
+        levels=[(price.epsilon_of_one_round, f"WRONG, one round: {epsilon_text(price.epsilon_of_one_round)}", LIMIT)],
+        scale="whole",
+    )
+    about = "By each accountant; the table at the end of the page has the figures."
+    return chart("epsilon", [panel], named=("Epsilon after each round", about), number="{:g}".format)
 
 
 app = single(plan)

@@ -16,8 +16,8 @@ from fedtune.config import RunConfig
 from fedtune.federation.planner import Change, Price, RoundPrice
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import METRICS
+from fedtune.privacy.run_plan import Plan
 from fedtune.words import counted, duration, jsonable, size
 
 if TYPE_CHECKING:

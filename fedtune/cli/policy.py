@@ -26,8 +26,8 @@ from fedtune.privacy.amounts import (
     reference_runs_left,
     spending_json,
 )
-from fedtune.privacy.policy import AT_ONCE, Policy
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import AT_ONCE, Policy
 from fedtune.spec import ConfigError
 from fedtune.words import counted
 

@@ -21,7 +21,7 @@ from fedtune.words import counted
 
 app = group(
     """\
-Make a federation of real sites: its authority, the startup kits of server and lead, and its sites as they come and go.
+Make a federation of real sites: its authority, the startup kits of server and lead, and its sites.
 
   fedtune provision init federation.toml                  a folder with everything, named after the federation
   fedtune provision add-site join_request.json            let a site in: its kit, to be sent to it
@@ -29,9 +29,9 @@ Make a federation of real sites: its authority, the startup kits of server and l
   fedtune provision revoke-site north-hospital            shut a site out
   fedtune provision renew-server; ... renew-lead          new certificates for these
   fedtune provision list                                  the members, and when their certificates end
-Run these where the federation's folder is, or name it with --federation. What is done to one site changes nothing at
-the others. After editing the folder's federation.toml (address, further names, base models): renew-server, renew-lead,
-then renew-site for each site.
+Run these where the federation's folder is, or name it with --federation. A change for one site changes nothing at the
+others. After editing the folder's federation.toml (address, further names, base models): renew-server, renew-lead, then
+renew-site for each site.
 """
 )
 _MOST_TEXT = 1000
@@ -48,7 +48,7 @@ def init(
 ) -> None:
     """Make a federation's folder from its federation.toml: authority, server's kit, lead's kit.
 
-    The folder must not exist. It holds secret keys; authority/ca_key.pem belongs offline whenever it is not needed.
+    The folder must not exist. It holds secret keys; keep authority/ca_key.pem offline when it is not needed.
     """
     made = provisioning.init(file, out=out, now=datetime.now(UTC))
     say(f"Federation {made.federation} is in {made.folder}/.", style="bold")
@@ -110,7 +110,7 @@ def renew_site(
 
 @command(app, "shut a site out", name="revoke-site")
 def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
-    """Shut a site out. Its connection key can never be used again; nothing changes at the others.
+    """Revoke a site. The server never accepts its connection key again; nothing changes at the others.
 
     It takes effect when the new roster.json is in the server's kit.
     """

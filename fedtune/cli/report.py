@@ -56,7 +56,7 @@ Write the privacy report of a run, or of a site's ledger: what was promised, wha
 
   fedtune report runs/tighter                        the lead's view of a run
   fedtune report site.toml --sign site_key.pem       a site's view over all its runs and years, signed
-  fedtune report verify ledger.db.report/report.json --key HEX    was it changed? is epsilon right?
+  fedtune report verify ledger.db.report/report.json --key HEX    check signature and epsilon
   fedtune report diff runs/tighter runs/looser       what changed in settings, privacy, utility, cost
   fedtune report schema                              the JSON schema of report.json
 
@@ -108,7 +108,7 @@ def build(
     """Write report.html and report.json of a run folder or a ledger; the word `build` may be left out.
 
     A ledger is verified first, with a site.toml also against the site's key and anchor. Nothing is written into it, and
-    nothing in the report tells more of the records than what was released.
+    the report reveals no more about the records than what was released.
     """
     key = None if sign is None else SigningKey.load(sign)
     if (path / "config.yaml").is_file():
@@ -149,7 +149,7 @@ def _of_ledger(path: Path, site_reports: Sequence[Path], *, anchor: Path | None)
     return report, ledger.with_name(f"{ledger.name}.report")
 
 
-@command(app, "was it changed? is epsilon right?")
+@command(app, "check signature and epsilon")
 def verify(
     file: Annotated[str, Argument("FILE", help="a report.json, or a folder that holds one")],
     key: Annotated[
@@ -163,8 +163,8 @@ def verify(
 ) -> None:
     """Check a report: its signature, its form, every epsilon again from the events in it, its verdict, its settings.
 
-    Exit code 1 if anything differs. Without --key it is not checked whose signature it is; without a signature only
-    what can be computed again is checked.
+    Exit code 1 if anything differs. Without --key any key's signature is accepted. Without a signature only
+    figures that can be computed again are checked.
     """
     if key is not None:
         check_public_key("--key", key)

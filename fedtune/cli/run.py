@@ -15,8 +15,8 @@ from rich.console import Console
 
 from fedtune.cli.command import Argument, Option, single
 from fedtune.cli.compose import compose_run, saved_config
-from fedtune.cli.run_folder import folder_of, is_running, make, run_in_folder, told
 from fedtune.cli.sections import Section, print_json, say, show
+from fedtune.cli.working_folder import folder_of, is_running, make, run_in_folder, told
 from fedtune.config import RunConfig
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import Member

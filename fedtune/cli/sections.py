@@ -1,14 +1,15 @@
-"""What commands print: sections of a title, a table and notes, single lines, and the same values as JSON."""
+"""What commands say: sections of a title, a table and notes, on the terminal or a page; lines; the same as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -58,6 +59,26 @@ def show(console: Console, sections: Iterable[Section]) -> None:
             console.print(Padding(_table(section, gap=2 if console.width >= 100 else 1), (0, 0, 0, 2), expand=False))
         for note in section.notes:
             console.print(Padding(Text(_harmless(note)), (0, 0, 0, 2), expand=False))
+
+
+def as_html(section: Section) -> Markup:
+    """The section for a page; nothing where it has no rows and no notes."""
+    if not section.rows and not section.notes:
+        return Markup("")
+    heading = Markup("<h2>{}</h2>").format(section.title) if section.title else Markup("")
+    rows = [_html_row("th", section.headings, words=section.words)] if section.headings and section.rows else []
+    rows += [_html_row("td", row, words=section.words) for row in section.rows]
+    table = Markup("<table>{}</table>").format(Markup("").join(rows)) if rows else Markup("")
+    notes = Markup("").join(Markup('<p class="note">{}</p>').format(note) for note in section.notes)
+    return Markup("{}{}{}\n").format(heading, table, notes)
+
+
+def _html_row(cell: str, texts: Iterable[str], *, words: Collection[int]) -> Markup:
+    cells = (
+        Markup("<{0}{1}>{2}</{0}>").format(cell, Markup(" class=word") if number in words else "", text)
+        for number, text in enumerate(texts)
+    )
+    return Markup("<tr>{}</tr>").format(Markup("").join(cells))
 
 
 def _table(section: Section, *, gap: int) -> Table:

@@ -29,7 +29,7 @@ def start(
       fedtune server start --kit federation/server
 
     It holds neither the lead's key nor a model, and runs no code that anybody sends. Every connection needs a
-    certificate of the federation; sites that are added or revoked in the kit's roster.json are taken up within seconds.
+    certificate of the federation; the server reads changes of the kit's roster.json within seconds.
     """
     from fedtune.deploy.health import Health as Endpoint
     from fedtune.deploy.health import serve_health

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 
-from fedtune.cli.command import Option, Overrides, single
+from fedtune.cli.command import AsJson, Option, Overrides, single
 from fedtune.cli.compose import compose_run, compose_sweep
-from fedtune.cli.run_folder import folder_of, make, run_in_folder, told
+from fedtune.cli.sections import SCHEMA_VERSION, print_json
+from fedtune.cli.working_folder import folder_of, make, run_in_folder, told
 from fedtune.config import RunConfig
 from fedtune.spec import ConfigError
 
@@ -29,6 +30,7 @@ def simulate(
             help="run every combination of comma-separated values",
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a federation on this machine.
 
@@ -46,9 +48,12 @@ def simulate(
         if config.runtime.kind == "deployment":
             raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
     folders = [folder_of(config) for config in runs]
-    console = Console()
+    console = Console(stderr=as_json)
     results = [_run(config, folder, console) for config, folder in zip(runs, folders, strict=True)]
-    if len(results) > 1:
+    if as_json:
+        told_of = [{"folder": str(folder), "result": result} for folder, result in zip(folders, results, strict=True)]
+        print_json({"schema_version": SCHEMA_VERSION, "runs": told_of})
+    elif len(results) > 1:
         from fedtune.cli.display import show_sweep
 
         show_sweep(console, dict(zip(folders, results, strict=True)))

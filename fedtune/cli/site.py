@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Option, command, group
+from fedtune.spec import ConfigError
 from fedtune.words import counted
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ A site of a federation: its policy, its keys, and the process that answers for i
   fedtune site doctor --kit kit --site site.toml          what is still missing, and how to fix it
   fedtune site start --kit kit --site site.toml           take part, until stopped
   fedtune site approve [RUN] --kit kit --site site.toml   what a run would cost; let it start
-  fedtune site pause | resume | leave --kit kit ...       pause; go on; leave for good
+  fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
 docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a policy's numbers.
 """
 )
@@ -81,8 +82,8 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look at everything that a site needs before it starts, one line each: clock, kit, connection, disk, memory, GPU,
-    base models, data, policy, ledger. Beside what fails stands what to do about it. Nothing is trained or charged.
+    """Check everything that a site needs before it starts, one line for each check: clock, kit, connection, disk,
+    memory, GPU, base models, data, policy, ledger. Each failed check says what to do. Nothing is trained or charged.
 
       fedtune site doctor --kit kit --site site.toml
       fedtune site doctor --kit kit --site site.toml --import-model ~/MiniLM        install a base model first
@@ -94,7 +95,7 @@ def doctor(
     from fedtune.deploy.files import act_as_owner
 
     act_as_owner(kit / "connection_key.pem", kit)
-    from fedtune.cli import doctor as work
+    from fedtune.cli import site_actions as work
 
     words = [f"experiment={experiment}"] if experiment else []
     work.examine_site(
@@ -114,10 +115,10 @@ def start(
     health_anywhere: HealthAnywhere = False,
     log_level: LogLevel = "info",
 ) -> None:
-    """Take part in the federation: poll its server, answer what policy and budget allow, keep the model warm.
+    """Take part in the federation: poll its server, answer what policy and budget allow, keep the model loaded.
 
-    Opens no port but a health endpoint, if asked for. Logs are JSON lines on stderr. SIGTERM or Ctrl-C ends it after
-    the round that it is in; a second one ends it at once, and the round stays charged.
+    It opens no port, except with --health. Logs are JSON lines on stderr. SIGTERM or Ctrl-C ends it after its current
+    round; a second one ends it at once, and the round stays charged.
     """
     own = _own_kit(kit)
     from fedtune.deploy.health import Health as Endpoint
@@ -137,27 +138,30 @@ def start(
 def approve(
     kit: KitFolder,
     site: PolicyFile,
-    run: Annotated[str | None, Argument("RUN", help="the run to let start; without it, those that wait")] = None,
+    run: Annotated[str | None, Argument("RUN", help="the run to approve; without it, list the runs that wait")] = None,
     yes: Annotated[bool, Option(names=("--yes",), help="do not ask")] = False,
+    as_json: Annotated[bool, Option(names=("--json",), help="without RUN: for machines")] = False,
 ) -> None:
     """Show the runs that wait for approval and what they would cost, or let one start.
 
-    Needed where site.toml says approval = "manual". Nothing is done for a run before it is approved.
+    Needed where site.toml says approval = "manual". The site does nothing for a run before it is approved.
     """
+    if run is not None and as_json:
+        raise ConfigError("--json", True, "does not go with RUN")
     own = _own_kit(kit)
-    from fedtune.cli import approve as work
+    from fedtune.cli import site_actions as work
     from fedtune.deploy.services.site_state import SiteState
 
     state, files = SiteState.of(own.folder), own.site_files(site)
     if run is None:
-        work.show_waiting(state)
+        work.show_waiting(state, as_json=as_json)
     else:
         work.approve(state, run, site_toml=site, files=files, yes=yes)
 
 
 @command(app, "pause")
 def pause(kit: KitFolder) -> None:
-    """Take part in nothing for now. Every request is answered with 'paused' until resume."""
+    """Stop taking part for now. The site answers every request with 'paused' until resume."""
     _set_paused(kit, True)
     sys.stdout.write("Paused: every request is answered with 'paused'. A round that has begun is finished.\n")
 
@@ -171,9 +175,9 @@ def resume(kit: KitFolder) -> None:
 
 @command(app, "leave the federation")
 def leave(kit: KitFolder, site: PolicyFile) -> None:
-    """Leave the federation: end what is open, and keep the process from starting again.
+    """Leave the federation: end all open runs, and prevent a new start.
 
-    What was spent stays on record.
+    The ledger keeps what was spent.
     """
     own = _own_kit(kit)
     from fedtune.deploy.services.site_state import SiteState

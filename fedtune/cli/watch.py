@@ -23,11 +23,11 @@ def watch(
       fedtune watch runs/tickets
 
     It prints an address to open on this machine, and serves it until Ctrl-C. The page is for this machine alone, needs
-    the token in the address, and can only be looked at; nothing is written into the run folder.
+    the token in the address, and is read-only; nothing is written into the run folder.
     """
     from fedtune.cli.compose import saved_config
-    from fedtune.cli.run_folder import is_running
-    from fedtune.report.watch import WatchedFolder, WatchPage
+    from fedtune.cli.working_folder import is_running
+    from fedtune.report.watch_page import WatchedFolder, WatchPage
     from fedtune.report.watch_server import WatchServer
 
     config = saved_config(run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,13 +89,11 @@ def collate(
     if isinstance(dataset.targets, tuple):
         targets = padded(dataset.targets, UNSUPERVISED)
     else:
-        targets = torch.from_numpy(_with_empty(dataset.targets[chosen], empty_rows))
+        own = dataset.targets[chosen]
+        empty = np.zeros((empty_rows, *own.shape[1:]), dtype=own.dtype)
+        targets = torch.from_numpy(np.concatenate([own, empty]))
     input_ids, mask = padded(dataset.input_ids, pad_id), torch.from_numpy(attended.astype(np.int64))
     return Batch(input_ids, mask, targets, empty_rows=empty_rows)
-
-
-def _with_empty(targets: NDArray[Any], rows: int) -> NDArray[Any]:
-    return np.concatenate([targets, np.zeros((rows, *targets.shape[1:]), dtype=targets.dtype)])
 
 
 def alone(batch: Batch, row: int | None) -> Batch:

@@ -68,10 +68,6 @@ class Shapes:
         shorter = tuple(takewhile(lambda length: length < 0.8 * roomy, _growing()))
         return cls(lengths=(*shorter, roomy), max_tokens=max_tokens, full=roomy if roomy == max_length else 0)
 
-    def length_of(self, num_tokens: int) -> int:
-        """What a record of so many tokens is padded to: a function of that record alone."""
-        return next(length for length in self.lengths if num_tokens <= self.most_tokens(length))
-
     def most_tokens(self, length: int) -> int:
         """Of the longest record that is padded to `length`."""
         return length - (length != self.full)

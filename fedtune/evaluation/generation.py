@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.data.batching import micro_batches
 from fedtune.data.records import Record
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset
-from fedtune.evaluation.evaluate import scoring
+from fedtune.evaluation.scoring import scoring
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TaskModel
 

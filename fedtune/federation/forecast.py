@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fedtune.data import Batch, TextDataset, collate
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
 from fedtune.training.machine import keeps_frozen_states
 from fedtune.training.per_example import attached

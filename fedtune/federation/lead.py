@@ -14,6 +14,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from fedtune.federation.protocol import Reply
+from fedtune.federation.run_folder import saved_checkpoints
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.release import Receipt, Update, receipt_from_json
@@ -200,7 +201,7 @@ class Checkpoints:
             "metrics_before": dict(state.metrics_before),
         }
         write_durably(self._path(state.round), save_tensors(tensors, metadata={"fedtune": json.dumps(about)}))
-        for old in sorted(self._folder.glob("round-*.safetensors"))[:-_KEPT]:
+        for old in saved_checkpoints(self._folder)[:-_KEPT]:
             old.unlink()
 
     def load(self) -> LeadState:
@@ -210,7 +211,7 @@ class Checkpoints:
             ConfigError: there is no checkpoint, or it belongs to another configuration.
             RunError: the newest checkpoint is damaged.
         """
-        found = sorted(self._folder.glob("round-*.safetensors"))
+        found = saved_checkpoints(self._folder)
         if not found:
             raise ConfigError("resume", str(self._folder.parent), "must be a run folder with a checkpoint")
         data = found[-1].read_bytes()
@@ -220,11 +221,11 @@ class Checkpoints:
             about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedtune"])
             other = about["config_sha256"] != self._config
             state = LeadState(
-                round=about["round"],
+                round=_count(about["round"]),
                 adapter=Adapter({name: tensors[f"adapter/{name}"] for name in about["adapter"]}),
                 strategy={name: tensors[f"strategy/{name}"] for name in about["strategy"]},
-                receipts={site: Receipt(**fields) for site, fields in about["receipts"].items()},
-                unanswered=about["unanswered"],
+                receipts={site: receipt_from_json(fields) for site, fields in about["receipts"].items()},
+                unanswered={site: _count(rounds) for site, rounds in about["unanswered"].items()},
                 rounds=[_round(fields) for fields in about["rounds"]],
                 seconds=about["seconds"],
                 metrics_before=about["metrics_before"],
@@ -251,6 +252,12 @@ class Checkpoints:
 
     def _path(self, round: int) -> Path:
         return self._folder / f"round-{round:04d}.safetensors"
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no number of rounds")
+    return value
 
 
 def _round(fields: dict[str, Any]) -> RoundResult:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedtune.privacy import accountant, filter
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
 _MOST_POINTS = 20
@@ -62,7 +62,7 @@ class RoundPrice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """What a plan costs; epsilons are infinite where it adds no noise.
+    """What a plan costs; the defaults are those of a plan that adds no noise.
 
     Attributes:
         sites: name -> figures.
@@ -79,12 +79,12 @@ class Price:
     plan: Plan
     sites: Mapping[str, SitePrice]
     largest: tuple[str, ...]
-    rounds: tuple[RoundPrice, ...]
-    epsilon: float
-    epsilon_rdp: float
-    epsilon_filter: float
-    filter_order: float | None
-    epsilon_of_one_round: float
+    rounds: tuple[RoundPrice, ...] = ()
+    epsilon: float = math.inf
+    epsilon_rdp: float = math.inf
+    epsilon_filter: float = math.inf
+    filter_order: float | None = None
+    epsilon_of_one_round: float = math.inf
 
     @property
     def steps(self) -> int:
@@ -121,18 +121,7 @@ def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
     sites = {site: _site(plan, size, total=sum(declared_sizes.values())) for site, size in declared_sizes.items()}
     largest = tuple(site for site, size in declared_sizes.items() if size == max(declared_sizes.values()))
     if not plan.private:
-        none = math.inf
-        return Price(
-            plan=plan,
-            sites=sites,
-            largest=largest,
-            rounds=(),
-            epsilon=none,
-            epsilon_rdp=none,
-            epsilon_filter=none,
-            filter_order=None,
-            epsilon_of_one_round=none,
-        )
+        return Price(plan=plan, sites=sites, largest=largest)
     whole, delta = plan.whole, plan.delta
     _, order = filter.cheapest(whole, delta=delta)
     return Price(
@@ -272,6 +261,9 @@ def least_noise(plan: Plan, *, epsilon: float) -> float | None:
 
     What `accountant.calibrate_noise` finds from scratch; the search begins near the answer, at the noise of `plan`.
     """
+    most = dataclasses.replace(plan, noise_multiplier=accountant.MOST_NOISE)
+    if plan.releases_metrics and coarse_epsilon(most) > epsilon:
+        return None  # the released scores alone cost more, and a search would try a thousand noises
     noise = accountant.last_within(
         lambda noise: coarse_epsilon(dataclasses.replace(plan, noise_multiplier=noise)),
         epsilon,

@@ -14,7 +14,7 @@ from fedtune import __version__
 from fedtune.federation.lead import LeadState, RoundResult, Scores
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.words import finite, finite_scores
 
 SCHEMA_VERSION = 1

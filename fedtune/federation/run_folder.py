@@ -9,6 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in the folder of a run's checkpoints, oldest first."""
+    # By length first: after round 9999 come names with a digit more.
+    return sorted(folder.glob("round-*.safetensors"), key=lambda path: (len(path.name), path.name))
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """The files of one run; none of them needs to be there."""
@@ -78,4 +84,4 @@ class RunFolder:
     @property
     def saved_checkpoints(self) -> list[Path]:
         """The checkpoints that are there, oldest first."""
-        return sorted(self.checkpoints.glob("round-*.safetensors"))
+        return saved_checkpoints(self.checkpoints)

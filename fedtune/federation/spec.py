@@ -102,4 +102,5 @@ class FederationSpec:
     def too_few(self, count: int, did: str, *, others: Mapping[str, str]) -> str:
         """The words for fewer than `min_sites` sites that did something, with the reasons of the others."""
         reasons = ", ".join(f"{site}: {why}" for site, why in others.items())
-        return f"{count} of {len(self.active)} sites {did}, and federation.min_sites = {self.min_sites} ({reasons})"
+        needed = f"federation.min_sites = {self.min_sites} are needed"
+        return f"{count} of {len(self.active)} sites {did}, and {needed} ({reasons})"

@@ -17,11 +17,11 @@ from fedtune.federation.planner import coarse_epsilon
 from fedtune.privacy import events, filter
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import FedtuneError, RunError
 
 

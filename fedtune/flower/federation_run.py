@@ -17,13 +17,13 @@ from fedtune.config import RunConfig
 from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
 from fedtune.federation.results import FinalResult, RunResult
 from fedtune.federation.run_folder import RunFolder
-from fedtune.flower.invitation import Invited
-from fedtune.flower.server import Lead, run_rounds
+from fedtune.flower.server_app import Invited, Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.sites.environment import note_environment
 from fedtune.sites.shared_model import SharedModel
+from fedtune.spec import RunError
 from fedtune.tasks import save_task_model
 
 
@@ -138,6 +138,8 @@ class FederationRun:
         """
         if self.config.resume is not None:
             state = self._checkpoints.load()
+            if unsigned := [site for site, receipt in state.receipts.items() if not receipt.is_signed()]:
+                raise RunError(f"the newest checkpoint has a receipt that is not signed by {', '.join(unsigned)}")
         _ = self.shared.validation, self.shared.test
         self.ready()
         if self.config.resume is not None:

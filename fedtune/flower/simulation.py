@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
+from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -23,8 +23,7 @@ from fedtune.federation.lead import LeadState
 from fedtune.federation.results import RunResult
 from fedtune.flower.client import make_client_app
 from fedtune.flower.federation_run import Engine, FederationRun, Listener
-from fedtune.flower.invitation import Invited
-from fedtune.flower.server import make_server_app
+from fedtune.flower.server_app import Invited
 from fedtune.sites.virtual_site import participants
 from fedtune.spec import ConfigError, RunError
 
@@ -83,6 +82,17 @@ def _engine(config: RunConfig, client_app: ClientApp, listener: Listener) -> Eng
 
 _RUN_ID = 1
 _SERVER_NODE_ID = 0
+
+
+def _server_app(run: Callable[[Grid], None]) -> ServerApp:
+    """Calls `run` with whatever grid its engine provides."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        run(grid)
+
+    return app
 
 
 class InProcessGrid(Grid):
@@ -151,7 +161,7 @@ def _context(node_id: int, num_nodes: int) -> Context:
 def in_process(run: Callable[[Grid], LeadState], grid: InProcessGrid) -> LeadState:
     """Run the ServerApp over `grid`, here and now, and return what `run` returns."""
     outcome: list[LeadState] = []
-    server_app = make_server_app(lambda given: outcome.append(run(given)))
+    server_app = _server_app(lambda given: outcome.append(run(given)))
     server_app(grid, _context(_SERVER_NODE_ID, num_nodes=0))
     return outcome[0]
 
@@ -191,7 +201,7 @@ def on_ray(run: Callable[[Grid], LeadState], client_app: ClientApp, config: RunC
         with warnings.catch_warnings():
             # Ray's advice on a variable of its own that changes nothing here.
             warnings.filterwarnings("ignore", message="Tip: In future versions of Ray", category=FutureWarning)
-            run_simulation(make_server_app(keep), client_app, num_supernodes=num_sites, backend_config=backend)
+            run_simulation(_server_app(keep), client_app, num_supernodes=num_sites, backend_config=backend)
     except BaseException as error:
         raise (failure[0] if failure else error) from None
     if failure:

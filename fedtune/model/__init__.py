@@ -13,7 +13,7 @@ from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 
 if TYPE_CHECKING:
     from fedtune.model.adapter import Adapter, AdapterError
-    from fedtune.model.base import load_base, load_tokenizer, model_sha256
+    from fedtune.model.base_model import load_base, load_tokenizer, model_sha256
     from fedtune.model.layers import attach_lora
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 
 _HOMES = {
     "adapter": ("Adapter", "AdapterError"),
-    "base": ("load_base", "load_tokenizer", "model_sha256"),
+    "base_model": ("load_base", "load_tokenizer", "model_sha256"),
     "layers": ("attach_lora",),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}

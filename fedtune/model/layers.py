@@ -51,7 +51,8 @@ def attach_lora(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: bool,
     """
     stack_name, stack = layer_stack(base)
     layers = _layer_indices(spec, len(stack))
-    linear = _linear_modules(nn.ModuleList(stack[layer] for layer in layers))
+    modules = nn.ModuleList(stack[layer] for layer in layers).named_modules()
+    linear = {name: module for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION,
         r=spec.rank,
@@ -93,10 +94,6 @@ def _layer_indices(spec: LoraSpec, count: int) -> list[int]:
             "lora.layers", spec.layers, f"must lie from {-count} to {count - 1}: the base has {count} layers"
         )
     return sorted({layer % count for layer in spec.layers})
-
-
-def _linear_modules(layers: nn.ModuleList) -> dict[str, nn.Module]:
-    return {name: module for name, module in layers.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def _targets(spec: LoraSpec, linear: dict[str, nn.Module]) -> list[str]:

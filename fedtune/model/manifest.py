@@ -62,7 +62,7 @@ class Manifest:
     @property
     def weights_sha256(self) -> str:
         """What fedtune 0.1.0 took for the model's hash: that of the weights alone."""
-        weights = tuple((name, digest) for name, digest in self.files if _is_weights(name))
+        weights = tuple((name, digest) for name, digest in self.files if name.endswith((".safetensors", ".gguf")))
         return weights[0][1] if len(weights) == 1 else hashlib.sha256(_lines(weights).encode()).hexdigest()
 
     @property
@@ -259,7 +259,3 @@ def _hash_of(file: Path, *, fresh: bool) -> str:
 
 def _lines(files: tuple[tuple[str, str], ...]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in files)
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith((".safetensors", ".gguf"))

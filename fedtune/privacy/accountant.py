@@ -37,7 +37,7 @@ FINE, COARSE = 1e-4, 1e-3
 MOST_NOISE = 1e4
 """Largest noise multiplier of a plan; what asks for more asks for nothing."""
 LEAST_NOISE = 1e-2
-"""Searches for less end here."""
+"""Least noise of a plan that has any: with less, a distribution of losses takes gigabytes.  Searches end here."""
 _TOLERANCE = 1e-5  # relative
 _TAIL = 1e-15  # probability that a composition may count as an infinite loss, to stay short
 _AT_ONCE = 100_000  # exponents of one bucket each that are computed in one go: what a processor's cache holds

@@ -14,9 +14,9 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import Spending, divergence_left, runs_left, spending
 from fedtune.privacy.ledger.verify import Verified
-from fedtune.privacy.policy import AT_ONCE, Policy
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import AT_ONCE, Policy
 
 SCHEMA_VERSION = 1
 """Of what is said of a ledger as JSON."""
@@ -79,7 +79,7 @@ def amount_of(policy: Policy) -> Amount:
     each = filter.divergence(reference, order)
 
     def fitting(cap: float | None) -> int | None:
-        if cap is None or math.isinf(cap):
+        if cap is None or math.isinf(cap) or each == 0:
             return None
         return max(0, math.floor(filter.most_divergence(cap, order=order, delta=delta) / each))
 

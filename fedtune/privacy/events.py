@@ -89,13 +89,17 @@ def from_json(data: object) -> DpEvent:
         ConfigError: the data is not an event of a known kind with values in their range.
     """
     match data:
-        case {"kind": "gaussian", "noise_multiplier": int() | float() as sigma} if sigma > 0 and math.isfinite(sigma):
+        case {"kind": "gaussian", "noise_multiplier": int() | float() as sigma} if (
+            type(sigma) is not bool and sigma > 0 and math.isfinite(sigma)
+        ):
             return GaussianDpEvent(float(sigma))
         case {"kind": "poisson_sampled", "sampling_probability": int() | float() as rate, "event": part} if (
-            0 < rate <= 1
+            type(rate) is not bool and 0 < rate <= 1
         ):
             return PoissonSampledDpEvent(float(rate), from_json(part))
-        case {"kind": "self_composed", "count": int() as count, "event": part} if count >= 0:
+        case {"kind": "self_composed", "count": int() as count, "event": part} if (
+            type(count) is not bool and count >= 0
+        ):
             return SelfComposedDpEvent(from_json(part), count)
         case {"kind": "composed", "events": list() as parts}:
             return ComposedDpEvent(tuple(from_json(part) for part in parts))

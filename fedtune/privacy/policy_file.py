@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.policy import DEFAULT_MIN_GRAD_NORM, Policy
+from fedtune.privacy.site_policy import DEFAULT_MIN_GRAD_NORM, Policy
 from fedtune.spec import ConfigError
 
 T = TypeVar("T")

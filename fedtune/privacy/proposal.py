@@ -8,7 +8,7 @@ import json
 import math
 from typing import Any
 
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, spec
 
 _MOST_TEXT = 300

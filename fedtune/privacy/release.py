@@ -355,11 +355,17 @@ def refusal_from_json(fields: Mapping[str, Any]) -> Refusal:
     return Refusal(
         site=_text(fields["site"]),
         run=_text(fields["run"]),
-        round=int(fields["round"]),
+        round=_whole(fields["round"]),
         reason=Reason(fields["reason"]),
         asked=asked,
         allowed=allowed,
     )
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise ValueError("a whole number")
+    return value
 
 
 def _text(value: object) -> str:

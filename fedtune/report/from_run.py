@@ -19,7 +19,7 @@ from fedtune.federation.lead import RoundResult
 from fedtune.federation.results import FinalResult, charged_epsilons
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.report import recompute, signing
 from fedtune.report.derive import cells, profile, verdicts
 from fedtune.report.derive.audit_bounds import judged, read_audit
@@ -224,7 +224,8 @@ def _checked(record: RunRecord, report: Report) -> SiteReport:
     if report.kind != "ledger" or len(report.sites) != 1:
         raise _refused(report, "must be a site's report of its own ledger")
     (own,) = report.sites
-    _require_site(record.config.federation.active, report, own.site)
+    if own.site not in (sites := record.config.federation.active):
+        raise _refused(report, f"must be about a site of this run ({', '.join(sites)}), not {own.site}")
     receipt = record.receipts.get(own.site)
     if receipt is None:
         raise _refused(report, f"cannot be checked: {own.site} gave this run no receipt, so its key is not known")
@@ -243,11 +244,6 @@ def _checked(record: RunRecord, report: Report) -> SiteReport:
         first = found[0]
         raise _refused(report, f"must agree with itself: {first.where} says {first.said}, found {first.found}")
     return own
-
-
-def _require_site(sites: Sequence[str], report: Report, site: str) -> None:
-    if site not in sites:
-        raise _refused(report, f"must be about a site of this run ({', '.join(sites)}), not {site}")
 
 
 def _refused(report: Report, bound: str) -> ConfigError:

@@ -23,7 +23,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedtune.report.watch import Shown, WatchedFolder, WatchPage
+from fedtune.report.watch_page import Shown, WatchedFolder, WatchPage
 from fedtune.spec import ConfigError
 
 _METHODS = ("GET", "HEAD")

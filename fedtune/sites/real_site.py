@@ -13,16 +13,16 @@ from fedtune.config import RunConfig
 from fedtune.data.load import own_records
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.site import Prepared, Site, Trained
+from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Policy
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import at_site, read_settings
 from fedtune.sites.work import SiteWork

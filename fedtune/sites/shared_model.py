@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.config import RunConfig
 from fedtune.data import Record, Shapes, TextDataset
 from fedtune.data.load import lead_records
-from fedtune.evaluation.evaluate import KeptStates, evaluate
 from fedtune.evaluation.generation import PromptSet, evaluate_generation
+from fedtune.evaluation.scoring import KeptStates, evaluate
 from fedtune.model import Adapter, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM

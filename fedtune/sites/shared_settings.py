@@ -14,13 +14,13 @@ from typing import Any
 
 from fedtune.config import ReportSpec, RunConfig, parse
 from fedtune.data.partition import PartitionSpec
-from fedtune.model.base import model_sha256
+from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import PACKAGE, RANDOM, ModelSpec
 from fedtune.privacy.mechanism import PrivacySpec
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
 from fedtune.tasks import task_named
 from fedtune.training.spec import RuntimeSpec

@@ -22,14 +22,18 @@ from fedtune.data.load import simulated_site_records
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.site import Prepared, Site, Trained
+from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.model import Adapter
 from fedtune.privacy import filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import (
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Offer, Refused
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import (
     DEFAULT_MIN_GRAD_NORM,
     Allow,
     Asserted,
@@ -41,10 +45,6 @@ from fedtune.privacy.policy import (
     Reference,
     Releases,
 )
-from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Offer, Refused
-from fedtune.privacy.site_files import SiteFiles
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError, RefusedError, RunError

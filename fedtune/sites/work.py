@@ -10,13 +10,13 @@ from functools import cached_property
 from fedtune.data import TextDataset, users_of
 from fedtune.data.load import SiteRecords
 from fedtune.data.records import record_key
-from fedtune.evaluation.evaluate import unit_scores, user_scores
+from fedtune.evaluation.scoring import unit_scores, user_scores
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.site import Trained
+from fedtune.federation.site_round import Trained
 from fedtune.model import Adapter
 from fedtune.privacy.mechanism import noised_scores
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
+from fedtune.privacy.run_plan import Plan
 from fedtune.sites.shared_model import SharedModel
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round

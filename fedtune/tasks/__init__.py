@@ -13,8 +13,8 @@ from fedtune.tasks.base import Task
 from fedtune.tasks.registry import TASKS, task_named
 
 if TYPE_CHECKING:
-    from fedtune.tasks.model import TaskModel, build_task_model
     from fedtune.tasks.saved import load_task_model, save_task_model
+    from fedtune.tasks.task_model import TaskModel, build_task_model
 
 __all__ = [
     "TASKS",
@@ -26,7 +26,7 @@ __all__ = [
     "task_named",
 ]
 
-_HOMES = {"model": ("TaskModel", "build_task_model"), "saved": ("load_task_model", "save_task_model")}
+_HOMES = {"task_model": ("TaskModel", "build_task_model"), "saved": ("load_task_model", "save_task_model")}
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
 

@@ -36,7 +36,7 @@ FirstTarget: TypeAlias = Callable[[int], int]
 
 
 class Model(Protocol):
-    """What a task sees of the model that learns it, a `fedtune.tasks.model.TaskModel`."""
+    """What a task sees of the model that learns it, a `fedtune.tasks.task_model.TaskModel`."""
 
     spec: TaskModelSpec
     base: PeftModel

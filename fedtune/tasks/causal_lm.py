@@ -60,12 +60,16 @@ class CausalLM(Task):
         prompts = [_prompt(data.prompt_template, record, max_length=length) for record in records]
         completions = [cut(record.fields["completion"], length) for record in records]
         input_ids, targets = [], []
-        for prompt, completion in zip(
+        for texts, prompt, completion in zip(
+            zip(prompts, completions, strict=True),
             encode(prompts, tokenizer, special_tokens=False, within=lenient_within),
             encode(completions, tokenizer, special_tokens=False, within=lenient_within),
             strict=True,
         ):
             given, supervised = [*start, *prompt], [*completion, end]
+            # A text that could not be encoded has no ids, and its record adds nothing: half of it is another record.
+            if any(text.strip() and not ids for text, ids in zip(texts, (prompt, completion), strict=True)):
+                given, supervised = [*given, *supervised], []
             input_ids.append(np.array([*given, *supervised][:length], dtype=np.int32))
             targets.append(np.array([*[UNSUPERVISED] * len(given), *supervised][:length], dtype=np.int64))
         return TextDataset(tuple(input_ids), tuple(targets))

@@ -200,7 +200,7 @@ def _label_embeddings(task: Classification, model: Model) -> torch.Tensor:
     """
     import torch
 
-    from fedtune.model.base import load_tokenizer
+    from fedtune.model.base_model import load_tokenizer
     from fedtune.model.fits import check_tokenizer_fits, ids_of
 
     tokenizer, path = load_tokenizer(model.spec.model), model.spec.model.path

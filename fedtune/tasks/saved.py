@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
-from fedtune.model.base import model_sha256
+from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.source import model_folder
 from fedtune.model.spec import RANDOM, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks.model import TaskModel, assemble
 from fedtune.tasks.registry import task_named
+from fedtune.tasks.task_model import TaskModel, assemble
 
 _SCHEMA_VERSION = 1
 _HEAD = "head."

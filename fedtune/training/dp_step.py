@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise, cell, poisson_sample
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import RandomStream
+from fedtune.privacy.run_plan import Plan
 
 Sums = dict[str, torch.Tensor]
 

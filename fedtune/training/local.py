@@ -9,8 +9,8 @@ import torch
 
 from fedtune.model import Adapter
 from fedtune.privacy.mechanism import poisson_sample
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import Randomness, RandomStream
+from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
 from fedtune.training.dp_step import Records, dp_sgd_step
 from fedtune.training.examples import Units

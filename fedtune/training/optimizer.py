@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fedtune.model import Adapter
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.training.spec import TrainingSpec
 
 
@@ -96,16 +96,18 @@ def reach(training: TrainingSpec, plan: Plan, *, round: int, declared_size: int,
     head = {name: tensor for name, tensor in sent.tensors.items() if name.startswith("head.")}
     lora = {name: tensor for name, tensor in sent.tensors.items() if name not in head}
     factors = _factors(training, plan, round)
+    signal, noise = _signal(plan, declared_size), _noise(plan, declared_size)
     value: dict[str, float] = {}
     square = 0.0
     for group, rate in zip((lora, head), training.peak_rates(clipped=plan.private), strict=True):
         flat = np.concatenate([np.zeros(1), *(tensor.ravel() for tensor in group.values())])
         rates = [rate * factor for factor in factors]
-        most = _moved(training, rates, _largest(plan, declared_size), at=float(np.abs(flat).max()))
+        most = _moved(training, rates, signal + _NOISE_SIGMAS * noise, at=float(np.abs(flat).max()))
         norm = math.sqrt(flat.size) * most
         if training.optimizer == "sgd":  # whose steps are as long as the gradient: Adam's know values alone
             length = float(np.linalg.norm(flat.astype(np.float64)))
-            norm = min(norm, _moved(training, rates, _norm(plan, declared_size, flat.size), at=length))
+            longest = signal + (math.sqrt(flat.size) + _NOISE_SIGMAS) * noise
+            norm = min(norm, _moved(training, rates, longest, at=length))
         value |= dict.fromkeys(group, most)
         square += norm**2
     return Reach(value=value, norm=math.sqrt(square))
@@ -154,11 +156,3 @@ def _signal(plan: Plan, declared_size: int) -> float:
 def _noise(plan: Plan, declared_size: int) -> float:
     """Standard deviation of the noise in one value of a mean gradient."""
     return plan.noise_multiplier * plan.max_grad_norm / (plan.sampling_rate * declared_size)
-
-
-def _largest(plan: Plan, declared_size: int) -> float:
-    return _signal(plan, declared_size) + _NOISE_SIGMAS * _noise(plan, declared_size)
-
-
-def _norm(plan: Plan, declared_size: int, values: int) -> float:
-    return _signal(plan, declared_size) + (math.sqrt(values) + _NOISE_SIGMAS) * _noise(plan, declared_size)

@@ -21,8 +21,8 @@ from typing import Any
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.load import simulated_site_records
-from fedtune.privacy.policy import Machine
 from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.site_policy import Machine
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
 from fedtune.tasks import task_named

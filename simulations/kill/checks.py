@@ -22,8 +22,8 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.history import Run
 from fedtune.privacy.ledger.verify import Verified, verify
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Reason
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, FedtuneError
 
 _HOT = bytes.fromhex("d9d505f920a163d7")

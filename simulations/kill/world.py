@@ -20,9 +20,9 @@ from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
-from fedtune.federation.site import Prepared, Site, Trained, answer
+from fedtune.federation.site_round import Prepared, Site, Trained, answer
 from fedtune.model import Adapter
-from fedtune.privacy.policy import Policy
+from fedtune.privacy.site_policy import Policy
 from fedtune.sites.virtual_site import Participants
 from fedtune.spec import RefusedError, RunError
 

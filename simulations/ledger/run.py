@@ -25,9 +25,19 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Allow, Asserted, Budget, Dataset, Limits, Policy, Population, Reference, Releases
 from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import (
+    Allow,
+    Asserted,
+    Budget,
+    Dataset,
+    Limits,
+    Policy,
+    Population,
+    Reference,
+    Releases,
+)
 
 SETTINGS, ROUNDS = 20, 250
 

@@ -25,7 +25,7 @@ from run import DATA, Problem, problems
 from torch.nn import functional
 
 from fedtune.cli.compose import compose_run
-from fedtune.model.base import load_tokenizer
+from fedtune.model.base_model import load_tokenizer
 from fedtune.privacy.accountant import calibrate_noise
 from fedtune.tasks import build_task_model
 from fedtune.tasks.classification import mean_pooled

@@ -14,9 +14,9 @@ import numpy as np
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.site import answer
-from fedtune.privacy.plan import Plan
+from fedtune.federation.site_round import answer
 from fedtune.privacy.release import Update
+from fedtune.privacy.run_plan import Plan
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.virtual_site import Participants, VirtualSites
 

@@ -101,7 +101,11 @@ def together(gradients: PerExampleGradients, records: SiteExamples, company: np.
 def of_length(shapes: Shapes, length: int, count: int, draws: np.random.Generator) -> list[int]:
     """Numbers of tokens that are padded to `length`, the most among them."""
     longest = shapes.most_tokens(length)
-    fitting = [tokens for tokens in range(1, longest + 1) if shapes.length_of(tokens) == length]
+    fitting = [
+        tokens
+        for tokens in range(1, longest + 1)
+        if next(one for one in shapes.lengths if tokens <= shapes.most_tokens(one)) == length
+    ]
     return [fitting[-1], *draws.choice(fitting, size=count - 1).tolist()]
 
 

@@ -47,8 +47,9 @@ def test_a_sound_run_passes(sound: Any) -> None:
 
 
 def test_a_sound_run_by_user_passes(audited: Callable[..., Any]) -> None:
-    outcome, found, _ = audited(*EVERY_TIME, *BY_USER)
+    outcome, found, _ = audited(*EVERY_TIME, *BY_USER, "--json")
     assert outcome.code == 0, outcome.err
+    assert len(json.loads(outcome.out)["result"]["bounds"]) == len(found.bounds)
     for bound in found.bounds:
         assert bound.lower_bound < bound.claimed_epsilon
 

@@ -22,8 +22,10 @@ def searched(command: Any, tiny: Any, tmp_path: Path) -> Callable[..., tuple[Any
 
     def run(*overrides: str) -> tuple[Any, dict[str, Any]]:
         settings = ("tracking=quiet", "audit.kind=sensitivity", f"audit.tries={TRIES}", *overrides)
-        outcome = command("audit", *tiny(*settings, into=tmp_path, name="searched"))
-        return outcome, json.loads((tmp_path / "searched" / "sensitivity.json").read_text())
+        outcome = command("audit", *tiny(*settings, into=tmp_path, name="searched"), "--json")
+        printed: dict[str, Any] = json.loads(outcome.out)["result"]
+        assert json.loads((tmp_path / "searched" / "sensitivity.json").read_text()).items() >= printed.items()
+        return outcome, printed
 
     return run
 

@@ -19,12 +19,12 @@ from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.deploy.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger, Reservation
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
+from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Policy
 
 
 @dataclass(frozen=True)

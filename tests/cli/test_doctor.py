@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli import doctor
+from fedtune.cli import site_actions
 from fedtune.deploy.doctor.check import REFUSED, SERVER, Check, Status, failed, ok, skipped, warning
 from fedtune.spec import FedtuneError
 
@@ -31,7 +31,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lines_fit_a_narrow_terminal_and_keep_words_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.print_lines(iter(CHECKS)) == CHECKS
+    assert site_actions.print_lines(iter(CHECKS)) == CHECKS
     assert capsys.readouterr().out.splitlines() == [
         "ok      policy              can be read",
         "warning anchor's place      on the ledger's own disk: both can be put back both",
@@ -50,14 +50,14 @@ def test_lines_fit_a_narrow_terminal_and_keep_words_whole(capsys: pytest.Capture
 
 
 def test_what_others_wrote_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    doctor.print_lines([ok("kit", "for \x1b[31mred\x1b[0m [bold]and bold[/bold]\n\rnorth")])
+    site_actions.print_lines([ok("kit", "for \x1b[31mred\x1b[0m [bold]and bold[/bold]\n\rnorth")])
     assert capsys.readouterr().out.splitlines()[0].endswith("for ?[31mred?[0m [bold]and bold[/bold]??north")
 
 
 def test_json_has_every_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    doctor.print_json(CHECKS)
+    site_actions.print_checks_as_json(CHECKS)
     snapshots.check_json("site-doctor", capsys.readouterr().out, folder=tmp_path)
-    doctor.print_json(CHECKS[:2])
+    site_actions.print_checks_as_json(CHECKS[:2])
     assert json.loads(capsys.readouterr().out)["ok"] is True
 
 
@@ -65,10 +65,10 @@ def test_json_has_every_check(capsys: pytest.CaptureFixture[str], tmp_path: Path
 def test_the_exit_code_is_the_most_important_failure_s(codes: tuple[int, ...], expected: int) -> None:
     checks = [Check(name=f"c{code}", status=Status.FAILED, found="x", fix="y", exit_code=code) for code in codes]
     if not expected:
-        doctor.finish(checks)
+        site_actions.finish(checks)
         return
     with pytest.raises(FedtuneError) as caught:
-        doctor.finish(checks)
+        site_actions.finish(checks)
     assert caught.value.exit_code == expected
     assert all(check.name in str(caught.value) for check in checks)
 
@@ -93,7 +93,7 @@ def test_a_misspelt_setting_is_found_when_the_run_is_tried_out(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     visits: list[Any] = []
-    monkeypatch.setattr(doctor, "examine", lambda visit: visits.append(visit) or [])
+    monkeypatch.setattr(site_actions, "examine", lambda visit: visits.append(visit) or [])
     named = ["--kit", str(tmp_path), "--site", "site.toml", "--experiment", "debug"]
     for word in ("lora.rnak=4", "name=study"):
         assert command("site", "doctor", word, *named).code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ def test_the_hash_and_what_it_covers(folder: Path, command: Callable[..., Any]) 
     assert digest == manifest_of(folder).sha256 == model_sha256(ModelSpec(path=str(folder)))
     assert (blank, title) == ("", "It covers:")
     assert [line.split()[1] for line in files] == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_as_json(folder: Path, command: Callable[..., Any]) -> None:
+    said = json.loads(command("model-hash", str(folder), "--json").out)
+    assert (said["sha256"], said["files"]) == (manifest_of(folder).sha256, dict(manifest_of(folder).files))
+    assert command("model-hash", str(folder), "--json", "--files").code == 2
 
 
 def test_anybody_can_compute_it_from_the_files(folder: Path, command: Callable[..., Any]) -> None:

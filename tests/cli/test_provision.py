@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from fedtune.deploy.kits.members import next_steps, read_roster, site_init
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.site_policy import Policy
 
 from ..conftest import parsed
 

@@ -19,8 +19,8 @@ from fedtune.config import RunConfig
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import REQUEST, site_init
-from fedtune.privacy.policy import Dataset, Policy
 from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import ConfigError
 
 SIZES = {"north": 230, "south": 180, "west": 90}

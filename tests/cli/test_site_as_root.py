@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-# A process that gave root up may not be able to read modules any more.
-import fedtune.cli.approve
-import fedtune.cli.doctor
 import fedtune.cli.ledger
 import fedtune.cli.site
+
+# A process that gave root up may not be able to read modules any more.
+import fedtune.cli.site_actions
 import fedtune.deploy.doctor.examination
 import fedtune.deploy.kits.models  # noqa: F401
 from fedtune.cli.main import main

@@ -71,6 +71,10 @@ def test_what_waits_is_listed_with_its_price(command: Any, north: Here, run_prop
         (line,) = [line for line in outcome.out.splitlines() if run in line]
         for word in ("patients", price, f"{run_proposal().lead[:16]}...", f"{datetime.now(UTC):%Y-%m}"):
             assert word in line
+    listed = json.loads(approve(command, north, "--json").out)["waiting"]
+    assert {one["run"] for one in listed} == {"triage", "follow-up"}
+    assert {one["epsilon"] for one in listed} == {epsilon_pld([plan.whole], plan.delta)}
+    assert approve(command, north, "triage", "--json").code == 2
 
 
 @pytest.mark.parametrize("waiting", [(), ("triage",)])

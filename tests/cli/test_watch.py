@@ -39,19 +39,22 @@ def watching(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
             guard.cancel()
 
 
-def read(address: str, **options: Any) -> httpx.Response:
-    with httpx.Client(trust_env=False, timeout=60, follow_redirects=True) as client:
-        return client.get(address, **options)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_serves_until_a_signal_and_ends_well(folder: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "language", "shown"), [(signal.SIGINT, (), "de"), (signal.SIGTERM, ("--language", "en"), "en")]
+)
+def test_it_serves_until_a_signal_and_ends_well(
+    folder: Path, number: signal.Signals, language: tuple[str, ...], shown: str
+) -> None:
+    """In the run's own language unless told otherwise, and also while a browser holds its connection."""
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
-    with watching(folder) as (process, address):
+    with (
+        watching(folder, *language) as (process, address),
+        httpx.Client(trust_env=False, timeout=60, follow_redirects=True) as client,
+    ):
         assert address.startswith("http://127.0.0.1:")
-        answer = read(address)
+        answer = client.get(address)
         assert answer.status_code == 200
-        assert '<html lang="de">' in answer.text, "the run's own language"
+        assert f'<html lang="{shown}">' in client.get(address.split("?")[0]).text
         os.kill(process.pid, number)
         assert process.wait(timeout=60) == 0
         assert process.stdout is not None
@@ -59,17 +62,6 @@ def test_it_serves_until_a_signal_and_ends_well(folder: Path, number: signal.Sig
         said = process.stdout.read() + process.stderr.read()
     assert said == "Open it in a browser on this machine. Ctrl-C ends it.\n", "no log, and above all not the token"
     assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
-
-
-def test_a_signal_ends_it_while_a_browser_holds_its_connection(folder: Path) -> None:
-    with (
-        watching(folder, "--language", "en") as (process, address),
-        httpx.Client(trust_env=False, timeout=60) as client,
-    ):
-        client.get(address)
-        assert '<html lang="en">' in client.get(address.split("?")[0]).text
-        process.terminate()
-        assert process.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedtune.data import Shapes, TextDataset, collate
 from fedtune.data.batching import alone
+from tests.padded import length_of
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -41,7 +42,7 @@ def test_a_record_s_padded_length_depends_on_its_own_tokens_alone(
     shapes, lengths = run
     chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True))
     for part in shapes.cut(np.array(chosen, dtype=np.int64), lengths):
-        assert {shapes.length_of(int(lengths[place])) for place in part.places} == {part.length}
+        assert {length_of(shapes, int(lengths[place])) for place in part.places} == {part.length}
         assert all(lengths[part.places] <= part.length)
 
 
@@ -60,7 +61,7 @@ def test_every_place_comes_back_exactly_once_in_a_shape_there_is(
         assert 1 <= len(part.places) <= shapes.room(part.length, part.rows)
     for length in shapes.lengths:  # those of one length keep the order in which they came
         together = [int(place) for part in parts if part.length == length for place in part.places]
-        assert together == [place for place in chosen if shapes.length_of(int(lengths[place])) == length]
+        assert together == [place for place in chosen if length_of(shapes, int(lengths[place])) == length]
 
 
 @quick
@@ -103,7 +104,7 @@ def test_lengths_hold_every_record_and_no_more_than_the_model_has(longest: int, 
     assert positions is None or shapes.lengths[-1] <= positions
     assert (shapes.full == longest) == (positions == longest)
     for tokens in range(1, longest + 1):
-        length = shapes.length_of(tokens)
+        length = length_of(shapes, tokens)
         assert tokens < length or (tokens == length == shapes.full)
         if length != shapes.lengths[-1] and length > 12:
             assert length < 1.6 * tokens + 4, "little padding"
@@ -120,7 +121,10 @@ def test_shapes_follow_from_public_settings() -> None:
     assert tight.rows(40) == (12, 6, 3, 2)
     assert [tight.room(40, rows) for rows in tight.rows(40)] == [11, 5, 2, 1]
     assert {field.name for field in dataclasses.fields(Shapes)} == {"lengths", "max_tokens", "full", "row_shares"}
-    assert [Shapes.of(max_length=1, max_tokens=9).length_of(1), Shapes.of(max_length=7, max_tokens=9).length_of(7)] == [
+    assert [
+        length_of(Shapes.of(max_length=1, max_tokens=9), 1),
+        length_of(Shapes.of(max_length=7, max_tokens=9), 7),
+    ] == [
         8,
         8,
     ]
@@ -130,9 +134,9 @@ def test_shapes_follow_from_public_settings() -> None:
 @given(run=shapes_of_runs(), count=st.integers(1, 200), data=st.data())
 def test_no_other_way_to_cut_is_less_work(run: tuple[Shapes, int], count: int, data: st.DataObject) -> None:
     shapes, longest = run
-    length = shapes.length_of(data.draw(st.integers(1, longest)))
+    length = length_of(shapes, data.draw(st.integers(1, longest)))
     lengths = np.full(count, 1 if length == shapes.lengths[0] else length - 1)
-    assume(shapes.length_of(int(lengths[0])) == length)
+    assume(length_of(shapes, int(lengths[0])) == length)
 
     def work(numbers: list[int]) -> int:
         return sum(rows * length + 200 for rows in numbers)
@@ -176,7 +180,7 @@ def test_the_shape_of_what_is_left_over_depends_on_how_many_there_are(
 ) -> None:
     shapes, longest = run
     tokens = data.draw(st.integers(1, longest))
-    assume(shapes.length_of(tokens))
+    assume(length_of(shapes, tokens))
     found = list(shapes.cut(np.arange(count, dtype=np.int64), np.full(count, tokens)))
     again = list(shapes.cut(np.arange(count, dtype=np.int64)[::-1], np.full(count, tokens)))
     assert [(part.rows, part.length) for part in found] == [(part.rows, part.length) for part in again]

@@ -12,7 +12,8 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from typing import Any
 import pytest
 
 from fedtune.deploy.kits import provisioning
-from fedtune.deploy.kits.members import REQUEST, site_init
-from fedtune.privacy.policy import Policy
+from fedtune.deploy.kits.members import REQUEST, Member, read_roster, site_init
+from fedtune.deploy.kits.provisioning import Admitted
 from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.site_policy import Policy
 
 FEDERATION_TOML = f"""\
 name = "cardiology-2026"
@@ -88,6 +90,40 @@ def joined(federation: Path, request_of: Callable[..., Path], now: datetime) -> 
         return request.parent
 
     return make
+
+
+@dataclass(frozen=True)
+class Desk:
+    """The lead's: a federation's folder, the requests of sites, and what is done with them."""
+
+    folder: Path
+    now: datetime
+    request: Callable[..., Path]
+    join: Callable[[str], Path]
+
+    def add(self, request: Path, *, days: int | None = None) -> Admitted:
+        return provisioning.add_site(self.folder, request=request, days=days, now=self.now)
+
+    def renew(self, name: str, request: Path | None = None, *, new_site_key: bool = False, later: int = 0) -> Admitted:
+        """Renew a site so many days `later`."""
+        now = self.now + timedelta(days=later)
+        return provisioning.renew_site(
+            self.folder, name, request=request, days=None, new_site_key=new_site_key, now=now
+        )
+
+    def revoke(self, name: str) -> Member:
+        return provisioning.revoke_site(self.folder, name, now=self.now)
+
+    def member(self, name: str) -> Member:
+        """A site in the server's roster, which must be the lead's, too."""
+        members = read_roster(self.folder / "server" / "roster.json")
+        assert members == read_roster(self.folder / "lead" / "roster.json")
+        return next(one for one in members if one.site == name)
+
+
+@pytest.fixture
+def desk(federation: Path, now: datetime, request_of: Callable[..., Path], joined: Callable[[str], Path]) -> Desk:
+    return Desk(folder=federation, now=now, request=request_of, join=joined)
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -30,15 +30,15 @@ from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.kit import Kit
 from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.deploy.kits.models import install_model, model_place
-from fedtune.model.base import model_sha256
+from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger
-from fedtune.privacy.policy import Dataset, Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import DataError
 
 from .conftest import Mailbox, unpack
@@ -245,7 +245,15 @@ def test_without_kit_and_policy_everything_else_is_still_looked_at(tmp_path: Pat
 
 # One thing that is wrong, and the lines that are not well because of it, with what to do: in snapshots/doctor.txt.
 
-OF_THE_MACHINE = {"disk of the kit", "disk of the ledger", "disk of the anchor", "anchor's place", "memory", "GPU"}
+OF_THE_MACHINE = {
+    "disk of the kit",
+    "disk of the ledger",
+    "disk of the anchor",
+    "anchor's place",
+    "file system",
+    "memory",
+    "GPU",
+}
 SNAPSHOTS = Path(__file__).parent / "snapshots" / "doctor.txt"
 
 
@@ -465,9 +473,11 @@ def told(home: Home, checks: dict[str, Check], *, model: str) -> str:
         assert secret not in texts, texts
     lines, skipped = [f"exit code {code(checks)}"], dict[str, list[str]]()
     for name, check in checks.items():
+        if name in OF_THE_MACHINE or check.status is Status.OK:
+            continue
         if check.status is Status.SKIPPED:
             skipped.setdefault(check.found, []).append(name)
-        elif check.status is not Status.OK and name not in OF_THE_MACHINE:
+        else:
             lines += [f"{check.status:<8}{name}: {check.found}", *([f"        -> {check.fix}"] if check.fix else [])]
     lines += [f"{why}: {', '.join(names)}" for why, names in skipped.items()]
     text = "\n".join(lines).replace(str(home.folder), "NORTH").replace(home.lead, "THE LEAD'S")

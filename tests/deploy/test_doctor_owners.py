@@ -14,9 +14,9 @@ from fedtune.deploy.doctor import machine_checks, site_checks
 from fedtune.deploy.doctor.check import Check, Status
 from fedtune.deploy.doctor.machine_checks import owners
 from fedtune.deploy.files import name_of
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Policy
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 STRANGER = 54321

@@ -22,11 +22,11 @@ from fedtune.deploy.kits.members import REQUEST, read_roster
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.decisions import Ledger, Reservation
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, RunError
 
 

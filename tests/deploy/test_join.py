@@ -19,8 +19,8 @@ from fedtune.deploy.kits.certificates import fingerprint_of, key_fingerprint, pu
 from fedtune.deploy.kits.members import JoinRequest, next_steps, site_init
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
 
 

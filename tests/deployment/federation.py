@@ -18,8 +18,8 @@ from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import simulated_site_records
 from fedtune.deploy.kits import provisioning
-from fedtune.privacy.policy import Machine, Policy
 from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.site_policy import Machine, Policy
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
 from fedtune.tasks import task_named

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,6 @@ from fedtune.privacy.release import receipt_from_json
 
 from .books import adapter, check_average, check_books
 from .federation import NAMES, Command, Federation, dealt, simulated
-from .listening import listening_ports
 
 MACHINE = ("runtime.device=cpu", "runtime.num_threads=1", "runtime.seeded_noise=true")
 DEBUG = ("experiment=debug", *MACHINE, "data.validation_rows=10", "data.test_rows=10")
@@ -121,6 +122,26 @@ def test_every_site_keeps_the_final_adapter(
     )
     assert outcome.code == 0, outcome.err
     assert "accuracy" in outcome.out
+
+
+def listening_ports(pid: int, *, whole_network: bool) -> list[int]:
+    """TCP ports on which the process `pid` listens, or anybody in its network, from /proc."""
+    inodes = _inodes(pid)
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and (whole_network or words[9] in inodes):
+                found.append(int(words[1].rpartition(":")[2], 16))
+    return found
+
+
+def _inodes(pid: int) -> set[str]:
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    return inodes
 
 
 def test_a_site_listens_to_nobody(finished: Federation) -> None:

@@ -5,12 +5,26 @@ from __future__ import annotations
 import fcntl
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+
+@pytest.fixture(scope="module")
+def _finished(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without privacy; not to be changed."""
+    folder: Path = simulate("privacy=none", into=tmp_path_factory.mktemp("finished"))
+    return folder
+
+
+@pytest.fixture
+def finished(_finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(_finished, tmp_path / "run"))
 
 
 @pytest.fixture
@@ -155,28 +169,26 @@ def test_a_file_that_breaks_off_inside_gzip(refuse: Callable[..., str], tmp_path
     assert str(file) in refuse(f"data.test_file={file}", "data.test_rows=null")
 
 
-def test_a_name_that_is_taken(command: Any, tiny: Any, simulate: Any, tmp_path: Path) -> None:
-    folder = simulate("privacy=none", into=tmp_path)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def test_a_name_that_is_taken(command: Any, tiny: Any, finished: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     outcome = command("simulate", *tiny("privacy=none", into=tmp_path))
     assert outcome.code == 2
     assert outcome.message.startswith("name = 'run': is taken")
-    assert f"resume={folder}" in outcome.message
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert f"resume={finished}" in outcome.message
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
 def test_a_folder_of_another_configuration_is_refused_with_what_differs(
-    command: Any, tiny: Any, simulate: Any, tmp_path: Path
+    command: Any, tiny: Any, finished: Path, tmp_path: Path
 ) -> None:
-    folder = simulate("privacy=none", into=tmp_path)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    changed = ("privacy=none", "training.learning_rate=0.5", "runtime.micro_batch_tokens=7", f"resume={folder}")
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    changed = ("privacy=none", "training.learning_rate=0.5", "runtime.micro_batch_tokens=7", f"resume={finished}")
     outcome = command("simulate", *tiny(*changed, into=tmp_path))
     assert outcome.code == 2
-    assert outcome.message.startswith(f"resume = '{folder}': was made with another configuration")
+    assert outcome.message.startswith(f"resume = '{finished}': was made with another configuration")
     assert "training.learning_rate was 0.01, is 0.5" in outcome.message
     assert "micro_batch_tokens" not in outcome.message, "only what may change a result stands in the way"
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
 def test_resuming_what_is_no_run_folder(command: Any, tmp_path: Path) -> None:
@@ -188,11 +200,10 @@ def test_resuming_what_is_no_run_folder(command: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_broken_config_in_a_folder_to_resume(command: Any, simulate: Any, tmp_path: Path) -> None:
-    folder = simulate("privacy=none", into=tmp_path)
+def test_a_broken_config_in_a_folder_to_resume(command: Any, finished: Path) -> None:
     for text in ("a: [", "- 1\n", "name: x\n"):
-        (folder / "config.yaml").write_text(text)
-        assert command("simulate", f"resume={folder}").code == 2
+        (finished / "config.yaml").write_text(text)
+        assert command("simulate", f"resume={finished}").code == 2
 
 
 @pytest.mark.parametrize("arguments", [("RUN",), ("RUN", "--data", "FILE", "--device", "tpu"), ("--data", "FILE")])
@@ -202,30 +213,28 @@ def test_evaluate_without_what_it_needs(command: Any, arguments: tuple[str, ...]
     assert outcome.message
 
 
-def test_evaluate_names_what_is_wrong(command: Any, simulate: Any, tmp_path: Path) -> None:
-    folder = simulate("privacy=none", into=tmp_path)
+def test_evaluate_names_what_is_wrong(command: Any, finished: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text('{"text": "a", "label": "parking"}\n')
-    outcome = command("evaluate", str(folder), "--data", str(file), "--device", "cpu")
+    outcome = command("evaluate", str(finished), "--data", str(file), "--device", "cpu")
     assert outcome.code == 2
     assert f"{file}:1" in outcome.message
-    outcome = command("evaluate", str(folder), "--data", str(tmp_path / "gone.csv"), "--device", "cpu")
+    outcome = command("evaluate", str(finished), "--data", str(tmp_path / "gone.csv"), "--device", "cpu")
     assert outcome.code == 2
     assert outcome.message.startswith("--data = ")
     outcome = command("evaluate", str(tmp_path), "--data", str(file))
     assert outcome.code == 2
     assert "config.yaml" in outcome.message
-    for path in (folder / "adapter").iterdir():
+    for path in (finished / "adapter").iterdir():
         path.unlink()
-    (folder / "adapter").rmdir()
-    outcome = command("evaluate", str(folder), "--data", str(file))
+    (finished / "adapter").rmdir()
+    outcome = command("evaluate", str(finished), "--data", str(file))
     assert outcome.code == 2
     assert "resume the run first" in outcome.message
 
 
-def test_one_folder_runs_in_one_process_at_a_time(command: Any, simulate: Any, tmp_path: Path) -> None:
-    folder = simulate("privacy=none", into=tmp_path)
-    with (folder / "log.txt").open("a") as lock:
+def test_one_folder_runs_in_one_process_at_a_time(command: Any, finished: Path) -> None:
+    with (finished / "log.txt").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        outcome = command("simulate", f"resume={folder}")
-    assert (outcome.code, outcome.message) == (2, f"resume = '{folder}': is running in another process")
+        outcome = command("simulate", f"resume={finished}")
+    assert (outcome.code, outcome.message) == (2, f"resume = '{finished}': is running in another process")

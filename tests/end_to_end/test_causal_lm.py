@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from fedtune.cli.compose import saved_config
-from fedtune.model.base import tiny_base
+from fedtune.model.base_model import tiny_base
 from fedtune.tasks import load_task_model
 
 REPOSITORY = Path(__file__).parents[2]

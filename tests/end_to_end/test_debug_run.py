@@ -24,7 +24,7 @@ from torch.nn import functional
 from fedtune.cli.compose import saved_config
 from fedtune.data.load import lead_records
 from fedtune.model import load_tokenizer
-from fedtune.model.base import tiny_base
+from fedtune.model.base_model import tiny_base
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.tasks import load_task_model, task_named
@@ -216,12 +216,11 @@ def test_evaluate_repeats_the_final_scores_on_the_test_file(
     test_file = tmp_path / "test.jsonl"
     with gzip.open(REPOSITORY / "simulations/data/banking77/test.jsonl.gz", "rt") as lines:
         test_file.write_text("".join(itertools.islice(lines, 40)))
-    outcome = command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu")
+    outcome = command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu", "--json")
     assert (outcome.code, outcome.err) == (0, "")
-    shown = dict(re.findall(r"(accuracy|macro_f1|loss)\W+([\d.]+)", outcome.out))
-    assert set(shown) == {"accuracy", "macro_f1", "loss"}
-    for name, value in shown.items():
-        assert float(value) == pytest.approx(result["final"]["metrics"][name], abs=1e-4)
+    scores = json.loads(outcome.out)["scores"]
+    assert set(scores) == {"accuracy", "macro_f1", "loss"}
+    assert scores == pytest.approx(result["final"]["metrics"], abs=1e-4)
 
 
 def test_terminal_shows_rounds_sites_epsilon_and_paths_and_no_warning(run: tuple[Path, str], result: Any) -> None:

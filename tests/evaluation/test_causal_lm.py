@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.evaluate import evaluate
+from fedtune.evaluation.scoring import evaluate
 from fedtune.spec import DataError
 from fedtune.tasks import TaskModel
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.evaluate import evaluate
+from fedtune.evaluation.scoring import evaluate
 from fedtune.tasks import TaskModel
 from fedtune.tasks.classification import macro_f1
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.evaluate import batches_by_length, scoring
+from fedtune.evaluation.scoring import batches_by_length, scoring
 from fedtune.spec import DataError
 from fedtune.tasks import TaskModel
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.evaluate import unit_scores, user_scores
+from fedtune.evaluation.scoring import unit_scores, user_scores
 from fedtune.tasks import TaskModel
 
 PAD = 2

@@ -12,18 +12,24 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest, Signed
-from fedtune.federation.site import Prepared, Site, Train, Trained, answer, consider, end_run
+from fedtune.federation.site_round import Prepared, Site, Train, Trained, answer, consider, end_run
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import RECEIPT, Receipt, Update
+from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refusal, Update
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import Policy
 
 NONCE = "0a" * 16
+
+
+def reason(reply: Reply) -> Reason:
+    """Why a reply is a refusal, which it must be."""
+    assert isinstance(reply.body, Refusal)
+    return reply.body.reason
 
 
 @pytest.fixture

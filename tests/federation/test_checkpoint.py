@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
+from fedtune.federation.run_folder import RunFolder
 from fedtune.model import Adapter
 from fedtune.privacy.release import Receipt
 from fedtune.spec import ConfigError, RunError
@@ -79,6 +82,42 @@ def test_the_newest_is_loaded_and_one_before_it_is_kept(
         checkpoints.save(state(round))
     assert checkpoints.load().round == 11
     assert sorted(path.name for path in folder.iterdir()) == ["round-0010.safetensors", "round-0011.safetensors"]
+
+
+def test_the_newest_round_has_the_largest_number_not_the_last_name(
+    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path
+) -> None:
+    for round in (9998, 9999, 10_000, 10_001):
+        checkpoints.save(replace(state(1), round=round))
+    assert checkpoints.load().round == 10_001
+    assert [path.stem for path in RunFolder(folder.parent).saved_checkpoints] == ["round-10000", "round-10001"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("unanswered", {"a": -9}),
+        ("unanswered", {"a": "1"}),
+        ("unanswered", {"a": 0.5}),
+        ("unanswered", [["a", 1]]),
+        ("round", "1"),
+        ("round", -1),
+        ("receipts", {"a": {"charged_rounds": -5}}),
+        ("receipts", {"a": {"charged_rounds": "3"}}),
+    ],
+)
+def test_counts_that_are_none_are_damage(
+    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path, name: str, value: Any
+) -> None:
+    checkpoints.save(state(1))
+    (path,) = folder.glob("round-*")
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    about = json.loads(header["__metadata__"]["fedtune"])
+    about[name] = {"a": about["receipts"]["a"] | value["a"]} if name == "receipts" else value
+    path.write_bytes(save(load(data), metadata={"fedtune": json.dumps(about)}))
+    with pytest.raises(RunError, match="is damaged"):
+        checkpoints.load()
 
 
 def test_rounds_asked_for_after_the_checkpoint_count_as_unanswered(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedtune.federation.protocol import END, EndOfRun, Signed
-from fedtune.federation.site import end_run
+from fedtune.federation.site_round import end_run
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason, Refused

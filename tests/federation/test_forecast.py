@@ -9,7 +9,7 @@ import pytest
 from fedtune.federation import forecast as forecast_module
 from fedtune.federation.forecast import forecast, seconds_per_example
 from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training.spec import RuntimeSpec
 

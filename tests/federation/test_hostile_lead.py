@@ -29,7 +29,7 @@ _TOO_MUCH: list[tuple[dict[str, Any], Reason, str | None, str | None]] = [
     ({"spare_rounds": 2}, Reason.MAX_ROUNDS, "5", "at most 4"),
     ({"delta": 0.01}, Reason.DELTA, "0.01", "1e-05"),
     ({"metrics_noise_multiplier": 20.0}, Reason.METRICS, "yes", "no"),
-    ({"metrics_noise_multiplier": 1e-3}, Reason.MIN_NOISE_MULTIPLIER, "0.001", "at least 4"),
+    ({"metrics_noise_multiplier": 0.01}, Reason.MIN_NOISE_MULTIPLIER, "0.01", "at least 4"),
     ({"base_model": "cd" * 32}, Reason.BASE_MODELS, "cd" * 32, "ab" * 32),
     ({"base_model": "unverified"}, Reason.BASE_MODELS, "unverified", "ab" * 32),
     ({"dataset": "letters"}, Reason.DATASET, "letters", "patients"),
@@ -72,6 +72,7 @@ def test_asking_for_too_much_is_refused_with_the_rule(
         assert (refusal(reply).asked, refusal(reply).allowed) == (asked, allowed)
     require_only_refused(site, before, rule)
     assert len(site.trained) == rounds_before
+    assert len(site.prepared) == rounds_before + (rule in (Reason.PLAN_CHANGED, Reason.WRONG_RUN))
     assert reply.receipt is not None
     # A receipt is of the run that was asked for; of one that the site does not know, it says that nothing was charged.
     asked_for = changes.get("run", "r")
@@ -188,6 +189,7 @@ def test_what_was_not_meant_for_it_now_is_refused(site: Any, about: dict[str, An
     assert refusal(site.ask(about=about)).reason is rule
     require_only_refused(site, before, rule)
     assert site.trained == []
+    assert site.prepared == ([] if rule is not Reason.ADAPTER_DIFFERS else ["r"])
 
 
 def test_a_replay_gets_the_same_bytes_and_later_nothing(site: Any) -> None:

@@ -12,15 +12,10 @@ import pytest
 from fedtune.federation.protocol import INVITATION, Invitation, Signed
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
-from fedtune.privacy.release import Offer, Reason, Refusal
+from fedtune.privacy.release import Offer, Reason
 from fedtune.spec import ConfigError
 
-NONCE = "0a" * 16
-
-
-def reason(reply: Any) -> Reason:
-    assert isinstance(reply.body, Refusal)
-    return reply.body.reason
+from .conftest import NONCE, reason
 
 
 def test_a_site_that_may_take_part_offers_the_whole_run(site: Any) -> None:

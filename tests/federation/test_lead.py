@@ -13,8 +13,8 @@ from fedtune.federation.protocol import Reply
 from fedtune.federation.results import site_charge
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
+from fedtune.privacy.run_plan import Plan
 
 MakeReceipt = Callable[..., Receipt]
 RUN: Any = {"run": "r", "most_rounds": 4}

@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.federation import planner
 from fedtune.privacy import accountant, filter
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 
 SIZES = {"a": 1200, "b": 560, "c": 320}
 

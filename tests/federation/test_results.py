@@ -11,8 +11,8 @@ import pytest
 from fedtune.federation.lead import LeadState, RoundResult
 from fedtune.federation.results import FinalResult, RunResult
 from fedtune.model import Adapter
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Receipt
+from fedtune.privacy.run_plan import Plan
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedtune.federation import planner
 from fedtune.privacy import accountant
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
 

@@ -15,10 +15,10 @@ from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
 
 SIZES = {"a": 100}

@@ -17,10 +17,10 @@ from flwr.superlink.main import create_app
 
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.site import Prepared, Site, Trained
+from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.client import make_client_app
-from fedtune.flower.server import Lead, run_rounds
+from fedtune.flower.server_app import Lead, run_rounds
 from fedtune.flower.simulation import InProcessGrid
 from fedtune.flower.strategy import make_strategy
 from fedtune.flower.wire.superlink import ServerSettings, _superlink_config
@@ -29,10 +29,10 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event
 from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import Policy
 from fedtune.training.spec import TrainingSpec
 
 from .certificates import LOOPBACK, Authority

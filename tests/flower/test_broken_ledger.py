@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.federation.results import site_charge
-from fedtune.flower.server import run_rounds
+from fedtune.flower.server_app import run_rounds
 from fedtune.privacy.ledger import store
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.flower.server import run_rounds
+from fedtune.flower.server_app import run_rounds
 from fedtune.privacy.ledger import store
 from fedtune.spec import ConfigError, DataError, RunError
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
-from fedtune.federation.protocol import END, EndOfRun, RoundRequest, Signed
+from fedtune.federation.protocol import RoundRequest, Signed
 from fedtune.federation.results import site_charge
-from fedtune.flower import records
-from fedtune.flower.server import run_rounds
+from fedtune.flower import encoding
+from fedtune.flower.server_app import run_rounds
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
@@ -26,11 +26,11 @@ Change = Callable[[Message], None]
 
 def asked_of(message: Message) -> RoundRequest:
     """The honest request that the message holds."""
-    return RoundRequest.of(records.to_signed(message.content))
+    return RoundRequest.of(encoding.to_signed(message.content))
 
 
 def put(message: Message, signed: Signed) -> None:
-    message.content[records.REQUEST] = ConfigRecord({"json": signed.text, "signature": signed.signature})
+    message.content[encoding.REQUEST] = ConfigRecord({"json": signed.text, "signature": signed.signature})
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def sending(lead_key: SigningKey) -> Callable[..., Change]:
 
     def make(head: np.ndarray) -> Change:
         def change(message: Message) -> None:
-            adapter = Adapter({**records.to_adapter(message.content).tensors, "head": head})
-            message.content[records.ADAPTER] = records.from_adapter(adapter)
+            adapter = Adapter({**encoding.to_adapter(message.content).tensors, "head": head})
+            message.content[encoding.ADAPTER] = encoding.from_adapter(adapter)
             put(message, replace(asked_of(message), adapter_digest=adapter.digest()).signed(lead_key))
 
         return change
@@ -160,7 +160,7 @@ def test_sending_a_tensor_that_is_none_of_the_runs(
 def test_sending_no_tensor_at_all(federation: Any, intercept: Any) -> None:
     def change(message: Message) -> None:
         broken = Array("float32", (4,), "numpy.ndarray", b"no array")
-        message.content[records.ADAPTER] = ArrayRecord({"head": broken})
+        message.content[encoding.ADAPTER] = ArrayRecord({"head": broken})
 
     made = federation(num_rounds=2)
     state = made.run_until(1)
@@ -177,7 +177,7 @@ def test_sending_no_tensor_at_all(federation: Any, intercept: Any) -> None:
 def test_playing_an_old_request_again(federation: Any, intercept: Any) -> None:
     made = federation(num_rounds=2)
     overheard: list[Signed] = []
-    intercept(2, lambda message: overheard.append(records.to_signed(message.content)))
+    intercept(2, lambda message: overheard.append(encoding.to_signed(message.content)))
     state = made.run_until(1)
     before = verify(made.ledger_path("site-2")).events
     intercept(2, lambda message: put(message, overheard[0]))
@@ -214,22 +214,6 @@ def test_at_its_end_a_run_gives_free_what_it_had_set_aside(federation: Any) -> N
         history = verify(made.ledger_path(site)).history
         assert history.runs["r"].expires is None
         assert history.runs["r"].charged_rounds == 2
-
-
-def test_nobody_but_the_lead_ends_a_run(
-    federation: Any, intercept: Any, stranger_key: SigningKey, lead_key: SigningKey
-) -> None:
-    made = federation(num_rounds=2)
-    state = made.run_until(1)
-    for key, purpose_key in ((stranger_key, stranger_key), (lead_key, stranger_key)):
-        notice = EndOfRun(run="r", lead=key.public)
-        signed = replace(notice.signed(key), signature=purpose_key.sign(END, notice.signed(key).text.encode()))
-        message = Message(records.from_signed(signed), 1, f"query.{records.END}")
-        (answer,) = made.grid.send_and_receive([message])
-        assert answer.content == records.from_receipt(None)
-    assert verify(made.ledger_path("site-1")).history.runs["r"].expires is not None
-    state = run_rounds(made.grid, made.lead, state)
-    assert state.rounds[1].sites == ("site-1", "site-2", "site-3")
 
 
 def test_after_its_end_no_site_trains_for_a_run(federation: Any) -> None:

@@ -21,13 +21,19 @@ from flwr.superlink.federation import NoOpFederationManager
 
 from fedtune.federation.aggregation import Closing
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower.wire import gate, message_objects
+from fedtune.flower.wire import bounded_http, gate, message_objects
 from fedtune.flower.wire.remote_grid import RemoteGrid
 from fedtune.flower.wire.site_calls import SiteCalls
 
 from .loopback import Loopback
 from .member import Member, Question, an_object
 from .test_remote_grid import questions, sites_of
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's certificate is refused here, which is what a lead waits for at each connection."""
+    monkeypatch.setattr(bounded_http, "_ALERT_S", 0.05)
 
 
 @pytest.fixture

@@ -107,6 +107,39 @@ def test_few_bytes_that_stand_for_many(change: Change, says: str) -> None:
         pulled(tree, objects)
 
 
+def test_objects_that_share_their_parts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read again for each that names them, these 302 objects would take hours."""
+
+    def put(kind: str, number: int, children: list[str], body: object) -> str:
+        id, text = f"{kind}-{number}", b"" if kind == "ArrayChunk" else json.dumps(body).encode()
+        objects[id] = f"{kind} {','.join(children)} {len(text)}".encode() + b"\x00" + text
+        return id
+
+    objects: Objects = {}
+    chunks = [put("ArrayChunk", number, [], None) for number in range(100)]
+    named = {"dtype": "float32", "shape": [0], "stype": "numpy.ndarray", "arraychunk_ids": list(range(100))}
+    arrays = [put("Array", number, chunks, named | {"number": number}) for number in range(100)]
+    records = [put("ArrayRecord", number, arrays, {f"{number}/{id}": id for id in arrays}) for number in range(100)]
+    content = put("RecordDict", 0, records, {id: id for id in records})
+    message = put("Message", 0, [content], {})
+    read: list[bytes] = []
+    original = message_objects._named
+    monkeypatch.setattr(
+        message_objects, "_named", lambda kind, data, children: read.append(data) or original(kind, data, children)
+    )
+    tree = ObjectTree(object_id=message, children=[ObjectTree(object_id=id) for id in objects if id != message])
+    with pytest.raises(OutOfBounds, match=r"a message of [0-9]+ bytes"):
+        pull_message(tree, objects.__getitem__, lambda id: None, most_bytes=1 << 20)
+    assert len(read) == len(set(read)) == 202
+
+
+def test_parts_that_are_not_named_are_no_parts() -> None:
+    tree, objects = honest(np.arange(4, dtype=np.float32))
+    rewrite(objects, "RecordDict", lambda fields: fields.pop("request"))
+    with pytest.raises(OutOfBounds, match="a RecordDict whose parts are not those that it names"):
+        pulled(tree, objects)
+
+
 def test_more_objects_than_any_message_has() -> None:
     tree, objects = honest(np.zeros(4, np.float32))
     tree.children.extend(ObjectTree(object_id=f"{number:064x}") for number in range(5000))

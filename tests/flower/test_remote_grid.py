@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedtune.federation.aggregation import Closing
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower.records import ARRAYS
+from fedtune.flower.encoding import ARRAYS
 from fedtune.flower.wire import bounded_http, remote_grid
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey

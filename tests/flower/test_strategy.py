@@ -11,11 +11,12 @@ import pytest
 from flwr.app import Message
 
 from fedtune.federation.spec import STRATEGIES, FederationSpec
-from fedtune.flower.server import run_rounds
+from fedtune.flower.server_app import run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy, strategy_state
 
+from .conftest import STEPS
+
 Tensors = dict[str, np.ndarray]
-STEPS = {"site-1": 1.0, "site-2": -2.0, "site-3": 0.125}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "fedavg": {},
     "fedadam": {"server_learning_rate": 0.1, "server_momentum": 0.5, "server_beta_2": 0.9, "server_tau": 0.01},

@@ -21,9 +21,9 @@ from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.mechanism import PrivacySpec
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Receipt, Update
+from fedtune.privacy.site_policy import Policy
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
 from fedtune.training.spec import RuntimeSpec, TrainingSpec

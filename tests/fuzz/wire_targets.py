@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from fedtune.deploy.kits.members import PURPOSE, JoinRequest
 from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
-from fedtune.federation.site import Prepared, Site, answer
-from fedtune.flower import records
+from fedtune.federation.site_round import Prepared, Site, answer
+from fedtune.flower import encoding
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.fleet import HELLO
 from fedtune.flower.wire.gate import Gate, Registered
@@ -74,25 +74,25 @@ def _settings(data: bytes) -> object:
 
 def _adapter(data: bytes) -> object:
     """Bytes in the place of an adapter, as they travel."""
-    return records.to_adapter(RecordDict({records.ADAPTER: records._from_bytes(data)}))
+    return encoding.to_adapter(RecordDict({encoding.ADAPTER: encoding._from_bytes(data)}))
 
 
 def _reply(data: bytes) -> object:
-    content = records.from_reply(seeds.reply())
+    content = encoding.from_reply(seeds.reply())
     content["reply"] = ConfigRecord({"json": _text(data)})
-    return records.to_reply(content)
+    return encoding.to_reply(content)
 
 
 def _reply_seed() -> Any:
-    return json.loads(str(records.from_reply(seeds.reply()).config_records["reply"]["json"]))
+    return json.loads(str(encoding.from_reply(seeds.reply()).config_records["reply"]["json"]))
 
 
 def _receipt(data: bytes) -> object:
-    return records.to_receipt(RecordDict({"receipt": ConfigRecord({"json": _text(data)})}))
+    return encoding.to_receipt(RecordDict({"receipt": ConfigRecord({"json": _text(data)})}))
 
 
 def _receipt_seed() -> Any:
-    return json.loads(str(records.from_receipt(seeds.receipt()).config_records["receipt"]["json"]))
+    return json.loads(str(encoding.from_receipt(seeds.receipt()).config_records["receipt"]["json"]))
 
 
 def _records(data: bytes) -> None:
@@ -102,8 +102,8 @@ def _records(data: bytes) -> None:
     names = ("adapter", "request", "settings", "reply", "receipt")
     content = RecordDict({name: kinds[pick - 1] for name, pick in zip(names, picks, strict=False) if pick})
     for read in (
-        *(records.to_signed, records.to_settings, records.to_adapter),
-        *(records.to_receipt, records.to_reply),
+        *(encoding.to_signed, encoding.to_settings, encoding.to_adapter),
+        *(encoding.to_receipt, encoding.to_reply),
     ):
         try:
             read(content)

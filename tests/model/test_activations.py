@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel
 from transformers.activations import ACT2FN
 
 from fedtune.model import ModelSpec
-from fedtune.model.base import load_base
+from fedtune.model.base_model import load_base
 from fedtune.model.layers import RowByRow, compute_by_row
 
 NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "tanh", "sigmoid")

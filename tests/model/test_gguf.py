@@ -12,7 +12,7 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fedtune.model import ModelSpec, load_base, load_tokenizer
-from fedtune.model.base import expanded_gguf, load_gguf, tiny_base, tiny_tokenizer
+from fedtune.model.base_model import expanded_gguf, load_gguf, tiny_base, tiny_tokenizer
 from fedtune.model.refusals import ARCHITECTURES, OF_ANY_CONFIG
 from fedtune.spec import ConfigError
 
@@ -62,7 +62,7 @@ def test_expanded_weights_give_bitwise_equal_logits(
     original = load_gguf(quantised)
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
     expanded = load_base(spec, predicts_tokens=True)
-    monkeypatch.setattr("fedtune.model.base.load_gguf", lambda _: pytest.fail("the cache was not used"))
+    monkeypatch.setattr("fedtune.model.base_model.load_gguf", lambda _: pytest.fail("the cache was not used"))
     token_ids = torch.tensor([load_tokenizer(spec)("The capital of France is")["input_ids"]])
     assert token_ids.shape[1] >= 24
     with torch.no_grad():

@@ -440,7 +440,8 @@ def test_positions_of_other_models_are_all_usable(clean: Path) -> None:
 )
 def test_static_rope_types_load(tmp_path: Path, rope: dict[str, Any]) -> None:
     tiny(LlamaModel, LlamaConfig, rope_parameters=rope).save_pretrained(tmp_path)
-    load_base(ModelSpec(path=str(tmp_path)))
+    loaded = load_base(ModelSpec(path=str(tmp_path)))
+    assert loaded.config.rope_parameters["rope_type"] == rope["rope_type"]
 
 
 def test_why_dynamic_rope_types_are_refused() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from fedtune.model import ModelSpec, load_base, load_tokenizer, model_sha256
-from fedtune.model.base import expanded_gguf
+from fedtune.model.base_model import expanded_gguf
 from fedtune.model.manifest import Manifest, manifest_of, staged
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import load_task_model, save_task_model
@@ -240,7 +240,7 @@ def test_a_gguf_file_is_expanded_without_what_lies_beside_it(
         seen.append((os.listdir(file.parent), sha256))
         return folder
 
-    monkeypatch.setattr("fedtune.model.base.expanded_gguf", expanded)
+    monkeypatch.setattr("fedtune.model.base_model.expanded_gguf", expanded)
     spec = ModelSpec(path=str(beside), gguf_file="a.gguf", sha256=sha256(b"{}"))
     load_base(spec)
     load_tokenizer(spec)
@@ -256,8 +256,8 @@ def test_a_gguf_s_metadata_is_held_to_the_rules_of_a_config(tmp_path: Path, monk
         asked.append(options)
         return LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
 
-    monkeypatch.setattr("fedtune.model.base.AutoConfig.from_pretrained", config)
-    monkeypatch.setattr("fedtune.model.base.load_gguf", lambda _: pytest.fail("nothing is made of it"))
+    monkeypatch.setattr("fedtune.model.base_model.AutoConfig.from_pretrained", config)
+    monkeypatch.setattr("fedtune.model.base_model.load_gguf", lambda _: pytest.fail("nothing is made of it"))
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match="its metadata has rope type dynamic") as caught:
         expanded_gguf(tmp_path / "a.gguf", sha256="ab", cache=tmp_path / "cache")

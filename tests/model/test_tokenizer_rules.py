@@ -261,7 +261,9 @@ def test_the_rules_of_an_older_file_are_looked_at_too(folder: Path, monkeypatch:
     (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a")))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     assert load_tokenizer(ModelSpec(path=str(folder)))("a")["input_ids"] == [2, 5, 3]
-    monkeypatch.setattr("fedtune.model.base.tokenizer_refusal", lambda fields: f"has {fields['normalizer']['type']}")
+    monkeypatch.setattr(
+        "fedtune.model.base_model.tokenizer_refusal", lambda fields: f"has {fields['normalizer']['type']}"
+    )
     with pytest.raises(ConfigError, match="its tokenizer has BertNormalizer"):
         load_tokenizer(ModelSpec(path=str(folder)))
 

@@ -3,10 +3,10 @@
 from .mutant import Mutant
 
 MECHANISM, SITE, PROTOCOL = (
-    "fedtune/privacy/mechanism.py", "fedtune/federation/site.py", "fedtune/federation/protocol.py"
+    "fedtune/privacy/mechanism.py", "fedtune/federation/site_round.py", "fedtune/federation/protocol.py"
 )  # fmt: skip
 OF_MECHANISM = ("tests/privacy/test_mechanism.py",)
-OF_SITE = ("tests/federation/test_site.py",)
+OF_SITE = ("tests/federation/test_site_round.py",)
 HOSTILE = ("tests/federation/test_hostile_lead.py",)
 REAL_SITE, SHARED = "fedtune/sites/real_site.py", "fedtune/sites/shared_model.py"
 OF_SHARED = ("tests/sites/test_shared_model.py",)

@@ -3,7 +3,8 @@
 Importing torch and its kin takes longer than most of the tests that kill a mutant.  One request a line on standard
 input, one answer a line on standard output:
 
-    {"tree": FOLDER, "arguments": [...], "environment": {...}, "output": FILE, "limit_s": 300.0}  ->  {"code": 1}
+    {"tree": FOLDER, "arguments": [...], "environment": {...}, "output": FILE, "models": true, "limit_s": 300.0}
+    ->  {"code": 1}
 
 `code` is pytest's exit status, or null for a child that ran out of time.
 """
@@ -21,32 +22,29 @@ import traceback
 import warnings
 from typing import Any
 
-_LIBRARIES = (
-    "pytest",
-    "numpy",
-    "scipy.stats",
-    "hypothesis",
-    "dp_accounting.pld",
-    "torch",
-    "transformers",
-    "peft",
-    "opacus",
-)
+_LIBRARIES = ("pytest", "numpy", "scipy.stats", "hypothesis", "dp_accounting.pld")
+_OF_MODELS = ("torch", "transformers", "peft", "opacus")
+"""Imported for the first request with models."""
 
 
 def main() -> None:
     """Answer until standard input ends."""
-    warnings.simplefilter("ignore")
-    for name in _LIBRARIES:
-        importlib.import_module(name)
-    warnings.resetwarnings()
-    assert not any(name.split(".")[0] in ("fedtune", "tests") for name in sys.modules)
+    _import(_LIBRARIES)
     for line in sys.stdin:
         request = json.loads(line)
+        _import(_OF_MODELS if request["models"] else ())
         child = os.fork()
         if child == 0:
             _become_pytest(request)
         print(json.dumps({"code": _waited(child, limit_s=request["limit_s"])}), flush=True)
+
+
+def _import(libraries: tuple[str, ...]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in libraries:
+            importlib.import_module(name)
+    assert not any(name.split(".")[0] in ("fedtune", "tests") for name in sys.modules)
 
 
 def _become_pytest(request: dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ from .mutant import ROOT, Mutant
 
 TIME_LIMIT_S = 300.0
 _LEFT_OUT = (".*", "__pycache__", "*.egg-info", "runs", "dist", "outputs", "multirun")
+_WITHOUT_MODELS = ("tests/privacy/", "tests/test_spec_module.py", tempfile.gettempdir())
+"""Tests that need no torch."""
 _OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "tests.mutants.witness")
 # A test that ends in one of these says that the mutated code is broken, not that it is caught.
 _CRASHES = {
@@ -131,6 +133,7 @@ def _run(tests: Sequence[str], tree: Path, *, module: str) -> Seen:
         "arguments": [*_OPTIONS, "-W", "ignore::pytest.PytestAssertRewriteWarning", *tests],
         "environment": environment,
         "output": str(output),
+        "models": not all(test.startswith(_WITHOUT_MODELS) for test in tests),
         "limit_s": TIME_LIMIT_S,
     }
     began = time.monotonic()

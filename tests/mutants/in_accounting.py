@@ -3,9 +3,9 @@
 from .mutant import Mutant
 
 ACCOUNTANT, FILTER, PLAN = (
-    "fedtune/privacy/accountant.py", "fedtune/privacy/filter.py", "fedtune/privacy/plan.py"
+    "fedtune/privacy/accountant.py", "fedtune/privacy/filter.py", "fedtune/privacy/run_plan.py"
 )  # fmt: skip
-HISTORY, POLICY = "fedtune/privacy/ledger/history.py", "fedtune/privacy/policy.py"
+HISTORY, POLICY = "fedtune/privacy/ledger/history.py", "fedtune/privacy/site_policy.py"
 OF_FILTER = ("tests/privacy/test_filter.py",)
 OF_ACCOUNTANT = "tests/privacy/test_accountant.py"
 CHARGED = "            self._charges.append((event.sequence, moment, part, count))"
@@ -26,7 +26,7 @@ ACCOUNTING = (
         file=PLAN,
         old="            steps=self.local_steps * rounds,",
         new="            steps=rounds,",
-        tests=("tests/privacy/test_plan.py",),
+        tests=("tests/privacy/test_run_plan.py",),
     ),
     Mutant(
         name="spare-rounds-not-paid-for",
@@ -34,7 +34,7 @@ ACCOUNTING = (
         file=PLAN,
         old="steps = local_steps * (num_rounds + spare_rounds)",
         new="steps = local_steps * num_rounds",
-        tests=("tests/privacy/test_plan.py",),
+        tests=("tests/privacy/test_run_plan.py",),
     ),
     Mutant(
         name="scores-not-charged",
@@ -42,7 +42,7 @@ ACCOUNTING = (
         file=PLAN,
         old="        scores = _scores(self.metrics_noise_multiplier, rounds)\n",
         new="        scores = _scores(0.0, rounds)\n",
-        tests=("tests/privacy/test_plan.py",),
+        tests=("tests/privacy/test_run_plan.py",),
     ),
     Mutant(
         name="optimistic-pld",
@@ -106,7 +106,7 @@ ACCOUNTING = (
         file=POLICY,
         old="return sum(dataset.declared_size",
         new="return max(dataset.declared_size",
-        tests=("tests/privacy/test_policy.py",),
+        tests=("tests/privacy/test_site_policy.py",),
     ),
     Mutant(
         name="a-run-s-cap-without-spare-rounds",
@@ -114,7 +114,7 @@ ACCOUNTING = (
         file=POLICY,
         old="accountant.epsilon_above([plan.whole],",
         new="accountant.epsilon_above([plan.event(rounds=plan.num_rounds)],",
-        tests=("tests/privacy/test_policy.py",),
+        tests=("tests/privacy/test_site_policy.py",),
     ),
     Mutant(
         name="scores-with-too-little-noise",
@@ -122,7 +122,7 @@ ACCOUNTING = (
         file=POLICY,
         old="(Reason.MIN_NOISE_MULTIPLIER, min(plan.noises), limits.min_noise_multiplier)",
         new="(Reason.MIN_NOISE_MULTIPLIER, max(plan.noises), limits.min_noise_multiplier)",
-        tests=("tests/privacy/test_policy.py",),
+        tests=("tests/privacy/test_site_policy.py",),
     ),
     Mutant(
         name="no-floor-of-the-clip-norm",
@@ -130,16 +130,16 @@ ACCOUNTING = (
         file=POLICY,
         old="(Reason.MIN_GRAD_NORM, plan.max_grad_norm, limits.min_grad_norm)",
         new="(Reason.MIN_GRAD_NORM, plan.max_grad_norm, 0.0)",
-        tests=("tests/privacy/test_policy.py",),
+        tests=("tests/privacy/test_site_policy.py",),
     ),
     Mutant(
         name="adapter-bound-without-the-root",
         fault="The bound on an adapter's values does not follow the scale, although what the model sees is "
         "the product of two matrices times it.",
-        file="fedtune/privacy/policy.py",
+        file="fedtune/privacy/site_policy.py",
         old="max_adapter_value / math.sqrt(max(1.0, lora_scale))",
         new="max_adapter_value",
-        tests=("tests/privacy/test_policy.py",),
+        tests=("tests/privacy/test_site_policy.py",),
     ),
     Mutant(
         name="a-silent-site-spends-nothing",

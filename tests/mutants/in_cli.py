@@ -2,7 +2,7 @@
 
 from .mutant import Mutant
 
-APPROVE, LEDGER = "fedtune/cli/approve.py", "fedtune/cli/ledger.py"
+APPROVE, LEDGER = "fedtune/cli/site_actions.py", "fedtune/cli/ledger.py"
 OF_SITE, OF_LEDGER = "tests/cli/test_site_commands.py", "tests/cli/test_ledger.py"
 
 CLI_FAULTS = (

@@ -79,7 +79,7 @@ CLIPPING = (
     Mutant(
         name="a-tensor-outside-the-clipped-set",
         fault="A tensor trains that is neither clipped nor noised: it is left out of what the step knows of.",
-        file="fedtune/tasks/model.py",
+        file="fedtune/tasks/task_model.py",
         old="for name, parameter in self.adapter_parameters().items() if parameter.requires_grad}",
         new='for name, parameter in self.adapter_parameters().items() if "layer.1.output" not in name}',
         tests=(f"{OF_STEP[0]}::test_every_step_of_a_round_draws_anew_and_every_tensor_is_covered",),

@@ -33,7 +33,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="receipt-of-another-key-counts",
         fault="An update whose receipt is signed by a key that the roster does not know enters the average.",
-        file="fedtune/flower/invitation.py",
+        file="fedtune/flower/server_app.py",
         old="                reply = replace(reply, receipt=None)",
         new="                pass",
         tests=("tests/flower/test_receipts.py",),
@@ -65,7 +65,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="on-after-divergence",
         fault="A run goes on from an adapter whose loss is no number; every later round is paid for nothing.",
-        file="fedtune/flower/server.py",
+        file="fedtune/flower/server_app.py",
         old="    if diverged := not _is_sound(adapter, metrics):",
         new="    if diverged := False:",
         tests=ASKING,
@@ -73,7 +73,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="nobody-asked-beforehand",
         fault="A run begins without asking who takes part: one site's refusal costs the others a round, as in 0.1.0.",
-        file="fedtune/flower/server.py",
+        file="fedtune/flower/server_app.py",
         old="    if state.round == 0:\n",
         new="    if state.round < 0:\n",
         tests=ASKING,
@@ -81,7 +81,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="offer-that-nobody-signed",
         fault="A server can say in a site's name that it takes part.",
-        file="fedtune/flower/invitation.py",
+        file="fedtune/flower/server_app.py",
         old="own = reply.is_signed() and reply.about",
         new="own = reply.about",
         tests=ASKING,
@@ -89,7 +89,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="offer-to-an-old-question",
         fault="An offer that a site made before it changed its mind passes again: a server has the others charged.",
-        file="fedtune/flower/invitation.py",
+        file="fedtune/flower/server_app.py",
         old=" and reply.body.nonce == nonce",
         new="",
         tests=ASKING,
@@ -113,9 +113,9 @@ FEDERATION_FAULTS = (
     Mutant(
         name="failures-not-held",
         fault="A reply waits for its schedule only where training succeeds, so that a failure's time tells of records.",
-        file="fedtune/federation/site.py",
+        file="fedtune/federation/site_round.py",
         old="    try:\n        yield\n    finally:\n        if every_s > 0:",
         new="    yield\n    if True:\n        if every_s > 0:",
-        tests=("tests/federation/test_site.py",),
+        tests=("tests/federation/test_site_round.py",),
     ),
 )

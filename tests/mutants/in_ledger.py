@@ -11,13 +11,13 @@ FILE, STORE, SPENDING = (
     "fedtune/privacy/ledger/store.py", "fedtune/privacy/ledger/store.py", "fedtune/privacy/ledger/spending.py"
 )  # fmt: skip
 OF_LEDGER = "tests/privacy/test_ledger.py"
-OF_SITE = ("tests/federation/test_site.py",)
+OF_SITE = ("tests/federation/test_site_round.py",)
 
 LEDGER_FAULTS = (
     Mutant(
         name="charged-after-training",
         fault="A round is charged when it has been trained: a crash or a lost reply costs nothing on paper.",
-        file="fedtune/federation/site.py",
+        file="fedtune/federation/site_round.py",
         old="""    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
     if isinstance(granted, bytes):
         return granted
@@ -37,7 +37,7 @@ LEDGER_FAULTS = (
     Mutant(
         name="sent-before-it-is-stored",
         fault="A reply leaves before it is stored, so that after a crash the same request trains, and releases, again.",
-        file="fedtune/federation/site.py",
+        file="fedtune/federation/site_round.py",
         old="    site.ledger.commit(granted, reply, fingerprint=trained.fingerprint)\n",
         new="",
         tests=OF_SITE,

@@ -77,7 +77,7 @@ MODEL_FAULTS = (
         name="activations-of-a-whole-batch",
         fault="An activation works on a batch at once: the last elements of its tensor are rounded otherwise, so that "
         "a record's place decides its bits, which a model's weights can enlarge.",
-        file="fedtune/model/base.py",
+        file="fedtune/model/base_model.py",
         old="    compute_by_row(model)\n",
         new="",
         tests=("tests/model/test_activations.py",),
@@ -129,7 +129,7 @@ MODEL_FAULTS = (
         file="fedtune/model/fits.py",
         old="    if kind in ENCODERS:\n",
         new="    if kind in ():\n",
-        tests=("tests/tasks/test_model.py",),
+        tests=("tests/tasks/test_task_model.py",),
     ),
     Mutant(
         name="built-rope-not-looked-at",

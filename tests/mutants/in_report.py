@@ -38,7 +38,7 @@ REPORT_FAULTS = (
         file=FACTS,
         old="cap is None and place < charge and all(",
         new="cap is None and place > charge and all(",
-        tests=(f"{OF_LEDGER}::test_a_cap_that_came_after_the_spending_promises_nothing",),
+        tests=(f"{OF_LEDGER}::test_caps_before_and_after_what_was_spent",),
     ),
     Mutant(
         name="cap-raised-unsaid",
@@ -46,7 +46,7 @@ REPORT_FAULTS = (
         file=FACTS,
         old="place > min(charges) and before is not None",
         new="place < min(charges) and before is not None",
-        tests=(f"{OF_LEDGER}::test_a_cap_that_was_raised_after_something_was_released_is_said",),
+        tests=(f"{OF_LEDGER}::test_caps_before_and_after_what_was_spent",),
     ),
     Mutant(
         name="seed-called-random",

@@ -76,10 +76,10 @@ USER_FAULTS = (
     Mutant(
         name="another-unit-than-the-population-s",
         fault="A run for records is accepted at a site whose population is protected by user.",
-        file="fedtune/privacy/policy.py",
+        file="fedtune/privacy/site_policy.py",
         old="        (Reason.UNIT, plan.unit, [policy.population.unit]),",
         new="        (Reason.UNIT, plan.unit, [plan.unit]),",
-        tests=("tests/privacy/test_policy.py",),
+        tests=("tests/privacy/test_site_policy.py",),
     ),
     Mutant(
         name="who-a-user-is-by-id-alone",

@@ -11,34 +11,25 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from scipy import stats
 
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import history, store
 from fedtune.privacy.ledger.decisions import Ledger
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Allow, Asserted, Budget, Dataset, Limits, Policy, Population, Reference, Releases
 from fedtune.privacy.proposal import Proposal
-
-Scales = Callable[[npt.NDArray[np.float64], float], bool]
-
-
-@pytest.fixture
-def has_scale() -> Scales:
-    """Whether values look like independent N(0, scale^2), by a two-sided chi-square test of their variance.
-
-    It rejects a right scale once in a million; with 5,000 values it misses one that is 10 % off less often than that.
-    """
-
-    def test(values: npt.NDArray[np.float64], scale: float) -> bool:
-        below = stats.chi2.cdf(np.sum((values / scale) ** 2), df=values.size)
-        return bool(2 * min(below, 1 - below) > 1e-6)
-
-    return test
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import (
+    Allow,
+    Asserted,
+    Budget,
+    Dataset,
+    Limits,
+    Policy,
+    Population,
+    Reference,
+    Releases,
+)
 
 
 @pytest.fixture(scope="session")

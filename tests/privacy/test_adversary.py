@@ -25,9 +25,9 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import history, spending
 from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.policy import Policy, period_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_policy import Policy, period_of
 
 SETTINGS: list[dict[str, Any]] = [
     {"sampling_rate": 0.25, "noise_multiplier": 1.0, "local_steps": 3},

@@ -14,11 +14,11 @@ import pytest
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import RunError
 
 Open = Callable[..., Ledger]

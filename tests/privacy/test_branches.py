@@ -14,6 +14,7 @@ from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Receipt, Refused
+from fedtune.spec import RunError
 
 
 def trained(ledger: Ledger, asked: Any, *rounds: int) -> None:
@@ -90,6 +91,40 @@ def test_a_run_on_two_branches_is_charged_for_the_rounds_of_both(
     ledger.charge_gap(lost)
     assert ledger.receipt("r").charged_rounds == 1 + 2 + 1
     assert rounds_charged(ledger, proposal) == 4
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"gap": -1},
+        {"gap": 0},
+        {"gap": True},
+        {"gap": 1.0},
+        {"shared": -1},
+        {"shared": True},
+        {"end": 1.5},
+        {"runs": -1},
+    ],
+    ids=str,
+)
+def test_no_entry_of_the_sites_own_lowers_what_was_charged(
+    opened: Any, proposal: Any, path: Path, forged: dict[str, Any]
+) -> None:
+    """Whoever has the site's key may write an entry that breaks no hash and no earlier receipt."""
+    ledger = opened()
+    trained(ledger, proposal(), 1)
+    ((one, _),) = ledger.history.charged().items()
+    detail = {"shared": 1, "end": 1, "path": [], "gap": [[events.to_json(one), 1]], "runs": {"s": 1}}
+    detail |= {"seeded": False, "frozen": False, "clears_doubt": True}
+    if "gap" in forged:
+        forged = {"gap": [[events.to_json(one), forged["gap"]]]}
+    elif "runs" in forged:
+        forged = {"runs": {"s": forged["runs"]}}
+    with ledger._store.transaction():
+        ledger._store.note("restored", **detail)
+    assert verify(path).history.charged().total() > 0, "an entry of this form is read"
+    with pytest.raises(RunError), ledger._store.transaction():
+        ledger._store.note("restored", **detail | forged)
 
 
 def test_an_anchor_older_than_the_receipt_leaves_the_doubt(

@@ -157,6 +157,9 @@ GAUSSIAN = {"kind": "gaussian", "noise_multiplier": 1.0}
         {"kind": "gaussian"},
         {"kind": "gaussian", "noise_multiplier": "1.0"},
         {"kind": "gaussian", "noise_multiplier": 0},
+        {"kind": "gaussian", "noise_multiplier": True},  # a second spelling of one
+        {"kind": "poisson_sampled", "sampling_probability": True, "event": GAUSSIAN},
+        {"kind": "self_composed", "count": True, "event": GAUSSIAN},
         {"kind": "gaussian", "noise_multiplier": -1.0},
         {"kind": "gaussian", "noise_multiplier": math.nan},
         {"kind": "gaussian", "noise_multiplier": math.inf},  # would be a mechanism that costs nothing

@@ -20,9 +20,9 @@ from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.policy import Dataset
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refused
+from fedtune.privacy.site_policy import Dataset
 from fedtune.spec import RunError
 
 Open = Callable[..., Ledger]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.policy import Dataset, Policy, Reference
 from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_policy import Dataset, Policy, Reference
 from fedtune.spec import ConfigError
 
 TEMPLATE = Path(__file__).parents[2] / "conf" / "site.toml"

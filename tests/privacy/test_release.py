@@ -210,6 +210,14 @@ def test_nothing_else_is_a_released_type() -> None:
     assert here - {"Statistics"} == {"Update", "Receipt", "Refusal", "Offer"}
 
 
+@pytest.mark.parametrize("round", [True, 1.9, 1.0, "1", " 1 ", "\u0661", "0_1", None])
+def test_a_round_has_one_spelling(round: object) -> None:
+    fields = dataclasses.asdict(release.Refusal(site="a", run="r", round=1, reason=Reason.FROZEN))
+    assert release.refusal_from_json(fields).round == 1
+    with pytest.raises(ValueError, match="a whole number"):
+        release.refusal_from_json(fields | {"round": round})
+
+
 def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
     refused = Refused(Reason.PLAN_EXHAUSTED, asked=6, allowed=5)
     assert isinstance(refused, RefusedError)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy.policy import Policy
+from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.model import Report
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.report import recompute
 from fedtune.report.derive import cells, rules
 from fedtune.report.model import Assumption, Cap, Release, Report, Spent, Step, Verdict
 from fedtune.report.page import render
@@ -31,6 +32,23 @@ NAMES = (
 )
 """Of the situations that there are pages of."""
 LONG = "university-hospital-of-the-northern-region-cardiology-and-internal-medicine-of-the-year-2026-abcdefgh"
+
+
+def where(report: Report) -> set[str]:
+    """The places at which `report verify` finds something wrong."""
+    return {problem.where for problem in recompute.problems(report)}
+
+
+def with_site(report: Report, **changes: Any) -> Report:
+    """The report with its first site changed."""
+    first, *others = report.sites
+    return replace(report, sites=(replace(first, **changes), *others))
+
+
+def status(report: Report, code: str) -> str:
+    """Of the assumption with this code."""
+    (found,) = [assumption.status for assumption in report.assumptions if assumption.code == code]
+    return found
 
 
 def filled(report: Report, **changes: Any) -> Report:
@@ -130,7 +148,6 @@ def by_user(run: Report) -> Report:
 
 
 def _silent(spent: Spent | None) -> Spent:
-    assert spent is not None
     return replace(spent, upper_bound=True)
 
 
@@ -141,7 +158,6 @@ def wide_run(a_report: Make) -> Report:
     last = run.sites[0].steps[-1]
     steps = tuple(replace(last, round=number, epsilon=1.105 * number / 60) for number in range(1, 61))
     sites = tuple(replace(run.sites[0], site=name, steps=steps) for name in names)
-    assert run.utility is not None
     rounds = tuple(
         replace(
             run.utility.rounds[0],
@@ -161,7 +177,6 @@ def wide_ledger(a_ledger_report: Make, *, runs: int = 500) -> Report:
     """Many runs in one ledger, with limits that changed."""
     report = a_ledger_report()
     (site,) = report.sites
-    assert site.lifetime is not None
 
     def many(items: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(replace(items[n % len(items)], run=f"run-{n:04d}-0123456789abcdef") for n in range(runs))

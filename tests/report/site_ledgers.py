@@ -11,11 +11,11 @@ from typing import Any
 
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger, Reservation
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Policy
 
 
 @dataclass(frozen=True)

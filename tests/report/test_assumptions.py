@@ -12,8 +12,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
+from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run
 from fedtune.report.derive import rules
 from fedtune.report.derive.facts import RunFacts, noted_inexact
@@ -124,7 +124,6 @@ def with_receipts_of(record: RunRecord, *, run: str) -> RunRecord:
         other = replace(receipt, run=run, site_key=key.public)
         return replace(other, signature=key.sign(RECEIPT, other.message()))
 
-    assert record.state is not None
     receipts = {site: signed(receipt) for site, receipt in record.state.receipts.items()}
     return replace(record, state=replace(record.state, receipts=receipts))
 
@@ -163,7 +162,6 @@ def test_of_real_sites_the_lead_knows_what_it_holds(run_folder: Path) -> None:
 
 def test_a_receipt_that_is_not_signed_is_found(run_folder: Path) -> None:
     record = read_run(run_folder)
-    assert record.state is not None
     forged = {"site-1": replace(record.receipts["site-1"], charged_rounds=1)}
     state = replace(record.state, receipts={**record.receipts, **forged})
     found = of_run(replace(record, state=state), from_run.build(run_folder).sites)

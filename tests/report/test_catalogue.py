@@ -11,14 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedtune.report
-from fedtune.privacy.policy import PERIODS
 from fedtune.privacy.release import Reason
-from fedtune.report import watch
+from fedtune.privacy.site_policy import PERIODS
+from fedtune.report import watch_page as watch
 from fedtune.report.derive import cells, rules, verdicts
 from fedtune.report.model import Assumption, Cell, Report, SiteReport, Verdict
-from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
-from fedtune.report.page.tables import layouts
+from fedtune.report.page.tables import data, layouts
 from fedtune.spec import ConfigError
 
 PACKAGE = Path(fedtune.report.__file__).parent
@@ -26,11 +25,9 @@ TEXTS = {language: catalogue(language).texts for language in LANGUAGES}
 KEYS = {(section, key) for section, texts in TEXTS["en"].items() for key in texts}
 
 STATES = get_args(get_type_hints(Verdict)["state"])
+ACCESS = data()["access"]
 SEEN = {
-    code
-    for table in (render._SEES, render._WITHOUT_NOISE, render._WITH_A_SEED)
-    for who, sees in table.items()
-    for code in (who, *sees)
+    code for noise in ("noised", "seeded", "no_noise") for who, sees in ACCESS[noise].items() for code in (who, *sees)
 } | {"by_subtraction", "if_two_sites"}
 CODES: dict[str, set[str]] = {
     "kind": set(get_args(get_type_hints(Report)["kind"])),
@@ -112,7 +109,7 @@ def test_no_text_is_left_over() -> None:
     whole |= {(section, code) for section in WRITTEN for code in re.findall(r'"(\w+)"', in_package())}
     whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "charts.py").read_text())}
     whole |= {("verdict", f"{state}_{kind}") for state in STATES for kind in CODES["kind"]}
-    whole |= {("access", key) for key in (*SEEN, *render.COLUMNS)}
+    whole |= {("access", key) for key in (*SEEN, *ACCESS["columns"])}
     whole |= {("strength", band + end) for band in ("strong", "reasonable", "weak") for end in ("", "_range")}
     whole |= {("strength", "none")} | {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_")}
     whole |= {("meaning", key + end) for key in ("ceiling", "mechanism") for end in ("", "_note")}

@@ -29,14 +29,11 @@ def charts(report: Report, language: str = "en") -> Charts:
 
 
 def chart(report: Report, code: str, language: str = "en") -> Chart:
-    made = getattr(charts(report, language), code)()
-    assert isinstance(made, Chart)
-    return made
+    return getattr(charts(report, language), code)()
 
 
 def drawn(report: Report, code: str, language: str = "en") -> ElementTree.Element:
     svg = chart(report, code, language).svg
-    assert svg is not None
     return ElementTree.fromstring(str(svg))
 
 
@@ -143,7 +140,6 @@ def test_epsilon_by_round_has_a_point_for_each_round_and_the_target(run: Report)
 
 def test_epsilon_by_run_shows_the_limit_of_its_time(ledger: Report) -> None:
     site = ledger.sites[0]
-    assert site.lifetime is not None
     caps = (
         Cap(time="2026-01-01T08:00:00+00:00", max_epsilon=6.0),
         Cap(time="2026-02-01T07:00:00+00:00", max_epsilon=9.0),
@@ -166,7 +162,6 @@ def test_figures_on_the_axes_are_the_languages(run: Report) -> None:
 
 def test_the_score_chart_leaves_out_losses(run: Report) -> None:
     assert "accuracy" in texts(drawn(run, "utility"))
-    assert run.utility is not None
     compared = replace(run, utility=replace(run.utility, non_private={"accuracy": 0.9}))
     assert "Without privacy" in texts(drawn(compared, "utility"))
 

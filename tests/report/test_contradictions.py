@@ -9,24 +9,16 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy.policy import Policy
+from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, one_run, recompute
 from fedtune.report.derive import profile, rules
 from fedtune.report.model import Assumption, Audit, AuditBound, Cap, Report, Spent, Verdict
 
+from .shown import where, with_site
 from .site_ledgers import Books
 
 Make = Callable[..., Report]
 WITHIN = Verdict(state="within")
-
-
-def where(report: Report) -> set[str]:
-    return {problem.where for problem in recompute.problems(report)}
-
-
-def with_site(report: Report, **changes: Any) -> Report:
-    first, *others = report.sites
-    return replace(report, sites=(replace(first, **changes), *others))
 
 
 def within(report: Report) -> Report:

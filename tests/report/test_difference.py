@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,8 +18,8 @@ Make = Callable[..., Report]
 def with_mechanism(report: Report, **changes: Any) -> Report:
     """The report with its first site's mechanism changed."""
     first, *others = report.sites
-    rows = (dataclasses.replace(first.mechanisms[0], **changes), *first.mechanisms[1:])
-    return dataclasses.replace(report, sites=(dataclasses.replace(first, mechanisms=rows), *others))
+    rows = (replace(first.mechanisms[0], **changes), *first.mechanisms[1:])
+    return replace(report, sites=(replace(first, mechanisms=rows), *others))
 
 
 def test_equal_reports_differ_in_nothing(a_report: Make, a_ledger_report: Make) -> None:
@@ -42,14 +42,13 @@ def test_a_changed_setting_is_named_once_with_both_values(a_report: Make) -> Non
 
 def test_each_group_has_its_own(a_report: Make) -> None:
     report = a_report()
-    assert report.utility
     one, *others = report.utility.rounds
-    rounds = (dataclasses.replace(one, seconds=4.5, failed_sites={"south-hospital": "no_reply"}), *others)
+    rounds = (replace(one, seconds=4.5, failed_sites={"south-hospital": "no_reply"}), *others)
     after = a_report(
         delta=1e-6,
         epsilon=0.9,
-        utility=dataclasses.replace(report.utility, rounds=rounds, final={"accuracy": 0.8, "loss": 0.6}),
-        provenance=dataclasses.replace(report.provenance, libraries={"torch": "2.9.0", "dp-accounting": "0.6.0"}),
+        utility=replace(report.utility, rounds=rounds, final={"accuracy": 0.8, "loss": 0.6}),
+        provenance=replace(report.provenance, libraries={"torch": "2.9.0", "dp-accounting": "0.6.0"}),
     )
     assert [(change.group, change.key, change.before, change.after) for change in differences(report, after)] == [
         ("settings", "delta", 1e-5, 1e-6),
@@ -67,8 +66,7 @@ def test_a_site_or_score_that_one_report_lacks_is_missing_and_not_zero(a_report:
     assert {change.missing for change in changes} == {"after"}
     assert "sites.south-hospital.spent.epsilon" in {change.key for change in changes}
     utility = report.utility
-    assert utility
-    (found,) = differences(report, a_report(utility=dataclasses.replace(utility, non_private={"accuracy": 0.9})))
+    (found,) = differences(report, a_report(utility=replace(utility, non_private={"accuracy": 0.9})))
     assert (found.key, found.before, found.after, found.missing) == ("non_private.accuracy", None, 0.9, "before")
     assert {change.group for change in differences(a_report(utility=None), report)} == {"utility", "cost"}
 
@@ -85,13 +83,11 @@ def test_losing_the_guarantee_is_a_change_of_privacy(a_report: Make, a_report_wi
 def test_a_ledger_a_year_later(a_ledger_report: Make) -> None:
     report = a_ledger_report()
     (site,) = report.sites
-    assert site.lifetime
-    assert site.approved
-    earlier = dataclasses.replace(
+    earlier = replace(
         site,
         mechanisms=site.mechanisms[:1],
-        lifetime=dataclasses.replace(site.lifetime, left=5.0),
-        approved=dataclasses.replace(site.approved, max_epsilon=7.0),
+        lifetime=replace(site.lifetime, left=5.0),
+        approved=replace(site.approved, max_epsilon=7.0),
     )
     changes = {change.key: change for change in differences(a_ledger_report(sites=(earlier,)), report)}
     assert changes["sites.north-hospital.runs.triage.noise_multiplier"].missing == "before"

@@ -19,9 +19,10 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
 from fedtune.report import from_run, one_run, recompute, signing
-from fedtune.report.model import Report
 from fedtune.sites import environment
 from fedtune.spec import ConfigError, RunError
+
+from .shown import status
 
 SITES = ("site-1", "site-2")
 
@@ -33,11 +34,6 @@ def folder(run_folder: Path, tmp_path: Path) -> Path:
 
 def result_of(folder: Path) -> Any:
     return json.loads((folder / "run.json").read_text())
-
-
-def status(report: Report, code: str) -> str:
-    (found,) = [assumption.status for assumption in report.assumptions if assumption.code == code]
-    return found
 
 
 def test_the_figures_are_those_of_run_json(run_folder: Path) -> None:
@@ -153,7 +149,6 @@ def test_without_checkpoints_run_json_is_what_is_known(folder: Path) -> None:
 def change_receipts(folder: Path, change: Callable[[Receipt], Receipt], *, taken: bool = False) -> None:
     """Change the receipts in the newest checkpoint, or take them away."""
     record = from_run.read_run(folder)
-    assert record.state is not None
     receipts = {} if taken else {site: change(receipt) for site, receipt in record.state.receipts.items()}
     Checkpoints(folder / "checkpoints", record.config_sha256).save(replace(record.state, receipts=receipts))
 

@@ -23,7 +23,7 @@ def sampled(rate: float, sigma: float, steps: int = 1) -> dict[DpEvent, int]:
 
 
 def forget() -> None:
-    for cached in (profile._pld, profile._rdp, profile._hit_rate_of):
+    for cached in (profile._pld, profile._rdp, profile._epsilon_pld, profile._hit_rate_of):
         cached.cache_clear()
 
 
@@ -45,8 +45,6 @@ def spent(request: pytest.FixtureRequest) -> dict[DpEvent, int]:
 def test_a_gaussian_s_curve_is_known_exactly(sigma: float) -> None:
     spent, mu = [GaussianDpEvent(sigma)], 1 / sigma
     for point in profile.curve(spent, (1e-3, 1e-5, 1e-8)):
-        assert point.epsilon_pld is not None
-        assert point.epsilon_rdp is not None
         # At the epsilon that is claimed, the mechanism really has no more than this delta; a bucket less, and it has.
         assert gaussian.gaussian_delta(mu, point.epsilon_pld) <= point.delta * (1 + 1e-9)
         if point.epsilon_pld > 0.01:
@@ -54,10 +52,8 @@ def test_a_gaussian_s_curve_is_known_exactly(sigma: float) -> None:
         assert point.epsilon_rdp >= point.epsilon_pld
     for alarms in _SHARES:
         rate, exact = profile.hit_rate(spent, false_alarms=alarms), gaussian.gaussian_hit_rate(mu, false_alarms=alarms)
-        assert rate is not None
         assert exact - 1e-12 <= rate <= exact * (1 + 1e-5)
     right = profile.right_of_100(spent)
-    assert right is not None
     assert gaussian.gaussian_right_of_100(mu) - 1e-9 <= right <= gaussian.gaussian_right_of_100(mu) + 1e-3
 
 
@@ -77,7 +73,6 @@ def best_attacks(rate: float, sigma: float, alarms: float) -> tuple[float, float
 @pytest.mark.parametrize("alarms", _SHARES)
 def test_one_sampled_step_s_best_attacks_are_known_exactly(rate: float, sigma: float, alarms: float) -> None:
     bound = profile.hit_rate(sampled(rate, sigma), false_alarms=alarms)
-    assert bound is not None
     best = max(best_attacks(rate, sigma, alarms))
     assert best * (1 - 1e-9) <= bound
     # The curve that covers add and remove at once is the convex one above both.
@@ -96,7 +91,6 @@ def test_no_simulated_attack_does_better() -> None:
     without, with_it = losses(False), losses(True)
     for alarms in (0.001, 0.01, 0.1):
         bound = profile.hit_rate(spent, false_alarms=alarms)
-        assert bound is not None
         for others, sought in ((without, with_it), (-with_it, -without)):
             rate_found = (sought > np.quantile(others, 1 - alarms)).mean()
             assert rate_found <= bound + 5 * math.sqrt(bound / draws) + 5 * bound * math.sqrt(1 / (alarms * draws))
@@ -104,20 +98,16 @@ def test_no_simulated_attack_does_better() -> None:
         assert bound <= 1.25 * (with_it > np.quantile(without, 1 - alarms)).mean()
     right = profile.right_of_100(spent)
     found = 50 * ((with_it > 0).mean() + (without <= 0).mean())
-    assert right is not None
     assert found - 0.5 <= right <= found + 0.5
 
 
 def test_the_curve_lies_below_each_of_its_points(spent: dict[DpEvent, int]) -> None:
     for point in profile.curve(spent, profile.curve_deltas(1e-5)):
-        assert point.epsilon_pld is not None
         for alarms in _SHARES:
             rate = profile.hit_rate(spent, false_alarms=alarms)
             ceiling = profile.hit_rate_ceiling(point.epsilon_pld, point.delta, false_alarms=alarms)
-            assert rate is not None
             assert alarms <= rate <= ceiling + 1e-7
         right = profile.right_of_100(spent)
-        assert right is not None
         assert 50 <= right <= profile.right_of_100_ceiling(point.epsilon_pld, point.delta) + 1e-6
 
 
@@ -127,12 +117,8 @@ def test_more_alarms_and_more_steps_never_mean_fewer_hits(spent: dict[DpEvent, i
     twice = {event: 2 * count for event, count in spent.items()}
     for alarms, rate in zip(_SHARES, rates, strict=True):
         again = profile.hit_rate(twice, false_alarms=alarms)
-        assert again is not None
-        assert rate is not None
         assert rate <= again + 1e-9
     once, more = profile.right_of_100(spent), profile.right_of_100(twice)
-    assert once is not None
-    assert more is not None
     assert once < more
 
 
@@ -162,7 +148,6 @@ def test_equal_histories_give_equal_digits() -> None:
 def test_what_it_means(spent: dict[DpEvent, int]) -> None:
     epsilon = profile.epsilon_pld(spent, 1e-5)
     meant = profile.meaning(spent, epsilon=epsilon, delta=1e-5, declared_size=2000)
-    assert epsilon is not None
     assert meant.right_of_100_ceiling == profile.right_of_100_ceiling(epsilon, 1e-5)
     assert meant.right_of_100_mechanism == profile.right_of_100(spent)
     assert meant.expected_failures == pytest.approx(0.02)
@@ -171,7 +156,6 @@ def test_what_it_means(spent: dict[DpEvent, int]) -> None:
     ]
     assert [one.false_alarms for one in meant.hit_rates] == list(profile.FALSE_ALARMS)
     for one in meant.hit_rates:
-        assert one.mechanism is not None
         assert one.false_alarms < one.mechanism <= one.ceiling
 
 

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fedtune.report import recompute
 from fedtune.report.model import (
-    Approved,
     Assumption,
     Charge,
     Problem,
     Report,
     SiteReport,
-    Spent,
     State,
     Verdict,
     from_json,
     to_json,
 )
 from fedtune.report.recompute import charges_of, problems
+
+from .shown import where, with_site
 
 Make = Callable[..., Report]
 
@@ -35,15 +35,9 @@ def any_report(request: pytest.FixtureRequest) -> Report:
     return made
 
 
-def with_site(report: Report, **changes: Any) -> Report:
-    first, *others = report.sites
-    return dataclasses.replace(report, sites=(dataclasses.replace(first, **changes), *others))
-
-
 def with_spent(report: Report, **changes: Any) -> Report:
     spent = report.sites[0].spent
-    assert isinstance(spent, Spent)
-    return with_site(report, spent=dataclasses.replace(spent, **changes))
+    return with_site(report, spent=replace(spent, **changes))
 
 
 def edited(report: Report, *path: Any, to: Any) -> Report:
@@ -54,10 +48,6 @@ def edited(report: Report, *path: Any, to: Any) -> Report:
         part = part[key]
     part[path[-1]] = to(part[path[-1]]) if callable(to) else to
     return from_json(json.dumps(data))
-
-
-def where(report: Report) -> set[str]:
-    return {problem.where for problem in problems(report)}
 
 
 def test_a_report_that_agrees_has_no_problem(any_report: Report) -> None:
@@ -110,7 +100,6 @@ def test_an_epsilon_may_be_a_little_larger_and_never_smaller(a_report: Make, fac
 def test_a_changed_epsilon_says_both_figures(a_report: Make) -> None:
     report = a_report()
     right = report.sites[0].spent
-    assert right
     (problem,) = problems(with_spent(report, epsilon_pld=1.0))
     assert problem == Problem("sites.north-hospital.spent.epsilon_pld", 1.0, pytest.approx(right.epsilon_pld))
 
@@ -197,8 +186,8 @@ def test_a_removed_event_is_found(a_ledger_report: Make) -> None:
     for other in (
         rows[:1],
         rows[1:],
-        (rows[0], dataclasses.replace(rows[1], charges=rows[1].charges[:1])),
-        (rows[0], dataclasses.replace(rows[1], charges=rows[1].charges[1:])),
+        (rows[0], replace(rows[1], charges=rows[1].charges[:1])),
+        (rows[0], replace(rows[1], charges=rows[1].charges[1:])),
         (),
     ):
         found = where(with_site(report, mechanisms=other))
@@ -210,7 +199,7 @@ def test_a_removed_event_is_found(a_ledger_report: Make) -> None:
 def test_an_event_under_another_run_is_found(a_ledger_report: Make) -> None:
     report = a_ledger_report()
     one, other = report.sites[0].mechanisms
-    swapped = (dataclasses.replace(one, charges=other.charges), dataclasses.replace(other, charges=one.charges))
+    swapped = (replace(one, charges=other.charges), replace(other, charges=one.charges))
     assert "sites.north-hospital.lifetime.runs.triage.epsilon" in where(with_site(report, mechanisms=swapped))
 
 
@@ -274,8 +263,7 @@ def test_a_site_without_figures_must_have_released_none(a_report: Make) -> None:
     report = a_report()
     assert where(with_site(report, **silent)) >= {"sites.north-hospital.spent"}
     one, other = with_site(report, **silent, mechanisms=(), source="not_released").sites
-    assert other.spent
-    assert problems(dataclasses.replace(report, sites=(one, other), epsilon=other.spent.epsilon, utility=None)) == []
+    assert problems(replace(report, sites=(one, other), epsilon=other.spent.epsilon, utility=None)) == []
 
 
 def test_what_was_planned_is_no_less_than_what_was_spent(a_report: Make) -> None:
@@ -287,8 +275,8 @@ def test_steps_lead_up_to_the_whole(a_report: Make) -> None:
     report = a_report()
     steps = report.sites[0].steps
     for wrong in (
-        (dataclasses.replace(steps[0], epsilon=9.0), *steps[1:]),
-        (*steps[:-1], dataclasses.replace(steps[-1], epsilon=None)),
+        (replace(steps[0], epsilon=9.0), *steps[1:]),
+        (*steps[:-1], replace(steps[-1], epsilon=None)),
         (steps[1], steps[0], *steps[2:]),
         steps[:-1],
     ):
@@ -297,16 +285,15 @@ def test_steps_lead_up_to_the_whole(a_report: Make) -> None:
 
 def test_a_round_s_epsilon_is_that_of_the_worst_site(a_report: Make) -> None:
     utility = a_report().utility
-    assert utility
     for wrong in (None, 0.5):
-        rounds = (dataclasses.replace(utility.rounds[0], epsilon=wrong), *utility.rounds[1:])
-        report = a_report(utility=dataclasses.replace(utility, rounds=rounds))
+        rounds = (replace(utility.rounds[0], epsilon=wrong), *utility.rounds[1:])
+        report = a_report(utility=replace(utility, rounds=rounds))
         assert where(report) == {"utility.rounds.0.epsilon"}
 
 
 def judged(report: Report, state: State, *reasons: str) -> set[str]:
     verdict = Verdict(state=state, reasons=reasons)
-    return where(dataclasses.replace(with_site(report, verdict=verdict), verdict=verdict))
+    return where(replace(with_site(report, verdict=verdict), verdict=verdict))
 
 
 def test_a_run_s_verdict_follows_from_its_target(a_report: Make, a_report_without_privacy: Make) -> None:
@@ -331,26 +318,24 @@ def test_a_ledger_s_verdict_follows_from_its_caps(a_ledger_report: Make) -> None
     report, place = a_ledger_report(), "sites.north-hospital.verdict.state"
     site = report.sites[0]
     life, approved = site.lifetime, site.approved
-    assert life
-    assert approved
     assert judged(report, "exceeded", "above_lifetime_cap") == {place}
     assert judged(report, "exceeded", "above_run_cap") == set()  # the cap then in force is not in the report
     assert judged(report, "no_guarantee", "ledger_in_doubt") == set()
     low = with_cap(report, 1.5)
     assert judged(low, "within") == {place}
     assert judged(low, "exceeded", "above_lifetime_cap") == set()
-    period = with_site(report, approved=dataclasses.replace(approved, max_epsilon_per_period=1.0))
+    period = with_site(report, approved=replace(approved, max_epsilon_per_period=1.0))
     assert judged(period, "within") == {place}
     for flag in ("seeded", "in_doubt"):
         left = 0.0 if flag == "in_doubt" else life.left
-        marked = with_site(report, lifetime=dataclasses.replace(life, **{flag: True, "left": left}), left=left)
+        marked = with_site(report, lifetime=replace(life, **{flag: True, "left": left}), left=left)
         if flag == "seeded":
-            marked = dataclasses.replace(marked, seeded_noise=True, randomness="seeded")
+            marked = replace(marked, seeded_noise=True, randomness="seeded")
         code = "unpredictable_randomness" if flag == "seeded" else "no_event_missing"
-        marked = dataclasses.replace(
+        marked = replace(
             marked,
             assumptions=tuple(
-                dataclasses.replace(one, status="violated") if one.code == code else one for one in marked.assumptions
+                replace(one, status="violated") if one.code == code else one for one in marked.assumptions
             ),
         )
         assert judged(marked, "within") == {place}
@@ -359,16 +344,13 @@ def test_a_ledger_s_verdict_follows_from_its_caps(a_ledger_report: Make) -> None
 
 def with_cap(report: Report, cap: float) -> Report:
     site = report.sites[0]
-    assert site.lifetime
-    assert isinstance(site.approved, Approved)
     life = site.lifetime
-    assert life.epsilon is not None
     left = max(0.0, cap - life.epsilon)
-    caps = (dataclasses.replace(life.caps[0], max_epsilon=cap),)
+    caps = (replace(life.caps[0], max_epsilon=cap),)
     return with_site(
         report,
-        approved=dataclasses.replace(site.approved, max_epsilon=cap),
-        lifetime=dataclasses.replace(life, caps=caps, left=left),
+        approved=replace(site.approved, max_epsilon=cap),
+        lifetime=replace(life, caps=caps, left=left),
         left=left,
     )
 
@@ -376,8 +358,8 @@ def with_cap(report: Report, cap: float) -> Report:
 def test_the_worst_site_s_verdict_counts(a_report: Make) -> None:
     report = with_site(a_report(), verdict=Verdict(state="no_guarantee", reasons=("ledger_in_doubt",)))
     assert where(report) == {"verdict.state"}
-    assert where(dataclasses.replace(report, verdict=Verdict(state="exceeded"))) == {"verdict.state"}
-    assert where(dataclasses.replace(report, verdict=Verdict(state="no_guarantee"))) == set()
+    assert where(replace(report, verdict=Verdict(state="exceeded"))) == {"verdict.state"}
+    assert where(replace(report, verdict=Verdict(state="no_guarantee"))) == set()
 
 
 def test_what_is_left_is_never_more_than_the_cap_leaves(a_ledger_report: Make) -> None:
@@ -385,8 +367,7 @@ def test_what_is_left_is_never_more_than_the_cap_leaves(a_ledger_report: Make) -
     site = report.sites[0]
     assert site.left
     for wrong in (site.left + 0.1, site.left + 1e-6, None):
-        assert site.lifetime
-        both = with_site(report, left=wrong, lifetime=dataclasses.replace(site.lifetime, left=wrong))
+        both = with_site(report, left=wrong, lifetime=replace(site.lifetime, left=wrong))
         assert where(both) == {"sites.north-hospital.lifetime.left"}
     assert where(with_site(report, left=1.0)) == {"sites.north-hospital.lifetime.left"}
 
@@ -405,7 +386,7 @@ def test_a_joined_ledger_s_lifetime_is_taken_as_it_is_signed(a_ledger_report: Ma
     told = ("site_reports_agree", "site_reports_are_newest")
     told_of = tuple(Assumption(code=code, status="assumed", evidence="") for code in told)
     assert where(report) == {f"assumptions.{code}" for code in told}
-    report = dataclasses.replace(report, assumptions=(*report.assumptions, *told_of))
+    report = replace(report, assumptions=(*report.assumptions, *told_of))
     assert problems(report) == []
     assert where(with_spent(report, epsilon=1.0)) >= {"sites.north-hospital.spent.epsilon"}
 

@@ -15,10 +15,10 @@ import pytest
 import fedtune.cli.display as display
 from fedtune.cli.compose import saved_config
 from fedtune.federation.lead import Checkpoints
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
+from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run, recompute, signing
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.run_folder import only_one
+from fedtune.cli.working_folder import only_one
 
 from .test_browser import DESKTOP, OPEN_ALL, PHONE, TOO_WIDE, tabbed
 from .watched import MadeRun, Served, served

@@ -6,13 +6,13 @@ import http.client
 import json
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.report.watch import WatchedFolder
+from fedtune.report.watch_page import WatchedFolder
 from fedtune.spec import ConfigError
 
 from .watched import MadeRun, Served, contents, served
@@ -72,23 +72,16 @@ def test_the_printed_address_gives_a_cookie_and_leads_to_a_clean_one(page: Serve
 
 
 def test_without_cookie_or_token_there_is_one_line(page: Served) -> None:
-    wrong = "A" * len(page.token)
+    token, wrong = page.token, "A" * len(page.token)
+    almost = [f"/?token={one}" for one in (token[:-1], f"{token}A", token.swapcase(), f"{token}%C3%A9")]
     with page.client() as client:
-        for path in ("/", "/state", "/nothing", "/?token=", f"/?token={wrong}", f"/state?token={page.token}"):
+        for path in ("/", "/state", "/nothing", "/?token=", f"/?token={wrong}", f"/state?token={token}", *almost):
             answer = client.get(path)
             assert answer.status_code == 401, path
             assert answer.headers["content-type"].startswith("text/plain")
             assert len(answer.text.splitlines()) == 1
             assert "set-cookie" not in answer.headers
             assert "run" not in answer.text.replace("fedtune", "")
-
-
-@pytest.mark.parametrize(
-    "change", [lambda t: t[:-1], lambda t: t + "A", lambda t: t.swapcase(), lambda t: t + "%C3%A9"]
-)
-def test_a_token_that_is_almost_right(page: Served, change: Callable[[str], str]) -> None:
-    with page.client() as client:
-        assert client.get(f"/?token={change(page.token)}").status_code == 401
 
 
 def test_another_cookie_gets_nothing(page: Served) -> None:
@@ -123,15 +116,11 @@ def test_a_name_that_was_made_to_point_here_gets_nothing(page: Served, host: str
         assert len(body.splitlines()) == 1
 
 
-def test_the_names_of_this_machine_are_known(page: Served) -> None:
+def test_the_names_of_this_machine_are_known_and_one_is_needed(page: Served) -> None:
     port = page.origin.rsplit(":", 1)[1]
     for name in ("127.0.0.1", "localhost", "LOCALHOST", "[::1]"):
         assert raw(page, asking(page, "/state", host=f"{name}:{port}", more=cookie(page)))[0] == 200
-
-
-def test_two_hosts_or_none_get_nothing(page: Served) -> None:
-    good = page.origin.removeprefix("http://")
-    assert raw(page, asking(page, "/", more=f"Host: {good}\r\n"))[0] == 400
+    assert raw(page, asking(page, "/", more=f"Host: 127.0.0.1:{port}\r\n"))[0] == 400
     assert raw(page, b"GET / HTTP/1.0\r\n\r\n")[0] == 400
 
 
@@ -187,9 +176,12 @@ def test_no_file_and_no_description_is_served(page: Served, path: str) -> None:
 
 
 def test_the_whole_page_and_the_state_say_the_same(page: Served) -> None:
+    def no_constant(name: str) -> None:
+        raise ValueError(name)
+
     with page.reader() as client:
         html, answer = client.get("/").text, client.get("/state")
-    data = answer.json()
+    data = json.loads(answer.text, parse_constant=no_constant)
     assert answer.headers["content-type"] == "application/json"
     assert f"<title>{data['title']}</title>" in html
     for part in data["parts"].values():
@@ -197,16 +189,12 @@ def test_the_whole_page_and_the_state_say_the_same(page: Served) -> None:
     assert data["state"]["progress"]["failures"] == [{"round": 1, "site": "site-2", "reason": "max_epsilon"}]
 
 
-def test_what_did_not_change_is_not_sent_again(page: Served) -> None:
+def test_what_did_not_change_or_was_not_asked_for_is_not_sent(page: Served) -> None:
     with page.reader() as client:
         first = client.get("/state")
         again = client.get("/state", headers={"If-None-Match": first.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
         assert client.get("/state", headers={"If-None-Match": '"other"'}).status_code == 200
-
-
-def test_head_has_no_body(page: Served) -> None:
-    with page.reader() as client:
         for path in ("/", "/state"):
             head, get = client.head(path), client.get(path)
             assert (head.status_code, head.content) == (200, b"")
@@ -272,11 +260,3 @@ def test_a_port_that_is_taken(folder: Path, page: Served) -> None:
     bound = r"cannot be listened on at 127\.0\.0\.1 \(Address already in use"
     with pytest.raises(ConfigError, match=f"--port = {port}: {bound}"), served(folder, port=port):
         pass
-
-
-def test_the_state_is_plain_json(page: Served) -> None:
-    def no_constant(name: str) -> None:
-        raise ValueError(name)
-
-    with page.reader() as client:
-        json.loads(client.get("/state").text, parse_constant=no_constant)

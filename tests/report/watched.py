@@ -17,13 +17,13 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.cli.compose import compose_run, saved_config, write_config
-from fedtune.cli.run_folder import is_running, only_one
+from fedtune.cli.working_folder import is_running, only_one
 from fedtune.config import RunConfig
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
-from fedtune.report.watch import Live, WatchedFolder, WatchPage
+from fedtune.report.watch_page import Live, WatchedFolder, WatchPage
 from fedtune.report.watch_server import WatchServer
 
 NORTH = ("federation.num_sites=3", "federation.num_rounds=10", "federation.site_names=[north,south,west]")

@@ -16,19 +16,19 @@ import pytest
 from fedtune.config import RunConfig
 from fedtune.data.spec import DataSpec
 from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
-from fedtune.federation.site import answer, end_run
+from fedtune.federation.site_round import answer, end_run
 from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
-from fedtune.model.base import model_sha256
+from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import RANDOM, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.mechanism import PrivacySpec
-from fedtune.privacy.policy import Machine
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Machine
 from fedtune.sites import shared_model
 from fedtune.sites.real_site import RealSite, SitePlaces
 from fedtune.sites.shared_model import SharedModel

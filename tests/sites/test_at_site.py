@@ -11,8 +11,8 @@ import pytest
 
 from fedtune.config import RunConfig
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.policy import Dataset, Machine, Policy
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_policy import Dataset, Machine, Policy
 from fedtune.sites.shared_settings import at_site, for_sites
 from fedtune.sites.virtual_site import generated_policy
 from fedtune.spec import ConfigError

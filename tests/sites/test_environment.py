@@ -53,7 +53,7 @@ def test_a_pinned_model_is_not_hashed_again(
     shared: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pinned = model_sha256(shared().config.model)
-    monkeypatch.setattr("fedtune.model.base.model_sha256", None)
+    monkeypatch.setattr("fedtune.model.base_model.model_sha256", None)
     note_environment(tmp_path, shared(f"model.sha256={pinned}"))
     assert read_environments(tmp_path)[0].model_sha256 == pinned
 

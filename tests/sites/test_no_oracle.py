@@ -12,9 +12,7 @@ import pytest
 
 import fedtune.sites.real_site as real_site
 from fedtune.model import Adapter
-from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.policy_file import read_policy, write_policy
-from fedtune.privacy.release import Reason, Refusal, Refused, Update
+from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.tasks import classification
@@ -112,55 +110,12 @@ def test_a_record_is_opened_only_for_a_round_that_is_charged(
     assert charged_then[0] > 0
 
 
-def test_a_file_that_cannot_be_read_is_found_once_the_round_is_charged(
-    station: Callable[..., Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    site = station()
-    faults: list[Callable[[], object]] = [
-        lambda: site.data.write_text("other,columns\nsecret-17,2\n"),
-        lambda: site.data.write_bytes(b"body,kind,caf\xe9\nsecret-17,praise,\n"),
-        site.data.unlink,
-    ]
-    for number, make in enumerate(faults, 1):
-        make()
-        reply = site.ask()
-        assert isinstance(reply.body, Refusal)
-        assert (reply.body.reason, reply.body.asked, reply.body.allowed) == (Reason.SITE_ERROR, None, None)
-        assert reply.receipt.charged_rounds == min(number, 2), "a missing file alone is noticed beforehand"
-    assert "secret-17" not in caplog.text
-
-
 def test_a_record_that_was_taken_out_is_not_trained_on_in_the_next_round(station: Callable[..., Any]) -> None:
     site = station()
     site.update()
     put(site.data, ("the only one that stayed", "praise"))
     site.update(round=2)
     assert len(site.real._warm[1].records.training) == 1
-
-
-def test_the_first_final_adapter_counts(station: Callable[..., Any], first_adapter: Adapter) -> None:
-    site = station()
-    update = Adapter(site.update().tensors)
-    site.end(update)
-    digest = site.ledger().history.runs[for_sites(site.config).run_id()].adapter
-    assert digest == update.digest()
-    kept = {path: path.read_bytes() for path in site.adapters.rglob("*") if path.is_file()}
-    site.end(first_adapter)
-    assert {path: path.read_bytes() for path in site.adapters.rglob("*") if path.is_file()} == kept
-
-
-def test_a_lead_that_was_struck_off_ends_nothing(
-    station: Callable[..., Any], first_adapter: Adapter, stranger_key: SigningKey
-) -> None:
-    site = station()
-    site.update()
-    policy = read_policy(site.site_toml)
-    site.edit(allow={"leads": (stranger_key.public,)})
-    assert policy.allow.leads != read_policy(site.site_toml).allow.leads
-    with pytest.raises(Refused, match="leads"):
-        site.end(first_adapter)
-    write_policy(policy, site.site_toml)
-    assert site.end(first_adapter) is not None
 
 
 def test_a_record_without_a_token_stops_no_round(

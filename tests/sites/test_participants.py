@@ -13,8 +13,8 @@ import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.evaluation.evaluate import unit_scores
-from fedtune.federation.site import Trained
+from fedtune.evaluation.scoring import unit_scores
+from fedtune.federation.site_round import Trained
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.sites.virtual_site import Participants

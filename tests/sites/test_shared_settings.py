@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedtune.config import RunConfig, parse
 from fedtune.data.partition import PartitionSpec
-from fedtune.model.base import model_sha256
+from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.release import Reason, Refused

@@ -16,10 +16,10 @@ from fedtune.config import RunConfig
 from fedtune.privacy.filter import filter_cost, surcharge, total_divergence
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.decisions import Ledger
-from fedtune.privacy.policy import Policy, Releases
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_policy import Policy, Releases
 from fedtune.sites.virtual_site import VirtualSites, fitted, generated_policy
 from fedtune.spec import ConfigError, RefusedError
 
@@ -148,25 +148,17 @@ def test_with_noised_metrics_their_noise_is_bounded_too(config: Callable[..., Ru
         ({"target_modules": ("all-linear", "embeddings")}, Reason.TARGET_MODULES),
         ({"rank": 5}, Reason.MAX_RANK),
         ({"seeded_noise": True}, Reason.SEEDED_NOISE),
+        ({"train_head": True}, Reason.TRAIN_HEAD),
     ],
     ids=str,
 )
 def test_what_is_trained_and_for_whom_is_bounded(
     config: Callable[..., RunConfig], lead_key: SigningKey, changes: dict[str, Any], rule: Reason
 ) -> None:
-    policy, proposal = policy_and_proposal(config(), lead_key.public)
+    policy, proposal = policy_and_proposal(config("head.train=false"), lead_key.public)
     with pytest.raises(Refused) as refused:
         policy.check(replace(proposal, **changes))
     assert refused.value.reason is rule
-
-
-def test_a_head_is_released_only_where_the_run_trains_one(
-    config: Callable[..., RunConfig], lead_key: SigningKey
-) -> None:
-    policy, proposal = policy_and_proposal(config("head.train=false"), lead_key.public)
-    with pytest.raises(Refused) as refused:
-        policy.check(replace(proposal, train_head=True))
-    assert refused.value.reason is Reason.TRAIN_HEAD
 
 
 @pytest.mark.parametrize("overrides", [(), NOISED], ids=str)

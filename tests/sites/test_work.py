@@ -15,7 +15,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.data.partition import PartitionSpec
-from fedtune.federation.site import Trained
+from fedtune.federation.site_round import Trained
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness

@@ -66,6 +66,11 @@ def test_a_text_beyond_the_vocabulary_adds_nothing_where_that_is_asked(decoder_t
     prompted = [Record({"prompt": "where", "completion": "lost"})]
     causal = tokenise_causal_lm(prompted, decoder_tokenizer, template="{prompt}", max_length=5, lenient_within=within)
     assert causal.input_ids[0].tolist() == ([WHERE, LOST, SEP] if within == 11 else [LOST, SEP])
+    supervised = [LOST, SEP] if within == 11 else []
+    assert [target for target in causal.targets[0] if target != UNSUPERVISED] == supervised, "half a record is another"
+    empty = [Record({"prompt": "", "completion": "lost"})]
+    causal = tokenise_causal_lm(empty, decoder_tokenizer, template="{prompt}", max_length=5, lenient_within=within)
+    assert causal.targets[0].tolist() == [LOST, SEP], "an empty prompt is whole"
 
 
 def test_a_text_that_cannot_be_encoded_costs_no_other_its_tokens(encoder_tokenizer: Any) -> None:

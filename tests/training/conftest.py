@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from scipy import stats
 
 from fedtune.data import Shapes, TextDataset
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.mechanism import cell
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import SeededRandomness
+from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training import dp_step
 from fedtune.training.dp_step import Records, dp_sgd_step
@@ -192,17 +191,3 @@ def clipped_sum(
 def norm() -> Callable[[Arrays], float]:
     """The joint L2 norm of all tensors."""
     return lambda tensors: float(np.sqrt(sum(np.sum(np.square(value)) for value in tensors.values())))
-
-
-@pytest.fixture
-def has_scale() -> Callable[[npt.NDArray[np.float64], float], bool]:
-    """Whether values look like independent N(0, scale^2), by a two-sided chi-square test of their variance.
-
-    It rejects a right scale once in a million; with 5,000 values it misses one that is 10 % off less often than that.
-    """
-
-    def test(values: npt.NDArray[np.float64], scale: float) -> bool:
-        below = stats.chi2.cdf(np.sum((values / scale) ** 2), df=values.size)
-        return bool(2 * min(below, 1 - below) > 1e-6)
-
-    return test

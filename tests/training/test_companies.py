@@ -18,6 +18,7 @@ from fedtune.training.dp_step import contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
 from fedtune.training.users import UserExamples, UserGradients
+from tests.padded import length_of
 
 Gradients = dict[str, torch.Tensor]
 KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
@@ -50,7 +51,7 @@ def records(lengths: npt.NDArray[np.integer], *, task: str, ids: int, classes: i
 
 def of_bucket(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> npt.NDArray[np.integer]:
     """So many numbers of tokens that are padded to `length`, the least and the most among them."""
-    fitting = [tokens for tokens in range(1, length + (length == shapes.full)) if shapes.length_of(tokens) == length]
+    fitting = [tokens for tokens in range(1, length + (length == shapes.full)) if length_of(shapes, tokens) == length]
     drawn = np.random.default_rng(seed).choice(fitting, size=count)
     drawn[0], drawn[-1] = fitting[0], fitting[-1]
     return drawn

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedtune.model import Adapter
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.training.optimizer import Reach, learning_rate_factor, make_optimizer, reach, set_learning_rate
 from fedtune.training.spec import TrainingSpec
 

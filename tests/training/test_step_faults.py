@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from scipy import stats
 from torch import nn
 
 from fedtune.data import Batch, Shapes, TextDataset
 from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.mechanism import choose_records, poisson_sample
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.randomness import SeededRandomness
+from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training import dp_step, local
 from fedtune.training.dp_step import Records, add_clipped, contributions, dp_sgd_step
@@ -27,6 +26,7 @@ from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
+from tests.padded import length_of
 
 CELLS = 2**24
 """A clip norm."""
@@ -201,14 +201,8 @@ def test_a_step_is_the_sum_of_the_drawn_over_the_public_size() -> None:
     np.testing.assert_allclose(found, clipped[drawn].sum(axis=0) / (0.5 * 40), atol=1e-5)
 
 
-def has_scale(values: npt.NDArray[np.float64], scale: float) -> bool:
-    """Chi-square, at one in a million; of 6,000 values it rejects a scale that is 10 % off."""
-    below = stats.chi2.cdf(np.sum((values / scale) ** 2), df=values.size)
-    return bool(2 * min(below, 1 - below) > 1e-6)
-
-
 @pytest.mark.parametrize("count", [0, 30])
-def test_a_step_adds_noise_once_whoever_was_drawn(count: int) -> None:
+def test_a_step_adds_noise_once_whoever_was_drawn(count: int, has_scale: Any) -> None:
     silent = MadeUp({"lora_A": torch.zeros(count, 60, 100), "head.weight": torch.zeros(count, 6000)})
     found = moved(silent, plan_of(noise_multiplier=1.3), declared_size=40)
     assert (len(silent.drawn[0]) > 6) == (count > 0), "in several micro-batches"
@@ -366,7 +360,7 @@ def test_a_micro_batch_has_the_shape_that_it_was_cut_to_whatever_is_in_it() -> N
         for part in examples.parts(np.array(chosen)):
             batch = examples.batch(part)
             assert tuple(batch.input_ids.shape) == tuple(batch.attention_mask.shape) == (part.rows, part.length)
-            assert part.length == examples._shapes.length_of(int(examples._dataset.lengths[part.places[0]]))
+            assert part.length == length_of(examples._shapes, int(examples._dataset.lengths[part.places[0]]))
             assert part.rows in examples._shapes.rows(part.length)
 
 

@@ -36,11 +36,7 @@ _OTHER_AUTHORITY = (2, 7, 18, 19, 20, 21, 24, 26)
 
 
 class ProxyRefused(ConnectionError):
-    """A proxy answered, and did not connect us.
-
-    Attributes:
-        fix: what to do about it, as a sentence.
-    """
+    """A proxy answered, and did not connect us; `fix` says what to do about it."""
 
     def __init__(self, found: str, *, fix: str) -> None:
         super().__init__(found)

@@ -18,8 +18,8 @@ from fedtune.deploy.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TL
 from fedtune.deploy.kits.certificates import Certificate, read_certificate
 from fedtune.deploy.kits.kit import Kit
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, DataError, FedtuneError
 
 _KIT, _POLICY, _LEDGER = "the kit", "the policy", "the ledger"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from fedtune.deploy.doctor.check import Check, failed, ok, skipped, warning
 from fedtune.deploy.files import name_of, own_group
@@ -163,21 +164,18 @@ def gpu(device: str, *, ask: Callable[[], Gpu]) -> Check:
     found = ask()
     if found.usable:
         return ok(name, f"{found.name}, driver {found.driver or 'unknown'}, torch for CUDA {found.build}")
+    tolerant = device == "auto"
     if found.driver and found.build:
         why = f"driver {found.driver} is there, but torch for CUDA {found.build} cannot use it"
         fix = "Install a driver that is new enough, or the torch that is built for this one."
     elif found.driver:
         why = f"driver {found.driver} is there, but this torch is built for CPUs"
         fix = "Install a torch that is built for CUDA."
-    elif device == "auto":
+    elif tolerant:
         return ok(name, "none: this site trains on the CPU")
     else:
         why, fix = "none, and the policy wants one", 'Set `device = "auto"` under [machine] in site.toml, or add a GPU.'
-    return (
-        warning(name, f"{why}; this site trains on the CPU", fix=fix)
-        if device == "auto"
-        else failed(name, why, fix=fix)
-    )
+    return warning(name, f"{why}; this site trains on the CPU", fix=fix) if tolerant else failed(name, why, fix=fix)
 
 
 def this_gpu(*, version: Path = Path("/proc/driver/nvidia/version")) -> Gpu:
@@ -225,15 +223,8 @@ def file_system(path: Path, *, mounts: Path) -> str | None:
     return kind
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Place:
-    """A file or folder.
-
-    Attributes:
-        what: it is, in words.
-        written: whether the site's process writes it.
-        shown: what to call it in a command, where its path is not to be shown; None: its path.
-    """
+class _Place(NamedTuple):
+    """A file or folder: what it is, in words, whether the site's process writes it, and a name in place of its path."""
 
     what: str
     path: Path
@@ -244,10 +235,8 @@ class _Place:
 def owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[Check]:
     """One line for each file or folder that is in the wrong hands; one in all where none is.
 
-    Args:
-        kit: the kit's folder; the account that its connection key belongs to is the one of the site's process.
-        site_toml: the policy.
-        files: what the policy names; None where it cannot be read.
+    The account that the kit's connection key belongs to is the one of the site's process; `files` is None where the
+    policy cannot be read.
     """
     key = kit / "connection_key.pem"
     account = key.stat().st_uid if key.exists() else os.geteuid()
@@ -262,30 +251,27 @@ def owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[Chec
 
 
 def _places(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[_Place]:
-    yield _Place(what="policy", path=site_toml)
-    yield _Place(what="policy's folder", path=site_toml.absolute().parent)
-    yield _Place(what="kit", path=kit, written=True)
-    yield from (_Place(what=name, path=kit / name) for name in ("kit.toml", "ca.pem", "site.pem", "models"))
-    yield _Place(what="connection key", path=kit / "connection_key.pem", written=True)
+    yield _Place("policy", site_toml)
+    yield _Place("policy's folder", site_toml.absolute().parent)
+    yield _Place("kit", kit, written=True)
+    yield from (_Place(name, kit / name) for name in ("kit.toml", "ca.pem", "site.pem", "models"))
+    yield _Place("connection key", kit / "connection_key.pem", written=True)
     state = kit / "state"
-    yield _Place(what="state", path=state, written=True)
-    yield from (
-        _Place(what=f"state/{path.relative_to(state)}", path=path, written=True) for path in sorted(_within(state))
-    )
+    yield _Place("state", state, written=True)
+    yield from (_Place(f"state/{path.relative_to(state)}", path, written=True) for path in sorted(_within(state)))
     if files is None:
         return
-    yield _Place(what="ledger", path=files.ledger, written=True)
-    yield _Place(what="ledger's folder", path=files.ledger.absolute().parent, written=True)
-    lock = files.ledger.with_name(f"{files.ledger.name}.serving")
-    yield _Place(what="ledger's lock", path=lock, written=True)
-    yield _Place(what="site key", path=files.site_key, written=True)
+    yield _Place("ledger", files.ledger, written=True)
+    yield _Place("ledger's folder", files.ledger.absolute().parent, written=True)
+    yield _Place("ledger's lock", files.ledger.with_name(f"{files.ledger.name}.serving"), written=True)
+    yield _Place("site key", files.site_key, written=True)
     if files.anchor is not None:
-        yield _Place(what="anchor", path=files.anchor, written=True)
-        yield _Place(what="anchor's folder", path=files.anchor.absolute().parent, written=True)
+        yield _Place("anchor", files.anchor, written=True)
+        yield _Place("anchor's folder", files.anchor.absolute().parent, written=True)
     for dataset in files.policy.dataset:
         if dataset.path:
             shown = f"the file that `path` of [[dataset]] {dataset.id} names"
-            yield _Place(what=f"data {dataset.id}", path=site_toml.parent / dataset.path, shown=shown)
+            yield _Place(f"data {dataset.id}", site_toml.parent / dataset.path, shown=shown)
 
 
 def _within(folder: Path) -> Iterator[Path]:

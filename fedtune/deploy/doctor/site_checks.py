@@ -35,11 +35,11 @@ from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.mechanism import Unit
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import AT_ONCE, Dataset, Policy
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.release import Reason, asked_and_allowed
+from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import AT_ONCE, Dataset, Policy
 from fedtune.spec import ConfigError, DataError, RunError
 from fedtune.tasks import TASKS
 
@@ -380,7 +380,7 @@ def _with_hash(config: RunConfig) -> RunConfig:
     """A run with its model's hash, which the lead adds before it asks, where that is known without the model."""
     if config.model.sha256 is not None or not config.model.path.startswith(RANDOM):
         return config
-    from fedtune.model.base import model_sha256  # transformers takes seconds to import
+    from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
     return dataclasses.replace(config, model=dataclasses.replace(config.model, sha256=model_sha256(config.model)))
 

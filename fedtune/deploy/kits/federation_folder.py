@@ -155,12 +155,12 @@ class FederationFolder:
 
     @property
     def server_certificate(self) -> Certificate:
-        """The server's."""
+        """The server's certificate."""
         return Certificate.of(read_certificate(self.folder / "server" / "server.pem"))
 
     @property
     def lead_certificate(self) -> Certificate:
-        """The lead's."""
+        """The lead's certificate of its connection."""
         return Certificate.of(read_certificate(self.folder / "lead" / "lead.pem"))
 
     @property

@@ -83,7 +83,8 @@ class Member:
             except ValueError:
                 raise ConfigError("revoked", self.revoked, "must be a time in ISO form, or null") from None
         try:
-            named, connection_key = common_name(self.issued.subject), self.issued.public_key()  # parsed only now
+            issued = self.issued
+            named, connection_key = common_name(issued.subject), issued.public_key()  # parsed only now
         except UNREADABLE:
             raise ConfigError("certificate", self.site, "must be one in PEM form") from None
         if named != self.site or not is_p384(connection_key):
@@ -157,9 +158,10 @@ def _check_distinct(members: Collection[Member]) -> None:
     names: set[str] = set()
     for member in members:
         # A file system may take North for north, and so may a person.
-        if not names.isdisjoint((member.site.casefold(), member.node_key.decode())):
+        own = {member.site.casefold(), member.node_key.decode()}
+        if not names.isdisjoint(own):
             raise ConfigError("site", member.site, "must not repeat another site's name or connection key")
-        names |= {member.site.casefold(), member.node_key.decode()}
+        names |= own
 
 
 @spec

@@ -44,7 +44,7 @@ def model_place(kit_folder: Path, sha256: str) -> Path:
 def installed_model(kit_folder: Path, sha256: str) -> Path:
     """The folder of an installed model; its file names are those it came with.
 
-    The hash is not computed here: whoever loads the model checks it (`fedtune.model.base`).
+    The hash is not computed here: whoever loads the model checks it (`fedtune.model.base_model`).
 
     Raises:
         ConfigError: it is not installed.
@@ -81,7 +81,7 @@ def installed_bytes(kit_folder: Path, sha256: str) -> int:
 
 def is_made_here(sha256: str) -> bool:
     """Whether it is a tiny untrained model that fedtune makes itself, for tests: there is nothing to install."""
-    from fedtune.model.base import model_sha256  # transformers takes seconds to import
+    from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
     return any(model_sha256(ModelSpec(path=path)) == sha256 for path in RANDOM_MODELS)
 

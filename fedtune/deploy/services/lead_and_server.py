@@ -58,11 +58,7 @@ def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class LeadService:
-    """A lead that is ready to run.
-
-    Attributes:
-        kit: the lead's.
-    """
+    """A lead that is ready to run, by its kit."""
 
     kit: Kit
 
@@ -184,8 +180,6 @@ class ServerService:
     """A server that is ready to start.
 
     Attributes:
-        kit: the server's.
-        host: address to listen on.
         port: to listen on; None: the one that the sites are told.
         data: folder for the database and the audit log; None: the kit's own.
         health: told how the server is doing.

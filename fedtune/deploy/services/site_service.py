@@ -1,6 +1,6 @@
 """`fedtune site start`: the one long-lived process of a site.  It polls the server, answers, and keeps its model warm.
 
-It opens no port but a health endpoint on loopback.  What it answers is decided in `fedtune.federation.site`.
+It opens no port but a health endpoint on loopback.  What it answers is decided in `fedtune.federation.site_round`.
 """
 
 from __future__ import annotations
@@ -38,13 +38,7 @@ _POLL_S, _MOST_POLL_S = 0.3, 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class SiteService:
-    """A site that is ready to start.
-
-    Attributes:
-        kit: the site's.
-        site_toml: its policy.
-        health: told how the service is doing.
-    """
+    """A site that is ready to start, by its kit and its policy; `health` is told how it is doing."""
 
     kit: Kit
     site_toml: Path

@@ -73,7 +73,7 @@ def pull_message(
     most_bytes = MOST_BYTES if most_bytes is None else min(most_bytes, MOST_BYTES)
     most_s = MOST_S if most_s is None else min(most_s, MOST_S)
     contents = pull_objects(ids, _Budget(pull, most_s), max_time=most_s)
-    if (size := _size(tree.object_id, "Message", contents)) > most_bytes:
+    if (size := _size(tree.object_id, "Message", contents, {})) > most_bytes:
         raise NotWhole(f"a message of {size} bytes, and it may have {most_bytes}")
     confirm(tree.object_id)
     message = inflate_object_from_contents(tree.object_id, contents)
@@ -101,18 +101,25 @@ class _Budget:
         return content
 
 
-def _size(id: str, kind: str, contents: Mapping[str, bytes]) -> int:
-    """Bytes of the object `id` of this kind when all its parts are put in, each as often as it is named."""
+def _size(id: str, kind: str, contents: Mapping[str, bytes], known: dict[str, int]) -> int:
+    """Bytes of the object `id` of this kind when all its parts are put in, each as often as it is named.
+
+    `known` keeps the size of each object: a few hundred that share their parts would keep a machine busy for hours if
+    each were read again for everything that names it.
+    """
     content = contents[id]
     found, children, _ = get_object_head_values_from_object_content(content)
     if found != kind:
         raise NotWhole(f"a {kind} that is something else")
-    parts = _PARTS[kind]
-    if not parts:
-        return len(content)
-    kinds = {child: _kind(contents[child], parts) for child in children}
-    sizes = {child: _size(child, kinds[child], contents) for child in kinds}
-    return len(content) + sum(sizes[part] for part in _named(kind, content, children))
+    if id not in known:
+        parts = _PARTS[kind]
+        kinds = {child: _kind(contents[child], parts) for child in children}
+        named = _named(kind, content, children) if parts else []
+        if set(named) != kinds.keys():
+            raise NotWhole(f"a {kind} whose parts are not those that it names")
+        sizes = {child: _size(child, kinds[child], contents, known) for child in kinds}
+        known[id] = len(content) + sum(sizes[part] for part in named)
+    return known[id]
 
 
 def _kind(content: bytes, allowed: tuple[str, ...]) -> str:

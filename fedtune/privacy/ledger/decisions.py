@@ -25,9 +25,9 @@ from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.history import History, Opened, Reservation, Restored, Run
 from fedtune.privacy.ledger.store import EventStore
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import RunError
 
 MOST_ANSWERS_A_DAY, MOST_STRANGERS_A_DAY = 1000, 10

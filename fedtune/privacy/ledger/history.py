@@ -20,11 +20,11 @@ from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
 from fedtune.privacy.keys import SigningKey, is_public_key
 from fedtune.privacy.ledger.chain import DENSE, START, Event, Head, Kind, path_of
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy, period_of
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import Policy, period_of
 from fedtune.spec import FedtuneError, RunError
 
 _FIRST = ("opened", "policy")  # the notes that every ledger begins with
@@ -219,11 +219,16 @@ class Restored:
         """Read the note's detail; raises ValueError, TypeError or KeyError for anything else."""
         if any(type(count) is not int or count < 0 for count in detail["runs"].values()):
             raise ValueError("a run's rounds")
+        # Charges are never taken back, so that no entry can lower what an earlier one added.
+        if any(type(count) is not int or count < 1 for _, count in detail["gap"]):
+            raise ValueError("how often a mechanism ran")
+        if any(type(detail[name]) is not int or detail[name] < 0 for name in ("shared", "end")):
+            raise ValueError("an event's number")
         return cls(
-            shared=int(detail["shared"]),
-            end=int(detail["end"]),
+            shared=detail["shared"],
+            end=detail["end"],
             path=frozenset((int(sequence), str(hash)) for sequence, hash in detail["path"]),
-            gap=Counter({dp_events.from_json(data): int(count) for data, count in detail["gap"]}),
+            gap=Counter({dp_events.from_json(data): count for data, count in detail["gap"]}),
             runs=dict(detail["runs"]),
             seeded=bool(detail["seeded"]),
             frozen=bool(detail["frozen"]),

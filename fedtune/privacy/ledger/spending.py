@@ -14,10 +14,10 @@ from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.ledger.history import History, Run
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedtune.privacy.ledger.chain import Kind
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.release import METRICS
+from fedtune.privacy.run_plan import Plan
 from fedtune.report.model import Provenance, Report, SiteReport
 from fedtune.report.record.ledger_record import LedgerRecord
 from fedtune.words import finite

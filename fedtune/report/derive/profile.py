@@ -22,7 +22,7 @@ from dp_accounting import DpEvent
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import Counted
 from fedtune.privacy.events import Spent
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.report.model import Charge, CurvePoint, HitRate, Meaning, Mechanism, Posterior, Source
 from fedtune.report.model import Spent as Figures
 from fedtune.words import finite, unbounded
@@ -148,7 +148,12 @@ def interval_of(source: Source) -> float:
 
 def epsilon_pld(spent: Spent, delta: float, *, interval: float = accountant.COARSE) -> float | None:
     """Epsilon at `delta` by PLD, from a composition that is kept; None: unbounded."""
-    return finite(_pld(_counted(spent), interval).get_epsilon(delta))
+    return _epsilon_pld(_counted(spent), delta, interval)
+
+
+@lru_cache(maxsize=1024)  # most sites of a run were charged alike
+def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float | None:
+    return finite(_pld(counted, interval).get_epsilon(delta))
 
 
 def epsilon_rdp(spent: Spent, delta: float) -> float | None:
@@ -205,11 +210,6 @@ def _hit_rate_of(counted: Counted, false_alarms: float) -> float | None:
     return max(false_alarms, min(1.0, _least(more_alarms), _least(fewer_misses)))
 
 
-def hit_rates(spent: Spent, false_alarms: Iterable[float] = FALSE_ALARMS) -> tuple[float | None, ...]:
-    """`hit_rate` at each share of false alarms."""
-    return tuple(hit_rate(spent, false_alarms=share) for share in false_alarms)
-
-
 def right_of_100(spent: Spent) -> float | None:
     """Of 100 guesses whether a record was used, half of which were: so many are right at most; None: unbounded.
 
@@ -233,7 +233,7 @@ def meaning(
     """
     stated = unbounded(epsilon)
     right = right_of_100_ceiling(stated, delta)
-    rates = zip(FALSE_ALARMS, hit_rates(spent) if fixed else (None, None), strict=True)
+    rates = ((share, hit_rate(spent, false_alarms=share) if fixed else None) for share in FALSE_ALARMS)
     return Meaning(
         right_of_100_ceiling=right,
         right_of_100_mechanism=_at_most(right_of_100(spent) if fixed else None, right),

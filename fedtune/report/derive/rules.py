@@ -14,7 +14,7 @@ from typing import Literal
 
 from fedtune.privacy import filter
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
-from fedtune.privacy.policy import period_of
+from fedtune.privacy.site_policy import period_of
 from fedtune.report.derive import cells, profile, verdicts
 from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts
 from fedtune.report.model import (

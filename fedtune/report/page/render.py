@@ -10,6 +10,7 @@ import importlib
 import logging
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,36 +25,14 @@ from fedtune.report.derive.cells import CODES, NUMBERS
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.charts import Charts
-from fedtune.report.page.tables import Tables, Words, pointer, sections, shortened
+from fedtune.report.page.tables import Tables, Words, data, pointer, shortened
 from fedtune.spec import ConfigError
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LONGEST_NAME = 28  # in the running footer, and within a sentence
 _LONGEST_TITLE = 40
-Access = dict[str, tuple[str, ...]]
-"""Who -> a code for each of `COLUMNS`."""
-
-COLUMNS = ("raw", "before_noise", "after_noise", "combined", "final")
-"""What there is to see."""
 _MOST_ASSUMPTIONS = 5
 _COIN_TOSSING = 50
-_SEES: Access = {
-    "own_site": ("yes", "yes", "own", "yes", "yes"),
-    "other_sites": ("no", "no", "no", "yes", "yes"),
-    "lead": ("no", "no", "yes", "yes", "yes"),
-    "users": ("no", "no", "no", "no", "yes"),
-    "public": ("no", "no", "no", "no", "if_published"),
-}
-_WITHOUT_NOISE: Access = {
-    "own_site": ("yes", "yes", "none_made", "yes", "yes"),
-    "other_sites": ("no", "no", "none_made", "yes", "yes"),
-    "lead": ("no", "same_as_before", "none_made", "yes", "yes"),
-}
-# The sites make their noise from the same seed.
-_WITH_A_SEED: Access = {
-    "other_sites": ("no", "with_seed", "no", "yes", "yes"),
-    "lead": ("no", "with_seed", "yes", "yes", "yes"),
-}
 _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
 """The column of the result that a site is left with when it takes its own from all combined."""
 _MOST_FOR_SUBTRACTION = 2
@@ -88,9 +67,9 @@ def render(report: Report, *, language: str) -> str:
             charts=Charts(words, tables),
             one=PageOne(words),
             fields=Fields(words),
-            columns=COLUMNS,
+            columns=data()["access"]["columns"],
             pointer=pointer,
-            sections=sections(),
+            sections=data()["section"],
             title=words.text("page.title", name=shortened(report.name, _LONGEST_TITLE)),
             short=lambda name: shortened(name, _LONGEST_NAME),
             digest=digest,
@@ -189,14 +168,12 @@ class PageOne:
     def __init__(self, words: Words) -> None:
         self._words = words
 
-    def access(self) -> Access:
-        """What each of five sees."""
+    def access(self) -> Mapping[str, Sequence[str]]:
+        """Who -> a code for each column of what there is to see."""
         noise = self._words.noise
-        sees = _SEES | {"noised": {}, "seeded": _WITH_A_SEED, "no_noise": _WITHOUT_NOISE}[noise]
+        sees = {who: list(codes) for who, codes in {**data()["access"]["noised"], **data()["access"][noise]}.items()}
         if how := self.by_subtraction():
-            others = list(sees["other_sites"])
-            others[_RESULT[noise]] = how
-            sees["other_sites"] = tuple(others)
+            sees["other_sites"][_RESULT[noise]] = how
         return sees
 
     def by_subtraction(self) -> str | None:

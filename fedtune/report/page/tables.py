@@ -267,7 +267,8 @@ class Layout:
 
 
 @cache
-def _data() -> Mapping[str, Any]:
+def data() -> Mapping[str, Any]:
+    """What `page.toml` says the page is made of."""
     return tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
 
 
@@ -280,13 +281,8 @@ def layouts() -> Mapping[str, Layout]:
             rows=table["rows"],
             columns=tuple(Column.of(*column) for column in table["columns"]),
         )
-        for name, table in _data()["table"].items()
+        for name, table in data()["table"].items()
     }
-
-
-def sections() -> Sequence[Mapping[str, Any]]:
-    """The engineer's part of the page, in order: headings, and what stands under each."""
-    return _data()["section"]  # type: ignore[no-any-return]
 
 
 class Tables:

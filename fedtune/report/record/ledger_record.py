@@ -11,8 +11,8 @@ from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.verify import Verified, verify
-from fedtune.privacy.policy import Policy
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, RunError
 
 

@@ -20,8 +20,8 @@ from fedtune.config import RunConfig, parse, saved_settings
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.federation.results import RunResult
 from fedtune.federation.run_folder import RunFolder
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Receipt
+from fedtune.privacy.run_plan import Plan
 from fedtune.sites.environment import Environment, read_environments
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError, RunError

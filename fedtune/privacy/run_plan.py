@@ -14,6 +14,8 @@ from fedtune.privacy import accountant, events
 from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
 
+LEAST_SAMPLING_RATE = 1e-15
+
 
 @spec
 class Plan:
@@ -51,12 +53,12 @@ class Plan:
         check_fraction("delta", self.delta)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         # Within these, accounting can be computed; no sensible plan is outside.
-        check_at_least("sampling_rate", self.sampling_rate, 1e-15)
+        check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
         for name in ("noise_multiplier", "metrics_noise_multiplier"):
-            if getattr(self, name) > accountant.MOST_NOISE:
-                raise ConfigError(name, getattr(self, name), f"must be at most {accountant.MOST_NOISE:g}")
-        check_at_least("noise_multiplier", self.noise_multiplier, 0)
-        check_at_least("metrics_noise_multiplier", self.metrics_noise_multiplier, 0)
+            noise = getattr(self, name)
+            if noise != 0 and not accountant.LEAST_NOISE <= noise <= accountant.MOST_NOISE:
+                bound = f"must be 0, or from {accountant.LEAST_NOISE:g} to {accountant.MOST_NOISE:g}"
+                raise ConfigError(name, noise, bound)
         check_positive("max_grad_norm", self.max_grad_norm)
         for name, least in (("local_steps", 1), ("num_rounds", 1), ("spare_rounds", 0), ("records_per_user", 1)):
             count = getattr(self, name)
@@ -153,9 +155,14 @@ class Plan:
             ConfigError: anything else.
         """
         try:
-            return cls(**fields)
+            plan = cls(**fields)
         except (TypeError, OverflowError) as error:
             raise ConfigError("plan", sorted(fields), "must have exactly the fields of a plan") from error
+        if any(type(value) is bool for value in fields.values()):  # equal to 0 or 1, with another digest
+            raise ConfigError(
+                "plan", sorted(fields), "must have exactly the fields of a plan, none of them true or false"
+            )
+        return plan
 
     def digest(self) -> str:
         """SHA-256 of the plan's canonical JSON, in hex."""

@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import nn
 
 from fedtune.data.batching import Batch
-from fedtune.model.base import load_base
+from fedtune.model.base_model import load_base
 from fedtune.model.fits import check_examples_apart
 from fedtune.model.layers import FrozenPrefix, attach_lora, checkpoint_layers, layer_stack
 from fedtune.model.spec import TaskModelSpec

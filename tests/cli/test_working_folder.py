@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.compose import compose_run, saved_config
-from fedtune.cli.run_folder import folder_of, is_running, make, only_one, run_in_folder
+from fedtune.cli.working_folder import folder_of, is_running, make, only_one, run_in_folder
 from fedtune.config import RunConfig
 from fedtune.spec import ConfigError, RefusedError, RunError
 
@@ -76,7 +76,7 @@ def test_a_folder_that_may_only_be_read_can_be_looked_at(config: RunConfig, fold
 def test_one_process_runs_a_folder_until_it_dies(config: RunConfig, folder: Path) -> None:
     make(folder, config)
     code = (
-        "import sys, time; from pathlib import Path; from fedtune.cli.run_folder import only_one\n"
+        "import sys, time; from pathlib import Path; from fedtune.cli.working_folder import only_one\n"
         "with only_one(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)

@@ -22,9 +22,9 @@ from dp_accounting import DpEvent
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.mechanism import UNITS, Unit
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, Reason, Refused
+from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE, Plan
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 PERIODS = ("month", "quarter", "year")
@@ -32,6 +32,7 @@ DEFAULT_MIN_GRAD_NORM = 1e-3
 DEFAULT_MAX_ADAPTER_VALUE = 2.0
 AT_ONCE = "the time of a reply tells roughly how many records there are"
 """What `releases.reply_after_s = 0` means."""
+_MOST_DAYS = 36525.0
 
 
 @spec
@@ -82,7 +83,10 @@ class Reference:
 
     def __post_init__(self) -> None:
         check_fraction("sampling_rate", self.sampling_rate, one=True)
-        check_positive("noise_multiplier", self.noise_multiplier)
+        check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
+        if not accountant.LEAST_NOISE <= self.noise_multiplier <= accountant.MOST_NOISE:
+            bound = f"must lie in [{accountant.LEAST_NOISE:g}, {accountant.MOST_NOISE:g}]"
+            raise ConfigError("noise_multiplier", self.noise_multiplier, bound)
         check_at_least("steps", self.steps, 1)
 
 
@@ -170,6 +174,9 @@ class Limits:
         if self.min_grad_norm > self.max_grad_norm:
             bound = f"must be at most max_grad_norm = {self.max_grad_norm:g}, or no clip norm is allowed"
             raise ConfigError("min_grad_norm", self.min_grad_norm, bound)
+        if self.run_expires_after_days > _MOST_DAYS:
+            bound = f"must be at most {_MOST_DAYS:g}, a hundred years"
+            raise ConfigError("run_expires_after_days", self.run_expires_after_days, bound)
         for key in ("max_local_steps", "max_rounds", "max_records_per_user"):
             check_at_least(key, getattr(self, key), 1)
 

@@ -12,13 +12,14 @@ from typing import Any, get_args
 import pytest
 
 from fedtune.cli.compose import saved_config
-from fedtune.cli.run_folder import only_one
+from fedtune.cli.working_folder import only_one
 from fedtune.federation.results import charged_epsilons
 from fedtune.privacy import accountant
-from fedtune.report import from_run, watch
+from fedtune.report import from_run
+from fedtune.report import watch_page as watch
 from fedtune.report.model import Report, Verdict
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
-from fedtune.report.watch import PARTS, Left, Live, Phase, WatchPage
+from fedtune.report.watch_page import PARTS, Left, Live, Phase, WatchPage
 
 from .shown import lookup, parsed
 from .watched import NORTH, ROUND_S, MadeRun, contents, seen, watched
@@ -330,7 +331,7 @@ def test_every_phase_and_time_left_has_words(now: Live, language: str) -> None:
         assert words.code("phase", phase).unescape() in text_of(with_progress(now, phase=phase), language)
     for unit in ("seconds", "minutes", "hours"):
         said = words.text(f"watch.left_{unit}", value=20).unescape()
-        left = Left(value=20, unit=unit)  # type: ignore[arg-type]
+        left = Left(value=20, unit=unit)
         assert said in text_of(with_progress(now, left=left), language).replace("20 ", "20 ")
         assert said not in text_of(now, language)
 

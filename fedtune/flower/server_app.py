@@ -1,28 +1,34 @@
-"""The server's end: drives Flower's strategy round by round, so that every round ends in a checkpoint."""
+"""The lead's end of a run: asks who takes part, drives Flower's strategy round by round, and tells the end.
+
+Before round 1 nobody pays: each site says whether it would take part, or why not.  Every round ends in a checkpoint.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.serverapp import Grid, ServerApp
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedtune.federation.aggregation import RoundReplies, sort_replies
+from fedtune.federation.aggregation import NO_REPLY, UNSIGNED_REPLY, RoundReplies, sort_replies
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult, Scores, newest_of
-from fedtune.federation.protocol import EndOfRun, RoundRequest
-from fedtune.flower import records
-from fedtune.flower.invitation import Invited, invite, readable
+from fedtune.federation.protocol import PROTOCOL, EndOfRun, Invitation, Reply, RoundRequest
+from fedtune.federation.spec import FederationSpec
+from fedtune.flower import encoding
 from fedtune.flower.strategy import restore_strategy, strategy_state
 from fedtune.model import Adapter
-from fedtune.privacy.plan import Plan
-from fedtune.privacy.release import Reason, Receipt
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Offer, Reason, Receipt, Refusal
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, RefusedError, RunError
 from fedtune.training.optimizer import reach
 from fedtune.training.spec import TrainingSpec
@@ -30,6 +36,125 @@ from fedtune.training.spec import TrainingSpec
 log = logging.getLogger(__name__)
 
 _END_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invited:
+    """Who is asked about what.
+
+    Attributes:
+        proposal: what every site is asked to take part in.
+        key: the lead's, which signs each question and request.
+        settings: JSON of the run's configuration, for sites that do not have it; or empty.
+        nodes: node id -> site, where that is known; empty: each node is asked for its name before a run begins.
+        site_keys: site -> the public key under which it signs, where that is known beforehand.
+    """
+
+    proposal: Proposal
+    key: SigningKey
+    federation: FederationSpec
+    settings: str = ""
+    nodes: Mapping[int, str] = field(default_factory=dict)
+    site_keys: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """What the sites said to an invitation.
+
+    Attributes:
+        offers: of the sites that would take part, in all of it or in less.
+        refusals: of those that would not, or not before a person there has decided.
+        silent: site -> why it counts as silent.
+    """
+
+    offers: Mapping[str, Offer]
+    refusals: Mapping[str, Refusal]
+    silent: Mapping[str, str]
+
+    def require_enough(self, federation: FederationSpec, *, takes_part: Callable[[Offer], object]) -> None:
+        """Check that `min_sites` sites make an offer that `takes_part` accepts.
+
+        Raises:
+            RefusedError: policies and budgets leave fewer sites than that.
+            RunError: too few have answered so far.
+        """
+        ready = [site for site, offer in self.offers.items() if takes_part(offer)]
+        if len(ready) >= federation.min_sites:
+            return
+        refused = [site for site, refusal in self.refusals.items() if refusal.reason.is_final]
+        refused += [site for site in self.offers if site not in ready]
+        error = RefusedError if len(federation.active) - len(refused) < federation.min_sites else RunError
+        others = {site: refusal.in_words for site, refusal in self.refusals.items()} | dict(self.silent)
+        less = {site: offer for site, offer in self.offers.items() if site not in ready}
+        others |= {site: f"has room for {offer.most_rounds} rounds" for site, offer in less.items()}
+        too_few = federation.too_few(len(ready), "would take part", others=others)
+        raise error(f"{too_few}; nothing was charged for this run")
+
+
+def invite(grid: Grid, asked: Invited, *, less: bool = False) -> Answers:
+    """Ask every site about a run, and sort out what they say; no site is charged.
+
+    Args:
+        grid: that reaches them.
+        asked: who, about what.
+        less: whether a site without room for all of it is to say how much it has room for.
+    """
+    expires, nonce = time.time() + asked.federation.round_timeout_s, secrets.token_hex(16)
+    messages = []
+    for node_id, site in asked.nodes.items():
+        question = Invitation(proposal=asked.proposal, site=site, expires=expires, nonce=nonce, less=less)
+        content = encoding.from_signed(question.signed(asked.key), settings=asked.settings)
+        messages.append(Message(content, node_id, f"query.{encoding.INVITE}"))
+    received = grid.send_and_receive(messages, timeout=asked.federation.round_timeout_s)
+    replies = readable(received, asked)
+    offers: dict[str, Offer] = {}
+    refusals: dict[str, Refusal] = {}
+    silent: dict[str, str] = {}
+    for site in asked.nodes.values():
+        if site not in replies:
+            silent[site] = NO_REPLY
+            continue
+        reply, _ = replies[site]
+        own = reply.is_signed() and reply.about == (site, asked.proposal.run, 0)
+        if own and isinstance(reply.body, Offer) and reply.body.nonce == nonce:
+            offers[site] = reply.body
+        elif own and isinstance(reply.body, Refusal):
+            refusals[site] = reply.body
+        elif isinstance(reply.body, Refusal) and not reply.receipt:
+            silent[site] = _unsigned(reply.body.reason)  # it is shown, and may change
+        else:
+            silent[site] = UNSIGNED_REPLY
+    for site, why in {**{site: body.in_words for site, body in refusals.items()}, **silent}.items():
+        log.warning("%s does not take part: %s", site, why)
+    return Answers(offers=offers, refusals=refusals, silent=silent)
+
+
+def _unsigned(reason: Reason) -> str:
+    if reason is not Reason.MALFORMED_REQUEST:
+        return reason.value
+    return f"{reason.value}, so it may run another version of fedtune than this lead, which speaks protocol {PROTOCOL}"
+
+
+def readable(received: Iterable[Message], asked: Invited) -> dict[str, tuple[Reply, Message]]:
+    """Each site's readable answer; an unreadable one counts as none, as does a receipt under a foreign key."""
+    answers = {}
+    for message in received:
+        site = asked.nodes.get(message.metadata.src_node_id)
+        if site is None or message.has_error():
+            log.warning("%s: Flower delivered an error in place of a reply", site)
+            continue
+        try:
+            reply = encoding.to_reply(message.content)
+            if reply.receipt and reply.receipt.site_key != asked.site_keys.get(site, reply.receipt.site_key):
+                log.warning("%s: its receipt is signed with a key that the roster does not know", site)
+                reply = replace(reply, receipt=None)
+            if reply.receipt and not reply.receipt.reply:
+                log.warning("%s: its receipt signs no reply, as those of fedtune 0.1.0: it has to be updated", site)
+            answers[site] = (reply, message)
+        except ConfigError as error:
+            log.warning("%s sent an unreadable reply: %s", site, error)
+    return answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +192,6 @@ class Lead(Invited):
         return self.proposal.plan
 
 
-def make_server_app(run: Callable[[Grid], None]) -> ServerApp:
-    """The ServerApp of every runtime: calls `run` with whatever grid its engine provides."""
-    app = ServerApp()
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        run(grid)
-
-    return app
-
-
 def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     """Run the rounds that `state` has not seen yet.
 
@@ -111,7 +225,7 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
     messages = _requests(grid, lead, state)
-    bytes_down = sum(records.num_bytes(message.content) for message in messages)
+    bytes_down = sum(encoding.num_bytes(message.content) for message in messages)
     received = list(grid.send_and_receive(messages, timeout=lead.federation.round_timeout_s))
     answers = readable(received, lead)
     most_rounds = lead.plan.most_rounds
@@ -129,7 +243,7 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         },
     )
     _require_enough(sorted_out, lead, round)
-    bytes_up = sum(records.num_bytes(message.content) for _, message in answers.values())
+    bytes_up = sum(encoding.num_bytes(message.content) for _, message in answers.values())
     adapter = _aggregate(lead, sorted_out, {site: message for site, (_, message) in answers.items()}, round)
     metrics: Scores = lead.evaluate(adapter)
     if diverged := not _is_sound(adapter, metrics):
@@ -181,8 +295,8 @@ def _back(lead: Lead, state: LeadState, round: int, found: Scores) -> tuple[Adap
 
 def _requests(grid: Grid, lead: Lead, state: LeadState) -> list[Message]:
     """One message for each site, in the sites' order; the strategy says which nodes are asked."""
-    adapter, digest, round = records.from_adapter(state.adapter), state.adapter.digest(), state.round + 1
-    arrays = records.to_arrays(state.adapter.tensors)
+    adapter, digest, round = encoding.from_adapter(state.adapter), state.adapter.digest(), state.round + 1
+    arrays = encoding.to_arrays(state.adapter.tensors)
     messages = {
         lead.nodes[message.metadata.dst_node_id]: message
         for message in lead.strategy.configure_train(round, arrays, ConfigRecord(), grid)
@@ -197,18 +311,18 @@ def _requests(grid: Grid, lead: Lead, state: LeadState) -> list[Message]:
             receipt=receipts.get(site),
             expires=time.time() + lead.federation.round_timeout_s,
         )
-        message.content = records.from_signed(request.signed(lead.key), adapter=adapter, settings=lead.settings)
+        message.content = encoding.from_signed(request.signed(lead.key), adapter=adapter, settings=lead.settings)
     return [messages[site] for site in lead.declared_sizes if site in messages]
 
 
 def _aggregate(lead: Lead, replies: RoundReplies, messages: Mapping[str, Message], round: int) -> Adapter:
     """Flower's strategy over the valid updates, in the sites' order and weighted by what they declared."""
     for site, update in replies.updates.items():
-        messages[site].content = records.weighted(update, lead.declared_sizes[site])
+        messages[site].content = encoding.weighted(update, lead.declared_sizes[site])
     arrays, _ = lead.strategy.aggregate_train(round, [messages[site] for site in replies.updates])
     assert isinstance(arrays, ArrayRecord)
     # FedAdam counts in float64; an adapter is float32 everywhere.
-    return Adapter({name: value.astype(np.float32) for name, value in records.from_arrays(arrays).items()})
+    return Adapter({name: value.astype(np.float32) for name, value in encoding.from_arrays(arrays).items()})
 
 
 def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
@@ -233,15 +347,15 @@ def _tell_the_end(grid: Grid, lead: Lead, *, adapter: Adapter | None) -> dict[st
     """
     given = adapter if lead.gives_adapter else None
     notice = EndOfRun(run=lead.run, lead=lead.key.public, adapter_digest=given.digest() if given else "")
-    content = records.from_signed(notice.signed(lead.key), adapter=records.from_adapter(given) if given else None)
-    messages = [Message(content, node_id, f"query.{records.END}") for node_id in lead.nodes]
+    content = encoding.from_signed(notice.signed(lead.key), adapter=encoding.from_adapter(given) if given else None)
+    messages = [Message(content, node_id, f"query.{encoding.END}") for node_id in lead.nodes]
     receipts = {}
     for message in grid.send_and_receive(messages, timeout=min(lead.federation.round_timeout_s, _END_TIMEOUT_S)):
         site = lead.nodes.get(message.metadata.src_node_id)
         if site is None or message.has_error():
             continue
         try:
-            receipt = records.to_receipt(message.content)
+            receipt = encoding.to_receipt(message.content)
         except ConfigError as error:
             log.warning("%s answered the end of the run unreadably: %s", site, error)
             continue
@@ -261,7 +375,7 @@ def _introductions(grid: Grid, lead: Lead) -> dict[int, str]:
     nodes = {}
     for message in grid.send_and_receive(questions, timeout=lead.federation.round_timeout_s):
         if not message.has_error():
-            nodes[message.metadata.src_node_id] = str(message.content.config_records[records.SITE]["name"])
+            nodes[message.metadata.src_node_id] = str(message.content.config_records[encoding.SITE]["name"])
     missing = sorted(set(lead.declared_sizes) - set(nodes.values()))
     if missing:
         raise RunError(f"sites that did not introduce themselves: {', '.join(missing)}")

@@ -1,34 +1,51 @@
-"""`fedtune site approve`: what a run would do and cost, and a person's word that it may start."""
+"""The work of `fedtune site approve` and `fedtune site doctor`.
+
+Approving shows what a run would do and cost, and takes a person's word that it may start; the doctor prints a line for
+each of its checks.  Apart from `cli/site.py`, which imports this once it has given up root's rights and closed the
+model hub.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
+from fedtune.cli.compose import compose_run
 from fedtune.cli.plain_words import contribution, printable, reason_text
-from fedtune.cli.sections import Section, pairs, say, show
+from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
+from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
+from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.federation.verdict import BrokenRule, Verdict, ask
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import ConfigError, RefusedError, RunError
+from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError
 from fedtune.words import counted
 
 _SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime", "task")
 """Groups of settings that the proposal's own rows say already, or that are not the run's."""
+_MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
+_NAME, _FOUND, _FIX = 8, 28, 11
+"""Columns at which a check's name, what was found and what to do about it begin."""
+_MOST_TEXT = 1000
 
 
-def show_waiting(state: SiteState) -> None:
+def show_waiting(state: SiteState, *, as_json: bool) -> None:
     """List the runs that wait."""
     waiting = state.waiting()
-    if waiting:
+    if as_json:
+        print_json({"schema_version": SCHEMA_VERSION, "waiting": [_to_json(pending) for pending in waiting]})
+    elif waiting:
         show(Console(), [_waiting_runs(waiting)])
     else:
         say("No run waits for approval.")
@@ -86,11 +103,30 @@ def _waiting_runs(waiting: list[Pending]) -> Section:
     return Section(headings=headings, rows=rows, words=frozenset(range(5)), whole=frozenset({0}))
 
 
-def _price(pending: Pending) -> str:
+def _to_json(pending: Pending) -> dict[str, Any]:
+    """A run that waits; its epsilon is null where it promises none."""
     asked = pending.proposal
+    return {
+        "run": asked.run,
+        "digest": asked.digest(),
+        "since": pending.since,
+        "dataset": asked.dataset,
+        "lead": asked.lead,
+        "epsilon": _epsilon(asked),
+        "delta": asked.plan.delta,
+    }
+
+
+def _epsilon(asked: Proposal) -> float | None:
+    """Of the whole run, by PLD; None: it has no guarantee."""
     if asked.seeded_noise or not asked.plan.private:
-        return "NO GUARANTEE"
-    return epsilon_text(epsilon_pld([asked.plan.whole], asked.plan.delta))
+        return None
+    return epsilon_pld([asked.plan.whole], asked.plan.delta)
+
+
+def _price(pending: Pending) -> str:
+    epsilon = _epsilon(pending.proposal)
+    return "NO GUARANTEE" if epsilon is None else epsilon_text(epsilon)
 
 
 def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
@@ -145,3 +181,77 @@ def _broken(verdict: Verdict) -> str:
 def _rule(broken: BrokenRule) -> str:
     known = asked_and_allowed(broken.asked, broken.allowed)
     return reason_text(broken.rule) + (f" ({known})" if known else "")
+
+
+class SomethingFailed(FedtuneError):
+    """A check of something at the site failed."""
+
+    exit_code = 2
+
+
+def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequence[str], as_json: bool) -> None:
+    """Make every check, and print a line for each.
+
+    Args:
+        kit: the site's.
+        site_toml: its policy.
+        model: to install first.
+        run: settings of a run to try out; empty: none.
+        as_json: print for machines.
+
+    Raises:
+        SomethingFailed: at the site.
+        RefusedError: policy or budget would refuse the run that was named.
+        RunError: the server cannot be reached, or does not take this site.
+    """
+    visit = Visit(kit=kit, site_toml=site_toml, model=model, run=(lambda: compose_run(run)) if run else None)
+    finish((print_checks_as_json if as_json else print_lines)(examine(visit)))
+
+
+def print_lines(checks: Iterable[Check]) -> list[Check]:
+    """Print each check when it is made, and how many there were of each kind."""
+    console, made = Console(highlight=False), []
+    for check in checks:
+        _print_line(console, check)
+        made.append(check)
+    counts = {mark: sum(check.status == mark for check in made) for mark in _MARKS}
+    console.print("\n" + ", ".join(f"{count} {mark}" for mark, count in counts.items() if count))
+    return made
+
+
+def print_checks_as_json(checks: Iterable[Check]) -> list[Check]:
+    """Print all checks as one JSON object."""
+    made = list(checks)
+    print_json({"checks": [check.to_json() for check in made], "ok": exit_code_of(made) == 0})
+    return made
+
+
+def finish(checks: Sequence[Check]) -> None:
+    """Raise what the checks' failures come to; nothing where none failed."""
+    code, names = exit_code_of(checks), [check.name for check in checks if check.status == "failed"]
+    if not code:
+        return
+    message = f"{counted(len(names), 'check')} failed ({', '.join(names)}); each line says what to do"
+    raise {SETTINGS: SomethingFailed, REFUSED: RefusedError}.get(code, RunError)(message)
+
+
+def _print_line(console: Console, check: Check) -> None:
+    found = check.found.removeprefix(f"{check.status}, ")
+    lines = [f"{check.status:<{_NAME}}{printable(check.name)}"]
+    if len(lines[0]) < _FOUND:
+        lines[0] = lines[0].ljust(_FOUND)
+    else:
+        lines.append(" " * _FOUND)  # a long name has a line to itself
+    first, *rest = _wrapped(printable(found, _MOST_TEXT), console.width - _FOUND)
+    lines[-1] += first
+    lines += [" " * _FOUND + part for part in rest]
+    fix = _wrapped(printable(check.fix, _MOST_TEXT), console.width - _FIX)
+    lines += [("" if number else "->").rjust(_FIX - 1) + f" {part}" for number, part in enumerate(fix)]
+    text = Text("\n".join(line.rstrip() for line in lines))
+    text.stylize(_MARKS[check.status], 0, len(check.status))
+    console.print(text, soft_wrap=True)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of whole words: paths, keys and hashes are there to be copied."""
+    return textwrap.wrap(text, max(20, width), break_long_words=False, break_on_hyphens=False)

@@ -12,11 +12,11 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedtune.federation.results import site_charge
-from fedtune.flower import records
-from fedtune.flower.server import run_rounds
+from fedtune.flower import encoding
+from fedtune.flower.server_app import run_rounds
 from fedtune.privacy.events import grouped
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import METRICS, Statistics, Update
+from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive.facts import statistics_of
 from fedtune.spec import RefusedError, RunError
 
@@ -107,8 +107,8 @@ def change_bytes(change: Callable[[bytes], bytes]) -> Callable[[Message], None]:
     """Of the update, as it travels."""
 
     def apply(message: Message) -> None:
-        (array,) = message.content.array_records[records.UPDATE].values()
-        message.content[records.UPDATE] = records._from_bytes(change(array.data))
+        (array,) = message.content.array_records[encoding.UPDATE].values()
+        message.content[encoding.UPDATE] = encoding._from_bytes(change(array.data))
 
     return apply
 
@@ -117,12 +117,8 @@ def change_update(change: Callable[[Update], Update]) -> Callable[[Message], Non
     return change_bytes(lambda data: change(Update.from_bytes(data)).to_bytes())
 
 
-def change_arrays(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Callable[[Message], None]:
-    return change_update(lambda update: replace(update, tensors=change(dict(update.tensors))))
-
-
 def change_head(value: np.ndarray) -> Callable[[Message], None]:
-    return change_arrays(lambda arrays: arrays | {"head": value})
+    return change_update(lambda update: replace(update, tensors={**update.tensors, "head": value}))
 
 
 def change_header(**changes: Any) -> Callable[[Message], None]:
@@ -137,17 +133,8 @@ def change_header(**changes: Any) -> Callable[[Message], None]:
 
 def change_fields(**changes: Any) -> Callable[[Message], None]:
     def change(message: Message) -> None:
-        fields = json.loads(str(message.content.config_records[records.REPLY]["json"]))
-        message.content[records.REPLY] = ConfigRecord({"json": json.dumps(fields | changes)})
-
-    return change
-
-
-def change_receipt(**changes: Any) -> Callable[[Message], None]:
-    def change(message: Message) -> None:
-        fields = json.loads(str(message.content.config_records[records.REPLY]["json"]))
-        fields["receipt"] |= changes
-        message.content[records.REPLY] = ConfigRecord({"json": json.dumps(fields)})
+        fields = json.loads(str(message.content.config_records[encoding.REPLY]["json"]))
+        message.content[encoding.REPLY] = ConfigRecord({"json": json.dumps(fields | changes)})
 
     return change
 
@@ -167,15 +154,15 @@ _CHANGED: dict[str, Callable[[Message], None]] = {
 }
 _UNREADABLE: dict[str, Callable[[Message], None]] = {
     "nothing": replace_content(RecordDict()),
-    "no json": replace_content(RecordDict({records.REPLY: ConfigRecord({"json": "{"})})),
-    "json of another kind": replace_content(RecordDict({records.REPLY: ConfigRecord({"json": "[1]"})})),
+    "no json": replace_content(RecordDict({encoding.REPLY: ConfigRecord({"json": "{"})})),
+    "json of another kind": replace_content(RecordDict({encoding.REPLY: ConfigRecord({"json": "[1]"})})),
     "a reason of its own": change_fields(kind="refusal", reason="because of patient 4711", asked=None, allowed=None),
     "no bytes": change_bytes(lambda data: b""),
     "cut bytes": change_bytes(lambda data: data[:-3]),
     "bytes beside": change_bytes(lambda data: data + b"4711"),
     "a field beside": change_header(patient=4711),
     "arrays of Flower's": lambda message: message.content.update(
-        {records.UPDATE: ArrayRecord([np.ones(4, np.float32)])}
+        {encoding.UPDATE: ArrayRecord([np.ones(4, np.float32)])}
     ),
     "scores that are no numbers": change_header(scores=["high", "low"]),
     "scores without bounds": change_header(scores=[float("inf"), 1.0]),

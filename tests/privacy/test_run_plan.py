@@ -12,7 +12,7 @@ from dp_accounting import GaussianDpEvent
 from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.mechanism import PrivacySpec
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
 
@@ -71,7 +71,9 @@ def test_of_takes_the_unit_over() -> None:
     assert (by_record.unit, by_record.records_per_user) == ("record", 1), "a record contributes itself"
 
 
-@pytest.mark.parametrize("change", [{"epsilon": 1.0}, {"noise_multiplier": "1"}, {"noise_multiplier": [1.0]}])
+@pytest.mark.parametrize(
+    "change", [{"epsilon": 1.0}, {"noise_multiplier": "1"}, {"noise_multiplier": [1.0]}, {"noise_multiplier": True}]
+)
 def test_other_json_is_a_config_error(plan: Any, change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="must have exactly the fields of a plan"):
         Plan.from_json(plan().to_json() | change)
@@ -169,6 +171,10 @@ def test_scores_that_spend_the_whole_epsilon_alone_are_refused() -> None:
         ("sampling_rate", 1.5),
         ("noise_multiplier", -1.0),
         ("noise_multiplier", float("nan")),
+        ("noise_multiplier", 9.9e-3),  # with far less, computing epsilon takes gigabytes
+        ("noise_multiplier", 1e-300),
+        ("metrics_noise_multiplier", 1e-5),
+        ("sampling_rate", 1e-16),
         ("noise_multiplier", float("inf")),
         ("metrics_noise_multiplier", -1.0),
         ("metrics_noise_multiplier", float("inf")),

@@ -11,22 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fedtune.federation.site as site_module
+import fedtune.federation.site_round as site_module
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply
 from fedtune.federation.results import site_charge
-from fedtune.federation.site import Trained
+from fedtune.federation.site_round import Trained
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Kind
-from fedtune.privacy.plan import Plan
 from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update
+from fedtune.privacy.run_plan import Plan
 
-
-def reason(reply: Reply) -> Reason:
-    assert isinstance(reply.body, Refusal)
-    return reply.body.reason
+from .conftest import reason
 
 
 def receipt_of(reply: Reply) -> Receipt:

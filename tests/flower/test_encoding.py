@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
-from fedtune.flower import records
+from fedtune.flower import encoding
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
@@ -36,9 +36,9 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
 
 
 def test_a_request_arrives_as_it_was_sent(request_: Signed, adapter: Adapter) -> None:
-    content = records.from_signed(request_, adapter=records.from_adapter(adapter))
-    assert records.to_signed(content) == request_
-    assert records.to_adapter(content).digest() == adapter.digest()
+    content = encoding.from_signed(request_, adapter=encoding.from_adapter(adapter))
+    assert encoding.to_signed(content) == request_
+    assert encoding.to_adapter(content).digest() == adapter.digest()
 
 
 @pytest.mark.parametrize("scores", [None, (0.25, -1.5)])
@@ -47,7 +47,7 @@ def test_an_update_arrives_as_it_was_sent(
     adapter: Adapter, receipt: Receipt | None, scores: tuple[float, float] | None
 ) -> None:
     sent = Update(site="a", run="r", round=1, tensors=dict(reversed(adapter.tensors.items())), scores=scores)
-    reply = records.to_reply(records.from_reply(Reply(body=sent, receipt=receipt)))
+    reply = encoding.to_reply(encoding.from_reply(Reply(body=sent, receipt=receipt)))
     assert reply.receipt == receipt
     assert isinstance(reply.body, Update)
     assert reply.body.to_bytes() == sent.to_bytes()
@@ -58,14 +58,14 @@ def test_a_refusal_arrives_as_it_was_sent() -> None:
     for reason in Reason:
         body = Refusal(site="a", run="r", round=1, reason=reason, asked="2", allowed=None)
         sent = Reply(body=body, receipt=RECEIPT)
-        assert records.to_reply(records.from_reply(sent)) == sent
+        assert encoding.to_reply(encoding.from_reply(sent)) == sent
 
 
 def test_bytes_are_carried_in_one_form_alone(adapter: Adapter) -> None:
     """What Flower says beside the bytes is part of no signature: it says the same each time, or it is no answer."""
     update = Update(site="a", run="r", round=1, tensors=adapter.tensors)
-    content = records.from_reply(Reply(body=update, receipt=RECEIPT))
-    ((name, honest),) = content.array_records[records.UPDATE].items()
+    content = encoding.from_reply(Reply(body=update, receipt=RECEIPT))
+    ((name, honest),) = content.array_records[encoding.UPDATE].items()
     assert honest.data == update.to_bytes()
     said: dict[str, Any] = {"dtype": honest.dtype, "shape": honest.shape, "stype": honest.stype, "data": honest.data}
     others = [
@@ -75,62 +75,65 @@ def test_bytes_are_carried_in_one_form_alone(adapter: Adapter) -> None:
         *({name: Array(**{**said, **other})} for other in ({"dtype": "int8"}, {"shape": (1,)}, {"stype": "numpy"})),
     ]
     for other in others:
-        content[records.UPDATE] = ArrayRecord(other)
+        content[encoding.UPDATE] = ArrayRecord(other)
         with pytest.raises(ConfigError, match="must be a site's answer"):
-            records.to_reply(content)
+            encoding.to_reply(content)
 
 
 def test_a_reply_holds_nothing_but_the_release(adapter: Adapter) -> None:
     update = Update(site="a", run="r", round=1, tensors=adapter.tensors)
-    content = records.from_reply(Reply(body=update, receipt=RECEIPT))
-    assert set(content) == {records.UPDATE, records.REPLY}
+    content = encoding.from_reply(Reply(body=update, receipt=RECEIPT))
+    assert set(content) == {encoding.UPDATE, encoding.REPLY}
     assert not content.metric_records, "Flower's num-examples would tell a site's exact size"
     refusal = Refusal(site="a", run="r", round=1, reason=Reason.SITE_ERROR)
-    assert set(records.from_reply(Reply(body=refusal, receipt=None))) == {records.REPLY}
+    assert set(encoding.from_reply(Reply(body=refusal, receipt=None))) == {encoding.REPLY}
 
 
 _NO_REQUEST: dict[str, Callable[[RecordDict], RecordDict]] = {
     "empty": lambda content: RecordDict(),
-    "without arrays": lambda content: RecordDict({records.REQUEST: content[records.REQUEST]}),
-    "without a request": lambda content: RecordDict({records.ADAPTER: content[records.ADAPTER]}),
+    "without arrays": lambda content: RecordDict({encoding.REQUEST: content[encoding.REQUEST]}),
+    "without a request": lambda content: RecordDict({encoding.ADAPTER: content[encoding.ADAPTER]}),
     "unsigned": lambda content: RecordDict(
-        {records.ADAPTER: content[records.ADAPTER], records.REQUEST: ConfigRecord({"json": "{}"})}
+        {encoding.ADAPTER: content[encoding.ADAPTER], encoding.REQUEST: ConfigRecord({"json": "{}"})}
     ),
     "of another key": lambda content: RecordDict(
-        {records.ADAPTER: content[records.ADAPTER], records.REQUEST: ConfigRecord({"pickle": "x", "signature": "00"})}
+        {
+            encoding.ADAPTER: content[encoding.ADAPTER],
+            encoding.REQUEST: ConfigRecord({"pickle": "x", "signature": "00"}),
+        }
     ),
     "of integers": lambda content: RecordDict(
-        {records.ADAPTER: ArrayRecord([np.ones(3, np.int64)]), records.REQUEST: content[records.REQUEST]}
+        {encoding.ADAPTER: ArrayRecord([np.ones(3, np.int64)]), encoding.REQUEST: content[encoding.REQUEST]}
     ),
 }
 
 
 @pytest.mark.parametrize("fault", list(_NO_REQUEST))
 def test_anything_else_is_no_request(request_: Signed, adapter: Adapter, fault: str) -> None:
-    content = records.from_signed(request_, adapter=records.from_adapter(adapter))
+    content = encoding.from_signed(request_, adapter=encoding.from_adapter(adapter))
     broken = _NO_REQUEST[fault](content)
     with pytest.raises(ConfigError, match=r"must hold (an adapter|a signed request)"):
-        _ = records.to_signed(broken), records.to_adapter(broken)
+        _ = encoding.to_signed(broken), encoding.to_adapter(broken)
 
 
 def test_unreadable_replies_are_one_kind_of_error() -> None:
-    for content in (RecordDict(), RecordDict({records.REPLY: ConfigRecord({"json": '{"kind": "update"}'})})):
+    for content in (RecordDict(), RecordDict({encoding.REPLY: ConfigRecord({"json": '{"kind": "update"}'})})):
         with pytest.raises(ConfigError, match="must be a site's answer"):
-            records.to_reply(content)
+            encoding.to_reply(content)
 
 
 def test_bytes_are_counted_with_names_and_texts(request_: Signed, adapter: Adapter) -> None:
-    content = records.from_signed(request_, adapter=records.from_adapter(adapter))
+    content = encoding.from_signed(request_, adapter=encoding.from_adapter(adapter))
     payload = sum(value.nbytes for value in adapter.tensors.values())
     words = len(request_.text) + len(request_.signature)
-    assert payload + words <= records.num_bytes(content) <= payload + words + 400
+    assert payload + words <= encoding.num_bytes(content) <= payload + words + 400
 
 
 @pytest.mark.parametrize("receipt", [RECEIPT, None])
 def test_the_answer_to_the_end_arrives_as_it_was_sent(receipt: Receipt | None) -> None:
-    content = records.from_receipt(receipt)
-    assert set(content) == {records.RECEIPT}
-    assert records.to_receipt(content) == receipt
+    content = encoding.from_receipt(receipt)
+    assert set(content) == {encoding.RECEIPT}
+    assert encoding.to_receipt(content) == receipt
 
 
 _NO_RECEIPT = ("", "{", "[]", "7", '"text"', '{"site": "a"}', "[" * 5000, '{"charged_rounds": 1e999}')
@@ -138,28 +141,28 @@ _NO_RECEIPT = ("", "{", "[]", "7", '"text"', '{"site": "a"}', "[" * 5000, '{"cha
 
 @pytest.mark.parametrize("text", _NO_RECEIPT)
 def test_any_other_answer_to_the_end_is_one_kind_of_error(text: str) -> None:
-    for content in (RecordDict({records.RECEIPT: ConfigRecord({"json": text})}), RecordDict()):
+    for content in (RecordDict({encoding.RECEIPT: ConfigRecord({"json": text})}), RecordDict()):
         with pytest.raises(ConfigError, match="must be a site's receipt"):
-            records.to_receipt(content)
+            encoding.to_receipt(content)
 
 
 def test_settings_arrive_as_they_were_sent_and_count_as_bytes(request_: Signed) -> None:
     settings = '{"name": "Größe"}'
-    content = records.from_signed(request_, settings=settings)
-    assert records.to_settings(content) == settings
-    plain = records.from_signed(request_)
-    assert records.to_settings(plain) == ""
-    assert set(plain) == {records.REQUEST}
-    assert records.num_bytes(content) - records.num_bytes(plain) == len(settings)
+    content = encoding.from_signed(request_, settings=settings)
+    assert encoding.to_settings(content) == settings
+    plain = encoding.from_signed(request_)
+    assert encoding.to_settings(plain) == ""
+    assert set(plain) == {encoding.REQUEST}
+    assert encoding.num_bytes(content) - encoding.num_bytes(plain) == len(settings)
 
 
 @pytest.mark.parametrize("record", [ConfigRecord({"text": "{}"}), ArrayRecord([np.ones(1, np.float32)])])
 def test_settings_that_are_no_text_are_an_error(record: object) -> None:
-    content = RecordDict({records.SETTINGS: record})  # type: ignore[dict-item]
+    content = RecordDict({encoding.SETTINGS: record})  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match="must hold settings as text"):
-        records.to_settings(content)
+        encoding.to_settings(content)
 
 
 def test_the_weight_is_the_declared_size(adapter: Adapter) -> None:
-    content = records.weighted(adapter, 90)
-    assert dict(content.metric_records[records.WEIGHT]) == {"num-examples": 90}
+    content = encoding.weighted(adapter, 90)
+    assert dict(content.metric_records[encoding.WEIGHT]) == {"num-examples": 90}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fedtune.privacy.accountant import epsilon_pld
-from fedtune.privacy.policy import Budget, Dataset, Machine, Policy, Population, Reference, Releases, period_of
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_policy import Budget, Dataset, Machine, Policy, Population, Reference, Releases, period_of
 from fedtune.spec import ConfigError
 
 # The proposal that breaks one rule, the rule, what is asked and what is allowed; the policy is the shared one.
@@ -225,6 +225,9 @@ REFERENCE = Reference(sampling_rate=0.2, noise_multiplier=1.0, steps=10)
         (lambda: Budget(delta=1e-5, max_epsilon=8, reference=REFERENCE, period="week"), "period = 'week'"),
         (lambda: Releases(metrics="exact"), "metrics = 'exact': must be one of none, noised"),
         (lambda: Releases(reply_after_s=-1), "reply_after_s = -1"),
+        (lambda: dataclasses.replace(REFERENCE, noise_multiplier=1e300), "noise_multiplier = 1e\\+300: must lie in"),
+        (lambda: dataclasses.replace(REFERENCE, noise_multiplier=1e-5), "noise_multiplier = 1e-05: must lie in"),
+        (lambda: dataclasses.replace(REFERENCE, sampling_rate=1e-300), "sampling_rate = 1e-300"),
     ],
 )
 def test_a_value_out_of_bounds_names_its_key(make: Any, message: str) -> None:
@@ -249,6 +252,7 @@ def test_a_value_out_of_bounds_names_its_key(make: Any, message: str) -> None:
         ("limits", "max_records_per_user", 0),
         ("limits", "max_adapter_value", 0.0),
         ("limits", "run_expires_after_days", 0.0),
+        ("limits", "run_expires_after_days", 1e7),  # no date is that late
         ("allow", "leads", ("abc",)),
         ("allow", "max_rank", 0),
     ],

@@ -9,7 +9,7 @@ from opacus.grad_sample import GradSampleHooks
 
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.evaluate import evaluate
+from fedtune.evaluation.scoring import evaluate
 from fedtune.model.layers import layer_stack
 from fedtune.tasks import TaskModel
 
