@@ -9,8 +9,9 @@ signature tells; and whether the charges are what really ran is for the ledger's
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
@@ -31,9 +32,12 @@ TOLERANCE = 1e-6
 _LAST_DIGITS = 1e-9
 _MOST_BUCKETS = 5e7
 """Of one distribution, and of all distributions of single mechanisms of a report together: some minutes' work.  A
-ledger of 300 runs, each with another plan and noised scores, stays below it; a run has one plan."""
+ledger of 200 runs, each with another plan and noised scores, stays below it; a run has one plan."""
 _MOST_COMPOSED = 2 * _MOST_BUCKETS
 """Buckets that are passed over to compose all that a report holds; a composition is far quicker than a distribution."""
+_PLACES = 8
+"""Of a run's steps, which never fall, so many are computed again."""
+_NUMBER = re.compile(r"[0-9]{1,6}")
 _BUCKETS_OF_ANY = 3e4
 """As much work as a mechanism takes whatever its size: about 0.1 s."""
 
@@ -73,7 +77,7 @@ def _too_much_work(report: Report) -> Iterator[Problem]:
             charged = sum((_charges(row) for row in site.mechanisms), Counter())
         except (ValueError, ArithmeticError, RecursionError):
             continue  # found again, and named, at its site
-        times = 2 if site.source == "own_ledger" else 1  # there each run is computed by itself, too
+        times = 3 if site.source == "own_ledger" else 1  # there each run and its plan is computed by itself, too
         parts[profile.interval_of(site.source), frozenset(charged.items())] = charged, times
     single = {(interval, event) for (interval, _), (charged, _) in parts.items() for event in charged}
     work = sum(_BUCKETS_OF_ANY * len(charged) * times for charged, times in parts.values())
@@ -168,8 +172,9 @@ def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Pro
     yield from _compared("spent.epsilon_pld", spent.epsilon_pld, pld)
     yield from _compared("spent.epsilon_rdp", spent.epsilon_rdp, profile.epsilon_rdp(charged, delta))
     yield from _compared("spent.epsilon", spent.epsilon, by_filter if site.source == "own_ledger" else pld)
-    if spent.planned_epsilon is not None and not _at_most(pld, spent.planned_epsilon):
-        yield Problem("spent.planned_epsilon", spent.planned_epsilon, f"at least {pld}")
+    planned = largest([pld, _least_planned(report, site)])
+    if spent.planned_epsilon is not None and not _at_most(planned, spent.planned_epsilon):
+        yield Problem("spent.planned_epsilon", spent.planned_epsilon, f"at least {planned}")
     deltas = [point.delta for point in site.curve]
     if deltas != [*(profile.curve_deltas(delta) if charged else ())]:
         yield Problem("curve", f"{len(deltas)} deltas", "the powers of ten and the report's own delta")
@@ -187,6 +192,77 @@ def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Pro
         before = step.epsilon
     if site.steps:
         yield from _compared("steps.-1.epsilon", before, spent.epsilon)
+    yield from _least_steps(report, site)
+
+
+def _least_planned(report: Report, site: SiteReport) -> float | None:
+    """Epsilon of as many rounds as the report says that a run was to have, or had; its retries are not known."""
+    (row, *_) = [*site.mechanisms, None]
+    if row is None or site.source == "own_ledger":
+        return 0.0
+    progress = [one.evidence for one in report.assumptions if one.code == "end_independent_of_releases"]
+    told = [int(text) for text in (one.rpartition("/")[2].strip() for one in progress) if _NUMBER.fullmatch(text)]
+    rounds = max([row.rounds, len(report.utility.rounds) if report.utility else 0, *told])
+    return _epsilon_of(row, rounds, report.delta, interval=profile.interval_of(site.source))
+
+
+def _epsilon_of(row: Mechanism, rounds: int, delta: float, *, interval: float) -> float | None:
+    """Of so many rounds with a run's settings; 0, which bounds nothing, where it would take too long to say."""
+    charged = _by_settings(dataclasses.replace(row, rounds=rounds))
+    for event, count in charged.items():
+        _check_size(event, count)
+    widest = _widest(charged)
+    if widest is None or widest / interval > _MOST_BUCKETS / 10:
+        return 0.0
+    return profile.epsilon_pld(charged, delta, interval=interval)
+
+
+def _least_steps(report: Report, site: SiteReport) -> Iterator[Problem]:
+    """Steps that fall short of what was charged in all less what came after them."""
+    if (spent := site.spent) is None:
+        return
+    rows = {row.run: row for row in site.mechanisms}
+    lost = {""} if site.lifetime and site.lifetime.restored else set()
+    if unknown := [step.run for step in site.steps if rows and step.run not in {*rows, *lost}]:
+        yield Problem("steps.run", unknown[0], "a run that was charged")
+        return
+    if site.source == "own_ledger":
+        if spent.rounds and not site.steps:
+            yield Problem("steps", "none", "one for each run at least")
+        if site.lifetime and not site.lifetime.restored and spent.epsilon is not None:
+            yield from _least_by_filter(site, rows, site.lifetime.order)
+        return
+    stated = [step.round or 0 for step in site.steps]
+    costs = report.utility.rounds if report.utility else ()
+    least, most = {cost.round for cost in costs if site.site in cost.sites}, {cost.round for cost in costs}
+    if costs and (stated != sorted(set(stated)) or not least <= set(stated) <= most):
+        yield Problem("steps.round", ", ".join(map(str, stated)), "each round that the site took part in, in order")
+        return
+    later = range(len(site.steps) - 1, 0, -1)
+    for place in later[:: max(1, len(later) // _PLACES)] if len(rows) == 1 else ():
+        (row,) = rows.values()
+        rounds = max(0, row.rounds - (len(site.steps) - place))
+        after = _epsilon_of(row, rounds, report.delta, interval=accountant.FINE) if rounds else 0.0
+        if spent.epsilon is not None:
+            after = spent.epsilon if after is None else min(after, spent.epsilon)
+        if not _at_most(after, site.steps[place - 1].epsilon):
+            yield Problem(f"steps.{place - 1}.epsilon", site.steps[place - 1].epsilon, f"at least {after}")
+
+
+def _least_by_filter(site: SiteReport, rows: Mapping[str, Mechanism], order: float) -> Iterator[Problem]:
+    """The same of a ledger, whose filter adds up: each later step took no more than its round, or its whole run."""
+    assert site.spent is not None
+    assert site.spent.epsilon is not None
+    if not rows:
+        return
+    whole = {run: filter.total_divergence(_charges(row), order) for run, row in rows.items()}
+    least = site.spent.epsilon
+    for place in range(len(site.steps) - 1, 0, -1):
+        step = site.steps[place]
+        least -= whole[step.run] / (1 if step.round is None else max(1, rows[step.run].rounds))
+        said = site.steps[place - 1].epsilon
+        if said is not None and said < least - TOLERANCE * max(1.0, site.spent.epsilon):
+            yield Problem(f"steps.{place - 1}.epsilon", said, f"at least {least}")
 
 
 def _by_filter(charged: Charges, site: SiteReport, delta: float) -> float | None:
@@ -272,8 +348,11 @@ def _runs(report: Report, site: SiteReport, life: Lifetime) -> Iterator[Problem]
         epsilon = profile.epsilon_pld(_charges(row) if row else Counter(), report.delta)
         for key, found in (("rounds", rounds), ("steps", steps), ("epsilon", epsilon)):
             yield from _compared(f"{where}.{key}", getattr(run, key), found)
-        if not _at_most(run.epsilon, run.planned_epsilon):
-            yield Problem(f"{where}.planned_epsilon", run.planned_epsilon, f"at least {run.epsilon}")
+        if run.most_rounds < run.rounds and not life.restored:
+            yield Problem(f"{where}.most_rounds", run.most_rounds, f"at least {run.rounds}")
+        whole = _epsilon_of(row, run.most_rounds, report.delta, interval=accountant.COARSE) if row else 0.0
+        if not _at_most(planned := largest([run.epsilon, whole]), run.planned_epsilon):
+            yield Problem(f"{where}.planned_epsilon", run.planned_epsilon, f"at least {planned}")
 
 
 def _left(life: Lifetime, cap: float | None) -> float | None:

@@ -164,7 +164,7 @@ AT_SITE = (
         name="settings-kept-after-the-charge",
         fault="What the site keeps of a run is written when the round is charged: where it cannot be, each repetition "
         "charges another round and trains none.",
-        file="fedtune/federation/site.py",
+        file="fedtune/federation/site_round.py",
         old="""    run.store()
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
 """,

@@ -127,7 +127,7 @@ def test_a_site_that_is_beyond_its_own_cap_makes_the_runs_verdict(folder: Path) 
 def test_a_report_that_says_less_than_the_receipts_promises_nothing(folder: Path) -> None:
     own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
     early = Assumption(code="ends_independent_of_releases", status="assumed", evidence="")
-    changes = with_run(own, most_rounds=9) | {"assumptions": (*own.assumptions, early)}
+    changes = with_run(own, most_rounds=9, planned_epsilon=5.0) | {"assumptions": (*own.assumptions, early)}
     less = signed_report(folder, "site-1", **changes)
     report = from_run.build(folder / "second", site_reports=[less])
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("site_report_disagrees",))

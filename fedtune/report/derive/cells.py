@@ -160,6 +160,14 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
     }
 
 
+def of_provenance(report: Report) -> Facts:
+    """Those that follow from where a report comes from; a ledger's runs may have had several base models."""
+    known = _of_every_report(report.provenance)
+    if report.kind == "ledger":
+        del known["base_model"]
+    return known
+
+
 def _of_every_report(provenance: Provenance | None) -> Facts:
     assert provenance is not None, "facts of a record"
     version = provenance.libraries.get("dp-accounting")

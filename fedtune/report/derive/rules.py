@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from fedtune.privacy import filter
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
@@ -127,15 +127,7 @@ def report_of(
         released=facts.released,
         sites=sites,
         covers=facts.covers,
-        leaves_out=_of_kind(LEAVES_OUT, {"other_ledgers"} if of_run else _NOT_OF_A_LEDGER),
-        # By user, a person's records are protected as a whole.
-        not_protected=_of_kind(
-            NOT_PROTECTED,
-            (set() if of_run else _NOT_OF_A_LEDGER) | (set() if facts.unit == "record" else {"several_records"}),
-        ),
-        unprotected_figures=_of_kind(
-            UNPROTECTED_FIGURES, _not_in(sites, audit) if of_run else _NOT_OF_A_LEDGER | {"attack_on_real_records"}
-        ),
+        **_fixed_codes(of_run=of_run, unit=facts.unit, sites=sites, audit=audit),
         assumptions=assumptions(facts, sites),
         cells=(),
         provenance=facts.provenance,
@@ -143,6 +135,59 @@ def report_of(
         audit=audit,
     )
     return replace(report, cells=cells.rows({**known, **cells.of_report(report)}))
+
+
+def _fixed_codes(*, of_run: bool, unit: str, sites: Sequence[SiteReport], audit: Audit | None) -> dict[str, Any]:
+    """What every report of its kind says: what its epsilon leaves out, who is not protected, what has no noise."""
+    others = set() if of_run else _NOT_OF_A_LEDGER
+    return {
+        "leaves_out": _of_kind(LEAVES_OUT, {"other_ledgers"} if of_run else _NOT_OF_A_LEDGER),
+        # By user, a person's records are protected as a whole.
+        "not_protected": _of_kind(NOT_PROTECTED, others | (set() if unit == "record" else {"several_records"})),
+        "unprotected_figures": _of_kind(
+            UNPROTECTED_FIGURES, _not_in(sites, audit) if of_run else others | {"attack_on_real_records"}
+        ),
+    }
+
+
+def _code_problems(report: Report) -> Iterator[Problem]:
+    """Codes that every report of its kind holds and this one lacks, and codes that none holds."""
+    of_run = report.kind == "run"
+    fixed = _fixed_codes(of_run=of_run, unit=report.unit, sites=report.sites, audit=report.audit)
+    for key, codes in fixed.items():
+        if getattr(report, key) != codes:
+            yield Problem(key, ", ".join(getattr(report, key)), ", ".join(codes))
+    scored = any(row.metrics_noise_multiplier > 0 for site in report.sites for row in site.mechanisms)
+    restored = any(site.lifetime.restored for site in report.sites if site.lifetime and not of_run)
+    covers = {"rounds_and_steps", "charged_retries", *(() if of_run else ("all_runs", "tuning_trials"))}
+    covers |= {"lost_branches"} if restored else set()
+    updates = any(release.kind == "update" and not release.reason for site in report.sites for release in site.releases)
+    released = {"refusals_and_receipts", *(("updates",) if of_run or updates else ())}
+    released |= {"aggregates"} if of_run else set()
+    noised = {"noised_scores"}
+    for key, least, most in (
+        ("covers", covers, covers | noised),
+        ("released", released, released | noised | ({"final_adapter"} if of_run else {"updates"})),
+    ):
+        stated, least = getattr(report, key), least | (noised if scored else set())
+        if len(set(stated)) < len(stated) or not least <= set(stated) <= most:
+            yield Problem(key, ", ".join(stated), ", ".join(sorted(least)))
+
+
+def _cell_problems(report: Report) -> Iterator[Problem]:
+    """Facts in cells that the rest of the report denies; else cells that are missing, moved or more than they were."""
+    names = {name for row in cells.ROWS for name in row.facts}
+    stated = {name: value for cell in report.cells for name, value in cell.facts.items() if value and name in names}
+    derived = {**cells.of_provenance(report), **cells.of_report(report)}
+    denied = [
+        Problem(f"cells.{cell.code}.{name}", value, derived[name])
+        for cell in report.cells
+        for name, value in cell.facts.items()
+        if value and name in derived and value != derived[name]
+    ]
+    if not denied and report.cells != cells.rows({**stated, **derived}):
+        denied = [Problem("cells", f"{len(report.cells)} cells", "each cell of every report, with all of its facts")]
+    yield from denied
 
 
 def _of_kind(codes: Sequence[str], without: set[str]) -> tuple[str, ...]:
@@ -349,11 +394,13 @@ def contradictions(report: Report) -> Iterator[Problem]:
     for site in report.sites:
         for where, said, found in _between_parts(report, site):
             yield Problem(f"sites.{site.site}.{where}", said, found)
-    known = cells.of_report(report)
-    for cell in report.cells:
-        for name, value in cell.facts.items():
-            if value and name in known and value != known[name]:
-                yield Problem(f"cells.{cell.code}.{name}", value, known[name])
+    asked = (
+        {name for cost in report.utility.rounds for name in (*cost.sites, *cost.failed_sites)} if report.utility else {}
+    )
+    for name in sorted(set(asked) - {site.site for site in report.sites}):
+        yield Problem("sites", ", ".join(site.site for site in report.sites), f"{name}, which was asked, too")
+    yield from _code_problems(report)
+    yield from _cell_problems(report)
     private = any(row.noise_multiplier > 0 for site in report.sites for row in site.mechanisms)
     if report.kind == "run" and private and report.target_epsilon is None:
         yield Problem("target_epsilon", None, "a number: what the run was given")
