@@ -34,7 +34,7 @@ from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.site_files import SiteFiles

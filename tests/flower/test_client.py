@@ -19,7 +19,7 @@ from fedtune.flower.client import Exchange, SiteApp
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
-from fedtune.privacy.ledger.ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.privacy.site_policy import Policy

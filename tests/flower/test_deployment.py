@@ -18,7 +18,7 @@ from fedtune.flower.deployment import _ASK_AGAIN_S, OFFER, KnownSite, _Ears
 from fedtune.flower.wire.remote_grid import Heard as Answered
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.privacy.site_policy import Policy

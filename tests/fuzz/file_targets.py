@@ -25,7 +25,7 @@ from fedtune.federation.lead import Checkpoints, ReceiptBook
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import check_content
 from fedtune.privacy.ledger.chain import Head
-from fedtune.privacy.ledger.ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report import from_run, signing

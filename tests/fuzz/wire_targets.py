@@ -62,7 +62,7 @@ def _answered(data: bytes) -> None:
 
 
 def _site(prepare: Any) -> Site:
-    from fedtune.privacy.ledger.ledger import Ledger
+    from fedtune.privacy.ledger.site_ledger import Ledger
 
     ledger = Ledger(seeds.folder() / "answering.db", seeds.policy(), seeds.key(2))
     return Site(name="north", ledger=ledger, prepare=prepare)

@@ -12,7 +12,7 @@ import pytest
 from fedtune.privacy import events
 from fedtune.privacy.ledger.chain import Event
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.ledger import Reservation
+from fedtune.privacy.ledger.site_ledger import Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.spec import RunError
 
