@@ -125,7 +125,7 @@ def test_what_a_command_takes_is_typed() -> None:
 
 def test_the_privacy_core_runs_without_a_framework() -> None:
     code = (
-        "import sys; import fedtune.privacy.ledger.decisions, fedtune.privacy.mechanism, fedtune.privacy.run_plan;"
+        "import sys; import fedtune.privacy.ledger.site_ledger, fedtune.privacy.mechanism, fedtune.privacy.run_plan;"
         "print([name for name in ('torch', 'transformers', 'flwr', 'hydra', 'pydantic') if name in sys.modules])"
     )
     done = subprocess.run(

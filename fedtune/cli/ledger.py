@@ -28,8 +28,8 @@ from fedtune.privacy.amounts import (
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.ledger.chain import Event, Head
-from fedtune.privacy.ledger.decisions import Ledger
 from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.spending import RunSpending, Spending
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles

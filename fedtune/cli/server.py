@@ -33,7 +33,7 @@ def start(
     """
     from fedtune.deploy.health import Health as Endpoint
     from fedtune.deploy.health import serve_health
-    from fedtune.deploy.kits.kit import Kit
+    from fedtune.deploy.kits.kit_file import Kit
     from fedtune.deploy.logs import configure_logs
 
     own = Kit.read(kit, kind="server")

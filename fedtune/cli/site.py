@@ -13,7 +13,7 @@ from fedtune.spec import ConfigError
 from fedtune.words import counted
 
 if TYPE_CHECKING:
-    from fedtune.deploy.kits.kit import Kit
+    from fedtune.deploy.kits.kit_file import Kit
 
 app = group(
     """\
@@ -207,7 +207,7 @@ def _set_paused(kit: Path, paused: bool) -> None:
 def _own_kit(folder: Path) -> Kit:
     """The site's kit, read as the account that the site's process runs as."""
     _as_owner(folder / "connection_key.pem", folder)
-    from fedtune.deploy.kits.kit import Kit
+    from fedtune.deploy.kits.kit_file import Kit
 
     return Kit.read(folder, kind="site")
 

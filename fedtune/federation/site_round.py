@@ -14,7 +14,7 @@ import numpy as np
 
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest, Signed, digest_of
 from fedtune.model import Adapter
-from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Answer, Offer, Reason, Receipt, Refusal, Refused, Update
 from fedtune.spec import ConfigError, panics_as_errors

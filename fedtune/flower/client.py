@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune.federation.protocol import Reply, Signed
 from fedtune.federation.site_round import Site, answer, consider, end_run
-from fedtune.flower import encoding
+from fedtune.flower import flower_records
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.spec import ConfigError, panics_as_errors
 
@@ -34,51 +34,53 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
 
     @app.query()
     def introduce(message: Message, context: Context) -> Message:
-        return Message(RecordDict({encoding.SITE: ConfigRecord({"name": name_of(context)})}), reply_to=message)
+        return Message(RecordDict({flower_records.SITE: ConfigRecord({"name": name_of(context)})}), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         return _reply(message, context, _to_round)
 
-    @app.query(encoding.INVITE)
+    @app.query(flower_records.INVITE)
     def invite(message: Message, context: Context) -> Message:
         return _reply(message, context, _to_invitation)
 
-    @app.query(encoding.END)
+    @app.query(flower_records.END)
     def end(message: Message, context: Context) -> Message:
         receipt = None
         try:
             with panics_as_errors():
-                signed = encoding.to_signed(message.content)
-                adapter = encoding.to_adapter(message.content) if encoding.ADAPTER in message.content else None
+                signed = flower_records.to_signed(message.content)
+                adapter = (
+                    flower_records.to_adapter(message.content) if flower_records.ADAPTER in message.content else None
+                )
                 receipt = end_run(site_of(context, ""), signed, adapter)
         except Exception:
             log.exception("%s could not end a run", name_of(context))
-        return Message(encoding.from_receipt(receipt), reply_to=message)
+        return Message(flower_records.from_receipt(receipt), reply_to=message)
 
     def _reply(message: Message, context: Context, read: Callable[[RecordDict], _Answer]) -> Message:
         reason = Reason.MALFORMED_REQUEST
         try:
             with panics_as_errors():
-                answer, settings = read(message.content), encoding.to_settings(message.content)
+                answer, settings = read(message.content), flower_records.to_settings(message.content)
                 reason = Reason.SITE_ERROR
-                content = encoding.from_reply(answer(site_of(context, settings)))
+                content = flower_records.from_reply(answer(site_of(context, settings)))
                 return Message(content, reply_to=message)
         except Exception:
             log.exception("%s could not answer", name_of(context))
         refusal = Refusal(site=name_of(context), run="", round=0, reason=reason)
-        return Message(encoding.from_reply(Reply(body=refusal, receipt=None)), reply_to=message)
+        return Message(flower_records.from_reply(Reply(body=refusal, receipt=None)), reply_to=message)
 
     return app
 
 
 def _to_round(content: RecordDict) -> _Answer:
-    signed, adapter = encoding.to_signed(content), encoding.to_adapter(content)
+    signed, adapter = flower_records.to_signed(content), flower_records.to_adapter(content)
     return lambda site: answer(site, signed, adapter)
 
 
 def _to_invitation(content: RecordDict) -> _Answer:
-    signed = encoding.to_signed(content)
+    signed = flower_records.to_signed(content)
     return lambda site: consider(site, signed)
 
 
@@ -101,7 +103,7 @@ class Exchange:
     @property
     def request(self) -> Signed:
         """The lead's signed word in the message; raises ConfigError where it holds none."""
-        return encoding.to_signed(self.message.content)
+        return flower_records.to_signed(self.message.content)
 
     @property
     def reply(self) -> Message:
@@ -113,7 +115,7 @@ class Exchange:
     def answered(self) -> Update | Refusal | Offer | None:
         """What the answer to a round or an invitation is; None for another kind of message."""
         try:
-            return encoding.to_reply(self.reply.content).body
+            return flower_records.to_reply(self.reply.content).body
         except ConfigError:
             return None
 
@@ -151,5 +153,5 @@ class SiteApp:
         except Exception:  # an action that this app does not have, for instance
             log.exception("a message could not be answered")
             refusal = Refusal(site=self._name, run="", round=0, reason=Reason.MALFORMED_REQUEST)
-            content = encoding.from_reply(Reply(body=refusal, receipt=None))
+            content = flower_records.from_reply(Reply(body=refusal, receipt=None))
             exchange._reply = Message(content, reply_to=message)

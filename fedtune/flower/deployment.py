@@ -12,12 +12,12 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
-from fedtune.federation.aggregation import Closing
 from fedtune.federation.lead import LeadState, ReceiptBook
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest
+from fedtune.federation.replies import Closing
 from fedtune.federation.results import RunResult
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower import encoding
+from fedtune.flower import flower_records
 from fedtune.flower.federation_run import FederationRun, Listener
 from fedtune.flower.server_app import Invited, invite
 from fedtune.flower.wire.identity import Tls
@@ -124,8 +124,8 @@ def end_deployed(config: RunConfig, *, connection: LeadConnection, timeout_s: fl
     run = for_sites(config).run_id()
     notice = EndOfRun(run=run, lead=connection.key.public).signed(connection.key)
     with _grid(connection, config.federation) as grid:
-        content = encoding.from_signed(notice)
-        messages = [Message(content, number, f"query.{encoding.END}") for number in grid.get_node_ids()]
+        content = flower_records.from_signed(notice)
+        messages = [Message(content, number, f"query.{flower_records.END}") for number in grid.get_node_ids()]
         heard = grid.send_and_receive(messages, timeout=timeout_s)
     return [connection.sites[answer.metadata.src_node_id - 1].name for answer in heard]
 
@@ -160,18 +160,18 @@ class _Ears:
 
     def __call__(self, number: int, question: Message, answer: Message) -> Heard:
         kind, site = question.metadata.message_type, self._sites[number - 1]
-        if kind == f"query.{encoding.END}":
+        if kind == f"query.{flower_records.END}":
             return Heard(good=True)  # no more than a receipt was asked for
         try:
-            reply = encoding.to_reply(answer.content)
+            reply = flower_records.to_reply(answer.content)
         except ConfigError:  # nonsense, which counts as none
             return Heard(good=False)
         signed = reply.is_signed() and reply.receipt is not None and reply.receipt.site_key == site.site_key
         refused = reply.body.reason if isinstance(reply.body, Refusal) else None
         waiting = refused is not None and refused.is_waiting
-        self._tell(site.name, reply, num_bytes=encoding.num_bytes(answer.content), signed=signed, waiting=waiting)
+        self._tell(site.name, reply, num_bytes=flower_records.num_bytes(answer.content), signed=signed, waiting=waiting)
         # Before a run begins, and nobody is charged yet, people are waited for; in a round they are not.
-        invited = kind == f"query.{encoding.INVITE}"
+        invited = kind == f"query.{flower_records.INVITE}"
         idle = waiting and not (invited and refused is Reason.AWAITING_APPROVAL)
         good = signed and _answers(question, reply, site=site.name)
         return Heard(good=good, again_s=_ASK_AGAIN_S if waiting else None, idle=idle)
@@ -188,8 +188,8 @@ class _Ears:
 
 def _answers(question: Message, reply: Reply, *, site: str) -> bool:
     """Whether a reply is of the kind that was hoped for, and about what was asked."""
-    signed = encoding.to_signed(question.content)
-    if question.metadata.message_type == f"query.{encoding.INVITE}":
+    signed = flower_records.to_signed(question.content)
+    if question.metadata.message_type == f"query.{flower_records.INVITE}":
         invitation = Invitation.of(signed)
         about = reply.about == (site, invitation.run, 0)
         return about and isinstance(reply.body, Offer) and reply.body.nonce == invitation.nonce

@@ -18,11 +18,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedtune.federation.aggregation import NO_REPLY, UNSIGNED_REPLY, RoundReplies, sort_replies
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult, Scores, newest_of
 from fedtune.federation.protocol import PROTOCOL, EndOfRun, Invitation, Reply, RoundRequest
+from fedtune.federation.replies import NO_REPLY, UNSIGNED_REPLY, RoundReplies, sort_replies
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower import encoding
+from fedtune.flower import flower_records
 from fedtune.flower.strategy import restore_strategy, strategy_state
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
@@ -104,8 +104,8 @@ def invite(grid: Grid, asked: Invited, *, less: bool = False) -> Answers:
     messages = []
     for node_id, site in asked.nodes.items():
         question = Invitation(proposal=asked.proposal, site=site, expires=expires, nonce=nonce, less=less)
-        content = encoding.from_signed(question.signed(asked.key), settings=asked.settings)
-        messages.append(Message(content, node_id, f"query.{encoding.INVITE}"))
+        content = flower_records.from_signed(question.signed(asked.key), settings=asked.settings)
+        messages.append(Message(content, node_id, f"query.{flower_records.INVITE}"))
     received = grid.send_and_receive(messages, timeout=asked.federation.round_timeout_s)
     replies = readable(received, asked)
     offers: dict[str, Offer] = {}
@@ -145,7 +145,7 @@ def readable(received: Iterable[Message], asked: Invited) -> dict[str, tuple[Rep
             log.warning("%s: Flower delivered an error in place of a reply", site)
             continue
         try:
-            reply = encoding.to_reply(message.content)
+            reply = flower_records.to_reply(message.content)
             if reply.receipt and reply.receipt.site_key != asked.site_keys.get(site, reply.receipt.site_key):
                 log.warning("%s: its receipt is signed with a key that the roster does not know", site)
                 reply = replace(reply, receipt=None)
@@ -225,7 +225,7 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
     messages = _requests(grid, lead, state)
-    bytes_down = sum(encoding.num_bytes(message.content) for message in messages)
+    bytes_down = sum(flower_records.num_bytes(message.content) for message in messages)
     received = list(grid.send_and_receive(messages, timeout=lead.federation.round_timeout_s))
     answers = readable(received, lead)
     most_rounds = lead.plan.most_rounds
@@ -243,7 +243,7 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         },
     )
     _require_enough(sorted_out, lead, round)
-    bytes_up = sum(encoding.num_bytes(message.content) for _, message in answers.values())
+    bytes_up = sum(flower_records.num_bytes(message.content) for _, message in answers.values())
     adapter = _aggregate(lead, sorted_out, {site: message for site, (_, message) in answers.items()}, round)
     metrics: Scores = lead.evaluate(adapter)
     if diverged := not _is_sound(adapter, metrics):
@@ -295,8 +295,8 @@ def _back(lead: Lead, state: LeadState, round: int, found: Scores) -> tuple[Adap
 
 def _requests(grid: Grid, lead: Lead, state: LeadState) -> list[Message]:
     """One message for each site, in the sites' order; the strategy says which nodes are asked."""
-    adapter, digest, round = encoding.from_adapter(state.adapter), state.adapter.digest(), state.round + 1
-    arrays = encoding.to_arrays(state.adapter.tensors)
+    adapter, digest, round = flower_records.from_adapter(state.adapter), state.adapter.digest(), state.round + 1
+    arrays = flower_records.to_arrays(state.adapter.tensors)
     messages = {
         lead.nodes[message.metadata.dst_node_id]: message
         for message in lead.strategy.configure_train(round, arrays, ConfigRecord(), grid)
@@ -311,18 +311,18 @@ def _requests(grid: Grid, lead: Lead, state: LeadState) -> list[Message]:
             receipt=receipts.get(site),
             expires=time.time() + lead.federation.round_timeout_s,
         )
-        message.content = encoding.from_signed(request.signed(lead.key), adapter=adapter, settings=lead.settings)
+        message.content = flower_records.from_signed(request.signed(lead.key), adapter=adapter, settings=lead.settings)
     return [messages[site] for site in lead.declared_sizes if site in messages]
 
 
 def _aggregate(lead: Lead, replies: RoundReplies, messages: Mapping[str, Message], round: int) -> Adapter:
     """Flower's strategy over the valid updates, in the sites' order and weighted by what they declared."""
     for site, update in replies.updates.items():
-        messages[site].content = encoding.weighted(update, lead.declared_sizes[site])
+        messages[site].content = flower_records.weighted(update, lead.declared_sizes[site])
     arrays, _ = lead.strategy.aggregate_train(round, [messages[site] for site in replies.updates])
     assert isinstance(arrays, ArrayRecord)
     # FedAdam counts in float64; an adapter is float32 everywhere.
-    return Adapter({name: value.astype(np.float32) for name, value in encoding.from_arrays(arrays).items()})
+    return Adapter({name: value.astype(np.float32) for name, value in flower_records.from_arrays(arrays).items()})
 
 
 def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
@@ -347,15 +347,17 @@ def _tell_the_end(grid: Grid, lead: Lead, *, adapter: Adapter | None) -> dict[st
     """
     given = adapter if lead.gives_adapter else None
     notice = EndOfRun(run=lead.run, lead=lead.key.public, adapter_digest=given.digest() if given else "")
-    content = encoding.from_signed(notice.signed(lead.key), adapter=encoding.from_adapter(given) if given else None)
-    messages = [Message(content, node_id, f"query.{encoding.END}") for node_id in lead.nodes]
+    content = flower_records.from_signed(
+        notice.signed(lead.key), adapter=flower_records.from_adapter(given) if given else None
+    )
+    messages = [Message(content, node_id, f"query.{flower_records.END}") for node_id in lead.nodes]
     receipts = {}
     for message in grid.send_and_receive(messages, timeout=min(lead.federation.round_timeout_s, _END_TIMEOUT_S)):
         site = lead.nodes.get(message.metadata.src_node_id)
         if site is None or message.has_error():
             continue
         try:
-            receipt = encoding.to_receipt(message.content)
+            receipt = flower_records.to_receipt(message.content)
         except ConfigError as error:
             log.warning("%s answered the end of the run unreadably: %s", site, error)
             continue
@@ -375,7 +377,7 @@ def _introductions(grid: Grid, lead: Lead) -> dict[int, str]:
     nodes = {}
     for message in grid.send_and_receive(questions, timeout=lead.federation.round_timeout_s):
         if not message.has_error():
-            nodes[message.metadata.src_node_id] = str(message.content.config_records[encoding.SITE]["name"])
+            nodes[message.metadata.src_node_id] = str(message.content.config_records[flower_records.SITE]["name"])
     missing = sorted(set(lead.declared_sizes) - set(nodes.values()))
     if missing:
         raise RunError(f"sites that did not introduce themselves: {', '.join(missing)}")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
 
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower.encoding import ARRAYS, WEIGHT_KEY
+from fedtune.flower.flower_records import ARRAYS, WEIGHT_KEY
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
-from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_policy import Policy

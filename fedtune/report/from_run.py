@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from fedtune.federation.aggregation import BEYOND_PLAN, INVALID_UPDATE, NO_REPLY, UNSIGNED_REPLY
 from fedtune.federation.lead import RoundResult
+from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, NO_REPLY, UNSIGNED_REPLY
 from fedtune.federation.results import FinalResult, charged_epsilons
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant

@@ -1,4 +1,7 @@
-"""The list of tasks.  It imports at once: models are built elsewhere, since importing torch and its kin takes time."""
+"""The list of tasks; `fedtune/tasks/base.py` says how to add one.
+
+It imports at once: models are built elsewhere, since importing torch and its kin takes time.
+"""
 
 from __future__ import annotations
 

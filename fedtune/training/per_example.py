@@ -1,4 +1,4 @@
-"""Per-example gradients of a batch, by Opacus's hooks on the unwrapped model."""
+"""Per-example gradients of a batch, by Opacus's hooks on the unwrapped model; `dp_step.py` clips and adds them."""
 
 from __future__ import annotations
 

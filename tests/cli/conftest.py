@@ -18,7 +18,7 @@ from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.deploy.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused

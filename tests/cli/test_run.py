@@ -17,7 +17,7 @@ from fedtune.cli.compose import compose_run, saved_config, write_config
 from fedtune.cli.run import composed
 from fedtune.config import RunConfig
 from fedtune.deploy.kits import provisioning
-from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Dataset, Policy

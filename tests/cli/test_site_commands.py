@@ -16,7 +16,7 @@ from fedtune.deploy.services.site_state import serving
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.filter import epsilon_filter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.decisions import Reservation
+from fedtune.privacy.ledger.site_ledger import Reservation
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused

@@ -19,7 +19,7 @@ from fedtune.deploy.doctor.check import Check
 from fedtune.deploy.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection, proxy_for
 from fedtune.deploy.files import write_secret
 from fedtune.deploy.kits.certificates import Authority, certificate_pem, make_key, private_pem
-from fedtune.deploy.kits.kit import Kit, KitFile
+from fedtune.deploy.kits.kit_file import Kit, KitFile
 from fedtune.privacy.keys import SigningKey
 from tests.flower.hostile import Hostile
 

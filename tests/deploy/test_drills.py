@@ -17,11 +17,11 @@ from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import read_certificate
 from fedtune.deploy.kits.federation_folder import FederationFolder
-from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import REQUEST, read_roster
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.privacy.ledger import store
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused

@@ -18,7 +18,7 @@ from fedtune.deploy.kits import members
 from fedtune.deploy.kits.certificates import fingerprint_of, key_fingerprint, public_pem, read_connection_key, spoken
 from fedtune.deploy.kits.members import JoinRequest, next_steps, site_init
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import certificate_pem, p384_of, read_certificate
-from fedtune.deploy.kits.kit import Address, Kit, KitFile, KitModel, read_spec
+from fedtune.deploy.kits.kit_file import Address, Kit, KitFile, KitModel, read_spec
 from fedtune.deploy.kits.members import read_roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError

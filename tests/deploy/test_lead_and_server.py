@@ -20,7 +20,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.deploy.health import Health
 from fedtune.deploy.kits import provisioning
-from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.services.lead_and_server import (
     RUNNING,
     LeadService,

@@ -11,7 +11,7 @@ import pytest
 from fedtune.deploy.doctor.check import PrivateLog
 from fedtune.deploy.kits.certificates import read_certificate, read_connection_key
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
-from fedtune.deploy.kits.kit import Kit, read_spec
+from fedtune.deploy.kits.kit_file import Kit, read_spec
 from fedtune.deploy.kits.members import JoinRequest, read_roster
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.flower.wire.fleet import node_key

@@ -17,7 +17,7 @@ from fedtune.deploy.files import locked, zip_of
 from fedtune.deploy.kits import members, provisioning
 from fedtune.deploy.kits.certificates import read_connection_key
 from fedtune.deploy.kits.federation_folder import FederationFolder
-from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import JoinRequest, read_roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedtune.deploy.kits import models
-from fedtune.deploy.kits.kit import Kit, KitModel
+from fedtune.deploy.kits.kit_file import Kit, KitModel
 from fedtune.deploy.kits.models import install_model, installed_model, licence_files, verify_model
 from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of

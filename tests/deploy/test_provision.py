@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import names_of, read_certificate
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
-from fedtune.deploy.kits.kit import Kit, read_spec
+from fedtune.deploy.kits.kit_file import Kit, read_spec
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 

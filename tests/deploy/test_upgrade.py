@@ -14,10 +14,10 @@ from fedtune.deploy.doctor.check import Status
 from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.federation_folder import FederationFolder
-from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import REQUEST, JoinRequest, site_init
 from fedtune.deploy.services.site_state import SiteState
-from fedtune.privacy.ledger.decisions import Reservation
+from fedtune.privacy.ledger.site_ledger import Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused, receipt_from_json

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.deploy.kits.certificates import Authority, certificate_pem, read_connection_key
-from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.flower.wire.fleet import Unauthorised, Unreachable, hello
 from fedtune.flower.wire.identity import Tls
 

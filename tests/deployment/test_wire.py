@@ -25,7 +25,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from fedtune.flower import encoding
+from fedtune.flower import flower_records
 from fedtune.privacy.ledger import store
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Update
 
@@ -114,28 +114,28 @@ def checked_answer(content: Any) -> tuple[int, str]:
     (config,) = content.config_records.values()
     assert list(config) == ["json"]
     said = json.loads(config["json"])
-    if encoding.RECEIPT in content:
-        assert set(content) == {encoding.RECEIPT}
+    if flower_records.RECEIPT in content:
+        assert set(content) == {flower_records.RECEIPT}
         assert set(said) == names_of(Receipt)
         assert said["run"].startswith(f"{RUN}-")
         return 0, "end"
     assert set(said["receipt"]) == names_of(Receipt)
-    reply = encoding.to_reply(content)
+    reply = flower_records.to_reply(content)
     assert reply.receipt is not None
     assert reply.receipt.is_signed()
     body = reply.body
     assert body.run.startswith(f"{RUN}-")
     assert reply.is_signed()
     if isinstance(body, Offer):
-        assert set(content) == {encoding.REPLY}
+        assert set(content) == {flower_records.REPLY}
         assert set(said) - {"kind", "receipt"} == names_of(Offer)
         return 0, "offer"
     if isinstance(body, Update):
-        assert set(content) == {encoding.REPLY, encoding.UPDATE}
+        assert set(content) == {flower_records.REPLY, flower_records.UPDATE}
         assert set(said) == {"kind", "receipt"}
         assert body.scores is None
         return body.round, "update"
-    assert set(content) == {encoding.REPLY}
+    assert set(content) == {flower_records.REPLY}
     assert set(said) - {"kind", "receipt"} == names_of(Refusal)
     assert body.reason is Reason.MAX_LOCAL_STEPS or (body.asked, body.allowed) == (None, None)
     return body.round, body.reason.value
@@ -143,8 +143,8 @@ def checked_answer(content: Any) -> tuple[int, str]:
 
 def test_the_update_on_the_wire_is_the_one_that_the_ledger_stored(wire: Wire) -> None:
     """Nothing rides along between the released numbers."""
-    (content,) = (content for _, content in messages_of(wire.calls) if encoding.UPDATE in content)
-    (array,) = content.array_records[encoding.UPDATE].values()
+    (content,) = (content for _, content in messages_of(wire.calls) if flower_records.UPDATE in content)
+    (array,) = content.array_records[flower_records.UPDATE].values()
     with store.reading(wire.north.folder / "ledger.db") as file:
         ((_, _, stored),) = store.stored_replies(file)
     assert array.data == stored

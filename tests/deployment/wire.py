@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedtune.data import Record
 from fedtune.deploy.kits.certificates import Authority, certificate_pem, make_key, private_pem
-from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.flower.wire.identity import Tls
 from fedtune.privacy.policy_file import read_policy, write_policy
 

@@ -16,7 +16,7 @@ from fedtune.federation.site_round import Prepared, Site, Train, Trained, answer
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event, Kind
-from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refusal, Update

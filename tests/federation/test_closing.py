@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.aggregation import Closing
+from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
 from fedtune.spec import ConfigError
 

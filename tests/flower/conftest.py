@@ -27,7 +27,7 @@ from fedtune.flower.wire.superlink import ServerSettings, _superlink_config
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event
-from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS

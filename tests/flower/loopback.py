@@ -24,7 +24,7 @@ from flwr.app import Message
 from flwr.supercore.state.alembic.utils import run_migrations
 from sqlalchemy import create_engine
 
-from fedtune.federation.aggregation import Closing
+from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
 import fedtune.flower.wire.bounded_http as bounded_http
-from fedtune.federation.aggregation import Closing
+from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.wire.bounded_http import OutOfBounds, _Bound
 from fedtune.flower.wire.fleet import Fleet, Foreign, Unreachable, hello

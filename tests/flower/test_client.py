@@ -14,18 +14,18 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.site_round import Prepared, Site, Train, Trained
-from fedtune.flower import encoding
+from fedtune.flower import flower_records
 from fedtune.flower.client import Exchange, SiteApp
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
-from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, RunError
 
-END = f"query.{encoding.END}"
+END = f"query.{flower_records.END}"
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
     request = RoundRequest(
         proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
     )
-    return encoding.from_signed(request.signed(lead_key), adapter=encoding.from_adapter(adapter))
+    return flower_records.from_signed(request.signed(lead_key), adapter=flower_records.from_adapter(adapter))
 
 
 def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exchange:
@@ -85,8 +85,8 @@ def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
     app: SiteApp, request_: RecordDict, adapter: Adapter, tmp_path: Path
 ) -> None:
     exchange = asked(app, request_)
-    (array,) = exchange.reply.content.array_records[encoding.UPDATE].values()
-    body = encoding.to_reply(exchange.reply.content).body
+    (array,) = exchange.reply.content.array_records[flower_records.UPDATE].values()
+    body = flower_records.to_reply(exchange.reply.content).body
     assert isinstance(body, Update)
     with store.reading(tmp_path / "ledger.db") as file:
         ((_, _, stored),) = store.stored_replies(file)
@@ -104,7 +104,7 @@ def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
 
 def test_a_refused_round_is_a_refusal(app: SiteApp, request_: RecordDict, adapter: Adapter) -> None:
     others = {name: value + np.float32(1) for name, value in adapter.tensors.items()}
-    wrong = RecordDict({**request_, encoding.ADAPTER: encoding.from_adapter(Adapter(others))})
+    wrong = RecordDict({**request_, flower_records.ADAPTER: flower_records.from_adapter(Adapter(others))})
     answered = asked(app, wrong).answered
     assert isinstance(answered, Refusal)
     assert answered.reason is Reason.ADAPTER_DIFFERS
@@ -113,7 +113,7 @@ def test_a_refused_round_is_a_refusal(app: SiteApp, request_: RecordDict, adapte
 def test_an_introduction_is_no_answer_to_a_round(app: SiteApp) -> None:
     introduced = asked(app, RecordDict(), "query")
     assert introduced.answered is None
-    assert introduced.reply.content.config_records[encoding.SITE]["name"] == "a"
+    assert introduced.reply.content.config_records[flower_records.SITE]["name"] == "a"
 
 
 def test_the_end_of_a_run_is_noted_and_answered_with_a_receipt_for_its_lead_alone(
@@ -124,13 +124,13 @@ def test_the_end_of_a_run_is_noted_and_answered_with_a_receipt_for_its_lead_alon
     stranger_key: SigningKey,
 ) -> None:
     notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
-    before = asked(app, encoding.from_signed(notice), END)
+    before = asked(app, flower_records.from_signed(notice), END)
     assert before.answered is None
-    assert encoding.to_receipt(before.reply.content) is None, "it took no part in this run"
+    assert flower_records.to_receipt(before.reply.content) is None, "it took no part in this run"
     asked(app, request_)
     for key, ended in ((stranger_key, False), (lead_key, True)):
         notice = EndOfRun(run="r", lead=key.public).signed(key)
-        receipt = encoding.to_receipt(asked(app, encoding.from_signed(notice), END).reply.content)
+        receipt = flower_records.to_receipt(asked(app, flower_records.from_signed(notice), END).reply.content)
         assert receipt == (site().ledger.receipt("r") if ended else None)
         assert (site().ledger.history.runs["r"].expires is None) == ended
 
@@ -145,13 +145,13 @@ ODD_CONTENTS: dict[str, RecordDict | Error] = {
     "empty": RecordDict(),
     "an error": Error(0, "canary-31"),
     "metrics": RecordDict({"canary-31": MetricRecord({"a": 1.0})}),
-    "arrays alone": RecordDict({encoding.ADAPTER: ARRAYS}),
-    "a request that is none": RecordDict({encoding.REQUEST: ConfigRecord(WORDS)}),
+    "arrays alone": RecordDict({flower_records.ADAPTER: ARRAYS}),
+    "a request that is none": RecordDict({flower_records.REQUEST: ConfigRecord(WORDS)}),
     "a request without a signature": RecordDict(
-        {encoding.REQUEST: ConfigRecord({"json": "{}"}), encoding.ADAPTER: ARRAYS}
+        {flower_records.REQUEST: ConfigRecord({"json": "{}"}), flower_records.ADAPTER: ARRAYS}
     ),
-    "a request of arrays": RecordDict({encoding.REQUEST: ARRAYS}),
-    "settings that are none": RecordDict({encoding.SETTINGS: ConfigRecord({"json": [1.0]})}),
+    "a request of arrays": RecordDict({flower_records.REQUEST: ARRAYS}),
+    "settings that are none": RecordDict({flower_records.SETTINGS: ConfigRecord({"json": [1.0]})}),
 }
 KINDS = ["train", "evaluate", "query", END, "train.canary", "query.canary", "system", "get_properties", "reconnect"]
 """Of messages that Flower lets through."""
@@ -168,9 +168,9 @@ def test_whatever_comes_is_answered_and_nothing_of_it_comes_back(odd: str, caplo
             assert isinstance(exchange.answered, Refusal), kind
             assert (exchange.answered.reason, exchange.answered.run) == (Reason.MALFORMED_REQUEST, ""), kind
             assert (exchange.answered.asked, exchange.answered.allowed) == (None, None), kind
-            assert encoding.to_reply(reply.content).receipt is None, kind
+            assert flower_records.to_reply(reply.content).receipt is None, kind
         elif kind == END and not isinstance(ODD_CONTENTS[odd], Error):
-            assert reply.content == encoding.from_receipt(None)
+            assert reply.content == flower_records.from_receipt(None)
             assert "could not end a run" in caplog.text
 
 
@@ -187,7 +187,7 @@ def test_another_action_than_a_rounds_is_malformed_even_with_a_good_request(
 def test_a_request_of_no_words_is_refused(app: SiteApp, adapter: Adapter) -> None:
     words = ConfigRecord({"json": "{}", "signature": "00"})
     answered = asked(
-        app, RecordDict({encoding.REQUEST: words, encoding.ADAPTER: encoding.from_adapter(adapter)})
+        app, RecordDict({flower_records.REQUEST: words, flower_records.ADAPTER: flower_records.from_adapter(adapter)})
     ).answered
     assert isinstance(answered, Refusal)
     assert answered.reason is Reason.MALFORMED_REQUEST
@@ -239,7 +239,7 @@ def test_settings_reach_the_site_as_they_were_sent(request_: RecordDict) -> None
         raise RunError("enough")
 
     app = SiteApp(note, name="a")
-    asked(app, RecordDict({**request_, encoding.SETTINGS: ConfigRecord({"json": "{}"})}))
+    asked(app, RecordDict({**request_, flower_records.SETTINGS: ConfigRecord({"json": "{}"})}))
     asked(app, request_)
     assert seen == ["{}", ""]
 

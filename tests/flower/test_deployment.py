@@ -13,12 +13,12 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.federation.protocol import Invitation, Reply, RoundRequest, digest_of
-from fedtune.flower import encoding
+from fedtune.flower import flower_records
 from fedtune.flower.deployment import _ASK_AGAIN_S, OFFER, KnownSite, _Ears
 from fedtune.flower.wire.remote_grid import Heard as Answered
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.privacy.site_policy import Policy
@@ -55,12 +55,12 @@ class Line:
         about: dict[str, Any] = {"proposal": self._proposal, "site": site, "expires": 1e12}
         if kind == "train":
             request = RoundRequest(**about, round=1, adapter_digest="0" * 64, receipt=None)
-            return Message(encoding.from_signed(request.signed(self._lead)), 1, kind)
-        return Message(encoding.from_signed(Invitation(**about, nonce=NONCE).signed(self._lead)), 1, kind)
+            return Message(flower_records.from_signed(request.signed(self._lead)), 1, kind)
+        return Message(flower_records.from_signed(Invitation(**about, nonce=NONCE).signed(self._lead)), 1, kind)
 
     def hears(self, number: int, reply: Reply, kind: str = "train") -> Answered:
         """What the ears make of a reply."""
-        answer = Message(encoding.from_reply(reply), 1, kind)
+        answer = Message(flower_records.from_reply(reply), 1, kind)
         return self.ears(number, self.question(self.sites[number - 1].name, kind), answer)
 
     def signed(self, body: Update | Refusal | Offer) -> Reply:
@@ -124,7 +124,7 @@ def test_an_update_that_the_site_did_not_sign_for_this_question_closes_no_round(
 def test_a_charge_that_no_ledger_grants_is_not_told(line: Line) -> None:
     # To compose so many rounds would take all of the lead's memory.
     ears = _Ears(line.sites, line.ears._listener, most_rounds=1)
-    ears(1, line.question("north"), Message(encoding.from_reply(line.signed(line.update())), 1, "train"))
+    ears(1, line.question("north"), Message(flower_records.from_reply(line.signed(line.update())), 1, "train"))
     assert line.heard.all[0][3] is None
 
 
@@ -164,10 +164,10 @@ def test_the_same_update_in_two_rounds_is_told_twice(line: Line) -> None:
     "content",
     [
         RecordDict(),
-        RecordDict({encoding.REPLY: ConfigRecord({"json": "[" * 10_000})}),
-        RecordDict({encoding.REPLY: ConfigRecord({"json": '{"kind": "update"}'})}),
-        RecordDict({encoding.REPLY: encoding.to_arrays({"a": np.ones(1, np.float32)})}),
-        encoding.from_receipt(None),
+        RecordDict({flower_records.REPLY: ConfigRecord({"json": "[" * 10_000})}),
+        RecordDict({flower_records.REPLY: ConfigRecord({"json": '{"kind": "update"}'})}),
+        RecordDict({flower_records.REPLY: flower_records.to_arrays({"a": np.ones(1, np.float32)})}),
+        flower_records.from_receipt(None),
     ],
     ids=["empty", "nested", "a piece", "arrays", "the end of a run"],
 )
@@ -177,9 +177,9 @@ def test_what_is_no_answer_to_a_round_is_final_and_no_news(line: Line, content: 
 
 
 def test_an_answer_to_the_end_of_a_run_is_all_that_was_hoped_for(line: Line) -> None:
-    kind = f"query.{encoding.END}"
+    kind = f"query.{flower_records.END}"
     question = Message(RecordDict(), 1, kind)
-    assert line.ears(1, question, Message(encoding.from_receipt(None), 1, kind)) == Answered(good=True)
+    assert line.ears(1, question, Message(flower_records.from_receipt(None), 1, kind)) == Answered(good=True)
     assert line.heard.all == []
 
 
@@ -187,11 +187,14 @@ def test_before_a_run_begins_people_are_waited_for_and_a_pause_is_not(line: Line
     for reason, idle in ((Reason.AWAITING_APPROVAL, False), (Reason.PAUSED, True)):
         reply = line.signed(refusal(reason, round=0))
         expected = Answered(good=False, again_s=_ASK_AGAIN_S, idle=idle)
-        assert line.hears(1, reply, f"query.{encoding.INVITE}") == expected
+        assert line.hears(1, reply, f"query.{flower_records.INVITE}") == expected
 
 
 def test_an_offer_to_this_question_is_good_and_news(line: Line) -> None:
-    offer, kind = Offer(site="north", run="r", most_rounds=3, least_noise=1.0, nonce=NONCE), f"query.{encoding.INVITE}"
+    offer, kind = (
+        Offer(site="north", run="r", most_rounds=3, least_noise=1.0, nonce=NONCE),
+        f"query.{flower_records.INVITE}",
+    )
     assert line.hears(1, line.signed(offer), kind) == Answered(good=True)
     assert line.heard.words == [("north", OFFER)]
     for other in (replace(offer, nonce="1b" * 16), replace(offer, run="s"), replace(offer, site="south")):
@@ -202,5 +205,5 @@ def test_an_offer_to_this_question_is_good_and_news(line: Line) -> None:
 
 def test_nobody_needs_to_listen(line: Line) -> None:
     deaf = _Ears(line.sites, None, most_rounds=0)
-    answer = Message(encoding.from_reply(line.signed(refusal(Reason.PAUSED))), 1, "train")
+    answer = Message(flower_records.from_reply(line.signed(refusal(Reason.PAUSED))), 1, "train")
     assert deaf(1, line.question("north"), answer).again_s == _ASK_AGAIN_S

@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 from fedtune.federation.protocol import RoundRequest, Signed
 from fedtune.federation.results import site_charge
-from fedtune.flower import encoding
+from fedtune.flower import flower_records
 from fedtune.flower.server_app import run_rounds
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
@@ -26,11 +26,11 @@ Change = Callable[[Message], None]
 
 def asked_of(message: Message) -> RoundRequest:
     """The honest request that the message holds."""
-    return RoundRequest.of(encoding.to_signed(message.content))
+    return RoundRequest.of(flower_records.to_signed(message.content))
 
 
 def put(message: Message, signed: Signed) -> None:
-    message.content[encoding.REQUEST] = ConfigRecord({"json": signed.text, "signature": signed.signature})
+    message.content[flower_records.REQUEST] = ConfigRecord({"json": signed.text, "signature": signed.signature})
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def sending(lead_key: SigningKey) -> Callable[..., Change]:
 
     def make(head: np.ndarray) -> Change:
         def change(message: Message) -> None:
-            adapter = Adapter({**encoding.to_adapter(message.content).tensors, "head": head})
-            message.content[encoding.ADAPTER] = encoding.from_adapter(adapter)
+            adapter = Adapter({**flower_records.to_adapter(message.content).tensors, "head": head})
+            message.content[flower_records.ADAPTER] = flower_records.from_adapter(adapter)
             put(message, replace(asked_of(message), adapter_digest=adapter.digest()).signed(lead_key))
 
         return change
@@ -160,7 +160,7 @@ def test_sending_a_tensor_that_is_none_of_the_runs(
 def test_sending_no_tensor_at_all(federation: Any, intercept: Any) -> None:
     def change(message: Message) -> None:
         broken = Array("float32", (4,), "numpy.ndarray", b"no array")
-        message.content[encoding.ADAPTER] = ArrayRecord({"head": broken})
+        message.content[flower_records.ADAPTER] = ArrayRecord({"head": broken})
 
     made = federation(num_rounds=2)
     state = made.run_until(1)
@@ -177,7 +177,7 @@ def test_sending_no_tensor_at_all(federation: Any, intercept: Any) -> None:
 def test_playing_an_old_request_again(federation: Any, intercept: Any) -> None:
     made = federation(num_rounds=2)
     overheard: list[Signed] = []
-    intercept(2, lambda message: overheard.append(encoding.to_signed(message.content)))
+    intercept(2, lambda message: overheard.append(flower_records.to_signed(message.content)))
     state = made.run_until(1)
     before = verify(made.ledger_path("site-2")).events
     intercept(2, lambda message: put(message, overheard[0]))

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Message
 
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply
-from fedtune.flower import encoding
+from fedtune.flower import flower_records
 from fedtune.flower.server_app import run_rounds
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refusal
@@ -54,7 +54,7 @@ def test_a_site_of_another_version_is_named_before_anybody_pays(
     def older(messages: list[Message]) -> list[Message]:
         (message,) = [message for message in messages if message.metadata.src_node_id == 2]
         refusal = Refusal(site="site-2", run="", round=0, reason=Reason.MALFORMED_REQUEST)
-        message.content = encoding.from_reply(Reply(body=refusal, receipt=None))
+        message.content = flower_records.from_reply(Reply(body=refusal, receipt=None))
         return messages
 
     made = federation(min_sites=3)
@@ -84,17 +84,17 @@ def test_an_offer_that_its_site_did_not_sign_is_none(
         (message,) = [message for message in messages if message.metadata.src_node_id == 2]
         if what == "nothing":
             return [other for other in messages if other is not message]
-        fields = json.loads(str(message.content.config_records[encoding.REPLY]["json"]))
+        fields = json.loads(str(message.content.config_records[flower_records.REPLY]["json"]))
         changes = {
             "for another run": {"run": "s"},
             "by another site": {"site": "site-1"},
             "more rounds than were signed": {"most_rounds": 1000},
         }
         if what == "to another question":
-            message.content[encoding.REPLY] = old.setdefault("reply", message.content[encoding.REPLY])
+            message.content[flower_records.REPLY] = old.setdefault("reply", message.content[flower_records.REPLY])
         else:
             text = json.dumps(fields | changes[what])
-            message.content[encoding.REPLY] = ConfigRecord({"json": text})
+            message.content[flower_records.REPLY] = ConfigRecord({"json": text})
         return messages
 
     made = federation(min_sites=3)

@@ -19,7 +19,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.federation import NoOpFederationManager
 
-from fedtune.federation.aggregation import Closing
+from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.wire import bounded_http, gate, message_objects
 from fedtune.flower.wire.remote_grid import RemoteGrid

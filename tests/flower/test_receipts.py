@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedtune.federation.results import site_charge
 from fedtune.federation.site_round import Site
-from fedtune.flower import encoding
+from fedtune.flower import flower_records
 from fedtune.flower.client import make_client_app
 from fedtune.flower.server_app import run_rounds
 from fedtune.flower.simulation import InProcessGrid
@@ -107,8 +107,8 @@ def put(**fields: Any) -> Callable[[Message], None]:
     """Change fields of the receipt in the answer to the end of a run."""
 
     def change(message: Message) -> None:
-        receipt = json.loads(str(message.content.config_records[encoding.RECEIPT]["json"])) | fields
-        message.content[encoding.RECEIPT] = ConfigRecord({"json": json.dumps(receipt)})
+        receipt = json.loads(str(message.content.config_records[flower_records.RECEIPT]["json"])) | fields
+        message.content[flower_records.RECEIPT] = ConfigRecord({"json": json.dumps(receipt)})
 
     return change
 
@@ -122,10 +122,10 @@ def replace_by(content: RecordDict) -> Callable[[Message], None]:
 
 _LAST_WORDS: dict[str, Callable[[Message], None]] = {
     "nothing": replace_by(RecordDict()),
-    "no receipt": replace_by(encoding.from_receipt(None)),
-    "no json": replace_by(RecordDict({encoding.RECEIPT: ConfigRecord({"json": "{"})})),
-    "a list": replace_by(RecordDict({encoding.RECEIPT: ConfigRecord({"json": "[1]"})})),
-    "a number": replace_by(RecordDict({encoding.RECEIPT: ConfigRecord({"json": 7})})),
+    "no receipt": replace_by(flower_records.from_receipt(None)),
+    "no json": replace_by(RecordDict({flower_records.RECEIPT: ConfigRecord({"json": "{"})})),
+    "a list": replace_by(RecordDict({flower_records.RECEIPT: ConfigRecord({"json": "[1]"})})),
+    "a number": replace_by(RecordDict({flower_records.RECEIPT: ConfigRecord({"json": 7})})),
     "of fewer rounds": put(charged_rounds=0),
     "of another run": put(run="s"),
     "of another site": put(site="site-1"),
@@ -166,8 +166,8 @@ def test_without_settings_none_are_sent(federation: Callable[..., Any], intercep
     intercept(1, lambda message: contents.append(message.content))
     run_rounds(made.grid, made.lead, made.start)
     (content,) = contents
-    assert set(content) == {encoding.ADAPTER, encoding.REQUEST}
-    assert encoding.to_settings(content) == ""
+    assert set(content) == {flower_records.ADAPTER, flower_records.REQUEST}
+    assert flower_records.to_settings(content) == ""
 
 
 @pytest.fixture
@@ -224,7 +224,9 @@ def test_an_adapter_that_was_exchanged_on_the_way_is_not_kept(
         given = list(messages)
         for message in given:
             if message.metadata.message_type == "query.end" and message.metadata.dst_node_id == 2:
-                message.content = RecordDict({**message.content, encoding.ADAPTER: encoding.from_adapter(made.adapter)})
+                message.content = RecordDict(
+                    {**message.content, flower_records.ADAPTER: flower_records.from_adapter(made.adapter)}
+                )
         return list(push(given))
 
     monkeypatch.setattr(grid, "push_messages", exchange)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-from fedtune.federation.aggregation import Closing
+from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower.encoding import ARRAYS
+from fedtune.flower.flower_records import ARRAYS
 from fedtune.flower.wire import bounded_http, remote_grid
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey

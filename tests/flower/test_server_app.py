@@ -12,7 +12,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedtune.federation.results import site_charge
-from fedtune.flower import encoding
+from fedtune.flower import flower_records
 from fedtune.flower.server_app import run_rounds
 from fedtune.privacy.events import grouped
 from fedtune.privacy.release import METRICS, Statistics, Update
@@ -107,8 +107,8 @@ def change_bytes(change: Callable[[bytes], bytes]) -> Callable[[Message], None]:
     """Of the update, as it travels."""
 
     def apply(message: Message) -> None:
-        (array,) = message.content.array_records[encoding.UPDATE].values()
-        message.content[encoding.UPDATE] = encoding._from_bytes(change(array.data))
+        (array,) = message.content.array_records[flower_records.UPDATE].values()
+        message.content[flower_records.UPDATE] = flower_records._from_bytes(change(array.data))
 
     return apply
 
@@ -133,8 +133,8 @@ def change_header(**changes: Any) -> Callable[[Message], None]:
 
 def change_fields(**changes: Any) -> Callable[[Message], None]:
     def change(message: Message) -> None:
-        fields = json.loads(str(message.content.config_records[encoding.REPLY]["json"]))
-        message.content[encoding.REPLY] = ConfigRecord({"json": json.dumps(fields | changes)})
+        fields = json.loads(str(message.content.config_records[flower_records.REPLY]["json"]))
+        message.content[flower_records.REPLY] = ConfigRecord({"json": json.dumps(fields | changes)})
 
     return change
 
@@ -148,21 +148,21 @@ def replace_content(content: RecordDict) -> Callable[[Message], None]:
 
 _CHANGED: dict[str, Callable[[Message], None]] = {
     # Whatever is changed on the way is no longer what the site signed; what a site itself may sign is another test's,
-    # tests/federation/test_aggregation.py.
+    # tests/federation/test_replies.py.
     "nan": change_head(np.array([0, 0, 0, np.nan], np.float32)),
     "another site": change_update(lambda update: replace(update, site="site-1")),
 }
 _UNREADABLE: dict[str, Callable[[Message], None]] = {
     "nothing": replace_content(RecordDict()),
-    "no json": replace_content(RecordDict({encoding.REPLY: ConfigRecord({"json": "{"})})),
-    "json of another kind": replace_content(RecordDict({encoding.REPLY: ConfigRecord({"json": "[1]"})})),
+    "no json": replace_content(RecordDict({flower_records.REPLY: ConfigRecord({"json": "{"})})),
+    "json of another kind": replace_content(RecordDict({flower_records.REPLY: ConfigRecord({"json": "[1]"})})),
     "a reason of its own": change_fields(kind="refusal", reason="because of patient 4711", asked=None, allowed=None),
     "no bytes": change_bytes(lambda data: b""),
     "cut bytes": change_bytes(lambda data: data[:-3]),
     "bytes beside": change_bytes(lambda data: data + b"4711"),
     "a field beside": change_header(patient=4711),
     "arrays of Flower's": lambda message: message.content.update(
-        {encoding.UPDATE: ArrayRecord([np.ones(4, np.float32)])}
+        {flower_records.UPDATE: ArrayRecord([np.ones(4, np.float32)])}
     ),
     "scores that are no numbers": change_header(scores=["high", "low"]),
     "scores without bounds": change_header(scores=[float("inf"), 1.0]),

@@ -17,7 +17,7 @@ from fedtune.cli.compose import saved_config
 from fedtune.cli.report import checks
 from fedtune.data.records import read_records, usable_records
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
-from fedtune.deploy.kits.kit import KitFile, read_spec
+from fedtune.deploy.kits.kit_file import KitFile, read_spec
 from fedtune.deploy.kits.members import read_roster, write_roster
 from fedtune.deploy.services.lead_and_server import latest_answers
 from fedtune.deploy.services.site_state import SiteState
@@ -25,7 +25,7 @@ from fedtune.federation.lead import Checkpoints, ReceiptBook
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import check_content
 from fedtune.privacy.ledger.chain import Head
-from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report import from_run, signing

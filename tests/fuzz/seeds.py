@@ -19,7 +19,7 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Receipt, Update

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fedtune.deploy.kits.members import PURPOSE, JoinRequest
 from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
 from fedtune.federation.site_round import Prepared, Site, answer
-from fedtune.flower import encoding
+from fedtune.flower import flower_records
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.fleet import HELLO
 from fedtune.flower.wire.gate import Gate, Registered
@@ -62,7 +62,7 @@ def _answered(data: bytes) -> None:
 
 
 def _site(prepare: Any) -> Site:
-    from fedtune.privacy.ledger.decisions import Ledger
+    from fedtune.privacy.ledger.site_ledger import Ledger
 
     ledger = Ledger(seeds.folder() / "answering.db", seeds.policy(), seeds.key(2))
     return Site(name="north", ledger=ledger, prepare=prepare)
@@ -74,25 +74,25 @@ def _settings(data: bytes) -> object:
 
 def _adapter(data: bytes) -> object:
     """Bytes in the place of an adapter, as they travel."""
-    return encoding.to_adapter(RecordDict({encoding.ADAPTER: encoding._from_bytes(data)}))
+    return flower_records.to_adapter(RecordDict({flower_records.ADAPTER: flower_records._from_bytes(data)}))
 
 
 def _reply(data: bytes) -> object:
-    content = encoding.from_reply(seeds.reply())
+    content = flower_records.from_reply(seeds.reply())
     content["reply"] = ConfigRecord({"json": _text(data)})
-    return encoding.to_reply(content)
+    return flower_records.to_reply(content)
 
 
 def _reply_seed() -> Any:
-    return json.loads(str(encoding.from_reply(seeds.reply()).config_records["reply"]["json"]))
+    return json.loads(str(flower_records.from_reply(seeds.reply()).config_records["reply"]["json"]))
 
 
 def _receipt(data: bytes) -> object:
-    return encoding.to_receipt(RecordDict({"receipt": ConfigRecord({"json": _text(data)})}))
+    return flower_records.to_receipt(RecordDict({"receipt": ConfigRecord({"json": _text(data)})}))
 
 
 def _receipt_seed() -> Any:
-    return json.loads(str(encoding.from_receipt(seeds.receipt()).config_records["receipt"]["json"]))
+    return json.loads(str(flower_records.from_receipt(seeds.receipt()).config_records["receipt"]["json"]))
 
 
 def _records(data: bytes) -> None:
@@ -102,8 +102,8 @@ def _records(data: bytes) -> None:
     names = ("adapter", "request", "settings", "reply", "receipt")
     content = RecordDict({name: kinds[pick - 1] for name, pick in zip(names, picks, strict=False) if pick})
     for read in (
-        *(encoding.to_signed, encoding.to_settings, encoding.to_adapter),
-        *(encoding.to_receipt, encoding.to_reply),
+        *(flower_records.to_signed, flower_records.to_settings, flower_records.to_adapter),
+        *(flower_records.to_receipt, flower_records.to_reply),
     ):
         try:
             read(content)

@@ -123,7 +123,7 @@ AT_SITE = (
     Mutant(
         name="another-plan-than-the-first",
         fault="A lead may change a run's plan after its first round, and the site trains by what it is sent.",
-        file="fedtune/privacy/ledger/decisions.py",
+        file="fedtune/privacy/ledger/site_ledger.py",
         old="        if run.proposal != proposal:",
         new="        if run.proposal.lead != proposal.lead:",
         tests=("tests/privacy/test_ledger.py::test_a_changed_proposal_is_refused",),
@@ -131,7 +131,7 @@ AT_SITE = (
     Mutant(
         name="a-second-adapter-for-a-round",
         fault="A round that was trained can be asked for again with another adapter, within the plan.",
-        file="fedtune/privacy/ledger/decisions.py",
+        file="fedtune/privacy/ledger/site_ledger.py",
         old="        if run.reserved.get(round, request) != request:",
         new='        if run.reserved.get(round, request) == "":',
         tests=HOSTILE,
@@ -147,7 +147,7 @@ AT_SITE = (
     Mutant(
         name="receipt-shows-the-head",
         fault="A receipt carries the ledger's plain hash, on which a guess of what the ledger holds can be tested.",
-        file="fedtune/privacy/ledger/decisions.py",
+        file="fedtune/privacy/ledger/site_ledger.py",
         old='"head": self._store.salted_head(),',
         new='"head": self.history.hash,',
         tests=("tests/privacy/test_ledger.py::test_a_receipt_does_not_show_the_head_that_it_proves",),

@@ -2,7 +2,7 @@
 
 from .mutant import Mutant
 
-SORTING = ("tests/federation/test_aggregation.py",)
+SORTING = ("tests/federation/test_replies.py",)
 ASKING = ("tests/flower/test_invitation.py",)
 
 FEDERATION_FAULTS = (
@@ -25,7 +25,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="update-without-a-receipt",
         fault="An update without its site's signature enters the average, as in 0.1.0.",
-        file="fedtune/federation/aggregation.py",
+        file="fedtune/federation/replies.py",
         old="        elif not reply.is_signed():",
         new="        elif not reply.is_signed() and reply.receipt:",
         tests=SORTING,
@@ -41,7 +41,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="update-of-any-size",
         fault="An update of any finite value enters the average: one site's 1e30 ends the run, as in 0.1.0.",
-        file="fedtune/federation/aggregation.py",
+        file="fedtune/federation/replies.py",
         old="        elif not reach.includes(reply.body.tensors, sent=sent):",
         new="        elif False:",
         tests=SORTING,
@@ -97,7 +97,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="unsigned-refusal-is-final",
         fault="A refusal that nobody signed ends a run for good, so that a server ends any.",
-        file="fedtune/federation/aggregation.py",
+        file="fedtune/federation/replies.py",
         old="            if own:\n",
         new="            if own or not reply.receipt:\n",
         tests=SORTING,

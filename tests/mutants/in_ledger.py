@@ -3,7 +3,7 @@
 from .mutant import Mutant
 
 LEDGER, HISTORY, RUN = (
-    "fedtune/privacy/ledger/decisions.py",
+    "fedtune/privacy/ledger/site_ledger.py",
     "fedtune/privacy/ledger/history.py",
     "fedtune/privacy/ledger/history.py",
 )

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from fedtune.privacy import events, filter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import history, spending
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused

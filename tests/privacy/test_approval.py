@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.privacy.ledger.chain import Event, Kind
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import Proposal

@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.privacy import events
 from fedtune.privacy.ledger.chain import Head
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Receipt, Refused
 from fedtune.spec import RunError

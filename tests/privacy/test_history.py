@@ -11,8 +11,8 @@ import pytest
 
 from fedtune.privacy import events
 from fedtune.privacy.ledger.chain import Event
-from fedtune.privacy.ledger.decisions import Reservation
 from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.site_ledger import Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.spec import RunError
 

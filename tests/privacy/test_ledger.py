@@ -15,10 +15,10 @@ from dp_accounting import DpEvent, GaussianDpEvent
 
 from fedtune.privacy import events, filter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger import decisions as ledger_module
+from fedtune.privacy.ledger import site_ledger as ledger_module
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Event, Kind
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refused

@@ -22,7 +22,7 @@ from fedtune.privacy import durable, events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Reason, Refused
@@ -387,7 +387,7 @@ RACE = """
 import json, os, sys, traceback
 from pathlib import Path
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused

@@ -16,7 +16,7 @@ from dp_accounting import DpEvent
 from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal

@@ -13,8 +13,8 @@ import pytest
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.ledger import spending
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
 from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import chain, store
 from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import RunError

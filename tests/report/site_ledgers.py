@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.decisions import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused

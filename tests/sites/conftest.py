@@ -22,7 +22,7 @@ from fedtune.model import Adapter
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import RANDOM, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.decisions import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal

@@ -20,7 +20,7 @@ from cryptography import x509
 
 from fedtune.deploy.doctor.check import SERVER, Check, Status, failed, ok, skipped, warning
 from fedtune.deploy.kits.certificates import SOON_DAYS, UNREADABLE, Certificate
-from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.spec import RunError
 
 DNS, TCP, TLS, AUTHENTICATION = "name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication"

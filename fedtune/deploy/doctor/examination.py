@@ -16,7 +16,7 @@ from fedtune.deploy.doctor import machine_checks, site_checks
 from fedtune.deploy.doctor.check import Check, PrivateLog, from_error, ok, skipped
 from fedtune.deploy.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection
 from fedtune.deploy.kits.certificates import Certificate, read_certificate
-from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy

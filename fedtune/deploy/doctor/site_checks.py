@@ -16,7 +16,7 @@ from fedtune.config import RunConfig
 from fedtune.data.records import SEVERAL_USERS, iter_records
 from fedtune.deploy.doctor.check import REFUSED, Check, PrivateLog, failed, from_error, ok, skipped, warning
 from fedtune.deploy.kits.certificates import SOON_DAYS, check_private
-from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.models import (
     install_model,
     installed_bytes,

@@ -27,7 +27,7 @@ from fedtune.deploy.kits.certificates import (
     read_certificate,
     spoken,
 )
-from fedtune.deploy.kits.kit import (
+from fedtune.deploy.kits.kit_file import (
     VERSION,
     Address,
     KitFile,

@@ -32,7 +32,7 @@ from fedtune.deploy.kits.certificates import (
     public_pem,
     spoken,
 )
-from fedtune.deploy.kits.kit import VERSION, read_json
+from fedtune.deploy.kits.kit_file import VERSION, read_json
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.site_files import SiteFiles

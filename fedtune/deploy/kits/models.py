@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.deploy.files import locked
-from fedtune.deploy.kits.kit import Kit, KitModel
+from fedtune.deploy.kits.kit_file import Kit, KitModel
 from fedtune.model.manifest import Manifest, manifest_of, old_hash
 from fedtune.model.source import model_folder, only_gguf
 from fedtune.model.spec import PACKAGE, RANDOM_MODELS, ModelSpec

@@ -27,7 +27,7 @@ from fedtune.deploy.kits.certificates import (
     read_certificate,
 )
 from fedtune.deploy.kits.federation_folder import SETTINGS, FederationFile, FederationFolder, write_files
-from fedtune.deploy.kits.kit import read_spec
+from fedtune.deploy.kits.kit_file import read_spec
 from fedtune.deploy.kits.members import JoinRequest, Member
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.config import RunConfig
-from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Member, read_roster
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.run_folder import RunFolder

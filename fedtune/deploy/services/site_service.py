@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fedtune.deploy.health import Health, State
 from fedtune.deploy.kits.certificates import Certificate, check_private
-from fedtune.deploy.kits.kit import Kit
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.models import installed_model
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.flower.client import Exchange, SiteApp

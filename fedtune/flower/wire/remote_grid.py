@@ -18,8 +18,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
 
-from fedtune.federation.aggregation import Closing
-from fedtune.flower.encoding import num_bytes
+from fedtune.federation.replies import Closing
+from fedtune.flower.flower_records import num_bytes
 from fedtune.flower.wire.identity import TOLERANCE_S, Tls
 from fedtune.flower.wire.lead_session import LeadSession, Pulled
 from fedtune.privacy.keys import SigningKey

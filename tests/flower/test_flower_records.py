@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
-from fedtune.flower import encoding
+from fedtune.flower import flower_records
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
@@ -36,9 +36,9 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
 
 
 def test_a_request_arrives_as_it_was_sent(request_: Signed, adapter: Adapter) -> None:
-    content = encoding.from_signed(request_, adapter=encoding.from_adapter(adapter))
-    assert encoding.to_signed(content) == request_
-    assert encoding.to_adapter(content).digest() == adapter.digest()
+    content = flower_records.from_signed(request_, adapter=flower_records.from_adapter(adapter))
+    assert flower_records.to_signed(content) == request_
+    assert flower_records.to_adapter(content).digest() == adapter.digest()
 
 
 @pytest.mark.parametrize("scores", [None, (0.25, -1.5)])
@@ -47,7 +47,7 @@ def test_an_update_arrives_as_it_was_sent(
     adapter: Adapter, receipt: Receipt | None, scores: tuple[float, float] | None
 ) -> None:
     sent = Update(site="a", run="r", round=1, tensors=dict(reversed(adapter.tensors.items())), scores=scores)
-    reply = encoding.to_reply(encoding.from_reply(Reply(body=sent, receipt=receipt)))
+    reply = flower_records.to_reply(flower_records.from_reply(Reply(body=sent, receipt=receipt)))
     assert reply.receipt == receipt
     assert isinstance(reply.body, Update)
     assert reply.body.to_bytes() == sent.to_bytes()
@@ -58,14 +58,14 @@ def test_a_refusal_arrives_as_it_was_sent() -> None:
     for reason in Reason:
         body = Refusal(site="a", run="r", round=1, reason=reason, asked="2", allowed=None)
         sent = Reply(body=body, receipt=RECEIPT)
-        assert encoding.to_reply(encoding.from_reply(sent)) == sent
+        assert flower_records.to_reply(flower_records.from_reply(sent)) == sent
 
 
 def test_bytes_are_carried_in_one_form_alone(adapter: Adapter) -> None:
     """What Flower says beside the bytes is part of no signature: it says the same each time, or it is no answer."""
     update = Update(site="a", run="r", round=1, tensors=adapter.tensors)
-    content = encoding.from_reply(Reply(body=update, receipt=RECEIPT))
-    ((name, honest),) = content.array_records[encoding.UPDATE].items()
+    content = flower_records.from_reply(Reply(body=update, receipt=RECEIPT))
+    ((name, honest),) = content.array_records[flower_records.UPDATE].items()
     assert honest.data == update.to_bytes()
     said: dict[str, Any] = {"dtype": honest.dtype, "shape": honest.shape, "stype": honest.stype, "data": honest.data}
     others = [
@@ -75,65 +75,68 @@ def test_bytes_are_carried_in_one_form_alone(adapter: Adapter) -> None:
         *({name: Array(**{**said, **other})} for other in ({"dtype": "int8"}, {"shape": (1,)}, {"stype": "numpy"})),
     ]
     for other in others:
-        content[encoding.UPDATE] = ArrayRecord(other)
+        content[flower_records.UPDATE] = ArrayRecord(other)
         with pytest.raises(ConfigError, match="must be a site's answer"):
-            encoding.to_reply(content)
+            flower_records.to_reply(content)
 
 
 def test_a_reply_holds_nothing_but_the_release(adapter: Adapter) -> None:
     update = Update(site="a", run="r", round=1, tensors=adapter.tensors)
-    content = encoding.from_reply(Reply(body=update, receipt=RECEIPT))
-    assert set(content) == {encoding.UPDATE, encoding.REPLY}
+    content = flower_records.from_reply(Reply(body=update, receipt=RECEIPT))
+    assert set(content) == {flower_records.UPDATE, flower_records.REPLY}
     assert not content.metric_records, "Flower's num-examples would tell a site's exact size"
     refusal = Refusal(site="a", run="r", round=1, reason=Reason.SITE_ERROR)
-    assert set(encoding.from_reply(Reply(body=refusal, receipt=None))) == {encoding.REPLY}
+    assert set(flower_records.from_reply(Reply(body=refusal, receipt=None))) == {flower_records.REPLY}
 
 
 _NO_REQUEST: dict[str, Callable[[RecordDict], RecordDict]] = {
     "empty": lambda content: RecordDict(),
-    "without arrays": lambda content: RecordDict({encoding.REQUEST: content[encoding.REQUEST]}),
-    "without a request": lambda content: RecordDict({encoding.ADAPTER: content[encoding.ADAPTER]}),
+    "without arrays": lambda content: RecordDict({flower_records.REQUEST: content[flower_records.REQUEST]}),
+    "without a request": lambda content: RecordDict({flower_records.ADAPTER: content[flower_records.ADAPTER]}),
     "unsigned": lambda content: RecordDict(
-        {encoding.ADAPTER: content[encoding.ADAPTER], encoding.REQUEST: ConfigRecord({"json": "{}"})}
+        {flower_records.ADAPTER: content[flower_records.ADAPTER], flower_records.REQUEST: ConfigRecord({"json": "{}"})}
     ),
     "of another key": lambda content: RecordDict(
         {
-            encoding.ADAPTER: content[encoding.ADAPTER],
-            encoding.REQUEST: ConfigRecord({"pickle": "x", "signature": "00"}),
+            flower_records.ADAPTER: content[flower_records.ADAPTER],
+            flower_records.REQUEST: ConfigRecord({"pickle": "x", "signature": "00"}),
         }
     ),
     "of integers": lambda content: RecordDict(
-        {encoding.ADAPTER: ArrayRecord([np.ones(3, np.int64)]), encoding.REQUEST: content[encoding.REQUEST]}
+        {
+            flower_records.ADAPTER: ArrayRecord([np.ones(3, np.int64)]),
+            flower_records.REQUEST: content[flower_records.REQUEST],
+        }
     ),
 }
 
 
 @pytest.mark.parametrize("fault", list(_NO_REQUEST))
 def test_anything_else_is_no_request(request_: Signed, adapter: Adapter, fault: str) -> None:
-    content = encoding.from_signed(request_, adapter=encoding.from_adapter(adapter))
+    content = flower_records.from_signed(request_, adapter=flower_records.from_adapter(adapter))
     broken = _NO_REQUEST[fault](content)
     with pytest.raises(ConfigError, match=r"must hold (an adapter|a signed request)"):
-        _ = encoding.to_signed(broken), encoding.to_adapter(broken)
+        _ = flower_records.to_signed(broken), flower_records.to_adapter(broken)
 
 
 def test_unreadable_replies_are_one_kind_of_error() -> None:
-    for content in (RecordDict(), RecordDict({encoding.REPLY: ConfigRecord({"json": '{"kind": "update"}'})})):
+    for content in (RecordDict(), RecordDict({flower_records.REPLY: ConfigRecord({"json": '{"kind": "update"}'})})):
         with pytest.raises(ConfigError, match="must be a site's answer"):
-            encoding.to_reply(content)
+            flower_records.to_reply(content)
 
 
 def test_bytes_are_counted_with_names_and_texts(request_: Signed, adapter: Adapter) -> None:
-    content = encoding.from_signed(request_, adapter=encoding.from_adapter(adapter))
+    content = flower_records.from_signed(request_, adapter=flower_records.from_adapter(adapter))
     payload = sum(value.nbytes for value in adapter.tensors.values())
     words = len(request_.text) + len(request_.signature)
-    assert payload + words <= encoding.num_bytes(content) <= payload + words + 400
+    assert payload + words <= flower_records.num_bytes(content) <= payload + words + 400
 
 
 @pytest.mark.parametrize("receipt", [RECEIPT, None])
 def test_the_answer_to_the_end_arrives_as_it_was_sent(receipt: Receipt | None) -> None:
-    content = encoding.from_receipt(receipt)
-    assert set(content) == {encoding.RECEIPT}
-    assert encoding.to_receipt(content) == receipt
+    content = flower_records.from_receipt(receipt)
+    assert set(content) == {flower_records.RECEIPT}
+    assert flower_records.to_receipt(content) == receipt
 
 
 _NO_RECEIPT = ("", "{", "[]", "7", '"text"', '{"site": "a"}', "[" * 5000, '{"charged_rounds": 1e999}')
@@ -141,28 +144,28 @@ _NO_RECEIPT = ("", "{", "[]", "7", '"text"', '{"site": "a"}', "[" * 5000, '{"cha
 
 @pytest.mark.parametrize("text", _NO_RECEIPT)
 def test_any_other_answer_to_the_end_is_one_kind_of_error(text: str) -> None:
-    for content in (RecordDict({encoding.RECEIPT: ConfigRecord({"json": text})}), RecordDict()):
+    for content in (RecordDict({flower_records.RECEIPT: ConfigRecord({"json": text})}), RecordDict()):
         with pytest.raises(ConfigError, match="must be a site's receipt"):
-            encoding.to_receipt(content)
+            flower_records.to_receipt(content)
 
 
 def test_settings_arrive_as_they_were_sent_and_count_as_bytes(request_: Signed) -> None:
     settings = '{"name": "Größe"}'
-    content = encoding.from_signed(request_, settings=settings)
-    assert encoding.to_settings(content) == settings
-    plain = encoding.from_signed(request_)
-    assert encoding.to_settings(plain) == ""
-    assert set(plain) == {encoding.REQUEST}
-    assert encoding.num_bytes(content) - encoding.num_bytes(plain) == len(settings)
+    content = flower_records.from_signed(request_, settings=settings)
+    assert flower_records.to_settings(content) == settings
+    plain = flower_records.from_signed(request_)
+    assert flower_records.to_settings(plain) == ""
+    assert set(plain) == {flower_records.REQUEST}
+    assert flower_records.num_bytes(content) - flower_records.num_bytes(plain) == len(settings)
 
 
 @pytest.mark.parametrize("record", [ConfigRecord({"text": "{}"}), ArrayRecord([np.ones(1, np.float32)])])
 def test_settings_that_are_no_text_are_an_error(record: object) -> None:
-    content = RecordDict({encoding.SETTINGS: record})  # type: ignore[dict-item]
+    content = RecordDict({flower_records.SETTINGS: record})  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match="must hold settings as text"):
-        encoding.to_settings(content)
+        flower_records.to_settings(content)
 
 
 def test_the_weight_is_the_declared_size(adapter: Adapter) -> None:
-    content = encoding.weighted(adapter, 90)
-    assert dict(content.metric_records[encoding.WEIGHT]) == {"num-examples": 90}
+    content = flower_records.weighted(adapter, 90)
+    assert dict(content.metric_records[flower_records.WEIGHT]) == {"num-examples": 90}

@@ -1,7 +1,8 @@
 """fedtune's own types to and from Flower's records; the only file that knows the keys on the wire.
 
-An update travels as its canonical bytes, over which its receipt is signed and which the ledger stores; an adapter as
-safetensors.  Each is one array of bytes: Flower sends every array by several calls of its own.
+An update travels as its canonical bytes (`Update.to_bytes` in `fedtune/privacy/release.py`), over which its receipt is
+signed and which the ledger stores; an adapter as safetensors.  Each is one array of bytes: Flower sends every array by
+several calls of its own.
 """
 
 from __future__ import annotations

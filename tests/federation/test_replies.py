@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedtune.federation.aggregation import (
+from fedtune.federation.protocol import Reply, digest_of
+from fedtune.federation.replies import (
     BEYOND_PLAN,
     INVALID_UPDATE,
     NO_REPLY,
@@ -16,7 +17,6 @@ from fedtune.federation.aggregation import (
     RoundReplies,
     sort_replies,
 )
-from fedtune.federation.protocol import Reply, digest_of
 from fedtune.model import Adapter
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
