@@ -123,10 +123,8 @@ def test_a_model_that_learns_its_records_by_heart_is_found(
         "audit.canaries=60",
         "privacy.sampling_rate=1.0",
         "privacy.noise_multiplier=20.0",
-        "federation.num_rounds=1",
-        "training.local_steps=20",
-        "training.learning_rate=0.03",
-        "data.max_length=8",
+        "training.local_steps=25",
+        "training.learning_rate=0.02",
         "model=random_bert",
     )
     together = found.bounds[-1]

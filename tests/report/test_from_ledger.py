@@ -391,7 +391,6 @@ def test_ten_thousand_events_in_twenty_settings_are_composed_once_a_setting(
                 store.append(Kind.RESERVE, charge, **place)
                 store.append(Kind.COMMIT, {"reply_sha256": hashlib.sha256(b"").hexdigest()}, **place)
             store.store_reply(run=proposal.run, request=f"{number}-250", reply=b"")
-    filter.divergence.cache_clear()
     profile._pld.cache_clear()
     profile._rdp.cache_clear()
     report = from_ledger.build(made.ledger)
