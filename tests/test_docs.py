@@ -91,7 +91,7 @@ def test_every_command_and_option_is_in_the_readme_or_the_help(command: Any) -> 
         assert words in text
 
 
-MOST_FILES = {"A strategy": 2, "A task": 3, "A release": 9, "A section of the report": 5}
+MOST_FILES = {"A strategy": 2, "A task": 3, "A release": 7, "A section of the report": 5}
 """How many files a change of each kind touches at most.  These numbers only fall."""
 
 
