@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import click
 from rich.console import Console
@@ -19,10 +18,11 @@ from fedtune.cli.sections import Section, print_json, say, show
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.report import recompute, signing
+from fedtune.report import signing
+from fedtune.report.checks import Check, checks
 from fedtune.report.difference import GROUPS, Change, Value, differences
 from fedtune.report.difference import Group as ChangeGroup
-from fedtune.report.model import SCHEMA_VERSION, Report, SiteReport, State, schema_text
+from fedtune.report.model import Report, State, schema_text
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import counted
 
@@ -248,97 +248,6 @@ def _read(name: str) -> tuple[Path, Report]:
         return path, signing.read(data)
     except ConfigError as error:
         raise error.in_file(path) from None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
-    """One check and what it came to.
-
-    Attributes:
-        name: "schema", "signature", "figures", "verdict", "taken" or "configuration".
-        text: the result, in a sentence.
-        problems: what differs.
-    """
-
-    name: str
-    state: Literal["right", "wrong", "not_checked"]
-    text: str
-    problems: tuple[recompute.Problem, ...] = ()
-
-
-def checks(report: Report, *, key: str | None, config_sha256: str | None) -> tuple[Check, ...]:
-    """All of them.
-
-    Args:
-        report: that was read, and so has the form of one.
-        key: public key that must have signed it, if one is known.
-        config_sha256: hash that the run's configuration must have, if it is known.
-    """
-    form = Check(name="schema", state="right", text=f"It is a report of schema version {SCHEMA_VERSION}.")
-    return (
-        form,
-        _signature(report, key),
-        *_figures(report),
-        *_taken(report),
-        _configuration(report, config_sha256),
-    )
-
-
-def _signature(report: Report, key: str | None) -> Check:
-    try:
-        signer = signing.check(report, expected_key=key)
-    except RunError as error:
-        return Check(name="signature", state="wrong", text=f"{str(error)[0].upper()}{str(error)[1:]}.")
-    if signer is None:
-        text = "It is not signed: anybody could have changed what cannot be computed again."
-        return Check(name="signature", state="not_checked", text=text)
-    whose = "the key given" if key else "nobody checked who owns that key: give the key that you know with --key"
-    return Check(name="signature", state="right", text=f"It is signed by {signer} ({whose}), and nothing was changed.")
-
-
-def _figures(report: Report) -> Iterator[Check]:
-    problems = recompute.problems(report)
-    of_verdict = tuple(problem for problem in problems if ".verdict." in f".{problem.where}")
-    others = tuple(problem for problem in problems if problem not in of_verdict)
-    events = sum(charge.count for site in report.sites for row in site.mechanisms for charge in row.charges)
-    again = f"computed again from the {events:,} mechanisms that {counted(len(report.sites), 'site')} ran"
-    if others:
-        yield Check(
-            name="figures", state="wrong", text=f"{counted(len(others), 'figure')} not as {again}:", problems=others
-        )
-    else:
-        yield Check(name="figures", state="right", text=f"Each epsilon that its events give, {again}, is as it says.")
-    if of_verdict:
-        yield Check(name="verdict", state="wrong", text="The verdict does not fit the figures:", problems=of_verdict)
-    else:
-        yield Check(name="verdict", state="right", text="No verdict is better than its figures.")
-
-
-def _taken(report: Report) -> Iterator[Check]:
-    """What no event in the report gives: a joined ledger's figures over all its runs."""
-    if joined := [f"{site.site} ({site.reported or 'undated'})" for site in report.sites if _is_joined(site)]:
-        text = (
-            f"Not computed again: the figures over all runs of {', '.join(joined)} (spent, set aside, left, period, "
-            "runs), taken from a report that the site signed."
-        )
-        yield Check(name="taken", state="not_checked", text=text)
-
-
-def _is_joined(site: SiteReport) -> bool:
-    return site.source == "signed_site_report" and site.lifetime is not None
-
-
-def _configuration(report: Report, expected: str | None) -> Check:
-    said = report.provenance.config_sha256
-    if expected is None:
-        text = "The run's configuration is not at hand: give its SHA-256 with --config."
-        if report.kind == "ledger":
-            text = "A ledger covers many runs and has no single configuration."
-        return Check(name="configuration", state="not_checked", text=text)
-    if said != expected:
-        problem = recompute.Problem("provenance.config_sha256", said, expected)
-        return Check(name="configuration", state="wrong", text="It is of another configuration:", problems=(problem,))
-    return Check(name="configuration", state="right", text=f"It is of the configuration {expected}.")
 
 
 def verdict_line(report: Report) -> tuple[str, str]:

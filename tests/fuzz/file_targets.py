@@ -14,7 +14,6 @@ import yaml
 from hypothesis import strategies as st
 
 from fedtune.cli.compose import saved_config
-from fedtune.cli.report import checks
 from fedtune.data.records import read_records, usable_records
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.deploy.kits.kit_file import KitFile, read_spec
@@ -29,6 +28,7 @@ from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report import from_run, signing
+from fedtune.report.checks import checks
 from fedtune.report.difference import differences
 from fedtune.report.record.run_record import read_run
 from fedtune.sites.virtual_site import DEALT, read_dealt_out

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.report import checks
 from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.release import RECEIPT
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import from_ledger, from_run, recompute, signing
+from fedtune.report.checks import checks
 from fedtune.report.from_run import read_site_report
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page import render
