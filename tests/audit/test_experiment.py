@@ -85,7 +85,7 @@ def test_the_aggregated_model_alone_gives_a_broken_run_away(
 ) -> None:
     """Whoever is only sent each round's average, with plain steps; guesses and confidence are as asked."""
     break_it("no noise")
-    asked = ("audit.sites=[site-2]", "audit.guesses=60", "audit.confidence=0.9")
+    asked = ("audit.sites=[site-2]", "audit.guesses=60", "audit.confidence=0.9", "privacy.noise_multiplier=8.0")
     _, found, _ = audited(*EVERY_TIME, "training=sgd", *asked)
     assert found.confidence == 0.9
     assert [(bound.site, bound.canaries, bound.guesses) for bound in found.bounds] == [
