@@ -454,7 +454,7 @@ def test_no_more_records_of_a_user_take_part_than_the_plan_says() -> None:
 @pytest.mark.parametrize("beside", [[], [1], [1, 2], [2, 3], [1, 2, 3]])
 def test_a_users_mean_is_the_same_to_the_last_bit_in_any_company(beside: list[int]) -> None:
     """Of records of several lengths, that cancel: in another order another bit of rounding would be left of them."""
-    rows = torch.tensor([1e8, 1.0, -1e8, 3e-7, *[5.0] * 16])[:, None].repeat(1, 3)
+    rows = torch.tensor([-1e8, 1e8, 1.0, 3e-7, *[5.0] * 16])[:, None].repeat(1, 3)
     lengths = [5, 13, 9, 30, *[13] * 8, *[30] * 5, *[5] * 3]
     users = users_of([3, 1, 0, 2], range(4, 12), range(12, 17), range(17, 20), lengths=lengths)
     (alone,) = means_of(users, rows, [0])
@@ -462,4 +462,4 @@ def test_a_users_mean_is_the_same_to_the_last_bit_in_any_company(beside: list[in
     (means,) = means_of(users, rows, chosen)
     assert torch.equal(means["a"][-1], alone["a"][0])
     sums: Callable[[Sequence[int]], float] = lambda order: float(np.cumsum(rows[order, 0].double().numpy() / 4)[-1])  # noqa: E731
-    assert len({sums(order) for order in ([0, 1, 2, 3], [3, 1, 0, 2], [0, 2, 1, 3])}) > 1, "the order matters here"
+    assert len({sums(order) for order in ([0, 2, 1, 3], [0, 2, 3, 1])}) > 1, "the order matters here"
