@@ -36,6 +36,10 @@ MOST_NAME = 200
 the process that writes them, and no file system takes more than 255."""
 
 
+MOST_SEED = 2**63 - 1
+"""Generators take no more bits."""
+_MOST_YAML = 1 << 24
+"""Bytes of a file of settings."""
 _LATER = {("data", "chat_template"): "none", ("data", "validation_fraction"): 0.0, ("data", "test_fraction"): 0.0}
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
 
@@ -53,6 +57,10 @@ class TrackingSpec:
     progress: bool = True
     output_dir: str = "runs"
     log_level: Literal["debug", "info", "warning"] = "info"
+
+    def __post_init__(self) -> None:
+        if not self.output_dir.strip():
+            raise ConfigError("output_dir", self.output_dir, "must not be blank; '.' is the current folder")
 
 
 @spec
@@ -102,6 +110,8 @@ class RunConfig:
         if len(self.name) > MOST_NAME:
             raise ConfigError("name", self.name, f"must have at most {MOST_NAME} characters")
         check_at_least("seed", self.seed, 0)
+        if self.seed > MOST_SEED:
+            raise ConfigError("seed", self.seed, f"must be at most {MOST_SEED}")
         task = task_named(self.task)
         with _keys_under("data"):
             task.check_data(self.data)
@@ -231,28 +241,58 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     path = RunFolder(folder).config
     if not path.is_file():
         raise ConfigError("run folder", str(folder), "must hold a config.yaml")
+    return plain_yaml(path, key="run folder")
+
+
+def plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
+    """A file of keys and values, as plain data.
+
+    Args:
+        path: the file.
+        key: the setting that named it, for messages.
+
+    Raises:
+        ConfigError: there is no such file, or it is not YAML of keys and values; with the line where that is known.
+    """
     try:
+        if path.stat().st_size > _MOST_YAML:
+            raise ConfigError(key, str(path), f"must have at most {_MOST_YAML} bytes")
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
         if not isinstance(settings, dict):
             raise ValueError("no keys")
+    except OSError as error:
+        raise ConfigError(key, str(path), f"must be a file that can be read ({error.strerror})") from None
     # The others come of texts that only look like a date or a tag of YAML's.
-    except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ConfigError("run folder", str(path), f"must hold a configuration ({type(error).__name__})") from None
-    return {str(key): value for key, value in settings.items()}
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        why = getattr(error, "problem", None) or type(error).__name__
+        raise ConfigError(key, where, f"must hold a configuration as YAML ({why})") from None
+    return {str(name): value for name, value in settings.items()}
 
 
 def parse(settings: Mapping[str, Any]) -> RunConfig:
-    """Validate plain data into a `RunConfig`.
+    """Validate plain data into a `RunConfig`; labels that are whole numbers are taken as text, as in records.
 
     Raises:
         ConfigError: names the first wrong key, its value and what would be accepted.
     """
     try:
-        config = _ADAPTER.validate_python(dict(settings))
+        config = _ADAPTER.validate_python(_with_label_texts(settings))
     except ValidationError as error:
         raise _first_error(error) from None
     _check_switches(settings, config.to_json())
     return config
+
+
+def _with_label_texts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    data = settings.get("data")
+    if not (isinstance(data, Mapping) and isinstance(data.get("labels"), list | tuple)):
+        return dict(settings)
+    labels = [str(label) if type(label) is int else label for label in data["labels"]]
+    return {**settings, "data": {**data, "labels": labels}}
 
 
 @contextmanager
@@ -301,8 +341,17 @@ def _first_error(error: ValidationError) -> ConfigError:
         return ConfigError(location, details["input"], "is not a setting of fedtune")
     if details["type"] == "missing":
         return ConfigError(location, None, "is required")
-    message = details["msg"].removeprefix("Input should be ")
-    return ConfigError(location, details["input"], f"must be {message}")
+    bound = _BOUNDS.get(details["type"]) or f"must be {details['msg'].removeprefix('Input should be ')}"
+    return ConfigError(location, details["input"], bound)
 
 
+_BOUNDS = {
+    "tuple_type": "must be a list, as in [a,b]",
+    "int_parsing_size": f"must be a whole number of at most {MOST_SEED}",
+    "int_from_float": "must be a whole number",
+    "string_type": "must be text; put quotes around it",
+    "dict_type": "must be keys and values, as in {text: body}",
+    "mapping_type": "must be keys and values, as in {text: body}",
+}
+"""By pydantic's type of an error, where its own words are a programmer's."""
 _ADAPTER = TypeAdapter(RunConfig)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -17,10 +21,74 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fedtune.config import RunConfig, parse, saved_settings
+from fedtune.config import RunConfig, parse, plain_yaml, saved_settings
 from fedtune.data.load import shipped_folders
 from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError
+
+_FREE_MAPS = ("data.columns", "data.partition.sites")
+"""Settings whose keys are the user's own: a new value replaces all of the old one."""
+_VERBATIM = ("data.prompt_template", "experiment")
+"""Settings whose values are often no words of Hydra's grammar, and are taken as they were typed."""
+_QUOTES = ("'", '"')
+_NOT_ASCII = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]{}:=()'"]*[^\x00-\x7f][^,\[\]{}:=()'"]*""")
+"""A quoted text, or an unquoted word with a letter that Hydra's grammar does not know."""
+_FROM_FILE = "_from_file_"
+_OTHER_WORDS = {
+    "epochs": "federation.num_rounds and training.local_steps",
+    "num_epochs": "federation.num_rounds and training.local_steps",
+    "num_train_epochs": "federation.num_rounds and training.local_steps",
+    "max_steps": "federation.num_rounds and training.local_steps",
+    "rounds": "federation.num_rounds",
+    "clients": "federation.num_sites",
+    "num_clients": "federation.num_sites",
+    "sites": "federation.num_sites",
+    "batch_size": "privacy.sampling_rate, which sets how many records a step takes",
+    "lr": "training.learning_rate",
+    "clip": "privacy.max_grad_norm",
+    "r": "lora.rank",
+    "file": "data.train_file",
+    "max_seq_length": "data.max_length",
+    "device": "runtime.device",
+}
+"""What other programs call a setting."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ExperimentFile:
+    """An experiment in a file of the user's own: plain data, checked before Hydra sees it.
+
+    Attributes:
+        path: the file.
+        settings: what it sets, without its defaults, with files beside it by their path.
+        bases: experiments of conf/ that it builds on.
+        options: group to option.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+    bases: tuple[str, ...]
+    options: Mapping[str, str]
+
+    def sets(self, key: str) -> bool:
+        """Whether the file sets a dotted key, or a part of what it stands for."""
+        inner: Any = self.settings
+        for part in key.split("."):
+            if not isinstance(inner, dict) or part not in inner:
+                return False
+            inner = inner[part]
+        return True
+
+    @contextmanager
+    def search_path(self) -> Iterator[str]:
+        """A folder that has this file's settings as an experiment, while the context lasts."""
+        defaults = [*self.bases, "_self_", *({f"override /{group}": name} for group, name in self.options.items())]
+        with TemporaryDirectory(prefix="fedtune-") as folder:
+            place = Path(folder) / "experiment"
+            place.mkdir()
+            text = json.dumps({"defaults": defaults, **self.settings})  # JSON is YAML without its surprises
+            (place / f"{_FROM_FILE}.yaml").write_text(f"# @package _global_\n{text}\n", encoding="utf-8")
+            yield folder
 
 
 def config_folder() -> Path:
@@ -34,20 +102,29 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: for every mistake in an override or a value, Hydra's own errors among them.
     """
-    overrides = [override for override in overrides if override.strip()]
+    overrides = [_in_grammar(override) for override in overrides if override.strip()]
     resumed = [override for override in overrides if override.startswith("resume=")]
     if resumed and not any(_chooses_option(override) for override in overrides):
         return _resumed(resumed[-1].removeprefix("resume="), [o for o in overrides if o not in resumed])
-    settings = _composed(overrides)
+    file, overrides = _experiment_file(overrides)
+    maps, overrides = _free_maps(overrides)
+    settings = _composed(overrides, file)
+    _replace_maps(settings, file, maps)
     if settings.get("resume"):
         settings["name"] = _run_folder(settings["resume"])[1].name
     if settings.get("name") is None:
         settings["name"] = _time_stamp()
-    return parse(settings)
+    try:
+        return parse(settings)
+    except ConfigError as error:
+        hinted = ConfigError(error.key, error.value, error.bound + _nearest(error.key)) if _unknown(error) else error
+        typed = any(_key(override) == error.key for override in overrides) or error.key in maps
+        raise hinted.in_file(file.path) if file and file.sets(error.key) and not typed else hinted from None
 
 
 def compose_sweep(overrides: Sequence[str]) -> list[RunConfig]:
     """One run for each combination of comma-separated values, all validated before the first one begins."""
+    overrides = [_in_grammar(override) for override in overrides]
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
@@ -111,7 +188,7 @@ def _run_folder(name: str) -> tuple[Path, RunConfig]:
     return folder, saved_config(folder)
 
 
-def _composed(overrides: Sequence[str]) -> dict[str, Any]:
+def _composed(overrides: Sequence[str], file: _ExperimentFile | None = None) -> dict[str, Any]:
     for override in overrides:
         # Hydra would take its own settings and do nothing with them here.
         if re.match(r"[+~]*hydra[./=]", override):
@@ -119,13 +196,171 @@ def _composed(overrides: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(key, value, "is not a setting of fedtune")
     try:
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
+            if file is None:
+                composed = compose("config", overrides=list(overrides))
+            else:
+                with file.search_path() as folder:
+                    found = [f"experiment={_FROM_FILE}", f"hydra.searchpath=['file://{folder}']"]
+                    composed = compose("config", overrides=[*overrides, *found])
         settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _in_our_words(error, overrides) from error
     assert isinstance(settings, dict)
     settings.pop("experiment", None)
     return {str(key): value for key, value in settings.items()}
+
+
+def _in_grammar(override: str) -> str:
+    """An override as Hydra's grammar takes it: it has no word for a letter like \u00e4, nor for a template's braces."""
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+~")
+    if name == "data.prompt_template":
+        value = value.replace("\\n", "\n").replace("\\t", "\t")
+    if name in _VERBATIM and value and not value.startswith(_QUOTES) and (name != "experiment" or "," not in value):
+        return f"{key}={_quoted(value)}"
+    return f"{key}{equals}{_NOT_ASCII.sub(lambda found: _if_open(found.group()), value)}"
+
+
+def _if_open(word: str) -> str:
+    """A word in quotes, unless it has them."""
+    bare = word.strip()
+    return word if word.startswith(_QUOTES) or not bare else word.replace(bare, _quoted(bare))
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].strip()
+
+
+def _value(override: str) -> Any:
+    """What an override gives its key.
+
+    Raises:
+        ConfigError: it is no override.
+    """
+    try:
+        return OverridesParser.create().parse_override(override).value()
+    except HydraException as error:
+        raise _in_our_words(error, [override]) from error
+
+
+def _free_maps(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Values for maps with free keys, whole (`data.columns={text: body}`) or by entry, and the other overrides."""
+    maps: dict[str, Any] = {}
+    others = []
+    for override in overrides:
+        key = _key(override)
+        outer = next((name for name in _FREE_MAPS if key.startswith(f"{name}.")), None)
+        if override.startswith("~") or (key not in _FREE_MAPS and outer is None):
+            others.append(override)
+        elif outer is None:
+            maps[key] = _value(override)
+        else:
+            maps[key] = _value(override)
+    return maps, others
+
+
+def _replace_maps(settings: dict[str, Any], file: _ExperimentFile | None, maps: Mapping[str, Any]) -> None:
+    """Put in the free maps: the file's in place of conf's, and what was typed in place of both."""
+    for name in _FREE_MAPS:
+        *outer, last = name.split(".")
+        inner: Any = settings
+        given: Any = file.settings if file else {}
+        for part in outer:
+            inner, given = inner[part], given.get(part, {}) if isinstance(given, dict) else {}
+        if isinstance(given, dict) and last in given:
+            inner[last] = given[last]
+        for key, value in maps.items():
+            if key == name:
+                inner[last] = value
+            elif key.startswith(f"{name}."):
+                inner[last] = {**(inner[last] or {}), key.removeprefix(f"{name}."): value}
+
+
+def _experiment_file(overrides: Sequence[str]) -> tuple[_ExperimentFile | None, list[str]]:
+    """The file that `experiment=` names, if its value is a path, and the other overrides."""
+    given = [override for override in overrides if _key(override) == "experiment"]
+    if not given:
+        return None, list(overrides)
+    name = _value(given[-1])
+    if not (isinstance(name, str) and (name.endswith((".yaml", ".yml")) or "/" in name)):
+        return None, list(overrides)
+    return _read_experiment(Path(name)), [override for override in overrides if override not in given]
+
+
+def _read_experiment(path: Path) -> _ExperimentFile:
+    """A file of settings with, at most, a defaults list of groups' options and of conf's experiments.
+
+    Raises:
+        ConfigError: there is none, it is no YAML, or it holds more than settings.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
+    settings = plain_yaml(path, key="experiment")
+    listed = settings.pop("defaults", [])
+    if "hydra" in settings:
+        raise ConfigError(f"{path}: hydra", "...", "is not a setting of fedtune: a file holds an experiment's settings")
+    _check_plain(settings, path)
+    bases, options = _defaults(listed, path)
+    return _ExperimentFile(path, _with_files_beside(settings, path.parent), bases, options)
+
+
+def _check_plain(value: Any, path: Path, key: str = "") -> None:
+    """Refuse what would be more than data: a key that names code, and a value that stands for another."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name in ("_target_", "_partial_", "_recursive_", "_convert_", "_args_"):
+                raise ConfigError(f"{path}: {key}{name}", inner, "must not be there: a file of settings runs no code")
+            _check_plain(inner, path, f"{key}{name}.")
+    elif isinstance(value, list):
+        for inner in value:
+            _check_plain(inner, path, key)
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{path}: {key.rstrip('.')}", value, "must not hold '${': a file of settings is plain data")
+
+
+def _defaults(listed: Any, path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Experiments and options of a file's defaults list, all of which are conf's."""
+    bases: list[str] = []
+    options: dict[str, str] = {}
+    for entry in listed if isinstance(listed, list) else [listed]:
+        if isinstance(entry, dict) and len(entry) == 1:
+            ((group, option),) = entry.items()
+            group = str(group).removeprefix("override ").lstrip("/")
+        else:
+            group, option = "experiment", entry
+        if entry == "_self_":
+            continue
+        choices = sorted(one.stem for one in (config_folder() / group).glob("*.yaml")) if group.isidentifier() else []
+        if not isinstance(option, str) or option not in choices:
+            bound = f"must be one of {', '.join(choices)}" if choices else "is no group of settings"
+            raise ConfigError(f"{path}: defaults, {group}", option, bound)
+        if group == "experiment":
+            bases.append(option)
+        else:
+            options[group] = option
+    return tuple(bases), options
+
+
+def _with_files_beside(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings with each relative data file that lies beside their file named by its path."""
+    data = settings.get("data")
+    if not isinstance(data, dict):
+        return settings
+    beside = dict(data)
+    for key in ("train_file", "validation_file", "test_file"):
+        name = data.get(key)
+        if isinstance(name, str) and name.strip() and _is_there(folder / name):
+            beside[key] = str(folder / name)
+    return {**settings, "data": beside}
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; with `{site}` in its name, one for any site."""
+    return path.exists() or ("{site}" in path.name and any(path.parent.glob(path.name.replace("{site}", "*"))))
 
 
 def _in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
@@ -158,11 +393,20 @@ def _is_override(text: str) -> bool:
         return False
 
 
+def _unknown(error: ConfigError) -> bool:
+    return error.bound == "is not a setting of fedtune"
+
+
 def _nearest(key: str) -> str:
-    """A hint for a misspelt key: the known key most like it."""
+    """A hint for a wrong key: what it is called here, or the known key most like it."""
+    last = key.rpartition(".")[2]
     known = [".".join(path) for path in _key_paths(_composed([]), ())]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    return f"; did you mean {close[0]}?" if close else ""
+    named = _OTHER_WORDS.get(last) or next((path for path in known if path.rpartition(".")[2] == last), None)
+    # Alike in its own name, too: training.epochs shares most letters with training.betas.
+    alike = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+    own = [path for path in alike if difflib.SequenceMatcher(None, last, path.rpartition(".")[2]).ratio() > 0.6]
+    hint = named or next(iter(own), None)
+    return f"; did you mean {hint}?" if hint else ""
 
 
 def _key_paths(settings: dict[str, Any], outer: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
