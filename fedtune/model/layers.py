@@ -20,7 +20,7 @@ the place of a record would decide its bits, and a model's weights can enlarge a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -47,18 +47,21 @@ def attach_lora(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: bool,
         seed: of A's start.  It is drawn on the CPU, so that it is the same for every device.
 
     Raises:
-        ConfigError: for `lora.layers` or `lora.target_modules` that the base does not have.
+        ConfigError: for `lora.layers` or `lora.target_modules` that the base does not have, or a `lora.rank` that none
+            of its modules can use.
     """
     stack_name, stack = layer_stack(base)
     layers = _layer_indices(spec, len(stack))
     modules = nn.ModuleList(stack[layer] for layer in layers).named_modules()
     linear = {name: module for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+    targets = _targets(spec, linear)
+    _check_rank(spec, [module for name, module in linear.items() if name.rpartition(".")[2] in targets])
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION,
         r=spec.rank,
         lora_alpha=spec.alpha,
         use_rslora=spec.rslora,
-        target_modules=_targets(spec, linear),
+        target_modules=targets,
         layers_to_transform=layers,
         layers_pattern=stack_name.rpartition(".")[2],
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
@@ -94,6 +97,13 @@ def _layer_indices(spec: LoraSpec, count: int) -> list[int]:
             "lora.layers", spec.layers, f"must lie from {-count} to {count - 1}: the base has {count} layers"
         )
     return sorted({layer % count for layer in spec.layers})
+
+
+def _check_rank(spec: LoraSpec, adapted: Sequence[nn.Module]) -> None:
+    """Refuse a rank above every module's own before memory is taken: the product of both matrices gains nothing."""
+    most = max((min(module.get_parameter("weight").shape) for module in adapted), default=spec.rank)
+    if spec.rank > most:
+        raise ConfigError("lora.rank", spec.rank, f"must be at most {most}, the rank of the largest adapted module")
 
 
 def _targets(spec: LoraSpec, linear: dict[str, nn.Module]) -> list[str]:

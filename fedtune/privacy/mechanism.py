@@ -16,6 +16,10 @@ Unit = Literal["record", "user"]
 UNITS: tuple[Unit, ...] = ("record", "user")
 
 
+MOST_EPSILON = 100.0
+"""Largest target that noise is found for: the distributions of losses for a larger one take minutes."""
+
+
 @spec
 class PrivacySpec:
     """What a run promises each privacy unit, and how.
@@ -56,6 +60,9 @@ class PrivacySpec:
         check_fraction("delta", self.delta)
         if self.noise_multiplier is not None:
             check_positive("noise_multiplier", self.noise_multiplier)
+        elif self.private and self.epsilon > MOST_EPSILON:
+            bound = f"must be at most {MOST_EPSILON:g}: more promises nothing; privacy=none compares without noise"
+            raise ConfigError("epsilon", self.epsilon, bound)
         check_positive("max_grad_norm", self.max_grad_norm)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         check_one_of("metrics", self.metrics, ("none", "noised"))

@@ -11,6 +11,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 _LARGEST_RATE = 1e9
 """Beyond it, a product of rates is no float32, and an optimizer would fail in the middle of a round."""
 
+_MOST_THREADS = 1024
+"""Of one process; a system runs out of them somewhere above."""
 
 @spec
 class TrainingSpec:
@@ -107,5 +109,7 @@ class RuntimeSpec:
         check_one_of("device", self.device, ("auto", "cpu", "cuda"))
         if self.num_threads is not None:
             check_at_least("num_threads", self.num_threads, 1)
+            if self.num_threads > _MOST_THREADS:
+                raise ConfigError("num_threads", self.num_threads, f"must be at most {_MOST_THREADS}")
         check_at_least("micro_batch_tokens", self.micro_batch_tokens, 1)
         check_at_least("kept_states_mib", self.kept_states_mib, 0)

@@ -1,0 +1,285 @@
+"""What a data file is: its columns, the kind of training that they suit, and why.
+
+This reads a file to tell its owner about it.  What it finds goes into an experiment that the owner reads before
+anybody else does; no run and no site calls it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fedtune.data.formats import raw_rows
+from fedtune.data.records import Row
+from fedtune.spec import ConfigError, DataError
+from fedtune.words import counted
+
+Kind = Literal["classification", "pairs", "instructions", "chat", "text"]
+KINDS: Mapping[Kind, str] = {
+    "classification": "texts with a label",
+    "pairs": "prompts with their completion",
+    "instructions": "instructions with their output (Alpaca)",
+    "chat": "conversations",
+    "text": "plain texts",
+}
+SHOWN_ROWS = 5
+_MOST_VALUES = 300
+"""Different values of a column that are counted; a column with more is no label."""
+_LONGEST_LABEL = 80
+_MOST_LABELS = 200
+_RECORDS_A_LABEL = 5
+"""A column is a label only if each value has so many records on average."""
+_LABELS = ("label", "labels", "category", "class", "intent", "topic", "team", "sentiment", "target", "type", "tag")
+_PROMPTS = ("prompt", "question", "query", "source", "input", "mr", "document", "context")
+_COMPLETIONS = ("completion", "response", "answer", "output", "target", "ref", "summary", "reply", "chosen")
+_CHATS = ("messages", "conversations", "conversation")
+_IDS = ("id", "uuid", "index", "idx", "key")
+
+
+@dataclass(slots=True)
+class Column:
+    """What a file has under one name.
+
+    Attributes:
+        name: of the column.
+        filled: rows with a value that is not blank.
+        types: how often each type of value came.
+        values: how often each value came; empty where there are too many, or they are too long for a label.
+        characters: of all its texts together.
+    """
+
+    name: str
+    filled: int = 0
+    types: Counter[str] = field(default_factory=Counter)
+    values: Counter[str] = field(default_factory=Counter)
+    characters: int = 0
+    _open: bool = True
+
+    def note(self, value: object) -> None:
+        """Take one row's value into account."""
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return
+        self.filled += 1
+        self.types[_type_of(value)] += 1
+        if not isinstance(value, str) and type(value) is not int:
+            return
+        text = str(value).strip()
+        self.characters += len(text)
+        if not self._open:
+            return
+        self.values[text] += 1
+        if len(self.values) > _MOST_VALUES or len(text) > _LONGEST_LABEL:
+            self.values.clear()
+            self._open = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether all its values are texts."""
+        return self.filled > 0 and set(self.types) == {"text"}
+
+    @property
+    def is_label(self) -> bool:
+        """Whether it has few values, each of which comes often."""
+        few = 2 <= len(self.values) <= _MOST_LABELS and self.filled >= _RECORDS_A_LABEL * len(self.values)
+        return few and set(self.types) <= {"text", "whole number"}
+
+    @property
+    def mean_characters(self) -> float:
+        """Of a text."""
+        return self.characters / max(1, self.filled)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a file is.
+
+    Attributes:
+        path: the file.
+        rows: that can be read.
+        faults: what is wrong with the others, of which the first few are kept; `num_faults` counts all.
+        columns: by name.
+        first: the first rows.
+        kind: of training.
+        roles: role to column.
+        why: why this kind and these columns, as sentences.
+    """
+
+    path: Path
+    rows: int
+    faults: tuple[DataError, ...]
+    num_faults: int
+    columns: Mapping[str, Column]
+    first: tuple[Row, ...]
+    kind: Kind
+    roles: Mapping[str, str]
+    why: tuple[str, ...]
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """How many records each label has, most first; empty where the kind has none."""
+        column = self.roles.get("label")
+        return {} if column is None else dict(self.columns[column].values.most_common())
+
+
+def look_at(path: Path, chosen: Mapping[str, str]) -> Found:
+    """Read a file once and say what it is.
+
+    Args:
+        path: the file.
+        chosen: role (text, label, prompt, completion) to column, where the person at the keyboard says so.
+
+    Raises:
+        DataError: it cannot be read, or holds no row or no column of text.
+        ConfigError: a column that was chosen is not there or does not suit its role.
+    """
+    columns: dict[str, Column] = {}
+    first: list[Row] = []
+    faults: list[DataError] = []
+    rows = num_faults = 0
+    for _, row in raw_rows(path):
+        if isinstance(row, DataError):
+            num_faults += 1
+            faults += [row] if num_faults <= SHOWN_ROWS else []
+            continue
+        rows += 1
+        first += [row] if rows <= SHOWN_ROWS else []
+        for name, value in row.items():
+            columns.setdefault(name, Column(name)).note(value)
+    if not rows:
+        raise faults[0] if faults else DataError(str(path), "no rows", "must hold at least one record")
+    kind, roles, why = _chosen(columns, chosen) if chosen else _guessed(columns, first, path)
+    return Found(
+        path=path,
+        rows=rows,
+        faults=tuple(faults),
+        num_faults=num_faults,
+        columns=columns,
+        first=tuple(first),
+        kind=kind,
+        roles=roles,
+        why=why,
+    )
+
+
+_Guess = tuple[Kind, dict[str, str], tuple[str, ...]]
+
+
+def _chosen(columns: Mapping[str, Column], chosen: Mapping[str, str]) -> _Guess:
+    """The kind that the chosen columns say; a text beside a label is found where it was not named."""
+    for role, name in chosen.items():
+        if name not in columns:
+            raise ConfigError(f"--{role}", name, f"must be one of the columns {', '.join(columns)}")
+    said = tuple(f"--{role}: {name}" for role, name in chosen.items())
+    if "prompt" in chosen or "completion" in chosen:
+        if len(chosen) != 2 or set(chosen) != {"prompt", "completion"}:
+            raise ConfigError("--prompt", chosen.get("prompt"), "goes with --completion, and with no other column")
+        return "pairs", dict(chosen), said
+    if "label" not in chosen:
+        return "text", dict(chosen), (*said, "Without --label its texts alone are learnt.")
+    label = columns[chosen["label"]]
+    if not 2 <= len(label.values) <= _MOST_LABELS:
+        bound = f"must have 2 to {_MOST_LABELS} different values of at most {_LONGEST_LABEL} characters"
+        raise ConfigError("--label", label.name, bound)
+    text = chosen.get("text") or _longest(columns, but=label.name)
+    if text is None:
+        raise ConfigError("--label", label.name, "needs a column of text beside it")
+    return "classification", {"text": text, "label": label.name}, said
+
+
+def _guessed(columns: Mapping[str, Column], first: Sequence[Row], path: Path) -> _Guess:
+    """The first kind that the columns fit: names that data sets share come before what values look like."""
+    guesses: tuple[Callable[[], _Guess | None], ...] = (
+        lambda: _as_chat(columns, first),
+        lambda: _as_instructions(columns),
+        lambda: _as_pairs(columns),
+        lambda: _as_classification(columns),
+        lambda: _as_text(columns),
+    )
+    for guess in guesses:
+        if (found := guess()) is not None:
+            return found
+    raise DataError(str(path), f"columns {', '.join(columns)}", "must hold a column of text")
+
+
+def _as_chat(columns: Mapping[str, Column], first: Sequence[Row]) -> _Guess | None:
+    name = _named(columns, _CHATS)
+    if name is None or not any(_is_conversation(row.get(name)) for row in first):
+        return None
+    return "chat", {"messages": name}, (f"Column {name} holds turns of a conversation.",)
+
+
+def _as_instructions(columns: Mapping[str, Column]) -> _Guess | None:
+    prompt, completion = (_named(columns, (name,)) for name in ("instruction", "output"))
+    if prompt is None or completion is None:
+        return None
+    extra = {role: name for role in ("input", "system") if (name := _named(columns, (role,))) is not None}
+    shown = ", ".join([prompt, *extra.values(), completion])
+    return "instructions", {"prompt": prompt, **extra, "completion": completion}, (f"It has the columns {shown}.",)
+
+
+def _as_pairs(columns: Mapping[str, Column]) -> _Guess | None:
+    prompt = _named(columns, _PROMPTS)
+    completion = _named({name: one for name, one in columns.items() if name != prompt}, _COMPLETIONS)
+    if prompt is None or completion is None or not (columns[prompt].is_text and columns[completion].is_text):
+        return None
+    if columns[completion].is_label and columns[completion].name.lower() == "target":
+        return None
+    return "pairs", {"prompt": prompt, "completion": completion}, (f"It has the columns {prompt} and {completion}.",)
+
+
+def _as_classification(columns: Mapping[str, Column]) -> _Guess | None:
+    few = [one for one in columns.values() if one.is_label]
+    label = next((one for name in _LABELS for one in few if one.name.lower() == name), None)
+    label = label or min(few, key=lambda one: (len(one.values), one.name), default=None)
+    text = None if label is None else _longest(columns, but=label.name)
+    if label is None or text is None:
+        return None
+    values, rows = counted(len(label.values), "value"), counted(label.filled, "row")
+    why = [f"Column {label.name} has {values} in {rows}, so it is the label; {text} has the longest texts."]
+    others = [one.name for one in few if one.name != label.name]
+    if others:
+        why.append(f"Other columns with few values: {', '.join(others)}. Choose with --label COLUMN --text COLUMN.")
+    return "classification", {"text": text, "label": label.name}, tuple(why)
+
+
+def _as_text(columns: Mapping[str, Column]) -> _Guess | None:
+    text = _longest(columns)
+    if text is None:
+        return None
+    others = [one.name for one in columns.values() if one.is_text and one.name != text]
+    why = [f"Column {text} has the longest texts, and no column has few values."]
+    if others:
+        why.append(f"Other columns of text: {', '.join(others)}. Choose with --prompt COLUMN --completion COLUMN.")
+    return "text", {"text": text}, tuple(why)
+
+
+def _longest(columns: Mapping[str, Column], but: str = "") -> str | None:
+    """The column with the longest texts."""
+    texts = [one for one in columns.values() if one.is_text and one.name != but and one.name.lower() not in _IDS]
+    return max(texts, key=lambda one: one.mean_characters).name if texts else None
+
+
+def _named(columns: Iterable[str], names: Sequence[str]) -> str | None:
+    """The column with the first of these names, in any case of letters."""
+    by_name = {name.lower(): name for name in columns}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _is_conversation(value: object) -> bool:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return False
+    return bool(value) and all(isinstance(turn, Mapping) and {"role", "from"} & set(turn) for turn in value)
+
+
+def _type_of(value: object) -> str:
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text", list: "list"}
+    return names.get(type(value), "object")

@@ -1,0 +1,233 @@
+"""A first experiment for a file: every line with what it means, and nothing in it that a person should not know of."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from fedtune.data.formats import raw_rows
+from fedtune.data.records import Row
+from fedtune.data.tokenise import Tokenizer, encode
+from fedtune.model.spec import ModelSpec
+from fedtune.preparation.detect import Found, Kind
+from fedtune.spec import DataError
+
+MEASURED_ROWS = 20_000
+"""Whose lengths are taken; more would say the same."""
+_TOKENS_A_TURN = 6
+"""What a template adds to a turn of a conversation, about."""
+_CHUNK_ROWS = 256
+_STEP = 16
+_MOST_TOKENS = 256
+"""Of an example, where the file has longer ones: time and memory grow with it."""
+_SITES = ((1000, 2), (3000, 3))
+"""With fewer records than the first number, so many sites; with more than all, one more."""
+_FEW_RECORDS = 200
+_SHARES = ((1000, 0.2, 0.1), (10_000, 0.1, 0.05))
+"""With fewer records than the first number, these shares of them are for the test and for validation."""
+_LEAST_SHARES = (0.02, 0.01)
+_CLASSIFIES: Kind = "classification"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What is to be decided about a file before there is an experiment.
+
+    Attributes:
+        base: the experiment of conf/ that it builds on.
+        model: a name from conf/model, or None for the base's own.
+        model_path: a model that has no name there: a folder, or an id at the hub.
+        num_sites: that a simulation deals the file out to.
+        lengths: tokens of each measured record.
+    """
+
+    base: str
+    model: str | None = None
+    model_path: str | None = None
+    num_sites: int
+    lengths: npt.NDArray[np.int64]
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of an example: the longest one's, rounded up, within reason."""
+        longest = int(self.lengths.max(initial=1))
+        return min(_MOST_TOKENS, max(_STEP, math.ceil(longest / _STEP) * _STEP))
+
+    @property
+    def num_cut(self) -> int:
+        """Measured records that are longer."""
+        return int((self.lengths > self.max_length).sum())
+
+
+def base_of(kind: Kind) -> str:
+    """The experiment of conf/ that suits a kind of training."""
+    return "own_data" if kind == _CLASSIFIES else "own_text"
+
+
+def sites_for(rows: int) -> int:
+    """How many sites a simulation on so many records has."""
+    return next((count for most, count in _SITES if rows < most), 1 + _SITES[-1][1])
+
+
+def measured(found: Found, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    """(rows,) tokens of each of the first `MEASURED_ROWS` records, with what a template adds to turns."""
+    rows = (row for _, row in raw_rows(found.path) if not isinstance(row, DataError))
+    counts: list[int] = []
+    for chunk in _chunks(islice(rows, MEASURED_ROWS)):
+        texts = [_texts(row, found) for row in chunk]
+        flat = [text for some in texts for text in some]
+        ids = encode(flat, tokenizer, special_tokens=False)
+        lengths = iter([len(one) for one in ids])
+        turns = _TOKENS_A_TURN if found.kind in ("chat", "instructions") else 1
+        counts += [2 + sum(next(lengths) + turns for _ in some) for some in texts]
+    return np.array(counts, dtype=np.int64)
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, _CHUNK_ROWS)):
+        yield chunk
+
+
+def _texts(row: Row, found: Found) -> list[str]:
+    """The texts of a row that a model reads."""
+    texts = []
+    for role, column in found.roles.items():
+        value = row.get(column)
+        if role == "messages":
+            turns = json.loads(value) if isinstance(value, str) else value
+            texts += [str(turn.get("content", turn.get("value", ""))) for turn in turns or ()]
+        elif role != "label" and isinstance(value, str):
+            texts.append(value)
+    return texts
+
+
+def experiment(found: Found, plan: Plan, *, file: Path) -> str:
+    """The YAML of an experiment that is to lie at `file`; relative paths in it begin at its folder."""
+    return "\n".join(_lines(found, plan, file)) + "\n"
+
+
+def run_name(file: Path) -> str:
+    """A run's name from that of its experiment's file."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip("-._")
+    return name[:100] or "own"
+
+
+def declared_size(found: Found, plan: Plan) -> int:
+    """A round number near a site's share of the file."""
+    test, validation = _shares(found.rows)
+    share = found.rows * (1 - test - validation) / plan.num_sites
+    unit = 10 ** max(0, math.floor(math.log10(max(share, 1))) - 1)
+    return max(1, int(share // unit * unit))
+
+
+def _shares(rows: int) -> tuple[float, float]:
+    return next(((test, validation) for most, test, validation in _SHARES if rows < most), _LEAST_SHARES)
+
+
+def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
+    classifies = found.kind == _CLASSIFIES
+    yield f"# An experiment for {found.path.name}.  Run it with: fedtune simulate experiment={_shown(file)}"
+    yield "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: look at them"
+    yield "# before you show this page to others."
+    yield "defaults:"
+    yield f"  - {plan.base:<34}# adapters, rates and rounds: conf/experiment/{plan.base}.yaml"
+    if plan.model is not None:
+        yield f"  - override /model: {plan.model:<19}# the frozen base model"
+    if plan.model_path is not None:
+        yield "  - override /lora: all_linear        # adapters on every linear layer: names differ between models"
+    yield ""
+    yield _line("name", run_name(file), "of the run and of its folder in runs/; each run needs a new one")
+    if plan.model_path is not None:
+        pinned = {"path": plan.model_path, **dict.fromkeys(("sha256", "gguf_file", "revision", "licence"))}
+        yield _line("model", pinned, "sha256: pin it with what fedtune model-hash prints")
+    yield "data:"
+    for key, value, why in _data(found, plan, file):
+        yield f"  {_line(key, value, why)}"
+    if classifies:
+        yield "  # The classes, as they stand in the file.  They are declared: every site and every report shows them."
+        yield "  labels:"
+        yield from (f"    - {_scalar(label)}" for label in sorted(found.labels))
+    yield "federation:"
+    yield f"  {_line('num_sites', plan.num_sites, 'a simulation deals the file out to so many sites')}"
+    yield "privacy:"
+    yield f"  {_line('epsilon', 8.0, 'the promise to each record; lower is stronger: docs/epsilon.md')}"
+    yield f"  {_line('delta', 1e-5, 'must stay below 1 / declared_sizes')}"
+
+
+def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]]:
+    test, validation = _shares(found.rows)
+    yield "train_file", _beside(found.path, file), "the records; relative paths begin at this page's folder"
+    yield "columns", dict(found.roles), "role of fedtune: column of the file"
+    if found.kind == "instructions":
+        template = "{prompt}\n\n{input}" if "input" in found.roles else "{prompt}"
+        yield "prompt_template", template, "what is asked; a part whose columns are blank is left out"
+    if found.kind in ("instructions", "chat"):
+        yield "chat_template", "model", "turns as the model's own template writes them; or plain, in words"
+    most = "" if not plan.num_cut else f"; {plan.num_cut:,} of {len(plan.lengths):,} records are longer and are cut"
+    yield "max_length", plan.max_length, f"the most tokens of a record{most}"
+    yield "test_fraction", test, "share of the file that is scored before and after, and that no site trains on"
+    yield "validation_fraction", validation, "share that is scored after each round"
+    size = declared_size(found, plan)
+    yield "declared_sizes", size, "the number of records that each site publishes: it becomes PUBLIC, so keep it round"
+    yield "dataset", run_name(file), "the name by which sites and ledgers know these records"
+
+
+def notes(found: Found, plan: Plan) -> list[str]:
+    """What the person should know before the first run."""
+    size = declared_size(found, plan)
+    told = [
+        f"declared_sizes: {size:,} was set near a site's share. This number becomes public; at a real site, the site "
+        "chooses it in its site.toml."
+    ]
+    if found.rows < _FEW_RECORDS * plan.num_sites:
+        told.append(f"{found.rows:,} records are few: with noise, expect the run to learn little.")
+    if found.num_faults:
+        told.append(f"{found.num_faults:,} rows cannot be used. fedtune data check lists them, fedtune data clean drops them.")
+    if len(plan.lengths) == MEASURED_ROWS:
+        told.append(f"Lengths are of the first {MEASURED_ROWS:,} rows.")
+    return told
+
+
+def model_spec(path: str) -> ModelSpec:
+    """A model by its path alone."""
+    return ModelSpec(path=path)
+
+
+def _line(key: str, value: Any, why: str) -> str:
+    return f"{key}: {_scalar(value):<34} # {why}"
+
+
+def _scalar(value: Any) -> str:
+    """A value as YAML on one line."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _beside(path: Path, file: Path) -> str:
+    """The path as it is written in a file of settings: from its folder where it lies there or below."""
+    folder, target = file.resolve().parent, path.resolve()
+    return os.path.relpath(target, folder) if target.is_relative_to(folder) else str(target)
+
+
+def _shown(file: Path) -> str:
+    """The path of an experiment as a person types it: a bare name would be one of conf/."""
+    text = str(file)
+    return text if "/" in text else f"./{text}"
+
+
+def next_line(file: Path) -> str:
+    """The command to type next."""
+    words: Sequence[str] = ("fedtune", "simulate", f"experiment={_shown(file)}")
+    return " ".join(f"'{word}'" if re.search(r"[^\w./=-]", word, re.ASCII) else word for word in words)
