@@ -108,7 +108,8 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
         return _resumed(resumed[-1].removeprefix("resume="), [o for o in overrides if o not in resumed])
     file, overrides = _experiment_file(overrides)
     maps, overrides = _free_maps(overrides)
-    settings = _composed(overrides, file)
+    # An empty map stands for a value that conf leaves open, until it is put in.
+    settings = _composed([*overrides, *{f"++{_map_of(key)}={{}}": None for key in maps}], file)
     _replace_maps(settings, file, maps)
     if settings.get("resume"):
         settings["name"] = _run_folder(settings["resume"])[1].name
@@ -253,14 +254,16 @@ def _free_maps(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     others = []
     for override in overrides:
         key = _key(override)
-        outer = next((name for name in _FREE_MAPS if key.startswith(f"{name}.")), None)
-        if override.startswith("~") or (key not in _FREE_MAPS and outer is None):
+        if override.startswith("~") or _map_of(key) is None:
             others.append(override)
-        elif outer is None:
-            maps[key] = _value(override)
         else:
             maps[key] = _value(override)
     return maps, others
+
+
+def _map_of(key: str) -> str | None:
+    """The map with free keys that a key is, or is an entry of."""
+    return next((name for name in _FREE_MAPS if f"{key}.".startswith(f"{name}.")), None)
 
 
 def _replace_maps(settings: dict[str, Any], file: _ExperimentFile | None, maps: Mapping[str, Any]) -> None:

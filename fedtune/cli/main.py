@@ -23,6 +23,7 @@ from fedtune.cli.command import SETTINGS
 from fedtune.spec import FedtuneError
 
 COMMANDS: Mapping[str, str] = {
+    "data": "look at your data, and write a first experiment for it",
     "simulate": "run a federation on this machine",
     "plan": "what a run would cost, before any data is touched",
     "audit": "attack a run on this machine, to test its guarantee",

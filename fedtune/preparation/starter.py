@@ -19,7 +19,6 @@ import yaml
 from fedtune.data.formats import raw_rows
 from fedtune.data.records import Row
 from fedtune.data.tokenise import Tokenizer, encode
-from fedtune.model.spec import ModelSpec
 from fedtune.preparation.detect import Found, Kind
 from fedtune.spec import DataError
 
@@ -37,6 +36,7 @@ _FEW_RECORDS = 200
 _SHARES = ((1000, 0.2, 0.1), (10_000, 0.1, 0.05))
 """With fewer records than the first number, these shares of them are for the test and for validation."""
 _LEAST_SHARES = (0.02, 0.01)
+_BEFORE_COMMENT = 34
 _CLASSIFIES: Kind = "classification"
 
 
@@ -142,16 +142,17 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     yield "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: look at them"
     yield "# before you show this page to others."
     yield "defaults:"
-    yield f"  - {plan.base:<34}# adapters, rates and rounds: conf/experiment/{plan.base}.yaml"
+    yield f"  - {plan.base}".ljust(_BEFORE_COMMENT + 2) + f" # adapters, rates and rounds: conf/experiment/{plan.base}.yaml"
     if plan.model is not None:
-        yield f"  - override /model: {plan.model:<19}# the frozen base model"
-    if plan.model_path is not None:
-        yield "  - override /lora: all_linear        # adapters on every linear layer: names differ between models"
+        yield f"  - override /model: {plan.model}".ljust(_BEFORE_COMMENT + 2) + " # the frozen base model"
     yield ""
     yield _line("name", run_name(file), "of the run and of its folder in runs/; each run needs a new one")
     if plan.model_path is not None:
         pinned = {"path": plan.model_path, **dict.fromkeys(("sha256", "gguf_file", "revision", "licence"))}
-        yield _line("model", pinned, "sha256: pin it with what fedtune model-hash prints")
+        yield _line("model", pinned, "pin sha256 with what fedtune model-hash prints")
+    if plan.model_path is not None or plan.model is not None:
+        adapted = {"target_modules": "all-linear", "layers": None}
+        yield _line("lora", adapted, "adapters on every linear layer, whatever the model calls them")
     yield "data:"
     for key, value, why in _data(found, plan, file):
         yield f"  {_line(key, value, why)}"
@@ -177,10 +178,10 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
         yield "chat_template", "model", "turns as the model's own template writes them; or plain, in words"
     most = "" if not plan.num_cut else f"; {plan.num_cut:,} of {len(plan.lengths):,} records are longer and are cut"
     yield "max_length", plan.max_length, f"the most tokens of a record{most}"
-    yield "test_fraction", test, "share of the file that is scored before and after, and that no site trains on"
-    yield "validation_fraction", validation, "share that is scored after each round"
+    yield "test_fraction", test, "share of the file for the scores before and after: no site trains on it"
+    yield "validation_fraction", validation, "share for the scores after each round"
     size = declared_size(found, plan)
-    yield "declared_sizes", size, "the number of records that each site publishes: it becomes PUBLIC, so keep it round"
+    yield "declared_sizes", size, "each site publishes this number of records: it becomes PUBLIC"
     yield "dataset", run_name(file), "the name by which sites and ledgers know these records"
 
 
@@ -194,19 +195,16 @@ def notes(found: Found, plan: Plan) -> list[str]:
     if found.rows < _FEW_RECORDS * plan.num_sites:
         told.append(f"{found.rows:,} records are few: with noise, expect the run to learn little.")
     if found.num_faults:
-        told.append(f"{found.num_faults:,} rows cannot be used. fedtune data check lists them, fedtune data clean drops them.")
+        told.append(
+            f"{found.num_faults:,} rows cannot be used. fedtune data check lists them, fedtune data clean drops them."
+        )
     if len(plan.lengths) == MEASURED_ROWS:
         told.append(f"Lengths are of the first {MEASURED_ROWS:,} rows.")
     return told
 
 
-def model_spec(path: str) -> ModelSpec:
-    """A model by its path alone."""
-    return ModelSpec(path=path)
-
-
 def _line(key: str, value: Any, why: str) -> str:
-    return f"{key}: {_scalar(value):<34} # {why}"
+    return f"{key}: {_scalar(value)}".ljust(_BEFORE_COMMENT) + f" # {why}"
 
 
 def _scalar(value: Any) -> str:
