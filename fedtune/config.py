@@ -36,6 +36,10 @@ MOST_NAME = 200
 the process that writes them, and no file system takes more than 255."""
 
 
+_LATER = {("data", "chat_template"): "none", ("data", "validation_fraction"): 0.0, ("data", "test_fraction"): 0.0}
+"""Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
+
+
 @spec
 class TrackingSpec:
     """What a run shows and writes while it runs.
@@ -195,6 +199,9 @@ class RunConfig:
             del fields[group][key]
         if self.privacy.unit == "record":
             del fields["privacy"]["records_per_user"]  # of no effect; runs from before there was one go on
+        for (group, key), default in _LATER.items():  # likewise
+            if fields[group][key] == default:
+                del fields[group][key]
         return fields | {"runtime": {"seeded_noise": self.runtime.seeded_noise}}
 
     def digest(self) -> str:
