@@ -36,7 +36,12 @@ MOST_NAME = 200
 the process that writes them, and no file system takes more than 255."""
 
 
-_LATER = {("data", "chat_template"): "none", ("data", "validation_fraction"): 0.0, ("data", "test_fraction"): 0.0}
+_LATER: dict[tuple[str, str], object] = {
+    ("data", "chat_template"): "none",
+    ("data", "validation_fraction"): 0.0,
+    ("data", "test_fraction"): 0.0,
+    ("data", "unusable"): "stop",
+}
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
 
 
@@ -104,6 +109,8 @@ class RunConfig:
         check_at_least("seed", self.seed, 0)
         task = task_named(self.task)
         with _keys_under("data"):
+            if self.runtime.kind == "deployment":
+                self.data.check_lead_has_files()
             task.check_data(self.data)
             self.data.check_unit(self.privacy.unit)
             sizes = self.data.sizes(self.federation.num_sites)
