@@ -48,6 +48,8 @@ def for_sites(config: RunConfig) -> RunConfig:
         columns={role: role for role in task_named(config.task).columns(config.data, unit=config.privacy.unit)},
         partition=PartitionSpec(),
         train_fraction=1.0,
+        validation_fraction=0.0,
+        test_fraction=0.0,
         unusable="stop",
     )
     noise = config.plan().noise_multiplier
@@ -126,8 +128,8 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
         gradient_checkpointing=machine.gradient_checkpointing,
         seeded_noise=config.runtime.seeded_noise,
     )
-    # A site's columns may serve several tasks: the run asks for its own.
-    columns = {role: column for role, column in dataset.columns.items() if role in config.data.columns}
+    # Those of the run's roles: a data set may have columns for several tasks, or for several kinds of record.
+    columns = {role: dataset.columns[role] for role in config.data.columns if role in dataset.columns}
     data = replace(config.data, train_file=str(folder / dataset.path), columns=columns)
     try:
         return replace(config, model=_local_model(config.model, installed), data=data, runtime=runtime)
