@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.data import Record, iter_records, read_records, record_key, resolve_file
-from fedtune.data import text_rows
+from fedtune.data import Record, iter_records, read_records, record_key, resolve_file, text_rows
 from fedtune.data.records import usable_records
 from fedtune.spec import DataError
 

@@ -24,7 +24,7 @@ from fedtune.data import (
     unit_hash,
     users_of,
 )
-from fedtune.data.load import own_records, Dealing
+from fedtune.data.load import Dealing, own_records
 from fedtune.spec import ConfigError, DataError
 
 KEY = b"a key of these tests"
