@@ -40,7 +40,12 @@ MOST_SEED = 2**63 - 1
 """Generators take no more bits."""
 _MOST_YAML = 1 << 24
 """Bytes of a file of settings."""
-_LATER = {("data", "chat_template"): "none", ("data", "validation_fraction"): 0.0, ("data", "test_fraction"): 0.0}
+_LATER: dict[tuple[str, str], object] = {
+    ("data", "chat_template"): "none",
+    ("data", "validation_fraction"): 0.0,
+    ("data", "test_fraction"): 0.0,
+    ("data", "unusable"): "stop",
+}
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
 
 
@@ -114,6 +119,8 @@ class RunConfig:
             raise ConfigError("seed", self.seed, f"must be at most {MOST_SEED}")
         task = task_named(self.task)
         with _keys_under("data"):
+            if self.runtime.kind == "deployment":
+                self.data.check_lead_has_files()
             task.check_data(self.data)
             self.data.check_unit(self.privacy.unit)
             sizes = self.data.sizes(self.federation.num_sites)

@@ -150,6 +150,9 @@ class _History:
         self.adapters.append(state.adapter)
         self._listener.prepared(shared, proposal, state)
 
+    def note(self, text: str) -> None:
+        self._listener.note(text)
+
     def site_replied(self, number: int) -> None:
         self._listener.site_replied(number)
 

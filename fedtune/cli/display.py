@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -54,6 +55,11 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """Say what is seldom meant."""
+        if self._shown:
+            self._console.print(f"[yellow]Note:[/yellow] {escape(text)}", soft_wrap=True)
 
     def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
         """Show what is about to run."""

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import fedtune
-from fedtune.data.partition import is_selected, partition_records, split_heldout
-from fedtune.data.records import Record, iter_records, read_records, resolve_file, usable_records
-from fedtune.data.spec import DataSpec
+from fedtune.data.partition import is_selected, partition_records, split_heldout, unit_hash
+from fedtune.data.records import Record, iter_records, resolve_file, usable_records, without_records
+from fedtune.data.spec import SITE, DataSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import DataError
 
 _PACKAGE = Path(fedtune.__file__).parent
+_ROWS_KEY = b"fedtune rows"
+"""One for all runs, so that a score on some rows of a file is about the same rows in each."""
+Usable: TypeAlias = Callable[[Record], bool]
+"""Whether a task can use a record."""
 
 
 def shipped_folders() -> tuple[Path, ...]:
@@ -35,37 +42,113 @@ class SiteRecords:
     heldout: list[Record]
 
 
-def simulated_site_records(
-    spec: DataSpec, *, columns: Mapping[str, str], num_sites: int, seed: int, unit: Unit = "record"
-) -> tuple[SiteRecords, ...]:
-    """Each simulated site's records out of the one training file; with unit "user" no user is parted.
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """A simulation's training files, dealt out.
 
-    Args:
+    Attributes:
+        sites: the records of each site, in the order of the sites.
+        validation: those that are the lead's instead, by `validation_fraction`.
+        test: the same by `test_fraction`.
+        left_out: how many could not be used and were left out.
+        shared_users: with unit "user", how many ids are in the files of several sites, each a user at each of them.
+    """
+
+    sites: tuple[SiteRecords, ...]
+    validation: list[Record]
+    test: list[Record]
+    left_out: int
+    shared_users: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Dealing:
+    """How a simulation deals its records out; with unit "user" no user is parted.
+
+    Attributes:
         spec: the run's.
         columns: role to column, with what the partition goes by.
-        num_sites: that records are dealt out to.
+        sites: the names of the sites.
         seed: of the run.
         unit: that is dealt out.
-
-    Raises:
-        DataError: the file is missing or malformed, or a site would have no record, or a user would be at two.
+        usable: whether the task can use a record; asked where the settings leave out what cannot be used.
     """
-    key = split_key(seed)
-    path = resolve_file(spec.train_file, shipped_folders(), key="data.train_file")
-    rows = iter_records(path, columns)
-    chosen = (row for row in rows if is_selected(row, fraction=spec.train_fraction, key=key, unit=unit))
-    sites = partition_records(chosen, spec.partition, num_sites=num_sites, key=key, unit=unit)
-    split = tuple(
-        SiteRecords(*split_heldout(site, fraction=spec.heldout_fraction, key=key, unit=unit)) for site in sites
-    )
-    for number, records in enumerate(split, 1):
-        if not records.training:
-            raise DataError("data.train_file", spec.train_file, f"leaves site {number} of {num_sites} without a record")
-    return split
+
+    spec: DataSpec
+    columns: Mapping[str, str]
+    sites: Sequence[str]
+    seed: int
+    unit: Unit = "record"
+    usable: Usable = lambda record: True
+
+    def dealt(self) -> Dealt:
+        """Read the files, and give each record to the lead or to a site by its own hash, or its user's.
+
+        Raises:
+            DataError: a file is missing or malformed, or a site would have no record, or a user would be at two.
+        """
+        spec, key, unit = self.spec, split_key(self.seed), self.unit
+        lead: dict[str, list[Record]] = {"validation": [], "test": []}
+        of_files: list[list[Record]] = []
+        num_left_out = 0
+        for path in self._files():
+            records, left_out = lead_file(path, self.columns, usable=self.usable if spec.leaves_out else None)
+            num_left_out += left_out
+            of_files.append([])
+            for record in records:
+                side = lead_side(record, spec, key=key, unit=unit)
+                if side is not None:
+                    lead[side].append(record)
+                elif is_selected(record, fraction=spec.train_fraction, key=key, unit=unit):
+                    of_files[-1].append(record)
+        by_file = spec.partition.kind == "file"
+        sites = (
+            tuple(of_files)
+            if by_file
+            else partition_records(of_files[0], spec.partition, num_sites=len(self.sites), key=key, unit=unit)
+        )
+        return Dealt(
+            sites=tuple(self._split(name, records, key=key) for name, records in zip(self.sites, sites, strict=True)),
+            validation=lead["validation"],
+            test=lead["test"],
+            left_out=num_left_out,
+            shared_users=_at_several(sites) if unit == "user" else 0,
+        )
+
+    def _files(self) -> Iterator[Path]:
+        names = self.sites if self.spec.partition.kind == "file" else self.sites[:1]
+        for name in names:
+            file = self.spec.train_file.replace(SITE, name)
+            yield resolve_file(file, shipped_folders(), key="data.train_file")
+
+    def _split(self, name: str, records: Sequence[Record], *, key: bytes) -> SiteRecords:
+        split = SiteRecords(*split_heldout(records, fraction=self.spec.heldout_fraction, key=key, unit=self.unit))
+        if not split.training:
+            number = self.sites.index(name) + 1
+            bound = f"leaves site {number} of {len(self.sites)} without a record ({name})"
+            raise DataError("data.train_file", self.spec.train_file, bound)
+        return split
+
+
+def lead_side(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) -> str | None:
+    """Whether a record of a simulation's training file is the lead's, for "validation" or "test"; None: a site's."""
+    if spec.test_fraction and unit_hash(record, purpose="test", key=key, unit=unit) < spec.test_fraction:
+        return "test"
+    # Of what the test leaves, so that the shares are those of the whole file.
+    share = spec.validation_fraction / (1 - spec.test_fraction)
+    if share and unit_hash(record, purpose="validation", key=key, unit=unit) < share:
+        return "validation"
+    return None
+
+
+def _at_several(sites: Sequence[Sequence[Record]]) -> int:
+    """How many users' ids are at more than one site."""
+    times = Counter(user for site in sites for user in {record.fields["user"] for record in site})
+    return sum(count > 1 for count in times.values())
 
 
 def own_records(
-    spec: DataSpec, *, columns: Mapping[str, str], usable: Callable[[Record], bool], key: bytes, unit: Unit = "record"
+    spec: DataSpec, *, columns: Mapping[str, str], usable: Usable, key: bytes, unit: Unit = "record"
 ) -> SiteRecords:
     """A real site's records; `key` is its own secret, and decides by each record's (or user's) hash what is held out.
 
@@ -80,6 +163,40 @@ def own_records(
     return SiteRecords(*split_heldout(records, fraction=spec.heldout_fraction, key=key, unit=unit))
 
 
-def lead_records(name: str, *, columns: Mapping[str, str], rows: int | None, key: str) -> list[Record]:
-    """The lead's own records from file `name`, which the setting `key` gave."""
-    return read_records(resolve_file(name, shipped_folders(), key=key), columns, rows=rows)
+def lead_records(
+    name: str, *, columns: Mapping[str, str], key: str, usable: Usable | None = None
+) -> tuple[list[Record], int]:
+    """The lead's own records from file `name`, which the setting `key` gave, and how many were left out.
+
+    Args:
+        name: relative or absolute path.
+        columns: role to column name.
+        key: for messages.
+        usable: whether the task can use a record, to leave out what cannot be used; None: that is an error.
+    """
+    return lead_file(resolve_file(name, shipped_folders(), key=key), columns, usable=usable)
+
+
+def lead_file(path: Path, columns: Mapping[str, str], *, usable: Usable | None) -> tuple[list[Record], int]:
+    """The same from a file that was found.
+
+    Raises:
+        DataError: the file cannot be read, or has no record; or without `usable`, one that cannot be used.
+    """
+    left_out: list[DataError] = []
+    if usable is None:
+        records = list(iter_records(path, columns))
+    else:
+        found = list(usable_records(path, columns, left_out=left_out))
+        records = list(filter(usable, found))
+    if not records:
+        raise without_records(path)
+    return records, 0 if usable is None else len(left_out) + len(found) - len(records)
+
+
+def chosen_rows(records: Sequence[Record], rows: int | None) -> list[Record]:
+    """So many of the lead's records, or all of them for None: those of the smallest hash, in their order."""
+    if rows is None or rows >= len(records):
+        return list(records)
+    hashes = [unit_hash(record, purpose="rows", key=_ROWS_KEY) for record in records]
+    return [records[place] for place in sorted(heapq.nsmallest(rows, range(len(records)), key=hashes.__getitem__))]

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from fedtune.data.records import Record, record_key
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError, check_one_of, check_positive, spec
+from fedtune.words import counted
 
 
 @spec
@@ -29,29 +30,30 @@ class PartitionSpec:
     """How a simulation deals one file's records out to its sites.
 
     Attributes:
-        kind: "iid" (by hash alone), "dirichlet" (each label has its own shares of the sites), or
-            "column" (by the record's `site` role).
+        kind: "iid" (by hash alone), "dirichlet" (each label has its own shares of the sites), "column" (by the record's
+            `site` role), or "file" (each site has a file of its own: `data.train_file` with the site's name for
+            `{site}`).
         alpha: concentration for "dirichlet"; small is skewed (0.1: most labels sit at one site),
             large approaches "iid".
         proportions: relative sizes of the sites, for "iid" and "dirichlet"; empty for equal ones.
         sites: site index of each value of the `site` role, for "column".
     """
 
-    kind: Literal["iid", "dirichlet", "column"] = "iid"
+    kind: Literal["iid", "dirichlet", "column", "file"] = "iid"
     alpha: float = 1.0
     proportions: tuple[float, ...] = ()
     sites: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_one_of("kind", self.kind, ("iid", "dirichlet", "column"))
+        check_one_of("kind", self.kind, ("iid", "dirichlet", "column", "file"))
         check_positive("alpha", self.alpha)
         for proportion in self.proportions:
             check_positive("proportions", proportion)
         if (self.kind == "column") != bool(self.sites):
             bound = 'must map each value to a site for kind "column", and be empty for the others'
             raise ConfigError("sites", dict(self.sites), bound)
-        if self.kind == "column" and self.proportions:
-            raise ConfigError("proportions", self.proportions, 'must be empty for kind "column"')
+        if self.kind in ("column", "file") and self.proportions:
+            raise ConfigError("proportions", self.proportions, f'must be empty for kind "{self.kind}"')
 
     def check_sites(self, num_sites: int) -> None:
         """Check the settings that depend on how many sites there are; errors name keys of this spec."""
@@ -102,13 +104,21 @@ def partition_records(
     """
     sites: tuple[list[Record], ...] = tuple([] for _ in range(num_sites))
     site_of: dict[str, int] = {}
+    torn: dict[str, Record] = {}
     for record in records:
         site = assign_site(record, spec, num_sites=num_sites, key=key, unit=unit)
         if unit == "user" and site_of.setdefault(record.fields["user"], site) != site:
-            # Each site would promise for its part alone, and the person would lose the sum.
-            bound = "must lead to one site for all records of a user, as privacy.unit is user"
-            raise DataError(record.at("site"), record.fields["site"], bound)
+            torn.setdefault(record.fields["user"], record)
         sites[site].append(record)
+    if torn:
+        # Each site would promise for its part alone, and the person would lose the sum.
+        first = next(iter(torn.values()))
+        bound = (
+            f"must lead to one site for all records of a user, as privacy.unit is user; {counted(len(torn), 'user')} "
+            "here would be at several. Give one person's records one value, or where an id means another person at "
+            "each site, give each site a file of its own (data.partition.kind=file)"
+        )
+        raise DataError(first.at("site"), first.fields["site"], bound)
     return sites
 
 

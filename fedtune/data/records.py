@@ -1,38 +1,35 @@
-"""Records from JSON-lines and CSV files, plain or gzipped, with a schema check.
+"""Records out of the rows of data files, each checked by itself.
 
-A file's bytes are cut into rows before any is read: where a row ends does not go by whether it can be read.  Each
-record is then checked by itself.  There is no step over a whole file (no shuffling, balancing or duplicate removal), so
-no record changes what becomes of another.  Error messages name file, line and column but never quote a record's text:
-they end up in logs.
+There is no step over a whole file (no shuffling, balancing or duplicate removal), so no record changes what becomes of
+another.  Error messages name file, line and column but never quote a record's text: they end up in logs.
 """
 
 from __future__ import annotations
 
-import codecs
-import contextlib
-import csv
-import gzip
 import json
-import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from io import BufferedReader
-from itertools import islice
 from pathlib import Path
-from typing import cast
 
+from fedtune.data.formats import raw_rows, require_file, what_is
+from fedtune.data.text_rows import Row, absent, at_line, json_type
 from fedtune.spec import DataError
+from fedtune.words import counted
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
+OPTIONAL_ROLES = frozenset({"input", "system"})
+"""Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES = ",;|"
 """What lists of names are written with, and so no part of a user's id."""
 SEVERAL_USERS = "a list of users"
 """The value in the message about a record of several users."""
-Row = Mapping[str, object]
-"""Column to value, as a record's file has it."""
+_SPEAKERS = {"system": "system", "user": "user", "human": "user"} | dict.fromkeys(
+    ("assistant", "gpt", "bot", "model"), "assistant"
+)
+_MOST_KINDS = 3
+"""Of faults that are counted one by one in a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,182 +65,206 @@ def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file
         key: the setting that named the file, for the message.
 
     Raises:
-        DataError: when there is no such file.
+        DataError: when there is no such file, or a folder, a pipe or the like in its place.
     """
     folders = list(dict.fromkeys([Path.cwd(), *roots]))
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
+    found = {folder / name: what_is(folder / name) for folder in folders}
+    for path, other in found.items():
+        if other is None:
+            return path
+    for path, other in found.items():
+        if other != "no such file":
+            require_file(path, key=key, value=name)
     raise DataError(key, name, f"no such file, looked in {', '.join(map(str, folders))}")
 
 
-def read_records(path: Path, columns: Mapping[str, str], *, rows: int | None = None) -> list[Record]:
+def read_records(path: Path, columns: Mapping[str, str]) -> list[Record]:
     """Read a file's records, in file order.
 
     Args:
         path: as `iter_records` takes it.
         columns: role to column name.
-        rows: stop after the first so many.  For the lead's own files: in a site's private file a
-            record before the cut would decide whether another is used (see `is_selected`).
 
     Raises:
         DataError: as `iter_records`; also when there is no record at all.
     """
-    records = list(islice(iter_records(path, columns), rows))
+    records = list(iter_records(path, columns))
     if not records:
-        raise DataError(str(path), "no records", "must hold at least one record")
+        raise without_records(path)
     return records
 
 
-def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-    """Stream the records of a `.jsonl` or `.csv` file, each optionally with `.gz` behind.
+def without_records(path: Path) -> DataError:
+    """The error about a file that holds no record."""
+    found = "an empty file" if path.is_file() and not path.stat().st_size else "no records"
+    return DataError(str(path), found, "must hold at least one record")
 
-    Text is UTF-8, with or without a byte order mark.  JSON lines hold one object each; CSV has a
-    header, commas and double quotes (RFC 4180, so a quoted cell may span lines).  Blank lines and
-    columns that `columns` does not name are skipped.
+
+def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
+    """Stream the records of a file.
 
     Args:
-        path: the file; its suffix says the format.
+        path: as `fedtune.data.formats.raw_rows` takes it; columns that `columns` does not name are skipped.
         columns: role to column name, the columns that every record must have.
 
     Raises:
-        DataError: when the file cannot be read, decompressed, decoded or parsed, or when a value is
-            absent, blank, or neither text nor (for a label, a site or a user) an integer.
+        DataError: when the file or a row cannot be read, or when a value is absent, blank, or neither text nor (for a
+            label, a site or a user) an integer, nor (for messages) a conversation.  It is about the first such row,
+            and counts the rest, since the file is read to its end.
     """
-    for read in _unread(path, columns):
-        if (record := read()) is not None:
-            yield record
+    wrong: list[DataError] = []
+    for found in _judged(path, columns):
+        if isinstance(found, DataError):
+            wrong.append(found)
+        elif not wrong:
+            yield found
+    if wrong:
+        first, more = wrong[0], counted_faults(wrong[1:])
+        raise DataError(first.key, first.value, f"{first.bound}{more}")
 
 
-def usable_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
+def usable_records(
+    path: Path, columns: Mapping[str, str], *, left_out: list[DataError] | None = None
+) -> Iterator[Record]:
     """The same, without the records that cannot be used; so no record ends the reading, whatever it holds.
 
     Left out is what lacks a value, has more than 16 MiB, is not UTF-8, is no JSON object or has a number or a depth
-    that Python does not read, or is a CSV row with broken quotes or another number of cells than the header.
+    that Python does not read, is a table's row with broken quotes or another number of cells than the header, or a
+    conversation whose turns are not as `messages_of` wants them.
 
-    Each record is judged by itself, so that one more or less changes nothing about the others.  A CSV row is cut out
-    before it is judged, and ends at the first line end outside quotes.  Only a quote that is never closed can take
-    other rows along, up to the next quote; no text of a record does that in a file whose writer doubles quotes (RFC
-    4180), and where the writer does not, rows cannot be told apart at all.
+    Each record is judged by itself, so that one more or less changes nothing about the others.  A row is cut out before
+    it is judged: a table's ends at the first line end outside quotes, an array's element at the comma behind it.  Only
+    a quote or bracket that is never closed can take other rows along; no text of a record does that in a file whose
+    writer doubles quotes (RFC 4180) or escapes them (JSON), and where the writer does not, rows cannot be told apart.
+
+    Args:
+        path: as `iter_records` takes it.
+        columns: role to column name.
+        left_out: gets what is wrong with each row that is left out.
 
     Raises:
-        DataError: for what is a fault of the file and of no record: it cannot be opened, is no whole gzip file, or is a
-            CSV file whose header cannot be read or lacks a column.
+        DataError: for what is a fault of the file and of no record, as `raw_rows` says.
     """
-    for read in _unread(path, columns):
-        with contextlib.suppress(DataError):
-            if (record := read()) is not None:
-                yield record
+    for found in _judged(path, columns):
+        if isinstance(found, Record):
+            yield found
+        elif left_out is not None:
+            left_out.append(found)
 
 
-def _unread(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[], Record | None]]:
-    """What reads each record of a file: it raises DataError for that record alone, and gives None for a blank line."""
-    suffix = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
-    match suffix.lower():
-        case ".jsonl":
-            rows, parse = cut_rows(path, line_state), _json_row
-        case ".csv":
-            rows = cut_rows(path, csv_state)
-            parse = partial(_csv_row, header=_csv_header(path, columns, rows))
-        case _:
-            raise DataError(str(path), suffix, "must end in .jsonl, .csv, .jsonl.gz or .csv.gz")
-    for line, raw in rows:
-        yield partial(_record, path, line, raw, parse=parse, columns=columns)
+def counted_faults(errors: Sequence[DataError]) -> str:
+    """How many more rows cannot be used, by what is wrong with them; nothing for none."""
+    if not errors:
+        return ""
+    kinds = Counter(error.bound for error in errors).most_common()
+    shown = "; ".join(f"{count} {bound}" for bound, count in kinds[:_MOST_KINDS])
+    rest = sum(count for _, count in kinds[_MOST_KINDS:])
+    return f" (and {counted(len(errors), 'more row')}: {shown}{f'; {rest} others' if rest else ''})"
 
 
-def _record(
-    path: Path, line: int, raw: bytes | None, *, parse: Callable[..., Row | None], columns: Mapping[str, str]
-) -> Record | None:
-    at = at_line(path, line)
-    row = parse(_text(raw, at=at), at=at)
-    if row is None:
-        return None
-    fields = {role: _field(row, column, role=role, at=at) for role, column in columns.items()}
-    return Record(fields, file=str(path), line=line)
+def _judged(path: Path, columns: Mapping[str, str]) -> Iterator[Record | DataError]:
+    for line, row in raw_rows(path, columns):
+        if isinstance(row, DataError):
+            yield row
+            continue
+        try:
+            yield record_of(row, columns, file=str(path), line=line)
+        except DataError as error:
+            yield error
 
 
-def _text(raw: bytes | None, *, at: str) -> str:
-    if raw is None:
-        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        found = f"byte 0x{raw[error.start]:02x} at place {error.start + 1} of the record"
-        raise DataError(at, found, "must be UTF-8 text") from None
+def record_of(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> Record:
+    """One row as a record.
+
+    Args:
+        row: column to value.
+        columns: role to column name.
+        file: where it was read, for messages.
+        line: there.
+
+    Raises:
+        DataError: a value is absent, or not what its role needs.
+    """
+    at = at_line(file, line)
+    return Record({role: _field(row, column, role=role, at=at) for role, column in columns.items()}, file, line)
 
 
-def _json_row(text: str, *, at: str) -> Row | None:
-    if not text.strip():
-        return None
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        found = f"{error.msg}, column {error.colno}"
-        raise DataError(at, found, "must be one whole JSON object on a line") from None
-    except (ValueError, RecursionError):  # an integer of thousands of digits, nesting without end
-        raise DataError(at, "too large a value", "must be one JSON object on a line") from None
-    if not isinstance(row, dict):
-        raise DataError(at, _json_type(row), "must be one JSON object on a line")
-    return row
-
-
-def _csv_row(text: str, *, at: str, header: Sequence[str]) -> Row | None:
-    cells = _csv_cells(text, at=at)
-    if not cells:
-        return None
-    if len(cells) != len(header):
-        raise DataError(at, f"{len(cells)} cells", f"must have {len(header)} cells, as the header")
-    return dict(zip(header, cells, strict=True))
-
-
-def _csv_header(path: Path, columns: Mapping[str, str], rows: Iterable[tuple[int, bytes | None]]) -> Sequence[str]:
-    """The names in the first row that is not blank; a fault of it is one of the whole file."""
-    for line, raw in rows:
-        at = at_line(path, line)
-        if cells := _csv_cells(_text(raw, at=at), at=at):
-            header = [name.strip() for name in cells]
-            _check_header(header, columns, at=at)
-            return header
-    return ()
-
-
-def _csv_cells(text: str, *, at: str) -> list[str]:
-    """The cells of one row; none for a blank line, and for a row of empty cells."""
-    # The csv module's own bound on a cell is 131,072 characters, and belongs to the whole process: anybody may have set
-    # it.  A record is bounded already, so it is raised out of the way, and never lowered for others.
-    csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES))
-    try:
-        cells = next(csv.reader([text], strict=True))
-    except csv.Error as error:
-        raise DataError(at, str(error), "must be CSV with commas and double quotes; is a quote open?") from None
-    return cells if any(cell.strip() for cell in cells) else []
-
-
-def _check_header(header: Sequence[str], columns: Mapping[str, str], *, at: str) -> None:
-    for role, column in columns.items():
-        if column not in header:
-            raise _absent(header, column, role=role, at=at)
-        if header.count(column) > 1:
-            raise DataError(f"{at}, column {column!r}", f"{header.count(column)} times", "must appear once")
-
-
-def _field(row: Mapping[str, object], column: str, *, role: str, at: str) -> str:
+def _field(row: Row, column: str, *, role: str, at: str) -> str:
     """The checked text of one field."""
+    if role in OPTIONAL_ROLES and row.get(column) is None:
+        return ""
     if column not in row:
-        raise _absent(row, column, role=role, at=at)
+        raise absent(row, column, role=role, at=at)
     value, at = row[column], f"{at}, column {column!r}"
+    if role == "messages":
+        return messages_of(value, at=at)
     if role == "user":
         _require_one_user(value, at=at)
     if role in CATEGORY_ROLES and type(value) is int:
         value = str(value)
     if not isinstance(value, str):
         accepted = "text or an integer" if role in CATEGORY_ROLES else "text"
-        raise DataError(at, _json_type(value), f"must be {accepted} (role {role})")
+        raise DataError(at, json_type(value), f"must be {accepted} (role {role})")
     if not value.strip():
+        if role in OPTIONAL_ROLES:
+            return ""
         raise DataError(at, "blank", f"must not be blank (role {role})")
-    if not _is_unicode(value):
-        raise DataError(at, "half a surrogate pair", f"must be valid Unicode (role {role})")
+    _require_unicode(value, at=at, role=role)
     return value.strip() if role in CATEGORY_ROLES else value
+
+
+def messages_of(value: object, *, at: str) -> str:
+    """A conversation as canonical JSON: a list of {"role": "system", "user" or "assistant", "content": text}.
+
+    Args:
+        value: turns with `role` and `content` (as OpenAI writes them) or with `from` and `value` (ShareGPT), or the
+            same as JSON text.  A first turn of the system may lead; then user and assistant take turns.
+        at: where it was read, for messages.
+
+    Raises:
+        DataError: it is no such conversation, or nobody answers in it.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise DataError(at, "text that is no JSON", "must be a JSON list of turns (role messages)") from None
+    if not isinstance(value, list):
+        raise DataError(at, json_type(value), "must be a list of turns (role messages)")
+    turns = [_turn(turn, at=f"{at}, turn {number}") for number, turn in enumerate(value, 1)]
+    _require_alternation([turn["role"] for turn in turns], at=at)
+    text = json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
+    _require_unicode(text, at=at, role="messages")
+    return text
+
+
+def _turn(turn: object, *, at: str) -> dict[str, str]:
+    if not isinstance(turn, dict):
+        raise DataError(at, json_type(turn), "must be an object with role and content, or from and value")
+    who, what = ("role", "content") if "role" in turn else ("from", "value")
+    if who not in turn or what not in turn:
+        raise DataError(at, "no speaker or no text", "must have role and content, or from and value")
+    speaker, content = turn[who], turn[what]
+    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        known = ", ".join(_SPEAKERS)
+        raise DataError(f"{at}, {who}", "another speaker", f"must be one of {known}: turns of tools are not supported")
+    if not isinstance(content, str):
+        raise DataError(f"{at}, {what}", json_type(content), "must be text")
+    if role == "assistant" and not content.strip():
+        raise DataError(f"{at}, {what}", "blank", "must not be blank: it is what the model learns to write")
+    return {"role": role, "content": content}
+
+
+def _require_alternation(roles: Sequence[str], *, at: str) -> None:
+    first = 1 if roles[:1] == ["system"] else 0
+    for place in range(first, len(roles)):
+        wanted = ("user", "assistant")[(place - first) % 2]
+        if roles[place] != wanted:
+            bound = f"must be {wanted}: user and assistant take turns, after at most one turn of the system"
+            raise DataError(f"{at}, turn {place + 1}", roles[place], bound)
+    if "assistant" not in roles:
+        raise DataError(at, "no turn of the assistant", "must have at least one answer to learn from")
 
 
 def _require_one_user(value: object, *, at: str) -> None:
@@ -255,108 +276,9 @@ def _require_one_user(value: object, *, at: str) -> None:
         raise DataError(at, SEVERAL_USERS, f"{bound} several has no place in training by user (docs/user_level.md)")
 
 
-def _absent(present: Iterable[str], column: str, *, role: str, at: str) -> DataError:
-    names = ", ".join(repr(name) for name in islice(present, 10)) or "none"
-    return DataError(f"{at}, column {column!r}", "absent", f"must be there; set data.columns.{role} to one of {names}")
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether `text` can be encoded: JSON may escape half of a surrogate pair, which no tokenizer takes."""
+def _require_unicode(text: str, *, at: str, role: str) -> None:
+    """Refuse what cannot be encoded: JSON may escape half of a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _json_type(value: object) -> str:
-    names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
-    return names.get(type(value), "object")
-
-
-MOST_BYTES = 1 << 24
-"""Of a record: far above any that a model reads."""
-_BLOCK_BYTES = 1 << 20
-"""Read at once: a few kilobytes of gzip can hold a line that fills the memory."""
-_PIECES = re.compile(rb"[^\n]*\n|[^\n]+")
-"""The lines of a block, or what it has of them."""
-_BEGINS, _WITHIN, _QUOTED, _CLOSED = b",", b"x", b',"', b',""'
-"""Where a row of CSV stands: at a cell's beginning, in one without quotes, in a quoted one, behind a quote in that."""
-
-
-def cut_rows(path: Path, state_after: Callable[[bytes, bytes], bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """(first line, bytes) of each record; None for the bytes of one that is too long, of which no more is kept.
-
-    Args:
-        path: the file.
-        state_after: `line_state` or `csv_state`: the state before a piece of the file to the one behind it.
-
-    Raises:
-        DataError: the file cannot be opened, or is no whole gzip file.
-    """
-    first, line, size, state = 1, 1, 0, _BEGINS
-    kept = bytearray()
-    for block in _blocks(path):
-        # A block without a quote, within a quoted cell, is one piece: a cell may have millions of lines.
-        for piece in [block] if state == _QUOTED and b'"' not in block else _PIECES.findall(block):
-            state, size = state_after(piece, state), size + len(piece)
-            if size <= MOST_BYTES:
-                kept += piece
-            else:
-                kept.clear()
-            line += piece.count(b"\n")
-            if piece.endswith(b"\n") and state != _QUOTED:
-                yield first, bytes(kept) if size <= MOST_BYTES else None
-                first, size, state = line, 0, _BEGINS
-                kept.clear()
-    if size:
-        yield first, bytes(kept) if size <= MOST_BYTES else None
-
-
-def line_state(piece: bytes, before: bytes) -> bytes:
-    """The state of a file whose rows are its lines."""
-    return _BEGINS
-
-
-def csv_state(piece: bytes, before: bytes) -> bytes:
-    """Where in a row of CSV `piece` ends: each state is the shortest text that leads there from a row's beginning.
-
-    A quote opens a cell only at its beginning, and a doubled one does not close it, as the csv module reads them.
-    """
-    text, place = before + piece, 0
-    while (place := text.find(b',"', place) + 2) > 1:
-        closed = False
-        while not closed:
-            place = text.find(b'"', place) + 1
-            if not place:
-                return _QUOTED
-            if place == len(text):
-                return _CLOSED
-            closed = text[place : place + 1] != b'"'
-            place += not closed
-    return _BEGINS if text.endswith(b",") else _WITHIN
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, some at a time; without a byte order mark."""
-    line = 1
-    try:
-        with _open(path) as stream:
-            block = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8) or stream.read1(_BLOCK_BYTES)
-            while block:
-                yield block
-                line += block.count(b"\n")
-                block = stream.read1(_BLOCK_BYTES)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(at_line(path, line), str(error), "must be a whole gzip file") from None
-    except OSError as error:
-        raise DataError(str(path), error.strerror, "must be a file that can be read") from None
-
-
-def _open(path: Path) -> BufferedReader:
-    return cast(BufferedReader, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def at_line(file: Path | str, line: int) -> str:
-    """A place in a file, as messages name it."""
-    return f"{file}:{line}"
+        raise DataError(at, "half a surrogate pair", f"must be valid Unicode (role {role})") from None

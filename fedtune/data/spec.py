@@ -13,6 +13,10 @@ from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name
 _MOST_TEMPLATE, _MOST_LABELS = 4096, 10_000
 """Of characters and of labels: both are worked through for each record, or at each site, before it has answered."""
 
+SITE = "{site}"
+"""Stands in `train_file` for a site's name."""
+_ROLE_OF_PARTITION = {"dirichlet": "label", "column": "site"}
+
 
 @spec
 class DataSpec:
@@ -20,7 +24,8 @@ class DataSpec:
 
     Attributes:
         dataset: the name by which sites and ledgers know the data.
-        train_file: the sites' records; in a simulation one file, dealt out by `partition`.
+        train_file: the sites' records; in a simulation one file, dealt out by `partition`, or with `{site}` in its name
+            one for each site.
         validation_file: the lead's own records, scored after each round; or none.
         test_file: the lead's own records, scored before and after the run only; or none.
         columns: the column name in the files for each role.  Roles: those of the task (`text` and `label`, or `prompt`,
@@ -40,8 +45,10 @@ class DataSpec:
         validation_fraction: in a simulation without `validation_file`: the share of `train_file` that is the lead's
             instead, chosen by the same hash.
         test_fraction: the same instead of `test_file`.
-        validation_rows: score only this many records of `validation_file`, from its start; null: all.
-        test_rows: the same for `test_file`.
+        validation_rows: score only this many of the validation records, chosen by their hash; null: all.
+        test_rows: the same for the test records.
+        unusable: what a record that cannot be used does in a simulation, and in the lead's own files: "stop" ends the
+            command and counts all such records, "leave_out" goes on without them.  A real site always leaves them out.
     """
 
     dataset: str
@@ -61,6 +68,7 @@ class DataSpec:
     test_fraction: float = 0.0
     validation_rows: int | None = None
     test_rows: int | None = None
+    unusable: Literal["stop", "leave_out"] = "stop"
 
     def __post_init__(self) -> None:
         check_name("dataset", self.dataset)
@@ -80,16 +88,30 @@ class DataSpec:
             check_fraction(f"{name}_fraction", fraction, zero=True)
             if fraction and getattr(self, f"{name}_file") is not None:
                 raise ConfigError(f"{name}_fraction", fraction, f"must be 0 where data.{name}_file is given")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ConfigError("test_fraction", self.test_fraction, "must leave the sites something of data.train_file")
+        check_one_of("unusable", self.unusable, ("stop", "leave_out"))
         _check_labels(self.labels)
         _template_roles(self.prompt_template)
-        role = {"iid": None, "dirichlet": "label", "column": "site"}[self.partition.kind]
+        self._check_partition()
+
+    def _check_partition(self) -> None:
+        role, kind = _ROLE_OF_PARTITION.get(self.partition.kind), self.partition.kind
         if role is not None and role not in self.columns:
-            raise ConfigError("partition.kind", self.partition.kind, f"needs data.columns.{role}")
+            raise ConfigError("partition.kind", kind, f"needs data.columns.{role}")
+        if (kind == "file") != (SITE in self.train_file):
+            bound = f"must have {SITE} in its name for data.partition.kind = file, and for no other"
+            raise ConfigError("train_file", self.train_file, bound)
 
     @property
     def template_roles(self) -> tuple[str, ...]:
         """The roles that `prompt_template` names."""
         return _template_roles(self.prompt_template)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether what cannot be used is left out of the lead's and of simulated files."""
+        return self.unusable == "leave_out"
 
     def check_unit(self, unit: Unit) -> None:
         """Check that records can be dealt out and counted by `unit`; errors name keys of this spec.
@@ -104,13 +126,24 @@ class DataSpec:
             bound = "deals records out by their labels, which would part a user; with privacy.unit = user: iid, column"
             raise ConfigError("partition.kind", self.partition.kind, bound)
 
+    def check_lead_has_files(self) -> None:
+        """Check that the lead's records come from files of its own, as they must where sites are real.
+
+        Raises:
+            ConfigError: they are a share of the sites' file, which no lead has there.
+        """
+        for key in ("validation_fraction", "test_fraction"):
+            if getattr(self, key):
+                bound = f"must be 0 with real sites, whose files the lead has not: give data.{key[:-9]}_file"
+                raise ConfigError(key, getattr(self, key), bound)
+
     def needed_columns(
         self, roles: Collection[str], *, partition: bool = False, unit: Unit = "record"
     ) -> dict[str, str]:
         """Role to column of what a file must have: of `roles`, the unit, and what the partition goes by."""
         needed = {*roles, *(("user",) if unit == "user" else ())}
-        if partition:
-            needed |= {"dirichlet": {"label"}, "column": {"site"}, "iid": set()}[self.partition.kind]
+        if partition and self.partition.kind in _ROLE_OF_PARTITION:
+            needed.add(_ROLE_OF_PARTITION[self.partition.kind])
         return {role: column for role, column in self.columns.items() if role in needed}
 
     def sizes(self, num_sites: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,7 @@ from fedtune.flower.server_app import Invited, Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
+from fedtune.sites.data_notes import lead_notes
 from fedtune.sites.environment import note_environment
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import RunError
@@ -29,6 +30,9 @@ from fedtune.tasks import save_task_model
 
 class Listener(Protocol):
     """Follows a run, to show it."""
+
+    def note(self, text: str) -> None:
+        """Something about the data that a person should know before training begins."""
 
     def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
         """Data and model are ready; training is about to begin."""
@@ -54,7 +58,8 @@ class FederationRun:
         asked: who is asked about what.
         receipts: of the sites, kept over runs.
         engine: runs the rounds.
-        ready: reads and checks what only this runtime has, before anything is charged.
+        ready: reads and checks what only this runtime has, before anything is charged, and says what a person should
+            know of it.
         gives_adapter: whether the sites receive the final adapter.
     """
 
@@ -64,7 +69,7 @@ class FederationRun:
     asked: Invited
     receipts: ReceiptBook
     engine: Engine
-    ready: Callable[[], None]
+    ready: Callable[[], Iterable[str]]
     gives_adapter: bool = False
 
     @property
@@ -79,7 +84,7 @@ class FederationRun:
             RunError: too few sites replied.
         """
         began = time.monotonic()
-        state = self._first_state()
+        state = self._first_state(listener)
         note_environment(self.folder, self.shared)
         began -= state.seconds
 
@@ -131,7 +136,7 @@ class FederationRun:
             gives_adapter=self.gives_adapter,
         )
 
-    def _first_state(self) -> LeadState:
+    def _first_state(self, listener: Listener) -> LeadState:
         """Where the run starts: its newest checkpoint, or the initial adapter with its scores on the test file.
 
         Every file is read and tokenised here: what cannot work ends before anything is charged.
@@ -140,8 +145,9 @@ class FederationRun:
             state = self._checkpoints.load()
             if unsigned := [site for site, receipt in state.receipts.items() if not receipt.is_signed()]:
                 raise RunError(f"the newest checkpoint has a receipt that is not signed by {', '.join(unsigned)}")
-        _ = self.shared.validation, self.shared.test
-        self.ready()
+        validation, test = self.shared.validation, self.shared.test
+        for text in (*lead_notes(self.config, validation=validation, test=test), *self.ready()):
+            listener.note(text)
         if self.config.resume is not None:
             return state
         adapter = self.shared.initial_adapter

@@ -24,6 +24,7 @@ from fedtune.federation.results import RunResult
 from fedtune.flower.client import make_client_app
 from fedtune.flower.federation_run import Engine, FederationRun, Listener
 from fedtune.flower.server_app import Invited
+from fedtune.sites.data_notes import site_notes
 from fedtune.sites.virtual_site import participants
 from fedtune.spec import ConfigError, RunError
 
@@ -41,9 +42,10 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
     config_json = json.dumps(config.to_json())
     everyone = participants(config_json, str(folder))
 
-    def ready() -> None:
+    def ready() -> Iterable[str]:
         _ = [work.examples for work in everyone.work.values()]
         everyone.sites.check_dealt_out()
+        return site_notes(config, everyone.dealt)
 
     return FederationRun(
         config=config,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.config import RunConfig
+from fedtune.data.formats import files_of
 from fedtune.data.load import own_records
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
@@ -114,8 +115,8 @@ class RealSite:
 
     def _work(self, run: str, shared: SharedModel, files: SiteFiles) -> SiteWork:
         """The run's records with the model; kept until another run comes, or files, policy or machine change."""
-        data = Path(shared.config.data.train_file).stat()
-        version = [data.st_ino, data.st_size, data.st_mtime_ns]
+        found = [file.stat() for file in files_of(Path(shared.config.data.train_file))]
+        version = [[one.st_ino, one.st_size, one.st_mtime_ns] for one in found]
         # The whole policy, so that no figure of it is forgotten that a round goes by: it seldom changes.
         key = json.dumps([run, version, shared.config.to_json(), files.policy.digest()], sort_keys=True)
         if self._warm is None or self._warm[0] != key:

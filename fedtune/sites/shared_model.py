@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import RunConfig
 from fedtune.data import Record, Shapes, TextDataset
-from fedtune.data.load import lead_records
+from fedtune.data.load import Dealing, Dealt, chosen_rows, lead_records
 from fedtune.evaluation.generation import PromptSet, evaluate_generation
 from fedtune.evaluation.scoring import KeptStates, evaluate
 from fedtune.model import Adapter, load_tokenizer
@@ -66,7 +66,7 @@ class SharedModel:
         """The same loaded model for another run that trains it."""
         other = copy.copy(self)
         other.config = config
-        for name in ("validation", "test"):
+        for name in ("validation", "test", "_dealt"):
             other.__dict__.pop(name, None)
         return other
 
@@ -116,21 +116,32 @@ class SharedModel:
 
     @cached_property
     def validation(self) -> LeadData | None:
-        """The lead's validation data, if it has a file."""
+        """The lead's validation data, if it has any."""
         data = self.config.data
-        return self.lead_data(data.validation_file, rows=data.validation_rows, key="data.validation_file")
+        if not data.validation_fraction:
+            return self.lead_data(data.validation_file, rows=data.validation_rows, key="data.validation_file")
+        return self._kept(LeadData.of(self._dealt.validation, self.config, self.tokenizer, rows=data.validation_rows))
 
     @cached_property
     def test(self) -> LeadData | None:
-        """The lead's test data, if it has a file."""
+        """The lead's test data, if it has any."""
         data = self.config.data
-        return self.lead_data(data.test_file, rows=data.test_rows, key="data.test_file")
+        if not data.test_fraction:
+            return self.lead_data(data.test_file, rows=data.test_rows, key="data.test_file")
+        return self._kept(LeadData.of(self._dealt.test, self.config, self.tokenizer, rows=data.test_rows))
+
+    @cached_property
+    def _dealt(self) -> Dealt:
+        return dealing(self.config).dealt()
 
     def lead_data(self, file: str | None, *, rows: int | None, key: str) -> LeadData | None:
         """Records of the lead's own, tokenised; None for no file."""
         if file is None:
             return None
-        data = LeadData.read(file, self.config, self.tokenizer, rows=rows, key=key)
+        return self._kept(LeadData.read(file, self.config, self.tokenizer, rows=rows, key=key))
+
+    def _kept(self, data: LeadData) -> LeadData:
+        """The same, with what the frozen layers make of it kept where there is room."""
         num_tokens = int(data.examples.lengths.sum())
         keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
         return replace(data, kept={} if keeps else None)
@@ -151,11 +162,13 @@ class LeadData:
         records: as they were read.
         examples: the same, tokenised.
         kept: what one model's frozen layers made of them, after they were scored; None keeps nothing.
+        left_out: how many of the file could not be used and are not among them.
     """
 
     records: list[Record]
     examples: TextDataset
     kept: KeptStates | None = field(default=None, repr=False, compare=False)
+    left_out: int = 0
 
     @classmethod
     def read(
@@ -163,8 +176,30 @@ class LeadData:
     ) -> LeadData:
         """Read and tokenise a file that the setting `key` named."""
         task = task_named(config.task)
-        records = lead_records(file, columns=task.columns(config.data), rows=rows, key=key)
-        return cls(records, task.tokenise(records, tokenizer, data=config.data))
+        usable = task.usable(config.data) if config.data.leaves_out else None
+        records, left_out = lead_records(file, columns=task.columns(config.data), key=key, usable=usable)
+        return replace(cls.of(records, config, tokenizer, rows=rows), left_out=left_out)
+
+    @classmethod
+    def of(
+        cls, records: Sequence[Record], config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rows: int | None
+    ) -> LeadData:
+        """Tokenise so many of these records, chosen by their hash."""
+        chosen = chosen_rows(records, rows)
+        return cls(chosen, task_named(config.task).tokenise(chosen, tokenizer, data=config.data))
+
+
+def dealing(config: RunConfig) -> Dealing:
+    """How a simulation deals its records out."""
+    task, unit = task_named(config.task), config.privacy.unit
+    return Dealing(
+        spec=config.data,
+        columns=task.columns(config.data, partition=True, unit=unit),
+        sites=config.federation.names,
+        seed=config.seed,
+        unit=unit,
+        usable=task.usable(config.data),
+    )
 
 
 def score_saved(config: RunConfig, adapter_folder: Path, data_file: str) -> dict[str, float]:

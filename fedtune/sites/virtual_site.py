@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import RunConfig, parse
-from fedtune.data.load import simulated_site_records
+from fedtune.data.load import Dealt
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
@@ -45,7 +45,7 @@ from fedtune.privacy.site_policy import (
     Reference,
     Releases,
 )
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import SharedModel, dealing
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError, RefusedError, RunError
 from fedtune.tasks import task_named
@@ -54,6 +54,8 @@ LEAD_KEY = "lead_key.pem"
 DEALT = "dealt_out.json"
 RECEIPTS = "receipts.json"
 POLICY = "site.toml"
+_DEALT_BEFORE = {"privacy.unit": "record", "data.validation_fraction": 0.0, "data.test_fraction": 0.0}
+"""All there was when these were not noted."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class VirtualSites:
             "federation.site_names": list(self.config.federation.names),
             "data.train_file": data.train_file,
             "data.partition": dataclasses.asdict(data.partition),
+            "data.validation_fraction": data.validation_fraction,
+            "data.test_fraction": data.test_fraction,
             # Records are dealt out by a hash of the fields that the task and the partition need, users by their ids.
             "data.columns": task_named(self.config.task).columns(data, partition=True, unit=self.config.privacy.unit),
         }
@@ -241,7 +245,7 @@ def read_dealt_out(path: Path, *, keys: Iterable[str]) -> dict[str, Any]:
         RunError: the file cannot be read, or lacks one of them.
     """
     try:
-        noted = {"privacy.unit": "record"} | json.loads(path.read_bytes())  # all there was when none was noted
+        noted = _DEALT_BEFORE | json.loads(path.read_bytes())
         return {key: noted[key] for key in keys}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         bound = "restore it: without it nobody knows which records each ledger has counted"
@@ -263,16 +267,14 @@ class Participants:
         self.shared = SharedModel(config, inexact_allowed=all(one.allow.inexact_gradients for one in policies))
 
     @cached_property
+    def dealt(self) -> Dealt:
+        """All records, dealt out."""
+        return dealing(self.config).dealt()
+
+    @cached_property
     def work(self) -> dict[str, SiteWork]:
         """What each active site does in a round, with its records."""
-        config, federation, unit = self.config, self.config.federation, self.config.privacy.unit
-        records = simulated_site_records(
-            config.data,
-            columns=task_named(config.task).columns(config.data, partition=True, unit=unit),
-            num_sites=federation.num_sites,
-            seed=config.seed,
-            unit=unit,
-        )
+        config, federation = self.config, self.config.federation
         sizes = config.declared_sizes()
         return {
             name: SiteWork(
@@ -282,7 +284,7 @@ class Participants:
                 declared_size=sizes[name],
                 max_adapter_value=self.sites.files(name).policy.adapter_bound(config.lora.scale),
             )
-            for name, of_site in zip(federation.names, records, strict=True)
+            for name, of_site in zip(federation.names, self.dealt.sites, strict=True)
             if name in federation.active
         }
 

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 Ids: TypeAlias = Sequence[npt.NDArray[np.int32]]
 """Token ids, (t_i,) of each example."""
+_ROLES_OF_ALL = ("label", "site", "user")
+"""Roles by which records can be dealt out or counted, whatever the task."""
+_OF_LANGUAGE_MODELS = {"prompt_template": "{prompt}", "chat_template": "none"}
+"""Settings that only a task that predicts tokens uses, and what they are for others."""
 FirstTarget: TypeAlias = Callable[[int], int]
 """From an example's length to the place of its first target, where targets belong to tokens."""
 
@@ -84,7 +88,8 @@ class Task(ABC):
         """Check that columns and labels fit the task; errors name keys of `data`.
 
         Raises:
-            ConfigError: a role has no column, or labels are missing, or declared where none are used.
+            ConfigError: a role has no column, or a column a role that nothing reads; labels are missing, or declared
+                where none are used; or another setting has no effect.
         """
         for role in self.roles_in(data):
             if role not in data.columns:
@@ -93,6 +98,13 @@ class Task(ABC):
             raise ConfigError("labels", data.labels, "must declare at least two labels")
         if data.labels and not self.has_labels:
             raise ConfigError("labels", data.labels, f"must be empty for task {self.name}")
+        known = {*self.roles_in(data), *_ROLES_OF_ALL}
+        if unknown := [role for role in data.columns if role not in known]:
+            bound = f"is no role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
+            raise ConfigError(f"columns.{unknown[0]}", data.columns[unknown[0]], bound)
+        for key, nothing in _OF_LANGUAGE_MODELS.items():
+            if not self.predicts_tokens and getattr(data, key) != nothing:
+                raise ConfigError(key, getattr(data, key), f"must stay {nothing}: task {self.name} does not use it")
 
     def check_model(self, spec: TaskModelSpec) -> None:  # noqa: B027
         """Check the settings of a model, also of a saved one; errors name keys of the run.

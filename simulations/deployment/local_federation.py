@@ -20,12 +20,11 @@ from typing import Any
 
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.data.load import simulated_site_records
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Machine
+from fedtune.sites.shared_model import dealing
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
-from fedtune.tasks import task_named
 
 SITES = ("north", "south", "west")
 START_S = 120.0
@@ -50,12 +49,7 @@ class LocalFederation:
     def _make_sites(self) -> None:
         lead = tomllib.loads((self.folder / "fed/lead/kit.toml").read_text())["lead"]
         config, sent = self.config, for_sites(self.config)
-        dealt = simulated_site_records(
-            config.data,
-            columns=task_named(config.task).columns(config.data, partition=True),
-            num_sites=len(SITES),
-            seed=config.seed,
-        )
+        dealt = dealing(config).dealt().sites
         for name, records in zip(SITES, dealt, strict=True):
             place = self.folder / name
             place.mkdir()

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.data import Record, iter_records, read_records, record_key, resolve_file
-from fedtune.data import records as rows_module
+from fedtune.data import Record, iter_records, read_records, record_key, resolve_file, text_rows
 from fedtune.data.records import usable_records
 from fedtune.spec import DataError
 
@@ -282,9 +281,8 @@ def test_a_row_that_is_written_as_csv_changes_no_other(
         return [(text, label.strip()) for text, label in rows if text.strip() and label.strip()]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            rows_module, "_BLOCK_BYTES", piece
-        )  # a line is cut anywhere: within a doubled quote, for instance
+        # A line is cut anywhere: within a doubled quote, for instance.
+        patch.setattr(text_rows, "_BLOCK_BYTES", piece)
         assert read(rows) == kept(rows)
         assert read([*rows[:place], more, *rows[place:]]) == kept([*rows[:place], more, *rows[place:]])
 
@@ -299,6 +297,6 @@ def test_whole_csv_files_are_cut_into_the_rows_that_the_csv_module_finds(
     except csv.Error:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "_BLOCK_BYTES", piece)
-        texts = [raw.decode() for _, raw in rows_module.cut_rows(path, rows_module.csv_state) if raw is not None]
+        patch.setattr(text_rows, "_BLOCK_BYTES", piece)
+        texts = [raw.decode() for _, raw in text_rows.cut_rows(path, comma=b",") if raw is not None]
     assert [next(csv.reader([text], strict=True)) for text in texts] == expected

@@ -198,6 +198,9 @@ class Shown:
     def __init__(self) -> None:
         self.all: list[tuple[object, ...]] = []
 
+    def note(self, text: str) -> None:
+        self.all.append(("note", text))
+
     def prepared(self, *about: object) -> None:
         self.all.append(("prepared", *about))
 
@@ -223,6 +226,7 @@ def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_p
     assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
     assert all(datetime.fromisoformat(answer["time"]) >= now for answer in answers.values())
     assert set(json.loads((tmp_path / "answers.json").read_text())) == {"north", "south"}
+    noted.note("about the data")
     noted.site_replied(2)
     state: Any = "a state"
     noted.round_finished(state)
@@ -231,6 +235,7 @@ def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_p
         ("north", "awaiting_approval", 10, 0),
         ("south", "update", 20, 1),
         ("north", "update", 30, 1),
+        ("note", "about the data"),
         ("site_replied", 2),
         ("round_finished", "a state"),
         ("prepared", "a state", "a state", "a state"),

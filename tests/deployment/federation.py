@@ -16,13 +16,12 @@ from typing import Any, ClassVar
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data import Record
-from fedtune.data.load import simulated_site_records
 from fedtune.deploy.kits import provisioning
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Machine, Policy
+from fedtune.sites.shared_model import dealing
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
-from fedtune.tasks import task_named
 
 from .networks import SERVER, Network, best_network
 from .processes import FEDTUNE, Process
@@ -59,12 +58,7 @@ def simulated(*overrides: str, names: Sequence[str] = NAMES) -> list[str]:
 def dealt(names: tuple[str, ...]) -> dict[str, list[Record]]:
     """Each site's records, as a simulation deals them out."""
     config = compose_run(simulated(*settings("name=dealt"), names=names))
-    of_sites = simulated_site_records(
-        config.data,
-        columns=task_named(config.task).columns(config.data, partition=True),
-        num_sites=len(names),
-        seed=config.seed,
-    )
+    of_sites = dealing(config).dealt().sites
     return {name: records.training for name, records in zip(names, of_sites, strict=True)}
 
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from torch.nn import functional
 
 from fedtune.cli.compose import saved_config
-from fedtune.data.load import lead_records
+from fedtune.data.load import chosen_rows, lead_records
 from fedtune.model import load_tokenizer
 from fedtune.model.base_model import tiny_base
 from fedtune.privacy.ledger.verify import verify
@@ -181,9 +181,8 @@ def test_the_report_repeats_the_figures_and_says_within(result: Any, folder: Pat
 def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(folder: Path) -> None:
     config = saved_config(folder)
     task = task_named(config.task)
-    records = lead_records(
-        config.data.test_file or "", columns=task.columns(config.data), rows=12, key="data.test_file"
-    )
+    all_of_them, _ = lead_records(config.data.test_file or "", columns=task.columns(config.data), key="data.test_file")
+    records = chosen_rows(all_of_them, 12)
     examples = task.tokenise(records, load_tokenizer(config.model), data=config.data)
     ours = load_task_model(folder / "adapter", model=config.model, device="cpu")
     plain = PeftModel.from_pretrained(tiny_base("random:bert"), folder / "adapter").eval()

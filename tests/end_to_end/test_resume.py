@@ -40,6 +40,9 @@ class Follower:
     def prepared(self, shared: object, proposal: object, state: LeadState) -> None:
         self.rounds.append(state.round)
 
+    def note(self, text: str) -> None:
+        pass
+
     def site_replied(self, number: int) -> None:
         pass
 

@@ -36,6 +36,7 @@ DECISIVE: dict[str, Any] = {
     "data.max_length": 13,
     "data.labels": ("invoice", "praise"),
     "data.prompt_template": "Say: {prompt}",
+    "data.chat_template": "plain",
     "data.heldout_fraction": 0.1,
     "lora.rank": 3,
     "lora.alpha": 5.0,
@@ -92,11 +93,14 @@ NEUTRAL: dict[str, Any] = {
     "data.train_file": "/home/ada/canary/train.csv",
     "data.validation_file": "/home/ada/canary/validation.csv",
     "data.test_file": "canary/test.csv",
-    "data.columns": {"text": "canary a", "label": "canary b", "unused": "canary c"},
+    "data.columns": {"text": "canary a", "label": "canary b", "site": "canary c"},
     "data.partition": PartitionSpec(proportions=(1.0, 2.0)),
     "data.train_fraction": 0.5,
     "data.validation_rows": 5,
     "data.test_rows": 5,
+    "data.validation_fraction": 0.2,
+    "data.test_fraction": 0.2,
+    "data.unusable": "leave_out",
     "federation.round_timeout_s": 9.0,
     "federation.enough_sites": 2,
     "federation.grace_s": 5.0,
@@ -114,15 +118,19 @@ NEUTRAL: dict[str, Any] = {
     "tracking.log_level": "debug",
 }
 FIXED = {"name": "is part of the identifier itself"}
-WITH = {
-    "task": {"data": {"labels": (), "columns": {"prompt": "a", "completion": "b"}}},
+LANGUAGE: dict[str, Any] = {"labels": (), "columns": {"prompt": "a", "completion": "b"}}
+WITH: dict[str, Any] = {
+    "task": {"data": LANGUAGE},
     "privacy.unit": {"data": {"columns": {"text": "text", "label": "label", "user": "who"}}},
     "privacy.records_per_user": {
         "privacy": {"unit": "user"},
         "data": {"columns": {"text": "text", "label": "label", "user": "who"}},
     },
     "privacy.metrics": {"data": {"heldout_fraction": 0.1}},
-    "data.prompt_template": {"data": {"columns": {"text": "text", "label": "label", "prompt": "p"}}},
+    "data.prompt_template": {"task": "causal_lm", "data": LANGUAGE},
+    "data.chat_template": {"task": "causal_lm", "data": LANGUAGE},
+    "data.validation_fraction": {"runtime": {"kind": "simulation"}, "data": {"validation_file": None}},
+    "data.test_fraction": {"runtime": {"kind": "simulation"}, "data": {"test_file": None}},
 }
 """What a change needs beside it."""
 
@@ -131,7 +139,7 @@ def with_change(letters: Letters, key: str, value: object) -> RunConfig:
     group, _, name = key.rpartition(".")
     changes: dict[str, Any] = {name: value} if not group else {group: {name: value}}
     for other, more in WITH.get(key, {}).items():
-        changes[other] = {**changes.get(other, {}), **more}
+        changes[other] = {**changes.get(other, {}), **more} if isinstance(more, dict) else more
     return letters(**changes)
 
 

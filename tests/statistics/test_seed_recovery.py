@@ -28,14 +28,13 @@ import torch
 
 from fedtune.cli.compose import compose_run, saved_config
 from fedtune.data import Shapes
-from fedtune.data.load import simulated_site_records
 from fedtune.federation.protocol import RoundRequest
 from fedtune.model import Adapter
 from fedtune.privacy.mechanism import GRID_BITS, cell
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import SharedModel, dealing
 from fedtune.sites.work import SiteWork
-from fedtune.tasks import load_task_model, task_named
+from fedtune.tasks import load_task_model
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.spec import TrainingSpec
@@ -238,12 +237,7 @@ def work(tiny: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactor
     overrides = ("federation.num_rounds=1", "training.local_steps=1")
     config = compose_run(tiny(*overrides, into=tmp_path_factory.mktemp("runs")))
     shared = SharedModel(config)
-    records = simulated_site_records(
-        config.data,
-        columns=task_named(config.task).columns(config.data, partition=True),
-        num_sites=config.federation.num_sites,
-        seed=config.seed,
-    )
+    records = dealing(config).dealt().sites
     name = config.federation.names[0]
     size = config.declared_sizes()[name]
     return SiteWork(name, shared, records[0], declared_size=size, max_adapter_value=math.inf)

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from fedtune.config import RunConfig
+from fedtune.data.formats import what_is
 from fedtune.data.records import SEVERAL_USERS, iter_records
 from fedtune.deploy.doctor.check import REFUSED, Check, PrivateLog, failed, from_error, ok, skipped, warning
 from fedtune.deploy.kits.certificates import SOON_DAYS, check_private
@@ -165,9 +166,10 @@ def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) ->
     if not dataset.path:
         return failed(name, "has no file", fix=f"Set `path` in {block}.")
     path = folder / dataset.path
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "its file is not there, or this account may not look"
-        return failed(name, found, fix=f"Set `path` in {block} to one .jsonl or .csv file, plain or with .gz behind.")
+    if other := what_is(path):
+        found = f"is {other}" if path.exists() else "its file is not there, or this account may not look"
+        fix = f"Set `path` in {block} to one file of records, or to a folder of a saved Hugging Face set."
+        return failed(name, found, fix=fix)
     lacking = _roles_lacking(dataset.columns, tasks)
     if lacking is None:
         asked = " or ".join(f"{', '.join(TASKS[task].roles)} ({task})" for task in tasks if task in TASKS)

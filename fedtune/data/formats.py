@@ -1,0 +1,255 @@
+"""Rows of data files of every format, each parsed by itself: a row that cannot be used is one fault among whole rows.
+
+Error messages name file, line and column but never quote what a row holds: they end up in logs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedtune.data.text_rows import (
+    MOST_BYTES,
+    RawRows,
+    Row,
+    array_rows,
+    at_line,
+    check_header,
+    line_rows,
+    table_rows,
+)
+from fedtune.spec import DataError
+
+SUFFIXES = "must end in .jsonl, .json, .csv or .tsv, plain or with .gz behind, or in .parquet"
+_SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+_BATCH_ROWS = 256
+"""Of Parquet, in memory at once."""
+
+
+def raw_rows(path: Path, columns: Mapping[str, str] | None = None) -> RawRows:
+    """(place, columns and values) of each row of a file, or in their place what is wrong with that row alone.
+
+    Text is UTF-8, with or without a byte order mark.  JSON lines hold one object each, `.json` one array of objects;
+    CSV and TSV have a header and double quotes (RFC 4180, so a quoted cell may span lines).  Blank lines are no rows.
+    A label that a Hugging Face set stores as a number is given by its name.
+
+    Args:
+        path: `.jsonl`, `.json`, `.csv` or `.tsv`, each also with `.gz` behind; `.parquet`; or a folder that
+            `save_to_disk` of Hugging Face `datasets` wrote.
+        columns: role to column: what the header of a table must have, and all that is read of one.  None: everything.
+
+    Yields:
+        The line on which a row starts, or in Parquet and saved sets its number, counted from 1; and the row.
+
+    Raises:
+        DataError: for what is a fault of the file and of no row: it cannot be opened, is no whole gzip, Parquet or
+            Arrow file, holds no JSON array where it should, or its header cannot be read or lacks a column.
+    """
+    require_file(path)
+    match format_of(path):
+        case ".jsonl":
+            return line_rows(path)
+        case ".json":
+            return array_rows(path)
+        case ".csv":
+            return table_rows(path, columns, comma=",")
+        case ".tsv":
+            return table_rows(path, columns, comma="\t")
+        case ".parquet":
+            return _arrow_rows(path, _parquet_batches(path, columns))
+        case "folder":
+            return _arrow_rows(path, _saved_batches(path, columns))
+        case suffix:
+            raise DataError(str(path), suffix, f"{SUFFIXES}, or be {_SAVED}")
+
+
+def format_of(path: Path) -> str:
+    """The suffix that says the format, without `.gz`; or "folder"."""
+    if path.is_dir():
+        return "folder"
+    return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
+
+
+# What there is under a name.
+
+
+def what_is(path: Path) -> str | None:
+    """What lies there in place of a data file, in words; None for a file, or a folder of a saved set."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "a link to nothing" if path.is_symlink() else "no such file"
+    except OSError as error:
+        return "a link that leads to itself" if error.errno == errno.ELOOP else str(error.strerror)
+    except ValueError:  # a name with a null byte
+        return "no name of a file"
+    if stat.S_ISREG(mode):
+        return None
+    if stat.S_ISDIR(mode):
+        return None if (path / _STATE).is_file() else "a folder"
+    return {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(mode), "a device")
+
+
+def require_file(path: Path, *, key: str | None = None, value: str | None = None) -> None:
+    """Refuse what is no data file, before it is opened: a pipe would wait for ever.
+
+    Args:
+        path: where it should lie.
+        key: the setting that named it; None: the file itself.
+        value: what the setting says.
+
+    Raises:
+        DataError: says what is there, and for a folder of several saved sets which paths to give.
+    """
+    if (found := what_is(path)) is None:
+        return
+    bound = f"must be a file, or {_SAVED}"
+    if found == "a folder" and (splits := _splits(path)):
+        bound = f"holds several sets, of which one is needed: {', '.join(str(path / name) for name in splits)}"
+    raise DataError(key or str(path), value or found, f"is {found}; {bound}" if value else bound)
+
+
+def _splits(folder: Path) -> list[str]:
+    try:
+        names = json.loads((folder / _SPLITS).read_bytes())["splits"]
+        return [str(name) for name in names][:10]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files in which a data set lies: the file itself, or those of the folder of a saved set.
+
+    Raises:
+        DataError: a saved set's list of its files cannot be read, or names one outside its folder.
+    """
+    if not path.is_dir():
+        return [path]
+    try:
+        state = json.loads((path / _STATE).read_bytes())
+        names = [one["filename"] for one in state["_data_files"]]
+        if any(Path(name).name != name for name in names):
+            raise ValueError("outside")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        bound = f"must name the files of the set, as {_STATE} in {_SAVED} does"
+        raise DataError(str(path / _STATE), "damaged", bound) from None
+    return [path / name for name in names]
+
+
+# Parquet and Arrow.
+
+
+def _parquet_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
+    _require_arrow(path)
+    from pyarrow import parquet
+
+    with _whole(path, "Parquet"):
+        # Page by page: a group of rows may be larger than the memory.
+        file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        check_header(file.schema_arrow.names, columns or {}, at=str(path))
+        wanted = None if columns is None else sorted(set(columns.values()))
+        yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False)
+
+
+def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
+    _require_arrow(path)
+    import pyarrow
+
+    for file in files_of(path):
+        with _whole(file, "Arrow"), pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
+            check_header(stream.schema.names, columns or {}, at=str(file))
+            for batch in stream:
+                # A reader of Arrow believes its offsets, and reads beyond its memory where they are damaged.  Text is
+                # looked at as bytes: that one is no UTF-8 is a fault of its row.
+                batch.cast(_as_bytes(batch.schema)).validate(full=True)
+                yield batch if columns is None else batch.select(sorted(set(columns.values())))
+
+
+def _require_arrow(path: Path) -> None:
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        bound = "needs a library that reads Parquet and Arrow: pip install 'fedtune[data]'"
+        raise DataError(str(path), "cannot be read", bound) from None
+
+
+@contextlib.contextmanager
+def _whole(path: Path, kind: str) -> Iterator[None]:
+    """What Arrow says of a file that is damaged, in our words: its own may quote the file."""
+    import pyarrow
+
+    try:
+        yield
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError):
+        raise DataError(str(path), "damaged", f"must be a whole {kind} file") from None
+
+
+def _as_bytes(schema: Any) -> Any:
+    """The schema with bytes for text, also within lists and structs."""
+    import pyarrow
+
+    return pyarrow.schema([(field.name, _type_as_bytes(field.type)) for field in schema])
+
+
+def _type_as_bytes(kind: Any) -> Any:
+    import pyarrow
+    from pyarrow import types
+
+    texts = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    texts[pyarrow.string_view()] = pyarrow.binary_view()
+    if types.is_list(kind):
+        return pyarrow.list_(_type_as_bytes(kind.value_type))
+    if types.is_large_list(kind):
+        return pyarrow.large_list(_type_as_bytes(kind.value_type))
+    if types.is_struct(kind):
+        return pyarrow.struct([(field.name, _type_as_bytes(field.type)) for field in kind])
+    return texts.get(kind, kind)
+
+
+def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
+    number, names = 0, None
+    for batch in batches:
+        names = _label_names(batch.schema) if names is None else names
+        for place in range(batch.num_rows):
+            number += 1
+            row: Row | DataError
+            try:
+                row = _arrow_row(batch, place, names, at=at_line(path, number))
+            except DataError as error:
+                row = error
+            yield number, row
+
+
+def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at: str) -> Row:
+    one = batch.slice(place, 1)
+    if one.nbytes > MOST_BYTES:
+        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
+    try:
+        row = {name: column[0].as_py() for name, column in zip(one.schema.names, one.columns, strict=True)}
+    except UnicodeDecodeError:
+        raise DataError(at, "bytes of another encoding", "must be UTF-8 text") from None
+    except Exception as error:  # a time beyond Python's, for instance: whatever the library cannot give
+        raise DataError(at, type(error).__name__, "must have values that Python can hold") from None
+    for column, of_label in names.items():
+        value = row.get(column)
+        if type(value) is int and 0 <= value < len(of_label):
+            row[column] = of_label[value]
+    return row
+
+
+def _label_names(schema: Any) -> dict[str, Sequence[str]]:
+    """The names of labels that Hugging Face `datasets` stores as numbers, by column, as it notes them in the schema."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        labels = {name: one for name, one in features.items() if isinstance(one, dict)}
+        return {name: list(map(str, one["names"])) for name, one in labels.items() if one.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}

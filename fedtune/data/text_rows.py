@@ -1,0 +1,345 @@
+"""Rows of text files: JSON lines, JSON arrays, CSV and TSV, cut out of the bytes before any is read.
+
+Where a row ends does not go by whether it can be read, so that a row that cannot be used is one fault among whole rows.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from io import BufferedReader
+from itertools import islice
+from pathlib import Path
+from typing import TypeAlias, cast
+
+from fedtune.spec import DataError
+
+Row: TypeAlias = Mapping[str, object]
+"""Column to value, as a file has it."""
+RawRows: TypeAlias = Iterator[tuple[int, Row | DataError]]
+Cut: TypeAlias = Iterator[tuple[int, bytes | None]]
+"""(first line, bytes) of each row; None for the bytes of one that is too long, of which no more is kept."""
+MOST_BYTES = 1 << 24
+"""Of a row: far above any that a model reads."""
+_BLOCK_BYTES = 1 << 20
+"""Read at once: a few kilobytes of gzip can hold a line that fills the memory."""
+
+
+def at_line(file: Path | str, line: int) -> str:
+    """A place in a file, as messages name it."""
+    return f"{file}:{line}"
+
+
+def absent(present: Iterable[str], column: str, *, role: str, at: str) -> DataError:
+    """The error about a column that is not among those `present`."""
+    names = ", ".join(repr(name) for name in islice(present, 10)) or "none"
+    return DataError(f"{at}, column {column!r}", "absent", f"must be there; set data.columns.{role} to one of {names}")
+
+
+def _parsed(rows: Cut, parse: Callable[[int, bytes | None], Row | None]) -> RawRows:
+    for line, raw in rows:
+        row: Row | DataError | None
+        try:
+            row = parse(line, raw)
+        except DataError as error:
+            row = error
+        if row is not None:
+            yield line, row
+
+
+def _text(raw: bytes | None, *, at: str) -> str:
+    if raw is None:
+        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{raw[error.start]:02x} at place {error.start + 1} of the record"
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            found = "UTF-16"
+        raise DataError(at, found, "must be UTF-8 text, not UTF-16, Latin-1 or Windows-1252") from None
+
+
+def line_rows(path: Path) -> RawRows:
+    """The rows of a file of JSON lines; blank lines are none."""
+    return _parsed(cut_rows(path), partial(_json_row, path))
+
+
+def _json_row(path: Path, line: int, raw: bytes | None) -> Row | None:
+    text = _text(raw, at=at_line(path, line))
+    return _json_object(text, path, line, bound="must be one whole JSON object on a line") if text.strip() else None
+
+
+def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        found = f"{error.msg} at place {error.pos + 1} of the record"
+        raise DataError(at_line(path, line + error.lineno - 1), found, bound) from None
+    except (ValueError, RecursionError):  # an integer of thousands of digits, nesting without end
+        raise DataError(at_line(path, line), "too large a value", bound) from None
+    if not isinstance(row, dict):
+        raise DataError(at_line(path, line), json_type(row), bound)
+    return row
+
+
+def json_type(value: object) -> str:
+    """What JSON calls the kind of a value."""
+    names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
+    return names.get(type(value), "object")
+
+
+# Tables of text.
+
+
+def table_rows(path: Path, columns: Mapping[str, str] | None, *, comma: str) -> RawRows:
+    """The rows of a table with a header, which must have the `columns` (role to column) and `comma` between cells."""
+    rows = cut_rows(path, comma=comma.encode())
+    header = _header(path, rows, columns or {}, comma=comma)
+    yield from _parsed(rows, partial(_table_row, path, header=header, comma=comma))
+
+
+def _table_row(path: Path, line: int, raw: bytes | None, *, header: Sequence[str], comma: str) -> Row | None:
+    at = at_line(path, line)
+    cells = _cells(_text(raw, at=at), comma=comma, at=at)
+    if not cells:
+        return None
+    if len(cells) != len(header):
+        raise DataError(at, f"{len(cells)} cells", f"must have {len(header)} cells, as the header")
+    return dict(zip(header, cells, strict=True))
+
+
+def _header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: str) -> Sequence[str]:
+    """The names in the first row that is not blank; a fault of it is one of the whole file."""
+    for line, raw in rows:
+        at = at_line(path, line)
+        if cells := _cells(_text(raw, at=at), comma=comma, at=at):
+            header = [name.strip() for name in cells]
+            _require_separated(header, comma=comma, at=at)
+            check_header(header, columns, at=at)
+            return header
+    return ()
+
+
+def _require_separated(header: Sequence[str], *, comma: str, at: str) -> None:
+    """Refuse a header of one cell that another mark parts."""
+    named = {",": "commas", ";": "semicolons", "\t": "tabs"}
+    for mark in (mark for mark in named if mark != comma and len(header) == 1 and mark in header[0]):
+        bound = f"must have {named[comma]} between the columns; save it so, or with tabs and the ending .tsv"
+        raise DataError(at, f"a header that looks separated by {named[mark]}", bound)
+
+
+def check_header(header: Sequence[str], columns: Mapping[str, str], *, at: str) -> None:
+    """Require each of the `columns` (role to column) in a header, once."""
+    for role, column in columns.items():
+        if column not in header:
+            raise absent(header, column, role=role, at=at)
+        if header.count(column) > 1:
+            raise DataError(f"{at}, column {column!r}", f"{header.count(column)} times", "must appear once")
+
+
+def _cells(text: str, *, comma: str, at: str) -> list[str]:
+    """The cells of one row; none for a blank line, and for a row of empty cells."""
+    # The csv module's own bound on a cell is 131,072 characters, and belongs to the whole process: anybody may have set
+    # it.  A record is bounded already, so it is raised out of the way, and never lowered for others.
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES))
+    try:
+        cells = next(csv.reader([text], delimiter=comma, strict=True))
+    except csv.Error as error:
+        raise _broken_cells(str(error), at=at) from None
+    return cells if any(cell.strip() for cell in cells) else []
+
+
+def _broken_cells(said: str, *, at: str) -> DataError:
+    if "new-line" in said:
+        bound = "must end its lines with a line feed, as all systems but old Macs do"
+        return DataError(at, "a carriage return alone, outside double quotes", bound)
+    found = "text behind a closing quote" if "expected after" in said else "a quote that is not closed"
+    return DataError(at, found, "must have double quotes around a whole cell, and each quote within it doubled")
+
+
+# Cutting.
+
+
+class _Growing:
+    """A row on its way: the line on which it began, and its bytes as far as they are kept."""
+
+    def __init__(self) -> None:
+        self.first = self.line = 1
+        self.size = 0
+        self.kept = bytearray()
+
+    def add(self, piece: bytes) -> None:
+        self.size += len(piece)
+        self.line += piece.count(b"\n")
+        if self.size <= MOST_BYTES:
+            self.kept += piece
+        else:
+            self.kept.clear()
+
+    def taken(self) -> tuple[int, bytes | None]:
+        """The row; the next one begins."""
+        row = self.first, bytes(self.kept) if self.size <= MOST_BYTES else None
+        self.first, self.size = self.line, 0
+        self.kept.clear()
+        return row
+
+
+_LINES = re.compile(rb"[^\n]*\n|[^\n]+")
+"""The lines of a block, or what it has of them."""
+
+
+def cut_rows(path: Path, *, comma: bytes | None = None) -> Cut:
+    """The rows of a text file, blank ones too.
+
+    Args:
+        path: the file.
+        comma: what separates the cells of a table, whose quoted cells may span lines; None: each line is a row.
+
+    Raises:
+        DataError: the file cannot be opened, or is no whole gzip file.
+    """
+    row, begins = _Growing(), comma or b""
+    quoted, state = begins + b'"', begins
+    for block in _blocks(path):
+        # A block without a quote, within a quoted cell, is one piece: a cell may have millions of lines.
+        for piece in [block] if comma and state == quoted and b'"' not in block else _LINES.findall(block):
+            state = table_state(piece, state, comma=comma) if comma else begins
+            row.add(piece)
+            if piece.endswith(b"\n") and not (comma and state == quoted):
+                yield row.taken()
+                state = begins
+    if row.size:
+        yield row.taken()
+
+
+def table_state(piece: bytes, before: bytes, *, comma: bytes) -> bytes:
+    """Where in a row `piece` ends: each state is the shortest text that leads there from a row's beginning.
+
+    At a cell's beginning (a comma), in a cell without quotes (x), in a quoted one (comma, quote), or behind a quote in
+    that (comma, two quotes).  A quote opens a cell only at its beginning, and a doubled one does not close it, as the
+    csv module reads them.
+    """
+    text, place, quoted = before + piece, 0, comma + b'"'
+    while (place := text.find(quoted, place) + 2) > 1:
+        closed = False
+        while not closed:
+            place = text.find(b'"', place) + 1
+            if not place:
+                return quoted
+            if place == len(text):
+                return quoted + b'"'
+            closed = text[place : place + 1] != b'"'
+            place += not closed
+    return comma if text.endswith(comma) else b"x"
+
+
+_OUTSIDE = {True: re.compile(rb'["\[\]{},]'), False: re.compile(rb'["\[\]{}]')}
+"""What decides outside strings where an array's element ends: directly in the array, and further in."""
+_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+"""The rest of a string, up to its quote, or to the end of the block or a backslash there."""
+
+
+def cut_elements(path: Path) -> Iterator[tuple[int, bytes | None, bytes]]:
+    """(first line, bytes, what ended it) of each element of a JSON array: `,` or `]`, and nothing for what is left.
+
+    Strings are told from marks, and opening brackets from closing ones, without a look at what else is there.  Only a
+    string or bracket that is never closed takes other elements along, which no writer of JSON makes of a record's text.
+
+    Raises:
+        DataError: the file cannot be opened, is no whole gzip file, or holds no array.
+    """
+    row, depth, in_string, escaped = _Growing(), 1, False, False
+    for block in _in_array(path, row):
+        begin = place = 0
+        while place < len(block) and depth:
+            if escaped:
+                escaped, place = False, place + 1
+            elif in_string:
+                place = cast(re.Match[bytes], _STRING.match(block, place)).end() + 1
+                in_string, escaped = block[place - 1 : place] != b'"', block[place - 1 : place] == b"\\"
+            elif (found := _OUTSIDE[depth == 1].search(block, place)) is None:
+                break
+            else:
+                mark, place = found[0], found.end()
+                in_string = mark == b'"'
+                if depth == 1 and mark in b",]":
+                    row.add(block[begin : place - 1])
+                    yield *row.taken(), mark
+                    begin, depth = place, int(mark == b",")
+                elif not in_string:
+                    depth = depth + 1 if mark in b"[{" else max(1, depth - 1)
+        row.add(block[begin:])
+    yield *row.taken(), b""
+
+
+def _in_array(path: Path, row: _Growing) -> Iterator[bytes]:
+    """The blocks of a file behind the bracket that opens its array; none of an empty file."""
+    opened = False
+    for block in _blocks(path):
+        text = block if opened else block.lstrip()
+        if not opened:
+            row.first = row.line = row.line + block[: len(block) - len(text)].count(b"\n")
+            if text and not text.startswith(b"["):
+                found = "an object" if text.startswith(b"{") else "no bracket"
+                bound = "must begin with [, as an array of objects; a file with one object on each line ends in .jsonl"
+                raise DataError(at_line(path, row.line), found, bound)
+        yield text if opened else text[1:]
+        opened = opened or bool(text)
+
+
+def array_rows(path: Path) -> RawRows:
+    """The elements of a JSON array."""
+    before = b""
+    for line, raw, mark in cut_elements(path):
+        text = (raw or b"").lstrip()
+        line += (raw or b"")[: len(raw or b"") - len(text)].count(b"\n")
+        try:
+            if row := _element(path, line, text if raw is not None else None, between=(before, mark)):
+                yield line, row
+        except DataError as error:
+            yield line, error
+        before = before if before == b"]" else mark
+
+
+def _element(path: Path, line: int, raw: bytes | None, *, between: tuple[bytes, bytes]) -> Row | None:
+    """An element of an array; None for the nothing that is in an empty array, and behind any."""
+    (before, behind), at, bound = between, at_line(path, line), "must be one array of objects"
+    if before == b"]":
+        if raw == b"":
+            return None
+        raise DataError(at, "more behind the array's end", bound)
+    if not behind:
+        if before == b"" and raw == b"":
+            return None
+        raise DataError(at, "the end of the file", f"{bound}, with ] at its end")
+    if raw == b"":
+        if before == b"" and behind == b"]":
+            return None
+        raise DataError(at, "a comma without an object", f"{bound}, with a comma between two")
+    return _json_object(_text(raw, at=at), path, line, bound="must be one whole JSON object")
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, some at a time; without a byte order mark."""
+    line = 1
+    try:
+        with _open(path) as stream:
+            block = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8) or stream.read1(_BLOCK_BYTES)
+            while block:
+                yield block
+                line += block.count(b"\n")
+                block = stream.read1(_BLOCK_BYTES)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(at_line(path, line), str(error), "must be a whole gzip file") from None
+    except OSError as error:
+        raise DataError(str(path), error.strerror, "must be a file that can be read") from None
+
+
+def _open(path: Path) -> BufferedReader:
+    return cast(BufferedReader, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
