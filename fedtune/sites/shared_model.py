@@ -76,6 +76,7 @@ class SharedModel:
             config.task_model(),
             config.runtime,
             config.data.max_length,
+            config.data.chat_template,
             config.privacy.private,
             config.privacy.max_grad_norm,
             self._keeps_states(config, declared_size),
@@ -219,17 +220,19 @@ def _ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTraine
     model = ready_model(build, config.runtime, max_length=config.data.max_length)
     tokenizer = load_tokenizer(model.spec.model)
     check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=config.model.path)
-    model.task.check_tokenizer(tokenizer)
+    model.task.check_tokenizer(tokenizer, data=config.data)
     return tokenizer, model
 
 
 def _score(
     model: TaskModel, tokenizer: PreTrainedTokenizerBase, data: LeadData, config: RunConfig, *, generate: bool
 ) -> dict[str, float]:
-    spec, role = config.evaluation, model.task.writes
+    spec = config.evaluation
     scores = evaluate(model, data.examples, pad_id=tokenizer.pad_token_id, max_tokens=spec.max_tokens, kept=data.kept)
-    if not (generate and spec.generate and role is not None):
+    asked = model.task.written(data.records, tokenizer, data=config.data) if generate and spec.generate else None
+    if asked is None:
         return scores
-    prompts = PromptSet.of(data.examples, data.records, role=role, rows=spec.generation_rows)
+    prompts = PromptSet.of(*asked, rows=spec.generation_rows)
+    ends = model.task.end_ids(tokenizer, data=config.data)
     sizes = {"max_new_tokens": spec.max_new_tokens, "max_tokens": spec.max_tokens}
-    return scores | evaluate_generation(model, prompts, tokenizer=tokenizer, **sizes)
+    return scores | evaluate_generation(model, prompts, tokenizer=tokenizer, end_ids=ends, **sizes)
