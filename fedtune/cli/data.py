@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,12 +13,12 @@ from rich.console import Console
 from fedtune.cli.command import Argument, AsJson, Option, Overrides, command, group
 from fedtune.cli.compose import compose_run, config_folder
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
-from fedtune.data.records import Row
+from fedtune.data.formats import Row
 from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.preparation import starter
 from fedtune.preparation.detect import KINDS, Found, look_at
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -88,13 +87,15 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
     base = starter.base_of(found.kind)
     known = model is None or (config_folder() / "model" / f"{model}.yaml").is_file()
     spec = _model_of(base, model) if known else locate(str(model))
-    tokenizer = _tokenizer(spec)
+    measured = starter.measured(found, _tokenizer(spec))
+    if not measured.usable:
+        raise DataError(str(found.path), "no records", f"must have rows with a value in {', '.join(found.roles.values())}")
     plan = starter.Plan(
         base=base,
         model=model if known else None,
         model_path=None if known else model,
-        num_sites=sites or starter.sites_for(found.rows),
-        lengths=starter.measured(found, tokenizer),
+        num_sites=sites or starter.sites_for(measured.usable),
+        measured=measured,
     )
     return spec, plan
 
@@ -182,14 +183,14 @@ def _types(types: Mapping[str, int]) -> str:
 
 def _cut(row: Row, column: str) -> str:
     value = row.get(column, "")
-    text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).split())
+    if isinstance(value, list):  # turns of a conversation
+        value = " | ".join(": ".join(map(str, turn.values())) if isinstance(turn, dict) else str(turn) for turn in value)
+    text = " ".join(str(value).split())
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}\u2026"
 
 
 def _lengths(plan: starter.Plan, spec: ModelSpec) -> Section:
-    if not len(plan.lengths):
-        return Section()
-    median, most_of_them, longest = (int(np.quantile(plan.lengths, share)) for share in (0.5, 0.9, 1.0))
+    median, most_of_them, longest = (int(np.quantile(plan.measured.lengths, share)) for share in (0.5, 0.9, 1.0))
     row = (f"{median:,}", f"{most_of_them:,}", f"{longest:,}", f"{plan.max_length:,}")
     headings = ("median", "90 % have at most", "longest", "max_length")
     title = f"Tokens of a record, by the tokenizer of {spec.path}"

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedtune.data.formats import raw_rows
-from fedtune.data.records import Row
+from fedtune.data.formats import Row, raw_rows
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 

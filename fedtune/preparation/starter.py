@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from fedtune.data.formats import raw_rows
-from fedtune.data.records import Row
+from fedtune.data.records import Record, usable_records
 from fedtune.data.tokenise import Tokenizer, encode
 from fedtune.preparation.detect import Found, Kind
 from fedtune.spec import DataError
@@ -41,6 +40,23 @@ _CLASSIFIES: Kind = "classification"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What the chosen model's tokenizer makes of a file.
+
+    Attributes:
+        usable: records.
+        unusable: rows that are none under the roles.
+        lengths: (rows,) tokens of each of the first `MEASURED_ROWS` records, with what a template adds to turns.
+        has_turns: whether the tokenizer has a template for conversations.
+    """
+
+    usable: int
+    unusable: int
+    lengths: npt.NDArray[np.int64]
+    has_turns: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What is to be decided about a file before there is an experiment.
 
@@ -49,25 +65,25 @@ class Plan:
         model: a name from conf/model, or None for the base's own.
         model_path: a model that has no name there: a folder, or an id at the hub.
         num_sites: that a simulation deals the file out to.
-        lengths: tokens of each measured record.
+        measured: what the model makes of the file.
     """
 
     base: str
     model: str | None = None
     model_path: str | None = None
     num_sites: int
-    lengths: npt.NDArray[np.int64]
+    measured: Measured
 
     @property
     def max_length(self) -> int:
         """The most tokens of an example: the longest one's, rounded up, within reason."""
-        longest = int(self.lengths.max(initial=1))
+        longest = int(self.measured.lengths.max(initial=1))
         return min(_MOST_TOKENS, max(_STEP, math.ceil(longest / _STEP) * _STEP))
 
     @property
     def num_cut(self) -> int:
         """Measured records that are longer."""
-        return int((self.lengths > self.max_length).sum())
+        return int((self.measured.lengths > self.max_length).sum())
 
 
 def base_of(kind: Kind) -> str:
@@ -80,37 +96,38 @@ def sites_for(rows: int) -> int:
     return next((count for most, count in _SITES if rows < most), 1 + _SITES[-1][1])
 
 
-def measured(found: Found, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
-    """(rows,) tokens of each of the first `MEASURED_ROWS` records, with what a template adds to turns."""
-    rows = (row for _, row in raw_rows(found.path) if not isinstance(row, DataError))
+def measured(found: Found, tokenizer: Tokenizer) -> Measured:
+    """Read the file once more, as a run would."""
+    left_out: list[DataError] = []
+    records = usable_records(found.path, found.roles, left_out=left_out)
+    turns = _TOKENS_A_TURN if found.kind in ("chat", "instructions") else 1
     counts: list[int] = []
-    for chunk in _chunks(islice(rows, MEASURED_ROWS)):
-        texts = [_texts(row, found) for row in chunk]
-        flat = [text for some in texts for text in some]
-        ids = encode(flat, tokenizer, special_tokens=False)
-        lengths = iter([len(one) for one in ids])
-        turns = _TOKENS_A_TURN if found.kind in ("chat", "instructions") else 1
+    usable = 0
+    for chunk in _chunks(records):
+        usable += len(chunk)
+        if len(counts) >= MEASURED_ROWS:
+            continue
+        texts = [_texts(record) for record in chunk]
+        lengths = map(len, encode([text for some in texts for text in some], tokenizer, special_tokens=False))
         counts += [2 + sum(next(lengths) + turns for _ in some) for some in texts]
-    return np.array(counts, dtype=np.int64)
+    return Measured(
+        usable=usable,
+        unusable=len(left_out),
+        lengths=np.array(counts[:MEASURED_ROWS], dtype=np.int64),
+        has_turns=bool(getattr(tokenizer, "chat_template", None)),
+    )
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    iterator = iter(rows)
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    iterator = iter(records)
     while chunk := list(islice(iterator, _CHUNK_ROWS)):
         yield chunk
 
 
-def _texts(row: Row, found: Found) -> list[str]:
-    """The texts of a row that a model reads."""
-    texts = []
-    for role, column in found.roles.items():
-        value = row.get(column)
-        if role == "messages":
-            turns = json.loads(value) if isinstance(value, str) else value
-            texts += [str(turn.get("content", turn.get("value", ""))) for turn in turns or ()]
-        elif role != "label" and isinstance(value, str):
-            texts.append(value)
-    return texts
+def _texts(record: Record) -> list[str]:
+    """The texts of a record that a model reads."""
+    said = [turn["content"] for turn in json.loads(record.fields.get("messages", "[]"))]
+    return said + [text for role, text in record.fields.items() if role not in ("messages", "label")]
 
 
 def experiment(found: Found, plan: Plan, *, file: Path) -> str:
@@ -124,10 +141,10 @@ def run_name(file: Path) -> str:
     return name[:100] or "own"
 
 
-def declared_size(found: Found, plan: Plan) -> int:
+def declared_size(plan: Plan) -> int:
     """A round number near a site's share of the file."""
-    test, validation = _shares(found.rows)
-    share = found.rows * (1 - test - validation) / plan.num_sites
+    test, validation = _shares(plan.measured.usable)
+    share = plan.measured.usable * (1 - test - validation) / plan.num_sites
     unit = 10 ** max(0, math.floor(math.log10(max(share, 1))) - 1)
     return max(1, int(share // unit * unit))
 
@@ -168,37 +185,41 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
 
 
 def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]]:
-    test, validation = _shares(found.rows)
+    test, validation = _shares(plan.measured.usable)
     yield "train_file", _beside(found.path, file), "the records; relative paths begin at this page's folder"
     yield "columns", dict(found.roles), "role of fedtune: column of the file"
     if found.kind == "instructions":
         template = "{prompt}\n\n{input}" if "input" in found.roles else "{prompt}"
         yield "prompt_template", template, "what is asked; a part whose columns are blank is left out"
-    if found.kind in ("instructions", "chat"):
-        yield "chat_template", "model", "turns as the model's own template writes them; or plain, in words"
-    most = "" if not plan.num_cut else f"; {plan.num_cut:,} of {len(plan.lengths):,} records are longer and are cut"
+    if found.kind in ("instructions", "chat", "pairs"):
+        turns = "model" if plan.measured.has_turns else "plain"
+        yield "chat_template", turns, "turns as the model's own template writes them (model), or in words (plain)"
+    if plan.measured.unusable:
+        yield "unusable", "leave_out", f"{plan.measured.unusable:,} rows cannot be used: fedtune data check lists them"
+    most = "" if not plan.num_cut else f"; {plan.num_cut:,} of {len(plan.measured.lengths):,} records are longer and are cut"
     yield "max_length", plan.max_length, f"the most tokens of a record{most}"
     yield "test_fraction", test, "share of the file for the scores before and after: no site trains on it"
     yield "validation_fraction", validation, "share for the scores after each round"
-    size = declared_size(found, plan)
+    size = declared_size(plan)
     yield "declared_sizes", size, "each site publishes this number of records: it becomes PUBLIC"
     yield "dataset", run_name(file), "the name by which sites and ledgers know these records"
 
 
 def notes(found: Found, plan: Plan) -> list[str]:
     """What the person should know before the first run."""
-    size = declared_size(found, plan)
+    size = declared_size(plan)
     told = [
         f"declared_sizes: {size:,} was set near a site's share. This number becomes public; at a real site, the site "
         "chooses it in its site.toml."
     ]
-    if found.rows < _FEW_RECORDS * plan.num_sites:
-        told.append(f"{found.rows:,} records are few: with noise, expect the run to learn little.")
-    if found.num_faults:
+    if plan.measured.usable < _FEW_RECORDS * plan.num_sites:
+        told.append(f"{plan.measured.usable:,} records are few: with noise, expect the run to learn little.")
+    if plan.measured.unusable:
         told.append(
-            f"{found.num_faults:,} rows cannot be used. fedtune data check lists them, fedtune data clean drops them."
+            f"{plan.measured.unusable:,} rows cannot be used and are left out (unusable: leave_out). "
+            "fedtune data check lists them."
         )
-    if len(plan.lengths) == MEASURED_ROWS:
+    if len(plan.measured.lengths) == MEASURED_ROWS:
         told.append(f"Lengths are of the first {MEASURED_ROWS:,} rows.")
     return told
 
@@ -209,7 +230,10 @@ def _line(key: str, value: Any, why: str) -> str:
 
 def _scalar(value: Any) -> str:
     """A value as YAML on one line."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=False)
+    quotes = '"' if isinstance(value, str) and not value.isprintable() else None
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, default_style=quotes, allow_unicode=True, width=math.inf, sort_keys=False
+    )
     return text.removesuffix("\n").removesuffix("\n...")
 
 
