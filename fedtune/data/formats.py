@@ -23,7 +23,7 @@ from fedtune.data.text_rows import (
     line_rows,
     table_rows,
 )
-from fedtune.spec import DataError
+from fedtune.spec import DataError, check_name
 
 SUFFIXES = "must end in .jsonl, .json, .csv or .tsv, plain or with .gz behind, or in .parquet"
 _SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
@@ -136,8 +136,8 @@ def files_of(path: Path) -> list[Path]:
     try:
         state = json.loads((path / _STATE).read_bytes())
         names = [one["filename"] for one in state["_data_files"]]
-        if any(Path(name).name != name for name in names):
-            raise ValueError("outside")
+        for name in names:
+            check_name("filename", name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         bound = f"must name the files of the set, as {_STATE} in {_SAVED} does"
         raise DataError(str(path / _STATE), "damaged", bound) from None

@@ -27,7 +27,7 @@ def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData
     """About the lead's own records."""
     for key, data in (("validation", validation), ("test", test)):
         if data is not None and data.left_out:
-            yield f"{counted(data.left_out, 'row')} of data.{key}_file cannot be used and are left out"
+            yield _left_out(data.left_out, f"data.{key}_file")
     if test is None:
         yield "there are no test records, so the run ends without a score: give data.test_file or data.test_fraction"
         return
@@ -37,6 +37,10 @@ def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData
         labels = {record.fields["label"] for record in test.records}
         if len(labels) == 1:
             yield f"all test records have the label {labels.pop()!r}: always giving that label scores 1.0"
+
+
+def _left_out(count: int, key: str) -> str:
+    return f"{counted(count, 'row')} of {key} cannot be used and {'is' if count == 1 else 'are'} left out"
 
 
 def _is_training_file(config: RunConfig) -> bool:
@@ -50,7 +54,7 @@ def _is_training_file(config: RunConfig) -> bool:
 def site_notes(config: RunConfig, dealt: Dealt) -> Iterator[str]:
     """About the records of a simulation's sites."""
     if dealt.left_out:
-        yield f"{counted(dealt.left_out, 'row')} of data.train_file cannot be used and are left out"
+        yield _left_out(dealt.left_out, "data.train_file")
     if dealt.shared_users:
         yield (
             f"{counted(dealt.shared_users, 'id')} of users are in the files of several sites, and count as another "

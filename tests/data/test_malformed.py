@@ -311,7 +311,9 @@ def test_what_stands_in_a_files_place_is_named(tmp_path: Path, monkeypatch: pyte
         read_records(path, COLUMNS)
 
 
-@pytest.mark.parametrize("state", ["[", "{}", '{"_data_files": [{"filename": "../data.arrow"}]}'])
+@pytest.mark.parametrize(
+    "state", ["[", "{}", '{"_data_files": [{"filename": "../data.arrow"}]}', '{"_data_files": [{"filename": ".."}]}']
+)
 def test_a_saved_set_whose_list_of_files_is_damaged(tmp_path: Path, state: str) -> None:
     (tmp_path / "state.json").write_text(state)
     with pytest.raises(DataError, match=r"state\.json = 'damaged': must name the files of the set"):
