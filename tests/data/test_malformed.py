@@ -311,11 +311,10 @@ def test_what_stands_in_a_files_place_is_named(tmp_path: Path, monkeypatch: pyte
         read_records(path, COLUMNS)
 
 
-@pytest.mark.parametrize(
-    "state", ["[", "{}", '{"_data_files": [{"filename": "../data.arrow"}]}', '{"_data_files": [{"filename": ".."}]}']
-)
+@pytest.mark.parametrize("state", ["[", "{}", "../data.arrow", "..", "\ud800"])
 def test_a_saved_set_whose_list_of_files_is_damaged(tmp_path: Path, state: str) -> None:
-    (tmp_path / "state.json").write_text(state)
+    broken = state in ("[", "{}")
+    (tmp_path / "state.json").write_text(state if broken else json.dumps({"_data_files": [{"filename": state}]}))
     with pytest.raises(DataError, match=r"state\.json = 'damaged': must name the files of the set"):
         read_records(tmp_path, COLUMNS)
 
