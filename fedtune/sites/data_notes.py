@@ -47,7 +47,8 @@ def _is_training_file(config: RunConfig) -> bool:
     train, test = config.data.train_file, config.data.test_file
     if test is None or SITE in train or config.runtime.kind == "deployment":
         return False
-    one, other = (resolve_file(name, shipped_folders()) for name in (train, test))
+    one = resolve_file(train, shipped_folders(), key="data.train_file")
+    other = resolve_file(test, shipped_folders(), key="data.test_file")
     return one.samefile(other) or (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
 
 
