@@ -15,7 +15,6 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "renew_lead",
         "renew_server",
         "restore",
-        "schema",
         "show_events",
         "write_anchor",
     },

@@ -67,7 +67,7 @@ class Display:
         if self._shown:
             self._console.print(_settings_table(self._config, shared, proposal.plan))
             if state.metrics_before:
-                self._console.print(f"before training: {_scores(state.metrics_before)} (test file)")
+                self._console.print(f"before training: {_scores(state.metrics_before)} (test records)")
             if state.round:
                 self._console.print(f"resuming after round {state.round}")
         federation = self._config.federation
@@ -109,7 +109,7 @@ class Display:
         parts = [
             f"round {last.round:>{len(str(rounds))}}/{rounds}",
             f"{len(last.sites)}/{len(self._config.federation.active)} sites",
-            _scores(last.metrics) or "no validation file",
+            _scores(last.metrics) or "no validation records",
             f"epsilon {epsilon}",
             f"{last.seconds:.1f} s",
         ]

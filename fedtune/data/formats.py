@@ -23,7 +23,7 @@ from fedtune.data.text_rows import (
     line_rows,
     table_rows,
 )
-from fedtune.spec import DataError
+from fedtune.spec import DataError, check_name
 
 SUFFIXES = "must end in .jsonl, .json, .csv or .tsv, plain or with .gz behind, or in .parquet"
 _SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
@@ -61,6 +61,8 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None) -> RawRows:
             return table_rows(path, columns, comma=",")
         case ".tsv":
             return table_rows(path, columns, comma="\t")
+        case ".parquet" if path.suffix.lower() == ".gz":
+            raise DataError(str(path), ".parquet.gz", "must end in .parquet: Parquet is packed in itself")
         case ".parquet":
             return _arrow_rows(path, _parquet_batches(path, columns))
         case "folder":
@@ -134,8 +136,8 @@ def files_of(path: Path) -> list[Path]:
     try:
         state = json.loads((path / _STATE).read_bytes())
         names = [one["filename"] for one in state["_data_files"]]
-        if any(Path(name).name != name for name in names):
-            raise ValueError("outside")
+        for name in names:
+            check_name("filename", name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         bound = f"must name the files of the set, as {_STATE} in {_SAVED} does"
         raise DataError(str(path / _STATE), "damaged", bound) from None
@@ -167,7 +169,9 @@ def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[An
             for batch in stream:
                 # A reader of Arrow believes its offsets, and reads beyond its memory where they are damaged.  Text is
                 # looked at as bytes: that one is no UTF-8 is a fault of its row.
-                batch.cast(_as_bytes(batch.schema)).validate(full=True)
+                batch.validate()
+                for column in batch.columns:
+                    _as_bytes(column).validate(full=True)
                 yield batch if columns is None else batch.select(sorted(set(columns.values())))
 
 
@@ -192,26 +196,26 @@ def _whole(path: Path, kind: str) -> Iterator[None]:
         raise DataError(str(path), "damaged", f"must be a whole {kind} file") from None
 
 
-def _as_bytes(schema: Any) -> Any:
-    """The schema with bytes for text, also within lists and structs."""
-    import pyarrow
-
-    return pyarrow.schema([(field.name, _type_as_bytes(field.type)) for field in schema])
-
-
-def _type_as_bytes(kind: Any) -> Any:
+def _as_bytes(array: Any) -> Any:
+    """The same memory with bytes for text, also within lists and structs; nothing of it is looked at."""
     import pyarrow
     from pyarrow import types
 
+    kind, buffers = array.type, array.buffers()
     texts = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
     texts[pyarrow.string_view()] = pyarrow.binary_view()
-    if types.is_list(kind):
-        return pyarrow.list_(_type_as_bytes(kind.value_type))
-    if types.is_large_list(kind):
-        return pyarrow.large_list(_type_as_bytes(kind.value_type))
+    about = {"null_count": array.null_count, "offset": array.offset}
+    if kind in texts:
+        return pyarrow.Array.from_buffers(texts[kind], len(array), buffers, **about)
+    if types.is_list(kind) or types.is_large_list(kind):
+        values = _as_bytes(array.values)
+        made = (pyarrow.list_ if types.is_list(kind) else pyarrow.large_list)(values.type)
+        return pyarrow.Array.from_buffers(made, len(array), buffers[:2], **about, children=[values])
     if types.is_struct(kind):
-        return pyarrow.struct([(field.name, _type_as_bytes(field.type)) for field in kind])
-    return texts.get(kind, kind)
+        parts = [_as_bytes(array.field(place)) for place in range(kind.num_fields)]
+        made = pyarrow.struct([(field.name, part.type) for field, part in zip(kind, parts, strict=True)])
+        return pyarrow.Array.from_buffers(made, len(array), buffers[:1], **about, children=parts)
+    return array
 
 
 def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:

@@ -92,7 +92,7 @@ class Dealing:
         of_files: list[list[Record]] = []
         num_left_out = 0
         for path in self._files():
-            records, left_out = lead_file(path, self.columns, usable=self.usable if spec.leaves_out else None)
+            records, left_out = lead_file(path, self.columns, usable=self.usable if spec.skips_unusable else None)
             num_left_out += left_out
             of_files.append([])
             for record in records:

@@ -109,7 +109,7 @@ class DataSpec:
         return _template_roles(self.prompt_template)
 
     @property
-    def leaves_out(self) -> bool:
+    def skips_unusable(self) -> bool:
         """Whether what cannot be used is left out of the lead's and of simulated files."""
         return self.unusable == "leave_out"
 

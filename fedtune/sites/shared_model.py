@@ -177,7 +177,7 @@ class LeadData:
     ) -> LeadData:
         """Read and tokenise a file that the setting `key` named."""
         task = task_named(config.task)
-        usable = task.usable(config.data) if config.data.leaves_out else None
+        usable = task.usable(config.data) if config.data.skips_unusable else None
         records, left_out = lead_records(file, columns=task.columns(config.data), key=key, usable=usable)
         return replace(cls.of(records, config, tokenizer, rows=rows), left_out=left_out)
 

@@ -14,6 +14,7 @@ from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer,
 from fedtune.model.spec import HeadSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import FirstTarget, Ids, Model, Task
+from fedtune.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,9 @@ class Classification(Task):
         """The role `text`, with the tokenizer's own special tokens; a label's class is its place in `data.labels`."""
         length = data.max_length
         classes = {label: index for index, label in enumerate(data.labels)}
-        targets = np.array([_class_of(record, classes) for record in records], dtype=np.int64)
+        if unknown := [record for record in records if record.fields["label"] not in classes]:
+            raise _undeclared(unknown, data.labels)
+        targets = np.array([classes[record.fields["label"]] for record in records], dtype=np.int64)
         texts = [cut(record.fields["text"], length) for record in records]
         input_ids: list[npt.NDArray[np.int32]] = []
         encoded = encode(texts, tokenizer, special_tokens=True, max_length=length, within=lenient_within)
@@ -215,9 +218,9 @@ def _label_embeddings(task: Classification, model: Model) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def _class_of(record: Record, classes: Mapping[str, int]) -> int:
-    label = record.fields["label"]
-    if label not in classes:
-        declared = ", ".join(list(classes)[:5]) + (", ..." if len(classes) > 5 else "")
-        raise DataError(record.at("label"), label, f"must be one of the {len(classes)} in data.labels: {declared}")
-    return classes[label]
+def _undeclared(records: Sequence[Record], labels: Sequence[str]) -> DataError:
+    """The error about records whose labels nobody declared."""
+    first, more = records[0], counted(len(records) - 1, "more record")
+    declared = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
+    bound = f"must be one of the {len(labels)} in data.labels: {declared}"
+    return DataError(first.at("label"), first.fields["label"], f"{bound} ({more} like it)" if records[1:] else bound)

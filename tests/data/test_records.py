@@ -47,71 +47,9 @@ def test_csv(tmp_path: Path, name: str) -> None:
     ]
 
 
-MALFORMED = {
-    "truncated json": ("a.jsonl", GOOD + b'{"question": "wh', "a.jsonl:2", "one whole JSON object"),
-    "array": ("a.jsonl", b"[1, 2]\n", "a.jsonl:1", "array"),
-    "pretty-printed": ("a.jsonl", b"{\n", "a.jsonl:1", "one whole JSON object on a line"),
-    "deep": ("a.jsonl", b"[" * 100_000, "a.jsonl:1", "too large a value"),
-    "huge integer": ("a.jsonl", b'{"question": "a", "intent": ' + b"1" * 5000 + b"}", "a.jsonl:1", "too large"),
-    "absent": ("a.jsonl", GOOD + b'{"question": "a"}', "a.jsonl:2, column 'intent'", "data.columns.label"),
-    "null": ("a.jsonl", b'{"question": null, "intent": "b"}', "a.jsonl:1, column 'question'", "null"),
-    "number as text": ("a.jsonl", b'{"question": 3, "intent": "b"}', "a.jsonl:1, column 'question'", "must be text"),
-    "float label": ("a.jsonl", b'{"question": "a", "intent": 1.0}', "a.jsonl:1, column 'intent'", "an integer"),
-    "boolean label": ("a.jsonl", b'{"question": "a", "intent": true}', "a.jsonl:1, column 'intent'", "boolean"),
-    "blank": ("a.jsonl", b'{"question": " ", "intent": "b"}', "a.jsonl:1, column 'question'", "not be blank"),
-    "surrogate": ("a.jsonl", b'{"question": "\\ud800", "intent": "b"}', "a.jsonl:1, column 'question'", "Unicode"),
-    "latin-1": ("a.jsonl", GOOD + b'{"question": "caf\xe9", "intent": "b"}', "a.jsonl:2", "byte 0xe9 at place 18"),
-    "utf-16": ("a.csv", "question,intent\n".encode("utf-16"), "a.csv:1", "must be UTF-8"),
-    "not gzip": ("b.jsonl", GOOD, "b.jsonl.gz:1", "must be a whole gzip file"),
-    "empty": ("a.jsonl", b"\n\n", "a.jsonl", "at least one record"),
-    "empty gzip": ("a.jsonl.gz", b"", "a.jsonl.gz", "at least one record"),
-    "header only": ("a.csv", b"question,intent\n", "a.csv", "at least one record"),
-    "no column": ("a.csv", b"body;intent\n", "a.csv:1, column 'question'", "one of 'body;intent'"),
-    "column twice": ("a.csv", b"question,intent,intent\na,b,c\n", "a.csv:1, column 'intent'", "must appear once"),
-    "few cells": ("a.csv", b"question,intent\na,b\nc\n", "a.csv:3", "must have 2 cells"),
-    "many cells": ("a.csv", b"question,intent\na,b,c\n", "a.csv:2", "3 cells"),
-    "open quote": ("a.csv", b'question,intent\na,b\n"c,d\ne,f\n', "a.csv:3", "is a quote open?"),
-    "old Mac": ("a.csv", b"question,intent\ra,b\r", "a.csv:1", "must be CSV"),
-    "other format": ("a.parquet", b"PAR1", "a.parquet", "must end in .jsonl, .csv"),
-}
-
-
-@pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_file_is_named_with_line_and_column(tmp_path: Path, case: str) -> None:
-    name, content, where, why = MALFORMED[case]
-    path = write(tmp_path, name, content)
-    if case == "not gzip":
-        path = path.rename(tmp_path / "b.jsonl.gz")
-    with pytest.raises(DataError) as error:
-        read_records(path, COLUMNS)
-    message = str(error.value)
-    assert where in message
-    assert why in message
-    assert "\n" not in message
-    assert "caf" not in message
-
-
-@pytest.mark.parametrize("kept", [5, 40, -10])
-def test_truncated_gzip(tmp_path: Path, kept: int) -> None:
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(GOOD * 50)[:kept])
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz:\d+ = .*must be a whole gzip file"):
-        read_records(path, COLUMNS)
-
-
-def test_unreadable(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No such file"):
-        read_records(tmp_path / "a.jsonl", COLUMNS)
-    (tmp_path / "b.jsonl").mkdir()
-    with pytest.raises(DataError, match="Is a directory"):
-        read_records(tmp_path / "b.jsonl", COLUMNS)
-
-
-def test_reading_stops_after_the_rows_asked_for(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.jsonl", GOOD + b"not json")
-    assert len(read_records(path, COLUMNS, rows=1)) == 1
-    stream = iter_records(path, COLUMNS)
-    assert next(stream).at("label") == f"{path}:1, label"
+def test_a_fault_comes_behind_the_whole_records_before_it(tmp_path: Path) -> None:
+    stream = iter_records(write(tmp_path, "a.jsonl", GOOD + b"not json"), COLUMNS)
+    assert next(stream).line == 1
     with pytest.raises(DataError):
         next(stream)
 
@@ -168,6 +106,21 @@ LEFT_OUT = {
         "blank": b" ",
         "a value short": b'{"question": "a"}',
     },
+    "a.json": {
+        "no JSON": b'{"question": wh}',
+        "no object": b"[1, 2]",
+        "too deep": b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b', "question": "a", "intent": "b"}',
+        "latin-1": b'{"question": "caf\xe9", "intent": "b"}',
+        "too long": b'{"intent": "b", "question": "' + LONG + b'"}',
+        "a value short": b'{"question": "],[{\\"\\\\"}',
+        "another bracket": b'{"question": "a"]',
+        "nothing": b"",
+    },
+    "a.tsv": {
+        "many cells": b"a\tb\tc",
+        "a quote within quotes": b'"he said "hi" to me"\tb',
+        "too long in quotes": b'"a\n' + LONG + b'"",\n"\tb',
+    },
     "a.csv": {
         "few cells": b"a",
         "many cells": b"a,b,c",
@@ -181,26 +134,33 @@ LEFT_OUT = {
         "blank": b",",
     },
 }
+AROUND = {
+    "a.jsonl": (b"", b"\n", b"\n"),
+    "a.json": (b"[", b",\n", b"]"),
+    "a.csv": (b"question,intent\n", b"\n", b"\n"),
+    "a.tsv": (b"question\tintent\n", b"\n", b"\n"),
+}
+"""What stands before, between and behind the rows of each format."""
 NAMED = [(name, case) for name, cases in LEFT_OUT.items() for case in cases]
 
 
 def usable(folder: Path, name: str, *lines: bytes) -> list[tuple[str, str]]:
-    header = [b"question,intent"] if ".csv" in name else []
-    path = write(folder, name, b"\n".join([*header, *lines]) + b"\n")
+    begin, between, end = AROUND[name.removesuffix(".gz")]
+    path = write(folder, name, begin + between.join(lines) + end)
     return [(record.fields["text"], record.fields["label"]) for record in usable_records(path, COLUMNS)]
 
 
 @pytest.mark.parametrize(("name", "case"), NAMED)
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_record_that_cannot_be_used_is_left_out_by_itself(tmp_path: Path, name: str, case: str, place: int) -> None:
-    lines = ROWS if name == "a.csv" else LINES
+    lines = {"a.csv": ROWS, "a.tsv": [row.replace(b",", b"\t") for row in ROWS]}.get(name, LINES)
     expected = usable(tmp_path, name, *lines)
     assert len(expected) == 2
     bad = LEFT_OUT[name][case]
-    assert usable(tmp_path, name, *lines[:place], bad, *lines[place:]) == expected
     assert usable(tmp_path, f"{name}.gz", *lines[:place], bad, *lines[place:]) == expected
-    path = write(tmp_path, name, bad + b"\n")
-    if case != "blank" and name == "a.jsonl":
+    assert usable(tmp_path, name, *lines[:place], bad, *lines[place:]) == expected
+    path = tmp_path / name
+    if case != "blank":
         with pytest.raises(DataError):  # the lead's own files are read strictly
             list(iter_records(path, COLUMNS))
 

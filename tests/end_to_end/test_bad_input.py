@@ -82,6 +82,12 @@ _WRONG_VALUES = [
     ("data.max_length=9999", "data.max_length", "9999", "at most the model's 512"),
     ("data.train_file=nowhere.jsonl", "data.train_file", "'nowhere.jsonl'", "no such file"),
     ("data.validation_file=nowhere.csv", "data.validation_file", "'nowhere.csv'", "no such file"),
+    ("data.train_file=.", "data.train_file", "'.'", "is a folder; must be a file"),
+    ("data.test_fraction=0.1", "data.test_fraction", "0.1", "must be 0 where data.test_file is given"),
+    ("data.unusable=ignore", "data.unusable", "'ignore'", "'stop' or 'leave_out'"),
+    ("data.prompt_template=Text", "data.prompt_template", "'Text'", "task classification does not use it"),
+    ("+data.columns.text_pair=b", "data.columns.text_pair", "'b'", "is no role of this run"),
+    ("data.partition.kind=file", "data.train_file", "train.jsonl.gz", "must have {site} in its name"),
     ("data.labels=[one]", "data.labels", "('one',)", "at least two labels"),
     ("federation.min_sites=3", "federation.min_sites", "3", "at most the 2 sites"),
     ("federation.participants=[mars]", "federation.participants", "'mars'", "one of site-1, site-2"),
@@ -145,7 +151,7 @@ _FILES = {
     "a number for a text": ([GOOD, GOOD, '{"text": 3, "label": "card_arrival"}'], ":3", "text"),
     "a missing column": ([GOOD, '{"txt": "a", "label": "card_arrival"}'], ":2", "data.columns.text"),
     "an undeclared label": ([GOOD, '{"text": "a", "label": "parking"}'], ":2", "data.labels"),
-    "nothing": ([], "", ""),
+    "nothing": ([], "", "an empty file"),
 }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import itertools
 import json
 import math
 import re
@@ -213,8 +211,9 @@ def test_evaluate_repeats_the_final_scores_on_the_test_file(
     folder: Path, result: Any, command: Any, tmp_path: Path
 ) -> None:
     test_file = tmp_path / "test.jsonl"
-    with gzip.open(REPOSITORY / "simulations/data/banking77/test.jsonl.gz", "rt") as lines:
-        test_file.write_text("".join(itertools.islice(lines, 40)))
+    name, columns = "simulations/data/banking77/test.jsonl.gz", {"text": "text", "label": "label"}
+    scored = chosen_rows(lead_records(name, columns=columns, key="data.test_file")[0], 40)
+    test_file.write_text("".join(json.dumps(dict(record.fields)) + "\n" for record in scored))
     outcome = command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu", "--json")
     assert (outcome.code, outcome.err) == (0, "")
     scores = json.loads(outcome.out)["scores"]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import pyarrow
 import yaml
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from fedtune.cli.compose import saved_config
 from fedtune.data.records import read_records, usable_records
@@ -40,6 +43,7 @@ from .mutations import mutated_bytes, mutated_json, mutated_toml
 from .target import Target
 
 COLUMNS = {"text": "body", "label": "kind"}
+_SAVED, _ARROW = Path(__file__).parents[1] / "data" / "fixtures" / "saved_set", "data-00000-of-00001.arrow"
 _OURS = (ConfigError, RunError)
 
 
@@ -125,8 +129,36 @@ def _checkpoint_data(data: bytes) -> object:
     return _in_run(_newest_checkpoint(), _checkpoint)(data)
 
 
-def _rows(name: str) -> Callable[[bytes], object]:
-    return _in_file(name, lambda path: (list(usable_records(path, COLUMNS)), read_records(path, COLUMNS)))
+def _rows(name: str, columns: Mapping[str, str] = COLUMNS) -> Callable[[bytes], object]:
+    return _in_file(name, lambda path: (list(usable_records(path, columns)), read_records(path, columns)))
+
+
+def _saved(name: str) -> Callable[[bytes], object]:
+    """Parse bytes as one file of a folder that Hugging Face datasets saved."""
+
+    def parse(data: bytes) -> object:
+        folder = Path(seeds.folder() / "files" / f"saved with other {name}")
+        if not folder.exists():
+            shutil.copytree(_SAVED, folder)
+        (folder / name).write_bytes(data)
+        columns = {"text": "text", "label": "label", "messages": "messages"}
+        return list(usable_records(folder, columns)), read_records(folder, columns)
+
+    return parse
+
+
+def _arrow() -> bytes:
+    return (_SAVED / _ARROW).read_bytes()
+
+
+def _state() -> Any:
+    return json.loads((_SAVED / "state.json").read_bytes())
+
+
+def _parquet() -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table({"body": ["good morning", "good night"] * 9, "kind": ["a", "b"] * 9}), buffer)
+    return buffer.getvalue()
 
 
 def _waiting(data: bytes) -> object:
@@ -190,7 +222,9 @@ sha256 = "ab"
 licence = "MIT"
 """.replace('"ab"', f'"{"ab" * 32}"')
 _JSONL = b'{"body": "a letter", "kind": "praise"}\n{"body": "another", "kind": 3, "x": [1, {"y": null}]}\n\n'
+_ARRAY = b"[" + b",\n".join(_JSONL.splitlines()) + b"]"
 _CSV = b'body,kind,x\r\n"a ""letter""\r\nof two lines",praise,1\r\nanother,3,\r\n'
+_TSV = _CSV.replace(b",", b"\t")
 _RECEIPTS = {"north": json.loads(json.dumps({k: getattr(seeds.receipt(), k) for k in seeds.receipt().__slots__}))}
 
 
@@ -339,4 +373,17 @@ TARGETS = (
         parse=_rows("data.jsonl.gz"),
         errors=(DataError,),
     ),
+    Target(name="data.json", broken=_bytes(lambda: _ARRAY), parse=_rows("data.json"), errors=(DataError,)),
+    Target(
+        name="data.tsv", broken=_bytes(lambda: _CSV.replace(b",", b"\t")), parse=_rows("data.tsv"), errors=(DataError,)
+    ),
+    Target(name="data.parquet", broken=_bytes(_parquet), parse=_rows("data.parquet"), errors=(DataError,)),
+    Target(
+        name="conversations",
+        broken=_json(lambda: [{"chat": [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]}]),
+        parse=_rows("chats.json", {"messages": "chat"}),
+        errors=(DataError,),
+    ),
+    Target(name="a saved set's values", broken=_bytes(_arrow), parse=_saved(_ARROW), errors=(DataError,)),
+    Target(name="a saved set's state.json", broken=_json(_state), parse=_saved("state.json"), errors=(DataError,)),
 )

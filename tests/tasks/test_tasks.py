@@ -40,6 +40,13 @@ GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
         ({}, "causal_lm", "columns = {'text': 'text', 'label': 'label'}: must name the column for role 'prompt'"),
         (GENERATION | {"labels": ("a", "b")}, "causal_lm", "labels = ('a', 'b'): must be empty for task causal_lm"),
         (GENERATION | {"prompt_template": "{topic}"}, "causal_lm", "columns = "),
+        (
+            {"columns": {"text": "t", "label": "l", "text_pair": "u"}},
+            "classification",
+            "columns.text_pair = 'u': is no role of this run: task classification with these settings reads label,",
+        ),
+        ({"prompt_template": "Text: {text}"}, "classification", "prompt_template = 'Text: {text}': must stay {prompt}"),
+        ({"chat_template": "plain"}, "classification", "chat_template = 'plain': must stay none"),
     ],
 )
 def test_settings_for_another_task(wrong: dict[str, Any], task: str, message: str) -> None:
@@ -50,6 +57,8 @@ def test_settings_for_another_task(wrong: dict[str, Any], task: str, message: st
 
 def test_settings_that_fit_their_task() -> None:
     task_named("classification").check_data(DataSpec(**GIVEN))
+    beside = {"text": "text", "label": "label", "user": "who", "site": "org"}
+    task_named("classification").check_data(DataSpec(**GIVEN | {"columns": beside}))
     task_named("causal_lm").check_data(DataSpec(**GIVEN | GENERATION))
 
 

@@ -1,0 +1,80 @@
+"""What a person should know about a run's data before it begins: nothing that is wrong, but what is seldom meant.
+
+Only the lead's own records and those of simulated sites are looked at.  Figures about simulated sites' records are for
+the person at the keyboard; no guarantee covers them, and no run with real sites has them.
+"""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Iterator
+
+from fedtune.config import RunConfig
+from fedtune.data import users_of
+from fedtune.data.load import Dealt, shipped_folders
+from fedtune.data.records import resolve_file
+from fedtune.data.spec import SITE
+from fedtune.sites.shared_model import LeadData
+from fedtune.tasks import task_named
+from fedtune.words import counted
+
+FAR = 1.5
+"""A declared size so many times the true one, or the true one so many times as large."""
+_MOST_NAMED = 3
+
+
+def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData | None) -> Iterator[str]:
+    """About the lead's own records."""
+    for key, data in (("validation", validation), ("test", test)):
+        if data is not None and data.left_out:
+            yield _left_out(data.left_out, f"data.{key}_file")
+    if test is None:
+        yield "there are no test records, so the run ends without a score: give data.test_file or data.test_fraction"
+        return
+    if _is_training_file(config):
+        yield "data.test_file holds what data.train_file holds: the scores say nothing about new records"
+    if task_named(config.task).has_labels:
+        labels = {record.fields["label"] for record in test.records}
+        if len(labels) == 1:
+            yield f"all test records have the label {labels.pop()!r}: always giving that label scores 1.0"
+
+
+def _left_out(count: int, key: str) -> str:
+    return f"{counted(count, 'row')} of {key} cannot be used and {'is' if count == 1 else 'are'} left out"
+
+
+def _is_training_file(config: RunConfig) -> bool:
+    train, test = config.data.train_file, config.data.test_file
+    if test is None or SITE in train or config.runtime.kind == "deployment":
+        return False
+    one = resolve_file(train, shipped_folders(), key="data.train_file")
+    other = resolve_file(test, shipped_folders(), key="data.test_file")
+    return one.samefile(other) or (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
+
+
+def site_notes(config: RunConfig, dealt: Dealt) -> Iterator[str]:
+    """About the records of a simulation's sites."""
+    if dealt.left_out:
+        yield _left_out(dealt.left_out, "data.train_file")
+    if dealt.shared_users:
+        yield (
+            f"{counted(dealt.shared_users, 'id')} of users are in the files of several sites, and count as another "
+            "person at each: if they are one person, the epsilons of the sites add up for that person"
+        )
+    far = list(_far_from_declared(config, dealt))
+    if far:
+        more = f", and {counted(len(far) - _MOST_NAMED, 'more site')}" if len(far) > _MOST_NAMED else ""
+        yield (
+            f"data.declared_sizes is far from the number of {config.privacy.unit}s there are to train on: "
+            f"{', '.join(far[:_MOST_NAMED])}{more}. A step is divided by the declared number: too large a one makes "
+            "it too short, and too small a one too long"
+        )
+
+
+def _far_from_declared(config: RunConfig, dealt: Dealt) -> Iterator[str]:
+    declared = config.declared_sizes()
+    for name, records in zip(config.federation.names, dealt.sites, strict=True):
+        by_user = config.privacy.unit == "user"
+        true = len(users_of(records.training)) if by_user else len(records.training)
+        if name in declared and not 1 / FAR < true / declared[name] < FAR:
+            yield f"{name} declares {declared[name]:,} and has {true:,}"

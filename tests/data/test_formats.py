@@ -1,0 +1,212 @@
+"""Every format gives the same rows, and a row that cannot be used is one fault among whole ones."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from fedtune.data import Record, read_records, text_rows
+from fedtune.data.formats import files_of, raw_rows
+from fedtune.data.records import usable_records
+from fedtune.spec import DataError
+
+SAVED = Path(__file__).parent / "fixtures" / "saved_set"  # by save_to_disk of datasets 5.2
+ROWS = [
+    {"text": 'two\nlines, "quoted"\t', "label": "b", "id": 1},
+    {"text": "] } [ { \\ \u2028 é", "label": "a", "id": 2},
+    {"text": "plain", "label": "7", "id": 3},
+]
+TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": 'Here, "there"\né'}]
+CANONICAL = '[{"role":"user","content":"Where?"},{"role":"assistant","content":"Here, \\"there\\"\\né"}]'
+
+
+def table(rows: list[dict[str, Any]], comma: str) -> bytes:
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, list(rows[0]), delimiter=comma)
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().encode()
+
+
+def packed(rows: list[dict[str, Any]]) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, row_group_size=2)
+    return buffer.getvalue()
+
+
+WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
+    "a.jsonl": lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
+    "a.json": lambda rows: json.dumps(rows).encode(),
+    "b.json": lambda rows: b"\xef\xbb\xbf\n" + json.dumps(rows, indent=1, ensure_ascii=False).encode() + b"\n",
+    "a.csv": lambda rows: table(rows, ","),
+    "a.tsv": lambda rows: table(rows, "\t"),
+    "a.parquet": packed,
+}
+
+
+def saved(folder: Path, table: Any) -> Path:
+    """A folder as save_to_disk of Hugging Face datasets writes it, in two files."""
+    folder.mkdir()
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for name, part in zip(names, (table[:1], table[1:]), strict=True):
+        with pyarrow.OSFile(str(folder / name), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(part)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    return folder
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "folder"])
+def test_every_format_gives_the_same_records(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "folder":
+        saved(path, pyarrow.Table.from_pylist(ROWS))
+    else:
+        path.write_bytes(WRITERS[name](ROWS))
+    records = read_records(path, {"text": "text", "label": "label"})
+    assert [record.fields for record in records] == [{"text": row["text"], "label": row["label"]} for row in ROWS]
+    lines = {"a.csv": [2, 4, 5], "a.tsv": [2, 4, 5], "a.json": [1, 1, 1], "b.json": [3, 8, 13]}.get(name, [1, 2, 3])
+    assert [record.line for record in records] == lines
+    everything = [dict(row) for _, row in raw_rows(path) if not isinstance(row, DataError)]
+    assert [{**row, "id": int(row["id"])} for row in everything] == ROWS  # type: ignore[call-overload]
+
+
+def test_a_saved_set_of_hugging_face() -> None:
+    # Its labels are numbers there, whose names the set has beside them.
+    columns = {"text": "text", "label": "label", "messages": "messages"}
+    records = read_records(SAVED, columns)
+    assert [record.fields["label"] for record in records] == ["billing", "travel", "billing"]
+    assert records[1].fields["messages"] == ('[{"role":"user","content":"é?"},{"role":"assistant","content":"ü!"}]')
+    assert records[1].at("text") == f"{SAVED}:2, text"
+    assert [file.name for file in files_of(SAVED)] == ["data-00000-of-00001.arrow"]
+
+
+@pytest.mark.parametrize("names", [{}, {"names": 3}, [], {"names": ["x"]}])
+def test_what_a_schema_notes_of_labels_may_be_anything(tmp_path: Path, names: Any) -> None:
+    noted = json.dumps({"info": {"features": {"label": {"_type": "ClassLabel"} | names if names != [] else 1}}})
+    rows = pyarrow.Table.from_pylist([{"label": 0}, {"label": 1}]).replace_schema_metadata({"huggingface": noted})
+    parquet.write_table(rows, tmp_path / "a.parquet")
+    expected = "x" if names == {"names": ["x"]} else "0"
+    assert [one.fields["label"] for one in read_records(tmp_path / "a.parquet", {"label": "label"})] == [expected, "1"]
+
+
+BAD_TEXTS = pyarrow.Array.from_buffers(
+    pyarrow.string(),
+    4,
+    [None, pyarrow.array([0, 2, 4, 4, 6], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"ab\xff\xfecd")],
+)
+
+
+def chats(*turns: Any) -> Any:
+    kind = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
+    return pyarrow.array(list(turns), kind)
+
+
+COLUMNS_WITH_FAULTS = {
+    "no UTF-8 and blank": ("text", BAD_TEXTS, [1, 4]),
+    "17 MB": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"]), [1, 3, 4]),
+    "null": ("text", pyarrow.array(["a", None, "b", None]), [1, 3]),
+    "wrong conversations": ("messages", chats(TURNS, TURNS[:1], None, TURNS * 2), [1, 4]),
+    "a time beyond Python's": ("text", pyarrow.array([0, 1 << 62, 0, 0], pyarrow.timestamp("us")), []),
+}
+
+
+@pytest.mark.parametrize("case", COLUMNS_WITH_FAULTS)
+@pytest.mark.parametrize("name", ["a.parquet", "folder"])
+def test_a_row_of_arrow_is_left_out_by_itself(tmp_path: Path, name: str, case: str) -> None:
+    role, column, kept = COLUMNS_WITH_FAULTS[case]
+    rows = pyarrow.table({role: column})
+    if name == "folder":
+        saved(tmp_path / name, rows)
+    else:
+        parquet.write_table(rows, tmp_path / name)
+    found = list(usable_records(tmp_path / name, {role: role}))
+    assert [record.line for record in found] == kept
+    with pytest.raises(DataError, match=rf"{name}:{min({1, 2, 3, 4} - set(kept))}"):
+        read_records(tmp_path / name, {role: role})
+
+
+VALUE = st.recursive(
+    st.none() | st.integers(-9, 9) | st.text('"\\[]{},a\n ', max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('"\\[]{},a', max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    values=st.lists(VALUE, max_size=4),
+    indent=st.sampled_from([None, 0, 2]),
+    whole=st.booleans(),
+    piece=st.integers(1, 7),
+)
+def test_an_array_is_cut_into_its_elements_wherever_a_block_ends(
+    values: list[Any], indent: int | None, whole: bool, piece: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("array") / "a.json"
+    text = json.dumps(values, indent=indent)
+    path.write_text(text if whole else text.rstrip("]\n"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_rows, "_BLOCK_BYTES", piece)
+        cut = [raw for _, raw, mark in text_rows.cut_elements(path) if raw is not None and mark]
+    found = [json.loads(raw) for raw in cut if raw.strip()]
+    assert found == (values if whole else values[: len(found)])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "set"])
+def test_without_the_library_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "a.parquet").write_bytes(packed(ROWS))
+    saved(tmp_path / "set", pyarrow.Table.from_pylist(ROWS))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"needs a library that reads Parquet and Arrow: pip install 'fedtune\[data\]'"):
+        read_records(tmp_path / name, {"text": "text"})
+
+
+# Conversations, and roles that a record may lack.
+
+
+SHAREGPT = [{"from": "human", "value": TURNS[0]["content"]}, {"from": "gpt", "value": TURNS[1]["content"]}]
+
+
+@pytest.mark.parametrize("turns", [TURNS, SHAREGPT, json.dumps(TURNS), [{**turn, "name": None} for turn in TURNS]])
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_conversations_are_one_text_however_they_are_written(tmp_path: Path, name: str, turns: Any) -> None:
+    in_table = name.endswith("sv") and not isinstance(turns, str)
+    row = {"chat": json.dumps(turns) if in_table else turns}
+    (tmp_path / name).write_bytes(WRITERS[name]([row]))
+    (record,) = read_records(tmp_path / name, {"messages": "chat"})
+    assert record == Record({"messages": CANONICAL})
+
+
+@pytest.mark.parametrize("speakers", [["system", "human", "bot"], ["user", "model", "user"], ["user", "assistant"] * 9])
+def test_conversations_that_are_taken(tmp_path: Path, speakers: list[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": one, "content": " a "} for one in speakers]}))
+    (record,) = read_records(path, {"messages": "messages"})
+    names = {"human": "user", "bot": "assistant", "model": "assistant"}
+    expected = [{"role": names.get(one, one), "content": " a "} for one in speakers]
+    assert json.loads(record.fields["messages"]) == expected
+
+
+@pytest.mark.parametrize("row", [{}, {"in": None}, {"in": ""}, {"in": " \n"}])
+def test_input_and_system_may_be_absent_or_blank(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"instruction": "a", "output": "b"} | row))
+    columns = {"prompt": "instruction", "completion": "output", "input": "in", "system": "in"}
+    (record,) = read_records(path, columns)
+    assert record.fields == {"prompt": "a", "completion": "b", "input": "", "system": ""}
+    path.write_text(json.dumps({"instruction": "a", "output": "b", "in": 3}))
+    with pytest.raises(DataError, match=r"column 'in' = 'number': must be text \(role input\)"):
+        read_records(path, columns)
+    (tmp_path / "a.csv").write_text("instruction,output\na,b\n")
+    with pytest.raises(DataError, match=r"column 'in' = 'absent'"):  # of a table, that is a mistake in the settings
+        read_records(tmp_path / "a.csv", columns)

@@ -1,0 +1,178 @@
+"""A simulation's records: the lead's share, a file for each site, and what cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.data import DataSpec, PartitionSpec, Record
+from fedtune.data.load import Dealing, Dealt, chosen_rows, lead_records
+from fedtune.spec import ConfigError, DataError
+
+COLUMNS = {"text": "text", "label": "kind"}
+TEXTS = [f"text {number}" for number in range(1000)]
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def spec(path: Path, **settings: Any) -> DataSpec:
+    given: dict[str, Any] = {"columns": COLUMNS, "labels": ("a", "b"), "declared_sizes": 100, "max_length": 16}
+    return DataSpec(dataset="d", train_file=str(path), **given | settings)
+
+
+def dealt(given: DataSpec, *, unit: Any = "record", seed: int = 1, usable: Callable[[Record], bool] = bool) -> Dealt:
+    roles = ("text", "label")
+    columns = given.needed_columns(roles, partition=True, unit=unit)
+    return Dealing(given, columns, ("north", "south"), seed=seed, unit=unit, usable=usable).dealt()
+
+
+def texts(records: list[Record]) -> list[str]:
+    return [record.fields["text"] for record in records]
+
+
+def sides(found: Dealt) -> list[list[str]]:
+    of_sites = [texts([*site.training, *site.heldout]) for site in found.sites]
+    return [texts(found.validation), texts(found.test), *of_sites]
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    return written(tmp_path / "all.jsonl", [{"text": text, "kind": "ab"[len(text) % 2]} for text in TEXTS])
+
+
+def test_the_leads_share_is_no_sites(whole: Path) -> None:
+    given = spec(whole, validation_fraction=0.1, test_fraction=0.3)
+    validation, test, *sites = sides(dealt(given))
+    assert sorted([*validation, *test, *sites[0], *sites[1]]) == sorted(TEXTS)
+    assert 60 < len(validation) < 140
+    assert 250 < len(test) < 350
+    everything = sides(dealt(spec(whole)))
+    assert everything[:2] == [[], []]
+    lead = {*validation, *test}
+    assert [[text for text in site if text not in lead] for site in everything[2:]] == sites, "nobody else moves"
+    smaller = sides(dealt(replace(given, train_fraction=0.5)))
+    assert smaller[:2] == [validation, test], "a smaller run is scored on the same records"
+
+
+def test_whether_a_record_is_the_leads_is_a_matter_of_that_record(whole: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    given = spec(whole, validation_fraction=0.1, test_fraction=0.3)
+    without = replace(given, train_file=str(written(tmp_path / "less.jsonl", rows[1:])))
+    gone = rows[0]["text"]
+    assert sides(dealt(without)) == [[text for text in side if text != gone] for side in sides(dealt(given))]
+    assert sides(dealt(given, seed=2)) != sides(dealt(given)), "and of the run's seed"
+
+
+def test_users_are_the_leads_whole(tmp_path: Path) -> None:
+    rows = [{"text": text, "kind": "a", "who": f"u{number % 60}"} for number, text in enumerate(TEXTS)]
+    path = written(tmp_path / "all.jsonl", rows)
+    given = spec(path, columns=COLUMNS | {"user": "who"}, validation_fraction=0.2, test_fraction=0.2)
+    found = dealt(given, unit="user")
+    parts = [found.validation, found.test, *(site.training for site in found.sites)]
+    users = [{record.fields["user"] for record in part} for part in parts]
+    assert all(users)
+    assert sum(map(len, users)) == len(set().union(*users)) == 60
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"test_fraction": 1.0}, "test_fraction = 1.0: must lie in [0, 1)"),
+        ({"test_fraction": 0.5, "validation_fraction": 0.5}, "test_fraction = 0.5: must leave the sites something"),
+        ({"test_fraction": 0.5, "test_file": "t.csv"}, "test_fraction = 0.5: must be 0 where data.test_file is given"),
+        ({"unusable": "skip"}, "unusable = 'skip': must be one of stop, leave_out"),
+        ({"partition": PartitionSpec(kind="file")}, "must have {site} in its name for data.partition.kind = file"),
+        ({"train_file": "a-{site}.csv"}, "train_file = 'a-{site}.csv': must have {site} in its name for"),
+    ],
+)
+def test_wrong_settings(wrong: dict[str, Any], message: str) -> None:
+    file = Path(wrong.get("train_file", "all.csv"))
+    more = {key: value for key, value in wrong.items() if key != "train_file"}
+    with pytest.raises(ConfigError) as error:
+        spec(file, **more)
+    assert message in str(error.value)
+
+
+def test_files_of_sites_have_no_proportions() -> None:
+    with pytest.raises(ConfigError, match=r"proportions = \(1\.0,\): must be empty for kind \"file\""):
+        PartitionSpec(kind="file", proportions=(1.0,))
+
+
+def test_each_site_may_have_a_file_of_its_own(tmp_path: Path) -> None:
+    for name, part in (("north", TEXTS[:5]), ("south", TEXTS[5:7])):
+        written(tmp_path / f"{name}.jsonl", [{"text": text, "kind": "a"} for text in part])
+    given = spec(tmp_path / "{site}.jsonl", partition=PartitionSpec(kind="file"))
+    assert sides(dealt(given)) == [[], [], TEXTS[:5], TEXTS[5:7]]
+    (tmp_path / "south.jsonl").unlink()
+    with pytest.raises(DataError, match=r"data\.train_file = .*south\.jsonl': no such file"):
+        dealt(given)
+    (tmp_path / "south.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"south\.jsonl = 'an empty file': must hold at least one record"):
+        dealt(given)
+
+
+def test_an_id_in_the_files_of_two_sites_is_two_users(tmp_path: Path) -> None:
+    for name, users in (("north", "ann bob ann"), ("south", "bob eve ann")):
+        rows = [{"text": user, "kind": "a", "who": user} for user in users.split()]
+        written(tmp_path / f"{name}.jsonl", rows)
+    columns = COLUMNS | {"user": "who"}
+    found = dealt(spec(tmp_path / "{site}.jsonl", columns=columns, partition=PartitionSpec(kind="file")), unit="user")
+    assert sides(found)[2:] == [["ann", "bob", "ann"], ["bob", "eve", "ann"]]
+    assert found.shared_users == 2
+
+
+def test_an_id_at_two_values_of_a_column_is_refused_and_counted(tmp_path: Path) -> None:
+    rows = [{"text": "a", "kind": "a", "who": who, "org": org} for who in "xyz" for org in ("n", "s")][:5]
+    path = written(tmp_path / "all.jsonl", rows)
+    partition = PartitionSpec(kind="column", sites={"n": 0, "s": 1})
+    given = spec(path, columns=COLUMNS | {"user": "who", "site": "org"}, partition=partition)
+    with pytest.raises(DataError) as error:
+        dealt(given, unit="user")
+    assert "all.jsonl:2, site = 's': must lead to one site" in str(error.value)
+    assert "2 users here would be at several" in str(error.value)
+    assert "data.partition.kind=file" in str(error.value)
+
+
+def test_what_cannot_be_used_ends_the_reading_or_is_left_out(tmp_path: Path) -> None:
+    rows = [{"text": text, "kind": "a"} for text in TEXTS[:40]]
+    path = written(tmp_path / "all.jsonl", [*rows, {"text": " ", "kind": "a"}, {"text": "c", "kind": "c"}])
+    with pytest.raises(DataError, match=r"all\.jsonl:41, column 'text' = 'blank'"):
+        dealt(spec(path))
+
+    def declared(record: Record) -> bool:
+        return record.fields["label"] == "a"
+
+    found = dealt(spec(path, unusable="leave_out"), usable=declared)
+    assert sorted(text for side in sides(found) for text in side) == sorted(TEXTS[:40])
+    assert found.left_out == 2
+    records, left_out = lead_records(str(path), columns=COLUMNS, key="data.test_file", usable=declared)
+    assert (len(records), left_out) == (40, 2)
+    with pytest.raises(DataError, match="'blank'"):
+        lead_records(str(path), columns=COLUMNS, key="data.test_file")
+    with pytest.raises(DataError, match="must hold at least one record"):
+        lead_records(str(path), columns=COLUMNS, key="data.test_file", usable=lambda record: False)
+
+
+def test_an_empty_training_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"empty\.csv = 'an empty file': must hold at least one record"):
+        dealt(spec(written(tmp_path / "empty.csv", [])))
+
+
+def test_rows_of_the_lead_are_chosen_by_their_hash() -> None:
+    records = [Record({"text": text}) for text in TEXTS]
+    some = chosen_rows(records, 30)
+    assert some == [record for record in records if record in some], "in their order"
+    assert len(some) == 30
+    assert some != records[:30]
+    assert chosen_rows(records[500:] + records[:500], 30) != some
+    assert {record.fields["text"] for record in chosen_rows(records[::-1], 30)} == {*texts(some)}
+    assert set(texts(chosen_rows(records, 10))) < set(texts(some))
+    assert chosen_rows(records, None) == chosen_rows(records, 5000) == records

@@ -1,0 +1,90 @@
+"""What is said of a run's data before it begins, and what is not spoken of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.config import RunConfig
+from fedtune.data import Record, TextDataset
+from fedtune.data.load import Dealt, SiteRecords
+from fedtune.sites.data_notes import lead_notes, site_notes
+from fedtune.sites.shared_model import LeadData
+from fedtune.spec import ConfigError
+
+
+def records(*labels: str) -> list[Record]:
+    return [Record({"text": f"a {number}", "label": label}) for number, label in enumerate(labels)]
+
+
+def lead(*labels: str, left_out: int = 0) -> LeadData:
+    return LeadData(records(*labels), TextDataset((), np.array([])), left_out=left_out)
+
+
+def dealt(*sizes: int, **more: Any) -> Dealt:
+    sites = tuple(SiteRecords(records(*"a" * size), []) for size in sizes)
+    return Dealt(sites, [], [], **{"left_out": 0} | more)
+
+
+@pytest.fixture
+def simulated(letters: Callable[..., RunConfig], tmp_path: Path) -> RunConfig:
+    """A simulation whose two sites declare 40 records each, with a test file of its own."""
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{name},a\n")
+    config = letters(runtime={"kind": "simulation"}, data={"declared_sizes": 40})
+    files = {f"{name}_file": str(tmp_path / f"{name}.csv") for name in ("train", "test")}
+    return replace(config, data=replace(config.data, **files))
+
+
+def test_nothing_is_said_of_what_is_as_it_should_be(simulated: RunConfig) -> None:
+    assert list(lead_notes(simulated, validation=None, test=lead("a", "b"))) == []
+    assert list(lead_notes(simulated, validation=lead("a"), test=lead("a", "b"))) == []
+    assert list(site_notes(simulated, dealt(27, 59))) == []
+
+
+def test_what_the_lead_should_know(simulated: RunConfig, tmp_path: Path) -> None:
+    (note,) = lead_notes(simulated, validation=lead("a"), test=None)
+    assert note.startswith("there are no test records, so the run ends without a score: give data.test_file or")
+    (note,) = lead_notes(simulated, validation=None, test=lead("a", "a"))
+    assert note == "all test records have the label 'a': always giving that label scores 1.0"
+    notes = lead_notes(simulated, validation=lead("a", left_out=1), test=lead("a", "b", left_out=1200))
+    assert list(notes) == [
+        "1 row of data.validation_file cannot be used and is left out",
+        "1,200 rows of data.test_file cannot be used and are left out",
+    ]
+
+
+@pytest.mark.parametrize("how", ["the same path", "a link", "the same content"])
+def test_a_test_file_that_is_the_training_file(simulated: RunConfig, tmp_path: Path, how: str) -> None:
+    train, test = tmp_path / "train.csv", tmp_path / "test.csv"
+    test.unlink()
+    if how == "a link":
+        test.symlink_to(train)
+    else:
+        test.write_bytes(train.read_bytes())
+    file = train if how == "the same path" else test
+    config = replace(simulated, data=replace(simulated.data, test_file=str(file)))
+    (note,) = lead_notes(config, validation=None, test=lead("a", "b"))
+    assert note == "data.test_file holds what data.train_file holds: the scores say nothing about new records"
+
+
+def test_what_is_told_of_simulated_sites(simulated: RunConfig) -> None:
+    (note,) = site_notes(simulated, dealt(26, 60))
+    assert "north declares 40 and has 26, south declares 40 and has 60." in note
+    (note,) = site_notes(simulated, dealt(40, 40, left_out=2))
+    assert note == "2 rows of data.train_file cannot be used and are left out"
+    (note,) = site_notes(simulated, dealt(40, 40, shared_users=3))
+    assert note.startswith("3 ids of users are in the files of several sites")
+
+
+def test_real_sites_have_no_file_of_which_the_lead_could_have_a_share(letters: Callable[..., RunConfig]) -> None:
+    for side in ("validation", "test"):
+        share = {f"{side}_fraction": 0.1, f"{side}_file": None}
+        with pytest.raises(ConfigError, match=rf"data\.{side}_fraction = 0\.1: must be 0 with real sites.*{side}_file"):
+            letters(data=share)
+        letters(runtime={"kind": "simulation"}, data=share)
