@@ -73,8 +73,8 @@ class ChatFormat:
         """What stands before an answer to `turns`, from `start` on; the assistant's earlier turns are supervised.
 
         Raises:
-            NoConversation: the turns are not a user's and an assistant's in alternation, with a user's first and last, and
-                perhaps a system turn before them.
+            NoConversation: the turns are not a user's and an assistant's in alternation, from a user's to a user's,
+                with a system turn before them or none.
         """
         pieces, before = [Piece(self.start)], START
         for turn in (*self._placed(turns), Turn(ANSWER, "")):

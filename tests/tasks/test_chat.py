@@ -27,7 +27,8 @@ CHATML = (
 )
 DATED = (
     "{{ bos_token }}{% if strftime_now is defined %}{% set day = strftime_now('%d') %}"
-    "{% else %}{% set day = '26 Jul' %}{% endif %}{{ 'Today: ' + day + '\\n' }}{% for message in messages %}{% generation %}"
+    "{% else %}{% set day = '26 Jul' %}{% endif %}{{ 'Today: ' + day + '\\n' }}"
+    "{% for message in messages %}{% generation %}"
     "{{ '<|' + message.role + '|>\\n' + message.content | trim + '<|end|>' }}{% endgeneration %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
@@ -39,7 +40,8 @@ WITHOUT_SYSTEM = (
 )
 SYSTEM_IN_FIRST = (
     "{{ bos_token }}{% set lead = '' %}{% if messages[0].role == 'system' %}"
-    "{% set lead = messages[0].content + '\\n\\n' %}{% set messages = messages[1:] %}{% endif %}{% for message in messages %}"
+    "{% set lead = messages[0].content + '\\n\\n' %}{% set messages = messages[1:] %}{% endif %}"
+    "{% for message in messages %}"
     "{% if message.role == 'user' %}{{ '[INST]' + (lead if loop.first else '') + message.content + '[/INST]' }}"
     "{% else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}"
 )
