@@ -33,6 +33,8 @@ _VERBATIM = ("data.prompt_template", "experiment")
 _QUOTES = ("'", '"')
 _NOT_ASCII = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]{}:=()'"]*[^\x00-\x7f][^,\[\]{}:=()'"]*""")
 """A quoted text, or an unquoted word with a letter that Hydra's grammar does not know."""
+_OF_THE_WHOLE = frozenset({"name", "seed", "report"})
+"""Settings that conf/config.yaml sets, and no group."""
 _FROM_FILE = "_from_file_"
 _OTHER_WORDS = {
     "epochs": "federation.num_rounds and training.local_steps",
@@ -111,6 +113,9 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     # An empty map stands for a value that conf leaves open, until it is put in.
     settings = _composed([*overrides, *{f"++{_map_of(key)}={{}}": None for key in maps}], file)
     _replace_maps(settings, file, maps)
+    if file is not None:  # what conf/config.yaml itself sets comes behind any experiment
+        typed = {_key(override).partition(".")[0] for override in overrides}
+        settings |= {key: file.settings[key] for key in _OF_THE_WHOLE - typed if key in file.settings}
     if settings.get("resume"):
         settings["name"] = _run_folder(settings["resume"])[1].name
     if settings.get("name") is None:

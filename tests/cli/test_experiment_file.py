@@ -1,0 +1,115 @@
+"""`experiment=` may be a file anywhere: plain data, composed as conf/experiment's are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtune.cli.compose import compose_run, compose_sweep
+from fedtune.spec import ConfigError
+
+PAGE = """\
+defaults:
+  - own_data
+  - override /model: random_bert
+name: tickets
+data:
+  train_file: tickets.csv
+  columns: {text: body, label: team}
+  labels: [0, 1]
+  declared_sizes: 100
+"""
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    file = tmp_path / "tickets.yaml"
+    file.write_text(PAGE)
+    (tmp_path / "tickets.csv").write_text("body,team\na,0\n")
+    return file
+
+
+def test_a_file_is_composed_as_an_experiment_of_conf(page: Path) -> None:
+    config = compose_run([f"experiment={page}"])
+    assert (config.name, config.model.path, config.training.optimizer) == ("tickets", "random:bert", "adamw")
+    assert config.data.columns == {"text": "body", "label": "team"}
+    assert config.data.labels == ("0", "1"), "whole numbers are taken as text"
+    assert config.data.train_file == str(page.parent / "tickets.csv"), "found beside the file"
+
+
+def test_what_is_typed_wins_over_the_file(page: Path) -> None:
+    config = compose_run([f"experiment={page}", "data.declared_sizes=50", "data.train_file=other.csv", "lora=qv"])
+    assert (config.data.declared_sizes, config.data.train_file) == (50, "other.csv")
+    assert config.lora.target_modules == ("query", "value")
+
+
+def test_a_file_s_map_replaces_that_of_conf(page: Path) -> None:
+    page.write_text(PAGE.replace("{text: body, label: team}", "{text: body, label: team, site: org}"))
+    assert compose_run([f"experiment={page}"]).data.columns == {"text": "body", "label": "team", "site": "org"}
+
+
+def test_a_file_in_a_sweep(page: Path) -> None:
+    runs = compose_sweep([f"experiment={page}", "privacy.epsilon=1,3"])
+    assert [run.privacy.epsilon for run in runs] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "bound"),
+    [
+        ("a: [", "experiment", "must hold a configuration as YAML"),
+        ("- 1\n", "experiment", "must hold a configuration as YAML"),
+        ("hydra: {run: {dir: x}}\n", "hydra", "not a setting"),
+        ("data: {_target_: os.system}\n", "_target_", "runs no code"),
+        ("name: ${oc.env:HOME}\n", "name", "plain data"),
+        ("defaults: [override /model: nonesuch]\n", "defaults, model", "must be one of"),
+        ("defaults: [override /hydra/launcher: joblib]\n", "defaults, hydra/launcher", "no group"),
+        (PAGE + "trainin: {epochs: 3}\n", "trainin", "not a setting"),
+        (PAGE.replace("declared_sizes: 100", "declared_sizes: 0"), "data.declared_sizes", "at least 1"),
+    ],
+)
+def test_a_wrong_file_is_named(page: Path, text: str, key: str, bound: str) -> None:
+    page.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        compose_run([f"experiment={page}"])
+    assert str(page) in str(error.value)
+    assert key in error.value.key
+    assert bound in error.value.bound
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"experiment = '.*gone.yaml': must be a file that can be read"):
+        compose_run([f"experiment={tmp_path / 'gone.yaml'}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.labels=billing", "data.labels = 'billing': must be a list, as in [a,b]"),
+        ("labels=billing", "did you mean data.labels?"),
+        ("training.epochs=3", "did you mean federation.num_rounds and training.local_steps?"),
+        ("lr=3", "did you mean training.learning_rate?"),
+        ("seed=1e30", "must be a whole number of at most"),
+        ("seed=100000000000000000000000000000", "must be at most"),
+        ("federation.site_names=[ä,b]", "federation.site_names = 'ä'"),
+        ("tracking.output_dir=''", "must not be blank"),
+        ("privacy.epsilon=1000", "privacy.epsilon = 1000.0: must be at most 100"),
+        ("runtime.num_threads=100000", "must be at most 1024"),
+    ],
+)
+def test_mistakes_in_plain_words(page: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose_run([f"experiment={page}", "federation.num_sites=2", override])
+    assert message in str(error.value)
+
+
+def test_values_as_they_are_typed(page: Path) -> None:
+    def made(*overrides: str) -> object:
+        return compose_run([f"experiment={page}", *overrides]).data
+
+    assert made("data.prompt_template=Q: {prompt}\\nA:").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
+    assert made("data.prompt_template='Q: {prompt}\\nA:'").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
+    assert made("data.labels=[Störung,'a ä']").labels == ("Störung", "a ä")  # type: ignore[attr-defined]
+    columns = made("data.columns={text: a, label: b}", "data.columns.site=org", "data.partition.kind=column",
+                   "data.partition.sites={o: 0, p: 1, q: 2, r: 3}").columns  # type: ignore[attr-defined]  # fmt: skip
+    assert columns == {"text": "a", "label": "b", "site": "org"}
