@@ -48,6 +48,13 @@ def columns(*roles: str, **given: Any) -> dict[str, Any]:
         ),
         (GENERATION | {"labels": ("a", "b")}, "causal_lm", "labels = ('a', 'b'): must be empty for task causal_lm"),
         (GENERATION | {"prompt_template": "{topic}"}, "causal_lm", "columns = "),
+        (
+            {"columns": {"text": "t", "label": "l", "text_pair": "u"}},
+            "classification",
+            "columns.text_pair = 'u': is no role of this run: task classification with these settings reads label,",
+        ),
+        ({"prompt_template": "Text: {text}"}, "classification", "prompt_template = 'Text: {text}': must stay {prompt}"),
+        ({"chat_template": "plain"}, "classification", "chat_template = 'plain': must stay none"),
         (columns("messages", "prompt", "completion"), "causal_lm", "columns = "),
         (columns("messages", "text"), "causal_lm", "columns = "),
         (columns("text", "prompt", "completion"), "causal_lm", "columns = "),
@@ -64,6 +71,8 @@ def test_settings_for_another_task(wrong: dict[str, Any], task: str, message: st
 
 def test_settings_that_fit_their_task() -> None:
     task_named("classification").check_data(DataSpec(**GIVEN))
+    beside = {"text": "text", "label": "label", "user": "who", "site": "org"}
+    task_named("classification").check_data(DataSpec(**GIVEN | {"columns": beside}))
     task_named("causal_lm").check_data(DataSpec(**GIVEN | GENERATION))
     for given in (columns("messages", chat_template="model"), columns("text"), columns("text", "user")):
         task_named("causal_lm").check_data(DataSpec(**GIVEN | given))
