@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from rich.console import Console
 
-from fedtune.cli.command import Argument, AsJson, Option, Overrides, command, group
+from fedtune.cli.command import Argument, Option, command, group
 from fedtune.cli.compose import compose_run, config_folder
-from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
+from fedtune.cli.sections import Section, pairs, say, show
 from fedtune.data.formats import Row
 from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, ModelSpec
@@ -58,10 +58,10 @@ def init(
 ) -> None:
     """Look at a file of records, say what it is, and write an experiment with a comment on each line.
 
-      fedtune data init tickets.csv                        tickets.yaml, and the next line to type
-      fedtune data init posts.csv --text body --label team classification by these columns
-      fedtune data init posts.csv --text body              a language model on these texts
-      fedtune data init qa.csv --prompt q --completion a   a language model on prompts and completions
+    fedtune data init tickets.csv                        tickets.yaml, and the next line to type
+    fedtune data init posts.csv --text body --label team classification by these columns
+    fedtune data init posts.csv --text body              a language model on these texts
+    fedtune data init qa.csv --prompt q --completion a   a language model on prompts and completions
     """
     target = out or Path(f"{file.name.split('.')[0] or 'own'}.yaml")
     if target.suffix not in (".yaml", ".yml"):
@@ -89,7 +89,9 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
     spec = _model_of(base, model) if known else locate(str(model))
     measured = starter.measured(found, _tokenizer(spec))
     if not measured.usable:
-        raise DataError(str(found.path), "no records", f"must have rows with a value in {', '.join(found.roles.values())}")
+        raise DataError(
+            str(found.path), "no records", f"must have rows with a value in {', '.join(found.roles.values())}"
+        )
     plan = starter.Plan(
         base=base,
         model=model if known else None,
@@ -184,7 +186,9 @@ def _types(types: Mapping[str, int]) -> str:
 def _cut(row: Row, column: str) -> str:
     value = row.get(column, "")
     if isinstance(value, list):  # turns of a conversation
-        value = " | ".join(": ".join(map(str, turn.values())) if isinstance(turn, dict) else str(turn) for turn in value)
+        value = " | ".join(
+            ": ".join(map(str, turn.values())) if isinstance(turn, dict) else str(turn) for turn in value
+        )
     text = " ".join(str(value).split())
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}\u2026"
 

@@ -159,7 +159,10 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     yield "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: look at them"
     yield "# before you show this page to others."
     yield "defaults:"
-    yield f"  - {plan.base}".ljust(_BEFORE_COMMENT + 2) + f" # adapters, rates and rounds: conf/experiment/{plan.base}.yaml"
+    yield (
+        f"  - {plan.base}".ljust(_BEFORE_COMMENT + 2)
+        + f" # adapters, rates and rounds: conf/experiment/{plan.base}.yaml"
+    )
     if plan.model is not None:
         yield f"  - override /model: {plan.model}".ljust(_BEFORE_COMMENT + 2) + " # the frozen base model"
     yield ""
@@ -196,7 +199,11 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
         yield "chat_template", turns, "turns as the model's own template writes them (model), or in words (plain)"
     if plan.measured.unusable:
         yield "unusable", "leave_out", f"{plan.measured.unusable:,} rows cannot be used: fedtune data check lists them"
-    most = "" if not plan.num_cut else f"; {plan.num_cut:,} of {len(plan.measured.lengths):,} records are longer and are cut"
+    most = (
+        ""
+        if not plan.num_cut
+        else f"; {plan.num_cut:,} of {len(plan.measured.lengths):,} records are longer and are cut"
+    )
     yield "max_length", plan.max_length, f"the most tokens of a record{most}"
     yield "test_fraction", test, "share of the file for the scores before and after: no site trains on it"
     yield "validation_fraction", validation, "share for the scores after each round"

@@ -14,6 +14,7 @@ _LARGEST_RATE = 1e9
 _MOST_THREADS = 1024
 """Of one process; a system runs out of them somewhere above."""
 
+
 @spec
 class TrainingSpec:
     """How a site trains.
