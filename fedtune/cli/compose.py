@@ -114,8 +114,8 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     settings = _composed([*overrides, *{f"++{_map_of(key)}={{}}": None for key in maps}], file)
     _replace_maps(settings, file, maps)
     if file is not None:  # what conf/config.yaml itself sets comes behind any experiment
-        typed = {_key(override).partition(".")[0] for override in overrides}
-        settings |= {key: file.settings[key] for key in _OF_THE_WHOLE - typed if key in file.settings}
+        outer = {_key(override).partition(".")[0] for override in overrides}
+        settings |= {key: file.settings[key] for key in _OF_THE_WHOLE - outer if key in file.settings}
     if settings.get("resume"):
         settings["name"] = _run_folder(settings["resume"])[1].name
     if settings.get("name") is None:

@@ -1,4 +1,4 @@
-"""`fedtune data`: from a file to an experiment; what is wrong or odd with data; a cleaned copy."""
+"""`fedtune data`: from a file to an experiment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from fedtune.cli.command import Argument, Option, command, group
 from fedtune.cli.compose import compose_run, config_folder
 from fedtune.cli.sections import Section, pairs, say, show
-from fedtune.data.formats import Row
+from fedtune.data.text_rows import Row
 from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.preparation import starter
@@ -29,8 +29,6 @@ app = group(
 Look at your data before a run, on this machine, for your eyes.
 
   fedtune data init tickets.csv            say what the file is, and write tickets.yaml to run it with
-  fedtune data check tickets.yaml          what is wrong or odd with the data
-  fedtune data clean tickets.yaml --out tickets_clean.jsonl --drop empty,duplicates
 
 Nothing of it leaves this machine, and no run reads any of it.
 """

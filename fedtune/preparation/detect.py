@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedtune.data.formats import Row, raw_rows
+from fedtune.data.formats import raw_rows
+from fedtune.data.text_rows import Row
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 

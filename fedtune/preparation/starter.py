@@ -198,7 +198,7 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
         turns = "model" if plan.measured.has_turns else "plain"
         yield "chat_template", turns, "turns as the model's own template writes them (model), or in words (plain)"
     if plan.measured.unusable:
-        yield "unusable", "leave_out", f"{plan.measured.unusable:,} rows cannot be used: fedtune data check lists them"
+        yield "unusable", "leave_out", f"{plan.measured.unusable:,} rows cannot be used"
     most = (
         ""
         if not plan.num_cut
@@ -222,10 +222,7 @@ def notes(found: Found, plan: Plan) -> list[str]:
     if plan.measured.usable < _FEW_RECORDS * plan.num_sites:
         told.append(f"{plan.measured.usable:,} records are few: with noise, expect the run to learn little.")
     if plan.measured.unusable:
-        told.append(
-            f"{plan.measured.unusable:,} rows cannot be used and are left out (unusable: leave_out). "
-            "fedtune data check lists them."
-        )
+        told.append(f"{plan.measured.unusable:,} rows cannot be used and are left out (unusable: leave_out).")
     if len(plan.measured.lengths) == MEASURED_ROWS:
         told.append(f"Lengths are of the first {MEASURED_ROWS:,} rows.")
     return told
