@@ -23,6 +23,13 @@ _BESIDE = {
     ("data", "users_ubuntu_irc"): ["experiment=debug_users"],
     ("data", "users_shakespeare"): ["experiment=debug_users"],
     ("data", "own"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"],
+    ("data", "own_text"): [
+        "experiment=own_text",
+        "data.train_file=mine.csv",
+        "data.declared_sizes=500",
+        "data.columns={text: body}",
+    ],
+    ("experiment", "own_text"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.columns={text: body}"],
     ("experiment", "own_data"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"],
 }
 _LISTS_AND_MAPS = {"data.columns", "data.partition.sites"}

@@ -1,1 +1,1 @@
-"""What a person does with a data file before a run: see what it is, check it, clean it.  Training reads none of this."""
+"""What a person does with a data file before a run: see what it is.  Training reads none of this."""

@@ -13,12 +13,15 @@ EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob
 
 OWN = ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"]
 """What `experiment=own_data` leaves open."""
+LEFT_OPEN = {"own_data": OWN, "own_text": [*OWN[:2], "data.columns={prompt: question, completion: answer}"]}
+WRITES = ["task=causal_lm", "data.labels=[]", "data.columns={prompt: text, completion: text}"]
+"""For settings that a language model alone has."""
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("privacy", ["dp_sgd", "none"])
 def test_config_yaml_round_trip(experiment: str, privacy: str, tmp_path: Path) -> None:
-    given = OWN if experiment == "own_data" else []
+    given = LEFT_OPEN.get(experiment, [])
     config = compose_run([f"experiment={experiment}", f"privacy={privacy}", "name=x", "privacy.delta=2.5e-6", *given])
     write_config(config, tmp_path / "x")
     assert saved_config(tmp_path / "x") == config
@@ -31,13 +34,15 @@ def test_values_keep_their_type_through_yaml(tmp_path: Path) -> None:
         "name='1e5'",
         "privacy.delta=1e-7",
         "data.labels=['yes','no','1','null']",
-        "data.prompt_template='{prompt}: a # b'",
         "lora.layers=[-1,0]",
         "federation.site_names=['01','0x2']",
     ]
     config = compose_run(overrides)
     assert config.data.labels == ("yes", "no", "1", "null")
     assert config.privacy.delta == 1e-7
+    write_config(config, tmp_path)
+    assert saved_config(tmp_path) == config
+    config = compose_run(["experiment=debug", "name=x", *WRITES, "data.prompt_template='{prompt}: a # b'"])
     write_config(config, tmp_path)
     assert saved_config(tmp_path) == config
 
@@ -86,7 +91,7 @@ def test_runs_of_a_sweep_never_share_a_folder() -> None:
         ["name=same", "privacy.epsilon=1,3"],
         ["name=a,b", "privacy.epsilon=1,3"],
         ["lora.target_modules=[query],[key]"],
-        ["data.prompt_template='a b','c/d'"],
+        [*WRITES, "data.prompt_template='a b','c/d'"],
         ["seed=range(0,3)"],
     ]
     for sweep in sweeps[:2] + sweeps[3:]:
