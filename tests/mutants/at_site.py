@@ -211,8 +211,8 @@ AT_SITE = (
         name="a-broken-line-ends-the-file",
         fault="A site's lenient reading ends at a record that cannot be parsed, so that one record ends every answer.",
         file="fedtune/data/records.py",
-        old="        with contextlib.suppress(DataError):\n            if (record := read())",
-        new="        with contextlib.nullcontext():\n            if (record := read())",
+        old="        if isinstance(row, DataError):\n            yield row\n            continue\n",
+        new="        if isinstance(row, DataError):\n            raise row\n",
         tests=("tests/data/test_records.py",),
     ),
     Mutant(
