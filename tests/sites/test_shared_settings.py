@@ -36,6 +36,7 @@ DECISIVE: dict[str, Any] = {
     "data.max_length": 13,
     "data.labels": ("invoice", "praise"),
     "data.prompt_template": "Say: {prompt}",
+    "data.chat_template": "plain",
     "data.heldout_fraction": 0.1,
     "lora.rank": 3,
     "lora.alpha": 5.0,
@@ -122,6 +123,10 @@ WITH = {
         "data": {"columns": {"text": "text", "label": "label", "user": "who"}},
     },
     "privacy.metrics": {"data": {"heldout_fraction": 0.1}},
+    "data.chat_template": {
+        "task": "causal_lm",
+        "data": {"labels": (), "columns": {"prompt": "a", "completion": "b"}},
+    },
     "data.prompt_template": {"data": {"columns": {"text": "text", "label": "label", "prompt": "p"}}},
 }
 """What a change needs beside it."""
@@ -131,7 +136,7 @@ def with_change(letters: Letters, key: str, value: object) -> RunConfig:
     group, _, name = key.rpartition(".")
     changes: dict[str, Any] = {name: value} if not group else {group: {name: value}}
     for other, more in WITH.get(key, {}).items():
-        changes[other] = {**changes.get(other, {}), **more}
+        changes[other] = {**changes.get(other, {}), **more} if isinstance(more, dict) else more
     return letters(**changes)
 
 
