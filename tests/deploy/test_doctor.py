@@ -413,7 +413,10 @@ FAULTS: dict[str, Callable[[Home], Any]] = {
     "a column that is missing": data(columns={"text": "letter", "label": "department"}),
     "a file without a header": without_header,
     "columns of no task": data(columns={"prompt": "letter"}),
-    "columns of one task of two": policy(allow={"tasks": ("classification", "causal_lm")}),
+    "columns of one task of two": lambda home: (
+        home.change_data(columns={"text": "letter"}),
+        home.change(allow={"tasks": ("classification", "causal_lm")}),
+    ),
     "no UTF-8": records(b'letter,outcome\n"Xylander-7391 \xff",well\n'),
     "an open quote": records(b'letter,outcome\n"Xylander-7391,well\n'),
     "a cell too many": records(b"letter,outcome\nXylander-7391,well,Xylander-7391\n"),

@@ -62,6 +62,25 @@ def test_files_columns_and_machine_are_the_sites_own(letters: Callable[..., RunC
     assert runtime.seeded_noise is hostile.runtime.seeded_noise, "as the policy allowed it"
 
 
+def test_of_the_site_s_columns_the_run_s_layout_is_read(letters: Callable[..., RunConfig], policy: Policy) -> None:
+    columns = {"text": "body", "label": "kind", "messages": "chat", "prompt": "question", "completion": "answer"}
+    several = replace(policy, dataset=(policy.dataset[0], replace(policy.dataset[1], columns=columns)))
+
+    def read(*roles: str, **data: object) -> dict[str, str]:
+        named = {"columns": {role: role for role in roles}, "labels": (), **data}
+        return dict(here(for_sites(letters(task="causal_lm", data=named)), several).data.columns)
+
+    assert read("messages", chat_template="plain") == {"messages": "chat"}
+    assert read("text") == {"text": "body"}
+    assert read("prompt", "completion") == {"prompt": "question", "completion": "answer"}
+    with pytest.raises(Refused) as refused:
+        here(
+            for_sites(letters(task="causal_lm", data={"columns": {"prompt": "p", "completion": "c"}, "labels": ()})),
+            policy,
+        )
+    assert refused.value.reason is Reason.SETTINGS, "a role that the site's data has not got"
+
+
 def test_the_data_set_is_the_one_that_the_run_names(letters: Callable[..., RunConfig], policy: Policy) -> None:
     columns = {"columns": {"text": "t", "label": "l"}}
     notes = replace(policy, dataset=(replace(policy.dataset[0], **columns), policy.dataset[1]))

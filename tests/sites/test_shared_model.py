@@ -85,6 +85,27 @@ def test_a_machine_that_is_not_exact_is_taken_where_that_was_allowed_alone(
     assert {shapes.row_shares for shapes in tries} == {(1, 2, 4, 8), (1,)}, "plainer shapes are tried too"
 
 
+def test_another_chat_template_wants_a_model_that_was_checked_for_it(letters: Callable[..., RunConfig]) -> None:
+    prompted = {"labels": (), "columns": {"prompt": "p", "completion": "c"}}
+
+    def settings(kind: str) -> RunConfig:
+        return letters(
+            task="causal_lm",
+            model={"path": "random:llama", "sha256": None},
+            data={**prompted, "chat_template": kind},
+        )
+
+    kept = SharedModel(settings("none"))
+    assert kept.serves(settings("none"), declared_size=kept_size(kept), inexact_allowed=False)
+    assert not kept.serves(settings("model"), declared_size=kept_size(kept), inexact_allowed=False)
+    with pytest.raises(ConfigError, match=r"data\.chat_template = 'model'"):
+        SharedModel(settings("model"))
+
+
+def kept_size(shared: SharedModel) -> int:
+    return sum(shared.config.declared_sizes().values())
+
+
 def test_another_clip_norm_is_another_try(letters: Callable[..., RunConfig], tries: Tries) -> None:
     # It is what a move is measured in, and smaller ones bring other gradients below the bound.
     SharedModel(letters())

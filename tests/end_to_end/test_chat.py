@@ -1,0 +1,108 @@
+"""Whole runs of a language model on chats and on plain texts, with privacy and without."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ANSWERS = {"red": "stop", "green": "go", "blue": "swim"}
+ROWS = 60
+
+
+def conversation(number: int) -> str:
+    first, second = (list(ANSWERS)[(number + step) % 3] for step in (0, 1))
+    said = [first, ANSWERS[first], second, ANSWERS[second]]
+    roles = ("user", "assistant") * 2
+    return json.dumps([{"role": role, "content": text} for role, text in zip(roles, said, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same sixty conversations as chats and as texts; the lead's are a sixth of them."""
+    folder = tmp_path_factory.mktemp("files")
+    texts = [
+        {"role": conversation(number), "text": f"{conversation(number)}!", "who": f"p{number % 20}"}
+        for number in range(ROWS)
+    ]
+    for name, rows in (("train", texts), ("test", texts[::6])):
+        with (folder / f"{name}.csv").open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["chat", "text", "who"])
+            writer.writerows(row.values() for row in rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(simulate: Any, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    def run(*overrides: str) -> Path:
+        return simulate(
+            "model=random_llama",
+            "data=e2e_nlg",
+            "task=causal_lm",
+            f"data.train_file='{files / 'train.csv'}'",
+            "data.validation_file=null",
+            f"data.test_file='{files / 'test.csv'}'",
+            "data.prompt_template='{prompt}'",
+            "data.train_fraction=1.0",
+            "data.declared_sizes=30",
+            "data.max_length=80",
+            "training.learning_rate=0.05",
+            "federation.num_rounds=3",
+            *overrides,
+            into=tmp_path_factory.mktemp("runs"),
+        )
+
+    return run
+
+
+CHAT = ("~data.columns", "+data.columns={messages: chat}", "data.chat_template=plain", "evaluation.generate=true")
+TEXT = ("~data.columns", "+data.columns={text: text}", "evaluation.generate=true")
+
+
+@pytest.mark.parametrize("private", [True, False], ids=["private", "plain"])
+@pytest.mark.parametrize("layout", [CHAT, TEXT], ids=["chat", "text"])
+def test_a_run_trains_and_scores(tuned: Any, result_of: Any, layout: tuple[str, ...], private: bool) -> None:
+    result = result_of(tuned(*layout, "evaluation.max_new_tokens=6", *(() if private else ("privacy=none",))))
+    scores, before = result["final"]["metrics"], result["final"]["metrics_before"]
+    assert np.isfinite(scores["loss"])
+    assert set(scores) == ({"loss", "perplexity", "bleu", "rouge_l"} if layout == CHAT else {"loss", "perplexity"})
+    assert (result["privacy"]["epsilon"] is None) != private
+    if not private:
+        assert scores["loss"] < before["loss"] - 0.3, "it learns"
+    assert not any(one["failed_sites"] for one in result["rounds"])
+
+
+def test_by_user_a_person_s_texts_count_as_one(tuned: Any, result_of: Any) -> None:
+    columns = ("~data.columns", "+data.columns={text: text, user: who}")
+    result = result_of(tuned(*columns, "privacy.unit=user", "data.declared_sizes=10"))
+    assert result["privacy"]["unit"] == "user"
+    assert np.isfinite(result["final"]["metrics"]["loss"])
+
+
+def test_a_model_without_a_template_is_refused_before_anything_is_read(
+    command: Any, tiny: Any, files: Path, tmp_path: Path
+) -> None:
+    outcome = command(
+        "simulate",
+        *tiny(
+            "model=random_llama",
+            "data=e2e_nlg",
+            "task=causal_lm",
+            "~data.columns",
+            "+data.columns={messages: chat}",
+            "data.prompt_template='{prompt}'",
+            "data.chat_template=model",
+            f"data.train_file='{files / 'train.csv'}'",
+            "data.validation_file=null",
+            f"data.test_file='{files / 'test.csv'}'",
+            into=tmp_path,
+        ),
+    )
+    assert outcome.code == 2
+    assert "data.chat_template = 'model': the model's own template is missing" in outcome.message
+    assert "data.chat_template=plain" in outcome.message
