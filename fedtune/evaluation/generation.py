@@ -85,8 +85,8 @@ def _chosen(logits: torch.Tensor, spec: WritingSpec, draws: torch.Generator) -> 
         raise ConfigError("adapter", float(logits.max()), "must give numbers for the next token: its training diverged")
     if spec.temperature == 0:
         return int(logits.argmax())
-    # Nothing above zero is divided: the smallest temperature overflows nothing.
-    scaled = (logits - logits.max()) / spec.temperature
+    # In float64, and nothing above zero is divided: the smallest temperature overflows nothing.
+    scaled = (logits - logits.max()).double() / spec.temperature
     chances, order = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
     # Those before which less than top_p has been reached: the likeliest always stays.
     chances[chances.cumsum(dim=-1) - chances >= spec.top_p] = 0.0
