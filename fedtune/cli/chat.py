@@ -61,7 +61,7 @@ def chat(
     """
     spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     config, own = finished_run(run, device=device)
-    if task_named(config.task).writes is None:
+    if not task_named(config.task).predicts_tokens:
         raise ConfigError("task", config.task, f'writes no text; try: fedtune generate {run} --prompt "..."')
     folders = by_name(run, own, adapter)
     from fedtune.sites.saved_model import SavedModel

@@ -27,6 +27,7 @@ Temperature = Annotated[float, Option("above 0: draw the tokens, the more freely
 TopP = Annotated[float, Option("draw from the likeliest tokens that have this probability together")]
 Seed = Annotated[int, Option("of the draws")]
 
+_ANSWERS = frozenset({"completion", "label"})
 _MAY_BE_BLANK = frozenset({"input", "system"})
 """Roles that a record may leave out."""
 
@@ -53,7 +54,7 @@ def finished_run(
     if columns is not None:
         settings["data"]["columns"] |= _mapped(columns, set(config.data.columns))
     if generate is not None:
-        if task_named(config.task).writes is None:
+        if not task_named(config.task).predicts_tokens:
             raise ConfigError("--generate", generate, f"is for a task that writes text; {config.task} writes none")
         check_at_least("--generate", generate, 1)
         settings["evaluation"] |= {"generate": True, "generation_rows": generate}
@@ -118,10 +119,8 @@ def _mapped(text: str, roles: set[str]) -> dict[str, str]:
 
 def prompt_columns(config: RunConfig) -> dict[str, str]:
     """Role to column of what a model is asked by: all that a record has but its answer."""
-    task, data = task_named(config.task), config.data
-    whole = [role for role in ("messages", "text") if role in data.columns]
-    roles = whole[:1] or [role for role in task.roles_in(data) if role != task.writes]
-    return data.needed_columns(set(roles) - {"label"})
+    roles = task_named(config.task).roles_in(config.data)
+    return config.data.needed_columns(set(roles) - _ANSWERS)
 
 
 def prompt_fields(config: RunConfig, text: str, *, at: str) -> dict[str, str]:

@@ -86,7 +86,7 @@ class _Answers:
 
     def __init__(self, saved: SavedModel, names: Sequence[str], spec: WritingSpec) -> None:
         self._saved, self._names, self._spec = saved, names, spec
-        self._writes = saved.model.task.writes is not None
+        self._writes = saved.model.task.predicts_tokens
 
     def print_one(self, record: Record) -> None:
         """As it is written, on the terminal."""
@@ -152,7 +152,7 @@ def print_streamed(parts: Iterator[str]) -> tuple[str, bool]:
 
 def _require_an_answer(config: RunConfig) -> None:
     task = task_named(config.task)
-    if task.writes is None and not task.has_labels:
+    if not task.predicts_tokens and not task.has_labels:
         raise ConfigError("task", config.task, "writes no text and has no labels; fedtune evaluate scores it")
 
 

@@ -32,6 +32,9 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     name_or_path: str
+    chat_template: Any
+    special_tokens_map: Mapping[str, Any]
+    added_tokens_decoder: Mapping[int, Any]
 
     def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
         """Encode each text; `input_ids` of the answer holds a list of ids for each."""
@@ -70,7 +73,12 @@ class TextDataset:
 
 def cut(text: str, max_length: int) -> str:
     """The characters of a text that are encoded at all, for an example of `max_length` tokens."""
-    return text[: _CHARACTERS_A_TOKEN * max_length]
+    return text[: most_characters(max_length)]
+
+
+def most_characters(max_length: int) -> int:
+    """How many characters of a text are encoded at all, for an example of `max_length` tokens."""
+    return _CHARACTERS_A_TOKEN * max_length
 
 
 def encode(
@@ -80,8 +88,11 @@ def encode(
     special_tokens: bool,
     max_length: int | None = None,
     within: int | None = None,
+    literal: bool = False,
 ) -> Iterator[list[int]]:
     """Token ids of each text, encoded in chunks without padding, so that none depends on another.
+
+    With `literal`, the name of a special token in a text is text like any other, and gives no special token.
 
     With `within`, a text that cannot be encoded, or has an id of that number or above, has no ids; nor has one that the
     tokenizer's normaliser makes many times as long, which nothing could catch: its library ends the process where
@@ -99,6 +110,7 @@ def encode(
                 padding=False,
                 return_attention_mask=False,
                 return_token_type_ids=False,
+                **({"split_special_tokens": True} if literal else {}),
                 verbose=False,  # no warning about the model's longest input: the caller cuts
             )["input_ids"]
         return found

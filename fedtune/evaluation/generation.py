@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,6 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.data.batching import micro_batches
-from fedtune.data.records import Record
-from fedtune.data.tokenise import UNSUPERVISED, TextDataset
 from fedtune.evaluation.scoring import scoring
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.fits import usable_positions
@@ -98,7 +97,7 @@ class PromptSet:
     """Distinct prompts in file order, each with every reference text that the data has for it.
 
     Attributes:
-        input_ids: the (t,) token ids of each prompt, t at least 1, as training sees them.
+        input_ids: the (t,) token ids of each prompt, t at least 1.
         references: one or more texts a prompt.
     """
 
@@ -106,30 +105,20 @@ class PromptSet:
     references: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def of(
-        cls, dataset: TextDataset, records: Sequence[Record], *, role: str = "completion", rows: int | None = None
-    ) -> PromptSet:
-        """Group records by their prompt's tokens: those before the first supervised one.
-
-        Generation so starts from exactly what training saw (template, special tokens, truncation),
-        and two prompts that truncation made equal are one.
+    def of(cls, prompts: Sequence[np.ndarray], references: Sequence[str], *, rows: int | None = None) -> PromptSet:
+        """Group n references by their prompt's tokens.
 
         Args:
-            dataset: `records`, tokenised in the same order.
-            records: n of them.
-            role: whose text is the reference, see `Task.writes`.
-            rows: keep the first so many distinct prompts, with references from all of `records`.
+            prompts: of each reference; those that their cutting made equal are one.
+            references: the texts.
+            rows: keep the first so many distinct prompts, with all their references.
 
         Raises:
-            DataError: when there is no prompt, or one without any token to start from.
+            DataError: when there is no prompt.
         """
-        assert len(dataset) == len(records), "records and dataset must be aligned"
         groups: dict[tuple[int, ...], list[str]] = {}
-        for index, record in enumerate(records):
-            prompt = _prompt_ids(dataset, index)
-            if not prompt:
-                raise DataError(record.at("prompt"), "no tokens", "must give a token to generate from")
-            groups.setdefault(prompt, []).append(record.fields[role])
+        for prompt, reference in zip(prompts, references, strict=True):
+            groups.setdefault(tuple(prompt.tolist()), []).append(reference)
         kept = list(groups)[:rows]
         if not kept:
             raise DataError("evaluation data", 0, "must hold at least one prompt to generate from")
@@ -144,10 +133,11 @@ def generate(
     prompts: Sequence[np.ndarray],
     *,
     tokenizer: PreTrainedTokenizerBase,
+    end_ids: frozenset[int],
     max_new_tokens: int,
     max_tokens: int,
 ) -> list[str]:
-    """Continue each prompt greedily until the end-of-text token or `max_new_tokens`.
+    """Continue each prompt greedily until a token of `end_ids` or `max_new_tokens`.
 
     Prompts are batched by length and padded on the left, so a text does not depend on its
     neighbours beyond rounding (two tokens that tie to the last bit may swap).  The model's own
@@ -156,7 +146,8 @@ def generate(
     Args:
         task_model: one whose task writes text.
         prompts: (t,) token ids each, t at least 1.
-        tokenizer: decodes, and names the end-of-text token that training appended.
+        tokenizer: decodes.
+        end_ids: what ends a text, as training has it.
         max_new_tokens: longest text, in tokens.
         max_tokens: padded tokens of a batch, prompt and text together.
 
@@ -174,7 +165,7 @@ def generate(
             written = write_greedily(
                 task_model.base,
                 [prompts[index] for index in indices],
-                end_id=tokenizer.eos_token_id,
+                end_ids=end_ids,
                 pad_id=tokenizer.pad_token_id,
                 max_new_tokens=max_new_tokens,
                 device=task_model.device,
@@ -223,12 +214,6 @@ def text_scores(figures: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, flo
     return {"bleu": float(bleu.score), "rouge_l": float(np.mean(figures["rouge_l"]))}
 
 
-def _prompt_ids(dataset: TextDataset, index: int) -> tuple[int, ...]:
-    supervised = np.flatnonzero(np.asarray(dataset.targets[index]) != UNSUPERVISED)
-    cut = supervised[0] if len(supervised) else None
-    return tuple(dataset.input_ids[index][:cut].tolist())
-
-
 def _check_positions(task_model: TaskModel, *, longest: int, max_new_tokens: int) -> None:
     most = getattr(task_model.base.config, "max_position_embeddings", None)
     if most is not None and longest > most:
@@ -243,24 +228,25 @@ def write_greedily(
     model: PeftModel,
     prompts: Sequence[np.ndarray],
     *,
-    end_id: int | None,
+    end_ids: frozenset[int],
     pad_id: int,
     max_new_tokens: int,
     device: torch.device,
 ) -> list[list[int]]:
-    """Append the likeliest token to each prompt until `end_id` or `max_new_tokens`.
+    """Append the likeliest token to each prompt until one of `end_ids` or `max_new_tokens`.
 
     Transformers' own `generate` would mix in the sampling settings and penalties that a checkpoint
     ships, also under an explicit greedy configuration; this loop has none.
 
     Returns:
-        The new token ids of each prompt, without `end_id`.
+        The new token ids of each prompt, without the one that ends them.
     """
     token_ids, mask = _pad_left(prompts, pad_id=pad_id, device=device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     takes_positions = _takes_positions(model)
     cache = None
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    ends = torch.tensor(sorted(end_ids), device=device, dtype=torch.int64)
     written: list[torch.Tensor] = []
     for _ in range(max_new_tokens):
         placed = {"position_ids": positions} if takes_positions else {}
@@ -276,14 +262,13 @@ def write_greedily(
         cache = output.past_key_values
         chosen = output.logits[:, -1].argmax(dim=-1)  # (n,)
         written.append(chosen)
-        if end_id is not None:
-            finished |= chosen == end_id
+        finished |= torch.isin(chosen, ends)
         if bool(finished.all()):
             break
         token_ids = chosen[:, None]
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return [_until(row, end_id) for row in torch.stack(written, dim=1).tolist()]
+    return [_until(row, end_ids) for row in torch.stack(written, dim=1).tolist()]
 
 
 def _pad_left(prompts: Sequence[np.ndarray], *, pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -302,6 +287,6 @@ def _takes_positions(model: PeftModel) -> bool:
     return "position_ids" in inspect.signature(model.get_base_model().forward).parameters
 
 
-def _until(token_ids: list[int], end_id: int | None) -> list[int]:
-    """The tokens before the first `end_id`; what a finished row wrote on is noise."""
-    return token_ids[: token_ids.index(end_id)] if end_id in token_ids else token_ids
+def _until(token_ids: list[int], end_ids: frozenset[int]) -> list[int]:
+    """The tokens before the first of `end_ids`; what a finished row wrote on is noise."""
+    return list(takewhile(lambda token_id: token_id not in end_ids, token_ids))

@@ -78,6 +78,7 @@ class SharedModel:
             config.task_model(),
             config.runtime,
             config.data.max_length,
+            config.data.chat_template,
             config.privacy.private,
             config.privacy.max_grad_norm,
             self._keeps_states(config, declared_size),
@@ -185,7 +186,7 @@ def ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTrained
     model = ready_model(build, config.runtime, max_length=config.data.max_length)
     tokenizer = load_tokenizer(model.spec.model)
     check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=config.model.path)
-    model.task.check_tokenizer(tokenizer)
+    model.task.check_tokenizer(tokenizer, data=config.data)
     return tokenizer, model
 
 
@@ -206,14 +207,16 @@ class Measured:
         cls, model: TaskModel, tokenizer: PreTrainedTokenizerBase, data: LeadData, config: RunConfig, *, generate: bool
     ) -> Measured:
         """Run the model over the data; `generate`: it writes texts too, where its task does and the settings ask."""
-        spec, role = config.evaluation, model.task.writes
+        spec = config.evaluation
         pad_id, most = tokenizer.pad_token_id, spec.max_tokens
         examples = figures_of(model, data.examples, pad_id=pad_id, max_tokens=most, kept=data.kept)
-        if not (generate and spec.generate and role is not None):
+        asked = model.task.written(data.records, tokenizer, data=config.data) if generate and spec.generate else None
+        if asked is None:
             return cls(examples, {})
-        prompts = PromptSet.of(data.examples, data.records, role=role, rows=spec.generation_rows)
+        prompts = PromptSet.of(*asked, rows=spec.generation_rows)
+        ends = model.task.end_ids(tokenizer, data=config.data)
         sizes = {"max_new_tokens": spec.max_new_tokens, "max_tokens": most}
-        texts = generate_texts(model, prompts.input_ids, tokenizer=tokenizer, **sizes)
+        texts = generate_texts(model, prompts.input_ids, tokenizer=tokenizer, end_ids=ends, **sizes)
         return cls(examples, text_figures(texts, prompts.references))
 
     def scores(self, model: TaskModel) -> dict[str, float]:

@@ -125,7 +125,9 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
         gradient_checkpointing=machine.gradient_checkpointing,
         seeded_noise=config.runtime.seeded_noise,
     )
-    data = replace(config.data, train_file=str(folder / dataset.path), columns=dict(dataset.columns))
+    # Those of the run's roles: a data set may have columns for several tasks, or for several kinds of record.
+    columns = {role: dataset.columns[role] for role in config.data.columns if role in dataset.columns}
+    data = replace(config.data, train_file=str(folder / dataset.path), columns=columns)
     try:
         return replace(config, model=_local_model(config.model, installed), data=data, runtime=runtime)
     except ConfigError as error:  # a column that the site's data has not got

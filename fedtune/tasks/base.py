@@ -58,11 +58,10 @@ class Task(ABC):
 
     Attributes:
         name: in settings, policies and reports.
-        roles: that every record must have.
+        roles: that every record must have, in the first of the task's layouts.
         has_labels: whether `data.labels` declares the classes.
         has_head: whether a head is trained beside the adapters, by the settings under `head`.
         predicts_tokens: whether the base is a decoder with its output layer; otherwise it ends in hidden states.
-        writes: the role whose text the model can write, which BLEU and ROUGE-L then score; None: it writes no text.
     """
 
     name: ClassVar[str]
@@ -70,7 +69,11 @@ class Task(ABC):
     has_labels: ClassVar[bool] = False
     has_head: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
-    writes: ClassVar[str | None] = None
+
+    @property
+    def layouts(self) -> tuple[tuple[str, ...], ...]:
+        """The roles of each kind of record that the task can read; columns name those of one kind."""
+        return (self.roles,)
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         """The roles that a record must have under these settings."""
@@ -108,11 +111,11 @@ class Task(ABC):
             ConfigError: for `model.path`, which it does not suit.
         """
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:  # noqa: B027
-        """Check a loaded tokenizer.
+    def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:  # noqa: B027
+        """Check a loaded tokenizer, so that none of its records can be the first to show what it lacks.
 
         Raises:
-            ConfigError: for `model.path`, whose tokenizer lacks what records need.
+            ConfigError: for `model.path`, or the setting of `data` that it does not serve.
         """
 
     def usable(self, data: DataSpec) -> Callable[[Record], bool]:
@@ -135,6 +138,20 @@ class Task(ABC):
         Raises:
             DataError: a record does not fit the settings.
         """
+
+    def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
+        """The tokens (t,) from which text is written for `fields`, of a task that writes."""
+        raise NotImplementedError
+
+    def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
+        """The tokens that end what the model writes."""
+        raise NotImplementedError
+
+    def written(
+        self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
+    ) -> tuple[Ids, Sequence[str]] | None:
+        """What each record asks to be written, as tokens, and the text that it has for it; None: nothing to score."""
+        return None
 
     def add_head(self, model: Model) -> None:  # noqa: B027
         """Give a new model the task's own tensors: those to train under `model.head`, public ones as buffers.
@@ -181,17 +198,3 @@ class Task(ABC):
             draws: where a target is one of several.
             first: place of the first target in an example of so many tokens.
         """
-
-    def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
-        """(t,) token ids from which an answer is written, where the task `writes`: those that training saw before it.
-
-        Args:
-            fields: role to text, without the role that is written; `messages` end in a user's turn.
-            tokenizer: the base's.
-            data: the run's settings.
-        """
-        raise NotImplementedError(f"{self.name} writes no text")
-
-    def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
-        """The tokens that end an answer; none where the task writes no text."""
-        return frozenset()

@@ -1,21 +1,24 @@
-"""Causal language modelling: a prompt is given, and the model learns to write the completion behind it."""
+"""Causal language modelling: the model learns to write the answers of chats, completions of prompts, or whole texts."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from string import Formatter
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode
+from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode, most_characters
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import FirstTarget, Ids, Model, Task
+from fedtune.tasks.chat import SYSTEM, USER, ChatFormat, Piece, Turn, before_last_answer, chat_format, turns_in
 
 if TYPE_CHECKING:
     import torch
@@ -25,55 +28,118 @@ if TYPE_CHECKING:
 
 
 class CausalLM(Task):
-    """Next-token prediction; the loss is the mean over an example's own supervised tokens, zero when it has none."""
+    """Next-token prediction; the loss is the mean over an example's own supervised tokens, zero when it has none.
+
+    A record is a prompt and its completion, a chat of which all the assistant's turns are learnt, or a plain text that
+    is learnt whole.  `data.columns` says which.
+    """
 
     name = "causal_lm"
     roles = ("prompt", "completion")
     predicts_tokens = True
-    writes = "completion"
+
+    @property
+    def layouts(self) -> tuple[tuple[str, ...], ...]:
+        return self.roles, ("messages",), ("text",)
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
-        """The template's, too."""
-        return (*self.roles, *data.template_roles)
+        """Those of the layout; of a prompt also the template's, and the system's where there are turns."""
+        for role in ("messages", "text"):
+            if role in data.columns:
+                return (role,)
+        system = (SYSTEM,) if SYSTEM in data.columns and data.chat_template != "none" else ()
+        return (*self.roles, *data.template_roles, *system)
+
+    def check_data(self, data: DataSpec) -> None:
+        named = [role for role in ("messages", "text", "prompt") if role in data.columns]
+        if len(named) > 1:
+            bound = f"must name one of {', '.join(named)}: a record is a chat, a text, or a prompt with its completion"
+            raise ConfigError("columns", dict(data.columns), bound)
+        super().check_data(data)
+        (layout,) = named
+        if layout == "messages" and data.chat_template == "none":
+            raise ConfigError("chat_template", data.chat_template, "must be model or plain for a column of messages")
+        if layout == "text" and data.chat_template != "none":
+            raise ConfigError("chat_template", data.chat_template, "must be none for a text, which has no turns")
+        if layout != "prompt" and data.prompt_template != "{prompt}":
+            raise ConfigError("prompt_template", data.prompt_template, f"must stay {{prompt}}: {layout} has no prompt")
 
     def check_base(self, base: PreTrainedModel, *, path: str) -> None:
         from fedtune.model.fits import check_causal
 
         check_causal(base, path=path)
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        end_of_text(tokenizer)
+    def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
+        _Layout.of(tokenizer, data)
 
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """Prompt, completion and end-of-text token; the completion and that token are supervised.
+        """What stands before an answer, the answer, and the tokens that end it; the last two are supervised.
 
-        Prompt and completion are encoded apart, so that the prompt's tokens are what generation starts from.  The
-        tokenizer's begin-of-text token leads where it is one that adds it.  What exceeds `data.max_length` is cut off
-        at the end; an example may so lose all its supervised tokens.
+        The parts are encoded apart, so that what stands before an answer is what generation starts from.  The
+        tokenizer's begin-of-text token leads where it is one that adds it.  Of an example that exceeds
+        `data.max_length` the answer stays, and what is before it is cut at its beginning; of a chat, that is all before
+        its last answer.  An answer that alone exceeds it, and a plain text, are cut at their end.
 
         Raises:
-            ConfigError: the tokenizer has no end-of-text token.
+            ConfigError: the tokenizer has no end-of-text token, or the model's chat template cannot be taken.
+            DataError: a record is no chat with an answer.
         """
-        length = data.max_length
-        end, start = end_of_text(tokenizer), _start_ids(tokenizer)
-        prompts = [_prompt(data.prompt_template, record, max_length=length) for record in records]
-        completions = [cut(record.fields["completion"], length) for record in records]
+        layout = _Layout.of(tokenizer, data)
+        examples = [_laid_out(layout, record, lenient=lenient_within is not None) for record in records]
         input_ids, targets = [], []
-        for texts, prompt, completion in zip(
-            zip(prompts, completions, strict=True),
-            encode(prompts, tokenizer, special_tokens=False, within=lenient_within),
-            encode(completions, tokenizer, special_tokens=False, within=lenient_within),
-            strict=True,
-        ):
-            given, supervised = [*start, *prompt], [*completion, end]
-            # A text that could not be encoded has no ids, and its record adds nothing: half of it is another record.
-            if any(text.strip() and not ids for text, ids in zip(texts, (prompt, completion), strict=True)):
-                given, supervised = [*given, *supervised], []
-            input_ids.append(np.array([*given, *supervised][:length], dtype=np.int32))
-            targets.append(np.array([*[UNSUPERVISED] * len(given), *supervised][:length], dtype=np.int64))
+        for tokens in layout.encoded(examples, tokenizer, within=lenient_within):
+            fitted = tokens.fitted(data.max_length) or [_Token(layout.end, learnt=False)]
+            input_ids.append(np.array([token.number for token in fitted], dtype=np.int32))
+            learnt = np.array([token.learnt for token in fitted])
+            learnt[0] = False  # nothing stands before it
+            targets.append(np.where(learnt, input_ids[-1], UNSUPERVISED).astype(np.int64))
         return TextDataset(tuple(input_ids), tuple(targets))
+
+    def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
+        """The tokens (t,) from which an answer is written, as training has them before it cuts any off.
+
+        Args:
+            fields: `messages` that end in a user's turn, a `text` to go on with, or the roles of a prompt, of which
+                those that are absent are blank.
+            tokenizer: the base's.
+            data: the settings of the run.
+
+        Raises:
+            ConfigError: the tokenizer or its chat template cannot be taken, or the run has no turns to write messages.
+            DataError: the messages cannot be answered.
+        """
+        layout = _Layout.of(tokenizer, data)
+        try:
+            example = _Example(layout.prompt(fields))
+        except ValueError as error:
+            raise DataError(
+                "messages", str(error), "must be turns of user and assistant that end in a user's"
+            ) from None
+        (tokens,) = layout.encoded([example], tokenizer)
+        return np.array([token.number for token in tokens.context], dtype=np.int32)
+
+    def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
+        """End of text and, where there are turns, the end of the assistant's."""
+        layout = _Layout.of(tokenizer, data)
+        return frozenset({layout.end, *(layout.chat.ending[-1:] if layout.chat else ())})
+
+    def written(
+        self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
+    ) -> tuple[Ids, Sequence[str]] | None:
+        """Prompts, of `data.max_length` tokens at most, with the answers; None for plain texts."""
+        if "text" in data.columns:
+            return None
+        layout = _Layout.of(tokenizer, data)
+        examples = [_laid_out(layout, record, lenient=False) for record in records]
+        prompts = []
+        for record, tokens in zip(records, layout.encoded(examples, tokenizer), strict=True):
+            fitted = replace(tokens, answer=()).fitted(data.max_length)
+            if not fitted:
+                raise DataError(record.at("prompt"), "no tokens", "must give a token to generate from")
+            prompts.append(np.array([token.number for token in fitted], dtype=np.int32))
+        return tuple(prompts), [example.reference for example in examples]
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """(rows, t, vocabulary) for the token after each place."""
@@ -106,7 +172,7 @@ class CausalLM(Task):
         """
         losses, num_tokens = figures["loss"], figures["tokens"]
         if not num_tokens.any():
-            bound = "needs a completion that data.max_length does not cut off"
+            bound = "needs an answer"
             raise DataError("evaluation data", "no token to predict", bound)
         return {
             "loss": float(np.mean(losses)),
@@ -124,17 +190,171 @@ class CausalLM(Task):
             np.where(np.arange(len(ids)) >= first(len(ids)), ids, UNSUPERVISED).astype(np.int64) for ids in input_ids
         )
 
-    def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
-        if "messages" in fields:
-            turns = json.loads(fields["messages"])
-            text = "".join(f"{turn['role']}: {turn['content']}\n" for turn in turns) + "assistant:"
-        else:
-            text = fields["text"] if "text" in fields else data.prompt_template.format_map(fields)
-        (ids,) = encode([text], tokenizer, special_tokens=False)
-        return np.array([*_start_ids(tokenizer), *ids], dtype=np.int32)
 
-    def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
-        return frozenset({end_of_text(tokenizer)})
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """A record before it is encoded.
+
+    Attributes:
+        context: what stands before the last answer, led by the begin-of-text token; a plain text has that alone.
+        answer: what is learnt last, with what ends it.
+        reference: the answer as the record has it.
+    """
+
+    context: Sequence[Piece]
+    answer: Sequence[Piece] = ()
+    reference: str = ""
+
+
+class _Token(NamedTuple):
+    number: int
+    learnt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """An encoded example; `start`: how many tokens of the context stay in any case."""
+
+    context: Sequence[_Token] = ()
+    answer: Sequence[_Token] = ()
+    start: int = 0
+
+    def fitted(self, length: int) -> list[_Token]:
+        """At most so many tokens, of which one stands before the answer if there is any."""
+        answer = self.answer[: length - max(self.start, min(1, len(self.context)))]
+        begin, rest = self.context[: self.start], self.context[self.start :]
+        room = length - len(begin) - len(answer)
+        return [*begin, *rest[max(0, len(rest) - room) :], *answer]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How a run lays out its records.
+
+    Attributes:
+        start: the begin-of-text token, where examples have one.
+        end: the end-of-text token.
+        chat: how turns are written; None: a prompt and its completion as they are.
+        data: the run's settings.
+    """
+
+    start: tuple[int, ...]
+    end: int
+    chat: ChatFormat | None
+    data: DataSpec
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, data: DataSpec) -> _Layout:
+        """Raises ConfigError for a tokenizer without an end-of-text token, or a chat template that cannot be taken."""
+        end, start = end_of_text(tokenizer), _start_ids(tokenizer)
+        if data.chat_template == "none":
+            return cls(start, end, None, data)
+        chat = chat_format(data.chat_template, tokenizer, start=start)
+        return cls(chat.start, end, chat, data)
+
+    def prompt(self, fields: Mapping[str, str]) -> Sequence[Piece]:
+        """What stands before an answer to `fields`, which hold none.
+
+        Raises:
+            ValueError: for messages that are no turns, or do not end in a user's.
+            ConfigError: for messages where there are no turns.
+        """
+        if "messages" not in fields:
+            prompt = fields["text"] if "text" in fields else _filled(self.data.prompt_template, fields)
+            if self.chat is None:
+                return Piece(self.start), Piece(prompt)
+            return self.chat.prompt([Turn(SYSTEM, fields.get(SYSTEM, "")), Turn(USER, prompt.strip())])
+        if self.chat is None:
+            raise ConfigError("data.chat_template", "none", "must be model or plain for a conversation")
+        return self.chat.prompt(turns_in(fields["messages"]))
+
+    def example(self, fields: Mapping[str, str]) -> _Example:
+        """A whole record, its texts cut to the characters that an example may need.
+
+        Raises:
+            ValueError: for messages that are no turns, or that hold no answer.
+        """
+        length, end = self.data.max_length, Piece((self.end,), learnt=True)
+        if "text" in fields:
+            return _Example([Piece(self.start)], [Piece(cut(fields["text"], length), learnt=True), end])
+        if self.chat is None or "messages" not in fields:
+            context, reference = self.prompt(fields), fields["completion"]
+        else:
+            asked, reference = before_last_answer(turns_in(fields["messages"]))
+            context = self.chat.prompt(asked)
+        said = cut(reference, length)
+        answer = [Piece(said, learnt=True), end] if self.chat is None else self.chat.answer(said)
+        return _Example([context[0], *_last(context[1:], length)], answer, reference)
+
+    def encoded(
+        self, examples: Sequence[_Example], tokenizer: Tokenizer, *, within: int | None = None
+    ) -> Iterator[_Tokens]:
+        """The tokens of each example; none where a part of it cannot be encoded: half a record is another."""
+        pieces = [piece for example in examples for piece in (*example.context, *example.answer)]
+        texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
+        # Without turns, prompt and completion may hold special tokens by name: templates of 0.1.0 could write turns so.
+        literal = self.chat is not None or "text" in self.data.columns
+        ids_of_texts = encode(texts, tokenizer, special_tokens=False, within=within, literal=literal)
+
+        def tokens(some: Sequence[Piece]) -> tuple[list[_Token], bool]:
+            found, whole = [], True
+            for piece in some:
+                ids = next(ids_of_texts) if isinstance(piece.content, str) else piece.content
+                whole &= bool(ids) or not isinstance(piece.content, str) or not piece.content.strip()
+                found += [_Token(number, piece.learnt) for number in ids]
+            return found, whole
+
+        for example in examples:
+            (context, one), (answer, other) = tokens(example.context), tokens(example.answer)
+            yield _Tokens(context, answer, len(self.start)) if one and other else _Tokens()
+
+
+def _laid_out(layout: _Layout, record: Record, *, lenient: bool) -> _Example:
+    try:
+        return layout.example(record.fields)
+    except ValueError as error:
+        if lenient:
+            return _Example(())
+        raise DataError(
+            record.at("messages"), str(error), "must be turns of user and assistant in alternation"
+        ) from None
+
+
+def _last(pieces: Sequence[Piece], length: int) -> list[Piece]:
+    """The pieces from which the last tokens of an example come, without the characters that it can not need."""
+    room, num_tokens, kept = most_characters(length), 0, []
+    for piece in reversed(pieces):
+        if room <= 0 or num_tokens >= length:
+            break
+        if isinstance(piece.content, str):
+            kept.append(replace(piece, content=piece.content[-room:]))
+            room -= len(piece.content)
+        else:
+            kept.append(piece)
+            num_tokens += len(piece.content)
+    return kept[::-1]
+
+
+def _filled(template: str, fields: Mapping[str, str]) -> str:
+    """The template with a record's texts, without the paragraphs whose roles are all blank."""
+    paragraphs = []
+    for paragraph, roles in _paragraphs(template):
+        texts = {role: fields.get(role, "") for role in roles}
+        if not roles or any(text.strip() for text in texts.values()):
+            paragraphs.append(paragraph.format_map(texts))
+    return _BLANK_LINE.join(paragraphs)
+
+
+_BLANK_LINE = "\n\n"
+
+
+@lru_cache(maxsize=16)
+def _paragraphs(template: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Each paragraph of a template with its roles."""
+    return tuple(
+        (paragraph, tuple(name for _, name, _, _ in Formatter().parse(paragraph) if name is not None))
+        for paragraph in template.split(_BLANK_LINE)
+    )
 
 
 def end_of_text(tokenizer: Tokenizer) -> int:
@@ -148,15 +368,10 @@ def end_of_text(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_token_id
 
 
-def _start_ids(tokenizer: Tokenizer) -> list[int]:
+def _start_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The begin-of-text token, where the tokenizer puts one before a text."""
     (ids,) = encode([""], tokenizer, special_tokens=True)
-    return [ids[0]] if ids and ids[0] == tokenizer.bos_token_id else []
-
-
-def _prompt(template: str, record: Record, *, max_length: int) -> str:
-    fields = {role: cut(text, max_length) for role, text in record.fields.items()}
-    return cut(template.format_map(fields), max_length)
+    return (ids[0],) if ids and ids[0] == tokenizer.bos_token_id else ()
 
 
 def _perplexity(loss: float) -> float:

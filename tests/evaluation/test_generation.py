@@ -6,7 +6,6 @@ import torch
 from sacrebleu.metrics.bleu import BLEU
 from transformers import PreTrainedTokenizerFast
 
-from fedtune.data.records import Record
 from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation.generation import (
     PromptSet,
@@ -22,7 +21,10 @@ from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TaskModel
 
+from .conftest import END
+
 CPU = torch.device("cpu")
+ENDS = frozenset({END})
 
 
 def prompts_of(dataset: TextDataset) -> list[np.ndarray]:
@@ -46,7 +48,7 @@ def test_padding_and_cache_change_no_token(
     language_model = request.getfixturevalue(family)
     prompts = prompts_of(completions)
     assert len({len(prompt) for prompt in prompts}) > 3
-    written = write_greedily(language_model.base, prompts, end_id=None, pad_id=2, max_new_tokens=8, device=CPU)
+    written = write_greedily(language_model.base, prompts, end_ids=frozenset(), pad_id=2, max_new_tokens=8, device=CPU)
     expected = [written_without_cache(language_model, prompt, 8) for prompt in prompts]
     assert len({tuple(row) for row in expected}) > 10, "the texts have to differ for this test to mean anything"
     assert written == expected
@@ -56,7 +58,9 @@ def test_each_row_ends_at_its_own_end_of_text(language_model: TaskModel, complet
     prompts = prompts_of(completions)
     whole = [written_without_cache(language_model, prompt, 8) for prompt in prompts]
     end = whole[0][3]
-    written = write_greedily(language_model.base, prompts, end_id=end, pad_id=2, max_new_tokens=8, device=CPU)
+    written = write_greedily(
+        language_model.base, prompts, end_ids=frozenset({end, 999}), pad_id=2, max_new_tokens=8, device=CPU
+    )
     assert written == [row[: row.index(end)] if end in row else row for row in whole]
     assert len(written[0]) <= 3
 
@@ -71,7 +75,9 @@ def test_texts_come_in_the_order_of_prompts_whatever_the_batches(
         row = written_without_cache(language_model, prompt, 6)
         row = row[: row.index(2)] if 2 in row else row
         expected.append(tokenizer.decode(row, skip_special_tokens=True))
-    texts = generate(language_model, prompts, tokenizer=tokenizer, max_new_tokens=6, max_tokens=max_tokens)
+    texts = generate(
+        language_model, prompts, tokenizer=tokenizer, end_ids=ENDS, max_new_tokens=6, max_tokens=max_tokens
+    )
     assert texts == expected
     assert sum(text.startswith("w") for text in texts) > 10
 
@@ -80,7 +86,14 @@ def test_a_text_beyond_the_models_positions_is_refused(
     language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(ConfigError, match=r"^evaluation.max_new_tokens = 30: .* takes 32 in all"):
-        generate(language_model, prompts_of(completions), tokenizer=tokenizer, max_new_tokens=30, max_tokens=100)
+        generate(
+            language_model,
+            prompts_of(completions),
+            tokenizer=tokenizer,
+            end_ids=ENDS,
+            max_new_tokens=30,
+            max_tokens=100,
+        )
 
 
 def scores_of_texts(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:
@@ -103,41 +116,23 @@ def test_scores_of_equal_and_of_empty_texts() -> None:
     assert scores_of_texts([""], [[reference]]) == {"bleu": 0.0, "rouge_l": 0.0}
 
 
-def records_of(pairs: list[tuple[str, str]]) -> list[Record]:
-    return [Record(fields={"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
-
-
 def test_a_prompt_is_written_for_once_with_all_its_references() -> None:
-    rows = [[5, 6, 7, 2], [5, 8, 2], [5, 6, 9, 9, 2]]  # prompts [5, 6], [5] and [5, 6] again
-    targets = [[-100, -100, 7, 2], [-100, 8, 2], [-100, -100, 9, 9, 2]]
-    dataset = TextDataset(
-        input_ids=tuple(np.array(row, dtype=np.int32) for row in rows),
-        targets=tuple(np.array(row, dtype=np.int64) for row in targets),
-    )
-    records = records_of([("a", "first"), ("b", "other"), ("a", "second")])
-    prompts = PromptSet.of(dataset, records)
+    asked = [np.array(row, dtype=np.int32) for row in ([5, 6], [5], [5, 6])]
+    prompts = PromptSet.of(asked, ["first", "other", "second"])
     assert prompts.references == (("first", "second"), ("other",))
     assert [ids.tolist() for ids in prompts.input_ids] == [[5, 6], [5]]
-    assert PromptSet.of(dataset, records, rows=1).references == (("first", "second"),)
+    assert PromptSet.of(asked, ["first", "other", "second"], rows=1).references == (("first", "second"),)
 
 
-def test_a_prompt_that_filled_its_row_is_kept_whole(completions: TextDataset) -> None:
-    last = TextDataset(input_ids=completions.input_ids[-1:], targets=completions.targets[-1:])
-    prompts = PromptSet.of(last, records_of([("a", "cut off")]))
-    assert prompts.input_ids[0].tolist() == last.input_ids[0].tolist()
-
-
-def test_a_prompt_without_tokens_is_a_data_error() -> None:
-    ids = np.array([5, 6], dtype=np.int32)
-    dataset = TextDataset(input_ids=(ids,), targets=(ids.astype(np.int64),))
-    with pytest.raises(DataError, match=r"^prompt = .* must give a token"):
-        PromptSet.of(dataset, records_of([("", "text")]))
+def test_no_prompt_at_all_is_a_data_error() -> None:
+    with pytest.raises(DataError, match="must hold at least one prompt"):
+        PromptSet.of([], [])
 
 
 def test_generated_text_is_scored_against_its_prompt(
     language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    options = {"tokenizer": tokenizer, "max_new_tokens": 8, "max_tokens": 100}
+    options = {"tokenizer": tokenizer, "end_ids": ENDS, "max_new_tokens": 8, "max_tokens": 100}
     texts = generate(language_model, prompts_of(completions), **options)
     said = [(prompt, text) for prompt, text in zip(prompts_of(completions), texts, strict=True) if text]
     assert len(said) > 10

@@ -170,7 +170,9 @@ def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) ->
         return failed(name, found, fix=f"Set `path` in {block} to one .jsonl or .csv file, plain or with .gz behind.")
     lacking = _roles_lacking(dataset.columns, tasks)
     if lacking is None:
-        asked = " or ".join(f"{', '.join(TASKS[task].roles)} ({task})" for task in tasks if task in TASKS)
+        asked = " or ".join(
+            f"{', '.join(roles)} ({task})" for task in tasks if task in TASKS for roles in TASKS[task].layouts
+        )
         fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
         return failed(name, "its columns have not the roles of any task that the policy allows", fix=fix)
     try:
@@ -190,7 +192,11 @@ def _count(path: Path, dataset: Dataset, unit: Unit) -> int:
 
 def _roles_lacking(columns: Mapping[str, str], tasks: tuple[str, ...]) -> str | None:
     """Tasks that `columns` does not serve, in words, empty for none; None where it serves no task at all."""
-    lacking = [task for task in tasks if task not in TASKS or not set(TASKS[task].roles) <= set(columns)]
+    lacking = [
+        task
+        for task in tasks
+        if task not in TASKS or not any(set(roles) <= set(columns) for roles in TASKS[task].layouts)
+    ]
     return None if len(lacking) == len(tasks) else ", ".join(lacking)
 
 
