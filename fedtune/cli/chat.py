@@ -22,6 +22,7 @@ from fedtune.cli.finished_run import (
     messages_of,
     prompt_columns,
     prompt_fields,
+    warn_of_fixed_prompt,
 )
 from fedtune.cli.generate import print_streamed
 from fedtune.config import RunConfig
@@ -89,6 +90,7 @@ class _Conversation:
         _say(f"{self._adapter} answers; /help lists the commands.")
         if not self._keeps_turns:
             _say("The run was tuned on single texts, not on conversations: each message is a new prompt.")
+        warn_of_fixed_prompt(self._config)
 
     def command(self, words: str) -> None:
         """What is typed with a slash."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,6 +144,15 @@ def prompt_fields(config: RunConfig, text: str, *, at: str) -> dict[str, str]:
         wanted = ", ".join(roles)
         raise ConfigError(at, text, f"is one text, and a prompt of this run has {wanted}: give them in a file (--file)")
     return {role: text if role == main else "" for role in roles}
+
+
+def warn_of_fixed_prompt(config: RunConfig) -> None:
+    """Say so where nothing that is asked reaches the model: it was tuned to write from the same words each time."""
+    data = config.data
+    if "prompt" in data.columns and "prompt" not in data.template_roles and task_named(config.task).predicts_tokens:
+        sys.stderr.write(
+            f"data.prompt_template = {data.prompt_template!r} has no {{prompt}}: what is asked changes nothing\n"
+        )
 
 
 def messages_of(turns: Sequence[tuple[str, str]]) -> str:

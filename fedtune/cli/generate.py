@@ -23,6 +23,7 @@ from fedtune.cli.finished_run import (
     harmless,
     prompt_columns,
     prompt_fields,
+    warn_of_fixed_prompt,
 )
 from fedtune.cli.sections import SCHEMA_VERSION, print_json
 from fedtune.config import RunConfig
@@ -66,6 +67,7 @@ def generate(
     folders = by_name(run, own, adapter)
     if (prompt is None) == (file is None):
         raise ConfigError("--prompt", prompt or "", "must be given, or --file instead of it")
+    warn_of_fixed_prompt(config)
     records = _typed(config, prompt) if prompt is not None else _from_file(config, str(file))
     from fedtune.sites.saved_model import BASE, SavedModel
 
