@@ -241,15 +241,12 @@ class Terminal:
             [sys.executable, "-m", "fedtune", *words], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
         )
         os.close(theirs)
-        self.seen = ""
 
     def until(self, text: str) -> str:
         """Read on until `text` has come; returns what came."""
         came = ""
         while text not in came:
-            part = os.read(self._ours, 1000)
-            came += part.decode(errors="replace")
-        self.seen += came
+            came += os.read(self._ours, 1000).decode(errors="replace")
         return came
 
     def type(self, text: str) -> None:
@@ -281,8 +278,7 @@ def test_a_conversation_on_a_terminal(chats: Path, terminal: Callable[..., Termi
     shown.until("/help lists the commands")
     shown.until("> ")
     shown.type("hello\n")
-    shown.until("hello\r\n")
-    shown.until("")
+    assert len(shown.until("> ").replace("hello", "")) > 50, "the answer, and room for the next message"
     shown.type("/adapter base\n")
     shown.until("base answers.")
     shown.until("> ")
