@@ -28,7 +28,7 @@ def evaluate(
     """Score a run's saved adapter on a file of your own, beside the model as it was before training.
 
     The file has the columns that the run's configuration names. Scores are exact and not covered by any guarantee.
-    An interval holds in 95 of 100 samples of as many records (of users, where the run's unit is the user).
+    Intervals come from drawing the records anew (users with all their records, where the run's unit is the user).
     """
     config, adapter = finished_run(run, device=device, columns=columns, generate=generate)
     from fedtune.sites.saved_model import beside_base

@@ -23,7 +23,7 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], Option("where to compute")]
 Adapters = Annotated[
     tuple[str, ...], Option("also the adapter of another run of the same model; may be repeated", metavar="NAME=RUN")
 ]
-MaxNewTokens = Annotated[int, Option("the longest answer")]
+MaxNewTokens = Annotated[int, Option("the longest answer, in tokens")]
 Temperature = Annotated[float, Option("above 0: draw the tokens, the more freely the higher")]
 TopP = Annotated[float, Option("draw from the likeliest tokens that have this probability together")]
 Seed = Annotated[int, Option("of the draws")]
