@@ -64,8 +64,10 @@ def _notes(found: BesideBase) -> list[str]:
     if found.num_prompts:
         drawn += f" ({counted(found.num_prompts, 'prompt')} for texts)"
     notes.append(f"Intervals: 95 %, from {RESAMPLES:,} draws of {drawn}, with replacement. Base: before training.")
-    if found.num_units < FEWEST_UNITS:
-        notes.append(f"Fewer than {FEWEST_UNITS} {found.unit}s are too few to call a model better or worse.")
+    few = [f"{found.unit}s"] if found.num_units < FEWEST_UNITS else []
+    few += ["prompts"] if 0 < found.num_prompts < FEWEST_UNITS else []
+    if few:
+        notes.append(f"Fewer than {FEWEST_UNITS} {' or '.join(few)} are too few to call a model better or worse.")
     return notes
 
 
