@@ -20,11 +20,11 @@ from fedtune.cli.finished_run import (
     by_name,
     finished_run,
     messages_of,
+    print_streamed,
     prompt_columns,
     prompt_fields,
     warn_of_fixed_prompt,
 )
-from fedtune.cli.generate import print_streamed
 from fedtune.config import RunConfig
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.spec import ConfigError, DataError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -164,3 +164,18 @@ def messages_of(turns: Sequence[tuple[str, str]]) -> str:
 def harmless(text: str) -> str:
     """What a model wrote, without what could steer a terminal; unlike a name it may have any other letter."""
     return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) != "Cc")
+
+
+def print_streamed(parts: Iterator[str]) -> tuple[str, bool]:
+    """Print a text as it comes; returns it, and whether Ctrl-C ended it."""
+    whole, stopped = "", False
+    try:
+        for part in parts:
+            whole += part
+            sys.stdout.write(harmless(part))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        stopped = True
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return whole, stopped

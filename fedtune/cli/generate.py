@@ -21,6 +21,7 @@ from fedtune.cli.finished_run import (
     by_name,
     finished_run,
     harmless,
+    print_streamed,
     prompt_columns,
     prompt_fields,
     warn_of_fixed_prompt,
@@ -135,21 +136,6 @@ class _Answers:
         (chances,) = self._saved.chances([record])
         labels = self._saved.model.spec.labels
         return [(labels[place], float(chances[place])) for place in (-chances).argsort(kind="stable")[:_LABELS_SHOWN]]
-
-
-def print_streamed(parts: Iterator[str]) -> tuple[str, bool]:
-    """Print a text as it comes; returns it, and whether Ctrl-C ended it."""
-    whole, stopped = "", False
-    try:
-        for part in parts:
-            whole += part
-            sys.stdout.write(harmless(part))
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        stopped = True
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    return whole, stopped
 
 
 def _require_an_answer(config: RunConfig) -> None:
