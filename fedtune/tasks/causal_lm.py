@@ -18,7 +18,17 @@ from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer,
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import FirstTarget, Ids, Model, Task
-from fedtune.tasks.chat import SYSTEM, USER, ChatFormat, Piece, Turn, before_last_answer, chat_format, turns_in
+from fedtune.tasks.chat import (
+    SYSTEM,
+    USER,
+    ChatFormat,
+    NoConversation,
+    Piece,
+    Turn,
+    before_last_answer,
+    chat_format,
+    turns_in,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +47,7 @@ class CausalLM(Task):
     name = "causal_lm"
     roles = ("prompt", "completion")
     predicts_tokens = True
+    writes = "completion"
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -113,7 +124,7 @@ class CausalLM(Task):
         layout = _Layout.of(tokenizer, data)
         try:
             example = _Example(layout.prompt(fields))
-        except ValueError as error:
+        except NoConversation as error:
             raise DataError(
                 "messages", str(error), "must be turns of user and assistant that end in a user's"
             ) from None
@@ -172,7 +183,7 @@ class CausalLM(Task):
         """
         losses, num_tokens = figures["loss"], figures["tokens"]
         if not num_tokens.any():
-            bound = "needs an answer"
+            bound = "needs an answer within data.max_length"
             raise DataError("evaluation data", "no token to predict", bound)
         return {
             "loss": float(np.mean(losses)),
@@ -256,7 +267,7 @@ class _Layout:
         """What stands before an answer to `fields`, which hold none.
 
         Raises:
-            ValueError: for messages that are no turns, or do not end in a user's.
+            NoConversation: for messages that are no turns, or do not end in a user's.
             ConfigError: for messages where there are no turns.
         """
         if "messages" not in fields:
@@ -272,7 +283,7 @@ class _Layout:
         """A whole record, its texts cut to the characters that an example may need.
 
         Raises:
-            ValueError: for messages that are no turns, or that hold no answer.
+            NoConversation: for messages that are no turns, or that hold no answer.
         """
         length, end = self.data.max_length, Piece((self.end,), learnt=True)
         if "text" in fields:
@@ -312,7 +323,7 @@ class _Layout:
 def _laid_out(layout: _Layout, record: Record, *, lenient: bool) -> _Example:
     try:
         return layout.example(record.fields)
-    except ValueError as error:
+    except NoConversation as error:
         if lenient:
             return _Example(())
         raise DataError(

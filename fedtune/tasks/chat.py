@@ -32,6 +32,10 @@ _MOST_TEMPLATE = 1 << 16
 """Characters; the longest of well-known models have about ten thousand."""
 
 
+class NoConversation(ValueError):
+    """Messages that cannot be learnt or answered."""
+
+
 class Turn(NamedTuple):
     """One turn of a conversation."""
 
@@ -69,8 +73,8 @@ class ChatFormat:
         """What stands before an answer to `turns`, from `start` on; the assistant's earlier turns are supervised.
 
         Raises:
-            ValueError: the turns are not a user's and an assistant's in alternation, with a user's first and last, and
-                perhaps a system turn before them.
+            NoConversation: the turns are not a user's and an assistant's in alternation, from a user's to a user's,
+                with a system turn before them or none.
         """
         pieces, before = [Piece(self.start)], START
         for turn in (*self._placed(turns), Turn(ANSWER, "")):
@@ -78,7 +82,7 @@ class ChatFormat:
                 pieces.append(Piece(self.ending, learnt=True))
             joint = self.joints.get((before, turn.role))
             if joint is None:
-                raise ValueError("turns in another order")
+                raise NoConversation("turns in another order")
             pieces.append(Piece(joint))
             if turn.role != ANSWER:
                 pieces.append(self._said(turn))
@@ -109,14 +113,14 @@ def turns_in(text: str) -> list[Turn]:
     """The turns in a `messages` field, a JSON list of objects with `role` and `content`.
 
     Raises:
-        ValueError: it is none.
+        NoConversation: it is none.
     """
     try:
         turns = [Turn(turn["role"], turn["content"]) for turn in json.loads(text)]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError("no list of turns") from error
+        raise NoConversation("no list of turns") from error
     if not all(isinstance(part, str) for turn in turns for part in turn):
-        raise ValueError("a turn that is no text")
+        raise NoConversation("a turn that is no text")
     return turns
 
 
@@ -124,11 +128,11 @@ def before_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
     """The turns before the assistant's last one, and what that says.
 
     Raises:
-        ValueError: there is none.
+        NoConversation: there is none.
     """
     places = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT]
     if not places:
-        raise ValueError("no turn of the assistant")
+        raise NoConversation("no turn of the assistant")
     return turns[: places[-1]], turns[places[-1]].content
 
 
@@ -265,8 +269,10 @@ def _read_off(rendered: Callable[[_Conversation], str], roles: Sequence[str]) ->
 
 
 def _keeps_system(rendered: Callable[[_Conversation], str]) -> bool:
+    """Whether a system turn is written anywhere; some write it before the last user's content alone."""
+    turns = (Turn(SYSTEM, "qzxw"), Turn(USER, "a"), Turn(ASSISTANT, "b"))
     try:
-        return "qzxw" in rendered((Turn(SYSTEM, "qzxw"), Turn(USER, "a"), Turn(ASSISTANT, "b")))
+        return any("qzxw" in rendered(turns[:count]) for count in (2, 3))
     except _NoChain:
         return False
 

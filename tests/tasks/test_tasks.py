@@ -27,6 +27,10 @@ GIVEN: dict[str, Any] = {
 GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
 
 
+def columns(*roles: str, **given: Any) -> dict[str, Any]:
+    return {"columns": {role: role for role in roles}, "labels": (), **given}
+
+
 @pytest.mark.parametrize(
     ("wrong", "task", "message"),
     [
@@ -37,9 +41,19 @@ GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
             "classification",
             "columns = {'text': 't'}: must name the column for role 'label'",
         ),
-        ({}, "causal_lm", "columns = {'text': 'text', 'label': 'label'}: must name the column for role 'prompt'"),
+        (
+            {"columns": {"label": "label"}},
+            "causal_lm",
+            "columns = {'label': 'label'}: must name the column for role 'pr",
+        ),
         (GENERATION | {"labels": ("a", "b")}, "causal_lm", "labels = ('a', 'b'): must be empty for task causal_lm"),
         (GENERATION | {"prompt_template": "{topic}"}, "causal_lm", "columns = "),
+        (columns("messages", "prompt", "completion"), "causal_lm", "columns = "),
+        (columns("messages", "text"), "causal_lm", "columns = "),
+        (columns("text", "prompt", "completion"), "causal_lm", "columns = "),
+        (columns("messages"), "causal_lm", "chat_template = 'none': must be model or plain for a column of messages"),
+        (columns("text", chat_template="plain"), "causal_lm", "chat_template = 'plain': must be none for a text"),
+        (columns("text", prompt_template="Say {prompt}"), "causal_lm", "prompt_template = 'Say {prompt}': must stay"),
     ],
 )
 def test_settings_for_another_task(wrong: dict[str, Any], task: str, message: str) -> None:
@@ -51,6 +65,22 @@ def test_settings_for_another_task(wrong: dict[str, Any], task: str, message: st
 def test_settings_that_fit_their_task() -> None:
     task_named("classification").check_data(DataSpec(**GIVEN))
     task_named("causal_lm").check_data(DataSpec(**GIVEN | GENERATION))
+    for given in (columns("messages", chat_template="model"), columns("text"), columns("text", "user")):
+        task_named("causal_lm").check_data(DataSpec(**GIVEN | given))
+
+
+def test_the_roles_of_a_language_model_are_those_of_its_layout() -> None:
+    task = task_named("causal_lm")
+
+    def roles(*named: str, **given: Any) -> set[str]:
+        return set(task.columns(DataSpec(**GIVEN | columns(*named, **given))))
+
+    assert roles("messages", "label", chat_template="plain") == {"messages"}
+    assert roles("text", "label") == {"text"}
+    assert roles("prompt", "completion", "input", "system") == {"prompt", "completion"}
+    templated = {"prompt_template": "{prompt}\n\n{input}"}
+    assert roles("prompt", "completion", "input", "system", **templated) == {"prompt", "completion", "input"}
+    assert "system" in roles("prompt", "completion", "system", chat_template="plain")
 
 
 def checked(**values: Any) -> None:

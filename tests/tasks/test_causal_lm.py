@@ -1,0 +1,262 @@
+"""Layouts of a language model's records: what is learnt, what is cut off, and what a record cannot do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.data import UNSUPERVISED, DataSpec, Record, TextDataset
+from fedtune.model.base_model import tiny_tokenizer
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import task_named
+
+from .conftest import make_tokenizer
+
+CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = 2, 3, 4, 5, 6, 7, 8, 9, 10
+LM = task_named("causal_lm")
+HIDDEN = UNSUPERVISED
+
+
+def settings(*roles: str, max_length: int = 9, **given: Any) -> DataSpec:
+    return DataSpec(
+        dataset="d",
+        train_file="f",
+        columns={role: role for role in roles or ("prompt", "completion")},
+        declared_sizes=1,
+        max_length=max_length,
+        **given,
+    )
+
+
+def prompted(prompt: str, completion: str, **fields: str) -> Record:
+    return Record({"prompt": prompt, "completion": completion, **fields}, file="a.jsonl", line=3)
+
+
+def chat(*contents: str) -> dict[str, str]:
+    turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents)]
+    return {"messages": json.dumps(turns)}
+
+
+def rows(dataset: TextDataset) -> list[tuple[list[int], list[int]]]:
+    return [(ids.tolist(), row.tolist()) for ids, row in zip(dataset.input_ids, dataset.targets, strict=True)]
+
+
+def one(fields: dict[str, str], tokenizer: Any, data: DataSpec) -> tuple[list[int], list[int]]:
+    (found,) = rows(LM.tokenise([Record(fields)], tokenizer, data=data))
+    return found
+
+
+def test_a_text_is_learnt_whole_and_ends(decoder_tokenizer: Any, leading_tokenizer: Any) -> None:
+    data, fields = settings("text"), {"text": "where is my card"}
+    assert one(fields, leading_tokenizer, data) == (
+        [CLS, WHERE, IS, MY, CARD, SEP],
+        [HIDDEN, WHERE, IS, MY, CARD, SEP],
+    )
+    ids, targets = one(fields, decoder_tokenizer, data)
+    assert (ids, targets) == ([WHERE, IS, MY, CARD, SEP], [HIDDEN, IS, MY, CARD, SEP]), "nothing predicts the first"
+
+
+def test_a_text_is_cut_at_its_end_and_has_then_not_ended(leading_tokenizer: Any) -> None:
+    ids, targets = one({"text": "where is my card"}, leading_tokenizer, settings("text", max_length=4))
+    assert (ids, targets) == ([CLS, WHERE, IS, MY], [HIDDEN, WHERE, IS, MY])
+
+
+@pytest.mark.parametrize(
+    ("max_length", "expected"),
+    [
+        (7, [CLS, WHERE, IS, MY, CARD, LOST, SEP]),
+        (6, [CLS, IS, MY, CARD, LOST, SEP]),
+        (4, [CLS, CARD, LOST, SEP]),
+        (3, [CLS, LOST, SEP]),
+    ],
+)
+def test_a_prompt_is_cut_from_the_left(leading_tokenizer: Any, max_length: int, expected: list[int]) -> None:
+    record = {"prompt": "where is my card", "completion": "lost"}
+    ids, targets = one(record, leading_tokenizer, settings(max_length=max_length))
+    assert ids == expected
+    assert targets == [HIDDEN] * (len(expected) - 2) + [LOST, SEP]
+
+
+def test_one_token_of_a_prompt_stays_where_no_other_leads(decoder_tokenizer: Any) -> None:
+    record = {"prompt": "where is my card", "completion": "lost there"}
+    assert one(record, decoder_tokenizer, settings(max_length=4))[0] == [CARD, LOST, THERE, SEP]
+    ids, targets = one(record, decoder_tokenizer, settings(max_length=3))
+    assert (ids, targets) == ([CARD, LOST, THERE], [HIDDEN, LOST, THERE]), "an answer alone too long has not ended"
+
+
+def test_of_a_chat_all_before_the_last_answer_is_cut(leading_tokenizer: Any) -> None:
+    data = settings("messages", chat_template="plain", max_length=100)
+    fields = chat("where", "lost", "is", "there", "and this is never answered")
+    whole, targets = one(fields, leading_tokenizer, data)
+    # "User:" and "Assistant:" are unknown words of this tokenizer.
+    unknown = 1
+    assert whole == [CLS, unknown, WHERE, unknown, LOST, SEP, unknown, IS, unknown, THERE, SEP]
+    assert [target for target in targets if target != HIDDEN] == [LOST, SEP, THERE, SEP]
+    for length in range(3, len(whole)):
+        cut, learnt = one(fields, leading_tokenizer, settings("messages", chat_template="plain", max_length=length))
+        assert cut == [CLS, *whole[len(whole) - length + 1 :]]
+        assert learnt == [HIDDEN, *targets[len(whole) - length + 1 :]], "what is kept of an earlier answer is learnt"
+
+
+def test_an_example_that_fits_is_the_same_whatever_the_longest_is(leading_tokenizer: Any) -> None:
+    for roles, given, fields in (
+        (("messages",), {"chat_template": "plain"}, chat("where", "lost", "is", "there")),
+        (("text",), {}, {"text": "where is my card"}),
+        (("prompt", "completion"), {}, {"prompt": "where", "completion": "lost"}),
+    ):
+        found = [one(fields, leading_tokenizer, settings(*roles, max_length=most, **given)) for most in (20, 500)]
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("fields", [{"prompt": "P", "completion": "A"}, chat("P", "A"), {"text": "A"}])
+def test_a_record_is_bounded_in_characters_before_it_is_encoded(fields: dict[str, str]) -> None:
+    calls: list[str] = []
+    tokenizer = make_tokenizer(post=None)
+
+    class Counting:
+        bos_token_id, eos_token_id, name_or_path = CLS, SEP, "counting"
+
+        def __call__(self, text: list[str], **options: Any) -> Any:
+            calls.extend(text)
+            return tokenizer(text, **options)
+
+    long = {
+        role: text.replace("P", "my " * 100_000 + "name").replace("A", "lost " * 100_000)
+        for role, text in fields.items()
+    }
+    given = {"chat_template": "plain"} if "messages" in fields else {}
+    (ids, targets) = one(long, Counting(), settings(*fields, max_length=5, **given))
+    assert max(map(len, calls)) <= 64 * 5 + 1
+    assert sum(map(len, calls)) <= 3 * 64 * 5
+    assert len(ids) == 5
+    assert targets[-1] == LOST
+
+
+def test_a_chat_of_many_turns_is_bounded_too() -> None:
+    turns = chat(*["a"] * 40_000, *["my", "lost"])
+    tokenizer = tiny_tokenizer("random:llama")
+    ids, targets = one(turns, tokenizer, settings("messages", chat_template="plain", max_length=30))
+    assert len(ids) == 30
+    assert tokenizer.decode(ids).endswith("User: my\n\nAssistant: lost</s>")
+    assert tokenizer.decode([target for target in targets if target >= 0]).endswith(" lost</s>")
+
+
+def test_a_prompt_that_is_cut_in_characters_keeps_its_end(leading_tokenizer: Any) -> None:
+    record = {"prompt": "my " * 1000 + "name", "completion": "lost"}
+    data = settings(max_length=5, prompt_template="where {prompt} there")
+    assert one(record, leading_tokenizer, data)[0] == [CLS, NAME, THERE, LOST, SEP]
+
+
+ALPACA = "Task:\n{prompt}\n\nInput:\n{input} {context}\n\nAnswer:\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"prompt": "p", "input": "i", "context": "c"}, "Task:\np\n\nInput:\ni c\n\nAnswer:\n"),
+        ({"prompt": "p", "input": " ", "context": "c"}, "Task:\np\n\nInput:\n  c\n\nAnswer:\n"),
+        ({"prompt": "p", "input": "", "context": " "}, "Task:\np\n\nAnswer:\n"),
+        ({"prompt": "p", "input": ""}, "Task:\np\n\nAnswer:\n"),
+        ({"prompt": "p\n\n{input}", "input": ""}, "Task:\np\n\n{input}\n\nAnswer:\n"),
+    ],
+)
+def test_a_paragraph_without_a_text_is_left_out(fields: dict[str, str], expected: str) -> None:
+    tokenizer = tiny_tokenizer("random:llama")
+    data = settings("prompt", "completion", "input", "context", prompt_template=ALPACA, max_length=400)
+    assert tokenizer.decode(LM.prompt_ids(fields, tokenizer, data=data)) == expected
+    ids, targets = one({**fields, "completion": "done"}, tokenizer, data)
+    assert tokenizer.decode(ids) == f"{expected}done</s>"
+    assert tokenizer.decode([target for target in targets if target >= 0]) == "done</s>"
+
+
+HOSTILE = {
+    "no JSON": "[{",
+    "another type": "17",
+    "an object": '{"role": "user"}',
+    "no contents": '[{"role": "user"}]',
+    "numbers": '[{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]',
+    "a list of lists": '[["user", "a"]]',
+    "no answer": json.dumps([{"role": "user", "content": "a"}]),
+    "an unknown role": json.dumps([{"role": "tool", "content": "a"}, {"role": "assistant", "content": "a"}]),
+    "a role of the format": json.dumps([{"role": "answer", "content": "a"}, {"role": "assistant", "content": "a"}]),
+    "an answer first": json.dumps([{"role": "assistant", "content": "a"}]),
+    "two users": json.dumps([{"role": r, "content": "a"} for r in ("user", "user", "assistant")]),
+    "two systems": json.dumps([{"role": r, "content": "a"} for r in ("system", "system", "user", "assistant")]),
+    "depth": "[" * 100_000,
+    "nothing": "",
+    "half a pair": json.dumps([{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "lost"}]),
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_messages_that_are_none_add_nothing_and_move_no_other(leading_tokenizer: Any, text: str) -> None:
+    data = settings("messages", chat_template="plain")
+    others = [Record(chat("where", "lost")), Record(chat("is", "there"))]
+    with_it = LM.tokenise(
+        [others[0], Record({"messages": text}), others[1]], leading_tokenizer, data=data, lenient_within=99
+    )
+    alone = LM.tokenise(others, leading_tokenizer, data=data, lenient_within=99)
+    assert [rows(with_it)[place] for place in (0, 2)] == rows(alone)
+    if text != HOSTILE["half a pair"]:  # this tokenizer has no such word, whatever it is
+        assert rows(with_it)[1] == ([SEP], [HIDDEN])
+        with pytest.raises(DataError, match=r"^a\.jsonl:3, messages = .*must be turns of user and assistant") as error:
+            LM.tokenise([Record({"messages": text}, file="a.jsonl", line=3)], leading_tokenizer, data=data)
+        assert "content" not in str(error.value), "no text of a record"
+
+
+@pytest.mark.parametrize("roles", [("messages",), ("text",), ("prompt", "completion")])
+@pytest.mark.parametrize(
+    "text", ["\x00\x01\x02", "</s><s>" * 50, "\u202e" * 70, "🏳️‍🌈" * 40, " \n\t ", "x" * 200_000], ids=range(6)
+)
+def test_no_content_makes_more_than_one_bounded_example(roles: tuple[str, ...], text: str) -> None:
+    tokenizer = tiny_tokenizer("random:llama")
+    fields = chat(text, text) if roles == ("messages",) else dict.fromkeys(roles, text)
+    given = {"chat_template": "plain"} if roles == ("messages",) else {}
+    data = settings(*roles, max_length=40, **given)
+    dataset = LM.tokenise([Record(fields)], tokenizer, data=data, lenient_within=258)
+    assert len(dataset) == 1
+    assert 1 <= dataset.lengths[0] <= 40
+    assert dataset.targets[0][0] == HIDDEN
+    learnt = dataset.targets[0] != HIDDEN
+    assert np.array_equal(dataset.targets[0][learnt], dataset.input_ids[0][learnt])
+
+
+def test_a_mark_in_a_text_is_text() -> None:
+    tokenizer = tiny_tokenizer("random:llama")
+    ids, _ = one({"text": "a</s>b"}, tokenizer, settings("text", max_length=40))
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_what_is_written_and_what_it_is_compared_with(leading_tokenizer: Any) -> None:
+    data = settings("messages", chat_template="plain", max_length=6)
+    asked = LM.written([Record(chat("where", "lost", "is", "there", "so"))], leading_tokenizer, data=data)
+    assert asked is not None
+    prompts, answers = asked
+    assert answers == ["there"]
+    assert prompts[0].tolist() == [CLS, LOST, SEP, 1, IS, 1], "as many tokens as an example has, whatever the answer"
+    assert LM.written([Record({"text": "lost"})], leading_tokenizer, data=settings("text")) is None
+    asked = LM.written([prompted("where is", "lost")], leading_tokenizer, data=settings(max_length=3))
+    assert asked is not None
+    assert ([ids.tolist() for ids in asked[0]], asked[1]) == ([[CLS, WHERE, IS]], ["lost"])
+
+
+def test_a_prompt_without_tokens_is_a_data_error(decoder_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"^a\.jsonl:3, prompt = .* must give a token"):
+        LM.written([prompted("", "lost")], decoder_tokenizer, data=settings())
+
+
+def test_what_generation_starts_from(leading_tokenizer: Any) -> None:
+    def ids(fields: dict[str, str], *roles: str, **given: Any) -> list[int]:
+        return LM.prompt_ids(fields, leading_tokenizer, data=settings(*roles, **given)).tolist()
+
+    assert ids({"prompt": "where is my card is my card is my card"})[-2:] == [MY, CARD], "none are cut off"
+    assert ids({"text": "where is"}, "text") == [CLS, WHERE, IS]
+    assert ids({"prompt": "where"}, prompt_template="my {prompt}") == [CLS, MY, WHERE]
+    assert ids(chat("where"), chat_template="plain") == ids({"prompt": "where"}, chat_template="plain")
+    with pytest.raises(DataError, match=r"^messages = .* end in a user's"):
+        ids(chat("where", "lost"), "messages", chat_template="plain")
+    with pytest.raises(ConfigError, match=r"^data\.chat_template = 'none'"):
+        ids(chat("where"))

@@ -1,0 +1,191 @@
+"""What issue 7 asks of a step, over the examples that a language model's records become, in each of their layouts.
+
+Per-example gradients are those of a loop; one record more moves the sum by at most the clip norm, in whole numbers, and
+by exactly what it adds; and no other record's bits move.  Among the records are long ones, cut from either end, and
+such as no writer meant.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.data import UNSUPERVISED, DataSpec, Record, Shapes, TextDataset
+from fedtune.model import LoraSpec
+from fedtune.tasks import TaskModel, task_named
+from fedtune.training.dp_step import add_clipped, zeros
+from fedtune.training.examples import SiteExamples
+from fedtune.training.per_example import attached
+from fedtune.training.users import UserExamples
+
+from ..data.conftest import make_tokenizer
+from .test_companies import require_alone
+from .test_dp_step import loop_gradient
+
+CLIP_NORM = 2**24
+LONGEST = 14
+LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
+Sums = dict[str, torch.Tensor]
+
+
+def chat(*contents: str) -> dict[str, str]:
+    turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents)]
+    return {"messages": json.dumps(turns)}
+
+
+RECORDS: dict[str, list[dict[str, str]]] = {
+    "chat": [
+        chat("where is my card", "lost"),
+        chat("where", "there", "my card", "is lost", "name", "a place"),
+        chat("a b c d e f g h", "i j", "k l m", "n o p"),
+        chat("name", "where is my lost card there is a place my card is lost"),
+        chat("", "b"),
+        chat("<s></s>\x00\u202e", "[SEP] [CLS] </s>"),
+        {"messages": "[{"},
+    ],
+    "text": [
+        {"text": "where is my card"},
+        {"text": "my card is lost " * 9},
+        {"text": "b"},
+        {"text": "[SEP] there [SEP]"},
+        {"text": "\x00\ufffd\u202e 文字"},
+    ],
+    "instruction": [
+        {"prompt": "where", "input": "my card", "completion": "lost"},
+        {"prompt": "where", "input": " ", "completion": "there is"},
+        {"prompt": "name a b c d e f g h i j k l m n", "completion": "lost"},
+        {"prompt": "name", "completion": "a b c d e f g h i j k l m n o p"},
+        {"prompt": "[SEP]", "input": "[CLS]", "completion": "[SEP] lost"},
+    ],
+}
+GIVEN: dict[str, dict[str, Any]] = {
+    "chat": {"columns": {"messages": "m"}, "chat_template": "plain"},
+    "text": {"columns": {"text": "t"}},
+    "instruction": {
+        "columns": {"prompt": "p", "completion": "c", "input": "i"},
+        "prompt_template": "is {prompt}\n\nof {input}",
+    },
+}
+layouts = pytest.mark.parametrize("layout", GIVEN)
+keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
+
+
+@pytest.fixture
+def laid_out() -> Callable[..., TextDataset]:
+    """The records of a layout as a real site tokenises them; `without`: one of them is not there."""
+
+    def make(layout: str, *, without: int | None = None) -> TextDataset:
+        data = DataSpec(dataset="d", train_file="f", declared_sizes=9, max_length=LONGEST, **GIVEN[layout])
+        records = [Record(fields) for place, fields in enumerate(RECORDS[layout]) if place != without]
+        tokenizer = make_tokenizer(post="[CLS] $A")
+        return task_named("causal_lm").tokenise(records, tokenizer, data=data, lenient_within=258)
+
+    return make
+
+
+def examples_of(dataset: TextDataset, model: TaskModel, *, keeps: bool, max_tokens: int = 40) -> SiteExamples:
+    shapes = Shapes.of(max_length=LONGEST, max_tokens=max_tokens)
+    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+    if keeps:
+        examples.keep_frozen_states(model)
+        assert all(batch.prefix is not None for batch in examples.cut(np.arange(len(dataset))))
+    return examples
+
+
+def summed(model: TaskModel, examples: SiteExamples, clip: float) -> Sums:
+    sums = zeros(model.trainable())
+    with attached(model) as gradients:
+        for batch in examples.cut(np.arange(len(examples))):
+            add_clipped(sums, gradients.of(batch), clip)
+    return sums
+
+
+def made(trained: Any, *, keeps: bool, size: float = 0.2) -> TaskModel:
+    model: TaskModel = trained("random:llama", "causal_lm", size=size, **({"lora": LAST} if keeps else {}))
+    return model
+
+
+@layouts
+def test_the_records_are_those_that_this_is_about(laid_out: Any, layout: str) -> None:
+    dataset = laid_out(layout)
+    learnt = [int((targets != UNSUPERVISED).sum()) for targets in dataset.targets]
+    assert dataset.lengths.max() == LONGEST, "some are cut"
+    assert max(learnt) > 3
+    runs = [np.flatnonzero(np.diff(np.append(False, targets != UNSUPERVISED)) == 1) for targets in dataset.targets]
+    if layout == "chat":
+        assert max(map(len, runs)) > 2, "several answers"
+        assert learnt[-1] == 0, "and no conversation"
+
+
+@keeping
+@layouts
+def test_the_clipped_sum_equals_a_loop(trained: Any, laid_out: Any, layout: str, keeps: bool) -> None:
+    model, dataset = made(trained, keeps=keeps), laid_out(layout)
+    alone = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
+    norms = [float(np.sqrt(sum(np.sum(np.square(one)) for one in each.values()))) for each in alone]
+    clip = float(np.median([norm for norm in norms if norm]))
+    factors = [min(1.0, clip / norm) if norm else 1.0 for norm in norms]
+    for max_tokens in (1, 40, 10_000):
+        found = summed(model, examples_of(dataset, model, keeps=keeps, max_tokens=max_tokens), clip)
+        for name, total in found.items():
+            looped = sum(factor * each[name] for factor, each in zip(factors, alone, strict=True)) / clip * CLIP_NORM
+            assert np.abs(total.numpy() - looped).max() <= 2e-5 * CLIP_NORM * len(dataset), (name, max_tokens)
+
+
+@keeping
+@layouts
+@pytest.mark.parametrize("clip", [1e-6, 0.1])
+def test_one_record_moves_the_sum_by_what_it_adds_and_never_by_more_than_the_clip_norm(
+    trained: Any, laid_out: Any, layout: str, keeps: bool, clip: float
+) -> None:
+    moved = []
+    for size in (0.2, 5.0):
+        model = made(trained, keeps=keeps, size=size)
+        everyone = summed(model, examples_of(laid_out(layout), model, keeps=keeps), clip)
+        for place in range(len(RECORDS[layout])):
+            others = summed(model, examples_of(laid_out(layout, without=place), model, keeps=keeps), clip)
+            dataset = laid_out(layout).chosen([place])
+            own = summed(model, examples_of(dataset, model, keeps=keeps), clip)
+            assert all(torch.equal(everyone[name] - others[name], own[name]) for name in own), place
+            moved.append(sum(value**2 for one in own.values() for value in one.flatten().tolist()))
+            if (dataset.targets[0] == UNSUPERVISED).all():
+                assert moved[-1] == 0, "what cannot be learnt adds nothing"
+    assert max(moved) <= CLIP_NORM**2
+    assert max(moved) > (0.99 * CLIP_NORM) ** 2, "the bound was reached"
+
+
+@keeping
+@layouts
+def test_a_record_is_the_same_bit_for_bit_in_every_company(
+    trained: Any, laid_out: Any, layout: str, keeps: bool
+) -> None:
+    model = made(trained, keeps=keeps, size=5.0)
+    require_alone(model, examples_of(laid_out(layout), model, keeps=keeps), companies=5)
+
+
+@layouts
+def test_all_records_of_one_user_move_the_sum_by_at_most_the_clip_norm(
+    trained: Any, laid_out: Any, layout: str
+) -> None:
+    clip, model, dataset = 0.1, made(trained, keeps=False, size=5.0), laid_out(layout)
+    users = [np.arange(3), np.arange(3, len(dataset))]
+
+    def by_user(chosen: list[int]) -> Sums:
+        examples = examples_of(dataset, model, keeps=False)
+        everyone = UserExamples(examples, users, most_records=9)
+        sums = zeros(model.trainable())
+        with attached(model) as gradients:
+            for batch in everyone.cut(np.array(chosen), choose=np.arange):
+                add_clipped(sums, everyone.gradients(gradients).of(batch), clip)
+        return sums
+
+    both = by_user([0, 1])
+    for user in (0, 1):
+        own, other = by_user([user]), by_user([1 - user])
+        assert all(torch.equal(both[name] - other[name], own[name]) for name in own)
+        assert 0 < sum(value**2 for one in own.values() for value in one.flatten().tolist()) <= CLIP_NORM**2
