@@ -125,16 +125,19 @@ class _Conversation:
         """As many of the last turns as leave the model room for an answer, with their tokens."""
         positions = self._saved.positions
         room = 1 if positions is None else min(self._spec.max_new_tokens, positions // 2)
-        for first in range(0, len(turns) - 1, 2):
-            with suppress(DataError):
-                kept = turns[first:]
-                ids = self._saved.prompt_ids({"messages": messages_of(kept)}, at="message", room=room)
-                if first:
-                    _say(
-                        f"The model's {positions} positions are full: the oldest {counted(first, 'turn')} are left out."
-                    )
-                return kept, ids
-        return turns[-1:], self._saved.prompt_ids({"messages": messages_of(turns[-1:])}, at="message")
+        for first in range(0, len(turns), 2):
+            kept, is_last = turns[first:], first == len(turns) - 1
+            try:
+                fields = {"messages": messages_of(kept)}
+                ids = self._saved.prompt_ids(fields, at="message", room=1 if is_last else room)
+            except DataError:
+                if is_last:
+                    raise
+                continue
+            if first:
+                _say(f"The model's {positions} positions are full: the oldest {counted(first, 'turn')} are left out.")
+            return kept, ids
+        raise AssertionError("a message is a turn")
 
 
 def _typed_lines() -> Iterator[str]:

@@ -6,7 +6,10 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from fedtune.cli.command import AsJson, Option, single
 from fedtune.cli.finished_run import (
@@ -75,13 +78,21 @@ def generate(
     saved = SavedModel(config, folders)
     names = [name for name in saved.names if base or name != BASE]
     answers = _Answers(saved, names, spec)
+    asked = [answers.asked(record) for record in records]  # all of them, before anything is printed
     if prompt is None:
-        answers.print_lines(records, as_json=as_json)
+        answers.print_lines(asked, as_json=as_json)
     elif as_json:
-        told = answers.as_json(records[0])
+        told = answers.as_json(asked[0])
         print_json({"schema_version": SCHEMA_VERSION, "run": str(run), "prompt": prompt, "answers": told})
     else:
-        answers.print_one(records[0])
+        answers.print_one(asked[0])
+
+
+class _Asked(NamedTuple):
+    """What is to be answered; `ids`: the tokens to write from, none for a task that names labels."""
+
+    record: Record
+    ids: npt.NDArray[np.int32]
 
 
 class _Answers:
@@ -91,44 +102,51 @@ class _Answers:
         self._saved, self._names, self._spec = saved, names, spec
         self._writes = saved.model.task.predicts_tokens
 
-    def print_one(self, record: Record) -> None:
+    def asked(self, record: Record) -> _Asked:
+        """Raises DataError where the model cannot answer."""
+        if not self._writes:
+            return _Asked(record, np.zeros(0, dtype=np.int32))
+        at = record.at("prompt") if record.file else "--prompt"
+        return _Asked(record, self._saved.prompt_ids(record.fields, at=at))
+
+    def print_one(self, asked: _Asked) -> None:
         """As it is written, on the terminal."""
         for name in self._names:
             if len(self._names) > 1:
                 sys.stdout.write(f"[{name}]\n")
-            if print_streamed(self._parts(record, name))[1]:
+            if print_streamed(self._parts(asked, name))[1]:
                 raise KeyboardInterrupt
 
-    def print_lines(self, records: Sequence[Record], *, as_json: bool) -> None:
+    def print_lines(self, all_asked: Sequence[_Asked], *, as_json: bool) -> None:
         """A line for each record, and for each adapter where there are several."""
-        for record in records:
+        for asked in all_asked:
             if as_json:
-                told = {"line": record.line, "fields": dict(record.fields), "answers": self.as_json(record)}
+                record = asked.record
+                told = {"line": record.line, "fields": dict(record.fields), "answers": self.as_json(asked)}
                 sys.stdout.write(json.dumps(told, ensure_ascii=False) + "\n")
             else:
                 for name in self._names:
-                    text = harmless("".join(self._parts(record, name))).replace("\n", "\\n")
+                    text = harmless("".join(self._parts(asked, name))).replace("\n", "\\n")
                     sys.stdout.write(f"{name}\t{text}\n" if len(self._names) > 1 else f"{text}\n")
             sys.stdout.flush()
 
-    def as_json(self, record: Record) -> dict[str, object]:
+    def as_json(self, asked: _Asked) -> dict[str, object]:
         """By adapter: the text, or the labels with their probabilities."""
         if self._writes:
-            return {name: "".join(self._parts(record, name)) for name in self._names}
+            return {name: "".join(self._parts(asked, name)) for name in self._names}
         return {
-            name: [{"label": label, "probability": chance} for label, chance in self._labels(record, name)]
+            name: [{"label": label, "probability": chance} for label, chance in self._labels(asked.record, name)]
             for name in self._names
         }
 
-    def _parts(self, record: Record, name: str) -> Iterator[str]:
+    def _parts(self, asked: _Asked, name: str) -> Iterator[str]:
         if not self._writes:
-            (label, chance), *others = self._labels(record, name)
+            (label, chance), *others = self._labels(asked.record, name)
             rest = ", ".join(f"{other} {of_other:.3f}" for other, of_other in others)
             yield f"{label} {chance:.3f} ({rest})"
             return
-        ids = self._saved.prompt_ids(record.fields, at=record.at("prompt") if record.file else "--prompt")
         self._saved.use(name)
-        yield from self._saved.written(ids, self._spec)
+        yield from self._saved.written(asked.ids, self._spec)
 
     def _labels(self, record: Record, name: str) -> list[tuple[str, float]]:
         """The likeliest labels."""

@@ -160,6 +160,7 @@ WRONG = {
     "blank": (("intents", "--prompt", "  "), r"^--prompt = '  ': must not be blank$"),
     "half a letter": (("intents", "--prompt", "\udce9"), r"^--prompt = .*: must be UTF-8$"),
     "too long": (("tables", "--prompt", "a" * 9000), r"^--prompt = '9\d\d\d tokens': must have at most \d+"),
+    "too long beside the base": (("tables", "--base", "--prompt", "a" * 9000), "must have at most"),
     "no such file": (("tables", "--file", "gone.txt"), r"^--file = 'gone.txt': no such file"),
     "no temperature": (("tables", "--prompt", "a", "--temperature", "-1"), "^--temperature = -1.0: must be"),
     "no adapter's name": (("tables", "--prompt", "a", "--adapter", "x"), r"^--adapter = 'x': must be NAME=RUN$"),
