@@ -30,7 +30,12 @@ def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     into = tmp_path_factory.mktemp("runs")
     simulate("training.learning_rate=0.2", into=into, name="intents")
     for name, seed in (("tables", "seed=0"), ("others", "seed=3")):
-        short = ("data.max_length=200", "federation.num_rounds=1", "training.learning_rate=0.05")
+        short = (
+            "data.max_length=200",
+            "federation.num_rounds=1",
+            "training.learning_rate=0.2",
+            "runtime.seeded_noise=true",
+        )
         simulate(*LANGUAGE_MODEL, *short, seed, into=into, name=name)
     return into
 
@@ -276,6 +281,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
     yield start
     for one in begun:
         one.process.kill()
+        one.process.wait()
 
 
 def test_a_conversation_on_a_terminal(chats: Path, terminal: Callable[..., Terminal]) -> None:
