@@ -72,7 +72,9 @@ def test_evaluate_repeats_the_final_scores(folder: Path, result_of: Any, command
         test_file.write_text("".join(itertools.islice(lines, 10)))
     outcome = command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu")
     assert (outcome.code, outcome.err) == (0, "")
-    shown = dict(re.findall(r"(loss|perplexity|bleu|rouge_l)\W+([\d.]+)", outcome.out))
+    shown = {
+        name: tuned for name, _, tuned in re.findall(r"^ +(\w+) +([\d.]+) +([\d.]+) +[+-]", outcome.out, re.MULTILINE)
+    }
     assert set(shown) == _SCORES
     for name, value in shown.items():
         assert float(value) == pytest.approx(result_of(folder)["final"]["metrics"][name], abs=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from fedtune.data.tokenise import TextDataset
+from fedtune.evaluation.scoring import figures_of
 from fedtune.model.layers import attach_lora
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks import TaskModel, task_named
@@ -158,3 +160,7 @@ def completions() -> TextDataset:
 
 def random_ids(generator: np.random.Generator, length: int) -> np.ndarray:
     return generator.integers(3, VOCABULARY, size=length, dtype=np.int32)
+
+
+def scores_of(model: TaskModel, dataset: TextDataset, **options: Any) -> dict[str, float]:
+    return model.task.scores(figures_of(model, dataset, **options), spec=model.spec)

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.scoring import evaluate
 from fedtune.spec import DataError
 from fedtune.tasks import TaskModel
+
+from .conftest import scores_of
 
 
 def token_losses(model: TaskModel, dataset: TextDataset) -> list[np.ndarray]:
@@ -26,7 +27,7 @@ def token_losses(model: TaskModel, dataset: TextDataset) -> list[np.ndarray]:
 def test_loss_weighs_examples_and_perplexity_weighs_tokens(
     language_model: TaskModel, completions: TextDataset, max_tokens: int
 ) -> None:
-    scores = evaluate(language_model, completions, pad_id=2, max_tokens=max_tokens)
+    scores = scores_of(language_model, completions, pad_id=2, max_tokens=max_tokens)
     losses = token_losses(language_model, completions)
     assert len(losses[-1]) == 0, "one example without supervised tokens belongs to this test"
     per_example = [row.mean() if len(row) else 0.0 for row in losses]
@@ -38,11 +39,11 @@ def test_loss_weighs_examples_and_perplexity_weighs_tokens(
 def test_data_without_a_supervised_token_is_refused(language_model: TaskModel, completions: TextDataset) -> None:
     unsupervised = TextDataset(input_ids=completions.input_ids[-1:], targets=completions.targets[-1:])
     with pytest.raises(DataError, match="max_length"):
-        evaluate(language_model, unsupervised, pad_id=2, max_tokens=100)
+        scores_of(language_model, unsupervised, pad_id=2, max_tokens=100)
 
 
 def test_a_diverged_model_has_infinite_perplexity(
     language_model: TaskModel, completions: TextDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(language_model, "losses", lambda batch: torch.full((len(batch.input_ids),), 1e4))
-    assert evaluate(language_model, completions, pad_id=2, max_tokens=100)["perplexity"] == float("inf")
+    assert scores_of(language_model, completions, pad_id=2, max_tokens=100)["perplexity"] == float("inf")

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.scoring import evaluate
 from fedtune.tasks import TaskModel
 from fedtune.tasks.classification import macro_f1
+
+from .conftest import scores_of
 
 
 def test_macro_f1_by_hand() -> None:
@@ -38,7 +39,7 @@ def test_macro_f1_is_scikit_learns_over_the_declared_labels(pairs: list[tuple[in
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 10_000])
 def test_scores_equal_one_example_at_a_time(classifier: TaskModel, labelled: TextDataset, max_tokens: int) -> None:
-    scores = evaluate(classifier, labelled, pad_id=0, max_tokens=max_tokens)
+    scores = scores_of(classifier, labelled, pad_id=0, max_tokens=max_tokens)
     predicted, losses = [], []
     with torch.no_grad():
         for index in range(len(labelled)):
@@ -59,4 +60,4 @@ def test_a_model_that_is_right_scores_one(classifier: TaskModel, labelled: TextD
             for index in range(len(labelled))
         ]
     answered = TextDataset(input_ids=labelled.input_ids, targets=np.array(predicted))
-    assert evaluate(classifier, answered, pad_id=0, max_tokens=64)["accuracy"] == 1.0
+    assert scores_of(classifier, answered, pad_id=0, max_tokens=64)["accuracy"] == 1.0

@@ -3,10 +3,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sacrebleu.metrics.bleu import BLEU
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.generation import PromptSet, evaluate_generation, generate, text_scores, write_greedily
+from fedtune.evaluation.generation import (
+    PromptSet,
+    as_text,
+    generate,
+    text_figures,
+    text_scores,
+    write,
+    write_greedily,
+)
+from fedtune.evaluation.spec import WritingSpec
+from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TaskModel
 
@@ -85,20 +96,24 @@ def test_a_text_beyond_the_models_positions_is_refused(
         )
 
 
+def scores_of_texts(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:
+    return text_scores(text_figures(hypotheses, references))
+
+
 def test_bleu_and_rouge_by_hand_with_unequal_numbers_of_references() -> None:
     hypotheses = ["the cat is on the mat", "a b c d e"]
     references = [["the cat sat on the mat"], ["z z z z z z z", "a b c d e"]]
     # Matched n-grams of order 1 to 4: 5 of 6, 3 of 5, 1 of 4, 0 of 3 and 5 of 5, 4 of 4, 3 of 3, 2 of 2.
     bleu = 100 * (10 / 11 * 7 / 9 * 4 / 7 * 2 / 5) ** 0.25
     # Longest common subsequences: 5 of 6 words in both directions, and all.
-    assert text_scores(hypotheses, references) == pytest.approx({"bleu": bleu, "rouge_l": (5 / 6 + 1) / 2})
-    assert text_scores(hypotheses[::-1], references[::-1]) == pytest.approx({"bleu": bleu, "rouge_l": 11 / 12})
+    assert scores_of_texts(hypotheses, references) == pytest.approx({"bleu": bleu, "rouge_l": (5 / 6 + 1) / 2})
+    assert scores_of_texts(hypotheses[::-1], references[::-1]) == pytest.approx({"bleu": bleu, "rouge_l": 11 / 12})
 
 
 def test_scores_of_equal_and_of_empty_texts() -> None:
     reference = "one two three four five"
-    assert text_scores([reference], [[reference]]) == pytest.approx({"bleu": 100.0, "rouge_l": 1.0})
-    assert text_scores([""], [[reference]]) == {"bleu": 0.0, "rouge_l": 0.0}
+    assert scores_of_texts([reference], [[reference]]) == pytest.approx({"bleu": 100.0, "rouge_l": 1.0})
+    assert scores_of_texts([""], [[reference]]) == {"bleu": 0.0, "rouge_l": 0.0}
 
 
 def test_a_prompt_is_written_for_once_with_all_its_references() -> None:
@@ -124,5 +139,104 @@ def test_generated_text_is_scored_against_its_prompt(
     copied = PromptSet(
         input_ids=tuple(prompt for prompt, _ in said), references=tuple((text, "w3") for _, text in said)
     )
-    scores = evaluate_generation(language_model, copied, **options)
+    scores = text_scores(text_figures(generate(language_model, copied.input_ids, **options), copied.references))
     assert scores == pytest.approx({"bleu": 100.0, "rouge_l": 1.0})
+
+
+def test_bleu_is_that_of_the_corpus() -> None:
+    words = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", ".", "It's"]
+    draws = np.random.default_rng(3)
+    texts = [" ".join(draws.choice(words, size=size)) for size in draws.integers(1, 20, size=60)]
+    hypotheses, firsts, seconds = texts[:20], texts[20:40], texts[40:]
+    expected = BLEU().corpus_score(hypotheses, [firsts, seconds]).score
+    assert 0 < expected < 100
+    assert scores_of_texts(hypotheses, [list(group) for group in zip(firsts, seconds, strict=True)])[
+        "bleu"
+    ] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("family", ["language_model", "language_model_without_positions"])
+def test_a_text_for_a_person_is_the_greedy_one(
+    family: str, completions: TextDataset, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(family)
+    for prompt in prompts_of(completions):
+        expected = written_without_cache(model, prompt, 8)
+        assert list(write(model, prompt, end_ids=(), spec=WritingSpec(max_new_tokens=8))) == expected
+        # Any of several tokens ends it, and is no part of it.
+        ends = {expected[3], expected[6]}
+        first = min(expected.index(end) for end in ends)
+        assert list(write(model, prompt, end_ids=ends, spec=WritingSpec(max_new_tokens=8))) == expected[:first]
+
+
+def test_a_text_ends_at_the_models_last_position(language_model: TaskModel) -> None:
+    prompt = np.arange(3, 23, dtype=np.int32)
+    assert len(list(write(language_model, prompt, end_ids=(), spec=WritingSpec(max_new_tokens=100)))) == 32 - 20
+
+
+def test_gradients_and_flags_are_the_callers_between_two_tokens(language_model: TaskModel) -> None:
+    flags = [module.training for module in language_model.modules()]
+    for _ in write(language_model, np.array([5, 6]), end_ids=(), spec=WritingSpec(max_new_tokens=2)):
+        assert torch.is_grad_enabled()
+        assert [module.training for module in language_model.modules()] == flags
+
+
+def test_drawn_tokens_repeat_with_the_seed_and_follow_the_models_chances(language_model: TaskModel) -> None:
+    prompt = np.array([5, 6, 7], dtype=np.int32)
+    with torch.no_grad():
+        logits = language_model.base(input_ids=torch.as_tensor(prompt, dtype=torch.int64)[None]).logits[0, -1].float()
+
+    def drawn(number: int, **changes: float) -> np.ndarray:
+        specs = [WritingSpec(max_new_tokens=1, seed=seed, **changes) for seed in range(number)]
+        return np.array([next(write(language_model, prompt, end_ids=(), spec=spec)) for spec in specs])
+
+    assert (drawn(10, temperature=1.0) == drawn(10, temperature=1.0)).all()
+    assert set(drawn(10, temperature=1e-300)) == {int(logits.argmax())}, "cold is greedy"
+
+    def expected(temperature: float) -> float:
+        return float(torch.softmax(logits / temperature, dim=-1) @ logits)
+
+    mean = float(logits.numpy()[drawn(200, temperature=2.0)].mean())
+    assert abs(mean - expected(2.0)) < 4 * float(logits.std()) / 200**0.5
+    assert expected(1.0) - expected(2.0) > 8 * float(logits.std()) / 200**0.5, "a cold model would be found out"
+    chances = torch.softmax(logits, dim=-1).numpy()
+    order = np.argsort(-chances, kind="stable")
+    nucleus = order[: int(np.searchsorted(np.cumsum(chances[order]), 0.5)) + 1]
+    assert 1 < len(nucleus) < 25
+    assert set(drawn(60, temperature=1.0, top_p=0.5)) == set(nucleus.tolist())
+
+
+def test_a_model_that_diverged_writes_nothing(language_model: TaskModel) -> None:
+    with torch.no_grad():
+        next(iter(language_model.trainable().values())).fill_(float("nan"))
+    with pytest.raises(ConfigError, match="its training diverged"):
+        next(write(language_model, np.array([5]), end_ids=(), spec=WritingSpec()))
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "  spaces  around  ", "Grüße, 你好 \N{RAINBOW}!", "a\nb\n\n", "\N{RAINBOW}" * 3, ""]
+)
+def test_parts_of_a_text_are_whole_characters(text: str) -> None:
+    tokenizer = tiny_tokenizer("random:llama")  # one token a byte
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    parts = list(as_text([*ids, tokenizer.eos_token_id], tokenizer))
+    assert "".join(parts) == text.strip()
+    assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
+    assert len(parts) == len(text.strip()) - sum(letter.isspace() for letter in text.strip())
+
+
+def test_bytes_that_are_no_character_are_shown_in_the_end() -> None:
+    tokenizer = tiny_tokenizer("random:llama")
+    ids = tokenizer("ab\N{RAINBOW}", add_special_tokens=False)["input_ids"]
+    assert list(as_text(ids[:-1], tokenizer)) == ["a", "b", "\N{REPLACEMENT CHARACTER}"]
+    assert "".join(as_text([*ids[:-1], ids[0]], tokenizer)) == "ab\N{REPLACEMENT CHARACTER}a"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"seed": 2**63}],
+)
+def test_a_wrong_way_to_write_is_named_as_its_option(wrong: dict[str, float]) -> None:
+    (key,) = wrong
+    with pytest.raises(ConfigError, match=f"^--{key.replace('_', '-')} = "):
+        WritingSpec(**wrong)

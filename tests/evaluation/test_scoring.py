@@ -9,17 +9,16 @@ from opacus.grad_sample import GradSampleHooks
 
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.scoring import evaluate
 from fedtune.model.layers import layer_stack
 from fedtune.tasks import TaskModel
 
-from .conftest import END
+from .conftest import END, scores_of
 
 
 def test_classification(classifier: TaskModel, labelled: TextDataset) -> None:
     weights = {name: value.clone() for name, value in classifier.state_dict().items()}
     flags = [module.training for module in classifier.modules()]
-    scores = evaluate(classifier, labelled, pad_id=END, max_tokens=4096)
+    scores = scores_of(classifier, labelled, pad_id=END, max_tokens=4096)
     assert set(scores) == {"accuracy", "macro_f1", "loss"}
     assert all(type(score) is float for score in scores.values())
     assert [module.training for module in classifier.modules()] == flags
@@ -31,7 +30,7 @@ def test_no_module_runs_with_gradients_or_in_training_mode(classifier: TaskModel
     seen: set[tuple[bool, bool]] = set()
     for module in classifier.modules():
         module.register_forward_hook(lambda ran, _, __: seen.add((ran.training, torch.is_grad_enabled())))
-    evaluate(classifier, labelled, pad_id=END, max_tokens=4096)
+    scores_of(classifier, labelled, pad_id=END, max_tokens=4096)
     assert seen == {(False, False)}
 
 
@@ -44,7 +43,7 @@ def test_hooks_for_per_example_gradients_keep_nothing_of_it(classifier: TaskMode
     classifier.zero_grad()
     for parameter in classifier.trainable().values():
         parameter.grad_sample = None
-    evaluate(classifier, labelled, pad_id=END, max_tokens=4096)
+    scores_of(classifier, labelled, pad_id=END, max_tokens=4096)
     assert all(parameter.grad_sample is None for parameter in classifier.trainable().values())
     classifier.losses(batch).sum().backward()
     for name, parameter in classifier.trainable().items():
@@ -61,11 +60,11 @@ def test_frozen_layers_run_once_and_scores_are_the_same(request: pytest.FixtureR
     calls: list[None] = []
     attention.register_forward_hook(lambda *_: calls.append(None))
     kept: dict[int, torch.Tensor | None] = {}
-    expected = evaluate(model, data, pad_id=END, max_tokens=64)
+    expected = scores_of(model, data, pad_id=END, max_tokens=64)
     ran: list[bool] = []
     for _ in range(3):
         calls.clear()
-        found = evaluate(model, data, pad_id=END, max_tokens=64, kept=kept)
+        found = scores_of(model, data, pad_id=END, max_tokens=64, kept=kept)
         assert found == pytest.approx(expected, rel=1e-6)
         ran.append(bool(calls))
     assert ran == [True, False, False]
@@ -73,13 +72,13 @@ def test_frozen_layers_run_once_and_scores_are_the_same(request: pytest.FixtureR
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.mul_(2.0)
-    again = evaluate(model, data, pad_id=END, max_tokens=64, kept=kept)
-    assert again == pytest.approx(evaluate(model, data, pad_id=END, max_tokens=64), rel=1e-6)
+    again = scores_of(model, data, pad_id=END, max_tokens=64, kept=kept)
+    assert again == pytest.approx(scores_of(model, data, pad_id=END, max_tokens=64), rel=1e-6)
     assert again != pytest.approx(expected, rel=1e-6), "what trains is scored anew"
 
 
 def test_of_a_model_without_frozen_layers_nothing_is_kept(classifier: TaskModel, labelled: TextDataset) -> None:
     kept: dict[int, torch.Tensor | None] = {}
-    score = partial(evaluate, classifier, labelled, pad_id=END, max_tokens=4096)
+    score = partial(scores_of, classifier, labelled, pad_id=END, max_tokens=4096)
     assert score(kept=kept) == score()
     assert set(kept.values()) == {None}

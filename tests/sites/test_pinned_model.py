@@ -15,7 +15,8 @@ from fedtune.config import RunConfig
 from fedtune.model import ModelSpec, load_base, load_tokenizer
 from fedtune.model.manifest import manifest_of
 from fedtune.privacy.release import Reason, Update
-from fedtune.sites.shared_model import SharedModel, score_saved
+from fedtune.sites.saved_model import beside_base
+from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import ConfigError
 from fedtune.tasks import build_task_model, save_task_model
 
@@ -124,4 +125,5 @@ def test_an_adapter_of_0_1_0_can_still_be_scored(folder: Path, station: Callable
         model=replace(site.config.model, sha256=old),
         data=replace(site.config.data, columns={"text": "body", "label": "kind"}),
     )
-    assert 0 <= score_saved(config, tmp_path / "adapter", str(site.data))["accuracy"] <= 1
+    found = beside_base(config, tmp_path / "adapter", str(site.data)).scores["accuracy"]
+    assert 0 <= found.tuned.value <= 1

@@ -19,7 +19,8 @@ from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
-from fedtune.sites.shared_model import SharedModel, score_saved
+from fedtune.sites.saved_model import beside_base
+from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
@@ -466,11 +467,11 @@ def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, resta
     assert receipt.charged_rounds == 1
     folder = kept_folder(site)
     config = parse(json.loads((folder / "config.yaml").read_text()))
-    scores = score_saved(config, folder / "adapter", str(site.data))
+    found = beside_base(config, folder / "adapter", str(site.data)).scores
     shared = SharedModel(config)
     data = shared.lead_data(str(site.data), rows=None, key="data")
-    assert scores == shared.score(final, data)
-    assert scores != shared.score(shared.initial_adapter, data)
+    assert {name: one.tuned.value for name, one in found.items()} == shared.score(final, data)
+    assert {name: one.base.value for name, one in found.items()} == shared.score(shared.initial_adapter, data)
 
 
 def test_a_declined_adapter_is_not_written(site: Any) -> None:

@@ -1,0 +1,359 @@
+"""`fedtune generate`, `chat` and `evaluate` on finished runs, in this process and on a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.forked import REPOSITORY, Forked
+
+LANGUAGE_MODEL = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.declared_sizes=40")
+
+
+@pytest.fixture(scope="module")
+def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a classifier (`intents`), and two language models of one base (`tables`, `others`)."""
+    into = tmp_path_factory.mktemp("runs")
+    simulate("training.learning_rate=0.2", into=into, name="intents")
+    for name, seed in (("tables", "seed=0"), ("others", "seed=3")):
+        short = (
+            "data.max_length=200",
+            "federation.num_rounds=1",
+            "training.learning_rate=0.2",
+            "runtime.seeded_noise=true",
+        )
+        simulate(*LANGUAGE_MODEL, *short, seed, into=into, name=name)
+    return into
+
+
+@pytest.fixture(scope="module")
+def chats(runs: Path) -> Path:
+    """The language model as if it had been tuned on conversations."""
+    folder = runs / "chats"
+    shutil.copytree(runs / "tables", folder)
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["data"] |= {"columns": {"messages": "messages"}, "chat_template": "plain", "prompt_template": "{prompt}"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """What the next command reads."""
+    return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def test_a_prompt_is_answered(runs: Path, command: Any) -> None:
+    asked = ("generate", str(runs / "tables"), "--prompt", "name[The Eagle]", "--max-new-tokens", "12")
+    outcome = command(*asked)
+    assert (outcome.code, outcome.err) == (0, "")
+    told = json.loads(command(*asked, "--json").out)
+    assert (told["prompt"], list(told["answers"])) == ("name[The Eagle]", ["tables"])
+    assert 0 < len(told["answers"]["tables"]) <= 12
+    assert outcome.out == "".join(one for one in told["answers"]["tables"] if one.isprintable()) + "\n"
+
+
+def test_adapters_of_one_base_answer_side_by_side(runs: Path, command: Any) -> None:
+    asked = ("--prompt", "name[The Eagle]", "--max-new-tokens", "12", "--json")
+    both = command("generate", str(runs / "tables"), "--base", "--adapter", f"more={runs / 'others'}", *asked)
+    answers = json.loads(both.out)["answers"]
+    assert list(answers) == ["base", "tables", "more"]
+    assert len(set(answers.values())) == 3
+    for name, own in (("tables", "tables"), ("more", "others")):
+        alone = json.loads(command("generate", str(runs / own), *asked).out)["answers"]
+        assert alone == {own: answers[name]}, "whatever else is in memory"
+    titled = command("generate", str(runs / "tables"), "--base", *asked[:-1])
+    assert re.findall(r"^\[(\w+)\]$", titled.out, re.MULTILINE) == ["base", "tables"]
+
+
+def test_drawn_answers_repeat_with_their_seed(runs: Path, command: Any) -> None:
+    asked = ("generate", str(runs / "tables"), "--prompt", "a", "--temperature", "1", "--max-new-tokens", "20")
+    first, again, other = (command(*asked, "--seed", seed).out for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_a_classifier_names_the_likeliest_labels(runs: Path, command: Any) -> None:
+    asked = ("generate", str(runs / "intents"), "--prompt", "where is my card")
+    told = json.loads(command(*asked, "--json").out)["answers"]["intents"]
+    assert len(told) == 3
+    assert 1 > told[0]["probability"] > told[1]["probability"] > told[2]["probability"] > 0
+    outcome = command(*asked)
+    assert outcome.out.startswith(f"{told[0]['label']} {told[0]['probability']:.3f} ({told[1]['label']} ")
+
+
+def test_a_file_of_prompts_gives_a_line_each(runs: Path, command: Any, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\N{ZERO WIDTH NO-BREAK SPACE}where is my card\n\nlost\n", encoding="utf-8")
+    outcome = command("generate", str(runs / "intents"), "--file", str(prompts))
+    assert len(outcome.out.splitlines()) == 2
+    one = command("generate", str(runs / "intents"), "--prompt", "where is my card")
+    assert outcome.out.splitlines()[0] == one.out.strip()
+    lines = command("generate", str(runs / "intents"), "--file", str(prompts), "--base", "--json").out.splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [(line["line"], line["fields"]["text"]) for line in told] == [(1, "where is my card"), (3, "lost")]
+    assert list(told[0]["answers"]) == ["base", "intents"]
+
+
+def test_records_of_a_file_are_asked_without_their_answers(runs: Path, command: Any, tmp_path: Path) -> None:
+    records = tmp_path / "tables.csv"
+    records.write_text("facts\nname[The Eagle]\n")
+    asked = ("--columns", "{prompt: facts}", "--max-new-tokens", "10", "--json")
+    (line,) = command("generate", str(runs / "tables"), "--file", str(records), *asked).out.splitlines()
+    alone = command("generate", str(runs / "tables"), "--prompt", "name[The Eagle]", *asked)
+    assert json.loads(line)["answers"] == json.loads(alone.out)["answers"]
+
+
+def test_a_chat_answers_each_line(runs: Path, command: Any, typed: Any) -> None:
+    typed("name[The Eagle]\n\n/adapter\n/adapter nobody\n/adapter base\nname[The Eagle]\n/what\n/quit\nunread\n")
+    outcome = command("chat", str(runs / "tables"), "--max-new-tokens", "12")
+    assert outcome.code == 0
+    first, second = outcome.out.splitlines()
+    for name, text in (("tables", first), ("base", second)):
+        wanted = ("--prompt", "name[The Eagle]", "--max-new-tokens", "12", "--base", "--json")
+        answer = json.loads(command("generate", str(runs / "tables"), *wanted).out)["answers"][name]
+        assert text == "".join(one for one in answer if one.isprintable())
+    said = outcome.err.splitlines()
+    assert "each message is a new prompt" in said[1]
+    assert said[2:5] == ["tables answers. There are: base, tables."] * 2 + ["base answers."]
+    assert said[5].startswith("/reset ")
+
+
+def test_a_conversation_keeps_its_turns(chats: Path, command: Any, typed: Any) -> None:
+    def answers(*lines: str) -> list[str]:
+        typed("\n".join(lines))
+        outcome = command("chat", str(chats), "--max-new-tokens", "8")
+        assert outcome.code == 0, outcome.err
+        assert "new prompt" not in outcome.err
+        return outcome.out.splitlines()
+
+    first, second = answers("hello", "hello")
+    assert first != second, "the second answer follows the first"
+    assert answers("hello", "/reset", "hello") == [first, first]
+    (alone,) = command("generate", str(chats), "--prompt", "hello", "--max-new-tokens", "8").out.splitlines()
+    assert alone == first
+
+
+def test_the_oldest_turns_make_room(chats: Path, command: Any, typed: Any) -> None:
+    typed("\n".join(["a" * 120] * 6))
+    outcome = command("chat", str(chats), "--max-new-tokens", "8")
+    assert outcome.code == 0
+    assert len(outcome.out.splitlines()) == 6
+    assert re.search(r"positions are full: the oldest \d+ turns are left out", outcome.err)
+    typed("a" * 5000 + "\nshort\n")
+    outcome = command("chat", str(chats), "--max-new-tokens", "8")
+    assert re.search(r"message = '50\d\d tokens': must have at most \d+", outcome.err)
+    assert len(outcome.out.splitlines()) == 1, "and the conversation goes on"
+
+
+WRONG = {
+    "nothing to answer": (("tables",), r"^--prompt = '': must be given, or --file instead"),
+    "both": (("tables", "--prompt", "a", "--file", "b.txt"), "or --file instead of it"),
+    "blank": (("intents", "--prompt", "  "), r"^--prompt = '  ': must not be blank$"),
+    "half a letter": (("intents", "--prompt", "\udce9"), r"^--prompt = .*: must be UTF-8$"),
+    "too long": (("tables", "--prompt", "a" * 9000), r"^--prompt = '9\d\d\d tokens': must have at most \d+"),
+    "too long beside the base": (("tables", "--base", "--prompt", "a" * 9000), "must have at most"),
+    "no such file": (("tables", "--file", "gone.txt"), r"^--file = 'gone.txt': no such file"),
+    "no temperature": (("tables", "--prompt", "a", "--temperature", "-1"), "^--temperature = -1.0: must be"),
+    "no adapter's name": (("tables", "--prompt", "a", "--adapter", "x"), r"^--adapter = 'x': must be NAME=RUN$"),
+    "a taken name": (("tables", "--prompt", "a", "--adapter", "base=others"), "the name base is taken"),
+    "another task": (
+        ("tables", "--prompt", "a", "--adapter", "x=intents"),
+        "task is 'classification', not 'causal_lm'",
+    ),
+    "no run": (("gone", "--prompt", "a"), "^run folder = 'gone': must hold a config.yaml$"),
+    "no role": (("intents", "--prompt", "a", "--columns", "{body: text}"), r"^--columns = 'body': must be one of"),
+    "no mapping": (("intents", "--prompt", "a", "--columns", "text"), r"^--columns = 'text': must name the column"),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_cannot_be_answered_is_named(
+    words: str, runs: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs)
+    arguments, message = WRONG[words]
+    outcome = command("generate", *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.search(message, outcome.message)
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"\n \n"], ids=["not UTF-8", "only blank lines"])
+def test_a_file_without_prompts_is_named(text: bytes, runs: Path, command: Any, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(text)
+    outcome = command("generate", str(runs / "intents"), "--file", str(tmp_path / "prompts.txt"))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.message.startswith("--file = ")
+
+
+def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, command: Any, tmp_path: Path) -> None:
+    shutil.copytree(runs / "intents", tmp_path / "run")
+    asked = ("generate", str(tmp_path / "run"), "--prompt", "a")
+    (tmp_path / "run/AUDIT.txt").write_text("")
+    assert "is an audit" in command(*asked).message
+    (tmp_path / "run/AUDIT.txt").unlink()
+    tensors = tmp_path / "run/adapter/adapter_model.safetensors"
+    whole = tensors.read_bytes()
+    for damaged, told in ((whole[:-1], "must hold the adapter's tensors"), (whole[:-4] + b"\0\0\0@", "by digest")):
+        tensors.write_bytes(damaged)
+        outcome = command(*asked)
+        assert outcome.code == 2
+        assert told in outcome.message
+    shutil.rmtree(tmp_path / "run/adapter")
+    assert "resume the run first" in command(*asked).message
+
+
+def test_an_adapter_of_other_shapes_is_refused(runs: Path, simulate: Any, command: Any, tmp_path: Path) -> None:
+    wider = simulate(*LANGUAGE_MODEL, "lora.rank=6", "lora.alpha=12", "federation.num_rounds=1", into=tmp_path)
+    outcome = command("generate", str(runs / "tables"), "--prompt", "a", "--adapter", f"wide={wider}")
+    assert outcome.code == 2
+    assert re.search(
+        r"must be whole, and fit the run's model: .* has shape \(6, \d+\), not the model's \(4, ", outcome.message
+    )
+
+
+def test_a_classifier_does_not_chat(runs: Path, command: Any) -> None:
+    outcome = command("chat", str(runs / "intents"))
+    assert outcome.code == 2
+    assert f"fedtune generate {runs / 'intents'} --prompt" in outcome.message
+
+
+def test_the_adapter_folder_stands_for_its_run(runs: Path, command: Any) -> None:
+    asked = ("--prompt", "where is my card")
+    folder = command("generate", str(runs / "intents/adapter"), *asked)
+    assert folder.code == 0
+    assert folder.out == command("generate", str(runs / "intents"), *asked).out
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *words: str) -> None:
+        self._ours, theirs = pty.openpty()
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+        self.process = Forked(
+            [sys.executable, "-m", "fedtune", *words], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+        )
+        os.close(theirs)
+        self._came = ""
+
+    def until(self, text: str) -> str:
+        """Read on until `text` has come; returns what came, and keeps what came behind it for the next call."""
+        while text not in self._came:
+            ready, _, _ = select.select([self._ours], [], [], 60)
+            assert ready, f"no {text!r} in {self._came!r}"
+            self._came += os.read(self._ours, 1000).decode(errors="replace")
+        before, _, self._came = self._came.partition(text)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def end(self) -> int:
+        try:
+            return self.process.wait(timeout=60)
+        finally:
+            self.process.kill()
+            os.close(self._ours)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    begun: list[Terminal] = []
+
+    def start(*words: str) -> Terminal:
+        begun.append(Terminal(*words))
+        return begun[-1]
+
+    yield start
+    for one in begun:
+        one.process.kill()
+        one.process.wait()
+
+
+def test_a_conversation_on_a_terminal(chats: Path, terminal: Callable[..., Terminal]) -> None:
+    shown = terminal("chat", str(chats), "--max-new-tokens", "400", "--temperature", "1")
+    shown.until("/help lists the commands")
+    shown.until("> ")
+    shown.type("hello\n")
+    shown.until("hello\r\n")
+    assert len(shown.until("\r\n")) > 20, "the answer on a line of its own"
+    shown.type("/adapter base\n")
+    shown.until("base answers.")
+    shown.until("> ")  # before, the end of the input could be lost: the terminal is yet to be set up for a line
+    shown.type("\x04")
+    assert shown.end() == 0
+
+
+def test_ctrl_c_ends_an_answer_and_its_line(runs: Path) -> None:
+    words = ("generate", str(runs / "tables"), "--prompt", "name[The Eagle]", "--max-new-tokens", "100000")
+    started = [sys.executable, "-m", "fedtune", *words, "--temperature", "9"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    with Forked(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = process.stdout.read(1)
+        assert first, "the answer comes while it is written"
+        process.send_signal(signal.SIGINT)
+        rest, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert rest.endswith(b"\n")
+    assert said == b""
+
+
+def test_scores_stand_beside_those_of_the_base(runs: Path, command: Any, result_of: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("body,label\n" + "where is my card,card_arrival\nlost it,lost_or_stolen_card\n" * 10)
+    asked = ("evaluate", str(runs / "intents"), "--data", str(rows), "--columns", "{text: body}")
+    outcome = command(*asked)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert re.search(r"^ +metric +base +tuned +difference +95 % interval +tuned is *$", outcome.out, re.MULTILINE)
+    told = json.loads(command(*asked, "--json").out)
+    assert (told["records"], told["unit"], told["units"], told["prompts"]) == (20, "record", 20, 0)
+    assert set(told["scores"]) == set(told["beside_base"]) == {"accuracy", "macro_f1", "loss"}
+    for name, one in told["beside_base"].items():
+        assert one["tuned"]["value"] == told["scores"][name]
+        assert one["difference"]["value"] == pytest.approx(one["tuned"]["value"] - one["base"]["value"])
+        assert one["difference"]["low"] <= one["difference"]["high"]
+        assert re.search(rf"{name} +{one['base']['value']:.4f} +{one['tuned']['value']:.4f}", outcome.out)
+        assert one["verdict"] in outcome.out
+    # Before training, the head is zero: every label is as likely as any other.
+    assert told["beside_base"]["loss"]["base"]["value"] == pytest.approx(4.3438, abs=1e-4)
+
+
+def test_texts_are_scored_where_they_are_asked_for(runs: Path, command: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"mr": f"name[{place % 3}]", "ref": f"{place % 3} is a pub"} for place in range(9)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = ("evaluate", str(runs / "tables"), "--data", str(rows), "--json")
+    assert set(json.loads(command(*asked).out)["scores"]) == {"loss", "perplexity"}
+    told = json.loads(command(*asked, "--generate", "2").out)
+    assert set(told["scores"]) == {"loss", "perplexity", "bleu", "rouge_l"}
+    assert (told["records"], told["prompts"]) == (9, 2)
+    assert {one["verdict"] for one in told["beside_base"].values()} == {"cannot be told apart"}, "9 are too few"
+    refused = command("evaluate", str(runs / "intents"), "--data", str(rows), "--generate", "2")
+    assert refused.message == "--generate = 2: is for a task that writes text; classification writes none"
+
+
+def test_users_are_drawn_where_they_are_the_unit_and_named(simulate: Any, command: Any, tmp_path: Path) -> None:
+    run = simulate("experiment=debug_users", "privacy.unit=user", into=tmp_path)
+    rows = [f"{user},message {number}" for user in range(12) for number in range(2)]
+    for header, unit in (("user,text", ("user", 12)), ("person,text", ("record", 24))):
+        (tmp_path / "rows.csv").write_text("\n".join([header, *rows]) + "\n")
+        outcome = command("evaluate", str(run), "--data", str(tmp_path / "rows.csv"), "--json")
+        assert outcome.code == 0, outcome.err
+        told = json.loads(outcome.out)
+        assert (told["unit"], told["units"], told["records"]) == (*unit, 24)
