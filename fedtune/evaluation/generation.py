@@ -1,13 +1,13 @@
-"""Greedy text generation and its scores, BLEU and ROUGE-L."""
+"""Text generation: one text for a person, token by token; many at once, greedily, with BLEU and ROUGE-L."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -16,8 +16,81 @@ from fedtune.data.batching import micro_batches
 from fedtune.data.records import Record
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset
 from fedtune.evaluation.scoring import scoring
+from fedtune.evaluation.spec import WritingSpec
+from fedtune.model.fits import usable_positions
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TaskModel
+
+
+def write(
+    task_model: TaskModel, prompt: npt.NDArray[np.int32], *, end_ids: Collection[int], spec: WritingSpec
+) -> Iterator[int]:
+    """Continue one prompt, token by token, until one of `end_ids`, `spec.max_new_tokens` or the model's last position.
+
+    With a key-value cache, so that each token costs one pass over one position.  The same seed gives the same text on
+    the same machine.  The model's own generation settings are not used, as in `generate`.
+
+    Args:
+        task_model: one whose task writes text; between two tokens, its adapter must stay as it is.
+        prompt: (t,) token ids, t at least 1.
+        end_ids: tokens that end the text, which are not part of it.
+        spec: how the next token is chosen.
+    """
+    positions = usable_positions(task_model.base.get_base_model())
+    room = spec.max_new_tokens if positions is None else min(spec.max_new_tokens, positions - len(prompt))
+    draws = torch.Generator().manual_seed(spec.seed)
+    token_ids, cache = torch.as_tensor(prompt, dtype=torch.int64, device=task_model.device)[None], None
+    for _ in range(room):
+        # Entered for each token: between two of them the caller's own code runs, which may want gradients.
+        with scoring(task_model):
+            output = task_model.base(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        chosen = _chosen(output.logits[0, -1].float().cpu(), spec, draws)
+        if chosen in end_ids:
+            return
+        yield chosen
+        token_ids = torch.tensor([[chosen]], device=task_model.device)
+
+
+def as_text(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What each token adds to the text, without special tokens and surrounding space.
+
+    A character of several tokens comes whole with its last one, and space with what follows it: the parts together are
+    what the tokenizer makes of all tokens at once.
+    """
+    kept: list[int] = []
+    shown = ""
+    for token in token_ids:
+        kept.append(token)
+        text = _decoded(kept, tokenizer)
+        # The tokenizer decodes the first bytes of a character to the mark of a broken one.
+        if not text.endswith(_BROKEN) and text.startswith(shown) and len(text) > len(shown):
+            yield text[len(shown) :]
+            shown = text
+    rest = _decoded(kept, tokenizer)
+    if len(rest) > len(shown) and rest.startswith(shown):
+        yield rest[len(shown) :]
+
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+def _decoded(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
+def _chosen(logits: torch.Tensor, spec: WritingSpec, draws: torch.Generator) -> int:
+    """The next token by its logits, (vocabulary,)."""
+    if not logits.max().isfinite():
+        raise ConfigError("adapter", float(logits.max()), "must give numbers for the next token: its training diverged")
+    if spec.temperature == 0:
+        return int(logits.argmax())
+    # Nothing above zero is divided: the smallest temperature overflows nothing.
+    scaled = (logits - logits.max()) / spec.temperature
+    chances, order = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
+    # Those before which less than top_p has been reached: the likeliest always stays.
+    chances[chances.cumsum(dim=-1) - chances >= spec.top_p] = 0.0
+    return int(order[torch.multinomial(chances, 1, generator=draws)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +139,6 @@ class PromptSet:
         )
 
 
-def evaluate_generation(
-    task_model: TaskModel,
-    prompts: PromptSet,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    max_tokens: int,
-) -> dict[str, float]:
-    """Write one text for each prompt and score it against the prompt's references.
-
-    Returns:
-        `bleu` in [0, 100] and `rouge_l` in [0, 1]; see `text_scores`.
-    """
-    hypotheses = generate(
-        task_model, prompts.input_ids, tokenizer=tokenizer, max_new_tokens=max_new_tokens, max_tokens=max_tokens
-    )
-    return text_scores(hypotheses, prompts.references)
-
-
 def generate(
     task_model: TaskModel,
     prompts: Sequence[np.ndarray],
@@ -130,34 +184,43 @@ def generate(
     return texts
 
 
-def text_scores(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU and ROUGE-L of one hypothesis a prompt, against all of the prompt's references.
+def text_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, npt.NDArray[np.float64]]:
+    """What `text_scores` needs of each text: one hypothesis a prompt, against all of the prompt's references.
 
     Args:
-        hypotheses: n texts, n at least 1.
+        hypotheses: n texts.
         references: n groups of one or more texts; the groups may differ in size.
 
     Returns:
-        `bleu`: corpus BLEU by sacrebleu with its defaults (case kept, tokeniser 13a, exponential
-            smoothing), in [0, 100].
-        `rouge_l`: by rouge-score, in [0, 1]: F1 of the longest common subsequence with the best
-            reference, averaged over hypotheses.  Its tokeniser lower-cases and keeps only a-z and
-            0-9, without stemming: use it for English.
+        `bleu`: (n, 10) matched n-grams of order 1 to 4, n-grams of order 1 to 4, length, length of the nearest
+            reference, by sacrebleu with its defaults (case kept, tokeniser 13a).
+        `rouge_l`: (n,) by rouge-score, in [0, 1]: F1 of the longest common subsequence with the best reference.  Its
+            tokeniser lower-cases and keeps only a-z and 0-9, without stemming: use it for English.
     """
     # Imported here: only a run that generates needs the two libraries, and rouge-score loads nltk.
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
 
-    # sacrebleu wants stream k to hold the k-th reference of every hypothesis, None where there is none.
-    streams = [list(stream) for stream in zip_longest(*references)]
-    scorer = RougeScorer(["rougeL"])
-    best = [
-        scorer.score_multi(group, text)["rougeL"].fmeasure for group, text in zip(references, hypotheses, strict=True)
-    ]
-    return {
-        "bleu": float(BLEU().corpus_score(list(hypotheses), streams).score),
-        "rouge_l": float(np.mean(best)),
-    }
+    bleu, rouge = BLEU(effective_order=True), RougeScorer(["rougeL"])
+    counts, best = [], []
+    for text, group in zip(hypotheses, references, strict=True):
+        found = bleu.sentence_score(text, list(group))
+        counts.append([*found.counts, *found.totals, found.sys_len, found.ref_len])
+        best.append(rouge.score_multi(group, text)["rougeL"].fmeasure)
+    return {"bleu": np.array(counts, dtype=np.float64).reshape(-1, 10), "rouge_l": np.array(best, dtype=np.float64)}
+
+
+def text_scores(figures: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, float]:
+    """`bleu`, of the whole corpus with exponential smoothing, in [0, 100]; `rouge_l`, the mean over texts, in [0, 1].
+
+    Args:
+        figures: of n texts, n at least 1, see `text_figures`.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    total = figures["bleu"].sum(axis=0).astype(int).tolist()
+    bleu = BLEU.compute_bleu(total[:4], total[4:8], total[8], total[9], smooth_method="exp")
+    return {"bleu": float(bleu.score), "rouge_l": float(np.mean(figures["rouge_l"]))}
 
 
 def _prompt_ids(dataset: TextDataset, index: int) -> tuple[int, ...]:

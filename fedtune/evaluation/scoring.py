@@ -20,13 +20,13 @@ KeptStates = dict[int, torch.Tensor | None]
 """What a model's frozen layers made of a data set, batch by batch: by the first example's place, on the CPU."""
 
 
-def evaluate(
+def figures_of(
     task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptStates | None = None
-) -> dict[str, float]:
-    """Score `task_model` on every example of `dataset`, without gradients; its training flags end as they were.
+) -> dict[str, npt.NDArray[np.float64]]:
+    """(examples,) each, by name: what `Task.scores` needs of every example of `dataset`.
 
-    The scores are exact and not covered by any privacy guarantee: they must not leave a site when
-    the data is private.
+    Without gradients; the model's training flags end as they were.  The figures are exact and not covered by any
+    privacy guarantee, as are the scores: they must not leave a site when the data is private.
 
     Args:
         task_model: says itself what is scored (`Task.figures`, `Task.scores`).
@@ -44,7 +44,7 @@ def evaluate(
         for indices, batch in batches:
             for name, of_batch in task_model.task.figures(task_model, batch).items():
                 figures.setdefault(name, np.zeros(len(dataset)))[indices] = of_batch.cpu()
-    return task_model.task.scores(figures, spec=task_model.spec)
+    return figures
 
 
 def unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> npt.NDArray[np.float64]:

@@ -1,8 +1,8 @@
-"""The settings of one evaluation."""
+"""The settings of one evaluation, and of one text that is written."""
 
 from __future__ import annotations
 
-from fedtune.spec import check_at_least, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 
 
 @spec
@@ -31,3 +31,29 @@ class EvaluationSpec:
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         if self.generation_rows is not None:
             check_at_least("generation_rows", self.generation_rows, 1)
+
+
+@spec
+class WritingSpec:
+    """How one text is written for a person; its keys are options of the command line.
+
+    Attributes:
+        max_new_tokens: the longest text, in tokens.
+        temperature: the logits are divided by it before a token is drawn; 0 takes the likeliest token.
+        top_p: draw from the likeliest tokens that have this probability together (Holtzman et al. 2020, arXiv
+            1904.09751); 1: from all.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("--max-new-tokens", self.max_new_tokens, 1)
+        check_at_least("--temperature", self.temperature, 0)
+        check_fraction("--top-p", self.top_p, one=True)
+        check_at_least("--seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ConfigError("--seed", self.seed, "must be below 2**63")

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,12 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.config import RunConfig
 from fedtune.data import Record, Shapes, TextDataset
 from fedtune.data.load import lead_records
-from fedtune.evaluation.generation import PromptSet, evaluate_generation
-from fedtune.evaluation.scoring import KeptStates, evaluate
+from fedtune.evaluation.bootstrap import Figures
+from fedtune.evaluation.generation import PromptSet, text_figures, text_scores
+from fedtune.evaluation.generation import generate as generate_texts
+from fedtune.evaluation.scoring import KeptStates, figures_of
 from fedtune.model import Adapter, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
-from fedtune.tasks import TaskModel, build_task_model, load_task_model, task_named
+from fedtune.privacy.mechanism import Unit
+from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.preflight import moved_by_others, require_alone
 
@@ -48,7 +50,7 @@ class SharedModel:
     def __init__(self, config: RunConfig, *, declared_size: int | None = None, inexact_allowed: bool = False) -> None:
         self.config = config
         self.device = device_for(config.runtime.device)
-        self.tokenizer, self.model = _ready(config, lambda: build_task_model(config.task_model(), device=self.device))
+        self.tokenizer, self.model = ready(config, lambda: build_task_model(config.task_model(), device=self.device))
         self.initial_adapter = Adapter.of(self.model)
         self.shapes = shapes_for(self.model, config.runtime, max_length=config.data.max_length)
         self.keeps_states = self._keeps_states(config, declared_size)
@@ -140,7 +142,7 @@ class SharedModel:
         if data is None:
             return {}
         adapter.load_into(self.model)
-        return _score(self.model, self.tokenizer, data, self.config, generate=generate)
+        return Measured.of(self.model, self.tokenizer, data, self.config, generate=generate).scores(self.model)
 
 
 @dataclass(frozen=True)
@@ -159,23 +161,22 @@ class LeadData:
 
     @classmethod
     def read(
-        cls, file: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rows: int | None, key: str
+        cls,
+        file: str,
+        config: RunConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        rows: int | None,
+        key: str,
+        unit: Unit = "record",
     ) -> LeadData:
-        """Read and tokenise a file that the setting `key` named."""
+        """Read and tokenise a file that the setting `key` named; with unit "user" the records name their users."""
         task = task_named(config.task)
-        records = lead_records(file, columns=task.columns(config.data), rows=rows, key=key)
+        records = lead_records(file, columns=task.columns(config.data, unit=unit), rows=rows, key=key)
         return cls(records, task.tokenise(records, tokenizer, data=config.data))
 
 
-def score_saved(config: RunConfig, adapter_folder: Path, data_file: str) -> dict[str, float]:
-    """Scores of a saved adapter on a file that has the columns of `config`."""
-    device = device_for(config.runtime.device)
-    tokenizer, model = _ready(config, lambda: load_task_model(adapter_folder, model=config.model, device=device))
-    data = LeadData.read(data_file, config, tokenizer, rows=None, key="--data")
-    return _score(model, tokenizer, data, config, generate=True)
-
-
-def _ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTrainedTokenizerBase, TaskModel]:
+def ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTrainedTokenizerBase, TaskModel]:
     """Tokenizer and model, for whatever they are wanted: to train, to score, or to score a saved adapter.
 
     Raises:
@@ -188,13 +189,33 @@ def _ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTraine
     return tokenizer, model
 
 
-def _score(
-    model: TaskModel, tokenizer: PreTrainedTokenizerBase, data: LeadData, config: RunConfig, *, generate: bool
-) -> dict[str, float]:
-    spec, role = config.evaluation, model.task.writes
-    scores = evaluate(model, data.examples, pad_id=tokenizer.pad_token_id, max_tokens=spec.max_tokens, kept=data.kept)
-    if not (generate and spec.generate and role is not None):
-        return scores
-    prompts = PromptSet.of(data.examples, data.records, role=role, rows=spec.generation_rows)
-    sizes = {"max_new_tokens": spec.max_new_tokens, "max_tokens": spec.max_tokens}
-    return scores | evaluate_generation(model, prompts, tokenizer=tokenizer, **sizes)
+@dataclass(frozen=True)
+class Measured:
+    """What a model's scores on some data are computed from.
+
+    Attributes:
+        examples: figures of each record, by name.
+        texts: figures of the text that the model wrote for each prompt; empty: it wrote none.
+    """
+
+    examples: Figures
+    texts: Figures
+
+    @classmethod
+    def of(
+        cls, model: TaskModel, tokenizer: PreTrainedTokenizerBase, data: LeadData, config: RunConfig, *, generate: bool
+    ) -> Measured:
+        """Run the model over the data; `generate`: it writes texts too, where its task does and the settings ask."""
+        spec, role = config.evaluation, model.task.writes
+        pad_id, most = tokenizer.pad_token_id, spec.max_tokens
+        examples = figures_of(model, data.examples, pad_id=pad_id, max_tokens=most, kept=data.kept)
+        if not (generate and spec.generate and role is not None):
+            return cls(examples, {})
+        prompts = PromptSet.of(data.examples, data.records, role=role, rows=spec.generation_rows)
+        sizes = {"max_new_tokens": spec.max_new_tokens, "max_tokens": most}
+        texts = generate_texts(model, prompts.input_ids, tokenizer=tokenizer, **sizes)
+        return cls(examples, text_figures(texts, prompts.references))
+
+    def scores(self, model: TaskModel) -> dict[str, float]:
+        """The scores, by name."""
+        return model.task.scores(self.examples, spec=model.spec) | (text_scores(self.texts) if self.texts else {})

@@ -13,11 +13,12 @@ from fedtune.tasks.base import Task
 from fedtune.tasks.registry import TASKS, task_named
 
 if TYPE_CHECKING:
-    from fedtune.tasks.saved import load_task_model, save_task_model
+    from fedtune.tasks.saved import SavedAdapter, load_task_model, save_task_model
     from fedtune.tasks.task_model import TaskModel, build_task_model
 
 __all__ = [
     "TASKS",
+    "SavedAdapter",
     "Task",
     "TaskModel",
     "build_task_model",
@@ -26,7 +27,10 @@ __all__ = [
     "task_named",
 ]
 
-_HOMES = {"task_model": ("TaskModel", "build_task_model"), "saved": ("load_task_model", "save_task_model")}
+_HOMES = {
+    "task_model": ("TaskModel", "build_task_model"),
+    "saved": ("SavedAdapter", "load_task_model", "save_task_model"),
+}
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
 

@@ -181,3 +181,17 @@ class Task(ABC):
             draws: where a target is one of several.
             first: place of the first target in an example of so many tokens.
         """
+
+    def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
+        """(t,) token ids from which an answer is written, where the task `writes`: those that training saw before it.
+
+        Args:
+            fields: role to text, without the role that is written; `messages` end in a user's turn.
+            tokenizer: the base's.
+            data: the run's settings.
+        """
+        raise NotImplementedError(f"{self.name} writes no text")
+
+    def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
+        """The tokens that end an answer; none where the task writes no text."""
+        return frozenset()

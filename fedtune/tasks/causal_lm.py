@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -122,6 +123,18 @@ class CausalLM(Task):
         return tuple(
             np.where(np.arange(len(ids)) >= first(len(ids)), ids, UNSUPERVISED).astype(np.int64) for ids in input_ids
         )
+
+    def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
+        if "messages" in fields:
+            turns = json.loads(fields["messages"])
+            text = "".join(f"{turn['role']}: {turn['content']}\n" for turn in turns) + "assistant:"
+        else:
+            text = fields["text"] if "text" in fields else data.prompt_template.format_map(fields)
+        (ids,) = encode([text], tokenizer, special_tokens=False)
+        return np.array([*_start_ids(tokenizer), *ids], dtype=np.int32)
+
+    def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
+        return frozenset({end_of_text(tokenizer)})
 
 
 def end_of_text(tokenizer: Tokenizer) -> int:

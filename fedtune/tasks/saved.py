@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, replace
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -51,38 +54,108 @@ def save_task_model(model: TaskModel, folder: Path) -> None:
         os.rename(complete, folder)
 
 
-def load_task_model(folder: Path, *, model: ModelSpec | None = None, device: torch.device | str = "cpu") -> TaskModel:
-    """Build the model that a folder was saved from.
+@dataclass(frozen=True, eq=False)
+class SavedAdapter:
+    """What `save_task_model` wrote, read back; no model is loaded yet.
 
-    Args:
-        folder: what `save_task_model` wrote.
-        model: where the base lies here, when that is not where it was; it must be the same model.
-        device: where to put it.
-
-    Raises:
-        ConfigError: when a file is missing or malformed, or the base is not the one the adapter was trained on.
-        AdapterError: when the tensors are not those the settings describe.
+    Attributes:
+        folder: where it lies.
+        spec: of the model that it was saved from, with the base pinned.
+        tensors: of the adapters, by their public names.
+        head: the task's own, without `head.` before their names.
+        digest: of the trained tensors, as the folder states it.
     """
-    settings = _read_json(folder / "fedtune.json")
+
+    folder: Path
+    spec: TaskModelSpec
+    tensors: Mapping[str, np.ndarray]
+    head: Mapping[str, np.ndarray]
+    digest: str
+
+    @classmethod
+    def read(cls, folder: Path, *, model: ModelSpec | None = None) -> SavedAdapter:
+        """Read a folder.
+
+        Args:
+            folder: what `save_task_model` wrote.
+            model: where the base lies here, when that is not where it was; it must be the same model.
+
+        Raises:
+            ConfigError: when a file is missing or malformed.
+        """
+        settings = _read_json(folder / "fedtune.json")
+        with _malformed(folder):
+            spec, digest = _spec_from(settings, model), settings["adapter_digest"]
+            tensors, head = _read_tensors(folder, has_head=task_named(spec.task).has_head)
+            # Before matrices of that rank are made: any number can stand in a file, and fill the memory.
+            if spec.lora.rank not in {length for array in tensors.values() for length in array.shape}:
+                raise ConfigError("lora.rank", spec.lora.rank, "must be that of the saved matrices")
+        return cls(folder, spec, tensors, head, digest)
+
+    def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
+        """The model that the adapter belongs into, with a head that is yet to be started or loaded.
+
+        Raises:
+            ConfigError: the base cannot be had, or is not the one that the adapter was trained on.
+        """
+        with _malformed(self.folder):
+            return assemble(self.spec, device=device)
+
+    def load_into(self, model: TaskModel) -> None:
+        """Copy into a model of the same settings.
+
+        Raises:
+            AdapterError: names, shapes or values are not what the settings describe.
+        """
+        constants = dict(model.named_buffers(recurse=False))
+        trained = {_HEAD + name: array for name, array in self.head.items() if name not in constants}
+        copy_tensors({**self.tensors, **trained}, model.adapter_parameters())
+        copy_tensors({name: array for name, array in self.head.items() if name in constants}, constants)
+        if Adapter.of(model).digest() != self.digest:
+            raise AdapterError(f"{self.folder}: the tensors are not the ones that fedtune.json names by digest")
+
+    def require_same_model(self, other: TaskModelSpec) -> None:
+        """Check that the adapter means in a model of `other` what it means in its own; tensors are checked on loading.
+
+        Raises:
+            ConfigError: names the first setting that differs.
+        """
+        here, there = (_meaning(spec) for spec in (other, self.spec))
+        for key, value in there.items():
+            if value != here[key]:
+                bound = (
+                    f"must be tuned on the same model: {key} is {reprlib.repr(value)}, not {reprlib.repr(here[key])}"
+                )
+                raise ConfigError("adapter", str(self.folder), bound)
+
+
+def load_task_model(folder: Path, *, model: ModelSpec | None = None, device: torch.device | str = "cpu") -> TaskModel:
+    """Build the model that a folder was saved from; `SavedAdapter` says how, and what is raised."""
+    saved = SavedAdapter.read(folder, model=model)
+    loaded = saved.build(device=device)
+    saved.load_into(loaded)
+    return loaded
+
+
+@contextmanager
+def _malformed(folder: Path) -> Iterator[None]:
+    """Settings of other kinds than fedtune writes are a person's mistake."""
     try:
-        spec = _spec_from(settings, model)
-        expected = settings["adapter_digest"]
-        tensors, head = _read_tensors(folder, has_head=task_named(spec.task).has_head)
-        # Before matrices of that rank are made: any number can stand in a file, and fill the memory.
-        if spec.lora.rank not in {length for array in tensors.values() for length in array.shape}:
-            raise ConfigError("lora.rank", spec.lora.rank, "must be that of the saved matrices")
-        loaded = assemble(spec, device=device)
+        yield
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(str(folder / "fedtune.json"), type(error).__name__, f"is malformed: {error}") from error
-    constants = dict(loaded.named_buffers(recurse=False))
-    copy_tensors(
-        tensors | {_HEAD + name: array for name, array in head.items() if name not in constants},
-        loaded.adapter_parameters(),
-    )
-    copy_tensors({name: array for name, array in head.items() if name in constants}, constants)
-    if Adapter.of(loaded).digest() != expected:
-        raise AdapterError(f"{folder}: the tensors are not the ones that fedtune.json names by digest")
-    return loaded
+
+
+def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
+    """The settings without which a model's tensors mean nothing; their shapes say the rest."""
+    return {
+        "task": spec.task,
+        "model.sha256": spec.model.sha256,
+        "data.labels": spec.labels,
+        "the scale of LoRA": spec.lora.scale,
+        "head.scale": spec.head.scale,
+        "head.centre": spec.head.centre,
+    }
 
 
 def _write(model: TaskModel, folder: Path) -> None:

@@ -1,0 +1,163 @@
+"""`fedtune chat`: a conversation with a finished run's model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from io import TextIOWrapper
+from typing import TYPE_CHECKING
+
+from fedtune.cli.command import single
+from fedtune.cli.finished_run import (
+    Adapters,
+    Device,
+    MaxNewTokens,
+    Run,
+    Seed,
+    Temperature,
+    TopP,
+    by_name,
+    finished_run,
+    messages_of,
+    prompt_columns,
+    prompt_fields,
+)
+from fedtune.cli.generate import print_streamed
+from fedtune.config import RunConfig
+from fedtune.evaluation.spec import WritingSpec
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import task_named
+from fedtune.words import counted
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    import numpy as np
+    import numpy.typing as npt
+
+    from fedtune.sites.saved_model import SavedModel
+
+_HELP = """\
+/reset          forget the conversation
+/adapter NAME   go on with another adapter (without NAME: which there are)
+/help           these lines
+/quit           end; Ctrl-D does the same, and Ctrl-C ends an answer"""
+
+
+def chat(
+    run: Run,
+    max_new_tokens: MaxNewTokens = 200,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    adapter: Adapters = (),
+    device: Device = "auto",
+) -> None:
+    """Talk with a finished run's model: each line is a message, and each answer is shown as it is written.
+
+      fedtune chat runs/chats
+      fedtune chat runs/chats --temperature 0.7 --adapter other=runs/other
+
+    /help lists what else can be typed. Nothing is saved.
+    """
+    spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    config, own = finished_run(run, device=device)
+    if task_named(config.task).writes is None:
+        raise ConfigError("task", config.task, f'writes no text; try: fedtune generate {run} --prompt "..."')
+    folders = by_name(run, own, adapter)
+    from fedtune.sites.saved_model import SavedModel
+
+    conversation = _Conversation(config, SavedModel(config, folders), spec, adapter=next(iter(folders)))
+    conversation.greet()
+    for message in _typed_lines():
+        if message in ("/quit", "/exit"):
+            break
+        if message.startswith("/"):
+            conversation.command(message)
+        else:
+            conversation.answer(message)
+
+
+class _Conversation:
+    """The turns so far, and the adapter that answers."""
+
+    def __init__(self, config: RunConfig, saved: SavedModel, spec: WritingSpec, *, adapter: str) -> None:
+        self._config, self._saved, self._spec, self._adapter = config, saved, spec, adapter
+        self._turns: Sequence[tuple[str, str]] = ()
+        self._keeps_turns = "messages" in prompt_columns(config)
+
+    def greet(self) -> None:
+        _say(f"{self._adapter} answers; /help lists the commands.")
+        if not self._keeps_turns:
+            _say("The run was tuned on single texts, not on conversations: each message is a new prompt.")
+
+    def command(self, words: str) -> None:
+        """What is typed with a slash."""
+        match words.split():
+            case ["/reset"]:
+                self._turns = ()
+                _say("The conversation begins anew.")
+            case ["/adapter", name] if name in self._saved.names:
+                self._adapter = name
+                _say(f"{name} answers.")
+            case ["/adapter", *_]:
+                _say(f"{self._adapter} answers. There are: {', '.join(self._saved.names)}.")
+            case _:
+                _say(_HELP)
+
+    def answer(self, message: str) -> None:
+        """Answer a message; one that cannot be answered is no part of the conversation."""
+        turns: Sequence[tuple[str, str]] = [*self._turns, ("user", message)]
+        try:
+            if self._keeps_turns:
+                turns, ids = self._fitting(turns)
+            else:
+                ids = self._saved.prompt_ids(prompt_fields(self._config, message, at="message"), at="message")
+        except ConfigError as error:
+            _say(str(error))
+            return
+        self._saved.use(self._adapter)
+        text, _ = print_streamed(self._saved.written(ids, self._spec))
+        self._turns = [*turns, ("assistant", text)]
+
+    def _fitting(self, turns: Sequence[tuple[str, str]]) -> tuple[Sequence[tuple[str, str]], npt.NDArray[np.int32]]:
+        """As many of the last turns as leave the model room for an answer, with their tokens."""
+        positions = self._saved.positions
+        room = 1 if positions is None else min(self._spec.max_new_tokens, positions // 2)
+        for first in range(0, len(turns) - 1, 2):
+            with suppress(DataError):
+                kept = turns[first:]
+                ids = self._saved.prompt_ids({"messages": messages_of(kept)}, at="message", room=room)
+                if first:
+                    _say(
+                        f"The model's {positions} positions are full: the oldest {counted(first, 'turn')} are left out."
+                    )
+                return kept, ids
+        return turns[-1:], self._saved.prompt_ids({"messages": messages_of(turns[-1:])}, at="message")
+
+
+def _typed_lines() -> Iterator[str]:
+    """What is typed, or comes through a pipe, line by line; blank lines are passed over."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (`input` then edits lines)
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    typed = sys.stdin.isatty() and sys.stdout.isatty()
+    while True:
+        try:
+            line = input("> " if typed else "").strip()
+        except EOFError:
+            if typed:
+                sys.stdout.write("\n")
+            return
+        if line:
+            yield line
+
+
+def _say(text: str) -> None:
+    """A line to the person, apart from what the model writes."""
+    sys.stdout.flush()
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+app = single(chat)

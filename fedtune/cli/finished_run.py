@@ -1,0 +1,157 @@
+"""A finished run, as commands take it that use its model: the folder, its configuration, its adapters by name."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+
+from fedtune.cli.command import Argument, Option
+from fedtune.config import RunConfig, parse, saved_settings
+from fedtune.federation.run_folder import RunFolder
+from fedtune.spec import ConfigError, check_at_least, check_name, check_one_of
+from fedtune.tasks import task_named
+
+Run = Annotated[Path, Argument("RUN", help="a run folder, such as runs/tighter")]
+Columns = Annotated[str | None, Option("columns of FILE, as in '{text: body}'", metavar="ROLES")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], Option("where to compute")]
+Adapters = Annotated[
+    tuple[str, ...], Option("also the adapter of another run of the same model; may be repeated", metavar="NAME=RUN")
+]
+MaxNewTokens = Annotated[int, Option("the longest answer")]
+Temperature = Annotated[float, Option("above 0: draw the tokens, the more freely the higher")]
+TopP = Annotated[float, Option("draw from the likeliest tokens that have this probability together")]
+Seed = Annotated[int, Option("of the draws")]
+
+_MAY_BE_BLANK = frozenset({"input", "system"})
+"""Roles that a record may leave out."""
+
+
+def finished_run(
+    run: Path, *, device: str = "auto", columns: str | None = None, generate: int | None = None
+) -> tuple[RunConfig, Path]:
+    """The configuration of a run, and the folder of its adapter.
+
+    Args:
+        run: a run folder, or the `adapter` folder in it.
+        device: where to compute.
+        columns: `{role: column}` as it was typed, for a file whose columns have other names than the run's.
+        generate: write texts for so many prompts when the model is scored; None: as the run did.
+
+    Raises:
+        ConfigError: there is no finished run, or what is asked does not fit it.
+    """
+    if not RunFolder(run).config.exists() and RunFolder(run.absolute().parent).adapter == run.absolute():
+        run = run.absolute().parent
+    config = parse(saved_settings(run))
+    settings = config.to_json()
+    settings["runtime"]["device"] = device
+    if columns is not None:
+        settings["data"]["columns"] |= _mapped(columns, set(config.data.columns))
+    if generate is not None:
+        if task_named(config.task).writes is None:
+            raise ConfigError("--generate", generate, f"is for a task that writes text; {config.task} writes none")
+        check_at_least("--generate", generate, 1)
+        settings["evaluation"] |= {"generate": True, "generation_rows": generate}
+    return parse(settings), adapter_of(run)
+
+
+def adapter_of(run: Path) -> Path:
+    """The adapter folder of a finished run.
+
+    Raises:
+        ConfigError: there is none, or nobody may use it.
+    """
+    files = RunFolder(run)
+    if not files.adapter.is_dir():
+        raise ConfigError("run folder", str(run), "must hold a finished adapter/; resume the run first")
+    if files.audit_mark.exists():
+        mark = files.audit_mark.name
+        bound = f"is an audit: made-up records were planted in its training data ({mark}); its scores mean nothing"
+        raise ConfigError("run folder", str(run), bound)
+    return files.adapter
+
+
+def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
+    """The folders of adapters by name: the run's own, called as its folder is unless it is named too, comes first.
+
+    Args:
+        run: as it was given.
+        own: the folder of its adapter.
+        others: `NAME=RUN` each.
+
+    Raises:
+        ConfigError: a name is missing, taken or none.
+    """
+    named: dict[str, Path] = {}
+    for word in others:
+        name, given, folder = word.partition("=")
+        if not given:
+            raise ConfigError("--adapter", word, "must be NAME=RUN")
+        check_name("--adapter", name)
+        if name in named or name == "base":
+            raise ConfigError("--adapter", word, f"the name {name} is taken")
+        named[name] = finished_run(Path(folder))[1]
+    if any(folder.samefile(own) for folder in named.values()):
+        return dict(sorted(named.items(), key=lambda item: not item[1].samefile(own)))
+    name = own.absolute().parent.name or "tuned"
+    if name in named or name == "base":
+        raise ConfigError("--adapter", f"{name}=...", f"the name {name} is taken: it is that of {run}")
+    return {name: own, **named}
+
+
+def _mapped(text: str, roles: set[str]) -> dict[str, str]:
+    try:
+        columns = yaml.safe_load(text)
+    except yaml.YAMLError:
+        columns = None
+    if not isinstance(columns, dict) or not all(isinstance(word, str) for pair in columns.items() for word in pair):
+        raise ConfigError("--columns", text, "must name the column of a role, as in '{text: body}'")
+    for role in columns:
+        check_one_of("--columns", role, sorted(roles))
+    return columns
+
+
+def prompt_columns(config: RunConfig) -> dict[str, str]:
+    """Role to column of what a model is asked by: all that a record has but its answer."""
+    task, data = task_named(config.task), config.data
+    whole = [role for role in ("messages", "text") if role in data.columns]
+    roles = whole[:1] or [role for role in task.roles_in(data) if role != task.writes]
+    return data.needed_columns(set(roles) - {"label"})
+
+
+def prompt_fields(config: RunConfig, text: str, *, at: str) -> dict[str, str]:
+    """A text that a person typed as the fields of a record.
+
+    Raises:
+        ConfigError: it is blank or no text, or the run's prompts have more parts than one.
+    """
+    if not text.strip():
+        raise ConfigError(at, text, "must not be blank")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(at, "bytes that are no text", "must be UTF-8") from None
+    roles = prompt_columns(config)
+    if "messages" in roles:
+        return {"messages": messages_of([("user", text)])}
+    main = next((role for role in ("text", "prompt") if role in roles), None)
+    if main is None or set(roles) - _MAY_BE_BLANK != {main}:
+        wanted = ", ".join(roles)
+        raise ConfigError(at, text, f"is one text, and a prompt of this run has {wanted}: give them in a file (--file)")
+    return {role: text if role == main else "" for role in roles}
+
+
+def messages_of(turns: Sequence[tuple[str, str]]) -> str:
+    """(role, content) of each turn, as a record of the role `messages` has them."""
+    listed = [{"role": role, "content": content} for role, content in turns]
+    return json.dumps(listed, separators=(",", ":"), ensure_ascii=False)
+
+
+def harmless(text: str) -> str:
+    """What a model wrote, without what could steer a terminal; unlike a name it may have any other letter."""
+    return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) != "Cc")

@@ -1,0 +1,196 @@
+"""`fedtune generate`: what a finished run's model answers to a prompt, or to a file of prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from fedtune.cli.command import AsJson, Option, single
+from fedtune.cli.finished_run import (
+    Adapters,
+    Columns,
+    Device,
+    MaxNewTokens,
+    Run,
+    Seed,
+    Temperature,
+    TopP,
+    by_name,
+    finished_run,
+    harmless,
+    prompt_columns,
+    prompt_fields,
+)
+from fedtune.cli.sections import SCHEMA_VERSION, print_json
+from fedtune.config import RunConfig
+from fedtune.data.load import shipped_folders
+from fedtune.data.records import Record, iter_records, resolve_file
+from fedtune.evaluation.spec import WritingSpec
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import task_named
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from fedtune.sites.saved_model import SavedModel
+
+_LABELS_SHOWN = 3
+
+
+def generate(
+    run: Run,
+    prompt: Annotated[str | None, Option("what to answer", metavar="TEXT")] = None,
+    file: Annotated[str | None, Option("a prompt a line (.txt), or records with the run's columns")] = None,
+    columns: Columns = None,
+    max_new_tokens: MaxNewTokens = 200,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    adapter: Adapters = (),
+    base: Annotated[bool, Option("also the model as it was before training")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write a finished run's answer to a prompt, or name its label.
+
+      fedtune generate runs/chats --prompt "Where is my parcel?"
+      fedtune generate runs/chats --file prompts.txt --json > answers.jsonl
+      fedtune generate runs/chats --prompt "Hello" --base --adapter other=runs/other
+
+    Greedy, unless --temperature is above 0. With --file one line a record, or one JSON object with --json.
+    """
+    spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    config, own = finished_run(run, device=device, columns=columns)
+    _require_an_answer(config)
+    folders = by_name(run, own, adapter)
+    if (prompt is None) == (file is None):
+        raise ConfigError("--prompt", prompt or "", "must be given, or --file instead of it")
+    records = _typed(config, prompt) if prompt is not None else _from_file(config, str(file))
+    from fedtune.sites.saved_model import BASE, SavedModel
+
+    saved = SavedModel(config, folders)
+    names = [name for name in saved.names if base or name != BASE]
+    answers = _Answers(saved, names, spec)
+    if prompt is None:
+        answers.print_lines(records, as_json=as_json)
+    elif as_json:
+        told = answers.as_json(records[0])
+        print_json({"schema_version": SCHEMA_VERSION, "run": str(run), "prompt": prompt, "answers": told})
+    else:
+        answers.print_one(records[0])
+
+
+class _Answers:
+    """What the adapters of a model answer."""
+
+    def __init__(self, saved: SavedModel, names: Sequence[str], spec: WritingSpec) -> None:
+        self._saved, self._names, self._spec = saved, names, spec
+        self._writes = saved.model.task.writes is not None
+
+    def print_one(self, record: Record) -> None:
+        """As it is written, on the terminal."""
+        for name in self._names:
+            if len(self._names) > 1:
+                sys.stdout.write(f"[{name}]\n")
+            if print_streamed(self._parts(record, name))[1]:
+                raise KeyboardInterrupt
+
+    def print_lines(self, records: Sequence[Record], *, as_json: bool) -> None:
+        """A line for each record, and for each adapter where there are several."""
+        for record in records:
+            if as_json:
+                told = {"line": record.line, "fields": dict(record.fields), "answers": self.as_json(record)}
+                sys.stdout.write(json.dumps(told, ensure_ascii=False) + "\n")
+            else:
+                for name in self._names:
+                    text = harmless("".join(self._parts(record, name))).replace("\n", "\\n")
+                    sys.stdout.write(f"{name}\t{text}\n" if len(self._names) > 1 else f"{text}\n")
+            sys.stdout.flush()
+
+    def as_json(self, record: Record) -> dict[str, object]:
+        """By adapter: the text, or the labels with their probabilities."""
+        if self._writes:
+            return {name: "".join(self._parts(record, name)) for name in self._names}
+        return {
+            name: [{"label": label, "probability": chance} for label, chance in self._labels(record, name)]
+            for name in self._names
+        }
+
+    def _parts(self, record: Record, name: str) -> Iterator[str]:
+        if not self._writes:
+            (label, chance), *others = self._labels(record, name)
+            rest = ", ".join(f"{other} {of_other:.3f}" for other, of_other in others)
+            yield f"{label} {chance:.3f} ({rest})"
+            return
+        ids = self._saved.prompt_ids(record.fields, at=record.at("prompt") if record.file else "--prompt")
+        self._saved.use(name)
+        yield from self._saved.written(ids, self._spec)
+
+    def _labels(self, record: Record, name: str) -> list[tuple[str, float]]:
+        """The likeliest labels."""
+        self._saved.use(name)
+        (chances,) = self._saved.chances([record])
+        labels = self._saved.model.spec.labels
+        return [(labels[place], float(chances[place])) for place in (-chances).argsort(kind="stable")[:_LABELS_SHOWN]]
+
+
+def print_streamed(parts: Iterator[str]) -> tuple[str, bool]:
+    """Print a text as it comes; returns it, and whether Ctrl-C ended it."""
+    whole, stopped = "", False
+    try:
+        for part in parts:
+            whole += part
+            sys.stdout.write(harmless(part))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        stopped = True
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return whole, stopped
+
+
+def _require_an_answer(config: RunConfig) -> None:
+    task = task_named(config.task)
+    if task.writes is None and not task.has_labels:
+        raise ConfigError("task", config.task, "writes no text and has no labels; fedtune evaluate scores it")
+
+
+def _typed(config: RunConfig, prompt: str) -> list[Record]:
+    return [Record(prompt_fields(config, prompt, at="--prompt"))]
+
+
+def _from_file(config: RunConfig, name: str) -> list[Record]:
+    """The records of a file, without their answers; of a text file each line that is not blank is one."""
+    path = resolve_file(name, shipped_folders(), key="--file")
+    if path.suffix.lower() == ".txt":
+        records = list(_lines(config, path))
+    else:
+        records = [_unanswered(record) for record in iter_records(path, prompt_columns(config))]
+    if not records:
+        raise DataError("--file", name, "must hold at least one prompt")
+    return records
+
+
+def _lines(config: RunConfig, path: Path) -> Iterator[Record]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError("--file", str(path), f"must be UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield Record(prompt_fields(config, line, at=f"{path}:{number}"), file=str(path), line=number)
+
+
+def _unanswered(record: Record) -> Record:
+    """A conversation without the answers at its end, which are to be written."""
+    if "messages" not in record.fields:
+        return record
+    turns = json.loads(record.fields["messages"])
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    text = json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
+    return Record({**record.fields, "messages": text}, file=record.file, line=record.line)
+
+
+app = single(generate)

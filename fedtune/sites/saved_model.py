@@ -1,0 +1,182 @@
+"""What a finished run made, in use: it writes, it names labels, and it is scored beside its start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedtune.config import RunConfig
+from fedtune.data import Record
+from fedtune.data.partition import users_of
+from fedtune.evaluation.bootstrap import Comparison, compared
+from fedtune.evaluation.generation import as_text, text_scores, write
+from fedtune.evaluation.scoring import batches_by_length, scoring
+from fedtune.evaluation.spec import WritingSpec
+from fedtune.model.adapter import AdapterError, copy_tensors
+from fedtune.model.fits import usable_positions
+from fedtune.privacy.mechanism import Unit
+from fedtune.sites.shared_model import LeadData, Measured, ready
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import SavedAdapter, TaskModel
+from fedtune.training.machine import device_for, keeps_frozen_states
+
+BASE = "base"
+"""The name of the run's start: the base model with adapters that change nothing, and the head as it begins."""
+
+
+class SavedModel:
+    """A run's model with several adapters by name: one base in memory, into which one adapter at a time is put.
+
+    Args:
+        config: of the run.
+        adapters: the folders of saved adapters by name, at least one; the first is the run's own.
+
+    Attributes:
+        names: `BASE`, and those of the adapters.
+
+    Raises:
+        ConfigError: an adapter cannot be read, or is of another model.
+    """
+
+    def __init__(self, config: RunConfig, adapters: Mapping[str, Path]) -> None:
+        self.config = config
+        saved = {name: SavedAdapter.read(folder, model=config.model) for name, folder in adapters.items()}
+        own = next(iter(saved.values()))
+        device = device_for(config.runtime.device)
+        self.tokenizer, self.model = ready(config, lambda: own.build(device=device))
+        self.model.task.start_head(self.model)
+        self._tensors = {BASE: _tensors_of(self.model)}
+        for name, adapter in saved.items():
+            adapter.require_same_model(own.spec)
+            try:
+                adapter.load_into(self.model)
+            except AdapterError as error:
+                bound = f"must be whole, and fit the run's model: {error}"
+                raise ConfigError("adapter", str(adapter.folder), bound) from None
+            self._tensors[name] = _tensors_of(self.model)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model takes in all; None where nothing bounds it."""
+        return usable_positions(self.model.base.get_base_model())
+
+    def use(self, name: str) -> None:
+        """Put an adapter into the model."""
+        copy_tensors(self._tensors[name], _places_in(self.model))
+
+    def prompt_ids(self, fields: Mapping[str, str], *, at: str, room: int = 1) -> npt.NDArray[np.int32]:
+        """The tokens from which an answer is written.
+
+        Args:
+            fields: role to text, without the role that is written.
+            at: names the prompt in a message.
+            room: the positions that must be left for the answer.
+
+        Raises:
+            DataError: there is no token to start from, or too few positions are left for the answer.
+        """
+        ids = self.model.task.prompt_ids(fields, self.tokenizer, data=self.config.data)
+        if not len(ids):
+            raise DataError(at, "no tokens", "must give a token to write from")
+        if self.positions is not None and len(ids) + room > self.positions:
+            bound = f"must have at most {self.positions - room}: the model takes {self.positions} tokens in all"
+            raise DataError(at, f"{len(ids)} tokens", bound)
+        return ids
+
+    def written(self, prompt: npt.NDArray[np.int32], spec: WritingSpec) -> Iterator[str]:
+        """The answer to a prompt by the adapter in use, as it is written; see `as_text`."""
+        end_ids = self.model.task.end_ids(self.tokenizer, data=self.config.data)
+        return as_text(write(self.model, prompt, end_ids=end_ids, spec=spec), self.tokenizer)
+
+    def chances(self, records: Sequence[Record]) -> npt.NDArray[np.float64]:
+        """(records, labels) the probability of each label by the adapter in use; the records need no label."""
+        labels, task = self.model.spec.labels, self.model.task
+        # A record is tokenised with a label; any declared one stands in its place, and nothing reads it.
+        labelled = [Record({**one.fields, "label": labels[0]}, file=one.file, line=one.line) for one in records]
+        examples = task.tokenise(labelled, self.tokenizer, data=self.config.data)
+        found = np.zeros((len(records), len(labels)))
+        sizes = {"pad_id": self.tokenizer.pad_token_id, "max_tokens": self.config.evaluation.max_tokens}
+        with scoring(self.model):
+            for places, batch in batches_by_length(examples, **sizes):
+                logits = self.model.logits(batch.to(self.model.device))
+                found[places] = torch.softmax(logits, dim=-1).cpu()
+        return found
+
+
+@dataclass(frozen=True)
+class BesideBase:
+    """A run's model and its start, scored on the same records.
+
+    Attributes:
+        num_records: that were scored.
+        unit: which the intervals draw, "record" or "user".
+        num_units: how many there are.
+        num_prompts: for which both wrote a text, each a unit of its own for the scores of texts; 0: they wrote none.
+        scores: by name.
+    """
+
+    num_records: int
+    unit: Unit
+    num_units: int
+    num_prompts: int
+    scores: Mapping[str, Comparison]
+
+
+def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
+    """Score a saved adapter and its start on a file that has the columns of `config`.
+
+    Raises:
+        ConfigError: the adapter or the file cannot be used.
+    """
+    saved = SavedModel(config, {"tuned": adapter})
+    model, tokenizer = saved.model, saved.tokenizer
+    data, unit = _read(config, file, saved)
+    num_tokens = int(data.examples.lengths.sum())
+    keeps = keeps_frozen_states(model, config.runtime, num_tokens=num_tokens)
+    data = replace(data, kept={} if keeps else None)
+    found = []
+    for name in (BASE, "tuned"):
+        saved.use(name)
+        found.append(Measured.of(model, tokenizer, data, config, generate=True))
+    base, tuned = found
+    users = users_of(data.records) if unit == "user" else None
+    scores = compared(base.examples, tuned.examples, scores=partial(model.task.scores, spec=model.spec), units=users)
+    if tuned.texts:
+        scores |= compared(base.texts, tuned.texts, scores=text_scores)
+    return BesideBase(
+        num_records=len(data.records),
+        unit=unit,
+        num_units=len(data.records) if users is None else len(users),
+        num_prompts=len(tuned.texts.get("rouge_l", ())),
+        scores=scores,
+    )
+
+
+def _read(config: RunConfig, file: str, saved: SavedModel) -> tuple[LeadData, Unit]:
+    """The data, with users where the run's unit is the user and the file names them."""
+    if config.privacy.unit == "user":
+        try:
+            return LeadData.read(file, config, saved.tokenizer, rows=None, key="--data", unit="user"), "user"
+        except DataError as error:
+            if error.value != "absent":
+                raise
+    return LeadData.read(file, config, saved.tokenizer, rows=None, key="--data"), "record"
+
+
+def _places_in(model: TaskModel) -> dict[str, torch.Tensor]:
+    """Where a saved adapter's tensors lie in a model, public constants of its head among them."""
+    return {**model.adapter_parameters(), **dict(model.named_buffers(recurse=False))}
+
+
+def _tensors_of(model: TaskModel) -> dict[str, npt.NDArray[np.float32]]:
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in _places_in(model).items()}
