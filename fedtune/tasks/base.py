@@ -34,6 +34,9 @@ Ids: TypeAlias = Sequence[npt.NDArray[np.int32]]
 FirstTarget: TypeAlias = Callable[[int], int]
 """From an example's length to the place of its first target, where targets belong to tokens."""
 
+Readout: TypeAlias = "tuple[tuple[torch.Tensor, torch.Tensor | None], ...]"
+"""Linear layers by weight (out, in) and bias (out,), in their order."""
+
 
 class Model(Protocol):
     """What a task sees of the model that learns it, a `fedtune.tasks.task_model.TaskModel`."""
@@ -63,6 +66,9 @@ class Task(ABC):
         has_head: whether a head is trained beside the adapters, by the settings under `head`.
         predicts_tokens: whether the base is a decoder with its output layer; otherwise it ends in hidden states.
         writes: the role whose text the model can write, which BLEU and ROUGE-L then score; None: it writes no text.
+        hub_name: what the Hugging Face hub calls it; empty: it has no name there.
+        formats: that a tuned model can be exported in: the adapter, then the whole model as most load it, then others;
+            a whole model has an output layer of its base's own, or a `readout`.
     """
 
     name: ClassVar[str]
@@ -71,6 +77,8 @@ class Task(ABC):
     has_head: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
     writes: ClassVar[str | None] = None
+    hub_name: ClassVar[str] = ""
+    formats: ClassVar[tuple[str, ...]] = ("peft",)
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         """The roles that a record must have under these settings."""
@@ -195,3 +203,26 @@ class Task(ABC):
     def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
         """The tokens that end an answer; none where the task writes no text."""
         return frozenset()
+
+    def readout(self, model: Model) -> Readout:
+        """The linear layers that make `logits` of the base's mean hidden state, each of a vector of norm 1."""
+        return ()
+
+    def loading(self, *, base: str, folder: str) -> str:
+        """Lines of Python that load a saved adapter where fedtune is not installed.
+
+        Args:
+            base: where transformers finds the base.
+            folder: of the adapter, as the lines call it.
+        """
+        auto = "AutoModelForCausalLM" if self.predicts_tokens else "AutoModel"
+        return _LOADING.format(auto=auto, base=base, folder=folder)
+
+
+_LOADING = """\
+from peft import PeftModel
+from transformers import AutoTokenizer, {auto}
+
+tokenizer = AutoTokenizer.from_pretrained({base!r})
+model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}), "{folder}").eval()
+"""

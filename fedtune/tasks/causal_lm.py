@@ -31,6 +31,8 @@ class CausalLM(Task):
     roles = ("prompt", "completion")
     predicts_tokens = True
     writes = "completion"
+    hub_name = "text-generation"
+    formats = ("peft", "merged", "onnx")
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         """The template's, too."""

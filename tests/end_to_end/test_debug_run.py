@@ -60,7 +60,7 @@ def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
         "report.json", "sites"
     }  # fmt: skip
     assert {path.name for path in folder.iterdir()} == top
-    adapter = {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json", "README.md"}
     assert {path.name for path in (folder / "adapter").iterdir()} == adapter
     assert {path.name for path in (folder / "sites").iterdir()} == {
         "dealt_out.json", "lead_key.pem", "receipts.json", "site-1", "site-2"
@@ -75,7 +75,7 @@ def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
 
 def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) -> None:
     assert set(result) == {
-        "schema_version", "fedtune_version", "config_sha256", "task", "rounds", "final", "privacy"
+        "schema_version", "fedtune_version", "config_sha256", "task", "rounds", "final", "privacy", "provenance"
     }  # fmt: skip
     assert (result["schema_version"], result["task"]) == (1, "classification")
     assert result["config_sha256"] == saved_config(folder).digest()
