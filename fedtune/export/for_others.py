@@ -205,7 +205,7 @@ def _plain(source: Source, folder: Path) -> PreTrainedModel:
 
 def _write_sentence_transformers(source: Source, reference: Reference, folder: Path) -> None:
     library = _needed("sentence_transformers", format="sentence-transformers")
-    modules = importlib.import_module("sentence_transformers.models")
+    modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
     with TemporaryDirectory() as scratch:
         _plain(source, Path(scratch))
         source.tokenizer.save_pretrained(scratch)
