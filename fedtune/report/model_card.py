@@ -5,8 +5,9 @@ It says what the run's report says, in the report's own words, and takes every f
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def _licence(declared: str | None) -> dict[str, Any]:
         return {}
     if re.fullmatch(r"[A-Za-z0-9.-]+", declared):
         return {"license": declared.lower()}
-    return {"license": "other", "license_name": declared}
+    return {"license": "other", "license_name": " ".join(_one_line(declared).split())}
 
 
 def _scores(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
@@ -156,6 +157,7 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
         recorded=made is not None,
         start=made.start_adapter if made else None,
         template=template,
+        prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
         rows=made.test_rows if made else None,
         labels=len(data.labels),
         scores={name: tuple(map(_figure, both)) for name, both in _scores(report).items()},
@@ -192,8 +194,8 @@ def _escaped(value: object) -> str:
     """A value within a line of Markdown: nothing in it ends the line, or is more than text."""
     if isinstance(value, _Verbatim):
         return value
-    return re.sub(r"([\\`*_{}\[\]<>()#|!~&])", r"\\\1", "".join(_printable(str(value))))
+    return re.sub(r"([\\`*_{}\[\]<>()#|!~&])", r"\\\1", _one_line(str(value)))
 
 
-def _printable(text: str) -> Iterator[str]:
-    yield from (letter if letter.isprintable() else " " for letter in text)
+def _one_line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
