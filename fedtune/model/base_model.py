@@ -302,7 +302,10 @@ def tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
         names["unk_token"] = "[UNK]"
     else:
         names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=_POSITIONS, **names)
+    takes = ["input_ids", "attention_mask"]  # more than these the llama refuses
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=_POSITIONS, model_input_names=takes, **names
+    )
 
 
 def _config(path: str) -> PreTrainedConfig:
