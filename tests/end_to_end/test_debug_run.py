@@ -78,6 +78,15 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
         "schema_version", "fedtune_version", "config_sha256", "task", "rounds", "final", "privacy", "provenance"
     }  # fmt: skip
     assert (result["schema_version"], result["task"]) == (1, "classification")
+    made = result["provenance"]
+    assert made["population"] == {
+        "dataset": "banking77", "unit": "record", "declared_sizes": {"site-1": 230, "site-2": 230}
+    }  # fmt: skip
+    assert (made["base_model"]["path"], made["base_model"]["public_id"]) == ("random:bert", None)
+    assert (
+        made["base_model"]["sha256"] == json.loads((folder / "adapter" / "fedtune.json").read_text())["model"]["sha256"]
+    )
+    assert (made["start_adapter"], made["template"], made["test_rows"]) == (None, None, 40)
     assert result["config_sha256"] == saved_config(folder).digest()
     assert [entry["round"] for entry in result["rounds"]] == [1, 2, 3]
     for entry in result["rounds"]:
