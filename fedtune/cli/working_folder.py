@@ -52,9 +52,10 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
         elif isinstance(error, RunError):
             console.print(hint, soft_wrap=True)
         raise
+    from fedtune.report.model_card import write_card
     from fedtune.report.page.render import write_report  # draws, which takes a second to import
 
-    write_report(folder, language=config.report.language)
+    write_card(folder, write_report(folder, language=config.report.language))
     show_result(console, config, result, folder)
     return result
 

@@ -111,8 +111,65 @@ def charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Population:
+    """Whose records the run was asked to learn from, as settings and sites declare it."""
+
+    dataset: str
+    unit: str
+    declared_sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseModel:
+    """The frozen base.
+
+    Attributes:
+        path: without the folder on the lead's machine.
+        public_id: at the Hugging Face hub, where the settings name one.
+        gguf_file: that the weights were expanded from, so that they are not those of `public_id` bit for bit.
+        sha256: of its manifest.
+    """
+
+    path: str
+    public_id: str | None = None
+    gguf_file: str | None = None
+    sha256: str
+    licence: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Template:
+    """What stands before an answer: the text with roles in braces, and whose chat template makes turns of it.
+
+    Attributes:
+        sha256: of the model's own chat template where `chat` is "model", else of `prompt`.
+    """
+
+    prompt: str
+    chat: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunProvenance:
+    """What the adapter was made of.
+
+    Attributes:
+        start_adapter: that training began from; None: from none.
+        template: None: the task has none.
+        test_rows: records behind the final scores; None: none were scored.
+    """
+
+    population: Population
+    base_model: BaseModel
+    start_adapter: Mapping[str, Any] | None = None
+    template: Template | None = None
+    test_rows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """The content of `run.json`."""
+    """The content of `run.json`; one of a version before 0.2 has no `provenance`."""
 
     schema_version: int = SCHEMA_VERSION
     fedtune_version: str = ""
@@ -121,6 +178,7 @@ class RunResult:
     rounds: tuple[RoundResult, ...]
     final: FinalResult
     privacy: PrivacyResult
+    provenance: RunProvenance | None = None
 
     @classmethod
     def of(
@@ -133,6 +191,7 @@ class RunResult:
         task: str,
         config_sha256: str,
         seeded_noise: bool,
+        provenance: RunProvenance | None = None,
     ) -> RunResult:
         """What the run in `state` came to; every epsilon is derived here from charged rounds and the plan."""
         charges = {site: site_charge(state, site, plan) for site in sites}
@@ -143,6 +202,7 @@ class RunResult:
             task=task,
             rounds=tuple(replace(result, metrics=finite_scores(result.metrics)) for result in state.rounds),
             final=replace(final, metrics=after, metrics_before=before),
+            provenance=provenance,
             privacy=PrivacyResult(
                 unit=plan.unit,
                 records_per_user=plan.records_per_user,

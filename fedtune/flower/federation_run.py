@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import sys
@@ -15,14 +16,14 @@ from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
-from fedtune.federation.results import FinalResult, RunResult
+from fedtune.federation.results import BaseModel, FinalResult, Population, RunProvenance, RunResult, Template
 from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.server_app import Invited, Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.sites.data_notes import lead_notes
-from fedtune.sites.environment import note_environment
+from fedtune.sites.environment import note_environment, read_environments
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import RunError
 from fedtune.tasks import save_task_model
@@ -172,9 +173,34 @@ class FederationRun:
             task=self.config.task,
             config_sha256=self.config.digest(),
             seeded_noise=self.config.runtime.seeded_noise,
+            provenance=self._provenance(),
         )
         write_durably(RunFolder(self.folder).result, json.dumps(result.to_json(), indent=2).encode() + b"\n")
         return result
+
+    def _provenance(self) -> RunProvenance:
+        """What the adapter is made of, as the model is loaded here."""
+        config, shared, model = self.config, self.shared, self.config.model
+        return RunProvenance(
+            population=Population(
+                dataset=config.data.dataset, unit=config.privacy.unit, declared_sizes=config.declared_sizes()
+            ),
+            base_model=BaseModel(
+                path=model.shown_path,
+                public_id=model.public_id,
+                gguf_file=model.gguf_file,
+                sha256=read_environments(self.folder)[-1].model_sha256,
+                licence=model.licence,
+            ),
+            template=self._template() if shared.model.task.predicts_tokens else None,
+            test_rows=len(shared.test.records) if shared.test else None,
+        )
+
+    def _template(self) -> Template:
+        data = self.config.data
+        text = str(self.shared.tokenizer.chat_template) if data.chat_template == "model" else data.prompt_template
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return Template(prompt=data.prompt_template, chat=data.chat_template, sha256=digest)
 
 
 def _peak_memory_bytes() -> int:

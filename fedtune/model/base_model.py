@@ -215,14 +215,21 @@ def load_gguf(file: Path) -> PreTrainedModel:
 
 
 def save_plain(model: PreTrainedModel, folder: Path) -> None:
-    """Save a model that came from GGUF; its own `save_pretrained` refuses, since it counts as quantised."""
+    """Save a model as one of its class whose weights were never anything else, for others to load.
+
+    One that came from GGUF counts as quantised, which its own `save_pretrained` refuses; a frozen base has activations
+    of ours, and writes no key-value cache unless it is asked to.
+    """
     config = copy.deepcopy(model.config)
-    del config.quantization_config
+    config.use_cache = True
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
         plain = type(model)(config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
-    plain.generation_config = model.generation_config
+    if plain.can_generate():
+        plain.generation_config = model.generation_config
     plain.save_pretrained(folder)
 
 
@@ -295,7 +302,10 @@ def tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
         names["unk_token"] = "[UNK]"
     else:
         names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=_POSITIONS, **names)
+    takes = ["input_ids", "attention_mask"]  # more than these the llama refuses
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=_POSITIONS, model_input_names=takes, **names
+    )
 
 
 def _config(path: str) -> PreTrainedConfig:

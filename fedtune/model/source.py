@@ -40,6 +40,12 @@ def model_folder(spec: ModelSpec) -> Path:
     return folder
 
 
+def public_place(spec: ModelSpec) -> str:
+    """What plain transformers finds the base by: its public id, a folder or id as it was named, a package's folder."""
+    inside = spec.public_id is None and spec.path.startswith(PACKAGE)
+    return str(model_folder(spec)) if inside else spec.public_id or spec.path
+
+
 def locate(path: str) -> ModelSpec:
     """The model that a person means by a path: a folder, one with a single GGUF file, such a file, or any `model.path`.
 

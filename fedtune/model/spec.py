@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Literal
 
 from fedtune.spec import ConfigError, check_at_least, check_one_of, check_positive, spec
@@ -31,6 +32,8 @@ class ModelSpec:
         cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and
             `FEDTUNE_CACHE` or `~/.cache/fedtune`.
         licence: the licence of the weights, which reports show.
+        public_id: the weights' id at the Hugging Face hub, where `path` is another place: saved adapters and model
+            cards name it, so that others can load the base.
     """
 
     path: str
@@ -40,6 +43,7 @@ class ModelSpec:
     dtype: Literal["float32", "bfloat16"] = "float32"
     cache_dir: str | None = None
     licence: str | None = None
+    public_id: str | None = None
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -52,7 +56,14 @@ class ModelSpec:
             raise ConfigError("sha256", self.sha256, "must be 64 lower-case hexadecimal digits")
         if self.gguf_file is not None and not re.fullmatch(r"[\w.-]+\.gguf", self.gguf_file):
             raise ConfigError("gguf_file", self.gguf_file, "must be the plain name of a .gguf file inside model.path")
+        if self.public_id is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.public_id, re.ASCII):
+            raise ConfigError("public_id", self.public_id, "must look like owner/name, an id at the Hugging Face hub")
         check_one_of("dtype", self.dtype, ("float32", "bfloat16"))
+
+    @property
+    def shown_path(self) -> str:
+        """The path as others may see it: of a folder its last name, not where it lies on this machine."""
+        return Path(self.path).name if self.path.startswith(("/", "~", ".")) else self.path
 
 
 @spec

@@ -141,7 +141,7 @@ def _named_model(model: ModelSpec) -> ModelSpec:
     """The model by its hash, without the place where the lead has it."""
     sha256 = model.sha256 or model_sha256(model)
     path = model.path if model.path.startswith((RANDOM, PACKAGE)) else _AT_SITE
-    return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None)
+    return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None, public_id=None)
 
 
 def _local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpec:

@@ -38,6 +38,9 @@ _OF_LANGUAGE_MODELS = {"prompt_template": "{prompt}", "chat_template": "none"}
 FirstTarget: TypeAlias = Callable[[int], int]
 """From an example's length to the place of its first target, where targets belong to tokens."""
 
+Readout: TypeAlias = "tuple[tuple[torch.Tensor, torch.Tensor | None], ...]"
+"""Linear layers by weight (out, in) and bias (out,), in their order."""
+
 
 class Model(Protocol):
     """What a task sees of the model that learns it, a `fedtune.tasks.task_model.TaskModel`."""
@@ -67,6 +70,9 @@ class Task(ABC):
         has_head: whether a head is trained beside the adapters, by the settings under `head`.
         writes: the role whose text the model can write, in the first layout; None: it writes no text.
         predicts_tokens: whether the base is a decoder with its output layer; otherwise it ends in hidden states.
+        hub_name: what the Hugging Face hub calls it; empty: it has no name there.
+        formats: that a tuned model can be exported in: the adapter, then the whole model as most load it, then others;
+            a whole model has an output layer of its base's own, or a `readout`.
     """
 
     name: ClassVar[str]
@@ -75,6 +81,8 @@ class Task(ABC):
     has_head: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
     writes: ClassVar[str | None] = None
+    hub_name: ClassVar[str] = ""
+    formats: ClassVar[tuple[str, ...]] = ("peft",)
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -154,7 +162,13 @@ class Task(ABC):
         """
 
     def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
-        """The tokens (t,) from which text is written for `fields`, of a task that writes."""
+        """(t,) token ids from which an answer is written, where the task `writes`: those that training saw before it.
+
+        Args:
+            fields: role to text, without the role that is written; `messages` end in a user's turn.
+            tokenizer: the base's.
+            data: the run's settings.
+        """
         raise NotImplementedError
 
     def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
@@ -212,3 +226,26 @@ class Task(ABC):
             draws: where a target is one of several.
             first: place of the first target in an example of so many tokens.
         """
+
+    def readout(self, model: Model) -> Readout:
+        """The linear layers that make `logits` of the base's mean hidden state, each of a vector of norm 1."""
+        return ()
+
+    def loading(self, *, base: str, folder: str) -> str:
+        """Lines of Python that load a saved adapter where fedtune is not installed.
+
+        Args:
+            base: where transformers finds the base.
+            folder: of the adapter, as the lines call it.
+        """
+        auto = "AutoModelForCausalLM" if self.predicts_tokens else "AutoModel"
+        return _LOADING.format(auto=auto, base=base, folder=folder)
+
+
+_LOADING = """\
+from peft import PeftModel
+from transformers import AutoTokenizer, {auto}
+
+tokenizer = AutoTokenizer.from_pretrained({base!r})
+model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}), "{folder}").eval()
+"""

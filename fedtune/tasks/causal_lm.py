@@ -48,6 +48,8 @@ class CausalLM(Task):
     roles = ("prompt", "completion")
     predicts_tokens = True
     writes = "completion"
+    hub_name = "text-generation"
+    formats = ("peft", "merged", "onnx")
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:

@@ -13,7 +13,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode
 from fedtune.model.spec import HeadSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import FirstTarget, Ids, Model, Task
+from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, Task
 from fedtune.words import counted
 
 if TYPE_CHECKING:
@@ -25,6 +25,21 @@ _LABEL_TOKENS = 64
 """A label's text is cut here: a name or a sentence, which bounds the memory for thousands of labels."""
 _HEAD_ROWS = 32
 """Embeddings are filled up to a multiple of so many rows before they are scored."""
+_HEAD_LINES = """
+import json
+import torch
+from safetensors.torch import load_file
+
+settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
+head = load_file("FOLDER/head.safetensors")
+tokens = tokenizer(["a text"], return_tensors="pt", return_token_type_ids=False)
+with torch.no_grad():
+    hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
+pooled = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+centred = torch.nn.functional.normalize(pooled - head["centre"], dim=-1)
+print([settings["labels"][place] for place in (centred @ head["weight"].T).argmax(1)])
+"""
+"""The same with labels; a centre of zeros changes nothing, and the head's scale no order."""
 
 
 class Classification(Task):
@@ -37,6 +52,8 @@ class Classification(Task):
     roles = ("text", "label")
     has_labels = True
     has_head = True
+    hub_name = "text-classification"
+    formats = ("peft", "sentence-transformers", "onnx")
 
     def check_model(self, spec: TaskModelSpec) -> None:
         if len(spec.labels) < 2 or len(set(spec.labels)) < len(spec.labels):
@@ -146,6 +163,18 @@ class Classification(Task):
         self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
     ) -> Targets:
         return draws.integers(0, len(spec.labels), size=len(input_ids))
+
+    def readout(self, model: Model) -> Readout:
+        import torch
+
+        scores = model.spec.head.scale * model.get_parameter("head.weight").detach()
+        if not model.spec.head.centre:
+            return ((scores, None),)
+        centre = model.get_buffer("centre")
+        return ((torch.eye(len(centre), device=centre.device), -centre), (scores, None))
+
+    def loading(self, *, base: str, folder: str) -> str:
+        return super().loading(base=base, folder=folder) + _HEAD_LINES.replace("FOLDER", folder)
 
 
 def macro_f1(truth: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], *, num_labels: int) -> float:

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
 from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
-from fedtune.model.source import model_folder
+from fedtune.model.source import model_folder, public_place
 from fedtune.model.spec import RANDOM, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import task_named
@@ -171,9 +171,9 @@ def _write(model: TaskModel, folder: Path) -> None:
 
 
 def _peft_settings(model: TaskModel) -> dict[str, Any]:
-    """PEFT's own, with the base as the user named it: where its files lie is this machine's affair."""
-    settings: dict[str, Any] = model.base.peft_config["default"].to_dict()
-    settings |= {"base_model_name_or_path": model.spec.model.path, "revision": model.spec.model.revision}
+    """PEFT's own, with a base that others can load, where there is one: its public id, else as the user named it."""
+    base, settings = model.spec.model, dict(model.base.peft_config["default"].to_dict())
+    settings |= {"base_model_name_or_path": public_place(base), "revision": base.revision}
     return settings | {"target_modules": sorted(settings["target_modules"]), "inference_mode": True}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 import re
 from pathlib import Path
@@ -52,7 +53,11 @@ def test_scores_of_a_language_model(folder: Path, result_of: Any) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
         "fedtune.json",
+        "README.md",
     }
+    template = result["provenance"]["template"]
+    assert (template["prompt"], template["chat"]) == (saved_config(folder).data.prompt_template, "none")
+    assert template["sha256"] == hashlib.sha256(template["prompt"].encode()).hexdigest()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -58,7 +58,7 @@ def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
         "report.json", "sites"
     }  # fmt: skip
     assert {path.name for path in folder.iterdir()} == top
-    adapter = {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json", "README.md"}
     assert {path.name for path in (folder / "adapter").iterdir()} == adapter
     assert {path.name for path in (folder / "sites").iterdir()} == {
         "dealt_out.json", "lead_key.pem", "receipts.json", "site-1", "site-2"
@@ -73,9 +73,18 @@ def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
 
 def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) -> None:
     assert set(result) == {
-        "schema_version", "fedtune_version", "config_sha256", "task", "rounds", "final", "privacy"
+        "schema_version", "fedtune_version", "config_sha256", "task", "rounds", "final", "privacy", "provenance"
     }  # fmt: skip
     assert (result["schema_version"], result["task"]) == (1, "classification")
+    made = result["provenance"]
+    assert made["population"] == {
+        "dataset": "banking77", "unit": "record", "declared_sizes": {"site-1": 230, "site-2": 230}
+    }  # fmt: skip
+    assert (made["base_model"]["path"], made["base_model"]["public_id"]) == ("random:bert", None)
+    assert (
+        made["base_model"]["sha256"] == json.loads((folder / "adapter" / "fedtune.json").read_text())["model"]["sha256"]
+    )
+    assert (made["start_adapter"], made["template"], made["test_rows"]) == (None, None, 40)
     assert result["config_sha256"] == saved_config(folder).digest()
     assert [entry["round"] for entry in result["rounds"]] == [1, 2, 3]
     for entry in result["rounds"]:

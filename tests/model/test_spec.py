@@ -23,6 +23,8 @@ from fedtune.spec import ConfigError
         (ModelSpec, {"path": "m", "sha256": "ABC"}, "sha256"),
         (ModelSpec, {"path": "m", "gguf_file": "../x.gguf"}, "gguf_file"),
         (ModelSpec, {"path": "m", "dtype": "float16"}, "dtype"),
+        (ModelSpec, {"path": "m", "public_id": "no-owner"}, "public_id"),
+        (ModelSpec, {"path": "m", "public_id": "owner/name\n"}, "public_id"),
         (LoraSpec, {"rank": 0}, "rank"),
         (LoraSpec, {"alpha": float("nan")}, "alpha"),
         (LoraSpec, {"target_modules": "q_proj"}, "target_modules"),

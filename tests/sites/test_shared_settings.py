@@ -90,6 +90,7 @@ NEUTRAL: dict[str, Any] = {
     "resume": "/home/ada/canary/run",
     "model.cache_dir": "/home/ada/canary/cache",
     "model.revision": "canary",
+    "model.public_id": "canary/model",
     "data.train_file": "/home/ada/canary/train.csv",
     "data.validation_file": "/home/ada/canary/validation.csv",
     "data.test_file": "canary/test.csv",

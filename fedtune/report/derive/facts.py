@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedtune.privacy.ledger.chain import Kind
@@ -234,11 +233,10 @@ def _provenance_of_run(record: RunRecord) -> Provenance:
     names = dict.fromkeys(name for environment in environments for name in environment.libraries)
     libraries = {name: _one(one.libraries[name] for one in environments if name in one.libraries) for name in names}
     version = _one(environment.fedtune_version for environment in environments)
-    path = config.model.path
     return Provenance(
         fedtune_version=version or (record.result.fedtune_version if record.result else "") or NOT_RECORDED,
         config_sha256=record.config_sha256,
-        model=Path(path).name if path.startswith(("/", "~", ".")) else path,  # not the folder on the lead's machine
+        model=config.model.shown_path,
         model_sha256=_one(environment.model_sha256 for environment in environments) or config.model.sha256,
         model_licence=config.model.licence,
         dataset=config.data.dataset,

@@ -28,7 +28,7 @@ from fedtune.report.page.charts import Charts
 from fedtune.report.page.tables import Tables, Words, data, pointer, shortened
 from fedtune.spec import ConfigError
 
-_TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 _LONGEST_NAME = 28  # in the running footer, and within a sentence
 _LONGEST_TITLE = 40
 _MOST_ASSUMPTIONS = 5
@@ -88,7 +88,7 @@ def css_string(text: str) -> Markup:
 def environment() -> Environment:
     """The templates of all pages: everything that is filled in is escaped, and a name that is not there is an error."""
     return Environment(
-        loader=FileSystemLoader(_TEMPLATES),
+        loader=TEMPLATES,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -96,8 +96,8 @@ def environment() -> Environment:
     )
 
 
-def write_report(folder: Path, *, language: str = "en") -> None:
-    """Write the report of a run into its folder.
+def write_report(folder: Path, *, language: str = "en") -> Report:
+    """Write the report of a run into its folder, and return it.
 
     Raises:
         ConfigError: the folder holds no run, or there is no such language.
@@ -105,7 +105,9 @@ def write_report(folder: Path, *, language: str = "en") -> None:
     """
     from fedtune.report import from_run  # reads checkpoints, which takes torch; a ledger's report does without
 
-    write_files(folder, from_run.build(folder), language=language)
+    report = from_run.build(folder)
+    write_files(folder, report, language=language)
+    return report
 
 
 def write_files(folder: Path, report: Report, *, language: str, pdf: bool = False) -> list[Path]:

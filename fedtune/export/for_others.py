@@ -1,0 +1,329 @@
+"""What others load: a run's adapter, its merged model, a sentence-transformers folder, ONNX.
+
+Each form is written beside its place, loaded again by the library that it is for, and compared with the run's own
+model on made-up tokens; only then the folder appears.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from fedtune.config import RunConfig
+from fedtune.data.batching import Batch
+from fedtune.model import load_tokenizer
+from fedtune.model.base_model import save_plain
+from fedtune.model.quiet import first_line, quiet
+from fedtune.report import from_run
+from fedtune.report.model_card import CARD, Form, card_text
+from fedtune.report.record.run_record import read_run
+from fedtune.spec import ConfigError, RunError
+from fedtune.tasks import Task, TaskModel, load_task_model
+from fedtune.tasks.base import Readout
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json")
+_ONNX = "model.onnx"
+_MOST_APART = 1e-3
+"""The largest difference of logits, as a share of the largest logit: kernels round otherwise, nothing else may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A run's model on its way out.
+
+    Attributes:
+        config: the run's, with the base in float32.
+        adapter: the folder of the run's adapter.
+        base: a fresh model of the base's plain class with the adapter merged into its weights.
+        readout: the task's, of the mean hidden state.
+    """
+
+    config: RunConfig
+    adapter: Path
+    task: Task
+    base: PreTrainedModel
+    readout: Readout
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, config: RunConfig, adapter: Path) -> tuple[Source, Reference]:
+        """Load a run's model, and note what it makes of made-up tokens before it is merged.
+
+        Raises:
+            ConfigError: the base or the adapter cannot be loaded.
+            AdapterError: the adapter's tensors are not those of its settings.
+        """
+        config = replace(config, model=replace(config.model, dtype="float32"))
+        model = load_task_model(adapter, model=config.model)
+        reference = Reference.of(model)
+        readout = model.task.readout(model)
+        with quiet():
+            merged = model.base.merge_and_unload()
+        if config.data.labels:
+            merged.config.id2label = dict(enumerate(config.data.labels))
+            merged.config.label2id = {label: place for place, label in enumerate(config.data.labels)}
+        tokenizer = load_tokenizer(model.spec.model)
+        if merged.can_generate():
+            merged.generation_config.eos_token_id = sorted(model.task.end_ids(tokenizer, data=config.data))
+        source = cls(config=config, adapter=adapter, task=model.task, base=merged, readout=readout, tokenizer=tokenizer)
+        return source, reference
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a run's own model makes of made-up tokens: `logits` of `input_ids` (2, t), of which the last are padding."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    logits: torch.Tensor
+
+    @classmethod
+    def of(cls, model: TaskModel) -> Reference:
+        """With the same tokens for every model of one vocabulary."""
+        draws = np.random.default_rng(0)
+        input_ids = torch.from_numpy(draws.integers(0, model.num_ids, size=(2, 9)))
+        mask = torch.ones_like(input_ids)
+        mask[1, 5:] = 0
+        with torch.no_grad():
+            logits = model.logits(Batch(input_ids, mask, torch.zeros(2, dtype=torch.int64)))
+        return cls(input_ids, mask, logits)
+
+    def require(self, found: torch.Tensor, *, form: str) -> None:
+        """Check the logits that another library computed.
+
+        Raises:
+            RunError: they differ by more than rounding.
+        """
+        attended = self.attention_mask.bool() if self.logits.dim() > 2 else slice(None)
+        ours, theirs = self.logits[attended], found[attended]
+        apart = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
+        if not apart <= _MOST_APART * max(1.0, float(ours.abs().max())):
+            raise RunError(f"the {form} export computes other logits than the run's model (apart by {apart:.3g})")
+
+
+class Scores(nn.Module):
+    """A plain base with the task's readout behind it: token ids and attention mask, (n, t), to logits."""
+
+    def __init__(self, base: PreTrainedModel, readout: Readout) -> None:
+        super().__init__()
+        self.base, self.depth = base, len(readout)
+        for place, (weight, bias) in enumerate(readout):
+            self.register_buffer(f"weight_{place}", weight)
+            self.register_buffer(f"bias_{place}", bias)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        cache = {} if self.depth else {"use_cache": False}
+        output = self.base(input_ids=input_ids, attention_mask=attention_mask, **cache)
+        if not self.depth:
+            return output.logits  # type: ignore[no-any-return]
+        mask = attention_mask.unsqueeze(-1).to(torch.float32)
+        values: torch.Tensor = (output.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
+        for place in range(self.depth):
+            weight, bias = self.get_buffer(f"weight_{place}"), getattr(self, f"bias_{place}")
+            values = nn.functional.linear(nn.functional.normalize(values, dim=-1), weight, bias)
+        return values
+
+
+def export(adapter: Path, config: RunConfig, target: Path, *, format: str) -> list[Path]:
+    """Write a finished run's model into a new folder, with its card and tokenizer.
+
+    Args:
+        adapter: the folder of the adapter, in that of its run.
+        config: of the run.
+        target: the new folder.
+        format: one of the task's.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: a library is missing, the model cannot be loaded, or the folder cannot be written.
+        RunError: what was written computes something else than the run's model.
+    """
+    run = adapter.absolute().parent
+    card = card_text(read_run(run), from_run.build(run), _form(format, config))
+    with _new(target) as folder:
+        source, reference = Source.of(config, adapter)
+        source.tokenizer.save_pretrained(folder)
+        _WRITERS[format](source, reference, folder)
+        if config.data.labels:
+            lines = (" ".join(label.split()) for label in config.data.labels)
+            (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
+    return sorted(path for path in target.rglob("*") if path.is_file())
+
+
+@contextmanager
+def _new(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when all of it is there."""
+    target = target.absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+            folder = Path(scratch, "complete")
+            folder.mkdir()
+            yield folder
+            os.rename(folder, target)
+    except OSError as error:
+        raise ConfigError("--to", str(target), f"must be a folder that can be written ({first_line(error)})") from error
+
+
+def _write_adapter(source: Source, reference: Reference, folder: Path) -> None:
+    for name in _ADAPTER_FILES:
+        if (source.adapter / name).is_file():
+            shutil.copyfile(source.adapter / name, folder / name)
+
+
+def _write_merged(source: Source, reference: Reference, folder: Path) -> None:
+    plain = Scores(_plain(source, folder), source.readout)
+    with torch.no_grad():
+        reference.require(plain(reference.input_ids, reference.attention_mask), form="merged")
+
+
+def _plain(source: Source, folder: Path) -> PreTrainedModel:
+    """Save the merged base, and load it as anybody would."""
+    auto = AutoModelForCausalLM if source.task.predicts_tokens else AutoModel
+    with quiet():
+        save_plain(source.base, folder)
+        return auto.from_pretrained(folder, local_files_only=True).eval()
+
+
+def _write_sentence_transformers(source: Source, reference: Reference, folder: Path) -> None:
+    library = _needed("sentence_transformers", format="sentence-transformers")
+    modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
+    with TemporaryDirectory() as scratch:
+        _plain(source, Path(scratch))
+        source.tokenizer.save_pretrained(scratch)
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            base = modules.Transformer(scratch, max_seq_length=source.config.data.max_length)
+            layers = [base, modules.Pooling(source.base.config.get_text_config().hidden_size, "mean")]
+            for weight, bias in source.readout:
+                layers += [modules.Normalize(), _dense(modules, weight, bias)]
+            library.SentenceTransformer(modules=layers, device="cpu").save_pretrained(
+                str(folder), create_model_card=False
+            )
+            loaded = library.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+            tokens = {"input_ids": reference.input_ids, "attention_mask": reference.attention_mask}
+            with torch.no_grad():
+                reference.require(loaded(tokens)["sentence_embedding"], form="sentence-transformers")
+
+
+def _dense(modules: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    rows, columns = weight.shape
+    layer: nn.Module = modules.Dense(
+        columns,
+        rows,
+        bias=bias is not None,
+        activation_function=nn.Identity(),
+        init_weight=weight,
+        init_bias=bias,
+    )
+    return layer
+
+
+def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
+    _needed("onnxscript", format="onnx")
+    runtime = _needed("onnxruntime", format="onnx")
+    with TemporaryDirectory() as scratch:
+        plain = Scores(_plain(source, Path(scratch)), source.readout).eval()
+        source.base.config.save_pretrained(folder)
+        rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
+        with quiet(), _silent_exporter(), torch.no_grad():
+            program = torch.onnx.export(
+                plain,
+                (reference.input_ids, reference.attention_mask),
+                dynamo=True,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["logits"],
+                dynamic_shapes=({0: rows, 1: tokens}, {0: rows, 1: tokens}),
+                verbose=False,
+            )
+            assert program is not None
+            program.save(folder / _ONNX)
+    session = runtime.InferenceSession(folder / _ONNX, providers=["CPUExecutionProvider"])
+    given = {"input_ids": reference.input_ids.numpy(), "attention_mask": reference.attention_mask.numpy()}
+    reference.require(torch.from_numpy(session.run(None, given)[0]), form="onnx")
+
+
+@contextmanager
+def _silent_exporter() -> Iterator[None]:
+    """The exporter warns of itself, and of packages that are not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _needed(library: str, *, format: str) -> Any:
+    try:
+        return importlib.import_module(library)
+    except ImportError:
+        package = library.replace("_", "-")
+        raise ConfigError("--format", format, f"needs {package}: pip install 'fedtune[export]'") from None
+
+
+_WRITERS: Mapping[str, Callable[[Source, Reference, Path], None]] = {
+    "peft": _write_adapter,
+    "merged": _write_merged,
+    "sentence-transformers": _write_sentence_transformers,
+    "onnx": _write_onnx,
+}
+_LOADING = {
+    "merged": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("folder")
+model = AutoModelForCausalLM.from_pretrained("folder")
+""",
+    "sentence-transformers": """\
+from sentence_transformers import SentenceTransformer
+
+labels = open("folder/labels.txt", encoding="utf-8").read().splitlines()
+model = SentenceTransformer("folder")
+print(labels[model.encode("a text").argmax()])
+""",
+    "onnx": """\
+import onnxruntime
+from transformers import AutoTokenizer
+
+tokens = AutoTokenizer.from_pretrained("folder")("a text", return_tensors="np")
+session = onnxruntime.InferenceSession("folder/model.onnx")
+logits = session.run(None, {name: tokens[name] for name in ("input_ids", "attention_mask")})[0]
+""",
+}
+_WHAT = {
+    "merged": ("The weights, with the adapter merged into them,", "transformers"),
+    "sentence-transformers": (
+        "A classifier on the weights, with the adapter merged into them,",
+        "sentence-transformers",
+    ),
+    "onnx": ("An ONNX graph of the weights, with the adapter merged into them,", "onnx"),
+}
+
+
+def _form(format: str, config: RunConfig) -> Form:
+    if format == "peft":
+        return Form.adapter(config, folder="folder")
+    what, library = _WHAT[format]
+    return Form(what=what, library=library, relation="finetune", loading=_LOADING[format])

@@ -1,0 +1,201 @@
+"""The model card beside an adapter: its README.md, with the YAML that the Hugging Face hub and its tools read.
+
+It says what the run's report says, in the report's own words, and takes every figure from there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment as Templates
+from jinja2 import StrictUndefined
+
+from fedtune.config import RunConfig
+from fedtune.federation.run_folder import RunFolder
+from fedtune.model.source import public_place
+from fedtune.model.spec import RANDOM
+from fedtune.privacy.durable import write_durably
+from fedtune.report.model import Report
+from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.render import TEMPLATES
+from fedtune.report.page.tables import Words
+from fedtune.report.record.run_record import RunRecord, read_run
+from fedtune.tasks import task_named
+
+CARD = "README.md"
+_TEMPLATE = "model_card.md.j2"
+_NOT_LOADABLE = "Its base is a made-up model of fedtune, which nobody else has: `fedtune export --merge` writes it out."
+
+
+class _Verbatim(str):
+    """Text of a template's own making, which is not escaped."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """How the model lies in the folder that the card is for.
+
+    Attributes:
+        what: in words, as in "A LoRA adapter".
+        library: that loads it, as the hub calls it.
+        relation: to the base, as the hub calls it.
+        loading: lines of Python that load it.
+        needs_base: whether those lines load the base, too.
+    """
+
+    what: str
+    library: str
+    relation: str
+    loading: str
+    needs_base: bool = False
+
+    @classmethod
+    def adapter(cls, config: RunConfig, *, folder: str) -> Form:
+        """An adapter beside which a base is loaded, in a folder that its lines call so."""
+        loading = task_named(config.task).loading(base=public_place(config.model), folder=folder)
+        return cls(what="A LoRA adapter", library="peft", relation="adapter", loading=loading, needs_base=True)
+
+
+def write_card(run: Path, report: Report) -> None:
+    """Write the card of a run's adapter into the adapter's folder.
+
+    Raises:
+        ConfigError: the folder holds no run, or its files belong to different runs.
+        RunError: what it holds is damaged.
+    """
+    record = read_run(run)
+    files = RunFolder(run)
+    text = card_text(record, report, Form.adapter(record.config, folder=files.adapter.name))
+    write_durably(files.adapter / CARD, text.encode())
+
+
+def card_text(record: RunRecord, report: Report, form: Form) -> str:
+    """The card of a finished run's model; equal runs give equal cards."""
+    front = _front_matter(record, report, form).to_yaml()
+    return f"---\n{front}\n---\n\n{_body(record, report, form)}"
+
+
+def _front_matter(record: RunRecord, report: Report, form: Form) -> ModelCardData:
+    task, model = task_named(record.config.task), record.config.model
+    words = Words(report, catalogue("en"))
+    promise = ("differential-privacy",) if words.promises else ()
+    scores = {name: after for name, (_, after) in _scores(report).items() if after is not None}
+    known: dict[str, Any] = {}
+    if model.public_id is not None:
+        known = {"base_model": model.public_id, "base_model_relation": form.relation}
+    if task.hub_name:
+        known["pipeline_tag"] = task.hub_name
+    return ModelCardData(
+        library_name=form.library,
+        tags=["fedtune", "federated-learning", "lora", *promise],
+        datasets=[record.config.data.dataset],
+        metrics=sorted(scores),
+        model_name=record.config.name,
+        eval_results=[_result(record, task.hub_name, name, score) for name, score in scores.items()] or None,
+        **known,
+        **_licence(model.licence),
+    )
+
+
+def _result(record: RunRecord, task: str, name: str, score: float) -> EvalResult:
+    dataset = record.config.data.dataset
+    return EvalResult(
+        task_type=task or record.config.task,
+        dataset_type=dataset,
+        dataset_name=dataset,
+        dataset_split="test",
+        metric_type=name,
+        metric_value=score,
+    )
+
+
+def _licence(declared: str | None) -> dict[str, Any]:
+    """The hub knows short names in lower case; any other licence is "other", with its name."""
+    if declared is None:
+        return {}
+    if re.fullmatch(r"[A-Za-z0-9.-]+", declared):
+        return {"license": declared.lower()}
+    return {"license": "other", "license_name": " ".join(_one_line(declared).split())}
+
+
+def _scores(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
+    """Score -> before and after."""
+    utility = report.utility
+    return {name: (utility.before.get(name), after) for name, after in utility.final.items()} if utility else {}
+
+
+def _body(record: RunRecord, report: Report, form: Form) -> str:
+    templates = Templates(
+        loader=TEMPLATES,
+        autoescape=False,
+        finalize=_escaped,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    config, made = record.config, record.result.provenance if record.result else None
+    data, model = config.data, config.model
+    template = made.template if made else None
+    without_base = form.needs_base and model.path.startswith(RANDOM)
+    return templates.get_template(_TEMPLATE).render(
+        name=config.name,
+        form=form,
+        base=model.public_id or model.shown_path,
+        public_id=model.public_id,
+        gguf_file=model.gguf_file,
+        simulated=not record.deployed,
+        sites=report.sites,
+        made=report.provenance,
+        recorded=made is not None,
+        start=made.start_adapter if made else None,
+        template=template,
+        prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
+        rows=made.test_rows if made else None,
+        labels=len(data.labels),
+        scores={name: tuple(map(_figure, both)) for name, both in _scores(report).items()},
+        loading=None if without_base else _Verbatim(form.loading.strip()),
+        not_loadable=_Verbatim(_NOT_LOADABLE),
+        **_privacy(Words(report, catalogue("en"))),
+    )
+
+
+def _privacy(words: Words) -> Mapping[str, Any]:
+    """What the report's first page says, in its words."""
+    report, texts = words.report, words.catalogue
+
+    def text(key: str, **values: object) -> _Verbatim:
+        return _Verbatim(words.text(key, **values).unescape())
+
+    figures = {"epsilon": texts.figure(report.epsilon, "epsilon"), "delta": texts.figure(report.delta, "exact")}
+    return {
+        "unit": text(f"unit.{report.unit}"),
+        "promised": words.promises,
+        "verdict": text(f"verdict.{report.verdict.state}_run"),
+        "reasons": [_Verbatim(words.code("reason", code).unescape()) for code in report.verdict.reasons],
+        "promise": text(f"promise.{report.unit}", **figures) if words.promises else text("promise.none"),
+        "against": text("promise.against"),
+        "limits": [_Verbatim(words.code("not_protected", code).unescape()) for code in report.not_protected],
+    }
+
+
+def _figure(score: float | None) -> str:
+    return "not a number" if score is None else f"{score:.4f}"
+
+
+def _escaped(value: object) -> str:
+    """A value within a line of Markdown: nothing in it ends the line, or is more than text."""
+    if isinstance(value, _Verbatim):
+        return value
+    return re.sub(r"([\\`*_{}\[\]<>()#|!~&])", r"\\\1", _one_line(str(value)))
+
+
+def _one_line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)

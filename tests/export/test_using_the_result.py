@@ -1,0 +1,97 @@
+"""docs/using_the_result.md: its commands parse, and its Python runs where fedtune cannot be imported."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import parsed
+
+from .conftest import elsewhere
+
+PAGE = Path(__file__).parents[2] / "docs" / "using_the_result.md"
+RUNS = {"runs/chats": "llama", "runs/tickets": "bert"}
+WHOLE = {"llama": "merged", "bert": "sentence-transformers"}
+
+
+@pytest.fixture(scope="module")
+def place(exports: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the page's commands write; what they mean is what tests/export wrote already."""
+    folder = tmp_path_factory.mktemp("place")
+    lines = re.findall(r"^(fedtune export .*?)(?:\s+#.*)?$", PAGE.read_text(), re.MULTILINE)
+    assert len(lines) == 5
+    for line in lines:
+        asked = parsed(*shlex.split(line)[1:])
+        name = RUNS[str(asked["run"])]
+        format = asked["format"] or (WHOLE[name] if asked["merge"] else "peft")
+        (folder / asked["to"]).symlink_to(exports[name, format])
+    return folder
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+
+
+def test_every_block_loads_what_was_exported(place: Path) -> None:
+    local = [block for block in blocks() if "openai" not in block]
+    assert len(local) == 4
+    code = "import sys; sys.modules['fedtune'] = None\n" + "".join(f"exec({block!r}, {{}})\n" for block in local)
+    labels = (place / "tickets-merged" / "labels.txt").read_text().splitlines()
+    printed = elsewhere("-c", code, cwd=place)
+    assert any(label in printed for label in labels)
+
+
+@contextlib.contextmanager
+def served(command: str, *, port: int, cwd: Path) -> Iterator[None]:
+    """The page's server, until the block ends."""
+    words = shlex.split(command.replace("8000", str(port)))
+    program = Path(sys.executable).with_name(words[0])
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    with subprocess.Popen([str(program), *words[1:]], cwd=cwd, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                        break
+                time.sleep(0.2)
+            assert process.poll() is None, "the server ended"
+            yield
+        finally:
+            process.terminate()
+
+
+def test_the_server_of_the_page_answers_its_client(place: Path) -> None:
+    pytest.importorskip("openai", reason="the client openai is not installed")
+    (command,) = re.findall(r"^transformers serve .*$", PAGE.read_text(), re.MULTILINE)
+    (block,) = [block for block in blocks() if "openai" in block]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with served(command, port=port, cwd=place):
+        printed = elsewhere("-c", block.replace("8000", str(port)), cwd=place)
+    assert printed.strip("\n"), "the model wrote something"
+
+
+def test_the_page_names_every_file_of_an_adapter(runs: dict[str, Path]) -> None:
+    first = PAGE.read_text().split("## Handing")[0]
+    assert {path.name for run in runs.values() for path in (run / "adapter").iterdir()} == set(
+        re.findall(r"`([\w.]+\.(?:json|safetensors|md))`", first.split("| --- |")[1].split("\n\n")[0])
+    )
+
+
+def test_all_of_the_page_s_names_of_settings_are_settings(command: Any) -> None:
+    text, known = PAGE.read_text(), (PAGE.parent / "configuration.md").read_text()
+    for key in set(re.findall(r"`((?:data|model|lora)\.\w+)", text)) - {"model.onnx"}:
+        assert f"`{key}`" in known, key

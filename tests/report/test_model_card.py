@@ -1,0 +1,136 @@
+"""The model card of a finished run: what it says, that tools read it, and that nothing in it is more than text."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.report import from_run
+from fedtune.report.model import Report
+from fedtune.report.model_card import Form, card_text, write_card
+from fedtune.report.record.run_record import RunRecord, read_run
+
+FORM = Form(what="An adapter", library="peft", relation="adapter", loading="import peft", needs_base=True)
+
+
+@pytest.fixture(scope="module")
+def record(run_folder: Path) -> RunRecord:
+    return read_run(run_folder)
+
+
+def with_model(record: RunRecord, **changes: Any) -> RunRecord:
+    return replace(record, config=replace(record.config, model=replace(record.config.model, **changes)))
+
+
+def front_of(card: str) -> Any:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_run_ends_with_a_card_that_the_hub_s_tools_read(run_folder: Path, of_run: Report) -> None:
+    path = run_folder / "adapter" / "README.md"
+    card = ModelCard.load(path)
+    assert card.data.library_name == "peft"
+    assert card.data.datasets == ["banking77"]
+    assert card.data.model_name == "run"
+    assert of_run.utility is not None
+    told = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert told == of_run.utility.final
+    before = path.read_bytes()
+    write_card(run_folder, of_run)
+    assert path.read_bytes() == before, "equal runs give equal cards"
+
+
+def test_it_says_what_the_report_says(run_folder: Path, of_run: Report) -> None:
+    text = ModelCard.load(run_folder / "adapter" / "README.md").text
+    assert f"at most a factor of e^{epsilon_text(of_run.epsilon)} " in text
+    assert "plus 0.00001." in text
+    assert "**Within this run's budget.**" in text
+    assert text.count("\n- ") == len(of_run.not_protected)
+    assert "On 10 records of the lead's own test file" in text
+    assert "site-1 80, site-2 90" in text
+    for sha256 in (of_run.provenance.config_sha256, of_run.provenance.model_sha256):
+        assert sha256 is not None
+        assert sha256 in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["privacy=none"], "No noise was added, so nothing hides a single record."),
+        (["runtime.seeded_noise=true"], "The noise came from a seed."),
+    ],
+)
+def test_where_nothing_is_promised_the_card_promises_nothing(
+    simulate: Callable[..., Path], tmp_path: Path, overrides: list[str], reason: str
+) -> None:
+    folder = simulate(*overrides, "federation.num_rounds=1", into=tmp_path)
+    text = (folder / "adapter" / "README.md").read_text()
+    assert "**No guarantee.** " + reason in text
+    assert "There is no promise." in text
+    assert "at most a factor" not in text
+    assert "differential-privacy" not in front_of(text)["tags"]
+
+
+def test_the_base_is_named_as_others_know_it(record: RunRecord, of_run: Report) -> None:
+    changed = with_model(record, path="/home/ada/models/small", public_id="owner/small", licence="Apache-2.0")
+    card = card_text(changed, of_run, FORM)
+    front = front_of(card)
+    assert (front["base_model"], front["base_model_relation"], front["license"]) == (
+        "owner/small", "adapter", "apache-2.0"
+    )  # fmt: skip
+    assert "An adapter of owner/small." in card
+    assert "import peft" in card
+    assert "/home/ada" not in card
+
+
+def test_a_base_from_gguf_is_not_the_one_of_its_public_id(record: RunRecord, of_run: Report) -> None:
+    changed = with_model(record, public_id="owner/small", gguf_file="small.Q4_1.gguf")
+    text = " ".join(card_text(changed, of_run, FORM).split())
+    assert "expanded from small.Q4\\_1.gguf" in text
+    assert "they are not those of owner/small bit for bit" in text
+
+
+def test_a_made_up_base_cannot_be_loaded_and_the_card_says_so(record: RunRecord, of_run: Report) -> None:
+    card = card_text(record, of_run, FORM)
+    assert "import peft" not in card
+    assert "`fedtune export --merge` writes it out" in card
+
+
+def test_what_people_wrote_is_text_and_no_more(record: RunRecord, of_run: Report) -> None:
+    hostile = 'none |\n\n# <b>Safe</b> `x` [click](http://x) "\n---\nlicense: mit'
+    provenance = replace(of_run.provenance, model_licence=hostile)
+    card = card_text(with_model(record, licence=hostile), replace(of_run, provenance=provenance), FORM)
+    front, body = front_of(card), card.split("---\n", 2)[2]
+    assert (front["license"], front["license_name"]) == ("other", " ".join(hostile.split()))
+    assert "\n# <b>" not in body
+    assert "<b>" not in body.replace("\\<b\\>", "")
+    assert "\\[click\\]\\(http://x\\)" in body
+    assert ModelCard(card).data.license_name == front["license_name"]
+
+
+def test_a_run_of_an_earlier_version_has_a_card_too(run_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    record = read_run(folder)
+    assert record.result is not None
+    assert record.result.provenance is not None
+    older = replace(record, result=replace(record.result, provenance=None))
+    card = card_text(older, from_run.build(folder), FORM)
+    assert "| Adapter it started from | not recorded |" in card
+    assert "On the records of the lead's own test file" in card
+
+
+def test_a_start_adapter_is_named(record: RunRecord, of_run: Report) -> None:
+    assert record.result is not None
+    assert record.result.provenance is not None
+    started = replace(record.result.provenance, start_adapter={"digest": "ab" * 32, "from": "intents", "epsilon": None})
+    card = card_text(replace(record, result=replace(record.result, provenance=started)), of_run, FORM)
+    assert f"digest {'ab' * 32}, from intents, epsilon None |" in card
