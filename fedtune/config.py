@@ -36,6 +36,10 @@ MOST_NAME = 200
 the process that writes them, and no file system takes more than 255."""
 
 
+_LATER = {("model", "adapter_sha256"): None}
+"""Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
+
+
 @spec
 class TrackingSpec:
     """What a run shows and writes while it runs.
@@ -112,7 +116,13 @@ class RunConfig:
     def task_model(self) -> TaskModelSpec:
         """The specs that define the model."""
         return TaskModelSpec(
-            model=self.model, lora=self.lora, head=self.head, task=self.task, labels=self.data.labels, seed=self.seed
+            # Where training begins is no part of what is trained: a model that is loaded serves every start.
+            model=dataclasses.replace(self.model, adapter=None, adapter_sha256=None),
+            lora=self.lora,
+            head=self.head,
+            task=self.task,
+            labels=self.data.labels,
+            seed=self.seed,
         )
 
     def plan(self) -> Plan:
@@ -142,6 +152,7 @@ class RunConfig:
             head_scale=self.head.scale if has_head else 0.0,
             num_sites=len(self.federation.active),
             plan=plan,
+            start_adapter=self.model.adapter_sha256 or "",
         )
 
     def declared_sizes(self) -> dict[str, int]:
@@ -191,10 +202,14 @@ class RunConfig:
         for key in ("name", "resume", "tracking", "report"):
             del fields[key]
         patience = [("federation", key) for key in ("round_timeout_s", "enough_sites", "grace_s")]
-        for group, key in (("evaluation", "max_tokens"), *patience, ("model", "cache_dir")):
+        # Where an adapter lies changes nothing: its digest says which it is.
+        for group, key in (("evaluation", "max_tokens"), *patience, ("model", "cache_dir"), ("model", "adapter")):
             del fields[group][key]
         if self.privacy.unit == "record":
             del fields["privacy"]["records_per_user"]  # of no effect; runs from before there was one go on
+        for (group, key), default in _LATER.items():  # likewise
+            if fields[group][key] == default:
+                del fields[group][key]
         return fields | {"runtime": {"seeded_noise": self.runtime.seeded_noise}}
 
     def digest(self) -> str:

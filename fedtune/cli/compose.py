@@ -6,6 +6,7 @@ import datetime
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,31 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
         settings["name"] = _run_folder(settings["resume"])[1].name
     if settings.get("name") is None:
         settings["name"] = _time_stamp()
-    return parse(settings)
+    return _with_start(parse(settings))
+
+
+def _with_start(config: RunConfig) -> RunConfig:
+    """The same with the digest of the adapter that it begins in, which was looked at.
+
+    Raises:
+        ConfigError: it is none, or does not fit the run.
+    """
+    name, expected = config.model.adapter, config.model.adapter_sha256
+    if name is None and expected is None:
+        return config
+    if name is None:
+        raise ConfigError("model.adapter", None, "is required with model.adapter_sha256: the folder of that adapter")
+    from fedtune.tasks.saved import StartAdapter  # torch takes seconds to import
+
+    start = StartAdapter.read(name)
+    if RunFolder(start.folder.parent).audit_mark.exists():
+        raise ConfigError("model.adapter", name, "is an audit's, which was trained on canaries")
+    if expected not in (None, start.digest):
+        raise ConfigError(
+            "model.adapter_sha256", expected, f"is not the digest of the adapter, which is {start.digest}"
+        )
+    start.require_fits(config.task_model())
+    return replace(config, model=replace(config.model, adapter_sha256=start.digest))
 
 
 def compose_sweep(overrides: Sequence[str]) -> list[RunConfig]:

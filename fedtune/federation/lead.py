@@ -65,6 +65,7 @@ class LeadState:
         rounds: one result for each finished round.
         seconds: wall time so far, over all starts of the run.
         metrics_before: of the initial adapter on the test file.
+        start_adapter: of an adapter that the run began in, what `run.json` says of it; None: it began in a new one.
     """
 
     round: int
@@ -75,6 +76,7 @@ class LeadState:
     rounds: Sequence[RoundResult] = ()
     seconds: float = 0.0
     metrics_before: Scores = field(default_factory=dict)
+    start_adapter: Mapping[str, Any] | None = None
 
     def asked(self, sites: Sequence[str]) -> LeadState:
         """The state once a round has been asked of `sites`: until they answer, each may have been charged for it."""
@@ -199,6 +201,7 @@ class Checkpoints:
             "rounds": [asdict(result) for result in state.rounds],
             "seconds": state.seconds,
             "metrics_before": dict(state.metrics_before),
+            "start_adapter": state.start_adapter,
         }
         write_durably(self._path(state.round), save_tensors(tensors, metadata={"fedtune": json.dumps(about)}))
         for old in saved_checkpoints(self._folder)[:-_KEPT]:
@@ -229,6 +232,7 @@ class Checkpoints:
                 rounds=[_round(fields) for fields in about["rounds"]],
                 seconds=about["seconds"],
                 metrics_before=about["metrics_before"],
+                start_adapter=about.get("start_adapter"),  # nobody noted it when there was none
             )
         except Exception as error:
             raise RunError(f"checkpoint {found[-1]} is damaged: {error}") from error

@@ -112,7 +112,12 @@ def charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """The content of `run.json`."""
+    """The content of `run.json`.
+
+    Attributes:
+        provenance: what the run was made from; `start_adapter` says which adapter it began in, by digest and by the
+            name of its run, and what its own training spent on which data; None: in a new one.
+    """
 
     schema_version: int = SCHEMA_VERSION
     fedtune_version: str = ""
@@ -121,6 +126,7 @@ class RunResult:
     rounds: tuple[RoundResult, ...]
     final: FinalResult
     privacy: PrivacyResult
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -141,6 +147,7 @@ class RunResult:
             fedtune_version=__version__,
             config_sha256=config_sha256,
             task=task,
+            provenance={"start_adapter": state.start_adapter},
             rounds=tuple(replace(result, metrics=finite_scores(result.metrics)) for result in state.rounds),
             final=replace(final, metrics=after, metrics_before=before),
             privacy=PrivacyResult(

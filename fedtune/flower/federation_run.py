@@ -21,7 +21,7 @@ from fedtune.flower.server_app import Invited, Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
-from fedtune.sites.environment import note_environment
+from fedtune.sites.environment import note_environment, start_adapter_of
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import RunError
 from fedtune.tasks import save_task_model
@@ -144,9 +144,10 @@ class FederationRun:
         self.ready()
         if self.config.resume is not None:
             return state
-        adapter = self.shared.initial_adapter
+        adapter = self.shared.first_adapter()
         before = self.shared.score(adapter, self.shared.test, generate=True)
-        state = LeadState(round=0, adapter=adapter, metrics_before=before)
+        start = start_adapter_of(self.config)
+        state = LeadState(round=0, adapter=adapter, metrics_before=before, start_adapter=start)
         self._checkpoints.save(state)
         return state
 

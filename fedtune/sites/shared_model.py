@@ -19,7 +19,9 @@ from fedtune.evaluation.scoring import KeptStates, evaluate
 from fedtune.model import Adapter, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
+from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model, load_task_model, task_named
+from fedtune.tasks.saved import StartAdapter
 from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.preflight import moved_by_others, require_alone
 
@@ -108,6 +110,22 @@ class SharedModel:
             pad_id=self.tokenizer.pad_token_id,
             weights_chosen=not self.config.model.path.startswith(RANDOM),
         )
+
+    def first_adapter(self) -> Adapter:
+        """What the lead begins a run with: `model.adapter`, or the new adapter that changes nothing yet.
+
+        Raises:
+            ConfigError: for `model.adapter`: it does not fit the run, or is not the one that the run was proposed with.
+        """
+        named = self.config.model
+        if named.adapter is None and named.adapter_sha256 is None:
+            return self.initial_adapter
+        start = StartAdapter.read(named.adapter or "")
+        if start.digest != named.adapter_sha256:
+            raise ConfigError(
+                "model.adapter_sha256", named.adapter_sha256, f"must be {start.digest}, that of the adapter"
+            )
+        return start.adapter_for(self.model)
 
     def tokenised(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
         """Records as this model reads them; `lenient`: whatever they are."""
