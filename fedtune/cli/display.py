@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,6 +17,7 @@ from fedtune.federation.results import RunResult, charged_epsilons, site_charge
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
+from fedtune.sites.environment import UNKNOWN
 from fedtune.sites.shared_model import SharedModel
 from fedtune.words import counted
 
@@ -60,6 +62,8 @@ class Display:
         self._plan, self._done = proposal.plan, state.round * len(self._config.federation.active)
         if self._shown:
             self._console.print(_settings_table(self._config, shared, proposal.plan))
+            if state.start_adapter:
+                self._console.print(f"begins in {_start(state.start_adapter)}", soft_wrap=True, markup=False)
             if state.metrics_before:
                 self._console.print(f"before training: {_scores(state.metrics_before)} (test file)")
             if state.round:
@@ -178,6 +182,20 @@ def _settings_table(config: RunConfig, shared: SharedModel, plan: Plan) -> Table
     for name, text in rows.items():
         table.add_row(f"[bold]{name}[/bold]", text)
     return table
+
+
+def _start(about: Mapping[str, Any]) -> str:
+    """The adapter that a run begins in, and what its own training spent."""
+    if about["epsilon"] == UNKNOWN:
+        spent = "what its training spent is unknown: no run.json lies beside it"
+    elif about["epsilon"] is None:
+        spent = f"its training on {about['dataset']} promises nothing about its records"
+    else:
+        epsilon = f"epsilon {epsilon_text(about['epsilon'])} at delta {about['delta']:g} for each {about['unit']}"
+        spent = f"its training on {about['dataset']} spent {epsilon}"
+    head = {True: "its head is taken, too", False: "its head has other labels: the head starts anew"}
+    known = [f"the adapter {about['digest'][:12]} of {about['from']}", spent, head.get(about["head"])]
+    return "; ".join(filter(None, known))
 
 
 def _promise(config: RunConfig, plan: Plan) -> str:

@@ -17,6 +17,7 @@ from fedtune.config import saved_settings
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError, RunError, spec
+from fedtune.tasks import task_named
 
 if TYPE_CHECKING:  # it imports torch, which who only reads needs not
     from fedtune.config import RunConfig
@@ -101,7 +102,8 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
     from fedtune.tasks.saved import StartAdapter
 
     start = StartAdapter.read(config.model.adapter)
-    about = {"digest": start.digest, "head": start.has_head_for(config.task_model())}
+    has_head = task_named(config.task).has_head
+    about = {"digest": start.digest, "head": start.has_head_for(config.task_model()) if has_head else None}
     try:
         folder = start.folder.resolve().parent
         earlier = json.loads(RunFolder(folder).result.read_bytes())
