@@ -36,7 +36,12 @@ MOST_NAME = 200
 the process that writes them, and no file system takes more than 255."""
 
 
-_LATER = {("model", "adapter_sha256"): None}
+_LATER = {
+    ("data", "chat_template"): "none",
+    ("data", "validation_fraction"): 0.0,
+    ("data", "test_fraction"): 0.0,
+    ("model", "adapter_sha256"): None,
+}
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
 
 

@@ -100,6 +100,12 @@ def check_at_least(key: str, value: float, least: float) -> None:
         raise ConfigError(key, value, f"must be a finite number of at least {least:g}")
 
 
+def check_whole(key: str, value: object) -> None:
+    """Require a whole number; `True` is none, though it equals 1."""
+    if type(value) is not int:
+        raise ConfigError(key, value, "must be a whole number")
+
+
 def check_fraction(key: str, value: float, *, zero: bool = False, one: bool = False) -> None:
     """Require `value` in (0, 1), with the ends that `zero` and `one` let in."""
     inside = (value >= 0 if zero else value > 0) and (value <= 1 if one else value < 1)

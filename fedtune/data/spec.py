@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from string import Formatter
+from typing import Literal
 
 from fedtune.data.partition import PartitionSpec
 from fedtune.privacy.mechanism import Unit
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, spec
 
 _MOST_TEMPLATE, _MOST_LABELS = 4096, 10_000
 """Of characters and of labels: both are worked through for each record, or at each site, before it has answered."""
@@ -29,11 +30,16 @@ class DataSpec:
         declared_sizes: the number of records (users, with privacy.unit "user") that each site publishes as its size;
             one number for all sites, or one for each site.
         prompt_template: the text before the completion, with roles in braces; write a literal brace twice.
-        max_length: the most tokens of an example; longer examples are cut off at the end.
+        chat_template: what turns a conversation into text: "model" (the turns of the model's own template), "plain"
+            (User and Assistant, in words), or "none" (a prompt and its completion as they are).
+        max_length: the most tokens of an example.
         partition: how a simulation deals out `train_file`.
         heldout_fraction: the share of each site's records that is held out from training, by the hash of each record or
             of its user.
         train_fraction: the share of `train_file` that a smaller run uses, chosen by the same hash.
+        validation_fraction: in a simulation without `validation_file`: the share of `train_file` that is the lead's
+            instead, chosen by the same hash.
+        test_fraction: the same instead of `test_file`.
         validation_rows: score only this many records of `validation_file`, from its start; null: all.
         test_rows: the same for `test_file`.
     """
@@ -47,9 +53,12 @@ class DataSpec:
     test_file: str | None = None
     labels: tuple[str, ...] = ()
     prompt_template: str = "{prompt}"
+    chat_template: Literal["none", "model", "plain"] = "none"
     partition: PartitionSpec = PartitionSpec()
     heldout_fraction: float = 0.0
     train_fraction: float = 1.0
+    validation_fraction: float = 0.0
+    test_fraction: float = 0.0
     validation_rows: int | None = None
     test_rows: int | None = None
 
@@ -65,6 +74,12 @@ class DataSpec:
         check_at_least("max_length", self.max_length, 3)  # room for one token between [CLS] and [SEP]
         check_fraction("heldout_fraction", self.heldout_fraction, zero=True)
         check_fraction("train_fraction", self.train_fraction, one=True)
+        check_one_of("chat_template", self.chat_template, ("none", "model", "plain"))
+        for name in ("validation", "test"):
+            fraction = getattr(self, f"{name}_fraction")
+            check_fraction(f"{name}_fraction", fraction, zero=True)
+            if fraction and getattr(self, f"{name}_file") is not None:
+                raise ConfigError(f"{name}_fraction", fraction, f"must be 0 where data.{name}_file is given")
         _check_labels(self.labels)
         _template_roles(self.prompt_template)
         role = {"iid": None, "dirichlet": "label", "column": "site"}[self.partition.kind]

@@ -18,7 +18,7 @@ from fedtune.federation.run_folder import saved_checkpoints
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.release import Receipt, Update, receipt_from_json
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import ConfigError, RunError, check_at_least, check_whole
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 Scores = Mapping[str, float | None]
@@ -258,9 +258,9 @@ class Checkpoints:
         return self._folder / f"round-{round:04d}.safetensors"
 
 
-def _count(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no number of rounds")
+def _count(value: int) -> int:
+    check_whole("rounds", value)
+    check_at_least("rounds", value, 0)
     return value
 
 

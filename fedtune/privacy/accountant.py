@@ -44,6 +44,12 @@ _AT_ONCE = 100_000  # exponents of one bucket each that are computed in one go: 
 _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
 
 
+def check_noise(key: str, value: float, *, none: bool = False) -> None:
+    """Require a noise multiplier whose epsilon can be computed, or 0 where `none` lets it in."""
+    if not (LEAST_NOISE <= value <= MOST_NOISE or (none and value == 0)):
+        raise ConfigError(key, value, f"must lie in [{LEAST_NOISE:g}, {MOST_NOISE:g}]{', or be 0' if none else ''}")
+
+
 def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) -> float:
     """Epsilon at `delta` of everything in `spent` by privacy loss distributions; infinite without noise.
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.privacy.randomness import RandomStream
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, check_whole, spec
 
 Unit = Literal["record", "user"]
 """What one (epsilon, delta) protects: each record by itself, or each person with all records of theirs at a site."""
@@ -50,8 +50,7 @@ class PrivacySpec:
     def __post_init__(self) -> None:
         check_one_of("mechanism", self.mechanism, ("dp_sgd", "none"))
         check_one_of("unit", self.unit, UNITS)
-        if type(self.records_per_user) is not int:
-            raise ConfigError("records_per_user", self.records_per_user, "must be a whole number")
+        check_whole("records_per_user", self.records_per_user)
         check_at_least("records_per_user", self.records_per_user, 1)
         check_positive("epsilon", self.epsilon)
         check_fraction("delta", self.delta)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.privacy.keys import is_signed
-from fedtune.spec import ConfigError, RefusedError
+from fedtune.spec import ConfigError, RefusedError, check_whole
 
 Tensors = Mapping[str, npt.NDArray[np.float32]]
 
@@ -351,21 +351,16 @@ def refusal_from_json(fields: Mapping[str, Any]) -> Refusal:
 
     Its words are shown to people: they have one line, of letters that can be printed.
     """
+    check_whole("round", fields["round"])
     asked, allowed = (None if fields[name] is None else _text(fields[name]) for name in ("asked", "allowed"))
     return Refusal(
         site=_text(fields["site"]),
         run=_text(fields["run"]),
-        round=_whole(fields["round"]),
+        round=fields["round"],
         reason=Reason(fields["reason"]),
         asked=asked,
         allowed=allowed,
     )
-
-
-def _whole(value: object) -> int:
-    if type(value) is not int:
-        raise ValueError("a whole number")
-    return value
 
 
 def _text(value: object) -> str:

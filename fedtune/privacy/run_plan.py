@@ -12,7 +12,7 @@ from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfCompose
 
 from fedtune.privacy import accountant, events
 from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, check_whole, spec
 
 LEAST_SAMPLING_RATE = 1e-15
 
@@ -55,15 +55,11 @@ class Plan:
         # Within these, accounting can be computed; no sensible plan is outside.
         check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
         for name in ("noise_multiplier", "metrics_noise_multiplier"):
-            noise = getattr(self, name)
-            if noise != 0 and not accountant.LEAST_NOISE <= noise <= accountant.MOST_NOISE:
-                bound = f"must be 0, or from {accountant.LEAST_NOISE:g} to {accountant.MOST_NOISE:g}"
-                raise ConfigError(name, noise, bound)
+            accountant.check_noise(name, getattr(self, name), none=True)
         check_positive("max_grad_norm", self.max_grad_norm)
         for name, least in (("local_steps", 1), ("num_rounds", 1), ("spare_rounds", 0), ("records_per_user", 1)):
             count = getattr(self, name)
-            if type(count) is not int:
-                raise ConfigError(name, count, "must be a whole number")
+            check_whole(name, count)
             check_at_least(name, count, least)
         if self.unit == "record" and self.records_per_user != 1:
             raise ConfigError("records_per_user", self.records_per_user, "must be 1 for unit 'record'")

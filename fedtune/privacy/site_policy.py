@@ -84,9 +84,7 @@ class Reference:
     def __post_init__(self) -> None:
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
-        if not accountant.LEAST_NOISE <= self.noise_multiplier <= accountant.MOST_NOISE:
-            bound = f"must lie in [{accountant.LEAST_NOISE:g}, {accountant.MOST_NOISE:g}]"
-            raise ConfigError("noise_multiplier", self.noise_multiplier, bound)
+        accountant.check_noise("noise_multiplier", self.noise_multiplier)
         check_at_least("steps", self.steps, 1)
 
 

@@ -89,6 +89,8 @@ def test_each_figure_that_events_give_is_compared(made: str, request: pytest.Fix
             continue
         # What is left may be stated as less, and anything else as more, by a millionth.
         factors = (1.001 if name.endswith("delta") else 1.00001, 0.99999 if name.endswith("left") else 0.9999999)
+        if re.search(r"curve\.[5-9]\.epsilon_pld", name):  # at deltas below 1e-7, which machines round otherwise
+            factors = (1.0002, 0.9998)
         for factor in factors if isinstance(value, float) else (2, 0):
             assert problems(edited(report, *path, to=value * factor)), (name, factor)
             checked += 1

@@ -145,24 +145,23 @@ class Users:
     """
 
     def __init__(self) -> None:
-        self._columns: dict[tuple[str, str], set[str]] = {}
+        self._known: set[tuple[tuple[str, str], str]] = set()
 
     def note(self, policy: Policy) -> None:
         """Take a policy's data sets into account."""
-        for name, column in _user_columns(policy):
-            self._columns.setdefault(name, set()).add(column)
+        self._known.update(_user_columns(policy))
 
     def differences(self, policy: Policy) -> list[tuple[str, str, str]]:
         """(key, column that said whose a record is, column that `policy` names) where they differ."""
         if policy.population.unit != "user":
             return []
-        together = Users()
-        together._columns = {name: set(columns) for name, columns in self._columns.items()}
-        together.note(policy)  # two of its own data sets may differ over one file
+        named = list(_user_columns(policy))  # two of its own data sets may differ over one file
+        known = sorted(self._known.union(named))
         return [
-            (f"{kind} {name} columns.user", was, now)
-            for (kind, name), now in _user_columns(policy)
-            for was in sorted(together._columns[kind, name] - {now})
+            (" ".join((*place, "columns.user")), was, now)
+            for place, now in named
+            for other, was in known
+            if other == place and was != now
         ]
 
 
@@ -217,13 +216,14 @@ class Restored:
     @classmethod
     def of(cls, detail: dict[str, Any]) -> Restored:
         """Read the note's detail; raises ValueError, TypeError or KeyError for anything else."""
-        if any(type(count) is not int or count < 0 for count in detail["runs"].values()):
-            raise ValueError("a run's rounds")
         # Charges are never taken back, so that no entry can lower what an earlier one added.
-        if any(type(count) is not int or count < 1 for _, count in detail["gap"]):
-            raise ValueError("how often a mechanism ran")
-        if any(type(detail[name]) is not int or detail[name] < 0 for name in ("shared", "end")):
-            raise ValueError("an event's number")
+        for what, counts, least in (
+            ("a run's rounds", detail["runs"].values(), 0),
+            ("how often a mechanism ran", [count for _, count in detail["gap"]], 1),
+            ("an event's number", (detail["shared"], detail["end"]), 0),
+        ):
+            if any(type(count) is not int or count < least for count in counts):
+                raise ValueError(what)
         return cls(
             shared=detail["shared"],
             end=detail["end"],
