@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
-from fedtune.federation.results import RunResult, charged_epsilons, site_charge
+from fedtune.federation.results import DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
@@ -154,8 +154,24 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
     if final.metrics:
         before = f" (before: {_scores(final.metrics_before)})" if final.metrics_before else ""
         console.print(f"[bold]test: {_scores(final.metrics)}[/bold]{before}", soft_wrap=True)
+    for code in final.findings:
+        console.print(f"[yellow]{_finding(code, config)}[/yellow]", soft_wrap=True)
     console.print(f"{_duration(final.seconds or 0.0)}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
     console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True)
+
+
+def _finding(code: str, config: RunConfig) -> str:
+    """What the scores say against the training, and what to do about it."""
+    rates = config.training.lower_rates(clipped=config.privacy.private)
+    lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
+    texts = {
+        DIVERGED: f"Training diverged: do not use this adapter. The learning rates are too high; try {lower}",
+        WORSE: "The model is worse than before training. Noise, or too high a learning rate, did more than the records "
+        f"taught; try {lower}, or more records",
+        GUESS: "The model is no better than always giving the most frequent label of the test file. "
+        "The records may be too few for this noise",
+    }
+    return f"{texts[code]} (docs/own_data.md, When scores are low)."
 
 
 def show_sweep(console: Console, results: Mapping[Path, RunResult]) -> None:

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
-from fedtune.federation.results import FinalResult, RunResult
+from fedtune.federation.results import FinalResult, RunResult, findings_of
 from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.server_app import Invited, Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
@@ -24,7 +24,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.sites.environment import note_environment, start_adapter_of
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import RunError
-from fedtune.tasks import save_task_model
+from fedtune.tasks import save_task_model, task_named
 
 
 class Listener(Protocol):
@@ -158,6 +158,7 @@ class FederationRun:
             metrics_before=state.metrics_before,
             seconds=seconds,
             peak_memory_bytes=_peak_memory_bytes(),
+            findings=self._findings(state, metrics),
         )
         result = RunResult.of(
             state,
@@ -170,6 +171,17 @@ class FederationRun:
         )
         write_durably(RunFolder(self.folder).result, json.dumps(result.to_json(), indent=2).encode() + b"\n")
         return result
+
+    def _findings(self, state: LeadState, metrics: Mapping[str, float]) -> tuple[str, ...]:
+        task, test = task_named(self.config.task), self.shared.test
+        return findings_of(
+            state.rounds,
+            state.metrics_before,
+            metrics,
+            judged_by=task.judged_by,
+            guess=task.guess(test.examples) if test else None,
+            rows=len(test.records) if test else 0,
+        )
 
 
 def _peak_memory_bytes() -> int:

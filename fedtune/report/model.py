@@ -286,17 +286,30 @@ class RoundCost:
 
 @spec
 class Utility:
-    """Scores on the lead's own files: exact, and covered by no guarantee."""
+    """Scores on the lead's own files: exact, and covered by no guarantee; `findings` are what they say against it."""
 
     before: Scores
     final: Scores
     non_private: Scores | None
     rounds: tuple[RoundCost, ...]
+    findings: tuple[str, ...] = ()
+
+
+@spec
+class StartAdapter:
+    """The adapter that the run began in; None: not known, but of an epsilon beside a delta: nothing bounds it."""
+
+    digest: str
+    run: str | None
+    dataset: str | None
+    unit: str | None
+    delta: float | None
+    epsilon: float | None
 
 
 @spec
 class Provenance:
-    """What the run was made of; None: not known."""
+    """What the run was made of; None: not known, but of `start_adapter`: the run began in a new one."""
 
     fedtune_version: str
     config_sha256: str | None
@@ -308,6 +321,7 @@ class Provenance:
     libraries: Mapping[str, str]
     python: str | None
     machine: str | None
+    start_adapter: StartAdapter | None = None
 
 
 @spec

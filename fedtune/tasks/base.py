@@ -63,6 +63,7 @@ class Task(ABC):
         has_head: whether a head is trained beside the adapters, by the settings under `head`.
         predicts_tokens: whether the base is a decoder with its output layer; otherwise it ends in hidden states.
         writes: the role whose text the model can write, which BLEU and ROUGE-L then score; None: it writes no text.
+        judged_by: the score that says whether training helped: the larger the better, but for "loss".
     """
 
     name: ClassVar[str]
@@ -71,6 +72,7 @@ class Task(ABC):
     has_head: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
     writes: ClassVar[str | None] = None
+    judged_by: ClassVar[str] = "loss"
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         """The roles that a record must have under these settings."""
@@ -164,6 +166,10 @@ class Task(ABC):
             DataError: the data has nothing to score.
         """
         return {"loss": float(np.mean(figures["loss"]))}
+
+    def guess(self, dataset: TextDataset) -> float | None:
+        """The score `judged_by` of who always gives the best single answer to `dataset`; None: there is no such."""
+        return None
 
     @abstractmethod
     def unit_score(self, model: Model, batch: Batch) -> float:

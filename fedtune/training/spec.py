@@ -58,6 +58,16 @@ class TrainingSpec:
         check_one_of("schedule", self.schedule, SCHEDULES)
         check_at_least("warmup_steps", self.warmup_steps, 0)
 
+    def lower_rates(self, *, clipped: bool) -> dict[str, float]:
+        """A third of every learning rate that counts, by its key under `training`."""
+        found = {}
+        for key, rate in zip(("learning_rate", "head_learning_rate"), self.peak_rates(clipped=clipped), strict=True):
+            other = f"unclipped_{key}"
+            name = other if not clipped and getattr(self, other) else key
+            if getattr(self, name) is not None:
+                found[name] = float(f"{rate / 3:.2g}")
+        return found
+
     def peak_rates(self, *, clipped: bool) -> tuple[float, float]:
         """Learning rates of LoRA and head at the schedule's peak."""
         lora, head = self.learning_rate, self.head_learning_rate

@@ -89,7 +89,13 @@ def settings(line: Line, files: dict[str, Path], runs: Path) -> list[str]:
         found.append(f"data.test_file={files['scored']}")
     if line.start == "":
         train = files["tuned"] if line.chooses else SLICE
-        return [*found, *ALONE, f"data.train_file={train}", "data.dataset=lead_questions", f"data.declared_sizes={_size(train)}"]
+        return [
+            *found,
+            *ALONE,
+            f"data.train_file={train}",
+            "data.dataset=lead_questions",
+            f"data.declared_sizes={_size(train)}",
+        ]
     start = [f"model.adapter={runs / line.start}-0"] if line.start else []
     return [*found, f"privacy.epsilon={line.epsilon:g}", *start]
 
@@ -100,9 +106,9 @@ def _rates(line: Line) -> Sequence[str]:
 
 
 def _size(path: Path) -> int:
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
-        return sum(1 for line in lines if line.strip())
+    content = path.read_bytes()
+    text = gzip.decompress(content) if path.suffix == ".gz" else content
+    return sum(1 for line in text.splitlines() if line.strip())
 
 
 def run_line(line: Line, files: dict[str, Path], runs: Path) -> dict[str, Any]:

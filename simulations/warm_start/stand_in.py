@@ -44,7 +44,11 @@ def main() -> None:
     def over_all(accuracies: list[float]) -> float:
         return sum(size * one for size, one in zip(sizes, accuracies, strict=True)) / sum(sizes)
 
-    print("| the start's head rate | the start alone | " + " | ".join(f"banks at {rate:.3g}" for rate in BANK_RATES) + " |")
+    print(
+        "| the start's head rate | the start alone | "
+        + " | ".join(f"banks at {rate:.3g}" for rate in BANK_RATES)
+        + " |"
+    )
     print("| ---: | ---: |" + " ---: |" * len(BANK_RATES))
     for start_rate in (None, *START_RATES):
         rate = Settings(rate=start_rate or 0.0, adam=False)

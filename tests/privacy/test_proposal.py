@@ -15,7 +15,12 @@ from fedtune.spec import ConfigError
 
 
 def test_a_proposal_survives_json(proposal: Any) -> None:
-    for each in (proposal(), proposal(start_adapter="d" * 64), proposal(plan={"metrics_noise_multiplier": 20.0}), proposal(target_modules=())):
+    for each in (
+        proposal(),
+        proposal(start_adapter="d" * 64),
+        proposal(plan={"metrics_noise_multiplier": 20.0}),
+        proposal(target_modules=()),
+    ):
         again = Proposal.from_json(json.loads(json.dumps(each.to_json())))
         assert again == each
         assert again.digest() == each.digest()
