@@ -61,8 +61,8 @@ class RunError(FedtuneError):
     """A run could not go on (too few sites, a checkpoint that cannot be written)."""
 
 
-class DivergedError(RunError):
-    """Training diverged twice in a row: to go on would fail in the same way."""
+class StuckError(RunError):
+    """A run cannot go on from where it is: to resume it would fail in the same way."""
 
 
 class LibraryPanic(Exception):

@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 DIVERGED = "diverged"
 WORSE = "worse_than_before"
 GUESS = "no_better_than_a_guess"
+DATA_CHANGED = "data_changed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -98,7 +98,7 @@ def run_deployed(
         asked=asked,
         receipts=receipts,
         engine=over_sites,
-        ready=lambda: None,
+        ready=lambda: (),
         gives_adapter=True,
     ).to_its_end(listener)
 

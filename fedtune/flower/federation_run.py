@@ -6,8 +6,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
-from fedtune.federation.results import FinalResult, RunResult, findings_of
+from fedtune.federation.results import DATA_CHANGED, FinalResult, RunResult, findings_of
 from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.server_app import Invited, Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
@@ -54,7 +54,8 @@ class FederationRun:
         asked: who is asked about what.
         receipts: of the sites, kept over runs.
         engine: runs the rounds.
-        ready: reads and checks what only this runtime has, before anything is charged.
+        ready: reads and checks what only this runtime has, before anything is charged; returns the sites whose records
+            are others than in the run's earlier rounds, as far as it can know.
         gives_adapter: whether the sites receive the final adapter.
     """
 
@@ -64,7 +65,7 @@ class FederationRun:
     asked: Invited
     receipts: ReceiptBook
     engine: Engine
-    ready: Callable[[], None]
+    ready: Callable[[], Sequence[str]]
     gives_adapter: bool = False
 
     @property
@@ -141,9 +142,9 @@ class FederationRun:
             if unsigned := [site for site, receipt in state.receipts.items() if not receipt.is_signed()]:
                 raise RunError(f"the newest checkpoint has a receipt that is not signed by {', '.join(unsigned)}")
         _ = self.shared.validation, self.shared.test
-        self.ready()
+        changed = self.ready()
         if self.config.resume is not None:
-            return state
+            return replace(state, data_changed=tuple(sorted({*state.data_changed, *changed})))
         adapter = self.shared.first_adapter()
         before = self.shared.score(adapter, self.shared.test, generate=True)
         start = start_adapter_of(self.config)
@@ -174,7 +175,8 @@ class FederationRun:
 
     def _findings(self, state: LeadState, metrics: Mapping[str, float]) -> tuple[str, ...]:
         task, test = task_named(self.config.task), self.shared.test
-        return findings_of(
+        changed = (DATA_CHANGED,) if state.data_changed else ()
+        return changed + findings_of(
             state.rounds,
             state.metrics_before,
             metrics,

@@ -29,7 +29,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import ConfigError, DivergedError, RefusedError, RunError
+from fedtune.spec import ConfigError, RefusedError, RunError, StuckError
 from fedtune.training.optimizer import reach
 from fedtune.training.spec import TrainingSpec
 
@@ -286,7 +286,7 @@ def _back(lead: Lead, state: LeadState, round: int, found: Scores) -> tuple[Adap
     if state.rounds and state.rounds[-1].diverged:
         rates = lead.training.lower_rates(clipped=lead.plan.private)
         lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
-        raise DivergedError(
+        raise StuckError(
             f"{text}, as the round before did; the checkpoint of round {round - 1} holds the last good adapter.  "
             "The learning rates are too high, and resuming would diverge again: what was charged stays charged; "
             f"start a new run with {lower}"

@@ -41,9 +41,10 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
     config_json = json.dumps(config.to_json())
     everyone = participants(config_json, str(folder))
 
-    def ready() -> None:
+    def ready() -> Sequence[str]:
         _ = [work.examples for work in everyone.work.values()]
         everyone.sites.check_dealt_out()
+        return everyone.changed() if config.resume is not None else ()
 
     return FederationRun(
         config=config,

@@ -27,6 +27,7 @@ from fedtune.model import Adapter
 from fedtune.privacy import filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
@@ -285,6 +286,20 @@ class Participants:
             for name, of_site in zip(federation.names, records, strict=True)
             if name in federation.active
         }
+
+    def changed(self) -> list[str]:
+        """The sites whose records are others than those that the run's newest committed round there trained on."""
+        run, others = self.config.run_id(), []
+        for name, work in self.work.items():
+            known = self.sites.files(name).verified()
+            noted = (
+                [one.detail["fingerprint"] for one in known.events if one.kind is Kind.COMMIT and one.run == run]
+                if known
+                else []
+            )
+            if noted and noted[-1] != work.fingerprint(self.sites.ledger(name).fingerprint_key()):
+                others.append(name)
+        return others
 
     @property
     def plan(self) -> Plan:

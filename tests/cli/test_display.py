@@ -15,7 +15,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.cli.display import Display, show_result, show_sweep
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, RoundResult
-from fedtune.federation.results import FinalResult, PrivacyResult, RunResult, SiteResult
+from fedtune.federation.results import DIVERGED, GUESS, WORSE, FinalResult, PrivacyResult, RunResult, SiteResult
 from fedtune.model import Adapter
 from fedtune.privacy.release import Receipt
 
@@ -63,12 +63,14 @@ class Nobody:
     device = "cpu"
 
 
-def shown(config: RunConfig, *states: LeadState, terminal: bool = False, progress: bool = True) -> str:
+def shown(
+    config: RunConfig, *states: LeadState, terminal: bool = False, progress: bool = True, start: Any = None
+) -> str:
     out = io.StringIO()
     console = Console(file=out, width=200, force_terminal=terminal)
     with Display(console, config, shown=progress) as display:
         proposal = config.proposal(lead="ab" * 32, plan=config.plan())
-        display.prepared(Nobody(), proposal, LeadState(round=0, adapter=Adapter({})))  # type: ignore[arg-type]
+        display.prepared(Nobody(), proposal, LeadState(round=0, adapter=Adapter({}), start_adapter=start))  # type: ignore[arg-type]
         for state in states:
             display.site_replied(1)
             display.site_replied(2)
@@ -158,3 +160,44 @@ def test_a_sweep_is_a_table(config: RunConfig) -> None:
 def test_time_left_uses_the_run_so_far(config: RunConfig, state: Callable[..., LeadState]) -> None:
     slow = replace(state(5), seconds=500.0)
     assert "about 8 min 20 s left" in shown(config, slow)
+
+
+def test_scores_that_were_paid_for_are_shown(config: RunConfig) -> None:
+    common: dict[str, Any] = {"seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 1}
+    rounds = [RoundResult(round=n, metrics={}, site_scores={"site-1": (n / 8, 1.0)}, **common) for n in (1, 2)]
+    out = table(config, replace(result(), rounds=tuple(rounds)))
+    assert "noised scores of held-out records, for the adapter that round 2 began with: site-1 0.250" in out
+    assert "noised scores" not in table(config, result())
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (DIVERGED, "Training diverged: do not use this adapter."),
+        (WORSE, "The model is worse than before training."),
+        (GUESS, "no better than always giving the most frequent label"),
+    ],
+)
+def test_what_the_scores_say_against_the_training_is_said_at_the_end(config: RunConfig, code: str, said: str) -> None:
+    found = replace(result(), final=replace(result().final, findings=(code,)))
+    lines = " ".join(table(config, found).split())
+    assert said in lines
+    assert ("training.learning_rate=0.0033" in lines) == (code != GUESS)
+    assert said not in " ".join(table(config, result()).split())
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "said"),
+    [
+        (3.0, "its training on letters spent epsilon 3.000 at delta 1e-05 for each record"),
+        (None, "its training on letters promises nothing about its records"),
+        ("unknown", "what its training spent is unknown: no run.json lies beside it"),
+    ],
+)
+def test_what_a_run_begins_in_is_said_before_it_begins(config: RunConfig, epsilon: Any, said: str) -> None:
+    about = {"digest": "ab" * 32, "head": False, "from": "first", "dataset": "letters", "unit": "record"}
+    out = shown(config, start={**about, "delta": 1e-5, "epsilon": epsilon})
+    assert (
+        f"begins in the adapter abababababab of first; {said}; its head has other labels: the head starts anew" in out
+    )
+    assert "begins in" not in shown(config)

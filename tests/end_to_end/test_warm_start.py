@@ -155,6 +155,23 @@ def test_an_adapter_with_canaries_begins_nothing(command: Any, tiny: Any, first:
     assert (outcome.code, "is an audit's" in outcome.message) == (2, True)
 
 
+def test_the_report_tells_what_the_run_began_in(command: Any, first: Path, second: Any, result_of: Any) -> None:
+    report = json.loads((second[0] / "report.json").read_text())
+    assert report["provenance"]["start_adapter"] == {
+        "digest": digest_of(first),
+        "run": "first",
+        "dataset": "banking77",
+        "unit": "record",
+        "delta": result_of(first)["privacy"]["delta"],
+        "epsilon": result_of(first)["privacy"]["epsilon"],
+    }
+    page = (second[0] / "report.html").read_text()
+    assert digest_of(first) in page
+    assert "Epsilon of its own tuning, not part of the figures here" in page
+    assert command("report", "verify", str(second[0])).code == 0
+    assert "start_adapter" not in json.loads((first / "report.json").read_text())["provenance"]
+
+
 def test_what_the_start_itself_began_in_is_told_too(simulate: Any, second: Any, tmp_path: Path, result_of: Any) -> None:
     third = simulate(f"model.adapter={second[0]}", "federation.num_rounds=1", into=tmp_path, name="third")
     about = result_of(third)["provenance"]["start_adapter"]
