@@ -185,14 +185,16 @@ def _finding(code: str, config: RunConfig) -> str:
     """What the scores say against the training, and what to do about it."""
     rates = config.training.lower_rates(clipped=config.privacy.private)
     lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
+    page = "(docs/own_data.md, When scores are low)"
     texts = {
-        DIVERGED: f"Training diverged: do not use this adapter. The learning rates are too high; try {lower}",
+        DATA_CHANGED: "A training file changed between two starts of this run.",
+        DIVERGED: f"Training diverged: do not use this adapter. The learning rates are too high; try {lower} {page}.",
         WORSE: "The model is worse than before training. Noise, or too high a learning rate, did more than the records "
-        f"taught; try {lower}, or more records",
+        f"taught; try {lower}, or more records {page}.",
         GUESS: "The model is no better than always giving the most frequent label of the test file. "
-        "The records may be too few for this noise",
+        f"The records may be too few for this noise {page}.",
     }
-    return f"{texts[code]} (docs/own_data.md, When scores are low)."
+    return texts[code]
 
 
 def show_sweep(console: Console, results: Mapping[Path, RunResult]) -> None:
