@@ -88,7 +88,7 @@ def shown(
     with Display(console, config, shown=progress) as display:
         proposal = config.proposal(lead="ab" * 32, plan=config.plan())
         first = before or LeadState(round=0, adapter=Adapter({}), start_adapter=start)
-        display.prepared(shared or Nobody(), proposal, first)
+        display.prepared(shared or Nobody(), proposal, first)  # type: ignore[arg-type]
         for state in states:
             display.site_replied(1)
             display.site_replied(2)

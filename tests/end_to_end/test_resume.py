@@ -163,6 +163,7 @@ def test_resuming_a_finished_run_writes_the_same_again(
     assert command("simulate", f"resume={folder}").code == 0
     assert adapter_of(folder) == adapter
     assert result_of(folder)["privacy"] == result["privacy"]
+    assert "data_changed" not in result_of(folder)["final"]["findings"]
 
 
 def test_a_damaged_checkpoint_ends_the_run_and_says_so(folder: Path, command: Any) -> None:
@@ -195,8 +196,6 @@ def test_other_records_in_a_resumed_run_are_noticed_and_reported(
     given = tiny(*chosen, "data.test_file=null", "federation.num_rounds=1", "tracking.progress=true", into=tmp_path)
     assert command("simulate", *given).code == 0
     folder = tmp_path / "run"
-    resumed = command("simulate", f"resume={folder}")
-    assert (resumed.code, "are others than when the run began" in resumed.out) == (0, False)
     train.write_text("\n".join(["text,label", *rows, "a question that was not there,1"]) + "\n")
     resumed = command("simulate", f"resume={folder}")
     assert resumed.code == 0
