@@ -102,10 +102,11 @@ def _accepted(detail: dict[str, Any]) -> str:
     plan = proposal.plan
     spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
     seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
+    start = f"; it begins in the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
     return (
         f"run accepted from lead {proposal.lead[:16]}...: {printable(proposal.task)} on {printable(proposal.dataset)}, "
         f"{counted(plan.num_rounds, 'round')}{spare}, each {_mechanisms(dp_events.to_json(plan.event()))}; the "
-        f"cost of all is set aside until {str(detail['expires'])[:10]}{seeded}"
+        f"cost of all is set aside until {str(detail['expires'])[:10]}{start}{seeded}"
     )
 
 

@@ -289,17 +289,16 @@ class Participants:
 
     def changed(self) -> list[str]:
         """The sites whose records are others than those that the run's newest committed round there trained on."""
-        run, others = self.config.run_id(), []
-        for name, work in self.work.items():
-            known = self.sites.files(name).verified()
-            noted = (
-                [one.detail["fingerprint"] for one in known.events if one.kind is Kind.COMMIT and one.run == run]
-                if known
-                else []
-            )
-            if noted and noted[-1] != work.fingerprint(self.sites.ledger(name).fingerprint_key()):
-                others.append(name)
-        return others
+        return [name for name in self.work if self._has_changed(name)]
+
+    def _has_changed(self, name: str) -> bool:
+        try:
+            known, key = self.sites.files(name).verified(), self.sites.ledger(name).fingerprint_key()
+        except RunError:
+            return False  # its ledger is not in order, and it answers for itself
+        mine = (Kind.COMMIT, self.config.run_id())
+        noted = [one.detail.get("fingerprint") for one in known.events if (one.kind, one.run) == mine] if known else []
+        return bool(noted) and noted[-1] != self.work[name].fingerprint(key)
 
     @property
     def plan(self) -> Plan:
