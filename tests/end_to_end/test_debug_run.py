@@ -75,7 +75,7 @@ def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
 
 def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) -> None:
     assert set(result) == {
-        "schema_version", "fedtune_version", "config_sha256", "task", "rounds", "final", "privacy"
+        "schema_version", "fedtune_version", "config_sha256", "task", "rounds", "final", "privacy", "provenance"
     }  # fmt: skip
     assert (result["schema_version"], result["task"]) == (1, "classification")
     assert result["config_sha256"] == saved_config(folder).digest()
@@ -91,7 +91,7 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
         assert min(entry["seconds"], entry["bytes_down"], entry["bytes_up"]) > 0
         assert set(entry["metrics"]) == {"accuracy", "macro_f1", "loss"}
     final = result["final"]
-    assert set(final) == {"metrics", "metrics_before", "seconds", "peak_memory_bytes"}
+    assert set(final) == {"metrics", "metrics_before", "seconds", "peak_memory_bytes", "findings"}
     assert final["seconds"] > 0
     assert final["peak_memory_bytes"] > 50 * 2**20
     assert final["metrics"] != final["metrics_before"]
