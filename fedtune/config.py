@@ -45,6 +45,7 @@ _LATER: dict[tuple[str, str], object] = {
     ("data", "validation_fraction"): 0.0,
     ("data", "test_fraction"): 0.0,
     ("data", "unusable"): "stop",
+    ("model", "adapter_sha256"): None,
 }
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
 
@@ -133,7 +134,13 @@ class RunConfig:
     def task_model(self) -> TaskModelSpec:
         """The specs that define the model."""
         return TaskModelSpec(
-            model=self.model, lora=self.lora, head=self.head, task=self.task, labels=self.data.labels, seed=self.seed
+            # Where training begins is no part of what is trained: a model that is loaded serves every start.
+            model=dataclasses.replace(self.model, adapter=None, adapter_sha256=None),
+            lora=self.lora,
+            head=self.head,
+            task=self.task,
+            labels=self.data.labels,
+            seed=self.seed,
         )
 
     def plan(self) -> Plan:
@@ -163,6 +170,7 @@ class RunConfig:
             head_scale=self.head.scale if has_head else 0.0,
             num_sites=len(self.federation.active),
             plan=plan,
+            start_adapter=self.model.adapter_sha256 or "",
         )
 
     def declared_sizes(self) -> dict[str, int]:
@@ -212,7 +220,9 @@ class RunConfig:
         for key in ("name", "resume", "tracking", "report"):
             del fields[key]
         patience = [("federation", key) for key in ("round_timeout_s", "enough_sites", "grace_s")]
-        for group, key in (("evaluation", "max_tokens"), *patience, ("model", "cache_dir"), ("model", "public_id")):
+        # Where an adapter lies changes nothing: its digest says which it is.
+        places = [("model", key) for key in ("cache_dir", "public_id", "adapter")]
+        for group, key in (("evaluation", "max_tokens"), *patience, *places):
             del fields[group][key]
         if self.privacy.unit == "record":
             del fields["privacy"]["records_per_user"]  # of no effect; runs from before there was one go on

@@ -61,6 +61,10 @@ class RunError(FedtuneError):
     """A run could not go on (too few sites, a checkpoint that cannot be written)."""
 
 
+class StuckError(RunError):
+    """A run cannot go on from where it is: to resume it would fail in the same way."""
+
+
 class LibraryPanic(Exception):
     """A library stopped with what is no Exception; its cause is what the library raised."""
 

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -121,11 +121,35 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     if settings.get("name") is None:
         settings["name"] = _time_stamp()
     try:
-        return parse(settings)
+        return _with_start(parse(settings))
     except ConfigError as error:
         hinted = ConfigError(error.key, error.value, error.bound + _nearest(error.key)) if _unknown(error) else error
         typed = any(_key(override) == error.key for override in overrides) or error.key in maps
         raise hinted.in_file(file.path) if file and file.sets(error.key) and not typed else hinted from None
+
+
+def _with_start(config: RunConfig) -> RunConfig:
+    """The same with the digest of the adapter that it begins in, which was looked at.
+
+    Raises:
+        ConfigError: it is none, or does not fit the run.
+    """
+    name, expected = config.model.adapter, config.model.adapter_sha256
+    if name is None and expected is None:
+        return config
+    if name is None:
+        raise ConfigError("model.adapter", None, "is required with model.adapter_sha256: the folder of that adapter")
+    from fedtune.tasks.saved import StartAdapter  # torch takes seconds to import
+
+    start = StartAdapter.read(name)
+    if RunFolder(start.folder.parent).audit_mark.exists():
+        raise ConfigError("model.adapter", name, "is an audit's, which was trained on canaries")
+    if expected not in (None, start.digest):
+        raise ConfigError(
+            "model.adapter_sha256", expected, f"is not the digest of the adapter, which is {start.digest}"
+        )
+    start.require_fits(config.task_model())
+    return replace(config, model=replace(config.model, adapter_sha256=start.digest))
 
 
 def compose_sweep(overrides: Sequence[str]) -> list[RunConfig]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fedtune.cli.plain_words import WEAK_SIGNAL, signal_words
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
-from fedtune.federation.results import RunResult, charged_epsilons, site_charge
+from fedtune.federation.planner import signal_to_noise
+from fedtune.federation.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
+from fedtune.sites.environment import UNKNOWN
 from fedtune.sites.shared_model import SharedModel
 from fedtune.words import counted
 
@@ -66,10 +71,14 @@ class Display:
         self._plan, self._done = proposal.plan, state.round * len(self._config.federation.active)
         if self._shown:
             self._console.print(_settings_table(self._config, shared, proposal.plan))
+            if state.start_adapter:
+                self._console.print(f"begins in {_start(state.start_adapter)}", soft_wrap=True, markup=False)
             if state.metrics_before:
                 self._console.print(f"before training: {_scores(state.metrics_before)} (test records)")
             if state.round:
                 self._console.print(f"resuming after round {state.round}")
+            if state.data_changed:
+                self._console.print(f"[yellow]{_changed(state.data_changed)}[/yellow]", soft_wrap=True)
         federation = self._config.federation
         self._task = self._progress.add_task(
             self._round_text(state.round + 1, 0),
@@ -152,12 +161,46 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
         console.print(f"epsilon {epsilon_text(privacy.epsilon)} at delta {privacy.delta:g} for each {privacy.unit}")
     if privacy.seeded_noise:
         console.print("[yellow]A study without a guarantee: its noise came from the configured seed.[/yellow]")
+    _show_noised_scores(console, result)
     final = result.final
     if final.metrics:
         before = f" (before: {_scores(final.metrics_before)})" if final.metrics_before else ""
         console.print(f"[bold]test: {_scores(final.metrics)}[/bold]{before}", soft_wrap=True)
+    for code in final.findings:
+        console.print(f"[yellow]{_finding(code, config)}[/yellow]", soft_wrap=True)
     console.print(f"{_duration(final.seconds or 0.0)}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
     console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True)
+
+
+def _show_noised_scores(console: Console, result: RunResult) -> None:
+    """The newest scores that the sites released: they were paid for."""
+    measured = [one for one in result.rounds if one.site_scores]
+    if measured:
+        last, unit = measured[-1], result.privacy.unit
+        scores = ", ".join(f"{site} {values[0]:.3f}" for site, values in last.site_scores.items())
+        when = f"for the adapter that round {last.round} began with"
+        console.print(f"noised scores of held-out {unit}s, {when}: {scores}", soft_wrap=True)
+
+
+def _changed(sites: Sequence[str]) -> str:
+    which = ", ".join(sites)
+    return f"The records of {which} are others than when the run began: its epsilon holds for both, each by itself."
+
+
+def _finding(code: str, config: RunConfig) -> str:
+    """What the scores say against the training, and what to do about it."""
+    rates = config.training.lower_rates(clipped=config.privacy.private)
+    lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
+    page = "(docs/own_data.md, When scores are low)"
+    texts = {
+        DATA_CHANGED: "A training file changed between two starts of this run.",
+        DIVERGED: f"Training diverged: do not use this adapter. The learning rates are too high; try {lower} {page}.",
+        WORSE: "The model is worse than before training. Noise, or too high a learning rate, did more than the records "
+        f"taught; try {lower}, or more records {page}.",
+        GUESS: "The model is no better than always giving the most frequent label of the test file. "
+        f"The records may be too few for this noise {page}.",
+    }
+    return texts[code]
 
 
 def show_sweep(console: Console, results: Mapping[Path, RunResult]) -> None:
@@ -181,9 +224,32 @@ def _settings_table(config: RunConfig, shared: SharedModel, plan: Plan) -> Table
         "training": f"{plan.num_rounds} rounds x {plan.local_steps} steps, sampling rate {plan.sampling_rate:g}",
         "privacy": _promise(config, plan),
     }
+    if plan.private and trained:
+        ratio = signal_to_noise(plan, config.declared_sizes(), values=trained)
+        weak, words = ratio < WEAK_SIGNAL, signal_words(ratio)
+        rows["signal"] = f"[yellow]{words}[/yellow]" if weak else words
+    if not shared.keeps_states:
+        rows["memory"] = (
+            f"[yellow]runtime.kept_states_mib is too small to keep what the frozen layers make of the records, which "
+            f"takes {math.ceil(shared.states_mib):,} MiB: training takes several times as long[/yellow]"
+        )
     for name, text in rows.items():
         table.add_row(f"[bold]{name}[/bold]", text)
     return table
+
+
+def _start(about: Mapping[str, Any]) -> str:
+    """The adapter that a run begins in, and what its own training spent."""
+    if about["epsilon"] == UNKNOWN:
+        spent = "what its training spent is unknown: no run.json lies beside it"
+    elif about["epsilon"] is None:
+        spent = f"its training on {about['dataset']} promises nothing about its records"
+    else:
+        epsilon = f"epsilon {epsilon_text(about['epsilon'])} at delta {about['delta']:g} for each {about['unit']}"
+        spent = f"its training on {about['dataset']} spent {epsilon}"
+    head = {True: "its head is taken, too", False: "its head has other labels: the head starts anew"}
+    known = [f"the adapter {about['digest'][:12]} of {about['from']}", spent, head.get(about["head"])]
+    return "; ".join(filter(None, known))
 
 
 def _promise(config: RunConfig, plan: Plan) -> str:

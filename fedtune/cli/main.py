@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"fedtune: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
+        sys.stderr.write("fedtune: interrupted\n")
         return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -46,6 +46,20 @@ def cap_text(cap: float | None) -> str:
     return "no cap" if cap is None or math.isinf(cap) else f"at most {cap:g}"
 
 
+WEAK_SIGNAL = 1.0
+"""Below it, noise moves the adapter further than all records together can; docs/planning.md has the runs behind it."""
+
+
+def signal_words(ratio: float) -> str:
+    """What a run's signal-to-noise ratio, `planner.signal_to_noise`, means for it."""
+    if ratio < WEAK_SIGNAL:
+        times = f"{1 / ratio:.2g} times as far as all records together can"
+        return (
+            f"noise moves the adapter {times}: this run is likely to learn little, and costs its epsilon all the same"
+        )
+    return f"records can move the adapter at most {ratio:.2g} times as far as noise does"
+
+
 def contribution(plan: Plan) -> str:
     """What one user adds to a step of a plan whose unit is that."""
     most = counted(plan.records_per_user, "record")
@@ -88,10 +102,11 @@ def _accepted(detail: dict[str, Any]) -> str:
     plan = proposal.plan
     spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
     seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
+    start = f"; it begins in the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
     return (
         f"run accepted from lead {proposal.lead[:16]}...: {printable(proposal.task)} on {printable(proposal.dataset)}, "
         f"{counted(plan.num_rounds, 'round')}{spare}, each {_mechanisms(dp_events.to_json(plan.event()))}; the "
-        f"cost of all is set aside until {str(detail['expires'])[:10]}{seeded}"
+        f"cost of all is set aside until {str(detail['expires'])[:10]}{start}{seeded}"
     )
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedtune import __version__
-from fedtune.cli.plain_words import contribution, printable, reason_text
+from fedtune.cli.plain_words import contribution, printable, reason_text, signal_words
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, say, show
 from fedtune.config import RunConfig
-from fedtune.federation.planner import Change, Price, RoundPrice
+from fedtune.federation.planner import Change, Price, RoundPrice, signal_to_noise
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.release import METRICS
@@ -62,6 +62,12 @@ class Outlook:
         return self.price.plan
 
     @property
+    def signal_to_noise(self) -> float | None:
+        """See `planner.signal_to_noise`; None: no model was loaded, so nobody counted what is trained."""
+        sizes = {name: site.declared_size for name, site in self.price.sites.items()}
+        return signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
+
+    @property
     def calibrated(self) -> bool:
         """Whether the noise was found from epsilon, and not given."""
         return self.config.privacy.noise_multiplier is None and self.solved in (None, "noise")
@@ -91,6 +97,7 @@ class Outlook:
             **dataclasses.asdict(self.price),
             "sites": {name: self._site(name) for name in self.price.sites},
             "steps": self.price.steps,
+            "signal_to_noise": self.signal_to_noise,
             "what_if_epsilon": self.epsilon,
             "what_if": [dataclasses.asdict(change) for change in self.changes],
             "forecast": None if self.forecast is None else dataclasses.asdict(self.forecast) | {"device": self.device},
@@ -143,6 +150,8 @@ def facts(outlook: Outlook) -> dict[str, str]:
             f"{METRICS[plan.metrics].in_words} of held-out {plan.unit}s each round, noise multiplier "
             f"{plan.metrics_noise_multiplier:g}; every epsilon here pays for them"
         )
+    if outlook.signal_to_noise is not None and plan.private:
+        found["signal"] = signal_words(outlook.signal_to_noise)
     return found | _solution(outlook)
 
 

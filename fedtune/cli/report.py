@@ -57,7 +57,7 @@ Write the privacy report of a run, or of a site's ledger: what was promised, wha
   fedtune report runs/tighter                        the lead's view of a run
   fedtune report site.toml --sign site_key.pem       a site's view over all its runs and years, signed
   fedtune report verify ledger.db.report/report.json --key HEX    check signature and epsilon
-  fedtune report diff runs/tighter runs/looser       what changed in settings, privacy, utility, cost
+  fedtune report diff runs/tighter runs/looser       what changed in scores, privacy, settings, cost
   fedtune report schema                              the JSON schema of report.json
 
 It writes report.html, which needs no network and prints well, and report.json with every figure in it; with --pdf a
@@ -186,7 +186,7 @@ def diff(
     after: Annotated[str, Argument("B", help="another")],
     as_json: AsJson = False,
 ) -> None:
-    """Show what changed from one report to another: settings, privacy, utility and cost, with both values.
+    """Show what changed from one report to another: scores, privacy, settings and cost, with both values.
 
     A and B are report.json files, or folders that hold one. Two runs are compared, or two reports of one ledger.
     """

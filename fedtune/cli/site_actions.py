@@ -149,6 +149,7 @@ def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
         "base model": f"{printable(asked.base_model, 64)}, in {printable(asked.dtype)}",
         "adapter": f"rank {asked.rank}, scaled by {asked.lora_scale:g}, on "
         f"{printable(', '.join(asked.target_modules))}{head}",
+        **({"begins in": f"the adapter {asked.start_adapter}"} if asked.start_adapter else {}),
         "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, 'noisy step')} each",
         "mechanism": f"noise multiplier {plan.noise_multiplier:g}, clip norm {plan.max_grad_norm:g}, "
         f"sampling rate {plan.sampling_rate:g}",

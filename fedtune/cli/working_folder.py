@@ -16,7 +16,7 @@ from rich.console import Console
 from fedtune.cli.compose import saved_config, write_config
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import ConfigError, RunError, StuckError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.cli.display import Display
@@ -49,7 +49,7 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
         hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
         if isinstance(error, KeyboardInterrupt):
             console.print(f"\nInterrupted. {hint}", soft_wrap=True)
-        elif isinstance(error, RunError):
+        elif isinstance(error, RunError) and not isinstance(error, StuckError):
             console.print(hint, soft_wrap=True)
         raise
     from fedtune.report.model_card import write_card

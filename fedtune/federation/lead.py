@@ -18,7 +18,7 @@ from fedtune.federation.run_folder import saved_checkpoints
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.release import Receipt, Update, receipt_from_json
-from fedtune.spec import ConfigError, RunError, check_at_least, check_whole
+from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, check_whole
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 Scores = Mapping[str, float | None]
@@ -65,6 +65,8 @@ class LeadState:
         rounds: one result for each finished round.
         seconds: wall time so far, over all starts of the run.
         metrics_before: of the initial adapter on the test file.
+        start_adapter: of an adapter that the run began in, what `run.json` says of it; None: it began in a new one.
+        data_changed: simulated sites whose records were others when the run was resumed.
     """
 
     round: int
@@ -75,6 +77,8 @@ class LeadState:
     rounds: Sequence[RoundResult] = ()
     seconds: float = 0.0
     metrics_before: Scores = field(default_factory=dict)
+    start_adapter: Mapping[str, Any] | None = None
+    data_changed: Sequence[str] = ()
 
     def asked(self, sites: Sequence[str]) -> LeadState:
         """The state once a round has been asked of `sites`: until they answer, each may have been charged for it."""
@@ -199,6 +203,8 @@ class Checkpoints:
             "rounds": [asdict(result) for result in state.rounds],
             "seconds": state.seconds,
             "metrics_before": dict(state.metrics_before),
+            "start_adapter": state.start_adapter,
+            "data_changed": list(state.data_changed),
         }
         write_durably(self._path(state.round), save_tensors(tensors, metadata={"fedtune": json.dumps(about)}))
         for old in saved_checkpoints(self._folder)[:-_KEPT]:
@@ -209,7 +215,7 @@ class Checkpoints:
 
         Raises:
             ConfigError: there is no checkpoint, or it belongs to another configuration.
-            RunError: the newest checkpoint is damaged.
+            StuckError: the newest checkpoint is damaged.
         """
         found = saved_checkpoints(self._folder)
         if not found:
@@ -229,9 +235,11 @@ class Checkpoints:
                 rounds=[_round(fields) for fields in about["rounds"]],
                 seconds=about["seconds"],
                 metrics_before=about["metrics_before"],
+                start_adapter=about.get("start_adapter"),  # nobody noted it when there was none
+                data_changed=tuple(map(str, about.get("data_changed", ()))),
             )
         except Exception as error:
-            raise RunError(f"checkpoint {found[-1]} is damaged: {error}") from error
+            raise StuckError(f"checkpoint {found[-1]} is damaged: {error}; {_way_on(found)}") from error
         if other:
             raise ConfigError("resume", str(self._folder.parent), "was made with another configuration")
         return self._with_unanswered(state)
@@ -252,6 +260,13 @@ class Checkpoints:
 
     def _path(self, round: int) -> Path:
         return self._folder / f"round-{round:04d}.safetensors"
+
+
+def _way_on(found: Sequence[Path]) -> str:
+    """What to do about the newest checkpoint: rounds after the one before it are asked again, and charged no more."""
+    if len(found) < 2:
+        return "no other is left: start a new run under another name"
+    return f"move it away, and resume the run from {found[-2].name}"
 
 
 def _count(value: int) -> int:

@@ -137,6 +137,21 @@ def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
     )
 
 
+def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> float:
+    """How far clipped records can move the adapter at most, over how far noise moves it; infinite without noise.
+
+    In gradients, averaged over all sites and steps.  The signal is at most the clip norm C, where all records agree.
+    Each of K sites has weight n / N, so each of the `values` coordinates has noise of standard deviation
+    z C sqrt(K) / (q N) in a step, and a sqrt(T)-th of it in the mean of T steps.
+
+    It bounds what can be learnt, and does not promise it: records seldom agree.
+    """
+    if not plan.private:
+        return math.inf
+    steps, total = plan.local_steps * plan.num_rounds, sum(declared_sizes.values())
+    return plan.sampling_rate * total * math.sqrt(steps / (len(declared_sizes) * values)) / plan.noise_multiplier
+
+
 def what_if(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
     """What more rounds, a smaller delta, larger batches and half of `epsilon` would cost.
 

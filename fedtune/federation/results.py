@@ -5,7 +5,8 @@ Others rely on its keys, which are the fields below.  None stands for what is no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -20,14 +21,57 @@ from fedtune.words import finite, finite_scores
 SCHEMA_VERSION = 1
 
 
+DIVERGED = "diverged"
+WORSE = "worse_than_before"
+GUESS = "no_better_than_a_guess"
+DATA_CHANGED = "data_changed"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinalResult:
-    """The finished run: scores on the test file before and after, whole wall time, peak memory of this process."""
+    """The finished run: scores on the test file before and after, whole wall time, peak memory of this process.
+
+    Attributes:
+        findings: what the scores say against the training: codes, as `findings_of` gives them.
+    """
 
     metrics: Scores
     metrics_before: Scores = field(default_factory=dict)
     seconds: float | None = None
     peak_memory_bytes: int | None = None
+    findings: tuple[str, ...] = ()
+
+
+_LOST = 2.0
+"""A loss that has grown by this factor: noise and rates that suit the data do not do that."""
+
+
+def findings_of(
+    rounds: Sequence[RoundResult], before: Scores, after: Scores, *, judged_by: str, guess: float | None, rows: int
+) -> tuple[str, ...]:
+    """What a run's end says against its training.
+
+    Args:
+        rounds: that were finished.
+        before: scores on the test file before training, and `after` it; empty without one.
+        after: likewise.
+        judged_by: the score that counts: the larger the better, but for "loss".
+        guess: that score of always the best single answer; None: there is no such.
+        rows: of the test file.
+    """
+    if any(one.diverged for one in rounds) or any(finite(score) is None for score in after.values()):
+        return (DIVERGED,)
+    loss, was = after.get("loss"), before.get("loss")
+    if loss and was and loss > _LOST * was:
+        return (DIVERGED,)
+    score, started = after.get(judged_by), before.get(judged_by)
+    if score is None:
+        return ()
+    # Of a share of `rows`, which another draw of test rows would move by as much.
+    error = 0.0 if judged_by == "loss" else math.sqrt(score * (1 - score) / rows)
+    worse = started is not None and (score > started if judged_by == "loss" else score < started - error)
+    guessed = guess is not None and score <= guess + error
+    return tuple(code for code, holds in ((WORSE, worse), (GUESS, guessed)) if holds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +199,8 @@ class RunProvenance:
     """What the adapter was made of.
 
     Attributes:
-        start_adapter: that training began from; None: from none.
+        start_adapter: which adapter training began in, by digest and by the name of its run, and what its own training
+            spent on which data; None: in a new one.
         template: None: the task has none.
         test_rows: records behind the final scores; None: none were scored.
     """

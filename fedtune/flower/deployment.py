@@ -18,7 +18,7 @@ from fedtune.federation.replies import Closing
 from fedtune.federation.results import RunResult
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import flower_records
-from fedtune.flower.federation_run import FederationRun, Listener
+from fedtune.flower.federation_run import FederationRun, Known, Listener
 from fedtune.flower.server_app import Invited, invite
 from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
@@ -98,7 +98,7 @@ def run_deployed(
         asked=asked,
         receipts=receipts,
         engine=over_sites,
-        ready=lambda: (),
+        ready=Known,
         gives_adapter=True,
     ).to_its_end(listener)
 

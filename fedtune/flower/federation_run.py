@@ -7,8 +7,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,17 +16,26 @@ from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
-from fedtune.federation.results import BaseModel, FinalResult, Population, RunProvenance, RunResult, Template
+from fedtune.federation.results import (
+    DATA_CHANGED,
+    BaseModel,
+    FinalResult,
+    Population,
+    RunProvenance,
+    RunResult,
+    Template,
+    findings_of,
+)
 from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.server_app import Invited, Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.sites.data_notes import lead_notes
-from fedtune.sites.environment import note_environment, read_environments
+from fedtune.sites.environment import note_environment, read_environments, start_adapter_of
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import RunError
-from fedtune.tasks import save_task_model
+from fedtune.tasks import save_task_model, task_named
 
 
 class Listener(Protocol):
@@ -50,6 +59,19 @@ Engine = Callable[[Callable[[Grid], LeadState]], LeadState]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Known:
+    """What a runtime knows of the sites' records before training.
+
+    Attributes:
+        notes: what a person should know of them.
+        changed: the sites whose records are others than in the run's earlier rounds.
+    """
+
+    notes: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class FederationRun:
     """What a runtime brings to a run; the rest is the same for all of them.
 
@@ -59,8 +81,7 @@ class FederationRun:
         asked: who is asked about what.
         receipts: of the sites, kept over runs.
         engine: runs the rounds.
-        ready: reads and checks what only this runtime has, before anything is charged, and says what a person should
-            know of it.
+        ready: reads and checks what only this runtime has, before anything is charged.
         gives_adapter: whether the sites receive the final adapter.
     """
 
@@ -70,7 +91,7 @@ class FederationRun:
     asked: Invited
     receipts: ReceiptBook
     engine: Engine
-    ready: Callable[[], Iterable[str]]
+    ready: Callable[[], Known]
     gives_adapter: bool = False
 
     @property
@@ -147,13 +168,15 @@ class FederationRun:
             if unsigned := [site for site, receipt in state.receipts.items() if not receipt.is_signed()]:
                 raise RunError(f"the newest checkpoint has a receipt that is not signed by {', '.join(unsigned)}")
         validation, test = self.shared.validation, self.shared.test
-        for text in (*lead_notes(self.config, validation=validation, test=test), *self.ready()):
+        known = self.ready()
+        for text in (*lead_notes(self.config, validation=validation, test=test), *known.notes):
             listener.note(text)
         if self.config.resume is not None:
-            return state
-        adapter = self.shared.initial_adapter
+            return replace(state, data_changed=tuple(sorted({*state.data_changed, *known.changed})))
+        adapter = self.shared.first_adapter()
         before = self.shared.score(adapter, self.shared.test, generate=True)
-        state = LeadState(round=0, adapter=adapter, metrics_before=before)
+        start = start_adapter_of(self.config)
+        state = LeadState(round=0, adapter=adapter, metrics_before=before, start_adapter=start)
         self._checkpoints.save(state)
         return state
 
@@ -164,6 +187,7 @@ class FederationRun:
             metrics_before=state.metrics_before,
             seconds=seconds,
             peak_memory_bytes=_peak_memory_bytes(),
+            findings=self._findings(state, metrics),
         )
         result = RunResult.of(
             state,
@@ -173,12 +197,12 @@ class FederationRun:
             task=self.config.task,
             config_sha256=self.config.digest(),
             seeded_noise=self.config.runtime.seeded_noise,
-            provenance=self._provenance(),
+            provenance=self._provenance(state),
         )
         write_durably(RunFolder(self.folder).result, json.dumps(result.to_json(), indent=2).encode() + b"\n")
         return result
 
-    def _provenance(self) -> RunProvenance:
+    def _provenance(self, state: LeadState) -> RunProvenance:
         """What the adapter is made of, as the model is loaded here."""
         config, shared, model = self.config, self.shared, self.config.model
         return RunProvenance(
@@ -192,6 +216,7 @@ class FederationRun:
                 sha256=read_environments(self.folder)[-1].model_sha256,
                 licence=model.licence,
             ),
+            start_adapter=state.start_adapter,
             template=self._template() if shared.model.task.predicts_tokens else None,
             test_rows=len(shared.test.records) if shared.test else None,
         )
@@ -201,6 +226,18 @@ class FederationRun:
         text = str(self.shared.tokenizer.chat_template) if data.chat_template == "model" else data.prompt_template
         digest = hashlib.sha256(text.encode()).hexdigest()
         return Template(prompt=data.prompt_template, chat=data.chat_template, sha256=digest)
+
+    def _findings(self, state: LeadState, metrics: Mapping[str, float]) -> tuple[str, ...]:
+        task, test = task_named(self.config.task), self.shared.test
+        changed = (DATA_CHANGED,) if state.data_changed else ()
+        return changed + findings_of(
+            state.rounds,
+            state.metrics_before,
+            metrics,
+            judged_by=task.judged_by,
+            guess=task.guess(test.examples) if test else None,
+            rows=len(test.records) if test else 0,
+        )
 
 
 def _peak_memory_bytes() -> int:

@@ -29,7 +29,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import ConfigError, RefusedError, RunError
+from fedtune.spec import ConfigError, RefusedError, RunError, StuckError
 from fedtune.training.optimizer import reach
 from fedtune.training.spec import TrainingSpec
 
@@ -284,9 +284,12 @@ def _back(lead: Lead, state: LeadState, round: int, found: Scores) -> tuple[Adap
     scores = ", ".join(f"{name} {score:g}" for name, score in found.items())
     text = f"round {round} diverged ({scores or 'the average is not finite'})"
     if state.rounds and state.rounds[-1].diverged:
-        raise RunError(
+        rates = lead.training.lower_rates(clipped=lead.plan.private)
+        lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
+        raise StuckError(
             f"{text}, as the round before did; the checkpoint of round {round - 1} holds the last good adapter.  "
-            "A lower training.learning_rate may help"
+            "The learning rates are too high, and resuming would diverge again: what was charged stays charged; "
+            f"start a new run with {lower}"
         )
     log.error("%s; going back to the adapter that it began with", text)
     restore_strategy(lead.strategy, state.strategy)

@@ -22,7 +22,7 @@ from fedtune.config import RunConfig, parse
 from fedtune.federation.lead import LeadState
 from fedtune.federation.results import RunResult
 from fedtune.flower.client import make_client_app
-from fedtune.flower.federation_run import Engine, FederationRun, Listener
+from fedtune.flower.federation_run import Engine, FederationRun, Known, Listener
 from fedtune.flower.server_app import Invited
 from fedtune.sites.data_notes import site_notes
 from fedtune.sites.virtual_site import participants
@@ -42,10 +42,11 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
     config_json = json.dumps(config.to_json())
     everyone = participants(config_json, str(folder))
 
-    def ready() -> Iterable[str]:
+    def ready() -> Known:
         _ = [work.examples for work in everyone.work.values()]
         everyone.sites.check_dealt_out()
-        return site_notes(config, everyone.dealt)
+        changed = everyone.changed() if config.resume is not None else ()
+        return Known(notes=tuple(site_notes(config, everyone.dealt)), changed=tuple(changed))
 
     return FederationRun(
         config=config,

@@ -34,6 +34,9 @@ class ModelSpec:
         licence: the licence of the weights, which reports show.
         public_id: the weights' id at the Hugging Face hub, where `path` is another place: saved adapters and model
             cards name it, so that others can load the base.
+        adapter: the folder of an adapter tuned before, in which this run begins: a run folder, or its `adapter/`.  It
+            must be of the same base, task and LoRA settings; null: a new adapter that changes nothing yet.
+        adapter_sha256: the digest that this adapter must have; null: noted when the run begins.
     """
 
     path: str
@@ -44,6 +47,8 @@ class ModelSpec:
     cache_dir: str | None = None
     licence: str | None = None
     public_id: str | None = None
+    adapter: str | None = None
+    adapter_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -52,8 +57,10 @@ class ModelSpec:
             check_one_of("path", self.path, RANDOM_MODELS)
         if self.path.startswith(PACKAGE) and not re.fullmatch(r"package:\w+(/[\w.-]*\w)*", self.path):
             raise ConfigError("path", self.path, "must look like package:<module> or package:<module>/<folder>")
-        if self.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
-            raise ConfigError("sha256", self.sha256, "must be 64 lower-case hexadecimal digits")
+        for key in ("sha256", "adapter_sha256"):
+            digest = getattr(self, key)
+            if digest is not None and not re.fullmatch(r"[0-9a-f]{64}", digest):
+                raise ConfigError(key, digest, "must be 64 lower-case hexadecimal digits")
         if self.gguf_file is not None and not re.fullmatch(r"[\w.-]+\.gguf", self.gguf_file):
             raise ConfigError("gguf_file", self.gguf_file, "must be the plain name of a .gguf file inside model.path")
         if self.public_id is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.public_id, re.ASCII):

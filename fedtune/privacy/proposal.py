@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from typing import Any
 
 from fedtune.privacy.run_plan import Plan
@@ -37,6 +38,7 @@ class Proposal:
             which the accounting does not cover, grows with both.
         num_sites: how many sites the lead says take part.  A claim, shown as such; nothing relies on it.
         plan: what the releases cost.
+        start_adapter: digest of an adapter tuned before, in which the run begins; "": in a new one.
     """
 
     run: str
@@ -53,6 +55,7 @@ class Proposal:
     dtype: str
     lora_scale: float
     head_scale: float
+    start_adapter: str = ""
 
     def __post_init__(self) -> None:
         # A proposal comes from a server: its form is checked here, its content by the policy.
@@ -70,10 +73,16 @@ class Proposal:
             _require(name, value, right, "must be a number of at least 0")
         for name in ("train_head", "seeded_noise"):
             _require(name, getattr(self, name), isinstance(getattr(self, name), bool), "must be true or false")
+        start = self.start_adapter
+        right = isinstance(start, str) and re.fullmatch(r"([0-9a-f]{64})?", start, re.ASCII) is not None
+        _require("start_adapter", start, right, "must be 64 lower-case hexadecimal digits, or empty")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, the canonical form that `digest` hashes."""
-        return dataclasses.asdict(self) | {"target_modules": list(self.target_modules), "plan": self.plan.to_json()}
+        fields = dataclasses.asdict(self)
+        if not self.start_adapter:
+            del fields["start_adapter"]  # proposals from before there was one keep their digest
+        return fields | {"target_modules": list(self.target_modules), "plan": self.plan.to_json()}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Proposal:

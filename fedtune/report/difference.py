@@ -11,7 +11,7 @@ from fedtune.report.model import Report, to_json
 from fedtune.spec import ConfigError
 
 Group = Literal["settings", "privacy", "utility", "cost"]
-GROUPS: tuple[Group, ...] = ("settings", "privacy", "utility", "cost")
+GROUPS: tuple[Group, ...] = ("utility", "privacy", "settings", "cost")
 Value = str | float | bool | None
 Figures = dict[str, Value]
 _OF_REPORT: Mapping[Group, Sequence[str]] = {

@@ -100,6 +100,7 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
         before=finite_scores(before),
         final=finite_scores(final.metrics),
         non_private=None,
+        findings=final.findings,
         rounds=tuple(
             RoundCost(
                 round=result.round,

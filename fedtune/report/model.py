@@ -286,17 +286,30 @@ class RoundCost:
 
 @spec
 class Utility:
-    """Scores on the lead's own files: exact, and covered by no guarantee."""
+    """Scores on the lead's own files: exact, and covered by no guarantee; `findings` are what they say against it."""
 
     before: Scores
     final: Scores
     non_private: Scores | None
     rounds: tuple[RoundCost, ...]
+    findings: tuple[str, ...] = ()
+
+
+@spec
+class StartAdapter:
+    """The adapter that the run began in; None: not known, but of an epsilon beside a delta: nothing bounds it."""
+
+    digest: str
+    run: str | None
+    dataset: str | None
+    unit: str | None
+    delta: float | None
+    epsilon: float | None
 
 
 @spec
 class Provenance:
-    """What the run was made of; None: not known."""
+    """What the run was made of; None: not known, but of `start_adapter`: the run began in a new one."""
 
     fedtune_version: str
     config_sha256: str | None
@@ -308,6 +321,7 @@ class Provenance:
     libraries: Mapping[str, str]
     python: str | None
     machine: str | None
+    start_adapter: StartAdapter | None = None
 
 
 @spec
@@ -425,8 +439,16 @@ _ADAPTER = TypeAdapter(Report)
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Plain JSON; `from_json` gives the report back."""
-    return dict(_ADAPTER.dump_python(report, mode="json"))
+    """Plain JSON; `from_json` gives the report back.
+
+    What came after 0.1.0 is left out where it says nothing, so that the signatures of older reports still fit.
+    """
+    fields = dict(_ADAPTER.dump_python(report, mode="json"))
+    if report.provenance.start_adapter is None:
+        del fields["provenance"]["start_adapter"]
+    if report.utility and not report.utility.findings:
+        del fields["utility"]["findings"]
+    return fields
 
 
 def from_json(text: str | bytes) -> Report:

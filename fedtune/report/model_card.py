@@ -154,8 +154,7 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
         simulated=not record.deployed,
         sites=report.sites,
         made=report.provenance,
-        recorded=made is not None,
-        start=made.start_adapter if made else None,
+        start=_start(report),
         template=template,
         prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
         rows=made.test_rows if made else None,
@@ -165,6 +164,21 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
         not_loadable=_Verbatim(_NOT_LOADABLE),
         **_privacy(Words(report, catalogue("en"))),
     )
+
+
+def _start(report: Report) -> str:
+    """Which adapter the run began in, and what that one's own training spent."""
+    start = report.provenance.start_adapter
+    if start is None:
+        return "none"
+    of_run = f"SHA-256 {start.digest}" + (f", of run {start.run} on {start.dataset}" if start.run else "")
+    if start.delta is None:
+        return f"{of_run}; what its training spent is not known"
+    if start.epsilon is None:
+        return f"{of_run}; its training bounds nothing"
+    figures = catalogue("en")
+    spent = f"epsilon {figures.figure(start.epsilon, 'epsilon')} at delta {figures.figure(start.delta, 'exact')}"
+    return f"{of_run}; its training spent {spent}, for each {start.unit}"
 
 
 def _privacy(words: Words) -> Mapping[str, Any]:

@@ -10,18 +10,22 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fedtune
+from fedtune.config import saved_settings
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
-from fedtune.spec import RunError, spec
+from fedtune.spec import ConfigError, RunError, spec
+from fedtune.tasks import task_named
 
 if TYPE_CHECKING:  # it imports torch, which who only reads needs not
     from fedtune.config import RunConfig
     from fedtune.sites.shared_model import SharedModel
 
 _SCHEMA_VERSION = 1
+UNKNOWN = "unknown"
+"""Stands in run.json for what no file says of the adapter that the run began in."""
 _LIBRARIES = (
     "cryptography",
     "dp-accounting",
@@ -85,6 +89,36 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
         return tuple(Environment(**one) for one in fields["environments"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RunError(f"{path} is damaged, so the machine and the model of the run are not known") from error
+
+
+def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
+    """What `run.json` says of the adapter that a run begins in; None: it begins in a new one.
+
+    What its training spent is told by the run folder that it lies in, and is "unknown" without one; an epsilon of None
+    bounds nothing.
+    """
+    if config.model.adapter is None:
+        return None
+    from fedtune.tasks.saved import StartAdapter
+
+    start = StartAdapter.read(config.model.adapter)
+    has_head = task_named(config.task).has_head
+    about = {"digest": start.digest, "head": start.has_head_for(config.task_model()) if has_head else None}
+    try:
+        folder = start.folder.resolve().parent
+        earlier = json.loads(RunFolder(folder).result.read_bytes())
+        spent, settings = earlier["privacy"], saved_settings(folder)
+        of_run = {
+            "from": str(settings["name"]),
+            "dataset": str(settings["data"]["dataset"]),
+            "unit": str(spent["unit"]),
+            "delta": float(spent["delta"]),
+            "epsilon": None if spent["epsilon"] is None or spent["seeded_noise"] else float(spent["epsilon"]),
+        }
+        before = (earlier.get("provenance") or {}).get("start_adapter")
+        return about | of_run | ({"start_adapter": before} if before else {})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
+        return about | dict.fromkeys(("from", "dataset", "unit", "delta", "epsilon"), UNKNOWN)
 
 
 def _here(shared: SharedModel) -> Environment:

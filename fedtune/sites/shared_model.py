@@ -21,8 +21,10 @@ from fedtune.model import Adapter, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
 from fedtune.privacy.mechanism import Unit
+from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model, task_named
-from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
+from fedtune.tasks.saved import StartAdapter
+from fedtune.training.machine import device_for, frozen_states_mib, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.preflight import moved_by_others, require_alone
 
 _Facts = tuple[Hashable, ...]
@@ -41,6 +43,7 @@ class SharedModel:
     Attributes:
         shapes: that micro-batches have.
         keeps_states: whether what the frozen layers make of the records fits the memory set aside for it.
+        states_mib: what that takes, in MiB.
         moved: the most that an example's clipped contribution moved in other company, in clip norms; 0.0: not by a bit.
 
     Raises:
@@ -54,6 +57,7 @@ class SharedModel:
         self.initial_adapter = Adapter.of(self.model)
         self.shapes = shapes_for(self.model, config.runtime, max_length=config.data.max_length)
         self.keeps_states = self._keeps_states(config, declared_size)
+        self.states_mib = frozen_states_mib(self.model, num_tokens=self._num_tokens(config, declared_size))
         self._facts = self._facts_of(config, declared_size)
         self.moved = 0.0
         if config.privacy.private:
@@ -86,10 +90,13 @@ class SharedModel:
         )
 
     def _keeps_states(self, config: RunConfig, declared_size: int | None) -> bool:
+        return keeps_frozen_states(self.model, config.runtime, num_tokens=self._num_tokens(config, declared_size))
+
+    @staticmethod
+    def _num_tokens(config: RunConfig, declared_size: int | None) -> int:
         """By public numbers, so that no record decides: full length, and of a user the records of a step."""
         size = sum(config.declared_sizes().values()) if declared_size is None else declared_size
-        num_tokens = size * config.privacy.contribution * config.data.max_length
-        return keeps_frozen_states(self.model, config.runtime, num_tokens=num_tokens)
+        return size * config.privacy.contribution * config.data.max_length
 
     def _tried(self) -> tuple[Shapes, float]:
         """The shapes in which no example's neighbours move it, else the plain ones and how far they do."""
@@ -111,6 +118,22 @@ class SharedModel:
             pad_id=self.tokenizer.pad_token_id,
             weights_chosen=not self.config.model.path.startswith(RANDOM),
         )
+
+    def first_adapter(self) -> Adapter:
+        """What the lead begins a run with: `model.adapter`, or the new adapter that changes nothing yet.
+
+        Raises:
+            ConfigError: for `model.adapter`: it does not fit the run, or is not the one that the run was proposed with.
+        """
+        named = self.config.model
+        if named.adapter is None and named.adapter_sha256 is None:
+            return self.initial_adapter
+        start = StartAdapter.read(named.adapter or "")
+        if start.digest != named.adapter_sha256:
+            raise ConfigError(
+                "model.adapter_sha256", named.adapter_sha256, f"must be {start.digest}, that of the adapter"
+            )
+        return start.adapter_for(self.model)
 
     def tokenised(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
         """Records as this model reads them; `lenient`: whatever they are."""

@@ -141,11 +141,12 @@ def _named_model(model: ModelSpec) -> ModelSpec:
     """The model by its hash, without the place where the lead has it."""
     sha256 = model.sha256 or model_sha256(model)
     path = model.path if model.path.startswith((RANDOM, PACKAGE)) else _AT_SITE
-    return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None, public_id=None)
+    return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None, public_id=None, adapter=None)
 
 
 def _local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpec:
     """The model where it lies here; its hash is checked when it is loaded."""
+    model = replace(model, adapter=None)  # no path that a lead sent is opened: its first adapter comes with round 1
     if model.sha256 is None:
         raise Refused(Reason.BASE_MODELS, asked=UNVERIFIED, allowed="a SHA-256 of the model")
     if model.path.startswith(RANDOM):

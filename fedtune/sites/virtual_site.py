@@ -27,6 +27,7 @@ from fedtune.model import Adapter
 from fedtune.privacy import filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
@@ -287,6 +288,19 @@ class Participants:
             for name, of_site in zip(federation.names, self.dealt.sites, strict=True)
             if name in federation.active
         }
+
+    def changed(self) -> list[str]:
+        """The sites whose records are others than those that the run's newest committed round there trained on."""
+        return [name for name in self.work if self._has_changed(name)]
+
+    def _has_changed(self, name: str) -> bool:
+        try:
+            known, key = self.sites.files(name).verified(), self.sites.ledger(name).fingerprint_key()
+        except RunError:
+            return False  # its ledger is not in order, and it answers for itself
+        mine = (Kind.COMMIT, self.config.run_id())
+        noted = [one.detail.get("fingerprint") for one in known.events if (one.kind, one.run) == mine] if known else []
+        return bool(noted) and noted[-1] != self.work[name].fingerprint(key)
 
     @property
     def plan(self) -> Plan:

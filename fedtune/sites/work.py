@@ -79,7 +79,7 @@ class SiteWork:
         adapter = adapter.within(self.max_adapter_value)
         scores = self._scores(plan, request, adapter, attempt, randomness) if plan.releases_metrics else None
         trained = self._train(plan, request, adapter, attempt, randomness)
-        return Trained(adapter=trained, scores=scores, fingerprint=self._fingerprint(fingerprint_key))
+        return Trained(adapter=trained, scores=scores, fingerprint=self.fingerprint(fingerprint_key))
 
     def _train(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
@@ -110,7 +110,7 @@ class SiteWork:
             stream=randomness.stream(self.site, request.round, attempt, "scores"),
         )
 
-    def _fingerprint(self, key: bytes) -> str:
+    def fingerprint(self, key: bytes) -> str:
         """HMAC, in hex, of the records that the site trained on, under a key of the site's own."""
         digest = hmac.new(key, digestmod="sha256")
         for record in self.records.training:

@@ -73,6 +73,7 @@ class Task(ABC):
         hub_name: what the Hugging Face hub calls it; empty: it has no name there.
         formats: that a tuned model can be exported in: the adapter, then the whole model as most load it, then others;
             a whole model has an output layer of its base's own, or a `readout`.
+        judged_by: the score that says whether training helped: the larger the better, but for "loss".
     """
 
     name: ClassVar[str]
@@ -83,6 +84,7 @@ class Task(ABC):
     writes: ClassVar[str | None] = None
     hub_name: ClassVar[str] = ""
     formats: ClassVar[tuple[str, ...]] = ("peft",)
+    judged_by: ClassVar[str] = "loss"
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -209,6 +211,10 @@ class Task(ABC):
             DataError: the data has nothing to score.
         """
         return {"loss": float(np.mean(figures["loss"]))}
+
+    def guess(self, dataset: TextDataset) -> float | None:
+        """The score `judged_by` of who always gives the best single answer to `dataset`; None: there is no such."""
+        return None
 
     @abstractmethod
     def unit_score(self, model: Model, batch: Batch) -> float:

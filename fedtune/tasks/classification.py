@@ -54,6 +54,7 @@ class Classification(Task):
     has_head = True
     hub_name = "text-classification"
     formats = ("peft", "sentence-transformers", "onnx")
+    judged_by = "accuracy"
 
     def check_model(self, spec: TaskModelSpec) -> None:
         if len(spec.labels) < 2 or len(set(spec.labels)) < len(spec.labels):
@@ -154,6 +155,10 @@ class Classification(Task):
             "macro_f1": macro_f1(truth, predicted, num_labels=len(spec.labels)),
             "loss": float(np.mean(figures["loss"])),
         }
+
+    def guess(self, dataset: TextDataset) -> float:
+        """The share of the most frequent label."""
+        return float(np.bincount(np.asarray(dataset.targets)).max() / len(dataset))
 
     def unit_score(self, model: Model, batch: Batch) -> float:
         """Whether the predicted class is right."""

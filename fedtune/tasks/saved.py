@@ -5,6 +5,8 @@ head.safetensors                                 the task's own tensors; of clas
                                                  "centre" (h,), see `HeadSpec`:
                                                  logits = scale * weight @ normalised(pooled - centre)
 fedtune.json                                     settings, labels, the base's hash, the adapter's digest
+
+It is there to be scored and used, or for another run to begin in (`StartAdapter`).
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel, assemble
 
 _SCHEMA_VERSION = 1
+_SETTINGS = "fedtune.json"
+_SAME = 1e-4
+"""What two machines may compute from the same seed, or the same labels, differs by less."""
 _HEAD = "head."
 """What the names of the task's own tensors begin with; its public constants are buffers of the model itself."""
 
@@ -83,7 +88,7 @@ class SavedAdapter:
         Raises:
             ConfigError: when a file is missing or malformed.
         """
-        settings = _read_json(folder / "fedtune.json")
+        settings = _read_json(folder / _SETTINGS)
         with _malformed(folder):
             spec, digest = _spec_from(settings, model), settings["adapter_digest"]
             tensors, head = _read_tensors(folder, has_head=task_named(spec.task).has_head)
@@ -112,7 +117,7 @@ class SavedAdapter:
         copy_tensors({**self.tensors, **trained}, model.adapter_parameters())
         copy_tensors({name: array for name, array in self.head.items() if name in constants}, constants)
         if Adapter.of(model).digest() != self.digest:
-            raise AdapterError(f"{self.folder}: the tensors are not the ones that fedtune.json names by digest")
+            raise AdapterError(f"{self.folder}: the tensors are not the ones that {_SETTINGS} names by digest")
 
     def require_same_model(self, other: TaskModelSpec) -> None:
         """Check that the adapter means in a model of `other` what it means in its own; tensors are checked on loading.
@@ -143,7 +148,7 @@ def _malformed(folder: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(str(folder / "fedtune.json"), type(error).__name__, f"is malformed: {error}") from error
+        raise ConfigError(str(folder / _SETTINGS), type(error).__name__, f"is malformed: {error}") from error
 
 
 def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
@@ -158,6 +163,116 @@ def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartAdapter:
+    """An adapter tuned before, in which a run can begin: of the same base, task and LoRA settings.
+
+    Its head is taken only where the labels are the same; for others the run's own head starts as it would without.
+
+    Attributes:
+        folder: that it lies in.
+        spec: of the model that it was tuned for.
+        digest: of the tensors that were trained.
+    """
+
+    folder: Path
+    spec: TaskModelSpec
+    digest: str
+
+    @classmethod
+    def read(cls, name: str) -> StartAdapter:
+        """What the folder of a run, or of its adapter, says that it holds.
+
+        Raises:
+            ConfigError: for `model.adapter`: it is no such folder.
+        """
+        folder = next((inner for inner in (Path(name, "adapter"), Path(name)) if (inner / _SETTINGS).is_file()), None)
+        if folder is None:
+            bound = f"must be the folder of a finished run, or of its adapter (no {_SETTINGS} in it)"
+            raise ConfigError("model.adapter", name, bound)
+        try:
+            settings = _read_json(folder / _SETTINGS)
+            return cls(folder=folder, spec=_spec_of(settings), digest=str(settings["adapter_digest"]))
+        except (ConfigError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError("model.adapter", name, f"must be a saved adapter ({error})") from error
+
+    def has_head_for(self, spec: TaskModelSpec) -> bool:
+        """Whether a run of this model takes the head, too."""
+        return task_named(spec.task).has_head and self.spec.labels == spec.labels
+
+    def require_fits(self, spec: TaskModelSpec) -> None:
+        """Check everything that can be known without the base.
+
+        Raises:
+            ConfigError: for `model.adapter`; names all that differs.
+        """
+        differing = [
+            f"its {key} is {was!r}, not {now!r}" for key, was, now in self._settings_beside(spec) if was != now
+        ]
+        if differing:
+            bound = f"must be of the same task and LoRA settings as the run: {'; '.join(differing)}"
+            raise ConfigError("model.adapter", str(self.folder), bound)
+
+    def _settings_beside(self, spec: TaskModelSpec) -> Iterator[tuple[str, object, object]]:
+        old, new = self.spec, spec
+        yield "task", old.task, new.task
+        for key in ("rank", "target_modules", "layers", "scale"):
+            was, now = getattr(old.lora, key), getattr(new.lora, key)
+            in_any_order = key in ("target_modules", "layers") and isinstance(was, tuple) and isinstance(now, tuple)
+            yield f"lora.{key}", *((tuple(sorted(was)), tuple(sorted(now))) if in_any_order else (was, now))
+        if self.has_head_for(spec):
+            for key in ("scale", "centre", "label_texts"):
+                yield f"head.{key}", getattr(old.head, key), getattr(new.head, key)
+
+    def adapter_for(self, model: TaskModel) -> Adapter:
+        """The adapter that a run of `model` begins with.
+
+        Raises:
+            ConfigError: for `model.adapter`: it does not fit, is damaged, or has values that are not finite.
+        """
+        self.require_fits(model.spec)
+        self._require_base(model.spec.model)
+        constants, parameters = dict(model.named_buffers(recurse=False)), model.adapter_parameters()
+        try:
+            tensors, own = _read_tensors(self.folder, has_head=model.task.has_head)
+            saved = Adapter(tensors | {_HEAD + name: one for name, one in own.items() if name not in constants}).tensors
+            if Adapter(self._trained(saved)).digest() != self.digest:
+                raise AdapterError(f"the tensors are not the ones that {_SETTINGS} names by digest")
+            taken = {
+                name: one for name, one in saved.items() if self.has_head_for(model.spec) or not name.startswith(_HEAD)
+            }
+            here = Adapter({name: one.detach().cpu().numpy() for name, one in parameters.items()}).tensors
+            start = Adapter({name: one for name, one in here.items() if name.startswith(_HEAD)} | taken)
+            if not start.same_shapes(Adapter(here)):
+                raise AdapterError("it has other tensors than the run")
+            if not all(bool(np.isfinite(one).all()) for one in taken.values()):
+                raise AdapterError("it has values that are not finite")
+            for name, one in taken.items():
+                if not parameters[name].requires_grad and not np.allclose(one, here[name], atol=_SAME):
+                    bound = (
+                        f"the run does not train {name}, and starts with another one (its seed was {self.spec.seed})"
+                    )
+                    raise AdapterError(bound)
+        except (ConfigError, AdapterError) as error:
+            raise ConfigError("model.adapter", str(self.folder), f"cannot be begun with: {error}") from error
+        return Adapter({name: start.tensors[name] for name in model.trainable()})
+
+    def _trained(self, saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Without an A that FFA-LoRA froze, and a head that was left as it was."""
+        lora, head = self.spec.lora, self.spec.head
+        return {
+            name: one
+            for name, one in saved.items()
+            if (head.train if name.startswith(_HEAD) else lora.train_a or ".lora_A." not in name)
+        }
+
+    def _require_base(self, model: ModelSpec) -> None:
+        was, now = _pinned_whole(replace(model, sha256=self.spec.model.sha256)).sha256, model_sha256(model)
+        if was != now:
+            bound = f"must be of the run's own base model, whose hash is {now}; it was tuned for {was}"
+            raise ConfigError("model.adapter", str(self.folder), bound)
+
+
 def _write(model: TaskModel, folder: Path) -> None:
     tensors = {name: parameter.detach().cpu().numpy() for name, parameter in model.adapter_parameters().items()}
     head = {name.removeprefix(_HEAD): tensors.pop(name) for name in list(tensors) if name.startswith(_HEAD)}
@@ -167,7 +282,7 @@ def _write(model: TaskModel, folder: Path) -> None:
     if model.task.has_head:
         save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
     _write_json(folder / "adapter_config.json", _peft_settings(model))
-    _write_json(folder / "fedtune.json", _settings(model))
+    _write_json(folder / _SETTINGS, _settings(model))
 
 
 def _peft_settings(model: TaskModel) -> dict[str, Any]:
@@ -185,11 +300,15 @@ def _settings(model: TaskModel) -> dict[str, Any]:
 
 
 def _spec_from(settings: dict[str, Any], model: ModelSpec | None) -> TaskModelSpec:
-    saved = ModelSpec(**settings["model"])
+    spec = _spec_of(settings)
     # A base that lies elsewhere is still pinned to the model that the adapter was trained on.
-    here = saved if model is None else replace(model, sha256=saved.sha256)
+    here = spec.model if model is None else replace(model, sha256=spec.model.sha256)
+    return replace(spec, model=_pinned_whole(here))
+
+
+def _spec_of(settings: dict[str, Any]) -> TaskModelSpec:
     return TaskModelSpec(
-        model=_pinned_whole(here),
+        model=ModelSpec(**settings["model"]),
         lora=LoraSpec(**_with_tuples(settings["lora"])),
         head=HeadSpec(**_with_tuples(settings["head"])),
         task=settings["task"],

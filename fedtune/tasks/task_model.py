@@ -76,6 +76,11 @@ class TaskModel(nn.Module):
         return self
 
     @property
+    def skips_layers(self) -> bool:
+        """Whether layers lie below the first trained one, whose output can be kept."""
+        return self._prefix.depth > 0
+
+    @property
     def device(self) -> torch.device:
         """Where the model lies."""
         return next(self.parameters()).device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,9 @@ from fedtune.model.fits import usable_positions
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
 from fedtune.training.spec import RuntimeSpec
+
+_ELSEWHERE_MIB = 1024.0
+"""For kept states where the system does not say how much memory is available."""
 
 
 def device_for(wanted: str, *, must_exist: bool = True) -> torch.device:
@@ -55,5 +59,21 @@ def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Sh
 
 def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
     """Whether the frozen layers' outputs for so many tokens fit the memory set aside for them."""
+    return frozen_states_mib(model, num_tokens=num_tokens) <= _kept_states_mib(runtime)
+
+
+def frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
+    """The memory that the frozen layers' outputs for so many tokens take, in MiB; 0 where the first layer trains."""
     width = model.base.config.get_text_config().hidden_size * model.base.dtype.itemsize
-    return bool(num_tokens * width <= runtime.kept_states_mib * 2**20)
+    return num_tokens * width / 2**20 if model.skips_layers else 0.0
+
+
+def _kept_states_mib(runtime: RuntimeSpec) -> float:
+    """The memory set aside; by default a quarter of what is available, so that a process leaves room for others."""
+    if runtime.kept_states_mib is not None:
+        return runtime.kept_states_mib
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) / 2**10 / 4
+    except (OSError, ValueError, LookupError):  # not Linux
+        return _ELSEWHERE_MIB

@@ -61,6 +61,16 @@ class TrainingSpec:
         check_one_of("schedule", self.schedule, SCHEDULES)
         check_at_least("warmup_steps", self.warmup_steps, 0)
 
+    def lower_rates(self, *, clipped: bool) -> dict[str, float]:
+        """A third of every learning rate that counts, by its key under `training`."""
+        found = {}
+        for key, rate in zip(("learning_rate", "head_learning_rate"), self.peak_rates(clipped=clipped), strict=True):
+            other = f"unclipped_{key}"
+            name = other if not clipped and getattr(self, other) else key
+            if getattr(self, name) is not None:
+                found[name] = float(f"{rate / 3:.2g}")
+        return found
+
     def peak_rates(self, *, clipped: bool) -> tuple[float, float]:
         """Learning rates of LoRA and head at the schedule's peak."""
         lora, head = self.learning_rate, self.head_learning_rate
@@ -90,7 +100,8 @@ class RuntimeSpec:
         micro_batch_tokens: the padded tokens in a micro-batch; fewer tokens need less memory.
         kept_states_mib: the memory in MiB for keeping each record's output of the frozen layers below the adapters,
             for all sites of a process together, and as much for each of the lead's data sets.  If the outputs do not
-            fit, none are kept.  0 turns it off.
+            fit, none are kept, which takes several times as long; a run says so at its start.  null: a quarter of what
+            the machine has available.  0 turns it off.
         gradient_checkpointing: true recomputes activations in the backward pass, for large models.
         seeded_noise: true takes noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
         sites_dir: the folder in which simulated sites keep policy, key and ledger over several runs; null: each run
@@ -101,7 +112,7 @@ class RuntimeSpec:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = None
     micro_batch_tokens: int = 1024
-    kept_states_mib: int = 1024
+    kept_states_mib: int | None = None
     gradient_checkpointing: bool = False
     seeded_noise: bool = False
     sites_dir: str | None = None
@@ -113,4 +124,5 @@ class RuntimeSpec:
             if self.num_threads > _MOST_THREADS:
                 raise ConfigError("num_threads", self.num_threads, f"must be at most {_MOST_THREADS}")
         check_at_least("micro_batch_tokens", self.micro_batch_tokens, 1)
-        check_at_least("kept_states_mib", self.kept_states_mib, 0)
+        if self.kept_states_mib is not None:
+            check_at_least("kept_states_mib", self.kept_states_mib, 0)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -15,7 +16,16 @@ from fedtune.cli.compose import compose_run
 from fedtune.cli.display import Display, show_result, show_sweep
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, RoundResult
-from fedtune.federation.results import FinalResult, PrivacyResult, RunResult, SiteResult
+from fedtune.federation.results import (
+    DATA_CHANGED,
+    DIVERGED,
+    GUESS,
+    WORSE,
+    FinalResult,
+    PrivacyResult,
+    RunResult,
+    SiteResult,
+)
 from fedtune.model import Adapter
 from fedtune.privacy.release import Receipt
 
@@ -61,14 +71,24 @@ class Nobody:
 
     initial_adapter = Adapter({})
     device = "cpu"
+    keeps_states = True
 
 
-def shown(config: RunConfig, *states: LeadState, terminal: bool = False, progress: bool = True) -> str:
+def shown(
+    config: RunConfig,
+    *states: LeadState,
+    terminal: bool = False,
+    progress: bool = True,
+    start: Any = None,
+    before: LeadState | None = None,
+    shared: Any = None,
+) -> str:
     out = io.StringIO()
     console = Console(file=out, width=200, force_terminal=terminal)
     with Display(console, config, shown=progress) as display:
         proposal = config.proposal(lead="ab" * 32, plan=config.plan())
-        display.prepared(Nobody(), proposal, LeadState(round=0, adapter=Adapter({})))  # type: ignore[arg-type]
+        first = before or LeadState(round=0, adapter=Adapter({}), start_adapter=start)
+        display.prepared(shared or Nobody(), proposal, first)  # type: ignore[arg-type]
         for state in states:
             display.site_replied(1)
             display.site_replied(2)
@@ -158,3 +178,67 @@ def test_a_sweep_is_a_table(config: RunConfig) -> None:
 def test_time_left_uses_the_run_so_far(config: RunConfig, state: Callable[..., LeadState]) -> None:
     slow = replace(state(5), seconds=500.0)
     assert "about 8 min 20 s left" in shown(config, slow)
+
+
+def test_scores_that_were_paid_for_are_shown(config: RunConfig) -> None:
+    common: dict[str, Any] = {"seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 1}
+    rounds = [RoundResult(round=n, metrics={}, site_scores={"site-1": (n / 8, 1.0)}, **common) for n in (1, 2)]
+    out = table(config, replace(result(), rounds=tuple(rounds)))
+    assert "noised scores of held-out records, for the adapter that round 2 began with: site-1 0.250" in out
+    assert "noised scores" not in table(config, result())
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (DATA_CHANGED, "A training file changed between two starts of this run."),
+        (DIVERGED, "Training diverged: do not use this adapter."),
+        (WORSE, "The model is worse than before training."),
+        (GUESS, "no better than always giving the most frequent label"),
+    ],
+)
+def test_what_the_scores_say_against_the_training_is_said_at_the_end(config: RunConfig, code: str, said: str) -> None:
+    found = replace(result(), final=replace(result().final, findings=(code,)))
+    lines = " ".join(table(config, found).split())
+    assert said in lines
+    assert ("training.learning_rate=0.0033" in lines) == (code in (DIVERGED, WORSE))
+    assert said not in " ".join(table(config, result()).split())
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "said"),
+    [
+        (3.0, "its training on letters spent epsilon 3.000 at delta 1e-05 for each record"),
+        (None, "its training on letters promises nothing about its records"),
+        ("unknown", "what its training spent is unknown: no run.json lies beside it"),
+    ],
+)
+def test_what_a_run_begins_in_is_said_before_it_begins(config: RunConfig, epsilon: Any, said: str) -> None:
+    about = {"digest": "ab" * 32, "head": False, "from": "first", "dataset": "letters", "unit": "record"}
+    out = shown(config, start={**about, "delta": 1e-5, "epsilon": epsilon})
+    assert (
+        f"begins in the adapter abababababab of first; {said}; its head has other labels: the head starts anew" in out
+    )
+    assert "begins in" not in shown(config)
+
+
+def test_a_resume_with_other_records_is_told(config: RunConfig) -> None:
+    out = shown(config, before=LeadState(round=1, adapter=Adapter({}), data_changed=("site-2",)))
+    assert "The records of site-2 are others than when the run began: its epsilon holds for both" in out
+
+
+def test_noise_that_drowns_the_records_is_told_before_the_run(config: RunConfig) -> None:
+    class Model:
+        initial_adapter = Adapter({"a": np.zeros((1000, 100), np.float32)})
+        device = "cpu"
+        keeps_states = False
+        states_mib = 1234.5
+
+    out = " ".join(shown(config, shared=Model()).split())
+    assert "this run is likely to learn little, and costs its epsilon all the same" in out
+    assert "which takes 1,235 MiB: training takes several times as long" in out
+    Model.initial_adapter = Adapter({"a": np.zeros((10, 10), np.float32)})
+    Model.keeps_states = True
+    out = " ".join(shown(config, shared=Model()).split())
+    assert "records can move the adapter at most" in out
+    assert "kept_states_mib" not in out

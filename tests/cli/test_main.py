@@ -78,7 +78,7 @@ def test_each_kind_of_error_has_its_exit_code(
 
     monkeypatch.setattr("fedtune.cli.simulate.compose_run", fails)
     assert main(["simulate"]) == code
-    assert capsys.readouterr().err == ("" if isinstance(error, KeyboardInterrupt) else f"fedtune: {error}\n")
+    assert capsys.readouterr().err == f"fedtune: {str(error) or 'interrupted'}\n"
 
 
 def printed(code: str) -> str:

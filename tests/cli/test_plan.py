@@ -315,3 +315,13 @@ def test_a_time_is_about_as_exact_as_it_can_be(seconds: float, shown: str) -> No
 )
 def test_bytes_in_the_unit_that_fits(count: int, shown: str) -> None:
     assert size(count) == shown
+
+
+def test_the_signal_is_shown_where_the_model_was_loaded(plan: Run, plan_json: Run) -> None:
+    weak = " ".join(plan("privacy.noise_multiplier=400", "privacy.epsilon=8", model=True).out.split())
+    assert "this run is likely to learn little, and costs its epsilon all the same" in weak
+    strong = " ".join(plan("data.declared_sizes=5000", model=True).out.split())
+    assert "records can move the adapter at most" in strong
+    assert plan_json(model=True)["signal_to_noise"] > 0
+    assert plan_json()["signal_to_noise"] is None
+    assert plan_json("privacy=none", model=True)["signal_to_noise"] is None, "no bound, as everywhere in its JSON"

@@ -396,9 +396,9 @@ def test_a_report_alone_is_compared_without_its_configuration(
 def test_diff_of_a_report_with_itself(run_folder: Path, command: Any) -> None:
     out = command("report", "diff", str(run_folder), str(run_folder)).out
     assert out.splitlines() == [
-        "Settings: no difference.",
-        "Privacy: no difference.",
         "Scores on the lead's files: no difference.",
+        "Privacy: no difference.",
+        "Settings: no difference.",
         "Cost: no difference.",
     ]
 

@@ -166,6 +166,7 @@ def test_resuming_a_finished_run_writes_the_same_again(
     assert command("simulate", f"resume={folder}").code == 0
     assert adapter_of(folder) == adapter
     assert result_of(folder)["privacy"] == result["privacy"]
+    assert "data_changed" not in result_of(folder)["final"]["findings"]
 
 
 def test_a_damaged_checkpoint_ends_the_run_and_says_so(folder: Path, command: Any) -> None:
@@ -174,6 +175,37 @@ def test_a_damaged_checkpoint_ends_the_run_and_says_so(folder: Path, command: An
     outcome = command("simulate", f"resume={folder}")
     assert outcome.code == 1
     assert "round-0002.safetensors is damaged" in outcome.message
+    assert "move it away, and resume the run from round-0001.safetensors" in outcome.message
+    assert "Continue with" not in outcome.out, "that would fail in the same way"
+    newest.unlink()
+    assert command("simulate", f"resume={folder}").code == 0
+    newest.write_bytes(b"")
+    (folder / "checkpoints" / "round-0001.safetensors").unlink()
+    assert "no other is left: start a new run" in command("simulate", f"resume={folder}").message
+
+
+def test_other_records_in_a_resumed_run_are_noticed_and_reported(
+    command: Any, tiny: Any, tmp_path: Path, result_of: Any
+) -> None:
+    rows = [f"question {number} of {number % 7},{number % 2}" for number in range(60)]
+    train = tmp_path / "train.csv"
+    train.write_text("\n".join(["text,label", *rows]) + "\n")
+    chosen = (
+        f"data.train_file={train}",
+        "data.labels=['0','1']",
+        "data.train_fraction=1.0",
+        "data.validation_file=null",
+    )
+    given = tiny(*chosen, "data.test_file=null", "federation.num_rounds=1", "tracking.progress=true", into=tmp_path)
+    assert command("simulate", *given).code == 0
+    folder = tmp_path / "run"
+    train.write_text("\n".join(["text,label", *rows, "a question that was not there,1"]) + "\n")
+    resumed = command("simulate", f"resume={folder}")
+    assert resumed.code == 0
+    assert "are others than when the run began" in resumed.out
+    assert "A training file changed between two starts of this run." in resumed.out
+    assert result_of(folder)["final"]["findings"] == ["data_changed"]
+    assert json.loads((folder / "report.json").read_text())["utility"]["findings"] == ["data_changed"]
 
 
 def test_a_damaged_ledger_keeps_its_site_from_training(folder: Path, command: Any, result_of: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from fedtune.federation import planner
@@ -138,3 +139,24 @@ def test_a_rate_ends_at_one() -> None:
     assert rates == {0.8, 1.0}
     full = replace(plan, sampling_rate=1.0)
     assert {change.plan.sampling_rate for change in planner.what_if(full, epsilon=3.0)} == {1.0}
+
+
+def test_the_signal_is_measured_against_the_noise_in_the_mean_of_all_steps() -> None:
+    plan = golden(noise_multiplier=3.0, sampling_rate=0.1, max_grad_norm=0.5, local_steps=5, num_rounds=4)
+    sizes, values, draws = {"a": 300, "b": 100}, 400, np.random.default_rng(0)
+    moved = np.zeros(values)
+    for _ in range(plan.local_steps * plan.num_rounds):
+        for size in sizes.values():
+            noise = draws.normal(0, plan.noise_multiplier * plan.max_grad_norm, values) / (plan.sampling_rate * size)
+            moved += size / 400 * noise / 20
+    ratio = planner.signal_to_noise(plan, sizes, values=values)
+    assert ratio == pytest.approx(plan.max_grad_norm / np.linalg.norm(moved), rel=0.15)
+
+
+def test_what_raises_the_signal_and_what_does_not() -> None:
+    plain = planner.signal_to_noise(golden(), SIZES, values=1000)
+    assert planner.signal_to_noise(golden(), SIZES, values=4000) == pytest.approx(plain / 2)
+    assert planner.signal_to_noise(golden(num_rounds=80), SIZES, values=1000) == pytest.approx(plain * 2)
+    assert planner.signal_to_noise(golden(noise_multiplier=2.0), SIZES, values=1000) == pytest.approx(plain / 2)
+    assert planner.signal_to_noise(golden(max_grad_norm=9.0), SIZES, values=1000) == pytest.approx(plain)
+    assert planner.signal_to_noise(golden(noise_multiplier=0.0), SIZES, values=1000) == math.inf

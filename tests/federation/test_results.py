@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedtune.federation.lead import LeadState, RoundResult
-from fedtune.federation.results import FinalResult, RunResult
+from fedtune.federation.results import DIVERGED, GUESS, WORSE, FinalResult, RunResult, findings_of
 from fedtune.model import Adapter
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
@@ -83,3 +83,39 @@ def test_a_diverged_loss_is_null_in_strict_json(build: Callable[..., dict[str, A
     result = json.loads(json.dumps(build(charged={"a": 1}, loss=loss), allow_nan=False))
     assert result["rounds"][0]["metrics"] == {"loss": None, "accuracy": 0.5}
     assert result["final"]["metrics"] == {"loss": None}
+
+
+GOOD = {"accuracy": 0.8, "loss": 0.7}
+START = {"accuracy": 0.3, "loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        (START, GOOD, ()),
+        (START, {"accuracy": 0.8, "loss": math.nan}, (DIVERGED,)),
+        (START, {"accuracy": 0.8, "loss": None}, (DIVERGED,)),
+        (START, {"accuracy": 0.8, "loss": 2.01}, (DIVERGED,)),
+        (START, {"accuracy": 0.8, "loss": 1.99}, ()),
+        ({"accuracy": 0.9, "loss": 1.0}, GOOD, (WORSE,)),
+        ({"accuracy": 0.81, "loss": 1.0}, GOOD, ()),  # within the standard error of 100 rows
+        (START, {"accuracy": 0.5, "loss": 0.7}, (GUESS,)),
+        ({"accuracy": 0.9, "loss": 1.0}, {"accuracy": 0.5, "loss": 0.7}, (WORSE, GUESS)),
+        ({}, {}, ()),
+        ({}, GOOD, ()),
+    ],
+)
+def test_what_the_scores_say_against_the_training(before: Any, after: Any, found: tuple[str, ...]) -> None:
+    assert findings_of((), before, after, judged_by="accuracy", guess=0.5, rows=100) == found
+
+
+def test_a_loss_is_worse_where_it_is_larger_and_has_no_guess() -> None:
+    judged: dict[str, Any] = {"judged_by": "loss", "guess": None, "rows": 100}
+    assert findings_of((), {"loss": 2.0}, {"loss": 2.1}, **judged) == (WORSE,)
+    assert findings_of((), {"loss": 2.0}, {"loss": 1.9}, **judged) == ()
+
+
+def test_a_round_that_went_back_is_told_at_the_end() -> None:
+    common: dict[str, Any] = {"seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 1}
+    rounds = [RoundResult(round=1, metrics=GOOD, diverged=True, **common), RoundResult(round=2, metrics=GOOD, **common)]
+    assert findings_of(rounds, START, GOOD, judged_by="accuracy", guess=0.5, rows=100) == (DIVERGED,)

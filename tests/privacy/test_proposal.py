@@ -15,7 +15,12 @@ from fedtune.spec import ConfigError
 
 
 def test_a_proposal_survives_json(proposal: Any) -> None:
-    for each in (proposal(), proposal(plan={"metrics_noise_multiplier": 20.0}), proposal(target_modules=())):
+    for each in (
+        proposal(),
+        proposal(start_adapter="d" * 64),
+        proposal(plan={"metrics_noise_multiplier": 20.0}),
+        proposal(target_modules=()),
+    ):
         again = Proposal.from_json(json.loads(json.dumps(each.to_json())))
         assert again == each
         assert again.digest() == each.digest()
@@ -37,9 +42,11 @@ def test_every_field_is_in_its_json_and_its_digest(proposal: Any, lead_key: Any,
         "lora_scale": 3.0,
         "head_scale": 0.0,
         "plan": {"spare_rounds": 1},
+        "start_adapter": "d" * 64,
     }
     fields = {field.name for field in dataclasses.fields(Proposal)}
-    assert set(changes) == set(proposal().to_json()) == fields
+    assert set(changes) == set(proposal(start_adapter="d" * 64).to_json()) == fields
+    assert set(proposal().to_json()) == fields - {"start_adapter"}  # as before there was one
     digests = {proposal(**{name: value}).digest() for name, value in changes.items()}
     assert len(digests | {proposal().digest()}) == len(fields) + 1
 
@@ -72,6 +79,9 @@ def test_what_is_no_text_is_refused(proposal: Any, name: str, value: object) -> 
         ("lora_scale", float("inf"), "must be a number of at least 0"),
         ("head_scale", float("nan"), "must be a number of at least 0"),
         ("head_scale", 1, "must be a number of at least 0"),
+        ("start_adapter", "d" * 63, "must be 64 lower-case hexadecimal digits, or empty"),
+        ("start_adapter", "D" * 64, "must be 64 lower-case hexadecimal digits, or empty"),
+        ("start_adapter", None, "must be 64 lower-case hexadecimal digits, or empty"),
         ("train_head", 1, "must be true or false"),
         ("seeded_noise", None, "must be true or false"),
     ],

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedtune.report
+from fedtune.federation import results
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import PERIODS
 from fedtune.report import watch_page as watch
@@ -45,6 +46,7 @@ CODES: dict[str, set[str]] = {
     "phase": set(get_args(watch.Phase)),
     "unit": {"record", "user"},
     "relation": {"add_or_remove_one"},
+    "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS},
 }
 """Codes that types and rules list, by the section that has words for them."""
 WRITTEN = {

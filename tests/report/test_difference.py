@@ -51,10 +51,10 @@ def test_each_group_has_its_own(a_report: Make) -> None:
         provenance=replace(report.provenance, libraries={"torch": "2.9.0", "dp-accounting": "0.6.0"}),
     )
     assert [(change.group, change.key, change.before, change.after) for change in differences(report, after)] == [
+        ("utility", "final.accuracy", 0.75, 0.8),
+        ("privacy", "epsilon", report.epsilon, 0.9),
         ("settings", "delta", 1e-5, 1e-6),
         ("settings", "provenance.libraries.torch", "2.8.0", "2.9.0"),
-        ("privacy", "epsilon", report.epsilon, 0.9),
-        ("utility", "final.accuracy", 0.75, 0.8),
         ("cost", "seconds", 10.0, 12.0),
         ("cost", "sites_that_failed", 0, 1),
     ]

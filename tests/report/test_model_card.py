@@ -124,13 +124,19 @@ def test_a_run_of_an_earlier_version_has_a_card_too(run_folder: Path, tmp_path: 
     assert record.result.provenance is not None
     older = replace(record, result=replace(record.result, provenance=None))
     card = card_text(older, from_run.build(folder), FORM)
-    assert "| Adapter it started from | not recorded |" in card
+    assert "| Adapter it started from | none |" in card
     assert "On the records of the lead's own test file" in card
 
 
-def test_a_start_adapter_is_named(record: RunRecord, of_run: Report) -> None:
-    assert record.result is not None
-    assert record.result.provenance is not None
-    started = replace(record.result.provenance, start_adapter={"digest": "ab" * 32, "from": "intents", "epsilon": None})
-    card = card_text(replace(record, result=replace(record.result, provenance=started)), of_run, FORM)
-    assert f"digest {'ab' * 32}, from intents, epsilon None |" in card
+@pytest.mark.parametrize(
+    ("spent", "said"),
+    [
+        ({"delta": 1e-5, "epsilon": 2.5}, ", of run intents on public; its training spent epsilon 2.5 at delta "),
+        ({"delta": 1e-5, "epsilon": None}, ", of run intents on public; its training bounds nothing |"),
+        ({"run": None, "delta": None, "epsilon": None}, "; what its training spent is not known |"),
+    ],
+)
+def test_a_start_adapter_is_named(record: RunRecord, of_run: Report, spent: dict[str, Any], said: str) -> None:
+    start = StartAdapter(**{"digest": "ab" * 32, "run": "intents", "dataset": "public", "unit": "record"} | spent)
+    begun = replace(of_run, provenance=replace(of_run.provenance, start_adapter=start))
+    assert f"SHA-256 {'ab' * 32}{said}" in card_text(record, begun, FORM)

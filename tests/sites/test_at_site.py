@@ -136,9 +136,10 @@ def test_an_installed_model_is_taken_whatever_the_lead_says(
     letters: Callable[..., RunConfig], policy: Policy, path: str
 ) -> None:
     model: dict[str, Any] = {"path": path, "sha256": HASH, "gguf_file": "a.gguf", "revision": "x", "cache_dir": "/etc"}
+    model["adapter"] = "/etc"
     taken = here(letters(model=model), policy, installed=lambda sha256: STORE / sha256).model
     assert (taken.path, taken.sha256, taken.gguf_file) == (str(STORE / HASH), HASH, "a.gguf")
-    assert (taken.revision, taken.cache_dir) == (None, None)
+    assert (taken.revision, taken.cache_dir, taken.adapter) == (None, None, None)
 
 
 def test_packages_and_made_up_models_need_no_store(letters: Callable[..., RunConfig], policy: Policy) -> None:

@@ -406,6 +406,21 @@ def test_a_tighter_bound_on_the_adapter_holds_with_the_next_request(station: Any
     assert largest(site.update(round=2)) <= 0.25
 
 
+def test_an_adapter_that_a_run_begins_in_is_brought_into_the_bound_of_the_site(station: Any) -> None:
+    site = station(model={"adapter_sha256": "cd" * 32}, training={"learning_rate": 1e-6})
+    tuned = Adapter({name: np.full_like(value, 7.0) for name, value in site.first.tensors.items()})
+    site.edit(limits={"max_adapter_value": 0.25})
+    update = site.update(adapter=tuned)
+    assert all(np.abs(value).max() <= 0.25 for value in update.tensors.values())
+    assert any(np.abs(value).max() > 0.17 for value in update.tensors.values()), "it was not the start that was trained"
+    (run,) = site.ledger().history.runs.values()
+    assert run.proposal.start_adapter == "cd" * 32
+
+
+def test_a_start_that_is_not_in_the_settings_is_another_run(site: Any) -> None:
+    assert site.refusal(start_adapter="cd" * 32) is Reason.PLAN_CHANGED
+
+
 def test_an_answer_survives_a_restart_to_the_byte_and_is_charged_once(site: Any) -> None:
     first = site.ask()
     site.restart()

@@ -12,10 +12,12 @@ from transformers import RobertaConfig, RobertaModel
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model
-from fedtune.training.machine import device_for, keeps_frozen_states, ready_model, shapes_for
+from fedtune.training.machine import device_for, frozen_states_mib, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.spec import RuntimeSpec
 
 TINY = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="classification", labels=("a", "b"))
+SKIPS = replace(TINY, lora=LoraSpec(layers=(-1,)))
+"""Its first layer is frozen, so that its output can be kept."""
 
 
 def test_a_length_that_the_model_cannot_take_is_a_mistake() -> None:
@@ -43,12 +45,27 @@ def test_a_length_in_the_padding_s_rows_is_a_mistake(tmp_path: Path) -> None:
 
 
 def test_frozen_states_are_kept_while_they_fit() -> None:
-    model = ready_model(lambda: build_task_model(TINY), RuntimeSpec(num_threads=1), max_length=8)
+    model = ready_model(lambda: build_task_model(SKIPS), RuntimeSpec(num_threads=1), max_length=8)
     fitting = 2**20 // (4 * model.base.config.hidden_size)
     one_mib = RuntimeSpec(kept_states_mib=1)
     assert keeps_frozen_states(model, one_mib, num_tokens=fitting)
     assert not keeps_frozen_states(model, one_mib, num_tokens=fitting + 1)
     assert not keeps_frozen_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=1)
+
+
+def test_by_default_a_quarter_of_the_available_memory_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ready_model(lambda: build_task_model(SKIPS), RuntimeSpec(num_threads=1), max_length=8)
+    a_mib = 2**20 // (4 * model.base.config.hidden_size)
+    for text, mib in (("MemTotal: 9 kB\nMemAvailable:   40960 kB\n", 10), ("nothing of the kind\n", 1024)):
+        monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
+        assert keeps_frozen_states(model, RuntimeSpec(), num_tokens=mib * a_mib)
+        assert not keeps_frozen_states(model, RuntimeSpec(), num_tokens=mib * a_mib + a_mib)
+
+
+def test_a_model_whose_first_layer_trains_needs_no_memory_for_states() -> None:
+    model = ready_model(lambda: build_task_model(TINY), RuntimeSpec(num_threads=1), max_length=8)
+    assert frozen_states_mib(model, num_tokens=10**9) == 0
+    assert keeps_frozen_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=10**9)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -40,6 +40,13 @@ def test_a_run_without_clipping_takes_its_own_rates_where_they_are_given() -> No
     assert TrainingSpec(learning_rate=0.1, unclipped_learning_rate=0.3).peak_rates(clipped=False) == (0.3, 0.3)
 
 
+def test_lower_rates_are_a_third_of_those_that_count_by_their_own_keys() -> None:
+    recipe = TrainingSpec(learning_rate=0.3, head_learning_rate=0.6, unclipped_head_learning_rate=0.9)
+    assert recipe.lower_rates(clipped=True) == {"learning_rate": 0.1, "head_learning_rate": 0.2}
+    assert recipe.lower_rates(clipped=False) == {"learning_rate": 0.1, "unclipped_head_learning_rate": 0.3}
+    assert TrainingSpec(learning_rate=0.3).lower_rates(clipped=True) == {"learning_rate": 0.1}
+
+
 def test_a_warmup_as_long_as_the_run() -> None:
     spec = TrainingSpec(schedule="linear", warmup_steps=4)
     factors = [learning_rate_factor(spec, step=step, total_steps=4) for step in range(4)]

@@ -16,8 +16,9 @@ from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.release import METRICS
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.model import Provenance, Report, SiteReport
+from fedtune.report.model import Provenance, Report, SiteReport, StartAdapter
 from fedtune.report.record.ledger_record import LedgerRecord
+from fedtune.sites.environment import UNKNOWN
 from fedtune.words import finite
 
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
@@ -244,6 +245,31 @@ def _provenance_of_run(record: RunRecord) -> Provenance:
         libraries={name: version for name, version in libraries.items() if version},
         python=_one(environment.python for environment in environments),
         machine=_one(f"{one.system} {one.machine}, {one.device}" for one in environments),
+        start_adapter=_start_adapter(record),
+    )
+
+
+def _start_adapter(record: RunRecord) -> StartAdapter | None:
+    """As the run noted it, in files that anybody may have written: what has another form is not known."""
+    digest, noted = record.config.model.adapter_sha256, record.start_adapter
+
+    def text(key: str) -> str | None:
+        value = noted.get(key)
+        return value if isinstance(value, str) and value != UNKNOWN else None
+
+    def number(key: str) -> float | None:
+        value = noted.get(key)
+        return finite(value) if isinstance(value, float) else None
+
+    if digest is None:
+        return None
+    return StartAdapter(
+        digest=digest,
+        run=text("from"),
+        dataset=text("dataset"),
+        unit=text("unit"),
+        delta=number("delta"),
+        epsilon=number("epsilon"),
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -61,6 +62,13 @@ class RunRecord:
     def finished(self) -> bool:
         """Whether every round was aggregated."""
         return len(self.rounds) >= self.config.federation.num_rounds
+
+    @property
+    def start_adapter(self) -> Mapping[str, Any]:
+        """What the run noted of the adapter that it began in; empty where it noted nothing."""
+        made = self.result.provenance if self.result else None
+        noted = self.state.start_adapter if self.state else made.start_adapter if made else None
+        return noted if isinstance(noted, Mapping) else {}
 
     @cached_property
     def receipts(self) -> Mapping[str, Receipt]:

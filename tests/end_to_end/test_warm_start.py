@@ -1,0 +1,171 @@
+"""A run that begins where another one ended: what it starts with, what it says of it, and what its sites are told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli.compose import compose_run, saved_config, write_config
+from fedtune.federation.lead import Checkpoints
+from fedtune.flower.simulation import simulate as run_simulation
+from fedtune.privacy.ledger.verify import verify
+
+from .test_resume import Follower, Stop
+
+
+@pytest.fixture(scope="module")
+def first(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, with noise that promises something."""
+    folder: Path = simulate("federation.num_rounds=1", into=tmp_path_factory.mktemp("first"), name="first")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def second(command: Any, tiny: Any, first: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that began in it, and what it printed."""
+    into = tmp_path_factory.mktemp("second")
+    chosen = (f"model.adapter={first}", "federation.num_rounds=1", "tracking.progress=true")
+    outcome = command("simulate", *tiny(*chosen, into=into, name="second"))
+    assert outcome.code == 0, outcome.err
+    return into / "second", outcome.out
+
+
+def digest_of(folder: Path) -> str:
+    return str(json.loads((folder / "adapter" / "fedtune.json").read_text())["adapter_digest"])
+
+
+def test_it_starts_with_the_scores_that_the_other_ended_with(first: Path, second: Any, result_of: Any) -> None:
+    begun = result_of(second[0])
+    assert begun["final"]["metrics_before"] == result_of(first)["final"]["metrics"]
+    assert begun["final"]["metrics"] != begun["final"]["metrics_before"]
+
+
+def test_run_json_and_the_terminal_say_what_it_began_in(first: Path, second: Any, result_of: Any) -> None:
+    spent = result_of(first)["privacy"]
+    assert result_of(second[0])["provenance"]["start_adapter"] == {
+        "digest": digest_of(first),
+        "head": True,
+        "from": "first",
+        "dataset": "banking77",
+        "unit": "record",
+        "delta": spent["delta"],
+        "epsilon": spent["epsilon"],
+    }
+    assert f"begins in the adapter {digest_of(first)[:12]} of first" in second[1]
+    assert "its head is taken, too" in second[1]
+    assert result_of(first)["provenance"]["start_adapter"] is None
+
+
+def test_the_ledgers_know_the_digest_and_not_the_place(command: Any, first: Path, second: Any) -> None:
+    folder, _ = second
+    shown = command("ledger", "show", str(folder / "sites" / "site-1" / "ledger.db")).out
+    assert f"it begins in the adapter {digest_of(first)[:16]}" in " ".join(shown.split())
+    for site in ("site-1", "site-2"):
+        history = verify(folder / "sites" / site / "ledger.db").history
+        (run,) = history.runs.values()
+        assert run.proposal.start_adapter == digest_of(first)
+        assert str(first).encode() not in (folder / "sites" / site / "ledger.db").read_bytes()
+
+
+def test_a_run_is_named_after_what_its_adapter_holds_not_where(tiny: Any, first: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(first / "adapter", tmp_path / "elsewhere")
+
+    def composed(*chosen: str) -> Any:
+        return compose_run(tiny(*chosen, into=tmp_path))
+
+    here, there = composed(f"model.adapter={first}"), composed(f"model.adapter={copied}")
+    assert here.digest() == there.digest() != composed().digest()
+    assert here.model.adapter_sha256 == digest_of(first)
+
+
+def test_a_run_that_was_stopped_goes_on_without_the_folder(
+    tiny: Any, first: Path, tmp_path: Path, result_of: Any
+) -> None:
+    copied, folder = shutil.copytree(first, tmp_path / "start"), tmp_path / "run"
+    config = compose_run(tiny(f"model.adapter={copied}", into=tmp_path))
+    write_config(config, folder)
+    with pytest.raises(Stop):
+        run_simulation(config, folder, Follower(1))
+    shutil.rmtree(copied)
+    run_simulation(compose_run([f"resume={folder}"]), folder, Follower(None))
+    assert result_of(folder)["provenance"]["start_adapter"]["digest"] == digest_of(first)
+    assert Checkpoints(folder / "checkpoints", config.digest()).load().round == 2
+
+
+def test_resume_needs_nothing_but_the_run_folder(command: Any, second: Any) -> None:
+    config = saved_config(second[0])
+    assert config.model.adapter_sha256 is not None
+    assert command("simulate", f"resume={second[0]}").code == 0
+
+
+def test_other_labels_take_lora_alone_and_say_so(command: Any, tiny: Any, first: Path, tmp_path: Path) -> None:
+    labels = ",".join(f"'{label}'" for label in reversed(saved_config(first).data.labels))
+    chosen = (f"model.adapter={first}", f"data.labels=[{labels}]", "federation.num_rounds=1", "tracking.progress=true")
+    outcome = command("simulate", *tiny(*chosen, into=tmp_path))
+    assert outcome.code == 0, outcome.err
+    assert "its head has other labels: the head starts anew" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (("lora.rank=3",), "model.adapter = '{first}/adapter': must be of the same task and LoRA settings as the run"),
+        (("model.adapter_sha256=" + "ab" * 32,), "is not the digest of the adapter, which is "),
+        (("model.adapter=/nowhere",), "model.adapter = '/nowhere': must be the folder of a finished run"),
+        (("~model.adapter",), "model.adapter = None: is required with model.adapter_sha256"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_made(
+    command: Any, tiny: Any, first: Path, tmp_path: Path, chosen: tuple[str, ...], message: str
+) -> None:
+    start = [f"model.adapter={first}"]
+    if chosen == ("~model.adapter",):
+        start, chosen = [], ("model.adapter_sha256=" + "ab" * 32,)
+    outcome = command("simulate", *tiny(*start, *chosen, into=tmp_path / "runs"))
+    assert outcome.code == 2
+    assert message.format(first=first) in outcome.message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_no_file_tells_is_unknown(command: Any, tiny: Any, first: Path, tmp_path: Path, result_of: Any) -> None:
+    copied = shutil.copytree(first / "adapter", tmp_path / "handed" / "on")
+    chosen = (f"model.adapter={copied}", "federation.num_rounds=1", "tracking.progress=true")
+    outcome = command("simulate", *tiny(*chosen, into=tmp_path))
+    assert outcome.code == 0, outcome.err
+    about = result_of(tmp_path / "run")["provenance"]["start_adapter"]
+    assert {about[key] for key in ("from", "dataset", "unit", "delta", "epsilon")} == {"unknown"}
+    assert "what its training spent is unknown" in outcome.out
+
+
+def test_an_adapter_with_canaries_begins_nothing(command: Any, tiny: Any, first: Path, tmp_path: Path) -> None:
+    audited = shutil.copytree(first, tmp_path / "audited")
+    (audited / "AUDIT.txt").write_text("canaries\n")
+    outcome = command("simulate", *tiny(f"model.adapter={audited}", into=tmp_path / "runs"))
+    assert (outcome.code, "is an audit's" in outcome.message) == (2, True)
+
+
+def test_the_report_tells_what_the_run_began_in(command: Any, first: Path, second: Any, result_of: Any) -> None:
+    report = json.loads((second[0] / "report.json").read_text())
+    assert report["provenance"]["start_adapter"] == {
+        "digest": digest_of(first),
+        "run": "first",
+        "dataset": "banking77",
+        "unit": "record",
+        "delta": result_of(first)["privacy"]["delta"],
+        "epsilon": result_of(first)["privacy"]["epsilon"],
+    }
+    page = (second[0] / "report.html").read_text()
+    assert digest_of(first) in page
+    assert "Epsilon of its own tuning, not part of the figures here" in page
+    assert command("report", "verify", str(second[0])).code == 0
+    assert "start_adapter" not in json.loads((first / "report.json").read_text())["provenance"]
+
+
+def test_what_the_start_itself_began_in_is_told_too(simulate: Any, second: Any, tmp_path: Path, result_of: Any) -> None:
+    third = simulate(f"model.adapter={second[0]}", "federation.num_rounds=1", into=tmp_path, name="third")
+    about = result_of(third)["provenance"]["start_adapter"]
+    assert (about["from"], about["start_adapter"]["from"]) == ("second", "first")

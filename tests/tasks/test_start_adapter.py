@@ -1,0 +1,153 @@
+"""An adapter tuned before begins a run of the same kind, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel, build_task_model, save_task_model
+from fedtune.tasks.saved import StartAdapter
+
+SPEC = TaskModelSpec(
+    model=ModelSpec(path="random:bert"),
+    lora=LoraSpec(rank=2, layers=(0, 1)),
+    task="classification",
+    head=HeadSpec(centre=True, init="label_names"),
+    labels=("billing", "sales"),
+)
+OTHER_LABELS = ("billing", "technical", "sales")
+
+
+def moved(spec: TaskModelSpec) -> TaskModel:
+    """A model whose trained tensors are all 0.5 away from where they start."""
+    model = build_task_model(spec)
+    Adapter({name: value + 0.5 for name, value in Adapter.of(model).tensors.items()}).load_into(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("earlier") / "run" / "adapter"
+    save_task_model(moved(SPEC), folder)
+    return folder
+
+
+def begun(folder: Path, spec: TaskModelSpec = SPEC) -> Adapter:
+    return StartAdapter.read(str(folder)).adapter_for(build_task_model(spec))
+
+
+def test_a_run_begins_where_the_other_ended(tuned: Path) -> None:
+    expected = Adapter.of(moved(SPEC)).digest()
+    assert begun(tuned).digest() == begun(tuned.parent).digest() == expected
+    assert StartAdapter.read(str(tuned)).digest == expected
+
+
+def test_under_other_labels_the_head_starts_as_it_would_without(tuned: Path) -> None:
+    other = replace(SPEC, labels=OTHER_LABELS)
+    before, taken = Adapter.of(build_task_model(other)), begun(tuned, other)
+    assert taken.same_shapes(before)
+    for name, value in taken.tensors.items():
+        expected = before.tensors[name] + (0.0 if name.startswith("head.") else 0.5)
+        assert np.array_equal(value, expected), name
+    assert not StartAdapter.read(str(tuned)).has_head_for(other)
+    # In another order they are other labels, too: a row of the head would stand for another class.
+    assert not StartAdapter.read(str(tuned)).has_head_for(replace(SPEC, labels=SPEC.labels[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("differing", "message"),
+    [
+        ({"lora": LoraSpec(rank=4, layers=(0, 1))}, r"its lora\.rank is 2, not 4"),
+        ({"lora": LoraSpec(rank=2, layers=(1,))}, r"its lora\.layers is \(0, 1\), not \(1,\)"),
+        ({"lora": LoraSpec(rank=2, layers=(0, 1), alpha=2.0)}, r"its lora\.scale is 8\.0, not 1\.0"),
+        (
+            {"lora": LoraSpec(rank=2, layers=(0, 1), target_modules=("query",))},
+            r"its lora\.target_modules is 'all-linear', not \('query',\)",
+        ),
+        ({"head": HeadSpec(scale=5.0, centre=True)}, r"its head\.scale is 20\.0, not 5\.0"),
+        ({"head": HeadSpec()}, r"its head\.centre is True, not False"),
+        (
+            {"lora": LoraSpec(rank=4, layers=(0, 1)), "head": HeadSpec()},
+            r"its lora\.rank is 2, not 4; its lora\.scale .*; its head\.centre is True, not False",
+        ),
+        ({"task": "causal_lm", "labels": ()}, r"its task is 'classification', not 'causal_lm'"),
+    ],
+)
+def test_what_differs_is_named_all_at_once(tuned: Path, differing: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{message}"):
+        StartAdapter.read(str(tuned)).require_fits(replace(SPEC, **differing))
+
+
+def test_layers_in_another_order_are_the_same(tuned: Path) -> None:
+    start = StartAdapter.read(str(tuned))
+    start.require_fits(replace(SPEC, lora=LoraSpec(rank=2, layers=(1, 0))))
+
+
+def test_another_base_is_refused_by_its_hash(tuned: Path) -> None:
+    settings = json.loads((tuned / "fedtune.json").read_text())
+    settings["model"]["sha256"] = "ab" * 32
+    copied = shutil.copytree(tuned, tuned.parent / "other_base")
+    (copied / "fedtune.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        ConfigError, match=r"model\.adapter.*must be of the run's own base model.*it was tuned for abab"
+    ):
+        begun(copied)
+
+
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "not finite"), (np.inf, "not finite"), (1.0, "by digest")])
+def test_values_that_are_damaged_or_not_finite_are_refused(
+    tuned: Path, tmp_path: Path, value: float, message: str
+) -> None:
+    copied = shutil.copytree(tuned, tmp_path / "changed")
+    tensors = {name: array.copy() for name, array in load_file(copied / "adapter_model.safetensors").items()}
+    next(iter(tensors.values()))[0, 0] = value
+    save_file(tensors, copied / "adapter_model.safetensors", metadata={"format": "pt"})
+    if message == "not finite":  # as a lead would send it that means it
+        settings = json.loads((copied / "fedtune.json").read_text())
+        trained = tensors | {"head.weight": load_file(copied / "head.safetensors")["weight"]}
+        (copied / "fedtune.json").write_text(json.dumps(settings | {"adapter_digest": Adapter(trained).digest()}))
+    with pytest.raises(ConfigError, match=rf"model\.adapter = .*{message}"):
+        begun(copied)
+
+
+def test_an_a_that_is_not_sent_must_be_the_one_that_the_sites_make(tmp_path: Path) -> None:
+    frozen = replace(SPEC, lora=LoraSpec(rank=2, layers=(0, 1), train_a=False))
+    save_task_model(moved(frozen), tmp_path / "frozen")
+    assert begun(tmp_path / "frozen", frozen).digest() == Adapter.of(moved(frozen)).digest()
+    with pytest.raises(ConfigError, match=r"does not train .*lora_A.*its seed was 0"):
+        begun(tmp_path / "frozen", replace(frozen, seed=1))
+    # A run that trains A, too, sends it, and so may begin in any.
+    both = begun(tmp_path / "frozen", replace(SPEC, seed=1))
+    expected = moved(frozen).adapter_parameters()
+    assert all(np.array_equal(value, expected[name].detach().numpy()) for name, value in both.tensors.items())
+
+
+def test_a_trained_a_begins_no_run_that_freezes_it(tuned: Path) -> None:
+    with pytest.raises(ConfigError, match=r"does not train .*lora_A"):
+        begun(tuned, replace(SPEC, lora=LoraSpec(rank=2, layers=(0, 1), train_a=False)))
+
+
+def test_a_language_model_has_no_head_to_take(tmp_path: Path) -> None:
+    spec = TaskModelSpec(model=ModelSpec(path="random:llama"), lora=LoraSpec(rank=2), task="causal_lm")
+    save_task_model(moved(spec), tmp_path / "adapter")
+    assert begun(tmp_path, spec).digest() == Adapter.of(moved(spec)).digest()
+    assert not StartAdapter.read(str(tmp_path)).has_head_for(spec)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema_version": 1}', '{"schema_version": 1, "model": 5}'])
+def test_what_is_no_saved_adapter_is_refused_in_one_line(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "fedtune.json").write_text(content)
+    with pytest.raises(
+        ConfigError, match=r"^model\.adapter = .*must be (the folder of a finished run|a saved adapter)"
+    ):
+        StartAdapter.read(str(tmp_path))
