@@ -63,6 +63,7 @@ class Task(ABC):
         has_head: whether a head is trained beside the adapters, by the settings under `head`.
         predicts_tokens: whether the base is a decoder with its output layer; otherwise it ends in hidden states.
         writes: the role whose text the model can write, which BLEU and ROUGE-L then score; None: it writes no text.
+        rate_shares: what LoRA and the head take of the automatic learning rate.
     """
 
     name: ClassVar[str]
@@ -71,6 +72,7 @@ class Task(ABC):
     has_head: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
     writes: ClassVar[str | None] = None
+    rate_shares: ClassVar[tuple[float, float]] = (1 / 8, 1.0)
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         """The roles that a record must have under these settings."""
