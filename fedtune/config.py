@@ -29,7 +29,7 @@ from fedtune.privacy.release import Offer
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, check_at_least, spec
 from fedtune.tasks import task_named
-from fedtune.training.spec import RuntimeSpec, TrainingSpec
+from fedtune.training.spec import RuntimeSpec, TrainingSpec, automatic_rate
 
 MOST_NAME = 200
 """Characters of a run's name: a site's files are called after it, 33 characters of digest, an ending and the number of
@@ -173,6 +173,24 @@ class RunConfig:
             start_adapter=self.model.adapter_sha256 or "",
         )
 
+    def with_rates(self) -> RunConfig:
+        """The same with numbers for the learning rates that were left to fedtune."""
+        if self.training.learning_rate != "auto":
+            return self
+        plan, sizes, task = self.plan(), self.declared_sizes().values(), task_named(self.task)
+        rate = automatic_rate(
+            steps=plan.num_rounds * plan.local_steps,
+            sampled=plan.sampling_rate * sum(sizes) / len(sizes),
+            noise_multiplier=plan.noise_multiplier,
+            outputs=max(1, len(self.data.labels)),
+            num_sites=len(sizes),
+        )
+        lora, head = (float(f"{share * rate:.3g}") for share in task.rate_shares)
+        chosen = dataclasses.replace(
+            self.training, learning_rate=lora, head_learning_rate=head if task.has_head else None
+        )
+        return dataclasses.replace(self, training=chosen)
+
     def declared_sizes(self) -> dict[str, int]:
         """Declared size of each site that takes part."""
         sizes = dict(zip(self.federation.names, self.data.sizes(self.federation.num_sites), strict=True))
@@ -291,7 +309,9 @@ def plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
 
 
 def parse(settings: Mapping[str, Any]) -> RunConfig:
-    """Validate plain data into a `RunConfig`; labels that are whole numbers are taken as text, as in records.
+    """Validate plain data into a `RunConfig`, with numbers for what is left to fedtune.
+
+    Labels that are whole numbers are taken as text, as in records.
 
     Raises:
         ConfigError: names the first wrong key, its value and what would be accepted.
@@ -301,7 +321,7 @@ def parse(settings: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise _first_error(error) from None
     _check_switches(settings, config.to_json())
-    return config
+    return config.with_rates()
 
 
 def _with_label_texts(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,6 +129,11 @@ def promise(outlook: Outlook) -> str:
     return f"{SEEDED if not outlook.guaranteed else ''} After {rounds}: {bound}, at every site.".strip()
 
 
+def _rates(config: RunConfig, plan: Plan) -> str:
+    lora, head = config.training.peak_rates(clipped=plan.private)
+    return f"{lora:g}" if head == lora else f"{lora:g} (head {head:g})"
+
+
 def facts(outlook: Outlook) -> dict[str, str]:
     """The run in a few lines."""
     config, plan, price = outlook.config, outlook.plan, outlook.price
@@ -137,7 +142,7 @@ def facts(outlook: Outlook) -> dict[str, str]:
         **({"SHA-256": outlook.model_sha256} if outlook.model_sha256 else {}),
         "data": f"{config.data.dataset} at {counted(len(price.sites), 'site')}; no record was read",
         "training": f"{counted(plan.num_rounds, 'round')} of {counted(plan.local_steps, 'step')}, "
-        f"sampling rate {plan.sampling_rate:.4g}",
+        f"sampling rate {plan.sampling_rate:.4g}, learning rate {_rates(config, plan)}",
         **({"contribution": contribution(plan)} if plan.unit == "user" else {}),
     }
     if plan.spare_rounds:

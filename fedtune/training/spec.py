@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
@@ -22,7 +23,8 @@ class TrainingSpec:
     Attributes:
         local_steps: optimizer steps in a round.
         optimizer: "adamw" or "sgd"; its state starts anew each round.
-        learning_rate: the learning rate of the LoRA tensors at the schedule's peak.
+        learning_rate: the learning rate of the LoRA tensors at the schedule's peak; "auto" chooses it, and the head's,
+            from public numbers before the run begins (docs/own_data.md), for AdamW.
         head_learning_rate: the learning rate of the task head; null: the same as `learning_rate`.
         unclipped_learning_rate: replaces `learning_rate` in a run without privacy, whose gradients are not clipped
             and so several times larger; null: the same.
@@ -36,7 +38,7 @@ class TrainingSpec:
 
     local_steps: int = 5
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 1e-2
+    learning_rate: float | Literal["auto"] = 1e-2
     head_learning_rate: float | None = None
     unclipped_learning_rate: float | None = None
     unclipped_head_learning_rate: float | None = None
@@ -49,9 +51,14 @@ class TrainingSpec:
     def __post_init__(self) -> None:
         check_at_least("local_steps", self.local_steps, 1)
         check_one_of("optimizer", self.optimizer, OPTIMIZERS)
-        _check_rate("learning_rate", self.learning_rate)
+        if self.learning_rate != "auto":
+            _check_rate("learning_rate", self.learning_rate)
+        elif self.optimizer != "adamw":
+            raise ConfigError("learning_rate", "auto", "needs training.optimizer=adamw")
         for key in ("head_learning_rate", "unclipped_learning_rate", "unclipped_head_learning_rate"):
             if getattr(self, key) is not None:
+                if self.learning_rate == "auto":
+                    raise ConfigError(key, getattr(self, key), "must be null where training.learning_rate is auto")
                 _check_rate(key, getattr(self, key))
         check_at_least("weight_decay", self.weight_decay, 0)
         _check_not_beyond("weight_decay", self.weight_decay)
@@ -73,10 +80,37 @@ class TrainingSpec:
 
     def peak_rates(self, *, clipped: bool) -> tuple[float, float]:
         """Learning rates of LoRA and head at the schedule's peak."""
+        assert self.learning_rate != "auto", "rates are chosen before a run begins"
         lora, head = self.learning_rate, self.head_learning_rate
         if not clipped:
             lora, head = self.unclipped_learning_rate or lora, self.unclipped_head_learning_rate or head
         return lora, head or lora
+
+
+_ADAM_PATH, _CLEAR, _WITHOUT_NOISE = 0.18, 4.0, 1.5
+
+
+def automatic_rate(*, steps: int, sampled: float, noise_multiplier: float, outputs: int, num_sites: int) -> float:
+    """AdamW's peak rate for a linear head on normalised embeddings, from public numbers alone.
+
+    Adam moves a value by about the rate in each step, whatever the size of gradients and noise.  Over a run, moves that
+    follow noise add up to rate * sqrt(steps); so much of them is harmless as the whole run's signal stands out of its
+    noise: for clip norm C and `outputs` rows of some hundred values, a signal of at most C in each of n sites' mean
+    gradients beside noise of noise_multiplier * C / `sampled` in each value.  Both constants come from the study in
+    simulations/own_data, whose README says on which data.
+
+    Args:
+        steps: noisy steps of the whole run.
+        sampled: privacy units in a step at a site, in expectation.
+        noise_multiplier: of the plan; 0 without privacy.
+        outputs: rows of the head: the number of labels, or 1.
+        num_sites: whose updates are averaged.
+    """
+    clear = _WITHOUT_NOISE
+    if noise_multiplier > 0:
+        typical_width = 384  # of the embeddings of the study
+        clear = min(_CLEAR, sampled * math.sqrt(steps * num_sites / (outputs * typical_width)) / noise_multiplier)
+    return _ADAM_PATH * math.sqrt(clear / steps)
 
 
 def _check_rate(key: str, value: float) -> None:

@@ -4,6 +4,7 @@
     python simulations/own_data/stand_in.py --use confirming   the others, once the values were chosen
     python simulations/own_data/stand_in.py --banks            the four banks, 77 labels, scored on validation
     python simulations/own_data/stand_in.py --sst2 FOLDER      SST-2's problems too
+    python simulations/own_data/stand_in.py --rounds 4         a shorter run
 
 The same clipping, noise multiplier, sampling and averaging as fedtune's.  Noise comes from an ordinary generator, and
 there is no LoRA, whose part of a record's gradient is small.  run.py has the real thing.
@@ -29,8 +30,9 @@ from fedtune.model.base_model import load_tokenizer
 from fedtune.privacy.accountant import calibrate_noise
 from fedtune.tasks import build_task_model
 from fedtune.tasks.classification import mean_pooled
+from fedtune.training.spec import automatic_rate
 
-RATE, ROUNDS, STEPS, SCALE = 0.3, 10, 5, 10.0
+RATE, STEPS, SCALE = 0.3, 5, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +40,11 @@ class Settings:
     """What is compared.
 
     Attributes:
+        rate: at the schedule's start; None: as training.learning_rate=auto chooses it.
         momentum: Adam's first beta; the second is 0.999.
     """
 
-    rate: float
+    rate: float | None = None
     adam: bool = True
     momentum: float = 0.0
 
@@ -53,8 +56,9 @@ COMPARED = {
     "SGD 1": Settings(rate=1, adam=False),
     "Adam 0.04, beta 0.9": Settings(rate=0.04, momentum=0.9),
     "Adam 0.02": Settings(rate=0.02),
-    "Adam 0.04, now": Settings(rate=0.04),
+    "Adam 0.04": Settings(rate=0.04),
     "Adam 0.08": Settings(rate=0.08),
+    "auto": Settings(),
 }
 
 
@@ -119,21 +123,47 @@ class Embedder:
 
 
 @lru_cache
-def noise_for(epsilon: float | None) -> float:
+def noise_for(epsilon: float | None, num_rounds: int) -> float:
     """The noise multiplier of a whole run."""
     if epsilon is None:
         return 0.0
-    return calibrate_noise(epsilon=epsilon, delta=1e-5, sampling_rate=RATE, steps=ROUNDS * STEPS, also=[])
+    return calibrate_noise(epsilon=epsilon, delta=1e-5, sampling_rate=RATE, steps=num_rounds * STEPS, also=[])
 
 
-def train(data: Embedded, settings: Settings, *, epsilon: float | None, seed: int) -> torch.Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training: for how long, and under which epsilon; None is no privacy."""
+
+    num_rounds: int
+    epsilon: float | None
+
+    @property
+    def noise(self) -> float:
+        """The noise multiplier."""
+        return noise_for(self.epsilon, self.num_rounds)
+
+
+def peak_rate(data: Embedded, settings: Settings, run: Run) -> float:
+    """The rate at the schedule's start."""
+    if settings.rate is not None:
+        return settings.rate
+    return automatic_rate(
+        steps=run.num_rounds * STEPS,
+        sampled=RATE * data.size,
+        noise_multiplier=run.noise,
+        outputs=len(data.names),
+        num_sites=data.num_sites,
+    )
+
+
+def train(data: Embedded, settings: Settings, run: Run, *, seed: int) -> torch.Tensor:
     """The head after all rounds."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.training[0]), generator=generator)
     head = data.names.clone()
-    for number in range(ROUNDS):
+    for number in range(run.num_rounds):
         parts = [order[site * data.size : (site + 1) * data.size] for site in range(data.num_sites)]
-        rounds = [_round(head, data, part, settings, (number, epsilon), generator) for part in parts]
+        rounds = [_round(head, data, part, settings, (number, run), generator) for part in parts]
         head = torch.stack(rounds).mean(dim=0)
     return head
 
@@ -143,27 +173,28 @@ def _round(
     data: Embedded,
     part: torch.Tensor,
     settings: Settings,
-    place: tuple[int, float | None],
+    place: tuple[int, Run],
     generator: torch.Generator,
 ) -> torch.Tensor:
-    number, epsilon = place
+    number, run = place
+    rate = peak_rate(data, settings, run)
     first, second = torch.zeros_like(head), torch.zeros_like(head)
     for step in range(1, STEPS + 1):
-        factor = 1 - (number * STEPS + step - 1) / (ROUNDS * STEPS)
+        factor = 1 - (number * STEPS + step - 1) / (run.num_rounds * STEPS)
         sampled = part[torch.rand(len(part), generator=generator) < RATE]
         texts, labels = data.training[0][sampled], data.training[1][sampled]
         errors = torch.softmax(SCALE * texts @ head.T, dim=-1) - functional.one_hot(labels, len(head))
         errors = SCALE * errors  # (n, labels); a record's gradient is its error times its embedding, which has norm 1
-        if epsilon is not None:
+        if run.epsilon is not None:
             errors = errors / errors.norm(dim=1, keepdim=True).clamp(min=1.0)
-        noise = noise_for(epsilon) * torch.randn(head.shape, generator=generator)
+        noise = run.noise * torch.randn(head.shape, generator=generator)
         gradient = (errors.T @ texts + noise) / (RATE * data.size)
         if settings.adam:
             first = settings.momentum * first + (1 - settings.momentum) * gradient
             second = 0.999 * second + 0.001 * gradient**2
             mean, square = first / (1 - settings.momentum**step), second / (1 - 0.999**step)
             gradient = mean / (square.sqrt() + 1e-8)
-        head = head - settings.rate * factor * gradient
+        head = head - rate * factor * gradient
     return head
 
 
@@ -191,6 +222,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--sst2", type=Path)
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     torch.set_num_threads(1)
     embedder = Embedder()
@@ -200,12 +232,11 @@ def main() -> None:
     print("| --- | ---: | ---: |" + " ---: |" * len(made))
     starts = [data.accuracy(data.names) for data in made.values()]
     print(f"| start | | {statistics.fmean(starts):.3f} | " + " | ".join(f"{start:.3f}" for start in starts) + " |")
-    for epsilon in (3.0, 8.0, None):
+    for epsilon in (1.0, 3.0, 8.0, None):
+        run = Run(num_rounds=options.rounds, epsilon=epsilon)
         for name, settings in COMPARED.items():
             scores = [
-                statistics.fmean(
-                    data.accuracy(train(data, settings, epsilon=epsilon, seed=seed)) for seed in range(options.draws)
-                )
+                statistics.fmean(data.accuracy(train(data, settings, run, seed=seed)) for seed in range(options.draws))
                 for data in made.values()
             ]
             shown = " | ".join(f"{score:.3f}" for score in scores)

@@ -156,3 +156,15 @@ def test_a_resumed_run_cannot_take_another_name(tmp_path: Path) -> None:
     assert compose_run([f"resume={folder}", "name=second"]).name == "first"
     (swept,) = compose_sweep([f"resume={folder}"])
     assert swept.name == "first"
+
+
+def test_an_automatic_rate_is_a_number_before_the_run(tmp_path: Path) -> None:
+    run = ["experiment=own_data", "name=x", *OWN, "data.declared_sizes=80"]
+    loud, clear = (compose_run([*run, f"privacy.epsilon={epsilon}"]) for epsilon in (1, 8))
+    rates = loud.training.peak_rates(clipped=True)
+    assert rates[1] == pytest.approx(8 * rates[0], rel=1e-2)
+    assert rates[1] < clear.training.peak_rates(clipped=True)[1] <= 0.0509
+    write_config(loud, tmp_path)  # which says what was chosen, so that a resumed run has it again
+    assert saved_config(tmp_path).training.peak_rates(clipped=True) == rates
+    given = compose_run([*run, "training.learning_rate=0.01"])
+    assert given.training.peak_rates(clipped=True) == (0.01, 0.01)

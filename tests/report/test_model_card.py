@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report import from_run
-from fedtune.report.model import Report
+from fedtune.report.model import Report, StartAdapter
 from fedtune.report.model_card import Form, card_text, write_card
 from fedtune.report.record.run_record import RunRecord, read_run
 
