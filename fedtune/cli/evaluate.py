@@ -31,6 +31,7 @@ def evaluate(
     Intervals come from drawing the records anew (users with all their records, where the run's unit is the user).
     """
     config, adapter = finished_run(run, device=device, columns=columns, generate=generate)
+    from fedtune.sites.data_notes import is_training_file
     from fedtune.sites.saved_model import beside_base
 
     found = beside_base(config, adapter, data)
@@ -44,8 +45,10 @@ def evaluate(
     title = f"{run} on {data}, {counted(found.num_records, 'record')}"
     headings = ("metric", "base", "tuned", "difference", "95 % interval", "tuned is")
     rows = tuple(_row(name, one) for name, one in found.scores.items())
-    words = frozenset({0, 5})
-    show(Console(), [Section(title=title, headings=headings, rows=rows, words=words, notes=_notes(found))])
+    words, notes = frozenset({0, 5}), _notes(found)
+    if is_training_file(config, data):
+        notes.append("The run trained on records of this file: these scores say nothing about new ones.")
+    show(Console(), [Section(title=title, headings=headings, rows=rows, words=words, notes=notes)])
 
 
 def _row(name: str, scores: Comparison) -> tuple[str, ...]:

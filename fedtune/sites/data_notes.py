@@ -15,6 +15,7 @@ from fedtune.data.load import Dealt, shipped_folders
 from fedtune.data.records import resolve_file
 from fedtune.data.spec import SITE
 from fedtune.sites.shared_model import LeadData
+from fedtune.spec import DataError
 from fedtune.tasks import task_named
 from fedtune.words import counted
 
@@ -31,7 +32,7 @@ def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData
     if test is None:
         yield "there are no test records, so the run ends without a score: give data.test_file or data.test_fraction"
         return
-    if _is_training_file(config):
+    if config.data.test_file is not None and is_training_file(config, config.data.test_file):
         yield "data.test_file holds what data.train_file holds: the scores say nothing about new records"
     if task_named(config.task).has_labels:
         labels = {record.fields["label"] for record in test.records}
@@ -43,12 +44,15 @@ def _left_out(count: int, key: str) -> str:
     return f"{counted(count, 'row')} of {key} cannot be used and {'is' if count == 1 else 'are'} left out"
 
 
-def _is_training_file(config: RunConfig) -> bool:
-    train, test = config.data.train_file, config.data.test_file
-    if test is None or SITE in train or config.runtime.kind == "deployment":
+def is_training_file(config: RunConfig, file: str) -> bool:
+    """Whether a file holds what the simulated sites of a run train on; False where nothing tells it."""
+    train = config.data.train_file
+    if SITE in train or config.runtime.kind == "deployment":
         return False
-    one = resolve_file(train, shipped_folders(), key="data.train_file")
-    other = resolve_file(test, shipped_folders(), key="data.test_file")
+    try:
+        one, other = (resolve_file(name, shipped_folders(), key="data.train_file") for name in (train, file))
+    except DataError:  # who asks later may have moved it
+        return False
     return one.samefile(other) or (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
 
 

@@ -68,7 +68,6 @@ class Task(ABC):
         roles: that every record must have, in the first of the task's layouts.
         has_labels: whether `data.labels` declares the classes.
         has_head: whether a head is trained beside the adapters, by the settings under `head`.
-        writes: the role whose text the model can write, in the first layout; None: it writes no text.
         predicts_tokens: whether the base is a decoder with its output layer; otherwise it ends in hidden states.
         hub_name: what the Hugging Face hub calls it; empty: it has no name there.
         formats: that a tuned model can be exported in: the adapter, then the whole model as most load it, then others;
@@ -82,7 +81,6 @@ class Task(ABC):
     has_labels: ClassVar[bool] = False
     has_head: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
-    writes: ClassVar[str | None] = None
     hub_name: ClassVar[str] = ""
     formats: ClassVar[tuple[str, ...]] = ("peft",)
     judged_by: ClassVar[str] = "loss"

@@ -18,7 +18,7 @@ from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer,
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import FirstTarget, Ids, Model, Task
-from fedtune.tasks.chat import (
+from fedtune.tasks.chat_format import (
     SYSTEM,
     USER,
     ChatFormat,
@@ -47,7 +47,6 @@ class CausalLM(Task):
     name = "causal_lm"
     roles = ("prompt", "completion")
     predicts_tokens = True
-    writes = "completion"
     hub_name = "text-generation"
     formats = ("peft", "merged", "onnx")
 

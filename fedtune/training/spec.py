@@ -79,8 +79,13 @@ class TrainingSpec:
         return found
 
     def peak_rates(self, *, clipped: bool) -> tuple[float, float]:
-        """Learning rates of LoRA and head at the schedule's peak."""
-        assert self.learning_rate != "auto", "rates are chosen before a run begins"
+        """Learning rates of LoRA and head at the schedule's peak.
+
+        Raises:
+            ConfigError: they are still to be chosen.
+        """
+        if self.learning_rate == "auto":
+            raise ConfigError("training.learning_rate", "auto", "must be a number by now: see RunConfig.with_rates")
         lora, head = self.learning_rate, self.head_learning_rate
         if not clipped:
             lora, head = self.unclipped_learning_rate or lora, self.unclipped_head_learning_rate or head

@@ -332,6 +332,14 @@ def test_scores_stand_beside_those_of_the_base(runs: Path, command: Any, result_
         assert one["verdict"] in outcome.out
     # Before training, the head is zero: every label is as likely as any other.
     assert told["beside_base"]["loss"]["base"]["value"] == pytest.approx(4.3438, abs=1e-4)
+    assert "trained on records of this file" not in outcome.out
+
+
+def test_scores_on_the_training_file_are_called_so(runs: Path, command: Any) -> None:
+    trained_on = yaml.safe_load((runs / "intents" / "config.yaml").read_text())["data"]["train_file"]
+    outcome = command("evaluate", str(runs / "intents"), "--data", trained_on)
+    said = " ".join(outcome.out.split())
+    assert "trained on records of this file: these scores say nothing about new ones" in said
 
 
 def test_texts_are_scored_where_they_are_asked_for(runs: Path, command: Any, tmp_path: Path) -> None:

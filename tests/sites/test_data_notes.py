@@ -13,7 +13,7 @@ import pytest
 from fedtune.config import RunConfig
 from fedtune.data import Record, TextDataset
 from fedtune.data.load import Dealt, SiteRecords
-from fedtune.sites.data_notes import lead_notes, site_notes
+from fedtune.sites.data_notes import is_training_file, lead_notes, site_notes
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError
 
@@ -88,3 +88,10 @@ def test_real_sites_have_no_file_of_which_the_lead_could_have_a_share(letters: C
         with pytest.raises(ConfigError, match=rf"data\.{side}_fraction = 0\.1: must be 0 with real sites.*{side}_file"):
             letters(data=share)
         letters(runtime={"kind": "simulation"}, data=share)
+
+
+def test_the_training_file_is_known_by_its_content(simulated: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "copy.csv").write_bytes((tmp_path / "train.csv").read_bytes())
+    known = {name: is_training_file(simulated, str(tmp_path / f"{name}.csv")) for name in ("train", "copy", "test")}
+    assert known == {"train": True, "copy": True, "test": False}
+    assert not is_training_file(simulated, str(tmp_path / "gone.csv"))
