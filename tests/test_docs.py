@@ -21,13 +21,14 @@ PAGES = sorted(
 
 
 def own_data_command() -> list[str]:
-    """The five lines of the README, as arguments."""
-    block = re.search(r"```\n(fedtune simulate experiment=own_data .*?)\n```", (ROOT / "README.md").read_text(), re.S)
-    assert block, "the README shows how to use one's own data"
+    """The five lines of the page about one's own data, as arguments."""
+    page = ROOT / "docs" / "own_data.md"
+    block = re.search(r"```\n(fedtune simulate experiment=own_data .*?)\n```", page.read_text(), re.S)
+    assert block, "the page shows how to use one's own data"
     return shlex.split(block[1].replace("\\\n", " "))[1:]
 
 
-def test_the_readme_s_own_data_example_runs(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_own_data_example_runs(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teams = ("billing", "technical", "sales")
     rows = [f'"ticket {number} about {teams[number % 3]}",{teams[number % 3]}' for number in range(90)]
     for name in ("tickets.csv", "tickets_test.csv", "more.csv"):

@@ -4,7 +4,7 @@
     python simulations/own_data/stand_in.py --use confirming   the others, once the values were chosen
     python simulations/own_data/stand_in.py --banks            the four banks, 77 labels, scored on validation
     python simulations/own_data/stand_in.py --sst2 FOLDER      SST-2's problems too
-    python simulations/own_data/stand_in.py --rounds 4         a shorter run
+    python simulations/own_data/stand_in.py --lengths          Adam 0.04 beside auto, in runs of 4 to 50 rounds
 
 The same clipping, noise multiplier, sampling and averaging as fedtune's.  Noise comes from an ordinary generator, and
 there is no LoRA, whose part of a record's gradient is small.  run.py has the real thing.
@@ -32,7 +32,8 @@ from fedtune.tasks import build_task_model
 from fedtune.tasks.classification import mean_pooled
 from fedtune.training.spec import automatic_rate
 
-RATE, STEPS, SCALE = 0.3, 5, 10.0
+RATE, ROUNDS, STEPS, SCALE = 0.3, 10, 5, 10.0
+USES = ("choosing", "confirming")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,17 +216,49 @@ def banks() -> Problem:
     )
 
 
+def mean_score(data: Embedded, settings: Settings, run: Run, *, draws: int) -> float:
+    """Accuracy after training, over draws of noise and order."""
+    return statistics.fmean(data.accuracy(train(data, settings, run, seed=seed)) for seed in range(draws))
+
+
+def compare_lengths(made: Sequence[tuple[Problem, Embedded]], *, draws: int) -> None:
+    """A fixed rate beside the automatic one, over runs of other lengths: means, and the worst against the start."""
+    names = ("Adam 0.04", "auto")
+    print("| rounds | epsilon | " + " | ".join(f"{use}, {name}" for use in USES for name in names), end="")
+    print(" | " + " | ".join(f"worst, {name}" for name in names) + " |")
+    print("| ---: | ---: |" + " ---: |" * 6)
+    starts = [data.accuracy(data.names) for _, data in made]
+    for num_rounds in (4, 10, 20, 50):
+        for epsilon in (1.0, 3.0, 8.0, None):
+            run = Run(num_rounds=num_rounds, epsilon=epsilon)
+            means, worst = {}, []
+            for name in names:
+                scores = [mean_score(data, COMPARED[name], run, draws=draws) for _, data in made]
+                for use in USES:
+                    of_use = [score for score, (one, _) in zip(scores, made, strict=True) if one.use == use]
+                    means[use, name] = f"{statistics.fmean(of_use):.3f}"
+                gains = zip((score - start for score, start in zip(scores, starts, strict=True)), made, strict=True)
+                gain, key = min((gain, one.key) for gain, (one, _) in gains)
+                worst.append(f"{gain:+.3f} ({key})")
+            shown = [means[use, name] for use in USES for name in names] + worst
+            print(f"| {num_rounds} | {epsilon or 'none'} | {' | '.join(shown)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--use", default="choosing", choices=["choosing", "confirming"])
+    parser.add_argument("--use", default="choosing", choices=USES)
     parser.add_argument("--banks", action="store_true")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--sst2", type=Path)
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--lengths", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     embedder = Embedder()
+    if options.lengths:
+        everything = [*problems(options.data, options.sst2), banks()]
+        compare_lengths([(one, embedder.problem(one)) for one in everything], draws=options.draws)
+        return
     chosen = [problem for problem in problems(options.data, options.sst2) if problem.use == options.use]
     made = {problem.key: embedder.problem(problem) for problem in ([banks()] if options.banks else chosen)}
     print("| | epsilon | mean | " + " | ".join(made) + " |")
@@ -233,12 +266,9 @@ def main() -> None:
     starts = [data.accuracy(data.names) for data in made.values()]
     print(f"| start | | {statistics.fmean(starts):.3f} | " + " | ".join(f"{start:.3f}" for start in starts) + " |")
     for epsilon in (1.0, 3.0, 8.0, None):
-        run = Run(num_rounds=options.rounds, epsilon=epsilon)
+        run = Run(num_rounds=ROUNDS, epsilon=epsilon)
         for name, settings in COMPARED.items():
-            scores = [
-                statistics.fmean(data.accuracy(train(data, settings, run, seed=seed)) for seed in range(options.draws))
-                for data in made.values()
-            ]
+            scores = [mean_score(data, settings, run, draws=options.draws) for data in made.values()]
             shown = " | ".join(f"{score:.3f}" for score in scores)
             print(f"| {name} | {epsilon or 'none'} | {statistics.fmean(scores):.3f} | {shown} |", flush=True)
 

@@ -1,0 +1,78 @@
+"""docs/tutorial.md, line by line: from four files that no other test reads to a label or a text on the screen."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "simulations" / "data" / "examples"
+LABELS = {"card_arrival", "exchange_rate", "lost_or_stolen_card", "pending_cash_withdrawal", "request_refund"}
+SHORT = ("federation.num_rounds=1", "training.local_steps=1", "runtime.num_threads=1", "runtime.device=cpu")
+# A tiny model in the place of SmolLM2, which takes minutes; it has no template for turns of its own.
+TINY = ("model=random_llama", "lora=all_linear", "evaluation.generation_rows=2")
+
+
+def lines_of(file: str) -> list[list[str]]:
+    """The commands of the page that are about one of the files, without the word fedtune."""
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    commands = [line for block in re.findall(r"```\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    name = file.partition(".")[0]
+    return [shlex.split(line)[1:] for line in commands if line.startswith("fedtune ") and name in line]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the page's reader stands."""
+    for file in EXAMPLES.iterdir():
+        shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def follow(command: Any, file: str, simulated: tuple[str, ...], generated: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What each command of the page came to, by its first word; runs and answers are made short."""
+    told = {}
+    for words in lines_of(file):
+        more = simulated if words[0] == "simulate" else generated if words[0] == "generate" else ()
+        outcome = command(*words, *more)
+        assert outcome.code == 0, (words, outcome.err)
+        told[" ".join(words[:2]) if words[0] == "data" else words[0]] = outcome
+    assert set(told) == {"data init", "data check", "simulate", "generate", "evaluate", "export"}
+    return told
+
+
+def test_a_csv_file_becomes_a_classifier(command: Any, folder: Path) -> None:
+    told = follow(command, "tickets.csv", SHORT)
+    assert re.match(r"card_arrival 0\.\d{3} \(", told["generate"].out), "MiniLM knows the label by its name"
+    assert "trained on records of this file" in " ".join(told["evaluate"].out.split())
+    assert set((folder / "tickets-model" / "labels.txt").read_text().split()) == LABELS
+
+
+@pytest.mark.parametrize(
+    ("file", "template"),
+    [
+        ("places.json", ("data.chat_template=plain",)),
+        ("chats.jsonl", ("data.chat_template=plain",)),
+        ("speeches.parquet", ()),
+    ],
+)
+def test_other_files_become_a_language_model(command: Any, folder: Path, file: str, template: tuple[str, ...]) -> None:
+    told = follow(command, file, (*SHORT, *TINY, *template), ("--max-new-tokens", "5"))
+    assert told["generate"].out.strip()
+    name = file.partition(".")[0]
+    assert (folder / f"{name}-model" / "model.safetensors").is_file()
+    settings = (folder / f"{name}.yaml").read_text()
+    assert ("unit: user" in settings) == (name == "speeches")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("file", ["tickets.csv", "places.json", "chats.jsonl", "speeches.parquet"])
+def test_every_line_as_it_stands(command: Any, folder: Path, file: str) -> None:
+    told = follow(command, file, ())
+    assert told["generate"].out.strip()
