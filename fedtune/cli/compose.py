@@ -281,11 +281,12 @@ def _free_maps(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Values for maps with free keys, whole (`data.columns={text: body}`) or by entry, and the other overrides."""
     maps: dict[str, Any] = {}
     others = []
+    taken_out = [f"{_key(override[1:])}." for override in overrides if override.startswith("~")]
     for override in overrides:
         key = _key(override)
         if override.startswith("~") or _map_of(key) is None:
             others.append(override)
-        else:
+        elif not f"{key}.".startswith(tuple(taken_out)):
             maps[key] = _value(override)
     return maps, others
 
@@ -302,7 +303,9 @@ def _replace_maps(settings: dict[str, Any], file: _ExperimentFile | None, maps: 
         inner: Any = settings
         given: Any = file.settings if file else {}
         for part in outer:
-            inner, given = inner[part], given.get(part, {}) if isinstance(given, dict) else {}
+            inner, given = (inner or {}).get(part), given.get(part, {}) if isinstance(given, dict) else {}
+        if inner is None:  # taken out with ~
+            continue
         if isinstance(given, dict) and last in given:
             inner[last] = given[last]
         for key, value in maps.items():

@@ -123,10 +123,15 @@ def _planned(overrides: Sequence[str], target: Target | None) -> tuple[RunConfig
         raise ConfigError("--target", target, "needs a run with privacy")
     if target == "noise":
         return config, config.plan()
-    # Read with an epsilon that every noise keeps within: how much the noise allows is what is asked.
-    noise = compose_run([*overrides, "privacy.epsilon=1.0e9"]).privacy.noise_multiplier
-    if noise is None:
-        raise ConfigError("privacy.noise_multiplier", None, f"must be given to solve for {target}")
+    # Read with an epsilon that every noise keeps within, and that is refused where none is given: how much the noise
+    # allows is what is asked.
+    try:
+        noise = compose_run([*overrides, "privacy.epsilon=1.0e9"]).privacy.noise_multiplier
+    except ConfigError as error:
+        if error.key != "privacy.epsilon":
+            raise
+        raise ConfigError("privacy.noise_multiplier", None, f"must be given to solve for {target}") from None
+    assert noise is not None, "an epsilon so large is refused without noise"
     known = Plan.of(
         dataclasses.replace(config.privacy, noise_multiplier=noise),
         local_steps=config.training.local_steps,
