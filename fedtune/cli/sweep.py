@@ -274,7 +274,7 @@ def _notes(rows: Sequence[SweptRun], best: SweptRun | None) -> Iterator[str]:
         yield "No run is marked as the best: none has validation records, and test scores must not choose."
     elif len(finished) > 1:
         yield "No run is marked as the best: their validation scores cannot be compared."
-    if sum(row.config.privacy.private for row in rows if row.begun) > 1:
+    if sum(row.config.privacy.private for row in rows if row.result) > 1:
         yield "Runs on the same records spend their epsilons together: the loss of privacy is more than one row's."
 
 
