@@ -159,7 +159,13 @@ def test_nothing_is_written_where_every_run_fails_at_once(command: Any, tiny: An
 
 
 def test_a_sweep_over_a_budget_says_which_run_was_refused(command: Any, tiny: Any, tmp_path: Path) -> None:
-    shared = tiny("training.learning_rate=0.01,0.02", *SHORT, f"runtime.sites_dir='{tmp_path / 'sites'}'", into=tmp_path / "runs", name="s")
+    shared = tiny(
+        "training.learning_rate=0.01,0.02",
+        *SHORT,
+        f"runtime.sites_dir='{tmp_path / 'sites'}'",
+        into=tmp_path / "runs",
+        name="s",
+    )
     outcome = command("simulate", "-m", *shared)
     first, second = lines_of(tmp_path / "runs" / "s.csv")
     assert (first["state"], second["state"]) == ("finished", "failed")
