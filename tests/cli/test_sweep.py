@@ -101,8 +101,8 @@ def test_a_name_that_is_taken_is_refused_before_the_first_run(
         assert (found.code, found.out) == (2, "")
         return str(found.message)
 
-    assert "is taken" in refused("lora.rank=3")
-    assert "lora.rank was 4, is 3" in refused("lora.rank=3")
+    assert "is taken: " in (changed := refused("lora.rank=3"))
+    assert "lora.rank was 4, is 3" in changed
     others = refused("lora.target_modules=[value],[dense]")
     assert f"{folder / 'three.csv'} holds other runs, such as three-lora.target_modules=-key" in others
     assert "name of two runs" in refused("name=a,a")
