@@ -93,6 +93,23 @@ class _ExperimentFile:
             yield folder
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """Runs that differ in some settings.
+
+    Attributes:
+        name: of the sweep; the names of its runs begin with it, unless they are swept themselves.
+        runs: one for each combination.
+        values: of each run, the swept settings and groups with their values as they were typed.
+        overrides: that make the same sweep again, under the same name.
+    """
+
+    name: str
+    runs: tuple[RunConfig, ...]
+    values: tuple[Mapping[str, str], ...]
+    overrides: tuple[str, ...]
+
+
 def config_folder() -> Path:
     """The folder `conf/`, in a checkout or inside the installed package."""
     return next(folder / "conf" for folder in shipped_folders() if (folder / "conf" / "config.yaml").is_file())
@@ -152,25 +169,29 @@ def _with_start(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, adapter_sha256=start.digest))
 
 
-def compose_sweep(overrides: Sequence[str]) -> list[RunConfig]:
+def compose_sweep(overrides: Sequence[str]) -> Sweep:
     """One run for each combination of comma-separated values, all validated before the first one begins."""
-    overrides = [_in_grammar(override) for override in overrides]
+    words = [_in_grammar(override) for override in overrides]
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = OverridesParser.create().parse_overrides(words)
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
     except HydraException as error:
-        raise _in_our_words(error, overrides) from error
+        raise _in_our_words(error, words) from error
     swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
+    typed = [{_key(part): part.partition("=")[2] for part in batch if _key(part) in swept} for batch in batches]
+    values = tuple({key: value.strip("".join(_QUOTES)) for key, value in each.items()} for each in typed)
     if "name" in swept:
-        return [compose_run(batch) for batch in batches]
+        named = tuple(compose_run(batch) for batch in batches)
+        return Sweep(name=f"{named[0].name}-sweep", runs=named, values=values, overrides=tuple(overrides))
     given = [str(override.value()) for override in parsed if override.key_or_group == "name"]
     prefix = given[-1] if given else _time_stamp()
     runs = []
-    for batch in batches:
-        chosen = ",".join(part.lstrip("+") for part in batch if part.lstrip("+").split("=")[0] in swept)
+    for batch, each in zip(batches, typed, strict=True):
+        chosen = ",".join(f"{key}={value}" for key, value in each.items())
         suffix = re.sub(r"[^A-Za-z0-9_.,=-]+", "-", chosen).strip("-") or "run"
         runs.append(compose_run([*batch, f"name='{prefix}-{suffix}'"]))
-    return runs
+    again = overrides if given else [*overrides, f"name={prefix}"]
+    return Sweep(name=prefix, runs=tuple(runs), values=values, overrides=tuple(again))
 
 
 def saved_config(folder: Path) -> RunConfig:

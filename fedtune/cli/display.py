@@ -203,17 +203,6 @@ def _finding(code: str, config: RunConfig) -> str:
     return texts[code]
 
 
-def show_sweep(console: Console, results: Mapping[Path, RunResult]) -> None:
-    """One line for each run of a sweep."""
-    table = Table(title="Sweep")
-    table.add_column("run")
-    table.add_column("epsilon", justify="right")
-    table.add_column("test")
-    for folder, result in results.items():
-        table.add_row(folder.name, epsilon_text(result.privacy.epsilon), _scores(result.final.metrics))
-    console.print(table)
-
-
 def _settings_table(config: RunConfig, shared: SharedModel, plan: Plan) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     trained = sum(value.size for value in shared.initial_adapter.tensors.values())

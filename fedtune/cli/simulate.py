@@ -10,6 +10,7 @@ from rich.console import Console
 from fedtune.cli.command import AsJson, Option, Overrides, single
 from fedtune.cli.compose import compose_run, compose_sweep
 from fedtune.cli.sections import SCHEMA_VERSION, print_json
+from fedtune.cli.sweep import run_sweep
 from fedtune.cli.working_folder import folder_of, make, run_in_folder, told
 from fedtune.config import RunConfig
 from fedtune.spec import ConfigError
@@ -39,24 +40,23 @@ def simulate(
       fedtune simulate experiment=debug                  seconds, random tiny model
       fedtune simulate privacy.epsilon=3 name=tighter
       fedtune simulate privacy=none                      no privacy, for comparison
-      fedtune simulate -m privacy.epsilon=1,3,8          one run for each value
+      fedtune simulate -m privacy.epsilon=1,3,8          one run for each value, a table and its CSV
       fedtune simulate resume=runs/tighter               continue after Ctrl-C or a crash
     docs/configuration.md lists every key.
     """
-    runs = compose_sweep(overrides) if multirun else [compose_run(overrides)]
+    console = Console(stderr=as_json)
+    sweep = compose_sweep(overrides) if multirun else None
+    runs = sweep.runs if sweep else (compose_run(overrides),)
     for config in runs:
         if config.runtime.kind == "deployment":
             raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
-    folders = [folder_of(config) for config in runs]
-    console = Console(stderr=as_json)
-    results = [_run(config, folder, console) for config, folder in zip(runs, folders, strict=True)]
+    if sweep and len(runs) > 1:
+        run_sweep(sweep, console, run=_run, as_json=as_json)
+        return
+    folder = folder_of(runs[0])
+    result = _run(runs[0], folder, console)
     if as_json:
-        told_of = [{"folder": str(folder), "result": result} for folder, result in zip(folders, results, strict=True)]
-        print_json({"schema_version": SCHEMA_VERSION, "runs": told_of})
-    elif len(results) > 1:
-        from fedtune.cli.display import show_sweep
-
-        show_sweep(console, dict(zip(folders, results, strict=True)))
+        print_json({"schema_version": SCHEMA_VERSION, "runs": [{"folder": str(folder), "result": result}]})
 
 
 def _run(config: RunConfig, folder: Path, console: Console) -> RunResult:

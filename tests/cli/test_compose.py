@@ -73,7 +73,7 @@ def test_blank_overrides_are_nothing() -> None:
 
 
 def test_a_sweep_is_every_combination_with_a_name_that_says_which() -> None:
-    runs = compose_sweep(["experiment=debug", "name=s", "privacy.epsilon=1,3", "training=adamw,sgd"])
+    runs = compose_sweep(["experiment=debug", "name=s", "privacy.epsilon=1,3", "training=adamw,sgd"]).runs
     assert [(run.privacy.epsilon, run.training.optimizer) for run in runs] == [
         (1.0, "adamw"),
         (1.0, "sgd"),
@@ -95,14 +95,14 @@ def test_runs_of_a_sweep_never_share_a_folder() -> None:
         ["seed=range(0,3)"],
     ]
     for sweep in sweeps[:2] + sweeps[3:]:
-        names = [run.name for run in compose_sweep(["experiment=debug", *sweep])]
+        names = [run.name for run in compose_sweep(["experiment=debug", *sweep]).runs]
         assert len(set(names)) == len(names) > 1
-    names = [run.name for run in compose_sweep(["experiment=debug", *sweeps[2]])]
+    names = [run.name for run in compose_sweep(["experiment=debug", *sweeps[2]]).runs]
     assert names == ["a", "a", "b", "b"], "a swept name is taken as it is; the second run finds its folder taken"
 
 
 def test_a_sweep_over_one_value_is_one_run() -> None:
-    (run,) = compose_sweep(["experiment=debug", "privacy.epsilon=3"])
+    (run,) = compose_sweep(["experiment=debug", "privacy.epsilon=3"]).runs
     assert run.name.endswith("-run")
 
 
@@ -154,7 +154,7 @@ def test_a_resumed_run_cannot_take_another_name(tmp_path: Path) -> None:
     folder = tmp_path / "first"
     write_config(compose_run(["experiment=debug", "name=first"]), folder)
     assert compose_run([f"resume={folder}", "name=second"]).name == "first"
-    (swept,) = compose_sweep([f"resume={folder}"])
+    (swept,) = compose_sweep([f"resume={folder}"]).runs
     assert swept.name == "first"
 
 

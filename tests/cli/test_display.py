@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.compose import compose_run
-from fedtune.cli.display import Display, show_result, show_sweep
+from fedtune.cli.display import Display, show_result
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, RoundResult
 from fedtune.federation.results import (
@@ -165,14 +165,6 @@ def test_a_shown_epsilon_is_never_below_the_true_one(config: RunConfig) -> None:
 def test_no_guarantee_is_said(config: RunConfig) -> None:
     assert "No privacy guarantee" in table(config, result(epsilon=None))
     assert "A study without a guarantee" in table(config, result(seeded_noise=True))
-
-
-def test_a_sweep_is_a_table(config: RunConfig) -> None:
-    out = io.StringIO()
-    show_sweep(Console(file=out, width=100), {Path("runs/a"): result(), Path("runs/b"): result(epsilon=None)})
-    lines = out.getvalue().splitlines()
-    assert any("a" in line and "1.001" in line and "accuracy 0.500" in line for line in lines)
-    assert any("b" in line and "unbounded" in line for line in lines)
 
 
 def test_time_left_uses_the_run_so_far(config: RunConfig, state: Callable[..., LeadState]) -> None:

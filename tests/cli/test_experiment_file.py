@@ -50,7 +50,7 @@ def test_a_file_s_map_replaces_that_of_conf(page: Path) -> None:
 
 
 def test_a_file_in_a_sweep(page: Path) -> None:
-    runs = compose_sweep([f"experiment={page}", "privacy.epsilon=1,3"])
+    runs = compose_sweep([f"experiment={page}", "privacy.epsilon=1,3"]).runs
     assert [run.privacy.epsilon for run in runs] == [1.0, 3.0]
 
 

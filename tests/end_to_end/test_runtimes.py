@@ -100,12 +100,12 @@ def test_a_sweep_makes_a_folder_for_each_value(command: Any, tiny: Any, tmp_path
     swept = tiny("privacy.epsilon=1,3", into=tmp_path, name="sweep")
     outcome = command("simulate", "-m", *swept)
     assert (outcome.code, outcome.err) == (0, "")
-    folders = {path.name: path for path in tmp_path.iterdir()}
+    assert (tmp_path / "sweep.csv").is_file()
+    folders = {path.name: path for path in tmp_path.iterdir() if path.is_dir()}
     assert set(folders) == {"sweep-privacy.epsilon=1", "sweep-privacy.epsilon=3"}
     for name, folder in folders.items():
         report = json.loads((folder / "report.json").read_text())
         assert report["target_epsilon"] == float(name.partition("=")[2])
         assert report["verdict"]["state"] == "within"
         assert result_of(folder)["final"]["metrics"]
-    for name in folders:
-        assert name in outcome.out.split("Sweep")[1]
+    assert "best by validation accuracy" in outcome.out.split("Sweep")[1]

@@ -1,0 +1,342 @@
+"""A sweep: its runs one after the other, the table of what they came to, and the same as CSV beside their folders.
+
+The best run is told by validation scores alone.  A run that was chosen by its test score has a test score that is too
+good, since the choice has used the same records.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from fedtune.cli.compose import Sweep
+from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
+from fedtune.cli.working_folder import folder_of
+from fedtune.config import RunConfig
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.durable import write_durably
+from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
+from fedtune.words import counted, unbounded
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from fedtune.federation.lead import Scores
+    from fedtune.federation.results import RunResult
+
+_FIRST_COLUMNS = ("run", "folder", "state", "reason", "best")
+"""Of the CSV; the swept settings follow, then what was spent, then the scores."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweptRun:
+    """One run of a sweep.
+
+    Attributes:
+        values: the settings that differ between the sweep's runs, as they were typed.
+        earlier: whether it was finished before this command.
+        error: what ended it early.
+        result: what it came to so far; None: it has no run.json.
+    """
+
+    config: RunConfig
+    folder: Path
+    values: Mapping[str, str]
+    earlier: bool = False
+    error: BaseException | None = None
+    result: RunResult | None = None
+
+    @property
+    def state(self) -> str:
+        """In a word or two."""
+        from fedtune.federation.results import DIVERGED
+
+        if self.error is not None:
+            return "interrupted" if isinstance(self.error, KeyboardInterrupt) else "failed"
+        if self.result is None:
+            return "not begun"
+        return "diverged" if DIVERGED in self.result.final.findings else "finished"
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to tell."""
+        return self.error is not None or self.result is not None
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, in one line."""
+        if self.state != "failed":
+            return ""
+        # The text of an error that nobody foresaw may quote a record.
+        text = str(self.error) if isinstance(self.error, FedtuneError) else type(self.error).__name__
+        return " ".join(text.split())
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the same command again would bring it further."""
+        stopped = isinstance(self.error, RunError) and not isinstance(self.error, StuckError)
+        return stopped or self.state in ("interrupted", "not begun")
+
+    @property
+    def judged_by(self) -> str:
+        """The score by which runs of its task are compared."""
+        from fedtune.tasks import task_named
+
+        return task_named(self.config.task).judged_by
+
+    @property
+    def validation(self) -> Scores:
+        """After the last round, on the lead's validation records."""
+        return self.result.rounds[-1].metrics if self.result and self.result.rounds else {}
+
+    @property
+    def test(self) -> Scores:
+        """On the lead's test records."""
+        return self.result.final.metrics if self.result else {}
+
+    @property
+    def compared_on(self) -> tuple[Any, ...]:
+        """What runs must have in common for their validation scores to say which is better."""
+        data = self.config.data
+        records = (data.validation_file or data.train_file, data.validation_fraction, data.validation_rows, data.labels)
+        # A loss is a mean over tokens: model, template and length decide which these are.
+        tokens = (self.config.model.path, data.prompt_template, data.chat_template, data.max_length)
+        return (self.config.task, *records, *(tokens if self.judged_by == "loss" else ()))
+
+
+def run_sweep(
+    sweep: Sweep, console: Console, *, run: Callable[[RunConfig, Path, Console], RunResult], as_json: bool
+) -> None:
+    """Run what is not finished yet, and say what all runs came to, also where something ends the sweep early.
+
+    A run that fails does not keep the others from running.
+
+    Args:
+        sweep: its settings.
+        console: where progress is shown.
+        run: runs one configuration in its folder.
+        as_json: the table as JSON on standard output.
+
+    Raises:
+        ConfigError: a folder or the table's file belongs to something else; raised before the first run.
+        FedtuneError: the first run that failed, after the last one has ended.
+    """
+    rows = _rows(sweep)
+    path = rows[0].folder.parent / f"{sweep.name}.csv"
+    _check_table(path, rows)
+    try:
+        for number, row in enumerate(rows):
+            if row.earlier:
+                continue
+            try:
+                rows[number] = replace(row, result=run(row.config, row.folder, console))
+            except BaseException as error:
+                rows[number] = replace(row, error=error, result=_result(row.folder))
+                if not isinstance(error, FedtuneError):
+                    raise
+            _write(path, rows)
+    finally:
+        _write(path, rows)
+        if as_json:
+            print_json(_as_json(path, rows))
+        else:
+            _show(console, path, rows, again=shlex.join(["fedtune", "simulate", "-m", *sweep.overrides]))
+    for row in rows:
+        if row.error is not None:
+            raise row.error
+
+
+def best_of(rows: Sequence[SweptRun]) -> SweptRun | None:
+    """The finished run with the best validation score; None where fewer than two have scores that can be compared."""
+    scored = [(score, row) for row in rows if row.state == "finished" and (score := _score(row)) is not None]
+    if len(scored) < 2 or len({row.compared_on for _, row in scored}) > 1:
+        return None
+    choose = min if scored[0][1].judged_by == "loss" else max
+    return choose(scored, key=lambda one: one[0])[1]
+
+
+def _score(row: SweptRun) -> float | None:
+    return row.validation.get(row.judged_by)
+
+
+def _rows(sweep: Sweep) -> list[SweptRun]:
+    """The runs of a sweep, with the results of those that were finished before."""
+    rows: list[SweptRun] = []
+    differ = [key for key in sweep.values[0] if len({values[key] for values in sweep.values}) > 1]
+    for config, values in zip(sweep.runs, sweep.values, strict=True):
+        config = _continued(config)
+        folder = folder_of(config)
+        if folder in (row.folder for row in rows):
+            raise ConfigError("name", config.name, "is the name of two runs of the sweep; choose others")
+        result = _result(folder, finished=True)
+        shown = {key: values[key] for key in differ}
+        earlier = result is not None
+        rows.append(SweptRun(config=config, folder=folder, values=shown, earlier=earlier, result=result))
+    return rows
+
+
+def _continued(config: RunConfig) -> RunConfig:
+    """The run, or where the same sweep has begun it before, its continuation."""
+    folder = Path(config.tracking.output_dir) / config.name
+    if config.resume is not None or not folder.exists():
+        return config
+    config = replace(config, resume=str(folder))
+    try:
+        folder_of(config)
+    except ConfigError as error:
+        raise ConfigError("name", config.name, f"is taken: {folder} {error.bound}; choose another") from None
+    return config
+
+
+def _result(folder: Path, *, finished: bool = False) -> RunResult | None:
+    """What the run in `folder` has come to; None: nothing, or with `finished` not all of it."""
+    if not RunFolder(folder).result.is_file():
+        return None
+    from fedtune.report.record.run_record import read_run
+
+    with suppress(FedtuneError):  # of a damaged folder: its run says so
+        record = read_run(folder)
+        if not finished or (record.finished and RunFolder(folder).adapter.is_dir()):
+            return record.result
+    return None
+
+
+def _show(console: Console, path: Path, rows: Sequence[SweptRun], *, again: str) -> None:
+    """The table, with a mark at the best run."""
+    best, begun = best_of(rows), [(number, row) for number, row in enumerate(rows, start=1) if row.begun]
+    judged = list(dict.fromkeys(row.judged_by for row in rows))
+    scores = [
+        (kind, name)
+        for kind in ("validation", "test")
+        for name in judged
+        if any(name in getattr(r, kind) for r in rows)
+    ]
+    keys = [*rows[0].values]
+    cells = [
+        (
+            "*" if row is best else "",
+            str(number),
+            *row.values.values(),
+            *(_figure(getattr(row, kind), name) for kind, name in scores),
+            _epsilon(row),
+            row.state,
+        )
+        for number, row in begun
+    ]
+    broken = (key.replace(".", ".\n") for key in keys)
+    headings = ("", "run", *broken, *(f"{kind}\n{name}" for kind, name in scores), "epsilon\nspent", "state")
+    words = frozenset({0, *range(2, 2 + len(keys)), len(headings) - 1})
+    bold = {number: "bold" for number, (_, row) in enumerate(begun) if row is best}
+    notes = list(_notes(rows, best))
+    show(console, [Section(title="Sweep", headings=headings, rows=cells, words=words, styles=bold, notes=notes)])
+    if best is not None:
+        say(f"best:  {best.folder}", console=console)
+    if path.is_file():
+        say(f"table: {path} (every score, and each run's folder)", console=console)
+    if any(row.can_go_on for row in rows):
+        say(f"Continue the sweep with: {again}", console=console)
+
+
+def _figure(scores: Scores, name: str) -> str:
+    value = scores.get(name)
+    return f"{value:.3f}" if value is not None else "not finite" if name in scores else "-"
+
+
+def _epsilon(row: SweptRun) -> str:
+    from fedtune.privacy.accountant import epsilon_text
+
+    return epsilon_text(row.result.privacy.epsilon) if row.result else "-"
+
+
+def _notes(rows: Sequence[SweptRun], best: SweptRun | None) -> Iterator[str]:
+    """What must be said about the table."""
+    reasons: dict[str, list[str]] = {}
+    for number, row in enumerate(rows, start=1):
+        if row.reason:
+            reasons.setdefault(row.reason, []).append(str(number))
+    for reason, numbers in reasons.items():
+        yield f"run{'s' * (len(numbers) > 1)} {', '.join(numbers)} failed: {reason}"
+    waiting, earlier = sum(not row.begun for row in rows), sum(row.earlier for row in rows)
+    if waiting:
+        yield f"{counted(waiting, 'run')} not begun yet."
+    if earlier:
+        yield f"{counted(earlier, 'run')} had been finished before, with the same settings."
+    finished = [row for row in rows if row.state == "finished"]
+    if best is not None:
+        yield f"* best by validation {best.judged_by}. Test scores must not choose: they would then be too good."
+    elif len(finished) > 1 and not any(row.validation for row in finished):
+        yield "No run is marked as the best: none has validation records, and test scores must not choose."
+    elif len(finished) > 1:
+        yield "No run is marked as the best: their validation scores cannot be compared."
+    if sum(row.config.privacy.private for row in rows if row.result) > 1:
+        yield "Runs on the same records spend their epsilons together: the loss of privacy is more than one row's."
+
+
+def _as_json(path: Path, rows: Sequence[SweptRun]) -> dict[str, Any]:
+    best = best_of(rows)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "table": str(path) if path.is_file() else None,
+        "best": str(best.folder) if best else None,
+        "runs": [
+            {
+                "folder": str(row.folder),
+                "values": row.values,
+                "state": row.state,
+                "reason": row.reason,
+                "result": row.result,
+            }
+            for row in rows
+        ],
+    }
+
+
+def _check_table(path: Path, rows: Sequence[SweptRun]) -> None:
+    """Refuse to replace a file that is no table of these runs."""
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            table = csv.DictReader(file)
+            ours = tuple(table.fieldnames or ())[: len(_FIRST_COLUMNS)] == _FIRST_COLUMNS
+            others = {row["run"] for row in table} - {row.folder.name for row in rows} if ours else set()
+    except (OSError, UnicodeError, csv.Error):
+        ours, others = False, set()
+    if not ours or others:
+        holds = f"holds other runs, such as {min(others)}" if others else "is no table of a sweep"
+        raise ConfigError("name", path.stem, f"is taken: {path} {holds}; choose another")
+
+
+def _write(path: Path, rows: Sequence[SweptRun]) -> None:
+    """The table of the runs that have begun, as CSV; none while no run has left a folder."""
+    if not any(row.folder.exists() for row in rows):
+        return
+    best = best_of(rows)
+    lines = [_cells(row, best=row is best) for row in rows if row.begun]
+    columns = dict.fromkeys((*_FIRST_COLUMNS, *(column for line in lines for column in line)))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    try:
+        write_durably(path, text.getvalue().encode())
+    except OSError as error:
+        raise RunError(f"the sweep's table {path} cannot be written ({error.strerror})") from error
+
+
+def _cells(row: SweptRun, *, best: bool) -> dict[str, Any]:
+    """A line of the CSV by column; every figure as exact as it is known."""
+    first = (row.folder.name, row.folder, row.state, row.reason, "yes" if best else "")
+    cells = dict(zip(_FIRST_COLUMNS, first, strict=True)) | dict(row.values)
+    if row.result is not None:
+        privacy = row.result.privacy
+        cells |= {"epsilon_spent": unbounded(privacy.epsilon), "delta": privacy.delta}
+    for kind, scores in (("validation", row.validation), ("test", row.test)):
+        cells |= {f"{kind}_{name}": "nan" if value is None else value for name, value in scores.items()}
+    return cells

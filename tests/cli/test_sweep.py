@@ -1,0 +1,268 @@
+"""A sweep: what of it runs, its table, its CSV and its JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedtune.cli.compose import compose_run, compose_sweep
+from fedtune.cli.display import Display
+from fedtune.cli.sweep import SweptRun, best_of, run_sweep
+from fedtune.federation.lead import RoundResult
+from fedtune.federation.results import DIVERGED, FinalResult, PrivacyResult, RunResult
+from fedtune.spec import RunError
+
+SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+@pytest.fixture(scope="module")
+def swept(folder: Path, tiny: Any) -> list[str]:
+    """The second of three runs fails when the model is loaded."""
+    runs = tiny("lora.target_modules=[query],[nonesuch],[key]", *SHORT, into=folder, name="three")
+    assert isinstance(runs, list)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def outcome(command: Any, swept: list[str]) -> Any:
+    return command("simulate", "-m", *swept)
+
+
+def test_a_run_that_fails_stops_no_other_and_is_told(outcome: Any, folder: Path) -> None:
+    reason = "lora.target_modules = 'nonesuch': must be among the base's modules: dense, key, query, value"
+    assert (outcome.code, outcome.message) == (2, reason)
+    table = outcome.out.split("Sweep")[1]
+    assert f"run 2 failed: {reason}" in " ".join(table.split())
+    assert [line.split()[-1] for line in table.splitlines() if "[" in line] == ["finished", "failed", "finished"]
+    assert "Continue the sweep" not in table, "it would fail again"
+    first, second, third = lines_of(folder / "three.csv")
+    assert (first["state"], second["state"], third["state"]) == ("finished", "failed", "finished")
+    assert (first["reason"], second["reason"], third["reason"]) == ("", reason, "")
+    assert (second["epsilon_spent"], second["validation_accuracy"]) == ("", "")
+
+
+def test_the_csv_has_swept_values_and_every_score_as_it_is(outcome: Any, folder: Path, result_of: Any) -> None:
+    lines = lines_of(folder / "three.csv")
+    assert [line["lora.target_modules"] for line in lines] == ["[query]", "[nonesuch]", "[key]"]
+    assert "federation.num_rounds" not in lines[0], "it was not swept"
+    for line in (lines[0], lines[2]):
+        result = result_of(folder / line["run"])
+        assert float(line["epsilon_spent"]) == result["privacy"]["epsilon"]
+        for name, score in result["final"]["metrics"].items():
+            assert float(line[f"test_{name}"]) == score
+        for name, score in result["rounds"][-1]["metrics"].items():
+            assert float(line[f"validation_{name}"]) == score
+    assert str(folder / "three.csv") in outcome.out
+
+
+def test_the_same_sweep_again_runs_only_what_is_missing(
+    outcome: Any, command: Any, swept: list[str], folder: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("three-*/run.json")}
+    (folder / "three.csv").unlink()
+    again = command("simulate", "-m", *swept, "--json")
+    assert again.code == outcome.code
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("three-*/run.json")} == before
+    assert len(lines_of(folder / "three.csv")) == 3
+    told = json.loads(again.out)
+    assert told["table"] == str(folder / "three.csv")
+    assert [run["state"] for run in told["runs"]] == ["finished", "failed", "finished"]
+    assert told["runs"][0]["values"] == {"lora.target_modules": "[query]"}
+    assert told["runs"][0]["result"] == json.loads((folder / "three-lora.target_modules=-query/run.json").read_text())
+    assert told["runs"][1]["result"] is None
+    assert "nonesuch" in told["runs"][1]["reason"]
+    marked = [line["folder"] for line in lines_of(folder / "three.csv") if line["best"]]
+    assert [told["best"]] == marked
+
+
+def test_a_name_that_is_taken_is_refused_before_the_first_run(
+    outcome: Any, command: Any, swept: list[str], folder: Path
+) -> None:
+    def refused(*more: str) -> str:
+        found = command("simulate", "-m", *swept, *more)
+        assert (found.code, found.out) == (2, "")
+        return str(found.message)
+
+    assert "is taken: " in (changed := refused("lora.rank=3"))
+    assert "lora.rank was 4, is 3" in changed
+    others = refused("lora.target_modules=[value],[dense]")
+    assert f"{folder / 'three.csv'} holds other runs, such as three-lora.target_modules=-key" in others
+    assert "name of two runs" in refused("name=a,a")
+    (folder / "mine.csv").write_text("text,label\na,b\n")
+    assert "is no table of a sweep" in refused("name=mine")
+    assert (folder / "mine.csv").read_text() == "text,label\na,b\n"
+    assert len(lines_of(folder / "three.csv")) == 3
+
+
+def test_ctrl_c_keeps_the_rows_so_far_and_the_same_sweep_goes_on(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tiny("seed=1,2,3", "federation.num_rounds=2", "training.local_steps=1", into=tmp_path, name="stopped")
+    finished, seen = Display.round_finished, []
+
+    def interrupted(self: Display, state: Any) -> None:
+        finished(self, state)
+        seen.append(state.round)
+        if len(seen) == 3:  # the first round of the second run
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "round_finished", interrupted)
+        stopped = command("simulate", "-m", *words)
+    assert stopped.code == 1
+    assert [line["state"] for line in lines_of(tmp_path / "stopped.csv")] == ["finished", "interrupted"]
+    told = " ".join(stopped.out.split())
+    assert "1 run not begun yet." in told
+    assert "Continue the sweep with: fedtune simulate -m experiment=debug" in told
+    assert "name=stopped" in told
+    assert float(lines_of(tmp_path / "stopped.csv")[1]["epsilon_spent"]) > 0, "its first round was charged"
+
+    again = command("simulate", "-m", *words)
+    assert (again.code, again.err) == (0, "")
+    assert "resuming after round 1" in again.out
+    assert "1 run had been finished before" in again.out
+    lines = lines_of(tmp_path / "stopped.csv")
+    assert [line["state"] for line in lines] == ["finished"] * 3
+    assert len({line["epsilon_spent"] for line in lines}) == 1
+
+
+def test_a_sweep_without_a_name_says_how_to_go_on_with_it(tiny: Any, tmp_path: Path) -> None:
+    words = [word for word in tiny("seed=1,2", into=tmp_path) if not word.startswith("name=")]
+    sweep = compose_sweep(words)
+    again = compose_sweep(sweep.overrides)
+    assert (again.name, again.runs) == (sweep.name, sweep.runs)
+    assert compose_sweep(["experiment=debug", "name=a,b"]).name == "a-sweep"
+
+
+def test_nothing_is_written_where_every_run_fails_at_once(command: Any, tiny: Any, tmp_path: Path) -> None:
+    outcome = command("simulate", "-m", *tiny("lora.layers=[7],[8]", *SHORT, into=tmp_path))
+    assert outcome.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_over_a_budget_says_which_run_was_refused(command: Any, tiny: Any, tmp_path: Path) -> None:
+    shared = tiny(
+        "training.learning_rate=0.01,0.02",
+        *SHORT,
+        f"runtime.sites_dir='{tmp_path / 'sites'}'",
+        into=tmp_path / "runs",
+        name="s",
+    )
+    outcome = command("simulate", "-m", *shared)
+    first, second = lines_of(tmp_path / "runs" / "s.csv")
+    assert (first["state"], second["state"]) == ("finished", "failed")
+    assert second["reason"] == outcome.message
+    assert outcome.code == 3
+
+
+def result(validation: Mapping[str, float | None], *, test: float = 0.5, findings: tuple[str, ...] = ()) -> RunResult:
+    rounds = (
+        RoundResult(
+            round=1, seconds=1.0, sites=("a",), failed_sites={}, bytes_down=1, bytes_up=1, metrics=dict(validation)
+        ),
+    )
+    final = FinalResult(metrics={"accuracy": test, "loss": test}, findings=findings)
+    return RunResult(rounds=rounds, final=final, privacy=PrivacyResult(delta=1e-5, seeded_noise=False, sites={}))
+
+
+@pytest.fixture
+def row(tiny: Any, tmp_path: Path) -> Any:
+    def make(score: float | None, *overrides: str, **changes: Any) -> SweptRun:
+        config = compose_run(tiny(*overrides, into=tmp_path))
+        name = "loss" if config.task == "causal_lm" else "accuracy"
+        scores = {} if score is None else {name: score}
+        return SweptRun(config=config, folder=tmp_path / "x", values={}, result=result(scores, **changes))
+
+    return make
+
+
+WRITES = ("task=causal_lm", "model=random_llama", "data=e2e_nlg", "lora=all_linear", "evaluation.generate=false")
+
+
+def test_the_best_run_is_told_by_validation_alone(row: Any) -> None:
+    rows = [row(0.4, test=0.9), row(0.6, test=0.1), row(0.5, test=0.5)]
+    assert best_of(rows) is rows[1]
+    assert best_of([row(None, test=0.9), row(None, test=0.1)]) is None
+    assert best_of(rows[:1]) is None, "one run is the best of nothing"
+    first, second = row(0.5), row(0.5)
+    assert best_of([first, second]) is first
+
+
+def test_of_losses_the_smallest_is_the_best(row: Any) -> None:
+    rows = [row(2.0, *WRITES), row(1.0, *WRITES), row(3.0, *WRITES)]
+    assert best_of(rows) is rows[1]
+
+
+def test_a_run_that_failed_or_diverged_is_never_the_best(row: Any) -> None:
+    rows = [row(0.4), row(0.3), row(0.9, findings=(DIVERGED,)), replace(row(0.8), error=RunError("x"))]
+    assert [one.state for one in rows] == ["finished", "finished", "diverged", "failed"]
+    assert best_of(rows) is rows[0]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "comparable"),
+    [
+        ((), ("lora.rank=2", "privacy.epsilon=3", "data.max_length=8"), True),
+        (("data.validation_rows=5",), ("data.validation_rows=6",), False),
+        ((), WRITES, False),
+        (WRITES, (*WRITES, "lora.rank=2"), True),
+        (WRITES, (*WRITES, "data.max_length=9"), False),
+    ],
+)
+def test_only_scores_on_the_same_records_are_compared(row: Any, one: Any, other: Any, comparable: bool) -> None:
+    assert (best_of([row(0.4, *one), row(0.5, *other)]) is not None) == comparable
+
+
+def test_an_error_that_nobody_foresaw_ends_the_sweep_and_is_not_quoted(tiny: Any, tmp_path: Path) -> None:
+    sweep, begun = compose_sweep(tiny("seed=1,2,3", into=tmp_path, name="s")), []
+
+    def run(config: Any, folder: Path, console: Console) -> RunResult:
+        begun.append(folder)
+        folder.mkdir()
+        if len(begun) == 2:
+            raise ValueError("a record's text")
+        return result({"accuracy": 0.5})
+
+    out = io.StringIO()
+    with pytest.raises(ValueError, match="a record's text"):
+        run_sweep(sweep, Console(file=out, width=80), run=run, as_json=False)
+    assert [(line["state"], line["reason"]) for line in lines_of(tmp_path / "s.csv")] == [
+        ("finished", ""),
+        ("failed", "ValueError"),
+    ]
+    assert len(begun) == 2
+    assert "record's text" not in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_the_terminal(tiny: Any, tmp_path: Path, width: int) -> None:
+    swept = ("privacy.epsilon=1,3", "training.learning_rate=0.005,0.01", "federation.num_sites=2,3")
+    out, given = io.StringIO(), iter([0.5, 0.625, *[None] * 6])
+
+    def run(config: Any, folder: Path, console: Console) -> RunResult:
+        return result({"accuracy": next(given)})
+
+    run_sweep(compose_sweep(tiny(*swept, into=tmp_path)), Console(file=out, width=width), run=run, as_json=False)
+    table = out.getvalue().split("best:")[0].splitlines()
+    assert max(map(len, table)) <= width
+    (best,) = [line.split() for line in table if line.startswith("  *") and "finished" in line]
+    assert best == ["*", "2", "1", "0.005", "3", "0.625", "0.500", "unbounded", "finished"]
+    assert sum("not finite" in line for line in table) == 6
