@@ -22,6 +22,10 @@ _FIRST_COLUMN = 30
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
+class InterruptTold(KeyboardInterrupt):
+    """Ctrl-C, of which the person at the keyboard was told already, with how to go on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Argument:
     """A parameter that is told by its place."""

@@ -305,9 +305,10 @@ def _free_maps(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     taken_out = [f"{_key(override[1:])}." for override in overrides if override.startswith("~")]
     for override in overrides:
         key = _key(override)
-        if override.startswith("~") or _map_of(key) is None:
+        name = None if override.startswith("~") else _map_of(key)
+        if name is None:
             others.append(override)
-        elif not f"{key}.".startswith(tuple(taken_out)):
+        elif not name.startswith(tuple(taken_out)):
             maps[key] = _value(override)
     return maps, others
 

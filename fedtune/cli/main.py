@@ -19,7 +19,7 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 import click
 
 from fedtune import __version__
-from fedtune.cli.command import SETTINGS
+from fedtune.cli.command import SETTINGS, InterruptTold
 from fedtune.spec import FedtuneError
 
 COMMANDS: Mapping[str, str] = {
@@ -108,8 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FedtuneError as error:
         sys.stderr.write(f"fedtune: {error}\n")
         return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("fedtune: interrupted\n")
+    except KeyboardInterrupt as interrupt:
+        if not isinstance(interrupt, InterruptTold):
+            sys.stderr.write("fedtune: interrupted\n")
         return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from fedtune.cli.command import InterruptTold
 from fedtune.cli.compose import saved_config, write_config
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
@@ -49,6 +50,7 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
         hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
         if isinstance(error, KeyboardInterrupt):
             console.print(f"\nInterrupted. {hint}", soft_wrap=True)
+            raise InterruptTold from error
         elif isinstance(error, RunError) and not isinstance(error, StuckError):
             console.print(hint, soft_wrap=True)
         raise

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import torch
 from peft import PeftModel
 
 from fedtune.cli.compose import saved_config
+from fedtune.data import read_records
+from fedtune.data.load import chosen_rows
 from fedtune.model.base_model import tiny_base
 from fedtune.tasks import load_task_model
 
@@ -73,8 +74,9 @@ def test_plain_peft_gives_the_same_logits(folder: Path) -> None:
 
 def test_evaluate_repeats_the_final_scores(folder: Path, result_of: Any, command: Any, tmp_path: Path) -> None:
     test_file = tmp_path / "test.jsonl"
-    with gzip.open(REPOSITORY / "simulations/data/e2e_nlg/test.jsonl.gz", "rt") as lines:
-        test_file.write_text("".join(itertools.islice(lines, 10)))
+    records = read_records(REPOSITORY / "simulations/data/e2e_nlg/test.jsonl.gz", saved_config(folder).data.columns)
+    scored = [{"mr": one.fields["prompt"], "ref": one.fields["completion"]} for one in chosen_rows(records, 10)]
+    test_file.write_text("".join(json.dumps(row) + "\n" for row in scored))
     outcome = command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu")
     assert (outcome.code, outcome.err) == (0, "")
     shown = {

@@ -16,7 +16,7 @@ ROWS = 60
 
 def conversation(number: int) -> str:
     first, second = (list(ANSWERS)[(number + step) % 3] for step in (0, 1))
-    said = [first, ANSWERS[first], second, ANSWERS[second]]
+    said = [f"{first} {number}", ANSWERS[first], second, ANSWERS[second]]
     roles = ("user", "assistant") * 2
     return json.dumps([{"role": role, "content": text} for role, text in zip(roles, said, strict=True)])
 

@@ -32,7 +32,7 @@ def cut(name: str, most: int) -> list[dict[str, str]]:
 
 @pytest.fixture
 def five_lines(tmp_path: Path) -> list[str]:
-    """The command of docs/own_data.md on a few hundred rows.  The noise of epsilon 3 is given, which saves its search."""
+    """The command of docs/own_data.md on few rows.  The noise of epsilon 3 is given, which saves its search."""
     for name, rows in (("train", cut("train.jsonl.gz", SITES * RECORDS)), ("test", cut("test.jsonl.gz", TEST_ROWS))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
