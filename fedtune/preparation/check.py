@@ -16,15 +16,17 @@ import numpy as np
 
 from fedtune.config import RunConfig
 from fedtune.data.load import lead_side, shipped_folders, split_key
-from fedtune.data.partition import assign_site, is_heldout, is_selected
+from fedtune.data.partition import PartitionSpec, assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, judged, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
+from fedtune.federation.spec import FederationSpec
 from fedtune.preparation import alike
 from fedtune.preparation.alike import Earlier, Likeness, Twin
 from fedtune.preparation.patterns import damage, identifiers
 from fedtune.preparation.starter import chunks
-from fedtune.spec import DataError
+from fedtune.privacy.site_policy import Policy
+from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
 SHOWN = 20
@@ -150,6 +152,38 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
         ),
         skipped=tuple(look.skipped()),
     )
+
+
+def at_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig:
+    """An experiment over a real site's own file, as its policy has it.
+
+    Args:
+        config: the experiment's.
+        policy: the site's.
+        folder: where the policy lies; its paths start there.
+
+    Raises:
+        ConfigError: the policy has no such data set, or the file no column for a role of the experiment.
+    """
+    dataset = next((one for one in policy.dataset if one.id == config.data.dataset), None)
+    if dataset is None:
+        known = ", ".join(one.id for one in policy.dataset) or "none"
+        raise ConfigError("data.dataset", config.data.dataset, f"must be a data set of the site's policy ({known})")
+    data = replace(
+        config.data,
+        train_file=str(folder / dataset.path),
+        columns={role: dataset.columns[role] for role in config.data.columns if role in dataset.columns},
+        declared_sizes=dataset.declared_size,
+        partition=PartitionSpec(),
+        train_fraction=1.0,
+        validation_file=None,
+        validation_fraction=0.0,
+        test_file=None,
+        test_fraction=0.0,
+    )
+    federation = FederationSpec(num_sites=1, min_sites=1, site_names=(policy.site,))
+    privacy = replace(config.privacy, unit=policy.population.unit)
+    return replace(config, data=data, federation=federation, privacy=privacy)
 
 
 def _files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
