@@ -34,11 +34,14 @@ _FOUND: Mapping[Kind, tuple[str, str]] = {
     "cut": ("longer than max_length", "What is too long is cut: a text at its end, a prompt at its beginning."),
     "lost": ("of these, an answer is cut", "Of an answer that is cut the model never learns the end."),
     "unlearnt": ("nothing left to learn", "A record without a token to learn counts as zero in training."),
-    "same": ("duplicate", "Duplicates count as several records, and each is protected alone: together they are less."),
+    "same": (
+        "duplicate",
+        "Each duplicate is protected as a record of its own, so what they all say is protected less.",
+    ),
     "alike": ("near-duplicate", "Near-duplicates share four fifths of their runs of five letters, or more."),
     "contradiction": ("same text, another label", "Of texts with several labels at most one label can be learnt."),
     "overlap": ("also in", "Records of the test that are also trained on make the scores too good."),
-    "near_overlap": ("almost the same in", "So do near-duplicates of them."),
+    "near_overlap": ("almost the same in", "Records of the test that are almost like those trained on do so, too."),
     "personal": ("likely", CAVEAT),
     "damage": ("", "Damaged texts are best read again from their source, with the right encoding."),
 }
@@ -144,7 +147,7 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
     )
     yield Section(
         title="Findings",
-        headings=("what", "role", "records", "share", "lines"),
+        headings=("what", "column", "records", "share", "lines"),
         rows=tuple(_finding(one, usable) for one in file.findings) or (("nothing", "", "", "", ""),),
         words=frozenset({0, 1, 4}),
         notes=tuple(dict.fromkeys(_FOUND[one.kind][1] for one in file.findings)),
@@ -161,7 +164,7 @@ def _finding(one: Finding, usable: int) -> tuple[str, ...]:
     lines = [f"{line}" if like is None else f"{line} (as {like})" for line, like in one.lines[:_MOST_LINES]]
     more = ["..."] if one.count > len(lines) else []
     name = f"{_FOUND[one.kind][0]} {one.what}".strip()
-    return name, one.role, f"{one.count:,}", f"{one.count / usable:.1%}", ", ".join([*lines, *more])
+    return name, one.column, f"{one.count:,}", f"{one.count / usable:.1%}", ", ".join([*lines, *more])
 
 
 def _labels(labels: Mapping[str, int], records: int) -> Section:

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -38,8 +38,9 @@ _LANGUAGE_RECORDS, _LANGUAGE_LETTERS, _FEW_LETTERS = 100_000, 1_000, 40
 _BINS = 10
 INSTALL = "pip install 'fedtune[data]'"
 Kind = Literal[
-    "cut", "lost", "unlearnt", "same", "alike", "contradiction", "overlap", "near_overlap", "personal", "damage"
+    "cut", "lost", "unlearnt", "overlap", "near_overlap", "contradiction", "same", "alike", "personal", "damage"
 ]
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,14 +50,14 @@ class Finding:
     Attributes:
         kind: of finding.
         what: within the kind, such as "e-mail".
-        role: where it stands; empty: in the record as a whole.
+        column: where it stands; empty: in the record as a whole.
         count: records.
         lines: of the first of them, with the line of the earlier record that each is like, if any.
     """
 
     kind: Kind
     what: str
-    role: str
+    column: str
     count: int
     lines: tuple[tuple[int, int | None], ...]
 
@@ -192,10 +193,15 @@ def _files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
     by_file = data.partition.kind == "file"
     named = [(data.train_file.replace(SITE, site), site) for site in (config.federation.names if by_file else ("",))]
     for name, site in named:
-        yield resolve_file(name, shipped_folders(), key="data.train_file"), "train", site
+        yield _near(resolve_file(name, shipped_folders(), key="data.train_file")), "train", site
     for use, file in (("validation", data.validation_file), ("test", data.test_file)):
         if file is not None:
-            yield resolve_file(file, shipped_folders(), key=f"data.{use}_file"), use, ""
+            yield _near(resolve_file(file, shipped_folders(), key=f"data.{use}_file")), use, ""
+
+
+def _near(path: Path) -> Path:
+    """The path from the working folder, where it lies in that: it stands before each error."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 _ACROSS: Mapping[Likeness, Kind] = {"same": "overlap", "alike": "near_overlap"}
@@ -318,7 +324,7 @@ class _Tally:
                 self._labels[record.fields["label"]] += 1
             self._take_twins(record, use)
             for kind, what, role in dict.fromkeys(_in_texts(record)):
-                self._note(record, kind, what, role)
+                self._note(record, kind, what, self._look.config.data.columns[role])
             self._take_language(record)
 
     def _take_tokens(self, records: Sequence[Record]) -> None:
@@ -362,8 +368,8 @@ class _Tally:
         short = sum(map(str.isalpha, text)) < _FEW_LETTERS
         self._languages["" if short else py3langid.classify(text)[0]] += 1
 
-    def _note(self, record: Record, kind: Kind, what: str = "", role: str = "", *, like: Twin | None = None) -> None:
-        some = self._found[kind, what, role]
+    def _note(self, record: Record, kind: Kind, what: str = "", column: str = "", *, like: Twin | None = None) -> None:
+        some = self._found[kind, what, column]
         some.count += 1
         if len(some.lines) < SHOWN:
             some.lines.append((record.line, None if like is None else like.line))
@@ -377,8 +383,8 @@ class _Tally:
             errors=tuple((error.key, str(error.value), error.bound) for error in self._errors),
             num_errors=dict(self._num_errors.most_common()),
             findings=tuple(
-                Finding(kind=kind, what=what, role=role, count=some.count, lines=tuple(some.lines))
-                for (kind, what, role), some in sorted(self._found.items())
+                Finding(kind=kind, what=what, column=column, count=some.count, lines=tuple(some.lines))
+                for (kind, what, column), some in sorted(self._found.items(), key=lambda one: _KINDS.index(one[0][0]))
             ),
             labels=dict(self._labels),
             lengths=_lengths(self._lengths),
