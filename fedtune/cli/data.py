@@ -20,8 +20,8 @@ from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.preparation import starter
 from fedtune.preparation.alike import is_installed
-from fedtune.preparation.check import INSTALL, at_own_site
-from fedtune.preparation.check import check as examine
+from fedtune.preparation.check_data import INSTALL, at_own_site
+from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning
 from fedtune.preparation.clean import clean as write_clean
 from fedtune.preparation.detect import Found, look_at

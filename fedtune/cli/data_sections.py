@@ -10,7 +10,7 @@ from fedtune.cli.sections import Section, pairs
 from fedtune.data.load import FAR
 from fedtune.data.text_rows import Row
 from fedtune.preparation import starter
-from fedtune.preparation.check import Checked, FileCheck, Finding, Kind, Lengths
+from fedtune.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
 from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
 from fedtune.preparation.detect import KINDS, Found
 from fedtune.preparation.patterns import CAVEAT
