@@ -147,7 +147,7 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
     )
     yield Section(
         title="Findings",
-        headings=("what", "column", "records", "share", "lines"),
+        headings=("what", "column", "records", "share", file.places),
         rows=tuple(_finding(one, usable) for one in file.findings) or (("nothing", "", "", "", ""),),
         words=frozenset({0, 1, 4}),
         notes=tuple(dict.fromkeys(_FOUND[one.kind][1] for one in file.findings)),

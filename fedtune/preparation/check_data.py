@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from fedtune.config import RunConfig
+from fedtune.data.formats import format_of
 from fedtune.data.load import lead_side, shipped_folders, split_key
 from fedtune.data.partition import PartitionSpec, assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, judged, resolve_file
@@ -36,6 +37,7 @@ _MOST_TOKENS = 8_192
 _LANGUAGE_RECORDS, _LANGUAGE_LETTERS, _FEW_LETTERS = 100_000, 1_000, 40
 """Records whose language is looked at, letters of each, and letters with which a text is too short to tell."""
 _BINS = 10
+_BY_LINE = (".jsonl", ".csv", ".tsv")
 INSTALL = "pip install 'fedtune[data]'"
 Kind = Literal[
     "cut", "lost", "unlearnt", "overlap", "near_overlap", "contradiction", "same", "alike", "personal", "damage"
@@ -52,7 +54,7 @@ class Finding:
         what: within the kind, such as "e-mail".
         column: where it stands; empty: in the record as a whole.
         count: records.
-        lines: of the first of them, with the line of the earlier record that each is like, if any.
+        lines: of the first of them, or their rows, with that of the earlier record that each is like, if any.
     """
 
     kind: Kind
@@ -83,6 +85,7 @@ class FileCheck:
 
     Attributes:
         path: the file.
+        places: what numbers of places count: "lines", or the "rows" of a file whose rows may share a line.
         rows: in it.
         uses: records that can be used, by what for: "train", "validation" or "test".
         errors: what is wrong with the first rows that cannot be used: (file, line and field; what is there; bound).
@@ -94,6 +97,7 @@ class FileCheck:
     """
 
     path: str
+    places: str
     rows: int
     uses: Mapping[str, int]
     errors: tuple[tuple[str, str, str], ...]
@@ -224,7 +228,7 @@ class _Look:
         """Look at one file."""
         unit = self.config.privacy.unit
         columns = self.task.columns(self.config.data, partition=use == "train", unit=unit)
-        tally = _Tally(self)
+        tally = _Tally(self, by_row=format_of(path) not in _BY_LINE)
         for some in chunks(tally.records(path, columns)):
             uses = [self._use(record, site) if use == "train" else use for record in some]
             tally.take(some, uses)
@@ -287,11 +291,11 @@ class _Some:
 class _Tally:
     """What was found in a file so far."""
 
-    def __init__(self, look: _Look) -> None:
-        self._look = look
+    def __init__(self, look: _Look, *, by_row: bool) -> None:
+        self._look, self._by_row = look, by_row
         self._rows = 0
         self._uses: Counter[str] = Counter()
-        self._errors: list[DataError] = []
+        self._errors: list[tuple[str, str, str]] = []
         self._num_errors: Counter[str] = Counter()
         self._found: defaultdict[tuple[Kind, str, str], _Some] = defaultdict(_Some)
         self._labels: Counter[str] = Counter(dict.fromkeys(look.config.data.labels, 0))
@@ -311,9 +315,11 @@ class _Tally:
                     self._look.site_of(found)
             except DataError as error:
                 self._num_errors[error.bound] += 1
-                self._errors += [error] if len(self._errors) < SHOWN else []
+                if len(self._errors) < SHOWN:
+                    where = f"row {self._rows} ({error.key})" if self._by_row else error.key
+                    self._errors.append((where, str(error.value), error.bound))
             else:
-                yield found
+                yield replace(found, line=self._rows) if self._by_row else found
 
     def take(self, records: Sequence[Record], uses: Sequence[str]) -> None:
         """Look at some records."""
@@ -378,9 +384,10 @@ class _Tally:
         """All that was found."""
         return FileCheck(
             path=str(path),
+            places="rows" if self._by_row else "lines",
             rows=self._rows,
             uses=dict(self._uses),
-            errors=tuple((error.key, str(error.value), error.bound) for error in self._errors),
+            errors=tuple(self._errors),
             num_errors=dict(self._num_errors.most_common()),
             findings=tuple(
                 Finding(kind=kind, what=what, column=column, count=some.count, lines=tuple(some.lines))

@@ -65,6 +65,15 @@ def test_all_errors_are_counted_and_the_first_named(tickets: Tickets) -> None:
     assert list(file.num_errors.values()) == [31, 1, 1]
 
 
+def test_rows_that_share_a_line_are_told_apart(tickets: Tickets, tmp_path: Path) -> None:
+    rows = [{"body": text, "team": "sales"} for text in ("a", " ", "b", "a")]
+    (tmp_path / "one_line.json").write_text(json.dumps(rows))
+    config = tickets("a,sales")
+    some = checked(replace(config, data=replace(config.data, train_file=str(tmp_path / "one_line.json"))))
+    assert (some.files[0].places, lines(some, "same")) == ("rows", [(4, 1)])
+    assert some.files[0].errors[0][0].startswith("row 2 (")
+
+
 def test_a_fault_of_the_whole_file_is_one_message(tickets: Tickets) -> None:
     config = tickets("a,sales")
     with pytest.raises(DataError, match=r"data.train_file = .*no such file"):
