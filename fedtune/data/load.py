@@ -20,6 +20,8 @@ from fedtune.spec import DataError
 _PACKAGE = Path(fedtune.__file__).parent
 _ROWS_KEY = b"fedtune rows"
 """One for all runs, so that a score on some rows of a file is about the same rows in each."""
+FAR = 1.5
+"""A declared size is far from the true one that is so many times as large, or as small."""
 Usable: TypeAlias = Callable[[Record], bool]
 """Whether a task can use a record."""
 

@@ -50,6 +50,14 @@ class Record:
         """Name one field in a message: `train.jsonl:12, label`."""
         return f"{at_line(self.file, self.line)}, {role}" if self.file else role
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """The texts in it, each with its role; of a conversation each turn's."""
+        for role, text in self.fields.items():
+            if role == "messages":
+                yield from ((role, turn["content"]) for turn in json.loads(text))
+            elif role not in CATEGORY_ROLES:
+                yield role, text
+
 
 def record_key(record: Record) -> bytes:
     """The canonical bytes of a record alone: equal fields, equal bytes, and different fields, different bytes."""
@@ -113,7 +121,7 @@ def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
             and counts the rest, since the file is read to its end.
     """
     wrong: list[DataError] = []
-    for found in _judged(path, columns):
+    for found in judged(path, columns):
         if isinstance(found, DataError):
             wrong.append(found)
         elif not wrong:
@@ -145,7 +153,7 @@ def usable_records(
     Raises:
         DataError: for what is a fault of the file and of no record, as `raw_rows` says.
     """
-    for found in _judged(path, columns):
+    for found in judged(path, columns):
         if isinstance(found, Record):
             yield found
         elif left_out is not None:
@@ -162,7 +170,8 @@ def counted_faults(errors: Sequence[DataError]) -> str:
     return f" (and {counted(len(errors), 'more row')}: {shown}{f'; {rest} others' if rest else ''})"
 
 
-def _judged(path: Path, columns: Mapping[str, str]) -> Iterator[Record | DataError]:
+def judged(path: Path, columns: Mapping[str, str]) -> Iterator[Record | DataError]:
+    """Each record of a file, or in its place what is wrong with it."""
     for line, row in raw_rows(path, columns):
         if isinstance(row, DataError):
             yield row

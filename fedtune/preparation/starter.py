@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -103,11 +102,11 @@ def measured(found: Found, tokenizer: Tokenizer) -> Measured:
     turns = _TOKENS_A_TURN if found.kind in ("chat", "instructions") else 1
     counts: list[int] = []
     usable = 0
-    for chunk in _chunks(records):
+    for chunk in chunks(records):
         usable += len(chunk)
         if len(counts) >= MEASURED_ROWS:
             continue
-        texts = [_texts(record) for record in chunk]
+        texts = [[text for _, text in record.texts()] for record in chunk]
         lengths = map(len, encode([text for some in texts for text in some], tokenizer, special_tokens=False))
         counts += [2 + sum(next(lengths) + turns for _ in some) for some in texts]
     return Measured(
@@ -118,16 +117,11 @@ def measured(found: Found, tokenizer: Tokenizer) -> Measured:
     )
 
 
-def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Some records at a time."""
     iterator = iter(records)
     while chunk := list(islice(iterator, _CHUNK_ROWS)):
         yield chunk
-
-
-def _texts(record: Record) -> list[str]:
-    """The texts of a record that a model reads."""
-    said = [turn["content"] for turn in json.loads(record.fields.get("messages", "[]"))]
-    return said + [text for role, text in record.fields.items() if role not in ("messages", "label")]
 
 
 def experiment(found: Found, plan: Plan, *, file: Path) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from fedtune.config import RunConfig
 from fedtune.data import users_of
-from fedtune.data.load import Dealt, shipped_folders
+from fedtune.data.load import FAR, Dealt, shipped_folders
 from fedtune.data.records import resolve_file
 from fedtune.data.spec import SITE
 from fedtune.sites.shared_model import LeadData
@@ -19,8 +19,6 @@ from fedtune.spec import DataError
 from fedtune.tasks import task_named
 from fedtune.words import counted
 
-FAR = 1.5
-"""A declared size so many times the true one, or the true one so many times as large."""
 _MOST_NAMED = 3
 
 

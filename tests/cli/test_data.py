@@ -1,4 +1,4 @@
-"""`fedtune data init`: a file, what it is, and an experiment that composes."""
+"""`fedtune data`: a file becomes an experiment that composes; what is said of its records, and a new file."""
 
 from __future__ import annotations
 
@@ -56,3 +56,68 @@ def test_a_column_that_is_not_there(here: Path, command: Any) -> None:
     outcome = command("data", "init", "tickets.csv", "--label", "gone")
     assert (outcome.code, list(here.glob("*.yaml"))) == (2, [])
     assert outcome.message == "--label = 'gone': must be one of the columns body, team"
+
+
+@pytest.fixture
+def made(here: Path, command: Any) -> Path:
+    """The same with an experiment for tickets.csv, which has a few faults."""
+    assert command("data", "init", "tickets.csv", "--model", "random_bert").code == 0
+    with (here / "tickets.csv").open("a", encoding="utf-8") as stream:
+        stream.write(',sales\n<b>Xyzzy</b> a@xyzzy.org,sales\n"ticket 3 about sales",sales\n')
+    return here
+
+
+def test_a_check_is_printed_written_as_a_page_and_for_machines(made: Path, command: Any) -> None:
+    shown = command("data", "check", "tickets.yaml", "--page", "check.html")
+    assert shown.code == 0, shown.err
+    page = (made / "check.html").read_text(encoding="utf-8")
+    told = json.loads(command("data", "check", "tickets.yaml", "--json").out)
+    (file,) = told["checked"]["files"]
+    assert (file["rows"], file["num_errors"]) == (63, {"must not be blank (role text)": 1})
+    assert {"personal", "same"} <= {one["kind"] for one in file["findings"]}
+    for text in (shown.out, page, json.dumps(told)):
+        assert "xyzzy" not in text.lower()  # no record's text
+        assert "tickets.csv:62" in text
+    for text in (" ".join(shown.out.split()), page):
+        assert "no run reads any of it" in text
+        assert "likely e-mail" in text
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_check_changes_nothing(made: Path, command: Any) -> None:
+    before = {path.name: path.read_bytes() for path in made.iterdir()}
+    assert command("data", "check", "experiment=./tickets.yaml", "data.max_length=8").code == 0
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == before
+
+
+def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> None:
+    words = ("--out", "kept.jsonl", "--drop", "unusable,duplicates", "--mask", "personal")
+    outcome = command("data", "clean", "tickets.yaml", *words)
+    assert outcome.code == 0, outcome.err
+    assert "went by the records before it" in " ".join(outcome.out.split())
+    again = command("data", "check", "tickets.yaml", "data.train_file=kept.jsonl", "--json")
+    (file,) = json.loads(again.out)["checked"]["files"]
+    assert (file["rows"], file["num_errors"]) == (61, {})
+    assert not {"personal", "same"} & {one["kind"] for one in file["findings"]}
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["check"], "Missing argument 'EXPERIMENT [KEY=VALUE]...' (fedtune data check --help says more)"),
+    (["check", "gone.yaml"], "experiment = 'gone.yaml': must be a file that can be read (No such file or directory)"),
+    (["check", "tickets.yaml", "--page", "a.txt"], "--page = 'a.txt': must end in .html"),
+    (["check", "tickets.yaml", "--page", "no/a.html"], "--page = 'no/a.html': must be a file that can be written"),
+    (["check", "tickets.yaml", "--site", "gone.toml"], "policy = 'gone.toml': must be a readable file"),
+    (["clean", "tickets.yaml"], "Missing option '--out' (fedtune data clean --help says more)"),
+    (["clean", "tickets.yaml", "--out", "a.csv"], "--out = 'a.csv': must end in .jsonl"),
+    (["clean", "tickets.yaml", "--out", "no/a.jsonl"], "--out = 'no/a.jsonl': must lie in a folder that is there"),
+    (["clean", "tickets.yaml", "--out", "chats.jsonl"], "--out = 'chats.jsonl': exists; choose another with --out"),
+    (["clean", "tickets.yaml", "--out", "a.jsonl", "--drop", "bad"], "--drop = 'bad': must be one of empty, unusable"),
+    (["clean", "tickets.yaml", "--out", "a.jsonl", "--of", "test"], "data.test_file = None: must name the file"),
+])  # fmt: skip
+def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, words: list[str], message: str) -> None:
+    before = sorted(path.name for path in made.iterdir())
+    outcome = command("data", *words)
+    assert outcome.code == 2
+    assert outcome.message.startswith(message)
+    assert sorted(path.name for path in made.iterdir()) == before

@@ -1,0 +1,239 @@
+"""What `fedtune data` shows: of a file before there is an experiment, of an experiment's records, of a new file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from fedtune.cli.sections import Section, pairs
+from fedtune.data.load import FAR
+from fedtune.data.text_rows import Row
+from fedtune.preparation import starter
+from fedtune.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
+from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
+from fedtune.preparation.detect import KINDS, Found
+from fedtune.preparation.patterns import CAVEAT
+from fedtune.words import counted
+
+ABOUT = (
+    "For the eyes of those who hold the records: the counts are exact, and no noise protects them. Nothing of this "
+    "leaves the machine unless you pass it on."
+)
+CLOSING = (
+    "It shows lines and columns and no record's text, so that it can go to colleagues who may not read the records.",
+    "Nothing was dropped or changed, and no run reads any of it. `fedtune data clean` writes a new file.",
+)
+_SHOWN = 60
+_MOST_LABELS = 30
+_MOST_LINES = 6
+_BAR = 40
+_LEAST_SHARE = 0.01
+"""Of a language among the records: guesses about single short texts are often wrong."""
+_FOUND: Mapping[Kind, tuple[str, str]] = {
+    "cut": ("longer than max_length", "What is too long is cut: a text at its end, a prompt at its beginning."),
+    "lost": ("of these, an answer is cut", "Of an answer that is cut the model never learns the end."),
+    "unlearnt": ("nothing left to learn", "A record without a token to learn counts as zero in training."),
+    "same": (
+        "duplicate",
+        "Each duplicate is protected as a record of its own, so what they all say is protected less.",
+    ),
+    "alike": ("near-duplicate", "Near-duplicates share four fifths of their runs of five letters, or more."),
+    "contradiction": ("same text, another label", "Of texts with several labels at most one label can be learnt."),
+    "overlap": ("also in", "Records of the test that are also trained on make the scores too good."),
+    "near_overlap": ("almost the same in", "Records of the test that are almost like those trained on do so, too."),
+    "personal": ("likely", CAVEAT),
+    "damage": ("", "Damaged texts are best read again from their source, with the right encoding."),
+}
+"""What a finding is called, and what it means."""
+
+
+def file_sections(found: Found) -> Iterator[Section]:
+    """What the file is, its columns, its first rows and its labels."""
+    unread = f", and {counted(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
+    roles = ", ".join(f"{role}: {column}" for role, column in found.roles.items())
+    about = {
+        "file": f"{found.path}, {counted(found.rows, 'row')}{unread}",
+        "kind": KINDS[found.kind],
+        "columns": roles,
+        "why": " ".join(found.why),
+    }
+    yield pairs(about)
+    yield Section(
+        title="Columns",
+        headings=("name", "filled", "holds", "different values"),
+        rows=tuple(
+            (one.name, f"{one.filled:,}", _types(one.types), f"{len(one.values):,}" if one.values else "many")
+            for one in found.columns.values()
+        ),
+        words=frozenset({0, 2}),
+    )
+    shown = [(role, column) for role, column in found.roles.items()]
+    yield Section(
+        title="First rows",
+        headings=tuple(f"{role}: {column}" for role, column in shown),
+        rows=tuple(tuple(_cut(row, column) for _, column in shown) for row in found.first),
+        words=frozenset(range(len(shown))),
+    )
+    if found.labels:
+        yield _labels(found.labels, found.rows)
+    if found.faults:
+        yield Section(title="Rows that cannot be read", notes=tuple(map(str, found.faults)))
+
+
+def _types(types: Mapping[str, int]) -> str:
+    return ", ".join(types) or "nothing"
+
+
+def _cut(row: Row, column: str) -> str:
+    value = row.get(column, "")
+    if isinstance(value, list):  # turns of a conversation
+        value = " | ".join(
+            ": ".join(map(str, turn.values())) if isinstance(turn, dict) else str(turn) for turn in value
+        )
+    text = " ".join(str(value).split())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}\u2026"
+
+
+def lengths(plan: starter.Plan, model: str) -> Section:
+    """Tokens of a file's records, by the tokenizer of a model."""
+    median, most_of_them, longest = (int(np.quantile(plan.measured.lengths, share)) for share in (0.5, 0.9, 1.0))
+    row = (f"{median:,}", f"{most_of_them:,}", f"{longest:,}", f"{plan.max_length:,}")
+    headings = ("median", "90 % have at most", "longest", "max_length")
+    title = f"Tokens of a record, by the tokenizer of {model}"
+    return Section(title=title, headings=headings, rows=(row,), words=frozenset())
+
+
+def check_sections(checked: Checked) -> Iterator[Section]:
+    """What was found in an experiment's files."""
+    for file in checked.files:
+        yield from _file_check(file, checked.max_length)
+    yield Section(
+        title="Declared sizes",
+        headings=("site", "declared", "to train on", "declared / true"),
+        rows=tuple(
+            (one.site, f"{one.declared:,}", f"{one.true:,}", f"{one.declared / max(1, one.true):.2f}")
+            for one in checked.sizes
+        ),
+        styles={
+            number: "bold yellow"
+            for number, one in enumerate(checked.sizes)
+            if not 1 / FAR < one.true / one.declared < FAR
+        },
+        notes=(
+            "A step is divided by the declared number: too large a one makes it too short, too small a one too long.",
+        ),
+    )
+    yield Section(title="Not looked at", notes=checked.skipped)
+
+
+def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
+    usable, num_errors = sum(file.uses.values()), sum(file.num_errors.values())
+    told = {
+        "rows": f"{file.rows:,}",
+        "usable": ", ".join(f"{count:,} for {use}" for use, count in file.uses.items()) or "none",
+        "errors": f"{num_errors:,}",
+    }
+    yield pairs(told, title=file.path)
+    left = num_errors - len(file.errors)
+    yield Section(
+        title="Errors",
+        headings=("where", "what is there", "what a run needs"),
+        rows=file.errors,
+        words=frozenset({0, 1, 2}),
+        notes=[f"and {left:,} more; in all:", *(f"{count:,} {bound}" for bound, count in file.num_errors.items())]
+        if left
+        else (),
+    )
+    yield Section(
+        title="Findings",
+        headings=("what", "column", "records", "share", file.places),
+        rows=tuple(_finding(one, usable) for one in file.findings) or (("nothing", "", "", "", ""),),
+        words=frozenset({0, 1, 4}),
+        notes=tuple(dict.fromkeys(_FOUND[one.kind][1] for one in file.findings)),
+    )
+    if file.labels:
+        yield _labels(file.labels, usable)
+    if file.lengths is not None:
+        yield _histogram(file.lengths, max_length)
+    if file.languages:
+        yield _languages(file.languages)
+
+
+def _finding(one: Finding, usable: int) -> tuple[str, ...]:
+    lines = [f"{line}" if like is None else f"{line} (as {like})" for line, like in one.lines[:_MOST_LINES]]
+    more = ["..."] if one.count > len(lines) else []
+    name = f"{_FOUND[one.kind][0]} {one.what}".strip()
+    return name, one.column, f"{one.count:,}", f"{one.count / usable:.1%}", ", ".join([*lines, *more])
+
+
+def _labels(labels: Mapping[str, int], records: int) -> Section:
+    most = sorted(labels.items(), key=lambda one: -one[1])
+    left = most[_MOST_LABELS:]
+    notes = [f"and {counted(len(left), 'other')} with {sum(count for _, count in left):,} records"] if left else []
+    if missing := sum(not count for count in labels.values()):
+        notes.append(f"{counted(missing, 'declared label')} without a record")
+    return Section(
+        title="Labels",
+        headings=("label", "records", "share"),
+        rows=tuple((label, f"{count:,}", f"{count / max(1, records):.1%}") for label, count in most[:_MOST_LABELS]),
+        notes=notes,
+    )
+
+
+def _histogram(found: Lengths, max_length: int) -> Section:
+    most = max(count for _, count in found.bins)
+    step = found.bins[0][0]
+    return Section(
+        title="Tokens of a record",
+        headings=("tokens", "records", ""),
+        rows=tuple(
+            (f"{end - step + 1:,} to {end:,}", f"{count:,}", "\u2588" * -(-_BAR * count // most))
+            for end, count in found.bins
+        ),
+        words=frozenset({0, 2}),
+        whole=frozenset({0, 2}),
+        notes=(
+            f"Half have at most {found.median:,}, nine of ten {found.most_of_them:,}, the longest {found.longest:,}. "
+            f"data.max_length is {max_length:,}.",
+        ),
+    )
+
+
+def _languages(languages: Mapping[str, int]) -> Section:
+    records = sum(languages.values())
+    told = {code or "too short to tell": count for code, count in languages.items()}
+    shown = {name: count for name, count in told.items() if count >= _LEAST_SHARE * records}
+    left = records - sum(shown.values())
+    return Section(
+        title="Languages",
+        headings=("language", "records", "share"),
+        rows=tuple((name, f"{count:,}", f"{count / records:.1%}") for name, count in shown.items()),
+        notes=(f"and {left:,} in others, each below {_LEAST_SHARE:.0%}: mostly wrong guesses",) if left else (),
+    )
+
+
+def clean_sections(done: Cleaned) -> Iterator[Section]:
+    """What became of a file."""
+    told = {"rows": f"{done.rows:,}", "kept": f"{done.kept:,}", "dropped": f"{sum(done.dropped.values()):,}"}
+    yield pairs(told)
+    why = {**RULES, UNREADABLE: "the row cannot be read"}
+    yield Section(
+        title="Dropped",
+        headings=("rule", "rows", ""),
+        rows=tuple((rule, f"{count:,}", why[rule]) for rule, count in done.dropped.items()),
+        words=frozenset({0, 2}),
+    )
+    yield Section(
+        title="Masked",
+        headings=("identifier", "places"),
+        rows=tuple((kind, f"{count:,}") for kind, count in done.masked.items()),
+        notes=(CAVEAT,) if done.masked else (),
+    )
+    if {"duplicates", "near-duplicates"} & set(done.dropped):
+        yield Section(
+            notes=(
+                "Whether a duplicate was kept went by the records before it: the guarantee is about the records of the "
+                "new file, not about those that were dropped.",
+            )
+        )

@@ -1,0 +1,184 @@
+"""A new file with what a site wants to keep of an old one, row by row; the old one stays as it is.
+
+To drop duplicates couples records: whether one is there goes by the others.  A site may do that before it declares its
+data.  The guarantee is then about the records of the new file, and says nothing of those that were dropped.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any
+
+from fedtune.data.formats import raw_rows
+from fedtune.data.records import CATEGORY_ROLES, OPTIONAL_ROLES, Record, record_of
+from fedtune.data.text_rows import Row
+from fedtune.preparation.alike import Earlier
+from fedtune.preparation.patterns import damage, identifiers, masked
+from fedtune.spec import ConfigError, DataError
+from fedtune.words import jsonable
+
+RULES: Mapping[str, str] = {
+    "empty": "a value that a record must have is blank or absent",
+    "unusable": "a run cannot use the row, for whatever reason",
+    "duplicates": "an earlier row says the same, and has the same label",
+    "near-duplicates": "an earlier row says almost the same, and has the same label",
+    "personal": "something in it looks like a personal identifier",
+    "damaged": "its encoding is damaged",
+}
+"""What may be dropped.  A row that cannot be read is dropped in any case, for nobody can write it."""
+UNREADABLE = "unreadable"
+
+
+class Cleaning:
+    """What is to be done.
+
+    Args:
+        columns: role to column.
+        usable: whether a run uses a record.
+        drop: names out of `RULES`.
+        mask: whether to put the kind of a likely personal identifier in its place.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, str], usable: Callable[[Record], bool], *, drop: Collection[str], mask: bool
+    ) -> None:
+        self.drop, self.mask = drop, mask
+        self._columns, self._usable = columns, usable
+        self._earlier = Earlier(alike="near-duplicates" in drop)
+
+    def reasons(self, row: Row | DataError, *, file: str, line: int) -> Iterator[str]:
+        """By which rules a row is dropped, the first of which counts."""
+        if isinstance(row, DataError):
+            yield UNREADABLE
+            return
+        try:
+            record = record_of(row, self._columns, file=file, line=line)
+        except DataError:
+            yield from ("empty", "unusable") if self._is_empty(row) else ("unusable",)
+            return
+        if not self._usable(record):
+            yield "unusable"
+        texts = [text for _, text in record.texts()]
+        if "personal" in self.drop and any(map(identifiers, texts)):
+            yield "personal"
+        if "damaged" in self.drop and any(any(damage(text)) for text in texts):
+            yield "damaged"
+        if not {"duplicates", "near-duplicates"} & set(self.drop):
+            return
+        # Last, since a record that is dropped is no earlier one.
+        twins = self._earlier.twins(record)
+        label = record.fields.get("label", "")
+        for rule, some in (("duplicates", twins["same"]), ("near-duplicates", twins["alike"])):
+            if any(twin.mark[1] == label for twin in some):
+                yield rule
+
+    def _is_empty(self, row: Row) -> bool:
+        needed = [row.get(column) for role, column in self._columns.items() if role not in OPTIONAL_ROLES]
+        return any(value is None or (isinstance(value, str) and not value.strip()) for value in needed)
+
+    def masked(self, row: Row, kinds: Counter[str]) -> Row:
+        """The row with its identifiers masked, but in labels, sites and users, by which records are told apart."""
+        names = {column for role, column in self._columns.items() if role in CATEGORY_ROLES}
+        chats = self._columns.get("messages")
+
+        def inner(value: Any) -> Any:
+            if isinstance(value, str):
+                text, found = masked(value)
+                kinds.update(found)
+                return text
+            if isinstance(value, list):
+                return [inner(one) for one in value]
+            return {key: inner(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+        return {
+            column: value if column in names else inner(_turns(value) if column == chats else value)
+            for column, value in row.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cleaned:
+    """What became of a file.
+
+    Attributes:
+        rows: that it had.
+        kept: of them.
+        dropped: rows by rule.
+        masked: identifiers by kind.
+    """
+
+    rows: int
+    kept: int
+    dropped: Mapping[str, int]
+    masked: Mapping[str, int]
+
+
+def clean(path: Path, out: Path, cleaning: Cleaning) -> Cleaned:
+    """Write the rows of a file that are kept to another, as JSON lines under the names of their columns.
+
+    Args:
+        path: of any format that a run reads.
+        out: a file that is not there yet; it is whole, or not there.
+        cleaning: what to drop and mask.
+
+    Raises:
+        DataError: the file as a whole cannot be read, or nothing of it is kept.
+        ConfigError: for `--out`, which is there or cannot be written.
+    """
+    dropped: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    kept = 0
+    with _new(out) as stream:
+        for line, row in raw_rows(path):
+            reasons = cleaning.reasons(row, file=str(path), line=line)
+            rule = next((one for one in reasons if one in (UNREADABLE, *cleaning.drop)), None)
+            if rule is not None or isinstance(row, DataError):
+                dropped[str(rule)] += 1
+                continue
+            stream.write(_json_line(cleaning.masked(row, kinds) if cleaning.mask else row))
+            kept += 1
+        if not kept:
+            raise DataError(str(path), "no row is kept", "must have a row that is not dropped")
+    return Cleaned(rows=kept + dropped.total(), kept=kept, dropped=dict(dropped), masked=dict(kinds))
+
+
+@contextmanager
+def _new(out: Path) -> Iterator[BufferedWriter]:
+    """A file that takes its name when it is whole."""
+    part = out.with_name(f"{out.name}.part")
+    try:
+        stream = part.open("xb")
+        try:
+            with stream:
+                yield stream
+            if out.exists():
+                raise FileExistsError(errno.EEXIST, "it exists")
+            part.rename(out)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        bound = f"must be a new file that can be written ({error.strerror})"
+        raise ConfigError("--out", str(out), bound) from None
+
+
+def _turns(value: Any) -> Any:
+    """A conversation as a list, where a table has it as JSON text: a mask is for the texts within."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _json_line(row: Row) -> bytes:
+    """A row as JSON; what JSON has no form for, such as a date, as text, and a number that is none as null."""
+    try:
+        return f"{json.dumps(jsonable(row), ensure_ascii=False, default=str)}\n".encode()
+    except UnicodeEncodeError:  # half a surrogate pair, in a column that nothing reads
+        return f"{json.dumps(jsonable(row), default=str)}\n".encode()

@@ -1,0 +1,165 @@
+"""What looks like a personal identifier in a text, and what looks like damage, by patterns alone.
+
+Patterns miss what has no form of its own, names and addresses above all, and take some numbers for what they are not.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterator, Mapping
+from itertools import takewhile
+from typing import NamedTuple
+
+CAVEAT = "Patterns miss names, addresses and much else, and some numbers only look like identifiers: read samples, too."
+
+
+class Identifier(NamedTuple):
+    """Where in a text an identifier seems to stand."""
+
+    kind: str
+    start: int
+    end: int
+
+
+def identifiers(text: str) -> list[Identifier]:
+    """What looks like a personal identifier, none within another, in the order of the text.
+
+    The kinds are looked for one after another, those with a checksum before those that are digits alone.
+    """
+    found: list[Identifier] = []
+    if not _MAY_IDENTIFY.search(text):
+        return found
+    taken = bytearray(len(text))
+    for kind, pattern in _PATTERNS.items():
+        for match in pattern.finditer(text):
+            start, whole = match.span()
+            end = start + len(_CHECKS[kind](match[0])) if kind in _CHECKS else whole
+            if end > start and not any(taken[start:end]):
+                found.append(Identifier(kind, start, end))
+                taken[start:end] = b"\1" * (end - start)
+    return sorted(found, key=lambda one: one.start)
+
+
+def masked(text: str) -> tuple[str, list[str]]:
+    """The text with each identifier's kind in brackets in its place, and the kinds, one of each place."""
+    parts, place, kinds = [], 0, []
+    for one in identifiers(text):
+        parts += [text[place : one.start], f"[{one.kind}]"]
+        place = one.end
+        kinds.append(one.kind)
+    return "".join([*parts, text[place:]]), kinds
+
+
+def damage(text: str) -> Iterator[str]:
+    """The kinds of damage that the text shows; each once."""
+    if text.isascii() and text.isprintable():
+        return
+    if "\ufffd" in text:
+        yield "replacement characters (U+FFFD)"
+    if _CONTROL.search(text):
+        yield "control characters"
+    if _INVISIBLE.search(text):
+        yield "invisible characters"
+    if any(_is_mojibake(match[0]) for match in _TWICE.finditer(text)):
+        yield "mojibake (UTF-8 that was read as Windows-1252)"
+
+
+# Identifiers.
+
+_MAY_IDENTIFY = re.compile(r"@|[0-9]|::")
+_DAY = r"(?:[0-9]{1,2}[./ -]{1,2}(?:[0-9]{1,2}|[^\W\d]{3,9})[./ -]{1,2}[0-9]{2,4}|[0-9]{4}-[0-9]{2}-[0-9]{2})"
+_PATTERNS: Mapping[str, re.Pattern[str]] = {
+    "e-mail": re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?!\w)"),
+    "IBAN": re.compile(r"(?<!\w)[A-Z]{2}[0-9]{2}(?: ?[A-Z0-9]){11,30}(?!\w)"),
+    "card number": re.compile(r"(?<![\w+])[3-6](?:[ -]?[0-9]){12,18}(?!\w)"),
+    "US social security number": re.compile(
+        r"(?<![\w-])(?!000|666|9)[0-9]{3}([ -])(?!00)[0-9]{2}\1(?!0000)[0-9]{4}(?![\w-])"
+    ),
+    "German tax id": re.compile(r"(?<!\w)[1-9][0-9](?: ?[0-9]{3}){3}(?!\w)"),
+    "date of birth": re.compile(
+        r"(?i)(?<!\w)(?:born|d\.?o\.?b\.?|date of birth|birth ?da(?:te|y)|geb(?:oren|\.|urtsdatum|urtstag)?)"
+        rf"[\s:,=-]{{0,4}}(?:(?:on|am|is|ist|the)\s)?\s?{_DAY}(?!\w)"
+    ),
+    "IP address": re.compile(
+        r"(?<![\w.:])(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?!\.?\w)|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:]))"
+    ),
+    "phone number": re.compile(
+        r"(?<![\w.,+])(?<![0-9] )(?:"
+        r"(?:\+|00)[1-9](?:[ ()./-]{0,2}[0-9]){6,13}"  # as the whole world writes it
+        r"|\(?0[1-9][0-9]{1,4}\)?[ /-]{1,3}[0-9](?:[ -]?[0-9]){4,9}"  # within a country
+        r"|\(?[2-9][0-9]{2}\)?[ .-]{1,2}[2-9][0-9]{2}[ .-][0-9]{4}"  # in North America
+        r")(?![\w-])"
+    ),
+}
+"""By kind, each from left to right without looking back far: a text may have millions of characters."""
+
+
+def _iban(text: str) -> str:
+    """The IBAN that a text begins with, whose checksum holds; words in capitals may follow it."""
+    ends = [match.start() for match in re.finditer(r" |$", text)]
+    return next((text[:end] for end in reversed(ends) if _is_iban(text[:end].replace(" ", ""))), "")
+
+
+def _is_iban(compact: str) -> bool:
+    """By ISO 13616: the country's letters and the checksum behind the rest, letters as numbers, leave 1 modulo 97."""
+    turned = compact[4:] + compact[:4]
+    return 15 <= len(compact) <= 34 and int("".join(str(int(letter, 36)) for letter in turned)) % 97 == 1
+
+
+def _card(text: str) -> str:
+    """By Luhn: every second digit from the right counts twice, and the sum of all digits ends in zero."""
+    digits = [int(letter) for letter in text if letter.isdigit()]
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
+    return text if len(set(digits)) > 1 and (sum(digits[::-2]) + sum(doubled)) % 10 == 0 else ""
+
+
+def _tax_id(text: str) -> str:
+    """By the Federal Central Tax Office: one of the first ten digits comes twice or thrice; ISO 7064 modulo 11, 10."""
+    digits = [int(letter) for letter in text if letter.isdigit()]
+    times = sorted(digits[:10].count(digit) for digit in set(digits[:10]))
+    product = 10
+    for digit in digits[:10]:
+        product = ((digit + product) % 10 or 10) * 2 % 11
+    repeated = times[-1] in (2, 3) and all(count == 1 for count in times[:-1])
+    return text if repeated and (11 - product) % 10 == digits[10] else ""
+
+
+def _address(text: str) -> str:
+    """An address that the standard library takes; `::` alone is punctuation."""
+    try:
+        return text if len(text) > 2 and ipaddress.ip_address(text) else ""
+    except ValueError:
+        return ""
+
+
+_CHECKS: Mapping[str, Callable[[str], str]] = {
+    "IBAN": _iban,
+    "card number": _card,
+    "German tax id": _tax_id,
+    "IP address": _address,
+}
+"""What of a match is one, by kind; nothing where it is none."""
+
+# Damage.
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f]")
+_INVISIBLE = re.compile("[\u00ad\u200b\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+"""Soft hyphens, spaces without width and marks of direction; joiners stay, which some scripts and emoji need."""
+_BEHIND = "\u0080-\u00bf\u0152-\u2122"
+_TWICE = re.compile(
+    f"[\u00c2\u00c3][{_BEHIND}]|[\u00c4-\u00df](?![«»\u2010-\u203a])[{_BEHIND}]|[\u00e0-\u00f4][{_BEHIND}]{{2,3}}"
+)
+"""The first letter stands for the first byte of a character in UTF-8, the others for the bytes behind it.  A capital
+with a mark before a quote, a dash or dots is French or German as it should be."""
+
+
+def _is_mojibake(text: str) -> bool:
+    """Whether the bytes that Windows-1252 (or Latin-1) has for some of the text's beginning are one character."""
+    try:
+        raw = b"".join(letter.encode("cp1252" if letter > "\xff" else "latin-1") for letter in text)
+    except UnicodeEncodeError:
+        return False
+    size = 2 if raw[0] < 0xE0 else 3 if raw[0] < 0xF0 else 4
+    behind = list(takewhile(lambda byte: 0x80 <= byte < 0xC0, raw[1:size]))
+    return len(behind) == size - 1

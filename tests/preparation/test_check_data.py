@@ -1,0 +1,209 @@
+"""What is found in the files of an experiment, and that none of it is a record's text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli.compose import compose_run
+from fedtune.config import RunConfig
+from fedtune.data.load import Dealing
+from fedtune.model import load_tokenizer
+from fedtune.preparation import alike, check_data
+from fedtune.preparation.check_data import Checked, Finding, Kind, at_own_site, check
+from fedtune.privacy.site_policy import Dataset, Policy, Population
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import task_named
+
+Tickets = Callable[..., RunConfig]
+LONG = "Dear all, the printer on the third floor has been broken since Monday and nobody came to mend it"
+
+
+def checked(config: RunConfig) -> Checked:
+    tokenizer = load_tokenizer(config.model)
+    return check(config, tokenizer, within=len(tokenizer))
+
+
+def found(some: Checked, kind: Kind, *, file: int = 0) -> list[Finding]:
+    return [one for one in some.files[file].findings if one.kind == kind]
+
+
+def lines(some: Checked, kind: Kind, *, file: int = 0) -> list[tuple[int, int | None]]:
+    return [line for one in found(some, kind, file=file) for line in one.lines]
+
+
+def chats(folder: Path, *conversations: list[tuple[str, str]], overrides: tuple[str, ...] = ()) -> RunConfig:
+    rows = [[{"role": role, "content": text} for role, text in turns] for turns in conversations]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rows))
+    return compose_run(
+        [
+            "experiment=own_text",
+            f"data.train_file='{folder / 'chats.jsonl'}'",
+            "data.columns={messages: messages}",
+            "data.chat_template=plain",
+            "data.declared_sizes=10",
+            "model=random_llama",
+            *overrides,
+        ]
+    )
+
+
+def test_all_errors_are_counted_and_the_first_named(tickets: Tickets) -> None:
+    rows = ["fine,sales", ",sales", "a,b,c", "text,strange", *[" ,billing"] * 30]
+    (file,) = checked(tickets(*rows)).files
+    assert (file.rows, sum(file.uses.values()), len(file.errors)) == (34, 1, check_data.SHOWN)
+    assert [(key.rpartition(":")[2], what) for key, what, _ in file.errors[:3]] == [
+        ("3, column 'body'", "blank"),
+        ("4", "3 cells"),
+        ("5, label", "another label"),
+    ]
+    assert list(file.num_errors.values()) == [31, 1, 1]
+
+
+def test_rows_that_share_a_line_are_told_apart(tickets: Tickets, tmp_path: Path) -> None:
+    rows = [{"body": text, "team": "sales"} for text in ("a", " ", "b", "a")]
+    (tmp_path / "one_line.json").write_text(json.dumps(rows))
+    config = tickets("a,sales")
+    some = checked(replace(config, data=replace(config.data, train_file=str(tmp_path / "one_line.json"))))
+    assert (some.files[0].places, lines(some, "same")) == ("rows", [(4, 1)])
+    assert some.files[0].errors[0][0].startswith("row 2 (")
+
+
+def test_a_fault_of_the_whole_file_is_one_message(tickets: Tickets) -> None:
+    config = tickets("a,sales")
+    with pytest.raises(DataError, match=r"data.train_file = .*no such file"):
+        checked(replace(config, data=replace(config.data, train_file="gone.csv")))
+
+
+def test_duplicates_and_other_labels(tickets: Tickets) -> None:
+    some = checked(
+        tickets(f"{LONG},sales".replace("Dear all,", "Dear all"), "short,sales", "short,billing", "short,sales")
+    )
+    assert lines(some, "same") == [(5, 3)]
+    assert lines(some, "contradiction") == [(4, 3)]
+    assert lines(some, "alike") == []
+
+
+def test_records_of_the_test_that_are_trained_on(tickets: Tickets, tmp_path: Path) -> None:
+    text = LONG.replace(",", "")
+    (tmp_path / "test.csv").write_text(f"body,team\n{text} now,sales\nother,sales\nknown,billing\n")
+    some = checked(tickets(f"{text},sales", "known,billing", overrides=(f"data.test_file='{tmp_path / 'test.csv'}'",)))
+    assert lines(some, "overlap", file=1) == [(4, 3)]
+    assert lines(some, "near_overlap", file=1) == [(2, 2)]
+    assert [one.what for one in found(some, "overlap", file=1)] == ["train"]
+    assert found(some, "same", file=1) == []
+
+
+def test_lengths_and_what_is_cut(tickets: Tickets) -> None:
+    (file,) = (
+        some := checked(tickets(*["word,sales"] * 9, f"{'word ' * 40},sales", overrides=("data.max_length=8",)))
+    ).files
+    assert lines(some, "cut") == [(11, None)]
+    assert file.lengths is not None
+    assert file.lengths.longest > 40
+    assert sum(count for _, count in file.lengths.bins) == 10
+    assert file.lengths.median == file.lengths.most_of_them < 10
+
+
+def test_answers_that_lose_tokens(tmp_path: Path) -> None:
+    short = [("user", "hi"), ("assistant", "yes")]
+    long = [("user", "hi"), ("assistant", "yes " * 100)]
+    some = checked(chats(tmp_path, short, long, overrides=("data.max_length=40",)))
+    assert (lines(some, "cut"), lines(some, "lost"), lines(some, "unlearnt")) == ([(2, None)], [(2, None)], [])
+
+
+def test_records_that_teach_nothing(tmp_path: Path) -> None:
+    config = chats(tmp_path, [("user", "hi"), ("assistant", "yes")])
+    some = check(config, load_tokenizer(config.model), within=1)  # a model with fewer tokens than the tokenizer's
+    assert lines(some, "unlearnt") == [(1, None)]
+
+
+def test_identifiers_and_damage_by_column(tickets: Tickets, tmp_path: Path) -> None:
+    some = checked(tickets("to a@b.example.org and c@d.example.org,sales", "F\u00c3\u00bcr alle,sales"))
+    assert [(one.what, one.column, one.count, one.lines) for one in found(some, "personal")] == [
+        ("e-mail", "body", 1, ((2, None),))
+    ]
+    assert [(one.column, one.lines) for one in found(some, "damage")] == [("body", ((3, None),))]
+    of_chats = checked(chats(tmp_path, [("user", "my card is 4111111111111111"), ("assistant", "thanks")]))
+    assert [(one.what, one.column) for one in found(of_chats, "personal")] == [("card number", "messages")]
+
+
+def test_languages(tickets: Tickets) -> None:
+    german = "Sehr geehrte Damen und Herren ich möchte meine Rechnung erst im nächsten Monat bezahlen"
+    (file,) = checked(tickets(f"{german},sales", f"{LONG.replace(',', '')},sales", "kurz,sales")).files
+    assert file.languages == {"de": 1, "en": 1, "": 1}
+
+
+def test_sizes_are_those_that_a_simulation_trains_on(tickets: Tickets) -> None:
+    rows = [f"text {number},{'billing' if number % 3 else 'sales'}" for number in range(200)]
+    overrides = (
+        "data.test_fraction=0.2",
+        "data.train_fraction=0.9",
+        "data.heldout_fraction=0.1",
+        "federation.num_sites=3",
+    )
+    config = tickets(*rows, overrides=overrides)
+    columns = task_named(config.task).columns(config.data, partition=True)
+    dealt = Dealing(config.data, columns, config.federation.names, config.seed).dealt()
+    some = checked(config)
+    assert [one.true for one in some.sizes] == [len(site.training) for site in dealt.sites]
+    assert some.files[0].uses == {"train": 200 - len(dealt.test), "test": len(dealt.test)}
+    assert {one.declared for one in some.sizes} == {10}
+
+
+def test_sizes_count_users_where_they_are_protected(tmp_path: Path) -> None:
+    (tmp_path / "posts.csv").write_text("body,who\n" + "".join(f"post {place},u{place % 7}\n" for place in range(50)))
+    config = compose_run(
+        [
+            "experiment=own_text",
+            f"data.train_file='{tmp_path / 'posts.csv'}'",
+            "data.columns={text: body, user: who}",
+            "privacy.unit=user",
+            "data.declared_sizes=10",
+            "federation.num_sites=2",
+            "model=random_llama",
+        ]
+    )
+    assert sum(one.true for one in checked(config).sizes) == 7
+
+
+def test_no_text_of_a_record_is_in_what_is_found(tickets: Tickets) -> None:
+    rows = [
+        "Xyzzy,sales",
+        "Xyzzy a@xyzzy.org,sales",
+        "Xyzzy,Xyzzy",
+        "Xyzzy,b,c",
+        "Xyzzy\u200b,billing",
+        '"Xyzzy"x,sales',
+    ]
+    assert "xyzzy" not in json.dumps(asdict(checked(tickets(*rows)))).lower()
+
+
+def test_without_the_extra_it_says_what_was_skipped(tickets: Tickets, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alike, "is_installed", lambda library: False)
+    some = checked(tickets("same,sales", "same,sales"))
+    assert [one.partition(":")[0] for one in some.skipped] == ["near-duplicates", "languages"]
+    assert all(check_data.INSTALL in one for one in some.skipped)
+    assert len(lines(some, "same")) == 1
+    assert some.files[0].languages == {}
+
+
+def test_a_real_site_s_own_file(tickets: Tickets, tmp_path: Path, site_policy: Any) -> None:
+    config = tickets("a,sales", overrides=("data.test_fraction=0.2", "data.dataset=letters"))
+    (tmp_path / "own.csv").write_text("words,kind\none,sales\ntwo,billing\n")
+    columns = {"text": "words", "label": "kind", "user": "who"}
+    dataset = Dataset(id="letters", declared_size=500, path="own.csv", columns=columns)
+    policy: Policy = replace(site_policy("north"), dataset=(dataset,), population=Population(name="letters"))
+    some = checked(at_own_site(config, policy, folder=tmp_path))
+    assert [(one.site, one.declared, one.true) for one in some.sizes] == [("north", 500, 2)]
+    assert [file.uses for file in some.files] == [{"train": 2}]
+    strange = replace(config, data=replace(config.data, dataset="others"))
+    with pytest.raises(
+        ConfigError, match=r"data.dataset = 'others': must be a data set of the site's policy \(letters\)"
+    ):
+        at_own_site(strange, policy, folder=tmp_path)

@@ -1,0 +1,120 @@
+"""A new file with what is kept of an old one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config import RunConfig
+from fedtune.preparation.clean import Cleaned, Cleaning, clean
+from fedtune.spec import ConfigError, DataError
+
+COLUMNS = {"text": "body", "label": "team"}
+
+
+def cleaned(
+    path: Path, *drop: str, mask: bool = False, columns: Mapping[str, str] = COLUMNS
+) -> tuple[Cleaned, list[Any]]:
+    out = path.with_name("kept.jsonl")
+    cleaning = Cleaning(columns, lambda record: record.fields.get("label") != "other", drop=drop, mask=mask)
+    done = clean(path, out, cleaning)
+    assert not out.with_name("kept.jsonl.part").exists()
+    return done, [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def written(folder: Path, *rows: Mapping[str, object] | str) -> Path:
+    path = folder / "rows.jsonl"
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def row(text: object, team: str = "sales", **others: object) -> dict[str, object]:
+    return {"body": text, "team": team, **others}
+
+
+LONG = "the printer on the third floor has been broken since Monday and nobody came to mend it"
+
+
+@pytest.mark.parametrize(
+    ("rule", "rows", "kept"),
+    [
+        ("empty", [row(" "), row(None), row("a"), row("b", "other")], [2, 3]),
+        ("unusable", [row(" "), row(7), row("a"), row("b", "other")], [2]),
+        ("duplicates", [row("a"), row(" a "), row("a", "billing"), row("a b")], [0, 2, 3]),
+        ("near-duplicates", [row(LONG), row(f"{LONG} soon"), row(f"{LONG} soon", "billing")], [0, 2]),
+        ("personal", [row("a@b.de"), row("a")], [1]),
+        ("damaged", [row("\ufffd"), row("a")], [1]),
+    ],
+)
+def test_a_rule_drops_its_rows_and_no_others(tmp_path: Path, rule: str, rows: list[Any], kept: list[int]) -> None:
+    done, left = cleaned(written(tmp_path, *rows), rule)
+    assert left == [rows[place] for place in kept]
+    assert done == Cleaned(rows=len(rows), kept=len(kept), dropped={rule: len(rows) - len(kept)}, masked={})
+
+
+def test_what_cannot_be_read_cannot_be_written(tmp_path: Path) -> None:
+    done, left = cleaned(written(tmp_path, row("a"), "{", row("b")))
+    assert (left, done.dropped) == ([row("a"), row("b")], {"unreadable": 1})
+
+
+def test_a_dropped_row_is_no_earlier_one(tmp_path: Path) -> None:
+    rows = [row("say a@b.de"), row("say a@b.de", "billing"), row("c")]
+    done, left = cleaned(written(tmp_path, *rows), "personal", "duplicates")
+    assert (left, done.dropped) == ([row("c")], {"personal": 2})
+
+
+def test_masks_leave_what_tells_records_apart(tmp_path: Path) -> None:
+    columns = {**COLUMNS, "user": "who"}
+    done, left = cleaned(
+        written(tmp_path, row("to a@b.de", who="c@d.de", note={"n": ["e@f.de", 1]})), mask=True, columns=columns
+    )
+    assert left == [row("to [e-mail]", who="c@d.de", note={"n": ["[e-mail]", 1]})]
+    assert done.masked == {"e-mail": 2}
+
+
+def test_a_conversation_in_a_cell_is_masked_within(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "call\n0171/1234567"}, {"role": "assistant", "content": "ok"}]
+    _, left = cleaned(written(tmp_path, {"chat": json.dumps(turns)}), mask=True, columns={"messages": "chat"})
+    assert left == [{"chat": [{"role": "user", "content": "call\n[phone number]"}, turns[1]]}]
+
+
+def test_values_of_other_columns_stay_or_become_text(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import datetime
+
+    from pyarrow import parquet
+
+    day = datetime.date(2026, 1, 2)
+    table = {"body": ["ä"], "team": ["sales"], "day": [day], "number": [float("nan")], "count": [3]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
+    _, left = cleaned(tmp_path / "rows.parquet")
+    assert left == [{"body": "ä", "team": "sales", "day": "2026-01-02", "number": None, "count": 3}]
+
+
+def test_the_old_file_stays_and_a_new_one_is_never_written_over(tmp_path: Path) -> None:
+    path = written(tmp_path, row("a"))
+    before = path.read_bytes()
+    cleaned(path)
+    with pytest.raises(ConfigError, match=r"--out = .* must be a new file that can be written"):
+        cleaned(path)
+    assert path.read_bytes() == before
+
+
+def test_nothing_is_left_behind_where_nothing_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no row is kept"):
+        cleaned(written(tmp_path, row(" ")), "empty")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_the_same_experiment_reads_the_new_file(tickets: Callable[..., RunConfig], tmp_path: Path) -> None:
+    from fedtune.data.records import read_records
+
+    config = tickets("a,sales", ",sales", '"b, or\nc",billing')
+    done, _ = cleaned(Path(config.data.train_file), "empty")
+    records = read_records(tmp_path / "kept.jsonl", config.data.columns)
+    assert (done.dropped, [record.fields["text"] for record in records]) == ({"empty": 1}, ["a", "b, or\nc"])

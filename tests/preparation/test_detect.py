@@ -1,0 +1,83 @@
+"""Which kind of training a file's columns suit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.preparation.detect import Found, look_at
+from fedtune.spec import ConfigError, DataError
+
+TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+SHARED = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
+
+
+def seen(folder: Path, rows: list[Any], **chosen: str) -> Found:
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return look_at(folder / "rows.json", chosen)
+
+
+def texts(number: int) -> str:
+    return f"a text of its own, with number {number} in it"
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "roles"),
+    [
+        (lambda n: {"messages": TURNS}, "chat", {"messages": "messages"}),
+        (lambda n: {"conversations": SHARED, "id": n}, "chat", {"messages": "conversations"}),
+        (lambda n: {"Messages": json.dumps(TURNS)}, "chat", {"messages": "Messages"}),
+        (
+            lambda n: {"instruction": texts(n), "input": "", "output": "done", "system": "be kind"},
+            "instructions",
+            {"prompt": "instruction", "input": "input", "system": "system", "completion": "output"},
+        ),
+        (lambda n: {"question": texts(n), "answer": texts(n)}, "pairs", {"prompt": "question", "completion": "answer"}),
+        (lambda n: {"body": texts(n), "team": f"t{n % 3}"}, "classification", {"text": "body", "label": "team"}),
+        (lambda n: {"body": texts(n), "stars": n % 5}, "classification", {"text": "body", "label": "stars"}),
+        (lambda n: {"id": f"{n} {texts(n)} {n}", "body": texts(n)}, "text", {"text": "body"}),
+        (lambda n: {"user": f"u{n}", "body": texts(n)}, "text", {"text": "body"}),
+    ],
+)
+def test_the_kind_of_a_file(tmp_path: Path, row: Any, kind: str, roles: dict[str, str]) -> None:
+    found = seen(tmp_path, [row(number) for number in range(60)])
+    assert (found.kind, dict(found.roles)) == (kind, roles)
+
+
+def test_what_is_chosen_wins(tmp_path: Path) -> None:
+    rows = [{"body": texts(n), "note": texts(n), "team": f"t{n % 3}", "area": f"a{n % 2}"} for n in range(60)]
+    assert seen(tmp_path, rows, label="team", text="note").roles == {"text": "note", "label": "team"}
+    assert seen(tmp_path, rows, text="note").kind == "text"
+    assert seen(tmp_path, rows, prompt="note", completion="body").kind == "pairs"
+    assert seen(tmp_path, rows, label="team").labels == {"t0": 20, "t1": 20, "t2": 20}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"label": "gone"}, "--label = 'gone': must be one of the columns body, n"),
+        ({"label": "body"}, "--label = 'body': must have 2 to 200 different values of at most 80 characters"),
+        ({"prompt": "body"}, "--prompt = 'body': goes with --completion, and with no other column"),
+    ],
+)
+def test_a_choice_that_does_not_fit(tmp_path: Path, chosen: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        seen(tmp_path, [{"body": texts(number), "n": number} for number in range(400)], **chosen)
+    assert str(caught.value) == message
+
+
+def test_rows_that_cannot_be_read_are_counted_and_the_first_kept(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{\n" * 20 + '{"body": "a text"}\n')
+    found = look_at(tmp_path / "rows.jsonl", {})
+    assert (found.rows, found.num_faults, len(found.faults)) == (1, 20, 5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([], "must hold at least one record"), ([{"n": 1.5}], "a column of text")]
+)
+def test_a_file_to_learn_nothing_from(tmp_path: Path, rows: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        seen(tmp_path, rows)

@@ -1,0 +1,87 @@
+"""The first experiment for a file: what it says composes, and says what the file has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedtune.cli.compose import compose_run
+from fedtune.model import load_tokenizer
+from fedtune.preparation import starter
+from fedtune.preparation.detect import look_at
+
+
+def plan_for(path: Path, *, model: str = "random_bert") -> tuple[str, starter.Plan]:
+    found = look_at(path, {})
+    base = starter.base_of(found.kind)
+    left_open = ["data.train_file=x", "data.declared_sizes=2"]
+    left_open.append("data.labels=[a,b]" if base == "own_data" else "data.columns={text: a}")
+    spec = compose_run([f"experiment={base}", f"model={model}", *left_open]).model
+    measured = starter.measured(found, load_tokenizer(spec))
+    plan = starter.Plan(base=base, model=model, num_sites=starter.sites_for(measured.usable), measured=measured)
+    return starter.experiment(found, plan, file=path.with_name("own.yaml")), plan
+
+
+def table(folder: Path, rows: int, *, labels: tuple[str, ...] = ("yes", "no")) -> Path:
+    path = folder / "rows.csv"
+    lines = [f"text number {number} of the file,{labels[number % len(labels)]}" for number in range(rows)]
+    path.write_text("\n".join(["body,kind", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def test_labels_that_yaml_would_take_for_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = ("yes", "1", "null", "a: b", "# c", "ä")
+    text, _ = plan_for(table(tmp_path, 60, labels=labels))
+    (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert compose_run(["experiment=./own.yaml"]).data.labels == tuple(sorted(labels))
+
+
+@pytest.mark.parametrize(("rows", "sites"), [(100, 2), (999, 2), (1000, 3), (5000, 4)])
+def test_a_site_gets_a_few_hundred_records(rows: int, sites: int) -> None:
+    assert starter.sites_for(rows) == sites
+
+
+def test_declared_sizes_are_near_a_site_s_share(tmp_path: Path) -> None:
+    text, plan = plan_for(table(tmp_path, 400))
+    share = 400 * 0.7 / 2
+    assert 0.8 * share <= starter.declared_size(plan) <= share
+    assert yaml.safe_load(text)["data"]["declared_sizes"] == starter.declared_size(plan)
+
+
+def test_each_setting_has_its_comment(tmp_path: Path) -> None:
+    text, _ = plan_for(table(tmp_path, 60))
+    settings = [line for line in text.splitlines() if ": " in line and not line.lstrip().startswith("#")]
+    assert [line for line in settings if " # " not in line] == []
+
+
+def test_long_records_are_counted_and_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"body": "word " * length}) + "\n" for length in (5, 50, 5000)))
+    text, plan = plan_for(path, model="random_llama")
+    assert (plan.max_length, plan.num_cut) == (256, 1 + int(plan.measured.lengths[1] > 256))
+    assert f"{plan.num_cut} of 3 records are longer and are cut" in text
+
+
+def test_rows_that_cannot_be_used_are_said_and_left_out(tmp_path: Path) -> None:
+    path = table(tmp_path, 60)
+    path.write_text(path.read_text() + " ,yes\na,b,c\n")
+    text, plan = plan_for(path)
+    assert (plan.measured.usable, plan.measured.unusable) == (60, 2)
+    assert yaml.safe_load(text)["data"]["unusable"] == "leave_out"
+
+
+@pytest.mark.parametrize(("name", "run"), [("a b(1).yaml", "a-b-1"), ("...yaml", "own"), ("Ärger.yaml", "rger")])
+def test_a_run_s_name_from_that_of_a_file(name: str, run: str) -> None:
+    assert starter.run_name(Path(name)) == run
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [("a.yaml", "experiment=./a.yaml"), ("in/a.yaml", "experiment=in/a.yaml"), ("a b.yaml", "'experiment=./a b.yaml'")],
+)
+def test_the_next_line_can_be_typed(file: str, line: str) -> None:
+    assert starter.next_line(Path(file)) == f"fedtune simulate {line}"
