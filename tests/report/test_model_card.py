@@ -131,7 +131,7 @@ def test_a_run_of_an_earlier_version_has_a_card_too(run_folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("spent", "said"),
     [
-        ({"delta": 1e-5, "epsilon": 2.5}, ", of run intents on public; its training spent epsilon 2.5 at delta "),
+        ({"delta": 1e-5, "epsilon": 2.5}, ", of run intents on public; its training spent epsilon 2.500 at delta "),
         ({"delta": 1e-5, "epsilon": None}, ", of run intents on public; its training bounds nothing |"),
         ({"run": None, "delta": None, "epsilon": None}, "; what its training spent is not known |"),
     ],
