@@ -228,7 +228,7 @@ class _Look:
         """Look at one file."""
         unit = self.config.privacy.unit
         columns = self.task.columns(self.config.data, partition=use == "train", unit=unit)
-        tally = _Tally(self, by_row=format_of(path) not in _BY_LINE)
+        tally = _Tally(self, form=format_of(path))
         for some in chunks(tally.records(path, columns)):
             uses = [self._use(record, site) if use == "train" else use for record in some]
             tally.take(some, uses)
@@ -291,8 +291,8 @@ class _Some:
 class _Tally:
     """What was found in a file so far."""
 
-    def __init__(self, look: _Look, *, by_row: bool) -> None:
-        self._look, self._by_row = look, by_row
+    def __init__(self, look: _Look, *, form: str) -> None:
+        self._look, self._form = look, form
         self._rows = 0
         self._uses: Counter[str] = Counter()
         self._errors: list[tuple[str, str, str]] = []
@@ -316,10 +316,10 @@ class _Tally:
             except DataError as error:
                 self._num_errors[error.bound] += 1
                 if len(self._errors) < SHOWN:
-                    where = f"row {self._rows} ({error.key})" if self._by_row else error.key
+                    where = f"row {self._rows} ({error.key})" if self._form == ".json" else error.key
                     self._errors.append((where, str(error.value), error.bound))
             else:
-                yield replace(found, line=self._rows) if self._by_row else found
+                yield replace(found, line=self._rows) if self._form == ".json" else found
 
     def take(self, records: Sequence[Record], uses: Sequence[str]) -> None:
         """Look at some records."""
@@ -384,7 +384,7 @@ class _Tally:
         """All that was found."""
         return FileCheck(
             path=str(path),
-            places="rows" if self._by_row else "lines",
+            places="lines" if self._form in _BY_LINE else "rows",
             rows=self._rows,
             uses=dict(self._uses),
             errors=tuple(self._errors),
