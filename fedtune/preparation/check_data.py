@@ -70,13 +70,13 @@ class Lengths:
 
     Attributes:
         median, most_of_them, longest: quantiles 0.5, 0.9 and 1.
-        bins: (most tokens, records) of equal steps up to the longest.
+        bins: (fewest tokens, most tokens, records) of equal steps from the shortest to the longest.
     """
 
     median: int
     most_of_them: int
     longest: int
-    bins: tuple[tuple[int, int], ...]
+    bins: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -418,8 +418,10 @@ def _lengths(counts: Counter[int]) -> Lengths | None:
     times = np.array([counts[length] for length in lengths])
     median, most_of_them = (int(lengths[np.searchsorted(times.cumsum(), share * times.sum())]) for share in (0.5, 0.9))
     longest = int(lengths[-1])
-    step = -(-longest // _BINS)
+    before = int(lengths[0]) - 1
+    step = -(-(longest - before) // _BINS)
     bins = tuple(
-        (end, int(times[(lengths > end - step) & (lengths <= end)].sum())) for end in range(step, longest + step, step)
+        (start + 1, start + step, int(times[(lengths > start) & (lengths <= start + step)].sum()))
+        for start in range(before, longest, step)
     )
     return Lengths(median=median, most_of_them=most_of_them, longest=longest, bins=bins)

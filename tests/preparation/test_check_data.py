@@ -106,7 +106,7 @@ def test_lengths_and_what_is_cut(tickets: Tickets) -> None:
     assert lines(some, "cut") == [(11, None)]
     assert file.lengths is not None
     assert file.lengths.longest > 40
-    assert sum(count for _, count in file.lengths.bins) == 10
+    assert [count for *_, count in file.lengths.bins if count] == [9, 1]
     assert file.lengths.median == file.lengths.most_of_them < 10
 
 
