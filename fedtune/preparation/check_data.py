@@ -241,7 +241,7 @@ class _Look:
             return side
         chosen = is_selected(record, fraction=data.train_fraction, key=self._key, unit=unit)
         if chosen and not is_heldout(record, fraction=data.heldout_fraction, key=self._key, unit=unit):
-            name = site or self.site_of(record)
+            name = site or self._site_of(record)
             self._records[name] += 1
             if unit == "user":
                 self._users[name].add(record.fields["user"])
@@ -251,12 +251,8 @@ class _Look:
         """How many records, or users, a site would train on."""
         return len(self._users[site]) if self.config.privacy.unit == "user" else self._records[site]
 
-    def site_of(self, record: Record) -> str:
-        """The site to which a simulation deals a record.
-
-        Raises:
-            DataError: the record names a site that is not declared.
-        """
+    def _site_of(self, record: Record) -> str:
+        """The site to which a simulation deals a record."""
         federation, partition = self.config.federation, self.config.data.partition
         unit = self.config.privacy.unit
         place = assign_site(record, partition, num_sites=federation.num_sites, key=self._key, unit=unit)
@@ -303,7 +299,8 @@ class _Tally:
         self._languages: Counter[str] = Counter()
 
     def records(self, path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-        """The records that a run can use; the others are errors."""
+        """The records that a run can use; the others are errors, which quote nothing of them."""
+        data = self._look.config.data
         for found in judged(path, columns):
             self._rows += 1
             try:
@@ -311,8 +308,8 @@ class _Tally:
                     raise found
                 if not self._look.usable(found):
                     raise DataError(found.at("label"), "another label", "must be one of data.labels")
-                if "site" in found.fields and self._look.config.data.partition.kind == "column":
-                    self._look.site_of(found)
+                if data.partition.kind == "column" and found.fields.get("site") not in {*data.partition.sites, None}:
+                    raise DataError(found.at("site"), "another site", "must be one of data.partition.sites")
             except DataError as error:
                 self._num_errors[error.bound] += 1
                 if len(self._errors) < SHOWN:

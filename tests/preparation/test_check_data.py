@@ -184,6 +184,20 @@ def test_no_text_of_a_record_is_in_what_is_found(tickets: Tickets) -> None:
     assert "xyzzy" not in json.dumps(asdict(checked(tickets(*rows)))).lower()
 
 
+def test_a_site_that_is_not_declared_is_an_error_that_quotes_nothing(tickets: Tickets) -> None:
+    overrides = ("data.columns={text: body, label: team, site: body}", "data.partition.kind=column")
+    some = checked(
+        tickets(
+            "north,sales",
+            "south,sales",
+            "Xyzzy,sales",
+            overrides=(*overrides, "data.partition.sites={north: 0, south: 1}"),
+        )
+    )
+    assert [what for _, what, _ in some.files[0].errors] == ["another site"]
+    assert [one.true for one in some.sizes] == [1, 1]
+
+
 def test_without_the_extra_it_says_what_was_skipped(tickets: Tickets, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alike, "is_installed", lambda library: False)
     some = checked(tickets("same,sales", "same,sales"))
