@@ -182,14 +182,13 @@ def _labels(labels: Mapping[str, int], records: int) -> Section:
 
 
 def _histogram(found: Lengths, max_length: int) -> Section:
-    most = max(count for _, count in found.bins)
-    step = found.bins[0][0]
+    most = max(count for *_, count in found.bins)
     return Section(
         title="Tokens of a record",
         headings=("tokens", "records", ""),
         rows=tuple(
-            (f"{end - step + 1:,} to {end:,}", f"{count:,}", "\u2588" * -(-_BAR * count // most))
-            for end, count in found.bins
+            (f"{start:,} to {end:,}", f"{count:,}", "\u2588" * -(-_BAR * count // most))
+            for start, end, count in found.bins
         ),
         words=frozenset({0, 2}),
         whole=frozenset({0, 2}),

@@ -70,13 +70,13 @@ class Lengths:
 
     Attributes:
         median, most_of_them, longest: quantiles 0.5, 0.9 and 1.
-        bins: (most tokens, records) of equal steps up to the longest.
+        bins: (fewest tokens, most tokens, records) of equal steps from the shortest to the longest.
     """
 
     median: int
     most_of_them: int
     longest: int
-    bins: tuple[tuple[int, int], ...]
+    bins: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,7 +228,7 @@ class _Look:
         """Look at one file."""
         unit = self.config.privacy.unit
         columns = self.task.columns(self.config.data, partition=use == "train", unit=unit)
-        tally = _Tally(self, by_row=format_of(path) not in _BY_LINE)
+        tally = _Tally(self, form=format_of(path))
         for some in chunks(tally.records(path, columns)):
             uses = [self._use(record, site) if use == "train" else use for record in some]
             tally.take(some, uses)
@@ -241,7 +241,7 @@ class _Look:
             return side
         chosen = is_selected(record, fraction=data.train_fraction, key=self._key, unit=unit)
         if chosen and not is_heldout(record, fraction=data.heldout_fraction, key=self._key, unit=unit):
-            name = site or self.site_of(record)
+            name = site or self._site_of(record)
             self._records[name] += 1
             if unit == "user":
                 self._users[name].add(record.fields["user"])
@@ -251,12 +251,8 @@ class _Look:
         """How many records, or users, a site would train on."""
         return len(self._users[site]) if self.config.privacy.unit == "user" else self._records[site]
 
-    def site_of(self, record: Record) -> str:
-        """The site to which a simulation deals a record.
-
-        Raises:
-            DataError: the record names a site that is not declared.
-        """
+    def _site_of(self, record: Record) -> str:
+        """The site to which a simulation deals a record."""
         federation, partition = self.config.federation, self.config.data.partition
         unit = self.config.privacy.unit
         place = assign_site(record, partition, num_sites=federation.num_sites, key=self._key, unit=unit)
@@ -291,8 +287,8 @@ class _Some:
 class _Tally:
     """What was found in a file so far."""
 
-    def __init__(self, look: _Look, *, by_row: bool) -> None:
-        self._look, self._by_row = look, by_row
+    def __init__(self, look: _Look, *, form: str) -> None:
+        self._look, self._form = look, form
         self._rows = 0
         self._uses: Counter[str] = Counter()
         self._errors: list[tuple[str, str, str]] = []
@@ -303,7 +299,8 @@ class _Tally:
         self._languages: Counter[str] = Counter()
 
     def records(self, path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-        """The records that a run can use; the others are errors."""
+        """The records that a run can use; the others are errors, which quote nothing of them."""
+        data = self._look.config.data
         for found in judged(path, columns):
             self._rows += 1
             try:
@@ -311,15 +308,15 @@ class _Tally:
                     raise found
                 if not self._look.usable(found):
                     raise DataError(found.at("label"), "another label", "must be one of data.labels")
-                if "site" in found.fields and self._look.config.data.partition.kind == "column":
-                    self._look.site_of(found)
+                if data.partition.kind == "column" and found.fields.get("site") not in {*data.partition.sites, None}:
+                    raise DataError(found.at("site"), "another site", "must be one of data.partition.sites")
             except DataError as error:
                 self._num_errors[error.bound] += 1
                 if len(self._errors) < SHOWN:
-                    where = f"row {self._rows} ({error.key})" if self._by_row else error.key
+                    where = f"row {self._rows} ({error.key})" if self._form == ".json" else error.key
                     self._errors.append((where, str(error.value), error.bound))
             else:
-                yield replace(found, line=self._rows) if self._by_row else found
+                yield replace(found, line=self._rows) if self._form == ".json" else found
 
     def take(self, records: Sequence[Record], uses: Sequence[str]) -> None:
         """Look at some records."""
@@ -384,7 +381,7 @@ class _Tally:
         """All that was found."""
         return FileCheck(
             path=str(path),
-            places="rows" if self._by_row else "lines",
+            places="lines" if self._form in _BY_LINE else "rows",
             rows=self._rows,
             uses=dict(self._uses),
             errors=tuple(self._errors),
@@ -418,8 +415,10 @@ def _lengths(counts: Counter[int]) -> Lengths | None:
     times = np.array([counts[length] for length in lengths])
     median, most_of_them = (int(lengths[np.searchsorted(times.cumsum(), share * times.sum())]) for share in (0.5, 0.9))
     longest = int(lengths[-1])
-    step = -(-longest // _BINS)
+    before = int(lengths[0]) - 1
+    step = -(-(longest - before) // _BINS)
     bins = tuple(
-        (end, int(times[(lengths > end - step) & (lengths <= end)].sum())) for end in range(step, longest + step, step)
+        (start + 1, start + step, int(times[(lengths > start) & (lengths <= start + step)].sum()))
+        for start in range(before, longest, step)
     )
     return Lengths(median=median, most_of_them=most_of_them, longest=longest, bins=bins)

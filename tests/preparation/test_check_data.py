@@ -106,7 +106,7 @@ def test_lengths_and_what_is_cut(tickets: Tickets) -> None:
     assert lines(some, "cut") == [(11, None)]
     assert file.lengths is not None
     assert file.lengths.longest > 40
-    assert sum(count for _, count in file.lengths.bins) == 10
+    assert [count for *_, count in file.lengths.bins if count] == [9, 1]
     assert file.lengths.median == file.lengths.most_of_them < 10
 
 
@@ -182,6 +182,20 @@ def test_no_text_of_a_record_is_in_what_is_found(tickets: Tickets) -> None:
         '"Xyzzy"x,sales',
     ]
     assert "xyzzy" not in json.dumps(asdict(checked(tickets(*rows)))).lower()
+
+
+def test_a_site_that_is_not_declared_is_an_error_that_quotes_nothing(tickets: Tickets) -> None:
+    overrides = ("data.columns={text: body, label: team, site: body}", "data.partition.kind=column")
+    some = checked(
+        tickets(
+            "north,sales",
+            "south,sales",
+            "Xyzzy,sales",
+            overrides=(*overrides, "data.partition.sites={north: 0, south: 1}"),
+        )
+    )
+    assert [what for _, what, _ in some.files[0].errors] == ["another site"]
+    assert [one.true for one in some.sizes] == [1, 1]
 
 
 def test_without_the_extra_it_says_what_was_skipped(tickets: Tickets, monkeypatch: pytest.MonkeyPatch) -> None:
