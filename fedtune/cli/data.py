@@ -203,7 +203,7 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
         base=base,
         model=model if known else None,
         model_path=None if known else model,
-        num_sites=sites or starter.sites_for(measured.usable),
+        num_sites=sites or starter.sites_for(measured.units),
         measured=measured,
     )
     return spec, plan

@@ -18,9 +18,9 @@ from fedtune.data.text_rows import Row
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 
-Kind = Literal["classification", "pairs", "instructions", "chat", "text"]
+Kind = Literal["labelled", "pairs", "instructions", "chat", "text"]
 KINDS: Mapping[Kind, str] = {
-    "classification": "texts with a label",
+    "labelled": "texts with a label",
     "pairs": "prompts with their completion",
     "instructions": "instructions with their output (Alpaca)",
     "chat": "conversations",
@@ -37,6 +37,11 @@ _LABELS = ("label", "labels", "category", "class", "intent", "topic", "team", "s
 _PROMPTS = ("prompt", "question", "query", "source", "input", "mr", "document", "context")
 _COMPLETIONS = ("completion", "response", "answer", "output", "target", "ref", "summary", "reply", "chosen")
 _CHATS = ("messages", "conversations", "conversation")
+_PEOPLE = (
+    *("user", "user_id", "userid", "author", "speaker", "patient", "patient_id", "customer", "customer_id"),
+    *("client", "client_id", "person", "person_id", "member", "member_id", "employee", "employee_id"),
+)
+"""What a column is called that says whose a record is."""
 _IDS = ("id", "uuid", "index", "idx", "key")
 
 
@@ -88,6 +93,11 @@ class Column:
         return few and set(self.types) <= {"text", "whole number"}
 
     @property
+    def is_id(self) -> bool:
+        """Whether its values can tell persons apart."""
+        return self.filled > 0 and set(self.types) <= {"text", "whole number"}
+
+    @property
     def mean_characters(self) -> float:
         """Of a text."""
         return self.characters / max(1, self.filled)
@@ -104,7 +114,7 @@ class Found:
         columns: by name.
         first: the first rows.
         kind: of training.
-        roles: role to column.
+        roles: role to column; `user` where a column says whose each record is.
         why: why this kind and these columns, as sentences.
     """
 
@@ -152,6 +162,9 @@ def look_at(path: Path, chosen: Mapping[str, str]) -> Found:
     if not rows:
         raise faults[0] if faults else DataError(str(path), "no rows", "must hold at least one record")
     kind, roles, why = _chosen(columns, chosen) if chosen else _guessed(columns, first, path)
+    person = _named(columns, _PEOPLE)
+    if person is not None and person not in roles.values() and columns[person].is_id and columns[person].filled == rows:
+        roles, why = roles | {"user": person}, (*why, f"Column {person} says whose a record is.")
     return Found(
         path=path,
         rows=rows,
@@ -187,7 +200,7 @@ def _chosen(columns: Mapping[str, Column], chosen: Mapping[str, str]) -> _Guess:
     text = chosen.get("text") or _longest(columns, but=label.name)
     if text is None:
         raise ConfigError("--label", label.name, "needs a column of text beside it")
-    return "classification", {"text": text, "label": label.name}, said
+    return "labelled", {"text": text, "label": label.name}, said
 
 
 def _guessed(columns: Mapping[str, Column], first: Sequence[Row], path: Path) -> _Guess:
@@ -232,7 +245,7 @@ def _as_pairs(columns: Mapping[str, Column]) -> _Guess | None:
 
 
 def _as_classification(columns: Mapping[str, Column]) -> _Guess | None:
-    few = [one for one in columns.values() if one.is_label]
+    few = [one for one in columns.values() if one.is_label and one.name.lower() not in _PEOPLE]
     label = next((one for name in _LABELS for one in few if one.name.lower() == name), None)
     label = label or min(few, key=lambda one: (len(one.values), one.name), default=None)
     text = None if label is None else _longest(columns, but=label.name)
@@ -243,14 +256,14 @@ def _as_classification(columns: Mapping[str, Column]) -> _Guess | None:
     others = [one.name for one in few if one.name != label.name]
     if others:
         why.append(f"Other columns with few values: {', '.join(others)}. Choose with --label COLUMN --text COLUMN.")
-    return "classification", {"text": text, "label": label.name}, tuple(why)
+    return "labelled", {"text": text, "label": label.name}, tuple(why)
 
 
 def _as_text(columns: Mapping[str, Column]) -> _Guess | None:
     text = _longest(columns)
     if text is None:
         return None
-    others = [one.name for one in columns.values() if one.is_text and one.name != text]
+    others = [one.name for one in columns.values() if one.is_text and one.name.lower() not in (text.lower(), *_PEOPLE)]
     why = [f"Column {text} has the longest texts, and no column has few values."]
     if others:
         why.append(f"Other columns of text: {', '.join(others)}. Choose with --prompt COLUMN --completion COLUMN.")
@@ -259,7 +272,8 @@ def _as_text(columns: Mapping[str, Column]) -> _Guess | None:
 
 def _longest(columns: Mapping[str, Column], but: str = "") -> str | None:
     """The column with the longest texts."""
-    texts = [one for one in columns.values() if one.is_text and one.name != but and one.name.lower() not in _IDS]
+    texts = [one for one in columns.values() if one.is_text and one.name != but]
+    texts = [one for one in texts if one.name.lower() not in (*_IDS, *_PEOPLE)]
     return max(texts, key=lambda one: one.mean_characters).name if texts else None
 
 

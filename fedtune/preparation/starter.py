@@ -30,12 +30,12 @@ _MOST_TOKENS = 256
 """Of an example, where the file has longer ones: time and memory grow with it."""
 _SITES = ((1000, 2), (3000, 3))
 """With fewer records than the first number, so many sites; with more than all, one more."""
-_FEW_RECORDS = 200
+_FEW_UNITS = 200
 _SHARES = ((1000, 0.2, 0.1), (10_000, 0.1, 0.05))
 """With fewer records than the first number, these shares of them are for the test and for validation."""
 _LEAST_SHARES = (0.02, 0.01)
 _BEFORE_COMMENT = 34
-_CLASSIFIES: Kind = "classification"
+_CLASSIFIES: Kind = "labelled"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +47,19 @@ class Measured:
         unusable: rows that are none under the roles.
         lengths: (rows,) tokens of each of the first `MEASURED_ROWS` records, with what a template adds to turns.
         has_turns: whether the tokenizer has a template for conversations.
+        users: how many persons the records are of; None: nothing says whose they are, or each has one.
     """
 
     usable: int
     unusable: int
     lengths: npt.NDArray[np.int64]
     has_turns: bool
+    users: int | None = None
+
+    @property
+    def units(self) -> int:
+        """What is sampled and protected: persons, or records."""
+        return self.usable if self.users is None else self.users
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,9 +108,11 @@ def measured(found: Found, tokenizer: Tokenizer) -> Measured:
     records = usable_records(found.path, found.roles, left_out=left_out)
     turns = _TOKENS_A_TURN if found.kind in ("chat", "instructions") else 1
     counts: list[int] = []
+    users: set[str] = set()
     usable = 0
     for chunk in chunks(records):
         usable += len(chunk)
+        users |= {record.fields["user"] for record in chunk if "user" in found.roles}
         if len(counts) >= MEASURED_ROWS:
             continue
         texts = [[text for _, text in record.texts()] for record in chunk]
@@ -114,6 +123,7 @@ def measured(found: Found, tokenizer: Tokenizer) -> Measured:
         unusable=len(left_out),
         lengths=np.array(counts[:MEASURED_ROWS], dtype=np.int64),
         has_turns=bool(getattr(tokenizer, "chat_template", None)),
+        users=len(users) if 0 < len(users) < usable else None,
     )
 
 
@@ -137,8 +147,8 @@ def run_name(file: Path) -> str:
 
 def declared_size(plan: Plan) -> int:
     """A round number near a site's share of the file."""
-    test, validation = _shares(plan.measured.usable)
-    share = plan.measured.usable * (1 - test - validation) / plan.num_sites
+    test, validation = _shares(plan.measured.units)
+    share = plan.measured.units * (1 - test - validation) / plan.num_sites
     unit = 10 ** max(0, math.floor(math.log10(max(share, 1))) - 1)
     return max(1, int(share // unit * unit))
 
@@ -177,12 +187,14 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     yield "federation:"
     yield f"  {_line('num_sites', plan.num_sites, 'a simulation deals the file out to so many sites')}"
     yield "privacy:"
-    yield f"  {_line('epsilon', 8.0, 'the promise to each record; lower is stronger: docs/epsilon.md')}"
+    if plan.measured.users is not None:
+        yield f"  {_line('unit', 'user', 'all records of one person are protected together: docs/user_level.md')}"
+    yield f"  {_line('epsilon', 8.0, 'the promise to each of them; lower is stronger: docs/epsilon.md')}"
     yield f"  {_line('delta', 1e-5, 'must stay below 1 / declared_sizes')}"
 
 
 def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]]:
-    test, validation = _shares(plan.measured.usable)
+    test, validation = _shares(plan.measured.units)
     yield "train_file", _beside(found.path, file), "the records; relative paths begin at this page's folder"
     yield "columns", dict(found.roles), "role of fedtune: column of the file"
     if found.kind == "instructions":
@@ -202,7 +214,8 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
     yield "test_fraction", test, "share of the file for the scores before and after: no site trains on it"
     yield "validation_fraction", validation, "share for the scores after each round"
     size = declared_size(plan)
-    yield "declared_sizes", size, "each site publishes this number of records: it becomes PUBLIC"
+    units = "records" if plan.measured.users is None else "persons"
+    yield "declared_sizes", size, f"each site publishes this number of {units}: it becomes PUBLIC"
     yield "dataset", run_name(file), "the name by which sites and ledgers know these records"
 
 
@@ -213,8 +226,14 @@ def notes(found: Found, plan: Plan) -> list[str]:
         f"declared_sizes: {size:,} was set near a site's share. This number becomes public; at a real site, the site "
         "chooses it in its site.toml."
     ]
-    if plan.measured.usable < _FEW_RECORDS * plan.num_sites:
-        told.append(f"{plan.measured.usable:,} records are few: with noise, expect the run to learn little.")
+    if plan.measured.users is not None:
+        told.append(
+            f"The {plan.measured.usable:,} records are of {plan.measured.users:,} persons, each of whom is protected "
+            "as a whole (privacy.unit: user)."
+        )
+    if plan.measured.units < _FEW_UNITS * plan.num_sites:
+        units = "records" if plan.measured.users is None else "persons"
+        told.append(f"{plan.measured.units:,} {units} are few: with noise, expect the run to learn little.")
     if plan.measured.unusable:
         told.append(f"{plan.measured.unusable:,} rows cannot be used and are left out (unusable: leave_out).")
     if len(plan.measured.lengths) == MEASURED_ROWS:

@@ -36,10 +36,20 @@ def texts(number: int) -> str:
             {"prompt": "instruction", "input": "input", "system": "system", "completion": "output"},
         ),
         (lambda n: {"question": texts(n), "answer": texts(n)}, "pairs", {"prompt": "question", "completion": "answer"}),
-        (lambda n: {"body": texts(n), "team": f"t{n % 3}"}, "classification", {"text": "body", "label": "team"}),
-        (lambda n: {"body": texts(n), "stars": n % 5}, "classification", {"text": "body", "label": "stars"}),
+        (lambda n: {"body": texts(n), "team": f"t{n % 3}"}, "labelled", {"text": "body", "label": "team"}),
+        (lambda n: {"body": texts(n), "stars": n % 5}, "labelled", {"text": "body", "label": "stars"}),
         (lambda n: {"id": f"{n} {texts(n)} {n}", "body": texts(n)}, "text", {"text": "body"}),
-        (lambda n: {"user": f"u{n}", "body": texts(n)}, "text", {"text": "body"}),
+        (lambda n: {"user": f"u{n}", "body": texts(n)}, "text", {"text": "body", "user": "user"}),
+        (
+            lambda n: {"patient": f"p{n % 7}", "body": texts(n), "team": f"t{n % 30}"},
+            "text",
+            {"text": "body", "user": "patient"},
+        ),
+        (
+            lambda n: {"customer_id": n % 7, "body": texts(n), "team": f"t{n % 8}"},
+            "labelled",
+            {"text": "body", "label": "team", "user": "customer_id"},
+        ),
     ],
 )
 def test_the_kind_of_a_file(tmp_path: Path, row: Any, kind: str, roles: dict[str, str]) -> None:
