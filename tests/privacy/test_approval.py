@@ -86,6 +86,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "lora_scale": {"lora_scale": 2.0},
     "head_scale": {"head_scale": 1.0},
     "num_sites": {"num_sites": 2},
+    "start_adapter": {"start_adapter": "d" * 64},
     "sampling_rate": {"plan": {"sampling_rate": 0.2}},
     "noise_multiplier": {"plan": {"noise_multiplier": 1.0000001}},
     "max_grad_norm": {"plan": {"max_grad_norm": 0.25}},
