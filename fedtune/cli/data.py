@@ -193,8 +193,10 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
     """
     base = starter.base_of(found.kind)
     known = model is None or (config_folder() / "model" / f"{model}.yaml").is_file()
-    spec = _model_of(base, model) if known else locate(str(model))
-    measured = starter.measured(found, _tokenizer(spec))
+    config = _first_settings(base, model if known else None)
+    spec = config.model if known else locate(str(model))
+    tokenizer = _tokenizer(spec)
+    measured = starter.measured(found, tokenizer, config, within=len(tokenizer))
     if not measured.usable:
         raise DataError(
             str(found.path), "no records", f"must have rows with a value in {', '.join(found.roles.values())}"
@@ -209,12 +211,12 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
     return spec, plan
 
 
-def _model_of(base: str, option: str | None) -> ModelSpec:
-    """The model of an experiment of conf/, or of another option of conf/model."""
+def _first_settings(base: str, option: str | None) -> RunConfig:
+    """An experiment of conf/, with another option of conf/model."""
     left_open = ["data.train_file=x", "data.declared_sizes=2", "data.labels=[a,b]"]
     if base == "own_text":
         left_open[-1] = "data.columns={prompt: a, completion: b}"
-    return compose_run([f"experiment={base}", *left_open, *([f"model={option}"] if option else [])]).model
+    return compose_run([f"experiment={base}", *left_open, *([f"model={option}"] if option else [])])
 
 
 def _tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:

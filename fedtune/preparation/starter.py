@@ -6,24 +6,27 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import yaml
 
+from fedtune.config import RunConfig
 from fedtune.data.records import Record, usable_records
-from fedtune.data.tokenise import Tokenizer, encode
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import Tokenizer
 from fedtune.preparation.detect import Found, Kind
-from fedtune.spec import DataError
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import task_named
 
 MEASURED_ROWS = 20_000
 """Whose lengths are taken; more would say the same."""
-_TOKENS_A_TURN = 6
-"""What a template adds to a turn of a conversation, about."""
+_LONGEST_TOLD = 4096
+"""Tokens up to which lengths are told apart."""
 _CHUNK_ROWS = 256
 _STEP = 16
 _MOST_TOKENS = 256
@@ -45,15 +48,15 @@ class Measured:
     Attributes:
         usable: records.
         unusable: rows that are none under the roles.
-        lengths: (rows,) tokens of each of the first `MEASURED_ROWS` records, with what a template adds to turns.
-        has_turns: whether the tokenizer has a template for conversations.
+        lengths: (rows,) tokens of the example that a run makes of each of the first `MEASURED_ROWS` records.
+        turns: whose template writes turns: "model" where its own can be taken, else "plain"; "none": there are none.
         users: how many persons the records are of; None: nothing says whose they are, or each has one.
     """
 
     usable: int
     unusable: int
     lengths: npt.NDArray[np.int64]
-    has_turns: bool
+    turns: Literal["none", "model", "plain"]
     users: int | None = None
 
     @property
@@ -102,11 +105,20 @@ def sites_for(rows: int) -> int:
     return next((count for most, count in _SITES if rows < most), 1 + _SITES[-1][1])
 
 
-def measured(found: Found, tokenizer: Tokenizer) -> Measured:
-    """Read the file once more, as a run would."""
+def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int) -> Measured:
+    """Read the file once more, as a run would that begins with the settings of `base`.
+
+    Args:
+        found: what the file is.
+        tokenizer: the model's.
+        base: the settings to begin with.
+        within: token ids are below this number.
+    """
     left_out: list[DataError] = []
     records = usable_records(found.path, found.roles, left_out=left_out)
-    turns = _TOKENS_A_TURN if found.kind in ("chat", "instructions") else 1
+    task = task_named(base.task)
+    own: dict[str, Any] = {"columns": dict(found.roles), "labels": tuple(found.labels), "max_length": _LONGEST_TOLD}
+    data = _with_turns(found, replace(base.data, **own | _templates(found)), tokenizer, base.task)
     counts: list[int] = []
     users: set[str] = set()
     usable = 0
@@ -115,16 +127,34 @@ def measured(found: Found, tokenizer: Tokenizer) -> Measured:
         users |= {record.fields["user"] for record in chunk if "user" in found.roles}
         if len(counts) >= MEASURED_ROWS:
             continue
-        texts = [[text for _, text in record.texts()] for record in chunk]
-        lengths = map(len, encode([text for some in texts for text in some], tokenizer, special_tokens=False))
-        counts += [2 + sum(next(lengths) + turns for _ in some) for some in texts]
+        # A record that no run can use has no length that matters; `data check` finds it.
+        counts += task.tokenise(chunk, tokenizer, data=data, lenient_within=within).lengths.tolist()
     return Measured(
         usable=usable,
         unusable=len(left_out),
         lengths=np.array(counts[:MEASURED_ROWS], dtype=np.int64),
-        has_turns=bool(getattr(tokenizer, "chat_template", None)),
+        turns=data.chat_template,
         users=len(users) if 0 < len(users) < usable else None,
     )
+
+
+def _templates(found: Found) -> dict[str, str]:
+    """What stands before the answer, where the base's own settings do not say it."""
+    if found.kind != "instructions":
+        return {}
+    return {"prompt_template": "{prompt}\n\n{input}" if "input" in found.roles else "{prompt}"}
+
+
+def _with_turns(found: Found, data: DataSpec, tokenizer: Tokenizer, task: str) -> DataSpec:
+    """The same with the model's own template for turns, if it has one that can be taken."""
+    if found.kind not in ("instructions", "chat", "pairs"):
+        return replace(data, chat_template="none")
+    own = replace(data, chat_template="model")
+    try:
+        task_named(task).check_tokenizer(tokenizer, data=own)
+    except ConfigError:
+        return replace(data, chat_template="plain")
+    return own
 
 
 def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -197,12 +227,14 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
     test, validation = _shares(plan.measured.units)
     yield "train_file", _beside(found.path, file), "the records; relative paths begin at this page's folder"
     yield "columns", dict(found.roles), "role of fedtune: column of the file"
-    if found.kind == "instructions":
-        template = "{prompt}\n\n{input}" if "input" in found.roles else "{prompt}"
-        yield "prompt_template", template, "what is asked; a part whose columns are blank is left out"
-    if found.kind in ("instructions", "chat", "pairs"):
-        turns = "model" if plan.measured.has_turns else "plain"
-        yield "chat_template", turns, "turns as the model's own template writes them (model), or in words (plain)"
+    for key, template in _templates(found).items():
+        yield key, template, "what is asked; a part whose columns are blank is left out"
+    if plan.measured.turns != "none":
+        yield (
+            "chat_template",
+            plan.measured.turns,
+            "turns as the model's own template writes them (model), or in words (plain)",
+        )
     if plan.measured.unusable:
         yield "unusable", "leave_out", f"{plan.measured.unusable:,} rows cannot be used"
     most = (

@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from fedtune.cli.compose import compose_run
+from fedtune.data import read_records
 from fedtune.model import load_tokenizer
 from fedtune.preparation import starter
 from fedtune.preparation.detect import look_at
+from fedtune.tasks import task_named
 
 
 def plan_for(path: Path, *, model: str = "random_bert") -> tuple[str, starter.Plan]:
@@ -19,8 +21,9 @@ def plan_for(path: Path, *, model: str = "random_bert") -> tuple[str, starter.Pl
     base = starter.base_of(found.kind)
     left_open = ["data.train_file=x", "data.declared_sizes=2"]
     left_open.append("data.labels=[a,b]" if base == "own_data" else "data.columns={text: a}")
-    spec = compose_run([f"experiment={base}", f"model={model}", *left_open]).model
-    measured = starter.measured(found, load_tokenizer(spec))
+    config = compose_run([f"experiment={base}", f"model={model}", *left_open])
+    tokenizer = load_tokenizer(config.model)
+    measured = starter.measured(found, tokenizer, config, within=len(tokenizer))
     plan = starter.Plan(base=base, model=model, num_sites=starter.sites_for(measured.usable), measured=measured)
     return starter.experiment(found, plan, file=path.with_name("own.yaml")), plan
 
@@ -85,3 +88,17 @@ def test_a_run_s_name_from_that_of_a_file(name: str, run: str) -> None:
 )
 def test_the_next_line_can_be_typed(file: str, line: str) -> None:
     assert starter.next_line(Path(file)) == f"fedtune simulate {line}"
+
+
+def test_lengths_are_those_of_a_run_s_examples(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "who is there?"}, {"role": "assistant", "content": "nobody at all"}]
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': asked})}\n" * 30)
+    text, plan = plan_for(tmp_path / "chats.jsonl", model="random_llama")
+    settings = yaml.safe_load(text)["data"]
+    assert (plan.measured.turns, settings["chat_template"]) == ("plain", "plain"), "this model has no template"
+    overrides = ["experiment=own_text", "model=random_llama", "data.train_file=x", "data.declared_sizes=2"]
+    overrides += ["lora.layers=null", "lora.target_modules=all-linear", "data.columns={messages: messages}"]
+    config = compose_run([*overrides, "data.chat_template=plain", "data.max_length=200"])
+    records = read_records(tmp_path / "chats.jsonl", config.data.columns)
+    made = task_named(config.task).tokenise(records, load_tokenizer(config.model), data=config.data)
+    assert plan.measured.lengths.tolist() == made.lengths.tolist()
