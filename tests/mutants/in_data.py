@@ -72,7 +72,7 @@ _READING = (
         fault="The turns of a conversation may follow one another in any order.",
         file=RECORDS,
         old="        if roles[place] != wanted:",
-        new="        if wanted not in roles:",
+        new='        if roles[place] == "system":',
         tests=(f"{MALFORMED}::test_a_malformed_file_is_named_with_place_and_bound",),
     ),
     Mutant(

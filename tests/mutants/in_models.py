@@ -169,6 +169,14 @@ _START = (
         tests=(f"{OF_SETTINGS}::test_places_and_speeds_of_the_lead_make_no_difference_and_do_not_travel",),
     ),
     Mutant(
+        name="start-path-opened-at-a-site",
+        fault="A site keeps the folder of a start adapter that a lead sent, and opens what it names.",
+        file=SETTINGS,
+        old="    model = replace(model, adapter=None)",
+        new="    model = replace(model)",
+        tests=("tests/sites/test_at_site.py::test_the_folder_of_a_start_adapter_is_not_opened_whatever_a_lead_sends",),
+    ),
+    Mutant(
         name="start-outside-the-digest",
         fault="A run that begins in another adapter has the same id, and goes on under the charge of the first.",
         file="fedtune/config.py",
@@ -200,7 +208,9 @@ _START = (
         file="fedtune/sites/shared_model.py",
         old="        if start.digest != named.adapter_sha256:",
         new="        if named.adapter_sha256 is None:",
-        tests=("tests/sites/test_shared_model.py", "tests/end_to_end/test_warm_start.py"),
+        tests=(
+            "tests/sites/test_shared_model.py::test_a_run_begins_in_the_adapter_that_it_was_proposed_with_and_no_other",
+        ),
     ),
     Mutant(
         name="start-tensors-unchecked",
