@@ -122,6 +122,14 @@ _LAYOUT = (
         tests=(f"{OF_CHAT}::test_a_template_that_is_no_chain_is_refused",),
     ),
     Mutant(
+        name="template-asks-the-clock",
+        fault="A chat template may ask for the date: what a record is trained as goes by the day, and differs by site.",
+        file=CHAT,
+        old="given = {name: Undefined(name=name) for name in _WITHHELD} | dict",
+        new="given = dict",
+        tests=(OF_CHAT,),
+    ),
+    Mutant(
         name="bad-messages-raise-at-a-site",
         fault="A conversation that cannot be learnt makes a site's round fail: an answer says that nobody has one.",
         file=CAUSAL,

@@ -245,6 +245,14 @@ _START = (
         tests=(f"{OF_START}::test_another_base_is_refused_by_its_hash",),
     ),
     Mutant(
+        name="head-of-other-labels",
+        fault="The head of a start adapter is taken wherever there are as many labels: its rows stand for others.",
+        file=SAVED,
+        old="task_named(spec.task).has_head and self.spec.labels == spec.labels",
+        new="task_named(spec.task).has_head and len(self.spec.labels) == len(spec.labels)",
+        tests=(f"{OF_START}::test_under_other_labels_the_head_starts_as_it_would_without",),
+    ),
+    Mutant(
         name="export-not-compared",
         fault="An export is not compared with the run's model: a base without the adapter merged goes out as merged.",
         file="fedtune/export/for_others.py",
