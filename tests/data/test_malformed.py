@@ -215,6 +215,13 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
         "turn 2",
         "'user': must be assistant: user and",
     ),
+    "the user twice before an answer": (
+        "a.jsonl",
+        chat(turn("user"), turn("user"), turn("assistant")),
+        CHAT,
+        "turn 2",
+        "'user': must be assistant: user and",
+    ),
     "the assistant first": ("a.jsonl", chat(turn("assistant")), CHAT, "turn 1", "must be user"),
     "the system late": ("a.jsonl", chat(turn("user"), turn("system")), CHAT, "turn 2", "'system': must be assistant"),
     "a tool": ("a.jsonl", chat(turn("user"), turn("tool")), CHAT, "turn 2, role", "turns of tools are not supported"),

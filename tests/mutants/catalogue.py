@@ -4,6 +4,7 @@ from .at_site import AT_SITE
 from .in_accounting import ACCOUNTING
 from .in_cli import CLI_FAULTS
 from .in_clipping import CLIPPING
+from .in_data import DATA_FAULTS
 from .in_deploy import DEPLOY_FAULTS
 from .in_federation import FEDERATION_FAULTS
 from .in_ledger import LEDGER_FAULTS
@@ -18,8 +19,8 @@ MUTANTS: dict[str, Mutant] = {
     mutant.name: mutant
     for mutant in (
         *(*NOISE, *CLIPPING, *SAMPLING, *ACCOUNTING, *LEDGER_FAULTS),
-        *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *MODEL_FAULTS, *DEPLOY_FAULTS, *CLI_FAULTS),
-        *REPORT_FAULTS,
+        *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *DATA_FAULTS, *MODEL_FAULTS),
+        *(*DEPLOY_FAULTS, *CLI_FAULTS, *REPORT_FAULTS),
     )
 }
 QUICK = ("no-noise", "shuffled-instead-of-poisson", "exact-scores")

@@ -105,4 +105,12 @@ CLI_FAULTS = (
         new="letter",
         tests=(f"{OF_LEDGER}::test_a_run_s_name_cannot_steer_the_terminal",),
     ),
+    Mutant(
+        name="best-by-test-score",
+        fault="A sweep marks the run with the best test score as the best, and that score is then too good.",
+        file="fedtune/cli/sweep.py",
+        old="    return row.validation.get(row.judged_by)",
+        new="    return row.test.get(row.judged_by)",
+        tests=("tests/cli/test_sweep.py::test_the_best_run_is_told_by_validation_alone",),
+    ),
 )

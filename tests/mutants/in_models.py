@@ -1,12 +1,14 @@
-"""Faults of the base model: what is loaded, what its hash covers, and what it lets one record do to another."""
+"""Faults of the model: what is loaded, what its hash covers, what one record can do to another, where it begins."""
 
 from .mutant import Mutant
 
 MANIFEST, REFUSALS, FITS = ("fedtune/model/manifest.py", "fedtune/model/refusals.py", "fedtune/model/fits.py")
 OF_MANIFEST = ("tests/model/test_manifest.py",)
 HOSTILE_FOLDERS = ("tests/model/test_hostile_folders.py",)
+SAVED, OF_START = "fedtune/tasks/saved.py", "tests/tasks/test_start_adapter.py"
+SETTINGS, OF_SETTINGS = "fedtune/sites/shared_settings.py", "tests/sites/test_shared_settings.py"
 
-MODEL_FAULTS = (
+_BASE = (
     Mutant(
         name="loaded-from-the-original-folder",
         fault="A model's files are hashed in a folder of their own, and loaded from where they lay, beside others.",
@@ -156,3 +158,108 @@ MODEL_FAULTS = (
         tests=HOSTILE_FOLDERS,
     ),
 )
+
+_START = (
+    Mutant(
+        name="start-path-travels",
+        fault="The folder of the adapter that a run begins in is sent to the sites, with the lead's names of folders.",
+        file=SETTINGS,
+        old="public_id=None, adapter=None)",
+        new="public_id=None)",
+        tests=(f"{OF_SETTINGS}::test_places_and_speeds_of_the_lead_make_no_difference_and_do_not_travel",),
+    ),
+    Mutant(
+        name="start-path-opened-at-a-site",
+        fault="A site keeps the folder of a start adapter that a lead sent, and opens what it names.",
+        file=SETTINGS,
+        old="    model = replace(model, adapter=None)",
+        new="    model = replace(model)",
+        tests=("tests/sites/test_at_site.py::test_the_folder_of_a_start_adapter_is_not_opened_whatever_a_lead_sends",),
+    ),
+    Mutant(
+        name="start-outside-the-digest",
+        fault="A run that begins in another adapter has the same id, and goes on under the charge of the first.",
+        file="fedtune/config.py",
+        old="            if fields[group][key] == default:",
+        new='            if fields[group][key] == default or key == "adapter_sha256":',
+        tests=(f"{OF_SETTINGS}::test_whatever_decides_a_result_makes_another_run",),
+    ),
+    Mutant(
+        name="start-outside-the-proposal",
+        fault="A proposal does not name the adapter that the run begins in: no site's ledger says it.",
+        file="fedtune/config.py",
+        old='            start_adapter=self.model.adapter_sha256 or "",',
+        new='            start_adapter="",',
+        tests=(
+            "tests/sites/test_real_site.py::test_an_adapter_that_a_run_begins_in_is_brought_into_the_bound_of_the_site",
+        ),
+    ),
+    Mutant(
+        name="approved-for-any-start",
+        fault="A proposal's digest leaves the start adapter out: an approval of one is one of all.",
+        file="fedtune/privacy/proposal.py",
+        old="        if not self.start_adapter:",
+        new="        if self.start_adapter is not None:",
+        tests=("tests/privacy/test_proposal.py",),
+    ),
+    Mutant(
+        name="start-exchanged-after-the-proposal",
+        fault="The lead begins in whatever lies in the folder by then, and not in the adapter that was proposed.",
+        file="fedtune/sites/shared_model.py",
+        old="        if start.digest != named.adapter_sha256:",
+        new="        if named.adapter_sha256 is None:",
+        tests=(
+            "tests/sites/test_shared_model.py::test_a_run_begins_in_the_adapter_that_it_was_proposed_with_and_no_other",
+        ),
+    ),
+    Mutant(
+        name="start-tensors-unchecked",
+        fault="A start adapter's tensors are not compared with the digest that is proposed.",
+        file=SAVED,
+        old="            if Adapter(self._trained(saved)).digest() != self.digest:",
+        new="            if not self._trained(saved):",
+        tests=(f"{OF_START}::test_values_that_are_damaged_or_not_finite_are_refused",),
+    ),
+    Mutant(
+        name="start-not-finite",
+        fault="A run begins in an adapter with values that are not finite, and charges its sites for nothing.",
+        file=SAVED,
+        old="            if not all(bool(np.isfinite(one).all()) for one in taken.values()):",
+        new="            if not taken:",
+        tests=(f"{OF_START}::test_values_that_are_damaged_or_not_finite_are_refused",),
+    ),
+    Mutant(
+        name="start-beside-another-frozen-a",
+        fault="With a frozen A, a run begins in a B that was trained beside another A than the sites make.",
+        file=SAVED,
+        old="if not parameters[name].requires_grad and not np",
+        new="if name not in parameters and not np",
+        tests=(f"{OF_START}::test_an_a_that_is_not_sent_must_be_the_one_that_the_sites_make",),
+    ),
+    Mutant(
+        name="start-of-another-base",
+        fault="A run begins in an adapter that was tuned on another base model.",
+        file=SAVED,
+        old="        if was != now:",
+        new="        if was is None:",
+        tests=(f"{OF_START}::test_another_base_is_refused_by_its_hash",),
+    ),
+    Mutant(
+        name="head-of-other-labels",
+        fault="The head of a start adapter is taken wherever there are as many labels: its rows stand for others.",
+        file=SAVED,
+        old="task_named(spec.task).has_head and self.spec.labels == spec.labels",
+        new="task_named(spec.task).has_head and len(self.spec.labels) == len(spec.labels)",
+        tests=(f"{OF_START}::test_under_other_labels_the_head_starts_as_it_would_without",),
+    ),
+    Mutant(
+        name="export-not-compared",
+        fault="An export is not compared with the run's model: a base without the adapter merged goes out as merged.",
+        file="fedtune/export/for_others.py",
+        old="        if not apart <= _MOST_APART * max(1.0, float(ours.abs().max())):",
+        new='        if apart == float("inf"):',
+        tests=("tests/export/test_for_others.py::test_an_export_that_computes_something_else_leaves_nothing",),
+    ),
+)
+
+MODEL_FAULTS = (*_BASE, *_START)

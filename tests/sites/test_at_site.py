@@ -124,6 +124,13 @@ def test_a_lead_names_no_place_of_this_machine_and_no_download(
     assert (refused.value.reason, refused.value.asked) == (Reason.BASE_MODEL_MISSING, HASH)
 
 
+def test_the_folder_of_a_start_adapter_is_not_opened_whatever_a_lead_sends(
+    letters: Callable[..., RunConfig], policy: Policy
+) -> None:
+    model = here(letters(model={"adapter": "/etc", "adapter_sha256": HASH}), policy).model
+    assert (model.adapter, model.adapter_sha256) == (None, HASH)
+
+
 @pytest.mark.parametrize("path", ["random:bert", "package:some_weights/model", "/etc", "org/name"])
 def test_a_model_without_a_hash_is_refused(letters: Callable[..., RunConfig], policy: Policy, path: str) -> None:
     with pytest.raises(Refused) as refused:

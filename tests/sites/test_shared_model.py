@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from fedtune.privacy.release import Reason, Refusal
 from fedtune.sites import shared_model
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import ConfigError
+from fedtune.tasks import save_task_model
 
 Tries = list[Shapes]
 
@@ -100,6 +102,21 @@ def test_another_chat_template_wants_a_model_that_was_checked_for_it(letters: Ca
     assert not kept.serves(settings("model"), declared_size=kept_size(kept), inexact_allowed=False)
     with pytest.raises(ConfigError, match=r"data\.chat_template = 'model'"):
         SharedModel(settings("model"))
+
+
+def test_a_run_begins_in_the_adapter_that_it_was_proposed_with_and_no_other(
+    letters: Callable[..., RunConfig], tries: Tries, tmp_path: Path
+) -> None:
+    shared = SharedModel(letters())
+    save_task_model(shared.model, tmp_path)
+    digest = shared.initial_adapter.digest()
+
+    def begun(digest: str) -> SharedModel:
+        return shared.for_run(letters(model={"adapter": str(tmp_path), "adapter_sha256": digest}))
+
+    assert begun(digest).first_adapter().digest() == digest
+    with pytest.raises(ConfigError, match=rf"model\.adapter_sha256 = .*must be {digest}, that of the adapter"):
+        begun("ab" * 32).first_adapter()  # of the one that lay in the folder before
 
 
 def kept_size(shared: SharedModel) -> int:
