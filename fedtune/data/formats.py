@@ -234,19 +234,50 @@ def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
 
 def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at: str) -> Row:
     one = batch.slice(place, 1)
-    if one.nbytes > MOST_BYTES:
-        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
     try:
-        row = {name: column[0].as_py() for name, column in zip(one.schema.names, one.columns, strict=True)}
+        # A dictionary, or a buffer behind views, has values of other rows: how large this one is must not go by them.
+        kinds = [_alone(column.type) for column in one.columns]
+        columns = [
+            column if column.type == kind else column.cast(kind) for column, kind in zip(one.columns, kinds, strict=True)
+        ]
+        num_bytes = sum(column.nbytes for column in columns)
+        row = {
+            name: column[0].as_py() if num_bytes <= MOST_BYTES else None
+            for name, column in zip(one.schema.names, columns, strict=True)
+        }
     except UnicodeDecodeError:
         raise DataError(at, "bytes of another encoding", "must be UTF-8 text") from None
     except Exception as error:  # a time beyond Python's, for instance: whatever the library cannot give
         raise DataError(at, type(error).__name__, "must have values that Python can hold") from None
+    if num_bytes > MOST_BYTES:
+        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
     for column, of_label in names.items():
         value = row.get(column)
         if type(value) is int and 0 <= value < len(of_label):
             row[column] = of_label[value]
     return row
+
+
+def _alone(kind: Any) -> Any:
+    """The type that holds the same values in memory of their own, also within lists and structs."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _alone(kind.value_type)
+    if kind == pyarrow.string_view():
+        return pyarrow.large_string()
+    if kind == pyarrow.binary_view():
+        return pyarrow.large_binary()
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_alone(field.type)) for field in kind])
+    makers = {types.is_list: pyarrow.list_, types.is_large_list: pyarrow.large_list}
+    for is_kind, make in makers.items():
+        if is_kind(kind):
+            return make(kind.value_field.with_type(_alone(kind.value_type)))
+    if types.is_fixed_size_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_alone(kind.value_type)), kind.list_size)
+    return kind
 
 
 def _label_names(schema: Any) -> dict[str, Sequence[str]]:

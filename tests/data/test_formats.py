@@ -112,9 +112,14 @@ def chats(*turns: Any) -> Any:
     return pyarrow.array(list(turns), kind)
 
 
+CODED = pyarrow.list_(pyarrow.struct([(name, pyarrow.dictionary(pyarrow.int32(), pyarrow.string())) for name in TURNS[0]]))
+LARGE = [TURNS[0], {"role": "assistant", "content": "x" * (17 << 20)}]
 COLUMNS_WITH_FAULTS = {
     "no UTF-8 and blank": ("text", BAD_TEXTS, [1, 4]),
     "17 MB": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"]), [1, 3, 4]),
+    "17 MB in a dictionary": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"]).dictionary_encode(), [1, 3, 4]),
+    "17 MB behind a view": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"], pyarrow.string_view()), [1, 3, 4]),
+    "17 MB in a chat's dictionary": ("messages", chats(TURNS, LARGE, TURNS).cast(CODED), [1, 3]),
     "null": ("text", pyarrow.array(["a", None, "b", None]), [1, 3]),
     "wrong conversations": ("messages", chats(TURNS, TURNS[:1], None, TURNS * 2), [1, 4]),
     "a time beyond Python's": ("text", pyarrow.array([0, 1 << 62, 0, 0], pyarrow.timestamp("us")), []),
