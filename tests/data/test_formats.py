@@ -192,6 +192,20 @@ def test_conversations_are_one_text_however_they_are_written(tmp_path: Path, nam
     assert record == Record({"messages": CANONICAL})
 
 
+def test_a_chat_of_the_other_form_changes_no_chat_of_its_table(tmp_path: Path) -> None:
+    # A struct has the fields of all of them, so that each is null under the other's names.
+    (tmp_path / "a.parquet").write_bytes(packed([{"chat": SHAREGPT}, {"chat": TURNS}]))
+    assert read_records(tmp_path / "a.parquet", {"messages": "chat"}) == [Record({"messages": CANONICAL})] * 2
+
+
+@pytest.mark.parametrize("role", ["label", "user"])
+def test_a_number_that_is_missing_changes_no_other_of_its_column(tmp_path: Path, role: str) -> None:
+    # As pandas has them: one that is missing makes decimals of all.
+    parquet.write_table(pyarrow.table({"id": [7.0, None, -3.0, 1.5, 2.0**53, float("inf")]}), tmp_path / "a.parquet")
+    found = usable_records(tmp_path / "a.parquet", {role: "id"})
+    assert [record.fields[role] for record in found] == ["7", "-3"]
+
+
 @pytest.mark.parametrize("speakers", [["system", "human", "bot"], ["user", "model", "user"], ["user", "assistant"] * 9])
 def test_conversations_that_are_taken(tmp_path: Path, speakers: list[str]) -> None:
     path = tmp_path / "a.jsonl"
