@@ -85,3 +85,8 @@ def test_a_run_s_name_from_that_of_a_file(name: str, run: str) -> None:
 )
 def test_the_next_line_can_be_typed(file: str, line: str) -> None:
     assert starter.next_line(Path(file)) == f"fedtune simulate {line}"
+
+
+def test_a_file_s_name_is_no_setting(tmp_path: Path) -> None:
+    written, _ = plan_for(table(tmp_path, 100).rename(tmp_path / "a\nprivacy: {epsilon: 900}\n#.csv"))
+    assert "privacy: {epsilon: 900}" not in written.splitlines()
