@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from fedtune.spec import DataError, check_name
 SUFFIXES = "must end in .jsonl, .json, .csv or .tsv, plain or with .gz behind, or in .parquet"
 _SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
+_PARQUET, _ARROW_TYPES, _NO_TYPES = b"PAR1", b"ARROW:schema", b"-----:schema"
+_LARGEST_FOOTER = 1 << 28
 _BATCH_ROWS = 256
 """Of Parquet, in memory at once."""
 
@@ -153,10 +156,29 @@ def _parquet_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[
 
     with _whole(path, "Parquet"):
         # Page by page: a group of rows may be larger than the memory.
-        file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        file = parquet.ParquetFile(path, metadata=_plain_footer(path), buffer_size=1 << 20, pre_buffer=False)
         check_header(file.schema_arrow.names, columns or {}, at=str(path))
         wanted = None if columns is None else sorted(set(columns.values()))
         yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False)
+
+
+def _plain_footer(path: Path) -> Any:
+    """What a Parquet file says of itself, without the Arrow types that its writer had.
+
+    Into dictionaries its reader takes no text that is not UTF-8: one such record would be a fault of the whole file.
+    """
+    from pyarrow import parquet
+
+    tail = len(_PARQUET) + 4
+    with path.open("rb") as stream:
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(max(0, size - tail))
+        length = int.from_bytes(stream.read(4), "little")
+        if length > min(_LARGEST_FOOTER, size - tail):
+            raise ValueError("no footer")
+        stream.seek(size - tail - length)
+        footer = stream.read()
+    return parquet.read_metadata(io.BytesIO(_PARQUET + footer.replace(_ARROW_TYPES, _NO_TYPES)))
 
 
 def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
@@ -169,10 +191,11 @@ def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[An
             for batch in stream:
                 # A reader of Arrow believes its offsets, and reads beyond its memory where they are damaged.  Text is
                 # looked at as bytes: that one is no UTF-8 is a fault of its row.
-                batch.validate()
-                for column in batch.columns:
+                wanted = batch if columns is None else batch.select(sorted(set(columns.values())))
+                wanted.validate()
+                for column in wanted.columns:
                     _as_bytes(column).validate(full=True)
-                yield batch if columns is None else batch.select(sorted(set(columns.values())))
+                yield wanted
 
 
 def _require_arrow(path: Path) -> None:
@@ -211,6 +234,12 @@ def _as_bytes(array: Any) -> Any:
         values = _as_bytes(array.values)
         made = (pyarrow.list_ if types.is_list(kind) else pyarrow.large_list)(values.type)
         return pyarrow.Array.from_buffers(made, len(array), buffers[:2], **about, children=[values])
+    if types.is_fixed_size_list(kind):
+        values = _as_bytes(array.values)
+        made = pyarrow.list_(values.type, kind.list_size)
+        return pyarrow.Array.from_buffers(made, len(array), buffers[:1], **about, children=[values])
+    if types.is_dictionary(kind):
+        return pyarrow.DictionaryArray.from_arrays(array.indices, _as_bytes(array.dictionary), safe=False)
     if types.is_struct(kind):
         parts = [_as_bytes(array.field(place)) for place in range(kind.num_fields)]
         made = pyarrow.struct([(field.name, part.type) for field, part in zip(kind, parts, strict=True)])

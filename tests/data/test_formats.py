@@ -116,6 +116,11 @@ CODED = pyarrow.list_(pyarrow.struct([(name, pyarrow.dictionary(pyarrow.int32(),
 LARGE = [TURNS[0], {"role": "assistant", "content": "x" * (17 << 20)}]
 COLUMNS_WITH_FAULTS = {
     "no UTF-8 and blank": ("text", BAD_TEXTS, [1, 4]),
+    "no UTF-8 in a dictionary": (
+        "text",
+        pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 1, 2, 3]), BAD_TEXTS, safe=False),
+        [1, 4],
+    ),
     "17 MB": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"]), [1, 3, 4]),
     "17 MB in a dictionary": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"]).dictionary_encode(), [1, 3, 4]),
     "17 MB behind a view": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"], pyarrow.string_view()), [1, 3, 4]),
@@ -139,6 +144,13 @@ def test_a_row_of_arrow_is_left_out_by_itself(tmp_path: Path, name: str, case: s
     assert [record.line for record in found] == kept
     with pytest.raises(DataError, match=rf"{name}:{min({1, 2, 3, 4} - set(kept))}"):
         read_records(tmp_path / name, {role: role})
+
+
+def test_text_that_no_run_reads_hides_no_row_of_a_saved_set(tmp_path: Path) -> None:
+    pairs = pyarrow.FixedSizeListArray.from_arrays(BAD_TEXTS, 2)
+    saved(tmp_path / "set", pyarrow.table({"text": ["a", "b"], "other": pairs, "number": [1, 2]}))
+    assert len(read_records(tmp_path / "set", {"text": "text"})) == 2
+    assert len([row for _, row in raw_rows(tmp_path / "set") if isinstance(row, dict)]) == 1
 
 
 VALUE = st.recursive(
