@@ -267,7 +267,8 @@ def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at
         # A dictionary, or a buffer behind views, has values of other rows: how large this one is must not go by them.
         kinds = [_alone(column.type) for column in one.columns]
         columns = [
-            column if column.type == kind else column.cast(kind) for column, kind in zip(one.columns, kinds, strict=True)
+            column if column.type == kind else column.cast(kind)
+            for column, kind in zip(one.columns, kinds, strict=True)
         ]
         num_bytes = sum(column.nbytes for column in columns)
         row = {

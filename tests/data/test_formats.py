@@ -112,7 +112,9 @@ def chats(*turns: Any) -> Any:
     return pyarrow.array(list(turns), kind)
 
 
-CODED = pyarrow.list_(pyarrow.struct([(name, pyarrow.dictionary(pyarrow.int32(), pyarrow.string())) for name in TURNS[0]]))
+CODED = pyarrow.list_(
+    pyarrow.struct([(name, pyarrow.dictionary(pyarrow.int32(), pyarrow.string())) for name in TURNS[0]])
+)
 LARGE = [TURNS[0], {"role": "assistant", "content": "x" * (17 << 20)}]
 COLUMNS_WITH_FAULTS = {
     "no UTF-8 and blank": ("text", BAD_TEXTS, [1, 4]),
