@@ -295,7 +295,8 @@ def _peft_settings(model: TaskModel) -> dict[str, Any]:
 
 def _settings(model: TaskModel) -> dict[str, Any]:
     base = model.spec.model
-    pinned = replace(base, sha256=base.sha256 or model_sha256(base), cache_dir=None)
+    # Its start's digest stays; the folder where that lay is nobody else's.
+    pinned = replace(base, sha256=base.sha256 or model_sha256(base), cache_dir=None, adapter=None)
     spec = asdict(replace(model.spec, model=pinned))
     return {"schema_version": _SCHEMA_VERSION, **spec, "adapter_digest": Adapter.of(model).digest()}
 
