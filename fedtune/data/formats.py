@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from fedtune.spec import DataError, check_name
 SUFFIXES = "must end in .jsonl, .json, .csv or .tsv, plain or with .gz behind, or in .parquet"
 _SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
+_PARQUET, _ARROW_TYPES, _NO_TYPES = b"PAR1", b"ARROW:schema", b"-----:schema"
+_LARGEST_FOOTER = 1 << 28
 _BATCH_ROWS = 256
 """Of Parquet, in memory at once."""
 
@@ -153,10 +156,29 @@ def _parquet_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[
 
     with _whole(path, "Parquet"):
         # Page by page: a group of rows may be larger than the memory.
-        file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        file = parquet.ParquetFile(path, metadata=_plain_footer(path), buffer_size=1 << 20, pre_buffer=False)
         check_header(file.schema_arrow.names, columns or {}, at=str(path))
         wanted = None if columns is None else sorted(set(columns.values()))
         yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False)
+
+
+def _plain_footer(path: Path) -> Any:
+    """What a Parquet file says of itself, without the Arrow types that its writer had.
+
+    Into dictionaries its reader takes no text that is not UTF-8: one such record would be a fault of the whole file.
+    """
+    from pyarrow import parquet
+
+    tail = len(_PARQUET) + 4
+    with path.open("rb") as stream:
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(max(0, size - tail))
+        length = int.from_bytes(stream.read(4), "little")
+        if length > min(_LARGEST_FOOTER, size - tail):
+            raise ValueError("no footer")
+        stream.seek(size - tail - length)
+        footer = stream.read()
+    return parquet.read_metadata(io.BytesIO(_PARQUET + footer.replace(_ARROW_TYPES, _NO_TYPES)))
 
 
 def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
@@ -169,10 +191,11 @@ def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[An
             for batch in stream:
                 # A reader of Arrow believes its offsets, and reads beyond its memory where they are damaged.  Text is
                 # looked at as bytes: that one is no UTF-8 is a fault of its row.
-                batch.validate()
-                for column in batch.columns:
+                wanted = batch if columns is None else batch.select(sorted(set(columns.values())))
+                wanted.validate()
+                for column in wanted.columns:
                     _as_bytes(column).validate(full=True)
-                yield batch if columns is None else batch.select(sorted(set(columns.values())))
+                yield wanted
 
 
 def _require_arrow(path: Path) -> None:
@@ -211,6 +234,12 @@ def _as_bytes(array: Any) -> Any:
         values = _as_bytes(array.values)
         made = (pyarrow.list_ if types.is_list(kind) else pyarrow.large_list)(values.type)
         return pyarrow.Array.from_buffers(made, len(array), buffers[:2], **about, children=[values])
+    if types.is_fixed_size_list(kind):
+        values = _as_bytes(array.values)
+        made = pyarrow.list_(values.type, kind.list_size)
+        return pyarrow.Array.from_buffers(made, len(array), buffers[:1], **about, children=[values])
+    if types.is_dictionary(kind):
+        return pyarrow.DictionaryArray.from_arrays(array.indices, _as_bytes(array.dictionary), safe=False)
     if types.is_struct(kind):
         parts = [_as_bytes(array.field(place)) for place in range(kind.num_fields)]
         made = pyarrow.struct([(field.name, part.type) for field, part in zip(kind, parts, strict=True)])
@@ -234,19 +263,55 @@ def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
 
 def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at: str) -> Row:
     one = batch.slice(place, 1)
-    if one.nbytes > MOST_BYTES:
-        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
     try:
-        row = {name: column[0].as_py() for name, column in zip(one.schema.names, one.columns, strict=True)}
+        # A dictionary, or a buffer behind views, has values of other rows: how large this one is must not go by them.
+        kinds = [_alone(column.type) for column in one.columns]
+        columns = [
+            column if column.type == kind else column.cast(kind)
+            for column, kind in zip(one.columns, kinds, strict=True)
+        ]
+        num_bytes = sum(column.nbytes for column in columns)
+        row = {
+            name: column[0].as_py() if num_bytes <= MOST_BYTES else None
+            for name, column in zip(one.schema.names, columns, strict=True)
+        }
     except UnicodeDecodeError:
         raise DataError(at, "bytes of another encoding", "must be UTF-8 text") from None
     except Exception as error:  # a time beyond Python's, for instance: whatever the library cannot give
         raise DataError(at, type(error).__name__, "must have values that Python can hold") from None
+    if num_bytes > MOST_BYTES:
+        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
     for column, of_label in names.items():
         value = row.get(column)
         if type(value) is int and 0 <= value < len(of_label):
             row[column] = of_label[value]
     return row
+
+
+def _cast(array: Any, kind: Any) -> Any:
+    return array if array.type == kind else array.cast(kind)
+
+
+def _alone(kind: Any) -> Any:
+    """The type that holds the same values in memory of their own, also within lists and structs."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _alone(kind.value_type)
+    if kind == pyarrow.string_view():
+        return pyarrow.large_string()
+    if kind == pyarrow.binary_view():
+        return pyarrow.large_binary()
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_alone(field.type)) for field in kind])
+    makers = {types.is_list: pyarrow.list_, types.is_large_list: pyarrow.large_list}
+    for is_kind, make in makers.items():
+        if is_kind(kind):
+            return make(kind.value_field.with_type(_alone(kind.value_type)))
+    if types.is_fixed_size_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_alone(kind.value_type)), kind.list_size)
+    return kind
 
 
 def _label_names(schema: Any) -> dict[str, Sequence[str]]:

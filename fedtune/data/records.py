@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 from fedtune.data.formats import raw_rows, require_file, what_is
 from fedtune.data.text_rows import Row, absent, at_line, json_type
@@ -209,8 +210,8 @@ def _field(row: Row, column: str, *, role: str, at: str) -> str:
         return messages_of(value, at=at)
     if role == "user":
         _require_one_user(value, at=at)
-    if role in CATEGORY_ROLES and type(value) is int:
-        value = str(value)
+    if role in CATEGORY_ROLES and (type(value) is int or _is_whole(value)):
+        value = str(int(value))
     if not isinstance(value, str):
         accepted = "text or an integer" if role in CATEGORY_ROLES else "text"
         raise DataError(at, json_type(value), f"must be {accepted} (role {role})")
@@ -220,6 +221,14 @@ def _field(row: Row, column: str, *, role: str, at: str) -> str:
         raise DataError(at, "blank", f"must not be blank (role {role})")
     _require_unicode(value, at=at, role=role)
     return value.strip() if role in CATEGORY_ROLES else value
+
+
+def _is_whole(value: object) -> TypeGuard[float]:
+    """Whether a decimal is a whole number: tables turn all of a column's into decimals where one record has none.
+
+    Those beyond 2**53 are not taken: two names may have become one there.
+    """
+    return isinstance(value, float) and value.is_integer() and abs(value) < 2**53
 
 
 def messages_of(value: object, *, at: str) -> str:
@@ -250,7 +259,8 @@ def messages_of(value: object, *, at: str) -> str:
 def _turn(turn: object, *, at: str) -> dict[str, str]:
     if not isinstance(turn, dict):
         raise DataError(at, json_type(turn), "must be an object with role and content, or from and value")
-    who, what = ("role", "content") if "role" in turn else ("from", "value")
+    # A table has one set of columns: beside a turn of the other form, a turn has nulls under that form's names.
+    who, what = ("from", "value") if turn.get("role") is None and "from" in turn else ("role", "content")
     if who not in turn or what not in turn:
         raise DataError(at, "no speaker or no text", "must have role and content, or from and value")
     speaker, content = turn[who], turn[what]

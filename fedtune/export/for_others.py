@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,8 +33,8 @@ from fedtune.report.record.run_record import read_run
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import Task, TaskModel, load_task_model
 from fedtune.tasks.base import Readout
+from fedtune.tasks.saved import write_task_model
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json")
 _ONNX = "model.onnx"
 _MOST_APART = 1e-3
 """The largest difference of logits, as a share of the largest logit: kernels round otherwise, nothing else may."""
@@ -46,7 +45,7 @@ class Source:
     """A run's model on its way out.
 
     Attributes:
-        config: the run's, with the base in float32.
+        config: the run's.
         adapter: the folder of the run's adapter.
         base: a fresh model of the base's plain class with the adapter merged into its weights.
         readout: the task's, of the mean hidden state.
@@ -67,8 +66,7 @@ class Source:
             ConfigError: the base or the adapter cannot be loaded.
             AdapterError: the adapter's tensors are not those of its settings.
         """
-        config = replace(config, model=replace(config.model, dtype="float32"))
-        model = load_task_model(adapter, model=config.model)
+        model = load_task_model(adapter, model=replace(config.model, dtype="float32"))
         reference = Reference.of(model)
         readout = model.task.readout(model)
         with quiet():
@@ -184,9 +182,8 @@ def _new(target: Path) -> Iterator[Path]:
 
 
 def _write_adapter(source: Source, reference: Reference, folder: Path) -> None:
-    for name in _ADAPTER_FILES:
-        if (source.adapter / name).is_file():
-            shutil.copyfile(source.adapter / name, folder / name)
+    # Written anew from what was loaded: a run's folder may come from anybody, and its files be links to others.
+    write_task_model(load_task_model(source.adapter, model=source.config.model), folder)
 
 
 def _write_merged(source: Source, reference: Reference, folder: Path) -> None:

@@ -189,7 +189,9 @@ def _shares(rows: int) -> tuple[float, float]:
 
 def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     classifies = found.kind == _CLASSIFIES
-    yield f"# An experiment for {found.path.name}.  Run it with: fedtune simulate experiment={_shown(file)}"
+    # A name may hold the end of a line, and what follows would be a setting.
+    about = f"# An experiment for {found.path.name}.  Run it with: fedtune simulate experiment={_shown(file)}"
+    yield "".join(letter if letter.isprintable() else "?" for letter in about)
     yield "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: look at them"
     yield "# before you show this page to others."
     yield "defaults:"

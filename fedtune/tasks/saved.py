@@ -53,7 +53,7 @@ def save_task_model(model: TaskModel, folder: Path) -> None:
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         complete, replaced = Path(scratch, "complete"), Path(scratch, "replaced")
         complete.mkdir()
-        _write(model, complete)
+        write_task_model(model, complete)
         if folder.exists():
             os.rename(folder, replaced)
         os.rename(complete, folder)
@@ -273,7 +273,8 @@ class StartAdapter:
             raise ConfigError("model.adapter", str(self.folder), bound)
 
 
-def _write(model: TaskModel, folder: Path) -> None:
+def write_task_model(model: TaskModel, folder: Path) -> None:
+    """Write the files of the adapter into a folder that is there."""
     tensors = {name: parameter.detach().cpu().numpy() for name, parameter in model.adapter_parameters().items()}
     head = {name.removeprefix(_HEAD): tensors.pop(name) for name in list(tensors) if name.startswith(_HEAD)}
     head |= {name: constant.cpu().numpy() for name, constant in model.named_buffers(recurse=False)}
@@ -294,7 +295,8 @@ def _peft_settings(model: TaskModel) -> dict[str, Any]:
 
 def _settings(model: TaskModel) -> dict[str, Any]:
     base = model.spec.model
-    pinned = replace(base, sha256=base.sha256 or model_sha256(base), cache_dir=None)
+    # Its start's digest stays; the folder where that lay is nobody else's.
+    pinned = replace(base, sha256=base.sha256 or model_sha256(base), cache_dir=None, adapter=None)
     spec = asdict(replace(model.spec, model=pinned))
     return {"schema_version": _SCHEMA_VERSION, **spec, "adapter_digest": Adapter.of(model).digest()}
 

@@ -112,9 +112,21 @@ def chats(*turns: Any) -> Any:
     return pyarrow.array(list(turns), kind)
 
 
+CODED = pyarrow.list_(
+    pyarrow.struct([(name, pyarrow.dictionary(pyarrow.int32(), pyarrow.string())) for name in TURNS[0]])
+)
+LARGE = [TURNS[0], {"role": "assistant", "content": "x" * (17 << 20)}]
 COLUMNS_WITH_FAULTS = {
     "no UTF-8 and blank": ("text", BAD_TEXTS, [1, 4]),
+    "no UTF-8 in a dictionary": (
+        "text",
+        pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 1, 2, 3]), BAD_TEXTS, safe=False),
+        [1, 4],
+    ),
     "17 MB": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"]), [1, 3, 4]),
+    "17 MB in a dictionary": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"]).dictionary_encode(), [1, 3, 4]),
+    "17 MB behind a view": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"], pyarrow.string_view()), [1, 3, 4]),
+    "17 MB in a chat's dictionary": ("messages", chats(TURNS, LARGE, TURNS).cast(CODED), [1, 3]),
     "null": ("text", pyarrow.array(["a", None, "b", None]), [1, 3]),
     "wrong conversations": ("messages", chats(TURNS, TURNS[:1], None, TURNS * 2), [1, 4]),
     "a time beyond Python's": ("text", pyarrow.array([0, 1 << 62, 0, 0], pyarrow.timestamp("us")), []),
@@ -134,6 +146,13 @@ def test_a_row_of_arrow_is_left_out_by_itself(tmp_path: Path, name: str, case: s
     assert [record.line for record in found] == kept
     with pytest.raises(DataError, match=rf"{name}:{min({1, 2, 3, 4} - set(kept))}"):
         read_records(tmp_path / name, {role: role})
+
+
+def test_text_that_no_run_reads_hides_no_row_of_a_saved_set(tmp_path: Path) -> None:
+    pairs = pyarrow.FixedSizeListArray.from_arrays(BAD_TEXTS, 2)
+    saved(tmp_path / "set", pyarrow.table({"text": ["a", "b"], "other": pairs, "number": [1, 2]}))
+    assert len(read_records(tmp_path / "set", {"text": "text"})) == 2
+    assert len([row for _, row in raw_rows(tmp_path / "set") if isinstance(row, dict)]) == 1
 
 
 VALUE = st.recursive(
@@ -185,6 +204,20 @@ def test_conversations_are_one_text_however_they_are_written(tmp_path: Path, nam
     (tmp_path / name).write_bytes(WRITERS[name]([row]))
     (record,) = read_records(tmp_path / name, {"messages": "chat"})
     assert record == Record({"messages": CANONICAL})
+
+
+def test_a_chat_of_the_other_form_changes_no_chat_of_its_table(tmp_path: Path) -> None:
+    # A struct has the fields of all of them, so that each is null under the other's names.
+    (tmp_path / "a.parquet").write_bytes(packed([{"chat": SHAREGPT}, {"chat": TURNS}]))
+    assert read_records(tmp_path / "a.parquet", {"messages": "chat"}) == [Record({"messages": CANONICAL})] * 2
+
+
+@pytest.mark.parametrize("role", ["label", "user"])
+def test_a_number_that_is_missing_changes_no_other_of_its_column(tmp_path: Path, role: str) -> None:
+    # As pandas has them: one that is missing makes decimals of all.
+    parquet.write_table(pyarrow.table({"id": [7.0, None, -3.0, 1.5, 2.0**53, float("inf")]}), tmp_path / "a.parquet")
+    found = usable_records(tmp_path / "a.parquet", {role: "id"})
+    assert [record.fields[role] for record in found] == ["7", "-3"]
 
 
 @pytest.mark.parametrize("speakers", [["system", "human", "bot"], ["user", "model", "user"], ["user", "assistant"] * 9])

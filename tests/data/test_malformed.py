@@ -79,7 +79,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
     "NaN for a label": ("a.jsonl", b'{"question": "a", "intent": NaN}', COLUMNS, "column 'intent'", "an integer"),
     "a fraction for a label": (
         "a.jsonl",
-        b'{"question": "a", "intent": 1.0}',
+        b'{"question": "a", "intent": 1.5}',
         COLUMNS,
         "column 'intent'",
         "an integer",

@@ -141,6 +141,24 @@ def test_an_export_that_computes_something_else_leaves_nothing(
     assert not list((tmp_path / "out").iterdir()), "not even a scratch folder"
 
 
+def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(
+    runs: dict[str, Path], command: Any, tmp_path: Path
+) -> None:
+    run, out, config = tmp_path / "run", tmp_path / "out", "adapter_config.json"
+    shutil.copytree(runs["llama"], run)
+    (tmp_path / "secret").write_text("a key of this account")
+    (run / "adapter" / "head.safetensors").symlink_to(tmp_path / "secret")  # this task has no head
+    settings = json.loads((run / "adapter" / config).read_text())
+    other = {**settings, "lora_alpha": 900, "base_model_name_or_path": "evil/base", "auto_mapping": {"x": "y"}}
+    (run / "adapter" / config).write_text(json.dumps(other))
+    told = command("export", str(run), "--to", str(out))
+    assert told.code == 0, told.err
+    names = ["README.md", config, "adapter_model.safetensors", "fedtune.json"]
+    assert sorted(file.name for file in out.iterdir() if "token" not in file.name) == sorted(names)
+    assert json.loads((out / config).read_text()) == settings
+    assert (out / "fedtune.json").read_text() == (run / "adapter" / "fedtune.json").read_text()
+
+
 def test_a_folder_that_cannot_be_written_is_named(runs: dict[str, Path], command: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told = command("export", str(runs["bert"]), "--to", str(tmp_path / "file" / "folder"))

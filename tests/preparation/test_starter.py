@@ -102,3 +102,8 @@ def test_lengths_are_those_of_a_run_s_examples(tmp_path: Path) -> None:
     records = read_records(tmp_path / "chats.jsonl", config.data.columns)
     made = task_named(config.task).tokenise(records, load_tokenizer(config.model), data=config.data)
     assert plan.measured.lengths.tolist() == made.lengths.tolist()
+
+
+def test_a_file_s_name_is_no_setting(tmp_path: Path) -> None:
+    written, _ = plan_for(table(tmp_path, 100).rename(tmp_path / "a\nprivacy: {epsilon: 900}\n#.csv"))
+    assert "privacy: {epsilon: 900}" not in written.splitlines()

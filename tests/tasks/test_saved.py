@@ -148,7 +148,8 @@ def test_a_saved_folder_loads_as_it_was(
 
 
 def test_files_name_no_place_on_this_machine(trained: Any, tmp_path: Path) -> None:
-    save_task_model(trained(model=ModelSpec(path="random:bert", cache_dir=str(tmp_path / "cache"))), tmp_path / "one")
+    places = {"cache_dir": str(tmp_path / "cache"), "adapter": str(tmp_path / "earlier"), "adapter_sha256": "a" * 64}
+    save_task_model(trained(model=ModelSpec(path="random:bert", **places)), tmp_path / "one")
     for name in ("adapter_config.json", "fedtune.json"):
         text = (tmp_path / "one" / name).read_text()
         assert '"random:bert"' in text
