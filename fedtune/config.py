@@ -258,6 +258,15 @@ class RunConfig:
         return f"{self.name}-{self.digest()[:32]}"
 
 
+_NO_YAML = {
+    UnicodeDecodeError: "bytes that are no UTF-8",
+    yaml.reader.ReaderError: "control characters",
+    yaml.MarkedYAMLError: "a line that is no YAML, or a key twice; tabs cannot indent, and [ or quotes must be closed",
+    yaml.YAMLError: "a reference (& and *), which settings do without",
+}
+"""What is wrong with a file of settings, by what PyYAML raises; the first that fits."""
+
+
 class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """YAML without references: some hundred bytes of them can stand for more values than any memory holds."""
 
@@ -265,6 +274,13 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("a reference")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [one.value for one, _ in node.value if isinstance(one, yaml.ScalarNode)]
+        for (one, _), place in zip(node.value, range(len(node.value)), strict=True):
+            if isinstance(one, yaml.ScalarNode) and one.value in names[:place]:  # YAML would take the last
+                raise yaml.MarkedYAMLError(problem="a key twice", problem_mark=one.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
@@ -303,7 +319,7 @@ def plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
             raise
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        why = getattr(error, "problem", None) or type(error).__name__
+        why = next((words for kind, words in _NO_YAML.items() if isinstance(error, kind)), "no keys with values")
         raise ConfigError(key, where, f"must hold a configuration as YAML ({why})") from None
     return {str(name): value for name, value in settings.items()}
 

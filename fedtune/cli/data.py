@@ -73,9 +73,11 @@ def init(
     fedtune data init posts.csv --text body              a language model on these texts
     fedtune data init qa.csv --prompt q --completion a   a language model on prompts and completions
     """
-    target = out or Path(f"{file.name.split('.')[0] or 'own'}.yaml")
+    target = out or Path(f"{starter.run_name(Path(file.name.split('.')[0]))}.yaml")
     if target.suffix not in (".yaml", ".yml"):
         raise ConfigError("--out", str(target), "must end in .yaml")
+    if "," in str(target) or not str(target).isprintable():
+        raise ConfigError("--out", str(target), "must be a name without commas and control characters")
     _require_new(target)
     if sites is not None and sites < 1:
         raise ConfigError("--sites", sites, "must be at least 1")
@@ -83,6 +85,11 @@ def init(
     found = look_at(file, {role: column for role, column in named.items() if column is not None})
     spec, plan = _planned(found, model=model, sites=sites)
     _write_new(target, starter.experiment(found, plan, file=target))
+    try:  # a label or column may be what a file of settings cannot hold
+        compose_run([f"experiment={Path(target.parent, target.name).absolute()}"])
+    except ConfigError:
+        target.unlink()
+        raise
     show(
         Console(),
         [*file_sections(found), lengths(plan, spec.path), Section(title="To know", notes=starter.notes(found, plan))],
@@ -169,6 +176,15 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
     """The experiment, whose name or file may stand without `experiment=`; with a site's own file in place of its."""
     if not settings:
         raise ConfigError("experiment", "", "must be a file such as tickets.yaml, or a name from conf/experiment")
+    names = [word for word in settings if "=" not in word]
+    for word in names[1:]:
+        raise ConfigError("experiment", word, f"must be one experiment: {names[0]} is given, too")
+    for word in names:
+        if Path(word).is_file() and Path(word).suffix not in (".yaml", ".yml"):
+            bound = (
+                "must be a file of settings that ends in .yaml: `fedtune data init` writes one for a file of records"
+            )
+            raise ConfigError("experiment", word, bound)
     config = compose_run([word if "=" in word else f"experiment={word}" for word in settings])
     return config if site is None else at_own_site(config, read_policy(site), folder=site.parent)
 
@@ -192,7 +208,10 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
         ConfigError: there is no such model on this machine.
     """
     base = starter.base_of(found.kind)
-    known = model is None or (config_folder() / "model" / f"{model}.yaml").is_file()
+    names = sorted(one.stem for one in (config_folder() / "model").glob("*.yaml"))
+    known = model is None or model in names
+    if not known and not str(model).strip():
+        raise ConfigError("--model", model, f"must be one of {', '.join(names)}, or a folder with a model")
     config = _first_settings(base, model if known else None)
     spec = config.model if known else locate(str(model))
     tokenizer = _tokenizer(spec)
@@ -201,6 +220,8 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
         raise DataError(
             str(found.path), "no records", f"must have rows with a value in {', '.join(found.roles.values())}"
         )
+    if sites is not None and sites > measured.units:
+        raise ConfigError("--sites", sites, f"must be at most {measured.units}, the records or persons of the file")
     plan = starter.Plan(
         base=base,
         model=model if known else None,
@@ -229,10 +250,16 @@ def _tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def _require_new(target: Path) -> None:
-    if target.exists() or target.is_symlink():
+    try:
+        target.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        if not target.parent.is_dir():
+            raise ConfigError("--out", str(target), "must lie in a folder that is there") from None
+    except (OSError, ValueError) as error:  # a name that is too long, or has a null byte
+        why = getattr(error, "strerror", "") or "no name of a file"
+        raise ConfigError("--out", str(target), f"must be a new file that can be written ({why})") from None
+    else:
         raise ConfigError("--out", str(target), "exists; choose another with --out, or move it away")
-    if not target.parent.is_dir():
-        raise ConfigError("--out", str(target), "must lie in a folder that is there")
 
 
 def _write_new(target: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 import numpy as np
 
@@ -26,6 +27,7 @@ CLOSING = (
 )
 _SHOWN = 60
 _MOST_LABELS = 30
+_MOST_COLUMNS = 40
 _MOST_LINES = 6
 _BAR = 40
 _LEAST_SHARE = 0.01
@@ -64,9 +66,10 @@ def file_sections(found: Found) -> Iterator[Section]:
         headings=("name", "filled", "holds", "different values"),
         rows=tuple(
             (one.name, f"{one.filled:,}", _types(one.types), f"{len(one.values):,}" if one.values else "many")
-            for one in found.columns.values()
+            for one in islice(found.columns.values(), _MOST_COLUMNS)
         ),
         words=frozenset({0, 2}),
+        notes=(f"and {more:,} more",) if (more := len(found.columns) - _MOST_COLUMNS) > 0 else (),
     )
     shown = [(role, column) for role, column in found.roles.items()]
     yield Section(

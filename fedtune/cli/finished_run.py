@@ -92,7 +92,7 @@ def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for word in others:
         name, given, folder = word.partition("=")
-        if not given:
+        if not given or not folder.strip():
             raise ConfigError("--adapter", word, "must be NAME=RUN")
         check_name("--adapter", name)
         if name in named or name == "base":

@@ -69,8 +69,10 @@ def generate(
     config, own = finished_run(run, device=device, columns=columns)
     _require_an_answer(config)
     folders = by_name(run, own, adapter)
-    if (prompt is None) == (file is None):
-        raise ConfigError("--prompt", prompt or "", "must be given, or --file instead of it")
+    if prompt is not None and file is not None:
+        raise ConfigError("--prompt", prompt, "must not be given with --file: one stands instead of it")
+    if prompt is None and file is None:
+        raise ConfigError("--prompt", "", "must be given, or --file instead of it")
     warn_of_fixed_prompt(config)
     records = _typed(config, prompt) if prompt is not None else _from_file(config, str(file))
     from fedtune.sites.saved_model import BASE, SavedModel
@@ -181,8 +183,10 @@ def _from_file(config: RunConfig, name: str) -> list[Record]:
 def _lines(config: RunConfig, path: Path) -> Iterator[Record]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("--file", str(path), f"must be UTF-8 text ({error})") from None
+    except OSError as error:
+        raise DataError("--file", str(path), f"must be a file that can be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise DataError("--file", str(path), f"must be UTF-8 text; byte {error.start + 1} is not") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield Record(prompt_fields(config, line, at=f"{path}:{number}"), file=str(path), line=number)

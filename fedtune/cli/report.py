@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -240,10 +241,13 @@ def _read(name: str) -> tuple[Path, Report]:
         ConfigError: there is none.
     """
     path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
+    bound = "must be a report.json, or a folder with one"
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever
+            raise ConfigError("report", name, bound)
         data = path.read_bytes()
     except OSError as error:
-        raise ConfigError("report", name, f"must be a report.json, or a folder with one ({error.strerror})") from None
+        raise ConfigError("report", name, f"{bound} ({error.strerror})") from None
     try:
         return path, signing.read(data)
     except ConfigError as error:

@@ -27,6 +27,15 @@ Cut: TypeAlias = Iterator[tuple[int, bytes | None]]
 """(first line, bytes) of each row; None for the bytes of one that is too long, of which no more is kept."""
 MOST_BYTES = 1 << 24
 """Of a row: far above any that a model reads."""
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # begins as UTF-16 does
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"PK\x03\x04": "the beginning of a ZIP or Excel file",
+    b"\x1f\x8b": "the beginning of a gzip file, whose name must end in .gz",
+}
+"""What a file is that begins so and is no text in UTF-8."""
+_UTF_8 = "must be UTF-8 text, not UTF-16, Latin-1 or Windows-1252"
 _BLOCK_BYTES = 1 << 20
 """Read at once: a few kilobytes of gzip can hold a line that fills the memory."""
 
@@ -60,9 +69,8 @@ def _text(raw: bytes | None, *, at: str) -> str:
         return raw.decode()
     except UnicodeDecodeError as error:
         found = f"byte 0x{raw[error.start]:02x} at place {error.start + 1} of the record"
-        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            found = "UTF-16"
-        raise DataError(at, found, "must be UTF-8 text, not UTF-16, Latin-1 or Windows-1252") from None
+        found = next((kind for mark, kind in _MARKS.items() if raw.startswith(mark)), found)
+        raise DataError(at, found, _UTF_8) from None
 
 
 def line_rows(path: Path) -> RawRows:
@@ -127,8 +135,12 @@ def _header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: str) ->
 
 
 def _require_separated(header: Sequence[str], *, comma: str, at: str) -> None:
-    """Refuse a header of one cell that another mark parts."""
-    named = {",": "commas", ";": "semicolons", "\t": "tabs"}
+    """Refuse a header of one cell that another mark parts, and one that is no text or a note for Excel."""
+    if any("\0" in name for name in header):  # every other byte of UTF-16 that does not say so
+        raise DataError(at, "null bytes", _UTF_8)
+    if header[0].lower().startswith("sep="):
+        raise DataError(at, "a note for Excel (sep=)", "must be the header; remove the line before it")
+    named = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
     for mark in (mark for mark in named if mark != comma and len(header) == 1 and mark in header[0]):
         bound = f"must have {named[comma]} between the columns; save it so, or with tabs and the ending .tsv"
         raise DataError(at, f"a header that looks separated by {named[mark]}", bound)
@@ -336,7 +348,8 @@ def _blocks(path: Path) -> Iterator[bytes]:
                 line += block.count(b"\n")
                 block = stream.read1(_BLOCK_BYTES)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(at_line(path, line), str(error), "must be a whole gzip file") from None
+        found = "an early end" if isinstance(error, EOFError) else "no gzip, or damaged"  # its own words quote the file
+        raise DataError(at_line(path, line), found, "must be a whole gzip file") from None
     except OSError as error:
         raise DataError(str(path), error.strerror, "must be a file that can be read") from None
 

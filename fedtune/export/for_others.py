@@ -26,7 +26,7 @@ from fedtune.config import RunConfig
 from fedtune.data.batching import Batch
 from fedtune.model import load_tokenizer
 from fedtune.model.base_model import save_plain
-from fedtune.model.quiet import first_line, quiet
+from fedtune.model.quiet import quiet
 from fedtune.report import from_run
 from fedtune.report.model_card import CARD, Form, card_text
 from fedtune.report.record.run_record import read_run
@@ -178,7 +178,7 @@ def _new(target: Path) -> Iterator[Path]:
             yield folder
             os.rename(folder, target)
     except OSError as error:
-        raise ConfigError("--to", str(target), f"must be a folder that can be written ({first_line(error)})") from error
+        raise ConfigError("--to", str(target), f"must be a folder that can be written ({error.strerror})") from error
 
 
 def _write_adapter(source: Source, reference: Reference, folder: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedtune.data.formats import raw_rows
+from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.text_rows import Row
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
@@ -161,6 +161,8 @@ def look_at(path: Path, chosen: Mapping[str, str]) -> Found:
             columns.setdefault(name, Column(name)).note(value)
     if not rows:
         raise faults[0] if faults else DataError(str(path), "no rows", "must hold at least one record")
+    if not chosen and format_of(path) in (".csv", ".tsv"):
+        _require_header(columns, path)
     kind, roles, why = _chosen(columns, chosen) if chosen else _guessed(columns, first, path)
     person = _named(columns, _PEOPLE)
     if person is not None and person not in roles.values() and columns[person].is_id and columns[person].filled == rows:
@@ -178,6 +180,14 @@ def look_at(path: Path, chosen: Mapping[str, str]) -> Found:
     )
 
 
+def _require_header(columns: Mapping[str, Column], path: Path) -> None:
+    """Refuse a table whose first row looks like a record: its texts would become the names of the columns."""
+    for number, column in enumerate(columns.values(), 1):
+        if column.values[column.name.strip()] > 0:
+            found, bound = "among its own values", "must be in a header with names, or choose with --text and --label"
+            raise DataError(f"{path}: the name of column {number}", found, bound)
+
+
 _Guess = tuple[Kind, dict[str, str], tuple[str, ...]]
 
 
@@ -185,7 +195,10 @@ def _chosen(columns: Mapping[str, Column], chosen: Mapping[str, str]) -> _Guess:
     """The kind that the chosen columns say; a text beside a label is found where it was not named."""
     for role, name in chosen.items():
         if name not in columns:
-            raise ConfigError(f"--{role}", name, f"must be one of the columns {', '.join(columns)}")
+            raise ConfigError(f"--{role}", name, f"must be one of the columns {_listed(columns)}")
+    if len(set(chosen.values())) < len(chosen):
+        role, name = list(chosen.items())[-1]
+        raise ConfigError(f"--{role}", name, "must be another column than the other options name")
     said = tuple(f"--{role}: {name}" for role, name in chosen.items())
     if "prompt" in chosen or "completion" in chosen:
         if len(chosen) != 2 or set(chosen) != {"prompt", "completion"}:
@@ -195,7 +208,7 @@ def _chosen(columns: Mapping[str, Column], chosen: Mapping[str, str]) -> _Guess:
         return "text", dict(chosen), (*said, "Without --label its texts alone are learnt.")
     label = columns[chosen["label"]]
     if not 2 <= len(label.values) <= _MOST_LABELS:
-        bound = f"must have 2 to {_MOST_LABELS} different values of at most {_LONGEST_LABEL} characters"
+        bound = f"must have 2 to {_MOST_LABELS} different texts or whole numbers of at most {_LONGEST_LABEL} characters"
         raise ConfigError("--label", label.name, bound)
     text = chosen.get("text") or _longest(columns, but=label.name)
     if text is None:
@@ -215,7 +228,9 @@ def _guessed(columns: Mapping[str, Column], first: Sequence[Row], path: Path) ->
     for guess in guesses:
         if (found := guess()) is not None:
             return found
-    raise DataError(str(path), f"columns {', '.join(columns)}", "must hold a column of text")
+    raise DataError(
+        str(path), f"columns {_listed(columns) or 'without a name'}", "must hold a column of text beside labels"
+    )
 
 
 def _as_chat(columns: Mapping[str, Column], first: Sequence[Row]) -> _Guess | None:
@@ -260,11 +275,17 @@ def _as_classification(columns: Mapping[str, Column]) -> _Guess | None:
 
 
 def _as_text(columns: Mapping[str, Column]) -> _Guess | None:
-    text = _longest(columns)
+    text = _longest({name: one for name, one in columns.items() if not (one.is_label and name.lower() in _LABELS)})
     if text is None:
         return None
     others = [one.name for one in columns.values() if one.is_text and one.name.lower() not in (text.lower(), *_PEOPLE)]
     why = [f"Column {text} has the longest texts, and no column has few values."]
+    named = (columns[name] for name in columns if name.lower() in _LABELS)
+    why += [
+        f"Column {one.name} is no label: labels are texts or whole numbers, and it holds {', '.join(one.types)}."
+        for one in named
+        if one.filled and not set(one.types) <= {"text", "whole number"}
+    ]
     if others:
         why.append(f"Other columns of text: {', '.join(others)}. Choose with --prompt COLUMN --completion COLUMN.")
     return "text", {"text": text}, tuple(why)
@@ -274,7 +295,15 @@ def _longest(columns: Mapping[str, Column], but: str = "") -> str | None:
     """The column with the longest texts."""
     texts = [one for one in columns.values() if one.is_text and one.name != but]
     texts = [one for one in texts if one.name.lower() not in (*_IDS, *_PEOPLE)]
+    most = max((one.filled for one in texts), default=0)
+    texts = [one for one in texts if 2 * one.filled >= most]  # a remark that few rows have is not what they are about
     return max(texts, key=lambda one: one.mean_characters).name if texts else None
+
+
+def _listed(columns: Iterable[str]) -> str:
+    """Names of columns for a message: a file may have thousands, and without a header they are texts."""
+    names = [name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}\u2026" for name in columns]
+    return ", ".join([*names[:10], *([f"and {len(names) - 10} more"] if len(names) > 10 else [])])
 
 
 def _named(columns: Iterable[str], names: Sequence[str]) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import shlex
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from fedtune.data.tokenise import Tokenizer
 from fedtune.preparation.detect import Found, Kind
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
+from fedtune.words import counted
 
 MEASURED_ROWS = 20_000
 """Whose lengths are taken; more would say the same."""
@@ -190,7 +192,7 @@ def _shares(rows: int) -> tuple[float, float]:
 def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     classifies = found.kind == _CLASSIFIES
     # A name may hold the end of a line, and what follows would be a setting.
-    about = f"# An experiment for {found.path.name}.  Run it with: fedtune simulate experiment={_shown(file)}"
+    about = f"# An experiment for {found.path.name}.  Run it with: {next_line(file)}"
     yield "".join(letter if letter.isprintable() else "?" for letter in about)
     yield "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: look at them"
     yield "# before you show this page to others."
@@ -238,7 +240,7 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
             "turns as the model's own template writes them (model), or in words (plain)",
         )
     if plan.measured.unusable:
-        yield "unusable", "leave_out", f"{plan.measured.unusable:,} rows cannot be used"
+        yield "unusable", "leave_out", f"{counted(plan.measured.unusable, 'row')} cannot be used"
     most = (
         ""
         if not plan.num_cut
@@ -266,10 +268,13 @@ def notes(found: Found, plan: Plan) -> list[str]:
             "as a whole (privacy.unit: user)."
         )
     if plan.measured.units < _FEW_UNITS * plan.num_sites:
-        units = "records" if plan.measured.users is None else "persons"
-        told.append(f"{plan.measured.units:,} {units} are few: with noise, expect the run to learn little.")
+        unit = "record" if plan.measured.users is None else "person"
+        told.append(
+            f"{counted(plan.measured.units, unit)}: that is little, so with noise expect the run to learn little."
+        )
     if plan.measured.unusable:
-        told.append(f"{plan.measured.unusable:,} rows cannot be used and are left out (unusable: leave_out).")
+        rows = counted(plan.measured.unusable, "row")
+        told.append(f"{rows} cannot be used: a run leaves such rows out (unusable: leave_out).")
     if len(plan.measured.lengths) == MEASURED_ROWS:
         told.append(f"Lengths are of the first {MEASURED_ROWS:,} rows.")
     return told
@@ -302,5 +307,4 @@ def _shown(file: Path) -> str:
 
 def next_line(file: Path) -> str:
     """The command to type next."""
-    words: Sequence[str] = ("fedtune", "simulate", f"experiment={_shown(file)}")
-    return " ".join(f"'{word}'" if re.search(r"[^\w./=-]", word, re.ASCII) else word for word in words)
+    return shlex.join(["fedtune", "simulate", f"experiment={_shown(file)}"])

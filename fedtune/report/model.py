@@ -462,9 +462,9 @@ def from_json(text: str | bytes) -> Report:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "report"
-        raise ConfigError(
-            where, first["type"], f"is no report of schema version {SCHEMA_VERSION}: {first['msg']}"
-        ) from None
+        found = {"missing": "absent", "unexpected_keyword_argument": "unknown"}.get(first["type"], "another value")
+        bound = f"must be as in a report of schema version {SCHEMA_VERSION} (fedtune report schema)"
+        raise ConfigError(where, found, bound) from None
 
 
 def json_schema() -> dict[str, Any]:

@@ -47,7 +47,8 @@ def read(data: bytes) -> Report:
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ConfigError("report", type(error).__name__, f"must be JSON: {error}") from None
+        where = f"text that is no JSON from line {error.lineno} on" if isinstance(error, json.JSONDecodeError) else ""
+        raise ConfigError("report", where or "no JSON in UTF-8", "must be a whole report.json") from None
     return from_json(data)
 
 

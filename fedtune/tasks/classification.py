@@ -257,4 +257,5 @@ def _undeclared(records: Sequence[Record], labels: Sequence[str]) -> DataError:
     first, more = records[0], counted(len(records) - 1, "more record")
     declared = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
     bound = f"must be one of the {len(labels)} in data.labels: {declared}"
-    return DataError(first.at("label"), first.fields["label"], f"{bound} ({more} like it)" if records[1:] else bound)
+    # With another column for the label, what is there is a record's text.
+    return DataError(first.at("label"), "not declared", f"{bound} ({more} like it)" if records[1:] else bound)

@@ -340,15 +340,22 @@ def _read_tensors(folder: Path, *, has_head: bool) -> tuple[dict[str, np.ndarray
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
         return tensors, load_file(folder / "head.safetensors") if has_head else {}
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "adapter", str(folder), "must hold the adapter's tensors; a file of them is absent"
+        ) from error
     except (OSError, SafetensorError) as error:
-        raise ConfigError("adapter", str(folder), f"must hold the adapter's tensors ({error})") from error
+        raise ConfigError(
+            "adapter", str(folder), "must hold the adapter's tensors; a file of them is damaged"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError("adapter", str(path), f"must be an adapter's settings ({error})") from error
+        why = error.strerror if isinstance(error, OSError) else "no JSON in UTF-8"
+        raise ConfigError("adapter", str(path), f"must be an adapter's settings ({why})") from error
     if not isinstance(settings, dict) or settings.get("schema_version") != _SCHEMA_VERSION:
         raise ConfigError("adapter", str(path), f"must be an adapter's settings of version {_SCHEMA_VERSION}")
     return settings

@@ -121,3 +121,70 @@ def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, words: l
     assert outcome.code == 2
     assert outcome.message.startswith(message)
     assert sorted(path.name for path in made.iterdir()) == before
+
+
+LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--text", "team", "--label", "team"), "--label = 'team': must be another column"),
+    (("--model", "../data/own"), "model.path = '../data/own': "),
+    (("--model", ""), "--model = '': must be one of llama_1b, minilm"),
+    (("--model", "random_bert", "--sites", "61"), "--sites = 61: must be at most 60"),
+    (("--out", "a,b.yaml"), "--out = 'a,b.yaml': must be a name without commas"),
+    (("--out", "k" * 300 + ".yaml"), "--out = 'kkk"),
+    (("--out", "tickets.csv/a.yaml"), "--out = 'tickets.csv/a.yaml': must lie in a folder"),
+])  # fmt: skip
+def test_options_that_cannot_be(here: Path, command: Any, words: tuple[str, ...], message: str) -> None:
+    outcome = command("data", "init", "tickets.csv", *words)
+    assert (outcome.code, list(here.glob("*.yaml"))) == (2, [])
+    assert outcome.message.startswith(message)
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("a.csv", "\n".join(LINES), "a.csv: the name of column 2 = 'among its own values': must be in a header"),
+    ("a.jsonl", '{"n": {"text": "a"}, "label": "b"}\n{"n": 1, "label": "c"}\n' * 9, "a.jsonl = 'columns n, label': "),
+    ("a.csv", "\n".join(["text,label", *LINES, *["x,${x}"] * 9]), "a.yaml: data.labels = '${x}': must not hold"),
+])  # fmt: skip
+def test_a_file_of_which_no_experiment_can_be_made(
+    here: Path, command: Any, name: str, text: str, message: str
+) -> None:
+    (here / name).write_text(text)
+    outcome = command("data", "init", name, "--model", "random_bert")
+    assert (outcome.code, list(here.glob("*.yaml"))) == (2, [])
+    assert message in outcome.message
+
+
+def test_a_file_of_any_name(here: Path, command: Any) -> None:
+    name = "M\u00fcller's\ndata (1), $y {z}.csv"
+    (here / "tickets.csv").rename(here / name)
+    outcome = command("data", "init", name, "--model", "random_bert")
+    assert outcome.code == 0, outcome.err
+    assert "fedtune simulate experiment=./M-ller-s-data-1-y-z.yaml" in outcome.out
+    assert compose_run(["experiment=./M-ller-s-data-1-y-z.yaml"]).data.train_file == name
+
+
+def test_a_remark_is_not_what_records_are_about(here: Path, command: Any) -> None:
+    rows = [{"body": f"ticket {number}", "team": TEAMS[number % 2], "remark": ""} for number in range(60)]
+    rows[7]["remark"] = "a long remark about this one ticket alone"
+    (here / "a.json").write_text(json.dumps(rows))
+    assert command("data", "init", "a.json", "--model", "random_bert").code == 0
+    assert compose_run(["experiment=./a.yaml"]).data.columns == {"text": "body", "label": "team"}
+
+
+def test_columns_without_number_are_not_all_shown(here: Path, command: Any) -> None:
+    rows = [{"body": f"ticket {number}", "team": TEAMS[number % 2], f"key {number}": 1} for number in range(60)]
+    (here / "a.json").write_text(json.dumps(rows))
+    outcome = command("data", "init", "a.json", "--model", "random_bert")
+    assert "and 22 more" in outcome.out
+    assert "key 59" not in outcome.out
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("tickets.csv",), "experiment = 'tickets.csv': must be a file of settings that ends in .yaml: `fedtune data"),
+    (("debug", "own_data"), "experiment = 'own_data': must be one experiment: debug is given, too"),
+])  # fmt: skip
+def test_what_is_no_experiment(here: Path, command: Any, words: tuple[str, ...], message: str) -> None:
+    outcome = command("data", "check", *words)
+    assert outcome.code == 2
+    assert outcome.message.startswith(message)

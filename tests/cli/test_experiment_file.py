@@ -57,8 +57,12 @@ def test_a_file_in_a_sweep(page: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "key", "bound"),
     [
-        ("a: [", "experiment", "must hold a configuration as YAML"),
-        ("- 1\n", "experiment", "must hold a configuration as YAML"),
+        ("a: [", "experiment", "must hold a configuration as YAML (a line that is no YAML"),
+        ("- 1\n", "experiment", "must hold a configuration as YAML (no keys with values)"),
+        ("", "experiment", "must hold a configuration as YAML (no keys with values)"),
+        ("\0", "experiment", "must hold a configuration as YAML (control characters)"),
+        ("a: &b [1]\nc: *b\n", "experiment", "must hold a configuration as YAML (a reference"),
+        ("name: a\ndata:\n  max_length: 8\n  max_length: 9\n", "experiment", "or a key twice"),
         ("hydra: {run: {dir: x}}\n", "hydra", "not a setting"),
         ("data: {_target_: os.system}\n", "_target_", "runs no code"),
         ("name: ${oc.env:HOME}\n", "name", "plain data"),

@@ -46,6 +46,10 @@ def test_a_table_says_what_was_written(run: Path, command: Any, tmp_path: Path) 
             ["--to", "{new}", "--format", "merged"],
             "--format = 'merged': must be one of peft, sentence-transformers, onnx for task classification",
         ),
+        (
+            ["--to", "{taken}/adapter/out"],
+            "--to = '{taken}/adapter/out': must lie outside the run's adapter, which is handed on as it is",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(run: Path, command: Any, tmp_path: Path, words: list[str], message: str) -> None:

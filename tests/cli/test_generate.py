@@ -161,7 +161,8 @@ def test_the_oldest_turns_make_room(chats: Path, command: Any, typed: Any) -> No
 
 WRONG = {
     "nothing to answer": (("tables",), r"^--prompt = '': must be given, or --file instead"),
-    "both": (("tables", "--prompt", "a", "--file", "b.txt"), "or --file instead of it"),
+    "both": (("tables", "--prompt", "a", "--file", "b.txt"), r"^--prompt = 'a': must not be given with --file"),
+    "an adapter without its run": (("tables", "--prompt", "a", "--adapter", "x="), r"^--adapter = 'x=': must be NAME"),
     "blank": (("intents", "--prompt", "  "), r"^--prompt = '  ': must not be blank$"),
     "half a letter": (("intents", "--prompt", "\udce9"), r"^--prompt = .*: must be UTF-8$"),
     "too long": (("tables", "--prompt", "a" * 9000), r"^--prompt = '9\d\d\d tokens': must have at most \d+"),
@@ -207,7 +208,7 @@ def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, command: Any, t
     (tmp_path / "run/AUDIT.txt").unlink()
     tensors = tmp_path / "run/adapter/adapter_model.safetensors"
     whole = tensors.read_bytes()
-    for damaged, told in ((whole[:-1], "must hold the adapter's tensors"), (whole[:-4] + b"\0\0\0@", "by digest")):
+    for damaged, told in ((whole[:-1], "tensors (a file is damaged)"), (whole[:-4] + b"\0\0\0@", "by digest")):
         tensors.write_bytes(damaged)
         outcome = command(*asked)
         assert outcome.code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -438,3 +439,25 @@ def test_tables_fit_the_terminal(
     for arguments in (["verify", "one"], ["diff", "one", str(looser)]):
         for line in command("report", *arguments).out.splitlines():
             assert len(line) <= int(columns) or "report of run" in line, line
+
+
+def test_a_pipe_is_no_report(run_folder: Path, command: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    outcome = command("report", "diff", str(run_folder), str(tmp_path / "a.json"))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.message.endswith("must be a report.json, or a folder with one")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("{}", "kind = 'absent': must be as in a report of schema version 2"),
+    ("[1]", "report = 'another value': must be as in a report of schema version 2"),
+    ('{\n"a', "report = 'text that is no JSON from line 2 on': must be a whole report.json"),
+    ("[" * 100_000, "report = 'no JSON in UTF-8': must be a whole report.json"),
+])  # fmt: skip
+def test_what_is_no_report_is_said_in_our_words(
+    run_folder: Path, command: Any, tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "a.json").write_text(content)
+    outcome = command("report", "diff", str(run_folder), str(tmp_path / "a.json"))
+    assert outcome.code == 2
+    assert message in outcome.message

@@ -128,6 +128,24 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
     "an empty array": ("a.json", b" [ ] ", COLUMNS, "a.json", "'no records'"),
     # Tables
     "UTF-16": ("a.csv", "question,intent\na,b\n".encode("utf-16"), COLUMNS, "a.csv:1", "'UTF-16': must be UTF-8"),
+    "UTF-32": ("a.csv", "question,intent\na,b\n".encode("utf-32"), COLUMNS, "a.csv:1", "'UTF-32': must be UTF-8"),
+    "UTF-16 that does not say so": (
+        "a.csv",
+        "question,intent\na,b\n".encode("utf-16-le"),
+        COLUMNS,
+        "a.csv:1",
+        "'null bytes': must be UTF-8 text, not UTF-16",
+    ),
+    "an Excel file called .csv": ("a.csv", b"PK\x03\x04\x14\x00\xe6", COLUMNS, "a.csv:1", "a ZIP or Excel file"),
+    "a gzip file called .csv": ("a.csv", gzip.compress(GOOD), COLUMNS, "a.csv:1", "a gzip file, whose name must end"),
+    "Excel's note of the separator": (
+        "a.csv",
+        b"sep=,\nquestion,intent\na,b\n",
+        COLUMNS,
+        "a.csv:1",
+        "'a note for Excel (sep=)': must be the header",
+    ),
+    "bars": ("a.csv", b"question|intent\na|b\n", COLUMNS, "a.csv:1", "looks separated by bars"),
     "semicolons": (
         "a.csv",
         b"question;intent\na;b\n",
@@ -164,8 +182,8 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
     ),
     "text behind a quote": ("a.tsv", b'question\tintent\n"a"b\tc\n', COLUMNS, "a.tsv:2", "text behind a closing quote"),
     # gzip
-    "no gzip": ("b.jsonl.gz", GOOD, COLUMNS, "b.jsonl.gz:1", "must be a whole gzip file"),
-    "gzip that is cut off": ("b.json.gz", gzip.compress(b"[" + GOOD)[:-9], COLUMNS, "b.json.gz:1", "a whole gzip file"),
+    "no gzip": ("b.jsonl.gz", GOOD, COLUMNS, "b.jsonl.gz:1", "'no gzip, or damaged': must be a whole gzip"),
+    "gzip that is cut off": ("b.json.gz", gzip.compress(b"[" + GOOD)[:-9], COLUMNS, "b.json.gz:1", "'an early end'"),
     # Parquet
     "a Parquet file cut off": (
         "a.parquet",

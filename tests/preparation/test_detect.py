@@ -69,7 +69,10 @@ def test_what_is_chosen_wins(tmp_path: Path) -> None:
     ("chosen", "message"),
     [
         ({"label": "gone"}, "--label = 'gone': must be one of the columns body, n"),
-        ({"label": "body"}, "--label = 'body': must have 2 to 200 different values of at most 80 characters"),
+        (
+            {"label": "body"},
+            "--label = 'body': must have 2 to 200 different texts or whole numbers of at most 80 characters",
+        ),
         ({"prompt": "body"}, "--prompt = 'body': goes with --completion, and with no other column"),
     ],
 )

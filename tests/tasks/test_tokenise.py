@@ -93,7 +93,7 @@ def test_a_text_that_cannot_be_encoded_costs_no_other_its_tokens(encoder_tokeniz
 
 def test_an_undeclared_label(encoder_tokenizer: Any) -> None:
     rows = labelled(("lost card", "a"), ("lost card", "z"))
-    message = r"a\.csv:3, label = 'z': must be one of the 6 in data\.labels: a, b, c, d, e, \.\.\."
+    message = r"a\.csv:3, label = 'not declared': must be one of the 6 in data\.labels: a, b, c, d, e, \.\.\."
     with pytest.raises(DataError, match=message):
         tokenise_classification(rows, encoder_tokenizer, labels="abcdef", max_length=5)
 
