@@ -288,10 +288,6 @@ def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at
     return row
 
 
-def _cast(array: Any, kind: Any) -> Any:
-    return array if array.type == kind else array.cast(kind)
-
-
 def _alone(kind: Any) -> Any:
     """The type that holds the same values in memory of their own, also within lists and structs."""
     import pyarrow
