@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -54,6 +55,10 @@ _OTHER_WORDS = {
     "device": "runtime.device",
 }
 """What other programs call a setting."""
+
+
+_MOST_RUNS = 1000
+"""Of a sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +179,7 @@ def compose_sweep(overrides: Sequence[str]) -> Sweep:
     words = [_in_grammar(override) for override in overrides]
     try:
         parsed = OverridesParser.create().parse_overrides(words)
+        _require_few(parsed)
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
     except HydraException as error:
         raise _in_our_words(error, words) from error
@@ -192,6 +198,15 @@ def compose_sweep(overrides: Sequence[str]) -> Sweep:
         runs.append(compose_run([*batch, f"name='{prefix}-{suffix}'"]))
     again = overrides if given else [*overrides, f"name={prefix}"]
     return Sweep(name=prefix, runs=tuple(runs), values=values, overrides=tuple(again))
+
+
+def _require_few(parsed: Sequence[Any]) -> None:
+    """Refuse a sweep of more runs than anybody means, before a range of them fills the memory."""
+    count = 1
+    for override in (one for one in parsed if one.is_sweep_override()):
+        count *= sum(1 for _ in islice(override.sweep_string_iterator(), _MOST_RUNS + 1))
+        if count > _MOST_RUNS:
+            raise ConfigError(override.key_or_group, "...", f"must give at most {_MOST_RUNS} runs to the sweep")
 
 
 def saved_config(folder: Path) -> RunConfig:

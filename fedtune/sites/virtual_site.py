@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -75,8 +76,14 @@ class VirtualSites:
 
     @classmethod
     def of(cls, config: RunConfig, run_folder: Path, plan: Plan) -> VirtualSites:
-        """The sites of a run."""
+        """The sites of a run.
+
+        Raises:
+            ConfigError: `runtime.sites_dir` is there and is no folder.
+        """
         kept = config.runtime.sites_dir
+        if kept and os.path.lexists(kept) and not Path(kept).is_dir():
+            raise ConfigError("runtime.sites_dir", kept, "must be a folder, or not be there yet")
         return cls(config, Path(kept) if kept else RunFolder(run_folder).sites, plan)
 
     def check_dealt_out(self) -> None:

@@ -341,13 +341,9 @@ def _read_tensors(folder: Path, *, has_head: bool) -> tuple[dict[str, np.ndarray
         tensors = load_file(folder / "adapter_model.safetensors")
         return tensors, load_file(folder / "head.safetensors") if has_head else {}
     except FileNotFoundError as error:
-        raise ConfigError(
-            "adapter", str(folder), "must hold the adapter's tensors; a file of them is absent"
-        ) from error
+        raise ConfigError("adapter", str(folder), "must hold the adapter's tensors (a file is absent)") from error
     except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            "adapter", str(folder), "must hold the adapter's tensors; a file of them is damaged"
-        ) from error
+        raise ConfigError("adapter", str(folder), "must hold the adapter's tensors (a file is damaged)") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -168,3 +168,9 @@ def test_an_automatic_rate_is_a_number_before_the_run(tmp_path: Path) -> None:
     assert saved_config(tmp_path).training.peak_rates(clipped=True) == rates
     given = compose_run([*run, "training.learning_rate=0.01"])
     assert given.training.peak_rates(clipped=True) == (0.01, 0.01)
+
+
+@pytest.mark.parametrize("swept", ["privacy.epsilon=range(1,1000000000)", "seed=range(0,40)"])
+def test_a_sweep_of_too_many_runs_is_refused(swept: str) -> None:
+    with pytest.raises(ConfigError, match="must give at most 1000 runs to the sweep"):
+        compose_sweep(["experiment=debug", swept, "privacy.delta=range(1,30)"])

@@ -303,3 +303,10 @@ def test_a_broken_ledger_does_not_stop_the_others(kept: Callable[..., RunConfig]
     assert changed.federation.num_rounds == 4
     with pytest.raises(RefusedError, match=r"site-1: ledger .* cannot be read or written"):
         fitted(kept(f"federation.if_over_budget={wanted}", "federation.min_sites=2"), tmp_path / "run")
+
+
+def test_a_file_is_no_folder_of_sites(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    (tmp_path / "sites").write_text("")
+    kept = config(f"runtime.sites_dir={tmp_path / 'sites'}")
+    with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*: must be a folder, or not be there yet"):
+        VirtualSites.of(kept, tmp_path / "run", kept.plan())
