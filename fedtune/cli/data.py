@@ -118,6 +118,8 @@ def check(
     """
     if page is not None and page.suffix != ".html":
         raise ConfigError("--page", str(page), "must end in .html")
+    if page is not None and not page.absolute().parent.is_dir():
+        raise ConfigError("--page", str(page), "must be a file that can be written, in a folder that is there")
     config = _experiment(settings, site)
     tokenizer = _tokenizer(config.model)
     checked = examine(config, tokenizer, within=len(tokenizer))
@@ -210,8 +212,9 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
     base = starter.base_of(found.kind)
     names = sorted(one.stem for one in (config_folder() / "model").glob("*.yaml"))
     known = model is None or model in names
-    if not known and not str(model).strip():
-        raise ConfigError("--model", model, f"must be one of {', '.join(names)}, or a folder with a model")
+    if not known and "/" not in str(model) and not (str(model).strip() and Path(str(model)).is_dir()):
+        bound = f"must be one of {', '.join(names)}, or a folder with a model, or an id at the hub (owner/name)"
+        raise ConfigError("--model", model, bound)
     config = _first_settings(base, model if known else None)
     spec = config.model if known else locate(str(model))
     tokenizer = _tokenizer(spec)

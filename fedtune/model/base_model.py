@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedtune.model.fits import check_ignores_batch_length, check_size
+from fedtune.model.fits import check_ignores_batch_length, check_size, require_decoder
 from fedtune.model.layers import compute_by_row
 from fedtune.model.manifest import manifest_of, staged
 from fedtune.model.quiet import first_line, quiet
@@ -134,6 +134,8 @@ def _pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool) -> PreT
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             check_size(config, auto, folder=folder, path=spec.path)
+            if predicts_tokens:
+                require_decoder(config, path=spec.path)
             model, report = auto.from_pretrained(
                 folder,
                 dtype=_DTYPES[spec.dtype],

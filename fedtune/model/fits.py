@@ -19,6 +19,7 @@ from fedtune.spec import ConfigError, panics_as_errors
 _BYTES_FOR_ONE = 8
 """Most bytes of a built float32 model for one byte of weights: 2 for bfloat16, and 2 more for each tied copy."""
 _SPARE_BYTES = 256 << 20
+_NEEDED = "must be a decoder for causal_lm"
 _POSITION_TABLES = frozenset({"position_embeddings", "position_embedding", "embed_positions", "wpe", "pos_embed"})
 
 
@@ -144,17 +145,25 @@ def check_causal(base: PreTrainedModel, *, path: str) -> None:
     Raises:
         ConfigError: for `model.path`: an encoder loads as a causal language model without complaint.
     """
-    needed = "must be a decoder for causal_lm"
-    kind = type(base.config).model_type  # of the class: a config's own attribute could say anything
-    if kind in ENCODERS:
-        raise ConfigError("model.path", path, f"{needed}: {kind} is an encoder")
+    require_decoder(base.config, path=path)
     token_ids = torch.tensor(_TOKEN_IDS)
     later_changed = token_ids.clone()
     later_changed[:, -1] = token_ids[:, 0]
     with torch.no_grad():
         logits, changed = (_run(base, ids).logits[:, 0].float() for ids in (token_ids, later_changed))
     if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3):
-        raise ConfigError("model.path", path, f"{needed}: its tokens see later ones")
+        raise ConfigError("model.path", path, f"{_NEEDED}: its tokens see later ones")
+
+
+def require_decoder(config: PreTrainedConfig, *, path: str) -> None:
+    """Refuse an encoder where tokens are predicted.
+
+    Raises:
+        ConfigError: for `model.path`.
+    """
+    kind = type(config).model_type  # of the class: a config's own attribute could say anything
+    if kind in ENCODERS:
+        raise ConfigError("model.path", path, f"{_NEEDED}: {kind} is an encoder")
 
 
 def _run(base: nn.Module, token_ids: torch.Tensor) -> Any:

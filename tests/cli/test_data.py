@@ -130,6 +130,7 @@ LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
     (("--text", "team", "--label", "team"), "--label = 'team': must be another column"),
     (("--model", "../data/own"), "model.path = '../data/own': "),
     (("--model", ""), "--model = '': must be one of llama_1b, minilm"),
+    (("--model", "nope"), "--model = 'nope': must be one of llama_1b, minilm"),
     (("--model", "random_bert", "--sites", "61"), "--sites = 61: must be at most 60"),
     (("--out", "a,b.yaml"), "--out = 'a,b.yaml': must be a name without commas"),
     (("--out", "k" * 300 + ".yaml"), "--out = 'kkk"),

@@ -106,6 +106,11 @@ def test_a_checkpoint_that_lacks_weights_is_refused(folder: Path) -> None:
         load_base(ModelSpec(path=str(folder)))
 
 
+def test_an_encoder_is_told_from_a_decoder_before_its_weights_are_missed(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must be a decoder for causal_lm: bert is an encoder"):
+        load_base(ModelSpec(path=str(folder)), predicts_tokens=True)
+
+
 @pytest.mark.parametrize(
     "path", ["/no/such/folder", "./nowhere", "package:no_such_module_here/model", "package:fedtune/model"]
 )
