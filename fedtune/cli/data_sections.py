@@ -43,7 +43,7 @@ _FOUND: Mapping[Kind, tuple[str, str]] = {
     "alike": ("near-duplicate", "Near-duplicates share four fifths of their runs of five letters, or more."),
     "contradiction": ("same text, another label", "Of texts with several labels at most one label can be learnt."),
     "overlap": ("also in", "Records of the test that are also trained on make the scores too good."),
-    "near_overlap": ("almost the same in", "Records of the test that are almost like those trained on do so, too."),
+    "near_overlap": ("almost the same in", "Scores on records almost like those trained on are too good, as well."),
     "personal": ("likely", CAVEAT),
     "damage": ("", "Damaged texts are best read again from their source, with the right encoding."),
 }
