@@ -337,11 +337,13 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _read_tensors(folder: Path, *, has_head: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The adapter's tensors, and the task's own."""
+    files = [folder / "adapter_model.safetensors", *([folder / "head.safetensors"] if has_head else [])]
+    for file in files:
+        if not file.is_file():
+            raise ConfigError("adapter", str(folder), f"must hold the adapter's tensors, in {file.name} too")
     try:
-        tensors = load_file(folder / "adapter_model.safetensors")
-        return tensors, load_file(folder / "head.safetensors") if has_head else {}
-    except FileNotFoundError as error:
-        raise ConfigError("adapter", str(folder), "must hold the adapter's tensors (a file is absent)") from error
+        tensors, *head = map(load_file, files)
+        return tensors, head[0] if head else {}
     except (OSError, SafetensorError) as error:
         raise ConfigError("adapter", str(folder), "must hold the adapter's tensors (a file is damaged)") from error
 

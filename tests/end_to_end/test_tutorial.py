@@ -65,7 +65,7 @@ def test_a_csv_file_becomes_a_classifier(command: Any, folder: Path) -> None:
 )
 def test_other_files_become_a_language_model(command: Any, folder: Path, file: str, template: tuple[str, ...]) -> None:
     told = follow(command, file, (*SHORT, *TINY, *template), ("--max-new-tokens", "5"))
-    assert told["generate"].out.strip()
+    assert told["generate"].out.endswith("\n"), "of a random model also a blank"
     name = file.partition(".")[0]
     assert (folder / f"{name}-model" / "model.safetensors").is_file()
     settings = (folder / f"{name}.yaml").read_text()
