@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "simulations" / "data" / "examples"
 LABELS = {"card_arrival", "exchange_rate", "lost_or_stolen_card", "pending_cash_withdrawal", "request_refund"}
-SHORT = ("federation.num_rounds=1", "training.local_steps=1", "runtime.num_threads=1", "runtime.device=cpu")
+SHORT = (
+    *("federation.num_rounds=1", "training.local_steps=1", "runtime.num_threads=1", "runtime.device=cpu"),
+    *("runtime.micro_batch_tokens=256", "data.max_length=32"),  # so that less is tried before training
+)
 # A tiny model in the place of SmolLM2, which takes minutes; it has no template for turns of its own.
 TINY = ("model=random_llama", "lora.layers=null", "lora.target_modules=all-linear", "evaluation.generation_rows=2")
 
@@ -64,7 +67,7 @@ def test_a_csv_file_becomes_a_classifier(command: Any, folder: Path) -> None:
     ],
 )
 def test_other_files_become_a_language_model(command: Any, folder: Path, file: str, template: tuple[str, ...]) -> None:
-    told = follow(command, file, (*SHORT, *TINY, *template), ("--max-new-tokens", "5"))
+    told = follow(command, file, (*SHORT[:-1], *TINY, *template), ("--max-new-tokens", "5"))
     assert told["generate"].out.endswith("\n"), "of a random model also a blank"
     name = file.partition(".")[0]
     assert (folder / f"{name}-model" / "model.safetensors").is_file()

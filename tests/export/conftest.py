@@ -43,8 +43,10 @@ def elsewhere(*arguments: str, cwd: Path, given: str = "") -> str:
 
 
 @pytest.fixture(scope="session")
-def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Name -> run folder: a tiny classifier, a tiny language model, and MiniLM where it is installed."""
+def runs(
+    simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, Path]:
+    """Name -> run folder: a tiny classifier, a tiny language model, and by night MiniLM where it is installed."""
     into, made = tmp_path_factory.mktemp("runs"), {}
     for name, path, causal in (("bert", "random:bert", False), ("llama", "random:llama", True)):
         base = into / f"base-{name}"
@@ -63,7 +65,7 @@ def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
         into=into,
         name="llama",
     )
-    if has_minilm:
+    if has_minilm and "not nightly" not in request.config.option.markexpr:
         minilm = ("model=minilm", "lora=last_layer", "federation.num_rounds=1", "training.local_steps=1")
         made["minilm"] = simulate(*minilm, *head[:2], "training.learning_rate=0.01", into=into, name="minilm")
     return made

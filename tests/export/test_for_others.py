@@ -22,7 +22,10 @@ from fedtune.tasks import TASKS, TaskModel, load_task_model
 from .conftest import FORMATS, TEXTS, elsewhere, has_minilm
 
 PAIRS = [
-    (name, format) for name, formats in FORMATS.items() for format in formats if (name, format) != ("bert", "peft")
+    pytest.param(name, format, marks=[pytest.mark.nightly] if name == "minilm" else [])
+    for name, formats in FORMATS.items()
+    for format in formats
+    if (name, format) != ("bert", "peft")
 ]
 
 
@@ -97,7 +100,14 @@ def test_every_export_has_a_card_that_its_tools_read(exports: dict[tuple[str, st
         assert "## Privacy" in card.text
 
 
-@pytest.mark.parametrize(("name", "format"), [("bert", "peft"), ("bert", "sentence-transformers"), ("llama", "merged")])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("bert", "peft"),
+        pytest.param("bert", "sentence-transformers", marks=pytest.mark.nightly),
+        pytest.param("llama", "merged", marks=pytest.mark.nightly),
+    ],
+)
 def test_the_lines_of_its_card_load_it(
     exports: dict[tuple[str, str], Path], tmp_path: Path, name: str, format: str
 ) -> None:

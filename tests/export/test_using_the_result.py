@@ -21,6 +21,8 @@ from tests.conftest import parsed
 
 from .conftest import elsewhere
 
+# The exports themselves are tried by day; what the page says of them takes another two minutes.
+pytestmark = pytest.mark.nightly
 PAGE = Path(__file__).parents[2] / "docs" / "using_the_result.md"
 RUNS = {"runs/chats": "llama", "runs/tickets": "bert"}
 WHOLE = {"llama": "merged", "bert": "sentence-transformers"}
