@@ -41,7 +41,7 @@ _settings = st.fixed_dictionaries(
     {},
     optional={
         "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.,=-]{0,20}", fullmatch=True),
-        "seed": st.integers(0, 2**63),
+        "seed": st.integers(0, MOST_SEED),
         "resume": st.none() | st.text(min_size=1),
         "privacy__epsilon": st.floats(min_value=1e-6, max_value=100.0),
         "privacy__delta": st.floats(1e-12, 1e-3),
