@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.cli.compose import compose_run
-from fedtune.config import RunConfig, parse
+from fedtune.config import MOST_SEED, RunConfig, parse
 from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError

@@ -1,10 +1,13 @@
-"""A base's stack of layers: adapted by LoRA, skipped where it is frozen, recomputed, and computed row by row.
+"""A base's layers: adapted by LoRA, skipped where they are frozen, recomputed, computed row by row, and the last one.
 
 **LoRA** by PEFT, on the linear modules of chosen layers.
 
 **The frozen prefix.**  An adapter on the last layers of a base leaves the layers before them as they are.  What they
 make of a record depends on that record and the public base alone, so a site may compute it once and start every later
 pass there.
+
+**The output layer** of a language model costs as much as eight of SmolLM2's layers, and training needs it only where a
+token is learnt.  Where those are is the record's own affair, so they are computed for each record by itself.
 
 **Gradient checkpointing.**  A checkpointed layer stores its input alone and runs a second time in the backward pass
 (Chen et al. 2016, arXiv 1604.06174).  Hooks that collect per-example gradients count how often a module ran with
@@ -171,6 +174,54 @@ class FrozenPrefix:
         if last and self._recording:
             raise _Reached(output)
         return output
+
+
+class OutputLayer:
+    """A language model's last layer, which scores every token of the vocabulary, run where a token is learnt.
+
+    Args:
+        base: one that changes the scores afterwards, by a cap or a scale, is run whole; one without such a layer, too.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._layer = base.get_output_embeddings()
+        self._apart = isinstance(self._layer, nn.Linear) and self._is_last(base)
+        self._holds = False
+        self._held: torch.Tensor | None = None
+        if self._apart:
+            self._layer.register_forward_pre_hook(self._hold)
+
+    def inputs(self, run: Callable[[], Any]) -> torch.Tensor:
+        """What the layer gets while `run` calls the base, (n, t, h); of a base run whole its scores."""
+        if not self._apart:
+            return run().logits  # type: ignore[no-any-return]
+        self._holds = True
+        try:
+            run()
+            assert self._held is not None, "the base did not come to its output layer"
+            return self._held
+        finally:
+            self._holds, self._held = False, None
+
+    def scores(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Float32 scores (p, vocabulary) of p places of `inputs`."""
+        return (self._layer(inputs) if self._apart else inputs).float()
+
+    def _is_last(self, base: PreTrainedModel) -> bool:
+        seen: list[object] = []
+        hook = self._layer.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+        try:
+            with torch.no_grad():
+                output = base(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self._layer.weight.device)).logits
+        finally:
+            hook.remove()
+        return len(seen) == 1 and seen[0] is output
+
+    def _hold(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if not self._holds:
+            return None
+        (self._held,) = inputs
+        return (self._held[:, :0],)  # it has nothing to do
 
 
 class _Reached(Exception):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fedtune.data.batching import Batch
+    from fedtune.model.layers import OutputLayer
 
 
 Ids: TypeAlias = Sequence[npt.NDArray[np.int32]]
@@ -48,6 +49,7 @@ class Model(Protocol):
     spec: TaskModelSpec
     base: PeftModel
     head: torch.nn.Module | None
+    output: OutputLayer | None
 
     @property
     def device(self) -> torch.device: ...

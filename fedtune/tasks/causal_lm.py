@@ -159,17 +159,25 @@ class CausalLM(Task):
         return logits.float()
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
+        """(rows,) float32.  Scores are computed for one row at a time, where it learns a token and nowhere else: how
+        many places that are is up to the row, and of rows computed together it would be up to the neighbours.
+        """
         import torch
 
-        wanted = batch.targets[:, 1:]
-        supervised = wanted != UNSUPERVISED
-        # At every place but the last: to leave out those that no example needs would let neighbours choose the shape.
-        places = torch.arange(wanted.shape[1], device=wanted.device)
-        output = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=places)
-        token_losses = torch.nn.functional.cross_entropy(
-            output.logits.float().flatten(0, 1), wanted.flatten(), ignore_index=UNSUPERVISED, reduction="none"
-        ).view(wanted.shape)
-        return token_losses.sum(dim=1) / supervised.sum(dim=1).clamp(min=1)
+        assert model.output is not None, "the base predicts no tokens"
+        inputs = model.output.inputs(lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
+        losses = []
+        # Not by index, which would add up each row's gradient with the zeros of all others.
+        for row, targets in zip(inputs.unbind(), batch.targets[:, 1:], strict=True):
+            learnt = (targets != UNSUPERVISED).nonzero().flatten()
+            # Of nothing learnt the first place stands in, where a target that counts nothing gives a gradient of zero.
+            places = learnt if len(learnt) else learnt.new_zeros(1)
+            scores = model.output.scores(row[places])
+            total = torch.nn.functional.cross_entropy(
+                scores, targets[places], ignore_index=UNSUPERVISED, reduction="sum"
+            )
+            losses.append(total / len(places))
+        return torch.stack(losses)
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         # The first token has no predecessor to be predicted from: the model shifts by one.

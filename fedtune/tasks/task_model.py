@@ -9,7 +9,7 @@ from torch import nn
 from fedtune.data.batching import Batch
 from fedtune.model.base_model import load_base
 from fedtune.model.fits import check_examples_apart
-from fedtune.model.layers import FrozenPrefix, attach_lora, checkpoint_layers, layer_stack
+from fedtune.model.layers import FrozenPrefix, OutputLayer, attach_lora, checkpoint_layers, layer_stack
 from fedtune.model.spec import TaskModelSpec
 from fedtune.tasks.base import Task
 from fedtune.tasks.registry import task_named
@@ -27,6 +27,7 @@ class TaskModel(nn.Module):
         task: what it learns.
         base: PEFT's wrapper around the base; call it for the base's own output.
         head: tensors of the task's own; None where it has none.
+        output: the base's output layer, where it predicts tokens.
     """
 
     head: nn.Module | None
@@ -36,6 +37,7 @@ class TaskModel(nn.Module):
         self.spec, self.task, self.base = spec, task, base
         self.head = None
         task.add_head(self)
+        self.output = OutputLayer(base.get_base_model()) if task.predicts_tokens else None
         self._prefix = FrozenPrefix(layer_stack(base.get_base_model())[1])
         self.train()
 

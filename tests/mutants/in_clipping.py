@@ -106,8 +106,8 @@ CLIPPING = (
         fault="The loss is a mean over the batch's tokens, as a Transformers model returns it: one record's length "
         "rescales the gradients of the others.",
         file="fedtune/tasks/causal_lm.py",
-        old="supervised.sum(dim=1).clamp(min=1)",
-        new="supervised.sum().clamp(min=1)",
+        old="losses.append(total / len(places))",
+        new="losses.append(total / (batch.targets != UNSUPERVISED).sum())",
         tests=OF_STEP,
     ),
     Mutant(

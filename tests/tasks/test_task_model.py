@@ -90,10 +90,10 @@ def test_checkpointing_stores_less(trained: Any, examples: Any) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model.losses(examples("causal_lm"))
+            model.losses(examples("classification"))
         return sum(sizes)
 
-    model = trained("random:llama", "causal_lm")
+    model = trained("random:llama", "classification")
     plain = stored(model)
     model.enable_gradient_checkpointing()
     assert stored(model) < plain / 3
