@@ -253,6 +253,14 @@ _START = (
         tests=(f"{OF_START}::test_under_other_labels_the_head_starts_as_it_would_without",),
     ),
     Mutant(
+        name="scores-without-their-scale",
+        fault="A base that scales its scores after its output layer is trained as one that does not.",
+        file="fedtune/model/layers.py",
+        old="        return len(seen) == 1 and seen[0] is output",
+        new="        return len(seen) == 1",
+        tests=("tests/model/test_output_layer.py::test_scores_of_chosen_places_are_the_models_own",),
+    ),
+    Mutant(
         name="export-not-compared",
         fault="An export is not compared with the run's model: a base without the adapter merged goes out as merged.",
         file="fedtune/export/for_others.py",
