@@ -2,6 +2,7 @@
 
     python simulations/study.py simulations/banks_intents              all lines
     python simulations/study.py simulations/banks_intents --only e8    lines whose key begins with e8; others are kept
+    ... --states FILE    frozen layers run once for all lines, and their output is kept there (`shared_states.py`)
 
 A line of study.toml has a key, a title and overrides; `repeats` runs it several times with fresh noise, and
 `each_site = true` runs it once for every site alone and averages the scores.
@@ -16,10 +17,12 @@ import platform
 import statistics
 import tempfile
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from shared_states import shared_frozen_states
 
 from fedtune.cli.compose import compose_run
 from fedtune.cli.main import main as fedtune
@@ -108,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
     parser.add_argument("--only", default="")
+    parser.add_argument("--states", type=Path)
     options = parser.parse_args()
     study = tomllib.loads((options.study / "study.toml").read_text())
     path = options.study / "results.json"
@@ -117,7 +121,8 @@ def main() -> None:
         key = line["key"]
         if key.startswith(options.only):
             print(f"--- {line['title']}", flush=True)
-            old[key] = run_line(study["experiment"], line)
+            with shared_frozen_states(options.states) if options.states else nullcontext():
+                old[key] = run_line(study["experiment"], line)
         if key in old:
             lines[key] = old[key]
         if lines:

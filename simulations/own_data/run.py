@@ -33,7 +33,6 @@ import numpy as np
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "user_level"))
 from shared_states import shared_frozen_states
 from study import hardware
 
