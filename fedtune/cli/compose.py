@@ -357,6 +357,8 @@ def _experiment_file(overrides: Sequence[str]) -> tuple[_ExperimentFile | None, 
     given = [override for override in overrides if _key(override) == "experiment"]
     if not given:
         return None, list(overrides)
+    if len(given) > 1:
+        raise ConfigError("experiment", given[-1].partition("=")[2], "must be given once: another would replace it")
     name = _value(given[-1])
     if not (isinstance(name, str) and (name.endswith((".yaml", ".yml")) or "/" in name)):
         return None, list(overrides)
@@ -455,7 +457,8 @@ def _in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
     if found := re.search(r"(Interpolation .*?) full_key: (\S+)", text):
         return ConfigError(found[2], given.get(found[2], ""), f"must be a value ({found[1]})")
     culprit = next((o for o in overrides if o in text or not _is_override(o)), " ".join(overrides))
-    return ConfigError("override", culprit, f"must look like key=value ({text})")
+    bound = "must look like key=value, and a value with signs of its own like key='...'"
+    return ConfigError("override", culprit, bound)
 
 
 def _is_override(text: str) -> bool:

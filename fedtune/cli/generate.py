@@ -67,12 +67,14 @@ def generate(
     """
     spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     config, own = finished_run(run, device=device, columns=columns)
-    _require_an_answer(config)
+    _require_an_answer(config, spec)
     folders = by_name(run, own, adapter)
     if prompt is not None and file is not None:
         raise ConfigError("--prompt", prompt, "must not be given with --file: one stands instead of it")
     if prompt is None and file is None:
         raise ConfigError("--prompt", "", "must be given, or --file instead of it")
+    if columns is not None and file is None:
+        raise ConfigError("--columns", columns, "must be given with --file: they are those of a file")
     warn_of_fixed_prompt(config)
     records = _typed(config, prompt) if prompt is not None else _from_file(config, str(file))
     from fedtune.sites.saved_model import BASE, SavedModel
@@ -158,10 +160,14 @@ class _Answers:
         return [(labels[place], float(chances[place])) for place in (-chances).argsort(kind="stable")[:_LABELS_SHOWN]]
 
 
-def _require_an_answer(config: RunConfig) -> None:
+def _require_an_answer(config: RunConfig, spec: WritingSpec) -> None:
     task = task_named(config.task)
-    if not task.predicts_tokens and not task.has_labels:
+    if task.predicts_tokens:
+        return
+    if not task.has_labels:
         raise ConfigError("task", config.task, "writes no text and has no labels; fedtune evaluate scores it")
+    if spec.temperature > 0:
+        raise ConfigError("--temperature", spec.temperature, "is for a task that writes text; this one names a label")
 
 
 def _typed(config: RunConfig, prompt: str) -> list[Record]:

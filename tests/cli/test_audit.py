@@ -22,8 +22,8 @@ from fedtune.spec import ConfigError
     ("override", "message"),
     [
         ("audit.canaries=1", "audit.canaries = 1: must be a finite number of at least 2"),
-        ("audit.canaries=many", "audit.canaries = 'many': must be a valid integer"),
-        ("audit.canaries=2.5", "audit.canaries = 2.5: must be a valid integer"),
+        ("audit.canaries=many", "audit.canaries = 'many': must be a whole number"),
+        ("audit.canaries=2.5", "audit.canaries = 2.5: must be a whole number"),
         ("audit.canaries=true", "audit.canaries = 'True': must be one plain value"),
         ("audit.canaries=10,20", "audit.canaries"),
         ("audit.guesses=1001", "audit.guesses = 1001: must be at most audit.canaries = 1000"),

@@ -169,6 +169,11 @@ WRONG = {
     "too long beside the base": (("tables", "--base", "--prompt", "a" * 9000), "must have at most"),
     "no such file": (("tables", "--file", "gone.txt"), r"^--file = 'gone.txt': no such file"),
     "no temperature": (("tables", "--prompt", "a", "--temperature", "-1"), "^--temperature = -1.0: must be"),
+    "nothing to draw": (
+        ("intents", "--prompt", "a", "--temperature", "1"),
+        "^--temperature = 1.0: is for a task that wr",
+    ),
+    "columns of nothing": (("tables", "--prompt", "a", "--columns", "{prompt: b}"), "must be given with --file"),
     "no adapter's name": (("tables", "--prompt", "a", "--adapter", "x"), r"^--adapter = 'x': must be NAME=RUN$"),
     "a taken name": (("tables", "--prompt", "a", "--adapter", "base=others"), "the name base is taken"),
     "another task": (
@@ -176,8 +181,8 @@ WRONG = {
         "task is 'classification', not 'causal_lm'",
     ),
     "no run": (("gone", "--prompt", "a"), "^run folder = 'gone': must hold a config.yaml$"),
-    "no role": (("intents", "--prompt", "a", "--columns", "{body: text}"), r"^--columns = 'body': must be one of"),
-    "no mapping": (("intents", "--prompt", "a", "--columns", "text"), r"^--columns = 'text': must name the column"),
+    "no role": (("intents", "--file", "a.txt", "--columns", "{body: text}"), r"^--columns = 'body': must be one of"),
+    "no mapping": (("intents", "--file", "a.txt", "--columns", "text"), r"^--columns = 'text': must name the column"),
 }
 
 
