@@ -178,6 +178,9 @@ class RunConfig:
         if self.training.learning_rate != "auto":
             return self
         plan, sizes, task = self.plan(), self.declared_sizes().values(), task_named(self.task)
+        if task.rate_shares is None:
+            bound = f"is not for task {task.name}, on which it was not studied: give a number"
+            raise ConfigError("training.learning_rate", "auto", bound)
         rate = automatic_rate(
             steps=plan.num_rounds * plan.local_steps,
             sampled=plan.sampling_rate * sum(sizes) / len(sizes),

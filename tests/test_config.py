@@ -64,6 +64,13 @@ _settings = st.fixed_dictionaries(
 )
 
 
+def test_a_rate_is_chosen_for_tasks_alone_on_which_that_was_studied() -> None:
+    lm = ["experiment=own_text", "data.train_file=x", "data.declared_sizes=9", "data.columns={text: a}"]
+    bound = "training.learning_rate = 'auto': is not for task causal_lm"
+    with pytest.raises(ConfigError, match=bound):
+        compose_run([*lm, "training=adamw", "training.learning_rate=auto"])
+
+
 @given(_settings)
 @settings(max_examples=150, deadline=None)
 def test_json_round_trip(changes: dict[str, Any]) -> None:

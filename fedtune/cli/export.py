@@ -47,7 +47,7 @@ def export(
     if os.path.lexists(to):
         raise ConfigError("--to", str(to), "must be a new folder; there is something of that name")
     if to.absolute().resolve().is_relative_to(adapter.resolve()):
-        raise ConfigError("--to", str(to), "must lie outside the run's adapter, which is handed on as it is")
+        raise ConfigError("--to", str(to), "must lie outside the run's adapter folder")
     from fedtune.export.for_others import export as write  # torch takes seconds to import
 
     files = write(adapter, config, to, format=chosen)

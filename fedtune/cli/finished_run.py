@@ -13,6 +13,7 @@ import yaml
 
 from fedtune.cli.command import Argument, Option
 from fedtune.config import RunConfig, parse, saved_settings
+from fedtune.data.records import OPTIONAL_ROLES
 from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError, check_at_least, check_name, check_one_of
 from fedtune.tasks import task_named
@@ -29,8 +30,6 @@ TopP = Annotated[float, Option("draw from the likeliest tokens that have this pr
 Seed = Annotated[int, Option("of the draws")]
 
 _ANSWERS = frozenset({"completion", "label"})
-_MAY_BE_BLANK = frozenset({"input", "system"})
-"""Roles that a record may leave out."""
 
 
 def finished_run(
@@ -140,7 +139,7 @@ def prompt_fields(config: RunConfig, text: str, *, at: str) -> dict[str, str]:
     if "messages" in roles:
         return {"messages": messages_of([("user", text)])}
     main = next((role for role in ("text", "prompt") if role in roles), None)
-    if main is None or set(roles) - _MAY_BE_BLANK != {main}:
+    if main is None or set(roles) - OPTIONAL_ROLES != {main}:
         wanted = ", ".join(roles)
         raise ConfigError(at, text, f"is one text, and a prompt of this run has {wanted}: give them in a file (--file)")
     return {role: text if role == main else "" for role in roles}

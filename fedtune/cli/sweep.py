@@ -103,11 +103,14 @@ class SweptRun:
     @property
     def compared_on(self) -> tuple[Any, ...]:
         """What runs must have in common for their validation scores to say which is better."""
-        data = self.config.data
-        records = (data.validation_file or data.train_file, data.validation_fraction, data.validation_rows, data.labels)
-        # A loss is a mean over tokens: model, template and length decide which these are.
-        tokens = (self.config.model.path, data.prompt_template, data.chat_template, data.max_length)
-        return (self.config.task, *records, *(tokens if self.judged_by == "loss" else ()))
+        config, data = self.config, self.config.data
+        records = (data.validation_file or data.train_file, data.validation_fraction, data.validation_rows)
+        # Without a file of their own a keyed hash of each record, or person, says which they are.
+        dealt = () if data.validation_file else (config.seed, data.test_fraction, config.privacy.unit)
+        read = (tuple(sorted(data.columns.items())), data.unusable, data.labels)
+        # A loss is one of tokens: model, template and length decide which these are.
+        tokens = (config.model.path, data.prompt_template, data.chat_template, data.max_length)
+        return (config.task, *records, *dealt, *read, *(tokens if self.judged_by == "loss" else ()))
 
 
 def run_sweep(

@@ -118,7 +118,8 @@ def one_at_a_time(
     """What `compute` makes of no example, and of each example of a batch on which it failed, all in the batch's shape.
 
     None stands for an example that cannot be computed, so that the others are as they would be beside any other one.
-    Where the machine fails, and not an example, the empty batch fails as well, and that is raised.
+    Where the machine fails, and not an example, the empty batch fails as well, and that is raised.  So that it needs as
+    much as any example, every token of its rows has a target (`alone`).
 
     Args:
         compute: works on a whole batch; what it makes of an example stands in the first row.

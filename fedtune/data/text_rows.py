@@ -312,7 +312,8 @@ def array_rows(path: Path) -> RawRows:
         text = (raw or b"").lstrip()
         line += (raw or b"")[: len(raw or b"") - len(text)].count(b"\n")
         try:
-            if row := _element(path, line, text if raw is not None else None, between=(before, mark)):
+            row = _element(path, line, text if raw is not None else None, between=(before, mark))
+            if row is not None:
                 yield line, row
         except DataError as error:
             yield line, error

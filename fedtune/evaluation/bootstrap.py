@@ -113,10 +113,10 @@ def _comparison(
     with np.errstate(invalid="ignore"):  # infinity less infinity
         base, tuned = (_estimate(value, drawn[:, place]) for place, value in enumerate(observed))
         difference = _estimate(float(np.subtract(observed[1], observed[0])), drawn[:, 1] - drawn[:, 0])
-    return Comparison(base, tuned, difference, _verdict(name, base, tuned, difference) if enough else _UNKNOWN)
+    return Comparison(base, tuned, difference, _verdict(name, base, tuned, difference) if enough else NO_DIFFERENCE)
 
 
-_UNKNOWN: Verdict = "cannot be told apart"
+NO_DIFFERENCE: Verdict = "cannot be told apart"
 
 
 def _estimate(value: float, drawn: npt.NDArray[np.float64]) -> Estimate:
@@ -132,5 +132,5 @@ def _verdict(name: str, base: Estimate, tuned: Estimate, difference: Estimate) -
     sign = -1 if name in _LOWER_IS_BETTER else 1
     ends = sorted((sign * difference.low, sign * difference.high))
     if math.isnan(ends[0]) or ends[0] <= 0 <= ends[1]:
-        return _UNKNOWN
+        return NO_DIFFERENCE
     return "better" if ends[0] > 0 else "worse"

@@ -171,7 +171,7 @@ def generate(
                 device=task_model.device,
             )
             for index, token_ids in zip(indices, written, strict=True):
-                texts[index] = str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+                texts[index] = _decoded(token_ids, tokenizer)
     return texts
 
 
@@ -215,7 +215,7 @@ def text_scores(figures: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, flo
 
 
 def _check_positions(task_model: TaskModel, *, longest: int, max_new_tokens: int) -> None:
-    most = getattr(task_model.base.config, "max_position_embeddings", None)
+    most = usable_positions(task_model.base.get_base_model())
     if most is not None and longest > most:
         raise ConfigError(
             "evaluation.max_new_tokens",

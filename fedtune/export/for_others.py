@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.config import RunConfig
 from fedtune.data.batching import Batch
 from fedtune.model import load_tokenizer
-from fedtune.model.base_model import save_plain
+from fedtune.model.base_model import load_base, save_plain
 from fedtune.model.quiet import quiet
 from fedtune.report import from_run
 from fedtune.report.model_card import CARD, Form, card_text
@@ -116,7 +117,7 @@ class Reference:
 class Scores(nn.Module):
     """A plain base with the task's readout behind it: token ids and attention mask, (n, t), to logits."""
 
-    def __init__(self, base: PreTrainedModel, readout: Readout) -> None:
+    def __init__(self, base: PreTrainedModel | PeftModel, readout: Readout) -> None:
         super().__init__()
         self.base, self.depth = base, len(readout)
         for place, (weight, bias) in enumerate(readout):
@@ -183,7 +184,13 @@ def _new(target: Path) -> Iterator[Path]:
 
 def _write_adapter(source: Source, reference: Reference, folder: Path) -> None:
     # Written anew from what was loaded: a run's folder may come from anybody, and its files be links to others.
-    write_task_model(load_task_model(source.adapter, model=source.config.model), folder)
+    model = load_task_model(source.adapter, model=source.config.model)
+    write_task_model(model, folder)
+    exact = replace(model.spec.model, dtype="float32")
+    with quiet(), torch.no_grad():
+        loaded = PeftModel.from_pretrained(load_base(exact, predicts_tokens=source.task.predicts_tokens), folder)
+        scores = Scores(loaded, source.readout)(reference.input_ids, reference.attention_mask)
+    reference.require(scores, form="peft")
 
 
 def _write_merged(source: Source, reference: Reference, folder: Path) -> None:

@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -186,42 +186,38 @@ class OutputLayer:
     def __init__(self, base: PreTrainedModel) -> None:
         self._layer = base.get_output_embeddings()
         self._apart = isinstance(self._layer, nn.Linear) and self._is_last(base)
-        self._holds = False
-        self._held: torch.Tensor | None = None
-        if self._apart:
-            self._layer.register_forward_pre_hook(self._hold)
 
     def inputs(self, run: Callable[[], Any]) -> torch.Tensor:
-        """What the layer gets while `run` calls the base, (n, t, h); of a base run whole its scores."""
+        """What the layer would get while `run` calls the base, (n, t, h); of a base run whole its scores."""
         if not self._apart:
             return run().logits  # type: ignore[no-any-return]
-        self._holds = True
+
+        def stop(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            raise _Reached(inputs[0])
+
+        hook = self._layer.register_forward_pre_hook(stop)
         try:
             run()
-            assert self._held is not None, "the base did not come to its output layer"
-            return self._held
+        except _Reached as reached:
+            return cast(torch.Tensor, reached.output)
         finally:
-            self._holds, self._held = False, None
+            hook.remove()
+        raise AssertionError("the base did not come to its output layer")
 
     def scores(self, inputs: torch.Tensor) -> torch.Tensor:
         """Float32 scores (p, vocabulary) of p places of `inputs`."""
         return (self._layer(inputs) if self._apart else inputs).float()
 
     def _is_last(self, base: PreTrainedModel) -> bool:
-        seen: list[object] = []
-        hook = self._layer.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+        """Whether the layer's output is what the base gives out, and not changed in place either."""
+        seen: list[tuple[torch.Tensor, int]] = []
+        hook = self._layer.register_forward_hook(lambda layer, inputs, output: seen.append((output, output._version)))
         try:
             with torch.no_grad():
                 output = base(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self._layer.weight.device)).logits
         finally:
             hook.remove()
-        return len(seen) == 1 and seen[0] is output
-
-    def _hold(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if not self._holds:
-            return None
-        (self._held,) = inputs
-        return (self._held[:, :0],)  # it has nothing to do
+        return [(id(scores), version) for scores, version in seen] == [(id(output), output._version)]
 
 
 class _Reached(Exception):

@@ -228,9 +228,7 @@ def _guessed(columns: Mapping[str, Column], first: Sequence[Row], path: Path) ->
     for guess in guesses:
         if (found := guess()) is not None:
             return found
-    raise DataError(
-        str(path), f"columns {_listed(columns) or 'without a name'}", "must hold a column of text beside labels"
-    )
+    raise DataError(str(path), f"columns {_listed(columns) or 'without a name'}", "must hold a column of text")
 
 
 def _as_chat(columns: Mapping[str, Column], first: Sequence[Row]) -> _Guess | None:
@@ -279,7 +277,7 @@ def _as_text(columns: Mapping[str, Column]) -> _Guess | None:
     if text is None:
         return None
     others = [one.name for one in columns.values() if one.is_text and one.name.lower() not in (text.lower(), *_PEOPLE)]
-    why = [f"Column {text} has the longest texts, and no column has few values."]
+    why = [f"Column {text} has the longest texts, and no label stands beside it."]
     named = (columns[name] for name in columns if name.lower() in _LABELS)
     why += [
         f"Column {one.name} is no label: labels are texts or whole numbers, and it holds {', '.join(one.types)}."

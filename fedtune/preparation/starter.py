@@ -185,6 +185,11 @@ def declared_size(plan: Plan) -> int:
     return max(1, int(share // unit * unit))
 
 
+def _delta(size: int) -> float:
+    """1e-5, or the power of ten that is at most a tenth of 1 over a larger site's size."""
+    return min(1e-5, 10.0 ** -math.ceil(math.log10(10 * size)))
+
+
 def _shares(rows: int) -> tuple[float, float]:
     return next(((test, validation) for most, test, validation in _SHARES if rows < most), _LEAST_SHARES)
 
@@ -224,7 +229,7 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     if plan.measured.users is not None:
         yield f"  {_line('unit', 'user', 'all records of one person are protected together: docs/user_level.md')}"
     yield f"  {_line('epsilon', 8.0, 'the promise to each of them; lower is stronger: docs/epsilon.md')}"
-    yield f"  {_line('delta', 1e-5, 'must stay below 1 / declared_sizes')}"
+    yield f"  {_line('delta', _delta(declared_size(plan)), 'must stay below 1 / declared_sizes')}"
 
 
 def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]]:

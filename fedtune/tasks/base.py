@@ -75,7 +75,7 @@ class Task(ABC):
         formats: that a tuned model can be exported in: the adapter, then the whole model as most load it, then others;
             a whole model has an output layer of its base's own, or a `readout`.
         judged_by: the score that says whether training helped: the larger the better, but for "loss".
-        rate_shares: what LoRA and the head take of the automatic learning rate.
+        rate_shares: what LoRA and the head take of the automatic learning rate; None: it was not studied for the task.
     """
 
     name: ClassVar[str]
@@ -86,7 +86,7 @@ class Task(ABC):
     hub_name: ClassVar[str] = ""
     formats: ClassVar[tuple[str, ...]] = ("peft",)
     judged_by: ClassVar[str] = "loss"
-    rate_shares: ClassVar[tuple[float, float]] = (1 / 8, 1.0)
+    rate_shares: ClassVar[tuple[float, float] | None] = None
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:

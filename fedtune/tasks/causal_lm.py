@@ -168,7 +168,7 @@ class CausalLM(Task):
         inputs = model.output.inputs(lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
         losses = []
         # Not by index, which would add up each row's gradient with the zeros of all others.
-        for row, targets in zip(inputs.unbind(), batch.targets[:, 1:], strict=True):
+        for row, targets in zip(inputs[:, :-1].unbind(), _next_tokens(batch), strict=True):
             learnt = (targets != UNSUPERVISED).nonzero().flatten()
             # Of nothing learnt the first place stands in, where a target that counts nothing gives a gradient of zero.
             places = learnt if len(learnt) else learnt.new_zeros(1)
@@ -180,8 +180,7 @@ class CausalLM(Task):
         return torch.stack(losses)
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        # The first token has no predecessor to be predicted from: the model shifts by one.
-        return {"loss": model.losses(batch), "tokens": (batch.targets[:, 1:] != UNSUPERVISED).sum(dim=1)}
+        return {"loss": model.losses(batch), "tokens": (_next_tokens(batch) != UNSUPERVISED).sum(dim=1)}
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """`loss`, the mean over examples in nats, and `perplexity`, exp of the mean over all supervised tokens.
@@ -209,6 +208,11 @@ class CausalLM(Task):
         return tuple(
             np.where(np.arange(len(ids)) >= first(len(ids)), ids, UNSUPERVISED).astype(np.int64) for ids in input_ids
         )
+
+
+def _next_tokens(batch: Batch) -> torch.Tensor:
+    """(rows, t - 1): the token to learn after each place, or `UNSUPERVISED`."""
+    return batch.targets[:, 1:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ class Classification(Task):
     hub_name = "text-classification"
     formats = ("peft", "sentence-transformers", "onnx")
     judged_by = "accuracy"
+    rate_shares = (1 / 8, 1.0)
 
     def check_model(self, spec: TaskModelSpec) -> None:
         if len(spec.labels) < 2 or len(set(spec.labels)) < len(spec.labels):

@@ -4,6 +4,9 @@ Shapes are fixed (`fedtune.data.shapes`), so kernels cannot choose by what else 
 row and every number of rows alike is tried here, at every shape that a step may have.  First with the run's own model;
 then with random weights in it, since whoever chose its weights may have chosen such that made-up examples show nothing.
 What is made up is drawn anew each time, so that nobody can look for a model that happens to pass.
+
+Not tried for each number of places: a language model's output layer, which computes each record by itself
+(`fedtune.tasks.causal_lm`).
 """
 
 from __future__ import annotations

@@ -162,6 +162,12 @@ VALUE = st.recursive(
 )
 
 
+def test_an_object_without_fields_is_a_row_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"x": "a"}, {}, {"x": "b"}]')
+    assert [row for _, row in raw_rows(path)] == [{"x": "a"}, {}, {"x": "b"}]
+
+
 @given(
     values=st.lists(VALUE, max_size=4),
     indent=st.sampled_from([None, 0, 2]),

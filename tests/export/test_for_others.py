@@ -128,6 +128,23 @@ def test_a_task_names_only_formats_that_can_be_written() -> None:
     assert {format for task in TASKS.values() for format in task.formats} == set(for_others._WRITERS)
 
 
+def test_an_adapter_that_computes_something_else_leaves_nothing(
+    runs: dict[str, Path], command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = for_others.write_task_model
+
+    def another(model: TaskModel, folder: Path) -> None:
+        with torch.no_grad():
+            model.trainable().popitem()[1].add_(0.5)
+        write(model, folder)
+
+    monkeypatch.setattr(for_others, "write_task_model", another)
+    outcome = command("export", str(runs["llama"]), "--to", str(tmp_path / "out"))
+    assert outcome.code != 0
+    assert "the peft export computes other logits" in outcome.message
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_that_computes_something_else_leaves_nothing(
     runs: dict[str, Path], command: Any, tmp_path: Path
 ) -> None:

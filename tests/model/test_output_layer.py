@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from fedtune.data import Batch
+from fedtune.data.batching import alone
 from fedtune.model.layers import OutputLayer
 from fedtune.tasks import TaskModel
+from fedtune.training.per_example import attached
 
 IDS = torch.arange(12).view(2, 6)
 SIZES: dict[str, Any] = {
@@ -32,7 +35,21 @@ def scaled() -> PreTrainedModel:
     return GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval()
 
 
-@pytest.mark.parametrize("make", [llama, scaled])
+def in_place() -> PreTrainedModel:
+    """Halves its scores where they lie."""
+    model = llama()
+    forward = model.forward
+
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits.div_(2)
+        return output
+
+    model.forward = halved
+    return model
+
+
+@pytest.mark.parametrize("make", [llama, scaled, in_place])
 def test_scores_of_chosen_places_are_the_models_own(make: Callable[[], PreTrainedModel]) -> None:
     model = make()
     whole = model(input_ids=IDS).logits
@@ -47,20 +64,39 @@ def test_the_layer_does_not_run_while_its_inputs_are_taken_and_runs_again_afterw
     output, rows = OutputLayer(model), []
     model.lm_head.register_forward_hook(lambda layer, inputs, scores: rows.append(scores[..., 0].numel()))
     output.inputs(lambda: model(input_ids=IDS))
-    model(input_ids=IDS)
-    assert rows == [0, 12]
+    assert rows == []
     with pytest.raises(ZeroDivisionError):
         output.inputs(lambda: 1 / 0)
     model(input_ids=IDS)
-    assert rows == [0, 12, 12], "a pass that failed leaves nothing behind"
+    assert rows == [12], "a pass that failed leaves nothing behind"
 
 
-@pytest.mark.parametrize("neighbours", [1, 3])
-def test_how_many_tokens_neighbours_learn_changes_no_bit(
-    trained: Callable[..., TaskModel], examples: Callable[..., Any], neighbours: int
+@pytest.mark.parametrize("learnt", [0, 1, 3, 6])
+def test_how_many_tokens_neighbours_learn_changes_no_bit_of_a_gradient(
+    trained: Callable[..., TaskModel], examples: Callable[..., Any], learnt: int
 ) -> None:
     model, batch = trained("random:llama", "causal_lm"), examples("causal_lm")
-    loss = model.losses(batch)[0]
-    batch.targets[1:] = -100
-    batch.targets[1:, :neighbours] = 7
-    assert torch.equal(model.losses(batch)[0], loss)
+    with attached(model) as gradients:
+        before = gradients.of(batch)
+        batch.targets[1:] = -100
+        batch.targets[1:, 1 : 1 + learnt] = 7
+        beside_others = gradients.of(batch)
+    assert any(one[0].any() for one in before.values())
+    assert all(torch.equal(one[0], beside_others[name][0]) for name, one in before.items())
+
+
+def test_an_empty_batch_needs_as_much_as_any_example(
+    trained: Callable[..., TaskModel], examples: Callable[..., Any]
+) -> None:
+    model, batch = trained("random:llama", "causal_lm"), examples("causal_lm")
+    real = Batch(batch.input_ids, batch.attention_mask, batch.targets)
+    places: list[int] = []
+    layer = model.base.get_base_model().lm_head
+    hook = layer.register_forward_hook(lambda layer, inputs, scores: places.append(len(scores)))
+    model.losses(real)
+    most = max(places)
+    places.clear()
+    model.task.losses(model, alone(real, None))
+    hook.remove()
+    assert places == [real.input_ids.shape[1] - 1] * 4
+    assert most <= places[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def test_declared_sizes_are_near_a_site_s_share(tmp_path: Path) -> None:
     share = 400 * 0.7 / 2
     assert 0.8 * share <= starter.declared_size(plan) <= share
     assert yaml.safe_load(text)["data"]["declared_sizes"] == starter.declared_size(plan)
+
+
+@pytest.mark.parametrize(("rows", "delta"), [(60, 1e-5), (600_000, 1e-7)])
+def test_delta_stays_below_one_over_a_site_s_records(tmp_path: Path, rows: int, delta: float) -> None:
+    _, plan = plan_for(table(tmp_path, 60))
+    large = replace(plan, measured=replace(plan.measured, usable=rows))
+    size = starter.declared_size(large)
+    assert starter._delta(size) == pytest.approx(delta)
+    assert starter._delta(size) < 1 / size
 
 
 def test_each_setting_has_its_comment(tmp_path: Path) -> None:
