@@ -298,6 +298,15 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     return plain_yaml(path, key="run folder")
 
 
+def saved_config(folder: Path) -> RunConfig:
+    """The configuration that a run folder was made with.
+
+    Raises:
+        ConfigError: the folder has none, or one that this version does not understand.
+    """
+    return parse(saved_settings(folder))
+
+
 def plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
     """A file of keys and values, as plain data.
 

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fedtune.config import RunConfig, parse, plain_yaml, saved_settings
+from fedtune.config import RunConfig, parse, plain_yaml, saved_config
 from fedtune.data.load import shipped_folders
 from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError
@@ -35,7 +35,7 @@ _QUOTES = ("'", '"')
 _NOT_ASCII = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]{}:=()'"]*[^\x00-\x7f][^,\[\]{}:=()'"]*""")
 """A quoted text, or an unquoted word with a letter that Hydra's grammar does not know."""
 _OF_THE_WHOLE = frozenset({"name", "seed", "report"})
-"""Settings that conf/config.yaml sets, and no group."""
+"""Settings of an experiment that conf/config.yaml sets, and no group."""
 _FROM_FILE = "_from_file_"
 _OTHER_WORDS = {
     "epochs": "federation.num_rounds and training.local_steps",
@@ -209,15 +209,6 @@ def _require_few(parsed: Sequence[Any]) -> None:
             raise ConfigError(override.key_or_group, "...", f"must give at most {_MOST_RUNS} runs to the sweep")
 
 
-def saved_config(folder: Path) -> RunConfig:
-    """The configuration that a run folder was made with.
-
-    Raises:
-        ConfigError: the folder has none, or one that this version does not understand.
-    """
-    return parse(saved_settings(folder))
-
-
 def write_config(config: RunConfig, folder: Path) -> None:
     """Write `config.yaml`; `saved_config` reads it back."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -375,8 +366,9 @@ def _read_experiment(path: Path) -> _ExperimentFile:
         raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
     settings = plain_yaml(path, key="experiment")
     listed = settings.pop("defaults", [])
-    if "hydra" in settings:
-        raise ConfigError(f"{path}: hydra", "...", "is not a setting of fedtune: a file holds an experiment's settings")
+    for key in ("hydra", "resume"):
+        if key in settings:
+            raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
     _check_plain(settings, path)
     bases, options = _defaults(listed, path)
     return _ExperimentFile(path, _with_files_beside(settings, path.parent), bases, options)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import yaml
 
 from fedtune.cli.command import Argument, Option
-from fedtune.config import RunConfig, parse, saved_settings
+from fedtune.config import RunConfig, parse, saved_config
 from fedtune.data.records import OPTIONAL_ROLES
 from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError, check_at_least, check_name, check_one_of
@@ -48,7 +48,7 @@ def finished_run(
     """
     if not RunFolder(run).config.exists() and RunFolder(run.absolute().parent).adapter == run.absolute():
         run = run.absolute().parent
-    config = parse(saved_settings(run))
+    config = saved_config(run)
     settings = config.to_json()
     settings["runtime"]["device"] = device
     if columns is not None:

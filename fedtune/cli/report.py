@@ -12,10 +12,10 @@ import click
 from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Command, Group, Language, Option, command, group
-from fedtune.cli.compose import saved_config
 from fedtune.cli.ledger import ledger_file
 from fedtune.cli.plain_words import printable
 from fedtune.cli.sections import Section, print_json, say, show
+from fedtune.config import saved_config
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.site_files import SiteFiles

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from fedtune.cli.command import Argument, Option, single
-from fedtune.cli.compose import compose_run, saved_config
+from fedtune.cli.compose import compose_run
 from fedtune.cli.sections import Section, print_json, say, show
 from fedtune.cli.working_folder import folder_of, is_running, make, run_in_folder, told
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Member
 from fedtune.deploy.services.lead_and_server import LeadService, latest_answers, members, running_process

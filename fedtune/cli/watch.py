@@ -25,8 +25,8 @@ def watch(
     It prints an address to open on this machine, and serves it until Ctrl-C. The page is for this machine alone, needs
     the token in the address, and is read-only; nothing is written into the run folder.
     """
-    from fedtune.cli.compose import saved_config
     from fedtune.cli.working_folder import is_running
+    from fedtune.config import saved_config
     from fedtune.report.watch_page import WatchedFolder, WatchPage
     from fedtune.report.watch_server import WatchServer
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedtune.cli.command import InterruptTold
-from fedtune.cli.compose import saved_config, write_config
-from fedtune.config import RunConfig
+from fedtune.cli.compose import write_config
+from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError, RunError, StuckError
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TypeGuard
 
@@ -29,6 +30,7 @@ SEVERAL_USERS = "a list of users"
 _SPEAKERS = {"system": "system", "user": "user", "human": "user"} | dict.fromkeys(
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
+_CHUNK_ROWS = 256
 _MOST_KINDS = 3
 """Of faults that are counted one by one in a message."""
 
@@ -101,6 +103,13 @@ def read_records(path: Path, columns: Mapping[str, str]) -> list[Record]:
     if not records:
         raise without_records(path)
     return records
+
+
+def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Some records at a time."""
+    iterator = iter(records)
+    while chunk := list(islice(iterator, _CHUNK_ROWS)):
+        yield chunk
 
 
 def without_records(path: Path) -> DataError:

@@ -18,14 +18,13 @@ from fedtune.config import RunConfig
 from fedtune.data.formats import format_of
 from fedtune.data.load import lead_side, shipped_folders, split_key
 from fedtune.data.partition import PartitionSpec, assign_site, is_heldout, is_selected
-from fedtune.data.records import Record, judged, resolve_file
+from fedtune.data.records import Record, chunks, judged, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.federation.spec import FederationSpec
 from fedtune.preparation import alike
 from fedtune.preparation.alike import Earlier, Likeness, Twin
 from fedtune.preparation.patterns import damage, identifiers
-from fedtune.preparation.starter import chunks
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
@@ -87,7 +86,7 @@ class FileCheck:
         path: the file.
         places: what numbers of places count: "lines", or the "rows" of a file whose rows may share a line.
         rows: in it.
-        uses: records that can be used, by what for: "train", "validation" or "test".
+        uses: records that can be used, by what for: "train", "held out" by its site, "validation", "test", or "unused".
         errors: what is wrong with the first rows that cannot be used: (file, line and field; what is there; bound).
         num_errors: all such rows by bound.
         findings: about those that can.
@@ -239,12 +238,14 @@ class _Look:
         data, unit = self.config.data, self.config.privacy.unit
         if side := lead_side(record, data, key=self._key, unit=unit):
             return side
-        chosen = is_selected(record, fraction=data.train_fraction, key=self._key, unit=unit)
-        if chosen and not is_heldout(record, fraction=data.heldout_fraction, key=self._key, unit=unit):
-            name = site or self._site_of(record)
-            self._records[name] += 1
-            if unit == "user":
-                self._users[name].add(record.fields["user"])
+        if not is_selected(record, fraction=data.train_fraction, key=self._key, unit=unit):
+            return "unused"
+        if is_heldout(record, fraction=data.heldout_fraction, key=self._key, unit=unit):
+            return "held out"
+        name = site or self._site_of(record)
+        self._records[name] += 1
+        if unit == "user":
+            self._users[name].add(record.fields["user"])
         return "train"
 
     def size(self, site: str) -> int:

@@ -6,9 +6,8 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ import numpy.typing as npt
 import yaml
 
 from fedtune.config import RunConfig
-from fedtune.data.records import Record, usable_records
+from fedtune.data.records import chunks, usable_records
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Tokenizer
 from fedtune.preparation.detect import Found, Kind
@@ -29,7 +28,6 @@ MEASURED_ROWS = 20_000
 """Whose lengths are taken; more would say the same."""
 _LONGEST_TOLD = 4096
 """Tokens up to which lengths are told apart."""
-_CHUNK_ROWS = 256
 _STEP = 16
 _MOST_TOKENS = 256
 """Of an example, where the file has longer ones: time and memory grow with it."""
@@ -157,13 +155,6 @@ def _with_turns(found: Found, data: DataSpec, tokenizer: Tokenizer, task: str) -
     except ConfigError:
         return replace(data, chat_template="plain")
     return own
-
-
-def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Some records at a time."""
-    iterator = iter(records)
-    while chunk := list(islice(iterator, _CHUNK_ROWS)):
-        yield chunk
 
 
 def experiment(found: Found, plan: Plan, *, file: Path) -> str:

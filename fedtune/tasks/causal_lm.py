@@ -273,7 +273,7 @@ class _Layout:
         end, start = end_of_text(tokenizer), _start_ids(tokenizer)
         if data.chat_template == "none":
             return cls(start, end, None, data)
-        chat = chat_format(data.chat_template, tokenizer, start=start)
+        chat = chat_format(data.chat_template, tokenizer, start=start, end=end)
         return cls(chat.start, end, chat, data)
 
     def prompt(self, fields: Mapping[str, str]) -> Sequence[Piece]:

@@ -136,19 +136,22 @@ def before_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
     return turns[: places[-1]], turns[places[-1]].content
 
 
-def chat_format(kind: Literal["model", "plain"], tokenizer: Tokenizer, *, start: tuple[int, ...]) -> ChatFormat:
+def chat_format(
+    kind: Literal["model", "plain"], tokenizer: Tokenizer, *, start: tuple[int, ...], end: int
+) -> ChatFormat:
     """The format that `data.chat_template` names.
 
     Args:
         kind: "model", the template of the tokenizer's own; "plain", the roles in words with blank lines between turns.
-        tokenizer: the base's, with an end-of-text token.
+        tokenizer: the base's.
         start: the tokens that it puts before a text.  A model's own template writes them itself.
+        end: the end-of-text token, which ends an answer that no mark of the template's ends.
 
     Raises:
         ConfigError: for `data.chat_template`: the model has no template, or none that can be taken.
     """
     if kind == "plain":
-        return _plain(tokenizer, start)
+        return _plain(tokenizer, start, end)
     try:
         chain = _chain_of(_template_of(tokenizer), tuple(_special_texts(tokenizer).items()))
         joints = {joint: _ids(text, tokenizer) for joint, text in chain.joints.items()}
@@ -158,7 +161,7 @@ def chat_format(kind: Literal["model", "plain"], tokenizer: Tokenizer, *, start:
         raise ConfigError("data.chat_template", "model", bound) from None
     behind, special = joints.pop((ASSISTANT, END)), _special_ids(tokenizer)
     place = next((place for place, number in enumerate(behind) if number in special), None)
-    ending = (_end_of_text(tokenizer),) if place is None else behind[: place + 1]
+    ending = (end,) if place is None else behind[: place + 1]
     between = joints[ASSISTANT, USER]
     if between[: len(ending)] == ending:
         joints[ASSISTANT, USER] = between[len(ending) :]
@@ -170,14 +173,14 @@ def chat_format(kind: Literal["model", "plain"], tokenizer: Tokenizer, *, start:
     return ChatFormat(begin, joints, chain.contents(), ending, has_system=(START, SYSTEM) in joints)
 
 
-def _plain(tokenizer: Tokenizer, start: tuple[int, ...]) -> ChatFormat:
+def _plain(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat:
     """`System: ...`, `User: ...`, `Assistant: ...`; a space leads each content, as words are encoded with it."""
     names = {SYSTEM: "System:", USER: "User:", ASSISTANT: "Assistant:", ANSWER: "Assistant:"}
     first = {(START, role): _ids(names[role], tokenizer) for role in (SYSTEM, USER)}
     following = ((SYSTEM, USER), (USER, ASSISTANT), (USER, ANSWER), (ASSISTANT, USER))
     joints = first | {(before, role): _ids(f"\n\n{names[role]}", tokenizer) for before, role in following}
     contents = dict.fromkeys((SYSTEM, USER, ASSISTANT), _spaced)
-    return ChatFormat(start, joints, contents, (_end_of_text(tokenizer),), has_system=True)
+    return ChatFormat(start, joints, contents, (end,), has_system=True)
 
 
 def _spaced(content: str) -> str:
@@ -364,8 +367,3 @@ def _ids(text: str, tokenizer: Tokenizer, *, literal: bool = False) -> tuple[int
 
 def _special_ids(tokenizer: Tokenizer) -> set[int]:
     return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-def _end_of_text(tokenizer: Tokenizer) -> int:
-    assert tokenizer.eos_token_id is not None, "the task has checked it"
-    return tokenizer.eos_token_id

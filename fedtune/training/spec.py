@@ -92,7 +92,11 @@ class TrainingSpec:
         return lora, head or lora
 
 
-_ADAM_PATH, _CLEAR, _WITHOUT_NOISE = 0.18, 4.0, 1.5
+_ADAM_PATH = 0.18
+"""The rate of a run of one step whose signal and noise are alike (simulations/own_data)."""
+_CLEAR, _WITHOUT_NOISE = 4.0, 1.5
+"""Signal over noise from which on the rate stays, and what it is taken for without noise, where 4 lost up to 0.4 points
+of accuracy (simulations/own_data)."""
 
 
 def automatic_rate(*, steps: int, sampled: float, noise_multiplier: float, outputs: int, num_sites: int) -> float:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.cli.compose import compose_run, compose_sweep, config_folder, saved_config, write_config
+from fedtune.cli.compose import compose_run, compose_sweep, config_folder, write_config
+from fedtune.config import saved_config
 from fedtune.spec import ConfigError
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))

@@ -63,7 +63,8 @@ def test_a_file_in_a_sweep(page: Path) -> None:
         ("\0", "experiment", "must hold a configuration as YAML (control characters)"),
         ("a: &b [1]\nc: *b\n", "experiment", "must hold a configuration as YAML (a reference"),
         ("name: a\ndata:\n  max_length: 8\n  max_length: 9\n", "experiment", "or a key twice"),
-        ("hydra: {run: {dir: x}}\n", "hydra", "not a setting"),
+        ("hydra: {run: {dir: x}}\n", "hydra", "must not be there"),
+        ("resume: runs/x\n", "resume", "must not be there"),
         ("data: {_target_: os.system}\n", "_target_", "runs no code"),
         ("name: ${oc.env:HOME}\n", "name", "plain data"),
         ("defaults: [override /model: nonesuch]\n", "defaults, model", "must be one of"),
@@ -111,7 +112,12 @@ def test_values_as_they_are_typed(page: Path) -> None:
     def made(*overrides: str) -> object:
         return compose_run([f"experiment={page}", *overrides]).data
 
-    writes = ["task=causal_lm", "data.labels=[]", "data.columns={prompt: a, completion: b}"]
+    writes = [
+        "task=causal_lm",
+        "training.learning_rate=0.1",
+        "data.labels=[]",
+        "data.columns={prompt: a, completion: b}",
+    ]
     assert made(*writes, "data.prompt_template=Q: {prompt}\\nA:").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
     assert made(*writes, "data.prompt_template='Q: {prompt}\\nA:'").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
     assert made("data.labels=[Störung,'a ä']").labels == ("Störung", "a ä")  # type: ignore[attr-defined]

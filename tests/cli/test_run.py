@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.compose import compose_run, saved_config, write_config
+from fedtune.cli.compose import compose_run, write_config
 from fedtune.cli.run import composed
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import REQUEST, site_init

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedtune.cli.compose import compose_run, saved_config
+from fedtune.cli.compose import compose_run
 from fedtune.cli.working_folder import folder_of, is_running, make, only_one, run_in_folder
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, saved_config
 from fedtune.spec import ConfigError, RefusedError, RunError
 
 from . import snapshots

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.cli.compose import saved_config
+from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.release import receipt_from_json

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
-from fedtune.cli.compose import saved_config
+from fedtune.config import saved_config
 from fedtune.privacy.filter import surcharge, total_divergence
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.verify import Verified, verify

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from fedtune.cli.compose import saved_config
+from fedtune.config import saved_config
 from fedtune.data import read_records
 from fedtune.data.load import chosen_rows
 from fedtune.model.base_model import tiny_base

@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from torch.nn import functional
 
-from fedtune.cli.compose import saved_config
+from fedtune.config import saved_config
 from fedtune.data.load import chosen_rows, lead_records
 from fedtune.model import load_tokenizer
 from fedtune.model.base_model import tiny_base

@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from fedtune.cli.compose import saved_config
+from fedtune.config import saved_config
 from fedtune.data.batching import Batch, collate
 from fedtune.data.records import Record
 from fedtune.export import for_others

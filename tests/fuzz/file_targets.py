@@ -16,7 +16,7 @@ import yaml
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fedtune.cli.compose import saved_config
+from fedtune.config import saved_config
 from fedtune.data.records import read_records, usable_records
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.deploy.kits.kit_file import KitFile, read_spec

@@ -152,7 +152,10 @@ def test_sizes_are_those_that_a_simulation_trains_on(tickets: Tickets) -> None:
     dealt = Dealing(config.data, columns, config.federation.names, config.seed).dealt()
     some = checked(config)
     assert [one.true for one in some.sizes] == [len(site.training) for site in dealt.sites]
-    assert some.files[0].uses == {"train": 200 - len(dealt.test), "test": len(dealt.test)}
+    sites = {"train": sum(len(site.training) for site in dealt.sites)}
+    sites |= {"held out": sum(len(site.heldout) for site in dealt.sites), "test": len(dealt.test)}
+    assert some.files[0].uses == {**sites, "unused": 200 - sum(sites.values())}
+    assert all(some.files[0].uses.values())
     assert {one.declared for one in some.sizes} == {10}
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.cli.compose import saved_config
+from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import SigningKey

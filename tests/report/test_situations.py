@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import fedtune.cli.display as display
-from fedtune.cli.compose import saved_config
+from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal

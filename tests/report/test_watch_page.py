@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 import pytest
 
-from fedtune.cli.compose import saved_config
 from fedtune.cli.working_folder import only_one
+from fedtune.config import saved_config
 from fedtune.federation.results import charged_epsilons
 from fedtune.privacy import accountant
 from fedtune.report import from_run

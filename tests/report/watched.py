@@ -16,9 +16,9 @@ import httpx
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.cli.compose import compose_run, saved_config, write_config
+from fedtune.cli.compose import compose_run, write_config
 from fedtune.cli.working_folder import is_running, only_one
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, saved_config
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey

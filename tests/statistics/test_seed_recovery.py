@@ -26,7 +26,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedtune.cli.compose import compose_run, saved_config
+from fedtune.cli.compose import compose_run
+from fedtune.config import saved_config
 from fedtune.data import Shapes
 from fedtune.federation.protocol import RoundRequest
 from fedtune.model import Adapter
