@@ -10,36 +10,49 @@ from unittest.mock import patch
 
 import torch
 
+from fedtune.data import Batch
 from fedtune.tasks import TaskModel
 from fedtune.training.examples import SiteExamples
 
 
 @contextmanager
 def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
-    """Inside, a record's states are taken over from an earlier run that had the same tokens.
+    """Inside, a record's states are taken over from an earlier batch that had the same tokens.
 
-    For runs of one base model with adapters on the same layers.  States depend on the record's tokens alone, so that
-    a run gets what it would compute, up to the rounding of another batch's shape.
+    For runs of one base model with adapters on the same layers, their training and scoring.  States depend on the
+    record's tokens alone, so that a run gets what it would compute, up to the rounding of another batch's shape.
 
     Args:
         file: where they are kept from one process to the next; None: they end with this one.
     """
     known: dict[bytes, torch.Tensor] = torch.load(file) if file is not None and file.exists() else {}
-    compute = SiteExamples.keep_frozen_states
+    before, made_up = len(known), [False]
+    states_of, keep_states = TaskModel.frozen_states, SiteExamples.keep_frozen_states
+
+    def states(self: TaskModel, batch: Batch) -> torch.Tensor | None:
+        if made_up[0]:
+            return states_of(self, batch)
+        lengths = batch.attention_mask.sum(dim=1).tolist()
+        names = [row[:length].numpy().tobytes() for row, length in zip(batch.input_ids.cpu(), lengths, strict=True)]
+        if any(name not in known for name in names):
+            computed = states_of(self, batch)
+            if computed is None:
+                return None
+            for name, row, length in zip(names, computed.cpu(), lengths, strict=True):
+                known[name] = row[:length].clone()
+        found = known[names[0]].new_zeros(*batch.input_ids.shape, known[names[0]].shape[1])
+        for row, name in zip(found, names, strict=True):
+            row[: len(known[name])] = known[name]
+        return found.to(self.device)
 
     def keep(self: SiteExamples, model: TaskModel, **how: Any) -> None:
-        names = [ids.tobytes() for ids in self._dataset.input_ids]
-        if self._states is not None or how:  # made-up examples are nobody's records
-            compute(self, model, **how)
-        elif all(name in known for name in names):
-            self._states = torch.cat([known[name] for name in names])
-        else:
-            compute(self, model)
-            assert self._states is not None, "the study trains the last layers alone"
-            for name, start, length in zip(names, self._starts, self._dataset.lengths, strict=True):
-                known[name] = self._states[start : start + length].clone()
-            if file is not None:
-                torch.save(known, file)
+        made_up[0] = bool(how)  # examples on which a model is tried: each is to be computed
+        try:
+            keep_states(self, model, **how)
+        finally:
+            made_up[0] = False
 
-    with patch.object(SiteExamples, "keep_frozen_states", keep):
+    with patch.object(TaskModel, "frozen_states", states), patch.object(SiteExamples, "keep_frozen_states", keep):
         yield
+    if file is not None and len(known) > before:
+        torch.save(known, file)
