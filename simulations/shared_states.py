@@ -36,7 +36,7 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
         else:
             compute(self, model)
             assert self._states is not None, "the study trains the last layers alone"
-            for name, start, length in zip(names, self._starts, self._dataset.lengths, strict=True):
+            for name, start, length in zip(names, self._starts.flat, self._dataset.text_lengths.flat, strict=True):
                 known[name] = self._states[start : start + length].clone()
             if file is not None:
                 torch.save(known, file)

@@ -27,6 +27,10 @@ class Examples:
     targets: torch.Tensor
     prefix: torch.Tensor | None = None
     empty_rows: int = 0
+    texts: int = 1
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
 
     def one(self, row: int) -> Examples:
         """The example in `row` alone, without padding."""
