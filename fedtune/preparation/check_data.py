@@ -307,7 +307,8 @@ class _Tally:
                 if isinstance(found, DataError):
                     raise found
                 if not self._look.usable(found):
-                    raise DataError(found.at("label"), "another label", "must be one of data.labels")
+                    role, there, bound = self._look.task.unusable
+                    raise DataError(found.at(role), there, bound)
                 if data.partition.kind == "column" and found.fields.get("site") not in {*data.partition.sites, None}:
                     raise DataError(found.at("site"), "another site", "must be one of data.partition.sites")
             except DataError as error:
