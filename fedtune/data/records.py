@@ -228,13 +228,18 @@ def _field(row: Row, column: str, *, role: str, at: str) -> str:
     return value.strip() if role in CATEGORY_ROLES else value
 
 
-def _number(value: object, *, role: str, at: str) -> str:
-    """A finite number, from a number or from text that is one in decimals."""
+def number_of(value: object) -> float | None:
+    """A finite number, from a number or a text that is one; None where it is neither."""
     try:
         number = float(value) if isinstance(value, str) or type(value) in (int, float) else math.nan  # type: ignore[arg-type]
     except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _number(value: object, *, role: str, at: str) -> str:
+    number = number_of(value)
+    if number is None:
         kind = "text that is no number" if isinstance(value, str) else json_type(value)
         raise DataError(at, kind, f"must be a finite number (role {role})")
     return repr(number)

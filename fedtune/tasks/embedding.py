@@ -1,9 +1,10 @@
 """Embedding: texts that belong together come to lie near each other, by the cosine of their mean hidden states.
 
-A record is its own loss.  The losses that in-batch negatives make are not offered: there the gradient of one record
-depends on those drawn beside it, and clipping each would not bound what one record does.  There is no head: what is used
-afterwards are the embeddings themselves, so the adapters alone have to change them; and a matrix of the hidden size
-squared behind them would get more noise than all adapters together.
+Each record has a loss of its own.  Losses with in-batch negatives are not offered: there the gradient of one record
+depends on those drawn beside it, and clipping each would not bound what one record does.
+
+There is no head.  What is used afterwards are the embeddings themselves, which the adapters can change; a matrix behind
+them, of the hidden size squared, would have more values to be noised than all adapters together.
 """
 
 from __future__ import annotations

@@ -17,7 +17,12 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
 from fedtune.training.preflight import _Trial, moved_by_others, require_alone
 
-KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
+KINDS = [
+    ("random:bert", "classification"),
+    ("random:llama", "causal_lm"),
+    ("random:bert", "pairs"),
+    ("random:bert", "triplets"),
+]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 SHAPES = Shapes.of(max_length=20, max_tokens=128)
 Change = Callable[[torch.Tensor], torch.Tensor]
