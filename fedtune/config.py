@@ -402,6 +402,7 @@ def _first_error(error: ValidationError) -> ConfigError:
 
 _BOUNDS = {
     "tuple_type": "must be a list, as in [a,b]",
+    "too_long": "must have fewer values",
     "int_parsing_size": f"must be a whole number of at most {MOST_SEED}",
     "int_from_float": "must be a whole number",
     "string_type": "must be text; put quotes around it",

@@ -54,6 +54,11 @@ class Record:
         """Name one field in a message: `train.jsonl:12, label`."""
         return f"{at_line(self.file, self.line)}, {role}" if self.file else role
 
+    @property
+    def answer(self) -> str:
+        """Its label or score, where it has one: what tells records of the same texts apart."""
+        return self.fields.get("label") or self.fields.get("score", "")
+
     def texts(self) -> Iterator[tuple[str, str]]:
         """The texts in it, each with its role; of a conversation each turn's."""
         for role, text in self.fields.items():

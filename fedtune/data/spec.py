@@ -74,7 +74,7 @@ class DataSpec:
         prompt_template: the text before the completion, with roles in braces; write a literal brace twice.
         chat_template: what turns a conversation into text: "model" (the turns of the model's own template), "plain"
             (User and Assistant, in words), or "none" (a prompt and its completion as they are).
-        max_length: the most tokens of an example.
+        max_length: the most tokens of an example, or of each of its texts where it has several.
         pairs: how task embedding compares the texts of a record.
         partition: how a simulation deals out `train_file`.
         heldout_fraction: the share of each site's records that is held out from training, by the hash of each record or

@@ -361,7 +361,7 @@ class _Tally:
                 self._note(record, "unlearnt")
 
     def _take_twins(self, record: Record, use: str) -> None:
-        mark = (use, record.fields.get("label", ""))
+        mark = (use, record.answer)
         twins = self._look.earlier.twins(record, use)
         here = {kind: [twin for twin in some if twin.mark[0] == use] for kind, some in twins.items()}
         for kind in ("same", "alike"):

@@ -74,9 +74,8 @@ class Cleaning:
             return
         # Last, since a record that is dropped is no earlier one.
         twins = self._earlier.twins(record)
-        label = record.fields.get("label", "")
         for rule, some in (("duplicates", twins["same"]), ("near-duplicates", twins["alike"])):
-            if any(twin.mark[1] == label for twin in some):
+            if any(twin.mark[1] == record.answer for twin in some):
                 yield rule
 
     def _is_empty(self, row: Row) -> bool:

@@ -148,6 +148,11 @@ def test_a_text_that_is_in_several_pairs(tmp_path: Path) -> None:
     (one,) = found(some, "shared")
     assert (one.count, one.what, one.lines) == (1, "(one is in 2)", ((5, 1),))
     assert not found(some, "unlearnt")
+    with (tmp_path / "pairs.jsonl").open("a") as stream:
+        stream.write("\n" + lined[0] + "\n" + json.dumps({"a": "a house", "b": "a hut", "s": 5}))
+    again = checked(config)
+    assert lines(again, "same") == [(6, 1)]
+    assert lines(again, "contradiction") == [(7, 4)], "the same texts with another score"
 
 
 def test_records_that_teach_nothing(tmp_path: Path) -> None:

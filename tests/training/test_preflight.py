@@ -113,7 +113,9 @@ def of_the_row_before(hidden: torch.Tensor) -> torch.Tensor:
     ids=lambda change: change.__name__,
 )
 @pytest.mark.parametrize(
-    ("path", "task", "number"), [(*KINDS[0], 0), (*KINDS[0], -1), (*KINDS[1], -1)], ids=["frozen", "trained", "llama"]
+    ("path", "task", "number"),
+    [(*KINDS[0], 0), (*KINDS[0], -1), (*KINDS[1], -1), (*KINDS[2], -1)],
+    ids=["frozen", "trained", "llama", "pairs"],
 )
 def test_a_layer_that_mixes_examples_is_refused(
     last_layer: Any, path: str, task: str, change: Change, number: int
