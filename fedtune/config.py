@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.data.spec import DataSpec
+from fedtune.data.spec import DataSpec, PairsSpec
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
@@ -45,6 +45,7 @@ _LATER: dict[tuple[str, str], object] = {
     ("data", "validation_fraction"): 0.0,
     ("data", "test_fraction"): 0.0,
     ("data", "unusable"): "stop",
+    ("data", "pairs"): dataclasses.asdict(PairsSpec()),
     ("model", "adapter_sha256"): None,
 }
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
@@ -86,7 +87,7 @@ class RunConfig:
 
     Attributes:
         name: the name of the run and of its folder.
-        task: what the model learns: "classification" or "causal_lm".
+        task: what the model learns: "classification", "causal_lm" or "embedding".
         seed: the seed of the adapter's random start and of the split into sites; the seed of the noise only in a
             marked study.
         resume: the run folder to continue, or null.
@@ -141,6 +142,7 @@ class RunConfig:
             task=self.task,
             labels=self.data.labels,
             seed=self.seed,
+            texts=task_named(self.task).texts(self.data),
         )
 
     def plan(self) -> Plan:
@@ -412,6 +414,7 @@ def _first_error(error: ValidationError) -> ConfigError:
 
 _BOUNDS = {
     "tuple_type": "must be a list, as in [a,b]",
+    "too_long": "must have fewer values",
     "int_parsing_size": f"must be a whole number of at most {MOST_SEED}",
     "int_from_float": "must be a whole number",
     "int_parsing": "must be a whole number",

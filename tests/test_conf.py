@@ -16,6 +16,7 @@ from fedtune.config import RunConfig
 CONF = config_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
 OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent != CONF]
+_PAIRS = ["data.train_file=mine.csv", "data.declared_sizes=500", "data.columns={text: a, other: b, score: c}"]
 # What an option needs beside it, in order to be a whole run.
 _BESIDE = {
     ("data", "medical_abstracts"): ["experiment=hospitals_abstracts"],
@@ -29,6 +30,8 @@ _BESIDE = {
         "data.declared_sizes=500",
         "data.columns={text: body}",
     ],
+    ("data", "own_pairs"): ["experiment=own_pairs", *_PAIRS],
+    ("experiment", "own_pairs"): _PAIRS,
     ("experiment", "own_text"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.columns={text: body}"],
     ("experiment", "own_data"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"],
 }

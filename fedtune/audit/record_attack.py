@@ -19,6 +19,7 @@ import numpy as np
 from fedtune.audit.guesses import Coins, Count, Place, Values, by_rank, counted
 from fedtune.audit.spec import AuditSpec
 from fedtune.data import Record
+from fedtune.data.records import NUMBER_ROLES
 from fedtune.evaluation.scoring import batches_by_length, scoring
 from fedtune.model import Adapter
 from fedtune.privacy.randomness import RandomStream
@@ -94,10 +95,13 @@ class RecordAttack:
         )
 
     def _made_up(self, stream: RandomStream) -> Record:
-        """Random words, and a random label where the task has labels."""
+        """Random words, and a random label or score where the task has such."""
         config, data = self._everyone.config, self._everyone.config.data
 
         def text(role: str) -> str:
+            if role in NUMBER_ROLES:
+                low, high = data.pairs.score_range
+                return repr(low + (high - low) * float(stream.uniform64(1)[0]) / 2.0**64)
             choices = data.labels if role == "label" else self._words
             count = 1 if role == "label" else _WORDS
             return " ".join(choices[int(draw % np.uint64(len(choices)))] for draw in stream.uniform64(count))

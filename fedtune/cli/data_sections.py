@@ -41,6 +41,11 @@ _FOUND: Mapping[Kind, tuple[str, str]] = {
         "Each duplicate is protected as a record of its own, so what they all say is protected less.",
     ),
     "alike": ("near-duplicate", "Near-duplicates share four fifths of their runs of five letters, or more."),
+    "shared": (
+        "text of an earlier record",
+        "What is promised to one record is less for a text in many: each adds to what can be learnt of it. Where texts "
+        "are of persons, protect each person as a whole (privacy.unit: user; docs/user_level.md).",
+    ),
     "contradiction": ("same text, another label", "Of texts with several labels at most one label can be learnt."),
     "overlap": ("also in", "Records of the test that are also trained on make the scores too good."),
     "near_overlap": ("almost the same in", "Scores on records almost like those trained on are too good, as well."),

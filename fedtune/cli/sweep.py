@@ -88,7 +88,7 @@ class SweptRun:
         """The score by which runs of its task are compared."""
         from fedtune.tasks import task_named
 
-        return task_named(self.config.task).judged_by
+        return task_named(self.config.task).judged(self.config.data)
 
     @property
     def validation(self) -> Scores:

@@ -24,16 +24,20 @@ Computed = TypeVar("Computed")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Examples padded on the right to t tokens, one a row; rows of no example come last, with one attended token.
+    """Examples padded on the right to t tokens; rows of no example come last, with one attended token.
+
+    A text is a row.  An example of several texts has as many rows, one after the other, but one loss and one gradient;
+    there are as many empty rows for each example that is missing.
 
     Attributes:
         input_ids: (n, t) int64.
         attention_mask: (n, t) int64, 1 for a token and 0 for padding.
-        targets: (n, ...) one of each example, such as its int64 class; or (n, t) int64, one a token, `UNSUPERVISED` for
-            padding.
-        prefix: (n, t, h) output of a model's frozen first layers for these examples, where it was kept; all zero for
-            an example that these cannot compute.
+        targets: (n / texts, ...) one of each example, such as its int64 class; or (n, t) int64, one a token,
+            `UNSUPERVISED` for padding.
+        prefix: (n, t, h) output of a model's frozen first layers for these texts, where it was kept; all zero for
+            one that these cannot compute.
         empty_rows: of no example: they fill a fixed shape, and have no loss.
+        texts: of each example.
     """
 
     input_ids: torch.Tensor
@@ -41,16 +45,17 @@ class Batch:
     targets: torch.Tensor
     prefix: torch.Tensor | None = None
     empty_rows: int = 0
+    texts: int = 1
 
     def __len__(self) -> int:
         """Examples, without the empty rows."""
-        return len(self.input_ids) - self.empty_rows
+        return (len(self.input_ids) - self.empty_rows) // self.texts
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         prefix = None if self.prefix is None else self.prefix.to(device)
         tensors = (self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device), prefix)
-        return Batch(*tensors, empty_rows=self.empty_rows)
+        return Batch(*tensors, empty_rows=self.empty_rows, texts=self.texts)
 
 
 def collate(
@@ -69,47 +74,49 @@ def collate(
         dataset: tokenised examples.
         indices: n places in `dataset`.
         pad_id: a valid token id to fill with.
-        shape: (rows, tokens) of the batch, at least what the examples need; None: exactly that.
+        shape: (examples, tokens) that the batch has room for, at least what is needed; None: exactly that.
     """
     import torch  # here, so that reading settings and records does not wait for it
 
     chosen = np.asarray(indices, dtype=np.int64)
-    lengths = dataset.lengths[chosen]
-    num_rows, num_tokens = shape or (len(chosen), lengths.max(initial=1))
-    empty_rows = num_rows - len(chosen)
+    lengths = dataset.text_lengths[chosen].ravel()
+    room, num_tokens = shape or (len(chosen), lengths.max(initial=1))
+    empty = room - len(chosen)
+    filled = np.append(lengths, np.ones(empty * dataset.texts, dtype=lengths.dtype))
     # Attention over no token at all would be a division of zero by zero.
-    attended = np.arange(num_tokens) < np.append(lengths, np.ones(empty_rows, dtype=lengths.dtype))[:, None]  # (n, t)
+    attended = np.arange(num_tokens) < filled[:, None]  # (n, t)
 
     def padded(rows: Sequence[NDArray[np.integer]], fill: int) -> torch.Tensor:
         out = np.full(attended.shape, fill, dtype=np.int64)
-        for row, index in enumerate(chosen):
-            out[row, : lengths[row]] = rows[index]
+        for row, text in enumerate(dataset.texts_of(chosen)):
+            out[row, : lengths[row]] = rows[text]
         return torch.from_numpy(out)
 
     if isinstance(dataset.targets, tuple):
         targets = padded(dataset.targets, UNSUPERVISED)
     else:
         own = dataset.targets[chosen]
-        empty = np.zeros((empty_rows, *own.shape[1:]), dtype=own.dtype)
-        targets = torch.from_numpy(np.concatenate([own, empty]))
+        targets = torch.from_numpy(np.concatenate([own, np.zeros((empty, *own.shape[1:]), dtype=own.dtype)]))
     input_ids, mask = padded(dataset.input_ids, pad_id), torch.from_numpy(attended.astype(np.int64))
-    return Batch(input_ids, mask, targets, empty_rows=empty_rows)
+    return Batch(input_ids, mask, targets, empty_rows=empty * dataset.texts, texts=dataset.texts)
 
 
-def alone(batch: Batch, row: int | None) -> Batch:
-    """A batch of the same shape with one example of `batch` in its first row, or none; all other rows are empty."""
+def alone(batch: Batch, place: int | None) -> Batch:
+    """A batch of the same shape with one example of `batch` in its first place, or none; all other rows are empty."""
     import torch
 
-    num_rows = len(batch.input_ids)
-    chosen = torch.full((num_rows,), row or 0, device=batch.input_ids.device)
-    input_ids, mask, targets = (one[chosen] for one in (batch.input_ids, batch.attention_mask, batch.targets))
-    prefix = None if batch.prefix is None else batch.prefix[chosen]
-    empty = slice(0 if row is None else 1, None)
-    input_ids[empty], mask[empty], targets[empty] = 0, 0, 0
-    mask[empty, 0] = 1
-    if prefix is not None:
-        prefix[empty] = 0
-    return Batch(input_ids, mask, targets, prefix, empty_rows=num_rows - (row is not None))
+    num_rows, taken = len(batch.input_ids), 0 if place is None else 1
+
+    def only(values: torch.Tensor) -> torch.Tensor:
+        of_each = values.unflatten(0, (num_rows // batch.texts, -1))
+        kept = torch.zeros_like(of_each)
+        kept[:taken] = of_each[place or 0]
+        return kept.flatten(0, 1)
+
+    input_ids, mask, targets = map(only, (batch.input_ids, batch.attention_mask, batch.targets))
+    mask[taken * batch.texts :, 0] = 1
+    prefix = None if batch.prefix is None else only(batch.prefix)
+    return Batch(input_ids, mask, targets, prefix, empty_rows=num_rows - taken * batch.texts, texts=batch.texts)
 
 
 def one_at_a_time(

@@ -7,6 +7,7 @@ another.  Error messages name file, line and column but never quote a record's t
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from fedtune.words import counted
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
+NUMBER_ROLES = frozenset({"score"})
+"""Roles whose values are numbers, kept as text that gives the same number back."""
 OPTIONAL_ROLES = frozenset({"input", "system"})
 """Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES = ",;|"
@@ -53,12 +56,17 @@ class Record:
         """Name one field in a message: `train.jsonl:12, label`."""
         return f"{at_line(self.file, self.line)}, {role}" if self.file else role
 
+    @property
+    def answer(self) -> str:
+        """Its label or score, where it has one: what tells records of the same texts apart."""
+        return self.fields.get("label") or self.fields.get("score", "")
+
     def texts(self) -> Iterator[tuple[str, str]]:
         """The texts in it, each with its role; of a conversation each turn's."""
         for role, text in self.fields.items():
             if role == "messages":
                 yield from ((role, turn["content"]) for turn in json.loads(text))
-            elif role not in CATEGORY_ROLES:
+            elif role not in CATEGORY_ROLES | NUMBER_ROLES:
                 yield role, text
 
 
@@ -217,6 +225,8 @@ def _field(row: Row, column: str, *, role: str, at: str) -> str:
     value, at = row[column], f"{at}, column {column!r}"
     if role == "messages":
         return messages_of(value, at=at)
+    if role in NUMBER_ROLES:
+        return _number(value, role=role, at=at)
     if role == "user":
         _require_one_user(value, at=at)
     if role in CATEGORY_ROLES and (type(value) is int or _is_whole(value)):
@@ -230,6 +240,23 @@ def _field(row: Row, column: str, *, role: str, at: str) -> str:
         raise DataError(at, "blank", f"must not be blank (role {role})")
     _require_unicode(value, at=at, role=role)
     return value.strip() if role in CATEGORY_ROLES else value
+
+
+def number_of(value: object) -> float | None:
+    """A finite number, from a number or a text that is one; None where it is neither."""
+    try:
+        number = float(value) if isinstance(value, str) or type(value) in (int, float) else math.nan  # type: ignore[arg-type]
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _number(value: object, *, role: str, at: str) -> str:
+    number = number_of(value)
+    if number is None:
+        kind = "text that is no number" if isinstance(value, str) else json_type(value)
+        raise DataError(at, kind, f"must be a finite number (role {role})")
+    return repr(number)
 
 
 def _is_whole(value: object) -> TypeGuard[float]:

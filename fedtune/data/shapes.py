@@ -29,8 +29,9 @@ class Part:
 
     Attributes:
         places: of the records, in the order of the rows; at most `rows` of them.
-        rows: of the micro-batch; those without a record are empty.
-        length: tokens of each row.
+        rows: of the micro-batch, one a record; those without a record are empty.  Of a record with several texts a row
+            has each of them.
+        length: tokens of each text.
     """
 
     places: npt.NDArray[np.int64]
@@ -88,7 +89,7 @@ class Shapes:
 
         Args:
             places: in the data set, in any order; those of one length keep it.
-            num_tokens: of every record of the data set, so that `num_tokens[places]` are those meant.
+            num_tokens: of every record's longest text in the data set, so that `num_tokens[places]` are those meant.
         """
         bucket = np.searchsorted([self.most_tokens(length) for length in self.lengths], num_tokens[places])
         assert (bucket < len(self.lengths)).all(), "a record is longer than tokenising may leave it"

@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from string import Formatter
 from typing import Literal
 
 from fedtune.data.partition import PartitionSpec
 from fedtune.privacy.mechanism import Unit
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 _MOST_TEMPLATE, _MOST_LABELS = 4096, 10_000
 """Of characters and of labels: both are worked through for each record, or at each site, before it has answered."""
 
 SITE = "{site}"
 """Stands in `train_file` for a site's name."""
+_COUPLED = (
+    "couples records: a record's gradient would depend on those that were drawn with it, and clipping each would not "
+    "bound what one record does; give a list of public texts, or each record its own column negative"
+)
 _ROLE_OF_PARTITION = {"dirichlet": "label", "column": "site"}
+
+
+@spec
+class PairsSpec:
+    """How texts are compared that belong together, or do not.
+
+    Attributes:
+        score_range: the lowest and the highest score of two texts, public; an embedding learns the cosine 0 for the one
+            and 1 for the other.  A record with a score beyond them is not used.
+        negatives: where the text comes from that does not belong to the anchor: "record", its own column `negative`; or
+            a list of public texts, of which the record's own hash chooses one.  From other records of the batch
+            ("batch") is refused.
+        margin: by how much the cosine with the positive is to be above that with the negative.
+    """
+
+    score_range: tuple[float, float] = (0.0, 1.0)
+    negatives: tuple[str, ...] | Literal["record", "batch"] = "record"
+    margin: float = 0.2
+
+    def __post_init__(self) -> None:
+        low, high = self.score_range
+        if not -math.inf < low < high < math.inf:
+            raise ConfigError("score_range", self.score_range, "must be two numbers, the lower one first")
+        if self.negatives == "batch":
+            raise ConfigError("negatives", "batch", _COUPLED)
+        if not isinstance(self.negatives, str):
+            _check_names("negatives", self.negatives)
+            if not self.negatives:
+                raise ConfigError("negatives", self.negatives, "must hold at least one text, or be record")
+        check_positive("margin", self.margin)
+        if self.margin > 2:
+            raise ConfigError("margin", self.margin, "must be at most 2, the largest difference of two cosines")
 
 
 @spec
@@ -37,7 +74,8 @@ class DataSpec:
         prompt_template: the text before the completion, with roles in braces; write a literal brace twice.
         chat_template: what turns a conversation into text: "model" (the turns of the model's own template), "plain"
             (User and Assistant, in words), or "none" (a prompt and its completion as they are).
-        max_length: the most tokens of an example.
+        max_length: the most tokens of an example, or of each of its texts where it has several.
+        pairs: how task embedding compares the texts of a record.
         partition: how a simulation deals out `train_file`.
         heldout_fraction: the share of each site's records that is held out from training, by the hash of each record or
             of its user.
@@ -61,6 +99,7 @@ class DataSpec:
     labels: tuple[str, ...] = ()
     prompt_template: str = "{prompt}"
     chat_template: Literal["none", "model", "plain"] = "none"
+    pairs: PairsSpec = PairsSpec()
     partition: PartitionSpec = PartitionSpec()
     heldout_fraction: float = 0.0
     train_fraction: float = 1.0
@@ -91,7 +130,7 @@ class DataSpec:
         if self.validation_fraction + self.test_fraction >= 1:
             raise ConfigError("test_fraction", self.test_fraction, "must leave the sites something of data.train_file")
         check_one_of("unusable", self.unusable, ("stop", "leave_out"))
-        _check_labels(self.labels)
+        _check_names("labels", self.labels)
         _template_roles(self.prompt_template)
         self._check_partition()
 
@@ -165,16 +204,16 @@ class DataSpec:
         return self.declared_sizes
 
 
-def _check_labels(labels: tuple[str, ...]) -> None:
-    if len(labels) > _MOST_LABELS:
-        raise ConfigError("labels", f"{len(labels)} labels", f"must be at most {_MOST_LABELS}")
+def _check_names(key: str, names: tuple[str, ...]) -> None:
+    if len(names) > _MOST_LABELS:
+        raise ConfigError(key, f"{len(names)} {key}", f"must be at most {_MOST_LABELS}")
     seen: set[str] = set()
-    for label in labels:
-        if not label or label != label.strip():
-            raise ConfigError("labels", label, "must not be blank, nor have spaces around it")
-        if label in seen:
-            raise ConfigError("labels", label, "must be declared once")
-        seen.add(label)
+    for name in names:
+        if not name or name != name.strip():
+            raise ConfigError(key, name, "must not be blank, nor have spaces around it")
+        if name in seen:
+            raise ConfigError(key, name, "must be declared once")
+        seen.add(name)
 
 
 def _template_roles(template: str) -> tuple[str, ...]:

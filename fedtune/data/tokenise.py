@@ -45,30 +45,45 @@ class TextDataset:
     """Tokenised examples, unpadded, in the order of their records.
 
     Attributes:
-        input_ids: (t_i,) token ids of each example, t_i at least 1.
-        targets: one of each example, (n, ...), such as its class; or for each example one target a token, (t_i,) each:
+        input_ids: (t_i,) token ids of each text, t_i at least 1; those of one example stand one after the other.
+        targets: one of each example, (n, ...), such as its class; or for each text one target a token, (t_i,) each:
             the token itself where it is supervised and `UNSUPERVISED` elsewhere, not shifted.
-        lengths: (n,) the t_i, padding not counted.
+        texts: of each example.
+        text_lengths: (n, texts) the t_i, padding not counted.
+        lengths: (n,) of each example's longest text.
     """
 
     input_ids: tuple[NDArray[np.int32], ...]
     targets: Targets
+    texts: int = 1
+    text_lengths: NDArray[np.int32] = field(init=False)
     lengths: NDArray[np.int32] = field(init=False)
 
     def __post_init__(self) -> None:
-        assert len(self.input_ids) == len(self.targets), "one target (or row of targets) an example"
-        object.__setattr__(self, "lengths", np.array([len(ids) for ids in self.input_ids], dtype=np.int32))
+        of_each = self.texts if isinstance(self.targets, tuple) else 1
+        assert len(self.input_ids) * of_each == len(self.targets) * self.texts, "one target an example, or a token"
+        lengths = np.array([len(ids) for ids in self.input_ids], dtype=np.int32).reshape(-1, self.texts)
+        object.__setattr__(self, "text_lengths", lengths)
+        object.__setattr__(self, "lengths", lengths.max(axis=1))
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all examples together."""
+        return int(self.text_lengths.sum())
+
+    def texts_of(self, places: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
+        """Where the texts of the examples at these places stand among all texts."""
+        of_each = np.asarray(places, dtype=np.int64)[:, None] * self.texts + np.arange(self.texts)
+        return of_each.ravel()
 
     def chosen(self, places: Sequence[int]) -> TextDataset:
         """The examples at these places, in this order; one may be taken more than once."""
-        targets = self.targets
-        taken = (
-            tuple(targets[i] for i in places) if isinstance(targets, tuple) else targets[np.array(places, dtype=int)]
-        )
-        return TextDataset(tuple(self.input_ids[place] for place in places), taken)
+        targets, texts = self.targets, self.texts_of(places)
+        taken = tuple(targets[i] for i in texts) if isinstance(targets, tuple) else targets[np.array(places, dtype=int)]
+        return TextDataset(tuple(self.input_ids[text] for text in texts), taken, self.texts)
 
 
 def cut(text: str, max_length: int) -> str:

@@ -23,7 +23,7 @@ KeptStates = dict[int, torch.Tensor | None]
 def figures_of(
     task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptStates | None = None
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """(examples,) each, by name: what `Task.scores` needs of every example of `dataset`.
+    """(examples, ...) each, by name: what `Task.scores` needs of every example of `dataset`.
 
     Without gradients; the model's training flags end as they were.  The figures are exact and not covered by any
     privacy guarantee, as are the scores: they must not leave a site when the data is private.
@@ -43,8 +43,9 @@ def figures_of(
         batches = batches_to_score(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
         for indices, batch in batches:
             for name, of_batch in task_model.task.figures(task_model, batch).items():
-                figures.setdefault(name, np.zeros(len(dataset)))[indices] = of_batch.cpu()
-    return figures
+                empty = np.zeros((len(dataset), *of_batch.shape[1:]))
+                figures.setdefault(name, empty)[indices] = of_batch.cpu()
+    return dict(task_model.task.completed(figures))
 
 
 def unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> npt.NDArray[np.float64]:
@@ -107,7 +108,7 @@ def batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int) -> 
     """
     if len(dataset) == 0:
         raise DataError("evaluation data", 0, "must hold at least one example")
-    for indices in micro_batches(np.arange(len(dataset)), dataset.lengths, max_tokens=max_tokens):
+    for indices in micro_batches(np.arange(len(dataset)), dataset.lengths * dataset.texts, max_tokens=max_tokens):
         yield indices, collate(dataset, indices, pad_id=pad_id)
 
 

@@ -115,27 +115,27 @@ class Reference:
 
 
 class Scores(nn.Module):
-    """A plain base with the task's readout behind it: token ids and attention mask, (n, t), to logits."""
+    """A plain base with the task's readout behind it: token ids and attention mask, (n, t), to logits or embeddings."""
 
     def __init__(self, base: PreTrainedModel | PeftModel, readout: Readout) -> None:
         super().__init__()
-        self.base, self.depth = base, len(readout)
+        self.base, self.depth, self.predicts_tokens = base, len(readout), base.can_generate()
         for place, (weight, bias) in enumerate(readout):
             self.register_buffer(f"weight_{place}", weight)
             self.register_buffer(f"bias_{place}", bias)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits."""
-        cache = {} if self.depth else {"use_cache": False}
+        cache = {"use_cache": False} if self.predicts_tokens else {}
         output = self.base(input_ids=input_ids, attention_mask=attention_mask, **cache)
-        if not self.depth:
+        if self.predicts_tokens:
             return output.logits  # type: ignore[no-any-return]
         mask = attention_mask.unsqueeze(-1).to(torch.float32)
         values: torch.Tensor = (output.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
         for place in range(self.depth):
             weight, bias = self.get_buffer(f"weight_{place}"), getattr(self, f"bias_{place}")
             values = nn.functional.linear(nn.functional.normalize(values, dim=-1), weight, bias)
-        return values
+        return values if self.depth else nn.functional.normalize(values, dim=-1)
 
 
 def export(adapter: Path, config: RunConfig, target: Path, *, format: str) -> list[Path]:
@@ -219,6 +219,7 @@ def _write_sentence_transformers(source: Source, reference: Reference, folder: P
             layers = [base, modules.Pooling(source.base.config.get_text_config().hidden_size, "mean")]
             for weight, bias in source.readout:
                 layers += [modules.Normalize(), _dense(modules, weight, bias)]
+            layers += [] if source.readout else [modules.Normalize()]
             library.SentenceTransformer(modules=layers, device="cpu").save_pretrained(
                 str(folder), create_model_card=False
             )
@@ -324,10 +325,22 @@ _WHAT = {
     ),
     "onnx": ("An ONNX graph of the weights, with the adapter merged into them,", "onnx"),
 }
+_EMBEDS = "A model for embeddings, with the adapter merged into its weights,"
+_EMBEDDING = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("folder")
+embeddings = model.encode(["a text", "another"])
+print(model.similarity(embeddings, embeddings))
+"""
+"""Of a sentence-transformers folder without labels."""
 
 
 def _form(format: str, config: RunConfig) -> Form:
     if format == "peft":
         return Form.adapter(config, folder="folder")
     what, library = _WHAT[format]
-    return Form(what=what, library=library, relation="finetune", loading=_LOADING[format])
+    loading = _LOADING[format]
+    if format == "sentence-transformers" and not config.data.labels:
+        what, loading = _EMBEDS, _EMBEDDING
+    return Form(what=what, library=library, relation="finetune", loading=loading)

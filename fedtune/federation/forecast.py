@@ -59,12 +59,12 @@ def forecast(
         plan: the run's.
         model: lies on the device that trains.
         declared_sizes: of the sites that take part.
-        max_length: tokens of a full example.
+        max_length: tokens of each text of a full example.
         runtime: how this machine trains.
     """
     num_values = sum(parameter.numel() for parameter in model.trainable().values())
     num_records = sum(declared_sizes.values()) * plan.records_per_user
-    kept = keeps_frozen_states(model, runtime, num_tokens=num_records * max_length)
+    kept = keeps_frozen_states(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
     below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept)
     in_step = plan.sampling_rate * plan.records_per_user  # records, for each declared unit
     steps = {site: in_step * size * above for site, size in declared_sizes.items()}
@@ -86,7 +86,8 @@ def seconds_per_example(model: TaskModel, *, max_length: int, runtime: RuntimeSp
 
     Each is the least of a few passes over a made-up micro-batch.
     """
-    batch = _made_up(model, max_length, count=max(1, min(_MOST_TOKENS, runtime.micro_batch_tokens) // max_length))
+    most = min(_MOST_TOKENS, runtime.micro_batch_tokens)
+    batch = _made_up(model, max_length, count=max(1, most // (max_length * model.spec.texts)))
     below = 0.0
     if kept and (states := model.frozen_states(batch)) is not None:
         below = _least_seconds(model, lambda: model.frozen_states(batch))
@@ -110,8 +111,9 @@ def _least_seconds(model: TaskModel, work: Callable[[], object]) -> float:
 
 def _made_up(model: TaskModel, max_length: int, *, count: int) -> Batch:
     """Examples of full length, of token ids that every vocabulary has, each token of them supervised."""
-    token_ids = (1 + np.arange(count * max_length, dtype=np.int32) % 3).reshape(count, max_length)
+    num_texts = count * model.spec.texts
+    token_ids = (1 + np.arange(num_texts * max_length, dtype=np.int32) % 3).reshape(num_texts, max_length)
     draws = np.random.default_rng(0)
     targets = model.task.made_up_targets(list(token_ids), spec=model.spec, draws=draws, first=lambda _: 0)
-    made_up = TextDataset(tuple(token_ids), targets)
+    made_up = TextDataset(tuple(token_ids), targets, model.spec.texts)
     return collate(made_up, range(count), pad_id=0).to(model.device)

@@ -68,7 +68,7 @@ def findings_of(
     if score is None:
         return ()
     # Of a share of `rows`, which another draw of test rows would move by as much.
-    error = 0.0 if judged_by == "loss" else math.sqrt(score * (1 - score) / rows)
+    error = 0.0 if judged_by == "loss" else math.sqrt(max(0.0, score * (1 - score)) / rows)
     worse = started is not None and (score > started if judged_by == "loss" else score < started - error)
     guessed = guess is not None and score <= guess + error
     return tuple(code for code, holds in ((WORSE, worse), (GUESS, guessed)) if holds)

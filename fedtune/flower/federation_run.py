@@ -234,7 +234,7 @@ class FederationRun:
             state.rounds,
             state.metrics_before,
             metrics,
-            judged_by=task.judged_by,
+            judged_by=task.judged(self.config.data),
             guess=task.guess(test.examples) if test else None,
             rows=len(test.records) if test else 0,
         )

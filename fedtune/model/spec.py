@@ -149,6 +149,7 @@ class TaskModelSpec:
         task: what is learnt, see `fedtune.tasks`.
         labels: the declared label set, in the order of the head's rows; empty where the task has none.
         seed: of the adapters' random start, which is public.
+        texts: of a record, which go through the base each by itself: 1, or those that a record compares.
     """
 
     model: ModelSpec
@@ -157,6 +158,8 @@ class TaskModelSpec:
     head: HeadSpec = HeadSpec()
     labels: tuple[str, ...] = ()
     seed: int = 0
+    texts: int = 1
 
     def __post_init__(self) -> None:
         check_at_least("seed", self.seed, 0)
+        check_one_of("texts", self.texts, (1, 2, 3))

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from fedtune.data.records import Record
 
 Mark: TypeAlias = tuple[str, str]
-"""What a record is used for, and its label; records of one mark are told from those of another."""
+"""What a record is used for, and its answer; records of one mark are told from those of another."""
 SAME = 0.8
 """Texts are alike that share so much of their runs of five letters (Jaccard)."""
 MOST_SAME, MOST_ALIKE, MOST_LETTERS = 500_000, 100_000, 20_000_000
@@ -57,7 +57,7 @@ class Earlier:
             use: what its file is used for.
         """
         text = " ".join(" ".join(text for _, text in record.texts()).split())
-        twin = Twin((use, record.fields.get("label", "")), record.line)
+        twin = Twin((use, record.answer), record.line)
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         same = self._same.get(digest, ())
         if all(one.mark != twin.mark for one in same) and len(self._same) < MOST_SAME:

@@ -6,6 +6,7 @@ The counts are exact, and no noise protects them.  Nothing is dropped or changed
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from fedtune.data.spec import SITE
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.federation.spec import FederationSpec
 from fedtune.preparation import alike
-from fedtune.preparation.alike import Earlier, Likeness, Twin
+from fedtune.preparation.alike import Earlier, Likeness
 from fedtune.preparation.patterns import damage, identifiers
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, DataError
@@ -39,7 +40,17 @@ _BINS = 10
 _BY_LINE = (".jsonl", ".csv", ".tsv")
 INSTALL = "pip install 'fedtune[data]'"
 Kind = Literal[
-    "cut", "lost", "unlearnt", "overlap", "near_overlap", "contradiction", "same", "alike", "personal", "damage"
+    "cut",
+    "lost",
+    "unlearnt",
+    "overlap",
+    "near_overlap",
+    "contradiction",
+    "same",
+    "alike",
+    "shared",
+    "personal",
+    "damage",
 ]
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -296,6 +307,7 @@ class _Tally:
         self._num_errors: Counter[str] = Counter()
         self._found: defaultdict[tuple[Kind, str, str], _Some] = defaultdict(_Some)
         self._labels: Counter[str] = Counter(dict.fromkeys(look.config.data.labels, 0))
+        self._texts: dict[bytes, tuple[int, int]] = {}  # by digest: the first line, and records that have it
         self._lengths: Counter[int] = Counter()
         self._languages: Counter[str] = Counter()
 
@@ -308,7 +320,8 @@ class _Tally:
                 if isinstance(found, DataError):
                     raise found
                 if not self._look.usable(found):
-                    raise DataError(found.at("label"), "another label", "must be one of data.labels")
+                    role, there, bound = self._look.task.unusable
+                    raise DataError(found.at(role), there, bound)
                 if data.partition.kind == "column" and found.fields.get("site") not in {*data.partition.sites, None}:
                     raise DataError(found.at("site"), "another site", "must be one of data.partition.sites")
             except DataError as error:
@@ -327,6 +340,7 @@ class _Tally:
             if record.fields.get("label") in self._labels:
                 self._labels[record.fields["label"]] += 1
             self._take_twins(record, use)
+            self._take_shared(record)
             for kind, what, role in dict.fromkeys(_in_texts(record)):
                 self._note(record, kind, what, self._look.config.data.columns[role])
             self._take_language(record)
@@ -348,20 +362,34 @@ class _Tally:
                 self._note(record, "unlearnt")
 
     def _take_twins(self, record: Record, use: str) -> None:
-        mark = (use, record.fields.get("label", ""))
+        mark = (use, record.answer)
         twins = self._look.earlier.twins(record, use)
         here = {kind: [twin for twin in some if twin.mark[0] == use] for kind, some in twins.items()}
         for kind in ("same", "alike"):
             if own := next((twin for twin in here[kind] if twin.mark == mark), None):
-                self._note(record, kind, like=own)
+                self._note(record, kind, like=own.line)
                 break
             if kind == "same" and here[kind]:
-                self._note(record, "contradiction", like=here[kind][0])
+                self._note(record, "contradiction", like=here[kind][0].line)
                 break
         for kind, across in _ACROSS.items():
             if other := next((twin for twin in twins[kind] if twin.mark[0] != use), None):
-                self._note(record, across, other.mark[0], like=other)
+                self._note(record, across, other.mark[0], like=other.line)
                 break
+
+    def _take_shared(self, record: Record) -> None:
+        """Note a record of several texts if an earlier one has one of them, too."""
+        if self._look.task.texts(self._look.config.data) == 1:
+            return
+        earlier = []
+        for text in {text for _, text in record.texts()}:
+            digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+            line, count = self._texts.get(digest, (record.line, 0))
+            earlier += [line] if count else []
+            if count or len(self._texts) < alike.MOST_SAME:
+                self._texts[digest] = line, count + 1
+        if earlier:
+            self._note(record, "shared", like=min(earlier))
 
     def _take_language(self, record: Record) -> None:
         if not self._look.tells_languages or sum(self._languages.values()) >= _LANGUAGE_RECORDS:
@@ -372,11 +400,15 @@ class _Tally:
         short = sum(map(str.isalpha, text)) < _FEW_LETTERS
         self._languages["" if short else py3langid.classify(text)[0]] += 1
 
-    def _note(self, record: Record, kind: Kind, what: str = "", column: str = "", *, like: Twin | None = None) -> None:
+    def _note(self, record: Record, kind: Kind, what: str = "", column: str = "", *, like: int | None = None) -> None:
         some = self._found[kind, what, column]
         some.count += 1
         if len(some.lines) < SHOWN:
-            some.lines.append((record.line, None if like is None else like.line))
+            some.lines.append((record.line, like))
+
+    def _most(self, kind: Kind) -> str:
+        """In how many records the most frequent text is, where that was found."""
+        return f"(one is in {max(count for _, count in self._texts.values()):,})" if kind == "shared" else ""
 
     def result(self, path: Path) -> FileCheck:
         """All that was found."""
@@ -388,7 +420,9 @@ class _Tally:
             errors=tuple(self._errors),
             num_errors=dict(self._num_errors.most_common()),
             findings=tuple(
-                Finding(kind=kind, what=what, column=column, count=some.count, lines=tuple(some.lines))
+                Finding(
+                    kind=kind, what=what or self._most(kind), column=column, count=some.count, lines=tuple(some.lines)
+                )
                 for (kind, what, column), some in sorted(self._found.items(), key=lambda one: _KINDS.index(one[0][0]))
             ),
             labels=dict(self._labels),
@@ -406,7 +440,11 @@ def _in_texts(record: Record) -> Iterator[tuple[Kind, str, str]]:
 
 def _supervised(examples: TextDataset) -> list[int]:
     """How many targets of each example are learnt."""
-    return [int(np.count_nonzero(np.asarray(target) != UNSUPERVISED)) for target in examples.targets]
+    known = (np.nan_to_num(target, nan=UNSUPERVISED) != UNSUPERVISED for target in examples.targets)
+    counts: list[int] = (
+        np.array([np.count_nonzero(one) for one in known]).reshape(len(examples), -1).sum(axis=1).tolist()
+    )
+    return counts
 
 
 def _lengths(counts: Counter[int]) -> Lengths | None:

@@ -7,6 +7,7 @@ anybody else does; no run and no site calls it.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,16 +15,19 @@ from pathlib import Path
 from typing import Literal
 
 from fedtune.data.formats import format_of, raw_rows
+from fedtune.data.records import number_of
 from fedtune.data.text_rows import Row
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 
-Kind = Literal["labelled", "pairs", "instructions", "chat", "text"]
+Kind = Literal["labelled", "pairs", "instructions", "chat", "scored", "triplets", "text"]
 KINDS: Mapping[Kind, str] = {
     "labelled": "texts with a label",
     "pairs": "prompts with their completion",
     "instructions": "instructions with their output (Alpaca)",
     "chat": "conversations",
+    "scored": "pairs of texts with a score of how alike they are",
+    "triplets": "texts, each with one that belongs to it and one that does not",
     "text": "plain texts",
 }
 SHOWN_ROWS = 5
@@ -36,6 +40,11 @@ _RECORDS_A_LABEL = 5
 _LABELS = ("label", "labels", "category", "class", "intent", "topic", "team", "sentiment", "target", "type", "tag")
 _PROMPTS = ("prompt", "question", "query", "source", "input", "mr", "document", "context")
 _COMPLETIONS = ("completion", "response", "answer", "output", "target", "ref", "summary", "reply", "chosen")
+_ALIKE = (("sentence1", "sentence2"), ("text1", "text2"), ("sentence_a", "sentence_b"), ("question1", "question2"))
+_SCORES = ("score", "similarity", "similarity_score", "relatedness", "relatedness_score", "is_duplicate")
+_TRIPLETS = (("anchor", "query", "question"), ("positive", "pos"), ("negative", "neg"))
+_SCALES = ((0.0, 1.0), (0.0, 5.0), (1.0, 5.0), (-1.0, 1.0), (0.0, 10.0), (0.0, 100.0))
+"""On which people score, the usual first."""
 _CHATS = ("messages", "conversations", "conversation")
 _PEOPLE = (
     *("user", "user_id", "userid", "author", "speaker", "patient", "patient_id", "customer", "customer_id"),
@@ -55,6 +64,8 @@ class Column:
         types: how often each type of value came.
         values: how often each value came; empty where there are too many, or they are too long for a label.
         characters: of all its texts together.
+        numbers: rows with a finite number, or a text that is one.
+        lowest, highest: of these numbers.
     """
 
     name: str
@@ -62,6 +73,9 @@ class Column:
     types: Counter[str] = field(default_factory=Counter)
     values: Counter[str] = field(default_factory=Counter)
     characters: int = 0
+    numbers: int = 0
+    lowest: float = math.inf
+    highest: float = -math.inf
     _open: bool = True
 
     def note(self, value: object) -> None:
@@ -70,6 +84,9 @@ class Column:
             return
         self.filled += 1
         self.types[_type_of(value)] += 1
+        if (number := number_of(value)) is not None:
+            self.numbers += 1
+            self.lowest, self.highest = min(self.lowest, number), max(self.highest, number)
         if not isinstance(value, str) and type(value) is not int:
             return
         text = str(value).strip()
@@ -91,6 +108,17 @@ class Column:
         """Whether it has few values, each of which comes often."""
         few = 2 <= len(self.values) <= _MOST_LABELS and self.filled >= _RECORDS_A_LABEL * len(self.values)
         return few and set(self.types) <= {"text", "whole number"}
+
+    @property
+    def is_score(self) -> bool:
+        """Whether all its values are numbers, and not all the same."""
+        return self.filled > 0 and self.numbers == self.filled and self.lowest < self.highest
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """The first usual scale that its numbers fit, else whole numbers around them."""
+        usual = (one for one in _SCALES if one[0] <= self.lowest and self.highest <= one[1])
+        return next(usual, (float(math.floor(self.lowest)), float(math.ceil(self.highest))))
 
     @property
     def is_id(self) -> bool:
@@ -140,7 +168,8 @@ def look_at(path: Path, chosen: Mapping[str, str]) -> Found:
 
     Args:
         path: the file.
-        chosen: role (text, label, prompt, completion) to column, where the person at the keyboard says so.
+        chosen: role (text, label, prompt, completion, other, score) to column, where the person at the keyboard says
+            so.
 
     Raises:
         DataError: it cannot be read, or holds no row or no column of text.
@@ -200,6 +229,12 @@ def _chosen(columns: Mapping[str, Column], chosen: Mapping[str, str]) -> _Guess:
         role, name = list(chosen.items())[-1]
         raise ConfigError(f"--{role}", name, "must be another column than the other options name")
     said = tuple(f"--{role}: {name}" for role, name in chosen.items())
+    if "other" in chosen or "score" in chosen:
+        if set(chosen) != {"text", "other", "score"}:
+            raise ConfigError("--score", chosen.get("score"), "goes with --text and --other, and with no other column")
+        if not columns[chosen["score"]].is_score:
+            raise ConfigError("--score", chosen["score"], "must hold numbers in every row, and not always the same")
+        return "scored", dict(chosen), said
     if "prompt" in chosen or "completion" in chosen:
         if len(chosen) != 2 or set(chosen) != {"prompt", "completion"}:
             raise ConfigError("--prompt", chosen.get("prompt"), "goes with --completion, and with no other column")
@@ -221,6 +256,8 @@ def _guessed(columns: Mapping[str, Column], first: Sequence[Row], path: Path) ->
     guesses: tuple[Callable[[], _Guess | None], ...] = (
         lambda: _as_chat(columns, first),
         lambda: _as_instructions(columns),
+        lambda: _as_triplets(columns),
+        lambda: _as_scored(columns),
         lambda: _as_pairs(columns),
         lambda: _as_classification(columns),
         lambda: _as_text(columns),
@@ -245,6 +282,30 @@ def _as_instructions(columns: Mapping[str, Column]) -> _Guess | None:
     extra = {role: name for role in ("input", "system") if (name := _named(columns, (role,))) is not None}
     shown = ", ".join([prompt, *extra.values(), completion])
     return "instructions", {"prompt": prompt, **extra, "completion": completion}, (f"It has the columns {shown}.",)
+
+
+def _as_triplets(columns: Mapping[str, Column]) -> _Guess | None:
+    found = [name for names in _TRIPLETS if (name := _named(columns, names)) is not None and columns[name].is_text]
+    if len(found) < len(_TRIPLETS):
+        return None
+    return (
+        "triplets",
+        dict(zip(("anchor", "positive", "negative"), found, strict=True)),
+        (f"It has the columns {', '.join(found)}.",),
+    )
+
+
+def _as_scored(columns: Mapping[str, Column]) -> _Guess | None:
+    score = _named(columns, _SCORES)
+    if score is None or not columns[score].is_score:
+        return None
+    for names in _ALIKE:
+        text, other = (_named(columns, (name,)) for name in names)
+        if text is not None and other is not None and columns[text].is_text and columns[other].is_text:
+            low, high = columns[score].scale
+            why = f"Column {score} has numbers, which a scale from {low:g} to {high:g} holds, for {text} and {other}."
+            return "scored", {"text": text, "other": other, "score": score}, (why,)
+    return None
 
 
 def _as_pairs(columns: Mapping[str, Column]) -> _Guess | None:

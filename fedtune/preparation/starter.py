@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import yaml
 
 from fedtune.config import RunConfig
 from fedtune.data.records import chunks, usable_records
-from fedtune.data.spec import DataSpec
+from fedtune.data.spec import DataSpec, PairsSpec
 from fedtune.data.tokenise import Tokenizer
 from fedtune.preparation.detect import Found, Kind
 from fedtune.spec import ConfigError, DataError
@@ -39,6 +39,7 @@ _SHARES = ((1000, 0.2, 0.1), (10_000, 0.1, 0.05))
 _LEAST_SHARES = (0.02, 0.01)
 _BEFORE_COMMENT = 34
 _CLASSIFIES: Kind = "labelled"
+_BASES: Mapping[Kind, str] = {_CLASSIFIES: "own_data", "scored": "own_pairs", "triplets": "own_pairs"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +98,7 @@ class Plan:
 
 def base_of(kind: Kind) -> str:
     """The experiment of conf/ that suits a kind of training."""
-    return "own_data" if kind == _CLASSIFIES else "own_text"
+    return _BASES.get(kind, "own_text")
 
 
 def sites_for(rows: int) -> int:
@@ -118,6 +119,8 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
     records = usable_records(found.path, found.roles, left_out=left_out)
     task = task_named(base.task)
     own: dict[str, Any] = {"columns": dict(found.roles), "labels": tuple(found.labels), "max_length": _LONGEST_TOLD}
+    if found.kind == "scored":
+        own["pairs"] = PairsSpec(score_range=_scale(found))
     data = _with_turns(found, replace(base.data, **own | _templates(found)), tokenizer, base.task)
     counts: list[int] = []
     users: set[str] = set()
@@ -143,6 +146,10 @@ def _templates(found: Found) -> dict[str, str]:
     if found.kind != "instructions":
         return {}
     return {"prompt_template": "{prompt}\n\n{input}" if "input" in found.roles else "{prompt}"}
+
+
+def _scale(found: Found) -> tuple[float, float]:
+    return found.columns[found.roles["score"]].scale
 
 
 def _with_turns(found: Found, data: DataSpec, tokenizer: Tokenizer, task: str) -> DataSpec:
@@ -229,6 +236,8 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
     yield "columns", dict(found.roles), "role of fedtune: column of the file"
     for key, template in _templates(found).items():
         yield key, template, "what is asked; a part whose columns are blank is left out"
+    if found.kind == "scored":
+        yield "pairs", {"score_range": list(_scale(found))}, "the scale that people scored on; it becomes PUBLIC"
     if plan.measured.turns != "none":
         yield (
             "chat_template",

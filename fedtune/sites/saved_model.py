@@ -141,8 +141,7 @@ def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
     saved = SavedModel(config, {"tuned": adapter})
     model, tokenizer = saved.model, saved.tokenizer
     data, unit = _read(config, file, saved)
-    num_tokens = int(data.examples.lengths.sum())
-    keeps = keeps_frozen_states(model, config.runtime, num_tokens=num_tokens)
+    keeps = keeps_frozen_states(model, config.runtime, num_tokens=data.examples.num_tokens)
     data = replace(data, kept={} if keeps else None)
     found = []
     for name in (BASE, "tuned"):

@@ -96,7 +96,7 @@ class SharedModel:
     def _num_tokens(config: RunConfig, declared_size: int | None) -> int:
         """By public numbers, so that no record decides: full length, and of a user the records of a step."""
         size = sum(config.declared_sizes().values()) if declared_size is None else declared_size
-        return size * config.privacy.contribution * config.data.max_length
+        return size * config.privacy.contribution * config.data.max_length * config.task_model().texts
 
     def _tried(self) -> tuple[Shapes, float]:
         """The shapes in which no example's neighbours move it, else the plain ones and how far they do."""
@@ -168,8 +168,7 @@ class SharedModel:
 
     def _kept(self, data: LeadData) -> LeadData:
         """The same, with what the frozen layers make of it kept where there is room."""
-        num_tokens = int(data.examples.lengths.sum())
-        keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
+        keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=data.examples.num_tokens)
         return replace(data, kept={} if keeps else None)
 
     def score(self, adapter: Adapter, data: LeadData | None, *, generate: bool = False) -> dict[str, float]:

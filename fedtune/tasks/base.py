@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.records import Record
-from fedtune.data.spec import DataSpec
+from fedtune.data.spec import DataSpec, PairsSpec
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.mechanism import Unit
@@ -34,8 +34,8 @@ Ids: TypeAlias = Sequence[npt.NDArray[np.int32]]
 """Token ids, (t_i,) of each example."""
 _ROLES_OF_ALL = ("label", "site", "user")
 """Roles by which records can be dealt out or counted, whatever the task."""
-_OF_LANGUAGE_MODELS = {"prompt_template": "{prompt}", "chat_template": "none"}
-"""Settings that only a task that predicts tokens uses, and what they are for others."""
+_OF_SOME_TASKS = {"prompt_template": "{prompt}", "chat_template": "none", "pairs": PairsSpec()}
+"""Settings of the data that not every task `reads`, and what they are for the others."""
 FirstTarget: TypeAlias = Callable[[int], int]
 """From an example's length to the place of its first target, where targets belong to tokens."""
 
@@ -68,6 +68,7 @@ class Task(ABC):
     Attributes:
         name: in settings, policies and reports.
         roles: that every record must have, in the first of the task's layouts.
+        reads: what it uses of the settings that only some tasks use (`_OF_SOME_TASKS`).
         has_labels: whether `data.labels` declares the classes.
         has_head: whether a head is trained beside the adapters, by the settings under `head`.
         predicts_tokens: whether the base is a decoder with its output layer; otherwise it ends in hidden states.
@@ -76,10 +77,12 @@ class Task(ABC):
             a whole model has an output layer of its base's own, or a `readout`.
         judged_by: the score that says whether training helped: the larger the better, but for "loss".
         rate_shares: what LoRA and the head take of the automatic learning rate; None: it was not studied for the task.
+        unusable: about a record that is not `usable`: the role, what is there, and what must be.
     """
 
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
+    reads: ClassVar[tuple[str, ...]] = ()
     has_labels: ClassVar[bool] = False
     has_head: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
@@ -87,6 +90,7 @@ class Task(ABC):
     formats: ClassVar[tuple[str, ...]] = ("peft",)
     judged_by: ClassVar[str] = "loss"
     rate_shares: ClassVar[tuple[float, float] | None] = None
+    unusable: ClassVar[tuple[str, str, str]] = ("", "", "")
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -96,6 +100,17 @@ class Task(ABC):
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         """The roles that a record must have under these settings."""
         return self.roles
+
+    def texts(self, data: DataSpec) -> int:
+        """How many texts of a record go through the base, each by itself (`TextDataset.texts`): 1, 2 or 3.
+
+        What trains must see their rows: a gradient for each row is what its hooks give, and a record's is their sum.
+        """
+        return 1
+
+    def judged(self, data: DataSpec) -> str:
+        """`judged_by`, where the layout of the records decides it."""
+        return self.judged_by
 
     def columns(self, data: DataSpec, *, partition: bool = False, unit: Unit = "record") -> dict[str, str]:
         """Role to column of what a file must have: the task's, the unit's, and what the partition goes by."""
@@ -119,8 +134,8 @@ class Task(ABC):
         if unknown := [role for role in data.columns if role not in known]:
             bound = f"is no role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
             raise ConfigError(f"columns.{unknown[0]}", data.columns[unknown[0]], bound)
-        for key, nothing in _OF_LANGUAGE_MODELS.items():
-            if not self.predicts_tokens and getattr(data, key) != nothing:
+        for key, nothing in _OF_SOME_TASKS.items():
+            if key not in self.reads and getattr(data, key) != nothing:
                 raise ConfigError(key, getattr(data, key), f"must stay {nothing}: task {self.name} does not use it")
 
     def check_model(self, spec: TaskModelSpec) -> None:  # noqa: B027
@@ -196,15 +211,22 @@ class Task(ABC):
 
     @abstractmethod
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
-        """Float32 scores, whose first axis is the example."""
+        """Float32 scores, whose first axis is the row: an example, or one of its texts."""
 
     @abstractmethod
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
-        """(rows,) float32; each example's own loss, which depends on that example alone, with its gradient."""
+        """(examples,) float32; each example's own loss, which depends on that example alone, with its gradient.
+
+        Empty places are examples, too; what they lose counts nothing, but must be a number.
+        """
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        """What `scores` needs of each example, (rows,) by name."""
+        """What `scores` needs of each example, (examples, ...) by name."""
         return {"loss": model.losses(batch)}
+
+    def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
+        """The figures of all examples of a data set, with what only all of them together tell of one."""
+        return figures
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """Scores of a whole data set, by name, from the figures of all its examples, (examples,) each.
@@ -229,14 +251,17 @@ class Task(ABC):
         """Targets for invented examples, on which a model is tried before a run, and its cost is measured.
 
         Args:
-            input_ids: of each example.
+            input_ids: of each text; an example has `spec.texts`.
             spec: of the model.
             draws: where a target is one of several.
             first: place of the first target in an example of so many tokens.
         """
 
     def readout(self, model: Model) -> Readout:
-        """The linear layers that make `logits` of the base's mean hidden state, each of a vector of norm 1."""
+        """The linear layers that make `logits` of the base's mean hidden state, each of a vector of norm 1.
+
+        None where that vector itself is what `logits` gives, or the base's own output layer.
+        """
         return ()
 
     def loading(self, *, base: str, folder: str) -> str:

@@ -46,6 +46,7 @@ class CausalLM(Task):
 
     name = "causal_lm"
     roles = ("prompt", "completion")
+    reads = ("prompt_template", "chat_template")
     predicts_tokens = True
     hub_name = "text-generation"
     formats = ("peft", "merged", "onnx")

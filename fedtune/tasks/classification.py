@@ -56,6 +56,7 @@ class Classification(Task):
     formats = ("peft", "sentence-transformers", "onnx")
     judged_by = "accuracy"
     rate_shares = (1 / 8, 1.0)
+    unusable = ("label", "another label", "must be one of data.labels")
 
     def check_model(self, spec: TaskModelSpec) -> None:
         if len(spec.labels) < 2 or len(set(spec.labels)) < len(spec.labels):
@@ -72,23 +73,13 @@ class Classification(Task):
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
         """The role `text`, with the tokenizer's own special tokens; a label's class is its place in `data.labels`."""
-        length = data.max_length
         classes = {label: index for index, label in enumerate(data.labels)}
         if unknown := [record for record in records if record.fields["label"] not in classes]:
             raise _undeclared(unknown, data.labels)
         targets = np.array([classes[record.fields["label"]] for record in records], dtype=np.int64)
-        texts = [cut(record.fields["text"], length) for record in records]
-        input_ids: list[npt.NDArray[np.int32]] = []
-        encoded = encode(texts, tokenizer, special_tokens=True, max_length=length, within=lenient_within)
-        for place, ids in enumerate(encoded):
-            if not ids and lenient_within is None:
-                bound = f"must have a token of {tokenizer.name_or_path!r}"
-                raise DataError(records[place].at("text"), "no tokens", bound)
-            if not ids:
-                targets[place] = UNSUPERVISED
-            # Cut once more: a tokenizer cuts nothing where its special tokens alone are more than `max_length`.
-            input_ids.append(np.array(ids[:length] or [0], dtype=np.int32))
-        return TextDataset(tuple(input_ids), targets)
+        fields = [(record, "text") for record in records]
+        ids, found = whole_texts(fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within)
+        return TextDataset(tuple(ids), np.where(found, targets, UNSUPERVISED))
 
     def add_head(self, model: Model) -> None:
         import torch
@@ -224,6 +215,32 @@ def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
     mask = attention_mask.unsqueeze(-1).to(torch.float32)
     total = (hidden.to(torch.float32) * mask).sum(dim=1)
     return torch.nn.functional.normalize(total / mask.sum(dim=1).clamp(min=1.0), dim=-1)
+
+
+def whole_texts(
+    fields: Sequence[tuple[Record, str]], tokenizer: Tokenizer, *, max_length: int, lenient_within: int | None
+) -> tuple[list[npt.NDArray[np.int32]], list[bool]]:
+    """Token ids of texts with the tokenizer's own special tokens, and whether each could be encoded.
+
+    Args:
+        fields: records and which of their roles.
+        tokenizer: the base's.
+        max_length: the most tokens of a text.
+        lenient_within: as `Task.tokenise` has it; what cannot be encoded is then one token, 0.
+
+    Raises:
+        DataError: a text gives no token.
+    """
+    texts = [cut(record.fields[role], max_length) for record, role in fields]
+    encoded = encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
+    input_ids, found = [], []
+    for (record, role), ids in zip(fields, encoded, strict=True):
+        if not ids and lenient_within is None:
+            raise DataError(record.at(role), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
+        # Cut once more: a tokenizer cuts nothing where its special tokens alone are more than `max_length`.
+        input_ids.append(np.array(ids[:max_length] or [0], dtype=np.int32))
+        found.append(bool(ids))
+    return input_ids, found
 
 
 def label_texts(spec: HeadSpec, labels: tuple[str, ...]) -> tuple[str, ...]:

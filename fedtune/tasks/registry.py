@@ -9,8 +9,9 @@ from fedtune.spec import check_one_of
 from fedtune.tasks.base import Task
 from fedtune.tasks.causal_lm import CausalLM
 from fedtune.tasks.classification import Classification
+from fedtune.tasks.embedding import Embedding
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM())}
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM(), Embedding())}
 
 
 def task_named(name: str) -> Task:

@@ -316,6 +316,7 @@ def _spec_of(settings: dict[str, Any]) -> TaskModelSpec:
         task=settings["task"],
         labels=tuple(settings["labels"]),
         seed=settings["seed"],
+        texts=settings.get("texts", 1),
     )
 
 

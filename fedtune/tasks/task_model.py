@@ -42,7 +42,7 @@ class TaskModel(nn.Module):
         self.train()
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """The task's float32 scores; the first axis is the row."""
+        """The task's float32 scores; the first axis is the row, or the example."""
         with self._prefix.given(batch.prefix):
             return self.task.logits(self, batch)
 
@@ -56,7 +56,7 @@ class TaskModel(nn.Module):
             return torch.zeros(0, device=self.device, requires_grad=torch.is_grad_enabled())
         with self._prefix.given(batch.prefix):
             losses = self.task.losses(self, batch)
-        return losses[: len(losses) - batch.empty_rows]
+        return losses[: len(batch)]
 
     def frozen_states(self, batch: Batch) -> torch.Tensor | None:
         """What the layers below the first trained one make of each example, (n, t, h), whatever the adapter.

@@ -58,8 +58,8 @@ class SiteExamples:
     def __init__(self, dataset: TextDataset, *, pad_id: int, shapes: Shapes, device: torch.device | str) -> None:
         self._dataset, self._pad_id, self._shapes, self.device = dataset, pad_id, shapes, device
         self._states: torch.Tensor | None = None  # (tokens of all records, h), on the CPU
-        ends = np.cumsum(dataset.lengths, dtype=np.int64)
-        self._starts = ends - dataset.lengths
+        ends = np.cumsum(dataset.text_lengths, dtype=np.int64).reshape(dataset.text_lengths.shape)
+        self._starts = ends - dataset.text_lengths  # (records, texts)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -67,7 +67,7 @@ class SiteExamples:
     @property
     def num_tokens(self) -> int:
         """Tokens of all records together."""
-        return int(self._dataset.lengths.sum())
+        return self._dataset.num_tokens
 
     def parts(self, indices: npt.NDArray[np.int64]) -> Iterator[Part]:
         """The chosen records, cut into micro-batches whose shapes are fixed; those of one record keep their order."""
@@ -132,14 +132,15 @@ class SiteExamples:
         """Kept states as (rows, t, h), zero where there is padding."""
         assert self._states is not None
         rows, columns, places = self._tokens(part, batch)
-        states = self._states.new_zeros(part.rows, part.length, self._states.shape[1])
+        states = self._states.new_zeros(*batch.input_ids.shape, self._states.shape[1])
         states[rows, columns] = self._states[places]
         return states
 
     def _tokens(self, part: Part, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Where each token of the records stands in the micro-batch, by row and column, and among those kept."""
-        rows, columns = batch.attention_mask[: len(part.places)].cpu().nonzero(as_tuple=True)
-        return rows, columns, torch.from_numpy(self._starts[part.places])[rows] + columns
+        starts = torch.from_numpy(self._starts[part.places].ravel())
+        rows, columns = batch.attention_mask[: len(starts)].cpu().nonzero(as_tuple=True)
+        return rows, columns, starts[rows] + columns
 
 
 def _states(model: TaskModel, batch: Batch) -> torch.Tensor | None:
@@ -153,7 +154,7 @@ def _states(model: TaskModel, batch: Batch) -> torch.Tensor | None:
     if nothing is None:
         return None
     states = torch.zeros_like(nothing)
-    for row, found in enumerate(each):
+    for place, found in enumerate(each):
         if found is not None:
-            states[row] = found[0]
+            states[place * batch.texts : (place + 1) * batch.texts] = found[: batch.texts]
     return states

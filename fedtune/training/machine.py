@@ -54,7 +54,8 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
 def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
     """The shapes of a run's micro-batches on this machine, from public settings alone."""
     positions = usable_positions(model.base.get_base_model())
-    return Shapes.of(max_length=max_length, max_tokens=runtime.micro_batch_tokens, positions=positions)
+    most = runtime.micro_batch_tokens // model.spec.texts
+    return Shapes.of(max_length=max_length, max_tokens=most, positions=positions)
 
 
 def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from opacus.grad_sample import GradSampleHooks
@@ -25,7 +26,7 @@ class PerExampleGradients:
         self._parameters = model.trainable()
 
     def of(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Gradients of each example's own loss: name -> (rows, *parameter shape), float32; empty rows are zero.
+        """Gradients of each example's own loss: name -> (places, *parameter shape), float32; empty places are zero.
 
         Losses are summed, never averaged, over the batch: a mean would let one example rescale another.
 
@@ -63,7 +64,9 @@ class PerExampleGradients:
             gradient = getattr(parameter, "grad_sample", None)
             if gradient is None:
                 raise ConfigError("lora.target_modules", name, "is trainable, but the forward pass does not use it")
-            gradients[name] = gradient[: len(batch.input_ids)]  # a head may have worked on more rows
+            of_rows = gradient[: len(batch.input_ids)]  # a head may have worked on more rows
+            # One after the other: torch's own sum over them could go by how many examples there are.
+            gradients[name] = reduce(torch.add, (of_rows[text :: batch.texts] for text in range(batch.texts)))
         self._clear()
         return gradients
 
@@ -76,11 +79,11 @@ class PerExampleGradients:
 def _without_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The gradients, zero for an example without states of the frozen layers: it counts as it does where none are kept.
 
-    Its own states alone decide that, so no other example's gradient changes.
+    So does one of whose texts any has none.  Its own states alone decide that: no other example's gradient changes.
     """
     if batch.prefix is None:
         return gradients
-    known = batch.prefix.flatten(1).any(dim=1)
+    known = batch.prefix.flatten(1).any(dim=1).view(-1, batch.texts).all(dim=1)
     if known[: len(batch)].all():
         return gradients
     return {name: torch.where(known.view(-1, *[1] * (one.dim() - 1)), one, 0.0) for name, one in gradients.items()}

@@ -123,7 +123,7 @@ class _Trial:
             self._places[length] = np.arange(len(lengths), len(lengths) + room)
             # The longest first; it is left out of the other companies, for models that choose by the longest example.
             lengths += [most, *draws.integers(min(least, most), most, size=room - 1, endpoint=True)]
-        made_up = _made_up(model, lengths, draws)
+        made_up = _made_up(model, lengths_of_texts(lengths, model.spec.texts, draws), draws)
         self._whole = {length: self._part(places, length) for length, places in self._places.items()}
         self._smaller = {length: tuple(self._companies(places, length)) for length, places in self._places.items()}
         # What frozen layers make of the examples has the same two companies.
@@ -186,7 +186,8 @@ class _Trial:
         return moved
 
     def _copies(self, length: int) -> TextDataset:
-        one = _made_up(self._model, [self._shapes.most_tokens(length)], self._draws, first=lambda _: 0)
+        lengths = [self._shapes.most_tokens(length)] * self._model.spec.texts
+        one = _made_up(self._model, lengths, self._draws, first=lambda _: 0)
         return one.chosen([0] * self._most_room(length))
 
 
@@ -219,7 +220,14 @@ def _made_up(
     input_ids = tuple(draws.integers(0, num_ids, size=length).astype(np.int32) for length in lengths)
     for ids in input_ids[::2]:  # not all, or every example would begin with the same token
         ids[0], ids[-1] = num_ids - 1, 0
-    return TextDataset(input_ids, model.task.made_up_targets(input_ids, spec=model.spec, draws=draws, first=first))
+    targets = model.task.made_up_targets(input_ids, spec=model.spec, draws=draws, first=first)
+    return TextDataset(input_ids, targets, model.spec.texts)
+
+
+def lengths_of_texts(longest: list[int], texts: int, draws: np.random.Generator) -> list[int]:
+    """Lengths of all texts of records of so many texts each, the longest of which may be any of them."""
+    each = ([length, *draws.integers(1, length, size=texts - 1, endpoint=True)] for length in longest)
+    return [int(length) for place, some in enumerate(each) for length in np.roll(some, place % texts)]
 
 
 def _fill(model: TaskModel, draws: np.random.Generator) -> None:

@@ -30,6 +30,31 @@ def searched(command: Any, tiny: Any, tmp_path: Path) -> Callable[..., tuple[Any
     return run
 
 
+TRIPLETS = (
+    *("experiment=own_pairs", "model=random_bert", "lora=all_linear", "data.train_file=x", "data.max_length=16"),
+    *("data.columns={anchor: a, positive: b}", "data.pairs.negatives=[no, never]", "data.declared_sizes=20"),
+)
+
+
+def test_a_record_of_three_texts_moves_a_step_by_one_clip_norm_at_most(searched: Any) -> None:
+    outcome, found = searched(*TRIPLETS)
+    assert outcome.code == 0, outcome.err
+    assert (found["tries"], found["exceeded"], found["others_moved"]) == (TRIES, 0, 0)
+    assert 0.9 < found["moved"] <= 1.0
+
+
+def test_a_record_whose_texts_are_clipped_one_by_one_is_found(searched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = dp_step.contributions
+
+    def of_each_text(gradients: Any, max_grad_norm: float) -> Any:
+        return {name: 3 * one for name, one in original(gradients, max_grad_norm).items()}
+
+    monkeypatch.setattr(dp_step, "contributions", of_each_text)
+    outcome, found = searched(*TRIPLETS)
+    assert outcome.code == 1
+    assert found["exceeded"] > 0
+
+
 @pytest.mark.parametrize("by_user", [False, True])
 def test_a_sound_step_is_moved_by_one_clip_norm_at_most(searched: Any, by_user: bool) -> None:
     outcome, found = searched(*(("privacy.unit=user", "+data.columns.user=label") if by_user else ()))

@@ -18,6 +18,36 @@ CLASSES = TextDataset(IDS, np.array([0, 2, 1]))
 TOKENS = TextDataset(IDS, tuple(np.where(ids > 6, ids, UNSUPERVISED).astype(np.int64) for ids in IDS))
 
 
+SEVERAL = TextDataset((*IDS, *IDS[::-1]), np.array([0.5, 0.25, 1.0], dtype=np.float32), 2)
+A_TOKEN_EACH = TextDataset((*IDS, *IDS[::-1]), (*TOKENS.targets, *TOKENS.targets[::-1]), 2)
+
+
+def test_a_data_set_of_several_texts_has_the_length_of_each_record_s_longest() -> None:
+    assert (len(SEVERAL), SEVERAL.num_tokens) == (3, 18)
+    assert SEVERAL.text_lengths.tolist() == [[3, 2], [4, 4], [2, 3]]
+    assert SEVERAL.lengths.tolist() == [3, 4, 3]
+    assert SEVERAL.texts_of([2, 0]).tolist() == [4, 5, 0, 1]
+    taken = SEVERAL.chosen([2, 0])
+    assert [ids.tolist() for ids in taken.input_ids] == [SEVERAL.input_ids[text].tolist() for text in (4, 5, 0, 1)]
+    assert (taken.texts, taken.targets.tolist()) == (2, [1.0, 0.5])
+    assert [len(row) for row in A_TOKEN_EACH.chosen([1]).targets] == [4, 4]
+    with pytest.raises(AssertionError, match="one target"):
+        TextDataset(IDS, np.zeros(3), 2)
+    assert len(TextDataset((), np.zeros(0), 3)) == 0
+
+
+def test_collate_puts_the_texts_of_a_record_into_rows_one_after_the_other() -> None:
+    batch = collate(SEVERAL, [2, 0], pad_id=0, shape=(3, 5))
+    assert (len(batch), batch.texts, batch.empty_rows) == (2, 2, 2)
+    assert batch.attention_mask.sum(dim=1).tolist() == [2, 3, 3, 2, 1, 1]
+    assert batch.input_ids[1].tolist() == [5, 6, PAD, 0, 0]
+    assert batch.targets.tolist() == [1.0, 0.5, 0.0]
+    assert (len(batch.to("meta")), batch.to("meta").texts) == (2, 2)
+    tokens = collate(A_TOKEN_EACH, [0], pad_id=0, shape=(2, 4))
+    assert tokens.targets.shape == (4, 4)
+    assert (tokens.targets[2:] == UNSUPERVISED).all()
+
+
 def test_collate_pads_on_the_right_by_length() -> None:
     batch = collate(CLASSES, np.array([1, 0]), pad_id=PAD)
     assert batch.input_ids.tolist() == [[7, PAD, PAD], [5, 6, PAD]]
@@ -97,6 +127,25 @@ def test_a_batch_of_a_given_shape_is_filled_with_empty_rows(dataset: TextDataset
     small = collate(dataset, [1, 0], pad_id=PAD)
     assert torch.equal(batch.input_ids[:2, :3], small.input_ids)
     assert (len(batch.to("meta")), batch.to("meta").empty_rows) == (2, 2)
+
+
+@pytest.mark.parametrize("dataset", [SEVERAL, A_TOKEN_EACH], ids=["values", "tokens"])
+@pytest.mark.parametrize("place", [0, 1, None])
+def test_an_example_of_several_texts_is_alone_with_all_of_them(dataset: TextDataset, place: int | None) -> None:
+    batch = collate(dataset, [2, 0], pad_id=9, shape=(4, 8))
+    batch = dataclasses.replace(batch, prefix=torch.arange(8 * 8 * 2, dtype=torch.float32).reshape(8, 8, 2) + 1)
+    one = alone(batch, place)
+    taken = 0 if place is None else 1
+    assert (len(one), one.texts, one.empty_rows) == (taken, 2, 8 - 2 * taken)
+    for name in ("input_ids", "attention_mask", "targets", "prefix"):
+        rows = 1 if name == "targets" and dataset is SEVERAL else 2
+        here, there = getattr(one, name), getattr(batch, name)
+        assert here.shape == there.shape
+        if place is not None:
+            assert torch.equal(here[:rows], there[place * rows : (place + 1) * rows]), name
+        if name != "attention_mask":
+            assert not here[taken * rows :].any(), name
+    assert one.attention_mask[2 * taken :].sum(dim=1).eq(1).all()
 
 
 @pytest.mark.parametrize("dataset", [CLASSES, TOKENS], ids=["classes", "tokens"])

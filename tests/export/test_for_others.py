@@ -56,7 +56,8 @@ def test_logits_are_equal_to_rounding(
 def read_by_fedtune(run: Path, model: TaskModel) -> Batch:
     config = saved_config(run)
     tokenizer = load_tokenizer(config.model)
-    records = [Record({"text": text, "label": config.data.labels[0]}, f"texts:{text}") for text in TEXTS]
+    fields = [{"text": text, "label": label} for text in TEXTS for label in config.data.labels[:1]]
+    records = [Record(one, f"texts:{one}") for one in fields or [{"text": TEXTS[0], "other": TEXTS[1], "score": "1.0"}]]
     dataset = model.task.tokenise(records, tokenizer, data=config.data)
     return collate(dataset, range(len(records)), pad_id=tokenizer.pad_token_id)
 
@@ -79,6 +80,21 @@ def test_the_largest_number_of_an_encoded_text_is_the_label(
     ]  # fmt: skip
 
 
+def test_an_embedding_model_is_a_folder_of_standard_modules(
+    exports: dict[tuple[str, str], Path], loaded: dict[str, dict[str, Any]]
+) -> None:
+    folder = exports["pairs", "sentence-transformers"]
+    modules = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
+    assert [module.rpartition(".")[2] for module in modules] == ["Transformer", "Pooling", "Normalize"]
+    assert all(module.startswith("sentence_transformers.") for module in modules), "no code of ours"
+    norms = torch.tensor(loaded["pairs sentence-transformers"]["logits"]).norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(2))
+    card = (folder / "README.md").read_text()
+    assert "model.similarity(embeddings, embeddings)" in card
+    assert "pipeline_tag: sentence-similarity" in card
+    assert not (folder / "labels.txt").exists()
+
+
 def test_a_merged_model_stops_and_pads_as_the_run_did(exports: dict[tuple[str, str], Path]) -> None:
     folder = exports["llama", "merged"]
     config = json.loads((folder / "config.json").read_text())
@@ -90,7 +106,7 @@ def test_a_merged_model_stops_and_pads_as_the_run_did(exports: dict[tuple[str, s
     assert (folder / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", "pairs"])
 def test_every_export_has_a_card_that_its_tools_read(exports: dict[tuple[str, str], Path], name: str) -> None:
     libraries = {"peft": "peft", "merged": "transformers"}
     for format in FORMATS[name]:
@@ -105,6 +121,7 @@ def test_every_export_has_a_card_that_its_tools_read(exports: dict[tuple[str, st
     [
         ("bert", "peft"),
         pytest.param("bert", "sentence-transformers", marks=pytest.mark.nightly),
+        pytest.param("pairs", "sentence-transformers", marks=pytest.mark.nightly),
         pytest.param("llama", "merged", marks=pytest.mark.nightly),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,27 @@ def test_users_bring_as_many_records_as_may_take_part(run_plan: Plan, monkeypatc
     assert many.step_seconds == {site: pytest.approx(8 * seconds) for site, seconds in once.step_seconds.items()}
     assert many.first_seconds == pytest.approx(8 * once.first_seconds)
     assert many.bytes_total == once.bytes_total
+
+
+def test_a_record_costs_what_its_texts_cost(run_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    collate = forecast_module.collate
+
+    def noted(*given: Any, **how: Any) -> Any:
+        batch = collate(*given, **how)
+        shapes.append(tuple(batch.input_ids.shape))
+        return batch
+
+    monkeypatch.setattr(forecast_module, "collate", noted)
+    spec = replace(tiny_model(layers=(-1,)).spec, task="embedding", labels=(), texts=3)
+    model = build_task_model(spec)
+    width = model.base.config.hidden_size * 4
+    records = sum(SIZES.values()) * run_plan.records_per_user
+    for texts, kept in ((3, True), (2, False)):
+        room = replace(RuntimeSpec(), kept_states_mib=records * 8 * texts * width / 2**20)
+        found = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=room)
+        assert found.frozen_states_kept == kept
+    assert shapes[0] == (512 // 24 * 3, 8)
 
 
 def test_a_pass_leaves_the_model_as_it_was() -> None:

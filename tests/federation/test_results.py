@@ -115,6 +115,12 @@ def test_a_loss_is_worse_where_it_is_larger_and_has_no_guess() -> None:
     assert findings_of((), {"loss": 2.0}, {"loss": 1.9}, **judged) == ()
 
 
+def test_a_correlation_below_zero_has_no_standard_error_of_a_share() -> None:
+    judged: dict[str, Any] = {"judged_by": "spearman", "guess": None, "rows": 100}
+    assert findings_of((), {"spearman": 0.1}, {"spearman": -0.2}, **judged) == (WORSE,)
+    assert findings_of((), {"spearman": -0.3}, {"spearman": -0.2}, **judged) == ()
+
+
 def test_a_round_that_went_back_is_told_at_the_end() -> None:
     common: dict[str, Any] = {"seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 1}
     rounds = [RoundResult(round=1, metrics=GOOD, diverged=True, **common), RoundResult(round=2, metrics=GOOD, **common)]

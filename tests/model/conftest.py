@@ -16,6 +16,8 @@ from fedtune.tasks import TaskModel, build_task_model
 torch.set_num_threads(1)
 
 LABELS = ("card_arrival", "exchange_rate", "lost_card")
+TEXTS = {"pairs": 2, "triplets": 3}
+"""What stands for task embedding with so many texts a record."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,19 @@ class Examples:
     targets: torch.Tensor
     prefix: torch.Tensor | None = None
     empty_rows: int = 0
+    texts: int = 1
 
-    def one(self, row: int) -> Examples:
-        """The example in `row` alone, without padding."""
-        length = int(self.attention_mask[row].sum())
-        targets = self.targets[row : row + 1]
+    def __len__(self) -> int:
+        return len(self.input_ids) // self.texts
+
+    def one(self, place: int) -> Examples:
+        """An example alone, without padding but what its own texts need."""
+        rows = slice(place * self.texts, (place + 1) * self.texts)
+        length = int(self.attention_mask[rows].sum(dim=1).max())
+        targets = self.targets[place : place + 1]
         targets = targets[:, :length] if targets.ndim == 2 else targets
-        return Examples(self.input_ids[row : row + 1, :length], self.attention_mask[row : row + 1, :length], targets)
+        input_ids, mask = self.input_ids[rows, :length], self.attention_mask[rows, :length]
+        return Examples(input_ids, mask, targets, texts=self.texts)
 
 
 @pytest.fixture
@@ -43,6 +51,8 @@ def spec() -> Callable[..., TaskModelSpec]:
     def make(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModelSpec:
         values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | changes
         labels = LABELS if task == "classification" else ()
+        if task in TEXTS:
+            task, values = "embedding", values | {"texts": TEXTS[task]}
         return TaskModelSpec(model=values.pop("model", ModelSpec(path=path)), task=task, labels=labels, **values)
 
     return make
@@ -68,10 +78,13 @@ def examples() -> Callable[[str], Examples]:
     """Four examples of different lengths; the last causal one has no supervised token."""
 
     def make(task: str) -> Examples:
-        lengths = torch.tensor([7, 3, 5, 4])
-        token_ids = torch.randint(5, 200, (4, 7), generator=torch.Generator().manual_seed(5))
+        texts = TEXTS.get(task, 1)
+        lengths = torch.tensor([7, 3, 5, 4] * texts).reshape(-1, texts).T.flatten()
+        token_ids = torch.randint(5, 200, (4 * texts, 7), generator=torch.Generator().manual_seed(5))
         mask = (torch.arange(7) < lengths[:, None]).long()
         token_ids = token_ids * mask + (1 - mask)  # 1 is the tiny llama's padding and end-of-text token
+        if task in TEXTS:
+            return Examples(token_ids, mask, torch.tensor([0.1, 0.9, 0.4, 0.6]) + texts - 2, texts=texts)
         if task == "classification":
             return Examples(token_ids, mask, torch.tensor([0, 2, 1, 2]))
         targets = torch.where((mask == 1) & (torch.arange(7) >= 2), token_ids, -100)

@@ -117,6 +117,44 @@ def test_answers_that_lose_tokens(tmp_path: Path) -> None:
     assert (lines(some, "cut"), lines(some, "lost"), lines(some, "unlearnt")) == ([(2, None)], [(2, None)], [])
 
 
+def test_a_text_that_is_in_several_pairs(tmp_path: Path) -> None:
+    rows = [
+        ("a hotel", "an inn", 4),
+        ("a car", "a bus", 2),
+        ("an inn", "a bus", 9),
+        ("a house", "a hut", 3),
+        ("a car", "an inn", 1),
+    ]
+    lined = [json.dumps({"a": one, "b": other, "s": score}) for one, other, score in rows]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lined))
+    config = compose_run(
+        [
+            "experiment=own_pairs",
+            f"data.train_file='{tmp_path / 'pairs.jsonl'}'",
+            "data.columns={text: a, other: b, score: s}",
+            "data.pairs.score_range=[0,5]",
+            "data.declared_sizes=2",
+            "federation.num_sites=2",
+            "model=random_bert",
+        ]
+    )
+    some = checked(config)
+    ((key, what, bound),) = some.files[0].errors
+    assert (key.endswith(":3, score"), what, bound) == (
+        True,
+        "a number beyond the range",
+        "must lie in data.pairs.score_range",
+    )
+    (one,) = found(some, "shared")
+    assert (one.count, one.what, one.lines) == (1, "(one is in 2)", ((5, 1),))
+    assert not found(some, "unlearnt")
+    with (tmp_path / "pairs.jsonl").open("a") as stream:
+        stream.write("\n" + lined[0] + "\n" + json.dumps({"a": "a house", "b": "a hut", "s": 5}))
+    again = checked(config)
+    assert lines(again, "same") == [(6, 1)]
+    assert lines(again, "contradiction") == [(7, 4)], "the same texts with another score"
+
+
 def test_records_that_teach_nothing(tmp_path: Path) -> None:
     config = chats(tmp_path, [("user", "hi"), ("assistant", "yes")])
     some = check(config, load_tokenizer(config.model), within=1)  # a model with fewer tokens than the tokenizer's

@@ -36,6 +36,16 @@ def texts(number: int) -> str:
             {"prompt": "instruction", "input": "input", "system": "system", "completion": "output"},
         ),
         (lambda n: {"question": texts(n), "answer": texts(n)}, "pairs", {"prompt": "question", "completion": "answer"}),
+        (
+            lambda n: {"sentence1": texts(n), "sentence2": texts(n + 1), "score": n % 11 / 2, "split": "train"},
+            "scored",
+            {"text": "sentence1", "other": "sentence2", "score": "score"},
+        ),
+        (
+            lambda n: {"Query": texts(n), "positive": texts(n), "negative": texts(n + 1)},
+            "triplets",
+            {"anchor": "Query", "positive": "positive", "negative": "negative"},
+        ),
         (lambda n: {"body": texts(n), "team": f"t{n % 3}"}, "labelled", {"text": "body", "label": "team"}),
         (lambda n: {"body": texts(n), "stars": n % 5}, "labelled", {"text": "body", "label": "stars"}),
         (lambda n: {"id": f"{n} {texts(n)} {n}", "body": texts(n)}, "text", {"text": "body"}),
@@ -57,8 +67,33 @@ def test_the_kind_of_a_file(tmp_path: Path, row: Any, kind: str, roles: dict[str
     assert (found.kind, dict(found.roles)) == (kind, roles)
 
 
+@pytest.mark.parametrize(
+    ("scores", "scale"),
+    [
+        ([0.2, 1.0], (0.0, 1.0)),
+        (["0.5", "5"], (0.0, 5.0)),
+        ([-1, 0.5], (-1.0, 1.0)),
+        ([3, 7.5], (0.0, 10.0)),
+        ([-2.5, 300], (-3.0, 300.0)),
+    ],
+)
+def test_a_score_has_the_usual_scale_that_holds_it(
+    tmp_path: Path, scores: list[Any], scale: tuple[float, float]
+) -> None:
+    rows = [{"text1": texts(n), "text2": texts(n), "similarity": scores[n % 2]} for n in range(9)]
+    found = seen(tmp_path, rows)
+    assert found.kind == "scored"
+    assert found.columns["similarity"].scale == scale
+    constant = [row | {"similarity": 3} for row in rows]
+    assert seen(tmp_path, constant).kind != "scored", "what never changes is no score"
+    assert seen(tmp_path, [*rows, rows[0] | {"similarity": "very"}]).kind != "scored"
+
+
 def test_what_is_chosen_wins(tmp_path: Path) -> None:
     rows = [{"body": texts(n), "note": texts(n), "team": f"t{n % 3}", "area": f"a{n % 2}"} for n in range(60)]
+    pairs = [row | {"rate": n / 9} for n, row in enumerate(rows)]
+    chosen = {"text": "note", "other": "body", "score": "rate"}
+    assert dict(seen(tmp_path, pairs, **chosen).roles) == chosen
     assert seen(tmp_path, rows, label="team", text="note").roles == {"text": "note", "label": "team"}
     assert seen(tmp_path, rows, text="note").kind == "text"
     assert seen(tmp_path, rows, prompt="note", completion="body").kind == "pairs"
@@ -73,6 +108,7 @@ def test_what_is_chosen_wins(tmp_path: Path) -> None:
             {"label": "body"},
             "--label = 'body': must have 2 to 200 different texts or whole numbers of at most 80 characters",
         ),
+        ({"score": "n", "text": "body"}, "--score = 'n': goes with --text and --other, and with no other column"),
         ({"prompt": "body"}, "--prompt = 'body': goes with --completion, and with no other column"),
     ],
 )

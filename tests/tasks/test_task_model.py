@@ -22,7 +22,10 @@ from fedtune.tasks import TaskModel, build_task_model, load_task_model, save_tas
 from fedtune.tasks.classification import Classification
 
 EMBED = Classification().embed
-KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
+KINDS = [
+    *(("random:bert", task) for task in ("classification", "pairs", "triplets")),
+    *(("random:llama", task) for task in ("classification", "causal_lm", "pairs")),
+]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 # torch says so where the input of a hooked module needs no gradient, as below the first adapter; the hook is right.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
@@ -33,7 +36,10 @@ def hooked_gradients(model: TaskModel, batch: Any) -> dict[str, torch.Tensor]:
     hooks = GradSampleHooks(model, loss_reduction="sum")
     model.losses(batch).sum().backward()
     rows = len(batch.input_ids)  # a head computes more of them: rows of no example fill a fixed shape
-    gradients = {name: parameter.grad_sample[:rows] for name, parameter in model.trainable().items()}
+    gradients = {
+        name: parameter.grad_sample[:rows].unflatten(0, (-1, batch.texts)).sum(dim=1)
+        for name, parameter in model.trainable().items()
+    }
     hooks.cleanup()
     model.zero_grad()
     return gradients
@@ -42,7 +48,7 @@ def hooked_gradients(model: TaskModel, batch: Any) -> dict[str, torch.Tensor]:
 def looped_gradients(model: TaskModel, batch: Any) -> dict[str, torch.Tensor]:
     """The same, one example at a time and without padding."""
     rows = []
-    for row in range(len(batch.input_ids)):
+    for row in range(len(batch)):
         model.losses(batch.one(row)).sum().backward()
         rows.append({name: parameter.grad for name, parameter in model.trainable().items()})
         model.zero_grad()
@@ -102,7 +108,7 @@ def test_checkpointing_stores_less(trained: Any, examples: Any) -> None:
 @kinds
 def test_a_loss_depends_on_its_example_alone(trained: Any, examples: Any, path: str, task: str) -> None:
     model, batch = trained(path, task), examples(task)
-    alone = torch.cat([model.losses(batch.one(row)) for row in range(4)])
+    alone = torch.cat([model.losses(batch.one(row)) for row in range(len(batch))])
     torch.testing.assert_close(model.losses(batch), alone, rtol=1e-5, atol=1e-6)
 
 

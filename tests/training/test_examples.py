@@ -26,7 +26,9 @@ def clipped_sum(model: Any, examples: SiteExamples, indices: list[int]) -> dict[
     return sums
 
 
-@pytest.mark.parametrize(("path", "task"), [("random:bert", "classification"), ("random:llama", "causal_lm")])
+@pytest.mark.parametrize(
+    ("path", "task"), [("random:bert", "classification"), ("random:llama", "causal_lm"), ("random:bert", "triplets")]
+)
 def test_kept_states_give_the_same_clipped_sum(
     trained: Any, examples: Any, site_examples: Any, path: str, task: str
 ) -> None:
@@ -79,14 +81,16 @@ BAD = 199
 """A token of a record that the frozen layers cannot compute."""
 
 
-@pytest.fixture
-def bad_examples(examples: Any) -> tuple[TextDataset, int]:
-    """Records of which one has the token, and its place."""
-    dataset, place = examples("classification"), 3
+@pytest.fixture(params=["classification", "pairs", "triplets"])
+def bad_examples(examples: Any, request: pytest.FixtureRequest) -> tuple[str, TextDataset, int]:
+    """A task, and records of which one has the token in its last text, and its place."""
+    dataset, place = examples(request.param), 3
     ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
-    ids[place] = ids[place + 1].copy()  # as long as another, beside which it comes to stand
-    ids[place][-1] = BAD
-    return TextDataset(tuple(ids), dataset.targets), place
+    here, next_to_it = (dataset.texts_of([one]) for one in (place, place + 1))
+    for text, other in zip(here, next_to_it, strict=True):
+        ids[text] = ids[other].copy()  # as long as another, beside which it comes to stand
+    ids[here[-1]][-1] = BAD
+    return request.param, TextDataset(tuple(ids), dataset.targets, dataset.texts), place
 
 
 class Panic(BaseException):
@@ -108,18 +112,18 @@ def spoil(model: TaskModel, how: str) -> None:
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
 def test_a_record_without_states_adds_nothing_and_moves_no_other(
-    trained: Any, bad_examples: tuple[TextDataset, int], site_examples: Any, how: str, max_tokens: int
+    trained: Any, bad_examples: tuple[str, TextDataset, int], site_examples: Any, how: str, max_tokens: int
 ) -> None:
-    model = trained(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+    task, dataset, place = bad_examples
+    model = trained(task=task, lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # so that even states of zero would have a gradient
             torch.nn.init.uniform_(parameter.detach())
-    dataset, place = bad_examples
     others = [index for index in range(len(dataset)) if index != place]
     plain = site_examples(dataset, max_tokens=max_tokens)
     keeping = site_examples(dataset, max_tokens=max_tokens)
     mended = site_examples(
-        TextDataset(tuple(np.where(ids == BAD, 7, ids) for ids in dataset.input_ids), dataset.targets),
+        TextDataset(tuple(np.where(ids == BAD, 7, ids) for ids in dataset.input_ids), dataset.targets, dataset.texts),
         max_tokens=max_tokens,
     )
     mended.keep_frozen_states(model)
@@ -127,7 +131,7 @@ def test_a_record_without_states_adds_nothing_and_moves_no_other(
     keeping.keep_frozen_states(model)
     (alone,) = keeping.cut(np.array([place]))
     assert alone.prefix is not None
-    assert not alone.prefix.any()
+    assert not alone.prefix[dataset.texts - 1].any()
     for part_of in (clipped_sum(model, keeping, [place]), clipped_sum(model, plain, [place])):
         assert not any(total.any() for total in part_of.values()), "it counts the same with kept states and without"
     expected = clipped_sum(model, mended, others)

@@ -1,4 +1,4 @@
-"""What issue 7 asks of a step, over the examples that a language model's records become, in each of their layouts.
+"""What issue 7 asks of a step, over the examples that records become, in each layout of a task that has several.
 
 Per-example gradients are those of a loop; one record more moves the sum by at most the clip norm, in whole numbers, and
 by exactly what it adds; and no other record's bits move.  Among the records are long ones, cut from either end, and
@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from fedtune.data import UNSUPERVISED, DataSpec, Record, Shapes, TextDataset
+from fedtune.data.spec import PairsSpec
 from fedtune.model import LoraSpec
-from fedtune.tasks import TaskModel, task_named
+from fedtune.tasks import Task, TaskModel, task_named
 from fedtune.training.dp_step import add_clipped, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
@@ -62,6 +63,27 @@ RECORDS: dict[str, list[dict[str, str]]] = {
         {"prompt": "name", "completion": "a b c d e f g h i j k l m n o p"},
         {"prompt": "[SEP]", "input": "[CLS]", "completion": "[SEP] lost"},
     ],
+    "scored": [
+        {"text": "where is my card", "other": "my card is lost", "score": "4.5"},
+        {"text": "my card is lost " * 9, "other": "b", "score": "0.0"},
+        {"text": "a place", "other": "a place", "score": "5.0"},
+        {"text": "[SEP] there [SEP]", "other": "\x00\ufffd\u202e 文字", "score": "2.0"},
+        {"text": "where " * 200, "other": "is it " * 200, "score": "1.0"},
+        {"text": "\ud800", "other": "my card", "score": "3.0"},
+    ],
+    "triplets": [
+        {"anchor": "where is my card", "positive": "my card is lost", "negative": "a place"},
+        {"anchor": "b", "positive": "my card is lost " * 9, "negative": "there"},
+        {"anchor": "name", "positive": "[SEP] [CLS]", "negative": "name a b c d e f g h i j k l m n"},
+        {"anchor": "c d", "positive": "c d", "negative": "is e"},
+        {"anchor": "where is", "positive": "my card", "negative": "\ud800"},
+    ],
+    "listed": [
+        {"anchor": "where is my card", "positive": "my card is lost"},
+        {"anchor": "name", "positive": "a b c d e f g h i j k l m n o p"},
+        {"anchor": "b", "positive": "b"},
+        {"anchor": "\x00", "positive": "文字"},
+    ],
 }
 GIVEN: dict[str, dict[str, Any]] = {
     "chat": {"columns": {"messages": "m"}, "chat_template": "plain"},
@@ -70,7 +92,14 @@ GIVEN: dict[str, dict[str, Any]] = {
         "columns": {"prompt": "p", "completion": "c", "input": "i"},
         "prompt_template": "is {prompt}\n\nof {input}",
     },
+    "scored": {"columns": {"text": "t", "other": "o", "score": "s"}, "pairs": PairsSpec(score_range=(0.0, 5.0))},
+    "triplets": {"columns": {"anchor": "a", "positive": "p", "negative": "n"}, "pairs": PairsSpec(margin=1.5)},
+    "listed": {
+        "columns": {"anchor": "a", "positive": "p"},
+        "pairs": PairsSpec(negatives=("where is a place", "is it lost", "my name"), margin=2.0),
+    },
 }
+TEXTS = {"scored": 2, "triplets": 3, "listed": 3}
 layouts = pytest.mark.parametrize("layout", GIVEN)
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 
@@ -83,9 +112,19 @@ def laid_out() -> Callable[..., TextDataset]:
         data = DataSpec(dataset="d", train_file="f", declared_sizes=9, max_length=LONGEST, **GIVEN[layout])
         records = [Record(fields) for place, fields in enumerate(RECORDS[layout]) if place != without]
         tokenizer = make_tokenizer(post="[CLS] $A")
-        return task_named("causal_lm").tokenise(records, tokenizer, data=data, lenient_within=258)
+        return task_of(layout).tokenise(records, tokenizer, data=data, lenient_within=258)
 
     return make
+
+
+def task_of(layout: str) -> Task:
+    return task_named("embedding" if layout in TEXTS else "causal_lm")
+
+
+def teaches_nothing(dataset: TextDataset, place: int) -> bool:
+    return bool(
+        np.isnan(dataset.targets[place]) if dataset.texts > 1 else (dataset.targets[place] == UNSUPERVISED).all()
+    )
 
 
 def examples_of(dataset: TextDataset, model: TaskModel, *, keeps: bool, max_tokens: int = 40) -> SiteExamples:
@@ -105,14 +144,20 @@ def summed(model: TaskModel, examples: SiteExamples, clip: float) -> Sums:
     return sums
 
 
-def made(trained: Any, *, keeps: bool, size: float = 0.2) -> TaskModel:
-    model: TaskModel = trained("random:llama", "causal_lm", size=size, **({"lora": LAST} if keeps else {}))
+def made(trained: Any, layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
+    settings = {"texts": TEXTS.get(layout, 1)} | ({"lora": LAST} if keeps else {})
+    model: TaskModel = trained("random:llama", task_of(layout).name, size=size, **settings)
     return model
 
 
 @layouts
 def test_the_records_are_those_that_this_is_about(laid_out: Any, layout: str) -> None:
     dataset = laid_out(layout)
+    if layout in TEXTS:
+        assert (dataset.texts, len(dataset)) == (TEXTS[layout], len(RECORDS[layout]))
+        assert dataset.lengths.max() == LONGEST, "some are cut"
+        assert teaches_nothing(dataset, len(dataset) - 1) == (layout != "listed"), "some cannot be encoded"
+        return
     learnt = [int((targets != UNSUPERVISED).sum()) for targets in dataset.targets]
     assert dataset.lengths.max() == LONGEST, "some are cut"
     assert max(learnt) > 3
@@ -125,7 +170,7 @@ def test_the_records_are_those_that_this_is_about(laid_out: Any, layout: str) ->
 @keeping
 @layouts
 def test_the_clipped_sum_equals_a_loop(trained: Any, laid_out: Any, layout: str, keeps: bool) -> None:
-    model, dataset = made(trained, keeps=keeps), laid_out(layout)
+    model, dataset = made(trained, layout, keeps=keeps), laid_out(layout)
     alone = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
     norms = [float(np.sqrt(sum(np.sum(np.square(one)) for one in each.values()))) for each in alone]
     clip = float(np.median([norm for norm in norms if norm]))
@@ -145,7 +190,7 @@ def test_one_record_moves_the_sum_by_what_it_adds_and_never_by_more_than_the_cli
 ) -> None:
     moved = []
     for size in (0.2, 5.0):
-        model = made(trained, keeps=keeps, size=size)
+        model = made(trained, layout, keeps=keeps, size=size)
         everyone = summed(model, examples_of(laid_out(layout), model, keeps=keeps), clip)
         for place in range(len(RECORDS[layout])):
             others = summed(model, examples_of(laid_out(layout, without=place), model, keeps=keeps), clip)
@@ -153,7 +198,7 @@ def test_one_record_moves_the_sum_by_what_it_adds_and_never_by_more_than_the_cli
             own = summed(model, examples_of(dataset, model, keeps=keeps), clip)
             assert all(torch.equal(everyone[name] - others[name], own[name]) for name in own), place
             moved.append(sum(value**2 for one in own.values() for value in one.flatten().tolist()))
-            if (dataset.targets[0] == UNSUPERVISED).all():
+            if teaches_nothing(dataset, 0):
                 assert moved[-1] == 0, "what cannot be learnt adds nothing"
     assert max(moved) <= CLIP_NORM**2
     assert max(moved) > (0.99 * CLIP_NORM) ** 2, "the bound was reached"
@@ -164,7 +209,7 @@ def test_one_record_moves_the_sum_by_what_it_adds_and_never_by_more_than_the_cli
 def test_a_record_is_the_same_bit_for_bit_in_every_company(
     trained: Any, laid_out: Any, layout: str, keeps: bool
 ) -> None:
-    model = made(trained, keeps=keeps, size=5.0)
+    model = made(trained, layout, keeps=keeps, size=5.0)
     require_alone(model, examples_of(laid_out(layout), model, keeps=keeps), companies=5)
 
 
@@ -172,7 +217,7 @@ def test_a_record_is_the_same_bit_for_bit_in_every_company(
 def test_all_records_of_one_user_move_the_sum_by_at_most_the_clip_norm(
     trained: Any, laid_out: Any, layout: str
 ) -> None:
-    clip, model, dataset = 0.1, made(trained, keeps=False, size=5.0), laid_out(layout)
+    clip, model, dataset = 0.1, made(trained, layout, keeps=False, size=5.0), laid_out(layout)
     users = [np.arange(3), np.arange(3, len(dataset))]
 
     def by_user(chosen: list[int]) -> Sums:

@@ -19,7 +19,12 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.spec import TrainingSpec
 
-KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
+KINDS = [
+    ("random:bert", "classification"),
+    ("random:llama", "causal_lm"),
+    ("random:bert", "pairs"),
+    ("random:bert", "triplets"),
+]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 
 

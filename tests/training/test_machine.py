@@ -44,6 +44,14 @@ def test_a_length_in_the_padding_s_rows_is_a_mistake(tmp_path: Path) -> None:
     assert shapes.lengths[-1] == shapes.full == 512, "padded to no place behind the last"
 
 
+def test_a_record_of_several_texts_takes_their_part_of_a_micro_batch() -> None:
+    pairs = replace(TINY, task="embedding", labels=(), texts=3)
+    model = ready_model(lambda: build_task_model(pairs), RuntimeSpec(num_threads=1), max_length=30)
+    shapes = shapes_for(model, RuntimeSpec(micro_batch_tokens=1200), max_length=30)
+    assert max(rows * 3 * length for length in shapes.lengths for rows in shapes.rows(length)) <= 1200
+    assert shapes.rows(24)[0] == 1200 // 3 // 24
+
+
 def test_frozen_states_are_kept_while_they_fit() -> None:
     model = ready_model(lambda: build_task_model(SKIPS), RuntimeSpec(num_threads=1), max_length=8)
     fitting = 2**20 // (4 * model.base.config.hidden_size)

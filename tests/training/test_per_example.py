@@ -14,7 +14,10 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
 from fedtune.training.per_example import attached
 
-KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
+KINDS = [
+    *(("random:bert", task) for task in ("classification", "pairs", "triplets")),
+    *(("random:llama", task) for task in ("classification", "causal_lm")),
+]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 
 
@@ -206,6 +209,30 @@ def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
     for handle in handles:
         handle.remove()
     assert hooks_on(model) == before
+
+
+@pytest.mark.parametrize("bad", [(0,), (5,), (3, 10)])
+@pytest.mark.parametrize("task", ["pairs", "triplets"])
+def test_a_record_of_which_one_text_cannot_be_computed_counts_as_zero(
+    trained: Any, examples: Any, task: str, bad: tuple[int, ...]
+) -> None:
+    model, dataset = trained("random:bert", task), examples(task, 6)
+    ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
+    failing = [np.append(row[:-1], BAD).astype(np.int32) if text in bad else row for text, row in enumerate(ids)]
+    fail_on(model, "forward pass")
+    with attached(model) as gradients:
+        expected, found = (
+            gradients.of(
+                collate(TextDataset(tuple(each), dataset.targets, dataset.texts), range(5), pad_id=0, shape=(8, 16))
+            )
+            for each in (ids, failing)
+        )
+    without = {text // dataset.texts for text in bad}
+    for name, gradient in found.items():
+        assert gradient.shape == expected[name].shape == (8, *model.trainable()[name].shape)
+        for place in range(8):
+            wanted = torch.zeros_like(gradient[place]) if place in without else expected[name][place]
+            assert torch.equal(gradient[place], wanted), (name, place)
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])

@@ -17,7 +17,12 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
 from fedtune.training.preflight import _Trial, moved_by_others, require_alone
 
-KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
+KINDS = [
+    ("random:bert", "classification"),
+    ("random:llama", "causal_lm"),
+    ("random:bert", "pairs"),
+    ("random:bert", "triplets"),
+]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 SHAPES = Shapes.of(max_length=20, max_tokens=128)
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -108,7 +113,9 @@ def of_the_row_before(hidden: torch.Tensor) -> torch.Tensor:
     ids=lambda change: change.__name__,
 )
 @pytest.mark.parametrize(
-    ("path", "task", "number"), [(*KINDS[0], 0), (*KINDS[0], -1), (*KINDS[1], -1)], ids=["frozen", "trained", "llama"]
+    ("path", "task", "number"),
+    [(*KINDS[0], 0), (*KINDS[0], -1), (*KINDS[1], -1), (*KINDS[2], -1)],
+    ids=["frozen", "trained", "llama", "pairs"],
 )
 def test_a_layer_that_mixes_examples_is_refused(
     last_layer: Any, path: str, task: str, change: Change, number: int

@@ -26,7 +26,12 @@ from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserBatch, UserExamples, UserGradients
 
-KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
+KINDS = [
+    ("random:bert", "classification"),
+    ("random:llama", "causal_lm"),
+    ("random:bert", "pairs"),
+    ("random:bert", "triplets"),
+]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 Gradients = dict[str, npt.NDArray[np.float64]]
 

@@ -1,0 +1,247 @@
+"""Embedding: texts that belong together come to lie near each other, by the cosine of their mean hidden states.
+
+Each record has a loss of its own.  Losses with in-batch negatives are not offered: there the gradient of one record
+depends on those drawn beside it, and clipping each would not bound what one record does.
+
+There is no head.  What is used afterwards are the embeddings themselves, which the adapters can change; a matrix behind
+them, of the hidden size squared, would have more values to be noised than all adapters together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.data.records import Record, record_key
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
+from fedtune.model.spec import TaskModelSpec
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks.base import FirstTarget, Ids, Model, Task
+from fedtune.tasks.classification import mean_pooled, whole_texts
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.data.batching import Batch
+
+_TIE = 1e-6
+"""Cosines that differ by less are the same: those of one text differ so, by the batches that it is computed in."""
+_CHUNK = 256
+_LINES = """
+import torch
+
+tokens = tokenizer(["a text", "another"], padding=True, return_tensors="pt", return_token_type_ids=False)
+with torch.no_grad():
+    hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
+embeddings = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+print(embeddings @ embeddings.T)
+"""
+
+
+class Embedding(Task):
+    """Mean-pooled, normalised hidden states, compared by their cosine; the loss is each record's own.
+
+    * `text`, `other` and `score`: the squared difference between their cosine and the score, brought from its range
+      (`data.pairs.score_range`) to [0, 1];
+    * `anchor`, `positive` and `negative`: by how much the cosine with the positive is less than `data.pairs.margin`
+      above that with the negative, or 0.  Without the last column the negative is a public text.
+    """
+
+    name = "embedding"
+    roles = ("text", "other", "score")
+    reads = ("pairs",)
+    hub_name = "sentence-similarity"
+    formats = ("peft", "sentence-transformers", "onnx")
+    judged_by = "spearman"
+    unusable = ("score", "a number beyond the range", "must lie in data.pairs.score_range")
+
+    @property
+    def layouts(self) -> tuple[tuple[str, ...], ...]:
+        return self.roles, ("anchor", "positive", "negative"), ("anchor", "positive")
+
+    def roles_in(self, data: DataSpec) -> tuple[str, ...]:
+        if "anchor" not in data.columns:
+            return self.roles
+        return self.layouts[1 if data.pairs.negatives == "record" else 2]
+
+    def texts(self, data: DataSpec) -> int:
+        return 3 if "anchor" in data.columns else 2
+
+    def judged(self, data: DataSpec) -> str:
+        return "ndcg_at_10" if "anchor" in data.columns else self.judged_by
+
+    def check_data(self, data: DataSpec) -> None:
+        if ("anchor" in data.columns) == ("text" in data.columns):
+            bound = "must name either text, other and score, or anchor and positive with what does not belong to them"
+            raise ConfigError("columns", dict(data.columns), bound)
+        negatives = data.pairs.negatives
+        if "text" in data.columns and negatives != "record":
+            raise ConfigError("pairs.negatives", negatives, "must stay record: a pair with a score has no negative")
+        if "anchor" in data.columns and "negative" not in data.columns and negatives == "record":
+            bound = "needs data.columns.negative, or must be a list of public texts"
+            raise ConfigError("pairs.negatives", negatives, bound)
+        super().check_data(data)
+
+    def usable(self, data: DataSpec) -> Callable[[Record], bool]:
+        low, high = data.pairs.score_range
+        return lambda record: "score" not in record.fields or low <= float(record.fields["score"]) <= high
+
+    def tokenise(
+        self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
+    ) -> TextDataset:
+        """Each text with the tokenizer's own special tokens.  A target is the cosine to learn, or the margin.
+
+        It is not a number where a text cannot be encoded: such a record adds nothing.
+        """
+        usable, texts = self.usable(data), self.texts(data)
+        for record in records:
+            if not usable(record):
+                role, found, bound = self.unusable
+                raise DataError(record.at(role), found, bound)
+        roles = self.layouts[texts - 2][:texts]
+        fields = [(one, role) for one in map(_with_negative(data), records) for role in roles]
+        ids, found = whole_texts(fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within)
+        low, high = data.pairs.score_range
+        wanted = [
+            (float(record.fields["score"]) - low) / (high - low) if texts == 2 else data.pairs.margin
+            for record in records
+        ]
+        complete = np.array(found, dtype=bool).reshape(-1, texts).all(axis=1)
+        return TextDataset(tuple(ids), np.where(complete, wanted, np.nan).astype(np.float32), texts)
+
+    def logits(self, model: Model, batch: Batch) -> torch.Tensor:
+        """(rows, h) embeddings of norm 1, one of each text."""
+        hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        return mean_pooled(hidden, batch.attention_mask)
+
+    def losses(self, model: Model, batch: Batch) -> torch.Tensor:
+        return _losses(_cosines(self.logits(model, batch), batch), batch)
+
+    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
+        embeddings = model.logits(batch)
+        cosines = _cosines(embeddings, batch)
+        figures = {"loss": _losses(cosines, batch)}
+        if batch.texts == 2:
+            return figures | {"cosine": cosines[0], "truth": batch.targets}
+        nearer = (cosines[0] > cosines[1]).float()
+        return figures | {"nearer": nearer, "anchor": embeddings[0::3], "positive": embeddings[1::3]}
+
+    def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
+        """With the rank of each record's positive for its anchor among the positives of all, in place of embeddings."""
+        if "anchor" not in figures:
+            return figures
+        ranks = ranks_of_own(figures["anchor"], figures["positive"])
+        return {"loss": figures["loss"], "nearer": figures["nearer"], "rank": ranks}
+
+    def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
+        """Of scored pairs `spearman`, the correlation of ranks in [-1, 1]; else of retrieval, in [0, 1].
+
+        `ndcg_at_10` and `recall_at_1` and `_10`: how far up an anchor finds its own positive among those of all
+        records, each of the others counting as wrong.  `nearer`: the share of records whose positive is nearer to the
+        anchor than their negative.  `loss`: the mean.
+        """
+        loss = float(np.mean(figures["loss"]))
+        if "truth" in figures:
+            return {"spearman": spearman(figures["cosine"], figures["truth"]), "loss": loss}
+        ranks = figures["rank"]
+        gains = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)
+        recalls = {f"recall_at_{most}": float(np.mean(ranks <= most)) for most in (1, 10)}
+        return {
+            "ndcg_at_10": float(np.mean(gains)),
+            **recalls,
+            "nearer": float(np.mean(figures["nearer"])),
+            "loss": loss,
+        }
+
+    def unit_score(self, model: Model, batch: Batch) -> float:
+        """How near the cosine is to what it should be, or whether the positive is nearer than the negative."""
+        cosines = _cosines(model.logits(batch), batch)
+        if batch.texts == 3:
+            return float(cosines[0][0] > cosines[1][0])
+        return max(0.0, 1 - abs(float(cosines[0][0] - batch.targets[0])))
+
+    def made_up_targets(
+        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
+    ) -> Targets:
+        # Of three texts up to the largest margin, so that most of them have a gradient.
+        return draws.uniform(0, spec.texts - 1, size=len(input_ids) // spec.texts).astype(np.float32)
+
+    def loading(self, *, base: str, folder: str) -> str:
+        return super().loading(base=base, folder=folder) + _LINES
+
+
+def _cosines(embeddings: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Of each record's first text with each of its others, (records,) each, from (rows, h) of norm 1."""
+    first = embeddings[0 :: batch.texts]
+    return tuple((first * embeddings[other :: batch.texts]).sum(dim=1) for other in range(1, batch.texts))
+
+
+def _losses(cosines: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
+    known = ~batch.targets.isnan()
+    missing = batch.targets.nan_to_num() - cosines[0]
+    losses = missing.square() if batch.texts == 2 else (missing + cosines[1]).clamp(min=0.0)
+    return losses.where(known, losses.new_zeros(()))
+
+
+def _with_negative(data: DataSpec) -> Callable[[Record], Record]:
+    """What gives a record its negative from the public list; which one follows from that record alone."""
+    texts = data.pairs.negatives
+    if isinstance(texts, str):
+        return lambda record: record
+
+    def chosen(record: Record) -> Record:
+        number = int.from_bytes(hashlib.sha256(record_key(record)).digest()[:8])
+        return replace(record, fields={**record.fields, "negative": texts[number % len(texts)]})
+
+    return chosen
+
+
+def ranks_of_own(anchors: npt.NDArray[np.float64], positives: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(n,) the place of each anchor's own positive among all, from 1; of equal ones the mean place.
+
+    So who embeds all texts alike finds nothing.  Infinite where it is not finite.
+
+    Args:
+        anchors: (n, h) of norm 1.
+        positives: (n, h) of norm 1, in the same order.
+    """
+    own = (anchors * positives).sum(axis=1)
+    ranks = np.full(len(own), np.inf)
+    for first in range(0, len(own), _CHUNK):
+        some = slice(first, first + _CHUNK)
+        above = anchors[some] @ positives.T - own[some, None]
+        ranks[some] = (above > _TIE).sum(axis=1) + ((np.abs(above) <= _TIE).sum(axis=1) + 1) / 2
+    return np.where(np.isfinite(own), ranks, np.inf)
+
+
+def spearman(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> float:
+    """The correlation of two rankings, equal values at their mean place; 0 where `left` is all one value.
+
+    Args:
+        left: (n,) what a model says; NaN for the whole where any of it is not finite.
+        right: (n,) what is true.
+
+    Raises:
+        DataError: `right` is all one value, so that there is nothing to rank.
+
+    >>> import numpy as np
+    >>> spearman(np.array([0.1, 0.9, 0.5]), np.array([0.0, 5.0, 5.0]))
+    0.8660254037844387
+    """
+    if np.ptp(right) == 0:
+        raise DataError("evaluation data", "all scores are the same", "must have two different ones to be ranked")
+    if not np.isfinite(left).all():
+        return float("nan")
+    return float(np.corrcoef(_ranks(left), _ranks(right))[0, 1]) if np.ptp(left) else 0.0
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: npt.NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return ranks

@@ -1,0 +1,303 @@
+"""Task embedding: which records it takes, what they cost, what its scores say, and whole runs of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from fedtune.data import DataSpec, Record, TextDataset, collate
+from fedtune.data.spec import PairsSpec
+from fedtune.evaluation.scoring import figures_of, unit_scores
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import TaskModel, task_named
+from fedtune.tasks.embedding import ranks_of_own, spearman
+
+TASK = task_named("embedding")
+SCORED = {"text": "a", "other": "b", "score": "s"}
+PAIRS = {"anchor": "a", "positive": "p"}
+TRIPLETS = {**PAIRS, "negative": "n"}
+WORDS = ("card", "lost", "where", "name", "place", "there", "is", "my")
+
+
+def settings(columns: dict[str, str], *, max_length: int = 12, **pairs: Any) -> DataSpec:
+    return DataSpec(
+        dataset="d", train_file="f", declared_sizes=9, max_length=max_length, columns=columns, pairs=PairsSpec(**pairs)
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "pairs", "message"),
+    [
+        ({"label": "l"}, {}, "columns = {'label': 'l'}: must name either text, other and score, or anchor and"),
+        (SCORED | PAIRS, {}, "columns = "),
+        (
+            {"text": "a", "other": "b"},
+            {},
+            "columns = {'text': 'a', 'other': 'b'}: must name the column for role 'score'",
+        ),
+        (PAIRS, {}, "pairs.negatives = 'record': needs data.columns.negative, or must be a list of public texts"),
+        (TRIPLETS, {"negatives": ("a text",)}, "columns.negative = 'n': is no role of this run"),
+        (SCORED, {"negatives": ("a text",)}, "pairs.negatives = ('a text',): must stay record"),
+    ],
+)
+def test_columns_that_make_no_pair(columns: dict[str, str], pairs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TASK.check_data(settings(columns, **pairs))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ({"negatives": "batch"}, "negatives = 'batch': couples records: a record's gradient would depend on those"),
+        ({"negatives": ()}, "negatives = (): must hold at least one text"),
+        ({"negatives": ("a", "a")}, "negatives = 'a': must be declared once"),
+        ({"score_range": (5.0, 0.0)}, "score_range = (5.0, 0.0): must be two numbers, the lower one first"),
+        ({"score_range": (0.0, float("inf"))}, "score_range = "),
+        ({"margin": 0.0}, "margin = 0.0: must be a finite number greater than 0"),
+        ({"margin": 2.5}, "margin = 2.5: must be at most 2"),
+    ],
+)
+def test_settings_that_cannot_be(pairs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        PairsSpec(**pairs)
+    assert str(caught.value).startswith(message)
+
+
+def test_other_tasks_have_no_use_for_them() -> None:
+    with pytest.raises(ConfigError, match=r"pairs = .*task causal_lm does not use it"):
+        task_named("causal_lm").check_data(settings({"text": "t"}, margin=0.5))
+
+
+def test_the_layout_says_how_many_texts_and_what_counts() -> None:
+    for columns, pairs, texts, judge in (
+        (SCORED, {}, 2, "spearman"),
+        (TRIPLETS, {}, 3, "ndcg_at_10"),
+        (PAIRS, {"negatives": ("a",)}, 3, "ndcg_at_10"),
+    ):
+        data = settings(columns, **pairs)
+        TASK.check_data(data)
+        assert (TASK.texts(data), TASK.judged(data), set(TASK.columns(data))) == (texts, judge, set(columns))
+
+
+def scored(*scores: str) -> list[Record]:
+    return [Record({"text": f"my card {place}", "other": "is lost", "score": one}) for place, one in enumerate(scores)]
+
+
+def test_a_score_becomes_the_cosine_to_learn(encoder_tokenizer: Any) -> None:
+    data = settings(SCORED, score_range=(1.0, 5.0))
+    dataset = TASK.tokenise(scored("1.0", "3.0", "5.0"), encoder_tokenizer, data=data)
+    assert (len(dataset), dataset.texts, dataset.targets.tolist()) == (3, 2, [0.0, 0.5, 1.0])
+    assert [ids.tolist()[0] for ids in dataset.input_ids] == [2] * 6, "each text begins anew"
+    assert dataset.lengths.tolist() == [5, 5, 5]
+    assert dataset.num_tokens == 3 * (5 + 4)
+
+
+@pytest.mark.parametrize("score", ["0.9", "5.1", "-3.0"])
+def test_a_score_beyond_the_range_is_left_out_by_itself(encoder_tokenizer: Any, score: str) -> None:
+    data = settings(SCORED, score_range=(1.0, 5.0))
+    usable = TASK.usable(data)
+    assert [usable(record) for record in scored("1.0", score, "5.0")] == [True, False, True]
+    with pytest.raises(DataError, match=r"must lie in data\.pairs\.score_range") as caught:
+        TASK.tokenise(scored(score), encoder_tokenizer, data=data)
+    assert score not in str(caught.value)
+
+
+def test_a_record_of_which_one_text_cannot_be_encoded_has_no_target(encoder_tokenizer: Any) -> None:
+    records = [*scored("0.5", "0.5"), Record({"text": "my", "other": "\ud800", "score": "0.5"})]
+    dataset = TASK.tokenise(records, encoder_tokenizer, data=settings(SCORED), lenient_within=99)
+    assert np.isnan(dataset.targets).tolist() == [False, False, True]
+    assert [len(ids) for ids in dataset.input_ids[-2:]] == [3, 1]
+
+
+def test_the_negative_from_the_list_follows_from_the_record_alone(encoder_tokenizer: Any) -> None:
+    texts = ("where is", "a place", "my name", "lost there")
+    data = settings(PAIRS, negatives=texts, margin=0.4)
+    records = [Record({"anchor": f"my card {word}", "positive": "is lost"}) for word in WORDS]
+    dataset = TASK.tokenise(records, encoder_tokenizer, data=data)
+    taken = [ids.tolist() for ids in dataset.input_ids[2::3]]
+    known = [encoder_tokenizer(text)["input_ids"] for text in texts]
+    assert all(ids in known for ids in taken)
+    assert len({tuple(ids) for ids in taken}) > 1
+    assert dataset.targets.tolist() == pytest.approx([0.4] * len(WORDS))
+    for place in range(len(WORDS)):
+        alone = TASK.tokenise([records[place]], encoder_tokenizer, data=data)
+        assert alone.input_ids[2].tolist() == taken[place]
+
+
+@pytest.fixture
+def batch(examples: Any) -> Any:
+    return lambda kind: examples(kind)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "triplets"])
+def test_the_loss_is_the_textbook_s(trained: Any, examples: Any, kind: str) -> None:
+    model, batch = trained("random:bert", kind), examples(kind)
+    losses, embeddings = model.losses(batch), model.logits(batch)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(embeddings)))
+    for place in range(4):
+        first, *others = embeddings[place * batch.texts : (place + 1) * batch.texts]
+        cosines = [torch.nn.functional.cosine_similarity(first, other, dim=0) for other in others]
+        wanted = batch.targets[place]
+        expected = (cosines[0] - wanted) ** 2 if kind == "pairs" else (wanted - cosines[0] + cosines[1]).relu()
+        torch.testing.assert_close(losses[place], expected, rtol=1e-5, atol=1e-6)
+
+
+def dataset_of(model: TaskModel, count: int, *, texts: int) -> TextDataset:
+    draws = np.random.default_rng(3)
+    lengths = draws.integers(2, 9, size=count * texts)
+    ids = tuple(draws.integers(5, model.num_ids, size=length).astype(np.int32) for length in lengths)
+    return TextDataset(ids, draws.random(count).astype(np.float32), texts)
+
+
+def test_scores_of_pairs_do_not_depend_on_the_batches(trained: Any) -> None:
+    model = trained("random:bert", "pairs")
+    dataset = dataset_of(model, 30, texts=2)
+    found = [figures_of(model, dataset, pad_id=0, max_tokens=most) for most in (1, 60, 9000)]
+    scores = TASK.scores(found[0], spec=model.spec)
+    assert scores["spearman"] == pytest.approx(stats.spearmanr(found[0]["cosine"], dataset.targets).statistic)
+    for other in found[1:]:
+        np.testing.assert_allclose(other["cosine"], found[0]["cosine"], rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_triplets_rank_each_positive_among_all(trained: Any) -> None:
+    model = trained("random:bert", "triplets")
+    dataset = dataset_of(model, 40, texts=3)
+    figures = figures_of(model, dataset, pad_id=0, max_tokens=200)
+    assert {name: values.shape for name, values in figures.items()} == dict.fromkeys(("loss", "nearer", "rank"), (40,))
+    with torch.no_grad():
+        each = torch.cat([model.logits(collate(dataset, [place], pad_id=0)) for place in range(40)]).double().numpy()
+    cosines = each[0::3] @ each[1::3].T
+    expected = [1 + int((row > row[place] + 1e-6).sum()) for place, row in enumerate(cosines)]
+    assert figures["rank"].tolist() == expected
+    scores = TASK.scores(figures, spec=model.spec)
+    assert scores["recall_at_1"] == np.mean(np.array(expected) == 1)
+    assert scores["recall_at_10"] == np.mean(np.array(expected) <= 10)
+    gains = [1 / np.log2(1 + rank) if rank <= 10 else 0.0 for rank in expected]
+    assert scores["ndcg_at_10"] == pytest.approx(np.mean(gains))
+    assert scores["nearer"] == np.mean((each[0::3] * each[1::3]).sum(1) > (each[0::3] * each[2::3]).sum(1))
+
+
+def test_who_embeds_all_texts_alike_finds_nothing() -> None:
+    same = np.full((101, 4), 0.5)
+    assert ranks_of_own(same, same).tolist() == [51.0] * 101
+    apart = np.eye(300)  # more than are ranked at a time
+    assert ranks_of_own(apart, apart).tolist() == [1.0] * 300
+    broken = apart.copy()
+    broken[0] = np.nan
+    assert ranks_of_own(broken, apart)[:2].tolist() == [np.inf, 1.0]
+
+
+def test_spearman_is_the_one_of_scipy() -> None:
+    draws = np.random.default_rng(0)
+    for _ in range(20):
+        left, right = draws.integers(0, 6, size=12).astype(float), draws.integers(0, 4, size=12).astype(float)
+        assert spearman(left, right) == pytest.approx(stats.spearmanr(left, right).statistic)
+    assert spearman(np.ones(3), np.arange(3.0)) == 0.0
+    assert np.isnan(spearman(np.array([1.0, np.nan, 2.0]), np.arange(3.0))), "a run that diverged says so"
+    with pytest.raises(DataError, match="all scores are the same"):
+        spearman(np.arange(3.0), np.ones(3))
+
+
+@pytest.mark.parametrize(("kind", "texts"), [("pairs", 2), ("triplets", 3)])
+def test_a_unit_s_score_lies_between_0_and_1_and_is_its_own(trained: Any, kind: str, texts: int) -> None:
+    model = trained("random:bert", kind)
+    dataset = dataset_of(model, 9, texts=texts)
+    scores = unit_scores(model, dataset, pad_id=0)
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert np.array_equal(scores[2:4], unit_scores(model, dataset.chosen([2, 3]), pad_id=0))
+    if kind == "pairs":
+        cosine = figures_of(model, dataset, pad_id=0, max_tokens=1)["cosine"]
+        np.testing.assert_allclose(scores, np.maximum(0, 1 - np.abs(cosine - dataset.targets)), atol=1e-5)
+
+
+ROWS = [
+    {"a": f"where is my {WORDS[n % 8]} {n}", "b": f"my {WORDS[n % 5]} is {n}", "s": n % 6, "p": f"{n} there", "n": "no"}
+    for n in range(80)
+]
+LAYOUTS = {
+    "scored": ("data.columns={text: a, other: b, score: s}", "data.pairs.score_range=[0,5]"),
+    "triplets": ("data.columns={anchor: a, positive: p, negative: n}",),
+    "listed": ("data.columns={anchor: a, positive: p}", "data.pairs.negatives=[no way, not here, never]"),
+}
+
+
+def pairs_run(folder: Path, layout: str, *overrides: str) -> list[str]:
+    """Overrides of a tiny run over a file of pairs."""
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return [
+        "experiment=own_pairs",
+        "model=random_bert",
+        "lora=all_linear",
+        f"data.train_file='{file}'",
+        "data.declared_sizes=25",
+        "data.train_fraction=1.0",
+        "data.test_fraction=0.2",
+        "data.validation_fraction=0.1",
+        "federation.num_sites=2",
+        "federation.num_rounds=2",
+        "training.local_steps=2",
+        *LAYOUTS[layout],
+        *overrides,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        ("scored", ()),
+        ("scored", ("privacy=none",)),
+        ("triplets", ("data.heldout_fraction=0.2", "privacy.metrics=noised")),
+        ("listed", ("lora=last_layer", "lora.target_modules=all-linear")),
+    ],
+)
+def test_a_whole_run(
+    simulate: Any, command: Any, result_of: Any, tmp_path: Path, layout: str, more: tuple[str, ...]
+) -> None:
+    folder = simulate(*pairs_run(tmp_path, layout, *more), into=tmp_path)
+    result = result_of(folder)
+    assert result["task"] == "embedding"
+    names = {"spearman", "loss"} if layout == "scored" else {
+        "ndcg_at_10", "recall_at_1", "recall_at_10", "nearer", "loss"
+    }  # fmt: skip
+    assert set(result["final"]["metrics"]) == names
+    assert result["final"]["metrics"] != result["final"]["metrics_before"]
+    assert (result["privacy"]["epsilon"] is None) == ("privacy=none" in more)
+    assert not any(one["failed_sites"] for one in result["rounds"])
+    assert not (folder / "adapter" / "head.safetensors").exists()
+    assert command("report", str(folder)).code == 0
+    told = command("evaluate", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json")
+    assert told.code == 0, told.err
+    assert names <= set(told.out.replace('"', " ").split())
+
+
+def test_what_a_user_sees(simulate: Any, command: Any, tmp_path: Path) -> None:
+    folder = simulate(*pairs_run(tmp_path, "scored"), into=tmp_path)
+    told = command("generate", str(folder), "--prompt", "where")
+    assert told.code == 2
+    assert told.message == "task = 'embedding': writes no text and has no labels; fedtune evaluate scores it"
+    told = command("plan", *pairs_run(tmp_path, "triplets", "name=p"))
+    assert told.code == 0, told.err
+    told = command("simulate", *pairs_run(tmp_path, "listed", "data.pairs.negatives=batch", "name=x"))
+    assert told.code == 2
+    assert told.message.startswith("data.pairs.negatives = 'batch': couples records")
+    lost = [line for line in pairs_run(tmp_path, "scored", "name=y") if "score_range" not in line]
+    told = command("simulate", *lost, "data.pairs.score_range=[0,4]", f"tracking.output_dir='{tmp_path}'")
+    assert told.code == 2
+    assert "must lie in data.pairs.score_range" in told.message
+
+
+def test_a_run_s_settings_are_those_of_the_run_that_goes_on_with_its_adapter(
+    simulate: Any, result_of: Any, tmp_path: Path
+) -> None:
+    first = simulate(*pairs_run(tmp_path, "scored"), into=tmp_path, name="first")
+    assert json.loads((first / "adapter" / "fedtune.json").read_text())["texts"] == 2
+    again = simulate(*pairs_run(tmp_path, "triplets", f"model.adapter='{first}'"), into=tmp_path, name="again")
+    assert result_of(again)["final"]["metrics"]["ndcg_at_10"] >= 0
