@@ -408,8 +408,12 @@ def _first_error(error: ValidationError) -> ConfigError:
         return ConfigError(location, details["input"], "is not a setting of fedtune")
     if details["type"] == "missing":
         return ConfigError(location, None, "is required")
-    bound = _BOUNDS.get(details["type"]) or f"must be {details['msg'].removeprefix('Input should be ')}"
-    return ConfigError(location, details["input"], bound)
+    return ConfigError(location, details["input"], bound_in(details))
+
+
+def bound_in(details: Mapping[str, Any]) -> str:
+    """What pydantic would have accepted, by one of its errors' details."""
+    return _BOUNDS.get(details["type"]) or f"must be {details['msg'].removeprefix('Input should be ')}"
 
 
 _BOUNDS = {

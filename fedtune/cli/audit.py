@@ -17,7 +17,7 @@ from fedtune.cli.command import AsJson, Overrides, single
 from fedtune.cli.compose import compose_run
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.cli.working_folder import folder_of, make, run_in_folder
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, bound_in
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.derive.audit_bounds import read_audit, refuted
@@ -139,8 +139,7 @@ def audit_spec(overrides: Sequence[str]) -> AuditSpec:
         raised = first.get("ctx", {}).get("error")
         if isinstance(raised, ConfigError):
             raise raised.under(_PREFIX.rstrip(".")) from None
-        bound = f"must be {first['msg'].removeprefix('Input should be ')}"
-        raise ConfigError(_PREFIX + str(first["loc"][0]), first["input"], bound) from None
+        raise ConfigError(_PREFIX + str(first["loc"][0]), first["input"], bound_in(first)) from None
 
 
 def _judge(result: Audit) -> None:

@@ -348,8 +348,6 @@ def _experiment_file(overrides: Sequence[str]) -> tuple[_ExperimentFile | None, 
     given = [override for override in overrides if _key(override) == "experiment"]
     if not given:
         return None, list(overrides)
-    if len(given) > 1:
-        raise ConfigError("experiment", given[-1].partition("=")[2], "must be given once: another would replace it")
     name = _value(given[-1])
     if not (isinstance(name, str) and (name.endswith((".yaml", ".yml")) or "/" in name)):
         return None, list(overrides)

@@ -68,11 +68,6 @@ def test_a_run_without_a_name_gets_a_time_stamp() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", compose_run(["experiment=debug"]).name)
 
 
-def test_an_experiment_that_is_not_there_is_named_with_those_that_are() -> None:
-    with pytest.raises(ConfigError, match="experiment = 'nonesuch': must be one of banks_intents, debug"):
-        compose_run(["experiment=nonesuch"])
-
-
 def test_blank_overrides_are_nothing() -> None:
     # `make simulate OVERRIDES=` hands over an empty word.
     assert compose_run(["", "experiment=debug", "name=x", " "]) == compose_run(["experiment=debug", "name=x"])

@@ -48,7 +48,7 @@ def test_a_table_says_what_was_written(run: Path, command: Any, tmp_path: Path) 
         ),
         (
             ["--to", "{taken}/adapter/out"],
-            "--to = '{taken}/adapter/out': must lie outside the run's adapter, which is handed on as it is",
+            "--to = '{taken}/adapter/out': must lie outside the run's adapter folder",
         ),
     ],
 )

@@ -111,8 +111,9 @@ def test_a_file_of_prompts_gives_a_line_each(runs: Path, command: Any, tmp_path:
 def test_records_of_a_file_are_asked_without_their_answers(runs: Path, command: Any, tmp_path: Path) -> None:
     records = tmp_path / "tables.csv"
     records.write_text("facts\nname[The Eagle]\n")
-    asked = ("--columns", "{prompt: facts}", "--max-new-tokens", "10", "--json")
-    (line,) = command("generate", str(runs / "tables"), "--file", str(records), *asked).out.splitlines()
+    asked = ("--max-new-tokens", "10", "--json")
+    file = ("--file", str(records), "--columns", "{prompt: facts}")
+    (line,) = command("generate", str(runs / "tables"), *file, *asked).out.splitlines()
     alone = command("generate", str(runs / "tables"), "--prompt", "name[The Eagle]", *asked)
     assert json.loads(line)["answers"] == json.loads(alone.out)["answers"]
 
