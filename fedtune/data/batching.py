@@ -108,7 +108,7 @@ def alone(batch: Batch, place: int | None) -> Batch:
     num_rows, taken = len(batch.input_ids), 0 if place is None else 1
 
     def only(values: torch.Tensor) -> torch.Tensor:
-        of_each = values.unflatten(0, (num_rows // batch.texts, -1))
+        of_each = values.reshape(num_rows // batch.texts, -1, *values.shape[1:])
         kept = torch.zeros_like(of_each)
         kept[:taken] = of_each[place or 0]
         return kept.flatten(0, 1)

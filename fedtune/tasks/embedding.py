@@ -106,13 +106,13 @@ class Embedding(Task):
                 raise DataError(record.at(role), found, bound)
         roles = self.layouts[texts - 2][:texts]
         fields = [(one, role) for one in map(_with_negative(data), records) for role in roles]
-        ids, found = whole_texts(fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within)
+        ids, encoded = whole_texts(fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within)
         low, high = data.pairs.score_range
         wanted = [
             (float(record.fields["score"]) - low) / (high - low) if texts == 2 else data.pairs.margin
             for record in records
         ]
-        complete = np.array(found, dtype=bool).reshape(-1, texts).all(axis=1)
+        complete = np.array(encoded, dtype=bool).reshape(-1, texts).all(axis=1)
         return TextDataset(tuple(ids), np.where(complete, wanted, np.nan).astype(np.float32), texts)
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:

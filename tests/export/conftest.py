@@ -70,6 +70,7 @@ def runs(
     (into / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made["pairs"] = simulate(
         "experiment=own_pairs",
+        "model=random_bert",
         f"model.path='{into}/base-bert'",
         f"data.train_file='{into}/pairs.jsonl'",
         "data.columns={text: a, other: b, score: s}",

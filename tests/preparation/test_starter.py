@@ -45,6 +45,10 @@ def test_labels_that_yaml_would_take_for_something_else(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(("rows", "sites"), [(100, 2), (999, 2), (1000, 3), (5000, 4)])
+def test_a_site_gets_a_few_hundred_records(rows: int, sites: int) -> None:
+    assert starter.sites_for(rows) == sites
+
+
 def test_pairs_with_a_score_get_its_scale_and_compose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"sentence1": f"text {n}", "sentence2": "another text", "score": n % 6} for n in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -61,10 +65,6 @@ def test_pairs_with_a_score_get_its_scale_and_compose(tmp_path: Path, monkeypatc
     data = compose_run(["experiment=./own.yaml"]).data
     assert data.pairs.score_range == (0.0, 5.0)
     assert data.columns == {"text": "sentence1", "other": "sentence2", "score": "score"}
-
-
-def test_a_site_gets_a_few_hundred_records(rows: int, sites: int) -> None:
-    assert starter.sites_for(rows) == sites
 
 
 def test_declared_sizes_are_near_a_site_s_share(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ KINDS = [
     ("random:bert", "triplets"),
 ]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
-UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets": 4.0}
+UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets": 8.0}
 """Longer than these models' gradients, which are then rounded to a grid of 8e-6 to 2e-7."""
 CLIP_NORM = 2**24
 """In cells."""
@@ -69,7 +69,9 @@ def test_without_clipping_and_noise_it_is_plain_peft_training(
 ) -> None:
     clip = UNCLIPPED[task]
     dataset, half = examples(task), plan(sampling_rate=0.5, max_grad_norm=clip)
-    settings = {"optimizer": optimizer, "learning_rate": 0.05, "weight_decay": 0.01}
+    # Larger steps make gradients of cosines longer than the clip norm, or next to nothing.
+    rate = 0.01 if dataset.texts > 1 else 0.05
+    settings = {"optimizer": optimizer, "learning_rate": rate, "weight_decay": 0.01}
     private = trained(path, task)
     before = {name: p.detach().clone() for name, p in private.trainable().items()}
     after = stepper(private, **settings).step(records(dataset, declared_size=14), half, steps=4)
@@ -77,8 +79,8 @@ def test_without_clipping_and_noise_it_is_plain_peft_training(
     model = trained(path, task)
     parameters = list(model.trainable().values())
     plain = {
-        "sgd": lambda: torch.optim.SGD(parameters, lr=0.05, weight_decay=0.01),
-        "adamw": lambda: torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.01),
+        "sgd": lambda: torch.optim.SGD(parameters, lr=rate, weight_decay=0.01),
+        "adamw": lambda: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01),
     }[optimizer]()
     sampling = SeededRandomness(1).stream("sampling")
     smallest = {name: torch.full_like(parameter, torch.inf) for name, parameter in model.trainable().items()}
