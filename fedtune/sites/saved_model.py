@@ -98,6 +98,17 @@ class SavedModel:
         end_ids = self.model.task.end_ids(self.tokenizer, data=self.config.data)
         return as_text(write(self.model, prompt, end_ids=end_ids, spec=spec), self.tokenizer)
 
+    def measured(self, data: LeadData) -> dict[str, Measured]:
+        """What the scores of the start and of each adapter are computed from; the frozen layers run once for all."""
+        num_tokens = int(data.examples.lengths.sum())
+        keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
+        data = replace(data, kept={} if keeps else None)
+        found = {}
+        for name in self.names:
+            self.use(name)
+            found[name] = Measured.of(self.model, self.tokenizer, data, self.config, generate=True)
+        return found
+
     def chances(self, records: Sequence[Record]) -> npt.NDArray[np.float64]:
         """(records, labels) the probability of each label by the adapter in use; the records need no label."""
         labels, task = self.model.spec.labels, self.model.task
@@ -139,16 +150,21 @@ def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
         ConfigError: the adapter or the file cannot be used.
     """
     saved = SavedModel(config, {"tuned": adapter})
-    model, tokenizer = saved.model, saved.tokenizer
     data, unit = _read(config, file, saved)
-    num_tokens = int(data.examples.lengths.sum())
-    keeps = keeps_frozen_states(model, config.runtime, num_tokens=num_tokens)
-    data = replace(data, kept={} if keeps else None)
-    found = []
-    for name in (BASE, "tuned"):
-        saved.use(name)
-        found.append(Measured.of(model, tokenizer, data, config, generate=True))
-    base, tuned = found
+    return _beside_base(saved, data, unit)
+
+
+def beside_base_on(config: RunConfig, adapter: Path, records: Sequence[Record], *, lenient: bool) -> BesideBase:
+    """The same on records that were read already; `lenient`: whatever they are."""
+    saved = SavedModel(config, {"tuned": adapter})
+    within = saved.model.num_ids if lenient else None
+    examples = saved.model.task.tokenise(records, saved.tokenizer, data=config.data, lenient_within=within)
+    return _beside_base(saved, LeadData(list(records), examples), config.privacy.unit)
+
+
+def _beside_base(saved: SavedModel, data: LeadData, unit: Unit) -> BesideBase:
+    found, model = saved.measured(data), saved.model
+    base, tuned = found[BASE], found["tuned"]
     users = users_of(data.records) if unit == "user" else None
     scores = compared(base.examples, tuned.examples, scores=partial(model.task.scores, spec=model.spec), units=users)
     if tuned.texts:
