@@ -14,6 +14,7 @@ from markupsafe import Markup
 from fedtune import __version__
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.sections import SCHEMA_VERSION, Section, as_html, as_page
+from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES, Comparison, Estimate, Verdict
 from fedtune.evaluation.groups import OTHERS, GroupScores
 from fedtune.privacy.accountant import epsilon_text
@@ -63,7 +64,7 @@ class Compared:
         means: names of models that are means of several, by the runs that they are of.
         sides: their scores.
         groups: scores by group, by what the groups are called.
-        data: the file that was scored; None: the test records of the runs.
+        data: the file that was scored; None: the runs' own test records, or a site's held-out ones.
         notes: what else must be said.
     """
 
@@ -199,8 +200,8 @@ class Compared:
             found = self.sides.comparison(self._base, name)
             rows.append((*row, _ends(found.tuned), f"{found.difference.value:+.4f}", _ends(found.difference, sign="+"),
                          found.verdict))  # fmt: skip
-        where = self.data or "the test records"
-        title = f"{_capital(_words(self.score))} on {where}: {counted(len(self.sides.records), 'record')}"
+        where = f" on {self.data}" if self.data else ""
+        title = f"{_capital(_words(self.score))}{where}: {counted(len(self.sides.records), 'record')}"
         headings = ("model", _words(self.score), "95 % interval", f"less {self._base}", "95 % interval", "beside it")
         return Section(title=title, headings=headings, rows=rows, words=frozenset({0, 5}))
 
@@ -260,8 +261,7 @@ class Compared:
     def _cost(self) -> Section:
         rows = []
         for line in self.lines:
-            if line.result is None:
-                rows.append((line.name, "unknown", "-", "-"))
+            if line.result is None:  # a site's copy of a final adapter
                 continue
             moved = sum(one.bytes_down + one.bytes_up for one in line.result.rounds)
             seconds = line.result.final.seconds
@@ -277,6 +277,8 @@ class Compared:
         if any(line.kind == "pooled" for line in self.lines):
             notes.append("Pooled, all records themselves would have to leave their sites.")
         headings = ("model", "epsilon", "time", "adapters moved")
+        if not rows:
+            return Section()
         return Section(title="Cost", headings=headings, rows=rows, notes=notes)
 
     def _about(self) -> Iterator[str]:
@@ -332,17 +334,25 @@ class Compared:
         }
 
 
-def scored(lines: Sequence[Line], *, data: str | None, by: str | None, smallest: int, generate: int | None) -> Compared:
+def scored(
+    lines: Sequence[Line],
+    *,
+    data: str | None,
+    by: str | None,
+    smallest: int,
+    generate: int | None = None,
+    records: Sequence[Record] | None = None,
+) -> Compared:
     """Score runs side by side.
 
     Args:
         lines: the runs.
-        data: the file to score; None: the first run's test records.
+        data: the file to score; None: the first run's test records, or `records`.
         by: a column to group by.
         smallest: units of a group.
         generate: write texts for so many prompts.
+        records: a site's own, to score instead.
     """
-    from fedtune.data.records import column_values
     from fedtune.sites.side_by_side import Finished, side_by_side, sites_of
 
     runs = {}
@@ -354,7 +364,7 @@ def scored(lines: Sequence[Line], *, data: str | None, by: str | None, smallest:
         names = [line.name for line in lines if line.kind == "alone" and line.private == (suffix == "")]
         if len(names) > 1:
             means[f"alone, mean of {len(names)}{suffix}"] = names
-    sides = side_by_side(runs, file=data, means=means)
+    sides = side_by_side(runs, file=data, records=records, means=means)
     first, main = next(iter(runs.values())).config, lines[0].name
     base, notes = next(iter(sides.measured)), []
     pairs = [(name, main) for name in sides.measured if name != main]

@@ -151,18 +151,6 @@ def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
     """
     saved = SavedModel(config, {"tuned": adapter})
     data, unit = _read(config, file, saved)
-    return _beside_base(saved, data, unit)
-
-
-def beside_base_on(config: RunConfig, adapter: Path, records: Sequence[Record], *, lenient: bool) -> BesideBase:
-    """The same on records that were read already; `lenient`: whatever they are."""
-    saved = SavedModel(config, {"tuned": adapter})
-    within = saved.model.num_ids if lenient else None
-    examples = saved.model.task.tokenise(records, saved.tokenizer, data=config.data, lenient_within=within)
-    return _beside_base(saved, LeadData(list(records), examples), config.privacy.unit)
-
-
-def _beside_base(saved: SavedModel, data: LeadData, unit: Unit) -> BesideBase:
     found, model = saved.measured(data), saved.model
     base, tuned = found[BASE], found["tuned"]
     users = users_of(data.records) if unit == "user" else None

@@ -110,15 +110,20 @@ class SideBySide:
 
 
 def side_by_side(
-    runs: Mapping[str, Finished], *, file: str | None, means: Mapping[str, Sequence[str]] | None = None
+    runs: Mapping[str, Finished],
+    *,
+    file: str | None = None,
+    records: Sequence[Record] | None = None,
+    means: Mapping[str, Sequence[str]] | None = None,
 ) -> SideBySide:
-    """Score runs, and their base before training, on one file.
+    """Score runs, and their base before training, on the same records.
 
     Models are loaded one after another; runs that differ in their adapter's values alone share one.
 
     Args:
         runs: by name, at least one; the first one's settings say which the records are.
         file: of records; None: the test records of the first run.
+        records: to score instead, a site's own: none of them ends the scoring, whatever it holds.
         means: by name, runs whose mean counts as one more.
 
     Raises:
@@ -135,7 +140,7 @@ def side_by_side(
     for names in together.values():
         config = runs[names[0]].config
         saved = SavedModel(config, {name: runs[name].adapter for name in names})
-        data = _read(config, file, saved)
+        data = _read(config, file, saved) if records is None else _own(records, saved)
         of_these = saved.measured(data)
         base = _base_of(config)
         if base not in bases:
@@ -189,6 +194,12 @@ def _read(config: RunConfig, file: str | None, saved: SavedModel) -> LeadData:
         bound = "is required to compare, as is data.test_fraction or --data FILE: records that no run trains on"
         raise ConfigError("data.test_file", None, bound)
     return LeadData.read(data.test_file, config, tokenizer, rows=data.test_rows, key="data.test_file")
+
+
+def _own(records: Sequence[Record], saved: SavedModel) -> LeadData:
+    task, within = saved.model.task, saved.model.num_ids
+    examples = task.tokenise(records, saved.tokenizer, data=saved.config.data, lenient_within=within)
+    return LeadData(list(records), examples)
 
 
 def _users(config: RunConfig, records: Sequence[Record]) -> list[npt.NDArray[np.int64]] | None:
