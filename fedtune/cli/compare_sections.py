@@ -17,6 +17,7 @@ from fedtune.cli.sections import SCHEMA_VERSION, Section, as_html, as_page
 from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES, Comparison, Estimate, Verdict
 from fedtune.evaluation.groups import OTHERS, GroupScores
+from fedtune.federation.cost import Cost
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.page.charts import Panel, Series, chart
 from fedtune.words import counted, duration, jsonable, size
@@ -259,26 +260,24 @@ class Compared:
         return Section(title=f"Gaps {title}", headings=headings, rows=rows, notes=notes)
 
     def _cost(self) -> Section:
-        rows = []
-        for line in self.lines:
-            if line.result is None:  # a site's copy of a final adapter
-                continue
-            moved = sum(one.bytes_down + one.bytes_up for one in line.result.rounds)
-            seconds = line.result.final.seconds
-            rows.append(
-                (
-                    line.name,
-                    epsilon_text(line.result.privacy.epsilon),
-                    "-" if seconds is None else duration(seconds),
-                    size(moved) if line.kind in ("federated", "run") else "none",
-                )
+        lines = [(line, line.result) for line in self.lines if line.result is not None]  # a site's copy has none
+        known = {line.name: told for line, result in lines if (told := _told(result.final.cost))}
+        rows = [
+            (
+                line.name,
+                epsilon_text(result.privacy.epsilon),
+                "-" if result.final.seconds is None else duration(result.final.seconds),
+                size(_moved(result)) if line.kind in ("federated", "run") else "none",
+                *((known.get(line.name, "-"),) if known else ()),
             )
+            for line, result in lines
+        ]
+        if not rows:
+            return Section()
         notes = ["Time: the whole run on this machine, which plays all sites one after another."]
         if any(line.kind == "pooled" for line in self.lines):
             notes.append("Pooled, all records themselves would have to leave their sites.")
-        headings = ("model", "epsilon", "time", "adapters moved")
-        if not rows:
-            return Section()
+        headings = ("model", "epsilon", "time", "adapters moved", *(("energy and price",) if known else ()))
         return Section(title="Cost", headings=headings, rows=rows, notes=notes)
 
     def _about(self) -> Iterator[str]:
@@ -325,12 +324,13 @@ class Compared:
         about = {"kind": line.kind, "site": line.site, "private": line.private, "folder": str(line.folder)}
         if line.result is None:
             return about
-        rounds, privacy = line.result.rounds, line.result.privacy
+        final, privacy = line.result.final, line.result.privacy
         return about | {
             "epsilon": privacy.epsilon,
             "delta": privacy.delta,
-            "seconds": line.result.final.seconds,
-            "bytes": sum(one.bytes_down + one.bytes_up for one in rounds),
+            "seconds": final.seconds,
+            "bytes": _moved(line.result),
+            "cost": None if final.cost is None else dataclasses.asdict(final.cost),
         }
 
 
@@ -383,6 +383,25 @@ def scored(
     if first.data.partition.kind == "file" and any(line.kind == "federated" for line in lines):
         notes.append("There is no pooled run and no score by site: the sites' records are in files of their own.")
     return Compared(lines=lines, means=means, sides=sides, groups=groups, data=data, notes=notes)
+
+
+def _moved(result: RunResult) -> int:
+    """Bytes of adapters, both ways."""
+    return sum(one.bytes_down + one.bytes_up for one in result.rounds)
+
+
+def _told(cost: Cost | None) -> str:
+    """Energy, carbon and money, as far as they are known."""
+    if cost is None:
+        return ""
+    energy, parts = cost.energy, []
+    if energy is not None:
+        parts.append(f"{1000 * energy.kwh:.3g} Wh")
+    if energy is not None and energy.carbon_kg is not None:
+        parts.append(f"{1000 * energy.carbon_kg:.3g} g CO2e")
+    if cost.money is not None:
+        parts.append(f"{cost.money:.3g} {cost.currency}")
+    return ", ".join(parts)
 
 
 def _of_pair(found: Comparison) -> dict[str, Any]:

@@ -35,7 +35,7 @@ _VERBATIM = ("data.prompt_template", "experiment")
 _QUOTES = ("'", '"')
 _NOT_ASCII = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]{}:=()'"]*[^\x00-\x7f][^,\[\]{}:=()'"]*""")
 """A quoted text, or an unquoted word with a letter that Hydra's grammar does not know."""
-_OF_THE_WHOLE = frozenset({"name", "seed", "report"})
+_OF_THE_WHOLE = frozenset({"name", "seed", "report", "cost"})
 """Settings that conf/config.yaml sets, and no group."""
 _FROM_FILE = "_from_file_"
 _OTHER_WORDS = {

@@ -103,7 +103,7 @@ def test_who_takes_part_is_all_that_differs(words: list[str]) -> None:
 
 
 def test_rates_that_are_left_to_fedtune_fit_each_run(tiny: Any, folder: Path) -> None:
-    words = tiny("training=sgd", "training.learning_rate=auto", into=folder, name="rates")
+    words = tiny("training.learning_rate=auto", into=folder, name="rates")
     rates = {run.name: run.config.training.learning_rate for run in planned(words, without_privacy=False, leave_out=())}
     assert rates["pooled"] > rates["federated"] == rates["site-1 alone"]
 
@@ -155,7 +155,7 @@ def test_runs_that_are_there_are_scored_on_one_file(outcome: Any, command: Any, 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("--smallest", "5"), "--smallest = 5: must be at least 10"),
+        (("--smallest", "5"), "--smallest = 5: must be a finite number of at least 10"),
         (("--output", "x.txt"), "--output = 'x.txt': must end in .html, .svg, .json"),
         (("runtime=deployment",), "runtime = 'deployment': is for real sites: no site's records can be pooled there"),
         (("data.test_file=null",), "data.test_file = None: is required to compare"),
@@ -166,7 +166,7 @@ def test_runs_that_are_there_are_scored_on_one_file(outcome: Any, command: Any, 
         (("nonesuch",), "RUN = 'nonesuch': must be a run folder; or give settings alone, as KEY=VALUE"),
         (
             ("--leave-out", "alone", "--leave-out", "pooled", "--leave-out", "federated"),
-            "--leave-out = 'federated, alone, pooled'",
+            "--leave-out = ",
         ),
     ],
 )
@@ -175,7 +175,7 @@ def test_what_is_wrong_is_said_before_anything_runs(
 ) -> None:
     outcome = command("compare", *tiny(into=tmp_path, name="x"), *given)
     assert outcome.code == 2
-    assert message.split("'federated, alone")[0] in outcome.message
+    assert message in outcome.message
     assert not list(tmp_path.iterdir())
 
 
