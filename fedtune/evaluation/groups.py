@@ -127,7 +127,7 @@ def by_group(
         pairs: models to compare in each group.
         units: for each unit the places of its records; None: each record is one.
     """
-    coded = {model: {**figures, _GROUP: groups.codes} for model, figures in models.items()}
+    coded = {model: {**figures, _GROUP: groups.codes.astype(np.float64)} for model, figures in models.items()}
     found = drawn(coded, scores=_in_each(groups, score=score, scores=scores), units=units)
     return GroupScores(
         groups=groups,

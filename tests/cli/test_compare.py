@@ -105,7 +105,7 @@ def test_who_takes_part_is_all_that_differs(words: list[str]) -> None:
 def test_rates_that_are_left_to_fedtune_fit_each_run(tiny: Any, folder: Path) -> None:
     words = tiny("training.learning_rate=auto", into=folder, name="rates")
     rates = {run.name: run.config.training.learning_rate for run in planned(words, without_privacy=False, leave_out=())}
-    assert rates["pooled"] > rates["federated"] == rates["site-1 alone"]
+    assert rates["pooled"] > rates["federated"] > rates["site-1 alone"]
 
 
 def test_the_same_command_again_runs_nothing_and_says_the_same(
