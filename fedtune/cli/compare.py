@@ -103,7 +103,12 @@ def compare(
         runs = planned(words, without_privacy=without_privacy, leave_out=leave_out)
         _check_data(runs[0].config, data, by)
         into = Path(runs[0].config.tracking.output_dir)
-        lines = _run_all(runs, console, again=_again(words, into, data, without_privacy, leave_out))
+        kept = {"--data": data, "--by": by, "--smallest": smallest, "--generate": generate, "--output": output}
+        given = [word for key, value in kept.items() if value is not None for word in (key, str(value))]
+        given += ["--without-privacy"] * without_privacy + [f"--leave-out={kind}" for kind in leave_out]
+        named = [word for word in words if not word.startswith("name=")]
+        again = shlex.join(["fedtune", "compare", *named, f"name={into.name}", *given])
+        lines = _run_all(runs, console, again=again)
     with Console(stderr=True).status("Scoring ..."):
         compared = scored(lines, data=data, by=by, smallest=smallest, generate=generate)
     written = [output] if output else []
@@ -203,17 +208,6 @@ def _check_data(config: RunConfig, file: str | None, by: str | None) -> None:
     path = resolve_file(name, shipped_folders(), key="--data" if file else "data.test_file")
     if by is not None:
         column_values([Record({}, file=str(path))], by, key="--by")
-
-
-def _again(
-    words: Sequence[str], folder: Path, data: str | None, without_privacy: bool, leave_out: Sequence[str]
-) -> str:
-    """The command that goes on with a comparison that was interrupted."""
-    named = [word for word in words if not word.startswith("name=")]
-    given = ["--data", data] if data else []
-    given += ["--without-privacy"] if without_privacy else []
-    given += [word for kind in leave_out for word in ("--leave-out", kind)]
-    return shlex.join(["fedtune", "compare", *named, f"name={folder.name}", *given])
 
 
 def _run_all(runs: Sequence[Planned], console: Console, *, again: str) -> list[Line]:

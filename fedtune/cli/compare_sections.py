@@ -55,6 +55,13 @@ class Line:
     folder: Path
     result: RunResult | None
 
+    @property
+    def moved(self) -> int:
+        """Bytes of adapters, both ways; 0 where nobody shares any."""
+        if self.result is None or self.kind in ("alone", "pooled"):
+            return 0
+        return sum(one.bytes_down + one.bytes_up for one in self.result.rounds)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
@@ -267,7 +274,7 @@ class Compared:
                 line.name,
                 epsilon_text(result.privacy.epsilon),
                 "-" if result.final.seconds is None else duration(result.final.seconds),
-                size(_moved(result)) if line.kind in ("federated", "run") else "none",
+                size(line.moved) if line.moved else "none",
                 *((known.get(line.name, "-"),) if known else ()),
             )
             for line, result in lines
@@ -329,7 +336,7 @@ class Compared:
             "epsilon": privacy.epsilon,
             "delta": privacy.delta,
             "seconds": final.seconds,
-            "bytes": _moved(line.result),
+            "bytes": line.moved,
             "cost": None if final.cost is None else dataclasses.asdict(final.cost),
         }
 
@@ -383,11 +390,6 @@ def scored(
     if first.data.partition.kind == "file" and any(line.kind == "federated" for line in lines):
         notes.append("There is no pooled run and no score by site: the sites' records are in files of their own.")
     return Compared(lines=lines, means=means, sides=sides, groups=groups, data=data, notes=notes)
-
-
-def _moved(result: RunResult) -> int:
-    """Bytes of adapters, both ways."""
-    return sum(one.bytes_down + one.bytes_up for one in result.rounds)
 
 
 def _told(cost: Cost | None) -> str:

@@ -148,8 +148,8 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
     if settings.get("name") is None:
         settings["name"] = _time_stamp()
     for dotted, value in (changed or {}).items():
-        *outer, last = dotted.split(".")
-        reduce(dict.__getitem__, outer, settings)[last] = value
+        *parents, last = dotted.split(".")
+        reduce(dict.__getitem__, parents, settings)[last] = value
     try:
         return _with_start(parse(settings))
     except ConfigError as error:

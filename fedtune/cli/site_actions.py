@@ -37,7 +37,7 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
 from fedtune.words import counted
 
-_SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime", "task")
+_SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime", "task", "cost")
 """Groups of settings that the proposal's own rows say already, or that are not the run's."""
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _NAME, _FOUND, _FIX = 8, 28, 11

@@ -127,7 +127,8 @@ def by_group(
         pairs: models to compare in each group.
         units: for each unit the places of its records; None: each record is one.
     """
-    coded = {model: {**figures, _GROUP: groups.codes.astype(np.float64)} for model, figures in models.items()}
+    codes: npt.NDArray[np.float64] = groups.codes.astype(np.float64)
+    coded: dict[str, Figures] = {model: {**figures, _GROUP: codes} for model, figures in models.items()}
     found = drawn(coded, scores=_in_each(groups, score=score, scores=scores), units=units)
     return GroupScores(
         groups=groups,

@@ -122,10 +122,10 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
 def _cost(final: FinalResult) -> RunCost | None:
     if final.cost is None:
         return None
-    energy, money = final.cost.energy, {"money": final.cost.money, "currency": final.cost.currency}
-    if energy is None:
-        return RunCost(**money)
-    return RunCost(kwh=energy.kwh, carbon_kg=energy.carbon_kg, measured_seconds=energy.seconds, how=energy.how, **money)
+    found = RunCost(money=final.cost.money, currency=final.cost.currency)
+    if (energy := final.cost.energy) is None:
+        return found
+    return replace(found, kwh=energy.kwh, carbon_kg=energy.carbon_kg, measured_seconds=energy.seconds, how=energy.how)
 
 
 def read_site_report(path: Path) -> Report:
