@@ -25,6 +25,8 @@ from fedtune.sites.shared_model import LeadData, Measured, dealing
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
+_MOST_GROUPS = 100
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
@@ -101,8 +103,14 @@ class SideBySide:
             values: of the records, in their order.
             smallest: units of a group; smaller ones are merged.
             pairs: models to compare in each group.
+
+        Raises:
+            ConfigError: there are more groups than anybody reads, and than are scored in a minute or two.
         """
         groups: Groups = merged(values, smallest=smallest, units=self.users)
+        if len(groups.names) > _MOST_GROUPS:
+            bound = f"leaves {len(groups.names)} groups; must leave at most {_MOST_GROUPS}"
+            raise ConfigError("--smallest", smallest, bound)
         if len(groups.names) < 2:
             return None
         examples = {name: one.examples for name, one in self.measured.items()}

@@ -82,3 +82,10 @@ def test_a_column_is_read_for_records_that_were_read_before(tmp_path: Path) -> N
     assert column_values(records[::-1], "age", key="--by") == [NO_VALUE, NO_VALUE, NO_VALUE, "4", "31"]
     with pytest.raises(DataError, match=r"--by = 'ward': must be a column of .*, which has 'a', 'age'"):
         column_values(records, "ward", key="--by")
+
+
+def test_more_groups_than_anybody_reads_are_refused(runs: dict[str, Finished]) -> None:
+    found = replace(side_by_side({"four": runs["four"]}), records=[Record({})] * 2000)
+    many = [str(number // 10) for number in range(2000)]
+    with pytest.raises(ConfigError, match=r"--smallest = 10: leaves 200 groups; must leave at most 100"):
+        found.by(many, smallest=10, pairs=[])
