@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -93,22 +93,18 @@ def compare(
         raise ConfigError("--output", str(output), f"must end in {', '.join(FORMATS)}")
     check_at_least("--smallest", smallest, FEWEST_UNITS)
     console, folders = Console(stderr=as_json), _run_folders(words)
+    if folders and (without_privacy or leave_out):
+        key = "--without-privacy" if without_privacy else "--leave-out"
+        raise ConfigError(key, True, "goes with an experiment's settings, not with runs that are there already")
     if folders:
-        if without_privacy or leave_out:
-            key = "--without-privacy" if without_privacy else "--leave-out"
-            raise ConfigError(key, True, "goes with an experiment's settings, not with runs that are there already")
-        lines = _lines_of_folders(folders)
-        into = None
+        into, lines = None, _lines_of_folders(folders)
     else:
         runs = planned(words, without_privacy=without_privacy, leave_out=leave_out)
         _check_data(runs[0].config, data, by)
         into = Path(runs[0].config.tracking.output_dir)
-        kept = {"--data": data, "--by": by, "--smallest": smallest, "--generate": generate, "--output": output}
-        given = [word for key, value in kept.items() if value is not None for word in (key, str(value))]
-        given += ["--without-privacy"] * without_privacy + [f"--leave-out={kind}" for kind in leave_out]
-        named = [word for word in words if not word.startswith("name=")]
-        again = shlex.join(["fedtune", "compare", *named, f"name={into.name}", *given])
-        lines = _run_all(runs, console, again=again)
+        options = {"--data": data, "--by": by, "--smallest": smallest, "--generate": generate, "--output": output}
+        flags = ["--without-privacy"] * without_privacy + [f"--leave-out={kind}" for kind in leave_out]
+        lines = _run_all(runs, console, again=_again(words, into, options, flags))
     with Console(stderr=True).status("Scoring ..."):
         compared = scored(lines, data=data, by=by, smallest=smallest, generate=generate)
     written = [output] if output else []
@@ -208,6 +204,13 @@ def _check_data(config: RunConfig, file: str | None, by: str | None) -> None:
     path = resolve_file(name, shipped_folders(), key="--data" if file else "data.test_file")
     if by is not None:
         column_values([Record({}, file=str(path))], by, key="--by")
+
+
+def _again(words: Sequence[str], into: Path, options: Mapping[str, object], flags: Sequence[str]) -> str:
+    """The command that goes on with a comparison that was interrupted."""
+    named = [word for word in words if not word.startswith("name=")]
+    given = [word for key, value in options.items() if value is not None for word in (key, str(value))]
+    return shlex.join(["fedtune", "compare", *named, f"name={into.name}", *given, *flags])
 
 
 def _run_all(runs: Sequence[Planned], console: Console, *, again: str) -> list[Line]:
