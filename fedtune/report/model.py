@@ -464,8 +464,9 @@ def to_json(report: Report) -> dict[str, Any]:
     fields = dict(_ADAPTER.dump_python(report, mode="json"))
     if report.provenance.start_adapter is None:
         del fields["provenance"]["start_adapter"]
-    if report.utility and not report.utility.findings:
-        del fields["utility"]["findings"]
+    for key in ("findings", "cost") if report.utility else ():
+        if not getattr(report.utility, key):
+            del fields["utility"][key]
     return fields
 
 
