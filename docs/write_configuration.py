@@ -29,6 +29,7 @@ GROUPS = (
     "runtime",
     "tracking",
     "report",
+    "cost",
 )
 
 HEAD = """\

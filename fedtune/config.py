@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.data.spec import DataSpec, PairsSpec
 from fedtune.evaluation.spec import EvaluationSpec
+from fedtune.federation.cost import CostSpec
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
@@ -106,6 +107,7 @@ class RunConfig:
     runtime: RuntimeSpec = RuntimeSpec()
     tracking: TrackingSpec = TrackingSpec()
     report: ReportSpec = ReportSpec()
+    cost: CostSpec = CostSpec()
     seed: int = 0
     resume: str | None = None
 
@@ -240,7 +242,7 @@ class RunConfig:
         Whether noise is seeded belongs to it, since that changes what the result is worth.
         """
         fields = self.to_json()
-        for key in ("name", "resume", "tracking", "report"):
+        for key in ("name", "resume", "tracking", "report", "cost"):
             del fields[key]
         patience = [("federation", key) for key in ("round_timeout_s", "enough_sites", "grace_s")]
         # Where an adapter lies changes nothing: its digest says which it is.

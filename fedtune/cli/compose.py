@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,7 +35,7 @@ _VERBATIM = ("data.prompt_template", "experiment")
 _QUOTES = ("'", '"')
 _NOT_ASCII = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]{}:=()'"]*[^\x00-\x7f][^,\[\]{}:=()'"]*""")
 """A quoted text, or an unquoted word with a letter that Hydra's grammar does not know."""
-_OF_THE_WHOLE = frozenset({"name", "seed", "report"})
+_OF_THE_WHOLE = frozenset({"name", "seed", "report", "cost"})
 """Settings of an experiment that conf/config.yaml sets, and no group."""
 _FROM_FILE = "_from_file_"
 _OTHER_WORDS = {
@@ -120,8 +121,12 @@ def config_folder() -> Path:
     return next(folder / "conf" for folder in shipped_folders() if (folder / "conf" / "config.yaml").is_file())
 
 
-def compose_run(overrides: Sequence[str]) -> RunConfig:
+def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None = None) -> RunConfig:
     """Compose and validate one run.
+
+    Args:
+        overrides: as they were typed.
+        changed: settings by dotted key that take the place of what was composed.
 
     Raises:
         ConfigError: for every mistake in an override or a value, Hydra's own errors among them.
@@ -142,6 +147,9 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
         settings["name"] = _run_folder(settings["resume"])[1].name
     if settings.get("name") is None:
         settings["name"] = _time_stamp()
+    for dotted, value in (changed or {}).items():
+        *parents, last = dotted.split(".")
+        reduce(dict.__getitem__, parents, settings)[last] = value
     try:
         return _with_start(parse(settings))
     except ConfigError as error:

@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, str] = {
     "generate": "what a finished run's model answers to a prompt",
     "chat": "talk with a finished run's model",
     "evaluate": "score a finished run's model beside its base",
+    "compare": "base, each site alone, federated, pooled: side by side",
     "export": "write a run's model for others to load",
     "model-hash": "the hash that names a base model",
     "ledger": "read a site's ledger: what was spent, what is left",

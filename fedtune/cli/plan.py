@@ -18,6 +18,7 @@ from fedtune.cli.plan_sections import Outlook, show_outlook
 from fedtune.cli.sections import as_html, as_page, json_text, pairs, print_json, say, write_file
 from fedtune.config import RunConfig
 from fedtune.federation import planner, verdict
+from fedtune.federation.cost import CostSpec, Meter
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
@@ -89,7 +90,10 @@ def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bo
     # What a given noise comes to is kept; a calibrated one leaves a hair of what was asked for.
     given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
     epsilon = planner.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
-    forecast, device = _forecast(config, planned) if with_model else (None, "")
+    config.cost.check_can_measure()
+    with Meter(config.cost if with_model else CostSpec()) as meter:
+        forecast, device = _forecast(config, planned) if with_model else (None, "")
+    energy = meter.stop()
     return Outlook(
         config=config,
         price=planner.price(planned, config.declared_sizes()),
@@ -101,6 +105,7 @@ def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bo
         verdicts=(),
         lead_assumed=False,
         model_sha256=_model_sha256(config, load=with_model),
+        energy=energy.scaled(forecast.seconds_one_after_another) if energy and forecast else None,
     )
 
 

@@ -13,6 +13,7 @@ from fedtune import __version__
 from fedtune.cli.plain_words import contribution, printable, reason_text, signal_words
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, say, show
 from fedtune.config import RunConfig
+from fedtune.federation.cost import Energy
 from fedtune.federation.planner import Change, Price, RoundPrice, signal_to_noise
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
@@ -43,6 +44,7 @@ class Outlook:
         device: that the forecast was timed on.
         lead_assumed: policies were asked for the first lead that each allows.
         model_sha256: of the base model's weights; None: the settings do not pin it, and no model was loaded.
+        energy: of all training on this one machine; None: it was not asked for.
     """
 
     config: RunConfig
@@ -55,6 +57,12 @@ class Outlook:
     verdicts: tuple[Verdict, ...]
     lead_assumed: bool
     model_sha256: str | None = None
+    energy: Energy | None = None
+
+    @property
+    def money(self) -> float | None:
+        """The price of all training on one machine; None: no price was given, or nothing was timed."""
+        return self.config.cost.money(self.forecast.seconds_one_after_another) if self.forecast else None
 
     @property
     def plan(self) -> Plan:
@@ -101,6 +109,9 @@ class Outlook:
             "what_if_epsilon": self.epsilon,
             "what_if": [dataclasses.asdict(change) for change in self.changes],
             "forecast": None if self.forecast is None else dataclasses.asdict(self.forecast) | {"device": self.device},
+            "energy": None if self.energy is None else dataclasses.asdict(self.energy),
+            "money": self.money,
+            "currency": None if self.money is None else config.cost.currency,
             "lead_assumed": self.lead_assumed,
             "policies": [dataclasses.asdict(one) | {"allowed": one.allowed} for one in self.verdicts],
         }
@@ -347,12 +358,25 @@ def bytes_and_time(outlook: Outlook) -> Section:
                 "all training",
                 f"at most about {duration(found.seconds_one_after_another)} where one machine is all sites",
             ),
+            *_energy_and_money(outlook),
         ),
         notes=(
             f"Times are for this machine ({outlook.device}) with every example at its full "
             f"{outlook.config.data.max_length} tokens{_full_users(outlook.plan)}; evaluation and start-up come on top.",
         ),
     )
+
+
+def _energy_and_money(outlook: Outlook) -> tuple[tuple[str, str], ...]:
+    """Of all training on one machine, as the settings ask for it."""
+    rows = []
+    if (energy := outlook.energy) is not None:
+        carbon = "" if energy.carbon_kg is None else f", {energy.carbon_kg:.3g} kg CO2e"
+        how = "by its counters" if energy.how == "counters" else "estimated from its load"
+        rows.append(("its energy", f"at most about {energy.kwh:.3g} kWh{carbon}, {how} while it was timed"))
+    if outlook.money is not None:
+        rows.append(("its price", f"at most about {outlook.money:.3g} {outlook.config.cost.currency}"))
+    return tuple(rows)
 
 
 def _full_users(plan: Plan) -> str:

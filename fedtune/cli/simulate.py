@@ -51,15 +51,23 @@ def simulate(
         if config.runtime.kind == "deployment":
             raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
     if sweep and len(runs) > 1:
-        run_sweep(sweep, console, run=_run, as_json=as_json)
+        run_sweep(sweep, console, run=run_one, as_json=as_json)
         return
     folder = folder_of(runs[0])
-    result = _run(runs[0], folder, console)
+    result = run_one(runs[0], folder, console)
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "runs": [{"folder": str(folder), "result": result}]})
 
 
-def _run(config: RunConfig, folder: Path, console: Console) -> RunResult:
+def run_one(config: RunConfig, folder: Path, console: Console, *, again: str = "") -> RunResult:
+    """Run a simulation in its folder, new or begun.
+
+    Args:
+        config: the run's.
+        folder: its own.
+        console: where progress and result are shown.
+        again: the command that continues it; empty: one that resumes this run alone.
+    """
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     from fedtune.flower.simulation import simulate as run_simulation
     from fedtune.sites.virtual_site import fitted
@@ -67,7 +75,7 @@ def _run(config: RunConfig, folder: Path, console: Console) -> RunResult:
     if config.resume is None:
         config = told(console, config, fitted(config, folder))
         make(folder, config)
-    again = f"fedtune simulate resume={folder}"
+    again = again or f"fedtune simulate resume={folder}"
     return run_in_folder(config, folder, console, work=run_simulation, again=again)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Option, command, group
+from fedtune.evaluation.groups import SMALLEST
 from fedtune.spec import ConfigError
 from fedtune.words import counted
 
@@ -25,6 +26,7 @@ A site of a federation: its policy, its keys, and the process that answers for i
   fedtune site doctor --kit kit --site site.toml          what is still missing, and how to fix it
   fedtune site start --kit kit --site site.toml           take part, until stopped
   fedtune site approve [RUN] --kit kit --site site.toml   what a run would cost; let it start
+  fedtune site score RUN --kit kit --site site.toml       what a final adapter does on records held out here
   fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
 docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a policy's numbers.
 """
@@ -157,6 +159,26 @@ def approve(
         work.show_waiting(state, as_json=as_json)
     else:
         work.approve(state, run, site_toml=site, files=files, yes=yes)
+
+
+@command(app, "score a final adapter on held-out records")
+def score(
+    run: Annotated[str, Argument("RUN", help="a run whose final adapter the site keeps, or the folder of one")],
+    kit: KitFolder,
+    site: PolicyFile,
+    by: Annotated[str | None, Option("also score by group: by the values of this column", metavar="COLUMN")] = None,
+    smallest: Annotated[int, Option("merge groups with fewer records (users, where they are protected)")] = SMALLEST,
+    as_json: AsJson = False,
+) -> None:
+    """Score a run's final adapter on the records that this site held out from it, beside the model before training.
+
+    For a site with final_adapter = "keep", and a run with data.heldout_fraction above 0. The scores are exact. They are
+    printed here alone: nothing is charged, and nothing leaves the site.
+    """
+    own = _own_kit(kit)
+    from fedtune.cli import site_actions as work
+
+    work.score(own, run, files=own.site_files(site), by=by, smallest=smallest, as_json=as_json)
 
 
 @command(app, "pause")

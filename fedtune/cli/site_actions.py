@@ -1,8 +1,8 @@
-"""The work of `fedtune site approve` and `fedtune site doctor`.
+"""The work of `fedtune site approve`, `fedtune site doctor` and `fedtune site score`.
 
 Approving shows what a run would do and cost, and takes a person's word that it may start; the doctor prints a line for
-each of its checks.  Apart from `cli/site.py`, which imports this once it has given up root's rights and closed the
-model hub.
+each of its checks; scoring shows what a final adapter does on records that were held out.  Apart from `cli/site.py`,
+which imports this once it has given up root's rights and closed the model hub.
 """
 
 from __future__ import annotations
@@ -18,21 +18,26 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from fedtune.cli.compare_sections import Line, scored
 from fedtune.cli.compose import compose_run
+from fedtune.cli.finished_run import finished_run
 from fedtune.cli.plain_words import contribution, printable, reason_text
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.deploy.doctor.examination import Visit, examine
+from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.services.site_state import Pending, SiteState
+from fedtune.evaluation.bootstrap import FEWEST_UNITS
+from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.verdict import BrokenRule, Verdict, ask
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError
+from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
 from fedtune.words import counted
 
-_SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime", "task")
+_SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime", "task", "cost")
 """Groups of settings that the proposal's own rows say already, or that are not the run's."""
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _NAME, _FOUND, _FIX = 8, 28, 11
@@ -72,6 +77,34 @@ def approve(state: SiteState, run: str, *, site_toml: Path, files: SiteFiles, ye
     files.open().approve(pending.proposal)
     state.forget(pending.proposal)
     say("Approved, and noted in the ledger. It begins with the lead's next request.")
+
+
+def score(kit: Kit, run: str, *, files: SiteFiles, by: str | None, smallest: int, as_json: bool) -> None:
+    """Score the final adapter of a run on the records that the site held out from it; prints, and writes nothing.
+
+    Raises:
+        ConfigError: the site keeps no such adapter, or held nothing out.
+    """
+    check_at_least("--smallest", smallest, FEWEST_UNITS)
+    from fedtune.sites.real_site import site_records  # torch takes seconds to import
+
+    folder = next((one for one in (kit.folder / "adapters" / run, Path(run)) if RunFolder(one).config.is_file()), None)
+    if folder is None:
+        kept = ", ".join(sorted(path.name for path in (kit.folder / "adapters").glob("*"))) or "none"
+        raise ConfigError("RUN", run, f'must be a run whose final adapter is kept (final_adapter = "keep"): {kept}')
+    config, _ = finished_run(folder)
+    if config.data.heldout_fraction == 0:
+        bound = "held nothing out: score it on other records with fedtune evaluate FOLDER --data FILE"
+        raise ConfigError("data.heldout_fraction", 0, bound)
+    records = site_records(config, files).heldout
+    if not records:
+        raise ConfigError("data.heldout_fraction", config.data.heldout_fraction, "held out no record of this site")
+    line = Line(name="tuned", kind="run", site=None, private=config.privacy.private, folder=folder, result=None)
+    compared = scored([line], data=None, by=by, smallest=smallest, records=records)
+    if as_json:
+        print_json(compared.to_json())
+        return
+    show(Console(), compared.sections())
 
 
 def _chosen(waiting: list[Pending], run: str) -> Pending:

@@ -140,7 +140,7 @@ def run_sweep(
             try:
                 rows[number] = replace(row, result=run(row.config, row.folder, console))
             except BaseException as error:
-                rows[number] = replace(row, error=error, result=_result(row.folder))
+                rows[number] = replace(row, error=error, result=result_in(row.folder))
                 if not isinstance(error, FedtuneError):
                     raise
             _write(path, rows)
@@ -173,19 +173,19 @@ def _rows(sweep: Sweep) -> list[SweptRun]:
     rows: list[SweptRun] = []
     differ = [key for key in sweep.values[0] if len({values[key] for values in sweep.values}) > 1]
     for config, values in zip(sweep.runs, sweep.values, strict=True):
-        config = _continued(config)
+        config = continued(config)
         folder = folder_of(config)
         if folder in (row.folder for row in rows):
             raise ConfigError("name", config.name, "is the name of two runs of the sweep; choose others")
-        result = _result(folder, finished=True)
+        result = result_in(folder, finished=True)
         shown = {key: values[key] for key in differ}
         earlier = result is not None
         rows.append(SweptRun(config=config, folder=folder, values=shown, earlier=earlier, result=result))
     return rows
 
 
-def _continued(config: RunConfig) -> RunConfig:
-    """The run, or where the same sweep has begun it before, its continuation."""
+def continued(config: RunConfig) -> RunConfig:
+    """The run, or where the same command has begun it before, its continuation."""
     folder = Path(config.tracking.output_dir) / config.name
     if config.resume is not None or not folder.exists():
         return config
@@ -197,7 +197,7 @@ def _continued(config: RunConfig) -> RunConfig:
     return config
 
 
-def _result(folder: Path, *, finished: bool = False) -> RunResult | None:
+def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
     """What the run in `folder` has come to; None: nothing, or with `finished` not all of it."""
     if not RunFolder(folder).result.is_file():
         return None

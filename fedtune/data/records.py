@@ -120,6 +120,37 @@ def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
+NO_VALUE = "(none)"
+"""Of a record that has no value in a column, or a list or an object."""
+
+
+def column_values(records: Sequence[Record], column: str, *, key: str) -> list[str]:
+    """What a column of their files says of records that were read before, as text; `NO_VALUE` where it says nothing.
+
+    Args:
+        records: with the file and the line of each.
+        column: one that needs no role.
+        key: what asked for it, for messages.
+
+    Raises:
+        DataError: no row of a file has such a column.
+    """
+    values: dict[tuple[str, int], str] = {}
+    for file in dict.fromkeys(record.file for record in records):
+        present: dict[str, None] = {}
+        for line, row in raw_rows(Path(file)):
+            if isinstance(row, DataError):
+                continue
+            present |= dict.fromkeys(row)
+            value = row.get(column)
+            if isinstance(value, str | int | float) and str(value).strip():
+                values[file, line] = str(int(value) if _is_whole(value) else value).strip()
+        if column not in present:
+            names = ", ".join(repr(name) for name in present)
+            raise DataError(key, column, f"must be a column of {file}, which has {names}")
+    return [values.get((record.file, record.line), NO_VALUE) for record in records]
+
+
 def without_records(path: Path) -> DataError:
     """The error about a file that holds no record."""
     found = "an empty file" if path.is_file() and not path.stat().st_size else "no records"

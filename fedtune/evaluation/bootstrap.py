@@ -1,8 +1,9 @@
-"""How sure a comparison of two models is: percentile bootstrap intervals of scores and of their paired differences.
+"""How sure a comparison of models is: percentile bootstrap intervals of scores and of their paired differences.
 
 Efron 1979; Efron and Tibshirani 1993, chapter 13.  The units (records, or users with all their records) are drawn with
-replacement, the same ones for both models, and each time the scores are computed anew: so a score need not be a mean.
+replacement, the same ones for all models, and each time the scores are computed anew: so a score need not be a mean.
 An interval says how far another sample of such units may move the score.  It says nothing about another training run.
+simulations/intervals measures how often the intervals hold the truth.
 """
 
 from __future__ import annotations
@@ -56,6 +57,90 @@ class Comparison:
     verdict: Verdict
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Scores of several models under the same draws of units.
+
+    Attributes:
+        values: by model and score, on the records as they are.
+        draws: likewise, (draws,) each.
+        num_units: that were drawn from.
+    """
+
+    values: Mapping[str, Mapping[str, float]]
+    draws: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]
+    num_units: int
+
+    def estimate(self, model: str, score: str) -> Estimate:
+        """A model's score with its interval."""
+        return _estimate(self.values[model][score], self.draws[model][score])
+
+    def comparison(self, base: str, tuned: str, score: str, *, judged: str | None = None) -> Comparison:
+        """One score of two models.
+
+        Args:
+            base: the one model.
+            tuned: the other.
+            score: by name.
+            judged: the score whose direction says which is better; None: `score` itself.
+        """
+        values = [self.values[model][score] for model in (base, tuned)]
+        draws = [self.draws[model][score] for model in (base, tuned)]
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            difference = _estimate(float(np.subtract(values[1], values[0])), draws[1] - draws[0])
+        one, other = self.estimate(base, score), self.estimate(tuned, score)
+        enough = self.num_units >= FEWEST_UNITS
+        verdict = _verdict(judged or score, one, other, difference) if enough else NO_DIFFERENCE
+        return Comparison(one, other, difference, verdict)
+
+    def with_mean(self, name: str, models: Sequence[str]) -> Drawn:
+        """The same with one more model, whose scores are the means of those of `models`."""
+        scores = self.values[models[0]]
+        values = {score: float(np.mean([self.values[model][score] for model in models])) for score in scores}
+        draws = {score: np.mean([self.draws[model][score] for model in models], axis=0) for score in scores}
+        return Drawn({**self.values, name: values}, {**self.draws, name: draws}, self.num_units)
+
+
+def drawn(
+    models: Mapping[str, Figures],
+    *,
+    scores: Scores,
+    units: Sequence[npt.NDArray[np.int64]] | None = None,
+    resamples: int = RESAMPLES,
+) -> Drawn:
+    """Score models on the same draws of units.
+
+    The draws are the same whenever the number of units is: the same files give the same intervals.
+
+    Args:
+        models: figures of the same n records, in the same order, under each model.
+        scores: from figures to scores by name; what it raises as DataError leaves a draw out.
+        units: for each unit the places of its records, at least one; None: each record is one.
+        resamples: how often the units are drawn.
+    """
+    observed = {model: scores(figures) for model, figures in models.items()}
+    num_records = len(next(iter(next(iter(models.values())).values())))
+    num_units = num_records if units is None else len(units)
+    found: dict[str, dict[str, list[float]]] = {
+        model: {score: [] for score in values} for model, values in observed.items()
+    }
+    for places in _draws(num_units, units, resamples):
+        # A draw may hold no record that can be scored, such as one with a token to predict.
+        with suppress(DataError):
+            each = {
+                model: scores({name: values[places] for name, values in figures.items()})
+                for model, figures in models.items()
+            }
+            for model, lists in found.items():
+                for score, values in lists.items():
+                    values.append(each[model][score])
+    draws = {
+        model: {score: np.array(values, dtype=np.float64) for score, values in lists.items()}
+        for model, lists in found.items()
+    }
+    return Drawn(observed, draws, num_units)
+
+
 def compared(
     base: Figures,
     tuned: Figures,
@@ -64,36 +149,9 @@ def compared(
     units: Sequence[npt.NDArray[np.int64]] | None = None,
     resamples: int = RESAMPLES,
 ) -> dict[str, Comparison]:
-    """Compare two models by each of their scores.
-
-    The draws are the same whenever the number of units is: the same files give the same intervals.
-
-    Args:
-        base: figures of the n records under the one model.
-        tuned: figures of the same records, in the same order, under the other.
-        scores: from figures to scores by name; what it raises as DataError leaves a draw out.
-        units: for each unit the places of its records, at least one; None: each record is one.
-        resamples: how often the units are drawn.
-    """
-    observed = scores(base), scores(tuned)
-    num_records = len(next(iter(base.values())))
-    num_units = num_records if units is None else len(units)
-    drawn: dict[str, list[tuple[float, float]]] = {name: [] for name in observed[0]}
-    for places in _draws(num_units, units, resamples):
-        # A draw may hold no record that can be scored, such as one with a token to predict.
-        with suppress(DataError):
-            found = [scores({name: values[places] for name, values in figures.items()}) for figures in (base, tuned)]
-            for name, pairs in drawn.items():
-                pairs.append((found[0][name], found[1][name]))
-    return {
-        name: _comparison(
-            name,
-            (observed[0][name], observed[1][name]),
-            np.array(pairs, dtype=np.float64).reshape(-1, 2),
-            enough=num_units >= FEWEST_UNITS,
-        )
-        for name, pairs in drawn.items()
-    }
+    """Compare two models by each of their scores; see `drawn`."""
+    found = drawn({"base": base, "tuned": tuned}, scores=scores, units=units, resamples=resamples)
+    return {score: found.comparison("base", "tuned", score) for score in found.values["base"]}
 
 
 def _draws(
@@ -104,16 +162,6 @@ def _draws(
     for _ in range(resamples):
         chosen = generator.integers(0, num_units, size=num_units)
         yield chosen if units is None else np.concatenate([units[unit] for unit in chosen])
-
-
-def _comparison(
-    name: str, observed: tuple[float, float], drawn: npt.NDArray[np.float64], *, enough: bool
-) -> Comparison:
-    """Of (base, tuned) as they are, and (draws, 2) as they were drawn."""
-    with np.errstate(invalid="ignore"):  # infinity less infinity
-        base, tuned = (_estimate(value, drawn[:, place]) for place, value in enumerate(observed))
-        difference = _estimate(float(np.subtract(observed[1], observed[0])), drawn[:, 1] - drawn[:, 0])
-    return Comparison(base, tuned, difference, _verdict(name, base, tuned, difference) if enough else NO_DIFFERENCE)
 
 
 NO_DIFFERENCE: Verdict = "cannot be told apart"

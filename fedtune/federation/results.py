@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from fedtune import __version__
+from fedtune.federation.cost import Cost
 from fedtune.federation.lead import LeadState, RoundResult, Scores
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
@@ -33,6 +34,7 @@ class FinalResult:
 
     Attributes:
         findings: what the scores say against the training: codes, as `findings_of` gives them.
+        cost: energy, carbon and money, where the settings ask for them.
     """
 
     metrics: Scores
@@ -40,6 +42,7 @@ class FinalResult:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     findings: tuple[str, ...] = ()
+    cost: Cost | None = None
 
 
 _LOST = 2.0

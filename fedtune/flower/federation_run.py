@@ -15,6 +15,7 @@ from typing import Protocol
 from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
+from fedtune.federation.cost import Meter
 from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
 from fedtune.federation.results import (
     DATA_CHANGED,
@@ -105,6 +106,11 @@ class FederationRun:
             ConfigError: data, model or checkpoint don't fit the configuration; raised before any training.
             RunError: too few sites replied.
         """
+        self.config.cost.check_can_measure()
+        with Meter(self.config.cost) as meter:
+            return self._to_its_end(listener, meter)
+
+    def _to_its_end(self, listener: Listener, meter: Meter) -> RunResult:
         began = time.monotonic()
         state = self._first_state(listener)
         note_environment(self.folder, self.shared)
@@ -119,13 +125,13 @@ class FederationRun:
             state = self.engine(lambda grid: run_rounds(grid, lead, state))
         except BaseException:
             # What was charged is on record also for a run that ends early.
-            self._write_result(self._checkpoints.load(), metrics={}, seconds=elapsed())
+            self._write_result(self._checkpoints.load(), metrics={}, seconds=elapsed(), meter=meter)
             raise
         self.receipts.keep(state.receipts)
         metrics = self.shared.score(state.adapter, self.shared.test, generate=True)
         state.adapter.load_into(self.shared.model)
         save_task_model(self.shared.model, RunFolder(self.folder).adapter)
-        return self._write_result(state, metrics=metrics, seconds=elapsed())
+        return self._write_result(state, metrics=metrics, seconds=elapsed(), meter=meter)
 
     def _lead(self, state: LeadState, listener: Listener, elapsed: Callable[[], float]) -> Lead:
         strategy = make_strategy(self.config.federation)
@@ -180,7 +186,9 @@ class FederationRun:
         self._checkpoints.save(state)
         return state
 
-    def _write_result(self, state: LeadState, *, metrics: Mapping[str, float], seconds: float) -> RunResult:
+    def _write_result(
+        self, state: LeadState, *, metrics: Mapping[str, float], seconds: float, meter: Meter
+    ) -> RunResult:
         """Write `run.json`."""
         final = FinalResult(
             metrics=metrics,
@@ -188,6 +196,7 @@ class FederationRun:
             seconds=seconds,
             peak_memory_bytes=_peak_memory_bytes(),
             findings=self._findings(state, metrics),
+            cost=meter.cost(seconds),
         )
         result = RunResult.of(
             state,

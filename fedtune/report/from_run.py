@@ -31,6 +31,7 @@ from fedtune.report.model import (
     Release,
     Report,
     RoundCost,
+    RunCost,
     SiteReport,
     Source,
     Spent,
@@ -101,6 +102,7 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
         final=finite_scores(final.metrics),
         non_private=None,
         findings=final.findings,
+        cost=_cost(final),
         rounds=tuple(
             RoundCost(
                 round=result.round,
@@ -115,6 +117,15 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
             for result in record.rounds
         ),
     )
+
+
+def _cost(final: FinalResult) -> RunCost | None:
+    if final.cost is None:
+        return None
+    found = RunCost(money=final.cost.money, currency=final.cost.currency)
+    if (energy := final.cost.energy) is None:
+        return found
+    return replace(found, kwh=energy.kwh, carbon_kg=energy.carbon_kg, measured_seconds=energy.seconds, how=energy.how)
 
 
 def read_site_report(path: Path) -> Report:

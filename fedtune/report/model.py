@@ -285,6 +285,23 @@ class RoundCost:
 
 
 @spec
+class RunCost:
+    """What the run took on the machine that wrote its report; None: not asked for, or not measured.
+
+    Attributes:
+        how: the energy was read from counters of the hardware, or estimated from its load.
+        measured_seconds: that the energy is of.
+    """
+
+    kwh: float | None = None
+    carbon_kg: float | None = None
+    measured_seconds: float | None = None
+    how: Literal["counters", "estimate"] | None = None
+    money: float | None = None
+    currency: str | None = None
+
+
+@spec
 class Utility:
     """Scores on the lead's own files: exact, and covered by no guarantee; `findings` are what they say against it."""
 
@@ -293,6 +310,7 @@ class Utility:
     non_private: Scores | None
     rounds: tuple[RoundCost, ...]
     findings: tuple[str, ...] = ()
+    cost: RunCost | None = None
 
 
 @spec
@@ -446,8 +464,9 @@ def to_json(report: Report) -> dict[str, Any]:
     fields = dict(_ADAPTER.dump_python(report, mode="json"))
     if report.provenance.start_adapter is None:
         del fields["provenance"]["start_adapter"]
-    if report.utility and not report.utility.findings:
-        del fields["utility"]["findings"]
+    for key in ("findings", "cost") if report.utility else ():
+        if not getattr(report.utility, key):
+            del fields["utility"][key]
     return fields
 
 

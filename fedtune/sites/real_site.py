@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedtune.config import RunConfig
 from fedtune.data.formats import files_of
-from fedtune.data.load import own_records
+from fedtune.data.load import SiteRecords, own_records
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.site_round import Prepared, Site, Trained
@@ -126,14 +126,11 @@ class RealSite:
         return self._warm[1]
 
     def _loaded(self, shared: SharedModel, files: SiteFiles) -> SiteWork:
-        # A key of the site's own decides what is held out, so that nobody outside knows of a record which it is.
-        key = SigningKey.load(files.site_key).secret("held-out split")
-        data, unit, task = shared.config.data, shared.config.privacy.unit, task_named(shared.config.task)
         return SiteWork(
             files.policy.site,
             shared,
-            own_records(data, columns=task.columns(data, unit=unit), usable=task.usable(data), key=key, unit=unit),
-            declared_size=files.policy.declared_size(data.dataset),
+            site_records(shared.config, files),
+            declared_size=files.policy.declared_size(shared.config.data.dataset),
             max_adapter_value=files.policy.adapter_bound(shared.config.lora.scale),
             lenient=True,
         )
@@ -170,3 +167,15 @@ class RealSite:
         # JSON is YAML, too.
         write_durably(RunFolder(folder).config, json.dumps(config.to_json(), indent=1).encode() + b"\n")
         log.info("the final adapter is kept", extra={"run": run})
+
+
+def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
+    """A site's records for a run: what it trains on, and what it holds out.
+
+    Args:
+        config: of the run, with the site's own files in it.
+        files: of the site, whose key decides what is held out: nobody outside knows of a record which it is.
+    """
+    key = SigningKey.load(files.site_key).secret("held-out split")
+    data, unit, task = config.data, config.privacy.unit, task_named(config.task)
+    return own_records(data, columns=task.columns(data, unit=unit), usable=task.usable(data), key=key, unit=unit)

@@ -98,6 +98,17 @@ class SavedModel:
         end_ids = self.model.task.end_ids(self.tokenizer, data=self.config.data)
         return as_text(write(self.model, prompt, end_ids=end_ids, spec=spec), self.tokenizer)
 
+    def measured(self, data: LeadData) -> dict[str, Measured]:
+        """What the scores of the start and of each adapter are computed from; the frozen layers run once for all."""
+        num_tokens = data.examples.num_tokens
+        keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
+        data = replace(data, kept={} if keeps else None)
+        found = {}
+        for name in self.names:
+            self.use(name)
+            found[name] = Measured.of(self.model, self.tokenizer, data, self.config, generate=True)
+        return found
+
     def chances(self, records: Sequence[Record]) -> npt.NDArray[np.float64]:
         """(records, labels) the probability of each label by the adapter in use; the records need no label."""
         labels, task = self.model.spec.labels, self.model.task
@@ -139,15 +150,9 @@ def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
         ConfigError: the adapter or the file cannot be used.
     """
     saved = SavedModel(config, {"tuned": adapter})
-    model, tokenizer = saved.model, saved.tokenizer
     data, unit = _read(config, file, saved)
-    keeps = keeps_frozen_states(model, config.runtime, num_tokens=data.examples.num_tokens)
-    data = replace(data, kept={} if keeps else None)
-    found = []
-    for name in (BASE, "tuned"):
-        saved.use(name)
-        found.append(Measured.of(model, tokenizer, data, config, generate=True))
-    base, tuned = found
+    found, model = saved.measured(data), saved.model
+    base, tuned = found[BASE], found["tuned"]
     users = users_of(data.records) if unit == "user" else None
     scores = compared(base.examples, tuned.examples, scores=partial(model.task.scores, spec=model.spec), units=users)
     if tuned.texts:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedtune.config import ReportSpec, RunConfig, parse
 from fedtune.data.partition import PartitionSpec
+from fedtune.federation.cost import CostSpec
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import PACKAGE, RANDOM, ModelSpec
 from fedtune.privacy.mechanism import PrivacySpec
@@ -61,6 +62,7 @@ def for_sites(config: RunConfig) -> RunConfig:
         runtime=RuntimeSpec(kind="deployment", seeded_noise=config.runtime.seeded_noise),
         tracking=replace(config.tracking, output_dir=_AT_SITE),
         report=ReportSpec(),
+        cost=CostSpec(),
         resume=None,
     )
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import fedtune.report
 from fedtune.federation import results
+from fedtune.federation.cost import Energy
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import PERIODS
 from fedtune.report import watch_page as watch
@@ -46,6 +47,7 @@ CODES: dict[str, set[str]] = {
     "phase": set(get_args(watch.Phase)),
     "unit": {"record", "user"},
     "relation": {"add_or_remove_one"},
+    "energy": set(get_args(get_type_hints(Energy)["how"])),
     "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS},
 }
 """Codes that types and rules list, by the section that has words for them."""

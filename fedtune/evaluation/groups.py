@@ -1,0 +1,174 @@
+"""Scores by group: of a site, a hospital's ward, an age band, whatever a column of the test file says of a record.
+
+For each group: its score, and its gap to all others, which is the score in the group less the score outside it.  The
+gap of the best group to the worst is not used: the more groups there are and the smaller they are, the larger it is by
+chance alone, and no interval that treats the two as chosen beforehand is true of it.
+
+Small groups are merged by a rule that looks at their sizes and at no score (`merged`), so that nobody chooses the
+groups by what came out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Figures, Scores, drawn
+from fedtune.spec import DataError
+
+OTHERS = "all others"
+"""The group of what small groups were merged into."""
+SMALLEST = 20
+"""Units of the smallest group that stands by itself, unless somebody asks for another number."""
+_GROUP = "group"
+"""Beside a model's figures: the number of each record's group."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Groups:
+    """Which group each record is in.
+
+    Attributes:
+        names: of the groups, the largest first and `OTHERS` last.
+        codes: (records,) the place of each record's group in `names`.
+        sizes: units of each group; a user with records in two groups counts in both.
+        merged: the names that became `OTHERS`.
+    """
+
+    names: tuple[str, ...]
+    codes: npt.NDArray[np.int64]
+    sizes: tuple[int, ...]
+    merged: tuple[str, ...] = ()
+
+    @property
+    def smallest(self) -> str:
+        """The name of the smallest group."""
+        return min(zip(self.sizes, self.names, strict=True))[1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupScores:
+    """What models score in each group, by one score.
+
+    Attributes:
+        groups: that they were scored in.
+        scores: by group and model.
+        gaps: likewise, to all other groups.
+        changes: by group and pair of models, the second beside the first.
+    """
+
+    groups: Groups
+    scores: Mapping[str, Mapping[str, Estimate]]
+    gaps: Mapping[str, Mapping[str, Estimate]]
+    changes: Mapping[str, Mapping[tuple[str, str], Comparison]]
+
+
+def merged(values: Sequence[str], *, smallest: int, units: Sequence[npt.NDArray[np.int64]] | None = None) -> Groups:
+    """Groups of at least `smallest` units, where there are so many.
+
+    Each value with fewer units goes to `OTHERS`; while that has too few itself, the next smallest group joins it.  The
+    sizes alone decide, and among equal sizes the names.
+
+    Args:
+        values: of each record.
+        smallest: units of a group.
+        units: for each unit the places of its records; None: each record is one.
+    """
+    counts = _counts(values, units)
+    small = {value for value, count in counts.items() if count < smallest or value == OTHERS}
+    left = sorted(set(counts) - small, key=lambda value: (counts[value], value))
+    while small and left and _units_in(values, small, units) < smallest:
+        small.add(left.pop(0))
+    names = (*reversed(left), *((OTHERS,) if small else ()))
+    place = {value: names.index(value) for value in left} | dict.fromkeys(small, len(left))
+    sizes = [counts[value] for value in reversed(left)]
+    sizes += [_units_in(values, small, units)] if small else []
+    return Groups(
+        names=names,
+        codes=np.array([place[value] for value in values], dtype=np.int64),
+        sizes=tuple(sizes),
+        merged=tuple(sorted(small)),
+    )
+
+
+def _counts(values: Sequence[str], units: Sequence[npt.NDArray[np.int64]] | None) -> Counter[str]:
+    """How many units have a record of each value."""
+    if units is None:
+        return Counter(values)
+    return Counter(value for places in units for value in {values[place] for place in places})
+
+
+def _units_in(values: Sequence[str], chosen: set[str], units: Sequence[npt.NDArray[np.int64]] | None) -> int:
+    if units is None:
+        return sum(value in chosen for value in values)
+    return sum(any(values[place] in chosen for place in places) for places in units)
+
+
+def by_group(
+    models: Mapping[str, Figures],
+    groups: Groups,
+    *,
+    score: str,
+    scores: Scores,
+    pairs: Sequence[tuple[str, str]],
+    units: Sequence[npt.NDArray[np.int64]] | None = None,
+) -> GroupScores:
+    """Score models in each group, with intervals from the same draws of units for all.
+
+    Args:
+        models: figures of the same records under each model.
+        groups: of the records, at least two.
+        score: the one that counts.
+        scores: from figures to scores by name.
+        pairs: models to compare in each group.
+        units: for each unit the places of its records; None: each record is one.
+    """
+    codes: npt.NDArray[np.float64] = groups.codes.astype(np.float64)
+    coded: dict[str, Figures] = {model: {**figures, _GROUP: codes} for model, figures in models.items()}
+    found = drawn(coded, scores=_in_each(groups, score=score, scores=scores), units=units)
+    return GroupScores(
+        groups=groups,
+        scores=_by_name(groups, models, lambda number, model: found.estimate(model, f"in {number}")),
+        gaps=_by_name(groups, models, lambda number, model: found.estimate(model, f"gap {number}")),
+        changes={
+            name: {pair: _change(found, number, pair, score, size=size) for pair in pairs}
+            for number, (name, size) in enumerate(zip(groups.names, groups.sizes, strict=True))
+        },
+    )
+
+
+def _change(found: Drawn, number: int, pair: tuple[str, str], score: str, *, size: int) -> Comparison:
+    # The group's own units are what must be enough.
+    of_group = Drawn(found.values, found.draws, num_units=size)
+    return of_group.comparison(*pair, f"in {number}", judged=score)
+
+
+def _by_name(
+    groups: Groups, models: Mapping[str, Figures], estimate: Callable[[int, str], Estimate]
+) -> dict[str, dict[str, Estimate]]:
+    return {name: {model: estimate(number, model) for model in models} for number, name in enumerate(groups.names)}
+
+
+def _in_each(groups: Groups, *, score: str, scores: Scores) -> Scores:
+    """From figures to the score in each group, and its gap to the records outside it."""
+
+    def in_each(figures: Figures) -> dict[str, float]:
+        codes, own = figures[_GROUP], {name: values for name, values in figures.items() if name != _GROUP}
+        found = {}
+        for number in range(len(groups.names)):
+            inside, outside = (_part(own, chosen) for chosen in (codes == number, codes != number))
+            found[f"in {number}"] = scores(inside)[score]
+            found[f"gap {number}"] = found[f"in {number}"] - scores(outside)[score]
+        return found
+
+    return in_each
+
+
+def _part(figures: Figures, chosen: npt.NDArray[np.bool_]) -> Figures:
+    if not chosen.any():
+        raise DataError("evaluation data", "no record", "must hold a record of each group")
+    return {name: values[chosen] for name, values in figures.items()}

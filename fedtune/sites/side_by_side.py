@@ -1,0 +1,246 @@
+"""Several finished runs and the model before training, scored on the same records: by score, by group, by site."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.config import RunConfig
+from fedtune.data import Record, users_of
+from fedtune.data.load import split_key
+from fedtune.data.partition import assign_site
+from fedtune.data.records import NO_VALUE, column_values
+from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Scores, drawn
+from fedtune.evaluation.generation import text_scores
+from fedtune.evaluation.groups import Groups, GroupScores, by_group, merged
+from fedtune.model.spec import LoraSpec
+from fedtune.privacy.mechanism import Unit
+from fedtune.sites.saved_model import BASE, SavedModel
+from fedtune.sites.shared_model import LeadData, Measured, dealing
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import task_named
+
+_MOST_GROUPS = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """A finished run: its folder, the settings to score it by, and the folder of its adapter."""
+
+    folder: Path
+    config: RunConfig
+    adapter: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideBySide:
+    """Models on the same records.
+
+    Attributes:
+        records: that were scored.
+        users: for each user the places of its records; None: each record is a unit.
+        judged_by: the score that counts.
+        measured: by model; the model before training comes first.
+        means: by name, models whose mean counts as one more.
+        score: from figures to scores.
+    """
+
+    records: Sequence[Record]
+    users: list[npt.NDArray[np.int64]] | None
+    judged_by: str
+    measured: Mapping[str, Measured]
+    means: Mapping[str, Sequence[str]]
+    score: Scores
+
+    @property
+    def unit(self) -> Unit:
+        """Which the intervals draw."""
+        return "record" if self.users is None else "user"
+
+    @cached_property
+    def _drawn(self) -> tuple[Drawn, ...]:
+        """Of the records, and where all models wrote texts for the same prompts, of these."""
+        examples = {name: one.examples for name, one in self.measured.items()}
+        found = [drawn(examples, scores=self.score, units=self.users)]
+        if len({len(one.texts.get("rouge_l", ())) for one in self.measured.values()} | {0}) == 2:
+            found.append(drawn({name: one.texts for name, one in self.measured.items()}, scores=text_scores))
+        for name, models in self.means.items():
+            found = [one.with_mean(name, models) for one in found]
+        return tuple(found)
+
+    @property
+    def num_units(self) -> int:
+        """How many units the intervals draw from."""
+        return self._drawn[0].num_units
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Their names, that which counts first."""
+        names = [score for one in self._drawn for score in next(iter(one.values.values()))]
+        return tuple(sorted(names, key=lambda name: name != self.judged_by))
+
+    def estimate(self, model: str, score: str) -> Estimate:
+        """A model's score with its interval."""
+        return self._with(score).estimate(model, score)
+
+    def comparison(self, base: str, tuned: str, score: str | None = None) -> Comparison:
+        """A score of two models, by default the one that counts."""
+        score = score or self.judged_by
+        return self._with(score).comparison(base, tuned, score)
+
+    def _with(self, score: str) -> Drawn:
+        return next(one for one in self._drawn if score in next(iter(one.values.values())))
+
+    def by(self, values: Sequence[str], *, smallest: int, pairs: Sequence[tuple[str, str]]) -> GroupScores | None:
+        """The score that counts by group; None where there are fewer than two groups of `smallest` units.
+
+        Args:
+            values: of the records, in their order.
+            smallest: units of a group; smaller ones are merged.
+            pairs: models to compare in each group.
+
+        Raises:
+            ConfigError: there are more groups than anybody reads, and than are scored in a minute or two.
+        """
+        groups: Groups = merged(values, smallest=smallest, units=self.users)
+        if len(groups.names) > _MOST_GROUPS:
+            bound = f"leaves {len(groups.names)} groups; must leave at most {_MOST_GROUPS}"
+            raise ConfigError("--smallest", smallest, bound)
+        if len(groups.names) < 2:
+            return None
+        examples = {name: one.examples for name, one in self.measured.items()}
+        return by_group(examples, groups, score=self.judged_by, scores=self.score, pairs=pairs, units=self.users)
+
+
+def side_by_side(
+    runs: Mapping[str, Finished],
+    *,
+    file: str | None = None,
+    records: Sequence[Record] | None = None,
+    means: Mapping[str, Sequence[str]] | None = None,
+) -> SideBySide:
+    """Score runs, and their base before training, on the same records.
+
+    Models are loaded one after another; runs that differ in their adapter's values alone share one.
+
+    Args:
+        runs: by name, at least one; the first one's settings say which the records are.
+        file: of records; None: the test records of the first run.
+        records: to score instead, a site's own: none of them ends the scoring, whatever it holds.
+        means: by name, runs whose mean counts as one more.
+
+    Raises:
+        ConfigError: an adapter or the file cannot be used, or the runs' scores say nothing about each other.
+    """
+    first = next(iter(runs.values())).config
+    for run in runs.values():
+        _require_comparable(run, first)
+    together: dict[Hashable, list[str]] = {}
+    for name, run in runs.items():
+        together.setdefault((run.config.task_model(), _reading(run.config)), []).append(name)
+    found: dict[str, Measured] = {}
+    bases: dict[Hashable, str] = {}
+    for names in together.values():
+        config = runs[names[0]].config
+        saved = SavedModel(config, {name: runs[name].adapter for name in names})
+        data = _read(config, file, saved) if records is None else _own(records, saved)
+        of_these = saved.measured(data)
+        base = _base_of(config)
+        if base not in bases:
+            bases[base] = f"{BASE} of {names[0]}" if bases else BASE
+            found[bases[base]] = of_these[BASE]
+        found |= {name: of_these[name] for name in names}
+    return SideBySide(
+        records=data.records,
+        users=_users(first, data.records),
+        judged_by=saved.model.task.judged_by,
+        measured={name: found[name] for name in (*bases.values(), *runs)},
+        means=means or {},
+        score=partial(saved.model.task.scores, spec=saved.model.spec),
+    )
+
+
+def _reading(config: RunConfig) -> Hashable:
+    """What makes the model's input of a record, beside the model."""
+    data = config.data
+    return data.max_length, data.prompt_template, data.chat_template, tuple(sorted(data.columns.items()))
+
+
+def _base_of(config: RunConfig) -> Hashable:
+    """What the model before training is: an adapter that changes nothing yet has no part in it."""
+    return replace(config.task_model(), lora=LoraSpec(), seed=0), _reading(config)
+
+
+def _require_comparable(run: Finished, first: RunConfig) -> None:
+    """Refuse a run whose scores on the same records say nothing about those of the first."""
+    own, where = run.config, str(run.folder)
+    for key, value, wanted in (
+        ("task", own.task, first.task),
+        ("data.labels", own.data.labels, first.data.labels),
+        ("privacy.unit", own.privacy.unit, first.privacy.unit),
+    ):
+        if value != wanted:
+            raise ConfigError("run folder", where, f"must have the first run's {key} to be compared with it")
+    if task_named(own.task).predicts_tokens and (own.model.path, _reading(own)) != (first.model.path, _reading(first)):
+        bound = "must have the first run's model.path, columns, template and data.max_length: a loss is a mean over"
+        raise ConfigError("run folder", where, f"{bound} tokens, and theirs are others")
+
+
+def _read(config: RunConfig, file: str | None, saved: SavedModel) -> LeadData:
+    """The records to score: of a file, or those that the run keeps for its test."""
+    data, tokenizer = config.data, saved.tokenizer
+    if file is not None:
+        return LeadData.read(file, config, tokenizer, rows=None, key="--data")
+    if data.test_fraction:
+        return LeadData.of(dealing(config).dealt().test, config, tokenizer, rows=data.test_rows)
+    if data.test_file is None:
+        bound = "is required to compare, as is data.test_fraction or --data FILE: records that no run trains on"
+        raise ConfigError("data.test_file", None, bound)
+    return LeadData.read(data.test_file, config, tokenizer, rows=data.test_rows, key="data.test_file")
+
+
+def _own(records: Sequence[Record], saved: SavedModel) -> LeadData:
+    task, within = saved.model.task, saved.model.num_ids
+    examples = task.tokenise(records, saved.tokenizer, data=saved.config.data, lenient_within=within)
+    return LeadData(list(records), examples)
+
+
+def _users(config: RunConfig, records: Sequence[Record]) -> list[npt.NDArray[np.int64]] | None:
+    """For each user the places of its records, where the run protects users and the records' file names them."""
+    if config.privacy.unit != "user":
+        return None
+    try:
+        users = column_values(records, config.data.columns["user"], key="data.columns.user")
+    except DataError:
+        return None
+    return users_of([Record({"user": user}) for user in users])
+
+
+def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
+    """The simulated site that each test record would be at, dealt out as the training records were.
+
+    None where that says nothing of a record: sites whose records are alike, or have files of their own.
+
+    Raises:
+        DataError: the records' file lacks the column that the partition goes by.
+    """
+    partition, names = config.data.partition, config.federation.names
+    match partition.kind:
+        case "column":
+            values = column_values(records, config.data.columns["site"], key="data.columns.site")
+            known = {value: names[site] for value, site in partition.sites.items()}
+            return [known.get(value, NO_VALUE) for value in values]
+        case "dirichlet":
+            labels = column_values(records, config.data.columns["label"], key="data.columns.label")
+            key = split_key(config.seed)
+            labelled = (
+                Record({**record.fields, "label": label}) for record, label in zip(records, labels, strict=True)
+            )
+            deal = partial(assign_site, spec=partition, num_sites=len(names), key=key)
+            return [names[deal(record)] for record in labelled]
+    return None

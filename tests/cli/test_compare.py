@@ -1,0 +1,191 @@
+"""`fedtune compare` over an experiment, and of runs that are there."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli.compare import planned
+
+SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
+SITES = ("data.partition.kind=dirichlet", "data.test_rows=60")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compared")
+
+
+@pytest.fixture(scope="module")
+def words(tiny: Any, folder: Path) -> list[str]:
+    return [*tiny(*SHORT, *SITES, into=folder, name="both")]
+
+
+@pytest.fixture(scope="module")
+def outcome(command: Any, words: list[str]) -> Any:
+    return command("compare", *words, "--without-privacy", "--smallest", "10", "--json")
+
+
+@pytest.fixture(scope="module")
+def told(outcome: Any) -> Any:
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+MODELS = ["base", "federated", "site-1 alone", "site-2 alone", "pooled"]
+PLAIN = [f"{name}, no privacy" for name in MODELS[1:]]
+MEANS = ["alone, mean of 2", "alone, mean of 2, no privacy"]
+
+
+def test_one_command_runs_everybody_with_and_without_privacy(told: Any, folder: Path) -> None:
+    models = {model["name"]: model for model in told["models"]}
+    assert list(models) == [*MODELS, *PLAIN, *MEANS]
+    assert {name for name, model in models.items() if model.get("epsilon") is not None} == set(MODELS[1:])
+    assert all(set(model["scores"]) == {"accuracy", "macro_f1", "loss"} for model in models.values())
+    assert {path.name for path in (folder / "both").iterdir() if path.is_dir()} == {
+        f"both-{who}{how}" for who in ("federated", "alone-site-1", "alone-site-2", "pooled") for how in ("", "-plain")
+    }
+    assert json.loads((folder / "both" / "compare.json").read_text()) == told
+
+
+def test_its_scores_are_those_of_the_runs(told: Any, result_of: Any) -> None:
+    models = {model["name"]: model for model in told["models"]}
+    for name in (*MODELS[1:], *PLAIN):
+        run = result_of(Path(models[name]["folder"]))
+        assert models[name]["scores"]["loss"]["value"] == pytest.approx(run["final"]["metrics"]["loss"])
+        assert models["base"]["scores"]["loss"]["value"] == pytest.approx(run["final"]["metrics_before"]["loss"])
+        assert models[name]["seconds"] == run["final"]["seconds"]
+        moved = sum(one["bytes_up"] + one["bytes_down"] for one in run["rounds"])
+        assert models[name]["bytes"] == (moved if name.startswith("federated") else 0)
+    alone = [models[f"site-{number} alone"]["scores"]["loss"]["value"] for number in (1, 2)]
+    assert models[MEANS[0]]["scores"]["loss"]["value"] == pytest.approx(sum(alone) / 2)
+
+
+def test_pairs_hold_every_difference(told: Any) -> None:
+    pairs = {(pair["base"], pair["tuned"]): pair for pair in told["pairs"] if pair["score"] == "loss"}
+    assert len(pairs) == 11 * 10 / 2
+    models = {model["name"]: model["scores"]["loss"]["value"] for model in told["models"]}
+    for (base, tuned), pair in pairs.items():
+        assert pair["difference"]["value"] == pytest.approx(models[tuned] - models[base], abs=1e-12)
+        apart = pair["difference"]["low"] > 0 or pair["difference"]["high"] < 0
+        assert (pair["verdict"] != "cannot be told apart") == apart
+
+
+def test_sites_are_groups_of_the_records_that_they_would_have(told: Any) -> None:
+    by_site = told["groups"]["by site"]
+    assert {group["name"] for group in by_site["groups"]} == {"site-1", "site-2"}
+    assert sum(group["units"] for group in by_site["groups"]) == told["records"] == 60
+    pairs = {(one["base"], one["tuned"]) for one in by_site["groups"][0]["changes"]}
+    assert pairs == {(name, "federated") for name in ("base", *MODELS[2:], *PLAIN)}
+
+
+def test_words_say_what_cannot_be_told_apart(told: Any) -> None:
+    first, *others = told["verdict"]
+    assert first.startswith("Federated ")
+    assert any(sentence.startswith("These records do not tell apart: ") for sentence in others)
+    assert any(sentence.startswith("The smallest group is ") for sentence in others)
+
+
+def test_who_takes_part_is_all_that_differs(words: list[str]) -> None:
+    runs = {run.name: run.config for run in planned(words, without_privacy=True, leave_out=())}
+    whole, alone, pooled, plain = (runs[name] for name in ("federated", "site-2 alone", "pooled", "pooled, no privacy"))
+    assert alone.federation.active == ("site-2",)
+    assert pooled.data.declared_sizes == 180
+    assert (pooled.federation.names, pooled.federation.min_sites) == (("all",), 1)
+    assert plain.privacy.mechanism == "none"
+    assert len({config.data.columns["text"] for config in runs.values()}) == 1
+    assert {config.plan() for config in (whole, alone, pooled)} == {whole.plan()}
+
+
+def test_rates_that_are_left_to_fedtune_fit_each_run(tiny: Any, folder: Path) -> None:
+    words = tiny("training.learning_rate=auto", into=folder, name="rates")
+    rates = {run.name: run.config.training.learning_rate for run in planned(words, without_privacy=False, leave_out=())}
+    assert rates["pooled"] > rates["federated"] > rates["site-1 alone"]
+
+
+def test_the_same_command_again_runs_nothing_and_says_the_same(
+    outcome: Any, command: Any, words: list[str], folder: Path
+) -> None:
+    made = (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns
+    again = command("compare", *words, "--without-privacy", "--smallest", "10", "--json")
+    assert json.loads(again.out) == json.loads(outcome.out)
+    assert "of 8)" not in again.err
+    assert (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns == made
+
+
+def test_it_goes_on_where_it_stopped(told: Any, command: Any, words: list[str], folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "both", tmp_path / "both")
+    shutil.rmtree(tmp_path / "both" / "both-pooled")
+    (tmp_path / "both" / "both-federated" / "run.json").unlink()
+    here = [f"tracking.output_dir='{tmp_path}'" if word.startswith("tracking.output_dir") else word for word in words]
+    again = command("compare", *here, "--leave-out", "alone", "--json")
+    assert again.code == 0, again.err
+    names = [model["name"] for model in json.loads(again.out)["models"]]
+    assert names == ["base", "federated", "pooled"]
+    assert "federated (1 of 2)" in again.err
+    assert "pooled (2 of 2)" in again.err
+
+
+def test_runs_that_are_there_are_scored_on_one_file(outcome: Any, command: Any, folder: Path, tmp_path: Path) -> None:
+    one, other = folder / "both" / "both-federated", folder / "both" / "both-pooled"
+    with gzip.open("simulations/data/banking77/test.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(next(file)) for _ in range(40)]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps(row | {"where": number % 3 // 2}) + "\n" for number, row in enumerate(rows)))
+    page = tmp_path / "page.html"
+    asked = (str(one), str(other), "--data", str(mine), "--by", "where")
+    found = command("compare", *asked, "--output", str(page))
+    assert found.code == 0, found.err
+    assert "No scores by where: fewer than two groups have 20 records." in found.out
+    assert f"written: {page}" in found.out
+    text = page.read_text()
+    assert "<svg" in text
+    assert "Both-federated less each" in text
+    told = json.loads(command("compare", *asked, "--smallest", "10", "--json").out)
+    assert [model["name"] for model in told["models"]] == ["base", "both-federated", "both-pooled"]
+    groups = told["groups"]["by where"]["groups"]
+    assert [(group["name"], group["units"]) for group in groups] == [("0", 27), ("1", 13)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--smallest", "5"), "--smallest = 5: must be a finite number of at least 10"),
+        (("--output", "x.txt"), "--output = 'x.txt': must end in .html, .svg, .json"),
+        (("runtime=deployment",), "runtime = 'deployment': is for real sites: no site's records can be pooled there"),
+        (("data.test_file=null",), "data.test_file = None: is required to compare"),
+        (("--data", "nowhere.csv"), "--data = 'nowhere.csv': no such file"),
+        (("--by", "ward"), "--by = 'ward': must be a column of"),
+        (("runtime.sites_dir=sites",), "runtime.sites_dir = 'sites': must be null to compare"),
+        (("federation.participants=[site-1]",), "federation.participants = ['site-1']: must be empty to compare"),
+        (("nonesuch",), "RUN = 'nonesuch': must be a run folder; or give settings alone, as KEY=VALUE"),
+        (
+            ("--leave-out", "alone", "--leave-out", "pooled", "--leave-out", "federated"),
+            "--leave-out = ",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(
+    given: tuple[str, ...], message: str, command: Any, tiny: Any, tmp_path: Path
+) -> None:
+    outcome = command("compare", *tiny(into=tmp_path, name="x"), *given)
+    assert outcome.code == 2
+    assert message in outcome.message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_other_labels_is_not_compared(
+    told: Any, simulate: Callable[..., Path], folder: Path, command: Any, tmp_path: Path
+) -> None:
+    made = simulate(
+        *SHORT, "data.labels=[card_arrival,card_linking]", "data.unusable=leave_out", into=tmp_path, name="two"
+    )
+    first = folder / "both" / "both-federated"
+    outcome = command("compare", str(first), str(made))
+    assert (outcome.code, "data.labels" in outcome.message) == (2, True)

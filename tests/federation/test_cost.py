@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli.compose import compose_run
+from fedtune.federation.cost import CostSpec, Energy, Meter
+from fedtune.sites.shared_settings import for_sites
+from fedtune.spec import ConfigError
+
+
+def burnt(spec: CostSpec, seconds: float = 1.2) -> Energy | None:
+    with Meter(spec) as meter:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pass
+        return meter.stop()
+
+
+@pytest.fixture
+def nobody_is_called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Whoever wants to reach another machine is noted and fails."""
+    called: list[Any] = []
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        called.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **more: refuse(None, asked))  # type: ignore[arg-type]
+    return called
+
+
+def test_energy_and_carbon_are_measured_and_nobody_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nobody_is_called: list[Any]
+) -> None:
+    pytest.importorskip("codecarbon")
+    monkeypatch.chdir(tmp_path)
+    for key, value in {
+        "EMISSIONS_ENDPOINT": "http://192.0.2.1/told",
+        "OUTPUT_METHODS": "api,csv",
+        "CO2_SIGNAL_API_TOKEN": "token",
+        "ELECTRICITYMAPS_API_TOKEN": "token",
+        "SAVE_TO_API": "true",
+    }.items():
+        monkeypatch.setenv(f"CODECARBON_{key}", value)
+    found = burnt(CostSpec(energy=True, country="DEU"))
+    assert found is not None
+    assert found.carbon_kg is not None
+    assert found.kwh > 0
+    assert 0.05 < found.carbon_kg / found.kwh < 1.0, "kilograms for a kWh in Germany"
+    assert found.how in ("counters", "estimate")
+    assert (nobody_is_called, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_without_a_country_there_is_no_carbon(nobody_is_called: list[Any]) -> None:
+    pytest.importorskip("codecarbon")
+    found = burnt(CostSpec(energy=True))
+    assert found is not None
+    assert (found.carbon_kg, found.kwh > 0, nobody_is_called) == (None, True, [])
+
+
+def test_money_is_by_the_hour_and_nothing_is_measured_unasked() -> None:
+    with Meter(CostSpec(price_per_hour=3.6, currency="CHF")) as meter:
+        cost = meter.cost(500.0)
+    assert cost is not None
+    assert (cost.energy, cost.money, cost.currency) == (None, pytest.approx(0.5), "CHF")
+    assert Meter(CostSpec()).cost(500.0) is None
+
+
+def test_the_same_power_for_longer() -> None:
+    one = Energy(kwh=2.0, carbon_kg=None, seconds=10.0, how="estimate")
+    assert one.scaled(30.0) == Energy(kwh=6.0, carbon_kg=None, seconds=30.0, how="estimate")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"energy": True, "country": "Germany"}, "country"),
+        ({"country": "DEU"}, "country"),
+        ({"price_per_hour": -1.0}, "price_per_hour"),
+        ({"currency": "two words"}, "currency"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        CostSpec(**settings)
+    assert caught.value.key == key
+
+
+def test_a_country_that_nobody_knows_is_refused_before_the_run() -> None:
+    pytest.importorskip("codecarbon")
+    with pytest.raises(ConfigError, match=r"cost.country = 'XYZ': must be one of \d+ that codecarbon knows"):
+        CostSpec(energy=True, country="XYZ").check_can_measure()
+    CostSpec(energy=True, country="FRA").check_can_measure()
+
+
+def test_cost_changes_no_run_and_goes_to_no_site() -> None:
+    plain = compose_run(["experiment=debug", "name=x", "privacy.noise_multiplier=4"])
+    told = compose_run(["experiment=debug", "name=x", "privacy.noise_multiplier=4", "cost.price_per_hour=2"])
+    assert told.run_id() == plain.run_id()
+    assert for_sites(told).cost == CostSpec()
+
+
+def test_run_plan_and_report_tell_it(tiny: Any, command: Any, result_of: Any, tmp_path: Path) -> None:
+    words = tiny("cost.price_per_hour=36", "cost.currency=USD", "tracking=quiet", into=tmp_path)
+    assert command("simulate", *words).code == 0
+    final = result_of(tmp_path / "run")["final"]
+    assert final["cost"] == {"energy": None, "money": pytest.approx(final["seconds"] / 100), "currency": "USD"}
+    assert "At the price for each hour that the settings name:" in (tmp_path / "run" / "report.html").read_text()
+    planned = command("plan", "--time", *words)
+    assert "its price" in planned.out
+    assert command("report", "verify", str(tmp_path / "run")).code == 0
