@@ -45,6 +45,8 @@ _LATER: dict[tuple[str, str], object] = {
     ("data", "validation_fraction"): 0.0,
     ("data", "test_fraction"): 0.0,
     ("data", "unusable"): "stop",
+    ("data", "label_separator"): ";",
+    ("data", "target_range"): None,
     ("model", "adapter_sha256"): None,
 }
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
@@ -86,7 +88,7 @@ class RunConfig:
 
     Attributes:
         name: the name of the run and of its folder.
-        task: what the model learns: "classification" or "causal_lm".
+        task: what the model learns: "classification", "multi_label", "ordinal", "regression" or "causal_lm".
         seed: the seed of the adapter's random start and of the split into sites; the seed of the noise only in a
             marked study.
         resume: the run folder to continue, or null.
@@ -140,6 +142,7 @@ class RunConfig:
             head=self.head,
             task=self.task,
             labels=self.data.labels,
+            target_range=self.data.target_range,
             seed=self.seed,
         )
 

@@ -7,11 +7,14 @@ another.  Error messages name file, line and column but never quote a record's t
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard, cast
 
 from fedtune.data.formats import raw_rows, require_file, what_is
 from fedtune.data.text_rows import Row, absent, at_line, json_type
@@ -20,6 +23,8 @@ from fedtune.words import counted
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
+NO_TEXT = CATEGORY_ROLES | {"labels", "target"}
+"""Roles whose values are no texts that somebody wrote."""
 OPTIONAL_ROLES = frozenset({"input", "system"})
 """Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES = ",;|"
@@ -29,6 +34,7 @@ SEVERAL_USERS = "a list of users"
 _SPEAKERS = {"system": "system", "user": "user", "human": "user"} | dict.fromkeys(
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _MOST_KINDS = 3
 """Of faults that are counted one by one in a message."""
 
@@ -56,8 +62,13 @@ class Record:
         for role, text in self.fields.items():
             if role == "messages":
                 yield from ((role, turn["content"]) for turn in json.loads(text))
-            elif role not in CATEGORY_ROLES:
+            elif role not in NO_TEXT:
                 yield role, text
+
+    @property
+    def answer(self) -> str:
+        """What its text is to be told apart by: a label, labels or a number; nothing where it has none."""
+        return next((self.fields[role] for role in ("label", "labels", "target") if role in self.fields), "")
 
 
 def record_key(record: Record) -> bytes:
@@ -206,8 +217,10 @@ def _field(row: Row, column: str, *, role: str, at: str) -> str:
     if column not in row:
         raise absent(row, column, role=role, at=at)
     value, at = row[column], f"{at}, column {column!r}"
-    if role == "messages":
-        return messages_of(value, at=at)
+    if role in _READ_ALONE:
+        text = _READ_ALONE[role](value, at)
+        _require_unicode(text, at=at, role=role)
+        return text
     if role == "user":
         _require_one_user(value, at=at)
     if role in CATEGORY_ROLES and (type(value) is int or _is_whole(value)):
@@ -251,9 +264,7 @@ def messages_of(value: object, *, at: str) -> str:
         raise DataError(at, json_type(value), "must be a list of turns (role messages)")
     turns = [_turn(turn, at=f"{at}, turn {number}") for number, turn in enumerate(value, 1)]
     _require_alternation([turn["role"] for turn in turns], at=at)
-    text = json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
-    _require_unicode(text, at=at, role="messages")
-    return text
+    return json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
 
 
 def _turn(turn: object, *, at: str) -> dict[str, str]:
@@ -284,6 +295,64 @@ def _require_alternation(roles: Sequence[str], *, at: str) -> None:
             raise DataError(f"{at}, turn {place + 1}", roles[place], bound)
     if "assistant" not in roles:
         raise DataError(at, "no turn of the assistant", "must have at least one answer to learn from")
+
+
+def _labels_of(value: object, at: str) -> str:
+    """The labels of a record that may have several: a JSON list, or the text as it is, which `split_labels` splits.
+
+    No label is `[]` or a blank text; null would be a record of which nobody said.
+    """
+    if isinstance(value, str) and not value.strip():
+        value = []
+    if isinstance(value, str) and _json_list(value) is None:
+        return value.strip()
+    listed = _json_list(value) if isinstance(value, str) else value if isinstance(value, list) else [value]
+    if not all(type(one) is int or _is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed or ()):
+        raise DataError(at, json_type(value), "must be a text or a list of texts or whole numbers (role labels)")
+    labels = (one.strip() if isinstance(one, str) else str(int(one)) for one in listed or ())
+    return json.dumps(list(labels), separators=(",", ":"), ensure_ascii=False)
+
+
+def _json_list(text: str) -> list[Any] | None:
+    """A text as the JSON list that it is; None: it is none."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
+
+
+def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
+    """The labels of a field of the role `labels`, as a record has it.
+
+    >>> split_labels("late; damaged", separator=";")
+    ('late', 'damaged')
+    >>> split_labels('["late","damaged"]', separator=";")
+    ('late', 'damaged')
+    """
+    listed = _json_list(text)
+    return tuple(one for label in (text.split(separator) if listed is None else listed) if (one := label.strip()))
+
+
+def _number_of(value: object, at: str) -> str:
+    """The number in the role `target`, as Python writes it."""
+    number = math.nan
+    if type(value) in (int, float) or (isinstance(value, str) and _NUMBER.fullmatch(value.strip())):
+        with suppress(OverflowError):
+            number = float(cast(float | str, value))
+    if not math.isfinite(number):
+        raise DataError(at, json_type(value), "must be a finite number, with a point before decimals (role target)")
+    return repr(number)
+
+
+_READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
+    "messages": lambda value, at: messages_of(value, at=at),
+    "labels": _labels_of,
+    "target": _number_of,
+}
+"""Roles whose values need not be texts in a file, and how they become some."""
 
 
 def _require_one_user(value: object, *, at: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from string import Formatter
 from typing import Literal
@@ -28,12 +29,16 @@ class DataSpec:
             one for each site.
         validation_file: the lead's own records, scored after each round; or none.
         test_file: the lead's own records, scored before and after the run only; or none.
-        columns: the column name in the files for each role.  Roles: those of the task (`text` and `label`, or `prompt`,
-            `completion` and all other names in `prompt_template`); `label` (partition "dirichlet"); `site`
+        columns: the column name in the files for each role.  Roles: those of the task (`text` and `label`, `labels` or
+            `target`; or `prompt`, `completion` and all other names in `prompt_template`); `label` (partition "dirichlet"); `site`
             (partition "column"); `user` (privacy.unit "user"), whose values are opaque ids, one for each record.
         labels: the declared label set, in the order of the classes; never discovered from records.
         declared_sizes: the number of records (users, with privacy.unit "user") that each site publishes as its size;
             one number for all sites, or one for each site.
+        label_separator: what stands between the labels of a record that has several, where they are one text and no
+            JSON list.
+        target_range: the least and the largest number that a target may be, where the task learns one; declared, and
+            never taken from records.  A record outside it cannot be used.
         prompt_template: the text before the completion, with roles in braces; write a literal brace twice.
         chat_template: what turns a conversation into text: "model" (the turns of the model's own template), "plain"
             (User and Assistant, in words), or "none" (a prompt and its completion as they are).
@@ -59,6 +64,8 @@ class DataSpec:
     validation_file: str | None = None
     test_file: str | None = None
     labels: tuple[str, ...] = ()
+    label_separator: str = ";"
+    target_range: tuple[float, float] | None = None
     prompt_template: str = "{prompt}"
     chat_template: Literal["none", "model", "plain"] = "none"
     partition: PartitionSpec = PartitionSpec()
@@ -92,6 +99,10 @@ class DataSpec:
             raise ConfigError("test_fraction", self.test_fraction, "must leave the sites something of data.train_file")
         check_one_of("unusable", self.unusable, ("stop", "leave_out"))
         _check_labels(self.labels)
+        if len(self.label_separator) != 1 or self.label_separator in '[]"\\':
+            raise ConfigError("label_separator", self.label_separator, "must be one character, and none of []\"\\")
+        if self.target_range is not None:
+            _check_range(self.target_range)
         _template_roles(self.prompt_template)
         self._check_partition()
 
@@ -175,6 +186,12 @@ def _check_labels(labels: tuple[str, ...]) -> None:
         if label in seen:
             raise ConfigError("labels", label, "must be declared once")
         seen.add(label)
+
+
+def _check_range(bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    if not (math.isfinite(low) and math.isfinite(high) and low < high and math.isfinite(high - low)):
+        raise ConfigError("target_range", list(bounds), "must be two finite numbers, the lower one first")
 
 
 def _template_roles(template: str) -> tuple[str, ...]:

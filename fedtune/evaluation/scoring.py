@@ -23,7 +23,7 @@ KeptStates = dict[int, torch.Tensor | None]
 def figures_of(
     task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptStates | None = None
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """(examples,) each, by name: what `Task.scores` needs of every example of `dataset`.
+    """(examples, ...) each, by name: what `Task.scores` needs of every example of `dataset`.
 
     Without gradients; the model's training flags end as they were.  The figures are exact and not covered by any
     privacy guarantee, as are the scores: they must not leave a site when the data is private.
@@ -43,7 +43,9 @@ def figures_of(
         batches = batches_to_score(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
         for indices, batch in batches:
             for name, of_batch in task_model.task.figures(task_model, batch).items():
-                figures.setdefault(name, np.zeros(len(dataset)))[indices] = of_batch.cpu()
+                if name not in figures:
+                    figures[name] = np.zeros((len(dataset), *of_batch.shape[1:]))
+                figures[name][indices] = of_batch.cpu()
     return figures
 
 

@@ -16,6 +16,7 @@ from fedtune.federation.lead import LeadState, RoundResult, Scores
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.run_plan import Plan
+from fedtune.tasks.measures import Detail
 from fedtune.words import finite, finite_scores
 
 SCHEMA_VERSION = 1
@@ -33,6 +34,7 @@ class FinalResult:
 
     Attributes:
         findings: what the scores say against the training: codes, as `findings_of` gives them.
+        detail: what stands behind the scores after training; None: the task has no labels, or a figure is not finite.
     """
 
     metrics: Scores
@@ -40,6 +42,7 @@ class FinalResult:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     findings: tuple[str, ...] = ()
+    detail: Detail | None = None
 
 
 _LOST = 2.0
@@ -68,9 +71,11 @@ def findings_of(
     if score is None:
         return ()
     # Of a share of `rows`, which another draw of test rows would move by as much.
-    error = 0.0 if judged_by == "loss" else math.sqrt(score * (1 - score) / rows)
-    worse = started is not None and (score > started if judged_by == "loss" else score < started - error)
-    guessed = guess is not None and score <= guess + error
+    error = 0.0 if judged_by == "loss" else math.sqrt(max(0.0, score * (1 - score)) / rows)
+    # The larger, the better.
+    sign = -1 if judged_by == "loss" else 1
+    worse = started is not None and sign * score < sign * started - error
+    guessed = guess is not None and sign * score <= sign * guess + error
     return tuple(code for code, holds in ((WORSE, worse), (GUESS, guessed)) if holds)
 
 
@@ -241,12 +246,13 @@ class RunResult:
         """What the run in `state` came to; every epsilon is derived here from charged rounds and the plan."""
         charges = {site: site_charge(state, site, plan) for site in sites}
         before, after = finite_scores(final.metrics_before), finite_scores(final.metrics)
+        detail = final.detail if final.detail is None or final.detail.is_finite else None
         return cls(
             fedtune_version=__version__,
             config_sha256=config_sha256,
             task=task,
             rounds=tuple(replace(result, metrics=finite_scores(result.metrics)) for result in state.rounds),
-            final=replace(final, metrics=after, metrics_before=before),
+            final=replace(final, metrics=after, metrics_before=before, detail=detail),
             provenance=provenance,
             privacy=PrivacyResult(
                 unit=plan.unit,

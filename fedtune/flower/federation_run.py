@@ -36,6 +36,7 @@ from fedtune.sites.environment import note_environment, read_environments, start
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import RunError
 from fedtune.tasks import save_task_model, task_named
+from fedtune.tasks.measures import Detail
 
 
 class Listener(Protocol):
@@ -122,10 +123,11 @@ class FederationRun:
             self._write_result(self._checkpoints.load(), metrics={}, seconds=elapsed())
             raise
         self.receipts.keep(state.receipts)
-        metrics = self.shared.score(state.adapter, self.shared.test, generate=True)
-        state.adapter.load_into(self.shared.model)
-        save_task_model(self.shared.model, RunFolder(self.folder).adapter)
-        return self._write_result(state, metrics=metrics, seconds=elapsed())
+        measured, model = self.shared.finally_measured(state.adapter), self.shared.model
+        metrics, detail = (measured.final_scores(model), measured.detail(model)) if measured else ({}, None)
+        state.adapter.load_into(model)
+        save_task_model(model, RunFolder(self.folder).adapter)
+        return self._write_result(state, metrics=metrics, detail=detail, seconds=elapsed())
 
     def _lead(self, state: LeadState, listener: Listener, elapsed: Callable[[], float]) -> Lead:
         strategy = make_strategy(self.config.federation)
@@ -174,13 +176,16 @@ class FederationRun:
         if self.config.resume is not None:
             return replace(state, data_changed=tuple(sorted({*state.data_changed, *known.changed})))
         adapter = self.shared.first_adapter()
-        before = self.shared.score(adapter, self.shared.test, generate=True)
+        measured = self.shared.finally_measured(adapter)
+        before = measured.final_scores(self.shared.model) if measured else {}
         start = start_adapter_of(self.config)
         state = LeadState(round=0, adapter=adapter, metrics_before=before, start_adapter=start)
         self._checkpoints.save(state)
         return state
 
-    def _write_result(self, state: LeadState, *, metrics: Mapping[str, float], seconds: float) -> RunResult:
+    def _write_result(
+        self, state: LeadState, *, metrics: Mapping[str, float], seconds: float, detail: Detail | None = None
+    ) -> RunResult:
         """Write `run.json`."""
         final = FinalResult(
             metrics=metrics,
@@ -188,6 +193,7 @@ class FederationRun:
             seconds=seconds,
             peak_memory_bytes=_peak_memory_bytes(),
             findings=self._findings(state, metrics),
+            detail=detail,
         )
         result = RunResult.of(
             state,

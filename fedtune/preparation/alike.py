@@ -57,7 +57,7 @@ class Earlier:
             use: what its file is used for.
         """
         text = " ".join(" ".join(text for _, text in record.texts()).split())
-        twin = Twin((use, record.fields.get("label", "")), record.line)
+        twin = Twin((use, record.answer), record.line)
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         same = self._same.get(digest, ())
         if all(one.mark != twin.mark for one in same) and len(self._same) < MOST_SAME:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.data.formats import raw_rows
-from fedtune.data.records import CATEGORY_ROLES, OPTIONAL_ROLES, Record, record_of
+from fedtune.data.records import NO_TEXT, OPTIONAL_ROLES, Record, record_of
 from fedtune.data.text_rows import Row
 from fedtune.preparation.alike import Earlier
 from fedtune.preparation.patterns import damage, identifiers, masked
@@ -74,7 +74,7 @@ class Cleaning:
             return
         # Last, since a record that is dropped is no earlier one.
         twins = self._earlier.twins(record)
-        label = record.fields.get("label", "")
+        label = record.answer
         for rule, some in (("duplicates", twins["same"]), ("near-duplicates", twins["alike"])):
             if any(twin.mark[1] == label for twin in some):
                 yield rule
@@ -85,7 +85,7 @@ class Cleaning:
 
     def masked(self, row: Row, kinds: Counter[str]) -> Row:
         """The row with its identifiers masked, but in labels, sites and users, by which records are told apart."""
-        names = {column for role, column in self._columns.items() if role in CATEGORY_ROLES}
+        names = {column for role, column in self._columns.items() if role in NO_TEXT}
         chats = self._columns.get("messages")
 
         def inner(value: Any) -> Any:

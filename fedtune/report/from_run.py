@@ -101,6 +101,7 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
         final=finite_scores(final.metrics),
         non_private=None,
         findings=final.findings,
+        detail=final.detail,
         rounds=tuple(
             RoundCost(
                 round=result.round,

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.spec import ConfigError, spec
+from fedtune.tasks.measures import Detail
 
 SCHEMA_VERSION = 2
 Scores = Mapping[str, float | None]
@@ -286,13 +287,19 @@ class RoundCost:
 
 @spec
 class Utility:
-    """Scores on the lead's own files: exact, and covered by no guarantee; `findings` are what they say against it."""
+    """Scores on the lead's own files: exact, and covered by no guarantee.
+
+    Attributes:
+        findings: what they say against the training.
+        detail: what stands behind the final ones, where the task has labels.
+    """
 
     before: Scores
     final: Scores
     non_private: Scores | None
     rounds: tuple[RoundCost, ...]
     findings: tuple[str, ...] = ()
+    detail: Detail | None = None
 
 
 @spec
@@ -448,6 +455,8 @@ def to_json(report: Report) -> dict[str, Any]:
         del fields["provenance"]["start_adapter"]
     if report.utility and not report.utility.findings:
         del fields["utility"]["findings"]
+    if report.utility and report.utility.detail is None:
+        del fields["utility"]["detail"]
     return fields
 
 

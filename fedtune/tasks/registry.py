@@ -9,8 +9,13 @@ from fedtune.spec import check_one_of
 from fedtune.tasks.base import Task
 from fedtune.tasks.causal_lm import CausalLM
 from fedtune.tasks.classification import Classification
+from fedtune.tasks.multi_label import MultiLabel
+from fedtune.tasks.ordinal import Ordinal
+from fedtune.tasks.regression import Regression
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Classification(), MultiLabel(), Ordinal(), Regression(), CausalLM())
+}
 
 
 def task_named(name: str) -> Task:

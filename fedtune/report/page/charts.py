@@ -391,6 +391,20 @@ class Charts:
         )
         return self._chart("utility", self._tables.utility(), [panel] if found else [])
 
+    def reliability(self) -> Chart:
+        """How often answers are right that the model was about equally sure of, beside a model that is as sure as right."""
+        detail = self._words.report.utility.detail if self._words.report.utility else None
+        found = [(one.confidence, one.right) for one in detail.reliability] if detail else []
+        panel = Panel(
+            series=[
+                Series(points=found, number=0, label=self._said("reliability_found")),
+                Series(points=[(0.0, 0.0), (1.0, 1.0)], number=1, label=self._said("reliability_perfect")),
+            ],
+            x=self._said("axis_probability"),
+            y=self._said("axis_right"),
+        )
+        return self._chart("reliability", self._tables.named("reliability"), [panel] if found else [])
+
     def scores(self) -> Chart:
         """By round: scores above, losses under them."""
         names = self._tables.score_names()
