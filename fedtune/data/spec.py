@@ -30,8 +30,9 @@ class DataSpec:
         validation_file: the lead's own records, scored after each round; or none.
         test_file: the lead's own records, scored before and after the run only; or none.
         columns: the column name in the files for each role.  Roles: those of the task (`text` and `label`, `labels` or
-            `target`; or `prompt`, `completion` and all other names in `prompt_template`); `label` (partition "dirichlet"); `site`
-            (partition "column"); `user` (privacy.unit "user"), whose values are opaque ids, one for each record.
+            `target`; or `prompt`, `completion` and all other names in `prompt_template`); `label` (partition
+            "dirichlet"); `site` (partition "column"); `user` (privacy.unit "user"), whose values are opaque ids, one
+            for each record.
         labels: the declared label set, in the order of the classes; never discovered from records.
         declared_sizes: the number of records (users, with privacy.unit "user") that each site publishes as its size;
             one number for all sites, or one for each site.
@@ -100,7 +101,7 @@ class DataSpec:
         check_one_of("unusable", self.unusable, ("stop", "leave_out"))
         _check_labels(self.labels)
         if len(self.label_separator) != 1 or self.label_separator in '[]"\\':
-            raise ConfigError("label_separator", self.label_separator, "must be one character, and none of []\"\\")
+            raise ConfigError("label_separator", self.label_separator, 'must be one character, and none of []"\\')
         if self.target_range is not None:
             _check_range(self.target_range)
         _template_roles(self.prompt_template)

@@ -227,9 +227,7 @@ class Task(ABC):
         """
         return {"loss": float(np.mean(figures["loss"]))}
 
-    def final_scores(
-        self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec
-    ) -> dict[str, float]:
+    def final_scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """The same of a finished run, with scores that take longer to compute or to read."""
         return self.scores(figures, spec=spec)
 

@@ -53,8 +53,8 @@ class Ordinal(OneLabelTask):
         import torch
 
         questions = torch.arange(logits.shape[1], device=logits.device)
-        above = (targets[:, None] > questions).to(logits.dtype)  # (rows, K - 1)
-        return binary_losses(logits, torch.where(targets[:, None] == UNSUPERVISED, float(UNSUPERVISED), above))
+        above = (targets[:, None] > questions).long()  # (rows, K - 1)
+        return binary_losses(logits, torch.where(targets[:, None] == UNSUPERVISED, UNSUPERVISED, above))
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         import torch

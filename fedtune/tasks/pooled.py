@@ -272,11 +272,17 @@ def as_objects(found: Sequence[tuple[str, float]]) -> list[dict[str, object]]:
 
 
 def binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-    """(rows,) the mean over a row's (rows, outputs) yes-or-no answers of their cross-entropy; 0 if unsupervised."""
+    """(rows,) the mean over a row's (rows, outputs) yes-or-no answers of their cross-entropy; 0 if unsupervised.
+
+    Each answer is a choice between two classes, of logits 0 and z: torch's own binary cross-entropy takes exponentials
+    over the whole array, where the last few values go through other code than the rest and round otherwise (measured
+    on a CPU), so that a record's gradient would depend on the row that it stands in.
+    """
     import torch
 
-    each = torch.nn.functional.binary_cross_entropy_with_logits(logits, marks, reduction="none")
-    return torch.where(marks[:, 0] == UNSUPERVISED, 0.0, each.mean(dim=1))
+    choices = torch.stack([torch.zeros_like(logits), logits], dim=-1).reshape(-1, 2)
+    each = torch.nn.functional.cross_entropy(choices, marks.long().reshape(-1), reduction="none")
+    return each.reshape(logits.shape).mean(dim=1)
 
 
 def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -168,7 +168,7 @@ def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
 class StartAdapter:
     """An adapter tuned before, in which a run can begin: of the same base, task and LoRA settings.
 
-    Its head is taken only where labels and range are the same; for others the run's own head starts as it would without.
+    Its head is taken only where labels and range are the same; else the run's own head starts as it would without.
 
     Attributes:
         folder: that it lies in.

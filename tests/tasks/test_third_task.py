@@ -138,4 +138,4 @@ def test_its_adapter_is_exported_and_nothing_that_other_libraries_lack(
 def test_a_task_that_is_not_listed_is_named(command: Any, tiny: Any, tmp_path: Path) -> None:
     told = command("simulate", *tiny("task=riddles", into=tmp_path))
     assert told.code == 2
-    assert told.message == "task = 'riddles': must be one of classification, multi_label, ordinal, regression, causal_lm, text_length"
+    assert told.message == f"task = 'riddles': must be one of {', '.join(TASKS)}"

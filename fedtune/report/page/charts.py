@@ -392,7 +392,7 @@ class Charts:
         return self._chart("utility", self._tables.utility(), [panel] if found else [])
 
     def reliability(self) -> Chart:
-        """How often answers are right that the model was about equally sure of, beside a model that is as sure as right."""
+        """How often answers are right that the model was about equally sure of."""
         detail = self._words.report.utility.detail if self._words.report.utility else None
         found = [(one.confidence, one.right) for one in detail.reliability] if detail else []
         panel = Panel(
