@@ -237,9 +237,7 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
 
 def _first_settings(base: str, option: str | None) -> RunConfig:
     """An experiment of conf/, with another option of conf/model."""
-    left_open = ["data.train_file=x", "data.declared_sizes=2", "data.labels=[a,b]"]
-    if base == "own_text":
-        left_open[-1] = "data.columns={prompt: a, completion: b}"
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
     return compose_run([f"experiment={base}", *left_open, *([f"model={option}"] if option else [])])
 
 

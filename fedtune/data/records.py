@@ -297,10 +297,17 @@ def _require_alternation(roles: Sequence[str], *, at: str) -> None:
         raise DataError(at, "no turn of the assistant", "must have at least one answer to learn from")
 
 
-def _labels_of(value: object, at: str) -> str:
+def labels_of(value: object, at: str) -> str:
     """The labels of a record that may have several: a JSON list, or the text as it is, which `split_labels` splits.
 
     No label is `[]` or a blank text; null would be a record of which nobody said.
+
+    Args:
+        value: of the cell.
+        at: where it was read, for messages.
+
+    Raises:
+        DataError: it is no text, number or list of these.
     """
     if isinstance(value, str) and not value.strip():
         value = []
@@ -336,8 +343,12 @@ def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
     return tuple(one for label in (text.split(separator) if listed is None else listed) if (one := label.strip()))
 
 
-def _number_of(value: object, at: str) -> str:
-    """The number in the role `target`, as Python writes it."""
+def number_of(value: object, at: str) -> str:
+    """The number in the role `target`, as Python writes it.
+
+    Raises:
+        DataError: it is none.
+    """
     number = math.nan
     if type(value) in (int, float) or (isinstance(value, str) and _NUMBER.fullmatch(value.strip())):
         with suppress(OverflowError):
@@ -349,8 +360,8 @@ def _number_of(value: object, at: str) -> str:
 
 _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     "messages": lambda value, at: messages_of(value, at=at),
-    "labels": _labels_of,
-    "target": _number_of,
+    "labels": labels_of,
+    "target": number_of,
 }
 """Roles whose values need not be texts in a file, and how they become some."""
 

@@ -7,20 +7,24 @@ anybody else does; no run and no site calls it.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fedtune.data.formats import format_of, raw_rows
+from fedtune.data.records import labels_of, number_of, split_labels
 from fedtune.data.text_rows import Row
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 
-Kind = Literal["labelled", "pairs", "instructions", "chat", "text"]
+Kind = Literal["labelled", "tagged", "rated", "pairs", "instructions", "chat", "text"]
 KINDS: Mapping[Kind, str] = {
     "labelled": "texts with a label",
+    "tagged": "texts with several labels",
+    "rated": "texts with a number",
     "pairs": "prompts with their completion",
     "instructions": "instructions with their output (Alpaca)",
     "chat": "conversations",
@@ -33,7 +37,23 @@ _LONGEST_LABEL = 80
 _MOST_LABELS = 200
 _RECORDS_A_LABEL = 5
 """A column is a label only if each value has so many records on average."""
-_LABELS = ("label", "labels", "category", "class", "intent", "topic", "team", "sentiment", "target", "type", "tag")
+_LABELS = (
+    "label",
+    "labels",
+    "category",
+    "class",
+    "intent",
+    "topic",
+    "team",
+    "sentiment",
+    "target",
+    "type",
+    "tag",
+    "tags",
+)
+_NUMBERS = ("target", "score", "rating", "stars", "label", "value", "price", "amount", "grade", "points", "similarity")
+_SEPARATORS = ";|,"
+"""What a text of several labels has between them."""
 _PROMPTS = ("prompt", "question", "query", "source", "input", "mr", "document", "context")
 _COMPLETIONS = ("completion", "response", "answer", "output", "target", "ref", "summary", "reply", "chosen")
 _CHATS = ("messages", "conversations", "conversation")
@@ -55,6 +75,10 @@ class Column:
         types: how often each type of value came.
         values: how often each value came; empty where there are too many, or they are too long for a label.
         characters: of all its texts together.
+        parts: how often each label came where values are lists, by what separates them ("[": a JSON list); empty where
+            there are too many.
+        several: by the same, how many values have more than one label.
+        numbers: values that are numbers, of which `decimals` are not whole, from `low` to `high`.
     """
 
     name: str
@@ -62,6 +86,12 @@ class Column:
     types: Counter[str] = field(default_factory=Counter)
     values: Counter[str] = field(default_factory=Counter)
     characters: int = 0
+    parts: dict[str, Counter[str]] = field(default_factory=lambda: {mark: Counter() for mark in f"[{_SEPARATORS}"})
+    several: Counter[str] = field(default_factory=Counter)
+    numbers: int = 0
+    decimals: int = 0
+    low: float = math.inf
+    high: float = -math.inf
     _open: bool = True
 
     def note(self, value: object) -> None:
@@ -70,6 +100,8 @@ class Column:
             return
         self.filled += 1
         self.types[_type_of(value)] += 1
+        self._note_number(value)
+        self._note_parts(value)
         if not isinstance(value, str) and type(value) is not int:
             return
         text = str(value).strip()
@@ -81,6 +113,46 @@ class Column:
             self.values.clear()
             self._open = False
 
+    def _note_number(self, value: object) -> None:
+        try:
+            number = float(number_of(value, self.name))
+        except DataError:
+            return
+        self.numbers += 1
+        self.decimals += not number.is_integer()
+        self.low, self.high = min(self.low, number), max(self.high, number)
+
+    def _note_parts(self, value: object) -> None:
+        try:
+            text = labels_of(value, self.name) if self.parts and isinstance(value, str | list) else ""
+        except DataError:
+            text = ""
+        is_list = text.startswith("[")
+        for mark, counts in list(self.parts.items()):
+            labels = split_labels(text, separator=mark) if is_list == (mark == "[") else ()
+            counts.update(labels)
+            self.several[mark] += len(labels) > 1
+            if len(counts) > _MOST_LABELS or any(len(label) > _LONGEST_LABEL for label in labels) or not text:
+                del self.parts[mark]
+
+    @property
+    def separator(self) -> str | None:
+        """What stands between the labels of a column of several; "[": they are lists; None: it is no such column."""
+        for mark, counts in self.parts.items():
+            often = self.filled >= _RECORDS_A_LABEL * len(counts) and len(counts) >= 2
+            # Names with a comma in each are no lists: labels that come in several combinations are.
+            if often and self.several[mark] and (mark == "[" or self._combines(counts)):
+                return mark
+        return None
+
+    def _combines(self, counts: Counter[str]) -> bool:
+        return (not self._open or len(self.values) >= len(counts)) and set(self.types) == {"text"}
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it holds numbers alone, of more than one value."""
+        return self.filled == self.numbers > 0 and self.low < self.high
+
     @property
     def is_text(self) -> bool:
         """Whether all its values are texts."""
@@ -90,7 +162,7 @@ class Column:
     def is_label(self) -> bool:
         """Whether it has few values, each of which comes often."""
         few = 2 <= len(self.values) <= _MOST_LABELS and self.filled >= _RECORDS_A_LABEL * len(self.values)
-        return few and set(self.types) <= {"text", "whole number"}
+        return few and set(self.types) <= {"text", "whole number"} and not (self.is_number and self.decimals)
 
     @property
     def is_id(self) -> bool:
@@ -131,8 +203,20 @@ class Found:
     @property
     def labels(self) -> dict[str, int]:
         """How many records each label has, most first; empty where the kind has none."""
-        column = self.roles.get("label")
-        return {} if column is None else dict(self.columns[column].values.most_common())
+        if "labels" in self.roles:
+            column = self.columns[self.roles["labels"]]
+            return dict(column.parts[column.separator or "["].most_common())
+        name = self.roles.get("label")
+        return {} if name is None else dict(self.columns[name].values.most_common())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What an experiment's `data` says of the answers, beside their labels."""
+        if self.kind == "rated":
+            column = self.columns[self.roles["target"]]
+            return {"target_range": _around(column.low, column.high)}
+        separator = self.columns[self.roles["labels"]].separator if self.kind == "tagged" else None
+        return {"label_separator": separator} if separator not in (None, "[") else {}
 
 
 def look_at(path: Path, chosen: Mapping[str, str]) -> Found:
@@ -207,10 +291,14 @@ def _chosen(columns: Mapping[str, Column], chosen: Mapping[str, str]) -> _Guess:
     if "label" not in chosen:
         return "text", dict(chosen), (*said, "Without --label its texts alone are learnt.")
     label = columns[chosen["label"]]
+    text = chosen.get("text") or _longest(columns, but=label.name)
+    if text is not None and label.separator is not None:
+        return "tagged", {"text": text, "labels": label.name}, said
+    if text is not None and label.is_number and not label.is_label:
+        return "rated", {"text": text, "target": label.name}, said
     if not 2 <= len(label.values) <= _MOST_LABELS:
         bound = f"must have 2 to {_MOST_LABELS} different texts or whole numbers of at most {_LONGEST_LABEL} characters"
         raise ConfigError("--label", label.name, bound)
-    text = chosen.get("text") or _longest(columns, but=label.name)
     if text is None:
         raise ConfigError("--label", label.name, "needs a column of text beside it")
     return "labelled", {"text": text, "label": label.name}, said
@@ -222,7 +310,9 @@ def _guessed(columns: Mapping[str, Column], first: Sequence[Row], path: Path) ->
         lambda: _as_chat(columns, first),
         lambda: _as_instructions(columns),
         lambda: _as_pairs(columns),
+        lambda: _as_tagged(columns),
         lambda: _as_classification(columns),
+        lambda: _as_rated(columns),
         lambda: _as_text(columns),
     )
     for guess in guesses:
@@ -271,7 +361,36 @@ def _as_classification(columns: Mapping[str, Column]) -> _Guess | None:
     others = [one.name for one in few if one.name != label.name]
     if others:
         why.append(f"Other columns with few values: {', '.join(others)}. Choose with --label COLUMN --text COLUMN.")
+    if label.is_number and len(label.values) > 2:
+        why.append("Its labels are numbers: if their order matters, build on own_order in place of own_data.")
     return "labelled", {"text": text, "label": label.name}, tuple(why)
+
+
+def _as_tagged(columns: Mapping[str, Column]) -> _Guess | None:
+    several = {name: one for name, one in columns.items() if one.separator is not None}
+    labels = _named(several, _LABELS) or next((name for name, one in several.items() if one.separator == "["), None)
+    text = None if labels is None else _longest(columns, but=labels)
+    if labels is None or text is None:
+        return None
+    mark = several[labels].separator
+    how = "lists" if mark == "[" else f"texts with {mark} between them"
+    return "tagged", {"text": text, "labels": labels}, (f"Column {labels} holds several labels, as {how}.",)
+
+
+def _as_rated(columns: Mapping[str, Column]) -> _Guess | None:
+    numbers = {name: one for name, one in columns.items() if one.is_number and not one.is_label}
+    target = _named(numbers, _NUMBERS)
+    text = None if target is None else _longest(columns, but=target)
+    if target is None or text is None:
+        return None
+    one = numbers[target]
+    return "rated", {"text": text, "target": target}, (f"Column {target} holds numbers, {one.low:g} to {one.high:g}.",)
+
+
+def _around(low: float, high: float) -> tuple[float, float]:
+    """Round numbers around two others."""
+    step = 10.0 ** math.floor(math.log10(high - low))
+    return math.floor(low / step) * step, math.ceil(high / step) * step
 
 
 def _as_text(columns: Mapping[str, Column]) -> _Guess | None:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -40,7 +40,12 @@ _SHARES = ((1000, 0.2, 0.1), (10_000, 0.1, 0.05))
 """With fewer records than the first number, these shares of them are for the test and for validation."""
 _LEAST_SHARES = (0.02, 0.01)
 _BEFORE_COMMENT = 34
-_CLASSIFIES: Kind = "labelled"
+_ABOUT_ANSWERS = {
+    "label_separator": "stands between the labels of a record",
+    "target_range": "numbers of the file lie within: it becomes PUBLIC, and records outside are left out",
+}
+_BASES: Mapping[Kind, str] = {"labelled": "own_data", "tagged": "own_labels", "rated": "own_numbers"}
+"""Experiments of conf/ for texts with an answer; all others teach a language model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +104,14 @@ class Plan:
 
 def base_of(kind: Kind) -> str:
     """The experiment of conf/ that suits a kind of training."""
-    return "own_data" if kind == _CLASSIFIES else "own_text"
+    return _BASES.get(kind, "own_text")
+
+
+def left_open(base: str) -> list[str]:
+    """Overrides that stand for what an experiment of conf/ leaves to a file's owner."""
+    if base == "own_text":
+        return ["data.columns={prompt: a, completion: b}"]
+    return ["data.target_range=[0, 1]"] if base == _BASES["rated"] else ["data.labels=[a,b]"]
 
 
 def sites_for(rows: int) -> int:
@@ -120,7 +132,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
     records = usable_records(found.path, found.roles, left_out=left_out)
     task = task_named(base.task)
     own: dict[str, Any] = {"columns": dict(found.roles), "labels": tuple(found.labels), "max_length": _LONGEST_TOLD}
-    data = _with_turns(found, replace(base.data, **own | _templates(found)), tokenizer, base.task)
+    data = _with_turns(found, replace(base.data, **own | found.settings | _templates(found)), tokenizer, base.task)
     counts: list[int] = []
     users: set[str] = set()
     usable = 0
@@ -190,7 +202,6 @@ def _shares(rows: int) -> tuple[float, float]:
 
 
 def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
-    classifies = found.kind == _CLASSIFIES
     # A name may hold the end of a line, and what follows would be a setting.
     about = f"# An experiment for {found.path.name}.  Run it with: {next_line(file)}"
     yield "".join(letter if letter.isprintable() else "?" for letter in about)
@@ -214,7 +225,7 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     yield "data:"
     for key, value, why in _data(found, plan, file):
         yield f"  {_line(key, value, why)}"
-    if classifies:
+    if found.labels:
         yield "  # The classes, as they stand in the file.  They are declared: every site and every report shows them."
         yield "  labels:"
         yield from (f"    - {_scalar(label)}" for label in sorted(found.labels))
@@ -231,6 +242,8 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
     test, validation = _shares(plan.measured.units)
     yield "train_file", _beside(found.path, file), "the records; relative paths begin at this page's folder"
     yield "columns", dict(found.roles), "role of fedtune: column of the file"
+    for key, value in found.settings.items():
+        yield key, list(value) if isinstance(value, tuple) else value, _ABOUT_ANSWERS[key]
     for key, template in _templates(found).items():
         yield key, template, "what is asked; a part whose columns are blank is left out"
     if plan.measured.turns != "none":

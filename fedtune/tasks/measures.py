@@ -194,11 +194,10 @@ def quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> f
     0.6666666666666667
     """
     steps = np.arange(num_labels)
-    squares = np.square(steps[:, None] - steps).astype(np.float64)
-    shares = [np.bincount(one, minlength=num_labels) / len(one) for one in (truth, predicted)]
-    by_chance = float(shares[0] @ squares @ shares[1])
-    found = float(np.square(truth - predicted).mean())
-    return 1 - found / by_chance if by_chance else 0.0
+    squares = np.square(steps[:, None] - steps)
+    true, said = (np.bincount(one, minlength=num_labels) for one in (truth, predicted))
+    by_chance = int(true @ squares @ said)  # whole numbers: always the same answer has exactly 0
+    return 1 - len(truth) * int(np.square(truth - predicted).sum()) / by_chance if by_chance else 0.0
 
 
 def correlation(one: Floats, other: Floats) -> float:

@@ -19,8 +19,7 @@ from fedtune.tasks import task_named
 def plan_for(path: Path, *, model: str = "random_bert") -> tuple[str, starter.Plan]:
     found = look_at(path, {})
     base = starter.base_of(found.kind)
-    left_open = ["data.train_file=x", "data.declared_sizes=2"]
-    left_open.append("data.labels=[a,b]" if base == "own_data" else "data.columns={text: a}")
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
     config = compose_run([f"experiment={base}", f"model={model}", *left_open])
     tokenizer = load_tokenizer(config.model)
     measured = starter.measured(found, tokenizer, config, within=len(tokenizer))
