@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data import Record, iter_records, read_records, record_key, resolve_file, text_rows
-from fedtune.data.records import usable_records
+from fedtune.data.records import record_of, usable_records
 from fedtune.spec import DataError
 
 COLUMNS = {"text": "question", "label": "intent"}
@@ -260,3 +260,62 @@ def test_whole_csv_files_are_cut_into_the_rows_that_the_csv_module_finds(
         patch.setattr(text_rows, "_BLOCK_BYTES", piece)
         texts = [raw.decode() for _, raw in text_rows.cut_rows(path, comma=b",") if raw is not None]
     assert [next(csv.reader([text], strict=True)) for text in texts] == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (["late", " lost ", 3], '["late","lost","3"]'),
+        ([], "[]"),
+        ("", "[]"),
+        ('["late", 2.0]', '["late","2"]'),
+        (" late; lost", "late; lost"),
+        ("[urgent];late", "[urgent];late"),
+        (7, '["7"]'),
+        (None, None),
+        ([["late"]], None),
+        (["late", ""], None),
+        ([True], None),
+        ({"late": True}, None),
+        (["\ud800"], None),
+    ],
+)
+def test_labels_of_a_record(value: object, text: str | None) -> None:
+    if text is None:
+        with pytest.raises(DataError) as caught:
+            record_of({"l": value}, {"labels": "l"}, file="a.jsonl", line=3)
+        assert "late" not in str(caught.value)
+    else:
+        assert record_of({"l": value}, {"labels": "l"}, file="a.jsonl", line=3).fields == {"labels": text}
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (3, 3.0),
+        (-2.5, -2.5),
+        (" 4.25 ", 4.25),
+        ("1e3", 1000.0),
+        (".5", 0.5),
+        (True, None),
+        (None, None),
+        ("", None),
+        ("3,5", None),
+        ("1_000", None),
+        ("nan", None),
+        ("1e999", None),
+        (10**400, None),
+        (float("inf"), None),
+        ("five", None),
+        ([1], None),
+    ],
+)
+def test_the_number_of_a_record(value: object, number: float | None) -> None:
+    if number is None:
+        with pytest.raises(DataError, match="must be a finite number") as caught:
+            record_of({"n": value}, {"target": "n"}, file="a.jsonl", line=3)
+        assert "five" not in str(caught.value)
+    else:
+        record = record_of({"n": value}, {"target": "n"}, file="a.jsonl", line=3)
+        assert (float(record.fields["target"]), record.answer) == (number, record.fields["target"])
+        assert list(record.texts()) == [], "an answer is no text that somebody wrote"

@@ -6,16 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks import TASKS, TaskModel, build_task_model
 
 # More threads than one only get in each other's way in models this small.
 torch.set_num_threads(1)
 
 LABELS = ("card_arrival", "exchange_rate", "lost_card")
+
+
+def declared(task: str) -> dict[str, Any]:
+    """What a tiny model of a task declares of its answers."""
+    labels = LABELS if task in TASKS and TASKS[task].has_labels else ()
+    return {"labels": labels, "target_range": (0.0, 5.0) if task == "regression" else None}
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Examples:
         """The example in `row` alone, without padding."""
         length = int(self.attention_mask[row].sum())
         targets = self.targets[row : row + 1]
-        targets = targets[:, :length] if targets.ndim == 2 else targets
+        targets = targets[:, :length] if targets.shape[1:] == self.input_ids.shape[1:] else targets
         return Examples(self.input_ids[row : row + 1, :length], self.attention_mask[row : row + 1, :length], targets)
 
 
@@ -42,8 +49,8 @@ def spec() -> Callable[..., TaskModelSpec]:
 
     def make(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModelSpec:
         values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | changes
-        labels = LABELS if task == "classification" else ()
-        return TaskModelSpec(model=values.pop("model", ModelSpec(path=path)), task=task, labels=labels, **values)
+        values |= declared(task)
+        return TaskModelSpec(model=values.pop("model", ModelSpec(path=path)), task=task, **values)
 
     return make
 
@@ -74,6 +81,11 @@ def examples() -> Callable[[str], Examples]:
         token_ids = token_ids * mask + (1 - mask)  # 1 is the tiny llama's padding and end-of-text token
         if task == "classification":
             return Examples(token_ids, mask, torch.tensor([0, 2, 1, 2]))
+        if TASKS[task].has_head:
+            spec = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, **declared(task))
+            draws = np.random.default_rng(8)
+            made = TASKS[task].made_up_targets(list(token_ids.numpy()), spec=spec, draws=draws, first=lambda length: 1)
+            return Examples(token_ids, mask, torch.from_numpy(np.asarray(made)))
         targets = torch.where((mask == 1) & (torch.arange(7) >= 2), token_ids, -100)
         targets[3] = -100
         return Examples(token_ids, mask, targets)

@@ -60,7 +60,7 @@ def test_all_errors_are_counted_and_the_first_named(tickets: Tickets) -> None:
     assert [(key.rpartition(":")[2], what) for key, what, _ in file.errors[:3]] == [
         ("3, column 'body'", "blank"),
         ("4", "3 cells"),
-        ("5, label", "another label"),
+        ("5, label", "not declared"),
     ]
     assert list(file.num_errors.values()) == [31, 1, 1]
 

@@ -23,6 +23,7 @@ from fedtune.tasks.classification import Classification
 
 EMBED = Classification().embed
 KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
+KINDS += [("random:bert", "multi_label"), ("random:llama", "ordinal"), ("random:bert", "regression")]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 # torch says so where the input of a hooked module needs no gradient, as below the first adapter; the hook is right.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")

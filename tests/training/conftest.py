@@ -24,6 +24,8 @@ from fedtune.training.optimizer import make_optimizer
 from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 
+from ..model.conftest import declared
+
 LABELS = ("card_arrival", "exchange_rate", "lost_card")
 Arrays = dict[str, npt.NDArray[np.float64]]
 
@@ -44,8 +46,7 @@ def fresh() -> Callable[..., TaskModel]:
     def make(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModel:
         dtype = changes.pop("dtype", "float32")
         values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | changes
-        labels = LABELS if task == "classification" else ()
-        spec = TaskModelSpec(model=ModelSpec(path=path, dtype=dtype), task=task, labels=labels, **values)
+        spec = TaskModelSpec(model=ModelSpec(path=path, dtype=dtype), task=task, **declared(task), **values)
         return build_task_model(spec)
 
     return make

