@@ -19,7 +19,7 @@ SCORES = {
     "regression": ["spearman", "pearson", "rmse", "mae", "loss"],
 }
 JUDGED = {"multi_label": "auroc", "ordinal": "quadratic_kappa", "regression": "spearman"}
-SPACE = "card bank order item please where".split()
+SPACE = ("card", "bank", "order", "item", "please", "where")
 tasks = pytest.mark.parametrize("task", ROLES)
 
 
