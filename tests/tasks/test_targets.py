@@ -245,7 +245,16 @@ def test_settings_of_data_that_do_not_fit(task: str, given: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(
-    "bounds", [(1.0, 1.0), (2.0, 1.0), (float("nan"), 1.0), (0.0, float("inf")), (-1.7e308, 1.7e308)]
+    "bounds",
+    [
+        (1.0, 1.0),
+        (2.0, 1.0),
+        (float("nan"), 1.0),
+        (0.0, float("inf")),
+        (-1.7e308, 1.7e308),
+        (0.0, 5e-324),
+        (1e9, 1e9 + 1),
+    ],
 )
 def test_a_range_that_is_none(bounds: tuple[float, float]) -> None:
     with pytest.raises(ConfigError, match="target_range"):
