@@ -193,7 +193,7 @@ def _check_labels(labels: tuple[str, ...]) -> None:
 
 
 def _check_range(bounds: tuple[float, float]) -> None:
-    """Require a range of which each number has a place: a width of 0, in floats, would fail where a record lies in it."""
+    """Require a range with a width: to divide by one of 0, in floats, would fail for the records that lie in it."""
     low, high = bounds
     largest = max(abs(low), abs(high))
     if not (math.isfinite(largest) and largest <= _LARGEST_TARGET and high - low >= _LEAST_WIDTH * max(1.0, largest)):
