@@ -34,7 +34,7 @@ def columns(*roles: str, **given: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("wrong", "task", "message"),
     [
-        ({}, "regression", "task = 'regression': must be one of classification, causal_lm"),
+        ({}, "riddles", "task = 'riddles': must be one of classification, multi_label, ordinal, regression, causal_lm"),
         ({"labels": ("a",)}, "classification", "labels = ('a',): must declare at least two"),
         (
             {"columns": {"text": "t"}},
