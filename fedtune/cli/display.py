@@ -197,7 +197,7 @@ def _finding(code: str, config: RunConfig) -> str:
         DIVERGED: f"Training diverged: do not use this adapter. The learning rates are too high; try {lower} {page}.",
         WORSE: "The model is worse than before training. Noise, or too high a learning rate, did more than the records "
         f"taught; try {lower}, or more records {page}.",
-        GUESS: "The model is no better than always giving the most frequent label of the test file. "
+        GUESS: "The model is no better than always giving one and the same answer. "
         f"The records may be too few for this noise {page}.",
     }
     return texts[code]

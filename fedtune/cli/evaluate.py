@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
@@ -15,6 +16,9 @@ from fedtune.words import counted
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.evaluation.bootstrap import Comparison, Estimate
     from fedtune.sites.saved_model import BesideBase
+    from fedtune.tasks.measures import Detail
+
+_MOST_LABELS = 20
 
 
 def evaluate(
@@ -40,7 +44,8 @@ def evaluate(
         scores = {name: one.tuned.value for name, one in found.scores.items()}
         counts = {"records": found.num_records, "unit": found.unit, "units": found.num_units}
         about = {"schema_version": SCHEMA_VERSION, "run": str(run), "data": data, "scores": scores}
-        print_json({**about, "beside_base": told, **counts, "prompts": found.num_prompts})
+        detail = {} if found.detail is None else {"detail": dataclasses.asdict(found.detail)}
+        print_json({**about, "beside_base": told, **counts, "prompts": found.num_prompts, **detail})
         return
     title = f"{run} on {data}, {counted(found.num_records, 'record')}"
     headings = ("metric", "base", "tuned", "difference", "95 % interval", "tuned is")
@@ -48,7 +53,8 @@ def evaluate(
     words, notes = frozenset({0, 5}), _notes(found)
     if is_training_file(config, data):
         notes.append("The run trained on records of this file: these scores say nothing about new ones.")
-    show(Console(), [Section(title=title, headings=headings, rows=rows, words=words, notes=notes)])
+    scores_first = Section(title=title, headings=headings, rows=rows, words=words, notes=notes)
+    show(Console(), [scores_first, *(() if found.detail is None else _detailed(found.detail))])
 
 
 def _row(name: str, scores: Comparison) -> tuple[str, ...]:
@@ -56,6 +62,28 @@ def _row(name: str, scores: Comparison) -> tuple[str, ...]:
     interval = f"{difference.low:+.4f} to {difference.high:+.4f}"
     values = (f"{scores.base.value:.4f}", f"{scores.tuned.value:.4f}", f"{difference.value:+.4f}")
     return (name, *values, interval, scores.verdict)
+
+
+def _detailed(detail: Detail) -> Iterator[Section]:
+    """Each label, and how sure the tuned model is."""
+    most = sorted(detail.classes, key=lambda one: -one.support)
+    left = len(most) - _MOST_LABELS
+    yield Section(
+        title="Labels of the tuned model",
+        headings=("label", "precision", "recall", "F1", "records"),
+        rows=tuple(
+            (one.label, *(f"{value:.4f}" for value in (one.precision, one.recall, one.f1)), f"{one.support:,}")
+            for one in most[:_MOST_LABELS]
+        ),
+        notes=(f"and {left} more, which --json has",) if left > 0 else (),
+    )
+    yield Section(
+        title="How sure the tuned model is, and how often it is right",
+        headings=("mean probability", "share right", "answers"),
+        rows=tuple((f"{one.confidence:.4f}", f"{one.right:.4f}", f"{one.count:,}") for one in detail.reliability),
+        words=frozenset(),
+        notes=("Bins of equally many answers, from the least sure to the surest; ece is their mean distance.",),
+    )
 
 
 def _notes(found: BesideBase) -> list[str]:

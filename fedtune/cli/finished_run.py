@@ -29,8 +29,6 @@ Temperature = Annotated[float, Option("above 0: draw the tokens, the more freely
 TopP = Annotated[float, Option("draw from the likeliest tokens that have this probability together")]
 Seed = Annotated[int, Option("of the draws")]
 
-_ANSWERS = frozenset({"completion", "label"})
-
 
 def finished_run(
     run: Path, *, device: str = "auto", columns: str | None = None, generate: int | None = None
@@ -119,8 +117,8 @@ def _mapped(text: str, roles: set[str]) -> dict[str, str]:
 
 def prompt_columns(config: RunConfig) -> dict[str, str]:
     """Role to column of what a model is asked by: all that a record has but its answer."""
-    roles = task_named(config.task).roles_in(config.data)
-    return config.data.needed_columns(set(roles) - _ANSWERS)
+    task = task_named(config.task)
+    return config.data.needed_columns(set(task.roles_in(config.data)) - task.answers)
 
 
 def prompt_fields(config: RunConfig, text: str, *, at: str) -> dict[str, str]:

@@ -40,8 +40,6 @@ from fedtune.tasks import task_named
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.sites.saved_model import SavedModel
 
-_LABELS_SHOWN = 3
-
 
 def generate(
     run: Run,
@@ -57,7 +55,7 @@ def generate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write a finished run's answer to a prompt, or name its label.
+    """Write a finished run's answer to a prompt, or name its labels or its number.
 
       fedtune generate runs/chats --prompt "Where is my parcel?"
       fedtune generate runs/chats --file prompts.txt --json > answers.jsonl
@@ -93,7 +91,7 @@ def generate(
 
 
 class _Asked(NamedTuple):
-    """What is to be answered; `ids`: the tokens to write from, none for a task that names labels."""
+    """What is to be answered; `ids`: the tokens to write from, none for a task that does not write."""
 
     record: Record
     ids: npt.NDArray[np.int32]
@@ -135,39 +133,29 @@ class _Answers:
             sys.stdout.flush()
 
     def as_json(self, asked: _Asked) -> dict[str, object]:
-        """By adapter: the text, or the labels with their probabilities."""
+        """By adapter: the text, or what the task says instead."""
         if self._writes:
             return {name: "".join(self._parts(asked, name)) for name in self._names}
-        return {
-            name: [{"label": label, "probability": chance} for label, chance in self._labels(asked.record, name)]
-            for name in self._names
-        }
+        return {name: self._answer(asked.record, name)[1] for name in self._names}
 
     def _parts(self, asked: _Asked, name: str) -> Iterator[str]:
         if not self._writes:
-            (label, chance), *others = self._labels(asked.record, name)
-            rest = ", ".join(f"{other} {of_other:.3f}" for other, of_other in others)
-            yield f"{label} {chance:.3f} ({rest})"
+            yield self._answer(asked.record, name)[0]
             return
         self._saved.use(name)
         yield from self._saved.written(asked.ids, self._spec)
 
-    def _labels(self, record: Record, name: str) -> list[tuple[str, float]]:
-        """The likeliest labels."""
+    def _answer(self, record: Record, name: str) -> tuple[str, object]:
         self._saved.use(name)
-        (chances,) = self._saved.chances([record])
-        labels = self._saved.model.spec.labels
-        return [(labels[place], float(chances[place])) for place in (-chances).argsort(kind="stable")[:_LABELS_SHOWN]]
+        return self._saved.answer(record)
 
 
 def _require_an_answer(config: RunConfig, spec: WritingSpec) -> None:
     task = task_named(config.task)
-    if task.predicts_tokens:
-        return
-    if not task.has_labels:
-        raise ConfigError("task", config.task, "writes no text and has no labels; fedtune evaluate scores it")
-    if spec.temperature > 0:
-        raise ConfigError("--temperature", spec.temperature, "is for a task that writes text; this one names a label")
+    if not task.answers:
+        raise ConfigError("task", config.task, "gives no answer to a text; fedtune evaluate scores it")
+    if spec.temperature > 0 and not task.predicts_tokens:
+        raise ConfigError("--temperature", spec.temperature, "is for a task that writes text; this one draws nothing")
 
 
 def _typed(config: RunConfig, prompt: str) -> list[Record]:

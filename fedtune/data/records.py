@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard, cast
 
 from fedtune.data.formats import raw_rows, require_file, what_is
 from fedtune.data.text_rows import Row, absent, at_line, json_type
@@ -22,8 +24,8 @@ from fedtune.words import counted
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
-NUMBER_ROLES = frozenset({"score"})
-"""Roles whose values are numbers, kept as text that gives the same number back."""
+NO_TEXT = CATEGORY_ROLES | {"labels", "target"}
+"""Roles whose values are no texts that somebody wrote."""
 OPTIONAL_ROLES = frozenset({"input", "system"})
 """Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES = ",;|"
@@ -34,6 +36,7 @@ _SPEAKERS = {"system": "system", "user": "user", "human": "user"} | dict.fromkey
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
 _CHUNK_ROWS = 256
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _MOST_KINDS = 3
 """Of faults that are counted one by one in a message."""
 
@@ -56,18 +59,18 @@ class Record:
         """Name one field in a message: `train.jsonl:12, label`."""
         return f"{at_line(self.file, self.line)}, {role}" if self.file else role
 
-    @property
-    def answer(self) -> str:
-        """Its label or score, where it has one: what tells records of the same texts apart."""
-        return self.fields.get("label") or self.fields.get("score", "")
-
     def texts(self) -> Iterator[tuple[str, str]]:
         """The texts in it, each with its role; of a conversation each turn's."""
         for role, text in self.fields.items():
             if role == "messages":
                 yield from ((role, turn["content"]) for turn in json.loads(text))
-            elif role not in CATEGORY_ROLES | NUMBER_ROLES:
+            elif role not in NO_TEXT:
                 yield role, text
+
+    @property
+    def answer(self) -> str:
+        """What its text is to be told apart by: a label, labels or a number; nothing where it has none."""
+        return next((self.fields[role] for role in ("label", "labels", "target") if role in self.fields), "")
 
 
 def record_key(record: Record) -> bytes:
@@ -254,10 +257,10 @@ def _field(row: Row, column: str, *, role: str, at: str) -> str:
     if column not in row:
         raise absent(row, column, role=role, at=at)
     value, at = row[column], f"{at}, column {column!r}"
-    if role == "messages":
-        return messages_of(value, at=at)
-    if role in NUMBER_ROLES:
-        return _number(value, role=role, at=at)
+    if role in _READ_ALONE:
+        text = _READ_ALONE[role](value, at)
+        _require_unicode(text, at=at, role=role)
+        return text
     if role == "user":
         _require_one_user(value, at=at)
     if role in CATEGORY_ROLES and (type(value) is int or _is_whole(value)):
@@ -271,23 +274,6 @@ def _field(row: Row, column: str, *, role: str, at: str) -> str:
         raise DataError(at, "blank", f"must not be blank (role {role})")
     _require_unicode(value, at=at, role=role)
     return value.strip() if role in CATEGORY_ROLES else value
-
-
-def number_of(value: object) -> float | None:
-    """A finite number, from a number or a text that is one; None where it is neither."""
-    try:
-        number = float(value) if isinstance(value, str) or type(value) in (int, float) else math.nan  # type: ignore[arg-type]
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _number(value: object, *, role: str, at: str) -> str:
-    number = number_of(value)
-    if number is None:
-        kind = "text that is no number" if isinstance(value, str) else json_type(value)
-        raise DataError(at, kind, f"must be a finite number (role {role})")
-    return repr(number)
 
 
 def _is_whole(value: object) -> TypeGuard[float]:
@@ -318,9 +304,7 @@ def messages_of(value: object, *, at: str) -> str:
         raise DataError(at, json_type(value), "must be a list of turns (role messages)")
     turns = [_turn(turn, at=f"{at}, turn {number}") for number, turn in enumerate(value, 1)]
     _require_alternation([turn["role"] for turn in turns], at=at)
-    text = json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
-    _require_unicode(text, at=at, role="messages")
-    return text
+    return json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
 
 
 def _turn(turn: object, *, at: str) -> dict[str, str]:
@@ -351,6 +335,78 @@ def _require_alternation(roles: Sequence[str], *, at: str) -> None:
             raise DataError(f"{at}, turn {place + 1}", roles[place], bound)
     if "assistant" not in roles:
         raise DataError(at, "no turn of the assistant", "must have at least one answer to learn from")
+
+
+def labels_of(value: object, at: str) -> str:
+    """The labels of a record that may have several: a JSON list, or the text as it is, which `split_labels` splits.
+
+    No label is `[]` or a blank text; null would be a record of which nobody said.
+
+    Args:
+        value: of the cell.
+        at: where it was read, for messages.
+
+    Raises:
+        DataError: it is no text, number or list of these.
+    """
+    if isinstance(value, str) and not value.strip():
+        value = []
+    if isinstance(value, str) and _json_list(value) is None:
+        return value.strip()
+    listed: list[Any] | None = [value]
+    if isinstance(value, str | list):
+        listed = _json_list(value) if isinstance(value, str) else value
+    if not all(type(one) is int or _is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed or ()):
+        raise DataError(at, json_type(value), "must be a text or a list of texts or whole numbers (role labels)")
+    labels = (one.strip() if isinstance(one, str) else str(int(one)) for one in listed or ())
+    return json.dumps(list(labels), separators=(",", ":"), ensure_ascii=False)
+
+
+def _json_list(text: str) -> list[Any] | None:
+    """A text as the JSON list that it is; None: it is none."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
+
+
+def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
+    """The labels of a field of the role `labels`, as a record has it.
+
+    >>> split_labels("late; damaged", separator=";")
+    ('late', 'damaged')
+    >>> split_labels('["late","damaged"]', separator=";")
+    ('late', 'damaged')
+    """
+    listed = _json_list(text)
+    return tuple(one for label in (text.split(separator) if listed is None else listed) if (one := label.strip()))
+
+
+def number_of(value: object, at: str) -> str:
+    """The number in the role `target`, as Python writes it.
+
+    Raises:
+        DataError: it is none.
+    """
+    number = math.nan
+    if type(value) in (int, float) or (isinstance(value, str) and _NUMBER.fullmatch(value.strip())):
+        with suppress(OverflowError):
+            number = float(cast(float | str, value))
+    if not math.isfinite(number):
+        kind = "text that is no number" if isinstance(value, str) else json_type(value)
+        raise DataError(at, kind, "must be a finite number, with a point before decimals (role target)")
+    return repr(number)
+
+
+_READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
+    "messages": lambda value, at: messages_of(value, at=at),
+    "labels": labels_of,
+    "target": number_of,
+}
+"""Roles whose values need not be texts in a file, and how they become some."""
 
 
 def _require_one_user(value: object, *, at: str) -> None:

@@ -14,6 +14,9 @@ from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name
 _MOST_TEMPLATE, _MOST_LABELS = 4096, 10_000
 """Of characters and of labels: both are worked through for each record, or at each site, before it has answered."""
 
+_LARGEST_TARGET, _LEAST_WIDTH = 1e12, 1e-6
+"""Of a range, the width beside its largest number: predictions are float32, which have seven digits."""
+
 SITE = "{site}"
 """Stands in `train_file` for a site's name."""
 _COUPLED = (
@@ -28,22 +31,16 @@ class PairsSpec:
     """How texts are compared that belong together, or do not.
 
     Attributes:
-        score_range: the lowest and the highest score of two texts, public; an embedding learns the cosine 0 for the one
-            and 1 for the other.  A record with a score beyond them is not used.
         negatives: where the text comes from that does not belong to the anchor: "record", its own column `negative`; or
             a list of public texts, of which the record's own hash chooses one.  From other records of the batch
             ("batch") is refused.
         margin: by how much the cosine with the positive is to be above that with the negative.
     """
 
-    score_range: tuple[float, float] = (0.0, 1.0)
     negatives: tuple[str, ...] | Literal["record", "batch"] = "record"
     margin: float = 0.2
 
     def __post_init__(self) -> None:
-        low, high = self.score_range
-        if not -math.inf < low < high < math.inf:
-            raise ConfigError("score_range", self.score_range, "must be two numbers, the lower one first")
         if self.negatives == "batch":
             raise ConfigError("negatives", "batch", _COUPLED)
         if not isinstance(self.negatives, str):
@@ -65,12 +62,18 @@ class DataSpec:
             one for each site.
         validation_file: the lead's own records, scored after each round; or none.
         test_file: the lead's own records, scored before and after the run only; or none.
-        columns: the column name in the files for each role.  Roles: those of the task (`text` and `label`, or `prompt`,
-            `completion` and all other names in `prompt_template`); `label` (partition "dirichlet"); `site`
-            (partition "column"); `user` (privacy.unit "user"), whose values are opaque ids, one for each record.
+        columns: the column name in the files for each role.  Roles: those of the task (`text` and `label`, `labels` or
+            `target`; or `prompt`, `completion` and all other names in `prompt_template`); `label` (partition
+            "dirichlet"); `site` (partition "column"); `user` (privacy.unit "user"), whose values are opaque ids, one
+            for each record.
         labels: the declared label set, in the order of the classes; never discovered from records.
         declared_sizes: the number of records (users, with privacy.unit "user") that each site publishes as its size;
             one number for all sites, or one for each site.
+        label_separator: what stands between the labels of a record that has several, where they are one text and no
+            JSON list.
+        target_range: the least and the largest number that a target may be, where the task learns one; declared, and
+            never taken from records.  A record outside it cannot be used.  Of two texts with a score, an embedding
+            learns the cosine 0 for the one and 1 for the other.
         prompt_template: the text before the completion, with roles in braces; write a literal brace twice.
         chat_template: what turns a conversation into text: "model" (the turns of the model's own template), "plain"
             (User and Assistant, in words), or "none" (a prompt and its completion as they are).
@@ -97,6 +100,8 @@ class DataSpec:
     validation_file: str | None = None
     test_file: str | None = None
     labels: tuple[str, ...] = ()
+    label_separator: str = ";"
+    target_range: tuple[float, float] | None = None
     prompt_template: str = "{prompt}"
     chat_template: Literal["none", "model", "plain"] = "none"
     pairs: PairsSpec = PairsSpec()
@@ -131,6 +136,10 @@ class DataSpec:
             raise ConfigError("test_fraction", self.test_fraction, "must leave the sites something of data.train_file")
         check_one_of("unusable", self.unusable, ("stop", "leave_out"))
         _check_names("labels", self.labels)
+        if len(self.label_separator) != 1 or self.label_separator in '[]"\\':
+            raise ConfigError("label_separator", self.label_separator, 'must be one character, and none of []"\\')
+        if self.target_range is not None:
+            _check_range(self.target_range)
         _template_roles(self.prompt_template)
         self._check_partition()
 
@@ -214,6 +223,15 @@ def _check_names(key: str, names: tuple[str, ...]) -> None:
         if name in seen:
             raise ConfigError(key, name, "must be declared once")
         seen.add(name)
+
+
+def _check_range(bounds: tuple[float, float]) -> None:
+    """Require a range with a width: to divide by one of 0, in floats, would fail for the records that lie in it."""
+    low, high = bounds
+    largest = max(abs(low), abs(high))
+    if not (math.isfinite(largest) and largest <= _LARGEST_TARGET and high - low >= _LEAST_WIDTH * max(1.0, largest)):
+        bound = f"must be two numbers of at most {_LARGEST_TARGET:g}, the lower one first, and not all but equal"
+        raise ConfigError("target_range", list(bounds), bound)
 
 
 def _template_roles(template: str) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ RESAMPLES = 1000
 LEVEL = 0.95
 FEWEST_UNITS = 10
 """With fewer, an interval is far too narrow (of one unit it has no width), and nothing is called better or worse."""
-_LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+_LOWER_IS_BETTER = frozenset({"loss", "perplexity", "ece", "mae", "rmse"})
 
 
 @dataclass(frozen=True, slots=True)

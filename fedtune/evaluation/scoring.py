@@ -43,8 +43,9 @@ def figures_of(
         batches = batches_to_score(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
         for indices, batch in batches:
             for name, of_batch in task_model.task.figures(task_model, batch).items():
-                empty = np.zeros((len(dataset), *of_batch.shape[1:]))
-                figures.setdefault(name, empty)[indices] = of_batch.cpu()
+                if name not in figures:
+                    figures[name] = np.zeros((len(dataset), *of_batch.shape[1:]))
+                figures[name][indices] = of_batch.cpu()
     return dict(task_model.task.completed(figures))
 
 

@@ -32,7 +32,7 @@ from fedtune.report import from_run
 from fedtune.report.model_card import CARD, Form, card_text
 from fedtune.report.record.run_record import read_run
 from fedtune.spec import ConfigError, RunError
-from fedtune.tasks import Task, TaskModel, load_task_model
+from fedtune.tasks import Task, TaskModel, load_task_model, task_named
 from fedtune.tasks.base import Readout
 from fedtune.tasks.saved import write_task_model
 
@@ -99,6 +99,7 @@ class Reference:
         mask[1, 5:] = 0
         with torch.no_grad():
             logits = model.logits(Batch(input_ids, mask, torch.zeros(2, dtype=torch.int64)))
+            logits = model.task.read_out(logits, spec=model.spec)
         return cls(input_ids, mask, logits)
 
     def require(self, found: torch.Tensor, *, form: str) -> None:
@@ -306,9 +307,9 @@ model = AutoModelForCausalLM.from_pretrained("folder")
     "sentence-transformers": """\
 from sentence_transformers import SentenceTransformer
 
-labels = open("folder/labels.txt", encoding="utf-8").read().splitlines()
-model = SentenceTransformer("folder")
-print(labels[model.encode("a text").argmax()])
+LABELSmodel = SentenceTransformer("folder")
+scores = model.encode("a text")
+print(READS)
 """,
     "onnx": """\
 import onnxruntime
@@ -319,10 +320,11 @@ session = onnxruntime.InferenceSession("folder/model.onnx")
 logits = session.run(None, {name: tokens[name] for name in ("input_ids", "attention_mask")})[0]
 """,
 }
+_LABELS = 'labels = open("folder/labels.txt", encoding="utf-8").read().splitlines()\n'
 _WHAT = {
     "merged": ("The weights, with the adapter merged into them,", "transformers"),
     "sentence-transformers": (
-        "A classifier on the weights, with the adapter merged into them,",
+        "The tuned head on the weights, with the adapter merged into them,",
         "sentence-transformers",
     ),
     "onnx": ("An ONNX graph of the weights, with the adapter merged into them,", "onnx"),
@@ -335,14 +337,16 @@ model = SentenceTransformer("folder")
 embeddings = model.encode(["a text", "another"])
 print(model.similarity(embeddings, embeddings))
 """
-"""Of a sentence-transformers folder without labels."""
+"""Of a sentence-transformers folder without a head."""
 
 
 def _form(format: str, config: RunConfig) -> Form:
     if format == "peft":
         return Form.adapter(config, folder="folder")
     what, library = _WHAT[format]
-    loading = _LOADING[format]
-    if format == "sentence-transformers" and not config.data.labels:
+    task = task_named(config.task)
+    labels = _LABELS if config.data.labels else ""
+    loading = _LOADING[format].replace("LABELS", labels).replace("READS", task.reads)
+    if format == "sentence-transformers" and not task.has_head:
         what, loading = _EMBEDS, _EMBEDDING
     return Form(what=what, library=library, relation="finetune", loading=loading)

@@ -17,6 +17,7 @@ from fedtune.federation.lead import LeadState, RoundResult, Scores
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.run_plan import Plan
+from fedtune.tasks.measures import Detail
 from fedtune.words import finite, finite_scores
 
 SCHEMA_VERSION = 1
@@ -35,6 +36,7 @@ class FinalResult:
     Attributes:
         findings: what the scores say against the training: codes, as `findings_of` gives them.
         cost: energy, carbon and money, where the settings ask for them.
+        detail: what stands behind the scores after training; None: the task has no labels, or a figure is not finite.
     """
 
     metrics: Scores
@@ -43,6 +45,7 @@ class FinalResult:
     peak_memory_bytes: int | None = None
     findings: tuple[str, ...] = ()
     cost: Cost | None = None
+    detail: Detail | None = None
 
 
 _LOST = 2.0
@@ -72,8 +75,10 @@ def findings_of(
         return ()
     # Of a share of `rows`, which another draw of test rows would move by as much.
     error = 0.0 if judged_by == "loss" else math.sqrt(max(0.0, score * (1 - score)) / rows)
-    worse = started is not None and (score > started if judged_by == "loss" else score < started - error)
-    guessed = guess is not None and score <= guess + error
+    # The larger, the better.
+    sign = -1 if judged_by == "loss" else 1
+    worse = started is not None and sign * score < sign * started - error
+    guessed = guess is not None and sign * score <= sign * guess + error
     return tuple(code for code, holds in ((WORSE, worse), (GUESS, guessed)) if holds)
 
 
@@ -244,12 +249,13 @@ class RunResult:
         """What the run in `state` came to; every epsilon is derived here from charged rounds and the plan."""
         charges = {site: site_charge(state, site, plan) for site in sites}
         before, after = finite_scores(final.metrics_before), finite_scores(final.metrics)
+        detail = final.detail if final.detail is None or final.detail.is_finite else None
         return cls(
             fedtune_version=__version__,
             config_sha256=config_sha256,
             task=task,
             rounds=tuple(replace(result, metrics=finite_scores(result.metrics)) for result in state.rounds),
-            final=replace(final, metrics=after, metrics_before=before),
+            final=replace(final, metrics=after, metrics_before=before, detail=detail),
             provenance=provenance,
             privacy=PrivacyResult(
                 unit=plan.unit,

@@ -37,6 +37,7 @@ from fedtune.sites.environment import note_environment, read_environments, start
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import RunError
 from fedtune.tasks import save_task_model, task_named
+from fedtune.tasks.measures import Detail
 
 
 class Listener(Protocol):
@@ -128,10 +129,11 @@ class FederationRun:
             self._write_result(self._checkpoints.load(), metrics={}, seconds=elapsed(), meter=meter)
             raise
         self.receipts.keep(state.receipts)
-        metrics = self.shared.score(state.adapter, self.shared.test, generate=True)
-        state.adapter.load_into(self.shared.model)
-        save_task_model(self.shared.model, RunFolder(self.folder).adapter)
-        return self._write_result(state, metrics=metrics, seconds=elapsed(), meter=meter)
+        measured, model = self.shared.finally_measured(state.adapter), self.shared.model
+        metrics, detail = (measured.final_scores(model), measured.detail(model)) if measured else ({}, None)
+        state.adapter.load_into(model)
+        save_task_model(model, RunFolder(self.folder).adapter)
+        return self._write_result(state, metrics=metrics, detail=detail, seconds=elapsed(), meter=meter)
 
     def _lead(self, state: LeadState, listener: Listener, elapsed: Callable[[], float]) -> Lead:
         strategy = make_strategy(self.config.federation)
@@ -180,14 +182,21 @@ class FederationRun:
         if self.config.resume is not None:
             return replace(state, data_changed=tuple(sorted({*state.data_changed, *known.changed})))
         adapter = self.shared.first_adapter()
-        before = self.shared.score(adapter, self.shared.test, generate=True)
+        measured = self.shared.finally_measured(adapter)
+        before = measured.final_scores(self.shared.model) if measured else {}
         start = start_adapter_of(self.config)
         state = LeadState(round=0, adapter=adapter, metrics_before=before, start_adapter=start)
         self._checkpoints.save(state)
         return state
 
     def _write_result(
-        self, state: LeadState, *, metrics: Mapping[str, float], seconds: float, meter: Meter
+        self,
+        state: LeadState,
+        *,
+        metrics: Mapping[str, float],
+        seconds: float,
+        meter: Meter,
+        detail: Detail | None = None,
     ) -> RunResult:
         """Write `run.json`."""
         final = FinalResult(
@@ -197,6 +206,7 @@ class FederationRun:
             peak_memory_bytes=_peak_memory_bytes(),
             findings=self._findings(state, metrics),
             cost=meter.cost(seconds),
+            detail=detail,
         )
         result = RunResult.of(
             state,

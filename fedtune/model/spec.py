@@ -114,7 +114,7 @@ class LoraSpec:
 
 @spec
 class HeadSpec:
-    """The bias-free classification head: logits = scale * W x, with x mean pooled and of norm 1.
+    """The bias-free head of tasks that answer by labels or a number: scale * W x, with x mean pooled and of norm 1.
 
     Attributes:
         scale: the scale of the logits (an inverse temperature).
@@ -147,7 +147,8 @@ class TaskModelSpec:
         lora: its adapters.
         head: for tasks that have one.
         task: what is learnt, see `fedtune.tasks`.
-        labels: the declared label set, in the order of the head's rows; empty where the task has none.
+        labels: the declared label set, in its order; empty where the task has none.
+        target_range: the declared range of a number to learn; null where the task has none.
         seed: of the adapters' random start, which is public.
         texts: of a record, which go through the base each by itself: 1, or those that a record compares.
     """
@@ -157,6 +158,7 @@ class TaskModelSpec:
     task: str
     head: HeadSpec = HeadSpec()
     labels: tuple[str, ...] = ()
+    target_range: tuple[float, float] | None = None
     seed: int = 0
     texts: int = 1
 

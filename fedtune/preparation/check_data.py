@@ -19,7 +19,7 @@ from fedtune.config import RunConfig
 from fedtune.data.formats import format_of
 from fedtune.data.load import lead_side, shipped_folders, split_key
 from fedtune.data.partition import PartitionSpec, assign_site, is_heldout, is_selected
-from fedtune.data.records import Record, chunks, judged, resolve_file
+from fedtune.data.records import Record, chunks, judged, resolve_file, split_labels
 from fedtune.data.spec import SITE
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.federation.spec import FederationSpec
@@ -228,7 +228,7 @@ class _Look:
         self.task, self.tokenizer, self._within = task_named(config.task), tokenizer, within
         self.task.check_tokenizer(tokenizer, data=config.data)
         self.config, self._key = config, split_key(config.seed)
-        self.usable = self.task.usable(config.data)
+        self.fault = self.task.fault(config.data)
         self.earlier = Earlier(alike=alike.is_installed("datasketch"))
         self.tells_languages = alike.is_installed("py3langid")
         self._records: Counter[str] = Counter()
@@ -243,6 +243,12 @@ class _Look:
             uses = [self._use(record, site) if use == "train" else use for record in some]
             tally.take(some, uses)
         return tally.result(path)
+
+    def labels(self, record: Record) -> tuple[str, ...]:
+        """The labels that a record has, one or several."""
+        if "labels" in record.fields:
+            return split_labels(record.fields["labels"], separator=self.config.data.label_separator)
+        return (record.fields["label"],) if "label" in record.fields else ()
 
     def _use(self, record: Record, site: str) -> str:
         """What a record of a training file is used for; one that is trained on counts for its site."""
@@ -319,9 +325,8 @@ class _Tally:
             try:
                 if isinstance(found, DataError):
                     raise found
-                if not self._look.usable(found):
-                    role, there, bound = self._look.task.unusable
-                    raise DataError(found.at(role), there, bound)
+                if (fault := self._look.fault(found)) is not None:
+                    raise fault
                 if data.partition.kind == "column" and found.fields.get("site") not in {*data.partition.sites, None}:
                     raise DataError(found.at("site"), "another site", "must be one of data.partition.sites")
             except DataError as error:
@@ -337,8 +342,7 @@ class _Tally:
         self._uses.update(uses)
         self._take_tokens(records)
         for record, use in zip(records, uses, strict=True):
-            if record.fields.get("label") in self._labels:
-                self._labels[record.fields["label"]] += 1
+            self._labels.update(label for label in self._look.labels(record) if label in self._labels)
             self._take_twins(record, use)
             self._take_shared(record)
             for kind, what, role in dict.fromkeys(_in_texts(record)):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.data.formats import raw_rows
-from fedtune.data.records import CATEGORY_ROLES, NUMBER_ROLES, OPTIONAL_ROLES, Record, record_of
+from fedtune.data.records import NO_TEXT, OPTIONAL_ROLES, Record, record_of
 from fedtune.data.text_rows import Row
 from fedtune.preparation.alike import Earlier
 from fedtune.preparation.patterns import damage, identifiers, masked
@@ -84,7 +84,7 @@ class Cleaning:
 
     def masked(self, row: Row, kinds: Counter[str]) -> Row:
         """The row with its identifiers masked, but in labels, sites and users, by which records are told apart."""
-        names = {column for role, column in self._columns.items() if role in CATEGORY_ROLES | NUMBER_ROLES}
+        names = {column for role, column in self._columns.items() if role in NO_TEXT}
         chats = self._columns.get("messages")
 
         def inner(value: Any) -> Any:

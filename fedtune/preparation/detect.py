@@ -12,17 +12,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fedtune.data.formats import format_of, raw_rows
-from fedtune.data.records import number_of
+from fedtune.data.records import labels_of, number_of, split_labels
 from fedtune.data.text_rows import Row
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 
-Kind = Literal["labelled", "pairs", "instructions", "chat", "scored", "triplets", "text"]
+Kind = Literal["labelled", "tagged", "rated", "pairs", "instructions", "chat", "scored", "triplets", "text"]
 KINDS: Mapping[Kind, str] = {
     "labelled": "texts with a label",
+    "tagged": "texts with several labels",
+    "rated": "texts with a number",
     "pairs": "prompts with their completion",
     "instructions": "instructions with their output (Alpaca)",
     "chat": "conversations",
@@ -37,7 +39,23 @@ _LONGEST_LABEL = 80
 _MOST_LABELS = 200
 _RECORDS_A_LABEL = 5
 """A column is a label only if each value has so many records on average."""
-_LABELS = ("label", "labels", "category", "class", "intent", "topic", "team", "sentiment", "target", "type", "tag")
+_LABELS = (
+    "label",
+    "labels",
+    "category",
+    "class",
+    "intent",
+    "topic",
+    "team",
+    "sentiment",
+    "target",
+    "type",
+    "tag",
+    "tags",
+)
+_NUMBERS = ("target", "score", "rating", "stars", "label", "value", "price", "amount", "grade", "points", "similarity")
+_SEPARATORS = ";|,"
+"""What a text of several labels has between them."""
 _PROMPTS = ("prompt", "question", "query", "source", "input", "mr", "document", "context")
 _COMPLETIONS = ("completion", "response", "answer", "output", "target", "ref", "summary", "reply", "chosen")
 _ALIKE = (("sentence1", "sentence2"), ("text1", "text2"), ("sentence_a", "sentence_b"), ("question1", "question2"))
@@ -64,8 +82,10 @@ class Column:
         types: how often each type of value came.
         values: how often each value came; empty where there are too many, or they are too long for a label.
         characters: of all its texts together.
-        numbers: rows with a finite number, or a text that is one.
-        lowest, highest: of these numbers.
+        parts: how often each label came where values are lists, by what separates them ("[": a JSON list); empty where
+            there are too many.
+        several: by the same, how many values have more than one label.
+        numbers: values that are numbers, of which `decimals` are not whole, from `low` to `high`.
     """
 
     name: str
@@ -73,9 +93,12 @@ class Column:
     types: Counter[str] = field(default_factory=Counter)
     values: Counter[str] = field(default_factory=Counter)
     characters: int = 0
+    parts: dict[str, Counter[str]] = field(default_factory=lambda: {mark: Counter() for mark in f"[{_SEPARATORS}"})
+    several: Counter[str] = field(default_factory=Counter)
     numbers: int = 0
-    lowest: float = math.inf
-    highest: float = -math.inf
+    decimals: int = 0
+    low: float = math.inf
+    high: float = -math.inf
     _open: bool = True
 
     def note(self, value: object) -> None:
@@ -84,9 +107,8 @@ class Column:
             return
         self.filled += 1
         self.types[_type_of(value)] += 1
-        if (number := number_of(value)) is not None:
-            self.numbers += 1
-            self.lowest, self.highest = min(self.lowest, number), max(self.highest, number)
+        self._note_number(value)
+        self._note_parts(value)
         if not isinstance(value, str) and type(value) is not int:
             return
         text = str(value).strip()
@@ -98,6 +120,46 @@ class Column:
             self.values.clear()
             self._open = False
 
+    def _note_number(self, value: object) -> None:
+        try:
+            number = float(number_of(value, self.name))
+        except DataError:
+            return
+        self.numbers += 1
+        self.decimals += not number.is_integer()
+        self.low, self.high = min(self.low, number), max(self.high, number)
+
+    def _note_parts(self, value: object) -> None:
+        try:
+            text = labels_of(value, self.name) if self.parts and isinstance(value, str | list) else ""
+        except DataError:
+            text = ""
+        is_list = text.startswith("[")
+        for mark, counts in list(self.parts.items()):
+            labels = split_labels(text, separator=mark) if is_list == (mark == "[") else ()
+            counts.update(labels)
+            self.several[mark] += len(labels) > 1
+            if len(counts) > _MOST_LABELS or any(len(label) > _LONGEST_LABEL for label in labels) or not text:
+                del self.parts[mark]
+
+    @property
+    def separator(self) -> str | None:
+        """What stands between the labels of a column of several; "[": they are lists; None: it is no such column."""
+        for mark, counts in self.parts.items():
+            often = self.filled >= _RECORDS_A_LABEL * len(counts) and len(counts) >= 2
+            # Names with a comma in each are no lists: labels that come in several combinations are.
+            if often and self.several[mark] and (mark == "[" or self._combines(counts)):
+                return mark
+        return None
+
+    def _combines(self, counts: Counter[str]) -> bool:
+        return (not self._open or len(self.values) >= len(counts)) and set(self.types) == {"text"}
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it holds numbers alone, of more than one value."""
+        return self.filled == self.numbers > 0 and self.low < self.high
+
     @property
     def is_text(self) -> bool:
         """Whether all its values are texts."""
@@ -107,18 +169,14 @@ class Column:
     def is_label(self) -> bool:
         """Whether it has few values, each of which comes often."""
         few = 2 <= len(self.values) <= _MOST_LABELS and self.filled >= _RECORDS_A_LABEL * len(self.values)
-        return few and set(self.types) <= {"text", "whole number"}
-
-    @property
-    def is_score(self) -> bool:
-        """Whether all its values are numbers, and not all the same."""
-        return self.filled > 0 and self.numbers == self.filled and self.lowest < self.highest
+        return few and set(self.types) <= {"text", "whole number"} and not (self.is_number and self.decimals)
 
     @property
     def scale(self) -> tuple[float, float]:
-        """The first usual scale that its numbers fit, else whole numbers around them."""
-        usual = (one for one in _SCALES if one[0] <= self.lowest and self.highest <= one[1])
-        return next(usual, (float(math.floor(self.lowest)), float(math.ceil(self.highest))))
+        """The first usual scale that its numbers fit, else round numbers around them."""
+        usual = (one for one in _SCALES if one[0] <= self.low and self.high <= one[1])
+        step = 10.0 ** math.floor(math.log10(self.high - self.low))
+        return next(usual, (math.floor(self.low / step) * step, math.ceil(self.high / step) * step))
 
     @property
     def is_id(self) -> bool:
@@ -159,8 +217,19 @@ class Found:
     @property
     def labels(self) -> dict[str, int]:
         """How many records each label has, most first; empty where the kind has none."""
-        column = self.roles.get("label")
-        return {} if column is None else dict(self.columns[column].values.most_common())
+        if "labels" in self.roles:
+            column = self.columns[self.roles["labels"]]
+            return dict(column.parts[column.separator or "["].most_common())
+        name = self.roles.get("label")
+        return {} if name is None else dict(self.columns[name].values.most_common())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What an experiment's `data` says of the answers, beside their labels."""
+        if "target" in self.roles:
+            return {"target_range": self.columns[self.roles["target"]].scale}
+        separator = self.columns[self.roles["labels"]].separator if self.kind == "tagged" else None
+        return {"label_separator": separator} if separator not in (None, "[") else {}
 
 
 def look_at(path: Path, chosen: Mapping[str, str]) -> Found:
@@ -168,7 +237,7 @@ def look_at(path: Path, chosen: Mapping[str, str]) -> Found:
 
     Args:
         path: the file.
-        chosen: role (text, label, prompt, completion, other, score) to column, where the person at the keyboard says
+        chosen: option (text, label, prompt, completion, other, score) to column, where the person at the keyboard says
             so.
 
     Raises:
@@ -232,9 +301,9 @@ def _chosen(columns: Mapping[str, Column], chosen: Mapping[str, str]) -> _Guess:
     if "other" in chosen or "score" in chosen:
         if set(chosen) != {"text", "other", "score"}:
             raise ConfigError("--score", chosen.get("score"), "goes with --text and --other, and with no other column")
-        if not columns[chosen["score"]].is_score:
+        if not columns[chosen["score"]].is_number:
             raise ConfigError("--score", chosen["score"], "must hold numbers in every row, and not always the same")
-        return "scored", dict(chosen), said
+        return "scored", {"text": chosen["text"], "other": chosen["other"], "target": chosen["score"]}, said
     if "prompt" in chosen or "completion" in chosen:
         if len(chosen) != 2 or set(chosen) != {"prompt", "completion"}:
             raise ConfigError("--prompt", chosen.get("prompt"), "goes with --completion, and with no other column")
@@ -242,10 +311,14 @@ def _chosen(columns: Mapping[str, Column], chosen: Mapping[str, str]) -> _Guess:
     if "label" not in chosen:
         return "text", dict(chosen), (*said, "Without --label its texts alone are learnt.")
     label = columns[chosen["label"]]
+    text = chosen.get("text") or _longest(columns, but=label.name)
+    if text is not None and label.separator is not None:
+        return "tagged", {"text": text, "labels": label.name}, said
+    if text is not None and label.is_number and not label.is_label:
+        return "rated", {"text": text, "target": label.name}, said
     if not 2 <= len(label.values) <= _MOST_LABELS:
         bound = f"must have 2 to {_MOST_LABELS} different texts or whole numbers of at most {_LONGEST_LABEL} characters"
         raise ConfigError("--label", label.name, bound)
-    text = chosen.get("text") or _longest(columns, but=label.name)
     if text is None:
         raise ConfigError("--label", label.name, "needs a column of text beside it")
     return "labelled", {"text": text, "label": label.name}, said
@@ -259,7 +332,9 @@ def _guessed(columns: Mapping[str, Column], first: Sequence[Row], path: Path) ->
         lambda: _as_triplets(columns),
         lambda: _as_scored(columns),
         lambda: _as_pairs(columns),
+        lambda: _as_tagged(columns),
         lambda: _as_classification(columns),
+        lambda: _as_rated(columns),
         lambda: _as_text(columns),
     )
     for guess in guesses:
@@ -297,14 +372,14 @@ def _as_triplets(columns: Mapping[str, Column]) -> _Guess | None:
 
 def _as_scored(columns: Mapping[str, Column]) -> _Guess | None:
     score = _named(columns, _SCORES)
-    if score is None or not columns[score].is_score:
+    if score is None or not columns[score].is_number:
         return None
     for names in _ALIKE:
         text, other = (_named(columns, (name,)) for name in names)
         if text is not None and other is not None and columns[text].is_text and columns[other].is_text:
             low, high = columns[score].scale
             why = f"Column {score} has numbers, which a scale from {low:g} to {high:g} holds, for {text} and {other}."
-            return "scored", {"text": text, "other": other, "score": score}, (why,)
+            return "scored", {"text": text, "other": other, "target": score}, (why,)
     return None
 
 
@@ -330,7 +405,30 @@ def _as_classification(columns: Mapping[str, Column]) -> _Guess | None:
     others = [one.name for one in few if one.name != label.name]
     if others:
         why.append(f"Other columns with few values: {', '.join(others)}. Choose with --label COLUMN --text COLUMN.")
+    if label.is_number and len(label.values) > 2:
+        why.append("Its labels are numbers: if their order matters, build on own_order in place of own_data.")
     return "labelled", {"text": text, "label": label.name}, tuple(why)
+
+
+def _as_tagged(columns: Mapping[str, Column]) -> _Guess | None:
+    several = {name: one for name, one in columns.items() if one.separator is not None}
+    labels = _named(several, _LABELS) or next((name for name, one in several.items() if one.separator == "["), None)
+    text = None if labels is None else _longest(columns, but=labels)
+    if labels is None or text is None:
+        return None
+    mark = several[labels].separator
+    how = "lists" if mark == "[" else f"texts with {mark} between them"
+    return "tagged", {"text": text, "labels": labels}, (f"Column {labels} holds several labels, as {how}.",)
+
+
+def _as_rated(columns: Mapping[str, Column]) -> _Guess | None:
+    numbers = {name: one for name, one in columns.items() if one.is_number and not one.is_label}
+    target = _named(numbers, _NUMBERS)
+    text = None if target is None else _longest(columns, but=target)
+    if target is None or text is None:
+        return None
+    one = numbers[target]
+    return "rated", {"text": text, "target": target}, (f"Column {target} holds numbers, {one.low:g} to {one.high:g}.",)
 
 
 def _as_text(columns: Mapping[str, Column]) -> _Guess | None:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import yaml
 
 from fedtune.config import RunConfig
 from fedtune.data.records import chunks, usable_records
-from fedtune.data.spec import DataSpec, PairsSpec
+from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Tokenizer
 from fedtune.preparation.detect import Found, Kind
 from fedtune.spec import ConfigError, DataError
@@ -38,8 +38,23 @@ _SHARES = ((1000, 0.2, 0.1), (10_000, 0.1, 0.05))
 """With fewer records than the first number, these shares of them are for the test and for validation."""
 _LEAST_SHARES = (0.02, 0.01)
 _BEFORE_COMMENT = 34
-_CLASSIFIES: Kind = "labelled"
-_BASES: Mapping[Kind, str] = {_CLASSIFIES: "own_data", "scored": "own_pairs", "triplets": "own_pairs"}
+_ABOUT_ANSWERS = {
+    "label_separator": "stands between the labels of a record",
+    "target_range": "numbers of the file lie within: it becomes PUBLIC, and records outside are left out",
+}
+_BASES: Mapping[Kind, str] = {
+    "labelled": "own_data",
+    "tagged": "own_labels",
+    "rated": "own_numbers",
+    "scored": "own_pairs",
+    "triplets": "own_pairs",
+}
+"""Experiments of conf/ for texts with an answer, and for pairs; all others teach a language model."""
+_LEFT_OPEN: Mapping[str, tuple[str, ...]] = {
+    "own_text": ("data.columns={prompt: a, completion: b}",),
+    "own_numbers": ("data.target_range=[0, 1]",),
+    "own_pairs": ("data.columns={text: a, other: b, target: c}", "data.target_range=[0, 1]"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +116,11 @@ def base_of(kind: Kind) -> str:
     return _BASES.get(kind, "own_text")
 
 
+def left_open(base: str) -> Sequence[str]:
+    """Overrides that stand for what an experiment of conf/ leaves to a file's owner."""
+    return _LEFT_OPEN.get(base, ("data.labels=[a,b]",))
+
+
 def sites_for(rows: int) -> int:
     """How many sites a simulation on so many records has."""
     return next((count for most, count in _SITES if rows < most), 1 + _SITES[-1][1])
@@ -119,9 +139,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
     records = usable_records(found.path, found.roles, left_out=left_out)
     task = task_named(base.task)
     own: dict[str, Any] = {"columns": dict(found.roles), "labels": tuple(found.labels), "max_length": _LONGEST_TOLD}
-    if found.kind == "scored":
-        own["pairs"] = PairsSpec(score_range=_scale(found))
-    data = _with_turns(found, replace(base.data, **own | _templates(found)), tokenizer, base.task)
+    data = _with_turns(found, replace(base.data, **own | found.settings | _templates(found)), tokenizer, base.task)
     counts: list[int] = []
     users: set[str] = set()
     usable = 0
@@ -146,10 +164,6 @@ def _templates(found: Found) -> dict[str, str]:
     if found.kind != "instructions":
         return {}
     return {"prompt_template": "{prompt}\n\n{input}" if "input" in found.roles else "{prompt}"}
-
-
-def _scale(found: Found) -> tuple[float, float]:
-    return found.columns[found.roles["score"]].scale
 
 
 def _with_turns(found: Found, data: DataSpec, tokenizer: Tokenizer, task: str) -> DataSpec:
@@ -193,7 +207,6 @@ def _shares(rows: int) -> tuple[float, float]:
 
 
 def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
-    classifies = found.kind == _CLASSIFIES
     # A name may hold the end of a line, and what follows would be a setting.
     about = f"# An experiment for {found.path.name}.  Run it with: {next_line(file)}"
     yield "".join(letter if letter.isprintable() else "?" for letter in about)
@@ -217,7 +230,7 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     yield "data:"
     for key, value, why in _data(found, plan, file):
         yield f"  {_line(key, value, why)}"
-    if classifies:
+    if found.labels:
         yield "  # The classes, as they stand in the file.  They are declared: every site and every report shows them."
         yield "  labels:"
         yield from (f"    - {_scalar(label)}" for label in sorted(found.labels))
@@ -234,10 +247,10 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
     test, validation = _shares(plan.measured.units)
     yield "train_file", _beside(found.path, file), "the records; relative paths begin at this page's folder"
     yield "columns", dict(found.roles), "role of fedtune: column of the file"
+    for key, value in found.settings.items():
+        yield key, list(value) if isinstance(value, tuple) else value, _ABOUT_ANSWERS[key]
     for key, template in _templates(found).items():
         yield key, template, "what is asked; a part whose columns are blank is left out"
-    if found.kind == "scored":
-        yield "pairs", {"score_range": list(_scale(found))}, "the scale that people scored on; it becomes PUBLIC"
     if plan.measured.turns != "none":
         yield (
             "chat_template",

@@ -103,6 +103,7 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
         non_private=None,
         findings=final.findings,
         cost=_cost(final),
+        detail=final.detail,
         rounds=tuple(
             RoundCost(
                 round=result.round,

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.spec import ConfigError, spec
+from fedtune.tasks.measures import Detail
 
 SCHEMA_VERSION = 2
 Scores = Mapping[str, float | None]
@@ -303,7 +304,12 @@ class RunCost:
 
 @spec
 class Utility:
-    """Scores on the lead's own files: exact, and covered by no guarantee; `findings` are what they say against it."""
+    """Scores on the lead's own files: exact, and covered by no guarantee.
+
+    Attributes:
+        findings: what they say against the training.
+        detail: what stands behind the final ones, where the task has labels.
+    """
 
     before: Scores
     final: Scores
@@ -311,6 +317,7 @@ class Utility:
     rounds: tuple[RoundCost, ...]
     findings: tuple[str, ...] = ()
     cost: RunCost | None = None
+    detail: Detail | None = None
 
 
 @spec
@@ -464,7 +471,7 @@ def to_json(report: Report) -> dict[str, Any]:
     fields = dict(_ADAPTER.dump_python(report, mode="json"))
     if report.provenance.start_adapter is None:
         del fields["provenance"]["start_adapter"]
-    for key in ("findings", "cost") if report.utility else ():
+    for key in ("findings", "cost", "detail") if report.utility else ():
         if not getattr(report.utility, key):
             del fields["utility"][key]
     return fields

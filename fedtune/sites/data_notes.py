@@ -32,7 +32,7 @@ def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData
         return
     if config.data.test_file is not None and is_training_file(config, config.data.test_file):
         yield "data.test_file holds what data.train_file holds: the scores say nothing about new records"
-    if task_named(config.task).has_labels:
+    if "label" in task_named(config.task).roles:
         labels = {record.fields["label"] for record in test.records}
         if len(labels) == 1:
             yield f"all test records have the label {labels.pop()!r}: always giving that label scores 1.0"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,11 @@ import torch
 
 from fedtune.config import RunConfig
 from fedtune.data import Record
+from fedtune.data.batching import collate
 from fedtune.data.partition import users_of
 from fedtune.evaluation.bootstrap import Comparison, compared
 from fedtune.evaluation.generation import as_text, text_scores, write
-from fedtune.evaluation.scoring import batches_by_length, scoring
+from fedtune.evaluation.scoring import scoring
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.adapter import AdapterError, copy_tensors
 from fedtune.model.fits import usable_positions
@@ -24,6 +25,7 @@ from fedtune.privacy.mechanism import Unit
 from fedtune.sites.shared_model import LeadData, Measured, ready
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import SavedAdapter, TaskModel
+from fedtune.tasks.measures import Detail
 from fedtune.training.machine import device_for, keeps_frozen_states
 
 BASE = "base"
@@ -109,19 +111,17 @@ class SavedModel:
             found[name] = Measured.of(self.model, self.tokenizer, data, self.config, generate=True)
         return found
 
-    def chances(self, records: Sequence[Record]) -> npt.NDArray[np.float64]:
-        """(records, labels) the probability of each label by the adapter in use; the records need no label."""
-        labels, task = self.model.spec.labels, self.model.task
-        # A record is tokenised with a label; any declared one stands in its place, and nothing reads it.
-        labelled = [Record({**one.fields, "label": labels[0]}, file=one.file, line=one.line) for one in records]
-        examples = task.tokenise(labelled, self.tokenizer, data=self.config.data)
-        found = np.zeros((len(records), len(labels)))
-        sizes = {"pad_id": self.tokenizer.pad_token_id, "max_tokens": self.config.evaluation.max_tokens}
+    def answer(self, record: Record) -> tuple[str, object]:
+        """What the adapter in use says of a record, which needs no answer of its own: as text, and as JSON."""
+        task, data = self.model.task, self.config.data
+        # A record is tokenised with its answer; any declared one stands in its place, and nothing reads it.
+        stand_in = {role: task.made_up(role, data, draw=lambda _: 0) or "" for role in task.answers}
+        asked = Record({**record.fields, **stand_in}, file=record.file, line=record.line)
+        examples = task.tokenise([asked], self.tokenizer, data=data)
+        batch = collate(examples, [0], pad_id=self.tokenizer.pad_token_id)
         with scoring(self.model):
-            for places, batch in batches_by_length(examples, **sizes):
-                logits = self.model.logits(batch.to(self.model.device))
-                found[places] = torch.softmax(logits, dim=-1).cpu()
-        return found
+            logits = self.model.logits(batch.to(self.model.device))
+        return task.answer(logits[0].cpu(), spec=self.model.spec)
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ class BesideBase:
         num_units: how many there are.
         num_prompts: for which both wrote a text, each a unit of its own for the scores of texts; 0: they wrote none.
         scores: by name.
+        detail: what stands behind those of the tuned model; None: nothing.
     """
 
     num_records: int
@@ -141,6 +142,7 @@ class BesideBase:
     num_units: int
     num_prompts: int
     scores: Mapping[str, Comparison]
+    detail: Detail | None = None
 
 
 def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
@@ -154,7 +156,8 @@ def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
     found, model = saved.measured(data), saved.model
     base, tuned = found[BASE], found["tuned"]
     users = users_of(data.records) if unit == "user" else None
-    scores = compared(base.examples, tuned.examples, scores=partial(model.task.scores, spec=model.spec), units=users)
+    final = partial(model.task.final_scores, spec=model.spec)
+    scores = compared(base.examples, tuned.examples, scores=final, units=users)
     if tuned.texts:
         scores |= compared(base.texts, tuned.texts, scores=text_scores)
     return BesideBase(
@@ -163,6 +166,7 @@ def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
         num_units=len(data.records) if users is None else len(users),
         num_prompts=len(tuned.texts.get("rouge_l", ())),
         scores=scores,
+        detail=tuned.detail(model),
     )
 
 

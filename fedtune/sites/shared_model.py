@@ -23,6 +23,7 @@ from fedtune.model.spec import RANDOM
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model, task_named
+from fedtune.tasks.measures import Detail
 from fedtune.tasks.saved import StartAdapter
 from fedtune.training.machine import device_for, frozen_states_mib, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.preflight import moved_by_others, require_alone
@@ -171,12 +172,19 @@ class SharedModel:
         keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=data.examples.num_tokens)
         return replace(data, kept={} if keeps else None)
 
-    def score(self, adapter: Adapter, data: LeadData | None, *, generate: bool = False) -> dict[str, float]:
-        """Scores of `adapter` on the lead's data; empty without data."""
+    def score(self, adapter: Adapter, data: LeadData | None) -> dict[str, float]:
+        """Scores of `adapter` on the lead's data after a round; empty without data."""
         if data is None:
             return {}
         adapter.load_into(self.model)
-        return Measured.of(self.model, self.tokenizer, data, self.config, generate=generate).scores(self.model)
+        return Measured.of(self.model, self.tokenizer, data, self.config, generate=False).scores(self.model)
+
+    def finally_measured(self, adapter: Adapter) -> Measured | None:
+        """What the scores of `adapter` on the test data come from, texts that it wrote among it; None without data."""
+        if self.test is None:
+            return None
+        adapter.load_into(self.model)
+        return Measured.of(self.model, self.tokenizer, self.test, self.config, generate=True)
 
 
 @dataclass(frozen=True)
@@ -277,5 +285,13 @@ class Measured:
         return cls(examples, text_figures(texts, prompts.references))
 
     def scores(self, model: TaskModel) -> dict[str, float]:
-        """The scores, by name."""
-        return model.task.scores(self.examples, spec=model.spec) | (text_scores(self.texts) if self.texts else {})
+        """The scores of a round, by name."""
+        return model.task.scores(self.examples, spec=model.spec)
+
+    def final_scores(self, model: TaskModel) -> dict[str, float]:
+        """Those of a finished run."""
+        return model.task.final_scores(self.examples, spec=model.spec) | (text_scores(self.texts) if self.texts else {})
+
+    def detail(self, model: TaskModel) -> Detail | None:
+        """What stands behind them."""
+        return model.task.detail(self.examples, spec=model.spec)

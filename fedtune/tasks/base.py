@@ -19,7 +19,8 @@ from fedtune.data.spec import DataSpec, PairsSpec
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.mechanism import Unit
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, DataError
+from fedtune.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +29,21 @@ if TYPE_CHECKING:
 
     from fedtune.data.batching import Batch
     from fedtune.model.layers import OutputLayer
+    from fedtune.tasks.measures import Detail
 
 
 Ids: TypeAlias = Sequence[npt.NDArray[np.int32]]
 """Token ids, (t_i,) of each example."""
 _ROLES_OF_ALL = ("label", "site", "user")
 """Roles by which records can be dealt out or counted, whatever the task."""
-_OF_SOME_TASKS = {"prompt_template": "{prompt}", "chat_template": "none", "pairs": PairsSpec()}
-"""Settings of the data that not every task `reads`, and what they are for the others."""
+_OF_SOME_TASKS = {
+    "prompt_template": "{prompt}",
+    "chat_template": "none",
+    "label_separator": ";",
+    "target_range": None,
+    "pairs": PairsSpec(),
+}
+"""Settings that only tasks with them among their `own_settings` use, and what they are for others."""
 FirstTarget: TypeAlias = Callable[[int], int]
 """From an example's length to the place of its first target, where targets belong to tokens."""
 
@@ -68,7 +76,8 @@ class Task(ABC):
     Attributes:
         name: in settings, policies and reports.
         roles: that every record must have, in the first of the task's layouts.
-        reads: what it uses of the settings that only some tasks use (`_OF_SOME_TASKS`).
+        answers: roles that the tuned model answers with, so that who asks it leaves them out; empty: it only scores.
+        own_settings: keys of `data` that not every task uses, and this one does.
         has_labels: whether `data.labels` declares the classes.
         has_head: whether a head is trained beside the adapters, by the settings under `head`.
         predicts_tokens: whether the base is a decoder with its output layer; otherwise it ends in hidden states.
@@ -77,12 +86,13 @@ class Task(ABC):
             a whole model has an output layer of its base's own, or a `readout`.
         judged_by: the score that says whether training helped: the larger the better, but for "loss".
         rate_shares: what LoRA and the head take of the automatic learning rate; None: it was not studied for the task.
-        unusable: about a record that is not `usable`: the role, what is there, and what must be.
+        reads: a line of Python that makes the answer of `scores`, a vector, and `labels`, where the task has a readout.
     """
 
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
-    reads: ClassVar[tuple[str, ...]] = ()
+    answers: ClassVar[frozenset[str]] = frozenset()
+    own_settings: ClassVar[frozenset[str]] = frozenset()
     has_labels: ClassVar[bool] = False
     has_head: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
@@ -90,7 +100,7 @@ class Task(ABC):
     formats: ClassVar[tuple[str, ...]] = ("peft",)
     judged_by: ClassVar[str] = "loss"
     rate_shares: ClassVar[tuple[float, float] | None] = None
-    unusable: ClassVar[tuple[str, str, str]] = ("", "", "")
+    reads: ClassVar[str] = "scores"
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -135,8 +145,9 @@ class Task(ABC):
             bound = f"is no role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
             raise ConfigError(f"columns.{unknown[0]}", data.columns[unknown[0]], bound)
         for key, nothing in _OF_SOME_TASKS.items():
-            if key not in self.reads and getattr(data, key) != nothing:
-                raise ConfigError(key, getattr(data, key), f"must stay {nothing}: task {self.name} does not use it")
+            if key not in self.own_settings and getattr(data, key) != nothing:
+                shown = "null" if nothing is None else nothing
+                raise ConfigError(key, getattr(data, key), f"must stay {shown}: task {self.name} does not use it")
 
     def check_model(self, spec: TaskModelSpec) -> None:  # noqa: B027
         """Check the settings of a model, also of a saved one; errors name keys of the run.
@@ -159,9 +170,25 @@ class Task(ABC):
             ConfigError: for `model.path`, or the setting of `data` that it does not serve.
         """
 
+    def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
+        """What of a record the run never declared, each by itself; None: nothing.  The error quotes nothing of it."""
+        return lambda record: None
+
+    def require_usable(self, records: Sequence[Record], *, data: DataSpec) -> None:
+        """Check that no record has a `fault`.
+
+        Raises:
+            DataError: about the first that has one, with the number of those like it.
+        """
+        faults = [error for error in map(self.fault(data), records) if error is not None]
+        if faults:
+            first, more = faults[0], counted(len(faults) - 1, "more record")
+            raise DataError(first.key, first.value, f"{first.bound} ({more} like it)") if faults[1:] else first
+
     def usable(self, data: DataSpec) -> Callable[[Record], bool]:
-        """Whether a site uses a record at all: what the run never declared is left out, each record by itself."""
-        return lambda record: True
+        """Whether a site uses a record at all: what the run never declared is left out."""
+        fault = self.fault(data)
+        return lambda record: fault(record) is None
 
     @abstractmethod
     def tokenise(
@@ -229,12 +256,20 @@ class Task(ABC):
         return figures
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
-        """Scores of a whole data set, by name, from the figures of all its examples, (examples,) each.
+        """Scores of a whole data set, by name, from the figures of all its examples, (examples, ...) each.
 
         Raises:
             DataError: the data has nothing to score.
         """
         return {"loss": float(np.mean(figures["loss"]))}
+
+    def final_scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
+        """The same of a finished run, with scores that take longer to compute or to read."""
+        return self.scores(figures, spec=spec)
+
+    def detail(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> Detail | None:
+        """What stands behind the scores, for a person who decides; None: nothing."""
+        return None
 
     def guess(self, dataset: TextDataset) -> float | None:
         """The score `judged_by` of who always gives the best single answer to `dataset`; None: there is no such."""
@@ -243,6 +278,14 @@ class Task(ABC):
     @abstractmethod
     def unit_score(self, model: Model, batch: Batch) -> float:
         """One score in [0, 1] of the one example in `batch`, which may be summed, noised and released."""
+
+    def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
+        """What the scores of one record say, where the task `answers` without writing: for a person, and as JSON."""
+        raise NotImplementedError
+
+    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+        """A value that an invented record may have in a role; None: any text.  `draw` takes one of so many."""
+        return None
 
     @abstractmethod
     def made_up_targets(
@@ -258,11 +301,15 @@ class Task(ABC):
         """
 
     def readout(self, model: Model) -> Readout:
-        """The linear layers that make `logits` of the base's mean hidden state, each of a vector of norm 1.
+        """The linear layers that make `read_out` of the base's mean hidden state, each of a vector of norm 1.
 
         None where that vector itself is what `logits` gives, or the base's own output layer.
         """
         return ()
+
+    def read_out(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+        """What an exported model gives for these logits."""
+        return logits
 
     def loading(self, *, base: str, folder: str) -> str:
         """Lines of Python that load a saved adapter where fedtune is not installed.
@@ -273,6 +320,48 @@ class Task(ABC):
         """
         auto = "AutoModelForCausalLM" if self.predicts_tokens else "AutoModel"
         return _LOADING.format(auto=auto, base=base, folder=folder)
+
+
+def error_of(read: Callable[[Record], object]) -> Callable[[Record], DataError | None]:
+    """What `read` raises about a record; None: nothing."""
+
+    def found(record: Record) -> DataError | None:
+        try:
+            read(record)
+        except DataError as error:
+            return error
+        return None
+
+    return found
+
+
+def target_range_of(data: DataSpec) -> tuple[float, float]:
+    """The range of the numbers that a task learns.
+
+    Raises:
+        ConfigError: none was declared.
+    """
+    if data.target_range is None:
+        raise ConfigError("target_range", None, "must be the least and the largest number that a target may be")
+    return data.target_range
+
+
+def number_in(record: Record, bounds: tuple[float, float]) -> float:
+    """The record's number, in the role `target`.
+
+    Raises:
+        DataError: it lies outside the range.
+    """
+    number, (low, high) = float(record.fields["target"]), bounds
+    if not low <= number <= high:
+        bound = f"must lie in data.target_range: {low:g} to {high:g}"
+        raise DataError(record.at("target"), "outside the range", bound)
+    return number
+
+
+def made_up_number(role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+    """For `Task.made_up`: either end of the range where the role is `target`."""
+    return None if role != "target" or data.target_range is None else repr(data.target_range[draw(2)])
 
 
 _LOADING = """\

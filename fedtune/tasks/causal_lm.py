@@ -46,7 +46,8 @@ class CausalLM(Task):
 
     name = "causal_lm"
     roles = ("prompt", "completion")
-    reads = ("prompt_template", "chat_template")
+    answers = frozenset({"completion"})
+    own_settings = frozenset({"prompt_template", "chat_template"})
     predicts_tokens = True
     hub_name = "text-generation"
     formats = ("peft", "merged", "onnx")

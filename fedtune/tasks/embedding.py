@@ -22,8 +22,9 @@ from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import FirstTarget, Ids, Model, Task
-from fedtune.tasks.classification import mean_pooled, whole_texts
+from fedtune.tasks.base import FirstTarget, Ids, Model, Task, error_of, made_up_number, number_in, target_range_of
+from fedtune.tasks.measures import rank_correlation
+from fedtune.tasks.pooled import mean_pooled, whole_texts
 
 if TYPE_CHECKING:
     import torch
@@ -47,19 +48,18 @@ print(embeddings @ embeddings.T)
 class Embedding(Task):
     """Mean-pooled, normalised hidden states, compared by their cosine; the loss is each record's own.
 
-    * `text`, `other` and `score`: the squared difference between their cosine and the score, brought from its range
-      (`data.pairs.score_range`) to [0, 1];
+    * `text`, `other` and `target`, a score: the squared difference between their cosine and the score, brought from its
+      range (`data.target_range`) to [0, 1];
     * `anchor`, `positive` and `negative`: by how much the cosine with the positive is less than `data.pairs.margin`
       above that with the negative, or 0.  Without the last column the negative is a public text.
     """
 
     name = "embedding"
-    roles = ("text", "other", "score")
-    reads = ("pairs",)
+    roles = ("text", "other", "target")
+    own_settings = frozenset({"pairs", "target_range"})
     hub_name = "sentence-similarity"
     formats = ("peft", "sentence-transformers", "onnx")
     judged_by = "spearman"
-    unusable = ("score", "a number beyond the range", "must lie in data.pairs.score_range")
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -78,7 +78,7 @@ class Embedding(Task):
 
     def check_data(self, data: DataSpec) -> None:
         if ("anchor" in data.columns) == ("text" in data.columns):
-            bound = "must name either text, other and score, or anchor and positive with what does not belong to them"
+            bound = "must name either text, other and target, or anchor and positive with what does not belong to them"
             raise ConfigError("columns", dict(data.columns), bound)
         negatives = data.pairs.negatives
         if "text" in data.columns and negatives != "record":
@@ -87,10 +87,14 @@ class Embedding(Task):
             bound = "needs data.columns.negative, or must be a list of public texts"
             raise ConfigError("pairs.negatives", negatives, bound)
         super().check_data(data)
+        if "text" in data.columns:
+            target_range_of(data)
+        elif data.target_range is not None:
+            bound = "must stay null: an anchor with what belongs to it has no score"
+            raise ConfigError("target_range", data.target_range, bound)
 
-    def usable(self, data: DataSpec) -> Callable[[Record], bool]:
-        low, high = data.pairs.score_range
-        return lambda record: "score" not in record.fields or low <= float(record.fields["score"]) <= high
+    def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
+        return error_of(_wanted(data))
 
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
@@ -99,19 +103,12 @@ class Embedding(Task):
 
         It is not a number where a text cannot be encoded: such a record adds nothing.
         """
-        usable, texts = self.usable(data), self.texts(data)
-        for record in records:
-            if not usable(record):
-                role, found, bound = self.unusable
-                raise DataError(record.at(role), found, bound)
+        self.require_usable(records, data=data)
+        texts = self.texts(data)
         roles = self.layouts[texts - 2][:texts]
         fields = [(one, role) for one in map(_with_negative(data), records) for role in roles]
         ids, encoded = whole_texts(fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within)
-        low, high = data.pairs.score_range
-        wanted = [
-            (float(record.fields["score"]) - low) / (high - low) if texts == 2 else data.pairs.margin
-            for record in records
-        ]
+        wanted = [*map(_wanted(data), records)]
         complete = np.array(encoded, dtype=bool).reshape(-1, texts).all(axis=1)
         return TextDataset(tuple(ids), np.where(complete, wanted, np.nan).astype(np.float32), texts)
 
@@ -148,7 +145,7 @@ class Embedding(Task):
         """
         loss = float(np.mean(figures["loss"]))
         if "truth" in figures:
-            return {"spearman": spearman(figures["cosine"], figures["truth"]), "loss": loss}
+            return {"spearman": rank_correlation(figures["cosine"], figures["truth"]), "loss": loss}
         ranks = figures["rank"]
         gains = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)
         recalls = {f"recall_at_{most}": float(np.mean(ranks <= most)) for most in (1, 10)}
@@ -165,6 +162,9 @@ class Embedding(Task):
         if batch.texts == 3:
             return float(cosines[0][0] > cosines[1][0])
         return max(0.0, 1 - abs(float(cosines[0][0] - batch.targets[0])))
+
+    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+        return made_up_number(role, data, draw=draw)
 
     def made_up_targets(
         self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
@@ -187,6 +187,14 @@ def _losses(cosines: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
     missing = batch.targets.nan_to_num() - cosines[0]
     losses = missing.square() if batch.texts == 2 else (missing + cosines[1]).clamp(min=0.0)
     return losses.where(known, losses.new_zeros(()))
+
+
+def _wanted(data: DataSpec) -> Callable[[Record], float]:
+    """What a record asks of its cosines: the one to learn, or the margin between two."""
+    if "anchor" in data.columns:
+        return lambda record: data.pairs.margin
+    low, high = bounds = target_range_of(data)
+    return lambda record: (number_in(record, bounds) - low) / (high - low)
 
 
 def _with_negative(data: DataSpec) -> Callable[[Record], Record]:
@@ -218,30 +226,3 @@ def ranks_of_own(anchors: npt.NDArray[np.float64], positives: npt.NDArray[np.flo
         above = anchors[some] @ positives.T - own[some, None]
         ranks[some] = (above > _TIE).sum(axis=1) + ((np.abs(above) <= _TIE).sum(axis=1) + 1) / 2
     return np.where(np.isfinite(own), ranks, np.inf)
-
-
-def spearman(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> float:
-    """The correlation of two rankings, equal values at their mean place; 0 where `left` is all one value.
-
-    Args:
-        left: (n,) what a model says; NaN for the whole where any of it is not finite.
-        right: (n,) what is true.
-
-    Raises:
-        DataError: `right` is all one value, so that there is nothing to rank.
-
-    >>> import numpy as np
-    >>> spearman(np.array([0.1, 0.9, 0.5]), np.array([0.0, 5.0, 5.0]))
-    0.8660254037844387
-    """
-    if np.ptp(right) == 0:
-        raise DataError("evaluation data", "all scores are the same", "must have two different ones to be ranked")
-    if not np.isfinite(left).all():
-        return float("nan")
-    return float(np.corrcoef(_ranks(left), _ranks(right))[0, 1]) if np.ptp(left) else 0.0
-
-
-def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: npt.NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    return ranks

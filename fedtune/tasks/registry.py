@@ -10,8 +10,13 @@ from fedtune.tasks.base import Task
 from fedtune.tasks.causal_lm import CausalLM
 from fedtune.tasks.classification import Classification
 from fedtune.tasks.embedding import Embedding
+from fedtune.tasks.multi_label import MultiLabel
+from fedtune.tasks.ordinal import Ordinal
+from fedtune.tasks.regression import Regression
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM(), Embedding())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Classification(), MultiLabel(), Ordinal(), Regression(), CausalLM(), Embedding())
+}
 
 
 def task_named(name: str) -> Task:

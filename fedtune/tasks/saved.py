@@ -157,6 +157,7 @@ def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
         "task": spec.task,
         "model.sha256": spec.model.sha256,
         "data.labels": spec.labels,
+        "data.target_range": spec.target_range,
         "the scale of LoRA": spec.lora.scale,
         "head.scale": spec.head.scale,
         "head.centre": spec.head.centre,
@@ -167,7 +168,7 @@ def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
 class StartAdapter:
     """An adapter tuned before, in which a run can begin: of the same base, task and LoRA settings.
 
-    Its head is taken only where the labels are the same; for others the run's own head starts as it would without.
+    Its head is taken only where labels and range are the same; else the run's own head starts as it would without.
 
     Attributes:
         folder: that it lies in.
@@ -198,7 +199,8 @@ class StartAdapter:
 
     def has_head_for(self, spec: TaskModelSpec) -> bool:
         """Whether a run of this model takes the head, too."""
-        return task_named(spec.task).has_head and self.spec.labels == spec.labels
+        same = self.spec.labels == spec.labels and self.spec.target_range == spec.target_range
+        return task_named(spec.task).has_head and same
 
     def require_fits(self, spec: TaskModelSpec) -> None:
         """Check everything that can be known without the base.
@@ -315,6 +317,7 @@ def _spec_of(settings: dict[str, Any]) -> TaskModelSpec:
         head=HeadSpec(**_with_tuples(settings["head"])),
         task=settings["task"],
         labels=tuple(settings["labels"]),
+        target_range=_with_tuples(settings).get("target_range"),
         seed=settings["seed"],
         texts=settings.get("texts", 1),
     )

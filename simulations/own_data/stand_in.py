@@ -29,7 +29,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.model.base_model import load_tokenizer
 from fedtune.privacy.accountant import calibrate_noise
 from fedtune.tasks import build_task_model
-from fedtune.tasks.classification import mean_pooled
+from fedtune.tasks.pooled import mean_pooled
 from fedtune.training.spec import automatic_rate
 
 RATE, ROUNDS, STEPS, SCALE = 0.3, 10, 5, 10.0

@@ -186,7 +186,7 @@ def test_scores_that_were_paid_for_are_shown(config: RunConfig) -> None:
         (DATA_CHANGED, "A training file changed between two starts of this run."),
         (DIVERGED, "Training diverged: do not use this adapter."),
         (WORSE, "The model is worse than before training."),
-        (GUESS, "no better than always giving the most frequent label"),
+        (GUESS, "no better than always giving one and the same answer"),
     ],
 )
 def test_what_the_scores_say_against_the_training_is_said_at_the_end(config: RunConfig, code: str, said: str) -> None:

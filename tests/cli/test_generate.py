@@ -330,7 +330,7 @@ def test_scores_stand_beside_those_of_the_base(runs: Path, command: Any, result_
     assert re.search(r"^ +metric +base +tuned +difference +95 % interval +tuned is *$", outcome.out, re.MULTILINE)
     told = json.loads(command(*asked, "--json").out)
     assert (told["records"], told["unit"], told["units"], told["prompts"]) == (20, "record", 20, 0)
-    assert set(told["scores"]) == set(told["beside_base"]) == {"accuracy", "macro_f1", "loss"}
+    assert set(told["scores"]) == set(told["beside_base"]) == {"accuracy", "macro_f1", "auroc", "ece", "loss"}
     for name, one in told["beside_base"].items():
         assert one["tuned"]["value"] == told["scores"][name]
         assert one["difference"]["value"] == pytest.approx(one["tuned"]["value"] - one["base"]["value"])

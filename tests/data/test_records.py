@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -89,23 +88,6 @@ def test_what_is_written_is_read_back(
         content = "".join(json.dumps({"question": a, "intent": b}, ensure_ascii=False) + "\n" for a, b in rows)
     path = write(tmp_path_factory.mktemp("rows"), f"a.{suffix}", content.encode())
     assert [(text, label) for text, label, _ in fields(path)] == rows
-
-
-@pytest.mark.parametrize(
-    ("value", "kept"),
-    [(3, "3.0"), (3.75, "3.75"), ("3.80", "3.8"), (" 4 ", "4.0"), ("1e-3", "0.001"), (-0.5, "-0.5")]
-    + [(wrong, None) for wrong in ("", "high", "nan", "inf", "1,5", True, None, [1], 10**400, "1" + "0" * 400)],
-)
-def test_a_score_is_a_finite_number(value: Any, kept: str | None) -> None:
-    row, columns = {"a": "one", "b": "other", "s": value}, {"text": "a", "other": "b", "score": "s"}
-    if kept is None:
-        with pytest.raises(DataError, match=r"x\.csv:3, column 's' .*must be a finite number \(role score\)") as caught:
-            record_of(row, columns, file="x.csv", line=3)
-        assert "high" not in str(caught.value), "no message quotes what is there"
-        return
-    record = record_of(row, columns, file="x.csv", line=3)
-    assert record.fields["score"] == kept
-    assert list(record.texts()) == [("text", "one"), ("other", "other")], "a number is no text"
 
 
 # A site's lenient reading: what cannot be used is left out by itself.
@@ -278,3 +260,63 @@ def test_whole_csv_files_are_cut_into_the_rows_that_the_csv_module_finds(
         patch.setattr(text_rows, "_BLOCK_BYTES", piece)
         texts = [raw.decode() for _, raw in text_rows.cut_rows(path, comma=b",") if raw is not None]
     assert [next(csv.reader([text], strict=True)) for text in texts] == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (["late", " lost ", 3], '["late","lost","3"]'),
+        ([], "[]"),
+        ("", "[]"),
+        ('["late", 2.0]', '["late","2"]'),
+        (" late; lost", "late; lost"),
+        ("[urgent];late", "[urgent];late"),
+        (7, '["7"]'),
+        (None, None),
+        ([["late"]], None),
+        (["late", ""], None),
+        ([True], None),
+        ({"late": True}, None),
+        (["\ud800"], None),
+    ],
+)
+def test_labels_of_a_record(value: object, text: str | None) -> None:
+    if text is None:
+        with pytest.raises(DataError) as caught:
+            record_of({"l": value}, {"labels": "l"}, file="a.jsonl", line=3)
+        assert "late" not in str(caught.value)
+    else:
+        assert record_of({"l": value}, {"labels": "l"}, file="a.jsonl", line=3).fields == {"labels": text}
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (3, 3.0),
+        (-2.5, -2.5),
+        (" 4.25 ", 4.25),
+        ("1e3", 1000.0),
+        (".5", 0.5),
+        (True, None),
+        (None, None),
+        ("", None),
+        ("3,5", None),
+        ("1_000", None),
+        ("nan", None),
+        ("1e999", None),
+        (10**400, None),
+        ("1" + "0" * 400, None),
+        (float("inf"), None),
+        ("five", None),
+        ([1], None),
+    ],
+)
+def test_the_number_of_a_record(value: object, number: float | None) -> None:
+    if number is None:
+        with pytest.raises(DataError, match="must be a finite number") as caught:
+            record_of({"n": value}, {"target": "n"}, file="a.jsonl", line=3)
+        assert "five" not in str(caught.value)
+    else:
+        record = record_of({"n": value}, {"target": "n"}, file="a.jsonl", line=3)
+        assert (float(record.fields["target"]), record.answer) == (number, record.fields["target"])
+        assert list(record.texts()) == [], "an answer is no text that somebody wrote"

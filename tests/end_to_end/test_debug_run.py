@@ -98,7 +98,7 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
         assert min(entry["seconds"], entry["bytes_down"], entry["bytes_up"]) > 0
         assert set(entry["metrics"]) == {"accuracy", "macro_f1", "loss"}
     final = result["final"]
-    assert set(final) == {"metrics", "metrics_before", "seconds", "peak_memory_bytes", "findings"}
+    assert set(final) == {"metrics", "metrics_before", "seconds", "peak_memory_bytes", "findings", "detail"}
     assert final["seconds"] > 0
     assert final["peak_memory_bytes"] > 50 * 2**20
     assert final["metrics"] != final["metrics_before"]
@@ -226,7 +226,7 @@ def test_evaluate_repeats_the_final_scores_on_the_test_file(
     outcome = command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu", "--json")
     assert (outcome.code, outcome.err) == (0, "")
     scores = json.loads(outcome.out)["scores"]
-    assert set(scores) == {"accuracy", "macro_f1", "loss"}
+    assert set(scores) == {"accuracy", "macro_f1", "auroc", "ece", "loss"}
     assert scores == pytest.approx(result["final"]["metrics"], abs=1e-4)
 
 

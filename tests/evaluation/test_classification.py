@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import TextDataset
 from fedtune.tasks import TaskModel
-from fedtune.tasks.classification import macro_f1
+from fedtune.tasks.measures import macro_f1
 
 from .conftest import scores_of
 

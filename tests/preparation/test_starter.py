@@ -20,8 +20,7 @@ from fedtune.tasks import task_named
 def plan_for(path: Path, *, model: str = "random_bert") -> tuple[str, starter.Plan]:
     found = look_at(path, {})
     base = starter.base_of(found.kind)
-    left_open = ["data.train_file=x", "data.declared_sizes=2"]
-    left_open.append("data.labels=[a,b]" if base == "own_data" else "data.columns={text: a}")
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
     config = compose_run([f"experiment={base}", f"model={model}", *left_open])
     tokenizer = load_tokenizer(config.model)
     measured = starter.measured(found, tokenizer, config, within=len(tokenizer))
@@ -53,18 +52,16 @@ def test_pairs_with_a_score_get_its_scale_and_compose(tmp_path: Path, monkeypatc
     rows = [{"sentence1": f"text {n}", "sentence2": "another text", "score": n % 6} for n in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = look_at(tmp_path / "rows.jsonl", {})
-    columns = "data.columns={text: a, other: b, score: c}"
-    config = compose_run(
-        ["experiment=own_pairs", "model=random_bert", "data.train_file=x", "data.declared_sizes=2", columns]
-    )
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open("own_pairs")]
+    config = compose_run(["experiment=own_pairs", "model=random_bert", *left_open])
     measured = starter.measured(found, load_tokenizer(config.model), config, within=len(load_tokenizer(config.model)))
     assert (measured.usable, len(measured.lengths)) == (60, 60)
     plan = starter.Plan(base="own_pairs", model="random_bert", num_sites=2, measured=measured)
     (tmp_path / "own.yaml").write_text(starter.experiment(found, plan, file=tmp_path / "own.yaml"))
     monkeypatch.chdir(tmp_path)
     data = compose_run(["experiment=./own.yaml"]).data
-    assert data.pairs.score_range == (0.0, 5.0)
-    assert data.columns == {"text": "sentence1", "other": "sentence2", "score": "score"}
+    assert data.target_range == (0.0, 5.0)
+    assert data.columns == {"text": "sentence1", "other": "sentence2", "target": "score"}
 
 
 def test_declared_sizes_are_near_a_site_s_share(tmp_path: Path) -> None:

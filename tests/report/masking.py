@@ -18,9 +18,9 @@ _TEXTS = (
     (re.compile(r"\b(run|first|second)-[0-9a-f]{16,}\b"), r"\1-DIGEST"),
     (re.compile(r"\b[0-9a-f]{16}\b"), "KEY"),
     (re.compile(r"\bfedtune \d+(\.\w+)*"), "fedtune VERSION"),
-    (re.compile(r"\b(dp-accounting|accuracy|macro_f1|loss) [\d.]+"), r"\1 N"),
+    (re.compile(r"\b(dp-accounting|accuracy|macro_f1|auroc|ece|loss) [\d.]+"), r"\1 N"),
 )
-_MEASURED = {"seconds", "bytes_down", "bytes_up", "accuracy", "macro_f1", "loss"}
+_MEASURED = {"seconds", "bytes_down", "bytes_up", "accuracy", "macro_f1", "auroc", "ece", "loss", "detail"}
 _OF_THE_MACHINE = {"libraries", "python", "machine", "hardware", "fedtune_version"}
 
 

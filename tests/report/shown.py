@@ -13,6 +13,7 @@ from fedtune.report import recompute
 from fedtune.report.derive import cells, rules
 from fedtune.report.model import Assumption, Cap, Release, Report, Spent, Step, Verdict
 from fedtune.report.page import render
+from fedtune.tasks.measures import ClassScores, Detail, ReliabilityBin
 
 Make = Callable[..., Report]
 
@@ -151,6 +152,14 @@ def _silent(spent: Spent | None) -> Spent:
     return replace(spent, upper_bound=True)
 
 
+def detail_of(*labels: str) -> Detail:
+    """What stands behind the scores of a model with these labels."""
+    return Detail(
+        classes=tuple(ClassScores(label=one, precision=0.5, recall=0.25, f1=1 / 3, support=8) for one in labels),
+        reliability=tuple(ReliabilityBin(confidence=n / 10, right=n / 12, count=30) for n in range(1, 11)),
+    )
+
+
 def wide_run(a_report: Make) -> Report:
     """Ten sites, some with long or strange names, and sixty rounds."""
     run = a_report()
@@ -167,7 +176,7 @@ def wide_run(a_report: Make) -> Report:
         )
         for number in range(1, 61)
     )
-    utility = replace(run.utility, rounds=rounds, non_private={"accuracy": 0.9})
+    utility = replace(run.utility, rounds=rounds, non_private={"accuracy": 0.9}, detail=detail_of(LONG, HOSTILE, "c"))
     exceeded = Verdict(state="exceeded", reasons=("above_target", "above_run_cap"))
     sites = (*sites[:-1], replace(sites[-1], verdict=exceeded))
     return filled(run, name=LONG, sites=sites, utility=utility, verdict=exceeded)

@@ -17,7 +17,7 @@ from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.charts import Chart, Charts, Panel, Series
 from fedtune.report.page.tables import Tables, Words
 
-from .shown import HOSTILE, Make, filled, wide_ledger, wide_run
+from .shown import HOSTILE, Make, detail_of, filled, wide_ledger, wide_run
 
 CODES = ("epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost")
 SVG = "{http://www.w3.org/2000/svg}"
@@ -158,6 +158,20 @@ def test_figures_on_the_axes_are_the_languages(run: Report) -> None:
     assert any(re.fullmatch(r"\d,\d+", text) for text in german)
     assert not any("." in text for text in german)
     assert "10⁻⁵" in texts(drawn(run, "profile"))
+
+
+@pytest.mark.parametrize("language", ["en", "de"])
+def test_how_sure_the_model_is_stands_beside_a_model_as_sure_as_right(run: Report, language: str) -> None:
+    report = replace(run, utility=replace(run.utility, detail=detail_of("a", "b")))
+    svg = drawn(report, "reliability", language)
+    markers = [one for one in svg.iter(f"{SVG}path") if "translate" in one.attrib.get("transform", "")]
+    assert len(markers) >= 10, "a marker for each bin"
+    words = catalogue(language)
+    for key in ("reliability_found", "reliability_perfect", "axis_probability", "axis_right"):
+        assert words.text(f"chart.{key}").unescape() in texts(svg)
+    for name, rows in (("reliability", 10), ("classes", 2)):
+        assert charts(report, language)._tables.named(name).all == rows
+    assert chart(run, "reliability").svg is None
 
 
 def test_the_score_chart_leaves_out_losses(run: Report) -> None:

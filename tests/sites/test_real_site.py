@@ -485,8 +485,9 @@ def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, resta
     found = beside_base(config, folder / "adapter", str(site.data)).scores
     shared = SharedModel(config)
     data = shared.lead_data(str(site.data), rows=None, key="data")
-    assert {name: one.tuned.value for name, one in found.items()} == shared.score(final, data)
-    assert {name: one.base.value for name, one in found.items()} == shared.score(shared.initial_adapter, data)
+    after, before = shared.score(final, data), shared.score(shared.initial_adapter, data)
+    assert {name: found[name].tuned.value for name in after} == after
+    assert {name: found[name].base.value for name in before} == before
 
 
 def test_a_declined_adapter_is_not_written(site: Any) -> None:

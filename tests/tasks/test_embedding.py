@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,41 @@ from fedtune.data.spec import PairsSpec
 from fedtune.evaluation.scoring import figures_of, unit_scores
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TaskModel, task_named
-from fedtune.tasks.embedding import ranks_of_own, spearman
+from fedtune.tasks.embedding import ranks_of_own
 
 TASK = task_named("embedding")
-SCORED = {"text": "a", "other": "b", "score": "s"}
+SCORED = {"text": "a", "other": "b", "target": "s"}
 PAIRS = {"anchor": "a", "positive": "p"}
 TRIPLETS = {**PAIRS, "negative": "n"}
 WORDS = ("card", "lost", "where", "name", "place", "there", "is", "my")
 
 
-def settings(columns: dict[str, str], *, max_length: int = 12, **pairs: Any) -> DataSpec:
+def settings(columns: dict[str, str], *, bounds: tuple[float, float] | None = None, **pairs: Any) -> DataSpec:
     return DataSpec(
-        dataset="d", train_file="f", declared_sizes=9, max_length=max_length, columns=columns, pairs=PairsSpec(**pairs)
+        dataset="d",
+        train_file="f",
+        declared_sizes=9,
+        max_length=12,
+        columns=columns,
+        target_range=bounds or ((0.0, 1.0) if "target" in columns else None),
+        pairs=PairsSpec(**pairs),
     )
 
 
 @pytest.mark.parametrize(
     ("columns", "pairs", "message"),
     [
-        ({"label": "l"}, {}, "columns = {'label': 'l'}: must name either text, other and score, or anchor and"),
+        ({"label": "l"}, {}, "columns = {'label': 'l'}: must name either text, other and target, or anchor and"),
         (SCORED | PAIRS, {}, "columns = "),
         (
             {"text": "a", "other": "b"},
             {},
-            "columns = {'text': 'a', 'other': 'b'}: must name the column for role 'score'",
+            "columns = {'text': 'a', 'other': 'b'}: must name the column for role 'target'",
         ),
         (PAIRS, {}, "pairs.negatives = 'record': needs data.columns.negative, or must be a list of public texts"),
         (TRIPLETS, {"negatives": ("a text",)}, "columns.negative = 'n': is no role of this run"),
         (SCORED, {"negatives": ("a text",)}, "pairs.negatives = ('a text',): must stay record"),
+        (TRIPLETS, {"bounds": (0.0, 5.0)}, "target_range = (0.0, 5.0): must stay null"),
     ],
 )
 def test_columns_that_make_no_pair(columns: dict[str, str], pairs: dict[str, Any], message: str) -> None:
@@ -58,8 +66,6 @@ def test_columns_that_make_no_pair(columns: dict[str, str], pairs: dict[str, Any
         ({"negatives": "batch"}, "negatives = 'batch': couples records: a record's gradient would depend on those"),
         ({"negatives": ()}, "negatives = (): must hold at least one text"),
         ({"negatives": ("a", "a")}, "negatives = 'a': must be declared once"),
-        ({"score_range": (5.0, 0.0)}, "score_range = (5.0, 0.0): must be two numbers, the lower one first"),
-        ({"score_range": (0.0, float("inf"))}, "score_range = "),
         ({"margin": 0.0}, "margin = 0.0: must be a finite number greater than 0"),
         ({"margin": 2.5}, "margin = 2.5: must be at most 2"),
     ],
@@ -68,6 +74,11 @@ def test_settings_that_cannot_be(pairs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         PairsSpec(**pairs)
     assert str(caught.value).startswith(message)
+
+
+def test_a_score_needs_a_declared_range() -> None:
+    with pytest.raises(ConfigError, match="target_range = None: must be the least and the largest number"):
+        TASK.check_data(replace(settings(SCORED), target_range=None))
 
 
 def test_other_tasks_have_no_use_for_them() -> None:
@@ -87,11 +98,11 @@ def test_the_layout_says_how_many_texts_and_what_counts() -> None:
 
 
 def scored(*scores: str) -> list[Record]:
-    return [Record({"text": f"my card {place}", "other": "is lost", "score": one}) for place, one in enumerate(scores)]
+    return [Record({"text": f"my card {place}", "other": "is lost", "target": one}) for place, one in enumerate(scores)]
 
 
 def test_a_score_becomes_the_cosine_to_learn(encoder_tokenizer: Any) -> None:
-    data = settings(SCORED, score_range=(1.0, 5.0))
+    data = settings(SCORED, bounds=(1.0, 5.0))
     dataset = TASK.tokenise(scored("1.0", "3.0", "5.0"), encoder_tokenizer, data=data)
     assert (len(dataset), dataset.texts, dataset.targets.tolist()) == (3, 2, [0.0, 0.5, 1.0])
     assert [ids.tolist()[0] for ids in dataset.input_ids] == [2] * 6, "each text begins anew"
@@ -101,16 +112,16 @@ def test_a_score_becomes_the_cosine_to_learn(encoder_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("score", ["0.9", "5.1", "-3.0"])
 def test_a_score_beyond_the_range_is_left_out_by_itself(encoder_tokenizer: Any, score: str) -> None:
-    data = settings(SCORED, score_range=(1.0, 5.0))
+    data = settings(SCORED, bounds=(1.0, 5.0))
     usable = TASK.usable(data)
     assert [usable(record) for record in scored("1.0", score, "5.0")] == [True, False, True]
-    with pytest.raises(DataError, match=r"must lie in data\.pairs\.score_range") as caught:
+    with pytest.raises(DataError, match=r"must lie in data\.target_range: 1 to 5") as caught:
         TASK.tokenise(scored(score), encoder_tokenizer, data=data)
     assert score not in str(caught.value)
 
 
 def test_a_record_of_which_one_text_cannot_be_encoded_has_no_target(encoder_tokenizer: Any) -> None:
-    records = [*scored("0.5", "0.5"), Record({"text": "my", "other": "\ud800", "score": "0.5"})]
+    records = [*scored("0.5", "0.5"), Record({"text": "my", "other": "\ud800", "target": "0.5"})]
     dataset = TASK.tokenise(records, encoder_tokenizer, data=settings(SCORED), lenient_within=99)
     assert np.isnan(dataset.targets).tolist() == [False, False, True]
     assert [len(ids) for ids in dataset.input_ids[-2:]] == [3, 1]
@@ -194,17 +205,6 @@ def test_who_embeds_all_texts_alike_finds_nothing() -> None:
     assert ranks_of_own(broken, apart)[:2].tolist() == [np.inf, 1.0]
 
 
-def test_spearman_is_the_one_of_scipy() -> None:
-    draws = np.random.default_rng(0)
-    for _ in range(20):
-        left, right = draws.integers(0, 6, size=12).astype(float), draws.integers(0, 4, size=12).astype(float)
-        assert spearman(left, right) == pytest.approx(stats.spearmanr(left, right).statistic)
-    assert spearman(np.ones(3), np.arange(3.0)) == 0.0
-    assert np.isnan(spearman(np.array([1.0, np.nan, 2.0]), np.arange(3.0))), "a run that diverged says so"
-    with pytest.raises(DataError, match="all scores are the same"):
-        spearman(np.arange(3.0), np.ones(3))
-
-
 @pytest.mark.parametrize(("kind", "texts"), [("pairs", 2), ("triplets", 3)])
 def test_a_unit_s_score_lies_between_0_and_1_and_is_its_own(trained: Any, kind: str, texts: int) -> None:
     model = trained("random:bert", kind)
@@ -222,7 +222,7 @@ ROWS = [
     for n in range(80)
 ]
 LAYOUTS = {
-    "scored": ("data.columns={text: a, other: b, score: s}", "data.pairs.score_range=[0,5]"),
+    "scored": ("data.columns={text: a, other: b, target: s}", "data.target_range=[0,5]"),
     "triplets": ("data.columns={anchor: a, positive: p, negative: n}",),
     "listed": ("data.columns={anchor: a, positive: p}", "data.pairs.negatives=[no way, not here, never]"),
 }
@@ -282,16 +282,16 @@ def test_what_a_user_sees(simulate: Any, command: Any, tmp_path: Path) -> None:
     folder = simulate(*pairs_run(tmp_path, "scored"), into=tmp_path)
     told = command("generate", str(folder), "--prompt", "where")
     assert told.code == 2
-    assert told.message == "task = 'embedding': writes no text and has no labels; fedtune evaluate scores it"
+    assert told.message == "task = 'embedding': gives no answer to a text; fedtune evaluate scores it"
     told = command("plan", *pairs_run(tmp_path, "triplets", "name=p"))
     assert told.code == 0, told.err
     told = command("simulate", *pairs_run(tmp_path, "listed", "data.pairs.negatives=batch", "name=x"))
     assert told.code == 2
     assert told.message.startswith("data.pairs.negatives = 'batch': couples records")
-    lost = [line for line in pairs_run(tmp_path, "scored", "name=y") if "score_range" not in line]
-    told = command("simulate", *lost, "data.pairs.score_range=[0,4]", f"tracking.output_dir='{tmp_path}'")
+    lost = [line for line in pairs_run(tmp_path, "scored", "name=y") if "target_range" not in line]
+    told = command("simulate", *lost, "data.target_range=[0,4]", f"tracking.output_dir='{tmp_path}'")
     assert told.code == 2
-    assert "must lie in data.pairs.score_range" in told.message
+    assert "must lie in data.target_range" in told.message
 
 
 def test_a_run_s_settings_are_those_of_the_run_that_goes_on_with_its_adapter(

@@ -23,8 +23,8 @@ from fedtune.tasks.classification import Classification
 
 EMBED = Classification().embed
 KINDS = [
-    *(("random:bert", task) for task in ("classification", "pairs", "triplets")),
-    *(("random:llama", task) for task in ("classification", "causal_lm", "pairs")),
+    *(("random:bert", task) for task in ("classification", "multi_label", "regression", "pairs", "triplets")),
+    *(("random:llama", task) for task in ("classification", "ordinal", "causal_lm", "pairs")),
 ]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 # torch says so where the input of a hooked module needs no gradient, as below the first adapter; the hook is right.

@@ -34,7 +34,11 @@ def columns(*roles: str, **given: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("wrong", "task", "message"),
     [
-        ({}, "regression", "task = 'regression': must be one of classification, causal_lm, embedding"),
+        (
+            {},
+            "riddles",
+            "task = 'riddles': must be one of classification, multi_label, ordinal, regression, causal_lm, em",
+        ),
         ({"labels": ("a",)}, "classification", "labels = ('a',): must declare at least two"),
         (
             {"columns": {"text": "t"}},

@@ -24,6 +24,8 @@ from fedtune.training.optimizer import make_optimizer
 from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 
+from ..model.conftest import declared
+
 LABELS = ("card_arrival", "exchange_rate", "lost_card")
 TEXTS = {"pairs": 2, "triplets": 3}
 """What stands for task embedding with so many texts a record."""
@@ -46,10 +48,9 @@ def fresh() -> Callable[..., TaskModel]:
     def make(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModel:
         dtype = changes.pop("dtype", "float32")
         values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | changes
-        labels = LABELS if task == "classification" else ()
         if task in TEXTS:
             task, values = "embedding", values | {"texts": TEXTS[task]}
-        spec = TaskModelSpec(model=ModelSpec(path=path, dtype=dtype), task=task, labels=labels, **values)
+        spec = TaskModelSpec(model=ModelSpec(path=path, dtype=dtype), task=task, **declared(task), **values)
         return build_task_model(spec)
 
     return make

@@ -13,7 +13,7 @@ import torch
 
 from fedtune.data import UNSUPERVISED, Shapes, TextDataset
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks import TASKS, TaskModel, build_task_model
 from fedtune.training.dp_step import contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
@@ -25,7 +25,8 @@ from .conftest import TEXTS
 
 Gradients = dict[str, torch.Tensor]
 KINDS = [
-    *(("random:bert", task) for task in ("classification", "pairs", "triplets")),
+    *(("random:bert", task) for task in ("classification", "multi_label", "ordinal", "regression")),
+    *(("random:bert", task) for task in ("pairs", "triplets")),
     *(("random:llama", task) for task in ("causal_lm", "pairs", "triplets")),
 ]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
@@ -52,8 +53,11 @@ def records(lengths: npt.NDArray[np.integer], *, task: str, ids: int, classes: i
         row[0], row[-1] = ids - 1, 0
     if texts > 1:
         return TextDataset(input_ids, draws.uniform(0, texts - 1, size=len(lengths)).astype(np.float32), texts)
-    if task == "classification":
-        return TextDataset(input_ids, draws.integers(0, classes, size=len(lengths)))
+    if TASKS[task].has_head:
+        labels = tuple(map(str, range(classes)))
+        spec = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, labels=labels)
+        made = TASKS[task].made_up_targets(input_ids, spec=spec, draws=draws, first=lambda length: 1)
+        return TextDataset(input_ids, made)
     where = (draws.random(len(row)) < 0.6 for row in input_ids)
     return TextDataset(input_ids, tuple(np.where(w, r, UNSUPERVISED) for w, r in zip(where, input_ids, strict=True)))
 

@@ -52,7 +52,18 @@ def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
         return functional.cross_entropy(output.logits[0, :-1][supervised], targets[supervised])
     pooled = output.last_hidden_state[0].mean(dim=0)
     logits = 20.0 * model.head.weight @ (pooled / pooled.norm())
-    return functional.cross_entropy(logits[None], torch.tensor([int(dataset.targets[index])]))
+    target = torch.tensor(dataset.targets[index])
+    if (target == -100).all():
+        return logits.sum() * 0.0
+    match model.task.name:
+        case "multi_label":
+            return functional.binary_cross_entropy_with_logits(logits, target)
+        case "ordinal":
+            above = (target > torch.arange(len(logits))).float()
+            return functional.binary_cross_entropy_with_logits(logits, above)
+        case "regression":
+            return functional.mse_loss(logits[0], target)
+    return functional.cross_entropy(logits[None], target[None])
 
 
 def loop_gradient(model: TaskModel, dataset: TextDataset, index: int) -> dict[str, np.ndarray]:

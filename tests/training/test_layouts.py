@@ -64,12 +64,12 @@ RECORDS: dict[str, list[dict[str, str]]] = {
         {"prompt": "[SEP]", "input": "[CLS]", "completion": "[SEP] lost"},
     ],
     "scored": [
-        {"text": "where is my card", "other": "my card is lost", "score": "4.5"},
-        {"text": "my card is lost " * 9, "other": "b", "score": "0.0"},
-        {"text": "a place", "other": "a place", "score": "5.0"},
-        {"text": "[SEP] there [SEP]", "other": "\x00\ufffd\u202e 文字", "score": "2.0"},
-        {"text": "where " * 200, "other": "is it " * 200, "score": "1.0"},
-        {"text": "\ud800", "other": "my card", "score": "3.0"},
+        {"text": "where is my card", "other": "my card is lost", "target": "4.5"},
+        {"text": "my card is lost " * 9, "other": "b", "target": "0.0"},
+        {"text": "a place", "other": "a place", "target": "5.0"},
+        {"text": "[SEP] there [SEP]", "other": "\x00\ufffd\u202e 文字", "target": "2.0"},
+        {"text": "where " * 200, "other": "is it " * 200, "target": "1.0"},
+        {"text": "\ud800", "other": "my card", "target": "3.0"},
     ],
     "triplets": [
         {"anchor": "where is my card", "positive": "my card is lost", "negative": "a place"},
@@ -84,7 +84,28 @@ RECORDS: dict[str, list[dict[str, str]]] = {
         {"anchor": "b", "positive": "b"},
         {"anchor": "\x00", "positive": "文字"},
     ],
+    "labels": [
+        {"text": "where is my card", "labels": "lost; card"},
+        {"text": "my card is lost " * 9, "labels": "[]"},
+        {"text": "b", "labels": '["place"]'},
+        {"text": "[SEP] there [SEP]", "labels": "card;lost;place;card"},
+        {"text": "\x00", "labels": "lost"},
+    ],
+    "order": [
+        {"text": "where is my card", "label": "card"},
+        {"text": "my card is lost " * 9, "label": "lost"},
+        {"text": "b", "label": "place"},
+        {"text": "\x00\ufffd\u202e 文字", "label": "card"},
+    ],
+    "number": [
+        {"text": "where is my card", "target": "0.0"},
+        {"text": "my card is lost " * 9, "target": "5.0"},
+        {"text": "b", "target": "2.5"},
+        {"text": "[SEP] there [SEP]", "target": "1e-300"},
+    ],
 }
+OTHERS = {"labels": "multi_label", "order": "ordinal", "number": "regression"}
+"""Layouts of tasks with a head, by task; those not here or in `TEXTS` are a language model's."""
 GIVEN: dict[str, dict[str, Any]] = {
     "chat": {"columns": {"messages": "m"}, "chat_template": "plain"},
     "text": {"columns": {"text": "t"}},
@@ -92,12 +113,15 @@ GIVEN: dict[str, dict[str, Any]] = {
         "columns": {"prompt": "p", "completion": "c", "input": "i"},
         "prompt_template": "is {prompt}\n\nof {input}",
     },
-    "scored": {"columns": {"text": "t", "other": "o", "score": "s"}, "pairs": PairsSpec(score_range=(0.0, 5.0))},
+    "scored": {"columns": {"text": "t", "other": "o", "target": "s"}, "target_range": (0.0, 5.0)},
     "triplets": {"columns": {"anchor": "a", "positive": "p", "negative": "n"}, "pairs": PairsSpec(margin=1.5)},
     "listed": {
         "columns": {"anchor": "a", "positive": "p"},
         "pairs": PairsSpec(negatives=("where is a place", "is it lost", "my name"), margin=2.0),
     },
+    "labels": {"columns": {"text": "t", "labels": "l"}, "labels": ("card", "lost", "place")},
+    "order": {"columns": {"text": "t", "label": "l"}, "labels": ("card", "lost", "place")},
+    "number": {"columns": {"text": "t", "target": "n"}, "target_range": (0.0, 5.0)},
 }
 TEXTS = {"scored": 2, "triplets": 3, "listed": 3}
 layouts = pytest.mark.parametrize("layout", GIVEN)
@@ -118,7 +142,7 @@ def laid_out() -> Callable[..., TextDataset]:
 
 
 def task_of(layout: str) -> Task:
-    return task_named("embedding" if layout in TEXTS else "causal_lm")
+    return task_named("embedding" if layout in TEXTS else OTHERS.get(layout, "causal_lm"))
 
 
 def teaches_nothing(dataset: TextDataset, place: int) -> bool:
@@ -145,8 +169,9 @@ def summed(model: TaskModel, examples: SiteExamples, clip: float) -> Sums:
 
 
 def made(trained: Any, layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
+    path = "random:bert" if layout in OTHERS else "random:llama"
     settings = {"texts": TEXTS.get(layout, 1)} | ({"lora": LAST} if keeps else {})
-    model: TaskModel = trained("random:llama", task_of(layout).name, size=size, **settings)
+    model: TaskModel = trained(path, task_of(layout).name, size=size, **settings)
     return model
 
 
@@ -160,6 +185,8 @@ def test_the_records_are_those_that_this_is_about(laid_out: Any, layout: str) ->
         return
     learnt = [int((targets != UNSUPERVISED).sum()) for targets in dataset.targets]
     assert dataset.lengths.max() == LONGEST, "some are cut"
+    if layout in OTHERS:
+        return
     assert max(learnt) > 3
     runs = [np.flatnonzero(np.diff(np.append(False, targets != UNSUPERVISED)) == 1) for targets in dataset.targets]
     if layout == "chat":

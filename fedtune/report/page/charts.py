@@ -391,6 +391,15 @@ class Charts:
         )
         return self._chart("utility", self._tables.utility(), [panel] if found else [])
 
+    def reliability(self) -> Chart:
+        """How often answers are right that the model was about equally sure of."""
+        detail = self._words.report.utility and self._words.report.utility.detail
+        found = [(one.confidence, one.right) for one in detail.reliability] if detail else []
+        lines = {"reliability_found": found, "reliability_perfect": [(0.0, 0.0), (1.0, 1.0)]}
+        series = [Series(points=some, number=n, label=self._said(key)) for n, (key, some) in enumerate(lines.items())]
+        panel = Panel(series=series, x=self._said("axis_probability"), y=self._said("axis_right"))
+        return self._chart("reliability", self._tables.named("reliability"), [panel] if found else [])
+
     def scores(self) -> Chart:
         """By round: scores above, losses under them."""
         names = self._tables.score_names()

@@ -299,7 +299,7 @@ class Tables:
         names = (*([f"{name}_live"] if self._words.is_live else []), name, f"{name}_of_{kind}", f"{name}_by_{unit}")
         layout = next(layouts()[name] for name in names if name in layouts())
         caption = self._words.text(layout.caption, delta=self._words.figure("/delta", "exact"))
-        rows, columns, last = self._rows(layout.rows), layout.columns, layout.rows.startswith("/utility")
+        rows, columns, last = self._rows(layout.rows), layout.columns, layout.rows.startswith("/utility/rounds")
         if not layout.rows.startswith(("/", "sites", "worst ")):
             # A ledger's rows are one site's history, whose end matters most; a run's begin with its worst site.
             last, same = self._is_ledger, "page.site" if self._is_ledger else "page.run"

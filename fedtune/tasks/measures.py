@@ -1,0 +1,222 @@
+"""Measures of how well a model answers, from what it said of each record and what is true; no model runs here.
+
+Each is defined for whatever was answered: a model that says the same of all records, or a draw of a bootstrap that
+misses a class, must not end an evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.spec import spec
+
+Floats = npt.NDArray[np.float64]
+Classes = npt.NDArray[np.int64]
+Marks = npt.NDArray[np.bool_]
+"""(n, labels): which labels a record has, or is said to have."""
+BINS = 10
+"""Of the calibration."""
+
+
+@spec
+class ClassScores:
+    """How well one label is found: of the records said to have it the share that has it, and the other way round.
+
+    Attributes:
+        label: as declared.
+        precision: 0 where no record is said to have it.
+        recall: 0 where no record has it.
+        f1: their harmonic mean.
+        support: records that have it.
+    """
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@spec
+class ReliabilityBin:
+    """Answers that the model was about equally sure of.
+
+    Attributes:
+        confidence: the mean probability that the model gave them.
+        right: the share of them that is right.
+        count: how many there are.
+    """
+
+    confidence: float
+    right: float
+    count: int
+
+
+@spec
+class Detail:
+    """What stands behind the scores of a task with labels: each label by itself, and how sure the model was."""
+
+    classes: tuple[ClassScores, ...]
+    reliability: tuple[ReliabilityBin, ...]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether JSON can hold it; a model that has diverged gives no number."""
+        return all(math.isfinite(one.confidence) for one in self.reliability)
+
+
+def marks_of(classes: Classes, num_labels: int) -> Marks:
+    """Of records that have one label each, (n,) classes as (n, labels) marks."""
+    marks: Marks = classes[:, None] == np.arange(num_labels)
+    return marks
+
+
+def macro_f1(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
+    """The unweighted mean of every declared class's F1 score, in [0, 1].
+
+    F1 is 2 TP / (2 TP + FP + FN).  A declared class with no true and no predicted example has
+    0 / 0 and counts as 0, which is scikit-learn's `f1_score(truth, predicted, average="macro",
+    labels=range(num_labels), zero_division=0)`; without `labels`, scikit-learn would leave that
+    class out, and the score's meaning would change with the sample.
+
+    Args:
+        truth: (n,) classes in [0, num_labels).
+        predicted: (n,) classes in [0, num_labels).
+        num_labels: size of the declared label set.
+
+    >>> import numpy as np
+    >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=2)  # both classes have 2/3
+    0.6666666666666666
+    >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=4)  # classes 2 and 3 never occur
+    0.3333333333333333
+    """
+    counts = (np.bincount(one, minlength=num_labels) for one in (truth[truth == predicted], truth, predicted))
+    return float(_f1(*counts).mean())
+
+
+def macro_f1_of_marks(truth: Marks, predicted: Marks) -> float:
+    """The same of records with any number of labels."""
+    return float(_f1((truth & predicted).sum(axis=0), truth.sum(axis=0), predicted.sum(axis=0)).mean())
+
+
+def micro_f1(truth: Marks, predicted: Marks) -> float:
+    """F1 of all pairs of a record and a label together, in [0, 1]; 0 where no record has or is given a label."""
+    return float(_f1((truth & predicted).sum(), truth.sum(), predicted.sum()))
+
+
+def _f1(right: npt.ArrayLike, true: npt.ArrayLike, said: npt.ArrayLike) -> Floats:
+    # 2 TP + FP + FN is how often a class is said plus how often it is true.
+    found: Floats = 2.0 * np.asarray(right) / np.maximum(np.asarray(true) + np.asarray(said), 1)
+    return found
+
+
+def by_class(truth: Marks, predicted: Marks, *, labels: Sequence[str]) -> tuple[ClassScores, ...]:
+    """Each label's own scores, in the labels' order."""
+    right, true, said = (one.sum(axis=0) for one in (truth & predicted, truth, predicted))
+    precision, recall = right / np.maximum(said, 1), right / np.maximum(true, 1)
+    figures = zip(labels, precision, recall, _f1(right, true, said), true, strict=True)
+    return tuple(
+        ClassScores(label=label, precision=float(p), recall=float(r), f1=float(f), support=int(count))
+        for label, p, r, f, count in figures
+    )
+
+
+def auroc(probabilities: Floats, truth: Marks) -> float:
+    """Macro AUROC, each label against the rest: how often a record with it is given more than one without it.
+
+    The mean over the labels that some records have and others have not; a tie counts as one half (Mann and Whitney).
+    0.5 where there is no such label, which says nothing either.
+
+    Args:
+        probabilities: (n, labels) of each label, or anything that grows with them.
+        truth: (n, labels).
+
+    >>> import numpy as np
+    >>> auroc(np.array([[0.9], [0.4], [0.3]]), np.array([[True], [False], [True]]))
+    0.5
+    """
+    positive = truth.sum(axis=0)
+    told = np.flatnonzero((positive > 0) & (positive < len(truth)))
+    if not len(told):
+        return 0.5
+    # A bootstrap comes here a thousand times: sorting once and looking the records with the label up is five times as
+    # fast as ranking all of them.
+    sorted_ones = np.sort(np.ascontiguousarray(probabilities.T[told]), axis=1)
+    areas = []
+    for in_order, label in zip(sorted_ones, told, strict=True):
+        own, count = probabilities[truth[:, label], label], int(positive[label])
+        below = (np.searchsorted(in_order, own, side) for side in ("left", "right"))
+        # Among themselves, these records make count * count / 2 of the pairs, ties at one half and each with itself.
+        pairs = sum(float(one.sum()) for one in below) / 2 - count * count / 2
+        areas.append(pairs / (count * (len(truth) - count)))
+    return float(np.mean(areas))
+
+
+def _ranks(values: Floats) -> Floats:
+    """Ranks from 1 down each column, ties at their mean; NaN where any is."""
+    from scipy.stats import rankdata  # here: it takes a moment, and settings are read without it
+
+    ranks: Floats = rankdata(values, axis=0)
+    return ranks
+
+
+def reliability(confidence: Floats, right: Marks) -> tuple[ReliabilityBin, ...]:
+    """Answers in the order of their confidence, in `BINS` bins of equally many.
+
+    Bins of equal mass (Nguyen and O'Connor 2015): with bins of equal width most answers of a sure model are in one bin,
+    and the share of the others is of few answers.
+
+    Args:
+        confidence: (answers,) the probability that the model gave each.
+        right: (answers,) whether it is right.
+    """
+    order = np.argsort(confidence, kind="stable")
+    bins = (some for some in np.array_split(order, BINS) if len(some))
+    return tuple(
+        ReliabilityBin(confidence=float(confidence[some].mean()), right=float(right[some].mean()), count=len(some))
+        for some in bins
+    )
+
+
+def calibration_error(bins: Sequence[ReliabilityBin]) -> float:
+    """Expected calibration error (ECE), in [0, 1]: the mean distance of a bin's confidence from its share of right."""
+    apart = [one.count * abs(one.confidence - one.right) for one in bins]
+    return sum(apart) / sum(one.count for one in bins)
+
+
+def quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
+    """Cohen's kappa with quadratic weights, at most 1: what the squared error is less than by chance.
+
+    Chance pairs the same answers with the same truths at random.  0 where all are one class, or always the same is
+    said.
+
+    Args:
+        truth: (n,) classes in [0, num_labels), in their order.
+        predicted: likewise.
+        num_labels: size of the declared label set.
+
+    >>> import numpy as np
+    >>> quadratic_kappa(np.array([0, 1, 2]), np.array([0, 1, 1]), num_labels=3)
+    0.6666666666666667
+    """
+    steps = np.arange(num_labels)
+    squares = np.square(steps[:, None] - steps)
+    true, said = (np.bincount(one, minlength=num_labels) for one in (truth, predicted))
+    by_chance = int(true @ squares @ said)  # whole numbers: always the same answer has exactly 0
+    return 1 - len(truth) * int(np.square(truth - predicted).sum()) / by_chance if by_chance else 0.0
+
+
+def correlation(one: Floats, other: Floats) -> float:
+    """Pearson's correlation of (n,) numbers, in [-1, 1]; 0 where either is the same for all records."""
+    left, right = one - one.mean(), other - other.mean()
+    size = float(np.sqrt((left @ left) * (right @ right)))
+    return float(left @ right) / size if size != 0 else 0.0
+
+
+def rank_correlation(one: Floats, other: Floats) -> float:
+    """Spearman's, which is Pearson's of the ranks."""
+    return correlation(_ranks(one), _ranks(other))

@@ -1,0 +1,108 @@
+"""Multi-label: any number of a declared set of labels for each text, none among them, by a yes or no for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.data.records import Record, split_labels
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import Targets, TextDataset
+from fedtune.model.spec import TaskModelSpec
+from fedtune.tasks import measures
+from fedtune.tasks.base import FirstTarget, Ids, Model
+from fedtune.tasks.measures import Floats, Marks
+from fedtune.tasks.pooled import LabelTask, TargetOf, as_objects, binary_losses, undeclared
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.data.batching import Batch
+
+
+class MultiLabel(LabelTask):
+    """The head has a row for each label; the loss is the mean over the labels of the cross-entropy of yes or no.
+
+    A record's labels are a JSON list, or one text with `data.label_separator` between them; it is said to have those
+    with a probability above one half.  A record with a label that was not declared is left out as a whole: to learn
+    the others of it would be to learn that it has no more.
+    """
+
+    name = "multi_label"
+    roles = ("text", "labels")
+    answers = frozenset({"labels"})
+    own_settings = frozenset({"label_separator"})
+    judged_by = "micro_f1"
+    reads = "[label for label, score in zip(labels, scores) if score > 0]"
+    target_type = np.float32
+
+    def target(self, data: DataSpec) -> TargetOf:
+        places = {label: index for index, label in enumerate(data.labels)}
+
+        def marks(record: Record) -> npt.NDArray[np.float32]:
+            found = np.zeros(len(places), dtype=np.float32)
+            for label in split_labels(record.fields["labels"], separator=data.label_separator):
+                if label not in places:
+                    raise undeclared(record, "labels", data.labels)
+                found[places[label]] = 1
+            return found
+
+        return marks
+
+    def target_shape(self, num_labels: int) -> tuple[int, ...]:
+        return (num_labels,)
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+        return binary_losses(logits, targets)
+
+    def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
+        return {"probabilities": logits.sigmoid()}
+
+    def marks(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> tuple[Marks, Marks]:
+        return figures["truth"] > 0, figures["probabilities"] > 0.5
+
+    def confidence(self, figures: Mapping[str, Floats], truth: Marks, said: Marks) -> tuple[Floats, Marks]:
+        """Of each label of each record, the probability that it has it, and whether it does."""
+        return figures["probabilities"].ravel(), truth.ravel()
+
+    def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+        """`micro_f1`, `macro_f1` and `exact`, the share of records with all labels right, in [0, 1], and `loss`."""
+        truth, said = self.marks(figures, spec=spec)
+        return {
+            "micro_f1": measures.micro_f1(truth, said),
+            "macro_f1": measures.macro_f1_of_marks(truth, said),
+            "exact": float((truth == said).all(axis=1).mean()),
+            "loss": float(np.mean(figures["loss"])),
+        }
+
+    def guess(self, dataset: TextDataset) -> float:
+        """The micro F1 of who always gives the same labels, the most frequent ones, as many as suit best."""
+        truth = np.asarray(dataset.targets, dtype=np.float64) > 0
+        found = np.cumsum(np.sort(truth.sum(axis=0))[::-1])  # pairs that are right with the first label, two, ...
+        said = len(dataset) * np.arange(1, len(found) + 1)
+        return float((2.0 * found / (said + truth.sum())).max())
+
+    def unit_score(self, model: Model, batch: Batch) -> float:
+        """F1 of the labels of the one record; 1 where it has none and is given none."""
+        truth, said = batch.targets[0] > 0, model.logits(batch)[0] > 0
+        named = int(truth.sum() + said.sum())
+        return 2 * int((truth & said).sum()) / named if named else 1.0
+
+    def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
+        """The labels above one half, the surest first; none: which comes nearest."""
+        chances = logits.sigmoid()
+        found = [(spec.labels[place], float(chances[place])) for place in (-chances).argsort(stable=True).tolist()]
+        said = [one for one in found if one[1] > 0.5]
+        listed = ", ".join(f"{label} {chance:.3f}" for label, chance in said or found[:1])
+        return listed if said else f"none ({listed})", as_objects(said)
+
+    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+        return data.labels[draw(len(data.labels))] if role == "labels" else None
+
+    def made_up_targets(
+        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
+    ) -> Targets:
+        return draws.integers(0, 2, size=(len(input_ids), len(spec.labels))).astype(np.float32)

@@ -1,0 +1,89 @@
+"""Ordinal: one of declared labels that have an order, such as grades or stars, for each text.
+
+The head answers K - 1 questions for K labels: is the true one above the first, above the second, ...?  Their logits are
+those of the cumulative probabilities P(class > k), and the loss is the mean cross-entropy of the K - 1 answers (ordinal
+regression by extended binary classification, Li and Lin 2006).  The class is the number of answers that are yes.
+
+- The loss knows the order: an answer that is three steps off gives three wrong answers, one step off gives one.  The
+  absolute error is at most the number of wrong answers, whether or not they agree with each other.
+- Nothing but a linear head is trained: thresholds of a proportional-odds model would be tensors of their own, with
+  other gradients to clip and no place in an export.  Each question has a row instead, so that labels need not lie at
+  equal distances, nor on one line.
+- Nothing makes the K - 1 probabilities fall.  They are sorted where probabilities of the classes are wanted, which
+  leaves the number above one half as it is and never makes an estimate worse (Chernozhukov et al. 2010).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedtune.data.tokenise import UNSUPERVISED, TextDataset
+from fedtune.model.spec import TaskModelSpec
+from fedtune.tasks.base import Model
+from fedtune.tasks.measures import Floats, quadratic_kappa
+from fedtune.tasks.pooled import OneLabelTask, binary_losses
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.data.batching import Batch
+
+
+class Ordinal(OneLabelTask):
+    """Cumulative logits; `data.labels` are in their order, the lowest first."""
+
+    name = "ordinal"
+    judged_by = "quadratic_kappa"
+    reads = "labels[int((scores > 0).sum())]"
+
+    def outputs(self, spec: TaskModelSpec) -> int:
+        return len(spec.labels) - 1
+
+    def first_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """For each question the direction from the labels below to those above."""
+        import torch
+
+        rows = [embeddings[k:].mean(dim=0) - embeddings[:k].mean(dim=0) for k in range(1, len(embeddings))]
+        return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+        import torch
+
+        questions = torch.arange(logits.shape[1], device=logits.device)
+        above = (targets[:, None] > questions).long()  # (rows, K - 1)
+        return binary_losses(logits, torch.where(targets[:, None] == UNSUPERVISED, UNSUPERVISED, above))
+
+    def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
+        import torch
+
+        above = logits.sigmoid().sort(dim=1, descending=True).values
+        ends = torch.ones_like(above[:, :1]), torch.zeros_like(above[:, :1])
+        falling = torch.cat([ends[0], above, ends[1]], dim=1)  # (rows, K + 1) from 1 to 0
+        return {"predicted": _classes(logits), "probabilities": falling[:, :-1] - falling[:, 1:]}
+
+    def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+        """`quadratic_kappa`, at most 1, `accuracy` in [0, 1], `mae` in steps between labels, and `loss` in nats."""
+        truth, predicted = (figures[name].astype(np.int64) for name in ("truth", "predicted"))
+        return {
+            "quadratic_kappa": quadratic_kappa(truth, predicted, num_labels=len(spec.labels)),
+            "accuracy": float(np.mean(truth == predicted)),
+            "mae": float(np.mean(np.abs(truth - predicted))),
+            "loss": float(np.mean(figures["loss"])),
+        }
+
+    def guess(self, dataset: TextDataset) -> float:
+        """Always the same answer has a kappa of 0."""
+        return 0.0
+
+    def unit_score(self, model: Model, batch: Batch) -> float:
+        """1 less the error as a share of the largest possible one."""
+        steps = abs(int(_classes(model.logits(batch))[0]) - int(batch.targets[0]))
+        return 1 - steps / self.outputs(model.spec)
+
+
+def _classes(logits: torch.Tensor) -> torch.Tensor:
+    """(rows,) the classes that (rows, K - 1) answers give."""
+    return (logits > 0).sum(dim=1)

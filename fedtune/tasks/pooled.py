@@ -1,0 +1,349 @@
+"""What tasks share that read one text and answer by a linear head on the mean of its hidden states."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.data.records import Record
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode
+from fedtune.model.spec import HeadSpec, TaskModelSpec
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import measures
+from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, Task, error_of
+from fedtune.tasks.measures import Detail, Floats, Marks
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.data.batching import Batch
+
+TargetOf: TypeAlias = Callable[[Record], npt.ArrayLike]
+"""A record's own target; raises DataError where it has none that was declared."""
+_LABEL_TOKENS = 64
+"""A label's text is cut here: a name or a sentence, which bounds the memory for thousands of labels."""
+_HEAD_ROWS = 32
+"""Embeddings are filled up to a multiple of so many rows before they are scored."""
+_SHOWN = 3
+"""Labels in an answer to a person."""
+_HEAD_LINES = """
+import json
+import torch
+from safetensors.torch import load_file
+
+settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
+head = load_file("FOLDER/head.safetensors")
+tokens = tokenizer(["a text"], return_tensors="pt", return_token_type_ids=False)
+with torch.no_grad():
+    hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
+pooled = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+centred = torch.nn.functional.normalize(pooled - head["centre"], dim=-1)
+labels, scores = settings["labels"], settings["head"]["scale"] * (centred @ head["weight"].T)[0]
+"""
+"""From a text to the head's scores; a centre of zeros changes nothing."""
+
+
+class PooledTask(Task):
+    """Mean-pooled, normalised hidden states x; scores = scale * W x, from which a task makes its loss and its answer.
+
+    A model's `head` is W, without a bias, and its buffer `centre` the public constant that `head.centre` subtracts.
+
+    Attributes:
+        target_type: of one value of a target.
+    """
+
+    has_head = True
+    hub_name = "text-classification"
+    formats = ("peft", "sentence-transformers", "onnx")
+    # Studied for classification.  The others train a head of the same form on the same embeddings, and take what it
+    # takes until a study of their own says otherwise.
+    rate_shares = (1 / 8, 1.0)
+    target_type: ClassVar[type[np.int64] | type[np.float32]] = np.int64
+
+    @abstractmethod
+    def target(self, data: DataSpec) -> TargetOf:
+        """How a record's target is read under these settings."""
+
+    def target_shape(self, num_labels: int) -> tuple[int, ...]:
+        """Of one record's target."""
+        return ()
+
+    def outputs(self, spec: TaskModelSpec) -> int:
+        """Rows of the head."""
+        return len(spec.labels)
+
+    @abstractmethod
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+        """(rows,) of (rows, outputs) scores; 0 for a target of `UNSUPERVISED`."""
+
+    @abstractmethod
+    def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
+        """What the scores say of each row, by name: the figures of an answer, without the truth."""
+
+    def true(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+        """The truth beside them, from the targets."""
+        return targets
+
+    def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
+        return error_of(self.target(data))
+
+    def tokenise(
+        self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
+    ) -> TextDataset:
+        """The role `text`, with the tokenizer's own special tokens, and each record's target."""
+        self.require_usable(records, data=data)
+        fields = [(record, "text") for record in records]
+        ids, found = whole_texts(fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within)
+        target, shape = self.target(data), self.target_shape(len(data.labels))
+        targets: npt.NDArray[Any] = np.full((len(records), *shape), UNSUPERVISED, dtype=self.target_type)
+        for place, is_encoded in enumerate(found):
+            if is_encoded:
+                targets[place] = target(records[place])
+        return TextDataset(tuple(ids), targets)
+
+    def add_head(self, model: Model) -> None:
+        import torch
+
+        hidden_size, device = model.base.config.get_text_config().hidden_size, model.device
+        head = torch.nn.Linear(hidden_size, self.outputs(model.spec), bias=False, device="meta")
+        head = head.to_empty(device=device)
+        torch.nn.init.zeros_(head.weight)
+        model.head = head.requires_grad_(model.spec.head.train)
+        # A public constant, not trained and never part of an update.
+        model.register_buffer("centre", torch.zeros(hidden_size, device=device), persistent=False)
+
+    def start_head(self, model: Model) -> None:
+        """Take from the labels' texts what `spec.head` wants of them: the centre, and each row of the head."""
+        import torch
+
+        head = model.spec.head
+        if not head.centre and head.init != "label_names":
+            return
+        rows, centre = _label_embeddings(self, model), model.get_buffer("centre")
+        if head.centre:
+            centre.copy_(rows.mean(dim=0))
+            rows = torch.nn.functional.normalize(rows - centre, dim=-1)
+        if head.init == "label_names":
+            with torch.no_grad():
+                model.get_parameter("head.weight").copy_(self.first_rows(rows))
+
+    def first_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The head that labels' embeddings, (labels, h) of norm 1, suggest, (outputs, h)."""
+        return embeddings
+
+    def embed(self, model: Model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Token ids and attention mask, both (n, t), to embeddings (n, h) of norm 1 in float32."""
+        from torch.nn import functional
+
+        hidden = model.base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        pooled = mean_pooled(hidden, attention_mask)
+        centred = model.spec.head.centre
+        return functional.normalize(pooled - model.get_buffer("centre"), dim=-1) if centred else pooled
+
+    def logits(self, model: Model, batch: Batch) -> torch.Tensor:
+        """(rows, outputs)."""
+        from torch.nn import functional
+
+        embeddings = self.embed(model, batch.input_ids, batch.attention_mask)
+        # A product with few rows takes another kernel, which rounds otherwise (measured below 13 rows on a CPU).
+        rows = functional.pad(embeddings, (0, 0, 0, -len(embeddings) % _HEAD_ROWS))
+        assert model.head is not None
+        scores: torch.Tensor = model.head(rows)[: len(embeddings)]
+        return model.spec.head.scale * scores
+
+    def losses(self, model: Model, batch: Batch) -> torch.Tensor:
+        return self.loss(self.logits(model, batch), batch.targets, spec=model.spec)
+
+    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
+        # The loss comes from the same logits: `model.losses` would run the base once more.
+        logits, spec = model.logits(batch), model.spec
+        truth = {"truth": self.true(batch.targets, spec=spec)}
+        return {"loss": self.loss(logits, batch.targets, spec=spec), **self.said(logits, spec=spec), **truth}
+
+    def readout(self, model: Model) -> Readout:
+        import torch
+
+        scores = model.spec.head.scale * model.get_parameter("head.weight").detach()
+        if not model.spec.head.centre:
+            return ((scores, None),)
+        centre = model.get_buffer("centre")
+        return ((torch.eye(len(centre), device=centre.device), -centre), (scores, None))
+
+    def loading(self, *, base: str, folder: str) -> str:
+        lines = super().loading(base=base, folder=folder) + _HEAD_LINES.replace("FOLDER", folder)
+        return f"{lines}print({self.reads})\n"
+
+
+class LabelTask(PooledTask):
+    """A pooled task whose answers are labels of a declared set."""
+
+    has_labels = True
+
+    def check_model(self, spec: TaskModelSpec) -> None:
+        if len(spec.labels) < 2 or len(set(spec.labels)) < len(spec.labels):
+            raise ConfigError("data.labels", spec.labels, f"must be at least two different labels for {self.name}")
+        if spec.head.label_texts and len(spec.head.label_texts) != len(spec.labels):
+            bound = f"must be one text for each of the {len(spec.labels)} labels, in their order"
+            raise ConfigError("head.label_texts", spec.head.label_texts, bound)
+
+    def marks(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> tuple[Marks, Marks]:
+        """(records, labels): which labels each has, and which it is said to have."""
+        first, second = (
+            measures.marks_of(figures[name].astype(np.int64), len(spec.labels)) for name in ("truth", "predicted")
+        )
+        return first, second
+
+    def confidence(self, figures: Mapping[str, Floats], truth: Marks, said: Marks) -> tuple[Floats, Marks]:
+        """(answers,) the probability that the model gave to each of its answers, and whether that is right."""
+        right = np.asarray((truth & said).any(axis=1))
+        return (figures["probabilities"] * said).sum(axis=1), right
+
+    def final_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+        """Those of every round, `auroc` (macro, each label against the rest) and `ece`, both in [0, 1]."""
+        truth, said = self.marks(figures, spec=spec)
+        bins = measures.reliability(*self.confidence(figures, truth, said))
+        told = {"auroc": measures.auroc(figures["probabilities"], truth), "ece": measures.calibration_error(bins)}
+        of_rounds = self.scores(figures, spec=spec)
+        return {name: score for name, score in of_rounds.items() if name != "loss"} | told | {"loss": of_rounds["loss"]}
+
+    def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail:
+        truth, said = self.marks(figures, spec=spec)
+        return Detail(
+            classes=measures.by_class(truth, said, labels=spec.labels),
+            reliability=measures.reliability(*self.confidence(figures, truth, said)),
+        )
+
+    def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
+        """The likeliest labels with their probabilities, the answer first."""
+        said = self.said(logits[None], spec=spec)
+        chances, first = said["probabilities"][0], int(said["predicted"][0])
+        others = (place for place in (-chances).argsort(stable=True).tolist() if place != first)
+        found = [(spec.labels[place], float(chances[place])) for place in [first, *others][:_SHOWN]]
+        (label, chance), *rest = found
+        listed = ", ".join(f"{other} {of_other:.3f}" for other, of_other in rest)
+        return f"{label} {chance:.3f} ({listed})", as_objects(found)
+
+
+class OneLabelTask(LabelTask):
+    """A task of which each record has one label: its class is the place of that in `data.labels`."""
+
+    roles = ("text", "label")
+    answers = frozenset({"label"})
+
+    def target(self, data: DataSpec) -> TargetOf:
+        classes = {label: index for index, label in enumerate(data.labels)}
+
+        def place(record: Record) -> int:
+            if (found := classes.get(record.fields["label"])) is None:
+                raise undeclared(record, "label", data.labels)
+            return found
+
+        return place
+
+    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+        return data.labels[draw(len(data.labels))] if role == "label" else None
+
+    def made_up_targets(
+        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
+    ) -> Targets:
+        return draws.integers(0, len(spec.labels), size=len(input_ids))
+
+
+def as_objects(found: Sequence[tuple[str, float]]) -> list[dict[str, object]]:
+    """Labels with their probabilities, as JSON has them."""
+    return [{"label": label, "probability": chance} for label, chance in found]
+
+
+def binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+    """(rows,) the mean over a row's (rows, outputs) yes-or-no answers of their cross-entropy; 0 if unsupervised.
+
+    Each answer is a choice between two classes, of logits 0 and z: torch's own binary cross-entropy takes exponentials
+    over the whole array, where the last few values go through other code than the rest and round otherwise (measured
+    on a CPU), so that a record's gradient would depend on the row that it stands in.
+    """
+    import torch
+
+    choices = torch.stack([torch.zeros_like(logits), logits], dim=-1).reshape(-1, 2)
+    each = torch.nn.functional.cross_entropy(choices, marks.long().reshape(-1), reduction="none")
+    return each.reshape(logits.shape).mean(dim=1)
+
+
+def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The mean over real tokens, scaled to norm 1.
+
+    Args:
+        hidden: (n, t, h), in any float type.
+        attention_mask: (n, t), 1 for real tokens.
+
+    Returns:
+        (n, h) in float32.  An example without tokens gives zeros.
+    """
+    import torch
+
+    mask = attention_mask.unsqueeze(-1).to(torch.float32)
+    total = (hidden.to(torch.float32) * mask).sum(dim=1)
+    return torch.nn.functional.normalize(total / mask.sum(dim=1).clamp(min=1.0), dim=-1)
+
+
+def whole_texts(
+    fields: Sequence[tuple[Record, str]], tokenizer: Tokenizer, *, max_length: int, lenient_within: int | None
+) -> tuple[list[npt.NDArray[np.int32]], list[bool]]:
+    """Token ids of texts with the tokenizer's own special tokens, and whether each could be encoded.
+
+    Args:
+        fields: records and which of their roles.
+        tokenizer: the base's.
+        max_length: the most tokens of a text.
+        lenient_within: as `Task.tokenise` has it; what cannot be encoded is then one token, 0.
+
+    Raises:
+        DataError: a text gives no token.
+    """
+    texts = [cut(record.fields[role], max_length) for record, role in fields]
+    encoded = encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
+    input_ids, found = [], []
+    for (record, role), ids in zip(fields, encoded, strict=True):
+        if not ids and lenient_within is None:
+            raise DataError(record.at(role), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
+        # Cut once more: a tokenizer cuts nothing where its special tokens alone are more than `max_length`.
+        input_ids.append(np.array(ids[:max_length] or [0], dtype=np.int32))
+        found.append(bool(ids))
+    return input_ids, found
+
+
+def label_texts(spec: HeadSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """What stands for each label: its declared description, else its name with spaces for underscores."""
+    return spec.label_texts or tuple(label.replace("_", " ") for label in labels)
+
+
+def _label_embeddings(task: PooledTask, model: Model) -> torch.Tensor:
+    """(labels, h) float32: each label's text, embedded by the frozen base; every row has norm 1.
+
+    The texts are the declared, public label set, and no record is read: this costs no privacy.
+    """
+    import torch
+
+    from fedtune.model.base_model import load_tokenizer
+    from fedtune.model.fits import check_tokenizer_fits, ids_of
+
+    tokenizer, path = load_tokenizer(model.spec.model), model.spec.model.path
+    check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=path)
+    rows = []
+    with torch.no_grad():
+        # One text at a time: no padding, and the same numbers whatever the other labels are.
+        for text in label_texts(model.spec.head, model.spec.labels):
+            ids = ids_of(tokenizer, text, path=path, max_length=_LABEL_TOKENS)
+            token_ids = torch.tensor([ids], device=model.device)
+            rows.append(task.embed(model, token_ids, torch.ones_like(token_ids)))
+    return torch.cat(rows)
+
+
+def undeclared(record: Record, role: str, labels: Sequence[str]) -> DataError:
+    """The error about a label that nobody declared; with another column for it, what is there is a record's text."""
+    declared = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
+    return DataError(record.at(role), "not declared", f"must be one of the {len(labels)} in data.labels: {declared}")

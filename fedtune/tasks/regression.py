@@ -1,0 +1,139 @@
+"""Regression: a number for each text, in a declared range, by a linear head on the mean of the hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset
+from fedtune.model.spec import TaskModelSpec
+from fedtune.spec import ConfigError
+from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, made_up_number, number_in, target_range_of
+from fedtune.tasks.measures import Floats, correlation, rank_correlation
+from fedtune.tasks.pooled import PooledTask, TargetOf
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.data.batching import Batch
+
+_DIGITS = 5
+"""Of a number that a person is told."""
+_BUT_THE_SCALE = {"centre": False, "init": "zero", "label_texts": ()}
+"""Settings of the head that are about labels, and what they are without."""
+_SCALED = """\
+low, high = settings["target_range"]
+scores = (low + high) / 2 + (high - low) / 2 * scores
+"""
+
+
+class Regression(PooledTask):
+    """The prediction is the middle of `data.target_range` + half its width * scale * W x.
+
+    The loss is the squared error, with half the width as its unit: targets lie in [-1, 1], and a new head, of zeros,
+    gives the middle.  It is not Huber's: clipping bounds already what a far target adds to a step.  A record whose
+    number is outside the range is left out, as one with a label that was not declared: to move it to the edge would be
+    to score a truth that is none.
+    """
+
+    name = "regression"
+    roles = ("text", "target")
+    answers = frozenset({"target"})
+    own_settings = frozenset({"target_range"})
+    reads = "float(scores[0])"
+    target_type = np.float32
+
+    def check_data(self, data: DataSpec) -> None:
+        super().check_data(data)
+        target_range_of(data)
+
+    def check_model(self, spec: TaskModelSpec) -> None:
+        for key, nothing in _BUT_THE_SCALE.items():
+            if getattr(spec.head, key) != nothing:
+                bound = f"must be {nothing!r} for {self.name}, which has no labels"
+                raise ConfigError(f"head.{key}", getattr(spec.head, key), bound)
+
+    def target(self, data: DataSpec) -> TargetOf:
+        bounds = target_range_of(data)
+        middle, half = _middle_and_half(bounds)
+        return lambda record: (number_in(record, bounds) - middle) / half
+
+    def outputs(self, spec: TaskModelSpec) -> int:
+        return 1
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+        import torch
+
+        return torch.where(targets == UNSUPERVISED, 0.0, (logits[:, 0] - targets).square())
+
+    def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
+        """Within the range, outside which no target lies."""
+        return {"predicted": _numbers(logits[:, 0].clamp(-1, 1), spec)}
+
+    def true(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+        return _numbers(targets, spec)
+
+    def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+        """`spearman` and `pearson` in [-1, 1], `rmse` and `mae` in the target's own unit, and `loss`."""
+        truth, predicted = figures["truth"], figures["predicted"]
+        return {
+            "spearman": rank_correlation(truth, predicted),
+            "pearson": correlation(truth, predicted),
+            "rmse": float(np.sqrt(np.square(truth - predicted).mean())),
+            "mae": float(np.abs(truth - predicted).mean()),
+            "loss": float(np.mean(figures["loss"])),
+        }
+
+    def guess(self, dataset: TextDataset) -> float:
+        """The loss of who always gives the mean."""
+        return float(np.var(np.asarray(dataset.targets, dtype=np.float64)))
+
+    def unit_score(self, model: Model, batch: Batch) -> float:
+        """1 less the error as a share of the range."""
+        return 1 - abs(float(model.logits(batch)[0, 0].clamp(-1, 1) - batch.targets[0])) / 2
+
+    def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
+        """The number."""
+        number = float(self.said(logits[None], spec=spec)["predicted"][0])
+        return f"{number:.{_DIGITS}g}", {"number": number}
+
+    def readout(self, model: Model) -> Readout:
+        """With the range in its last layer."""
+        ((weight, _),) = super().readout(model)
+        middle, half = _middle_and_half(_range(model.spec))
+        return ((half * weight, weight.new_full((1,), middle)),)
+
+    def read_out(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+        return _numbers(logits, spec)
+
+    def loading(self, *, base: str, folder: str) -> str:
+        lines, last = super().loading(base=base, folder=folder).rsplit("print", 1)
+        return f"{lines}{_SCALED}print{last}"
+
+    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+        return made_up_number(role, data, draw=draw)
+
+    def made_up_targets(
+        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
+    ) -> Targets:
+        return draws.uniform(-1, 1, size=len(input_ids)).astype(np.float32)
+
+
+def _range(spec: TaskModelSpec) -> tuple[float, float]:
+    assert spec.target_range is not None, "as the settings of its data, from which it was made"
+    return spec.target_range
+
+
+def _middle_and_half(bounds: tuple[float, float]) -> tuple[float, float]:
+    """The middle of the range, and half its width."""
+    low, high = bounds
+    return (low + high) / 2, (high - low) / 2
+
+
+def _numbers(scaled: torch.Tensor, spec: TaskModelSpec) -> torch.Tensor:
+    """From a unit of half the range's width to the target's own."""
+    middle, half = _middle_and_half(_range(spec))
+    return middle + half * scaled

@@ -1,0 +1,160 @@
+"""Several labels, labels in an order, and a number: each from its file to a model that is used, private and not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+LABELS = ("damaged", "late", "lost")
+GRADES = ("low", "mid", "high")
+ROLES = {"multi_label": "labels", "ordinal": "label", "regression": "target"}
+SCORES = {
+    "multi_label": ["micro_f1", "macro_f1", "exact", "auroc", "ece", "loss"],
+    "ordinal": ["quadratic_kappa", "accuracy", "mae", "auroc", "ece", "loss"],
+    "regression": ["spearman", "pearson", "rmse", "mae", "loss"],
+}
+JUDGED = {"multi_label": "auroc", "ordinal": "quadratic_kappa", "regression": "spearman"}
+SPACE = ("card", "bank", "order", "item", "please", "where")
+tasks = pytest.mark.parametrize("task", ROLES)
+
+
+def answered(task: str, draws: np.random.Generator) -> dict[str, Any]:
+    """A record whose answer stands in its text."""
+    found = [word for word in LABELS if draws.random() < 0.4]
+    text = " ".join([*found, str(draws.choice(SPACE))])
+    value = {"multi_label": ";".join(found), "ordinal": GRADES[min(len(found), 2)], "regression": len(found) + 0.5}
+    return {"text": text, "answer": value[task]}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]) -> Callable[[str, str], list[str]]:
+    """The overrides of a run of a task, and its file."""
+    into = tmp_path_factory.mktemp("runs")
+
+    def make(task: str, name: str) -> list[str]:
+        draws = np.random.default_rng(4)
+        file = into / f"{task}.jsonl"
+        file.write_text("".join(json.dumps(answered(task, draws)) + "\n" for _ in range(240)))
+        labels = {"multi_label": LABELS, "ordinal": GRADES, "regression": ()}[task]
+        return [
+            *tiny(into=into, name=f"{task}-{name}"),
+            f"task={task}",
+            f"data.train_file='{file}'",
+            "data.validation_file=null",
+            "data.test_file=null",
+            "data.validation_fraction=0.1",
+            "data.test_fraction=0.3",
+            "data.train_fraction=1.0",
+            "data.test_rows=null",
+            f"data.columns={{text: text, {ROLES[task]}: answer}}",
+            f"data.labels=[{','.join(labels)}]",
+            *(["data.target_range=[0, 4]", "head.scale=1"] if task == "regression" else []),
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(given: Callable[[str, str], list[str]], command: Any) -> Callable[..., Path]:
+    """A run of a task, with other settings; each is made once."""
+    made: dict[str, Path] = {}
+
+    def make(task: str, name: str, *overrides: str) -> Path:
+        settings = given(task, name)
+        known = f"{task}-{name}"
+        if known not in made:
+            outcome = command("simulate", *settings, *overrides)
+            assert outcome.code == 0, outcome.err
+            made[known] = Path(settings[1].partition("=")[2].strip("'")) / known
+        return made[known]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def private(run: Callable[..., Path]) -> Callable[[str], Path]:
+    held_out = ("data.heldout_fraction=0.2", "privacy.metrics=noised")
+    return lambda task: run(task, "private", *held_out)
+
+
+@pytest.fixture(scope="module")
+def plain(run: Callable[..., Path]) -> Callable[[str], Path]:
+    rates = ("training.learning_rate=0.02", "training.head_learning_rate=0.2", "training.local_steps=8")
+    return lambda task: run(task, "plain", "privacy=none", "privacy.noise_multiplier=null", *rates)
+
+
+@tasks
+def test_a_private_run_is_scored_charged_and_reported(
+    private: Callable[[str], Path], command: Any, result_of: Any, task: str
+) -> None:
+    folder = private(task)
+    result = result_of(folder)
+    assert result["task"] == task
+    assert list(result["final"]["metrics"]) == SCORES[task]
+    assert set(result["rounds"][0]["metrics"]) == set(SCORES[task]) - {"auroc", "ece"}
+    assert 0 < result["privacy"]["epsilon"] < 8
+    assert command("report", "verify", str(folder / "report.json")).code == 0
+    detail = json.loads((folder / "report.json").read_text())["utility"].get("detail")
+    page = (folder / "report.html").read_text()
+    if task == "regression":
+        assert (detail, result["final"]["detail"]) == (None, None)
+        assert "chart-reliability" not in page
+        return
+    assert detail == result["final"]["detail"]
+    assert [one["label"] for one in detail["classes"]] == list(LABELS if task == "multi_label" else GRADES)
+    answers = sum(one["count"] for one in detail["reliability"])
+    assert answers == result["provenance"]["test_rows"] * (3 if task == "multi_label" else 1)
+    assert '<figure class="chart" id="chart-reliability">' in page
+
+
+@tasks
+def test_without_privacy_it_is_learnt(plain: Callable[[str], Path], result_of: Any, task: str) -> None:
+    final = result_of(plain(task))["final"]
+    assert final["metrics"][JUDGED[task]] > final["metrics_before"][JUDGED[task]] + 0.2
+    assert final["metrics"]["loss"] < final["metrics_before"]["loss"]
+
+
+@tasks
+def test_it_is_evaluated_beside_its_start(
+    plain: Callable[[str], Path], command: Any, result_of: Any, tmp_path: Path, task: str
+) -> None:
+    draws = np.random.default_rng(9)
+    rows = [answered(task, draws) for _ in range(40)]
+    (tmp_path / "new.json").write_text(json.dumps(rows))
+    told = command("evaluate", str(plain(task)), "--data", str(tmp_path / "new.json"), "--json")
+    assert told.code == 0, told.err
+    found = json.loads(told.out)
+    assert list(found["scores"]) == SCORES[task]
+    assert found["beside_base"][JUDGED[task]]["verdict"] == "better"
+    assert found["beside_base"]["loss"]["verdict"] == "better", "the lower, the better"
+    assert ("detail" in found) == (task != "regression")
+    shown = command("evaluate", str(plain(task)), "--data", str(tmp_path / "new.json")).out
+    assert ("How sure the tuned model is" in shown) == (task != "regression")
+
+
+def test_it_answers_a_text(plain: Callable[[str], Path], command: Any) -> None:
+    def said(task: str, text: str) -> Any:
+        told = command("generate", str(plain(task)), "--prompt", text, "--json")
+        assert told.code == 0, told.err
+        return json.loads(told.out)["answers"][f"{task}-plain"]
+
+    assert {one["label"] for one in said("multi_label", "lost late item")} <= set(LABELS)
+    assert all(one["probability"] > 0.5 for one in said("multi_label", "lost late item"))
+    assert [one["label"] in GRADES for one in said("ordinal", "lost late item")] == [True] * 3
+    assert said("regression", "lost late damaged item")["number"] > said("regression", "item")["number"]
+    line = command("generate", str(plain("regression")), "--prompt", "item").out
+    assert 0 <= float(line) <= 4
+
+
+@tasks
+def test_an_attack_plants_records_that_the_run_can_use(
+    given: Callable[..., list[str]], command: Any, task: str
+) -> None:
+    planted = ("audit.kind=records", "audit.canaries=6")
+    outcome = command("audit", *given(task, "audit"), *planted, "federation.num_rounds=1")
+    assert outcome.code == 0, outcome.err

@@ -1,0 +1,119 @@
+"""Measures against scikit-learn and scipy, by hand, and where there is nothing to measure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.tasks import measures
+
+LABELS = 4
+pairs = st.lists(st.tuples(st.integers(0, LABELS - 1), st.integers(0, LABELS - 1)), min_size=1, max_size=30)
+
+
+@pytest.fixture(scope="module")
+def reference() -> object:
+    return pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference here")
+
+
+def drawn(seed: int, *, rows: int = 60, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, LABELS) probabilities that tell something, and marks; each label is somewhere and not everywhere."""
+    draws = np.random.default_rng(seed)
+    marks = draws.random((rows, LABELS)) < 0.3
+    marks[0], marks[1] = True, False
+    chances = np.clip(0.3 * marks + draws.random((rows, LABELS)) * 0.7, 0, 1)
+    return (chances.round(1) if ties else chances), marks
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auroc_is_scikit_learns(reference: object, ties: bool) -> None:
+    chances, marks = drawn(1, ties=ties)
+    expected = reference.roc_auc_score(marks, chances, average="macro")  # type: ignore[attr-defined]
+    assert measures.auroc(chances, marks) == pytest.approx(expected, abs=1e-12)
+    assert 0.5 < expected < 1
+
+
+def test_a_label_that_all_records_or_none_have_is_left_out_of_auroc() -> None:
+    chances, marks = drawn(2)
+    alone = measures.auroc(chances[:, :1], marks[:, :1])
+    marks[:, 1], marks[:, 2], marks[:, 3] = True, False, True
+    assert measures.auroc(chances, marks) == alone
+    assert measures.auroc(chances[:, 1:], marks[:, 1:]) == 0.5
+
+
+@settings(deadline=None)  # importing scikit-learn takes the first example long
+@given(pairs)
+def test_kappa_is_scikit_learns(some: list[tuple[int, int]]) -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference here")
+    truth, predicted = np.array(some).T
+    found = measures.quadratic_kappa(truth, predicted, num_labels=LABELS)
+    if len({*truth, *predicted}) == 1:
+        assert found == 0  # where scikit-learn divides zero by zero
+        return
+    expected = metrics.cohen_kappa_score(truth, predicted, weights="quadratic", labels=range(LABELS))
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_always_the_same_answer_has_a_kappa_of_zero() -> None:
+    truth = np.random.default_rng(3).integers(0, LABELS, size=97)
+    assert [measures.quadratic_kappa(truth, np.full(97, one), num_labels=LABELS) for one in range(LABELS)] == [0] * 4
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_each_labels_own_scores_are_scikit_learns(reference: object) -> None:
+    chances, marks = drawn(4)
+    marks[:, 3] = False
+    said = chances > 0.5
+    said[:, 2] = False
+    found = measures.by_class(marks, said, labels="abcd")
+    expected = reference.precision_recall_fscore_support(marks, said, zero_division=0)  # type: ignore[attr-defined]
+    for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
+        assert [getattr(one, name) for one in found] == pytest.approx(column.tolist())
+    assert [one.label for one in found] == list("abcd")
+    averages = [reference.f1_score(marks, said, average=by, zero_division=0) for by in ("micro", "macro")]  # type: ignore[attr-defined]
+    assert [measures.micro_f1(marks, said), measures.macro_f1_of_marks(marks, said)] == pytest.approx(averages)
+
+
+def test_nothing_said_and_nothing_true_is_no_division() -> None:
+    none = np.zeros((3, 2), dtype=bool)
+    assert (measures.micro_f1(none, none), measures.macro_f1_of_marks(none, none)) == (0, 0)
+
+
+def test_calibration_by_hand() -> None:
+    confidence = np.repeat([0.2, 0.9], [10, 10])
+    right = np.arange(20) % 10 < np.repeat([2, 5], 10)
+    bins = measures.reliability(confidence, right)
+    assert [one.count for one in bins] == [2] * 10
+    # Each bin of two is compared with its own share: 2 of the first 10 and 5 of the others are right.
+    apart = [abs(0.2 - share) for share in (1, 0, 0, 0, 0)] + [abs(0.9 - share) for share in (1, 1, 0.5, 0, 0)]
+    assert measures.calibration_error(bins) == pytest.approx(np.mean(apart))
+
+
+def test_bins_hold_equally_many_answers_and_none_is_empty() -> None:
+    draws = np.random.default_rng(5)
+    confidence = draws.random(1003) ** 8  # most answers are unsure: bins of equal width would be all but empty
+    bins = measures.reliability(confidence, draws.random(1003) < confidence)
+    assert {one.count for one in bins} == {100, 101}
+    assert sum(one.count for one in bins) == 1003
+    assert [one.confidence for one in bins] == sorted(one.confidence for one in bins)
+    assert measures.calibration_error(bins) < 0.05, "who is right as often as sure"
+    assert measures.calibration_error(measures.reliability(confidence, np.ones(1003, dtype=bool))) > 0.5
+    assert len(measures.reliability(confidence[:3], np.ones(3, dtype=bool))) == 3
+
+
+def test_correlations_are_scipys_and_zero_where_one_side_is_constant() -> None:
+    from scipy import stats
+
+    one = np.array([1.0, 4.0, 2.0, 2.0, 9.0])
+    other = np.array([0.1, 0.2, 0.4, 0.1, 0.8])
+    assert measures.correlation(one, other) == pytest.approx(stats.pearsonr(one, other).statistic)
+    assert measures.rank_correlation(one, other) == pytest.approx(stats.spearmanr(one, other).statistic)
+    assert measures.correlation(one, np.full(5, 0.3)) == measures.rank_correlation(np.full(5, 0.3), one) == 0
+    assert np.isnan(measures.correlation(one, np.full(5, np.nan))), "a model that has diverged is seen to have"
+
+
+def test_a_detail_without_numbers_is_known() -> None:
+    bins = measures.reliability(np.array([0.5, np.nan]), np.array([True, False]))
+    assert not measures.Detail(classes=(), reliability=bins).is_finite

@@ -1,0 +1,274 @@
+"""Tasks of a pooled head beyond one label: what a target is, the loss, the answer, and the scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fedtune.data import DataSpec, Record, TextDataset
+from fedtune.data.tokenise import UNSUPERVISED
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import TASKS, task_named
+
+LABELS = ("low", "mid", "high")
+LOGITS = torch.tensor([[2.0, -1.0, 0.5], [-3.0, -0.2, -0.1], [0.3, 0.2, 4.0]])
+
+
+def data(task: str, **given: Any) -> DataSpec:
+    roles = {"multi_label": "labels", "ordinal": "label", "regression": "target"}
+    columns = {"text": "t", roles[task]: "a"}
+    answers = {"target_range": (1.0, 5.0)} if task == "regression" else {"labels": LABELS}
+    values = {"dataset": "d", "train_file": "f", "declared_sizes": 9, "max_length": 8, "columns": columns}
+    return DataSpec(**(values | answers | given))
+
+
+def spec_of(task: str, *, labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
+    bounds = (1.0, 5.0) if task == "regression" else None
+    labels = () if task == "regression" else labels
+    return TaskModelSpec(
+        model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, labels=labels, target_range=bounds
+    )
+
+
+def tokenised(task: str, answers: list[str], tokenizer: Any, **given: Any) -> TextDataset:
+    settings = data(task, **given)
+    role = next(iter(task_named(task).answers))
+    records = [Record({"text": "where is my card", role: one}, "a.csv", line) for line, one in enumerate(answers, 2)]
+    return task_named(task).tokenise(records, tokenizer, data=settings)
+
+
+def test_a_record_has_any_number_of_labels(encoder_tokenizer: Any) -> None:
+    answers = ["mid;high", '["high","low"]', "[]", " low ;; low "]
+    targets = tokenised("multi_label", answers, encoder_tokenizer).targets
+    assert np.asarray(targets).tolist() == [[0, 1, 1], [1, 0, 1], [0, 0, 0], [1, 0, 0]]
+    assert np.asarray(tokenised("multi_label", ["mid|low"], encoder_tokenizer, label_separator="|").targets).sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "message"),
+    [
+        ("multi_label", "mid;secret", r"a\.csv:2, labels = 'not declared': must be one of the 3 in data\.labels: low"),
+        ("ordinal", "secret", r"a\.csv:2, label = 'not declared': must be one of the 3"),
+        ("regression", "5.5", r"a\.csv:2, target = 'outside the range': must lie in data\.target_range: 1 to 5"),
+    ],
+)
+def test_a_record_that_nobody_declared_is_left_out_as_a_whole_and_not_quoted(
+    encoder_tokenizer: Any, task: str, answer: str, message: str
+) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        tokenised(task, [answer, answer], encoder_tokenizer)
+    assert "(1 more record like it)" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    usable = task_named(task).usable(data(task))
+    role = next(iter(task_named(task).answers))
+    assert not usable(Record({"text": "a", role: answer}))
+    assert usable(Record({"text": "a", role: "2.5" if task == "regression" else "mid"}))
+
+
+@pytest.mark.parametrize("task", ["multi_label", "ordinal", "regression"])
+def test_no_records_and_a_text_without_tokens(encoder_tokenizer: Any, task: str) -> None:
+    assert len(tokenised(task, [], encoder_tokenizer)) == 0
+    settings, role = data(task), next(iter(task_named(task).answers))
+    record = Record({"text": "where", role: "2.5" if task == "regression" else "mid"})
+    lenient = task_named(task).tokenise([record], encoder_tokenizer, data=settings, lenient_within=1)
+    assert (np.asarray(lenient.targets) == UNSUPERVISED).all()
+    logits = LOGITS[:1, : task_named(task).outputs(spec_of(task))].clone().requires_grad_()  # type: ignore[attr-defined]
+    loss = task_named(task).loss(logits, torch.from_numpy(np.asarray(lenient.targets)), spec=spec_of(task))  # type: ignore[attr-defined]
+    loss.sum().backward()
+    assert loss.tolist() == [0]
+    assert not logits.grad.any()
+
+
+def test_the_loss_of_several_labels_is_the_mean_of_their_cross_entropies() -> None:
+    targets = torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 1, 1]])
+    expected = functional.binary_cross_entropy_with_logits(LOGITS, targets, reduction="none").mean(dim=1)
+    torch.testing.assert_close(TASKS["multi_label"].loss(LOGITS, targets, spec=spec_of("multi_label")), expected)  # type: ignore[attr-defined]
+
+
+def test_the_loss_of_an_order_grows_with_the_distance() -> None:
+    spec = spec_of("ordinal", labels=("a", "b", "c", "d"))
+    logits = torch.tensor([[4.0, -4.0, -4.0]] * 4)  # says b
+    losses = TASKS["ordinal"].loss(logits, torch.arange(4), spec=spec)  # type: ignore[attr-defined]
+    above = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    expected = functional.binary_cross_entropy_with_logits(logits, above, reduction="none").mean(dim=1)
+    torch.testing.assert_close(losses, expected)
+    assert losses[1] < losses[0] < losses[3]
+    assert losses[1] < losses[2] < losses[3]
+
+
+def test_the_probabilities_of_an_order_are_some_and_their_median_is_the_answer() -> None:
+    logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(3)) * 3  # in no order at all
+    said = TASKS["ordinal"].said(logits, spec=spec_of("ordinal", labels=tuple("abcdef")))  # type: ignore[attr-defined]
+    chances, predicted = said["probabilities"], said["predicted"]
+    assert (chances >= 0).all()
+    torch.testing.assert_close(chances.sum(dim=1), torch.ones(200))
+    below = torch.cat([torch.zeros(200, 1), chances.cumsum(dim=1)], dim=1)
+    rows = torch.arange(200)
+    assert (below[rows, predicted] <= 0.5 + 1e-6).all()
+    assert (below[rows, predicted + 1] >= 0.5 - 1e-6).all()
+
+
+def test_an_order_starts_from_the_direction_of_its_labels() -> None:
+    embeddings = torch.eye(3)
+    rows = TASKS["ordinal"].first_rows(embeddings)  # type: ignore[attr-defined]
+    assert rows.shape == (2, 3)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(2))
+    scores = embeddings @ rows.T
+    assert (scores[0] < 0).all(), "the lowest label is above none"
+    assert (scores[2] > 0).all(), "and the highest above all"
+
+
+def test_a_number_is_learnt_within_its_range(encoder_tokenizer: Any) -> None:
+    task, spec = TASKS["regression"], spec_of("regression")
+    targets = torch.from_numpy(np.asarray(tokenised("regression", ["1", "3.0", "5"], encoder_tokenizer).targets))
+    assert targets.tolist() == [-1, 0, 1]
+    logits = torch.tensor([[0.0], [0.5], [7.0]])
+    assert task.loss(logits, targets, spec=spec).tolist() == [1, 0.25, 36]  # type: ignore[attr-defined]
+    assert task.said(logits, spec=spec)["predicted"].tolist() == [3, 4, 5], "no target lies beyond the range"  # type: ignore[attr-defined]
+    assert task.read_out(logits, spec=spec).flatten().tolist() == [3, 4, 17]
+    assert task.true(targets, spec=spec).tolist() == [1, 3, 5]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("task", "logits", "text", "told"),
+    [
+        ("multi_label", [2.0, -1.0, 0.5], "low 0.881, high 0.622", ["low", "high"]),
+        ("multi_label", [-2.0, -1.0, -1.5], "none (mid 0.269)", []),
+        ("ordinal", [2.0, -1.0], "mid 0.612 (high 0.269, low 0.119)", ["mid", "high", "low"]),
+        ("classification", [2.0, -1.0, 0.5], "low 0.786 (high 0.175, mid 0.039)", ["low", "high", "mid"]),
+    ],
+)
+def test_an_answer_in_labels(task: str, logits: list[float], text: str, told: list[str]) -> None:
+    found, objects = TASKS[task].answer(torch.tensor(logits), spec=spec_of(task))
+    assert found == text
+    assert [one["label"] for one in objects] == told  # type: ignore[attr-defined]
+
+
+def test_an_answer_in_numbers() -> None:
+    assert TASKS["regression"].answer(torch.tensor([0.25]), spec=spec_of("regression")) == ("3.5", {"number": 3.5})
+
+
+class _Fixed:
+    """A model that gives these scores, whatever it is asked."""
+
+    def __init__(self, task: str, logits: list[list[float]]) -> None:
+        self.spec, self._logits = spec_of(task), torch.tensor(logits)
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        return self._logits
+
+
+class _Batch:
+    def __init__(self, targets: Any) -> None:
+        self.targets = torch.tensor(targets)
+
+
+@pytest.mark.parametrize(
+    ("task", "logits", "target", "score"),
+    [
+        ("multi_label", [1.0, -1, 1], [1.0, 1, 0], 0.5),
+        ("multi_label", [-1.0, -1, -1], [0.0, 0, 0], 1.0),
+        ("multi_label", [-1.0, -1, -1], [0.0, 1, 0], 0.0),
+        ("ordinal", [1.0, 1.0], 0, 0.0),
+        ("ordinal", [1.0, -1.0], 2, 0.5),
+        ("regression", [9.0], -1.0, 0.0),
+        ("regression", [0.5], 0.0, 0.75),
+    ],
+)
+def test_one_unit_scores_between_0_and_1(task: str, logits: list[float], target: Any, score: float) -> None:
+    assert TASKS[task].unit_score(_Fixed(task, [logits]), _Batch([target])) == pytest.approx(score)  # type: ignore[arg-type]
+
+
+def test_a_guess_is_the_best_single_answer() -> None:
+    draws = np.random.default_rng(2)
+    ids = tuple(np.array([5], dtype=np.int32) for _ in range(40))
+    marks = (draws.random((40, 3)) < [0.6, 0.3, 0.1]).astype(np.float32)
+    sets = [np.array([place >> k & 1 for k in range(3)], dtype=bool) for place in range(1, 8)]
+    task = TASKS["multi_label"]
+    figures = [{"loss": np.zeros(40), "truth": marks, "probabilities": np.tile(one, (40, 1)) * 1.0} for one in sets]
+    best = max(task.scores(one, spec=spec_of("multi_label"))["micro_f1"] for one in figures)
+    assert task.guess(TextDataset(ids, marks)) == pytest.approx(best)
+
+    numbers = draws.uniform(-1, 1, size=40).astype(np.float32)
+    least = min(float(np.square(numbers - one).mean()) for one in np.linspace(-1, 1, 4001))
+    assert TASKS["regression"].guess(TextDataset(ids, numbers)) == pytest.approx(least, abs=1e-6)
+    assert TASKS["ordinal"].guess(TextDataset(ids, np.zeros(40, dtype=np.int64))) == 0
+
+
+def test_scores_of_a_number_are_in_its_own_unit() -> None:
+    figures = {"truth": np.array([1.0, 2, 5]), "predicted": np.array([1.0, 4, 5]), "loss": np.array([0.0, 1, 0])}
+    scores = TASKS["regression"].final_scores(figures, spec=spec_of("regression"))
+    assert scores["mae"] == pytest.approx(2 / 3)
+    assert scores["rmse"] == pytest.approx(np.sqrt(4 / 3))
+    assert scores["spearman"] == pytest.approx(1)
+    assert TASKS["regression"].detail(figures, spec=spec_of("regression")) is None
+
+
+def test_final_scores_and_detail_of_an_order() -> None:
+    task, spec = TASKS["ordinal"], spec_of("ordinal")
+    said = task.said(LOGITS[:, :2], spec=spec)  # type: ignore[attr-defined]
+    figures = {name: one.numpy().astype(np.float64) for name, one in said.items()}
+    figures |= {"truth": np.array([1.0, 0, 1]), "loss": np.array([0.1, 0.2, 0.3])}
+    scores = task.final_scores(figures, spec=spec)
+    assert list(scores) == ["quadratic_kappa", "accuracy", "mae", "auroc", "ece", "loss"]
+    assert (scores["accuracy"], scores["mae"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    detail = task.detail(figures, spec=spec)
+    assert detail is not None
+    assert [(one.label, one.support) for one in detail.classes] == [("low", 1), ("mid", 2), ("high", 0)]
+    assert sum(one.count for one in detail.reliability) == 3
+    first = min(float(said["probabilities"][row, int(said["predicted"][row])]) for row in range(3))
+    assert detail.reliability[0].confidence == pytest.approx(first), "of the answer, which is not the likeliest class"
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "message"),
+    [
+        ("regression", {"target_range": None}, "target_range = None: must be the least and the largest number"),
+        ("regression", {"labels": ("a", "b")}, r"labels = \('a', 'b'\): must be empty for task regression"),
+        (
+            "ordinal",
+            {"target_range": (0.0, 1.0)},
+            r"target_range = \(0.0, 1.0\): must stay null: task ordinal does not",
+        ),
+        ("ordinal", {"label_separator": "|"}, r"label_separator = '\|': must stay ;: task ordinal does not use it"),
+        ("multi_label", {"labels": ("a",)}, r"labels = \('a',\): must declare at least two labels"),
+    ],
+)
+def test_settings_of_data_that_do_not_fit(task: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        task_named(task).check_data(data(task, **given))
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        (1.0, 1.0),
+        (2.0, 1.0),
+        (float("nan"), 1.0),
+        (0.0, float("inf")),
+        (-1.7e308, 1.7e308),
+        (0.0, 5e-324),
+        (1e9, 1e9 + 1),
+    ],
+)
+def test_a_range_that_is_none(bounds: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match="target_range"):
+        data("regression", target_range=bounds)
+
+
+@pytest.mark.parametrize("separator", ["", ", ", "[", '"'])
+def test_a_separator_that_is_none(separator: str) -> None:
+    with pytest.raises(ConfigError, match="label_separator"):
+        data("multi_label", label_separator=separator)
+
+
+@pytest.mark.parametrize("head", [HeadSpec(centre=True), HeadSpec(init="label_names"), HeadSpec(label_texts=("a",))])
+def test_a_number_has_no_labels_to_start_from(head: HeadSpec) -> None:
+    spec = TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task="regression", head=head)
+    with pytest.raises(ConfigError, match=r"^head\."):
+        task_named("regression").check_model(spec)
