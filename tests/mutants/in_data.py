@@ -203,7 +203,7 @@ _PREPARATION = (
         name="duplicates-ignore-the-label",
         fault="Of two equal texts with different labels the second is dropped as a duplicate.",
         file=CLEAN,
-        old="            if any(twin.mark[1] == label for twin in some):",
+        old="            if any(twin.mark[1] == record.answer for twin in some):",
         new="            if some:",
         tests=(f"{OF_CLEAN}::test_a_rule_drops_its_rows_and_no_others",),
     ),

@@ -248,8 +248,8 @@ _START = (
         name="head-of-other-labels",
         fault="The head of a start adapter is taken wherever there are as many labels: its rows stand for others.",
         file=SAVED,
-        old="task_named(spec.task).has_head and self.spec.labels == spec.labels",
-        new="task_named(spec.task).has_head and len(self.spec.labels) == len(spec.labels)",
+        old="same = self.spec.labels == spec.labels and",
+        new="same = len(self.spec.labels) == len(spec.labels) and",
         tests=(f"{OF_START}::test_under_other_labels_the_head_starts_as_it_would_without",),
     ),
     Mutant(
