@@ -145,7 +145,7 @@ def test_a_step_moves_the_trainable_tensors_and_nothing_else(spec: Any, examples
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for _ in range(3):  # the head first, then B, then A: each starts where the ones after it have no gradient
         model.losses(batch).sum().backward()
-        torch.optim.SGD(model.trainable().values(), lr=0.001).step()
+        torch.optim.SGD(model.trainable().values(), lr=0.01).step()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.removeprefix("base.").replace(".default", "") for name in moved} == set(model.trainable())
 
