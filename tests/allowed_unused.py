@@ -24,6 +24,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "compress_type",
         "create_system",
         "decoder",
+        "disabled",
         "external_attr",
         "follow_redirects",
         "id2label",
