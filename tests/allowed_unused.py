@@ -43,7 +43,6 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "budget_left",
         "epsilon_spent",
         "largest_failures",
-        "measured_seconds",
     },
     "fields of what is written as JSON or taken from arguments": {
         "cohort",

@@ -15,9 +15,8 @@ from fedtune.cli.compare_sections import NO_PRIVACY, Compared, Kind, Line, score
 from fedtune.cli.compose import compose_run
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.sections import json_text, print_json, say, show, write_file
-from fedtune.cli.simulate import run_one
 from fedtune.cli.sweep import continued, result_in
-from fedtune.cli.working_folder import folder_of
+from fedtune.cli.working_folder import folder_of, run_simulation
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, column_values, resolve_file
@@ -224,7 +223,7 @@ def _run_all(runs: Sequence[Planned], console: Console, *, again: str) -> list[L
     for number, (run, config, folder, earlier) in enumerate(known, start=1):
         if earlier is None:
             say(f"{run.name} ({number} of {len(known)})", style="bold", console=console)
-        result = earlier or run_one(config, folder, console, again=again)
+        result = earlier or run_simulation(config, folder, console, again=again)
         lines.append(
             Line(name=run.name, kind=run.kind, site=run.site, private=run.private, folder=folder, result=result)
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from rich.console import Console
 
@@ -11,12 +10,8 @@ from fedtune.cli.command import AsJson, Option, Overrides, single
 from fedtune.cli.compose import compose_run, compose_sweep
 from fedtune.cli.sections import SCHEMA_VERSION, print_json
 from fedtune.cli.sweep import run_sweep
-from fedtune.cli.working_folder import folder_of, make, run_in_folder, told
-from fedtune.config import RunConfig
+from fedtune.cli.working_folder import folder_of, run_simulation
 from fedtune.spec import ConfigError
-
-if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from fedtune.federation.results import RunResult
 
 
 def simulate(
@@ -51,32 +46,12 @@ def simulate(
         if config.runtime.kind == "deployment":
             raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
     if sweep and len(runs) > 1:
-        run_sweep(sweep, console, run=run_one, as_json=as_json)
+        run_sweep(sweep, console, run=run_simulation, as_json=as_json)
         return
     folder = folder_of(runs[0])
-    result = run_one(runs[0], folder, console)
+    result = run_simulation(runs[0], folder, console)
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "runs": [{"folder": str(folder), "result": result}]})
-
-
-def run_one(config: RunConfig, folder: Path, console: Console, *, again: str = "") -> RunResult:
-    """Run a simulation in its folder, new or begun.
-
-    Args:
-        config: the run's.
-        folder: its own.
-        console: where progress and result are shown.
-        again: the command that continues it; empty: one that resumes this run alone.
-    """
-    # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
-    from fedtune.flower.simulation import simulate as run_simulation
-    from fedtune.sites.virtual_site import fitted
-
-    if config.resume is None:
-        config = told(console, config, fitted(config, folder))
-        make(folder, config)
-    again = again or f"fedtune simulate resume={folder}"
-    return run_in_folder(config, folder, console, work=run_simulation, again=again)
 
 
 app = single(simulate)

@@ -62,6 +62,26 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
     return result
 
 
+def run_simulation(config: RunConfig, folder: Path, console: Console, *, again: str = "") -> RunResult:
+    """Run a simulation in its folder, new or begun.
+
+    Args:
+        config: the run's.
+        folder: its own.
+        console: where progress and result are shown.
+        again: the command that continues it; empty: one that resumes this run alone.
+    """
+    # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
+    from fedtune.flower.simulation import simulate
+    from fedtune.sites.virtual_site import fitted
+
+    if config.resume is None:
+        config = told(console, config, fitted(config, folder))
+        make(folder, config)
+    again = again or f"fedtune simulate resume={folder}"
+    return run_in_folder(config, folder, console, work=simulate, again=again)
+
+
 def folder_of(config: RunConfig) -> Path:
     """The run's folder; it must be new, or the one to resume with the same configuration."""
     if config.resume is None:

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -73,7 +73,7 @@ class CostSpec:
                 raise ConfigError("cost.country", self.country, f"must be one of {len(known)} that codecarbon knows")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@spec
 class Energy:
     """What a stretch of work took, on this machine.
 
@@ -96,7 +96,7 @@ class Energy:
         return replace(self, kwh=self.kwh * factor, carbon_kg=carbon, seconds=seconds)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@spec
 class Cost:
     """What a run took: its energy, where it was measured, and its price, where one was given.
 

@@ -31,7 +31,6 @@ from fedtune.report.model import (
     Release,
     Report,
     RoundCost,
-    RunCost,
     SiteReport,
     Source,
     Spent,
@@ -102,7 +101,7 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
         final=finite_scores(final.metrics),
         non_private=None,
         findings=final.findings,
-        cost=_cost(final),
+        cost=final.cost,
         detail=final.detail,
         rounds=tuple(
             RoundCost(
@@ -118,15 +117,6 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
             for result in record.rounds
         ),
     )
-
-
-def _cost(final: FinalResult) -> RunCost | None:
-    if final.cost is None:
-        return None
-    found = RunCost(money=final.cost.money, currency=final.cost.currency)
-    if (energy := final.cost.energy) is None:
-        return found
-    return replace(found, kwh=energy.kwh, carbon_kg=energy.carbon_kg, measured_seconds=energy.seconds, how=energy.how)
 
 
 def read_site_report(path: Path) -> Report:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from fedtune.federation.cost import Cost
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.spec import ConfigError, spec
 from fedtune.tasks.measures import Detail
@@ -286,28 +287,12 @@ class RoundCost:
 
 
 @spec
-class RunCost:
-    """What the run took on the machine that wrote its report; None: not asked for, or not measured.
-
-    Attributes:
-        how: the energy was read from counters of the hardware, or estimated from its load.
-        measured_seconds: that the energy is of.
-    """
-
-    kwh: float | None = None
-    carbon_kg: float | None = None
-    measured_seconds: float | None = None
-    how: Literal["counters", "estimate"] | None = None
-    money: float | None = None
-    currency: str | None = None
-
-
-@spec
 class Utility:
     """Scores on the lead's own files: exact, and covered by no guarantee.
 
     Attributes:
         findings: what they say against the training.
+        cost: of the machine that wrote the report; None: not asked for.
         detail: what stands behind the final ones, where the task has labels.
     """
 
@@ -316,7 +301,7 @@ class Utility:
     non_private: Scores | None
     rounds: tuple[RoundCost, ...]
     findings: tuple[str, ...] = ()
-    cost: RunCost | None = None
+    cost: Cost | None = None
     detail: Detail | None = None
 
 
