@@ -22,7 +22,7 @@ from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, column_values, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
-from fedtune.evaluation.groups import SMALLEST
+from fedtune.evaluation.spec import SMALLEST
 from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError, check_at_least
 

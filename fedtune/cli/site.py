@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Option, command, group
-from fedtune.evaluation.groups import SMALLEST
+from fedtune.evaluation.spec import SMALLEST
 from fedtune.spec import ConfigError
 from fedtune.words import counted
 

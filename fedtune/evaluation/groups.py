@@ -22,8 +22,6 @@ from fedtune.spec import DataError
 
 OTHERS = "all others"
 """The group of what small groups were merged into."""
-SMALLEST = 20
-"""Units of the smallest group that stands by itself, unless somebody asks for another number."""
 _GROUP = "group"
 """Beside a model's figures: the number of each record's group."""
 

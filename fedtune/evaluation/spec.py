@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 
+SMALLEST = 20
+"""Units of the smallest group that is scored by itself, unless somebody asks for another number."""
+
 
 @spec
 class EvaluationSpec:

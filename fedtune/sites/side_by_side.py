@@ -158,7 +158,7 @@ def side_by_side(
     return SideBySide(
         records=data.records,
         users=_users(first, data.records),
-        judged_by=saved.model.task.judged_by,
+        judged_by=saved.model.task.judged(first.data),
         measured={name: found[name] for name in (*bases.values(), *runs)},
         means=means or {},
         score=partial(saved.model.task.scores, spec=saved.model.spec),
@@ -178,15 +178,17 @@ def _base_of(config: RunConfig) -> Hashable:
 
 def _require_comparable(run: Finished, first: RunConfig) -> None:
     """Refuse a run whose scores on the same records say nothing about those of the first."""
-    own, where = run.config, str(run.folder)
+    own, where, task = run.config, str(run.folder), task_named(run.config.task)
     for key, value, wanted in (
         ("task", own.task, first.task),
         ("data.labels", own.data.labels, first.data.labels),
+        ("data.target_range", own.data.target_range, first.data.target_range),
+        ("data.columns", task.texts(own.data), task.texts(first.data)),
         ("privacy.unit", own.privacy.unit, first.privacy.unit),
     ):
         if value != wanted:
             raise ConfigError("run folder", where, f"must have the first run's {key} to be compared with it")
-    if task_named(own.task).predicts_tokens and (own.model.path, _reading(own)) != (first.model.path, _reading(first)):
+    if task.predicts_tokens and (own.model.path, _reading(own)) != (first.model.path, _reading(first)):
         bound = "must have the first run's model.path, columns, template and data.max_length: a loss is a mean over"
         raise ConfigError("run folder", where, f"{bound} tokens, and theirs are others")
 

@@ -14,7 +14,15 @@ EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob
 
 OWN = ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"]
 """What `experiment=own_data` leaves open."""
-LEFT_OPEN = {"own_data": OWN, "own_text": [*OWN[:2], "data.columns={prompt: question, completion: answer}"]}
+_RANGE = "data.target_range=[0,5]"
+LEFT_OPEN = {
+    "own_data": OWN,
+    "own_text": [*OWN[:2], "data.columns={prompt: question, completion: answer}"],
+    "own_labels": OWN,
+    "own_order": OWN,
+    "own_numbers": [*OWN[:2], _RANGE],
+    "own_pairs": [*OWN[:2], "data.columns={text: one, other: two, target: score}", _RANGE],
+}
 WRITES = ["task=causal_lm", "data.labels=[]", "data.columns={prompt: text, completion: text}"]
 """For settings that a language model alone has."""
 

@@ -342,10 +342,11 @@ def test_scores_stand_beside_those_of_the_base(runs: Path, command: Any, result_
     assert "trained on records of this file" not in outcome.out
 
 
-def test_scores_on_the_training_file_are_called_so(runs: Path, command: Any) -> None:
-    trained_on = yaml.safe_load((runs / "intents" / "config.yaml").read_text())["data"]["train_file"]
-    outcome = command("evaluate", str(runs / "intents"), "--data", trained_on)
-    said = " ".join(outcome.out.split())
+def test_scores_on_the_training_file_are_called_so(simulate: Any, command: Any, tmp_path: Path) -> None:
+    few = tmp_path / "few.csv"
+    few.write_text("text,label\n" + "".join(f"where is my card {n},card_arrival\n" for n in range(200)))
+    run = simulate(f"data.train_file='{few}'", "data.train_fraction=1.0", into=tmp_path)
+    said = " ".join(command("evaluate", str(run), "--data", str(few)).out.split())
     assert "trained on records of this file: these scores say nothing about new ones" in said
 
 

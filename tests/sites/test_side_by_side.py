@@ -10,6 +10,7 @@ import pytest
 
 from fedtune.cli.finished_run import finished_run
 from fedtune.data.records import NO_VALUE, Record, column_values
+from fedtune.model import HeadSpec
 from fedtune.sites.side_by_side import Finished, side_by_side, sites_of
 from fedtune.spec import ConfigError, DataError
 
@@ -60,6 +61,15 @@ def test_scores_that_say_nothing_about_each_other_are_refused(runs: dict[str, Fi
     without = replace(one.config, data=replace(one.config.data, test_file=None))
     with pytest.raises(ConfigError, match=r"data\.test_file = None: is required to compare"):
         side_by_side({"four": replace(one, config=without)})
+
+
+def test_numbers_of_another_range_say_nothing_either(runs: dict[str, Finished]) -> None:
+    one = runs["four"]
+    data = replace(one.config.data, labels=(), columns={"text": "text", "target": "n"}, target_range=(0.0, 5.0))
+    config = replace(one.config, task="regression", head=HeadSpec(centre=False, init="zero"), data=data)
+    wider = replace(config, data=replace(data, target_range=(0.0, 10.0)))
+    with pytest.raises(ConfigError, match=r"must have the first run's data\.target_range"):
+        side_by_side({"four": replace(one, config=config), "other": replace(one, config=wider)})
 
 
 def test_records_are_at_the_sites_that_would_have_them(runs: dict[str, Finished], tmp_path: Path) -> None:

@@ -276,6 +276,9 @@ def test_a_whole_run(
     told = command("evaluate", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json")
     assert told.code == 0, told.err
     assert names <= set(told.out.replace('"', " ").split())
+    told = command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json")
+    assert told.code == 0, told.err
+    assert json.loads(told.out)["judged_by"] == ("spearman" if layout == "scored" else "ndcg_at_10")
 
 
 def test_what_a_user_sees(simulate: Any, command: Any, tmp_path: Path) -> None:
