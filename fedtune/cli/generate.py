@@ -22,6 +22,7 @@ from fedtune.cli.finished_run import (
     Temperature,
     TopP,
     by_name,
+    columns_by_option,
     finished_run,
     harmless,
     print_streamed,
@@ -32,7 +33,7 @@ from fedtune.cli.finished_run import (
 from fedtune.cli.sections import SCHEMA_VERSION, print_json
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
-from fedtune.data.records import Record, iter_records, resolve_file
+from fedtune.data.records import UNANSWERED, Record, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
@@ -168,7 +169,9 @@ def _from_file(config: RunConfig, name: str) -> list[Record]:
     if path.suffix.lower() == ".txt":
         records = list(_lines(config, path))
     else:
-        records = [_unanswered(record) for record in iter_records(path, prompt_columns(config))]
+        columns = {UNANSWERED if role == "messages" else role: name for role, name in prompt_columns(config).items()}
+        with columns_by_option():
+            records = [_unanswered(record) for record in iter_records(path, columns)]
     if not records:
         raise DataError("--file", name, "must hold at least one prompt")
     return records
@@ -188,13 +191,13 @@ def _lines(config: RunConfig, path: Path) -> Iterator[Record]:
 
 def _unanswered(record: Record) -> Record:
     """A conversation without the answers at its end, which are to be written."""
-    if "messages" not in record.fields:
+    if UNANSWERED not in record.fields:
         return record
-    turns = json.loads(record.fields["messages"])
-    while turns and turns[-1]["role"] == "assistant":
+    turns = json.loads(record.fields[UNANSWERED])
+    while turns[-1]["role"] == "assistant":
         turns.pop()
     text = json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
-    return Record({**record.fields, "messages": text}, file=record.file, line=record.line)
+    return Record({"messages": text}, file=record.file, line=record.line)
 
 
 app = single(generate)

@@ -118,6 +118,35 @@ def test_records_of_a_file_are_asked_without_their_answers(runs: Path, command: 
     assert json.loads(line)["answers"] == json.loads(alone.out)["answers"]
 
 
+def test_a_conversation_in_a_file_needs_no_answer(chats: Path, command: Any, tmp_path: Path) -> None:
+    asked, answered = {"role": "user", "content": "name[The Eagle]"}, {"role": "assistant", "content": "no"}
+    file = tmp_path / "asked.jsonl"
+
+    def answer(*turns: dict[str, str]) -> Any:
+        file.write_text(json.dumps({"messages": turns}) + "\n")
+        return command("generate", str(chats), "--file", str(file), "--max-new-tokens", "6", "--json")
+
+    alone, whole = answer(asked), answer(asked, answered)
+    assert (alone.code, alone.err) == (0, "")
+    assert json.loads(alone.out) == json.loads(whole.out)
+    assert json.loads(alone.out)["fields"] == {"messages": json.dumps([asked], separators=(",", ":"))}
+    nobody = answer({"role": "system", "content": "be kind"})
+    assert (nobody.code, "no turn of the user" in nobody.message) == (2, True)
+
+
+@pytest.mark.parametrize("asks", [("generate", "--file"), ("evaluate", "--data")])
+def test_a_file_of_other_columns_names_the_option_once(
+    asks: tuple[str, str], runs: Path, command: Any, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("body,label\na,card_arrival\nb,card_arrival\n")
+    outcome = command(asks[0], str(runs / "intents"), asks[1], str(rows))
+    assert (outcome.code, outcome.out) == (2, "")
+    wanted = "must be there; name another with --columns '{text: COLUMN}', one of 'body', 'label'"
+    assert outcome.message.count(wanted) == 1
+    assert "data.columns" not in outcome.message
+
+
 def test_a_chat_answers_each_line(runs: Path, command: Any, typed: Any) -> None:
     typed("name[The Eagle]\n\n/adapter\n/adapter nobody\n/adapter base\nname[The Eagle]\n/what\n/quit\nunread\n")
     outcome = command("chat", str(runs / "tables"), "--max-new-tokens", "12")
