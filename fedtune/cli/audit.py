@@ -65,7 +65,6 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
 
     config = auditable(config, spec)
     folder, console = folder_of(config), Console(stderr=as_json)
-    make(folder, config)
 
     def work(config: RunConfig, folder: Path, display: Any) -> RunResult:
         return run_audit(config, spec, folder, display)

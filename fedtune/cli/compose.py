@@ -25,7 +25,7 @@ from yaml import YAMLError
 
 from fedtune.config import RunConfig, parse, plain_yaml, saved_config
 from fedtune.data.load import shipped_folders
-from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.spec import ConfigError
 
 _FREE_MAPS = ("data.columns", "data.partition.sites")
@@ -249,7 +249,7 @@ def _run_folder(name: str) -> tuple[Path, RunConfig]:
     """
     folder = Path(name)
     if not folder.is_dir():
-        raise ConfigError("resume", name, "must be a run folder")
+        raise ConfigError("resume", name, f"must be a run folder{run_folders_near(folder)}")
     return folder, saved_config(folder)
 
 

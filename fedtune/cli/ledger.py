@@ -27,6 +27,7 @@ from fedtune.privacy.amounts import (
 )
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key
+from fedtune.federation.run_folder import run_folders_near
 from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -233,7 +234,7 @@ def ledger_file(name: str) -> Path:
     if (path / "ledger.db").is_file():
         return path / "ledger.db"
     found = ", ".join(str(file) for file in sorted(path.glob("sites/*/ledger.db")))
-    bound = f"must be one of {found}" if found else "must be a ledger.db, or a folder with one"
+    bound = f"must be one of {found}" if found else f"must be a ledger.db, or a folder with one{run_folders_near(path)}"
     raise ConfigError("ledger", name, bound)
 
 

@@ -11,7 +11,7 @@ from fedtune.cli.command import AsJson, Option, Overrides, single
 from fedtune.cli.compose import compose_run, compose_sweep
 from fedtune.cli.sections import SCHEMA_VERSION, print_json
 from fedtune.cli.sweep import run_sweep
-from fedtune.cli.working_folder import folder_of, make, run_in_folder, told
+from fedtune.cli.working_folder import folder_of, run_in_folder, told
 from fedtune.config import RunConfig
 from fedtune.spec import ConfigError
 
@@ -74,7 +74,6 @@ def run_one(config: RunConfig, folder: Path, console: Console, *, again: str = "
 
     if config.resume is None:
         config = told(console, config, fitted(config, folder))
-        make(folder, config)
     again = again or f"fedtune simulate resume={folder}"
     return run_in_folder(config, folder, console, work=run_simulation, again=again)
 

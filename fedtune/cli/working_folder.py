@@ -6,8 +6,9 @@ import fcntl
 import logging
 import reprlib
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ Work = Callable[[RunConfig, Path, "Display"], "RunResult"]
 
 
 def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str) -> RunResult:
-    """Run in a folder that is there, with a report at the end.
+    """Run in a folder, which is made unless a run is resumed, with a report at the end.
 
     Args:
         config: the run's.
@@ -40,13 +41,17 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
     from fedtune.cli.display import Display, show_result
 
     display = Display(console, config, shown=config.tracking.progress)
+    made: list[Path] = []
     try:
-        with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level), display:
-            result = work(config, folder, display)
+        with _interrupted_by_signals():
+            if config.resume is None:
+                made = make(folder, config)
+            with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level), display:
+                result = work(config, folder, display)
     except BaseException as error:
         begun = bool(RunFolder(folder).saved_checkpoints)
-        if config.resume is None and not begun:
-            _remove(folder)  # nothing ran: leave nothing behind
+        if made and not begun:
+            _remove(made)  # nothing ran: leave nothing behind
         hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
         if isinstance(error, KeyboardInterrupt):
             console.print(f"\nInterrupted. {hint}", soft_wrap=True)
@@ -87,16 +92,23 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
             yield f"{prefix}{key} was {reprlib.repr(old[key])}, is {reprlib.repr(new.get(key))}"
 
 
-def make(folder: Path, config: RunConfig) -> None:
-    """Make the run folder, with its configuration in it."""
+def make(folder: Path, config: RunConfig) -> list[Path]:
+    """Make the run folder, with its configuration in it.
+
+    Returns:
+        The folders that were made: the run's, then those around it.
+    """
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True)
         write_config(config, folder)
     except FileExistsError:
         raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another") from None
     except OSError as error:
+        _remove(new)
         bound = f"must be a folder to write {config.name} into ({error.strerror})"
         raise ConfigError("tracking.output_dir", config.tracking.output_dir, bound) from None
+    return new
 
 
 def told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
@@ -107,13 +119,28 @@ def told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
     return fits
 
 
-def _remove(folder: Path) -> None:
-    files = RunFolder(folder)
-    for inner in (files.checkpoints, files.sites):  # without a checkpoint no site was asked, so no ledger has begun
-        shutil.rmtree(inner, ignore_errors=True)
-    for path in (files.config, files.log):
-        path.unlink(missing_ok=True)
-    folder.rmdir()
+def _remove(made: Sequence[Path]) -> None:
+    """Remove what `make` made: a run's folder whole, and those around it as long as nothing else is in them."""
+    folder, *parents = made
+    shutil.rmtree(folder, ignore_errors=True)  # without a checkpoint no site was asked, so no ledger has begun
+    with suppress(OSError):
+        for parent in parents:
+            parent.rmdir()
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does; both also in a background process, for which the shell ignores Ctrl-C's."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextmanager

@@ -210,7 +210,7 @@ WRONG = {
         ("tables", "--prompt", "a", "--adapter", "x=intents"),
         "task is 'classification', not 'causal_lm'",
     ),
-    "no run": (("gone", "--prompt", "a"), "^run folder = 'gone': must hold a config.yaml$"),
+    "no run": (("gone", "--prompt", "a"), "^run folder = 'gone': must hold a config.yaml; there are "),
     "no role": (("intents", "--file", "a.txt", "--columns", "{body: text}"), r"^--columns = 'body': must be one of"),
     "no mapping": (("intents", "--file", "a.txt", "--columns", "text"), r"^--columns = 'text': must name the column"),
 }

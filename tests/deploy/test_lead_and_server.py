@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -178,15 +177,6 @@ def test_a_file_that_names_no_process_is_nobodys(tmp_path: Path, text: str) -> N
     # 0 and -1 would stand for this very group of processes, and for all of them.
     (tmp_path / RUNNING).write_text(text)
     assert running_process(tmp_path) is None
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_interrupts_a_run_and_its_handlers_are_put_back(tmp_path: Path, number: signal.Signals) -> None:
-    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(KeyboardInterrupt), _running(tmp_path):
-        signal.raise_signal(number)
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
-    assert not (tmp_path / RUNNING).exists()
 
 
 # What its sites said.
