@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+import click
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.cli.command import AsJson, Option, single
+from fedtune.cli.command import AsJson, Command, Option, single
 from fedtune.cli.finished_run import (
     Adapters,
     Columns,
@@ -200,4 +201,15 @@ def _unanswered(record: Record) -> Record:
     return Record({"messages": text}, file=record.file, line=record.line)
 
 
-app = single(generate)
+class _Generate(Command):
+    """Says where a text belongs that stands beside RUN."""
+
+    allow_extra_args = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if more := super().parse_args(ctx, args):
+            ctx.fail(f"Got unexpected extra argument ({' '.join(more)}): give what is to be answered as --prompt TEXT")
+        return []
+
+
+app = single(generate, cls=_Generate)

@@ -15,6 +15,7 @@ from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.plain_words import cap_text, event_text, mechanism_text, odds_text, printable, rounded_down
 from fedtune.cli.sections import Section, json_text, print_json, say, show
 from fedtune.deploy.files import act_as_owner
+from fedtune.federation.run_folder import run_folders_near
 from fedtune.privacy import events, filter
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.amounts import (
@@ -27,7 +28,6 @@ from fedtune.privacy.amounts import (
 )
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key
-from fedtune.federation.run_folder import run_folders_near
 from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.site_ledger import Ledger

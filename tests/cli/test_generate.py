@@ -235,6 +235,13 @@ def test_a_file_without_prompts_is_named(text: bytes, runs: Path, command: Any, 
     assert outcome.message.startswith("--file = ")
 
 
+def test_a_text_without_its_option_is_told_of_it(runs: Path, command: Any) -> None:
+    outcome = command("generate", str(runs / "tables"), "name[The Eagle]", "--max-new-tokens", "3")
+    assert (outcome.code, outcome.out) == (2, "")
+    wanted = "Got unexpected extra argument (name[The Eagle]): give what is to be answered as --prompt TEXT"
+    assert outcome.message.startswith(wanted)
+
+
 def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, command: Any, tmp_path: Path) -> None:
     shutil.copytree(runs / "intents", tmp_path / "run")
     asked = ("generate", str(tmp_path / "run"), "--prompt", "a")

@@ -110,7 +110,8 @@ _WRONG_VALUES = [
     ("privacy.epsilon=[1", "override", "'privacy.epsilon=[1'", "must look like key=value"),
     ("privacy.epsilon", "override", "'privacy.epsilon'", "must look like key=value"),
     ("=3", "override", "'=3'", "must look like key=value"),
-    ("privacy.epsilon==3", "override", "'privacy.epsilon==3'", "a value with signs of its own like key='...'"),
+    ("privacy.epsilon==3", "override", "'privacy.epsilon==3'", "must have one equals sign: privacy.epsilon=3"),
+    ("debug", "override", "'debug'", "must look like key=value; did you mean experiment=debug?"),
     ("privacy.epsilon=${nope}", "privacy.epsilon", "'${nope}'", "Interpolation key 'nope' not found"),
 ]
 
