@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedtune.cli.plain_words import WEAK_SIGNAL, signal_words
+from fedtune.cli.plain_words import ABOUT_RDP, WEAK_SIGNAL, signal_words
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
@@ -118,7 +118,7 @@ class Display:
         parts = [
             f"round {last.round:>{len(str(rounds))}}/{rounds}",
             f"{len(last.sites)}/{len(self._config.federation.active)} sites",
-            _scores(last.metrics) or "no validation records",
+            f"validation: {_scores(last.metrics)}" if last.metrics else "no validation records",
             f"epsilon {epsilon}",
             f"{last.seconds:.1f} s",
         ]
@@ -139,8 +139,16 @@ class Display:
         )
 
 
-def show_result(console: Console, config: RunConfig, result: RunResult, folder: Path) -> None:
-    """The table of sites, the scores and where everything lies."""
+def show_result(console: Console, config: RunConfig, result: RunResult, folder: Path, *, whole_s: float) -> None:
+    """The table of sites, the scores and where everything lies.
+
+    Args:
+        console: where it is shown.
+        config: the run's.
+        result: what it came to.
+        folder: its own.
+        whole_s: how long it took with what came before training.
+    """
     privacy = result.privacy
     table = Table(title="What each site has spent")
     for heading in ("site", "declared size", "steps", "epsilon", "epsilon by RDP"):
@@ -155,6 +163,8 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
             epsilon_text(spent.epsilon_rdp),
         )
     console.print(table)
+    if privacy.epsilon is not None:
+        console.print(ABOUT_RDP.format(counts="epsilon"))
     if privacy.epsilon is None:
         console.print("[yellow]No privacy guarantee: this run added no noise.[/yellow]")
     elif not privacy.seeded_noise:
@@ -168,7 +178,8 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
         console.print(f"[bold]test: {_scores(final.metrics)}[/bold]{before}", soft_wrap=True)
     for code in final.findings:
         console.print(f"[yellow]{_finding(code, config)}[/yellow]", soft_wrap=True)
-    console.print(f"{_duration(final.seconds or 0.0)}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
+    took = f"rounds and scores {_duration(final.seconds or 0.0)}, with loading {_duration(whole_s)}"
+    console.print(f"{took}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
     console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True)
 
 

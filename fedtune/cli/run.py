@@ -82,6 +82,7 @@ def _lead_kit(folder: Path | None) -> Kit:
 
 
 def _start(words: Sequence[str], *, kit: Kit) -> None:
+    began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     config = composed(words, kit=kit)
     folder = folder_of(config)
@@ -91,7 +92,7 @@ def _start(words: Sequence[str], *, kit: Kit) -> None:
     if config.resume is None:
         config = told(console, config, lead.fitted(config))
     again = f"fedtune run resume {folder} --kit {kit.folder}"
-    run_in_folder(config, folder, console, work=lead.run, again=again)
+    run_in_folder(config, folder, console, work=lead.run, again=again, began=began)
 
 
 def composed(words: Sequence[str], *, kit: Kit) -> RunConfig:

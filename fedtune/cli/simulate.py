@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,6 +69,7 @@ def run_one(config: RunConfig, folder: Path, console: Console, *, again: str = "
         console: where progress and result are shown.
         again: the command that continues it; empty: one that resumes this run alone.
     """
+    began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     from fedtune.flower.simulation import simulate as run_simulation
     from fedtune.sites.virtual_site import fitted
@@ -75,7 +77,7 @@ def run_one(config: RunConfig, folder: Path, console: Console, *, again: str = "
     if config.resume is None:
         config = told(console, config, fitted(config, folder))
     again = again or f"fedtune simulate resume={folder}"
-    return run_in_folder(config, folder, console, work=run_simulation, again=again)
+    return run_in_folder(config, folder, console, work=run_simulation, again=again, began=began)
 
 
 app = single(simulate)

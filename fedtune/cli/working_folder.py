@@ -7,6 +7,7 @@ import logging
 import reprlib
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +29,9 @@ Work = Callable[[RunConfig, Path, "Display"], "RunResult"]
 """Runs a configuration in its folder, and shows it."""
 
 
-def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str) -> RunResult:
+def run_in_folder(
+    config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float
+) -> RunResult:
     """Run in a folder, which is made unless a run is resumed, with a report at the end.
 
     Args:
@@ -37,6 +40,7 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
         console: where progress and result are shown.
         work: the run.
         again: the command that continues it.
+        began: when it began, by `time.monotonic`, before libraries that take seconds to load.
     """
     from fedtune.cli.display import Display, show_result
 
@@ -63,7 +67,7 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
     from fedtune.report.page.render import write_report  # draws, which takes a second to import
 
     write_card(folder, write_report(folder, language=config.report.language))
-    show_result(console, config, result, folder)
+    show_result(console, config, result, folder, whole_s=display.earlier_s + time.monotonic() - began)
     return result
 
 

@@ -124,7 +124,7 @@ def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, words: l
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["init", "gone.csv", "--out", "tickets.csv"], "data file = 'gone.csv': no such file"),
+    (["init", "gone.csv", "--out", "tickets.csv"], "gone.csv = 'no such file': must be a file"),
     (["init", "tickets.csv", "--label", "gone", "--out", "no/a.yaml"], "--label = 'gone': must be one of the columns"),
     (["check", "gone.yaml", "--page", "a.txt"], "experiment = 'gone.yaml': must be a file that can be read"),
     (["clean", "gone.yaml", "--out", "no/a.jsonl"], "experiment = 'gone.yaml': must be a file that can be read"),
