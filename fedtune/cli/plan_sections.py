@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedtune import __version__
-from fedtune.cli.plain_words import contribution, printable, reason_text, signal_words
+from fedtune.cli.plain_words import ABOUT_RDP, contribution, printable, reason_text, signal_words
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, say, show
 from fedtune.config import RunConfig
 from fedtune.federation.cost import Energy

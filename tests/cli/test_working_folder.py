@@ -115,7 +115,7 @@ def attempt(config: RunConfig, folder: Path, error: BaseException, *, begun: boo
         raise error
 
     with pytest.raises(type(error)):
-        run_in_folder(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN")
+        run_in_folder(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)
     return said.getvalue()
 
 
@@ -150,7 +150,9 @@ def test_what_others_have_made_stays(config: RunConfig, folder: Path) -> None:
 def test_a_folder_that_somebody_else_made_is_not_cleared_away(config: RunConfig, folder: Path) -> None:
     make(folder, config)
     with pytest.raises(ConfigError, match="is taken"):
-        run_in_folder(config, folder, Console(file=io.StringIO()), work=lambda *_: pytest.fail("it ran"), again="")
+        run_in_folder(
+            config, folder, Console(file=io.StringIO()), work=lambda *_: pytest.fail("it ran"), again="", began=0.0
+        )
     assert saved_config(folder) == config
 
 

@@ -197,6 +197,9 @@ class Shown:
     def site_replied(self, number: int) -> None:
         self.all.append(("site_replied", number))
 
+    def preparing(self, what: str, done: int, total: int) -> None:
+        self.all.append((what, done, total))
+
     def round_finished(self, state: object) -> None:
         self.all.append(("round_finished", state))
 
@@ -218,6 +221,7 @@ def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_p
     assert set(json.loads((tmp_path / "answers.json").read_text())) == {"north", "south"}
     noted.note("about the data")
     noted.site_replied(2)
+    noted.preparing("trying the model", 1, 2)
     state: Any = "a state"
     noted.round_finished(state)
     noted.prepared(state, state, state)
@@ -227,6 +231,7 @@ def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_p
         ("north", "update", 30, 1),
         ("note", "about the data"),
         ("site_replied", 2),
+        ("trying the model", 1, 2),
         ("round_finished", "a state"),
         ("prepared", "a state", "a state", "a state"),
     ]

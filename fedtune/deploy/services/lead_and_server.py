@@ -121,7 +121,7 @@ class _Noted:
         self._listener, self._path = listener, RunFolder(folder).answers
         self._answers: dict[str, dict[str, str]] = {}
         self.prepared, self.round_finished = listener.prepared, listener.round_finished
-        self.site_replied, self.note = listener.site_replied, listener.note
+        self.site_replied, self.note, self.preparing = listener.site_replied, listener.note, listener.preparing
 
     def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
