@@ -74,16 +74,16 @@ class Display:
         now, new = time.monotonic(), what != self._stage
         if new:
             self._stage, self._stage_began = what, now
-        counted_text = f"{what}: {done:,} of {total:,}" if done else f"{what} ..."
+        so_far = f"{what}: {done:,} of {total:,}" if done else f"{what} ..."
         if self._console.is_terminal:
             self._remove_bar(new or 0 < total <= done)
             if done < total or not total:
                 if self._preparing is None:
-                    self._preparing = self._progress.add_task("", total=None)
-                self._progress.update(self._preparing, description=counted_text, completed=done, total=total or None)
+                    self._preparing = self._progress.add_task(so_far, total=None)
+                self._progress.update(self._preparing, description=so_far, completed=done, total=total or None)
         elif self._shown and ((new and self._plan is None) or now - self._told >= self._every_s):
             left = (total - done) * (now - self._stage_began) / done if done else 0.0
-            self._console.print(f"  {counted_text}{f', about {_duration(left)} left' if left else ''}")
+            self._console.print(f"  {so_far}{f', about {_duration(left)} left' if left else ''}")
             self._told = now
 
     def _remove_bar(self, over: bool) -> None:
