@@ -13,7 +13,8 @@ import textwrap
 from pathlib import Path
 
 from fedtune import config
-from fedtune.cli.compose import compose_run, config_folder
+from fedtune.cli.compose import compose_run
+from fedtune.cli.experiment_file import config_folder
 from fedtune.data.spec import PairsSpec, PartitionSpec
 
 PAGE = Path(__file__).with_name("configuration.md")

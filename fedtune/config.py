@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedtune.data.spec import DataSpec, PairsSpec
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.cost import CostSpec
-from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.federation.spec import FederationSpec
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy import accountant
@@ -302,7 +302,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     """
     path = RunFolder(folder).config
     if not path.is_file():
-        raise ConfigError("run folder", str(folder), "must hold a config.yaml")
+        raise ConfigError("run folder", str(folder), f"must hold a config.yaml{run_folders_near(folder)}")
     return plain_yaml(path, key="run folder")
 
 

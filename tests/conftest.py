@@ -143,8 +143,9 @@ def tiny() -> Callable[..., list[str]]:
     """
 
     def make(*overrides: str, into: Path, name: str = "run") -> list[str]:
+        own = any(override.startswith("experiment=") for override in overrides)
         return [
-            "experiment=debug",
+            *([] if own else ["experiment=debug"]),
             f"tracking.output_dir='{into}'",
             f"name={name}",
             "runtime.device=cpu",

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune.cli.compose import compose_run, config_folder
+from fedtune.cli.compose import compose_run
+from fedtune.cli.experiment_file import config_folder
 from fedtune.config import RunConfig
 
 CONF = config_folder()

@@ -73,6 +73,7 @@ def run_audit(config: RunConfig, spec: AuditSpec, folder: Path, listener: Listen
     """
     sites = audited_sites(config, spec)
     everyone = participants(json.dumps(config.to_json()), str(folder))
+    everyone.progress = listener.preparing
     try:
         _allow_large_adapters(everyone)
         attack = (GradientAttack if spec.kind == "gradient" else RecordAttack)(everyone, spec, sites)
@@ -149,6 +150,9 @@ class _History:
         mark(self._folder, self._what)
         self.adapters.append(state.adapter)
         self._listener.prepared(shared, proposal, state)
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        self._listener.preparing(what, done, total)
 
     def note(self, text: str) -> None:
         self._listener.note(text)

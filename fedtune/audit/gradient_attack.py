@@ -34,7 +34,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.dp_step import UnitGradients
-from fedtune.training.examples import Places, SiteExamples
+from fedtune.training.examples import Places, SiteExamples, Told, nobody
 from fedtune.training.optimizer import learning_rate_factor
 from fedtune.training.users import UserBatch, UserExamples
 
@@ -281,9 +281,9 @@ class CanaryUsers(UserExamples):
         users = self._real.gradients(self._canaries.gradients(of_each))
         return Watched(users, self._canaries.tally)
 
-    def keep_frozen_states(self, model: TaskModel) -> None:
+    def keep_frozen_states(self, model: TaskModel, *, told: Told = nobody) -> None:
         """Of the records; canaries have none."""
-        self._real.keep_frozen_states(model)
+        self._real.keep_frozen_states(model, told=told)
 
 
 def _told_apart(indices: Places, num_real: int) -> tuple[Places, Places]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -60,18 +61,18 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
     if spec.kind == "sensitivity":
         _search(config, spec, as_json=as_json)
         return
+    began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     from fedtune.audit.experiment import auditable, run_audit
 
     config = auditable(config, spec)
     folder, console = folder_of(config), Console(stderr=as_json)
-    make(folder, config)
 
     def work(config: RunConfig, folder: Path, display: Any) -> RunResult:
         return run_audit(config, spec, folder, display)
 
     again = "a new audit, for this one cannot be continued"
-    run_in_folder(config, folder, console, work=work, again=again)
+    run_in_folder(config, folder, console, work=work, again=again, began=began)
     result = read_audit(folder)
     assert result is not None, "an audit that ended has written what it found"
     if as_json:

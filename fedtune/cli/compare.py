@@ -23,7 +23,7 @@ from fedtune.data.records import Record, column_values, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.evaluation.spec import SMALLEST
-from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.spec import ConfigError, check_at_least
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -127,7 +127,8 @@ def _run_folders(words: Sequence[str]) -> list[Path]:
     folders = [word for word in words if RunFolder(Path(word)).config.is_file()]
     for word in words:
         if word not in folders and (folders or "=" not in word):
-            raise ConfigError("RUN", word, "must be a run folder; or give settings alone, as KEY=VALUE")
+            near = run_folders_near(Path(word))
+            raise ConfigError("RUN", word, f"must be a run folder; or give settings alone, as KEY=VALUE{near}")
     return [Path(word) for word in folders]
 
 

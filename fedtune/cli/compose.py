@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -23,9 +20,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fedtune.config import RunConfig, parse, plain_yaml, saved_config
-from fedtune.data.load import shipped_folders
-from fedtune.federation.run_folder import RunFolder
+from fedtune.cli.experiment_file import FROM_FILE, ExperimentFile, config_folder, experiment_called, read_experiment
+from fedtune.config import RunConfig, parse, saved_config
+from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.spec import ConfigError
 
 _FREE_MAPS = ("data.columns", "data.partition.sites")
@@ -37,7 +34,6 @@ _NOT_ASCII = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]{}:=()'"]
 """A quoted text, or an unquoted word with a letter that Hydra's grammar does not know."""
 _OF_THE_WHOLE = frozenset({"name", "seed", "report", "cost"})
 """Settings of an experiment that conf/config.yaml sets, and no group."""
-_FROM_FILE = "_from_file_"
 _OTHER_WORDS = {
     "epochs": "federation.num_rounds and training.local_steps",
     "num_epochs": "federation.num_rounds and training.local_steps",
@@ -62,43 +58,6 @@ _MOST_RUNS = 1000
 """Of a sweep."""
 
 
-@dataclass(frozen=True, slots=True)
-class _ExperimentFile:
-    """An experiment in a file of the user's own: plain data, checked before Hydra sees it.
-
-    Attributes:
-        path: the file.
-        settings: what it sets, without its defaults, with files beside it by their path.
-        bases: experiments of conf/ that it builds on.
-        options: group to option.
-    """
-
-    path: Path
-    settings: Mapping[str, Any]
-    bases: tuple[str, ...]
-    options: Mapping[str, str]
-
-    def sets(self, key: str) -> bool:
-        """Whether the file sets a dotted key, or a part of what it stands for."""
-        inner: Any = self.settings
-        for part in key.split("."):
-            if not isinstance(inner, dict) or part not in inner:
-                return False
-            inner = inner[part]
-        return True
-
-    @contextmanager
-    def search_path(self) -> Iterator[str]:
-        """A folder that has this file's settings as an experiment, while the context lasts."""
-        defaults = [*self.bases, "_self_", *({f"override /{group}": name} for group, name in self.options.items())]
-        with TemporaryDirectory(prefix="fedtune-") as folder:
-            place = Path(folder) / "experiment"
-            place.mkdir()
-            text = json.dumps({"defaults": defaults, **self.settings})  # JSON is YAML without its surprises
-            (place / f"{_FROM_FILE}.yaml").write_text(f"# @package _global_\n{text}\n", encoding="utf-8")
-            yield folder
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
     """Runs that differ in some settings.
@@ -116,11 +75,6 @@ class Sweep:
     overrides: tuple[str, ...]
 
 
-def config_folder() -> Path:
-    """The folder `conf/`, in a checkout or inside the installed package."""
-    return next(folder / "conf" for folder in shipped_folders() if (folder / "conf" / "config.yaml").is_file())
-
-
 def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None = None) -> RunConfig:
     """Compose and validate one run.
 
@@ -132,6 +86,7 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
         ConfigError: for every mistake in an override or a value, Hydra's own errors among them.
     """
     overrides = [_in_grammar(override) for override in overrides if override.strip()]
+    _require_one_experiment(overrides)
     resumed = [override for override in overrides if override.startswith("resume=")]
     if resumed and not any(_chooses_option(override) for override in overrides):
         return _resumed(resumed[-1].removeprefix("resume="), [o for o in overrides if o not in resumed])
@@ -156,6 +111,13 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
         hinted = ConfigError(error.key, error.value, error.bound + _nearest(error.key)) if _unknown(error) else error
         typed = any(_key(override) == error.key for override in overrides) or error.key in maps
         raise hinted.in_file(file.path) if file and file.sets(error.key) and not typed else hinted from None
+
+
+def _require_one_experiment(overrides: Sequence[str]) -> None:
+    """Refuse a second experiment: Hydra would take the last one, and say nothing."""
+    given = [_value(override) for override in overrides if _key(override) == "experiment"]
+    if len(given) > 1:
+        raise ConfigError("experiment", given[1], f"is one too many: experiment={given[0]} is given, too")
 
 
 def _with_start(config: RunConfig) -> RunConfig:
@@ -249,11 +211,11 @@ def _run_folder(name: str) -> tuple[Path, RunConfig]:
     """
     folder = Path(name)
     if not folder.is_dir():
-        raise ConfigError("resume", name, "must be a run folder")
+        raise ConfigError("resume", name, f"must be a run folder{run_folders_near(folder)}")
     return folder, saved_config(folder)
 
 
-def _composed(overrides: Sequence[str], file: _ExperimentFile | None = None) -> dict[str, Any]:
+def _composed(overrides: Sequence[str], file: ExperimentFile | None = None) -> dict[str, Any]:
     for override in overrides:
         # Hydra would take its own settings and do nothing with them here.
         if re.match(r"[+~]*hydra[./=]", override):
@@ -265,7 +227,7 @@ def _composed(overrides: Sequence[str], file: _ExperimentFile | None = None) -> 
                 composed = compose("config", overrides=list(overrides))
             else:
                 with file.search_path() as folder:
-                    found = [f"experiment={_FROM_FILE}", f"hydra.searchpath=['file://{folder}']"]
+                    found = [f"experiment={FROM_FILE}", f"hydra.searchpath=['file://{folder}']"]
                     composed = compose("config", overrides=[*overrides, *found])
         settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -332,7 +294,7 @@ def _map_of(key: str) -> str | None:
     return next((name for name in _FREE_MAPS if f"{key}.".startswith(f"{name}.")), None)
 
 
-def _replace_maps(settings: dict[str, Any], file: _ExperimentFile | None, maps: Mapping[str, Any]) -> None:
+def _replace_maps(settings: dict[str, Any], file: ExperimentFile | None, maps: Mapping[str, Any]) -> None:
     """Put in the free maps: the file's in place of conf's, and what was typed in place of both."""
     for name in _FREE_MAPS:
         *outer, last = name.split(".")
@@ -351,7 +313,7 @@ def _replace_maps(settings: dict[str, Any], file: _ExperimentFile | None, maps: 
                 inner[last] = {**(inner[last] or {}), key.removeprefix(f"{name}."): value}
 
 
-def _experiment_file(overrides: Sequence[str]) -> tuple[_ExperimentFile | None, list[str]]:
+def _experiment_file(overrides: Sequence[str]) -> tuple[ExperimentFile | None, list[str]]:
     """The file that `experiment=` names, if its value is a path, and the other overrides."""
     given = [override for override in overrides if _key(override) == "experiment"]
     if not given:
@@ -359,80 +321,7 @@ def _experiment_file(overrides: Sequence[str]) -> tuple[_ExperimentFile | None, 
     name = _value(given[-1])
     if not (isinstance(name, str) and (name.endswith((".yaml", ".yml")) or "/" in name)):
         return None, list(overrides)
-    return _read_experiment(Path(name)), [override for override in overrides if override not in given]
-
-
-def _read_experiment(path: Path) -> _ExperimentFile:
-    """A file of settings with, at most, a defaults list of groups' options and of conf's experiments.
-
-    Raises:
-        ConfigError: there is none, it is no YAML, or it holds more than settings.
-    """
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
-    settings = plain_yaml(path, key="experiment")
-    listed = settings.pop("defaults", [])
-    for key in ("hydra", "resume"):
-        if key in settings:
-            raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
-    _check_plain(settings, path)
-    bases, options = _defaults(listed, path)
-    return _ExperimentFile(path, _with_files_beside(settings, path.parent), bases, options)
-
-
-def _check_plain(value: Any, path: Path, key: str = "") -> None:
-    """Refuse what would be more than data: a key that names code, and a value that stands for another."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            if name in ("_target_", "_partial_", "_recursive_", "_convert_", "_args_"):
-                raise ConfigError(f"{path}: {key}{name}", inner, "must not be there: a file of settings runs no code")
-            _check_plain(inner, path, f"{key}{name}.")
-    elif isinstance(value, list):
-        for inner in value:
-            _check_plain(inner, path, key)
-    elif isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{path}: {key.rstrip('.')}", value, "must not hold '${': a file of settings is plain data")
-
-
-def _defaults(listed: Any, path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Experiments and options of a file's defaults list, all of which are conf's."""
-    bases: list[str] = []
-    options: dict[str, str] = {}
-    for entry in listed if isinstance(listed, list) else [listed]:
-        if isinstance(entry, dict) and len(entry) == 1:
-            ((group, option),) = entry.items()
-            group = str(group).removeprefix("override ").lstrip("/")
-        else:
-            group, option = "experiment", entry
-        if entry == "_self_":
-            continue
-        choices = sorted(one.stem for one in (config_folder() / group).glob("*.yaml")) if group.isidentifier() else []
-        if not isinstance(option, str) or option not in choices:
-            bound = f"must be one of {', '.join(choices)}" if choices else "is no group of settings"
-            raise ConfigError(f"{path}: defaults, {group}", option, bound)
-        if group == "experiment":
-            bases.append(option)
-        else:
-            options[group] = option
-    return tuple(bases), options
-
-
-def _with_files_beside(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings with each relative data file that lies beside their file named by its path."""
-    data = settings.get("data")
-    if not isinstance(data, dict):
-        return settings
-    beside = dict(data)
-    for key in ("train_file", "validation_file", "test_file"):
-        name = data.get(key)
-        if isinstance(name, str) and name.strip() and _is_there(folder / name):
-            beside[key] = str(folder / name)
-    return {**settings, "data": beside}
-
-
-def _is_there(path: Path) -> bool:
-    """Whether there is such a file or folder; with `{site}` in its name, one for any site."""
-    return path.exists() or ("{site}" in path.name and any(path.parent.glob(path.name.replace("{site}", "*"))))
+    return read_experiment(Path(name)), [override for override in overrides if override not in given]
 
 
 def _in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
@@ -445,7 +334,9 @@ def _in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group = config_folder() / found[1]
         choices = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
-        return ConfigError(found[1], found[2], f"must be one of {choices}" if choices else "is no group of settings")
+        meant = experiment_called(found[2]) if found[1] == "experiment" else None
+        bound = f"must be one of {choices}{_meant(meant)}" if choices else "is no group of settings"
+        return ConfigError(found[1], found[2], bound)
     if found := re.search(r"Ambiguous value for argument '([^'=]+)=(.*?)'", text):
         bound = "is several values: add -m to run each of them, or write [a,b] for a list"
         return ConfigError(found[1], found[2], bound)
@@ -455,8 +346,17 @@ def _in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
     if found := re.search(r"(Interpolation .*?) full_key: (\S+)", text):
         return ConfigError(found[2], given.get(found[2], ""), f"must be a value ({found[1]})")
     culprit = next((o for o in overrides if o in text or not _is_override(o)), " ".join(overrides))
+    key, equals, value = culprit.partition("=")
+    if key and value.startswith("="):
+        return ConfigError("override", culprit, f"must have one equals sign: {key}={value.lstrip('=')}")
+    if not equals and (experiment := experiment_called(culprit)):
+        return ConfigError("override", culprit, f"must look like key=value{_meant(experiment)}")
     bound = "must look like key=value, and a value with signs of its own like key='...'"
     return ConfigError("override", culprit, bound)
+
+
+def _meant(experiment: str | None) -> str:
+    return f"; did you mean experiment={experiment}?" if experiment else ""
 
 
 def _is_override(text: str) -> bool:

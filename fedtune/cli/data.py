@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.compose import compose_run, config_folder
+from fedtune.cli.compose import compose_run
 from fedtune.cli.data_sections import ABOUT, CLOSING, check_sections, clean_sections, file_sections, lengths
+from fedtune.cli.experiment_file import config_folder
 from fedtune.cli.sections import SCHEMA_VERSION, Section, as_html, as_page, print_json, say, show, write_file
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
@@ -77,6 +78,8 @@ def init(
     fedtune data init p.csv --text a --other b --score s embeddings of pairs, by how alike people found them
     """
     target = out or Path(f"{starter.run_name(Path(file.name.split('.')[0]))}.yaml")
+    named = {"text": text, "label": label, "prompt": prompt, "completion": completion, "other": other, "score": score}
+    found = look_at(file, {role: column for role, column in named.items() if column is not None})
     if target.suffix not in (".yaml", ".yml"):
         raise ConfigError("--out", str(target), "must end in .yaml")
     if "," in str(target) or not str(target).isprintable():
@@ -84,8 +87,6 @@ def init(
     _require_new(target)
     if sites is not None and sites < 1:
         raise ConfigError("--sites", sites, "must be at least 1")
-    named = {"text": text, "label": label, "prompt": prompt, "completion": completion, "other": other, "score": score}
-    found = look_at(file, {role: column for role, column in named.items() if column is not None})
     spec, plan = _planned(found, model=model, sites=sites)
     _write_new(target, starter.experiment(found, plan, file=target))
     try:  # a label or column may be what a file of settings cannot hold
@@ -119,11 +120,11 @@ def check(
     those trained on; labels, lengths, languages; likely personal identifiers; damaged encodings; declared sizes.
     It shows counts and lines, and no record's text.  Nothing is dropped or changed.
     """
+    config = _experiment(settings, site)
     if page is not None and page.suffix != ".html":
         raise ConfigError("--page", str(page), "must end in .html")
     if page is not None and not page.absolute().parent.is_dir():
         raise ConfigError("--page", str(page), "must be a file that can be written, in a folder that is there")
-    config = _experiment(settings, site)
     tokenizer = _tokenizer(config.model, key="model.path", other="model=NAME")
     checked = examine(config, tokenizer, within=_num_ids(tokenizer))
     sections = list(check_sections(checked))
@@ -160,6 +161,8 @@ def clean(
     do it before you declare the size of your data and before the first run.  The guarantee is then about the records
     of the new file, not about those that were dropped.
     """
+    config = _experiment(settings, None)
+    source = _file_of(config, of)
     if out.suffix != ".jsonl":
         raise ConfigError("--out", str(out), "must end in .jsonl")
     _require_new(out)
@@ -168,11 +171,10 @@ def clean(
         check_one_of("--drop", rule, RULES)
     if "near-duplicates" in rules and not is_installed("datasketch"):
         raise ConfigError("--drop", "near-duplicates", f"needs datasketch: {INSTALL}")
-    config = _experiment(settings, None)
     task, unit = task_named(config.task), config.privacy.unit
     columns = task.columns(config.data, partition=of == "train", unit=unit)
     cleaning = Cleaning(columns, task.usable(config.data), drop=rules, mask=mask == "personal")
-    done = write_clean(_file_of(config, of), out, cleaning)
+    done = write_clean(source, out, cleaning)
     show(Console(), clean_sections(done))
     say(f"\nWritten: {out}. Use it with data.{of}_file={out}.")
 

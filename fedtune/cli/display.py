@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedtune.cli.plain_words import WEAK_SIGNAL, signal_words
+from fedtune.cli.plain_words import ABOUT_RDP, WEAK_SIGNAL, signal_words
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
@@ -31,13 +32,20 @@ class Display:
 
     Args:
         shown: False prints nothing until the result.
+        every_s: where there is no terminal, what takes long is told of no more often.
+
+    Attributes:
+        earlier_s: how long the run had taken before it was resumed.
     """
 
-    def __init__(self, console: Console, config: RunConfig, *, shown: bool) -> None:
-        self._console, self._config, self._shown = console, config, shown
+    def __init__(self, console: Console, config: RunConfig, *, shown: bool, every_s: float = 15.0) -> None:
+        self._console, self._config, self._shown, self._every_s = console, config, shown, every_s
+        self.earlier_s = 0.0
         self._plan: Plan | None = None
         self._done = 0
         self._task: TaskID | None = None
+        self._preparing: TaskID | None = None
+        self._stage, self._stage_began, self._told = "", 0.0, 0.0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -61,6 +69,28 @@ class Display:
     ) -> None:
         self._progress.stop()
 
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Show what takes long: on a terminal with a bar, elsewhere as a line now and then."""
+        now, new = time.monotonic(), what != self._stage
+        if new:
+            self._stage, self._stage_began = what, now
+        so_far = f"{what}: {done:,} of {total:,}" if done else f"{what} ..."
+        if self._console.is_terminal:
+            self._remove_bar(new or 0 < total <= done)
+            if done < total or not total:
+                if self._preparing is None:
+                    self._preparing = self._progress.add_task(so_far, total=None)
+                self._progress.update(self._preparing, description=so_far, completed=done, total=total or None)
+        elif self._shown and ((new and self._plan is None) or now - self._told >= self._every_s):
+            left = (total - done) * (now - self._stage_began) / done if done else 0.0
+            self._console.print(f"  {so_far}{f', about {_duration(left)} left' if left else ''}")
+            self._told = now
+
+    def _remove_bar(self, over: bool) -> None:
+        if over and self._preparing is not None:
+            self._progress.remove_task(self._preparing)
+            self._preparing = None
+
     def note(self, text: str) -> None:
         """Say what is seldom meant."""
         if self._shown:
@@ -69,6 +99,8 @@ class Display:
     def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
         """Show what is about to run."""
         self._plan, self._done = proposal.plan, state.round * len(self._config.federation.active)
+        self.earlier_s = state.seconds
+        self._remove_bar(True)
         if self._shown:
             self._console.print(_settings_table(self._config, shared, proposal.plan))
             if state.start_adapter:
@@ -118,7 +150,7 @@ class Display:
         parts = [
             f"round {last.round:>{len(str(rounds))}}/{rounds}",
             f"{len(last.sites)}/{len(self._config.federation.active)} sites",
-            _scores(last.metrics) or "no validation records",
+            f"validation: {_scores(last.metrics)}" if last.metrics else "no validation records",
             f"epsilon {epsilon}",
             f"{last.seconds:.1f} s",
         ]
@@ -139,8 +171,16 @@ class Display:
         )
 
 
-def show_result(console: Console, config: RunConfig, result: RunResult, folder: Path) -> None:
-    """The table of sites, the scores and where everything lies."""
+def show_result(console: Console, config: RunConfig, result: RunResult, folder: Path, *, whole_s: float) -> None:
+    """The table of sites, the scores and where everything lies.
+
+    Args:
+        console: where it is shown.
+        config: the run's.
+        result: what it came to.
+        folder: its own.
+        whole_s: how long it took with what came before training.
+    """
     privacy = result.privacy
     table = Table(title="What each site has spent")
     for heading in ("site", "declared size", "steps", "epsilon", "epsilon by RDP"):
@@ -155,6 +195,8 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
             epsilon_text(spent.epsilon_rdp),
         )
     console.print(table)
+    if privacy.epsilon is not None:
+        console.print(ABOUT_RDP.format(counts="epsilon"))
     if privacy.epsilon is None:
         console.print("[yellow]No privacy guarantee: this run added no noise.[/yellow]")
     elif not privacy.seeded_noise:
@@ -168,7 +210,8 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
         console.print(f"[bold]test: {_scores(final.metrics)}[/bold]{before}", soft_wrap=True)
     for code in final.findings:
         console.print(f"[yellow]{_finding(code, config)}[/yellow]", soft_wrap=True)
-    console.print(f"{_duration(final.seconds or 0.0)}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
+    took = f"rounds and scores {_duration(final.seconds or 0.0)}, with loading {_duration(whole_s)}"
+    console.print(f"{took}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
     console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, single
-from fedtune.cli.finished_run import Columns, Device, Run, finished_run
+from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, finished_run
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, show
 from fedtune.words import counted
 
@@ -38,7 +38,8 @@ def evaluate(
     from fedtune.sites.data_notes import is_training_file
     from fedtune.sites.saved_model import beside_base
 
-    found = beside_base(config, adapter, data)
+    with columns_by_option():
+        found = beside_base(config, adapter, data)
     if as_json:
         told = {name: dataclasses.asdict(one) for name, one in found.scores.items()}
         scores = {name: one.tuned.value for name, one in found.scores.items()}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,11 +15,12 @@ import yaml
 
 from fedtune.cli.command import Argument, Option
 from fedtune.config import RunConfig, parse, saved_config
-from fedtune.data.records import OPTIONAL_ROLES
+from fedtune.data.records import OPTIONAL_ROLES, UNANSWERED
 from fedtune.federation.run_folder import RunFolder
-from fedtune.spec import ConfigError, check_at_least, check_name, check_one_of
+from fedtune.spec import ConfigError, DataError, check_at_least, check_name, check_one_of
 from fedtune.tasks import task_named
 
+_SETTING = re.compile(r"set data\.columns\.(\w+) to one of")
 Run = Annotated[Path, Argument("RUN", help="a run folder, such as runs/tighter")]
 Columns = Annotated[str | None, Option("columns of FILE, as in '{text: body}'", metavar="ROLES")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Option("where to compute")]
@@ -113,6 +116,16 @@ def _mapped(text: str, roles: set[str]) -> dict[str, str]:
     for role in columns:
         check_one_of("--columns", role, sorted(roles))
     return columns
+
+
+@contextmanager
+def columns_by_option() -> Iterator[None]:
+    """Let a message about a file's columns name --columns, in place of a run's setting."""
+    try:
+        yield
+    except DataError as error:
+        bound = _SETTING.sub(r"name another with --columns '{\1: COLUMN}', one of", error.bound)
+        raise DataError(error.key, error.value, bound.replace(UNANSWERED, "messages")) from None
 
 
 def prompt_columns(config: RunConfig) -> dict[str, str]:

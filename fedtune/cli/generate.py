@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+import click
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.cli.command import AsJson, Option, single
+from fedtune.cli.command import AsJson, Command, Option, single
 from fedtune.cli.finished_run import (
     Adapters,
     Columns,
@@ -22,6 +23,7 @@ from fedtune.cli.finished_run import (
     Temperature,
     TopP,
     by_name,
+    columns_by_option,
     finished_run,
     harmless,
     print_streamed,
@@ -32,7 +34,7 @@ from fedtune.cli.finished_run import (
 from fedtune.cli.sections import SCHEMA_VERSION, print_json
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
-from fedtune.data.records import Record, iter_records, resolve_file
+from fedtune.data.records import UNANSWERED, Record, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
@@ -168,7 +170,9 @@ def _from_file(config: RunConfig, name: str) -> list[Record]:
     if path.suffix.lower() == ".txt":
         records = list(_lines(config, path))
     else:
-        records = [_unanswered(record) for record in iter_records(path, prompt_columns(config))]
+        columns = {UNANSWERED if role == "messages" else role: name for role, name in prompt_columns(config).items()}
+        with columns_by_option():
+            records = [_unanswered(record) for record in iter_records(path, columns)]
     if not records:
         raise DataError("--file", name, "must hold at least one prompt")
     return records
@@ -188,13 +192,24 @@ def _lines(config: RunConfig, path: Path) -> Iterator[Record]:
 
 def _unanswered(record: Record) -> Record:
     """A conversation without the answers at its end, which are to be written."""
-    if "messages" not in record.fields:
+    if UNANSWERED not in record.fields:
         return record
-    turns = json.loads(record.fields["messages"])
-    while turns and turns[-1]["role"] == "assistant":
+    turns = json.loads(record.fields[UNANSWERED])
+    while turns[-1]["role"] == "assistant":
         turns.pop()
     text = json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
-    return Record({**record.fields, "messages": text}, file=record.file, line=record.line)
+    return Record({"messages": text}, file=record.file, line=record.line)
 
 
-app = single(generate)
+class _Generate(Command):
+    """Says where a text belongs that stands beside RUN."""
+
+    allow_extra_args = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if more := super().parse_args(ctx, args):
+            ctx.fail(f"Got unexpected extra argument ({' '.join(more)}): give what is to be answered as --prompt TEXT")
+        return []
+
+
+app = single(generate, cls=_Generate)

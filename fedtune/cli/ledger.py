@@ -15,6 +15,7 @@ from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.plain_words import cap_text, event_text, mechanism_text, odds_text, printable, rounded_down
 from fedtune.cli.sections import Section, json_text, print_json, say, show
 from fedtune.deploy.files import act_as_owner
+from fedtune.federation.run_folder import run_folders_near
 from fedtune.privacy import events, filter
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.amounts import (
@@ -233,7 +234,7 @@ def ledger_file(name: str) -> Path:
     if (path / "ledger.db").is_file():
         return path / "ledger.db"
     found = ", ".join(str(file) for file in sorted(path.glob("sites/*/ledger.db")))
-    bound = f"must be one of {found}" if found else "must be a ledger.db, or a folder with one"
+    bound = f"must be one of {found}" if found else f"must be a ledger.db, or a folder with one{run_folders_near(path)}"
     raise ConfigError("ledger", name, bound)
 
 

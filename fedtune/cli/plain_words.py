@@ -46,6 +46,11 @@ def cap_text(cap: float | None) -> str:
     return "no cap" if cap is None or math.isinf(cap) else f"at most {cap:g}"
 
 
+ABOUT_RDP = (
+    "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is larger as a "
+    "rule. It is a check: the figure that counts is {counts}, and nothing is spent in addition."
+)
+"""What stands beside an epsilon by RDP; `counts` names the other figure."""
 WEAK_SIGNAL = 1.0
 """Below it, noise moves the adapter further than all records together can; docs/planning.md has the runs behind it."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedtune import __version__
-from fedtune.cli.plain_words import contribution, printable, reason_text, signal_words
+from fedtune.cli.plain_words import ABOUT_RDP, contribution, printable, reason_text, signal_words
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, say, show
 from fedtune.config import RunConfig
 from fedtune.federation.cost import Energy
@@ -247,6 +247,8 @@ def _about_sites(outlook: Outlook) -> tuple[str, ...]:
         ratio = price.sites[noisiest].step_noise / price.sites[price.largest[0]].step_noise
         notes.append(f"The mean gradient of {noisiest} is the noisiest: {ratio:.3g} times the noise of {who}.")
     notes.append(f"delta x size: how many {plan.unit}s the guarantee may fail, at the very worst; keep it far below 1.")
+    notes.append(ABOUT_RDP.format(counts="epsilon by PLD"))
+    notes.append("Epsilon by the filter is what the plan takes of a lifetime cap in a site's policy.")
     return tuple(notes)
 
 

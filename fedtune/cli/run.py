@@ -16,7 +16,7 @@ from rich.console import Console
 from fedtune.cli.command import Argument, Option, single
 from fedtune.cli.compose import compose_run
 from fedtune.cli.sections import Section, print_json, say, show
-from fedtune.cli.working_folder import folder_of, is_running, make, run_in_folder, told
+from fedtune.cli.working_folder import folder_of, is_running, run_in_folder, told
 from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Member
@@ -82,6 +82,7 @@ def _lead_kit(folder: Path | None) -> Kit:
 
 
 def _start(words: Sequence[str], *, kit: Kit) -> None:
+    began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     config = composed(words, kit=kit)
     folder = folder_of(config)
@@ -90,9 +91,8 @@ def _start(words: Sequence[str], *, kit: Kit) -> None:
     lead, console = LeadService(kit=kit), Console()
     if config.resume is None:
         config = told(console, config, lead.fitted(config))
-        make(folder, config)
     again = f"fedtune run resume {folder} --kit {kit.folder}"
-    run_in_folder(config, folder, console, work=lead.run, again=again)
+    run_in_folder(config, folder, console, work=lead.run, again=again, began=began)
 
 
 def composed(words: Sequence[str], *, kit: Kit) -> RunConfig:

@@ -6,8 +6,10 @@ import fcntl
 import logging
 import reprlib
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +29,10 @@ Work = Callable[[RunConfig, Path, "Display"], "RunResult"]
 """Runs a configuration in its folder, and shows it."""
 
 
-def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str) -> RunResult:
-    """Run in a folder that is there, with a report at the end.
+def run_in_folder(
+    config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float
+) -> RunResult:
+    """Run in a folder, which is made unless a run is resumed, with a report at the end.
 
     Args:
         config: the run's.
@@ -36,17 +40,22 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
         console: where progress and result are shown.
         work: the run.
         again: the command that continues it.
+        began: when it began, by `time.monotonic`, before libraries that take seconds to load.
     """
     from fedtune.cli.display import Display, show_result
 
     display = Display(console, config, shown=config.tracking.progress)
+    made: list[Path] = []
     try:
-        with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level), display:
-            result = work(config, folder, display)
+        with _interrupted_by_signals():
+            if config.resume is None:
+                made = make(folder, config)
+            with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level), display:
+                result = work(config, folder, display)
     except BaseException as error:
         begun = bool(RunFolder(folder).saved_checkpoints)
-        if config.resume is None and not begun:
-            _remove(folder)  # nothing ran: leave nothing behind
+        if made and not begun:
+            _remove(made)  # nothing ran: leave nothing behind
         hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
         if isinstance(error, KeyboardInterrupt):
             console.print(f"\nInterrupted. {hint}", soft_wrap=True)
@@ -58,7 +67,7 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
     from fedtune.report.page.render import write_report  # draws, which takes a second to import
 
     write_card(folder, write_report(folder, language=config.report.language))
-    show_result(console, config, result, folder)
+    show_result(console, config, result, folder, whole_s=display.earlier_s + time.monotonic() - began)
     return result
 
 
@@ -71,15 +80,15 @@ def run_simulation(config: RunConfig, folder: Path, console: Console, *, again: 
         console: where progress and result are shown.
         again: the command that continues it; empty: one that resumes this run alone.
     """
+    began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     from fedtune.flower.simulation import simulate
     from fedtune.sites.virtual_site import fitted
 
     if config.resume is None:
         config = told(console, config, fitted(config, folder))
-        make(folder, config)
     again = again or f"fedtune simulate resume={folder}"
-    return run_in_folder(config, folder, console, work=simulate, again=again)
+    return run_in_folder(config, folder, console, work=simulate, again=again, began=began)
 
 
 def folder_of(config: RunConfig) -> Path:
@@ -107,16 +116,23 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
             yield f"{prefix}{key} was {reprlib.repr(old[key])}, is {reprlib.repr(new.get(key))}"
 
 
-def make(folder: Path, config: RunConfig) -> None:
-    """Make the run folder, with its configuration in it."""
+def make(folder: Path, config: RunConfig) -> list[Path]:
+    """Make the run folder, with its configuration in it.
+
+    Returns:
+        The folders that were made: the run's, then those around it.
+    """
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True)
         write_config(config, folder)
     except FileExistsError:
         raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another") from None
     except OSError as error:
+        _remove(new)
         bound = f"must be a folder to write {config.name} into ({error.strerror})"
         raise ConfigError("tracking.output_dir", config.tracking.output_dir, bound) from None
+    return new
 
 
 def told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
@@ -127,13 +143,28 @@ def told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
     return fits
 
 
-def _remove(folder: Path) -> None:
-    files = RunFolder(folder)
-    for inner in (files.checkpoints, files.sites):  # without a checkpoint no site was asked, so no ledger has begun
-        shutil.rmtree(inner, ignore_errors=True)
-    for path in (files.config, files.log):
-        path.unlink(missing_ok=True)
-    folder.rmdir()
+def _remove(made: Sequence[Path]) -> None:
+    """Remove what `make` made: a run's folder whole, and those around it as long as nothing else is in them."""
+    folder, *parents = made
+    shutil.rmtree(folder, ignore_errors=True)  # without a checkpoint no site was asked, so no ledger has begun
+    with suppress(OSError):
+        for parent in parents:
+            parent.rmdir()
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does; both also in a background process, for which the shell ignores Ctrl-C's."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from fedtune.words import counted
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
 NO_TEXT = CATEGORY_ROLES | {"labels", "target"}
 """Roles whose values are no texts that somebody wrote."""
+UNANSWERED = "unanswered"
+"""The role of a conversation that is a prompt, and so needs no answer."""
 OPTIONAL_ROLES = frozenset({"input", "system"})
 """Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES = ",;|"
@@ -179,8 +181,8 @@ def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
         elif not wrong:
             yield found
     if wrong:
-        first, more = wrong[0], counted_faults(wrong[1:])
-        raise DataError(first.key, first.value, f"{first.bound}{more}")
+        first = wrong[0]
+        raise DataError(first.key, first.value, f"{first.bound}{_counted(wrong[1:], like=first.bound)}")
 
 
 def usable_records(
@@ -212,11 +214,11 @@ def usable_records(
             left_out.append(found)
 
 
-def counted_faults(errors: Sequence[DataError]) -> str:
-    """How many more rows cannot be used, by what is wrong with them; nothing for none."""
+def _counted(errors: Sequence[DataError], *, like: str) -> str:
+    """How many more rows cannot be used, by what is wrong with them; what was said of the first is not said again."""
     if not errors:
         return ""
-    kinds = Counter(error.bound for error in errors).most_common()
+    kinds = Counter("likewise" if error.bound == like else error.bound for error in errors).most_common()
     shown = "; ".join(f"{count} {bound}" for bound, count in kinds[:_MOST_KINDS])
     rest = sum(count for _, count in kinds[_MOST_KINDS:])
     return f" (and {counted(len(errors), 'more row')}: {shown}{f'; {rest} others' if rest else ''})"
@@ -284,16 +286,17 @@ def _is_whole(value: object) -> TypeGuard[float]:
     return isinstance(value, float) and value.is_integer() and abs(value) < 2**53
 
 
-def messages_of(value: object, *, at: str) -> str:
+def messages_of(value: object, *, at: str, needs: str = "assistant") -> str:
     """A conversation as canonical JSON: a list of {"role": "system", "user" or "assistant", "content": text}.
 
     Args:
         value: turns with `role` and `content` (as OpenAI writes them) or with `from` and `value` (ShareGPT), or the
             same as JSON text.  A first turn of the system may lead; then user and assistant take turns.
         at: where it was read, for messages.
+        needs: who must have a turn: "assistant", or "user" where the answer is still to be written.
 
     Raises:
-        DataError: it is no such conversation, or nobody answers in it.
+        DataError: it is no such conversation, or lacks that turn.
     """
     if isinstance(value, str):
         try:
@@ -304,6 +307,9 @@ def messages_of(value: object, *, at: str) -> str:
         raise DataError(at, json_type(value), "must be a list of turns (role messages)")
     turns = [_turn(turn, at=f"{at}, turn {number}") for number, turn in enumerate(value, 1)]
     _require_alternation([turn["role"] for turn in turns], at=at)
+    if all(turn["role"] != needs for turn in turns):
+        bound = {"assistant": "at least one answer to learn from", "user": "a turn of the user to answer"}[needs]
+        raise DataError(at, f"no turn of the {needs}", f"must have {bound}")
     return json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -333,8 +339,6 @@ def _require_alternation(roles: Sequence[str], *, at: str) -> None:
         if roles[place] != wanted:
             bound = f"must be {wanted}: user and assistant take turns, after at most one turn of the system"
             raise DataError(f"{at}, turn {place + 1}", roles[place], bound)
-    if "assistant" not in roles:
-        raise DataError(at, "no turn of the assistant", "must have at least one answer to learn from")
 
 
 def labels_of(value: object, at: str) -> str:
@@ -403,6 +407,7 @@ def number_of(value: object, at: str) -> str:
 
 _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     "messages": lambda value, at: messages_of(value, at=at),
+    UNANSWERED: lambda value, at: messages_of(value, at=at, needs="user"),
     "labels": labels_of,
     "target": number_of,
 }

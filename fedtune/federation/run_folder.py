@@ -5,14 +5,32 @@ It imports the standard library alone, so that a command that only looks for a f
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
+
+_MOST_NAMED = 10
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in the folder of a run's checkpoints, oldest first."""
     # By length first: after round 9999 come names with a digit more.
     return sorted(folder.glob("round-*.safetensors"), key=lambda path: (len(path.name), path.name))
+
+
+def run_folders_near(folder: Path) -> str:
+    """The end of a message about a folder that holds no run: the one that may be meant, or those that there are.
+
+    They are looked for beside it, in it, and in runs/; empty where there are none.
+    """
+    for place in (folder.parent, folder, Path("runs")):
+        named = {path.parent.name: str(path.parent) for path in sorted(place.glob("*/config.yaml"))}
+        if alike := difflib.get_close_matches(folder.name, named, n=1):
+            return f"; did you mean {named[alike[0]]}?"
+        if named:
+            more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
+            return f"; there are {', '.join(list(named.values())[:_MOST_NAMED])}{more}"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

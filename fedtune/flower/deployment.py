@@ -94,7 +94,7 @@ def run_deployed(
     return FederationRun(
         config=config,
         folder=folder,
-        shared=SharedModel(config, inexact_allowed=True),  # nothing is trained here
+        shared=SharedModel(config, inexact_allowed=True, progress=listener.preparing),  # nothing is trained here
         asked=asked,
         receipts=receipts,
         engine=over_sites,

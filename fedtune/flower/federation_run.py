@@ -43,6 +43,9 @@ from fedtune.tasks.measures import Detail
 class Listener(Protocol):
     """Follows a run, to show it."""
 
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """What takes long before a round's steps: so much of so much is done; of 0 where nobody knows how much."""
+
     def note(self, text: str) -> None:
         """Something about the data that a person should know before training begins."""
 
@@ -182,6 +185,7 @@ class FederationRun:
         if self.config.resume is not None:
             return replace(state, data_changed=tuple(sorted({*state.data_changed, *known.changed})))
         adapter = self.shared.first_adapter()
+        listener.preparing("scoring the model before training", 0, 0)
         measured = self.shared.finally_measured(adapter)
         before = measured.final_scores(self.shared.model) if measured else {}
         start = start_adapter_of(self.config)

@@ -96,9 +96,10 @@ def _layer_indices(spec: LoraSpec, count: int) -> list[int]:
     if spec.layers is None:
         return list(range(count))
     if not all(-count <= layer < count for layer in spec.layers):
-        raise ConfigError(
-            "lora.layers", spec.layers, f"must lie from {-count} to {count - 1}: the base has {count} layers"
+        bound = (
+            f"must lie from {-count} to {count - 1}: the base has {count} layers, and lora.layers=null adapts them all"
         )
+        raise ConfigError("lora.layers", spec.layers, bound)
     return sorted({layer % count for layer in spec.layers})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -28,9 +28,15 @@ from fedtune.tasks.saved import StartAdapter
 from fedtune.training.machine import device_for, frozen_states_mib, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.preflight import moved_by_others, require_alone
 
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, and how much of how much of it is; of 0: nobody knows how much there is."""
 _Facts = tuple[Hashable, ...]
 _measured: dict[_Facts, tuple[Shapes, float]] = {}
 """What trying a model came to in this process.  A figure stays: who asks again does not get another draw of it."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Shows nobody what is done: at a real site that would be how many records there are."""
 
 
 class SharedModel:
@@ -40,6 +46,7 @@ class SharedModel:
         config: of the run.
         declared_size: privacy units, as published, that train in this process; None: those of all sites.
         inexact_allowed: take a machine whose kernels let an example's neighbours change how it is rounded.
+        progress: told what takes long, also while records are trained on.
 
     Attributes:
         shapes: that micro-batches have.
@@ -51,8 +58,16 @@ class SharedModel:
         ConfigError: the model cannot be loaded, or not be trained with per-example clipping.
     """
 
-    def __init__(self, config: RunConfig, *, declared_size: int | None = None, inexact_allowed: bool = False) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        declared_size: int | None = None,
+        inexact_allowed: bool = False,
+        progress: Progress = silent,
+    ) -> None:
+        self.config, self.progress = config, progress
+        progress("loading the model", 0, 0)
         self.device = device_for(config.runtime.device)
         self.tokenizer, self.model = ready(config, lambda: build_task_model(config.task_model(), device=self.device))
         self.initial_adapter = Adapter.of(self.model)
@@ -102,6 +117,7 @@ class SharedModel:
     def _tried(self) -> tuple[Shapes, float]:
         """The shapes in which no example's neighbours move it, else the plain ones and how far they do."""
         if self._facts not in _measured:
+            self.progress("trying the model", 0, 0)
             shapes, moved = self.shapes, self._moved(self.shapes)
             if moved > 0:
                 # Kernels of some machines go by the number of rows: with one number for each length they cannot.
@@ -118,6 +134,7 @@ class SharedModel:
             max_grad_norm=self.config.privacy.max_grad_norm,
             pad_id=self.tokenizer.pad_token_id,
             weights_chosen=not self.config.model.path.startswith(RANDOM),
+            told=partial(self.progress, "trying the model"),
         )
 
     def first_adapter(self) -> Adapter:

@@ -47,7 +47,7 @@ from fedtune.privacy.site_policy import (
     Reference,
     Releases,
 )
-from fedtune.sites.shared_model import SharedModel, dealing
+from fedtune.sites.shared_model import Progress, SharedModel, dealing, silent
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError, RefusedError, RunError
 from fedtune.tasks import task_named
@@ -266,13 +266,22 @@ class Participants:
     Args:
         config: the run's.
         folder: the run folder, where each site's ledger lies.
+
+    Attributes:
+        progress: told what takes long, from the loading of the model on.
     """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config
         self.sites = VirtualSites.of(config, folder, config.plan())
-        policies = [self.sites.files(name).policy for name in config.federation.active]
-        self.shared = SharedModel(config, inexact_allowed=all(one.allow.inexact_gradients for one in policies))
+        self.progress: Progress = silent
+
+    @cached_property
+    def shared(self) -> SharedModel:
+        """The model that all of them train."""
+        policies = [self.sites.files(name).policy for name in self.config.federation.active]
+        inexact = all(one.allow.inexact_gradients for one in policies)
+        return SharedModel(self.config, inexact_allowed=inexact, progress=self.progress)
 
     @cached_property
     def dealt(self) -> Dealt:

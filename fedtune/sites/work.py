@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from fedtune.data import TextDataset, users_of
 from fedtune.data.load import SiteRecords
@@ -85,7 +85,8 @@ class SiteWork:
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
     ) -> Adapter:
         if self.shared.keeps_states:
-            self.examples.keep_frozen_states(self.shared.model)
+            told = partial(self.shared.progress, f"{self.site}: running the frozen layers over its records")
+            self.examples.keep_frozen_states(self.shared.model, told=told)
         work = RoundOfTraining(
             site=self.site,
             round=request.round,

@@ -25,6 +25,14 @@ log = logging.getLogger(__name__)
 Places = npt.NDArray[np.int64]
 
 
+Told = Callable[[int, int], None]
+"""Called with how many parts of a long work are done, and of how many."""
+
+
+def nobody(done: int, total: int) -> None:
+    """Tells nobody."""
+
+
 class Units(Protocol):
     """A site's privacy units, which a step samples, cuts into micro-batches and turns into one gradient each."""
 
@@ -96,7 +104,7 @@ class SiteExamples:
         model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
 
     def keep_frozen_states(
-        self, model: TaskModel, *, parts: Iterable[Part] | None = None, lenient: bool = True
+        self, model: TaskModel, *, parts: Iterable[Part] | None = None, lenient: bool = True, told: Told = nobody
     ) -> None:
         """Run the layers below the first trained one over every record, once, and start later passes behind them.
 
@@ -109,6 +117,7 @@ class SiteExamples:
             model: the same for the rest of a run, below its first trained layer.
             parts: all records once, in the micro-batches to compute them in; None: as they are cut.
             lenient: false for made-up examples: one that cannot be computed raises.
+            told: how many records are done; that number stays at the site.
 
         Raises:
             Exception: the machine's own failure, never one that a record caused.
@@ -116,6 +125,7 @@ class SiteExamples:
         if self._states is not None:
             return
         kept: torch.Tensor | None = None
+        done = 0
         for part in self.parts(np.arange(len(self), dtype=np.int64)) if parts is None else parts:
             batch = self.batch(part)
             states = _states(model, batch) if lenient else model.frozen_states(batch)
@@ -126,6 +136,8 @@ class SiteExamples:
             rows, columns, places = self._tokens(part, batch)
             usable = (states.isfinite().all(dim=-1) | (batch.attention_mask == 0)).all(dim=1)
             kept[places] = torch.where(usable[:, None, None], states, 0.0).cpu()[rows, columns]
+            done += len(part.places)
+            told(done, len(self))
         self._states = kept
 
     def _kept(self, part: Part, batch: Batch) -> torch.Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
 from fedtune.training.dp_step import CLIP_NORM_CELLS, contributions
-from fedtune.training.examples import SiteExamples
+from fedtune.training.examples import SiteExamples, Told, nobody
 from fedtune.training.per_example import PerExampleGradients, attached
 
 _LARGEST_ROUNDING = 0.05
@@ -41,6 +42,7 @@ def moved_by_others(
     max_grad_norm: float,
     pad_id: int = 0,
     weights_chosen: bool = True,
+    told: Told = nobody,
 ) -> float:
     """How far what an example adds to a sum was seen to move by what else is in its micro-batch (`require_alone`).
 
@@ -55,6 +57,7 @@ def moved_by_others(
         max_grad_norm: the run's clip norm, for the measured bound.
         pad_id: that steps will fill with.
         weights_chosen: somebody chose the weights; those of a random model show already what others could hide.
+        told: how many of the trials are done; there are as many for every data set.
 
     Returns:
         The most that an example's clipped contribution was seen to move, in clip norms; 0.0: not by a bit.
@@ -63,9 +66,12 @@ def moved_by_others(
         ConfigError: for `model.path`, or whatever setting keeps the training pass from running.
     """
     before, draws = Adapter.of(model), np.random.default_rng()
+    numbers, total = count(1), (3 if weights_chosen else 2) * len(shapes.lengths)
 
     def trial() -> _Trial:
-        return _Trial(model, shapes, draws, keeps_states=keeps_states, pad_id=pad_id)
+        made = _Trial(model, shapes, draws, keeps_states=keeps_states, pad_id=pad_id)
+        made.tried = lambda: told(next(numbers), total)
+        return made
 
     try:
         _fill(model, draws)
@@ -108,13 +114,18 @@ def require_alone(moved: float, *, path: str, inexact_allowed: bool) -> None:
 
 
 class _Trial:
-    """Made-up examples of every shape, in two companies each."""
+    """Made-up examples of every shape, in two companies each.
+
+    Attributes:
+        tried: called whenever a length was tried.
+    """
 
     def __init__(
         self, model: TaskModel, shapes: Shapes, draws: np.random.Generator, *, keeps_states: bool, pad_id: int
     ) -> None:
         self._model, self._shapes, self._draws = model, shapes, draws
         self._keeps_states, self._pad_id = keeps_states, pad_id
+        self.tried: Callable[[], None] = lambda: None
         self._places: dict[int, npt.NDArray[np.int64]] = {}
         lengths: list[int] = []
         for number, length in enumerate(shapes.lengths):
@@ -156,6 +167,7 @@ class _Trial:
             rows = torch.from_numpy(part.places - self._places[length][0])
             here, there = _rows(whole, rows), _rows(other, torch.arange(len(rows)))
             moved = max(moved, _distance(here, there, max_grad_norm))
+        self.tried()
         return moved
 
     def _companies(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
@@ -183,6 +195,7 @@ class _Trial:
             for part, examples in zip(parts, copied, strict=True):
                 found, rows = _gradients(gradients, examples.batch(part)), torch.from_numpy(part.places)
                 moved = max(moved, _distance(_rows(found, rows), _rows(found, torch.zeros_like(rows)), max_grad_norm))
+                self.tried()
         return moved
 
     def _copies(self, length: int) -> TextDataset:

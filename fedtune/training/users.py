@@ -18,7 +18,7 @@ from fedtune.privacy.mechanism import Unit, choose_records
 from fedtune.privacy.randomness import RandomStream
 from fedtune.tasks import TaskModel
 from fedtune.training.dp_step import UnitGradients
-from fedtune.training.examples import Places, SiteExamples
+from fedtune.training.examples import Places, SiteExamples, Told, nobody
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +116,9 @@ class UserExamples:
             losses = model.losses(records)
             (losses * shares.to(losses.dtype)).sum().backward()  # type: ignore[no-untyped-call]
 
-    def keep_frozen_states(self, model: TaskModel) -> None:
+    def keep_frozen_states(self, model: TaskModel, *, told: Told = nobody) -> None:
         """As `SiteExamples.keep_frozen_states`."""
-        self.examples.keep_frozen_states(model)
+        self.examples.keep_frozen_states(model, told=told)
 
     def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
         """A cut that draws from `stream` which records of a user take part."""

@@ -123,6 +123,23 @@ def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, words: l
     assert sorted(path.name for path in made.iterdir()) == before
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    (["init", "gone.csv", "--out", "tickets.csv"], "gone.csv = 'no such file': must be a file"),
+    (["init", "tickets.csv", "--label", "gone", "--out", "no/a.yaml"], "--label = 'gone': must be one of the columns"),
+    (["check", "gone.yaml", "--page", "a.txt"], "experiment = 'gone.yaml': must be a file that can be read"),
+    (["clean", "gone.yaml", "--out", "no/a.jsonl"], "experiment = 'gone.yaml': must be a file that can be read"),
+    (["clean", "tickets.yaml", "data.train_file=gone.csv", "--out", "a.csv"], "data.train_file = 'gone.csv': no such"),
+])  # fmt: skip
+def test_what_is_read_is_judged_before_what_is_written(
+    made: Path, command: Any, words: list[str], message: str
+) -> None:
+    before = sorted(path.name for path in made.iterdir())
+    outcome = command("data", *words)
+    assert outcome.code == 2
+    assert outcome.message.startswith(message)
+    assert sorted(path.name for path in made.iterdir()) == before
+
+
 LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
 
 

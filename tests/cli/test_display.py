@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +99,7 @@ def shown(
 
 def test_a_round_is_one_line(config: RunConfig, state: Callable[..., LeadState]) -> None:
     line = shown(config, state(3)).splitlines()[-1]
-    assert line.startswith("round  3/10 | 2/2 sites | loss 1.235, macro-f1 0.500 | epsilon 0.5")
+    assert line.startswith("round  3/10 | 2/2 sites | validation: loss 1.235, macro-f1 0.500 | epsilon 0.5")
     assert line.endswith("| 2.0 s | about 3 min 30 s left")
 
 
@@ -126,6 +127,44 @@ def test_no_privacy_is_said(tiny: Any, tmp_path: Path) -> None:
     assert "none (privacy=none)" in shown(compose_run(tiny("privacy=none", into=tmp_path)))
 
 
+def prepared(config: RunConfig, *, terminal: bool = False, progress: bool = True, every_s: float) -> str:
+    """What is shown of what takes long."""
+    out = io.StringIO()
+    console = Console(file=out, width=200, force_terminal=terminal)
+    with Display(console, config, shown=progress, every_s=every_s) as display:
+        display.preparing("loading the model", 0, 0)
+        for done in range(4):
+            display.preparing("trying the model", done, 3)
+        state = LeadState(round=0, adapter=Adapter({}))
+        display.prepared(Nobody(), config.proposal(lead="ab" * 32, plan=config.plan()), state)  # type: ignore[arg-type]
+        for done in (1, 2):
+            display.preparing("site-1: running the frozen layers over its records", done, 2)
+    return out.getvalue()
+
+
+def test_what_takes_long_before_training_is_told_of(config: RunConfig) -> None:
+    lines = [line for line in prepared(config, every_s=0.0).splitlines() if line.startswith("  ")]
+    assert lines[:2] == ["  loading the model ...", "  trying the model ..."]
+    assert [re.sub("about .* left", "LEFT", line) for line in lines[2:]] == [
+        "  trying the model: 1 of 3, LEFT",
+        "  trying the model: 2 of 3, LEFT",
+        "  trying the model: 3 of 3",
+        "  site-1: running the frozen layers over its records: 1 of 2, LEFT",
+        "  site-1: running the frozen layers over its records: 2 of 2",
+    ]
+
+
+def test_what_is_soon_done_is_told_of_once_and_only_before_training(config: RunConfig) -> None:
+    lines = [line for line in prepared(config, every_s=1e9).splitlines() if line.startswith("  ")]
+    assert lines == ["  loading the model ...", "  trying the model ..."]
+
+
+def test_a_terminal_has_a_bar_for_it_and_quiet_nothing(config: RunConfig) -> None:
+    assert "trying the model: 2 of 3" in prepared(config, terminal=True, every_s=1e9)
+    for terminal in (False, True):
+        assert "model" not in prepared(config, terminal=terminal, progress=False, every_s=0.0)
+
+
 def test_quiet_is_quiet(config: RunConfig, state: Callable[..., LeadState]) -> None:
     assert shown(config, state(1), progress=False) == ""
 
@@ -148,7 +187,7 @@ def result(**changes: Any) -> RunResult:
 
 def table(config: RunConfig, result: RunResult) -> str:
     out = io.StringIO()
-    show_result(Console(file=out, width=100), config, result, Path("runs/a"))
+    show_result(Console(file=out, width=250), config, result, Path("runs/a"), whole_s=99.0)
     return out.getvalue()
 
 
@@ -158,12 +197,14 @@ def test_a_shown_epsilon_is_never_below_the_true_one(config: RunConfig) -> None:
     assert "1.000" not in out
     assert "4 at most" in out, "a silent site's steps are a bound"
     assert "test: accuracy 0.500 (before: accuracy 0.100)" in out
-    assert "1 min 1 s, peak memory 1.0 GiB" in out
+    assert "rounds and scores 1 min 1 s, with loading 1 min 39 s, peak memory 1.0 GiB" in out
+    assert "It is a check: the figure that counts is epsilon, and nothing is spent in addition." in out
     assert "run folder: runs/a\n" in out
 
 
 def test_no_guarantee_is_said(config: RunConfig) -> None:
     assert "No privacy guarantee" in table(config, result(epsilon=None))
+    assert "the figure that counts" not in table(config, result(epsilon=None))
     assert "A study without a guarantee" in table(config, result(seeded_noise=True))
 
 

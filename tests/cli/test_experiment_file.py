@@ -124,3 +124,28 @@ def test_values_as_they_are_typed(page: Path) -> None:
     columns = made("data.columns={text: a, label: b}", "data.columns.site=org", "data.partition.kind=column",
                    "data.partition.sites={o: 0, p: 1, q: 2, r: 3}").columns  # type: ignore[attr-defined]  # fmt: skip
     assert columns == {"text": "a", "label": "b", "site": "org"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["experiment=mails"], r"users_irc; did you mean experiment=\./mails\.yaml\?$"),
+        (["./mails.yaml"], r"did you mean experiment=\./mails\.yaml\?$"),
+        (["mails.yaml", "seed=1"], r"did you mean experiment=\./mails\.yaml\?$"),
+        (["mails"], r"must look like key=value; did you mean experiment=\./mails\.yaml\?$"),
+        (["own_data"], r"did you mean experiment=own_data\?$"),
+        (["nothing.yaml"], r"like key='\.\.\.'$"),
+        (["m" * 5000], r"like key='\.\.\.'$"),
+        (["experiment=./mails.yaml", "experiment=debug"], "'debug': is one too many: experiment=./mails.yaml is given"),
+        (["experiment=debug", "experiment=own_data"], "'own_data': is one too many: experiment=debug is given, too$"),
+    ],
+)
+def test_an_experiment_that_is_not_typed_as_one_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], wanted: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mails.yaml").write_text("defaults: [debug]\nname: mails\n")
+    with pytest.raises(ConfigError, match=wanted):
+        compose_run(overrides)
+    with pytest.raises(ConfigError, match=wanted):
+        compose_sweep(overrides)

@@ -118,6 +118,35 @@ def test_records_of_a_file_are_asked_without_their_answers(runs: Path, command: 
     assert json.loads(line)["answers"] == json.loads(alone.out)["answers"]
 
 
+def test_a_conversation_in_a_file_needs_no_answer(chats: Path, command: Any, tmp_path: Path) -> None:
+    asked, answered = {"role": "user", "content": "name[The Eagle]"}, {"role": "assistant", "content": "no"}
+    file = tmp_path / "asked.jsonl"
+
+    def answer(*turns: dict[str, str]) -> Any:
+        file.write_text(json.dumps({"messages": turns}) + "\n")
+        return command("generate", str(chats), "--file", str(file), "--max-new-tokens", "6", "--json")
+
+    alone, whole = answer(asked), answer(asked, answered)
+    assert (alone.code, alone.err) == (0, "")
+    assert json.loads(alone.out) == json.loads(whole.out)
+    assert json.loads(alone.out)["fields"] == {"messages": json.dumps([asked], separators=(",", ":"))}
+    nobody = answer({"role": "system", "content": "be kind"})
+    assert (nobody.code, "no turn of the user" in nobody.message) == (2, True)
+
+
+@pytest.mark.parametrize("asks", [("generate", "--file"), ("evaluate", "--data")])
+def test_a_file_of_other_columns_names_the_option_once(
+    asks: tuple[str, str], runs: Path, command: Any, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("body,label\na,card_arrival\nb,card_arrival\n")
+    outcome = command(asks[0], str(runs / "intents"), asks[1], str(rows))
+    assert (outcome.code, outcome.out) == (2, "")
+    wanted = "must be there; name another with --columns '{text: COLUMN}', one of 'body', 'label'"
+    assert outcome.message.count(wanted) == 1
+    assert "data.columns" not in outcome.message
+
+
 def test_a_chat_answers_each_line(runs: Path, command: Any, typed: Any) -> None:
     typed("name[The Eagle]\n\n/adapter\n/adapter nobody\n/adapter base\nname[The Eagle]\n/what\n/quit\nunread\n")
     outcome = command("chat", str(runs / "tables"), "--max-new-tokens", "12")
@@ -181,7 +210,7 @@ WRONG = {
         ("tables", "--prompt", "a", "--adapter", "x=intents"),
         "task is 'classification', not 'causal_lm'",
     ),
-    "no run": (("gone", "--prompt", "a"), "^run folder = 'gone': must hold a config.yaml$"),
+    "no run": (("gone", "--prompt", "a"), "^run folder = 'gone': must hold a config.yaml; there are "),
     "no role": (("intents", "--file", "a.txt", "--columns", "{body: text}"), r"^--columns = 'body': must be one of"),
     "no mapping": (("intents", "--file", "a.txt", "--columns", "text"), r"^--columns = 'text': must name the column"),
 }
@@ -204,6 +233,13 @@ def test_a_file_without_prompts_is_named(text: bytes, runs: Path, command: Any, 
     outcome = command("generate", str(runs / "intents"), "--file", str(tmp_path / "prompts.txt"))
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.message.startswith("--file = ")
+
+
+def test_a_text_without_its_option_is_told_of_it(runs: Path, command: Any) -> None:
+    outcome = command("generate", str(runs / "tables"), "name[The Eagle]", "--max-new-tokens", "3")
+    assert (outcome.code, outcome.out) == (2, "")
+    wanted = "Got unexpected extra argument (name[The Eagle]): give what is to be answered as --prompt TEXT"
+    assert outcome.message.startswith(wanted)
 
 
 def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, command: Any, tmp_path: Path) -> None:

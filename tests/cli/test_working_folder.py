@@ -6,7 +6,9 @@ import fcntl
 import io
 import json
 import logging
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.cli.working_folder import folder_of, is_running, make, only_one, run_in_folder
 from fedtune.config import RunConfig, saved_config
 from fedtune.spec import ConfigError, RefusedError, RunError
+from tests.forked import REPOSITORY, Forked
 
 from . import snapshots
 
@@ -106,12 +109,13 @@ def attempt(config: RunConfig, folder: Path, error: BaseException, *, begun: boo
         logging.getLogger("fedtune.somewhere").info("it was here")
         (folder / "checkpoints").mkdir(exist_ok=True)
         (folder / "sites").mkdir(exist_ok=True)
+        (folder / "answers.json").touch()
         if begun:
             (folder / "checkpoints" / "round-0000.safetensors").touch()
         raise error
 
     with pytest.raises(type(error)):
-        run_in_folder(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN")
+        run_in_folder(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)
     return said.getvalue()
 
 
@@ -119,9 +123,8 @@ def attempt(config: RunConfig, folder: Path, error: BaseException, *, begun: boo
     "error", [RunError("no server"), ConfigError("a", 1, "b"), OSError("disk"), KeyboardInterrupt()]
 )
 def test_what_never_began_leaves_nothing_behind(config: RunConfig, folder: Path, error: BaseException) -> None:
-    make(folder, config)
     said = attempt(config, folder, error)
-    assert not folder.exists()
+    assert not folder.parent.exists()
     told = isinstance(error, RunError | KeyboardInterrupt)
     assert ("Nothing had been trained yet." in said) is told
     assert ("Interrupted." in said) is isinstance(error, KeyboardInterrupt)
@@ -129,11 +132,53 @@ def test_what_never_began_leaves_nothing_behind(config: RunConfig, folder: Path,
 
 @pytest.mark.parametrize("error", [RunError("no server"), RefusedError("no"), KeyboardInterrupt()])
 def test_what_began_stays_and_says_how_to_go_on(config: RunConfig, folder: Path, error: BaseException) -> None:
-    make(folder, config)
     said = attempt(config, folder, error, begun=True)
     assert ("Continue with: fedtune AGAIN" in said) is not isinstance(error, RefusedError)
     assert saved_config(folder) == config
     assert "INFO fedtune.somewhere it was here" in (folder / "log.txt").read_text()
+
+
+def test_what_others_have_made_stays(config: RunConfig, folder: Path) -> None:
+    (folder.parent / "earlier").mkdir(parents=True)
+    attempt(config, folder, RunError("no server"))
+    assert [path.name for path in folder.parent.iterdir()] == ["earlier"]
+    (folder.parent / "earlier").rmdir()
+    attempt(config, folder, RunError("no server"))
+    assert folder.parent.is_dir(), "it was there before"
+
+
+def test_a_folder_that_somebody_else_made_is_not_cleared_away(config: RunConfig, folder: Path) -> None:
+    make(folder, config)
+    with pytest.raises(ConfigError, match="is taken"):
+        run_in_folder(
+            config, folder, Console(file=io.StringIO()), work=lambda *_: pytest.fail("it ran"), again="", began=0.0
+        )
+    assert saved_config(folder) == config
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_while_it_loads_leaves_nothing(
+    tiny: Callable[..., list[str]], tmp_path: Path, number: signal.Signals
+) -> None:
+    # Its micro-batches have many shapes, each of which is tried: that takes seconds.
+    slow = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.max_length=400")
+    words = [sys.executable, "-m", "fedtune", "simulate", *tiny(*slow, into=tmp_path / "new" / "runs")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    with Forked(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert "loading" in process.stdout.readline()
+        assert (tmp_path / "new" / "runs" / "run" / "log.txt").exists()
+        process.send_signal(number)
+        said, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (1, "")
+    assert "Interrupted. Nothing had been trained yet." in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_signals_have_their_handlers_back_afterwards(config: RunConfig, folder: Path) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    attempt(config, folder, RunError("no server"))
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_a_resumed_folder_is_never_cleared_away(config: RunConfig, folder: Path) -> None:
@@ -145,7 +190,6 @@ def test_a_resumed_folder_is_never_cleared_away(config: RunConfig, folder: Path)
 def test_logging_is_as_before_afterwards(config: RunConfig, folder: Path) -> None:
     loggers = [logging.getLogger(name) for name in ("fedtune", "flwr")]
     before = [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
-    make(folder, config)
     attempt(config, folder, RunError("no server"), begun=True)
     assert [(logger.level, logger.handlers, logger.propagate) for logger in loggers] == before
 

@@ -206,7 +206,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
         parquet_bytes(question=["a", "b"], intent=[1.5, 2.5]),
         COLUMNS,
         "a.parquet:1, column 'intent'",
-        "(and 1 more row: 1 must be text or an integer",
+        "(and 1 more row: 1 likewise)",
     ),
     "nulls in Parquet": (
         "a.parquet",
@@ -287,8 +287,8 @@ def test_all_faults_are_counted_by_kind(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read_records(path, COLUMNS)
     assert str(error.value) == (
-        f"{path}:2, column 'question' = 'blank': must not be blank (role text) (and 5 more rows: 2 must not be blank "
-        "(role text); 2 must be one whole JSON object on a line; 1 must be text (role text))"
+        f"{path}:2, column 'question' = 'blank': must not be blank (role text) (and 5 more rows: 2 likewise; "
+        "2 must be one whole JSON object on a line; 1 must be text (role text))"
     )
 
 

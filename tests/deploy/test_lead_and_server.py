@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -180,15 +179,6 @@ def test_a_file_that_names_no_process_is_nobodys(tmp_path: Path, text: str) -> N
     assert running_process(tmp_path) is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_interrupts_a_run_and_its_handlers_are_put_back(tmp_path: Path, number: signal.Signals) -> None:
-    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(KeyboardInterrupt), _running(tmp_path):
-        signal.raise_signal(number)
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
-    assert not (tmp_path / RUNNING).exists()
-
-
 # What its sites said.
 
 
@@ -206,6 +196,9 @@ class Shown:
 
     def site_replied(self, number: int) -> None:
         self.all.append(("site_replied", number))
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        self.all.append((what, done, total))
 
     def round_finished(self, state: object) -> None:
         self.all.append(("round_finished", state))
@@ -228,6 +221,7 @@ def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_p
     assert set(json.loads((tmp_path / "answers.json").read_text())) == {"north", "south"}
     noted.note("about the data")
     noted.site_replied(2)
+    noted.preparing("trying the model", 1, 2)
     state: Any = "a state"
     noted.round_finished(state)
     noted.prepared(state, state, state)
@@ -237,6 +231,7 @@ def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_p
         ("north", "update", 30, 1),
         ("note", "about the data"),
         ("site_replied", 2),
+        ("trying the model", 1, 2),
         ("round_finished", "a state"),
         ("prepared", "a state", "a state", "a state"),
     ]

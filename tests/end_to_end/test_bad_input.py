@@ -95,7 +95,7 @@ _WRONG_VALUES = [
     ("federation.num_sites=500", "data.train_file", "train.jsonl.gz", "without a record"),
     ("data.heldout_fraction=0.999", "data.train_file", "train.jsonl.gz", "without a record"),
     ("lora.target_modules=[nothing]", "lora.target_modules", "'nothing'", "must be among the base's modules: dense"),
-    ("lora.layers=[9]", "lora.layers", "(9,)", "must lie from -2 to 1"),
+    ("lora.layers=[9]", "lora.layers", "(9,)", "to 1: the base has 2 layers, and lora.layers=null adapts them all"),
     ("model.path=/no/such/folder", "model.path", "'/no/such/folder'", "neither a folder on this machine"),
     ("model=nonesuch", "model", "'nonesuch'", "must be one of llama_1b, minilm"),
     ("experiment=nonesuch", "experiment", "'nonesuch'", "must be one of banks_intents, debug"),
@@ -110,7 +110,8 @@ _WRONG_VALUES = [
     ("privacy.epsilon=[1", "override", "'privacy.epsilon=[1'", "must look like key=value"),
     ("privacy.epsilon", "override", "'privacy.epsilon'", "must look like key=value"),
     ("=3", "override", "'=3'", "must look like key=value"),
-    ("privacy.epsilon==3", "override", "'privacy.epsilon==3'", "a value with signs of its own like key='...'"),
+    ("privacy.epsilon==3", "override", "'privacy.epsilon==3'", "must have one equals sign: privacy.epsilon=3"),
+    ("debug", "override", "'debug'", "must look like key=value; did you mean experiment=debug?"),
     ("privacy.epsilon=${nope}", "privacy.epsilon", "'${nope}'", "Interpolation key 'nope' not found"),
 ]
 

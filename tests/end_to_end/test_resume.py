@@ -41,6 +41,9 @@ class Follower:
     def prepared(self, shared: object, proposal: object, state: LeadState) -> None:
         self.rounds.append(state.round)
 
+    def preparing(self, what: str, done: int, total: int) -> None:
+        pass
+
     def note(self, text: str) -> None:
         pass
 

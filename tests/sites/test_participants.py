@@ -158,3 +158,17 @@ def test_no_lead_files_are_no_scores(config: Callable[..., RunConfig], tmp_path:
 def test_longer_texts_than_the_model_has_positions_for(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.max_length = 513: must be at most the model's 512"):
         Participants(config("data.max_length=513"), tmp_path)
+
+
+def test_what_takes_long_is_told_of(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_model, "_measured", {})
+    told: list[str] = []
+    everyone = Participants(config("lora=last_layer", "federation.site_names=[a,b]"), tmp_path / "run")
+    everyone.progress = lambda what, done, total: told.append(what)
+    work, adapter = everyone.work["a"], everyone.shared.initial_adapter
+    assert list(dict.fromkeys(told)) == ["loading the model", "trying the model"]
+    request = round_request(everyone.config, everyone.sites.lead_key(), site="a")
+    work.do(request, adapter, attempt=1, fingerprint_key=bytes(32))
+    assert told[-1] == "a: running the frozen layers over its records"

@@ -47,6 +47,17 @@ def test_kept_states_give_the_same_clipped_sum(
     assert any(int(total.abs().max()) > 1e-3 * CELLS for total in expected.values())
 
 
+def test_it_is_told_how_many_records_have_their_states(fresh: Any, examples: Any, site_examples: Any) -> None:
+    model = fresh(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+    dataset = examples("classification")
+    told: list[tuple[int, int]] = []
+    site_examples(dataset).keep_frozen_states(model, told=lambda done, total: told.append((done, total)))
+    assert len(told) > 1
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1] == (len(dataset), len(dataset))
+    assert {total for _, total in told} == {len(dataset)}
+
+
 def test_each_record_keeps_its_own_states(fresh: Any, examples: Any, site_examples: Any) -> None:
     model = fresh(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
     dataset = examples("classification")

@@ -322,3 +322,11 @@ def test_what_is_made_up_is_drawn_anew_each_time(last_layer: Any) -> None:
     check(model)
     same = sum(torch.equal(one, other) for one, other in zip(seen[:first], seen[first:], strict=True))
     assert same <= first // 10, "an example of one token may be drawn twice"
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_it_is_told_how_many_trials_are_done(fresh: Any, chosen: bool) -> None:
+    told: list[tuple[int, int]] = []
+    check(fresh("random:bert", "classification"), weights_chosen=chosen, told=lambda *so_far: told.append(so_far))
+    total = (3 if chosen else 2) * len(SHAPES.lengths)
+    assert told == [(done, total) for done in range(1, total + 1)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ class _Noted:
         self._listener, self._path = listener, RunFolder(folder).answers
         self._answers: dict[str, dict[str, str]] = {}
         self.prepared, self.round_finished = listener.prepared, listener.round_finished
-        self.site_replied, self.note = listener.site_replied, listener.note
+        self.site_replied, self.note, self.preparing = listener.site_replied, listener.note, listener.preparing
 
     def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -149,18 +148,10 @@ def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
 def _running(folder: Path) -> Iterator[None]:
     """Say in the run folder which process runs it, so that `fedtune run stop` finds it."""
     write_durably(folder / RUNNING, json.dumps({"pid": os.getpid()}).encode())
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    # Also in a background process, for which the shell ignores Ctrl-C's signal.
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         (folder / RUNNING).unlink(missing_ok=True)
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def running_process(folder: Path) -> int | None:

@@ -1,0 +1,143 @@
+"""Experiments: those of conf/, and a file of the user's own: plain data, which is checked before Hydra sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fedtune.config import plain_yaml
+from fedtune.data.load import shipped_folders
+from fedtune.spec import ConfigError
+
+FROM_FILE = "_from_file_"
+"""What the experiment of a file is called while a run is composed."""
+
+
+def config_folder() -> Path:
+    """The folder `conf/`, in a checkout or inside the installed package."""
+    return next(folder / "conf" for folder in shipped_folders() if (folder / "conf" / "config.yaml").is_file())
+
+
+def experiment_called(word: str) -> str | None:
+    """What experiment= may have to be for what a person typed: a name of conf/, or a file, whose ending may lack."""
+    if os.path.isfile(config_folder() / "experiment" / f"{word}.yaml"):
+        return word
+    endings = ("",) if word.endswith((".yaml", ".yml")) else (".yaml", ".yml")
+    path = next((f"{word}{ending}" for ending in endings if os.path.isfile(f"{word}{ending}")), None)
+    return path if path is None or "/" in path else f"./{path}"
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentFile:
+    """An experiment in a file of the user's own: plain data, checked before Hydra sees it.
+
+    Attributes:
+        path: the file.
+        settings: what it sets, without its defaults, with files beside it by their path.
+        bases: experiments of conf/ that it builds on.
+        options: group to option.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+    bases: tuple[str, ...]
+    options: Mapping[str, str]
+
+    def sets(self, key: str) -> bool:
+        """Whether the file sets a dotted key, or a part of what it stands for."""
+        inner: Any = self.settings
+        for part in key.split("."):
+            if not isinstance(inner, dict) or part not in inner:
+                return False
+            inner = inner[part]
+        return True
+
+    @contextmanager
+    def search_path(self) -> Iterator[str]:
+        """A folder that has this file's settings as an experiment, while the context lasts."""
+        defaults = [*self.bases, "_self_", *({f"override /{group}": name} for group, name in self.options.items())]
+        with TemporaryDirectory(prefix="fedtune-") as folder:
+            place = Path(folder) / "experiment"
+            place.mkdir()
+            text = json.dumps({"defaults": defaults, **self.settings})  # JSON is YAML without its surprises
+            (place / f"{FROM_FILE}.yaml").write_text(f"# @package _global_\n{text}\n", encoding="utf-8")
+            yield folder
+
+
+def read_experiment(path: Path) -> ExperimentFile:
+    """A file of settings with, at most, a defaults list of groups' options and of conf's experiments.
+
+    Raises:
+        ConfigError: there is none, it is no YAML, or it holds more than settings.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
+    settings = plain_yaml(path, key="experiment")
+    listed = settings.pop("defaults", [])
+    for key in ("hydra", "resume"):
+        if key in settings:
+            raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
+    _check_plain(settings, path)
+    bases, options = _defaults(listed, path)
+    return ExperimentFile(path, _with_files_beside(settings, path.parent), bases, options)
+
+
+def _check_plain(value: Any, path: Path, key: str = "") -> None:
+    """Refuse what would be more than data: a key that names code, and a value that stands for another."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name in ("_target_", "_partial_", "_recursive_", "_convert_", "_args_"):
+                raise ConfigError(f"{path}: {key}{name}", inner, "must not be there: a file of settings runs no code")
+            _check_plain(inner, path, f"{key}{name}.")
+    elif isinstance(value, list):
+        for inner in value:
+            _check_plain(inner, path, key)
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{path}: {key.rstrip('.')}", value, "must not hold '${': a file of settings is plain data")
+
+
+def _defaults(listed: Any, path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Experiments and options of a file's defaults list, all of which are conf's."""
+    bases: list[str] = []
+    options: dict[str, str] = {}
+    for entry in listed if isinstance(listed, list) else [listed]:
+        if isinstance(entry, dict) and len(entry) == 1:
+            ((group, option),) = entry.items()
+            group = str(group).removeprefix("override ").lstrip("/")
+        else:
+            group, option = "experiment", entry
+        if entry == "_self_":
+            continue
+        choices = sorted(one.stem for one in (config_folder() / group).glob("*.yaml")) if group.isidentifier() else []
+        if not isinstance(option, str) or option not in choices:
+            bound = f"must be one of {', '.join(choices)}" if choices else "is no group of settings"
+            raise ConfigError(f"{path}: defaults, {group}", option, bound)
+        if group == "experiment":
+            bases.append(option)
+        else:
+            options[group] = option
+    return tuple(bases), options
+
+
+def _with_files_beside(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings with each relative data file that lies beside their file named by its path."""
+    data = settings.get("data")
+    if not isinstance(data, dict):
+        return settings
+    beside = dict(data)
+    for key in ("train_file", "validation_file", "test_file"):
+        name = data.get(key)
+        if isinstance(name, str) and name.strip() and _is_there(folder / name):
+            beside[key] = str(folder / name)
+    return {**settings, "data": beside}
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; with `{site}` in its name, one for any site."""
+    return path.exists() or ("{site}" in path.name and any(path.parent.glob(path.name.replace("{site}", "*"))))
