@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedtune.cli.plain_words import WEAK_SIGNAL, signal_words
 from fedtune.config import RunConfig
+from fedtune.federation.kept_round import Kept, kept_of
 from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
 from fedtune.federation.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
@@ -23,7 +24,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
 from fedtune.sites.environment import UNKNOWN
 from fedtune.sites.shared_model import SharedModel
-from fedtune.words import counted
+from fedtune.words import counted, unbounded
 
 
 class Display:
@@ -122,11 +123,14 @@ class Display:
             f"epsilon {epsilon}",
             f"{last.seconds:.1f} s",
         ]
+        kept = kept_of(state.rounds, self._config.federation, judged_by=self._config.judged_by)
+        if kept is not None and kept.round < last.round:
+            parts.append(f"kept so far: round {kept.round}")
         if last.diverged:
             parts.append("[red]diverged: back to the adapter before[/red]")
         # Rounds still to come at this run's own pace, so that also a log without a bar says how long.
         left = (rounds - last.round) * state.seconds / max(1, last.round)
-        if left:
+        if left and not (kept is not None and kept.ended_early):
             parts.append(f"about {_duration(left)} left")
         failed = ", ".join(f"[red]{site}: {reason}[/red]" for site, reason in last.failed_sites.items())
         return " | ".join([*parts, failed] if failed else parts)
@@ -163,6 +167,8 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
         console.print("[yellow]A study without a guarantee: its noise came from the configured seed.[/yellow]")
     _show_noised_scores(console, result)
     final = result.final
+    if final.kept is not None:
+        console.print(_kept(final.kept, result, planned=config.federation.num_rounds), soft_wrap=True)
     if final.metrics:
         before = f" (before: {_scores(final.metrics_before)})" if final.metrics_before else ""
         console.print(f"[bold]test: {_scores(final.metrics)}[/bold]{before}", soft_wrap=True)
@@ -170,6 +176,23 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
         console.print(f"[yellow]{_finding(code, config)}[/yellow]", soft_wrap=True)
     console.print(f"{_duration(final.seconds or 0.0)}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
     console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True)
+
+
+def _kept(kept: Kept, result: RunResult, *, planned: int) -> str:
+    """Which round the run kept by its validation scores, and what it means that they ended it."""
+    score = _scores({kept.judged_by: kept.score})
+    text = f"kept: the adapter of round {kept.round} of {len(result.rounds)} (validation {score})"
+    if not kept.ended_early:
+        return text
+    privacy = result.privacy
+    charged = max(unbounded(site.epsilon) for site in privacy.sites.values())
+    ended = f"; no later round was better, so the run ended {counted(planned - len(result.rounds), 'round')} early"
+    if privacy.epsilon is None:
+        return text + ended
+    return (
+        f"{text}{ended}. The sites were charged epsilon {epsilon_text(charged)}; the claim stays the planned "
+        f"{epsilon_text(privacy.epsilon)}, since the scores picked the moment"
+    )
 
 
 def _show_noised_scores(console: Console, result: RunResult) -> None:

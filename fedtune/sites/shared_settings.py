@@ -59,6 +59,8 @@ def for_sites(config: RunConfig) -> RunConfig:
         model=_named_model(config.model),
         data=data,
         privacy=replace(config.privacy, noise_multiplier=noise) if config.privacy.private else config.privacy,
+        # The lead alone decides by its scores when the run ends, and whose adapter it keeps.
+        federation=replace(config.federation, stop_after=None, keep_round="last"),
         runtime=RuntimeSpec(kind="deployment", seeded_noise=config.runtime.seeded_noise),
         tracking=replace(config.tracking, output_dir=_AT_SITE),
         report=ReportSpec(),
