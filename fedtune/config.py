@@ -64,15 +64,26 @@ class TrackingSpec:
         progress: show rounds, sites, scores, epsilon and time left on the terminal.
         output_dir: folder in which run folders are made.
         log_level: the level of `log.txt`.
+        tracker: also show the run in "mlflow", "tensorboard" or "wandb" (each an extra), in a folder of that name in
+            `output_dir`; "none": in no tracker.
+        send_to: the address of an MLflow or wandb server to which it is sent in place of that folder.  That is a
+            release of what run.json holds; null: nothing leaves this machine.
     """
 
     progress: bool = True
     output_dir: str = "runs"
     log_level: Literal["debug", "info", "warning"] = "info"
+    tracker: Literal["none", "mlflow", "tensorboard", "wandb"] = "none"
+    send_to: str | None = None
 
     def __post_init__(self) -> None:
         if not self.output_dir.strip():
             raise ConfigError("output_dir", self.output_dir, "must not be blank; '.' is the current folder")
+        if self.send_to is not None:
+            if self.tracker not in ("mlflow", "wandb"):
+                raise ConfigError("send_to", self.send_to, "must be null: only mlflow and wandb have servers")
+            if not re.match("https?://", self.send_to):
+                raise ConfigError("send_to", self.send_to, "must be an address that begins with https:// or http://")
 
 
 @spec

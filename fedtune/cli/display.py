@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fedtune.cli.plain_words import WEAK_SIGNAL, signal_words
 from fedtune.config import RunConfig
-from fedtune.federation.kept_round import Kept, kept_of
+from fedtune.federation.kept_round import Kept, is_over, kept_of
 from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
 from fedtune.federation.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
@@ -32,10 +32,18 @@ class Display:
 
     Args:
         shown: False prints nothing until the result.
+        follow: is told of each state, too.
     """
 
-    def __init__(self, console: Console, config: RunConfig, *, shown: bool) -> None:
-        self._console, self._config, self._shown = console, config, shown
+    def __init__(
+        self,
+        console: Console,
+        config: RunConfig,
+        *,
+        shown: bool,
+        follow: Callable[[LeadState], None] = lambda state: None,
+    ) -> None:
+        self._console, self._config, self._shown, self._follow = console, config, shown, follow
         self._plan: Plan | None = None
         self._done = 0
         self._task: TaskID | None = None
@@ -69,6 +77,7 @@ class Display:
 
     def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
         """Show what is about to run."""
+        self._follow(state)
         self._plan, self._done = proposal.plan, state.round * len(self._config.federation.active)
         if self._shown:
             self._console.print(_settings_table(self._config, shared, proposal.plan))
@@ -77,7 +86,9 @@ class Display:
             if state.metrics_before:
                 self._console.print(f"before training: {_scores(state.metrics_before)} (test records)")
             if state.round:
-                self._console.print(f"resuming after round {state.round}")
+                over = is_over(state.rounds, self._config.federation, judged_by=self._config.judged_by)
+                what = "the run was over" if over else "resuming"
+                self._console.print(f"{what} after round {state.round}")
             if state.data_changed:
                 self._console.print(f"[yellow]{_changed(state.data_changed)}[/yellow]", soft_wrap=True)
         federation = self._config.federation
@@ -105,6 +116,7 @@ class Display:
 
     def round_finished(self, state: LeadState) -> None:
         """Print the round's line."""
+        self._follow(state)
         self._done = state.round * len(self._config.federation.active)
         if self._task is not None:
             self._progress.update(self._task, completed=self._done, description=self._round_text(state.round + 1, 0))

@@ -104,6 +104,8 @@ NEUTRAL: dict[str, Any] = {
     "data.validation_fraction": 0.2,
     "data.test_fraction": 0.2,
     "data.unusable": "leave_out",
+    "federation.stop_after": 2,
+    "federation.keep_round": "best",
     "federation.round_timeout_s": 9.0,
     "federation.enough_sites": 2,
     "federation.grace_s": 5.0,
