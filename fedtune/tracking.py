@@ -57,6 +57,7 @@ class Mlflow:
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by itself it tries a lost server for minutes
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
