@@ -60,7 +60,7 @@ class Mlflow:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by itself it tries a lost server for minutes
         from mlflow import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.ERROR)  # it tells of long settings that it cuts
         logging.getLogger("alembic").setLevel(logging.WARNING)
         address = config.tracking.send_to
         self._artifacts = None if address else (folder / "artifacts").resolve().as_uri()
