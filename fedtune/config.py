@@ -50,6 +50,8 @@ _LATER: dict[tuple[str, str], object] = {
     ("data", "label_separator"): ";",
     ("data", "target_range"): None,
     ("model", "adapter_sha256"): None,
+    ("federation", "stop_after"): None,
+    ("federation", "keep_round"): "last",
 }
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
 
@@ -62,15 +64,26 @@ class TrackingSpec:
         progress: show rounds, sites, scores, epsilon and time left on the terminal.
         output_dir: folder in which run folders are made.
         log_level: the level of `log.txt`.
+        tracker: also show the run in "mlflow", "tensorboard" or "wandb" (each an extra), in a folder of that name in
+            `output_dir`; "none": in no tracker.
+        send_to: the address of an MLflow or wandb server to which it is sent in place of that folder.  That is a
+            release of what run.json holds; null: nothing leaves this machine.
     """
 
     progress: bool = True
     output_dir: str = "runs"
     log_level: Literal["debug", "info", "warning"] = "info"
+    tracker: Literal["none", "mlflow", "tensorboard", "wandb"] = "none"
+    send_to: str | None = None
 
     def __post_init__(self) -> None:
         if not self.output_dir.strip():
             raise ConfigError("output_dir", self.output_dir, "must not be blank; '.' is the current folder")
+        if self.send_to is not None:
+            if self.tracker not in ("mlflow", "wandb"):
+                raise ConfigError("send_to", self.send_to, "must be null: only mlflow and wandb have servers")
+            if not re.match("https?://", self.send_to):
+                raise ConfigError("send_to", self.send_to, "must be an address that begins with https:// or http://")
 
 
 @spec
@@ -133,6 +146,11 @@ class RunConfig:
             sizes = self.data.sizes(self.federation.num_sites)
         if self.privacy.private:
             _check_privacy(self, largest_size=max(sizes))
+        if self.federation.chooses and not self.data.lead_validates:
+            key, value = ("stop_after", self.federation.stop_after), ("keep_round", "best")
+            name, given = key if self.federation.stop_after is not None else value
+            bound = "needs data.validation_file: records of the lead's own, since what sites release must not decide"
+            raise ConfigError(f"federation.{name}", given, bound)
         if self.privacy.metrics == "noised" and self.data.heldout_fraction == 0:
             raise ConfigError("data.heldout_fraction", 0, "must be above 0 for privacy.metrics = noised")
         task.check_model(self.task_model())
@@ -201,6 +219,11 @@ class RunConfig:
             self.training, learning_rate=lora, head_learning_rate=head if task.has_head else None
         )
         return dataclasses.replace(self, training=chosen)
+
+    @property
+    def judged_by(self) -> str:
+        """The score that says which model is better."""
+        return task_named(self.task).judged(self.data)
 
     def declared_sizes(self) -> dict[str, int]:
         """Declared size of each site that takes part."""

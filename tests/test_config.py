@@ -94,6 +94,7 @@ _NO_RESULT_CHANGES = [
     {"tracking__progress": False},
     {"tracking__output_dir": "elsewhere"},
     {"tracking__log_level": "debug"},
+    {"tracking__tracker": "wandb", "tracking__send_to": "https://tracker.example"},
 ]
 _RESULT_CHANGES = [
     {"seed": 1},
@@ -119,6 +120,8 @@ _RESULT_CHANGES = [
     {"head__scale": 11.0},
     {"evaluation__max_new_tokens": 33},
     {"federation__if_over_budget": "fewer_rounds"},
+    {"federation__stop_after": 2},
+    {"federation__keep_round": "best"},
 ]
 
 

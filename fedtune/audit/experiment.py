@@ -44,6 +44,9 @@ def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
         raise ConfigError("runtime", config.runtime.kind, "must be simulation: an audit plants made-up records")
     if config.resume is not None:
         raise ConfigError("resume", config.resume, "must be null: an audit runs from its start, with coins of its own")
+    if config.federation.stop_after is not None:
+        bound = "must be null: an audit attacks all rounds of the plan"
+        raise ConfigError("federation.stop_after", config.federation.stop_after, bound)
     if not config.privacy.private:
         raise ConfigError("privacy", config.privacy.mechanism, "claims nothing that could be audited")
     if config.privacy.unit != "record" and spec.kind == "records":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fedtune.cli.plain_words import ABOUT_RDP, WEAK_SIGNAL, signal_words
 from fedtune.config import RunConfig
+from fedtune.federation.kept_round import Kept, is_over, kept_of
 from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
 from fedtune.federation.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
@@ -24,7 +25,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
 from fedtune.sites.environment import UNKNOWN
 from fedtune.sites.shared_model import SharedModel
-from fedtune.words import counted
+from fedtune.words import counted, unbounded
 
 
 class Display:
@@ -33,13 +34,23 @@ class Display:
     Args:
         shown: False prints nothing until the result.
         every_s: where there is no terminal, what takes long is told of no more often.
+        follow: is told of each state, too.
 
     Attributes:
         earlier_s: how long the run had taken before it was resumed.
     """
 
-    def __init__(self, console: Console, config: RunConfig, *, shown: bool, every_s: float = 15.0) -> None:
+    def __init__(
+        self,
+        console: Console,
+        config: RunConfig,
+        *,
+        shown: bool,
+        every_s: float = 15.0,
+        follow: Callable[[LeadState], None] = lambda state: None,
+    ) -> None:
         self._console, self._config, self._shown, self._every_s = console, config, shown, every_s
+        self._follow = follow
         self.earlier_s = 0.0
         self._plan: Plan | None = None
         self._done = 0
@@ -98,6 +109,7 @@ class Display:
 
     def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
         """Show what is about to run."""
+        self._follow(state)
         self._plan, self._done = proposal.plan, state.round * len(self._config.federation.active)
         self.earlier_s = state.seconds
         self._remove_bar(True)
@@ -108,7 +120,9 @@ class Display:
             if state.metrics_before:
                 self._console.print(f"before training: {_scores(state.metrics_before)} (test records)")
             if state.round:
-                self._console.print(f"resuming after round {state.round}")
+                over = is_over(state.rounds, self._config.federation, judged_by=self._config.judged_by)
+                what = "the run was over" if over else "resuming"
+                self._console.print(f"{what} after round {state.round}")
             if state.data_changed:
                 self._console.print(f"[yellow]{_changed(state.data_changed)}[/yellow]", soft_wrap=True)
         federation = self._config.federation
@@ -136,6 +150,7 @@ class Display:
 
     def round_finished(self, state: LeadState) -> None:
         """Print the round's line."""
+        self._follow(state)
         self._done = state.round * len(self._config.federation.active)
         if self._task is not None:
             self._progress.update(self._task, completed=self._done, description=self._round_text(state.round + 1, 0))
@@ -154,11 +169,14 @@ class Display:
             f"epsilon {epsilon}",
             f"{last.seconds:.1f} s",
         ]
+        kept = kept_of(state.rounds, self._config.federation, judged_by=self._config.judged_by)
+        if kept is not None and kept.round < last.round:
+            parts.append(f"kept so far: round {kept.round}")
         if last.diverged:
             parts.append("[red]diverged: back to the adapter before[/red]")
         # Rounds still to come at this run's own pace, so that also a log without a bar says how long.
         left = (rounds - last.round) * state.seconds / max(1, last.round)
-        if left:
+        if left and not (kept is not None and kept.ended_early):
             parts.append(f"about {_duration(left)} left")
         failed = ", ".join(f"[red]{site}: {reason}[/red]" for site, reason in last.failed_sites.items())
         return " | ".join([*parts, failed] if failed else parts)
@@ -205,6 +223,8 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
         console.print("[yellow]A study without a guarantee: its noise came from the configured seed.[/yellow]")
     _show_noised_scores(console, result)
     final = result.final
+    if final.kept is not None:
+        console.print(_kept(final.kept, result, planned=config.federation.num_rounds), soft_wrap=True)
     if final.metrics:
         before = f" (before: {_scores(final.metrics_before)})" if final.metrics_before else ""
         console.print(f"[bold]test: {_scores(final.metrics)}[/bold]{before}", soft_wrap=True)
@@ -213,6 +233,23 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
     took = f"rounds and scores {_duration(final.seconds or 0.0)}, with loading {_duration(whole_s)}"
     console.print(f"{took}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
     console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True)
+
+
+def _kept(kept: Kept, result: RunResult, *, planned: int) -> str:
+    """Which round the run kept by its validation scores, and what it means that they ended it."""
+    score = _scores({kept.judged_by: kept.score})
+    text = f"kept: the adapter of round {kept.round} of {len(result.rounds)} (validation {score})"
+    if not kept.ended_early:
+        return text
+    privacy = result.privacy
+    charged = max(unbounded(site.epsilon) for site in privacy.sites.values())
+    ended = f"; no later round was better, so the run ended {counted(planned - len(result.rounds), 'round')} early"
+    if privacy.epsilon is None:
+        return text + ended
+    return (
+        f"{text}{ended}. The sites were charged epsilon {epsilon_text(charged)}; the claim stays the planned "
+        f"{epsilon_text(privacy.epsilon)}, since the scores picked the moment"
+    )
 
 
 def _show_noised_scores(console: Console, result: RunResult) -> None:

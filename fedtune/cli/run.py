@@ -21,6 +21,7 @@ from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Member
 from fedtune.deploy.services.lead_and_server import LeadService, latest_answers, members, running_process
+from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.results import site_charge
 from fedtune.federation.run_folder import RunFolder
@@ -227,7 +228,7 @@ def status_of(
     return {
         "name": config.name,
         "running": running,
-        "finished": state.round >= config.federation.num_rounds,
+        "finished": is_over(state.rounds, config.federation, judged_by=config.judged_by),
         "round": state.round,
         "num_rounds": config.federation.num_rounds,
         "metrics": dict(last.metrics) if last else {},

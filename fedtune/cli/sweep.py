@@ -21,6 +21,7 @@ from fedtune.cli.compose import Sweep
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.cli.working_folder import folder_of
 from fedtune.config import RunConfig
+from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
@@ -86,14 +87,15 @@ class SweptRun:
     @property
     def judged_by(self) -> str:
         """The score by which runs of its task are compared."""
-        from fedtune.tasks import task_named
-
-        return task_named(self.config.task).judged(self.config.data)
+        return self.config.judged_by
 
     @property
     def validation(self) -> Scores:
-        """After the last round, on the lead's validation records."""
-        return self.result.rounds[-1].metrics if self.result and self.result.rounds else {}
+        """Of the adapter that the run kept, on the lead's validation records."""
+        if not (self.result and self.result.rounds):
+            return {}
+        kept = self.result.final.kept
+        return self.result.rounds[kept.round - 1 if kept else -1].metrics
 
     @property
     def test(self) -> Scores:
@@ -160,8 +162,8 @@ def best_of(rows: Sequence[SweptRun]) -> SweptRun | None:
     scored = [(score, row) for row in rows if row.state == "finished" and (score := _score(row)) is not None]
     if len(scored) < 2 or len({row.compared_on for _, row in scored}) > 1:
         return None
-    choose = min if scored[0][1].judged_by == "loss" else max
-    return choose(scored, key=lambda one: one[0])[1]
+    sign = direction(scored[0][1].judged_by)
+    return max(scored, key=lambda one: sign * one[0])[1]
 
 
 def _score(row: SweptRun) -> float | None:

@@ -24,6 +24,7 @@ from fedtune.spec import ConfigError, RunError, StuckError
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.cli.display import Display
     from fedtune.federation.results import RunResult
+    from fedtune.tracking import Tracked
 
 Work = Callable[[RunConfig, Path, "Display"], "RunResult"]
 """Runs a configuration in its folder, and shows it."""
@@ -42,16 +43,35 @@ def run_in_folder(
         again: the command that continues it.
         began: when it began, by `time.monotonic`, before libraries that take seconds to load.
     """
-    from fedtune.cli.display import Display, show_result
+    from fedtune.cli.display import show_result
+    from fedtune.tracking import Tracked
 
-    display = Display(console, config, shown=config.tracking.progress)
+    with Tracked(config, note=lambda text: console.print(f"[yellow]{text}[/yellow]", soft_wrap=True)) as tracked:
+        result, earlier_s = _worked(config, folder, console, work=work, again=again, tracked=tracked)
+        from fedtune.report.model_card import write_card
+        from fedtune.report.page.render import write_report  # draws, which takes a second to import
+
+        write_card(folder, write_report(folder, language=config.report.language))
+        tracked.finish(result, folder)
+    show_result(console, config, result, folder, whole_s=earlier_s + time.monotonic() - began)
+    return result
+
+
+def _worked(
+    config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, tracked: Tracked
+) -> tuple[RunResult, float]:
+    """The run itself, after which a folder in which nothing had begun is gone; and how long it had taken before."""
+    from fedtune.cli.display import Display
+
+    display = Display(console, config, shown=config.tracking.progress, follow=tracked.update)
     made: list[Path] = []
     try:
         with _interrupted_by_signals():
             if config.resume is None:
                 made = make(folder, config)
             with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level), display:
-                result = work(config, folder, display)
+                tracked.begin()
+                return work(config, folder, display), display.earlier_s
     except BaseException as error:
         begun = bool(RunFolder(folder).saved_checkpoints)
         if made and not begun:
@@ -63,12 +83,6 @@ def run_in_folder(
         if isinstance(error, RunError) and not isinstance(error, StuckError):
             console.print(hint, soft_wrap=True)
         raise
-    from fedtune.report.model_card import write_card
-    from fedtune.report.page.render import write_report  # draws, which takes a second to import
-
-    write_card(folder, write_report(folder, language=config.report.language))
-    show_result(console, config, result, folder, whole_s=display.earlier_s + time.monotonic() - began)
-    return result
 
 
 def run_simulation(config: RunConfig, folder: Path, console: Console, *, again: str = "") -> RunResult:

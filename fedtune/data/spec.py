@@ -174,6 +174,11 @@ class DataSpec:
             bound = "deals records out by their labels, which would part a user; with privacy.unit = user: iid, column"
             raise ConfigError("partition.kind", self.partition.kind, bound)
 
+    @property
+    def lead_validates(self) -> bool:
+        """Whether the lead has validation records."""
+        return self.validation_file is not None or self.validation_fraction > 0
+
     def check_lead_has_files(self) -> None:
         """Check that the lead's records come from files of its own, as they must where sites are real.
 

@@ -174,10 +174,15 @@ def _estimate(value: float, drawn: npt.NDArray[np.float64]) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
+def direction(name: str) -> int:
+    """1 for a score of which more is better, and -1 for one of which less is."""
+    return -1 if name in _LOWER_IS_BETTER else 1
+
+
 def _verdict(name: str, base: Estimate, tuned: Estimate, difference: Estimate) -> Verdict:
     if math.isfinite(base.value) != math.isfinite(tuned.value):
         return "better" if math.isfinite(tuned.value) else "worse"
-    sign = -1 if name in _LOWER_IS_BETTER else 1
+    sign = direction(name)
     ends = sorted((sign * difference.low, sign * difference.high))
     if math.isnan(ends[0]) or ends[0] <= 0 <= ends[1]:
         return NO_DIFFERENCE

@@ -59,6 +59,7 @@ class LeadState:
     Attributes:
         round: rounds finished so far.
         adapter: aggregated after that round.
+        best: of the round that the run keeps, where that is not the newest; None: it is.
         strategy: arrays of the server optimizer, empty for plain averaging.
         receipts: site -> its newest receipt.
         unanswered: site -> rounds asked of it since that receipt.
@@ -71,6 +72,7 @@ class LeadState:
 
     round: int
     adapter: Adapter
+    best: Adapter | None = None
     strategy: Arrays = field(default_factory=dict)
     receipts: Mapping[str, Receipt] = field(default_factory=dict)
     unanswered: Mapping[str, int] = field(default_factory=dict)
@@ -79,6 +81,11 @@ class LeadState:
     metrics_before: Scores = field(default_factory=dict)
     start_adapter: Mapping[str, Any] | None = None
     data_changed: Sequence[str] = ()
+
+    @property
+    def kept(self) -> Adapter:
+        """The run's adapter, if it ended now."""
+        return self.adapter if self.best is None else self.best
 
     def asked(self, sites: Sequence[str]) -> LeadState:
         """The state once a round has been asked of `sites`: until they answer, each may have been charged for it."""
@@ -192,11 +199,13 @@ class Checkpoints:
     def save(self, state: LeadState) -> None:
         """Write `state`; a crash leaves the checkpoint before it."""
         tensors = {f"adapter/{name}": value for name, value in state.adapter.tensors.items()}
+        tensors |= {f"best/{name}": value for name, value in (state.best.tensors if state.best else {}).items()}
         tensors |= {f"strategy/{name}": np.asarray(value) for name, value in state.strategy.items()}
         about = {
             "config_sha256": self._config,
             "round": state.round,
             "adapter": list(state.adapter.tensors),
+            "best": list(state.best.tensors) if state.best else None,
             "strategy": list(state.strategy),
             "receipts": {site: asdict(receipt) for site, receipt in state.receipts.items()},
             "unanswered": dict(state.unanswered),
@@ -228,7 +237,8 @@ class Checkpoints:
             other = about["config_sha256"] != self._config
             state = LeadState(
                 round=_count(about["round"]),
-                adapter=Adapter({name: tensors[f"adapter/{name}"] for name in about["adapter"]}),
+                adapter=_tensors(tensors, "adapter", about["adapter"]),
+                best=_tensors(tensors, "best", about["best"]) if about.get("best") else None,
                 strategy={name: tensors[f"strategy/{name}"] for name in about["strategy"]},
                 receipts={site: receipt_from_json(fields) for site, fields in about["receipts"].items()},
                 unanswered={site: _count(rounds) for site, rounds in about["unanswered"].items()},
@@ -267,6 +277,10 @@ def _way_on(found: Sequence[Path]) -> str:
     if len(found) < 2:
         return "no other is left: start a new run under another name"
     return f"move it away, and resume the run from {found[-2].name}"
+
+
+def _tensors(tensors: Arrays, prefix: str, names: Sequence[str]) -> Adapter:
+    return Adapter({name: tensors[f"{prefix}/{name}"] for name in names})
 
 
 def _count(value: int) -> int:

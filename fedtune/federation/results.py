@@ -12,7 +12,9 @@ from functools import lru_cache
 from typing import Any
 
 from fedtune import __version__
+from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.cost import Cost
+from fedtune.federation.kept_round import Kept
 from fedtune.federation.lead import LeadState, RoundResult, Scores
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
@@ -35,6 +37,7 @@ class FinalResult:
 
     Attributes:
         findings: what the scores say against the training: codes, as `findings_of` gives them.
+        kept: whose round's adapter was scored, where the settings let validation scores decide; None: the last one's.
         cost: energy, carbon and money, where the settings ask for them.
         detail: what stands behind the scores after training; None: the task has no labels, or a figure is not finite.
     """
@@ -44,6 +47,7 @@ class FinalResult:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     findings: tuple[str, ...] = ()
+    kept: Kept | None = None
     cost: Cost | None = None
     detail: Detail | None = None
 
@@ -61,7 +65,7 @@ def findings_of(
         rounds: that were finished.
         before: scores on the test file before training, and `after` it; empty without one.
         after: likewise.
-        judged_by: the score that counts: the larger the better, but for "loss".
+        judged_by: the score that counts.
         guess: that score of always the best single answer; None: there is no such.
         rows: of the test file.
     """
@@ -75,8 +79,7 @@ def findings_of(
         return ()
     # Of a share of `rows`, which another draw of test rows would move by as much.
     error = 0.0 if judged_by == "loss" else math.sqrt(max(0.0, score * (1 - score)) / rows)
-    # The larger, the better.
-    sign = -1 if judged_by == "loss" else 1
+    sign = direction(judged_by)
     worse = started is not None and sign * score < sign * started - error
     guessed = guess is not None and sign * score <= sign * guess + error
     return tuple(code for code, holds in ((WORSE, worse), (GUESS, guessed)) if holds)
@@ -99,7 +102,10 @@ class SiteResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyResult:
-    """What the run promises: `epsilon` is the largest of its sites'."""
+    """What the run promises: `epsilon` is the largest of what its sites were charged.
+
+    Of a run that its scores ended it is their plan's: they picked the moment, so that less is no proof.
+    """
 
     unit: str = "record"
     records_per_user: int = 1
@@ -129,6 +135,10 @@ class SiteCharge:
     epsilon_rdp: float
     planned_epsilon: float
     upper_bound: bool
+
+    def claim(self, *, ended_by_scores: bool) -> float:
+        """The epsilon that is proved for a run that ended so."""
+        return self.planned_epsilon if ended_by_scores and self.rounds else self.epsilon
 
 
 def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
@@ -248,6 +258,7 @@ class RunResult:
     ) -> RunResult:
         """What the run in `state` came to; every epsilon is derived here from charged rounds and the plan."""
         charges = {site: site_charge(state, site, plan) for site in sites}
+        ended_by_scores = final.kept is not None and final.kept.ended_early
         before, after = finite_scores(final.metrics_before), finite_scores(final.metrics)
         detail = final.detail if final.detail is None or final.detail.is_finite else None
         return cls(
@@ -261,7 +272,7 @@ class RunResult:
                 unit=plan.unit,
                 records_per_user=plan.records_per_user,
                 delta=plan.delta,
-                epsilon=finite(max(charge.epsilon for charge in charges.values())),
+                epsilon=finite(max(one.claim(ended_by_scores=ended_by_scores) for one in charges.values())),
                 seeded_noise=seeded_noise,
                 sites={
                     site: SiteResult(

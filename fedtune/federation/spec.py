@@ -25,6 +25,9 @@ class FederationSpec:
         if_over_budget: what to do when a site's budget has no room for the plan: "stop" (the site refuses),
             "fewer_rounds" (as many as every site allows) or "more_noise" (as little as every site allows).
         spare_rounds: additional rounds for which noise is calibrated, so that an interrupted round can be retried.
+        stop_after: end the run after so many rounds without a better score on the lead's own validation file; null:
+            run all rounds.  What is left of the sites' budgets is free again; the run still claims the planned epsilon.
+        keep_round: whose adapter becomes the run's: "last", or "best" by the score on that file.
         strategy: Flower's rule for turning updates into the next adapter ("fedavg", "fedadam", "fedavgm" or
             "fedmedian"); the weights are declared sizes.
         server_learning_rate: the server's learning rate in FedAdam and FedAvgM.
@@ -45,6 +48,8 @@ class FederationSpec:
     min_sites: int = 1
     spare_rounds: int = 0
     if_over_budget: Literal["stop", "fewer_rounds", "more_noise"] = "stop"
+    stop_after: int | None = None
+    keep_round: Literal["last", "best"] = "last"
     strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
@@ -76,6 +81,9 @@ class FederationSpec:
             raise ConfigError(
                 "min_sites", self.min_sites, f"must be at most the {len(self.active)} sites that take part"
             )
+        if self.stop_after is not None:
+            check_at_least("stop_after", self.stop_after, 1)
+        check_one_of("keep_round", self.keep_round, ("last", "best"))
         check_one_of("strategy", self.strategy, STRATEGIES)
         check_one_of("if_over_budget", self.if_over_budget, ("stop", "fewer_rounds", "more_noise"))
         check_positive("server_learning_rate", self.server_learning_rate)
@@ -87,6 +95,11 @@ class FederationSpec:
         if self.enough_sites is not None and not self.min_sites <= self.enough_sites <= len(self.active):
             bound = f"must be from min_sites = {self.min_sites} to the {len(self.active)} sites that take part"
             raise ConfigError("enough_sites", self.enough_sites, bound)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether validation scores decide when the run ends, or whose adapter it keeps."""
+        return self.stop_after is not None or self.keep_round == "best"
 
     @property
     def names(self) -> tuple[str, ...]:

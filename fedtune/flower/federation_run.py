@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
 from fedtune.federation.cost import Meter
+from fedtune.federation.kept_round import kept_of
 from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
 from fedtune.federation.results import (
     DATA_CHANGED,
@@ -32,7 +33,7 @@ from fedtune.flower.server_app import Invited, Lead, run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
-from fedtune.sites.data_notes import lead_notes
+from fedtune.sites.data_notes import check_decides, lead_notes
 from fedtune.sites.environment import note_environment, read_environments, start_adapter_of
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import RunError
@@ -132,9 +133,9 @@ class FederationRun:
             self._write_result(self._checkpoints.load(), metrics={}, seconds=elapsed(), meter=meter)
             raise
         self.receipts.keep(state.receipts)
-        measured, model = self.shared.finally_measured(state.adapter), self.shared.model
+        measured, model = self.shared.finally_measured(state.kept), self.shared.model
         metrics, detail = (measured.final_scores(model), measured.detail(model)) if measured else ({}, None)
-        state.adapter.load_into(model)
+        state.kept.load_into(model)
         save_task_model(model, RunFolder(self.folder).adapter)
         return self._write_result(state, metrics=metrics, detail=detail, seconds=elapsed(), meter=meter)
 
@@ -161,6 +162,7 @@ class FederationRun:
             evaluate=lambda adapter: self.shared.score(adapter, self.shared.validation),
             finished=finished,
             elapsed=elapsed,
+            judged_by=self.config.judged_by,
             earlier_receipts={
                 site: receipt
                 for site, receipt in self.receipts.read().items()
@@ -178,6 +180,7 @@ class FederationRun:
             state = self._checkpoints.load()
             if unsigned := [site for site, receipt in state.receipts.items() if not receipt.is_signed()]:
                 raise RunError(f"the newest checkpoint has a receipt that is not signed by {', '.join(unsigned)}")
+        check_decides(self.config)
         validation, test = self.shared.validation, self.shared.test
         known = self.ready()
         for text in (*lead_notes(self.config, validation=validation, test=test), *known.notes):
@@ -209,6 +212,7 @@ class FederationRun:
             seconds=seconds,
             peak_memory_bytes=_peak_memory_bytes(),
             findings=self._findings(state, metrics),
+            kept=kept_of(state.rounds, self.config.federation, judged_by=self.config.judged_by),
             cost=meter.cost(seconds),
             detail=detail,
         )
@@ -257,7 +261,7 @@ class FederationRun:
             state.rounds,
             state.metrics_before,
             metrics,
-            judged_by=task.judged(self.config.data),
+            judged_by=self.config.judged_by,
             guess=task.guess(test.examples) if test else None,
             rows=len(test.records) if test else 0,
         )

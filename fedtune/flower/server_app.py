@@ -18,6 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from fedtune.federation.kept_round import is_over, kept_of
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult, Scores, newest_of
 from fedtune.federation.protocol import PROTOCOL, EndOfRun, Invitation, Reply, RoundRequest
 from fedtune.federation.replies import NO_REPLY, UNSIGNED_REPLY, RoundReplies, sort_replies
@@ -165,6 +166,7 @@ class Lead(Invited):
         training: how each site steps, which bounds how far an update can be from the adapter that was sent.
         declared_sizes: site -> the size it publishes; the weights of the average.
         evaluate: scores an adapter on the lead's own validation data.
+        judged_by: of these scores the one that may decide when the run ends, and whose adapter it keeps.
         finished: called with the state after each round.
         earlier_receipts: site -> the newest one of earlier runs, to be sent back until this run has one.
         elapsed: seconds since the run began, interruptions left out.
@@ -180,6 +182,7 @@ class Lead(Invited):
     elapsed: Callable[[], float]
     earlier_receipts: Mapping[str, Receipt] = field(default_factory=dict)
     gives_adapter: bool = False
+    judged_by: str = "loss"
 
     @property
     def run(self) -> str:
@@ -206,7 +209,7 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         answers, rounds = invite(grid, lead), lead.plan.num_rounds
         answers.require_enough(lead.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
     try:
-        while state.round < lead.federation.num_rounds:
+        while not is_over(state.rounds, lead.federation, judged_by=lead.judged_by):
             state = _run_round(grid, lead, state)
             lead.checkpoints.save(state)
             lead.finished(state)
@@ -214,7 +217,7 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         # No round can succeed any more: the sites that accepted need not hold budget for it.
         _tell_the_end(grid, lead, adapter=None)
         raise
-    receipts = _tell_the_end(grid, lead, adapter=state.adapter)
+    receipts = _tell_the_end(grid, lead, adapter=state.kept)
     state = state.heard(receipts, run=lead.run, most_rounds=lead.plan.most_rounds)
     lead.checkpoints.save(state)
     return state
@@ -260,12 +263,15 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         ended=datetime.now(UTC).isoformat(timespec="seconds"),
         diverged=diverged,
     )
+    rounds = (*state.rounds, result)
+    kept = kept_of(rounds, lead.federation, judged_by=lead.judged_by)
     return replace(
         state,
         round=round,
         adapter=adapter,
+        best=None if kept is None or kept.round == round else state.kept,
         strategy=strategy_state(lead.strategy),
-        rounds=(*state.rounds, result),
+        rounds=rounds,
         seconds=lead.elapsed(),
     )
 

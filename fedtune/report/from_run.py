@@ -103,6 +103,7 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
         findings=final.findings,
         cost=final.cost,
         detail=final.detail,
+        kept=record.kept,
         rounds=tuple(
             RoundCost(
                 round=result.round,
@@ -286,7 +287,7 @@ def site_report(record: RunRecord, site: str, charged: Charged, facts: RunFacts,
         verdict=Verdict(state="within"),
         declared_size=record.config.declared_sizes()[site],
         approved=None,
-        spent=_spent(plan, charged),
+        spent=_spent(plan, charged, ended_by_scores=facts.ended_by_scores),
         left=None,
         meaning=None,
         mechanisms=(mechanism_of(plan, run=record.run, rounds=charged.rounds, sampling=sampling),)
@@ -308,7 +309,7 @@ def epsilon_by_round(sites: Iterable[SiteReport]) -> dict[int, float | None]:
     return {number: largest(values) for number, values in worst.items()}
 
 
-def _spent(plan: Plan, charged: Charged) -> Spent:
+def _spent(plan: Plan, charged: Charged, *, ended_by_scores: bool) -> Spent:
     mechanisms, grid = charged_events(plan, charged.rounds), profile.interval_of(charged.source)
     by_pld = profile.epsilon_pld(mechanisms, plan.delta, interval=grid)
     return Spent(
@@ -319,6 +320,7 @@ def _spent(plan: Plan, charged: Charged) -> Spent:
         upper_bound=charged.upper_bound,
         rounds=charged.rounds,
         steps=charged.rounds * plan.local_steps,
+        ended_by_scores=ended_by_scores and charged.rounds > 0,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from fedtune.federation.cost import Cost
+from fedtune.federation.kept_round import Kept
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.spec import ConfigError, spec
 from fedtune.tasks.measures import Detail
@@ -56,6 +57,7 @@ class Spent:
         epsilon_pld: the same charges by PLD, and `epsilon_rdp` by RDP.
         planned_epsilon: of the whole plan by PLD; None for a ledger.
         upper_bound: a site fell silent, or its receipts are missing, and every round that may be charged is counted.
+        ended_by_scores: the run's validation scores ended it after some of these charges, and picked the moment.
     """
 
     epsilon: float | None
@@ -65,6 +67,12 @@ class Spent:
     upper_bound: bool
     rounds: int
     steps: int
+    ended_by_scores: bool = False
+
+    @property
+    def claimed(self) -> float | None:
+        """The epsilon that is proved: of a run that its scores ended, its whole plan's."""
+        return self.planned_epsilon if self.ended_by_scores else self.epsilon
 
 
 @spec
@@ -294,6 +302,7 @@ class Utility:
         findings: what they say against the training.
         cost: of the machine that wrote the report; None: not asked for.
         detail: what stands behind the final ones, where the task has labels.
+        kept: what the scores of the rounds decided, where the settings let them.
     """
 
     before: Scores
@@ -303,6 +312,7 @@ class Utility:
     findings: tuple[str, ...] = ()
     cost: Cost | None = None
     detail: Detail | None = None
+    kept: Kept | None = None
 
 
 @spec

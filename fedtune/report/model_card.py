@@ -145,6 +145,8 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
     data, model = config.data, config.model
     template = made.template if made else None
     without_base = form.needs_base and model.path.startswith(RANDOM)
+    utility = report.utility
+    kept = utility.kept if utility else None
     return templates.get_template(_TEMPLATE).render(
         name=config.name,
         form=form,
@@ -158,6 +160,9 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
         template=template,
         prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
         rows=made.test_rows if made else None,
+        kept=kept,
+        kept_score=_figure(kept.score) if kept else "",
+        rounds=len(utility.rounds) if utility else 0,
         labels=len(data.labels),
         scores={name: tuple(map(_figure, both)) for name, both in _scores(report).items()},
         loading=None if without_base else _Verbatim(form.loading.strip()),

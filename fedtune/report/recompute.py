@@ -41,6 +41,8 @@ _MOST_COMPOSED = 2 * _MOST_BUCKETS
 """Buckets that are passed over to compose all that a report holds; a composition is far quicker than a distribution."""
 _PLACES = 8
 """Of a run's steps, which never fall, so many are computed again."""
+_TELLING_PROGRESS = ("end_independent_of_releases", "chosen_by_the_leads_own_records")
+"""Assumptions whose evidence ends in the rounds that there were, a slash, and those planned."""
 _NUMBER = re.compile(r"[0-9]{1,6}")
 _BUCKETS_OF_ANY = 3e4
 """As much work as a mechanism takes whatever its size: about 0.1 s."""
@@ -58,7 +60,7 @@ def problems(report: Report) -> list[Problem]:
     if too_much := [*_too_much_work(report)]:
         return too_much
     found = [problem for site in report.sites for problem in _of_site(report, site)]
-    found += _compared("epsilon", report.epsilon, largest([site.spent.epsilon for site in report.sites if site.spent]))
+    found += _compared("epsilon", report.epsilon, largest([site.spent.claimed for site in report.sites if site.spent]))
     worst = [state for state in WORST_FIRST if state in {site.verdict.state for site in report.sites}]
     if worst and WORST_FIRST.index(report.verdict.state) > WORST_FIRST.index(worst[0]):
         found.append(Problem("verdict.state", report.verdict.state, worst[0]))
@@ -174,6 +176,8 @@ def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Pro
     assert spent is not None
     pld = profile.epsilon_pld(charged, delta, interval=profile.interval_of(site.source))
     by_filter = _by_filter(charged, site, delta)
+    ended = spent.rounds > 0 and report.kind == "run" and RunFacts.of_report(report).ended_by_scores
+    yield from _compared("spent.ended_by_scores", spent.ended_by_scores, ended)
     yield from _compared("spent.epsilon_pld", spent.epsilon_pld, pld)
     yield from _compared("spent.epsilon_rdp", spent.epsilon_rdp, profile.epsilon_rdp(charged, delta))
     yield from _compared("spent.epsilon", spent.epsilon, by_filter if site.source == "own_ledger" else pld)
@@ -190,7 +194,7 @@ def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Pro
         yield from _compared(f"curve.{number}.epsilon_rdp", point.epsilon_rdp, again.epsilon_rdp)
     if site.meaning is not None:
         size, fixed = site.declared_size, verdicts.were_fixed(site)
-        meant = profile.meaning(charged, epsilon=spent.epsilon, delta=delta, declared_size=size, fixed=fixed)
+        meant = profile.meaning(charged, epsilon=spent.claimed, delta=delta, declared_size=size, fixed=fixed)
         yield from _compared("meaning", dataclasses.asdict(site.meaning), dataclasses.asdict(meant))
     before: float | None = 0.0
     for number, step in enumerate(site.steps):
@@ -207,7 +211,7 @@ def _least_planned(report: Report, site: SiteReport) -> float | None:
     (row, *_) = [*site.mechanisms, None]
     if row is None or site.source == "own_ledger":
         return 0.0
-    progress = [one.evidence for one in report.assumptions if one.code == "end_independent_of_releases"]
+    progress = [one.evidence for one in report.assumptions if one.code in _TELLING_PROGRESS]
     told = [int(text) for text in (one.rpartition("/")[2].strip() for one in progress) if _NUMBER.fullmatch(text)]
     rounds = max([row.rounds, len(report.utility.rounds) if report.utility else 0, *told])
     return _epsilon_of(row, rounds, report.delta, interval=profile.interval_of(site.source))

@@ -191,7 +191,7 @@ def _is_after(time: str, other: str) -> bool:
 def time_left(record: RunRecord, *, at: datetime) -> Left | None:
     """At the pace of the finished rounds of a running run; None while none is finished, and after the last."""
     done, missing = len(record.rounds), record.config.federation.num_rounds - len(record.rounds)
-    if not done or missing <= 0 or record.state is None:
+    if not done or record.finished or record.state is None:
         return None
     seconds = missing * record.state.seconds / done
     try:

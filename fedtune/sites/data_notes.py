@@ -15,7 +15,7 @@ from fedtune.data.load import FAR, Dealt, shipped_folders
 from fedtune.data.records import resolve_file
 from fedtune.data.spec import SITE
 from fedtune.sites.shared_model import LeadData
-from fedtune.spec import DataError
+from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 from fedtune.words import counted
 
@@ -36,6 +36,21 @@ def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData
         labels = {record.fields["label"] for record in test.records}
         if len(labels) == 1:
             yield f"all test records have the label {labels.pop()!r}: always giving that label scores 1.0"
+
+
+def check_decides(config: RunConfig) -> None:
+    """Check that the scores which may end the run, or choose its round, are not those of records trained on.
+
+    Raises:
+        ConfigError: the lead's validation file is the simulated sites' training file.
+    """
+    file = config.data.validation_file
+    if config.federation.chooses and file is not None and is_training_file(config, file):
+        bound = (
+            "must not hold what data.train_file holds with federation.stop_after or keep_round=best: its scores decide "
+            "in the open, and no noise hides the sites' records in them"
+        )
+        raise ConfigError("data.validation_file", file, bound)
 
 
 def _left_out(count: int, key: str) -> str:

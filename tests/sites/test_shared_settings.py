@@ -104,6 +104,8 @@ NEUTRAL: dict[str, Any] = {
     "data.validation_fraction": 0.2,
     "data.test_fraction": 0.2,
     "data.unusable": "leave_out",
+    "federation.stop_after": 2,
+    "federation.keep_round": "best",
     "federation.round_timeout_s": 9.0,
     "federation.enough_sites": 2,
     "federation.grace_s": 5.0,
@@ -119,6 +121,8 @@ NEUTRAL: dict[str, Any] = {
     "tracking.output_dir": "/home/ada/canary/runs",
     "report.language": "de",
     "tracking.log_level": "debug",
+    "tracking.tracker": "mlflow",
+    "tracking.send_to": "https://canary.example",
 }
 FIXED = {"name": "is part of the identifier itself"}
 LANGUAGE: dict[str, Any] = {"labels": (), "columns": {"prompt": "a", "completion": "b"}}
@@ -134,6 +138,7 @@ WITH: dict[str, Any] = {
     "data.chat_template": {"task": "causal_lm", "data": LANGUAGE},
     "data.validation_fraction": {"runtime": {"kind": "simulation"}, "data": {"validation_file": None}},
     "data.test_fraction": {"runtime": {"kind": "simulation"}, "data": {"test_file": None}},
+    "tracking.send_to": {"tracking": {"tracker": "wandb"}},
 }
 """What a change needs beside it."""
 

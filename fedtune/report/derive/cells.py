@@ -138,7 +138,7 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
     """Those that follow from the sites' own figures, of the worst site each."""
     verdict = worst(site.verdict for site in sites)
     promised = verdict.state != "no_guarantee"
-    epsilons = [site.spent.epsilon if site.spent else None for site in sites]
+    epsilons = [site.spent.claimed if site.spent else None for site in sites]
     meanings = [site.meaning for site in sites if site.meaning]
     mechanisms = {mechanism.sampling_run for site in sites for mechanism in site.mechanisms}
     by_mechanism = [meaning.right_of_100_mechanism for meaning in meanings]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fedtune.federation.kept_round import Kept
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
@@ -58,7 +59,8 @@ class RunFacts(_Facts):
         sampling: how the process that trained says units joined a step; None: nobody noted it.
         randomness: where it says noise came from, likewise.
         inexact: whether the policies of all simulated sites accept inexact gradients; None: not on file.
-        finished: whether every round was aggregated; `progress` says how many.
+        finished: whether every round was aggregated, or scores ended the run; `progress` says how many.
+        kept: what validation scores decided; None: nothing.
         unchanged: whether `config.yaml` is the one that the run had; `digest` is of the file.
         deployed: whether the sites were real ones.
         doubtful: sites whose receipts are not believed.
@@ -74,9 +76,15 @@ class RunFacts(_Facts):
     unchanged: bool
     deployed: bool
     doubtful: tuple[str, ...]
+    kept: Kept | None = None
     progress: str = ""
     digest: str = ""
     keys: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def ended_by_scores(self) -> bool:
+        """Whether validation scores ended the run before its plan did."""
+        return self.kept is not None and self.kept.ended_early
 
     @classmethod
     def of_record(cls, record: RunRecord) -> RunFacts:
@@ -105,6 +113,7 @@ class RunFacts(_Facts):
             unchanged=record.config_unchanged,
             deployed=record.deployed,
             doubtful=record.doubtful,
+            kept=record.kept,
             progress=f"{len(record.rounds)} / {record.config.federation.num_rounds}",
             digest=record.config.digest(),
             keys=tuple((site, receipt.site_key[:16]) for site, receipt in record.receipts.items()),
@@ -130,6 +139,7 @@ class RunFacts(_Facts):
             unchanged=not any("configuration_changed" in site.verdict.reasons for site in report.sites),
             deployed="sites_run_their_own_software" in stated,
             doubtful=tuple(doubtful),
+            kept=report.utility.kept if report.utility else None,
         )
 
 

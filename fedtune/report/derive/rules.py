@@ -120,7 +120,7 @@ def report_of(
         unit=facts.unit,
         neighbouring_relation=NEIGHBOURING_RELATION.name.lower(),
         delta=facts.delta,
-        epsilon=profile.largest(site.spent.epsilon if site.spent else None for site in sites),
+        epsilon=profile.largest(site.spent.claimed if site.spent else None for site in sites),
         target_epsilon=facts.target if isinstance(facts, RunFacts) else None,
         seeded_noise=facts.seeded,
         randomness=_randomness(facts, sites),
@@ -240,6 +240,9 @@ def _assumptions_of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterato
         yield "every_site_answered", "violated", _named(silent)
     if not facts.finished:
         yield "end_independent_of_releases", "assumed", facts.progress
+    if kept := facts.kept:
+        evidence = f"{kept.judged_by}, round {kept.round}; {facts.progress}"
+        yield "chosen_by_the_leads_own_records", "assumed", evidence
     yield "configuration_unchanged", "verified" if facts.unchanged else "violated", f"config.yaml: {facts.digest}"
     if said := [site for site in sites if site.source == "signed_site_report"]:
         disagree = [site.site for site in said if "site_report_disagrees" in site.verdict.reasons]
@@ -405,6 +408,18 @@ def contradictions(report: Report) -> Iterator[Problem]:
     if report.kind == "run" and private and report.target_epsilon is None:
         yield Problem("target_epsilon", None, "a number: what the run was given")
     yield from _assumption_problems(report)
+    yield from _kept_problems(report)
+
+
+def _kept_problems(report: Report) -> Iterator[Problem]:
+    """A round that was kept, and is none of the run's or had another score."""
+    if report.utility is None or (kept := report.utility.kept) is None:
+        return
+    scores = {one.round: one.scores.get(kept.judged_by) for one in report.utility.rounds}
+    if kept.round not in scores:
+        yield Problem("utility.kept.round", kept.round, "one of utility.rounds")
+    elif scores[kept.round] != kept.score:
+        yield Problem("utility.kept.score", kept.score, scores[kept.round])
 
 
 def _assumption_problems(report: Report) -> Iterator[Problem]:

@@ -32,6 +32,7 @@ REASONS: Mapping[State, tuple[str, ...]] = {
     "within": (
         "nothing_spent",
         "not_finished",
+        "ended_by_scores",
         "site_silent",
         "sampling_not_recorded",
         "cap_raised",
@@ -81,7 +82,7 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
     if verdict.state == "no_guarantee" and verdict.reasons != ("no_noise",):
         return replace(site, verdict=verdict, meaning=None)
     size, fixed = site.declared_size, were_fixed(site)
-    means = meaning(charged, epsilon=spent.epsilon, delta=delta, declared_size=size, fixed=fixed)
+    means = meaning(charged, epsilon=spent.claimed, delta=delta, declared_size=size, fixed=fixed)
     return replace(site, verdict=verdict, meaning=means)
 
 
@@ -104,6 +105,7 @@ def of_run(site: SiteReport, facts: RunFacts) -> Iterator[str]:
             seeded_noise=facts.seeded,
             above_target=any(above(epsilon, facts.target) for epsilon in planned),
             not_finished=not facts.finished,
+            ended_by_scores=facts.ended_by_scores,
             site_silent=spent.upper_bound,
             sampling_not_recorded=any(row.sampling_run == NOT_RECORDED for row in rows),
         )
@@ -151,6 +153,8 @@ def were_fixed(site: SiteReport) -> bool:
 
     A later run may be chosen, and an earlier one ended, because of what was released.
     """
+    if site.spent and site.spent.ended_by_scores:
+        return False
     if site.source != "own_ledger":
         return True  # one run's plan
     charged = [row for row in site.mechanisms if row.rounds]

@@ -1,0 +1,64 @@
+"""Which round's adapter a run keeps, and whether its scores end it: by the lead's own validation file alone.
+
+Guarantee: what is decided here follows from adapters, which the sites released, and from a file that holds no record of
+a site.  So it costs no privacy, and the whole plan's epsilon holds whatever is decided.  The epsilon of the rounds that
+were charged is no proof for a run that its scores ended: they picked the moment (docs/guarantee.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedtune.evaluation.bootstrap import direction
+from fedtune.federation.spec import FederationSpec
+from fedtune.spec import spec
+from fedtune.words import finite
+
+if TYPE_CHECKING:  # it reads adapters, which who reads a report need not
+    from fedtune.federation.lead import RoundResult
+
+
+@spec
+class Kept:
+    """What the validation scores of a run decided.
+
+    Attributes:
+        round: whose adapter is the run's.
+        judged_by: the score that decided.
+        score: of that round on the lead's validation file; None: it is no finite number.
+        ended_early: `federation.stop_after` rounds brought no better score, and others were still to come.
+    """
+
+    round: int
+    judged_by: str
+    score: float | None
+    ended_early: bool
+
+
+def kept_of(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged_by: str) -> Kept | None:
+    """What the scores of the finished `rounds` decide; None: nothing, by the settings, or no round is finished."""
+    if not federation.chooses or not rounds:
+        return None
+    sign = direction(judged_by)
+
+    def gain(result: RoundResult) -> float:
+        score = finite(result.metrics.get(judged_by))
+        return -float("inf") if score is None else sign * score
+
+    best = max(rounds, key=gain)  # of equals the first: later ones brought nothing
+    waited = rounds[-1].round - best.round
+    stops = federation.stop_after is not None and waited >= federation.stop_after
+    kept = best if federation.keep_round == "best" else rounds[-1]
+    return Kept(
+        round=kept.round,
+        judged_by=judged_by,
+        score=finite(kept.metrics.get(judged_by)),
+        ended_early=stops and len(rounds) < federation.num_rounds,
+    )
+
+
+def is_over(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged_by: str) -> bool:
+    """Whether a run with these finished rounds has no other to come."""
+    kept = kept_of(rounds, federation, judged_by=judged_by)
+    return len(rounds) >= federation.num_rounds or (kept is not None and kept.ended_early)

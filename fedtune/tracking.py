@@ -1,0 +1,322 @@
+"""Trackers: MLflow, TensorBoard and Weights & Biases show a run beside others.  None is used unless settings name one.
+
+Guarantee: a tracker is given settings, what run.json says of rounds and result, and the run's report; nothing else
+that depends on a record.  It writes into a folder of this machine, whatever its own files and environment variables
+say, unless `tracking.send_to` names a server: that is a release of what run.json holds.  Names of machine and person,
+code and commits, which these libraries add by themselves, are kept from them.
+
+A tracker that fails ends no run: what was charged would be lost for a picture of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+from fedtune.config import RunConfig
+from fedtune.federation.lead import LeadState
+from fedtune.federation.results import RunResult, charged_epsilons, site_charge
+from fedtune.federation.run_folder import RunFolder
+from fedtune.spec import ConfigError, RunError
+from fedtune.words import finite
+
+log = logging.getLogger(__name__)
+
+Settings: TypeAlias = Mapping[str, str | int | float | bool]
+Figures: TypeAlias = Mapping[str, float]
+Ending: TypeAlias = Literal["finished", "failed"]
+
+_PROJECT = "fedtune"
+_PLACES = ("model.path", "data.train_file", "data.validation_file", "data.test_file")
+"""Settings of which only the last part is shown: the rest says how this machine is laid out."""
+
+
+class Tracker(Protocol):
+    """One run in a tracker."""
+
+    def begin(self, settings: Settings) -> int:
+        """Begin, or go on with, the run; returns how many of its rounds are known already."""
+
+    def round(self, number: int, figures: Figures) -> None:
+        """What a round came to."""
+
+    def result(self, figures: Figures, files: Sequence[Path]) -> None:
+        """What the run came to, and its report."""
+
+    def close(self, how: Ending) -> None:
+        """Nothing more is to come."""
+
+
+class Mlflow:
+    """MLflow, by its client: what it would add by itself (user, source, commit) is added by other calls alone."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by itself it tries a lost server for minutes
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)  # it tells of long settings that it cuts
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        address = config.tracking.send_to
+        self._artifacts = None if address else (folder / "artifacts").resolve().as_uri()
+        self._client = MlflowClient(tracking_uri=address or f"sqlite:///{(folder / 'mlflow.db').resolve()}")
+        self._name, self._tag = config.name, config.run_id()
+        self._run = ""
+
+    def begin(self, settings: Settings) -> int:
+        client, found = self._client, self._client.get_experiment_by_name(_PROJECT)
+        number = found.experiment_id if found else client.create_experiment(_PROJECT, self._artifacts)
+        known = client.search_runs([number], f"tags.`fedtune.run` = '{self._tag}'", max_results=1)
+        if known:
+            self._run = known[0].info.run_id
+            client.update_run(self._run, status="RUNNING")
+            return len(client.get_metric_history(self._run, "system/seconds"))
+        self._run = client.create_run(number, run_name=self._name, tags={"fedtune.run": self._tag}).info.run_id
+        for key, value in settings.items():
+            client.log_param(self._run, key, value)
+        return 0
+
+    def round(self, number: int, figures: Figures) -> None:
+        for name, value in figures.items():
+            self._client.log_metric(self._run, name, value, step=number)
+
+    def result(self, figures: Figures, files: Sequence[Path]) -> None:
+        self.round(0, figures)
+        for path in files:
+            self._client.log_artifact(self._run, str(path))
+
+    def close(self, how: Ending) -> None:
+        self._client.set_terminated(self._run, status=how.upper())
+
+
+class TensorBoard:
+    """TensorBoard's own file of events; its usual writer would name the file after the machine."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        own = folder / config.name
+        own.mkdir(parents=True, exist_ok=True)
+        self._file = (own / f"events.out.tfevents.{time.time_ns()}").open("wb")
+        self._writer = RecordWriter(self._file)
+
+    def begin(self, settings: Settings) -> int:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from torch.utils.tensorboard import summary
+
+        self._write(file_version="brain.Event:2")
+        # What an earlier start of the run wrote makes room for this one, which writes all rounds.
+        self._write(step=1, session_log=SessionLog(status=SessionLog.START))
+        lines = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
+        self._write(summary=summary.text("settings", f"| setting | value |\n|---|---|\n{lines}"))
+        return 0
+
+    def round(self, number: int, figures: Figures) -> None:
+        from torch.utils.tensorboard import summary
+
+        for name, value in figures.items():
+            self._write(step=number, summary=summary.scalar(name, value))
+        self._writer.flush()
+
+    def result(self, figures: Figures, files: Sequence[Path]) -> None:
+        from torch.utils.tensorboard import summary
+
+        self.round(0, figures)
+        for path in files:
+            if path.suffix == ".md":  # TensorBoard keeps no files; the card repeats the report
+                self._write(summary=summary.text("report", path.read_text(encoding="utf-8")))
+
+    def close(self, how: Ending) -> None:
+        self._writer.close()
+
+    def _write(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+
+class WandB:
+    """Weights & Biases: offline unless a server is named.  Each start of a run writes all of its rounds."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
+        self._config, self._folder = config, folder
+        self._run: Any = None
+
+    def begin(self, settings: Settings) -> int:
+        import wandb
+
+        address = self._config.tracking.send_to
+        quiet = wandb.Settings(
+            mode="online" if address else "offline",
+            **({"base_url": address} if address else {}),
+            silent=True,
+            console="off",
+            host="",
+            username="",
+            program="",
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            x_disable_machine_info=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
+        name, number = self._config.name, self._config.run_id()[-32:]
+        self._run = wandb.init(
+            project=_PROJECT, name=name, id=number, dir=self._folder, config=dict(settings), settings=quiet
+        )
+        return 0
+
+    def round(self, number: int, figures: Figures) -> None:
+        self._run.log(dict(figures), step=number)
+
+    def result(self, figures: Figures, files: Sequence[Path]) -> None:
+        import wandb
+
+        self._run.summary.update(dict(figures))
+        report = wandb.Artifact(f"{self._config.name}-report", type="report")
+        for path in files:
+            report.add_file(str(path), policy="immutable", skip_cache=True)
+        self._run.log_artifact(report)
+
+    def close(self, how: Ending) -> None:
+        self._run.finish(exit_code=0 if how == "finished" else 1)
+
+
+_TRACKERS: Mapping[str, tuple[str, Callable[[RunConfig, Path], Tracker]]] = {
+    "mlflow": ("mlflow", Mlflow),
+    "tensorboard": ("tensorboard", TensorBoard),
+    "wandb": ("wandb", WandB),
+}
+"""Name -> the module that its extra installs, and the tracker."""
+
+
+class Tracked:
+    """Tells a run's tracker of the run, where the settings name one.
+
+    Args:
+        config: the run's.
+        note: says something to the person at the terminal.
+    """
+
+    def __init__(self, config: RunConfig, *, note: Callable[[str], None]) -> None:
+        self._config, self._note = config, note
+        self._tracker: Tracker | None = None
+        self._known = 0
+
+    def __enter__(self) -> Tracked:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._try(lambda tracker: tracker.close("failed" if kind else "finished"))
+
+    def begin(self) -> None:
+        """Begin it, before anything is charged.
+
+        Raises:
+            ConfigError: its extra is not installed.
+            RunError: it cannot begin: a server cannot be reached, or a folder cannot be written.
+        """
+        spec = self._config.tracking
+        if spec.tracker == "none":
+            return
+        module, make = _TRACKERS[spec.tracker]
+        if find_spec(module) is None:
+            raise ConfigError("tracking.tracker", spec.tracker, f"needs the extra: pip install 'fedtune[{module}]'")
+        folder = Path(spec.output_dir) / spec.tracker
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tracker = make(self._config, folder)
+            self._known = tracker.begin(settings_of(self._config))
+        except Exception as error:
+            log.exception("the tracker cannot begin")
+            where = spec.send_to or str(folder)
+            raise RunError(f"tracking={spec.tracker} cannot begin at {where}: {type(error).__name__}") from error
+        self._tracker = tracker
+
+    def update(self, state: LeadState) -> None:
+        """Tell of the rounds that the tracker does not know yet."""
+        if self._tracker is None:
+            return
+        rounds = state.rounds[self._known :]
+        self._known += len(rounds)
+        told = [(result.round, dict(round_figures(self._config, state, result.round))) for result in rounds]
+        self._try(lambda tracker: [tracker.round(number, figures) for number, figures in told])
+
+    def finish(self, result: RunResult, folder: Path) -> None:
+        """Tell of the result; the run's report lies in its folder."""
+        files = (folder / "report.html", folder / "report.json", RunFolder(folder).result)
+        card = RunFolder(folder).adapter / "README.md"
+        self._try(lambda tracker: tracker.result(dict(final_figures(result)), (*files, card)))
+
+    def _try(self, tell: Callable[[Tracker], object]) -> None:
+        if self._tracker is None:
+            return
+        try:
+            tell(self._tracker)
+        except Exception:
+            log.exception("the tracker failed")
+            self._tracker = None
+            self._note(
+                f"tracking={self._config.tracking.tracker} failed and ends here; the run goes on, and log.txt says why"
+            )
+
+
+def settings_of(config: RunConfig) -> Settings:
+    """What defines the run, by dotted key, without the places of its files."""
+    found: dict[str, str | int | float | bool] = {"config_sha256": config.digest(), "name": config.name}
+    for key, value in _flat(config.decisive()):
+        if value is not None:
+            shown = Path(value).name if key in _PLACES else value
+            found[key] = shown if isinstance(shown, str | int | float | bool) else str(shown)
+    return found
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[tuple[str, float]]:
+    """What run.json says of a finished round, with the largest epsilon of a site by then, as far as it is finite.
+
+    Of a site that was charged more than its updates, for retries, all of these count as early as they can.
+    """
+    plan, result = config.plan(), state.rounds[number - 1]
+    charges = {site: site_charge(state, site, plan).rounds for site in config.federation.active}
+    by_then = [rounds - sum(site in later.sites for later in state.rounds[number:]) for site, rounds in charges.items()]
+    figures: dict[str, float | None] = {f"validation/{name}": score for name, score in result.metrics.items()}
+    figures |= {
+        "privacy/epsilon": charged_epsilons(plan, max(0, *by_then))[0],
+        "system/seconds": result.seconds,
+        "system/bytes_down": result.bytes_down,
+        "system/bytes_up": result.bytes_up,
+        "system/sites": len(result.sites),
+    }
+    return ((name, score) for name, value in figures.items() if (score := finite(value)) is not None)
+
+
+def final_figures(result: RunResult) -> Iterator[tuple[str, float]]:
+    """What run.json says of the whole run."""
+    final = result.final
+    figures: dict[str, float | None] = {f"test/{name}": score for name, score in final.metrics.items()}
+    figures |= {f"test_before/{name}": score for name, score in final.metrics_before.items()}
+    figures |= {
+        "privacy/claimed_epsilon": result.privacy.epsilon,
+        "privacy/delta": result.privacy.delta,
+        "system/total_seconds": final.seconds,
+        "system/peak_memory_bytes": final.peak_memory_bytes,
+        "system/kwh": final.cost.energy.kwh if final.cost and final.cost.energy else None,
+        "kept_round": final.kept.round if final.kept else None,
+    }
+    return ((name, score) for name, value in figures.items() if (score := finite(value)) is not None)

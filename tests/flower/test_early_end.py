@@ -1,0 +1,75 @@
+"""A lead whose scores end a run: what it keeps, what its sites learn, and what their ledgers save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from fedtune.federation.lead import LeadState
+from fedtune.federation.results import site_charge
+from fedtune.flower.server_app import run_rounds
+from fedtune.model import Adapter
+from fedtune.privacy.ledger.chain import Kind
+
+
+def with_scores(made: Any, scores: Sequence[float], **changes: Any) -> Any:
+    """The lead, whose validation file gives one score after the other."""
+    left = iter(scores)
+    return replace(made.lead, evaluate=lambda _: {"accuracy": next(left)}, judged_by="accuracy", **changes)
+
+
+@pytest.fixture
+def stopped(federation: Callable[..., Any], run_plan: Any) -> tuple[Any, LeadState, list[Adapter]]:
+    """A run of five planned rounds that its scores end after the fourth, with each round's adapter."""
+    asks = {"plan": replace(run_plan, num_rounds=5)}
+    made = federation(num_rounds=5, stop_after=2, keep_round="best", asks=asks)
+    adapters: list[Adapter] = []
+    lead = with_scores(made, (0.25, 0.75, 0.5, 0.75), gives_adapter=True)
+    lead = replace(lead, finished=lambda state: adapters.append(state.adapter))
+    return made, run_rounds(made.grid, lead, made.start), adapters
+
+
+def test_the_best_round_is_kept_and_no_other_is_asked_for(stopped: tuple[Any, LeadState, list[Adapter]]) -> None:
+    made, state, adapters = stopped
+    assert (state.round, len(adapters)) == (4, 4)
+    assert made.trained == [*made.spec.names] * 4
+    assert state.kept.digest() == adapters[1].digest() != state.adapter.digest()
+    # A checkpoint holds it, too.
+    loaded = made.lead.checkpoints.load()
+    assert (loaded.kept.digest(), loaded.adapter.digest()) == (adapters[1].digest(), adapters[3].digest())
+
+
+def test_sites_learn_the_end_and_save_the_rest(stopped: tuple[Any, LeadState, list[Adapter]]) -> None:
+    made, state, adapters = stopped
+    for site in made.spec.names:
+        last = made.events(site)[-1]
+        assert (last.kind, last.detail["what"]) == (Kind.NOTE, "run_ended")
+        assert last.detail["adapter_sha256"] == adapters[1].digest()
+        history = made.ledger(site).history
+        assert not history.set_aside(datetime.now(UTC))
+        charge = site_charge(state, site, made.plan)
+        assert charge.rounds == 4
+        assert 0 < charge.epsilon < charge.planned_epsilon == charge.claim(ended_by_scores=True)
+        assert charge.claim(ended_by_scores=False) == charge.epsilon
+
+
+def test_a_stopped_run_that_is_resumed_asks_for_nothing(stopped: tuple[Any, LeadState, list[Adapter]]) -> None:
+    made, state, _ = stopped
+    trained, events = len(made.trained), len(made.events("site-1"))
+    lead = with_scores(made, ())
+    again = run_rounds(made.grid, replace(lead, gives_adapter=True), made.lead.checkpoints.load())
+    assert (again.round, again.kept.digest()) == (state.round, state.kept.digest())
+    assert (len(made.trained), len(made.events("site-1"))) == (trained, events)
+
+
+def test_a_run_that_crashed_keeps_the_best_of_all_its_rounds(federation: Callable[..., Any]) -> None:
+    made = federation(num_rounds=2, keep_round="best")
+    made.lead = with_scores(made, (0.75, 0.5))
+    after_one = made.run_until(1)
+    state = run_rounds(made.grid, made.lead, after_one)
+    assert state.round == 2
+    assert state.kept.digest() == after_one.adapter.digest() != state.adapter.digest()
