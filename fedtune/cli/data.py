@@ -171,7 +171,7 @@ def clean(
     config = _experiment(settings, None)
     task, unit = task_named(config.task), config.privacy.unit
     columns = task.columns(config.data, partition=of == "train", unit=unit)
-    cleaning = Cleaning(columns, task.usable(config.data), drop=rules, mask=mask == "personal")
+    cleaning = Cleaning(columns, task.fault(config.data), drop=rules, mask=mask == "personal")
     done = write_clean(_file_of(config, of), out, cleaning)
     show(Console(), clean_sections(done))
     say(f"\nWritten: {out}. Use it with data.{of}_file={out}.")

@@ -113,7 +113,7 @@ def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> 
     (["clean", "tickets.yaml", "--out", "no/a.jsonl"], "--out = 'no/a.jsonl': must lie in a folder that is there"),
     (["clean", "tickets.yaml", "--out", "chats.jsonl"], "--out = 'chats.jsonl': exists; choose another with --out"),
     (["clean", "tickets.yaml", "--out", "a.jsonl", "--drop", "bad"], "--drop = 'bad': must be one of empty, unusable"),
-    (["clean", "tickets.yaml", "--out", "a.jsonl", "--of", "test"], "data.test_file = None: must name the file"),
+    (["clean", "tickets.yaml", "--out", "a.jsonl", "--of", "test"], "data.test_file = null: must name the file"),
 ])  # fmt: skip
 def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, words: list[str], message: str) -> None:
     before = sorted(path.name for path in made.iterdir())

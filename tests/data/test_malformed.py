@@ -102,7 +102,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
         b"[\n" + GOOD + b',\n{"question": "caf',
         COLUMNS,
         "a.json:3",
-        "'the end of the file': must be one array of objects, with ] at its end",
+        "'the end of the file': must be one array of objects; it breaks off, and lacks ] at its end",
     ),
     "an array cut off behind a comma": ("a.json", b"[" + GOOD + b",", COLUMNS, "a.json:1", "'the end of the file'"),
     "an object for an array": ("a.json", b'{"data": [' + GOOD + b"]}", COLUMNS, "a.json:1", "must begin with [, as an"),

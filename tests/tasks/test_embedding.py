@@ -77,7 +77,7 @@ def test_settings_that_cannot_be(pairs: dict[str, Any], message: str) -> None:
 
 
 def test_a_score_needs_a_declared_range() -> None:
-    with pytest.raises(ConfigError, match="target_range = None: must be the least and the largest number"):
+    with pytest.raises(ConfigError, match="target_range = null: must be the least and the largest number"):
         TASK.check_data(replace(settings(SCORED), target_range=None))
 
 

@@ -228,7 +228,7 @@ def test_final_scores_and_detail_of_an_order() -> None:
 @pytest.mark.parametrize(
     ("task", "given", "message"),
     [
-        ("regression", {"target_range": None}, "target_range = None: must be the least and the largest number"),
+        ("regression", {"target_range": None}, "target_range = null: must be the least and the largest number"),
         ("regression", {"labels": ("a", "b")}, r"labels = \('a', 'b'\): must be empty for task regression"),
         (
             "ordinal",
