@@ -43,9 +43,10 @@ class LeftOut:
         return LeftOut(rows=self.rows + other.rows, reasons=dict(reasons.most_common()))
 
     def __str__(self) -> str:
-        """`30 of 60 rows (50.0 %) cannot be used: 20 must not be blank (role text); 10 must be there (role label)`."""
+        """`WARNING: 3 of 6 rows (50.0 %) cannot be used: 2 must not be blank (role text); 1 must be there (role site)`."""
         share = f"{self.count / max(1, self.rows):.1%}".replace("%", " %")
-        return f"{self.count:,} of {counted(self.rows, 'row')} ({share}) cannot be used: {_listed(self.reasons)}"
+        said = f"{self.count:,} of {counted(self.rows, 'row')} ({share}) cannot be used: {_listed(self.reasons)}"
+        return f"WARNING: {said}" if self.is_much else said
 
 
 NONE_LEFT_OUT = LeftOut()

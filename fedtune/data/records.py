@@ -255,6 +255,8 @@ def _field(row: Row, column: str, *, role: str, at: str) -> str:
     if column not in row:
         raise absent(row, column, role=role, at=at)
     value, at = row[column], f"{at}, column {column!r}"
+    if value is None:
+        raise DataError(at, "null", f"must not be null (role {role})")
     if role in _READ_ALONE:
         text = _READ_ALONE[role](value, at)
         _require_unicode(text, at=at, role=role)

@@ -41,7 +41,7 @@ def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData
 
 def _left_out(rows: LeftOut, key: str) -> Iterator[str]:
     if rows.count:
-        yield f"{'A LARGE PART' if rows.is_much else 'a part'} of {key} is left out: {rows}"
+        yield f"{key}: {rows}; the run leaves them out"
 
 
 def is_training_file(config: RunConfig, file: str) -> bool:
