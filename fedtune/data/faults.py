@@ -43,10 +43,10 @@ class LeftOut:
         return LeftOut(rows=self.rows + other.rows, reasons=dict(reasons.most_common()))
 
     def __str__(self) -> str:
-        """`WARNING: 3 of 6 rows (50.0 %) cannot be used: 2 must not be blank (role text); 1 must be there (role site)`."""
-        share = f"{self.count / max(1, self.rows):.1%}".replace("%", " %")
-        said = f"{self.count:,} of {counted(self.rows, 'row')} ({share}) cannot be used: {_listed(self.reasons)}"
-        return f"WARNING: {said}" if self.is_much else said
+        """`30 of 900 rows (3.3 %) cannot be used: 20 must not be blank (role text); 10 must be there (role label)`."""
+        rows = f"{self.count:,} of {counted(self.rows, 'row')} ({100 * self.count / max(1, self.rows):.1f} %)"
+        said = f"A LARGE PART, {rows}," if self.is_much else rows
+        return f"{said} cannot be used: {_listed(self.reasons)}"
 
 
 NONE_LEFT_OUT = LeftOut()
@@ -84,8 +84,9 @@ class Faults:
         if self._first is None:
             return
         first, num, more = self._first, self._reasons.total(), ", ..." if self._reasons.total() > _MOST_LINES else ""
-        all_of_them = f"{num:,} rows cannot be used, in lines {', '.join(map(str, self._lines))}{more}"
-        bound = f"{first.bound} ({all_of_them}: {_listed(self._reasons)})" if num > 1 else first.bound
+        several = f": {_listed(self._reasons)}" if len(self._reasons) > 1 else ""
+        all_of_them = f"{num:,} rows cannot be used, in lines {', '.join(map(str, self._lines))}{more}{several}"
+        bound = f"{first.bound} ({all_of_them})" if num > 1 else first.bound
         raise DataError(first.key, first.value, bound)
 
 

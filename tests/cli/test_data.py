@@ -189,3 +189,18 @@ def test_what_is_no_experiment(here: Path, command: Any, words: tuple[str, ...],
     outcome = command("data", "check", *words)
     assert outcome.code == 2
     assert outcome.message.startswith(message)
+
+
+def test_a_check_warns_of_much_that_cannot_be_used_with_all_reasons(here: Path, command: Any) -> None:
+    rows = [{"body": None if number % 3 else f"text {number}", "team": TEAMS[number % 2]} for number in range(60)]
+    (here / "holes.json").write_text(json.dumps(rows))
+    made = command("data", "init", "holes.json", "--model", "random_bert")
+    assert "null" in made.out
+    assert "None" not in made.out
+    shown = " ".join(command("data", "check", "holes.yaml").out.split())
+    assert "A LARGE PART, 40 of 60 rows (66.7 %), cannot be used: 40 must not be null (role text)." in shown
+    (here / "cut.json").write_text(json.dumps(rows)[:-1])
+    for words in (["check", "holes.yaml", "data.train_file=cut.json"], ["init", "cut.json", "--model", "random_bert"]):
+        outcome = command("data", *words)
+        assert outcome.code == 2
+        assert outcome.message.endswith("it breaks off, and lacks ] at its end")

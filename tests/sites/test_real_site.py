@@ -19,8 +19,9 @@ from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
+from fedtune.sites.records import LeadRecords
 from fedtune.sites.saved_model import beside_base
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LeadData, SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
@@ -484,7 +485,7 @@ def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, resta
     config = parse(json.loads((folder / "config.yaml").read_text()))
     found = beside_base(config, folder / "adapter", str(site.data)).scores
     shared = SharedModel(config)
-    data = shared.lead_data(str(site.data), rows=None, key="data")
+    data = LeadData.of(LeadRecords.read(str(site.data), config, key="data"), config, shared.tokenizer)
     after, before = shared.score(final, data), shared.score(shared.initial_adapter, data)
     assert {name: found[name].tuned.value for name in after} == after
     assert {name: found[name].base.value for name in before} == before
