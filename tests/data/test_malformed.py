@@ -102,7 +102,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
         b"[\n" + GOOD + b',\n{"question": "caf',
         COLUMNS,
         "a.json:3",
-        "'the end of the file': must be one array of objects; it breaks off, and lacks the rest of this record, and ] at its end",
+        "'the end of the file': must be one array of objects; it breaks off, and lacks the rest of this record, and ]",
     ),
     "an array cut off behind a comma": ("a.json", b"[" + GOOD + b",", COLUMNS, "a.json:1", "'the end of the file'"),
     "an object for an array": ("a.json", b'{"data": [' + GOOD + b"]}", COLUMNS, "a.json:1", "must begin with [, as an"),
@@ -213,7 +213,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
         parquet_bytes(question=["a", "b"], intent=[1.5, 2.5]),
         COLUMNS,
         "a.parquet:1, column 'intent'",
-        "(and 1 more row: 1 must be text or an integer",
+        "must be text or an integer (role label) (2 rows cannot be used",
     ),
     "nulls in Parquet": (
         "a.parquet",
@@ -294,8 +294,8 @@ def test_all_faults_are_counted_by_kind(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read_records(path, COLUMNS)
     assert str(error.value) == (
-        f"{path}:2, column 'question' = 'blank': must not be blank (role text) (6 rows cannot be used, in lines 2, 3, 4, 5, 6, "
-        "...: 3 must not be blank (role text); 2 must be one whole JSON object on a line; 1 must be text (role text))"
+        f"{path}:2, column 'question' = 'blank': must not be blank (role text) (6 rows cannot be used, in lines 2, 3, 4, "
+        "5, 6, ...: 3 must not be blank (role text); 2 must be one whole JSON object on a line; 1 must be text (role text))"
     )
 
 

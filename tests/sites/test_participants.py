@@ -18,7 +18,7 @@ from fedtune.federation.site_round import Trained
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.sites.virtual_site import Participants
-from fedtune.spec import ConfigError, DataError
+from fedtune.spec import ConfigError
 
 from .conftest import round_request
 
@@ -157,16 +157,17 @@ def test_no_lead_files_are_no_scores(config: Callable[..., RunConfig], tmp_path:
 
 def test_longer_texts_than_the_model_has_positions_for(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.max_length = 513: must be at most the model's 512"):
-        Participants(config("data.max_length=513"), tmp_path)
+        _ = Participants(config("data.max_length=513"), tmp_path).shared
 
 
 @pytest.mark.parametrize("wrong", ["data.columns.text=nope", "data.test_file=gone.csv"])
 def test_data_are_judged_before_a_model_is_loaded(
-    simulate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     def load(*_: object, **__: object) -> None:
         raise AssertionError("a model is loaded")
 
     monkeypatch.setattr(shared_model, "ready_model", load)
-    with pytest.raises(DataError, match=r"column 'nope' = 'absent'|data\.test_file = 'gone\.csv'"):
-        simulate(wrong, into=tmp_path)
+    refused = command("simulate", *tiny(wrong, into=tmp_path))
+    assert refused.code == 2
+    assert wrong.partition("=")[2] in refused.message
