@@ -294,8 +294,9 @@ def test_all_faults_are_counted_by_kind(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read_records(path, COLUMNS)
     assert str(error.value) == (
-        f"{path}:2, column 'question' = 'blank': must not be blank (role text) (6 rows cannot be used, in lines 2, 3, 4, "
-        "5, 6, ...: 3 must not be blank (role text); 2 must be one whole JSON object on a line; 1 must be text (role text))"
+        f"{path}:2, column 'question' = 'blank': must not be blank (role text) (6 rows cannot be used, in lines "
+        "2, 3, 4, 5, 6, ...: 3 must not be blank (role text); 2 must be one whole JSON object on a line; 1 must be "
+        "text (role text))"
     )
 
 
