@@ -501,3 +501,12 @@ def test_a_declined_adapter_is_not_written(site: Any) -> None:
 def test_the_adapter_of_a_run_that_nobody_began_is_not_written(site: Any, first_adapter: Adapter) -> None:
     assert site.end(first_adapter) is None
     assert not site.adapters.exists()
+
+
+def test_how_much_cannot_be_used_stays_in_the_sites_own_log(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with site.data.open("a", encoding="utf-8") as stream:
+        stream.write(" ,invoice\n" * 10)
+    site.update()
+    (told,) = [one for one in caplog.records if "a large part" in one.getMessage()]
+    assert (told.name, told.levelname) == ("fedtune.sites.real_site", "WARNING")
+    assert (told.__dict__["rows"], told.__dict__["left_out"], told.__dict__["share"]) == (50, 10, 0.2)
