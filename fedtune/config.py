@@ -28,7 +28,7 @@ from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import ConfigError, check_at_least, spec
+from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least, spec
 from fedtune.tasks import task_named
 from fedtune.training.spec import RuntimeSpec, TrainingSpec, automatic_rate
 
@@ -436,7 +436,7 @@ def _first_error(error: ValidationError) -> ConfigError:
     if details["type"] == "unexpected_keyword_argument":
         return ConfigError(location, details["input"], "is not a setting of fedtune")
     if details["type"] == "missing":
-        return ConfigError(location, None, "is required")
+        return ConfigError(location, NOT_GIVEN, "is required")
     return ConfigError(location, details["input"], bound_in(details))
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Final, TypeVar, dataclass_transform
 
 T = TypeVar("T")
 
@@ -23,12 +23,16 @@ class FedtuneError(Exception):
     exit_code: ClassVar[int] = 1
 
 
+NOT_GIVEN: Final = object()
+"""In place of an error's value where there is none to show."""
+
+
 class ConfigError(FedtuneError, ValueError):
     """A person's input is wrong: names the key, the value that was given and the bound it breaks.
 
     Attributes:
         key: dotted key or file that is wrong, as the person would write it.
-        value: what was given.
+        value: what was given; `NOT_GIVEN` for a key that is absent, and for an option that takes no value.
         bound: what would be accepted, as the end of a sentence ("must be greater than 0").
     """
 
@@ -36,7 +40,7 @@ class ConfigError(FedtuneError, ValueError):
 
     def __init__(self, key: str, value: object, bound: str) -> None:
         self.key, self.value, self.bound = key, value, bound
-        super().__init__(f"{key} = {_shown(value)}: {bound}")
+        super().__init__(f"{key}: {bound}" if value is NOT_GIVEN else f"{key} = {shown(value)}: {bound}")
 
     def under(self, prefix: str) -> ConfigError:
         """The same error one level further out (`epsilon` becomes `privacy.epsilon`)."""
@@ -136,6 +140,24 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _shown(value: object, most: int = 120) -> str:
-    text = repr(value)
+def shown(value: object, most: int = 120) -> str:
+    """A value in a message, in the words of YAML and JSON, since people write null and true, not None and True.
+
+    >>> shown({"labels": ("a", None), "train": True})
+    "{'labels': ['a', null], 'train': true}"
+    """
+    text = _as_written(value)
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _as_written(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case Mapping():
+            return f"{{{', '.join(f'{_as_written(key)}: {_as_written(inner)}' for key, inner in value.items())}}}"
+        case list() | tuple():
+            return f"[{', '.join(map(_as_written, value))}]"
+    return repr(value)

@@ -10,6 +10,7 @@ import pydantic
 import pytest
 
 from fedtune.spec import (
+    NOT_GIVEN,
     ConfigError,
     DataError,
     FedtuneError,
@@ -75,6 +76,17 @@ def test_a_config_error_can_be_moved_outwards() -> None:
     moved = DataError("train_file", "x", "must exist").under("data").under("")
     assert type(moved) is DataError
     assert str(moved) == "data.train_file = 'x': must exist"
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    (None, "k = null: must be given"),
+    (True, "k = true: must be given"),
+    ([None, False, "a"], "k = [null, false, 'a']: must be given"),
+    ({"a": (1, None)}, "k = {'a': [1, null]}: must be given"),
+    (NOT_GIVEN, "k: must be given"),
+])  # fmt: skip
+def test_a_value_is_shown_in_the_words_of_settings(value: object, said: str) -> None:
+    assert str(ConfigError("k", value, "must be given").under("")) == said
 
 
 def test_a_long_value_is_cut() -> None:

@@ -24,7 +24,7 @@ from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.evaluation.spec import SMALLEST
 from fedtune.federation.run_folder import RunFolder, run_folders_near
-from fedtune.spec import ConfigError, check_at_least
+from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.results import RunResult
@@ -94,7 +94,7 @@ def compare(
     console, folders = Console(stderr=as_json), _run_folders(words)
     if folders and (without_privacy or leave_out):
         key = "--without-privacy" if without_privacy else "--leave-out"
-        raise ConfigError(key, True, "goes with an experiment's settings, not with runs that are there already")
+        raise ConfigError(key, NOT_GIVEN, "goes with an experiment's settings, not with runs that are there already")
     if folders:
         into, lines = None, _lines_of_folders(folders)
     else:

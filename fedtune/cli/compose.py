@@ -23,7 +23,7 @@ from yaml import YAMLError
 from fedtune.cli.experiment_file import FROM_FILE, ExperimentFile, config_folder, experiment_called, read_experiment
 from fedtune.config import RunConfig, parse, saved_config
 from fedtune.federation.run_folder import RunFolder, run_folders_near
-from fedtune.spec import ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError
 
 _FREE_MAPS = ("data.columns", "data.partition.sites")
 """Settings whose keys are the user's own: a new value replaces all of the old one."""
@@ -130,7 +130,9 @@ def _with_start(config: RunConfig) -> RunConfig:
     if name is None and expected is None:
         return config
     if name is None:
-        raise ConfigError("model.adapter", None, "is required with model.adapter_sha256: the folder of that adapter")
+        raise ConfigError(
+            "model.adapter", NOT_GIVEN, "is required with model.adapter_sha256: the folder of that adapter"
+        )
     from fedtune.tasks.saved import StartAdapter  # torch takes seconds to import
 
     start = StartAdapter.read(name)

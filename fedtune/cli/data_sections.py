@@ -15,6 +15,7 @@ from fedtune.preparation.check_data import Checked, FileCheck, Finding, Kind, Le
 from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
 from fedtune.preparation.detect import KINDS, Found
 from fedtune.preparation.patterns import CAVEAT
+from fedtune.spec import shown
 from fedtune.words import counted
 
 ABOUT = (
@@ -76,12 +77,11 @@ def file_sections(found: Found) -> Iterator[Section]:
         words=frozenset({0, 2}),
         notes=(f"and {more:,} more",) if (more := len(found.columns) - _MOST_COLUMNS) > 0 else (),
     )
-    shown = [(role, column) for role, column in found.roles.items()]
     yield Section(
         title="First rows",
-        headings=tuple(f"{role}: {column}" for role, column in shown),
-        rows=tuple(tuple(_cut(row, column) for _, column in shown) for row in found.first),
-        words=frozenset(range(len(shown))),
+        headings=tuple(f"{role}: {column}" for role, column in found.roles.items()),
+        rows=tuple(tuple(_cut(row, column) for column in found.roles.values()) for row in found.first),
+        words=frozenset(range(len(found.roles))),
     )
     if found.labels:
         yield _labels(found.labels, found.rows)
@@ -99,7 +99,7 @@ def _cut(row: Row, column: str) -> str:
         value = " | ".join(
             ": ".join(map(str, turn.values())) if isinstance(turn, dict) else str(turn) for turn in value
         )
-    text = " ".join(str(value).split())
+    text = " ".join((value if isinstance(value, str) else shown(value)).split())
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}\u2026"
 
 
@@ -136,21 +136,23 @@ def check_sections(checked: Checked) -> Iterator[Section]:
 
 
 def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
-    usable, num_errors = sum(file.uses.values()), sum(file.num_errors.values())
+    usable, left_out = sum(file.uses.values()), file.left_out
     told = {
         "rows": f"{file.rows:,}",
         "usable": ", ".join(f"{count:,} for {use}" for use, count in file.uses.items()) or "none",
-        "errors": f"{num_errors:,}",
+        "errors": f"{left_out.count:,}",
     }
     yield pairs(told, title=file.path)
-    left = num_errors - len(file.errors)
+    if left_out.is_much:
+        yield Section(notes=(f"{left_out}.",))
+    left = left_out.count - len(file.errors)
     yield Section(
         title="Errors",
         headings=("where", "what is there", "what a run needs"),
         rows=file.errors,
         words=frozenset({0, 1, 2}),
-        notes=[f"and {left:,} more; in all:", *(f"{count:,} {bound}" for bound, count in file.num_errors.items())]
-        if left
+        notes=[f"and {left:,} more; in all:" if left else "In all:", *map(_reason, file.num_errors.items())]
+        if file.errors
         else (),
     )
     yield Section(
@@ -162,10 +164,25 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
     )
     if file.labels:
         yield _labels(file.labels, usable)
+        yield Section(
+            title="Labels that are spelt in several ways",
+            notes=[
+                *starter.about_spellings(file.labels),
+                *(
+                    f"{counted(count, 'row')} cannot be used, whose label is {label!r} but for case or spaces."
+                    for label, count in file.spelt_otherwise.items()
+                ),
+            ],
+        )
     if file.lengths is not None:
         yield _histogram(file.lengths, max_length)
     if file.languages:
         yield _languages(file.languages)
+
+
+def _reason(counted_reason: tuple[str, int]) -> str:
+    reason, count = counted_reason
+    return f"{count:,} {reason}"
 
 
 def _finding(one: Finding, usable: int) -> tuple[str, ...]:

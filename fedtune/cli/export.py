@@ -11,7 +11,7 @@ from rich.console import Console
 from fedtune.cli.command import AsJson, Option, single
 from fedtune.cli.finished_run import Run, finished_run
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, show
-from fedtune.spec import ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.tasks import task_named
 from fedtune.words import size
 
@@ -40,7 +40,7 @@ def export(
         raise ConfigError("--merge", format, "and --format exclude each other: --merge is a format of its own")
     formats = task_named(config.task).formats
     if merge and len(formats) == 1:
-        raise ConfigError("--merge", merge, f"is not possible for task {config.task}, which has adapters alone")
+        raise ConfigError("--merge", NOT_GIVEN, f"is not possible for task {config.task}, which has adapters alone")
     chosen = format or formats[int(merge)]
     if chosen not in formats:
         raise ConfigError("--format", format, f"must be one of {', '.join(formats)} for task {config.task}")

@@ -34,7 +34,7 @@ from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.spending import RunSpending, Spending
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 from fedtune.words import counted
 
 app = group(
@@ -182,7 +182,7 @@ def restore(
     if site.anchor is not None and (site.anchor.is_file() or not sources):
         sources.append(site.anchor)
     if not sources:
-        raise ConfigError("--anchor", None, "is required, since the policy names no anchor")
+        raise ConfigError("--anchor", NOT_GIVEN, "is required, since the policy names no anchor")
     verify(site.ledger)  # an older ledger is what is expected here; one that was changed is not
     ledger = Ledger(site.ledger, site.policy, SigningKey.load(site.site_key))
     # The policy's own anchor is the one that knows most, whichever was given.

@@ -6,7 +6,7 @@ import sys
 from typing import Annotated
 
 from fedtune.cli.command import Argument, AsJson, Option, single
-from fedtune.spec import ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError
 
 
 def model_hash(
@@ -28,7 +28,7 @@ def model_hash(
     Files that are not listed are never loaded. A model that a site would refuse is refused here, with the reason.
     """
     if files and as_json:
-        raise ConfigError("--json", True, "does not go with --files")
+        raise ConfigError("--json", NOT_GIVEN, "does not go with --files")
     # transformers takes seconds to import, and rich what matters to a command's help
     from fedtune.cli.sections import SCHEMA_VERSION, print_json
     from fedtune.model.base_model import model_sha256

@@ -24,7 +24,7 @@ from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.page.charts import LIMIT, Panel, Series, chart
-from fedtune.spec import ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError
 
 if TYPE_CHECKING:
     from fedtune.federation.forecast import Forecast
@@ -68,7 +68,7 @@ def plan(
     if lead is not None:
         check_public_key("--lead", lead)
     if time and no_model:
-        raise ConfigError("--no-model", True, "does not go with --time, which loads the model")
+        raise ConfigError("--no-model", NOT_GIVEN, "does not go with --time, which loads the model")
     asked = {path: lead or _first_lead(path) for path in policy}
     with Console(stderr=True).status("Working out the price ..."):
         known = _price_of(overrides, target, with_model=time)

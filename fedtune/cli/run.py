@@ -26,7 +26,7 @@ from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.results import site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 from fedtune.words import finite
 
 _ACTIONS = ("status", "stop", "resume")
@@ -65,7 +65,7 @@ def run(
         _start(words, kit=_lead_kit(kit))
         return
     if not rest:
-        raise ConfigError("run folder", None, f"is required: fedtune run {first} FOLDER")
+        raise ConfigError("run folder", NOT_GIVEN, f"is required: fedtune run {first} FOLDER")
     folder = Path(rest[0])
     match first:
         case "status":
@@ -78,7 +78,7 @@ def run(
 
 def _lead_kit(folder: Path | None) -> Kit:
     if folder is None:
-        raise ConfigError("--kit", None, "is required: the folder of the lead's kit")
+        raise ConfigError("--kit", NOT_GIVEN, "is required: the folder of the lead's kit")
     return Kit.read(folder, kind="lead")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Option, command, group
 from fedtune.evaluation.spec import SMALLEST
-from fedtune.spec import ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import counted
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def approve(
     Needed where site.toml says approval = "manual". The site does nothing for a run before it is approved.
     """
     if run is not None and as_json:
-        raise ConfigError("--json", True, "does not go with RUN")
+        raise ConfigError("--json", NOT_GIVEN, "does not go with RUN")
     own = _own_kit(kit)
     from fedtune.cli import site_actions as work
     from fedtune.deploy.services.site_state import SiteState

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import reprlib
 import shutil
 import signal
 import time
@@ -19,7 +18,7 @@ from fedtune.cli.command import InterruptTold
 from fedtune.cli.compose import write_config
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
-from fedtune.spec import ConfigError, RunError, StuckError
+from fedtune.spec import ConfigError, RunError, StuckError, shown
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.cli.display import Display
@@ -127,7 +126,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         if isinstance(old[key], dict) and isinstance(new.get(key), dict):
             yield from _differences(old[key], new[key], f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key} was {reprlib.repr(old[key])}, is {reprlib.repr(new.get(key))}"
+            yield f"{prefix}{key} was {shown(old[key], 30)}, is {shown(new.get(key), 30)}"
 
 
 def make(folder: Path, config: RunConfig) -> list[Path]:

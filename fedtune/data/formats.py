@@ -35,31 +35,33 @@ _BATCH_ROWS = 256
 """Of Parquet, in memory at once."""
 
 
-def raw_rows(path: Path, columns: Mapping[str, str] | None = None) -> RawRows:
+def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: bool = False) -> RawRows:
     """(place, columns and values) of each row of a file, or in their place what is wrong with that row alone.
 
     Text is UTF-8, with or without a byte order mark.  JSON lines hold one object each, `.json` one array of objects;
-    CSV and TSV have a header and double quotes (RFC 4180, so a quoted cell may span lines).  Blank lines are no rows.
+    CSV and TSV have a header and double quotes (RFC 4180, so a quoted cell may span lines), and CSV has semicolons if
+    the header has them and no other mark.  Blank lines are no rows.
     A label that a Hugging Face set stores as a number is given by its name.
 
     Args:
         path: `.jsonl`, `.json`, `.csv` or `.tsv`, each also with `.gz` behind; `.parquet`; or a folder that
             `save_to_disk` of Hugging Face `datasets` wrote.
         columns: role to column: what the header of a table must have, and all that is read of one.  None: everything.
+        lenient: the end of a JSON array that breaks off is the fault of a row and not of the file, as at a real site.
 
     Yields:
         The line on which a row starts, or in Parquet and saved sets its number, counted from 1; and the row.
 
     Raises:
         DataError: for what is a fault of the file and of no row: it cannot be opened, is no whole gzip, Parquet or
-            Arrow file, holds no JSON array where it should, or its header cannot be read or lacks a column.
+            Arrow file, holds no (whole) JSON array where it should, or its header cannot be read or lacks a column.
     """
     require_file(path)
     match format_of(path):
         case ".jsonl":
             return line_rows(path)
         case ".json":
-            return array_rows(path)
+            return array_rows(path, lenient=lenient)
         case ".csv":
             return table_rows(path, columns, comma=",")
         case ".tsv":

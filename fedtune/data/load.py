@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import fedtune
+from fedtune.data.faults import NONE_LEFT_OUT, Faults, LeftOut
 from fedtune.data.partition import is_selected, partition_records, split_heldout, unit_hash
-from fedtune.data.records import Record, iter_records, resolve_file, usable_records, without_records
+from fedtune.data.records import Fault, Record, resolve_file, usable_records, without_records
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import DataError
@@ -22,8 +22,6 @@ _ROWS_KEY = b"fedtune rows"
 """One for all runs, so that a score on some rows of a file is about the same rows in each."""
 FAR = 1.5
 """A declared size is far from the true one that is so many times as large, or as small."""
-Usable: TypeAlias = Callable[[Record], bool]
-"""Whether a task can use a record."""
 
 
 def shipped_folders() -> tuple[Path, ...]:
@@ -38,10 +36,14 @@ def split_key(seed: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class SiteRecords:
-    """One site's records: those it trains on, and those held out by their own hash or their user's."""
+    """One site's records: those it trains on, those held out by their own hash or their user's, and what is left out.
+
+    What is left out is for the site's own people, and no part of what it releases.
+    """
 
     training: list[Record]
     heldout: list[Record]
+    left_out: LeftOut = NONE_LEFT_OUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +54,14 @@ class Dealt:
         sites: the records of each site, in the order of the sites.
         validation: those that are the lead's instead, by `validation_fraction`.
         test: the same by `test_fraction`.
-        left_out: how many could not be used and were left out.
+        left_out: what could not be used and was left out.
         shared_users: with unit "user", how many ids are in the files of several sites, each a user at each of them.
     """
 
     sites: tuple[SiteRecords, ...]
     validation: list[Record]
     test: list[Record]
-    left_out: int
+    left_out: LeftOut
     shared_users: int = 0
 
 
@@ -73,7 +75,7 @@ class Dealing:
         sites: the names of the sites.
         seed: of the run.
         unit: that is dealt out.
-        usable: whether the task can use a record; asked where the settings leave out what cannot be used.
+        fault: what of a record the task cannot use.
     """
 
     spec: DataSpec
@@ -81,7 +83,7 @@ class Dealing:
     sites: Sequence[str]
     seed: int
     unit: Unit = "record"
-    usable: Usable = lambda record: True
+    fault: Fault = lambda record: None
 
     def dealt(self) -> Dealt:
         """Read the files, and give each record to the lead or to a site by its own hash, or its user's.
@@ -92,10 +94,10 @@ class Dealing:
         spec, key, unit = self.spec, split_key(self.seed), self.unit
         lead: dict[str, list[Record]] = {"validation": [], "test": []}
         of_files: list[list[Record]] = []
-        num_left_out = 0
+        left_out = NONE_LEFT_OUT
         for path in self._files():
-            records, left_out = lead_file(path, self.columns, usable=self.usable if spec.skips_unusable else None)
-            num_left_out += left_out
+            records, of_file = lead_file(path, self.columns, fault=self.fault, leave_out=spec.skips_unusable)
+            left_out = left_out.with_those(of_file)
             of_files.append([])
             for record in records:
                 side = lead_side(record, spec, key=key, unit=unit)
@@ -113,7 +115,7 @@ class Dealing:
             sites=tuple(self._split(name, records, key=key) for name, records in zip(self.sites, sites, strict=True)),
             validation=lead["validation"],
             test=lead["test"],
-            left_out=num_left_out,
+            left_out=left_out,
             shared_users=_at_several(sites) if unit == "user" else 0,
         )
 
@@ -150,50 +152,51 @@ def _at_several(sites: Sequence[Sequence[Record]]) -> int:
 
 
 def own_records(
-    spec: DataSpec, *, columns: Mapping[str, str], usable: Usable, key: bytes, unit: Unit = "record"
+    spec: DataSpec, *, columns: Mapping[str, str], fault: Fault, key: bytes, unit: Unit = "record"
 ) -> SiteRecords:
     """A real site's records; `key` is its own secret, and decides by each record's (or user's) hash what is held out.
 
-    A record that a run has no use for (no value, or not `usable`, or with unit "user" not exactly one user) is left
+    A record that a run has no use for (no value, or a `fault`, or with unit "user" not exactly one user) is left
     out by itself, and no record at all is fine: what a lead asks for must not make the answer depend on whether some
     record fits it.
 
     Raises:
         DataError: the file cannot be read or parsed, whatever the run.
     """
-    records = filter(usable, usable_records(Path(spec.train_file), columns))
-    return SiteRecords(*split_heldout(records, fraction=spec.heldout_fraction, key=key, unit=unit))
+    faults = Faults()
+    records = usable_records(Path(spec.train_file), columns, fault=fault, faults=faults)
+    training, heldout = split_heldout(records, fraction=spec.heldout_fraction, key=key, unit=unit)
+    return SiteRecords(training, heldout, faults.left_out(used=len(training) + len(heldout)))
 
 
 def lead_records(
-    name: str, *, columns: Mapping[str, str], key: str, usable: Usable | None = None
-) -> tuple[list[Record], int]:
-    """The lead's own records from file `name`, which the setting `key` gave, and how many were left out.
+    name: str, *, columns: Mapping[str, str], key: str, fault: Fault = lambda record: None, leave_out: bool = False
+) -> tuple[list[Record], LeftOut]:
+    """The lead's own records from file `name`, which the setting `key` gave, and what was left out.
 
     Args:
         name: relative or absolute path.
         columns: role to column name.
         key: for messages.
-        usable: whether the task can use a record, to leave out what cannot be used; None: that is an error.
+        fault: what of a record the task cannot use.
+        leave_out: go on without what cannot be used; otherwise that is an error.
     """
-    return lead_file(resolve_file(name, shipped_folders(), key=key), columns, usable=usable)
+    return lead_file(resolve_file(name, shipped_folders(), key=key), columns, fault=fault, leave_out=leave_out)
 
 
-def lead_file(path: Path, columns: Mapping[str, str], *, usable: Usable | None) -> tuple[list[Record], int]:
+def lead_file(path: Path, columns: Mapping[str, str], *, fault: Fault, leave_out: bool) -> tuple[list[Record], LeftOut]:
     """The same from a file that was found.
 
     Raises:
-        DataError: the file cannot be read, or has no record; or without `usable`, one that cannot be used.
+        DataError: the file cannot be read, or has no record; or without `leave_out`, some that cannot be used.
     """
-    left_out: list[DataError] = []
-    if usable is None:
-        records = list(iter_records(path, columns))
-    else:
-        found = list(usable_records(path, columns, left_out=left_out))
-        records = list(filter(usable, found))
+    faults = Faults()
+    records = list(usable_records(path, columns, fault=fault, faults=faults, lenient=False))
+    if not records or not leave_out:
+        faults.require_none()
     if not records:
         raise without_records(path)
-    return records, 0 if usable is None else len(left_out) + len(found) - len(records)
+    return records, faults.left_out(used=len(records))
 
 
 def chosen_rows(records: Sequence[Record], rows: int | None) -> list[Record]:

@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
+from fedtune.data.faults import Faults
 from fedtune.data.formats import raw_rows, require_file, what_is
 from fedtune.data.text_rows import Row, absent, at_line, json_type
 from fedtune.spec import DataError
-from fedtune.words import counted
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
@@ -39,8 +38,8 @@ _SPEAKERS = {"system": "system", "user": "user", "human": "user"} | dict.fromkey
 )
 _CHUNK_ROWS = 256
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_MOST_KINDS = 3
-"""Of faults that are counted one by one in a message."""
+Fault: TypeAlias = Callable[["Record"], DataError | None]
+"""What of a record its task cannot use; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,19 +173,22 @@ def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
             label, a site or a user) an integer, nor (for messages) a conversation.  It is about the first such row,
             and counts the rest, since the file is read to its end.
     """
-    wrong: list[DataError] = []
-    for found in judged(path, columns):
+    faults = Faults()
+    for line, found in judged(path, columns):
         if isinstance(found, DataError):
-            wrong.append(found)
-        elif not wrong:
+            faults.add(found, line)
+        elif not faults:
             yield found
-    if wrong:
-        first = wrong[0]
-        raise DataError(first.key, first.value, f"{first.bound}{_counted(wrong[1:], like=first.bound)}")
+    faults.require_none()
 
 
 def usable_records(
-    path: Path, columns: Mapping[str, str], *, left_out: list[DataError] | None = None
+    path: Path,
+    columns: Mapping[str, str],
+    *,
+    fault: Fault = lambda record: None,
+    faults: Faults | None = None,
+    lenient: bool = True,
 ) -> Iterator[Record]:
     """The same, without the records that cannot be used; so no record ends the reading, whatever it holds.
 
@@ -202,38 +204,34 @@ def usable_records(
     Args:
         path: as `iter_records` takes it.
         columns: role to column name.
-        left_out: gets what is wrong with each row that is left out.
+        fault: what of a record its task cannot use.
+        faults: counts the rows that are left out.
+        lenient: as `raw_rows` has it.
 
     Raises:
         DataError: for what is a fault of the file and of no record, as `raw_rows` says.
     """
-    for found in judged(path, columns):
+    for line, found in judged(path, columns, fault=fault, lenient=lenient):
         if isinstance(found, Record):
             yield found
-        elif left_out is not None:
-            left_out.append(found)
+        elif faults is not None:
+            faults.add(found, line)
 
 
-def _counted(errors: Sequence[DataError], *, like: str) -> str:
-    """How many more rows cannot be used, by what is wrong with them; what was said of the first is not said again."""
-    if not errors:
-        return ""
-    kinds = Counter("likewise" if error.bound == like else error.bound for error in errors).most_common()
-    shown = "; ".join(f"{count} {bound}" for bound, count in kinds[:_MOST_KINDS])
-    rest = sum(count for _, count in kinds[_MOST_KINDS:])
-    return f" (and {counted(len(errors), 'more row')}: {shown}{f'; {rest} others' if rest else ''})"
-
-
-def judged(path: Path, columns: Mapping[str, str]) -> Iterator[Record | DataError]:
-    """Each record of a file, or in its place what is wrong with it."""
-    for line, row in raw_rows(path, columns):
+def judged(
+    path: Path, columns: Mapping[str, str], *, fault: Fault = lambda record: None, lenient: bool = False
+) -> Iterator[tuple[int, Record | DataError]]:
+    """(line, record) of each row of a file, or in the record's place what is wrong with it; see `usable_records`."""
+    for line, row in raw_rows(path, columns, lenient=lenient):
         if isinstance(row, DataError):
-            yield row
+            yield line, row
             continue
         try:
-            yield record_of(row, columns, file=str(path), line=line)
+            record = record_of(row, columns, file=str(path), line=line)
         except DataError as error:
-            yield error
+            yield line, error
+        else:
+            yield line, fault(record) or record
 
 
 def record_of(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> Record:
@@ -259,6 +257,8 @@ def _field(row: Row, column: str, *, role: str, at: str) -> str:
     if column not in row:
         raise absent(row, column, role=role, at=at)
     value, at = row[column], f"{at}, column {column!r}"
+    if value is None:
+        raise DataError(at, "null", f"must not be null (role {role})")
     if role in _READ_ALONE:
         text = _READ_ALONE[role](value, at)
         _require_unicode(text, at=at, role=role)

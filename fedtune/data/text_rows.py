@@ -36,6 +36,8 @@ _MARKS = {
 }
 """What a file is that begins so and is no text in UTF-8."""
 _UTF_8 = "must be UTF-8 text, not UTF-16, Latin-1 or Windows-1252"
+_BLANK = b" \t\r\n,;"
+"""Of a table's line that holds nothing."""
 _BLOCK_BYTES = 1 << 20
 """Read at once: a few kilobytes of gzip can hold a line that fills the memory."""
 
@@ -48,7 +50,8 @@ def at_line(file: Path | str, line: int) -> str:
 def absent(present: Iterable[str], column: str, *, role: str, at: str) -> DataError:
     """The error about a column that is not among those `present`."""
     names = ", ".join(repr(name) for name in islice(present, 10)) or "none"
-    return DataError(f"{at}, column {column!r}", "absent", f"must be there; set data.columns.{role} to one of {names}")
+    bound = f"must be there (role {role}); set data.columns.{role} to one of {names}"
+    return DataError(f"{at}, column {column!r}", "absent", bound)
 
 
 def _parsed(rows: Cut, parse: Callable[[int, bytes | None], Row | None]) -> RawRows:
@@ -106,10 +109,21 @@ def json_type(value: object) -> str:
 
 
 def table_rows(path: Path, columns: Mapping[str, str] | None, *, comma: str) -> RawRows:
-    """The rows of a table with a header, which must have the `columns` (role to column) and `comma` between cells."""
+    """The rows of a table with a header, which must have the `columns` (role to column) and `comma` between cells.
+
+    In place of commas there may be semicolons, as spreadsheets write them where decimals have a comma.
+    """
+    comma = _comma_of_header(path) if comma == "," else comma
     rows = cut_rows(path, comma=comma.encode())
     header = _header(path, rows, columns or {}, comma=comma)
     yield from _parsed(rows, partial(_table_row, path, header=header, comma=comma))
+
+
+def _comma_of_header(path: Path) -> str:
+    """A semicolon where the first line that is not blank has one, and no other mark; by that line, not by records."""
+    lines = (raw for _, raw in cut_rows(path) if raw is None or raw.strip(_BLANK))
+    first = next(lines, None) or b""
+    return ";" if b";" in first and not any(mark in first for mark in (b",", b"\t", b"|")) else ","
 
 
 def _table_row(path: Path, line: int, raw: bytes | None, *, header: Sequence[str], comma: str) -> Row | None:
@@ -142,7 +156,9 @@ def _require_separated(header: Sequence[str], *, comma: str, at: str) -> None:
         raise DataError(at, "a note for Excel (sep=)", "must be the header; remove the line before it")
     named = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
     for mark in (mark for mark in named if mark != comma and len(header) == 1 and mark in header[0]):
-        bound = f"must have {named[comma]} between the columns; save it so, or with tabs and the ending .tsv"
+        other = {"\t": ".tsv", "|": ""}.get(mark, ".csv")
+        remedy = f"give the file the ending {other}" if other else "save it so"
+        bound = f"must have {named[comma]} between the columns; {remedy}"
         raise DataError(at, f"a header that looks separated by {named[mark]}", bound)
 
 
@@ -305,8 +321,8 @@ def _in_array(path: Path, row: _Growing) -> Iterator[bytes]:
         opened = opened or bool(text)
 
 
-def array_rows(path: Path) -> RawRows:
-    """The elements of a JSON array."""
+def array_rows(path: Path, *, lenient: bool) -> RawRows:
+    """The elements of a JSON array; of one that breaks off, `lenient`: those that are whole."""
     before = b""
     for line, raw, mark in cut_elements(path):
         text = (raw or b"").lstrip()
@@ -316,6 +332,8 @@ def array_rows(path: Path) -> RawRows:
             if row is not None:
                 yield line, row
         except DataError as error:
+            if not mark and not lenient:
+                raise  # what is missing may be any number of records
             yield line, error
         before = before if before == b"]" else mark
 
@@ -330,12 +348,23 @@ def _element(path: Path, line: int, raw: bytes | None, *, between: tuple[bytes, 
     if not behind:
         if before == b"" and raw == b"":
             return None
-        raise DataError(at, "the end of the file", f"{bound}, with ] at its end")
+        raise DataError(at, "the end of the file", f"{bound}; it breaks off, and lacks {_missing(path, line, raw)}")
     if raw == b"":
         if before == b"" and behind == b"]":
             return None
         raise DataError(at, "a comma without an object", f"{bound}, with a comma between two")
     return _json_object(_text(raw, at=at), path, line, bound="must be one whole JSON object")
+
+
+def _missing(path: Path, line: int, raw: bytes | None) -> str:
+    """What an array lacks whose last element is all that is left of it."""
+    if raw == b"":
+        return "a record behind the last comma, and ] at its end"
+    try:
+        _json_object(_text(raw, at=""), path, line, bound="")
+    except DataError:
+        return "the rest of this record, and ] at its end"
+    return "] at its end"
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -24,6 +24,7 @@ from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
+from fedtune.sites.records import RunRecords
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
@@ -89,12 +90,15 @@ def run_deployed(
         with grid:
             return run(grid)
 
+    records = RunRecords(config)
+    records.read()
     asked = _invited(config, connection)
     grid = _grid(connection, config.federation, listener, most_rounds=asked.proposal.plan.most_rounds)
     return FederationRun(
         config=config,
         folder=folder,
-        shared=SharedModel(config, inexact_allowed=True, progress=listener.preparing),  # nothing is trained here
+        # nothing is trained here
+        shared=SharedModel(config, inexact_allowed=True, records=records, progress=listener.preparing),
         asked=asked,
         receipts=receipts,
         engine=over_sites,

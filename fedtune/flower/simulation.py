@@ -42,13 +42,14 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
     config_json = json.dumps(config.to_json())
     everyone = participants(config_json, str(folder))
     everyone.progress = listener.preparing
+    everyone.records.read()
 
     def ready() -> Known:
         listener.preparing("reading the sites' records", 0, 0)
         _ = [work.examples for work in everyone.work.values()]
         everyone.sites.check_dealt_out()
         changed = everyone.changed() if config.resume is not None else ()
-        return Known(notes=tuple(site_notes(config, everyone.dealt)), changed=tuple(changed))
+        return Known(notes=tuple(site_notes(config, everyone.records.dealt)), changed=tuple(changed))
 
     return FederationRun(
         config=config,

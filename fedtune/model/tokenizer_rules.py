@@ -11,6 +11,8 @@ import base64
 import re
 from typing import Any
 
+from fedtune.spec import shown
+
 _MOST_PARTS = 16
 _MOST_GROWTH = 300
 """Of characters behind the last step for one character of a text. ALBERT's steps come to 288."""
@@ -122,7 +124,7 @@ def tokenizer_refusal(fields: Any) -> str | None:
 
 def short(value: object) -> str:
     """What stands in a file, as a person can be shown it: it may be long, or hold what cannot be printed."""
-    text = value if isinstance(value, str) and re.fullmatch(r"\w{1,40}", value, re.ASCII) else repr(value)
+    text = value if isinstance(value, str) and re.fullmatch(r"\w{1,40}", value, re.ASCII) else shown(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 

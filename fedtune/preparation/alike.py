@@ -1,5 +1,7 @@
 """Which records say what an earlier one said: the same by a digest, or almost by MinHash, both in bounded memory.
 
+Also which labels are one but for the case of letters and for spaces.
+
 A record is compared with those before it, so that what is found of it depends on them.  That is why no run does this:
 one record more would change what becomes of another.
 """
@@ -9,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import zlib
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fedtune.data.records import Record
@@ -97,6 +101,23 @@ class _Index:
             self._lsh.insert(len(self._noted), minhash, check_duplication=False)
             self._noted.append((twin, minhash))
         return tuple(found.values())
+
+
+def spelling(label: str) -> str:
+    """What labels have in common that differ in the case of letters and in spaces alone."""
+    return "".join(label.casefold().split())
+
+
+def spelt_alike(labels: Iterable[str]) -> list[list[str]]:
+    """Labels that are probably meant as one.
+
+    >>> spelt_alike(["billing", "Sales", "Billing"])
+    [['billing', 'Billing']]
+    """
+    together: defaultdict[str, list[str]] = defaultdict(list)
+    for label in labels:
+        together[spelling(label)].append(label)
+    return [some for some in together.values() if len(some) > 1]
 
 
 def is_installed(library: str) -> bool:

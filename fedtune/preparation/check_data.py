@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from fedtune.config import RunConfig
+from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.formats import format_of
 from fedtune.data.load import lead_side, shipped_folders, split_key
 from fedtune.data.partition import PartitionSpec, assign_site, is_heldout, is_selected
@@ -24,7 +25,7 @@ from fedtune.data.spec import SITE
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.federation.spec import FederationSpec
 from fedtune.preparation import alike
-from fedtune.preparation.alike import Earlier, Likeness
+from fedtune.preparation.alike import Earlier, Likeness, spelling
 from fedtune.preparation.patterns import damage, identifiers
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, DataError
@@ -37,6 +38,7 @@ _MOST_TOKENS = 8_192
 _LANGUAGE_RECORDS, _LANGUAGE_LETTERS, _FEW_LETTERS = 100_000, 1_000, 40
 """Records whose language is looked at, letters of each, and letters with which a text is too short to tell."""
 _BINS = 10
+_USES = ("train", "held out", "validation", "test", "unused")
 _BY_LINE = (".jsonl", ".csv", ".tsv")
 INSTALL = "pip install 'fedtune[data]'"
 Kind = Literal[
@@ -99,9 +101,10 @@ class FileCheck:
         rows: in it.
         uses: records that can be used, by what for: "train", "held out" by its site, "validation", "test", or "unused".
         errors: what is wrong with the first rows that cannot be used: (file, line and field; what is there; bound).
-        num_errors: all such rows by bound.
+        num_errors: all such rows by what a run needs.
         findings: about those that can.
         labels: records of each declared label.
+        spelt_otherwise: by declared label, rows whose own is undeclared and differs in case and spaces alone.
         lengths: None: no record can be used.
         languages: records by the code of their language; empty: not looked at.
     """
@@ -114,8 +117,14 @@ class FileCheck:
     num_errors: Mapping[str, int]
     findings: tuple[Finding, ...]
     labels: Mapping[str, int]
+    spelt_otherwise: Mapping[str, int]
     lengths: Lengths | None
     languages: Mapping[str, int]
+
+    @property
+    def left_out(self) -> LeftOut:
+        """The rows that cannot be used."""
+        return LeftOut(rows=self.rows, reasons=self.num_errors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,9 +319,11 @@ class _Tally:
         self._rows = 0
         self._uses: Counter[str] = Counter()
         self._errors: list[tuple[str, str, str]] = []
-        self._num_errors: Counter[str] = Counter()
+        self._faults = Faults()
         self._found: defaultdict[tuple[Kind, str, str], _Some] = defaultdict(_Some)
         self._labels: Counter[str] = Counter(dict.fromkeys(look.config.data.labels, 0))
+        self._spellings = {spelling(label): label for label in reversed(look.config.data.labels)}
+        self._spelt_otherwise: Counter[str] = Counter()
         self._texts: dict[bytes, tuple[int, int]] = {}  # by digest: the first line, and records that have it
         self._lengths: Counter[int] = Counter()
         self._languages: Counter[str] = Counter()
@@ -320,22 +331,29 @@ class _Tally:
     def records(self, path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
         """The records that a run can use; the others are errors, which quote nothing of them."""
         data = self._look.config.data
-        for found in judged(path, columns):
+        for line, found in judged(path, columns):
             self._rows += 1
             try:
                 if isinstance(found, DataError):
                     raise found
                 if (fault := self._look.fault(found)) is not None:
+                    self._take_spelling(found)
                     raise fault
                 if data.partition.kind == "column" and found.fields.get("site") not in {*data.partition.sites, None}:
                     raise DataError(found.at("site"), "another site", "must be one of data.partition.sites")
             except DataError as error:
-                self._num_errors[error.bound] += 1
+                self._faults.add(error, line)
                 if len(self._errors) < SHOWN:
                     where = f"row {self._rows} ({error.key})" if self._form == ".json" else error.key
                     self._errors.append((where, str(error.value), error.bound))
             else:
                 yield replace(found, line=self._rows) if self._form == ".json" else found
+
+    def _take_spelling(self, record: Record) -> None:
+        """Note a record that cannot be used of which a label is a declared one but for case and spaces."""
+        labels = [label for label in self._look.labels(record) if label not in self._labels]
+        known = {self._spellings[spelling(label)] for label in labels if spelling(label) in self._spellings}
+        self._spelt_otherwise.update(known)
 
     def take(self, records: Sequence[Record], uses: Sequence[str]) -> None:
         """Look at some records."""
@@ -420,9 +438,9 @@ class _Tally:
             path=str(path),
             places="lines" if self._form in _BY_LINE else "rows",
             rows=self._rows,
-            uses=dict(self._uses),
+            uses={use: self._uses[use] for use in _USES if self._uses[use]},
             errors=tuple(self._errors),
-            num_errors=dict(self._num_errors.most_common()),
+            num_errors=self._faults.left_out(used=0).reasons,
             findings=tuple(
                 Finding(
                     kind=kind, what=what or self._most(kind), column=column, count=some.count, lines=tuple(some.lines)
@@ -430,6 +448,7 @@ class _Tally:
                 for (kind, what, column), some in sorted(self._found.items(), key=lambda one: _KINDS.index(one[0][0]))
             ),
             labels=dict(self._labels),
+            spelt_otherwise=dict(self._spelt_otherwise.most_common()),
             lengths=_lengths(self._lengths),
             languages=dict(self._languages.most_common()),
         )

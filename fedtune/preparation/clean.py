@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedWriter
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.data.formats import raw_rows
-from fedtune.data.records import NO_TEXT, OPTIONAL_ROLES, Record, record_of
+from fedtune.data.records import NO_TEXT, OPTIONAL_ROLES, Fault, record_of
 from fedtune.data.text_rows import Row
 from fedtune.preparation.alike import Earlier
 from fedtune.preparation.patterns import damage, identifiers, masked
@@ -41,16 +41,14 @@ class Cleaning:
 
     Args:
         columns: role to column.
-        usable: whether a run uses a record.
+        fault: what of a record a run cannot use.
         drop: names out of `RULES`.
         mask: whether to put the kind of a likely personal identifier in its place.
     """
 
-    def __init__(
-        self, columns: Mapping[str, str], usable: Callable[[Record], bool], *, drop: Collection[str], mask: bool
-    ) -> None:
+    def __init__(self, columns: Mapping[str, str], fault: Fault, *, drop: Collection[str], mask: bool) -> None:
         self.drop, self.mask = drop, mask
-        self._columns, self._usable = columns, usable
+        self._columns, self._fault = columns, fault
         self._earlier = Earlier(alike="near-duplicates" in drop)
 
     def reasons(self, row: Row | DataError, *, file: str, line: int) -> Iterator[str]:
@@ -63,7 +61,7 @@ class Cleaning:
         except DataError:
             yield from ("empty", "unusable") if self._is_empty(row) else ("unusable",)
             return
-        if not self._usable(record):
+        if self._fault(record) is not None:
             yield "unusable"
         texts = [text for _, text in record.texts()]
         if "personal" in self.drop and any(map(identifiers, texts)):

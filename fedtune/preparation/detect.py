@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,11 @@ _PEOPLE = (
     *("client", "client_id", "person", "person_id", "member", "member_id", "employee", "employee_id"),
 )
 """What a column is called that says whose a record is."""
+_PLACES = frozenset(
+    {"site", "org", "organisation", "organization", "institution", "branch", "hospital", "bank", "clinic", "centre"}
+    | {"center", "facility", "company", "standort", "klinik", "filiale"}
+)
+"""Words in the name of a column that says where a record is."""
 _IDS = ("id", "uuid", "index", "idx", "key")
 
 
@@ -396,13 +402,13 @@ def _as_pairs(columns: Mapping[str, Column]) -> _Guess | None:
 def _as_classification(columns: Mapping[str, Column]) -> _Guess | None:
     few = [one for one in columns.values() if one.is_label and one.name.lower() not in _PEOPLE]
     label = next((one for name in _LABELS for one in few if one.name.lower() == name), None)
-    label = label or min(few, key=lambda one: (len(one.values), one.name), default=None)
+    label = label or min(few, key=lambda one: (is_place(one.name), len(one.values), one.name), default=None)
     text = None if label is None else _longest(columns, but=label.name)
     if label is None or text is None:
         return None
     values, rows = counted(len(label.values), "value"), counted(label.filled, "row")
     why = [f"Column {label.name} has {values} in {rows}, so it is the label; {text} has the longest texts."]
-    others = [one.name for one in few if one.name != label.name]
+    others = [one.name for one in few if one.name != label.name and not is_place(one.name)]
     if others:
         why.append(f"Other columns with few values: {', '.join(others)}. Choose with --label COLUMN --text COLUMN.")
     if label.is_number and len(label.values) > 2:
@@ -467,6 +473,11 @@ def _named(columns: Iterable[str], names: Sequence[str]) -> str | None:
     """The column with the first of these names, in any case of letters."""
     by_name = {name.lower(): name for name in columns}
     return next((by_name[name] for name in names if name in by_name), None)
+
+
+def is_place(name: str) -> bool:
+    """Whether a column's name says that it names places, such as `hospital_id`."""
+    return not _PLACES.isdisjoint(re.split(r"[^a-z]+", name.lower()))
 
 
 def _is_conversation(value: object) -> bool:

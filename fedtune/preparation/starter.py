@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,13 @@ import numpy.typing as npt
 import yaml
 
 from fedtune.config import RunConfig
+from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.records import chunks, usable_records
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Tokenizer
-from fedtune.preparation.detect import Found, Kind
-from fedtune.spec import ConfigError, DataError
+from fedtune.preparation.alike import spelt_alike
+from fedtune.preparation.detect import Column, Found, Kind, is_place
+from fedtune.spec import ConfigError
 from fedtune.tasks import task_named
 from fedtune.words import counted
 
@@ -34,6 +36,8 @@ _MOST_TOKENS = 256
 _SITES = ((1000, 2), (3000, 3))
 """With fewer records than the first number, so many sites; with more than all, one more."""
 _FEW_UNITS = 200
+_MOST_SITES = 20
+"""That a column is taken to name."""
 _SHARES = ((1000, 0.2, 0.1), (10_000, 0.1, 0.05))
 """With fewer records than the first number, these shares of them are for the test and for validation."""
 _LEAST_SHARES = (0.02, 0.01)
@@ -63,14 +67,14 @@ class Measured:
 
     Attributes:
         usable: records.
-        unusable: rows that are none under the roles.
+        left_out: rows that are none under the roles.
         lengths: (rows,) tokens of the example that a run makes of each of the first `MEASURED_ROWS` records.
         turns: whose template writes turns: "model" where its own can be taken, else "plain"; "none": there are none.
         users: how many persons the records are of; None: nothing says whose they are, or each has one.
     """
 
     usable: int
-    unusable: int
+    left_out: LeftOut
     lengths: npt.NDArray[np.int64]
     turns: Literal["none", "model", "plain"]
     users: int | None = None
@@ -135,8 +139,8 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         base: the settings to begin with.
         within: token ids are below this number.
     """
-    left_out: list[DataError] = []
-    records = usable_records(found.path, found.roles, left_out=left_out)
+    faults = Faults()
+    records = usable_records(found.path, found.roles, faults=faults, lenient=False)
     task = task_named(base.task)
     own: dict[str, Any] = {"columns": dict(found.roles), "labels": tuple(found.labels), "max_length": _LONGEST_TOLD}
     data = _with_turns(found, replace(base.data, **own | found.settings | _templates(found)), tokenizer, base.task)
@@ -152,7 +156,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         counts += task.tokenise(chunk, tokenizer, data=data, lenient_within=within).lengths.tolist()
     return Measured(
         usable=usable,
-        unusable=len(left_out),
+        left_out=faults.left_out(used=usable),
         lengths=np.array(counts[:MEASURED_ROWS], dtype=np.int64),
         turns=data.chat_template,
         users=len(users) if 0 < len(users) < usable else None,
@@ -191,8 +195,13 @@ def run_name(file: Path) -> str:
 
 def declared_size(plan: Plan) -> int:
     """A round number near a site's share of the file."""
+    return _declared(plan, plan.measured.units / plan.num_sites)
+
+
+def _declared(plan: Plan, units: float) -> int:
+    """A round number near what so many units of the file leave a site to train on."""
     test, validation = _shares(plan.measured.units)
-    share = plan.measured.units * (1 - test - validation) / plan.num_sites
+    share = units * (1 - test - validation)
     unit = 10 ** max(0, math.floor(math.log10(max(share, 1))) - 1)
     return max(1, int(share // unit * unit))
 
@@ -234,8 +243,13 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
         yield "  # The classes, as they stand in the file.  They are declared: every site and every report shows them."
         yield "  labels:"
         yield from (f"    - {_scalar(label)}" for label in sorted(found.labels))
+    places = _places(found)
+    if places is not None:
+        yield from _by_place(found, plan, places)
     yield "federation:"
     yield f"  {_line('num_sites', plan.num_sites, 'a simulation deals the file out to so many sites')}"
+    if places is not None:
+        yield f"  # {_line('num_sites', len(places.values), f'by {places.name}')}"
     yield "privacy:"
     if plan.measured.users is not None:
         yield f"  {_line('unit', 'user', 'all records of one person are protected together: docs/user_level.md')}"
@@ -257,8 +271,8 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
             plan.measured.turns,
             "turns as the model's own template writes them (model), or in words (plain)",
         )
-    if plan.measured.unusable:
-        yield "unusable", "leave_out", f"{counted(plan.measured.unusable, 'row')} cannot be used"
+    if plan.measured.left_out.count:
+        yield "unusable", "leave_out", f"{counted(plan.measured.left_out.count, 'row')} cannot be used"
     most = (
         ""
         if not plan.num_cut
@@ -271,6 +285,38 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
     units = "records" if plan.measured.users is None else "persons"
     yield "declared_sizes", size, f"each site publishes this number of {units}: it becomes PUBLIC"
     yield "dataset", run_name(file), "the name by which sites and ledgers know these records"
+
+
+def _places(found: Found) -> Column | None:
+    """A column that may name the site of each record."""
+    named = (one for one in found.columns.values() if is_place(one.name) and one.name not in found.roles.values())
+    few = (one for one in named if one.is_label and one.filled == found.rows and len(one.values) <= _MOST_SITES)
+    # The lines are comments, which the end of a line in a name would end.
+    return next((one for one in few if all(map(str.isprintable, (one.name, *one.values, *found.roles.values())))), None)
+
+
+def _by_place(found: Found, plan: Plan, places: Column) -> Iterator[str]:
+    """Settings by which a simulation gives each site the records that a column says, as comments."""
+    values = sorted(places.values)
+    # How many persons a site has is not known: their share is taken to be that of the records.
+    units = [places.values[value] * plan.measured.units / found.rows for value in values]
+    yield f"  # Column {places.name} may say at which site each record is.  To deal records out by it, put these lines"
+    yield "  # in place of columns and declared_sizes, and the other num_sites in place of the first."
+    for key, value in (
+        ("columns", {**found.roles, "site": places.name}),
+        ("declared_sizes", [_declared(plan, count) for count in units]),
+        ("partition", {"kind": "column", "sites": {value: place for place, value in enumerate(values)}}),
+    ):
+        yield f"  # {key}: {_scalar(value)}"
+
+
+def about_spellings(labels: Iterable[str]) -> list[str]:
+    """What to say of labels that are probably meant as one."""
+    return [
+        f"The labels {', '.join(map(repr, some))} differ in case or spaces alone, and are learnt as different ones: if "
+        "they are one, spell them alike in the file."
+        for some in spelt_alike(labels)
+    ]
 
 
 def notes(found: Found, plan: Plan) -> list[str]:
@@ -290,9 +336,11 @@ def notes(found: Found, plan: Plan) -> list[str]:
         told.append(
             f"{counted(plan.measured.units, unit)}: that is little, so with noise expect the run to learn little."
         )
-    if plan.measured.unusable:
-        rows = counted(plan.measured.unusable, "row")
-        told.append(f"{rows} cannot be used: a run leaves such rows out (unusable: leave_out).")
+    if plan.measured.left_out.count:
+        told.append(f"{plan.measured.left_out}. A run leaves such rows out (unusable: leave_out).")
+    told += about_spellings(found.labels)
+    if (places := _places(found)) is not None:
+        told.append(f"Column {places.name} may say at which site each record is: comments in the file say what to do.")
     if len(plan.measured.lengths) == MEASURED_ROWS:
         told.append(f"Lengths are of the first {MEASURED_ROWS:,} rows.")
     return told

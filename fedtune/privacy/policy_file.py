@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.site_policy import DEFAULT_MIN_GRAD_NORM, Policy
-from fedtune.spec import ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError
 
 T = TypeVar("T")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -119,12 +119,12 @@ def from_table(cls: type[T], table: Mapping[str, Any]) -> T:
     for key in table:
         if key not in fields:
             # Neither a value nor what only a file of another kind has as a key is quoted.
-            shown = key if len(key) <= _LONGEST_KEY and _BARE_KEY.fullmatch(key) else "one of the keys"
-            raise ConfigError(shown, None, f"is not a key here; known are {', '.join(fields)}")
+            named = key if len(key) <= _LONGEST_KEY and _BARE_KEY.fullmatch(key) else "one of the keys"
+            raise ConfigError(named, NOT_GIVEN, f"is not a key here; known are {', '.join(fields)}")
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in table:
-            raise ConfigError(key, None, "is required")
+            raise ConfigError(key, NOT_GIVEN, "is required")
     values = {key: _value(key, value, hints[key]) for key, value in table.items()}
     return cls(**values)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from fedtune.config import RunConfig
 from fedtune.data import users_of
+from fedtune.data.faults import LeftOut
 from fedtune.data.load import FAR, Dealt, shipped_folders
 from fedtune.data.records import resolve_file
 from fedtune.data.spec import SITE
@@ -25,8 +26,8 @@ _MOST_NAMED = 3
 def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData | None) -> Iterator[str]:
     """About the lead's own records."""
     for key, data in (("validation", validation), ("test", test)):
-        if data is not None and data.left_out:
-            yield _left_out(data.left_out, f"data.{key}_file")
+        if data is not None:
+            yield from _left_out(data.left_out, f"data.{key}_file")
     if test is None:
         yield "there are no test records, so the run ends without a score: give data.test_file or data.test_fraction"
         return
@@ -53,8 +54,9 @@ def check_decides(config: RunConfig) -> None:
         raise ConfigError("data.validation_file", file, bound)
 
 
-def _left_out(count: int, key: str) -> str:
-    return f"{counted(count, 'row')} of {key} cannot be used and {'is' if count == 1 else 'are'} left out"
+def _left_out(rows: LeftOut, key: str) -> Iterator[str]:
+    if rows.count:
+        yield f"{key}: {rows}; the run leaves them out"
 
 
 def is_training_file(config: RunConfig, file: str) -> bool:
@@ -71,8 +73,7 @@ def is_training_file(config: RunConfig, file: str) -> bool:
 
 def site_notes(config: RunConfig, dealt: Dealt) -> Iterator[str]:
     """About the records of a simulation's sites."""
-    if dealt.left_out:
-        yield _left_out(dealt.left_out, "data.train_file")
+    yield from _left_out(dealt.left_out, "data.train_file")
     if dealt.shared_users:
         yield (
             f"{counted(dealt.shared_users, 'id')} of users are in the files of several sites, and count as another "

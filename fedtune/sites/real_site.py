@@ -126,10 +126,18 @@ class RealSite:
         return self._warm[1]
 
     def _loaded(self, shared: SharedModel, files: SiteFiles) -> SiteWork:
+        records = site_records(shared.config, files)
+        if (left_out := records.left_out).is_much:  # for the site's own people: nothing of it is sent to anybody
+            about = {
+                "rows": left_out.rows,
+                "left_out": left_out.count,
+                "share": round(left_out.count / left_out.rows, 3),
+            }
+            log.warning("a large part of the records cannot be used for this run", extra=about)
         return SiteWork(
             files.policy.site,
             shared,
-            site_records(shared.config, files),
+            records,
             declared_size=files.policy.declared_size(shared.config.data.dataset),
             max_adapter_value=files.policy.adapter_bound(shared.config.lora.scale),
             lenient=True,
@@ -178,4 +186,4 @@ def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
     """
     key = SigningKey.load(files.site_key).secret("held-out split")
     data, unit, task = config.data, config.privacy.unit, task_named(config.task)
-    return own_records(data, columns=task.columns(data, unit=unit), usable=task.usable(data), key=key, unit=unit)
+    return own_records(data, columns=task.columns(data, unit=unit), fault=task.fault(data), key=key, unit=unit)

@@ -22,6 +22,7 @@ from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.adapter import AdapterError, copy_tensors
 from fedtune.model.fits import usable_positions
 from fedtune.privacy.mechanism import Unit
+from fedtune.sites.records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured, ready
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import SavedAdapter, TaskModel
@@ -151,8 +152,9 @@ def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
     Raises:
         ConfigError: the adapter or the file cannot be used.
     """
+    own, unit = _read(config, file)  # before the model, whose loading takes longer
     saved = SavedModel(config, {"tuned": adapter})
-    data, unit = _read(config, file, saved)
+    data = LeadData.of(own, config, saved.tokenizer)
     found, model = saved.measured(data), saved.model
     base, tuned = found[BASE], found["tuned"]
     users = users_of(data.records) if unit == "user" else None
@@ -170,15 +172,15 @@ def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
     )
 
 
-def _read(config: RunConfig, file: str, saved: SavedModel) -> tuple[LeadData, Unit]:
-    """The data, with users where the run's unit is the user and the file names them."""
+def _read(config: RunConfig, file: str) -> tuple[LeadRecords, Unit]:
+    """The records, with users where the run's unit is the user and the file names them."""
     if config.privacy.unit == "user":
         try:
-            return LeadData.read(file, config, saved.tokenizer, rows=None, key="--data", unit="user"), "user"
+            return LeadRecords.read(file, config, key="--data", unit="user"), "user"
         except DataError as error:
             if error.value != "absent":
                 raise
-    return LeadData.read(file, config, saved.tokenizer, rows=None, key="--data"), "record"
+    return LeadRecords.read(file, config, key="--data"), "record"
 
 
 def _places_in(model: TaskModel) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import RunConfig
 from fedtune.data import Record, Shapes, TextDataset
-from fedtune.data.load import Dealing, Dealt, chosen_rows, lead_records
+from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
 from fedtune.evaluation.bootstrap import Figures
 from fedtune.evaluation.generation import PromptSet, text_figures, text_scores
 from fedtune.evaluation.generation import generate as generate_texts
@@ -20,7 +20,7 @@ from fedtune.evaluation.scoring import KeptStates, figures_of
 from fedtune.model import Adapter, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
-from fedtune.privacy.mechanism import Unit
+from fedtune.sites.records import LeadRecords, RunRecords
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.tasks.measures import Detail
@@ -46,6 +46,7 @@ class SharedModel:
         config: of the run.
         declared_size: privacy units, as published, that train in this process; None: those of all sites.
         inexact_allowed: take a machine whose kernels let an example's neighbours change how it is rounded.
+        records: what was read of the run's records; None: nothing yet.
         progress: told what takes long, also while records are trained on.
 
     Attributes:
@@ -64,9 +65,11 @@ class SharedModel:
         *,
         declared_size: int | None = None,
         inexact_allowed: bool = False,
+        records: RunRecords | None = None,
         progress: Progress = silent,
     ) -> None:
         self.config, self.progress = config, progress
+        self.records = RunRecords(config) if records is None else records
         progress("loading the model", 0, 0)
         self.device = device_for(config.runtime.device)
         self.tokenizer, self.model = ready(config, lambda: build_task_model(config.task_model(), device=self.device))
@@ -87,8 +90,8 @@ class SharedModel:
     def for_run(self, config: RunConfig) -> SharedModel:
         """The same loaded model for another run that trains it."""
         other = copy.copy(self)
-        other.config = config
-        for name in ("validation", "test", "_dealt"):
+        other.config, other.records = config, RunRecords(config)
+        for name in ("validation", "test"):
             other.__dict__.pop(name, None)
         return other
 
@@ -161,28 +164,15 @@ class SharedModel:
     @cached_property
     def validation(self) -> LeadData | None:
         """The lead's validation data, if it has any."""
-        data = self.config.data
-        if not data.validation_fraction:
-            return self.lead_data(data.validation_file, rows=data.validation_rows, key="data.validation_file")
-        return self._kept(LeadData.of(self._dealt.validation, self.config, self.tokenizer, rows=data.validation_rows))
+        return self._of_lead(self.records.validation)
 
     @cached_property
     def test(self) -> LeadData | None:
         """The lead's test data, if it has any."""
-        data = self.config.data
-        if not data.test_fraction:
-            return self.lead_data(data.test_file, rows=data.test_rows, key="data.test_file")
-        return self._kept(LeadData.of(self._dealt.test, self.config, self.tokenizer, rows=data.test_rows))
+        return self._of_lead(self.records.test)
 
-    @cached_property
-    def _dealt(self) -> Dealt:
-        return dealing(self.config).dealt()
-
-    def lead_data(self, file: str | None, *, rows: int | None, key: str) -> LeadData | None:
-        """Records of the lead's own, tokenised; None for no file."""
-        if file is None:
-            return None
-        return self._kept(LeadData.read(file, self.config, self.tokenizer, rows=rows, key=key))
+    def _of_lead(self, own: LeadRecords | None) -> LeadData | None:
+        return None if own is None else self._kept(LeadData.of(own, self.config, self.tokenizer))
 
     def _kept(self, data: LeadData) -> LeadData:
         """The same, with what the frozen layers make of it kept where there is room."""
@@ -212,51 +202,19 @@ class LeadData:
         records: as they were read.
         examples: the same, tokenised.
         kept: what one model's frozen layers made of them, after they were scored; None keeps nothing.
-        left_out: how many of the file could not be used and are not among them.
+        left_out: what of the file could not be used and is not among them.
     """
 
     records: list[Record]
     examples: TextDataset
     kept: KeptStates | None = field(default=None, repr=False, compare=False)
-    left_out: int = 0
+    left_out: LeftOut = NONE_LEFT_OUT
 
     @classmethod
-    def read(
-        cls,
-        file: str,
-        config: RunConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        rows: int | None,
-        key: str,
-        unit: Unit = "record",
-    ) -> LeadData:
-        """Read and tokenise a file that the setting `key` named; with unit "user" the records name their users."""
-        task = task_named(config.task)
-        usable = task.usable(config.data) if config.data.skips_unusable else None
-        records, left_out = lead_records(file, columns=task.columns(config.data, unit=unit), key=key, usable=usable)
-        return replace(cls.of(records, config, tokenizer, rows=rows), left_out=left_out)
-
-    @classmethod
-    def of(
-        cls, records: Sequence[Record], config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rows: int | None
-    ) -> LeadData:
-        """Tokenise so many of these records, chosen by their hash."""
-        chosen = chosen_rows(records, rows)
-        return cls(chosen, task_named(config.task).tokenise(chosen, tokenizer, data=config.data))
-
-
-def dealing(config: RunConfig) -> Dealing:
-    """How a simulation deals its records out."""
-    task, unit = task_named(config.task), config.privacy.unit
-    return Dealing(
-        spec=config.data,
-        columns=task.columns(config.data, partition=True, unit=unit),
-        sites=config.federation.names,
-        seed=config.seed,
-        unit=unit,
-        usable=task.usable(config.data),
-    )
+    def of(cls, own: LeadRecords, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LeadData:
+        """Tokenise what was read."""
+        examples = task_named(config.task).tokenise(own.records, tokenizer, data=config.data)
+        return cls(own.records, examples, left_out=own.left_out)
 
 
 def ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTrainedTokenizerBase, TaskModel]:

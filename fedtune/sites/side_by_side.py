@@ -20,8 +20,9 @@ from fedtune.evaluation.generation import text_scores
 from fedtune.evaluation.groups import Groups, GroupScores, by_group, merged
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.mechanism import Unit
+from fedtune.sites.records import LeadRecords, RunRecords
 from fedtune.sites.saved_model import BASE, SavedModel
-from fedtune.sites.shared_model import LeadData, Measured, dealing
+from fedtune.sites.shared_model import LeadData, Measured
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
@@ -147,8 +148,9 @@ def side_by_side(
     bases: dict[Hashable, str] = {}
     for names in together.values():
         config = runs[names[0]].config
+        own = _read(config, file) if records is None else None  # before the model, whose loading takes longer
         saved = SavedModel(config, {name: runs[name].adapter for name in names})
-        data = _read(config, file, saved) if records is None else _own(records, saved)
+        data = _lenient(records or (), saved) if own is None else LeadData.of(own, config, saved.tokenizer)
         of_these = saved.measured(data)
         base = _base_of(config)
         if base not in bases:
@@ -193,20 +195,17 @@ def _require_comparable(run: Finished, first: RunConfig) -> None:
         raise ConfigError("run folder", where, f"{bound} tokens, and theirs are others")
 
 
-def _read(config: RunConfig, file: str | None, saved: SavedModel) -> LeadData:
+def _read(config: RunConfig, file: str | None) -> LeadRecords:
     """The records to score: of a file, or those that the run keeps for its test."""
-    data, tokenizer = config.data, saved.tokenizer
     if file is not None:
-        return LeadData.read(file, config, tokenizer, rows=None, key="--data")
-    if data.test_fraction:
-        return LeadData.of(dealing(config).dealt().test, config, tokenizer, rows=data.test_rows)
-    if data.test_file is None:
+        return LeadRecords.read(file, config, key="--data")
+    if (own := RunRecords(config).test) is None:
         bound = "is required to compare, as is data.test_fraction or --data FILE: records that no run trains on"
         raise ConfigError("data.test_file", None, bound)
-    return LeadData.read(data.test_file, config, tokenizer, rows=data.test_rows, key="data.test_file")
+    return own
 
 
-def _own(records: Sequence[Record], saved: SavedModel) -> LeadData:
+def _lenient(records: Sequence[Record], saved: SavedModel) -> LeadData:
     task, within = saved.model.task, saved.model.num_ids
     examples = task.tokenise(records, saved.tokenizer, data=saved.config.data, lenient_within=within)
     return LeadData(list(records), examples)

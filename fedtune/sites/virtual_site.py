@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import RunConfig, parse
-from fedtune.data.load import Dealt
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
@@ -47,9 +46,10 @@ from fedtune.privacy.site_policy import (
     Reference,
     Releases,
 )
-from fedtune.sites.shared_model import Progress, SharedModel, dealing, silent
+from fedtune.sites.records import RunRecords
+from fedtune.sites.shared_model import Progress, SharedModel, silent
 from fedtune.sites.work import SiteWork
-from fedtune.spec import ConfigError, RefusedError, RunError
+from fedtune.spec import ConfigError, RefusedError, RunError, shown
 from fedtune.tasks import task_named
 
 LEAD_KEY = "lead_key.pem"
@@ -114,7 +114,7 @@ class VirtualSites:
         before = read_dealt_out(path, keys=dealt)
         for key, value in dealt.items():
             if before[key] != value:
-                bound = f"must be {before[key]!r}: the sites in {self.folder} were dealt their records so"
+                bound = f"must be {shown(before[key])}: the sites in {self.folder} were dealt their records so"
                 raise ConfigError(key, value, bound)
 
     def receipts(self) -> ReceiptBook:
@@ -274,19 +274,15 @@ class Participants:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config
         self.sites = VirtualSites.of(config, folder, config.plan())
+        self.records = RunRecords(config)
         self.progress: Progress = silent
 
     @cached_property
     def shared(self) -> SharedModel:
-        """The model that all of them train."""
+        """The model, loaded when it is first asked for."""
         policies = [self.sites.files(name).policy for name in self.config.federation.active]
         inexact = all(one.allow.inexact_gradients for one in policies)
-        return SharedModel(self.config, inexact_allowed=inexact, progress=self.progress)
-
-    @cached_property
-    def dealt(self) -> Dealt:
-        """All records, dealt out."""
-        return dealing(self.config).dealt()
+        return SharedModel(self.config, inexact_allowed=inexact, records=self.records, progress=self.progress)
 
     @cached_property
     def work(self) -> dict[str, SiteWork]:
@@ -301,7 +297,7 @@ class Participants:
                 declared_size=sizes[name],
                 max_adapter_value=self.sites.files(name).policy.adapter_bound(config.lora.scale),
             )
-            for name, of_site in zip(federation.names, self.dealt.sites, strict=True)
+            for name, of_site in zip(federation.names, self.records.dealt.sites, strict=True)
             if name in federation.active
         }
 

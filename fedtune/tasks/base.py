@@ -171,7 +171,10 @@ class Task(ABC):
         """
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        """What of a record the run never declared, each by itself; None: nothing.  The error quotes nothing of it."""
+        """What of a record the run never declared, each by itself; None: nothing.  The error quotes nothing of it.
+
+        A real site leaves such a record out.
+        """
         return lambda record: None
 
     def require_usable(self, records: Sequence[Record], *, data: DataSpec) -> None:
@@ -184,11 +187,6 @@ class Task(ABC):
         if faults:
             first, more = faults[0], counted(len(faults) - 1, "more record")
             raise DataError(first.key, first.value, f"{first.bound} ({more} like it)") if faults[1:] else first
-
-    def usable(self, data: DataSpec) -> Callable[[Record], bool]:
-        """Whether a site uses a record at all: what the run never declared is left out."""
-        fault = self.fault(data)
-        return lambda record: fault(record) is None
 
     @abstractmethod
     def tokenise(

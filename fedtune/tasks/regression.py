@@ -10,7 +10,7 @@ import numpy as np
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset
 from fedtune.model.spec import TaskModelSpec
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, shown
 from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, made_up_number, number_in, target_range_of
 from fedtune.tasks.measures import Floats, correlation, rank_correlation
 from fedtune.tasks.pooled import PooledTask, TargetOf
@@ -53,7 +53,7 @@ class Regression(PooledTask):
     def check_model(self, spec: TaskModelSpec) -> None:
         for key, nothing in _BUT_THE_SCALE.items():
             if getattr(spec.head, key) != nothing:
-                bound = f"must be {nothing!r} for {self.name}, which has no labels"
+                bound = f"must be {shown(nothing)} for {self.name}, which has no labels"
                 raise ConfigError(f"head.{key}", getattr(spec.head, key), bound)
 
     def target(self, data: DataSpec) -> TargetOf:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +30,7 @@ from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.source import model_folder, public_place
 from fedtune.model.spec import RANDOM, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, shown
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel, assemble
 
@@ -128,9 +127,7 @@ class SavedAdapter:
         here, there = (_meaning(spec) for spec in (other, self.spec))
         for key, value in there.items():
             if value != here[key]:
-                bound = (
-                    f"must be tuned on the same model: {key} is {reprlib.repr(value)}, not {reprlib.repr(here[key])}"
-                )
+                bound = f"must be tuned on the same model: {key} is {shown(value, 30)}, not {shown(here[key], 30)}"
                 raise ConfigError("adapter", str(self.folder), bound)
 
 
@@ -209,7 +206,9 @@ class StartAdapter:
             ConfigError: for `model.adapter`; names all that differs.
         """
         differing = [
-            f"its {key} is {was!r}, not {now!r}" for key, was, now in self._settings_beside(spec) if was != now
+            f"its {key} is {shown(was)}, not {shown(now)}"
+            for key, was, now in self._settings_beside(spec)
+            if was != now
         ]
         if differing:
             bound = f"must be of the same task and LoRA settings as the run: {'; '.join(differing)}"

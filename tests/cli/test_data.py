@@ -113,7 +113,7 @@ def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> 
     (["clean", "tickets.yaml", "--out", "no/a.jsonl"], "--out = 'no/a.jsonl': must lie in a folder that is there"),
     (["clean", "tickets.yaml", "--out", "chats.jsonl"], "--out = 'chats.jsonl': exists; choose another with --out"),
     (["clean", "tickets.yaml", "--out", "a.jsonl", "--drop", "bad"], "--drop = 'bad': must be one of empty, unusable"),
-    (["clean", "tickets.yaml", "--out", "a.jsonl", "--of", "test"], "data.test_file = None: must name the file"),
+    (["clean", "tickets.yaml", "--out", "a.jsonl", "--of", "test"], "data.test_file = null: must name the file"),
 ])  # fmt: skip
 def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, words: list[str], message: str) -> None:
     before = sorted(path.name for path in made.iterdir())
@@ -206,3 +206,18 @@ def test_what_is_no_experiment(here: Path, command: Any, words: tuple[str, ...],
     outcome = command("data", "check", *words)
     assert outcome.code == 2
     assert outcome.message.startswith(message)
+
+
+def test_a_check_warns_of_much_that_cannot_be_used_with_all_reasons(here: Path, command: Any) -> None:
+    rows = [{"body": None if number % 3 else f"text {number}", "team": TEAMS[number % 2]} for number in range(60)]
+    (here / "holes.json").write_text(json.dumps(rows))
+    made = command("data", "init", "holes.json", "--model", "random_bert")
+    assert "null" in made.out
+    assert "None" not in made.out
+    shown = " ".join(command("data", "check", "holes.yaml").out.split())
+    assert "A LARGE PART, 40 of 60 rows (66.7 %), cannot be used: 40 must not be null (role text)." in shown
+    (here / "cut.json").write_text(json.dumps(rows)[:-1])
+    for words in (["check", "holes.yaml", "data.train_file=cut.json"], ["init", "cut.json", "--model", "random_bert"]):
+        outcome = command("data", *words)
+        assert outcome.code == 2
+        assert outcome.message.endswith("it breaks off, and lacks ] at its end")

@@ -379,7 +379,7 @@ def test_restore_without_any_anchor_says_so(put_back: Any, command: Run) -> None
     put_back.write_policy(anchor='""')
     outcome = restored(put_back, command)
     assert outcome.code == 2
-    assert outcome.message == "--anchor = None: is required, since the policy names no anchor"
+    assert outcome.message == "--anchor: is required, since the policy names no anchor"
 
 
 def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Run) -> None:

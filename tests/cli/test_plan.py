@@ -167,7 +167,7 @@ def test_what_was_solved_for_can_be_pasted(plan: Run, tiny: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["privacy.noise_multiplier=null", "--target=rounds"], "privacy.noise_multiplier = None: must be given"),
+        (["privacy.noise_multiplier=null", "--target=rounds"], "privacy.noise_multiplier = null: must be given"),
         (["privacy=none", "--target=noise"], "--target = 'noise': needs a run with privacy"),
         (["privacy.epsilon=0.01", "--target=rounds"], "privacy.noise_multiplier = 4.0: passes privacy.epsilon = 0.01"),
         (["privacy.epsilon=0.01"], "privacy.noise_multiplier = 4.0: gives epsilon"),

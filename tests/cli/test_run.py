@@ -189,7 +189,7 @@ def test_a_kit_is_needed(command: Any, kit: Kit, tmp_path: Path) -> None:
     for given in (("experiment=debug",), ("resume", str(tmp_path)), ("stop", str(tmp_path), "--for-good")):
         outcome = command("run", *given)
         assert outcome.code == 2
-        assert outcome.message == "--kit = None: is required: the folder of the lead's kit"
+        assert outcome.message == "--kit: is required: the folder of the lead's kit"
     server = kit.folder.parent / "server"
     outcome = command("run", "--kit", str(server), "experiment=debug")
     assert outcome.code == 2
@@ -200,7 +200,7 @@ def test_a_kit_is_needed(command: Any, kit: Kit, tmp_path: Path) -> None:
 def test_an_action_needs_a_folder(command: Any, kit: Kit, action: str) -> None:
     outcome = command("run", action, "--kit", str(kit.folder))
     assert outcome.code == 2
-    assert outcome.message == f"run folder = None: is required: fedtune run {action} FOLDER"
+    assert outcome.message == f"run folder: is required: fedtune run {action} FOLDER"
 
 
 def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(command: Any, kit: Kit, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_wrong_settings(wrong: dict[str, Any], message: str) -> None:
 def test_sizes() -> None:
     assert DataSpec(**GIVEN).sizes(3) == (100, 100, 100)
     assert DataSpec(**GIVEN | {"declared_sizes": (5, 6)}).sizes(2) == (5, 6)
-    with pytest.raises(ConfigError, match=r"declared_sizes = \(5, 6\): must be one number, or one for each of 3 sites"):
+    with pytest.raises(ConfigError, match=r"declared_sizes = \[5, 6\]: must be one number, or one for each of 3 sites"):
         DataSpec(**GIVEN | {"declared_sizes": (5, 6)}).sizes(3)
-    with pytest.raises(ConfigError, match=r"partition\.proportions = \(1\.0, 2\.0\): must have one number for each"):
+    with pytest.raises(ConfigError, match=r"partition\.proportions = \[1\.0, 2\.0\]: must have one number for each"):
         DataSpec(**GIVEN | {"partition": PartitionSpec(proportions=(1.0, 2.0))}).sizes(3)

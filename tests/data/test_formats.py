@@ -249,3 +249,20 @@ def test_input_and_system_may_be_absent_or_blank(tmp_path: Path, row: dict[str, 
     (tmp_path / "a.csv").write_text("instruction,output\na,b\n")
     with pytest.raises(DataError, match=r"column 'in' = 'absent'"):  # of a table, that is a mistake in the settings
         read_records(tmp_path / "a.csv", columns)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("a;b\nx, y;1,5\n", [{"a": "x, y", "b": "1,5"}]),
+        ('\ufeff;;\n"a";"b"\r\n"x;\ny";2\r\n', [{"a": "x;\ny", "b": "2"}]),
+        ("a,b;c\nx;y,2\n", [{"a": "x;y", "b;c": "2"}]),
+        ("a,b\nx;y,2\n", [{"a": "x;y", "b": "2"}]),
+    ],
+)
+def test_the_header_line_alone_says_whether_cells_end_in_semicolons(
+    tmp_path: Path, text: str, rows: list[dict[str, str]]
+) -> None:
+    path = tmp_path / "german.csv"
+    path.write_bytes(text.encode())
+    assert [row for _, row in raw_rows(path)] == rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 import pytest
 
 from fedtune.data import DataSpec, PartitionSpec, Record
-from fedtune.data.load import Dealing, Dealt, chosen_rows, lead_records
+from fedtune.data.faults import LeftOut
+from fedtune.data.load import Dealing, Dealt, chosen_rows, lead_records, own_records
+from fedtune.data.records import Fault
 from fedtune.spec import ConfigError, DataError
 
 COLUMNS = {"text": "text", "label": "kind"}
@@ -28,10 +29,14 @@ def spec(path: Path, **settings: Any) -> DataSpec:
     return DataSpec(dataset="d", train_file=str(path), **given | settings)
 
 
-def dealt(given: DataSpec, *, unit: Any = "record", seed: int = 1, usable: Callable[[Record], bool] = bool) -> Dealt:
+def dealt(given: DataSpec, *, unit: Any = "record", seed: int = 1, fault: Fault = lambda record: None) -> Dealt:
     roles = ("text", "label")
     columns = given.needed_columns(roles, partition=True, unit=unit)
-    return Dealing(given, columns, ("north", "south"), seed=seed, unit=unit, usable=usable).dealt()
+    return Dealing(given, columns, ("north", "south"), seed=seed, unit=unit, fault=fault).dealt()
+
+
+def undeclared(record: Record) -> DataError | None:
+    return None if record.fields["label"] == "a" else DataError(record.at("label"), "not declared", "must be a")
 
 
 def texts(records: list[Record]) -> list[str]:
@@ -102,7 +107,7 @@ def test_wrong_settings(wrong: dict[str, Any], message: str) -> None:
 
 
 def test_files_of_sites_have_no_proportions() -> None:
-    with pytest.raises(ConfigError, match=r"proportions = \(1\.0,\): must be empty for kind \"file\""):
+    with pytest.raises(ConfigError, match=r"proportions = \[1\.0\]: must be empty for kind \"file\""):
         PartitionSpec(kind="file", proportions=(1.0,))
 
 
@@ -147,18 +152,46 @@ def test_what_cannot_be_used_ends_the_reading_or_is_left_out(tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"all\.jsonl:41, column 'text' = 'blank'"):
         dealt(spec(path))
 
-    def declared(record: Record) -> bool:
-        return record.fields["label"] == "a"
-
-    found = dealt(spec(path, unusable="leave_out"), usable=declared)
+    left_out = LeftOut(rows=42, reasons={"must not be blank (role text)": 1, "must be a": 1})
+    found = dealt(spec(path, unusable="leave_out"), fault=undeclared)
     assert sorted(text for side in sides(found) for text in side) == sorted(TEXTS[:40])
-    assert found.left_out == 2
-    records, left_out = lead_records(str(path), columns=COLUMNS, key="data.test_file", usable=declared)
-    assert (len(records), left_out) == (40, 2)
+    assert found.left_out == left_out
+    given: Any = {"columns": COLUMNS, "key": "data.test_file", "fault": undeclared}
+    records, of_lead = lead_records(str(path), **given, leave_out=True)
+    assert (len(records), of_lead) == (40, left_out)
     with pytest.raises(DataError, match="'blank'"):
-        lead_records(str(path), columns=COLUMNS, key="data.test_file")
-    with pytest.raises(DataError, match="must hold at least one record"):
-        lead_records(str(path), columns=COLUMNS, key="data.test_file", usable=lambda record: False)
+        lead_records(str(path), **given)
+
+
+def test_faults_are_counted_over_the_whole_file_before_any_share_of_it_is_taken(tmp_path: Path) -> None:
+    rows = [{"text": text, "kind": "a" if number % 4 else "c"} for number, text in enumerate(TEXTS[:40])]
+    path = written(tmp_path / "all.jsonl", rows)
+    told = (
+        r"all\.jsonl:1, label = 'not declared': must be a \(10 rows cannot be used, in lines 1, 5, 9, 13, 17, \.\.\.\)$"
+    )
+    with pytest.raises(DataError, match=told):
+        dealt(spec(path, validation_fraction=0.2), fault=undeclared)
+    with pytest.raises(DataError, match=told):
+        lead_records(str(path), columns=COLUMNS, key="data.test_file", fault=undeclared)
+
+
+def test_a_file_without_a_record_that_can_be_used_says_why(tmp_path: Path) -> None:
+    path = written(tmp_path / "all.jsonl", [{"subject": "a", "kind": "a"}] * 3)
+    with pytest.raises(DataError, match=r"column 'text' = 'absent': must be there.* \(3 rows cannot be used"):
+        dealt(spec(path, unusable="leave_out"))
+
+
+def test_an_array_that_breaks_off_is_refused_but_at_a_real_site(tmp_path: Path) -> None:
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps([{"text": text, "kind": "a"} for text in TEXTS[:5]])[:-4])
+    for unusable in ("stop", "leave_out"):
+        with pytest.raises(
+            DataError, match=r"json:1 = 'the end of the file'.*lacks the rest of this record, and \] at"
+        ):
+            dealt(spec(path, unusable=unusable))
+    own = own_records(spec(path), columns=COLUMNS, fault=undeclared, key=b"k")
+    assert texts(own.training) == TEXTS[:4]
+    assert (own.left_out.rows, own.left_out.count, own.left_out.is_much) == (5, 1, True)
 
 
 def test_an_empty_training_file_says_so(tmp_path: Path) -> None:

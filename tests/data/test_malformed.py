@@ -49,7 +49,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
     # JSON lines
     "cut off within a line": ("a.jsonl", GOOD + b'\n{"question": "caf', COLUMNS, "a.jsonl:2", "whole JSON object on a"),
     "an array in a line": ("a.jsonl", b"[1, 2]\n", COLUMNS, "a.jsonl:1", "'array'"),
-    "an object over lines": ("a.jsonl", b'{\n"question": "a"}', COLUMNS, "a.jsonl:1", "JSON object on a line (and 1"),
+    "an object over lines": ("a.jsonl", b'{\n"question": "a"}', COLUMNS, "a.jsonl:1", "JSON object on a line (2 rows"),
     "a trailing comma in a line": ("a.jsonl", GOOD + b",", COLUMNS, "a.jsonl:1", "Extra data at place 54"),
     "brackets without end": ("a.jsonl", b"[" * 100_000, COLUMNS, "a.jsonl:1", "too large a value"),
     "a number of 5,000 digits": (
@@ -102,7 +102,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
         b"[\n" + GOOD + b',\n{"question": "caf',
         COLUMNS,
         "a.json:3",
-        "'the end of the file': must be one array of objects, with ] at its end",
+        "'the end of the file': must be one array of objects; it breaks off, and lacks the rest of this record, and ]",
     ),
     "an array cut off behind a comma": ("a.json", b"[" + GOOD + b",", COLUMNS, "a.json:1", "'the end of the file'"),
     "an object for an array": ("a.json", b'{"data": [' + GOOD + b"]}", COLUMNS, "a.json:1", "must begin with [, as an"),
@@ -146,15 +146,22 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
         "'a note for Excel (sep=)': must be the header",
     ),
     "bars": ("a.csv", b"question|intent\na|b\n", COLUMNS, "a.csv:1", "looks separated by bars"),
-    "semicolons": (
+    "semicolons and bars": (
         "a.csv",
-        b"question;intent\na;b\n",
+        b"question;intent|x\na;b|c\n",
         COLUMNS,
         "a.csv:1",
-        "looks separated by semicolons': must have commas between the columns; save it so, or with tabs",
+        "looks separated by semicolons",
     ),
+    "semicolons in a .tsv": ("a.tsv", b"question;intent\na;b\n", COLUMNS, "a.tsv:1", "give the file the ending .csv"),
     "tabs in a .csv": ("a.csv", b"question\tintent\na\tb\n", COLUMNS, "a.csv:1", "looks separated by tabs"),
-    "commas in a .tsv": ("a.tsv", b"question,intent\na,b\n", COLUMNS, "a.tsv:1", "must have tabs between"),
+    "commas in a .tsv": (
+        "a.tsv",
+        b"question,intent\na,b\n",
+        COLUMNS,
+        "a.tsv:1",
+        "tabs between the columns; give the file",
+    ),
     "carriage returns alone": (
         "a.csv",
         b"question,intent\ra,b\r",
@@ -206,7 +213,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
         parquet_bytes(question=["a", "b"], intent=[1.5, 2.5]),
         COLUMNS,
         "a.parquet:1, column 'intent'",
-        "(and 1 more row: 1 likewise)",
+        "must be text or an integer (role label) (2 rows cannot be used",
     ),
     "nulls in Parquet": (
         "a.parquet",
@@ -287,8 +294,9 @@ def test_all_faults_are_counted_by_kind(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read_records(path, COLUMNS)
     assert str(error.value) == (
-        f"{path}:2, column 'question' = 'blank': must not be blank (role text) (and 5 more rows: 2 likewise; "
-        "2 must be one whole JSON object on a line; 1 must be text (role text))"
+        f"{path}:2, column 'question' = 'blank': must not be blank (role text) (6 rows cannot be used, in lines "
+        "2, 3, 4, 5, 6, ...: 3 must not be blank (role text); 2 must be one whole JSON object on a line; 1 must be "
+        "text (role text))"
     )
 
 

@@ -153,7 +153,7 @@ def test_fractions() -> None:
         ({"proportions": (1.0, -1.0)}, "proportions = -1.0: must be a finite number greater than 0"),
         ({"kind": "column"}, "sites = {}: must map each value to a site"),
         ({"sites": {"a": 0}}, "sites = {'a': 0}: must map each value to a site"),
-        ({"kind": "column", "sites": {"a": 0}, "proportions": (1.0,)}, "proportions = (1.0,): must be empty"),
+        ({"kind": "column", "sites": {"a": 0}, "proportions": (1.0,)}, "proportions = [1.0]: must be empty"),
     ],
 )
 def test_wrong_settings(settings_: dict[str, Any], message: str) -> None:

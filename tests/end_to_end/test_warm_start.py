@@ -117,7 +117,7 @@ def test_other_labels_take_lora_alone_and_say_so(command: Any, tiny: Any, first:
         (("lora.rank=3",), "model.adapter = '{first}/adapter': must be of the same task and LoRA settings as the run"),
         (("model.adapter_sha256=" + "ab" * 32,), "is not the digest of the adapter, which is "),
         (("model.adapter=/nowhere",), "model.adapter = '/nowhere': must be the folder of a finished run"),
-        (("~model.adapter",), "model.adapter = None: is required with model.adapter_sha256"),
+        (("~model.adapter",), "model.adapter: is required with model.adapter_sha256"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_made(

@@ -259,3 +259,14 @@ def test_a_real_site_s_own_file(tickets: Tickets, tmp_path: Path, site_policy: A
         ConfigError, match=r"data.dataset = 'others': must be a data set of the site's policy \(letters\)"
     ):
         at_own_site(strange, policy, folder=tmp_path)
+
+
+def test_reasons_and_spellings_are_counted_and_uses_have_an_order(tickets: Tickets) -> None:
+    rows = [f"text {number},billing" for number in range(60)]
+    shares = ("data.test_fraction=0.3", "data.validation_fraction=0.3")
+    config = tickets(*rows, "a,Billing", "b,SALES", "c,sales ", "d,other", ",sales", overrides=shares)
+    (file,) = checked(config).files
+    assert list(file.uses) == ["train", "validation", "test"]
+    assert file.spelt_otherwise == {"billing": 1, "sales": 1}
+    assert str(file.left_out).startswith("4 of 65 rows (6.2 %) cannot be used: 3 must be one of the 2 in data.labels")
+    assert not file.left_out.is_much

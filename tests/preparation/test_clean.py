@@ -20,7 +20,9 @@ def cleaned(
     path: Path, *drop: str, mask: bool = False, columns: Mapping[str, str] = COLUMNS
 ) -> tuple[Cleaned, list[Any]]:
     out = path.with_name("kept.jsonl")
-    cleaning = Cleaning(columns, lambda record: record.fields.get("label") != "other", drop=drop, mask=mask)
+    other = DataError("label", "not declared", "must be another")
+    fault = {"other": other}.get
+    cleaning = Cleaning(columns, lambda record: fault(record.fields.get("label", "")), drop=drop, mask=mask)
     done = clean(path, out, cleaning)
     assert not out.with_name("kept.jsonl.part").exists()
     return done, [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]

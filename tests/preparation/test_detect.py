@@ -130,3 +130,12 @@ def test_rows_that_cannot_be_read_are_counted_and_the_first_kept(tmp_path: Path)
 def test_a_file_to_learn_nothing_from(tmp_path: Path, rows: list[Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         seen(tmp_path, rows)
+
+
+def test_a_column_of_places_is_the_label_only_where_nothing_else_is(tmp_path: Path) -> None:
+    rows = [{"text": f"word {number}", "team": "abc"[number % 3], "bank_id": "xy"[number % 2]} for number in range(30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert look_at(path, {}).roles == {"text": "text", "label": "team"}
+    path.write_text("".join(json.dumps({name: row[name] for name in ("text", "bank_id")}) + "\n" for row in rows))
+    assert look_at(path, {}).roles == {"text": "text", "label": "bank_id"}

@@ -11,6 +11,7 @@ import yaml
 
 from fedtune.cli.compose import compose_run
 from fedtune.data import read_records
+from fedtune.data.faults import LeftOut
 from fedtune.model import load_tokenizer
 from fedtune.preparation import starter
 from fedtune.preparation.detect import look_at
@@ -98,7 +99,8 @@ def test_rows_that_cannot_be_used_are_said_and_left_out(tmp_path: Path) -> None:
     path = table(tmp_path, 60)
     path.write_text(path.read_text() + " ,yes\na,b,c\n")
     text, plan = plan_for(path)
-    assert (plan.measured.usable, plan.measured.unusable) == (60, 2)
+    left_out = {"must not be blank (role text)": 1, "must have 2 cells, as the header": 1}
+    assert (plan.measured.usable, plan.measured.left_out) == (60, LeftOut(rows=62, reasons=left_out))
     assert yaml.safe_load(text)["data"]["unusable"] == "leave_out"
 
 
@@ -132,3 +134,34 @@ def test_lengths_are_those_of_a_run_s_examples(tmp_path: Path) -> None:
 def test_a_file_s_name_is_no_setting(tmp_path: Path) -> None:
     written, _ = plan_for(table(tmp_path, 100).rename(tmp_path / "a\nprivacy: {epsilon: 900}\n#.csv"))
     assert "privacy: {epsilon: 900}" not in written.splitlines()
+
+
+OPEN = tuple(f"  # {key}:" for key in ("columns", "declared_sizes", "partition", "num_sites"))
+
+
+def test_a_column_of_places_is_proposed_in_comments_that_compose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"text {number},{'ab'[number % 2]},{'NSS'[number % 3]}" for number in range(120)]
+    path = tmp_path / "visits.csv"
+    path.write_text("\n".join(["body,team,Hospital_ID", *rows]) + "\n")
+    text, plan = plan_for(path)
+    assert "Column Hospital_ID may say at which site" in " ".join(starter.notes(look_at(path, {}), plan))
+    lines = text.splitlines()
+    kept = [line for line in lines if line.strip().partition(":")[0] not in ("columns", "declared_sizes", "num_sites")]
+    chosen = [line.replace("  # ", "  ", 1) if line.startswith(OPEN) else line for line in kept]
+    (tmp_path / "visits.yaml").write_text("\n".join(chosen) + "\n")
+    monkeypatch.chdir(tmp_path)
+    config = compose_run(["experiment=./visits.yaml"])
+    assert dict(config.data.partition.sites) == {"N": 0, "S": 1}
+    assert (config.data.columns["site"], config.federation.num_sites) == ("Hospital_ID", 2)
+    assert config.data.declared_sizes == (28, 56)
+
+
+def test_labels_that_differ_in_case_and_many_rows_left_out_are_said(tmp_path: Path) -> None:
+    path = table(tmp_path, 60)
+    path.write_text(path.read_text() + "a text,YES\n" * 6 + ",yes\n" * 30)
+    _, plan = plan_for(path)
+    told = starter.notes(look_at(path, {}), plan)
+    assert any("The labels 'yes', 'YES' differ in case or spaces alone" in note for note in told)
+    assert any(note.startswith("A LARGE PART, 30 of 96 rows (31.2 %), cannot be used: 30 must not be") for note in told)

@@ -102,7 +102,7 @@ def test_nothing_is_fetched(a_report: Make) -> None:
 def test_without_weasyprint_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "weasyprint", None)
     monkeypatch.setitem(sys.modules, "weasyprint.urls", None)
-    with pytest.raises(ConfigError, match=re.escape("--pdf = True: needs WeasyPrint: pip install 'fedtune[pdf]'")):
+    with pytest.raises(ConfigError, match=re.escape("--pdf: needs WeasyPrint: pip install 'fedtune[pdf]'")):
         render.as_pdf("<p>")
 
 

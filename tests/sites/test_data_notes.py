@@ -12,6 +12,7 @@ import pytest
 
 from fedtune.config import RunConfig
 from fedtune.data import Record, TextDataset
+from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
 from fedtune.data.load import Dealt, SiteRecords
 from fedtune.sites.data_notes import is_training_file, lead_notes, site_notes
 from fedtune.sites.shared_model import LeadData
@@ -22,13 +23,17 @@ def records(*labels: str) -> list[Record]:
     return [Record({"text": f"a {number}", "label": label}) for number, label in enumerate(labels)]
 
 
-def lead(*labels: str, left_out: int = 0) -> LeadData:
+def lead(*labels: str, left_out: LeftOut = NONE_LEFT_OUT) -> LeadData:
     return LeadData(records(*labels), TextDataset((), np.array([])), left_out=left_out)
+
+
+def blank(count: int, *, rows: int) -> LeftOut:
+    return LeftOut(rows=rows, reasons={"must not be blank": count})
 
 
 def dealt(*sizes: int, **more: Any) -> Dealt:
     sites = tuple(SiteRecords(records(*"a" * size), []) for size in sizes)
-    return Dealt(sites, [], [], **{"left_out": 0} | more)
+    return Dealt(sites, [], [], **{"left_out": NONE_LEFT_OUT} | more)
 
 
 @pytest.fixture
@@ -52,10 +57,12 @@ def test_what_the_lead_should_know(simulated: RunConfig, tmp_path: Path) -> None
     assert note.startswith("there are no test records, so the run ends without a score: give data.test_file or")
     (note,) = lead_notes(simulated, validation=None, test=lead("a", "a"))
     assert note == "all test records have the label 'a': always giving that label scores 1.0"
-    notes = lead_notes(simulated, validation=lead("a", left_out=1), test=lead("a", "b", left_out=1200))
+    some, many = blank(1, rows=10), blank(1200, rows=9000)
+    notes = lead_notes(simulated, validation=lead("a", left_out=some), test=lead("a", "b", left_out=many))
     assert list(notes) == [
-        "1 row of data.validation_file cannot be used and is left out",
-        "1,200 rows of data.test_file cannot be used and are left out",
+        "data.validation_file: 1 of 10 rows (10.0 %) cannot be used: 1 must not be blank; the run leaves them out",
+        "data.test_file: A LARGE PART, 1,200 of 9,000 rows (13.3 %), cannot be used: 1,200 must not be blank; the run "
+        "leaves them out",
     ]
 
 
@@ -76,8 +83,8 @@ def test_a_test_file_that_is_the_training_file(simulated: RunConfig, tmp_path: P
 def test_what_is_told_of_simulated_sites(simulated: RunConfig) -> None:
     (note,) = site_notes(simulated, dealt(26, 60))
     assert "north declares 40 and has 26, south declares 40 and has 60." in note
-    (note,) = site_notes(simulated, dealt(40, 40, left_out=2))
-    assert note == "2 rows of data.train_file cannot be used and are left out"
+    (note,) = site_notes(simulated, dealt(40, 40, left_out=blank(2, rows=82)))
+    assert note.startswith("data.train_file: 2 of 82 rows (2.4 %) cannot be used: 2 must not be blank")
     (note,) = site_notes(simulated, dealt(40, 40, shared_users=3))
     assert note.startswith("3 ids of users are in the files of several sites")
 

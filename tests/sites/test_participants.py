@@ -157,7 +157,20 @@ def test_no_lead_files_are_no_scores(config: Callable[..., RunConfig], tmp_path:
 
 def test_longer_texts_than_the_model_has_positions_for(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.max_length = 513: must be at most the model's 512"):
-        Participants(config("data.max_length=513"), tmp_path)
+        _ = Participants(config("data.max_length=513"), tmp_path).shared
+
+
+@pytest.mark.parametrize("wrong", ["data.columns.text=nope", "data.test_file=gone.csv"])
+def test_data_are_judged_before_a_model_is_loaded(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(shared_model, "ready_model", load)
+    refused = command("simulate", *tiny(wrong, into=tmp_path))
+    assert refused.code == 2
+    assert wrong.partition("=")[2] in refused.message
 
 
 def test_what_takes_long_is_told_of(

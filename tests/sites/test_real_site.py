@@ -19,8 +19,9 @@ from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
+from fedtune.sites.records import LeadRecords
 from fedtune.sites.saved_model import beside_base
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LeadData, SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
@@ -484,7 +485,7 @@ def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, resta
     config = parse(json.loads((folder / "config.yaml").read_text()))
     found = beside_base(config, folder / "adapter", str(site.data)).scores
     shared = SharedModel(config)
-    data = shared.lead_data(str(site.data), rows=None, key="data")
+    data = LeadData.of(LeadRecords.read(str(site.data), config, key="data"), config, shared.tokenizer)
     after, before = shared.score(final, data), shared.score(shared.initial_adapter, data)
     assert {name: found[name].tuned.value for name in after} == after
     assert {name: found[name].base.value for name in before} == before
@@ -500,3 +501,12 @@ def test_a_declined_adapter_is_not_written(site: Any) -> None:
 def test_the_adapter_of_a_run_that_nobody_began_is_not_written(site: Any, first_adapter: Adapter) -> None:
     assert site.end(first_adapter) is None
     assert not site.adapters.exists()
+
+
+def test_how_much_cannot_be_used_stays_in_the_sites_own_log(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with site.data.open("a", encoding="utf-8") as stream:
+        stream.write(" ,invoice\n" * 10)
+    site.update()
+    (told,) = [one for one in caplog.records if "a large part" in one.getMessage()]
+    assert (told.name, told.levelname) == ("fedtune.sites.real_site", "WARNING")
+    assert (told.__dict__["rows"], told.__dict__["left_out"], told.__dict__["share"]) == (50, 10, 0.2)

@@ -59,7 +59,7 @@ def test_scores_that_say_nothing_about_each_other_are_refused(runs: dict[str, Fi
     with pytest.raises(ConfigError, match=r"must have the first run's data\.labels"):
         side_by_side({"four": one, "other": replace(one, config=turned)})
     without = replace(one.config, data=replace(one.config.data, test_file=None))
-    with pytest.raises(ConfigError, match=r"data\.test_file = None: is required to compare"):
+    with pytest.raises(ConfigError, match=r"data\.test_file = null: is required to compare"):
         side_by_side({"four": replace(one, config=without)})
 
 

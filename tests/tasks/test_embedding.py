@@ -50,8 +50,8 @@ def settings(columns: dict[str, str], *, bounds: tuple[float, float] | None = No
         ),
         (PAIRS, {}, "pairs.negatives = 'record': needs data.columns.negative, or must be a list of public texts"),
         (TRIPLETS, {"negatives": ("a text",)}, "columns.negative = 'n': is no role of this run"),
-        (SCORED, {"negatives": ("a text",)}, "pairs.negatives = ('a text',): must stay record"),
-        (TRIPLETS, {"bounds": (0.0, 5.0)}, "target_range = (0.0, 5.0): must stay null"),
+        (SCORED, {"negatives": ("a text",)}, "pairs.negatives = ['a text']: must stay record"),
+        (TRIPLETS, {"bounds": (0.0, 5.0)}, "target_range = [0.0, 5.0]: must stay null"),
     ],
 )
 def test_columns_that_make_no_pair(columns: dict[str, str], pairs: dict[str, Any], message: str) -> None:
@@ -64,7 +64,7 @@ def test_columns_that_make_no_pair(columns: dict[str, str], pairs: dict[str, Any
     ("pairs", "message"),
     [
         ({"negatives": "batch"}, "negatives = 'batch': couples records: a record's gradient would depend on those"),
-        ({"negatives": ()}, "negatives = (): must hold at least one text"),
+        ({"negatives": ()}, "negatives = []: must hold at least one text"),
         ({"negatives": ("a", "a")}, "negatives = 'a': must be declared once"),
         ({"margin": 0.0}, "margin = 0.0: must be a finite number greater than 0"),
         ({"margin": 2.5}, "margin = 2.5: must be at most 2"),
@@ -77,7 +77,7 @@ def test_settings_that_cannot_be(pairs: dict[str, Any], message: str) -> None:
 
 
 def test_a_score_needs_a_declared_range() -> None:
-    with pytest.raises(ConfigError, match="target_range = None: must be the least and the largest number"):
+    with pytest.raises(ConfigError, match="target_range = null: must be the least and the largest number"):
         TASK.check_data(replace(settings(SCORED), target_range=None))
 
 
@@ -113,8 +113,8 @@ def test_a_score_becomes_the_cosine_to_learn(encoder_tokenizer: Any) -> None:
 @pytest.mark.parametrize("score", ["0.9", "5.1", "-3.0"])
 def test_a_score_beyond_the_range_is_left_out_by_itself(encoder_tokenizer: Any, score: str) -> None:
     data = settings(SCORED, bounds=(1.0, 5.0))
-    usable = TASK.usable(data)
-    assert [usable(record) for record in scored("1.0", score, "5.0")] == [True, False, True]
+    fault = TASK.fault(data)
+    assert [fault(record) is None for record in scored("1.0", score, "5.0")] == [True, False, True]
     with pytest.raises(DataError, match=r"must lie in data\.target_range: 1 to 5") as caught:
         TASK.tokenise(scored(score), encoder_tokenizer, data=data)
     assert score not in str(caught.value)

@@ -64,10 +64,10 @@ def test_a_record_that_nobody_declared_is_left_out_as_a_whole_and_not_quoted(
         tokenised(task, [answer, answer], encoder_tokenizer)
     assert "(1 more record like it)" in str(caught.value)
     assert "secret" not in str(caught.value)
-    usable = task_named(task).usable(data(task))
+    fault = task_named(task).fault(data(task))
     role = next(iter(task_named(task).answers))
-    assert not usable(Record({"text": "a", role: answer}))
-    assert usable(Record({"text": "a", role: "2.5" if task == "regression" else "mid"}))
+    assert fault(Record({"text": "a", role: answer})) is not None
+    assert fault(Record({"text": "a", role: "2.5" if task == "regression" else "mid"})) is None
 
 
 @pytest.mark.parametrize("task", ["multi_label", "ordinal", "regression"])
@@ -228,15 +228,15 @@ def test_final_scores_and_detail_of_an_order() -> None:
 @pytest.mark.parametrize(
     ("task", "given", "message"),
     [
-        ("regression", {"target_range": None}, "target_range = None: must be the least and the largest number"),
-        ("regression", {"labels": ("a", "b")}, r"labels = \('a', 'b'\): must be empty for task regression"),
+        ("regression", {"target_range": None}, "target_range = null: must be the least and the largest number"),
+        ("regression", {"labels": ("a", "b")}, r"labels = \['a', 'b'\]: must be empty for task regression"),
         (
             "ordinal",
             {"target_range": (0.0, 1.0)},
-            r"target_range = \(0.0, 1.0\): must stay null: task ordinal does not",
+            r"target_range = \[0.0, 1.0\]: must stay null: task ordinal does not",
         ),
         ("ordinal", {"label_separator": "|"}, r"label_separator = '\|': must stay ;: task ordinal does not use it"),
-        ("multi_label", {"labels": ("a",)}, r"labels = \('a',\): must declare at least two labels"),
+        ("multi_label", {"labels": ("a",)}, r"labels = \['a'\]: must declare at least two labels"),
     ],
 )
 def test_settings_of_data_that_do_not_fit(task: str, given: dict[str, Any], message: str) -> None:

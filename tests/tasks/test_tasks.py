@@ -39,7 +39,7 @@ def columns(*roles: str, **given: Any) -> dict[str, Any]:
             "riddles",
             "task = 'riddles': must be one of classification, multi_label, ordinal, regression, causal_lm, em",
         ),
-        ({"labels": ("a",)}, "classification", "labels = ('a',): must declare at least two"),
+        ({"labels": ("a",)}, "classification", "labels = ['a']: must declare at least two"),
         (
             {"columns": {"text": "t"}},
             "classification",
@@ -50,7 +50,7 @@ def columns(*roles: str, **given: Any) -> dict[str, Any]:
             "causal_lm",
             "columns = {'label': 'label'}: must name the column for role 'pr",
         ),
-        (GENERATION | {"labels": ("a", "b")}, "causal_lm", "labels = ('a', 'b'): must be empty for task causal_lm"),
+        (GENERATION | {"labels": ("a", "b")}, "causal_lm", "labels = ['a', 'b']: must be empty for task causal_lm"),
         (GENERATION | {"prompt_template": "{topic}"}, "causal_lm", "columns = "),
         (
             {"columns": {"text": "t", "label": "l", "text_pair": "u"}},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from fedtune.spec import ConfigError, FedtuneError
+from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, shown
 
 SETTINGS, REFUSED, SERVER = 2, 3, 1
 """Exit codes, most important first: something at the site is wrong; a run would be refused; the server is out of
@@ -69,11 +69,12 @@ def from_error(name: str, error: FedtuneError, *, fix: str) -> Check:
     bound, _, remedy = error.bound.partition(": ")
     if not remedy[:1].islower():  # it quotes somebody else's message
         bound, remedy = error.bound, ""
-    shown = "" if error.value is None else f" = {error.value}:"
+    value = error.value if isinstance(error.value, str) else shown(error.value)
+    given = "" if error.value is NOT_GIVEN else f" = {value}:"
     if remedy.startswith("chmod "):
         remedy = f"run `{remedy}`"
     said = f"{remedy[0].upper()}{remedy[1:]}." if remedy else fix
-    return failed(name, f"{error.key}{shown} {bound}", fix=said)
+    return failed(name, f"{error.key}{given} {bound}", fix=said)
 
 
 def skipped(name: str, because: str) -> Check:

@@ -24,7 +24,7 @@ from fedtune.deploy.kits.certificates import (
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.policy_file import from_table, read_toml
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import ConfigError, check_name, check_one_of, spec
+from fedtune.spec import NOT_GIVEN, ConfigError, check_name, check_one_of, spec
 
 if TYPE_CHECKING:
     from fedtune.flower.wire.identity import Tls
@@ -171,7 +171,7 @@ class KitFile:
         check_models(self.model)
         if self.kind == "site":
             if self.site is None:
-                raise ConfigError("site", None, "is required in a site's kit")
+                raise ConfigError("site", NOT_GIVEN, "is required in a site's kit")
             check_name("site", self.site)
         elif self.site is not None:
             raise ConfigError("site", self.site, "has no place in a kit that is not a site's")

@@ -31,7 +31,7 @@ from fedtune.deploy.kits.kit_file import read_spec
 from fedtune.deploy.kits.members import JoinRequest, Member
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.spec import ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError
 
 OwnKind = Literal["server", "lead"]
 
@@ -133,7 +133,7 @@ def renew_site(
     """
     asked = None if request is None else JoinRequest.read(request)
     if new_site_key and asked is None:
-        raise ConfigError("--new-site-key", True, "needs the REQUEST that names the new site key")
+        raise ConfigError("--new-site-key", NOT_GIVEN, "needs the REQUEST that names the new site key")
     with FederationFolder.held(folder) as federation:
         members = federation.members
         old = _member_named(name, members)

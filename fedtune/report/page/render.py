@@ -26,7 +26,7 @@ from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.charts import Charts
 from fedtune.report.page.tables import Tables, Words, data, pointer, shortened
-from fedtune.spec import ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 _LONGEST_NAME = 28  # in the running footer, and within a sentence
@@ -154,10 +154,10 @@ def _weasyprint() -> Any:
         importlib.import_module("weasyprint.urls")
         return importlib.import_module("weasyprint")
     except ImportError:
-        raise ConfigError("--pdf", True, "needs WeasyPrint: pip install 'fedtune[pdf]'") from None
+        raise ConfigError("--pdf", NOT_GIVEN, "needs WeasyPrint: pip install 'fedtune[pdf]'") from None
     except OSError as error:  # the package is there, a library of the system is not
         bound = f"needs Pango (on Debian: apt-get install libpango-1.0-0 libpangoft2-1.0-0): {error}"
-        raise ConfigError("--pdf", True, bound) from None
+        raise ConfigError("--pdf", NOT_GIVEN, bound) from None
 
 
 def _refuse(_: object, url: str, *__: object, **___: object) -> None:

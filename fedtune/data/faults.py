@@ -1,0 +1,97 @@
+"""Rows that cannot be used, counted by what is wrong with them; nothing of a record is kept or said."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedtune.spec import DataError
+from fedtune.words import counted
+
+MUCH = 0.1
+"""Of a file's rows: if a larger share cannot be used, a setting or the file is likely wrong."""
+_MOST_REASONS, _MOST_LINES = 3, 5
+"""Shown of them in a message."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOut:
+    """The rows of files that cannot be used.
+
+    Attributes:
+        rows: that the files have in all.
+        reasons: how many cannot be used, by what a run needs of a row, most first.
+    """
+
+    rows: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return sum(self.reasons.values())
+
+    @property
+    def is_much(self) -> bool:
+        """Whether a person should look."""
+        return self.count > MUCH * self.rows
+
+    def with_those(self, other: LeftOut) -> LeftOut:
+        """Those of several files together."""
+        reasons = Counter(self.reasons) + Counter(other.reasons)
+        return LeftOut(rows=self.rows + other.rows, reasons=dict(reasons.most_common()))
+
+    def __str__(self) -> str:
+        """`30 of 900 rows (3.3 %) cannot be used: 20 must not be blank (role text); 10 must be there (role label)`."""
+        rows = f"{self.count:,} of {counted(self.rows, 'row')} ({100 * self.count / max(1, self.rows):.1f} %)"
+        said = f"A LARGE PART, {rows}," if self.is_much else rows
+        return f"{said} cannot be used: {_listed(self.reasons)}"
+
+
+NONE_LEFT_OUT = LeftOut()
+
+
+class Faults:
+    """What is wrong with rows, as they are read."""
+
+    def __init__(self) -> None:
+        self._first: DataError | None = None
+        self._reasons: Counter[str] = Counter()
+        self._lines: list[int] = []
+
+    def __bool__(self) -> bool:
+        return self._first is not None
+
+    def add(self, error: DataError, line: int) -> None:
+        """Count a row that cannot be used."""
+        self._first = self._first or error
+        # What stands behind a semicolon is advice, and may go by the row.
+        self._reasons[error.bound.partition("; ")[0]] += 1
+        if len(self._lines) < _MOST_LINES and line not in self._lines:
+            self._lines.append(line)
+
+    def left_out(self, *, used: int) -> LeftOut:
+        """The rows that were counted, beside those that can be used."""
+        return LeftOut(rows=used + self._reasons.total(), reasons=dict(self._reasons.most_common()))
+
+    def require_none(self) -> None:
+        """Check that there is none.
+
+        Raises:
+            DataError: about the first one, with the number of all, their first lines, and what is wrong with them.
+        """
+        if self._first is None:
+            return
+        first, num, more = self._first, self._reasons.total(), ", ..." if self._reasons.total() > _MOST_LINES else ""
+        several = f": {_listed(self._reasons)}" if len(self._reasons) > 1 else ""
+        all_of_them = f"{num:,} rows cannot be used, in lines {', '.join(map(str, self._lines))}{more}{several}"
+        bound = f"{first.bound} ({all_of_them})" if num > 1 else first.bound
+        raise DataError(first.key, first.value, bound)
+
+
+def _listed(reasons: Mapping[str, int]) -> str:
+    most = Counter(reasons).most_common()
+    rest = sum(count for _, count in most[_MOST_REASONS:])
+    shown = "; ".join(f"{count:,} {reason}" for reason, count in most[:_MOST_REASONS])
+    return f"{shown}; {rest:,} others" if rest else shown
