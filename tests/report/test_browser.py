@@ -129,7 +129,7 @@ def test_a_page_needs_no_script_and_would_run_none(opened: Open) -> None:
     assert page.tab.locator("#verdict").inner_text().startswith("Result:")
     assert page.tab.locator("figure svg").count() == 4
     page = opened("wide_run", "en")
-    assert page.tab.locator("figure svg").count() == 5
+    assert page.tab.locator("figure svg").count() == 6
     page.tab.set_content(page.tab.content().replace("<main", "<script>document.title = 'x'</script><main"))
     assert page.tab.title() != "x"
     assert page.tab.pdf(prefer_css_page_size=True).startswith(b"%PDF-")

@@ -106,7 +106,7 @@ def test_no_text_is_left_over() -> None:
     written = "\n".join(sources())
     whole = {(section, key) for section, key in re.findall(r'"(\w+)\.(\w+)"', written)}
     # Keys that are put together: "chart." ~ code, and the like.
-    charts = {"epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost", "scores"}
+    charts = {"epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost", "scores", "reliability"}
     whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
     whole |= set(re.findall(r"\b(\w+)\.(\w+)", (PACKAGE / "page" / "page.toml").read_text()))
     whole |= {("watch", f"left_{unit}") for unit in ("seconds", "minutes", "hours")}
