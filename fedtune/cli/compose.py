@@ -149,6 +149,7 @@ def _with_start(config: RunConfig) -> RunConfig:
 def compose_sweep(overrides: Sequence[str]) -> Sweep:
     """One run for each combination of comma-separated values, all validated before the first one begins."""
     words = [_in_grammar(override) for override in overrides]
+    _require_one_experiment(words)
     try:
         parsed = OverridesParser.create().parse_overrides(words)
         _require_few(parsed)

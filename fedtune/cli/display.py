@@ -92,6 +92,7 @@ class Display:
                 if self._preparing is None:
                     self._preparing = self._progress.add_task(so_far, total=None)
                 self._progress.update(self._preparing, description=so_far, completed=done, total=total or None)
+                self._progress.refresh()
         elif self._shown and ((new and self._plan is None) or now - self._told >= self._every_s):
             left = (total - done) * (now - self._stage_began) / done if done else 0.0
             self._console.print(f"  {so_far}{f', about {_duration(left)} left' if left else ''}")

@@ -149,7 +149,7 @@ def test_what_takes_long_before_training_is_told_of(config: RunConfig) -> None:
         "  trying the model: 1 of 3, LEFT",
         "  trying the model: 2 of 3, LEFT",
         "  trying the model: 3 of 3",
-        "  site-1: running the frozen layers over its records: 1 of 2, LEFT",
+        "  site-1: running the frozen layers over its records: 1 of 2",
         "  site-1: running the frozen layers over its records: 2 of 2",
     ]
 
