@@ -113,14 +113,14 @@ class TensorBoard:
         # What an earlier start of the run wrote makes room for this one, which writes all rounds.
         self._write(step=1, session_log=SessionLog(status=SessionLog.START))
         lines = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
-        self._write(summary=summary.text("settings", f"| setting | value |\n|---|---|\n{lines}"))
+        self._write(summary=summary.text("settings", f"| setting | value |\n|---|---|\n{lines}"))  # type: ignore[no-untyped-call]
         return 0
 
     def round(self, number: int, figures: Figures) -> None:
         from torch.utils.tensorboard import summary
 
         for name, value in figures.items():
-            self._write(step=number, summary=summary.scalar(name, value))
+            self._write(step=number, summary=summary.scalar(name, value))  # type: ignore[no-untyped-call]
         self._writer.flush()
 
     def result(self, figures: Figures, files: Sequence[Path]) -> None:
@@ -129,7 +129,7 @@ class TensorBoard:
         self.round(0, figures)
         for path in files:
             if path.suffix == ".md":  # TensorBoard keeps no files; the card repeats the report
-                self._write(summary=summary.text("report", path.read_text(encoding="utf-8")))
+                self._write(summary=summary.text("report", path.read_text(encoding="utf-8")))  # type: ignore[no-untyped-call]
 
     def close(self, how: Ending) -> None:
         self._writer.close()
@@ -248,7 +248,12 @@ class Tracked:
         rounds = state.rounds[self._known :]
         self._known += len(rounds)
         told = [(result.round, dict(round_figures(self._config, state, result.round))) for result in rounds]
-        self._try(lambda tracker: [tracker.round(number, figures) for number, figures in told])
+
+        def tell(tracker: Tracker) -> None:
+            for number, figures in told:
+                tracker.round(number, figures)
+
+        self._try(tell)
 
     def finish(self, result: RunResult, folder: Path) -> None:
         """Tell of the result; the run's report lies in its folder."""

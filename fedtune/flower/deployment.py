@@ -24,7 +24,7 @@ from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
-from fedtune.sites.records import RunRecords
+from fedtune.sites.run_records import RunRecords
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError

@@ -22,7 +22,7 @@ from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.adapter import AdapterError, copy_tensors
 from fedtune.model.fits import usable_positions
 from fedtune.privacy.mechanism import Unit
-from fedtune.sites.records import LeadRecords
+from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured, ready
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import SavedAdapter, TaskModel

@@ -20,7 +20,7 @@ from fedtune.evaluation.scoring import KeptStates, figures_of
 from fedtune.model import Adapter, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
-from fedtune.sites.records import LeadRecords, RunRecords
+from fedtune.sites.run_records import LeadRecords, RunRecords
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.tasks.measures import Detail

@@ -20,7 +20,7 @@ from fedtune.evaluation.generation import text_scores
 from fedtune.evaluation.groups import Groups, GroupScores, by_group, merged
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.mechanism import Unit
-from fedtune.sites.records import LeadRecords, RunRecords
+from fedtune.sites.run_records import LeadRecords, RunRecords
 from fedtune.sites.saved_model import BASE, SavedModel
 from fedtune.sites.shared_model import LeadData, Measured
 from fedtune.spec import ConfigError, DataError

@@ -46,7 +46,7 @@ from fedtune.privacy.site_policy import (
     Reference,
     Releases,
 )
-from fedtune.sites.records import RunRecords
+from fedtune.sites.run_records import RunRecords
 from fedtune.sites.shared_model import Progress, SharedModel, silent
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError, RefusedError, RunError, shown

@@ -19,7 +19,7 @@ from fedtune.data import Record
 from fedtune.deploy.kits import provisioning
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Machine, Policy
-from fedtune.sites.records import dealing
+from fedtune.sites.run_records import dealing
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
 

@@ -33,7 +33,7 @@ from fedtune.federation.protocol import RoundRequest
 from fedtune.model import Adapter
 from fedtune.privacy.mechanism import GRID_BITS, cell
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
-from fedtune.sites.records import dealing
+from fedtune.sites.run_records import dealing
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.work import SiteWork
 from fedtune.tasks import load_task_model
