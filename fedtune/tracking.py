@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -100,6 +101,7 @@ class TensorBoard:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
+        self._summary: Any = import_module("torch.utils.tensorboard.summary")  # it has no types
         own = folder / config.name
         own.mkdir(parents=True, exist_ok=True)
         self._file = (own / f"events.out.tfevents.{time.time_ns()}").open("wb")
@@ -107,29 +109,24 @@ class TensorBoard:
 
     def begin(self, settings: Settings) -> int:
         from tensorboard.compat.proto.event_pb2 import SessionLog
-        from torch.utils.tensorboard import summary
 
         self._write(file_version="brain.Event:2")
         # What an earlier start of the run wrote makes room for this one, which writes all rounds.
         self._write(step=1, session_log=SessionLog(status=SessionLog.START))
         lines = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
-        self._write(summary=summary.text("settings", f"| setting | value |\n|---|---|\n{lines}"))
+        self._write(summary=self._summary.text("settings", f"| setting | value |\n|---|---|\n{lines}"))
         return 0
 
     def round(self, number: int, figures: Figures) -> None:
-        from torch.utils.tensorboard import summary
-
         for name, value in figures.items():
-            self._write(step=number, summary=summary.scalar(name, value))
+            self._write(step=number, summary=self._summary.scalar(name, value))
         self._writer.flush()
 
     def result(self, figures: Figures, files: Sequence[Path]) -> None:
-        from torch.utils.tensorboard import summary
-
         self.round(0, figures)
         for path in files:
             if path.suffix == ".md":  # TensorBoard keeps no files; the card repeats the report
-                self._write(summary=summary.text("report", path.read_text(encoding="utf-8")))
+                self._write(summary=self._summary.text("report", path.read_text(encoding="utf-8")))
 
     def close(self, how: Ending) -> None:
         self._writer.close()
@@ -248,7 +245,12 @@ class Tracked:
         rounds = state.rounds[self._known :]
         self._known += len(rounds)
         told = [(result.round, dict(round_figures(self._config, state, result.round))) for result in rounds]
-        self._try(lambda tracker: [tracker.round(number, figures) for number, figures in told])
+
+        def tell(tracker: Tracker) -> None:
+            for number, figures in told:
+                tracker.round(number, figures)
+
+        self._try(tell)
 
     def finish(self, result: RunResult, folder: Path) -> None:
         """Tell of the result; the run's report lies in its folder."""
@@ -256,7 +258,7 @@ class Tracked:
         card = RunFolder(folder).adapter / "README.md"
         self._try(lambda tracker: tracker.result(dict(final_figures(result)), (*files, card)))
 
-    def _try(self, tell: Callable[[Tracker], object]) -> None:
+    def _try(self, tell: Callable[[Tracker], None]) -> None:
         if self._tracker is None:
             return
         try:
