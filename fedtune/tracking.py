@@ -233,9 +233,9 @@ class Tracked:
             tracker = make(self._config, folder)
             self._known = tracker.begin(settings_of(self._config))
         except Exception as error:
-            log.exception("the tracker cannot begin")
-            where = spec.send_to or str(folder)
-            raise RunError(f"tracking={spec.tracker} cannot begin at {where}: {type(error).__name__}") from error
+            raise RunError(
+                f"tracking={spec.tracker} cannot begin at {spec.send_to or folder}: {_why(error)}"
+            ) from error
         self._tracker = tracker
 
     def update(self, state: LeadState) -> None:
@@ -263,12 +263,16 @@ class Tracked:
             return
         try:
             tell(self._tracker)
-        except Exception:
-            log.exception("the tracker failed")
+        except Exception as error:
+            log.info("the tracker failed", exc_info=True)  # the note is for the person
             self._tracker = None
-            self._note(
-                f"tracking={self._config.tracking.tracker} failed and ends here; the run goes on, and log.txt says why"
-            )
+            self._note(f"tracking={self._config.tracking.tracker} ends here, and the run goes on: {_why(error)}")
+
+
+def _why(error: Exception) -> str:
+    """The first line of what a library says."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def settings_of(config: RunConfig) -> Settings:

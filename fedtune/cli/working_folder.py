@@ -43,7 +43,9 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
     from fedtune.report.page.render import write_report
     from fedtune.tracking import Tracked
 
-    with Tracked(config, note=lambda text: console.print(f"[yellow]{text}[/yellow]", soft_wrap=True)) as tracked:
+    with Tracked(
+        config, note=lambda text: console.print(text, style="yellow", markup=False, soft_wrap=True)
+    ) as tracked:
         result = _worked(config, folder, console, work=work, again=again, tracked=tracked)
         write_card(folder, write_report(folder, language=config.report.language))
         tracked.finish(result, folder)
