@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -100,6 +101,7 @@ class TensorBoard:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
+        self._summary: Any = import_module("torch.utils.tensorboard.summary")  # it has no types
         own = folder / config.name
         own.mkdir(parents=True, exist_ok=True)
         self._file = (own / f"events.out.tfevents.{time.time_ns()}").open("wb")
@@ -107,29 +109,24 @@ class TensorBoard:
 
     def begin(self, settings: Settings) -> int:
         from tensorboard.compat.proto.event_pb2 import SessionLog
-        from torch.utils.tensorboard import summary
 
         self._write(file_version="brain.Event:2")
         # What an earlier start of the run wrote makes room for this one, which writes all rounds.
         self._write(step=1, session_log=SessionLog(status=SessionLog.START))
         lines = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
-        self._write(summary=summary.text("settings", f"| setting | value |\n|---|---|\n{lines}"))  # type: ignore[no-untyped-call]
+        self._write(summary=self._summary.text("settings", f"| setting | value |\n|---|---|\n{lines}"))
         return 0
 
     def round(self, number: int, figures: Figures) -> None:
-        from torch.utils.tensorboard import summary
-
         for name, value in figures.items():
-            self._write(step=number, summary=summary.scalar(name, value))  # type: ignore[no-untyped-call]
+            self._write(step=number, summary=self._summary.scalar(name, value))
         self._writer.flush()
 
     def result(self, figures: Figures, files: Sequence[Path]) -> None:
-        from torch.utils.tensorboard import summary
-
         self.round(0, figures)
         for path in files:
             if path.suffix == ".md":  # TensorBoard keeps no files; the card repeats the report
-                self._write(summary=summary.text("report", path.read_text(encoding="utf-8")))  # type: ignore[no-untyped-call]
+                self._write(summary=self._summary.text("report", path.read_text(encoding="utf-8")))
 
     def close(self, how: Ending) -> None:
         self._writer.close()
@@ -236,9 +233,9 @@ class Tracked:
             tracker = make(self._config, folder)
             self._known = tracker.begin(settings_of(self._config))
         except Exception as error:
-            log.exception("the tracker cannot begin")
-            where = spec.send_to or str(folder)
-            raise RunError(f"tracking={spec.tracker} cannot begin at {where}: {type(error).__name__}") from error
+            raise RunError(
+                f"tracking={spec.tracker} cannot begin at {spec.send_to or folder}: {_why(error)}"
+            ) from error
         self._tracker = tracker
 
     def update(self, state: LeadState) -> None:
@@ -261,17 +258,21 @@ class Tracked:
         card = RunFolder(folder).adapter / "README.md"
         self._try(lambda tracker: tracker.result(dict(final_figures(result)), (*files, card)))
 
-    def _try(self, tell: Callable[[Tracker], object]) -> None:
+    def _try(self, tell: Callable[[Tracker], None]) -> None:
         if self._tracker is None:
             return
         try:
             tell(self._tracker)
-        except Exception:
-            log.exception("the tracker failed")
+        except Exception as error:
+            log.info("the tracker failed", exc_info=True)  # the note is for the person
             self._tracker = None
-            self._note(
-                f"tracking={self._config.tracking.tracker} failed and ends here; the run goes on, and log.txt says why"
-            )
+            self._note(f"tracking={self._config.tracking.tracker} ends here, and the run goes on: {_why(error)}")
+
+
+def _why(error: Exception) -> str:
+    """The first line of what a library says."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def settings_of(config: RunConfig) -> Settings:

@@ -23,24 +23,24 @@ def with_scores(made: Any, scores: Sequence[float], **changes: Any) -> Any:
 
 
 @pytest.fixture
-def stopped(federation: Callable[..., Any], run_plan: Any) -> tuple[Any, LeadState, list[Adapter]]:
-    """A run of five planned rounds that its scores end after the fourth, with each round's adapter."""
-    asks = {"plan": replace(run_plan, num_rounds=5)}
-    made = federation(num_rounds=5, stop_after=2, keep_round="best", asks=asks)
+def stopped(federation: Callable[..., Any]) -> tuple[Any, LeadState, list[Adapter]]:
+    """A run of four planned rounds that its scores end after the third, with each round's adapter."""
+    asks = {"num_rounds": 4, "spare_rounds": 0}
+    made = federation(num_rounds=4, stop_after=1, keep_round="best", asks=asks)
     adapters: list[Adapter] = []
-    lead = with_scores(made, (0.25, 0.75, 0.5, 0.75), gives_adapter=True)
+    lead = with_scores(made, (0.25, 0.75, 0.75), gives_adapter=True)
     lead = replace(lead, finished=lambda state: adapters.append(state.adapter))
     return made, run_rounds(made.grid, lead, made.start), adapters
 
 
 def test_the_best_round_is_kept_and_no_other_is_asked_for(stopped: tuple[Any, LeadState, list[Adapter]]) -> None:
     made, state, adapters = stopped
-    assert (state.round, len(adapters)) == (4, 4)
-    assert made.trained == [*made.spec.names] * 4
+    assert (state.round, len(adapters)) == (3, 3)
+    assert made.trained == [*made.spec.names] * 3
     assert state.kept.digest() == adapters[1].digest() != state.adapter.digest()
     # A checkpoint holds it, too.
     loaded = made.lead.checkpoints.load()
-    assert (loaded.kept.digest(), loaded.adapter.digest()) == (adapters[1].digest(), adapters[3].digest())
+    assert (loaded.kept.digest(), loaded.adapter.digest()) == (adapters[1].digest(), adapters[2].digest())
 
 
 def test_sites_learn_the_end_and_save_the_rest(stopped: tuple[Any, LeadState, list[Adapter]]) -> None:
@@ -52,7 +52,7 @@ def test_sites_learn_the_end_and_save_the_rest(stopped: tuple[Any, LeadState, li
         history = made.ledger(site).history
         assert not history.set_aside(datetime.now(UTC))
         charge = site_charge(state, site, made.plan)
-        assert charge.rounds == 4
+        assert charge.rounds == 3
         assert 0 < charge.epsilon < charge.planned_epsilon == charge.claim(ended_by_scores=True)
         assert charge.claim(ended_by_scores=False) == charge.epsilon
 

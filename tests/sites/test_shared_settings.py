@@ -138,6 +138,8 @@ WITH: dict[str, Any] = {
     "data.chat_template": {"task": "causal_lm", "data": LANGUAGE},
     "data.validation_fraction": {"runtime": {"kind": "simulation"}, "data": {"validation_file": None}},
     "data.test_fraction": {"runtime": {"kind": "simulation"}, "data": {"test_file": None}},
+    "federation.stop_after": {"data": {"validation_file": "validation.csv"}},
+    "federation.keep_round": {"data": {"validation_file": "validation.csv"}},
     "tracking.send_to": {"tracking": {"tracker": "wandb"}},
 }
 """What a change needs beside it."""
