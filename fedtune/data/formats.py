@@ -242,6 +242,8 @@ def _as_bytes(array: Any) -> Any:
         return pyarrow.Array.from_buffers(made, len(array), buffers[:1], **about, children=[values])
     if types.is_dictionary(kind):
         return pyarrow.DictionaryArray.from_arrays(array.indices, _as_bytes(array.dictionary), safe=False)
+    if types.is_map(kind):
+        return pyarrow.MapArray.from_arrays(array.offsets, _as_bytes(array.keys), _as_bytes(array.items))
     if types.is_struct(kind):
         parts = [_as_bytes(array.field(place)) for place in range(kind.num_fields)]
         made = pyarrow.struct([(field.name, part.type) for field, part in zip(kind, parts, strict=True)])

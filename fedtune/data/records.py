@@ -37,7 +37,9 @@ _SPEAKERS = {"system": "system", "user": "user", "human": "user"} | dict.fromkey
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
 _CHUNK_ROWS = 256
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_LONGEST_NUMBER = 400
+"""Characters of a number: every float has a shorter one, and no text may keep a site busy."""
 Fault: TypeAlias = Callable[["Record"], DataError | None]
 """What of a record its task cannot use; None: nothing."""
 
@@ -342,9 +344,10 @@ def _require_alternation(roles: Sequence[str], *, at: str) -> None:
 
 
 def labels_of(value: object, at: str) -> str:
-    """The labels of a record that may have several: a JSON list, or the text as it is, which `split_labels` splits.
+    """The labels of a record that may have several: a JSON list of texts, or the text as it is.
 
-    No label is `[]` or a blank text; null would be a record of which nobody said.
+    No label is `[]` or a blank text; null would be a record of which nobody said.  Lists are written anew, flat: how
+    deep one may be depends on who reads it, and `split_labels` must find what was found here.
 
     Args:
         value: of the cell.
@@ -353,28 +356,28 @@ def labels_of(value: object, at: str) -> str:
     Raises:
         DataError: it is no text, number or list of these.
     """
-    if isinstance(value, str) and not value.strip():
-        value = []
-    if isinstance(value, str) and _json_list(value) is None:
+    try:
+        listed = _json_list(value.strip() or "[]") if isinstance(value, str) else value
+    except RecursionError:
+        listed = [None]
+    if isinstance(value, str) and listed is None:
         return value.strip()
-    listed: list[Any] | None = [value]
-    if isinstance(value, str | list):
-        listed = _json_list(value) if isinstance(value, str) else value
-    if not all(type(one) is int or _is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed or ()):
+    listed = listed if isinstance(listed, list) else [listed]
+    if not all(type(one) is int or _is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed):
         raise DataError(at, json_type(value), "must be a text or a list of texts or whole numbers (role labels)")
-    labels = (one.strip() if isinstance(one, str) else str(int(one)) for one in listed or ())
+    labels = (one.strip() if isinstance(one, str) else str(int(one)) for one in listed)
     return json.dumps(list(labels), separators=(",", ":"), ensure_ascii=False)
 
 
 def _json_list(text: str) -> list[Any] | None:
     """A text as the JSON list that it is; None: it is none."""
-    if not text.lstrip().startswith("["):
+    if not text.startswith("["):
         return None
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found: list[Any] = json.loads(text)
+    except ValueError:
         return None
-    return found if isinstance(found, list) else None
+    return found
 
 
 def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
@@ -396,13 +399,17 @@ def number_of(value: object, at: str) -> str:
         DataError: it is none.
     """
     number = math.nan
-    if type(value) in (int, float) or (isinstance(value, str) and _NUMBER.fullmatch(value.strip())):
+    if type(value) in (int, float) or (isinstance(value, str) and _is_number(value.strip())):
         with suppress(OverflowError):
             number = float(cast(float | str, value))
     if not math.isfinite(number):
         kind = "text that is no number" if isinstance(value, str) else json_type(value)
         raise DataError(at, kind, "must be a finite number, with a point before decimals (role target)")
     return repr(number)
+
+
+def _is_number(text: str) -> bool:
+    return len(text) <= _LONGEST_NUMBER and _NUMBER.fullmatch(text) is not None
 
 
 _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {

@@ -321,13 +321,19 @@ class Task(ABC):
 
 
 def error_of(read: Callable[[Record], object]) -> Callable[[Record], DataError | None]:
-    """What `read` raises about a record; None: nothing."""
+    """What `read` raises about a record; None: nothing.
+
+    What it raises besides would be our own mistake, and is a fault of the record all the same: were it to end a site's
+    answer, the answer would tell of the record.
+    """
 
     def found(record: Record) -> DataError | None:
         try:
             read(record)
         except DataError as error:
             return error
+        except Exception as error:
+            return DataError(record.at("record"), type(error).__name__, "must be a record that the task can read")
         return None
 
     return found

@@ -171,6 +171,9 @@ class CausalLM(Task):
         losses = []
         # Not by index, which would add up each row's gradient with the zeros of all others.
         for row, targets in zip(inputs[:, :-1].unbind(), _next_tokens(batch), strict=True):
+            if not len(targets):  # a record of one token, where nothing comes next
+                losses.append(row.sum())
+                continue
             learnt = (targets != UNSUPERVISED).nonzero().flatten()
             # Of nothing learnt the first place stands in, where a target that counts nothing gives a gradient of zero.
             places = learnt if len(learnt) else learnt.new_zeros(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from fedtune.data.records import Record, split_labels
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Targets, TextDataset
 from fedtune.model.spec import TaskModelSpec
+from fedtune.spec import ConfigError
 from fedtune.tasks import measures
 from fedtune.tasks.base import FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats, Marks
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     import torch
 
     from fedtune.data.batching import Batch
+
+
+MOST_LABELS = 1_000
+"""A record keeps a byte for each: with more, a lead could choose how many records of a label a site has memory for."""
 
 
 class MultiLabel(LabelTask):
@@ -37,13 +43,18 @@ class MultiLabel(LabelTask):
     own_settings = frozenset({"label_separator"})
     judged_by = "micro_f1"
     reads = "[label for label, score in zip(labels, scores) if score > 0]"
-    target_type = np.float32
+    target_type = np.int8
+
+    def check_data(self, data: DataSpec) -> None:
+        super().check_data(data)
+        if len(data.labels) > MOST_LABELS:
+            raise ConfigError("labels", len(data.labels), f"must be at most {MOST_LABELS} for task {self.name}")
 
     def target(self, data: DataSpec) -> TargetOf:
         places = {label: index for index, label in enumerate(data.labels)}
 
-        def marks(record: Record) -> npt.NDArray[np.float32]:
-            found = np.zeros(len(places), dtype=np.float32)
+        def marks(record: Record) -> npt.NDArray[np.int8]:
+            found = np.zeros(len(places), dtype=np.int8)
             for label in split_labels(record.fields["labels"], separator=data.label_separator):
                 if label not in places:
                     raise undeclared(record, "labels", data.labels)
@@ -100,9 +111,9 @@ class MultiLabel(LabelTask):
         return listed if said else f"none ({listed})", as_objects(said)
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
-        return data.labels[draw(len(data.labels))] if role == "labels" else None
+        return json.dumps([data.labels[draw(len(data.labels))]]) if role == "labels" else None
 
     def made_up_targets(
         self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
     ) -> Targets:
-        return draws.integers(0, 2, size=(len(input_ids), len(spec.labels))).astype(np.float32)
+        return draws.integers(0, 2, size=(len(input_ids), len(spec.labels))).astype(np.int8)

@@ -63,7 +63,7 @@ class PooledTask(Task):
     # Studied for classification.  The others train a head of the same form on the same embeddings, and take what it
     # takes until a study of their own says otherwise.
     rate_shares = (1 / 8, 1.0)
-    target_type: ClassVar[type[np.int64] | type[np.float32]] = np.int64
+    target_type: ClassVar[type[np.int64] | type[np.float32] | type[np.int8]] = np.int64
 
     @abstractmethod
     def target(self, data: DataSpec) -> TargetOf:

@@ -123,6 +123,7 @@ COLUMNS_WITH_FAULTS = {
         pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 1, 2, 3]), BAD_TEXTS, safe=False),
         [1, 4],
     ),
+    "no UTF-8 in a map": ("text", pyarrow.MapArray.from_arrays([0, 1, 2, 3, 4], ["a", "b", "c", "d"], BAD_TEXTS), []),
     "17 MB": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"]), [1, 3, 4]),
     "17 MB in a dictionary": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"]).dictionary_encode(), [1, 3, 4]),
     "17 MB behind a view": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"], pyarrow.string_view()), [1, 3, 4]),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data import Record, iter_records, read_records, record_key, resolve_file, text_rows
-from fedtune.data.records import record_of, usable_records
+from fedtune.data.records import labels_of, record_of, usable_records
 from fedtune.spec import DataError
 
 COLUMNS = {"text": "question", "label": "intent"}
@@ -278,6 +278,8 @@ def test_whole_csv_files_are_cut_into_the_rows_that_the_csv_module_finds(
         ([True], None),
         ({"late": True}, None),
         (["\ud800"], None),
+        ("[" * 300 + "late" + "]" * 300, "[" * 300 + "late" + "]" * 300),
+        ("[" * 100_000 + "]" * 100_000, None),
     ],
 )
 def test_labels_of_a_record(value: object, text: str | None) -> None:
@@ -308,15 +310,35 @@ def test_labels_of_a_record(value: object, text: str | None) -> None:
         ("1" + "0" * 400, None),
         (float("inf"), None),
         ("five", None),
+        # Judged in no more than a look at each character: else this test does not end.
+        ("1" * 2_000_000 + "x", None),
         ([1], None),
     ],
 )
 def test_the_number_of_a_record(value: object, number: float | None) -> None:
     if number is None:
-        with pytest.raises(DataError, match="must be a finite number") as caught:
+        with pytest.raises(
+            DataError, match="must be a finite number" if value is not None else "must not be null"
+        ) as caught:
             record_of({"n": value}, {"target": "n"}, file="a.jsonl", line=3)
         assert "five" not in str(caught.value)
     else:
         record = record_of({"n": value}, {"target": "n"}, file="a.jsonl", line=3)
         assert (float(record.fields["target"]), record.answer) == (number, record.fields["target"])
         assert list(record.texts()) == [], "an answer is no text that somebody wrote"
+
+
+def test_labels_are_the_same_from_every_depth() -> None:
+    """A reader that is called deeper in the stack gives up earlier, and must not take the list for a text then."""
+
+    def read(text: str, deeper: int) -> str | None:
+        if deeper:
+            return read(text, deeper - 1)
+        try:
+            return labels_of(text, "labels")
+        except DataError:
+            return None
+
+    for depth in range(900, 1050, 3):
+        text = "[" * depth + "]" * depth
+        assert {read(text, deeper) for deeper in range(0, 60, 7)} == {None}, depth

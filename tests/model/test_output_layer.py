@@ -100,3 +100,13 @@ def test_an_empty_batch_needs_as_much_as_any_example(
     hook.remove()
     assert places == [real.input_ids.shape[1] - 1] * 4
     assert most <= places[0]
+
+
+def test_a_record_of_one_token_has_no_loss_and_no_gradient(
+    trained: Callable[..., TaskModel], examples: Callable[..., Any]
+) -> None:
+    model, batch = trained("random:llama", "causal_lm"), examples("causal_lm")
+    short = Batch(batch.input_ids[:, :1], batch.attention_mask[:, :1], batch.targets[:, :1])
+    with attached(model) as gradients:
+        assert all(not one.any() for one in gradients.of(short).values())
+    assert model.losses(short).tolist() == [0.0] * len(short)

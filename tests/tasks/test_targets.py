@@ -14,6 +14,7 @@ from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TASKS, task_named
+from fedtune.tasks.base import error_of
 
 LABELS = ("low", "mid", "high")
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [-3.0, -0.2, -0.1], [0.3, 0.2, 4.0]])
@@ -272,3 +273,18 @@ def test_a_number_has_no_labels_to_start_from(head: HeadSpec) -> None:
     spec = TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task="regression", head=head)
     with pytest.raises(ConfigError, match=r"^head\."):
         task_named("regression").check_model(spec)
+
+
+def test_a_mistake_of_ours_in_reading_a_record_leaves_it_out() -> None:
+    """Were it to end the answer of a site, the answer would tell of the record."""
+    fault = error_of(lambda record: record.fields["nothing"])
+    error = fault(Record({"text": "secret"}, "a.csv", 3))
+    assert str(error) == "a.csv:3, record = 'KeyError': must be a record that the task can read"
+
+
+def test_many_labels_take_a_byte_of_a_record_each_and_no_more_than_a_thousand(encoder_tokenizer: Any) -> None:
+    most = tuple(f"label {number}" for number in range(1_000))
+    dataset = tokenised("multi_label", ["label 7", "label 9"], encoder_tokenizer, labels=most)
+    assert np.asarray(dataset.targets).nbytes == 2 * 1_000
+    with pytest.raises(ConfigError, match=r"labels = 1001: must be at most 1000 for task multi_label"):
+        task_named("multi_label").check_data(data("multi_label", labels=(*most, "one more")))
