@@ -464,11 +464,12 @@ def to_json(report: Report) -> dict[str, Any]:
     What came after 0.1.0 is left out where it says nothing, so that the signatures of older reports still fit.
     """
     fields = dict(_ADAPTER.dump_python(report, mode="json"))
-    if report.provenance.start_adapter is None:
-        del fields["provenance"]["start_adapter"]
-    for key in ("findings", "cost", "detail") if report.utility else ():
-        if not getattr(report.utility, key):
-            del fields["utility"][key]
+    later = [(fields["provenance"], "start_adapter")]
+    later += [(fields["utility"], key) for key in ("findings", "cost", "detail", "kept") if report.utility]
+    later += [(site["spent"], "ended_by_scores") for site in fields["sites"] if site["spent"]]
+    for place, key in later:
+        if not place[key]:
+            del place[key]
     return fields
 
 
@@ -490,10 +491,8 @@ def from_json(text: str | bytes) -> Report:
 
 def json_schema() -> dict[str, Any]:
     """The published schema."""
-    return _ADAPTER.json_schema() | {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "fedtune report",
-    }
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "fedtune report"}
+    return _ADAPTER.json_schema() | about
 
 
 def schema_text() -> str:
