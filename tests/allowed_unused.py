@@ -21,6 +21,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "Starlette calls it by its decorator": {"nothing_there"},
     "logging and Python call them in the place of their own": {"handleError", "showwarning", "unraisablehook"},
     "settings of objects that belong to a library": {
+        "allow_extra_args",
         "compress_type",
         "create_system",
         "decoder",
