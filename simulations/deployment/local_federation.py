@@ -22,7 +22,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Machine
-from fedtune.sites.shared_model import dealing
+from fedtune.sites.run_records import dealing
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
 
