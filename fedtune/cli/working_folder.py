@@ -39,14 +39,16 @@ def run_in_folder(config: RunConfig, folder: Path, console: Console, *, work: Wo
         again: the command that continues it.
     """
     from fedtune.cli.display import show_result
-    from fedtune.report.model_card import write_card
-    from fedtune.report.page.render import write_report
     from fedtune.tracking import Tracked
 
-    with Tracked(
-        config, note=lambda text: console.print(text, style="yellow", markup=False, soft_wrap=True)
-    ) as tracked:
+    def note(text: str) -> None:
+        console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+    with Tracked(config, note=note) as tracked:
         result = _worked(config, folder, console, work=work, again=again, tracked=tracked)
+        from fedtune.report.model_card import write_card
+        from fedtune.report.page.render import write_report  # draws, which takes a second to import
+
         write_card(folder, write_report(folder, language=config.report.language))
         tracked.finish(result, folder)
     show_result(console, config, result, folder)
