@@ -45,9 +45,10 @@ def run_in_folder(
     from fedtune.cli.display import show_result
     from fedtune.tracking import Tracked
 
-    with Tracked(
-        config, note=lambda text: console.print(text, style="yellow", markup=False, soft_wrap=True)
-    ) as tracked:
+    def note(text: str) -> None:
+        console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+    with Tracked(config, note=note) as tracked:
         result, earlier_s = _worked(config, folder, console, work=work, again=again, tracked=tracked)
         from fedtune.report.model_card import write_card
         from fedtune.report.page.render import write_report  # draws, which takes a second to import
