@@ -31,7 +31,9 @@ _SEVERAL_TEXTS = (
         file="fedtune/training/per_example.py",
         old="view(-1, batch.texts).all(dim=1)",
         new="view(-1, batch.texts).any(dim=1)",
-        tests=("tests/training/test_examples.py::test_a_record_without_states_adds_nothing_and_moves_no_other[pairs-an error-40]",),
+        tests=(
+            "tests/training/test_examples.py::test_a_record_without_states_adds_nothing_and_moves_no_other[pairs-an error-40]",
+        ),
     ),
     Mutant(
         name="length-of-the-first-text",
