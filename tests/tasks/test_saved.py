@@ -139,8 +139,7 @@ def test_plain_peft_on_plain_transformers(trained: Any, spec: Any, examples: Any
 def test_a_saved_folder_loads_as_it_was(
     trained: Any, examples: Any, tmp_path: Path, path: str, task: str, changes: dict[str, Any]
 ) -> None:
-    init = "zero" if task == "regression" else "label_names"
-    head = HeadSpec(scale=7.0, init=init, train=False)
+    head = HeadSpec(scale=7.0, init="zero" if task == "regression" else "label_names", train=False)
     model = trained(path, task, head=head, **changes)
     save_task_model(model, tmp_path / "adapter")
     loaded = load_task_model(tmp_path / "adapter")
