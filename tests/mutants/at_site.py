@@ -211,7 +211,7 @@ AT_SITE = (
         name="a-broken-line-ends-the-file",
         fault="A site's lenient reading ends at a record that cannot be parsed, so that one record ends every answer.",
         file="fedtune/data/records.py",
-        old="        if isinstance(row, DataError):\n            yield row\n            continue\n",
+        old="        if isinstance(row, DataError):\n            yield line, row\n            continue\n",
         new="        if isinstance(row, DataError):\n            raise row\n",
         tests=("tests/data/test_records.py",),
     ),

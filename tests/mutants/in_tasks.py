@@ -26,13 +26,15 @@ _SEVERAL_TEXTS = (
     ),
     Mutant(
         name="one-known-text-is-enough",
-        fault="A record of which one text cannot be computed is learnt by its others, where frozen states are kept, and "
+        fault="A record of which one text cannot be computed is learnt by its others, where frozen states are "
+        "kept, and "
         "counts as zero where they are not.",
         file="fedtune/training/per_example.py",
         old="view(-1, batch.texts).all(dim=1)",
         new="view(-1, batch.texts).any(dim=1)",
         tests=(
-            "tests/training/test_examples.py::test_a_record_without_states_adds_nothing_and_moves_no_other[pairs-an error-40]",
+            "tests/training/test_examples.py"
+            "::test_a_record_without_states_adds_nothing_and_moves_no_other[pairs-an error-40]",
         ),
     ),
     Mutant(
@@ -53,7 +55,8 @@ _SEVERAL_TEXTS = (
     ),
     Mutant(
         name="negative-by-place",
-        fault="Which public text is a record's negative goes by its place in the file: one record more changes those of "
+        fault="Which public text is a record's negative goes by its place in the file: one record more changes "
+        "those of "
         "all that follow it.",
         file=PAIRS,
         old="""
@@ -79,7 +82,8 @@ _SEVERAL_TEXTS = (
     ),
     Mutant(
         name="ties-are-first",
-        fault="Of equally near texts an anchor's own counts as the nearest: who embeds all texts alike finds everything.",
+        fault="Of equally near texts an anchor's own counts as the nearest: who embeds all texts alike finds "
+        "everything.",
         file=PAIRS,
         old="((np.abs(above) <= _TIE).sum(axis=1) + 1) / 2",
         new="1",
@@ -87,7 +91,8 @@ _SEVERAL_TEXTS = (
     ),
     Mutant(
         name="room-for-one-text",
-        fault="A micro-batch has as many records whether they have one text or three, and takes three times the memory.",
+        fault="A micro-batch has as many records whether they have one text or three, and takes three times the "
+        "memory.",
         file="fedtune/training/machine.py",
         old="runtime.micro_batch_tokens // model.spec.texts",
         new="runtime.micro_batch_tokens",
@@ -240,4 +245,32 @@ _COMPARISONS = (
     ),
 )
 
-TASK_FAULTS = (*_SEVERAL_TEXTS, *_TARGETS, *_COMPARISONS)
+_READING = (
+    Mutant(
+        name="a-mistake-ends-the-answer",
+        fault="What a task's reading of a record raises, besides what it says of records, ends the site's answer.",
+        file="fedtune/tasks/base.py",
+        old="        except Exception as error:\n",
+        new="        except UnicodeError as error:\n",
+        tests=(f"{OF_TARGETS}::test_a_mistake_of_ours_in_reading_a_record_leaves_it_out",),
+    ),
+    Mutant(
+        name="labels-by-depth",
+        fault="A list of labels that is too deep to be read is a text, which a reader higher in the stack finds a "
+        "list.",
+        file="fedtune/data/records.py",
+        old="    except RecursionError:\n        listed = [None]\n",
+        new="    except RecursionError:\n        listed = None\n",
+        tests=("tests/data/test_records.py::test_labels_are_the_same_from_every_depth",),
+    ),
+    Mutant(
+        name="four-bytes-a-label",
+        fault="A record of a thousand labels takes four kilobytes, and a lead chooses how many a site has memory for.",
+        file=MULTI_LABEL,
+        old="    target_type = np.int8\n",
+        new="    target_type = np.float32\n",
+        tests=(f"{OF_TARGETS}::test_many_labels_take_a_byte_of_a_record_each_and_no_more_than_a_thousand",),
+    ),
+)
+
+TASK_FAULTS = (*_SEVERAL_TEXTS, *_TARGETS, *_COMPARISONS, *_READING)
