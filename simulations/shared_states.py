@@ -26,11 +26,11 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
         file: where they are kept from one process to the next; None: they end with this one.
     """
     known: dict[bytes, torch.Tensor] = torch.load(file) if file is not None and file.exists() else {}
-    before, made_up = len(known), [False]
+    before, made_up = len(known), False
     states_of, keep_states = TaskModel.frozen_states, SiteExamples.keep_frozen_states
 
     def states(self: TaskModel, batch: Batch) -> torch.Tensor | None:
-        if made_up[0]:
+        if made_up:
             return states_of(self, batch)
         lengths = batch.attention_mask.sum(dim=1).tolist()
         names = [row[:length].numpy().tobytes() for row, length in zip(batch.input_ids.cpu(), lengths, strict=True)]
@@ -46,11 +46,12 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
         return found.to(self.device)
 
     def keep(self: SiteExamples, model: TaskModel, **how: Any) -> None:
-        made_up[0] = bool(how)  # examples on which a model is tried: each is to be computed
+        nonlocal made_up
+        made_up = bool(how)  # examples on which a model is tried: each is to be computed
         try:
             keep_states(self, model, **how)
         finally:
-            made_up[0] = False
+            made_up = False
 
     with patch.object(TaskModel, "frozen_states", states), patch.object(SiteExamples, "keep_frozen_states", keep):
         yield
