@@ -115,18 +115,17 @@ def main() -> None:
     options = parser.parse_args()
     study = tomllib.loads((options.study / "study.toml").read_text())
     path = options.study / "results.json"
-    old = json.loads(path.read_text())["lines"] if path.exists() else {}
-    lines: dict[str, Any] = {}
     for line in study["lines"]:
-        key = line["key"]
-        if key.startswith(options.only):
-            print(f"--- {line['title']}", flush=True)
-            with shared_frozen_states(options.states) if options.states else nullcontext():
-                old[key] = run_line(study["experiment"], line)
-        if key in old:
-            lines[key] = old[key]
-        if lines:
-            write(options.study, {"experiment": study["experiment"], "lines": lines})
+        if not line["key"].startswith(options.only):
+            continue
+        print(f"--- {line['title']}", flush=True)
+        with shared_frozen_states(options.states) if options.states else nullcontext():
+            done = run_line(study["experiment"], line)
+        # Read only now: two processes may run two lines.
+        old = json.loads(path.read_text())["lines"] if path.exists() else {}
+        known = old | {line["key"]: done}
+        lines = {other["key"]: known[other["key"]] for other in study["lines"] if other["key"] in known}
+        write(options.study, {"experiment": study["experiment"], "lines": lines})
 
 
 if __name__ == "__main__":
