@@ -1,9 +1,10 @@
-"""One pass of the frozen layers for all runs of a study: it takes as long as the training behind it."""
+"""What all runs of a study compute alike, computed once: the frozen layers, and the scores before training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +12,7 @@ from unittest.mock import patch
 import torch
 
 from fedtune.data import Batch
+from fedtune.sites.shared_model import Measured
 from fedtune.tasks import TaskModel
 from fedtune.training.examples import SiteExamples
 
@@ -21,16 +23,20 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
 
     For runs of one base model with adapters on the same layers, their training and scoring.  States depend on the
     record's tokens alone, so that a run gets what it would compute, up to the rounding of another batch's shape.
+    An adapter that was scored on the same files is not scored again: all runs begin in the same one.
 
     Args:
         file: where they are kept from one process to the next; None: they end with this one.
     """
-    known: dict[bytes, torch.Tensor] = torch.load(file) if file is not None and file.exists() else {}
-    before, made_up = len(known), [False]
-    states_of, keep_states = TaskModel.frozen_states, SiteExamples.keep_frozen_states
+    known: dict[bytes, torch.Tensor] = {}
+    scored: dict[str, Measured] = {}
+    if file is not None and file.exists():
+        known, scored = torch.load(file, weights_only=False)  # this study's own file
+    before, made_up = len(known) + len(scored), False
+    states_of, keep_states, measured_of = TaskModel.frozen_states, SiteExamples.keep_frozen_states, Measured.of
 
     def states(self: TaskModel, batch: Batch) -> torch.Tensor | None:
-        if made_up[0]:
+        if made_up:
             return states_of(self, batch)
         lengths = batch.attention_mask.sum(dim=1).tolist()
         names = [row[:length].numpy().tobytes() for row, length in zip(batch.input_ids.cpu(), lengths, strict=True)]
@@ -46,13 +52,28 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
         return found.to(self.device)
 
     def keep(self: SiteExamples, model: TaskModel, **how: Any) -> None:
-        made_up[0] = bool(how)  # examples on which a model is tried: each is to be computed
+        nonlocal made_up
+        made_up = bool(how)  # examples on which a model is tried: each is to be computed
         try:
             keep_states(self, model, **how)
         finally:
-            made_up[0] = False
+            made_up = False
 
-    with patch.object(TaskModel, "frozen_states", states), patch.object(SiteExamples, "keep_frozen_states", keep):
+    def measured(model: TaskModel, tokenizer: Any, data: Any, config: Any, *, generate: bool) -> Measured:
+        spec = config.data
+        files = (spec.validation_file, spec.test_file, spec.max_length, spec.prompt_template)
+        digest = sha256(repr((files, config.evaluation, len(data.records), generate)).encode())
+        for name, value in sorted(model.trainable().items()):
+            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+        if digest.hexdigest() not in scored:
+            scored[digest.hexdigest()] = measured_of(model, tokenizer, data, config, generate=generate)
+        return scored[digest.hexdigest()]
+
+    with (
+        patch.object(TaskModel, "frozen_states", states),
+        patch.object(SiteExamples, "keep_frozen_states", keep),
+        patch.object(Measured, "of", measured),
+    ):
         yield
-    if file is not None and len(known) > before:
-        torch.save(known, file)
+    if file is not None and len(known) + len(scored) > before:
+        torch.save((known, scored), file)

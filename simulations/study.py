@@ -3,6 +3,7 @@
     python simulations/study.py simulations/banks_intents              all lines
     python simulations/study.py simulations/banks_intents --only e8    lines whose key begins with e8; others are kept
     ... --states FILE    frozen layers run once for all lines, and their output is kept there (`shared_states.py`)
+    ... --runs FOLDER    run folders are kept there, and runs that are finished there are not run again
 
 A line of study.toml has a key, a title and overrides; `repeats` runs it several times with fresh noise, and
 `each_site = true` runs it once for every site alone and averages the scores.
@@ -32,21 +33,18 @@ from fedtune.privacy.durable import write_durably
 BEGIN, END = "<!-- results: written by simulations/study.py -->", "<!-- end of results -->"
 
 
-def run_line(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
+def run_line(experiment: str, line: dict[str, Any], *, kept: Path | None = None) -> dict[str, Any]:
     """All runs of one line: overrides, scores of each run, and what the first one says of privacy and cost."""
     overrides = [f"experiment={experiment}", "tracking=quiet", *line["overrides"]]
-    variants = [[]]
+    variants: list[list[str]] = [[]]
     if line.get("each_site"):
         variants = [[f"federation.participants=[{site}]"] for site in compose_run(overrides).federation.names]
     runs = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with nullcontext(kept) if kept else tempfile.TemporaryDirectory() as folder:
         for number in range(line.get("repeats", 1)):
             for place, variant in enumerate(variants):
                 name = f"{line['key']}-{number}-{place}"
-                code = fedtune(["simulate", *overrides, *variant, f"name={name}", f"tracking.output_dir={scratch}"])
-                if code:
-                    raise SystemExit(code)
-                runs.append(json.loads((Path(scratch) / name / "run.json").read_text()))
+                runs.append(finished([*overrides, *variant, f"name={name}", f"tracking.output_dir={folder}"]))
     first = runs[0]
     names = first["final"]["metrics"]
     return {
@@ -65,6 +63,18 @@ def run_line(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
         "seconds": statistics.median(run["final"]["seconds"] for run in runs),
         "peak_memory_bytes": max(run["final"]["peak_memory_bytes"] for run in runs),
     }
+
+
+def finished(overrides: list[str]) -> dict[str, Any]:
+    """run.json of a run, which is made unless it lies there."""
+    config = compose_run(overrides)
+    path = Path(config.tracking.output_dir) / config.name / "run.json"
+    if not path.exists() and (code := fedtune(["simulate", *overrides])):
+        raise SystemExit(code)
+    found: dict[str, Any] = json.loads(path.read_text())
+    if found["config_sha256"] != config.digest():
+        raise SystemExit(f"{path} was made with another configuration")
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
@@ -112,21 +122,21 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--states", type=Path)
+    parser.add_argument("--runs", type=Path)
     options = parser.parse_args()
     study = tomllib.loads((options.study / "study.toml").read_text())
     path = options.study / "results.json"
-    old = json.loads(path.read_text())["lines"] if path.exists() else {}
-    lines: dict[str, Any] = {}
     for line in study["lines"]:
-        key = line["key"]
-        if key.startswith(options.only):
-            print(f"--- {line['title']}", flush=True)
-            with shared_frozen_states(options.states) if options.states else nullcontext():
-                old[key] = run_line(study["experiment"], line)
-        if key in old:
-            lines[key] = old[key]
-        if lines:
-            write(options.study, {"experiment": study["experiment"], "lines": lines})
+        if not line["key"].startswith(options.only):
+            continue
+        print(f"--- {line['title']}", flush=True)
+        with shared_frozen_states(options.states) if options.states else nullcontext():
+            done = run_line(study["experiment"], line, kept=options.runs)
+        # Read only now: two processes may run two lines.
+        old = json.loads(path.read_text())["lines"] if path.exists() else {}
+        known = old | {line["key"]: done}
+        lines = {other["key"]: known[other["key"]] for other in study["lines"] if other["key"] in known}
+        write(options.study, {"experiment": study["experiment"], "lines": lines})
 
 
 if __name__ == "__main__":

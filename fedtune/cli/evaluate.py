@@ -109,7 +109,7 @@ def _sentence(name: str, scores: Comparison) -> str:
 
     told = f"{_range(scores.base)} before training, {_range(scores.tuned)} after it"
     if scores.verdict == NO_DIFFERENCE:
-        return f"On these records the tuned model {scores.verdict} from its base by {name}: {told}."
+        return f"On these records the tuned model {NO_DIFFERENCE} from its base by {name}: {told}."
     return f"The tuned model is {scores.verdict} than its base by {name}: {told}."
 
 

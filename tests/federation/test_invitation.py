@@ -91,13 +91,13 @@ def test_what_less_would_not_help_stays_a_refusal(site: Any) -> None:
 
 def test_a_failure_while_preparing_is_a_site_error_before_anybody_pays(site: Any) -> None:
     def fail() -> None:
-        raise MemoryError("4711")
+        raise MemoryError("patient Zoe Quartz")
 
     site.propose_ = site.propose
     site.propose = lambda **changes: fail() if site.prepared else site.propose_(**changes)
     reply = site.invite()
     assert reason(reply) is Reason.SITE_ERROR
-    assert "4711" not in json.dumps([str(reply.body), str(reply.receipt)])
+    assert "Quartz" not in json.dumps([str(reply.body), str(reply.receipt)])
     assert site.kinds() == []
 
 
