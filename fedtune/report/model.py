@@ -466,9 +466,12 @@ def to_json(report: Report) -> dict[str, Any]:
     fields = dict(_ADAPTER.dump_python(report, mode="json"))
     if report.provenance.start_adapter is None:
         del fields["provenance"]["start_adapter"]
-    for key in ("findings", "cost", "detail") if report.utility else ():
+    for key in ("findings", "cost", "detail", "kept") if report.utility else ():
         if not getattr(report.utility, key):
             del fields["utility"][key]
+    for site in fields["sites"]:
+        if site["spent"] is not None and not site["spent"]["ended_by_scores"]:
+            del site["spent"]["ended_by_scores"]
     return fields
 
 
