@@ -69,11 +69,6 @@ class Spent:
     steps: int
     ended_by_scores: bool = False
 
-    @property
-    def claimed(self) -> float | None:
-        """The epsilon that is proved: of a run that its scores ended, its whole plan's."""
-        return self.planned_epsilon if self.ended_by_scores else self.epsilon
-
 
 @spec
 class Posterior:

@@ -60,7 +60,9 @@ def problems(report: Report) -> list[Problem]:
     if too_much := [*_too_much_work(report)]:
         return too_much
     found = [problem for site in report.sites for problem in _of_site(report, site)]
-    found += _compared("epsilon", report.epsilon, largest([site.spent.claimed for site in report.sites if site.spent]))
+    found += _compared(
+        "epsilon", report.epsilon, largest([profile.claimed(site.spent) for site in report.sites if site.spent])
+    )
     worst = [state for state in WORST_FIRST if state in {site.verdict.state for site in report.sites}]
     if worst and WORST_FIRST.index(report.verdict.state) > WORST_FIRST.index(worst[0]):
         found.append(Problem("verdict.state", report.verdict.state, worst[0]))
@@ -194,7 +196,7 @@ def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Pro
         yield from _compared(f"curve.{number}.epsilon_rdp", point.epsilon_rdp, again.epsilon_rdp)
     if site.meaning is not None:
         size, fixed = site.declared_size, verdicts.were_fixed(site)
-        meant = profile.meaning(charged, epsilon=spent.claimed, delta=delta, declared_size=size, fixed=fixed)
+        meant = profile.meaning(charged, epsilon=profile.claimed(spent), delta=delta, declared_size=size, fixed=fixed)
         yield from _compared("meaning", dataclasses.asdict(site.meaning), dataclasses.asdict(meant))
     before: float | None = 0.0
     for number, step in enumerate(site.steps):

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.report import one_run
+from fedtune.report.derive.profile import claimed
 from fedtune.report.derive.verdicts import verdict_of
 from fedtune.report.model import Audit, AuditBound, Problem, Report, SiteReport
 from fedtune.spec import RunError
@@ -110,7 +111,7 @@ def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound,
 def charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:
     """Place -> epsilon of the report, as far as it has one: for all audited sites together, the largest of theirs."""
     audited = {bound.site for bound in audit.bounds if bound.site}
-    spent = {site.site: site.spent.claimed for site in sites if site.spent}
+    spent = {site.site: claimed(site.spent) for site in sites if site.spent}
     known: dict[str | None, float] = {site: epsilon for site, epsilon in spent.items() if epsilon is not None}
     together = [spent[site] for site in spent if site in audited or not audited]
     epsilons = [epsilon for epsilon in together if epsilon is not None]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedtune.federation.results import FinalResult
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.report.derive.profile import largest
+from fedtune.report.derive.profile import claimed, largest
 from fedtune.report.derive.verdicts import worst
 from fedtune.report.model import Cell, Provenance, Report, Scores, SiteReport, Verification
 from fedtune.report.record.ledger_record import LedgerRecord
@@ -138,7 +138,7 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
     """Those that follow from the sites' own figures, of the worst site each."""
     verdict = worst(site.verdict for site in sites)
     promised = verdict.state != "no_guarantee"
-    epsilons = [site.spent.claimed if site.spent else None for site in sites]
+    epsilons = [claimed(site.spent) if site.spent else None for site in sites]
     meanings = [site.meaning for site in sites if site.meaning]
     mechanisms = {mechanism.sampling_run for site in sites for mechanism in site.mechanisms}
     by_mechanism = [meaning.right_of_100_mechanism for meaning in meanings]

@@ -69,6 +69,11 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechani
     )
 
 
+def claimed(spent: Figures) -> float | None:
+    """The epsilon that is proved: of a run that its scores ended, its whole plan's."""
+    return spent.planned_epsilon if spent.ended_by_scores else spent.epsilon
+
+
 def largest(epsilons: Iterable[float | None]) -> float | None:
     """The worst of some epsilons; None, which nothing bounds, is worse than all."""
     values = list(epsilons)

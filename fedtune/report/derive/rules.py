@@ -120,7 +120,7 @@ def report_of(
         unit=facts.unit,
         neighbouring_relation=NEIGHBOURING_RELATION.name.lower(),
         delta=facts.delta,
-        epsilon=profile.largest(site.spent.claimed if site.spent else None for site in sites),
+        epsilon=profile.largest(profile.claimed(site.spent) if site.spent else None for site in sites),
         target_epsilon=facts.target if isinstance(facts, RunFacts) else None,
         seeded_noise=facts.seeded,
         randomness=_randomness(facts, sites),

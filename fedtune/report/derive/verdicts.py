@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from fedtune.privacy.events import Spent
 from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts
-from fedtune.report.derive.profile import accountants_agree, interval_of, meaning
+from fedtune.report.derive.profile import accountants_agree, claimed, interval_of, meaning
 from fedtune.report.model import SiteReport, State, Verdict
 from fedtune.words import unbounded
 
@@ -82,7 +82,7 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
     if verdict.state == "no_guarantee" and verdict.reasons != ("no_noise",):
         return replace(site, verdict=verdict, meaning=None)
     size, fixed = site.declared_size, were_fixed(site)
-    means = meaning(charged, epsilon=spent.claimed, delta=delta, declared_size=size, fixed=fixed)
+    means = meaning(charged, epsilon=claimed(spent), delta=delta, declared_size=size, fixed=fixed)
     return replace(site, verdict=verdict, meaning=means)
 
 
