@@ -6,7 +6,7 @@ PAIRS, MULTI_LABEL = "fedtune/tasks/embedding.py", "fedtune/tasks/multi_label.py
 BATCHING, TOKENISE, SPEC = (f"fedtune/data/{name}.py" for name in ("batching", "tokenise", "spec"))
 OF_BATCHING = "tests/data/test_batching.py"
 OF_PAIRS, OF_TARGETS = "tests/tasks/test_embedding.py", "tests/tasks/test_targets.py"
-OF_LAYOUTS = "tests/training/test_layouts.py"
+OF_LAYOUTS, OF_EXAMPLES = "tests/training/test_layouts.py", "tests/training/test_examples.py"
 COMPARE, GROUPS = "fedtune/cli/compare.py", "fedtune/evaluation/groups.py"
 OF_COMPARE, OF_GROUPS, OF_COST = (
     "tests/cli/test_compare.py",
@@ -26,14 +26,12 @@ _SEVERAL_TEXTS = (
     ),
     Mutant(
         name="one-known-text-is-enough",
-        fault="A record of which one text cannot be computed is learnt by its others, where frozen states are kept, and "
-        "counts as zero where they are not.",
+        fault="A record of which one text cannot be computed is learnt by its others, where frozen states are kept, "
+        "and counts as zero where they are not.",
         file="fedtune/training/per_example.py",
         old="view(-1, batch.texts).all(dim=1)",
         new="view(-1, batch.texts).any(dim=1)",
-        tests=(
-            "tests/training/test_examples.py::test_a_record_without_states_adds_nothing_and_moves_no_other[pairs-an error-40]",
-        ),
+        tests=(f"{OF_EXAMPLES}::test_a_record_without_states_adds_nothing_and_moves_no_other[pairs-an error-40]",),
     ),
     Mutant(
         name="length-of-the-first-text",
@@ -53,8 +51,8 @@ _SEVERAL_TEXTS = (
     ),
     Mutant(
         name="negative-by-place",
-        fault="Which public text is a record's negative goes by its place in the file: one record more changes those of "
-        "all that follow it.",
+        fault="Which public text is a record's negative goes by its place in the file: one record more changes those "
+        "of all that follow it.",
         file=PAIRS,
         old="""
     def chosen(record: Record) -> Record:
@@ -79,7 +77,8 @@ _SEVERAL_TEXTS = (
     ),
     Mutant(
         name="ties-are-first",
-        fault="Of equally near texts an anchor's own counts as the nearest: who embeds all texts alike finds everything.",
+        fault="Of equally near texts an anchor's own counts as the nearest: who embeds all texts alike finds "
+        "everything.",
         file=PAIRS,
         old="((np.abs(above) <= _TIE).sum(axis=1) + 1) / 2",
         new="1",
@@ -87,7 +86,8 @@ _SEVERAL_TEXTS = (
     ),
     Mutant(
         name="room-for-one-text",
-        fault="A micro-batch has as many records whether they have one text or three, and takes three times the memory.",
+        fault="A micro-batch has as many records whether they have one text or three, and takes three times the "
+        "memory.",
         file="fedtune/training/machine.py",
         old="runtime.micro_batch_tokens // model.spec.texts",
         new="runtime.micro_batch_tokens",
