@@ -356,6 +356,7 @@ def labels_of(value: object, at: str) -> str:
     Raises:
         DataError: it is no text, number or list of these.
     """
+    listed: Any
     try:
         listed = _json_list(value.strip() or "[]") if isinstance(value, str) else value
     except RecursionError:

@@ -23,7 +23,7 @@ _CHUNK_TEXTS, _CHUNK_CHARACTERS = 1024, 1 << 18
 UNSUPERVISED = -100  # target of a token without a loss; what torch's cross_entropy ignores by default
 
 
-Targets: TypeAlias = NDArray[np.int64] | NDArray[np.float32] | tuple[NDArray[np.int64], ...]
+Targets: TypeAlias = NDArray[np.int64] | NDArray[np.float32] | NDArray[np.int8] | tuple[NDArray[np.int64], ...]
 
 
 class Tokenizer(Protocol):
