@@ -6,7 +6,7 @@ PAIRS, MULTI_LABEL = "fedtune/tasks/embedding.py", "fedtune/tasks/multi_label.py
 BATCHING, TOKENISE, SPEC = (f"fedtune/data/{name}.py" for name in ("batching", "tokenise", "spec"))
 OF_BATCHING = "tests/data/test_batching.py"
 OF_PAIRS, OF_TARGETS = "tests/tasks/test_embedding.py", "tests/tasks/test_targets.py"
-OF_LAYOUTS = "tests/training/test_layouts.py"
+OF_LAYOUTS, OF_EXAMPLES = "tests/training/test_layouts.py", "tests/training/test_examples.py"
 COMPARE, GROUPS = "fedtune/cli/compare.py", "fedtune/evaluation/groups.py"
 OF_COMPARE, OF_GROUPS, OF_COST = (
     "tests/cli/test_compare.py",
@@ -26,16 +26,12 @@ _SEVERAL_TEXTS = (
     ),
     Mutant(
         name="one-known-text-is-enough",
-        fault="A record of which one text cannot be computed is learnt by its others, where frozen states are "
-        "kept, and "
-        "counts as zero where they are not.",
+        fault="A record of which one text cannot be computed is learnt by its others, where frozen states are kept, "
+        "and counts as zero where they are not.",
         file="fedtune/training/per_example.py",
         old="view(-1, batch.texts).all(dim=1)",
         new="view(-1, batch.texts).any(dim=1)",
-        tests=(
-            "tests/training/test_examples.py"
-            "::test_a_record_without_states_adds_nothing_and_moves_no_other[pairs-an error-40]",
-        ),
+        tests=(f"{OF_EXAMPLES}::test_a_record_without_states_adds_nothing_and_moves_no_other[pairs-not finite-40]",),
     ),
     Mutant(
         name="length-of-the-first-text",
@@ -55,9 +51,8 @@ _SEVERAL_TEXTS = (
     ),
     Mutant(
         name="negative-by-place",
-        fault="Which public text is a record's negative goes by its place in the file: one record more changes "
-        "those of "
-        "all that follow it.",
+        fault="Which public text is a record's negative goes by its place in the file: one record more changes those "
+        "of all that follow it.",
         file=PAIRS,
         old="""
     def chosen(record: Record) -> Record:
@@ -101,17 +96,6 @@ _SEVERAL_TEXTS = (
 )
 
 _TARGETS = (
-    Mutant(
-        name="binary-loss-by-position",
-        fault="Yes-or-no answers go through torch's own binary cross-entropy, whose last few values of an array are "
-        "rounded otherwise than the rest: a record's gradient follows the row that it stands in.",
-        file="fedtune/tasks/pooled.py",
-        old='    each = torch.nn.functional.cross_entropy(choices, marks.long().reshape(-1), reduction="none")\n',
-        new="    each = torch.nn.functional.binary_cross_entropy_with_logits(\n"
-        '        choices[:, 1], marks.reshape(-1).clamp(min=0).float(), reduction="none"\n'
-        "    ).where(marks.reshape(-1) >= 0, logits.new_zeros(()))\n",
-        tests=(f"{OF_LAYOUTS}::test_a_record_is_the_same_bit_for_bit_in_every_company[labels-whole]",),
-    ),
     Mutant(
         name="range-without-width",
         fault="The range of a number may be a point, or narrower than float32 can tell: a division by nothing.",

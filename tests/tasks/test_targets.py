@@ -15,6 +15,7 @@ from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TASKS, task_named
 from fedtune.tasks.base import error_of
+from fedtune.tasks.pooled import binary_losses
 
 LABELS = ("low", "mid", "high")
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [-3.0, -0.2, -0.1], [0.3, 0.2, 4.0]])
@@ -288,3 +289,17 @@ def test_many_labels_take_a_byte_of_a_record_each_and_no_more_than_a_thousand(en
     assert np.asarray(dataset.targets).nbytes == 2 * 1_000
     with pytest.raises(ConfigError, match=r"labels = 1001: must be at most 1000 for task multi_label"):
         task_named("multi_label").check_data(data("multi_label", labels=(*most, "one more")))
+
+
+def test_a_loss_of_many_labels_is_the_same_bit_for_bit_in_every_row() -> None:
+    draws = torch.Generator().manual_seed(3)
+    logits = torch.randn(9, 37, generator=draws) * 4
+    marks = torch.randint(0, 2, (9, 37), generator=draws, dtype=torch.int8)
+    for row in range(9):
+        alone = logits[row : row + 1].clone().requires_grad_()
+        beside = logits.clone().requires_grad_()
+        binary_losses(alone, marks[row : row + 1]).sum().backward()
+        binary_losses(beside, marks).sum().backward()
+        assert alone.grad is not None and beside.grad is not None
+        assert torch.equal(alone.grad[0], beside.grad[row])
+        assert torch.equal(binary_losses(alone, marks[row : row + 1])[0], binary_losses(beside, marks)[row])
