@@ -168,10 +168,10 @@ def test_a_real_site_leaves_out_what_has_not_one_user_by_itself(tmp_path: Path) 
     # What a lead asks for must not make the answer depend on whether some record fits it; the doctor says it before.
     path = written(tmp_path, "ann", ["ann", "bob"], "bob", None, "ann")
     records = own_records(
-        spec(path), columns=columns(spec(path), unit="user"), usable=lambda _: True, key=KEY, unit="user"
+        spec(path), columns=columns(spec(path), unit="user"), fault=lambda _: None, key=KEY, unit="user"
     )
     assert [record.fields["user"] for record in records.training] == ["ann", "bob", "ann"]
-    by_record = own_records(spec(path), columns=columns(spec(path)), usable=lambda _: True, key=KEY)
+    by_record = own_records(spec(path), columns=columns(spec(path)), fault=lambda _: None, key=KEY)
     assert len(by_record.training) == 5
     assert "user" not in by_record.training[0].fields, "what a run has no use for is not read"
 
