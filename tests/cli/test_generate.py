@@ -142,7 +142,7 @@ def test_a_file_of_other_columns_names_the_option_once(
     rows.write_text("body,label\na,card_arrival\nb,card_arrival\n")
     outcome = command(asks[0], str(runs / "intents"), asks[1], str(rows))
     assert (outcome.code, outcome.out) == (2, "")
-    wanted = "must be there; name another with --columns '{text: COLUMN}', one of 'body', 'label'"
+    wanted = "must be there (role text); name another with --columns '{text: COLUMN}', one of 'body', 'label'"
     assert outcome.message.count(wanted) == 1
     assert "data.columns" not in outcome.message
 

@@ -172,7 +172,8 @@ def test_how_a_simulation_deals_records_out_is_left_behind(kit: Kit) -> None:
     [
         ("trainig.local_steps=3", "trainig.local_steps = '3': is not a setting of fedtune; did you mean training."),
         ("training.local_steps=0", "training.local_steps = 0: must be"),
-        ("experiment=nothing", "experiment = 'nothing': must be one of"),
+        ("model=nothing", "model = 'nothing': must be one of"),
+        ("experiment=nothing", "experiment = 'nothing': is one too many"),
         ("+sites=[north]", "sites = ['north']: is not a setting of fedtune"),
     ],
 )
@@ -319,10 +320,12 @@ def test_without_its_server_nobody_hears_that_a_run_is_over(command: Any, kit: K
 
 
 def test_a_folder_without_a_run_is_wrong_input(command: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)  # with no run beside it, which would be named
     for action in ("status", "stop"):
-        outcome = command("run", action, str(tmp_path))
+        outcome = command("run", action, str(folder))
         assert outcome.code == 2
-        assert outcome.message == f"run folder = {str(tmp_path)!r}: must hold a config.yaml"
+        assert outcome.message == f"run folder = {str(folder)!r}: must hold a config.yaml"
 
 
 def test_a_resumed_run_keeps_its_sites(command: Any, kit: Kit, folder: Path) -> None:
