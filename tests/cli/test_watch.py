@@ -70,7 +70,10 @@ def test_it_serves_until_a_signal_and_ends_well(
     (["{folder}", "--host", "example.org"], f"--host = 'example.org': {LOOPBACK}"),
     (["{folder}", "--port", "70000"], "--port = 70000: must be from 0 (any that is free) to 65535"),
 ])  # fmt: skip
-def test_mistakes_are_one_line(folder: Path, command: Any, arguments: list[str], message: str) -> None:
+def test_mistakes_are_one_line(
+    folder: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no run is that could be named
     outcome = command("watch", *(each.format(folder=folder) for each in arguments))
     assert (outcome.code, outcome.out, outcome.message) == (2, "", message)
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedtune.spec import ConfigError, check_name
+from fedtune.spec import NOT_GIVEN, ConfigError, check_name
 
 CLOCK_SKEW = timedelta(minutes=5)
 """Certificates begin so long before they are made, for machines whose clocks are slow."""
@@ -225,11 +225,11 @@ class Authority:
         path = folder / "ca_key.pem"
         if not os.path.isfile(path):
             bound = "is missing: bring the authority's folder back from where you keep it, for as long as you need it"
-            raise ConfigError(str(path), None, bound)
+            raise ConfigError(str(path), NOT_GIVEN, bound)
         check_private(path)
         key, certificate = read_connection_key(path), read_certificate(folder / "ca.pem")
         if public_pem(certificate) != public_pem(key):
-            raise ConfigError(str(path), None, "is not the key of the certificate in ca.pem beside it")
+            raise ConfigError(str(path), NOT_GIVEN, "is not the key of the certificate in ca.pem beside it")
         return cls(key=key, certificate=certificate)
 
     @property

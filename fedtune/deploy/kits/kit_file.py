@@ -219,7 +219,9 @@ class Kit(KitFile):
         rosters = [] if self.kind == "site" else [self.roster]
         for path in (self.ca, self.certificate, *secrets, *rosters):
             if not os.path.isfile(path):
-                raise ConfigError(str(path), None, _MISSING.get(path.name, f"is missing from the {self.kind}'s kit"))
+                raise ConfigError(
+                    str(path), NOT_GIVEN, _MISSING.get(path.name, f"is missing from the {self.kind}'s kit")
+                )
         for path in secrets:
             check_private(path)
         if self.kind == "lead" and (public := SigningKey.load(self.lead_key).public) != self.lead:
