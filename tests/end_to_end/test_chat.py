@@ -84,7 +84,7 @@ def test_by_user_a_person_s_texts_count_as_one(tuned: Any, result_of: Any) -> No
     assert np.isfinite(result["final"]["metrics"]["loss"])
 
 
-def test_a_model_without_a_template_is_refused_before_anything_is_read(
+def test_a_model_without_a_template_is_refused(
     command: Any, tiny: Any, files: Path, tmp_path: Path
 ) -> None:
     outcome = command(
@@ -99,6 +99,7 @@ def test_a_model_without_a_template_is_refused_before_anything_is_read(
             "data.chat_template=model",
             f"data.train_file='{files / 'train.csv'}'",
             "data.validation_file=null",
+            "data.train_fraction=1",
             f"data.test_file='{files / 'test.csv'}'",
             into=tmp_path,
         ),

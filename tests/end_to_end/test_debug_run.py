@@ -98,7 +98,9 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
         assert min(entry["seconds"], entry["bytes_down"], entry["bytes_up"]) > 0
         assert set(entry["metrics"]) == {"accuracy", "macro_f1", "loss"}
     final = result["final"]
-    assert set(final) == {"metrics", "metrics_before", "seconds", "peak_memory_bytes", "findings", "detail"}
+    assert set(final) == {
+        "metrics", "metrics_before", "seconds", "peak_memory_bytes", "findings", "detail", "cost", "kept"
+    }  # fmt: skip
     assert final["seconds"] > 0
     assert final["peak_memory_bytes"] > 50 * 2**20
     assert final["metrics"] != final["metrics_before"]

@@ -19,7 +19,7 @@ SCORES = {
     "regression": ["spearman", "pearson", "rmse", "mae", "loss"],
 }
 JUDGED = {"multi_label": "auroc", "ordinal": "quadratic_kappa", "regression": "spearman"}
-SPACE = ("card", "bank", "order", "item", "please", "where")
+SPACE = ("card", "bank", "order", "item", "please", "where", "my", "the", "it", "is", "was", "now", "again", "box", "bag")
 tasks = pytest.mark.parametrize("task", ROLES)
 
 
@@ -84,7 +84,7 @@ def private(run: Callable[..., Path]) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def plain(run: Callable[..., Path]) -> Callable[[str], Path]:
-    rates = ("training.learning_rate=0.02", "training.head_learning_rate=0.2", "training.local_steps=8")
+    rates = ("training.learning_rate=0.01", "training.head_learning_rate=0.05", "training.local_steps=12")
     return lambda task: run(task, "plain", "privacy=none", "privacy.noise_multiplier=null", *rates)
 
 
