@@ -84,9 +84,7 @@ def test_by_user_a_person_s_texts_count_as_one(tuned: Any, result_of: Any) -> No
     assert np.isfinite(result["final"]["metrics"]["loss"])
 
 
-def test_a_model_without_a_template_is_refused(
-    command: Any, tiny: Any, files: Path, tmp_path: Path
-) -> None:
+def test_a_model_without_a_template_is_refused(command: Any, tiny: Any, files: Path, tmp_path: Path) -> None:
     outcome = command(
         "simulate",
         *tiny(

@@ -67,7 +67,8 @@ def test_one_file_is_enough(command: Any, five_lines: list[str], result_of: Any,
     assert outcome.message.startswith(f"{tmp_path / 'train.json'}:1, column 'text' = 'blank'")
     outcome = command(*lines, "data.unusable=leave_out")
     assert outcome.code == 0, outcome.err
-    told = f"Note: data.train_file: 1 of {len(rows) + 1} rows ({100 / (len(rows) + 1):.1f} %) cannot be used: 1 must not be blank"
+    share = 100 / (len(rows) + 1)
+    told = f"Note: data.train_file: 1 of {len(rows) + 1} rows ({share:.1f} %) cannot be used: 1 must not be blank"
     assert told in outcome.out
     assert "declared" not in outcome.out.partition("model")[0], "what is not far off is not spoken of"
     result = result_of(tmp_path / "small")

@@ -125,7 +125,10 @@ def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(
 
 @pytest.mark.parametrize(
     "where",
-    ["fedtune.flower.federation_run.FederationRun._first_state", "fedtune.sites.shared_model.SharedModel.score"],
+    [
+        "fedtune.flower.federation_run.FederationRun._first_state",
+        "fedtune.sites.shared_model.SharedModel.finally_measured",
+    ],
 )
 def test_ctrl_c_before_anything_was_trained_leaves_nothing(
     command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str

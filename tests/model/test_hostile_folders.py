@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "words for numbers": (config(hidden_size="many"), "cannot be loaded"),
     # Models that look at the whole batch, in ways that weights can hide from a try.
     "no such type": (config(model_type="own"), f"has model_type own, {UNKNOWN}"),
-    "no type": (config(model_type=None), f"has model_type None, {UNKNOWN}"),
+    "no type": (config(model_type=None), f"has model_type null, {UNKNOWN}"),
     "patches of the richest row": (config(model_type="blt"), f"has model_type blt, {UNKNOWN}"),
     "experts": (config(model_type="gpt_oss", num_local_experts=2), f"has model_type gpt_oss, {UNKNOWN}"),
     "a scale of the batch": (config(model_type="nystromformer"), UNKNOWN),
