@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedtune.config import RunConfig, parse
 from fedtune.data.partition import PartitionSpec
+from fedtune.data.spec import PairsSpec
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
@@ -39,6 +40,9 @@ DECISIVE: dict[str, Any] = {
     "data.prompt_template": "Say: {prompt}",
     "data.chat_template": "plain",
     "data.heldout_fraction": 0.1,
+    "data.label_separator": "|",
+    "data.target_range": (0.0, 9.0),
+    "data.pairs": PairsSpec(margin=0.4),
     "lora.rank": 3,
     "lora.alpha": 5.0,
     "lora.target_modules": ("query",),
@@ -123,6 +127,10 @@ NEUTRAL: dict[str, Any] = {
     "tracking.log_level": "debug",
     "tracking.tracker": "mlflow",
     "tracking.send_to": "https://canary.example",
+    "cost.energy": True,
+    "cost.country": "DEU",
+    "cost.price_per_hour": 3.5,
+    "cost.currency": "canary",
 }
 FIXED = {"name": "is part of the identifier itself"}
 LANGUAGE: dict[str, Any] = {"labels": (), "columns": {"prompt": "a", "completion": "b"}}
@@ -141,6 +149,17 @@ WITH: dict[str, Any] = {
     "federation.stop_after": {"data": {"validation_file": "validation.csv"}},
     "federation.keep_round": {"data": {"validation_file": "validation.csv"}},
     "tracking.send_to": {"tracking": {"tracker": "wandb"}},
+    "cost.country": {"cost": {"energy": True}},
+    "data.label_separator": {"task": "multi_label", "data": {"columns": {"text": "a", "labels": "b"}}},
+    "data.target_range": {
+        "task": "regression",
+        "data": {"labels": (), "columns": {"text": "a", "target": "b"}, "target_range": (0.0, 5.0)},
+        "head": {"scale": 1.0},
+    },
+    "data.pairs": {
+        "task": "embedding",
+        "data": {"labels": (), "columns": {"anchor": "a", "positive": "b", "negative": "c"}},
+    },
 }
 """What a change needs beside it."""
 
@@ -149,7 +168,7 @@ def with_change(letters: Letters, key: str, value: object) -> RunConfig:
     group, _, name = key.rpartition(".")
     changes: dict[str, Any] = {name: value} if not group else {group: {name: value}}
     for other, more in WITH.get(key, {}).items():
-        changes[other] = {**changes.get(other, {}), **more} if isinstance(more, dict) else more
+        changes[other] = {**more, **changes.get(other, {})} if isinstance(more, dict) else more
     return letters(**changes)
 
 
@@ -159,7 +178,7 @@ def text_of(sent: RunConfig) -> str:
 
 def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in fields.items():
-        if isinstance(value, dict) and key not in ("columns", "partition"):
+        if isinstance(value, dict) and key not in ("columns", "partition", "pairs"):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
