@@ -74,10 +74,10 @@ def test_under_other_labels_the_head_starts_as_it_would_without(tuned: Path) -> 
             r"its lora\.target_modules is 'all-linear', not \('query',\)",
         ),
         ({"head": HeadSpec(scale=5.0, centre=True)}, r"its head\.scale is 20\.0, not 5\.0"),
-        ({"head": HeadSpec()}, r"its head\.centre is True, not False"),
+        ({"head": HeadSpec()}, r"its head\.centre is true, not false"),
         (
             {"lora": LoraSpec(rank=4, layers=(0, 1)), "head": HeadSpec()},
-            r"its lora\.rank is 2, not 4; its lora\.scale .*; its head\.centre is True, not False",
+            r"its lora\.rank is 2, not 4; its lora\.scale .*; its head\.centre is true, not false",
         ),
         ({"task": "causal_lm", "labels": ()}, r"its task is 'classification', not 'causal_lm'"),
     ],
