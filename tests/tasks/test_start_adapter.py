@@ -67,11 +67,11 @@ def test_under_other_labels_the_head_starts_as_it_would_without(tuned: Path) -> 
     ("differing", "message"),
     [
         ({"lora": LoraSpec(rank=4, layers=(0, 1))}, r"its lora\.rank is 2, not 4"),
-        ({"lora": LoraSpec(rank=2, layers=(1,))}, r"its lora\.layers is \(0, 1\), not \(1,\)"),
+        ({"lora": LoraSpec(rank=2, layers=(1,))}, r"its lora\.layers is \[0, 1\], not \[1\]"),
         ({"lora": LoraSpec(rank=2, layers=(0, 1), alpha=2.0)}, r"its lora\.scale is 8\.0, not 1\.0"),
         (
             {"lora": LoraSpec(rank=2, layers=(0, 1), target_modules=("query",))},
-            r"its lora\.target_modules is 'all-linear', not \('query',\)",
+            r"its lora\.target_modules is 'all-linear', not \['query'\]",
         ),
         ({"head": HeadSpec(scale=5.0, centre=True)}, r"its head\.scale is 20\.0, not 5\.0"),
         ({"head": HeadSpec()}, r"its head\.centre is true, not false"),
