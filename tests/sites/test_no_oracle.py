@@ -15,7 +15,7 @@ from fedtune.model import Adapter
 from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
-from fedtune.tasks import classification
+from fedtune.tasks import pooled
 
 
 def put(path: Path, *rows: tuple[str, str]) -> None:
@@ -121,13 +121,13 @@ def test_a_record_that_was_taken_out_is_not_trained_on_in_the_next_round(station
 def test_a_record_without_a_token_stops_no_round(
     station: Callable[..., Any], first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = classification.encode
+    original = pooled.encode
 
     def encode(texts: Sequence[str], *args: Any, **options: Any) -> Iterator[list[int]]:
         for text, ids in zip(texts, original(texts, *args, **options), strict=True):
             yield [] if text == "\u200b" else ids
 
-    monkeypatch.setattr(classification, "encode", encode)
+    monkeypatch.setattr(pooled, "encode", encode)
     site = station()
     put(site.data, ("one letter", "praise"), ("\u200b", "praise"), ("another", "invoice"))
     reply = site.ask(adapter=first_adapter)

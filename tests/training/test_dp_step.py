@@ -57,7 +57,7 @@ def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
         return logits.sum() * 0.0
     match model.task.name:
         case "multi_label":
-            return functional.binary_cross_entropy_with_logits(logits, target)
+            return functional.binary_cross_entropy_with_logits(logits, target.float())
         case "ordinal":
             above = (target > torch.arange(len(logits))).float()
             return functional.binary_cross_entropy_with_logits(logits, above)
