@@ -140,7 +140,7 @@ def test_it_is_evaluated_beside_its_start(
     plain: Callable[[str], Path], command: Any, result_of: Any, tmp_path: Path, task: str
 ) -> None:
     draws = np.random.default_rng(9)
-    rows = [answered(task, draws) for _ in range(40)]
+    rows = [answered(task, draws) for _ in range(200)]
     (tmp_path / "new.json").write_text(json.dumps(rows))
     told = command("evaluate", str(plain(task)), "--data", str(tmp_path / "new.json"), "--json")
     assert told.code == 0, told.err
