@@ -117,8 +117,7 @@ def _mapped(text: str, roles: set[str]) -> dict[str, str]:
 
 def prompt_columns(config: RunConfig) -> dict[str, str]:
     """Role to column of what a model is asked by: all that a record has but its answer."""
-    task = task_named(config.task)
-    return config.data.needed_columns(set(task.roles_in(config.data)) - task.answers)
+    return task_named(config.task).asked_by(config.data)
 
 
 def prompt_fields(config: RunConfig, text: str, *, at: str) -> dict[str, str]:

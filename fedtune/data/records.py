@@ -26,6 +26,8 @@ from fedtune.words import counted
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
 NO_TEXT = CATEGORY_ROLES | {"labels", "target"}
 """Roles whose values are no texts that somebody wrote."""
+_SAID = ("chosen", "rejected")
+"""Roles whose values are texts or turns."""
 OPTIONAL_ROLES = frozenset({"input", "system"})
 """Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES = ",;|"
@@ -64,6 +66,8 @@ class Record:
         for role, text in self.fields.items():
             if role == "messages":
                 yield from ((role, turn["content"]) for turn in json.loads(text))
+            elif role in _SAID and (turns := turns_said(text)) is not None:
+                yield from ((role, turn["content"]) for turn in turns)
             elif role not in NO_TEXT:
                 yield role, text
 
@@ -293,7 +297,7 @@ def messages_of(value: object, *, at: str) -> str:
         at: where it was read, for messages.
 
     Raises:
-        DataError: it is no such conversation, or nobody answers in it.
+        DataError: it is no such conversation.
     """
     if isinstance(value, str):
         try:
@@ -302,9 +306,40 @@ def messages_of(value: object, *, at: str) -> str:
             raise DataError(at, "text that is no JSON", "must be a JSON list of turns (role messages)") from None
     if not isinstance(value, list):
         raise DataError(at, json_type(value), "must be a list of turns (role messages)")
-    turns = [_turn(turn, at=f"{at}, turn {number}") for number, turn in enumerate(value, 1)]
+    turns = _turns(value, at=at)
     _require_alternation([turn["role"] for turn in turns], at=at)
-    return json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
+    return _as_json(turns)
+
+
+def said_of(value: object, at: str) -> str:
+    """What is said after a prompt or a conversation: a text as it is, or turns as canonical JSON, in any order.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if isinstance(value, list):
+        return _as_json(_turns(value, at=at))
+    if not isinstance(value, str):
+        raise DataError(at, json_type(value), "must be text or a list of turns")
+    if not value.strip():
+        raise DataError(at, "blank", "must not be blank: it is what the model learns to write, or not to")
+    turns = turns_said(value)
+    return value if turns is None else _as_json(turns)
+
+
+def turns_said(text: str) -> list[dict[str, str]] | None:
+    """The turns in a field of the roles `chosen` and `rejected`, as a table has them; None: it is a text."""
+    with suppress(DataError):
+        return _turns(_json_list(text) or [None], at="")
+    return None
+
+
+def _turns(values: Sequence[object], *, at: str) -> list[dict[str, str]]:
+    return [_turn(turn, at=f"{at}, turn {number}") for number, turn in enumerate(values, 1)]
+
+
+def _as_json(values: Sequence[object]) -> str:
+    return json.dumps(values, separators=(",", ":"), ensure_ascii=False)
 
 
 def _turn(turn: object, *, at: str) -> dict[str, str]:
@@ -333,8 +368,6 @@ def _require_alternation(roles: Sequence[str], *, at: str) -> None:
         if roles[place] != wanted:
             bound = f"must be {wanted}: user and assistant take turns, after at most one turn of the system"
             raise DataError(f"{at}, turn {place + 1}", roles[place], bound)
-    if "assistant" not in roles:
-        raise DataError(at, "no turn of the assistant", "must have at least one answer to learn from")
 
 
 def labels_of(value: object, at: str) -> str:
@@ -358,8 +391,7 @@ def labels_of(value: object, at: str) -> str:
         listed = _json_list(value) if isinstance(value, str) else value
     if not all(type(one) is int or _is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed or ()):
         raise DataError(at, json_type(value), "must be a text or a list of texts or whole numbers (role labels)")
-    labels = (one.strip() if isinstance(one, str) else str(int(one)) for one in listed or ())
-    return json.dumps(list(labels), separators=(",", ":"), ensure_ascii=False)
+    return _as_json([one.strip() if isinstance(one, str) else str(int(one)) for one in listed or ()])
 
 
 def _json_list(text: str) -> list[Any] | None:
@@ -405,6 +437,7 @@ _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     "messages": lambda value, at: messages_of(value, at=at),
     "labels": labels_of,
     "target": number_of,
+    **dict.fromkeys(_SAID, said_of),
 }
 """Roles whose values need not be texts in a file, and how they become some."""
 

@@ -86,6 +86,7 @@ class SiteWork:
     ) -> Adapter:
         if self.shared.keeps_states:
             self.examples.keep_frozen_states(self.shared.model)
+        self.examples.keep_reference(self.shared.model)
         work = RoundOfTraining(
             site=self.site,
             round=request.round,
