@@ -20,7 +20,9 @@ from fedtune.data.text_rows import Row
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 
-Kind = Literal["labelled", "tagged", "rated", "pairs", "instructions", "chat", "scored", "triplets", "text"]
+Kind = Literal[
+    "labelled", "tagged", "rated", "pairs", "instructions", "chat", "preferences", "scored", "triplets", "text"
+]
 KINDS: Mapping[Kind, str] = {
     "labelled": "texts with a label",
     "tagged": "texts with several labels",
@@ -28,6 +30,7 @@ KINDS: Mapping[Kind, str] = {
     "pairs": "prompts with their completion",
     "instructions": "instructions with their output (Alpaca)",
     "chat": "conversations",
+    "preferences": "prompts with two answers, of which one is preferred",
     "scored": "pairs of texts with a score of how alike they are",
     "triplets": "texts, each with one that belongs to it and one that does not",
     "text": "plain texts",
@@ -40,18 +43,8 @@ _MOST_LABELS = 200
 _RECORDS_A_LABEL = 5
 """A column is a label only if each value has so many records on average."""
 _LABELS = (
-    "label",
-    "labels",
-    "category",
-    "class",
-    "intent",
-    "topic",
-    "team",
-    "sentiment",
-    "target",
-    "type",
-    "tag",
-    "tags",
+    *("label", "labels", "category", "class", "intent", "topic", "team"),
+    *("sentiment", "target", "type", "tag", "tags"),
 )
 _NUMBERS = ("target", "score", "rating", "stars", "label", "value", "price", "amount", "grade", "points", "similarity")
 _SEPARATORS = ";|,"
@@ -328,6 +321,7 @@ def _guessed(columns: Mapping[str, Column], first: Sequence[Row], path: Path) ->
     """The first kind that the columns fit: names that data sets share come before what values look like."""
     guesses: tuple[Callable[[], _Guess | None], ...] = (
         lambda: _as_chat(columns, first),
+        lambda: _as_preferences(columns, first),
         lambda: _as_instructions(columns),
         lambda: _as_triplets(columns),
         lambda: _as_scored(columns),
@@ -355,19 +349,33 @@ def _as_instructions(columns: Mapping[str, Column]) -> _Guess | None:
     if prompt is None or completion is None:
         return None
     extra = {role: name for role in ("input", "system") if (name := _named(columns, (role,))) is not None}
-    shown = ", ".join([prompt, *extra.values(), completion])
-    return "instructions", {"prompt": prompt, **extra, "completion": completion}, (f"It has the columns {shown}.",)
+    roles = {"prompt": prompt, **extra, "completion": completion}
+    return "instructions", roles, _has(roles)
+
+
+def _as_preferences(columns: Mapping[str, Column], first: Sequence[Row]) -> _Guess | None:
+    chosen, rejected, prompt = (_named(columns, names) for names in (("chosen",), ("rejected",), _PROMPTS))
+    if chosen is None or rejected is None:
+        return None
+
+    def has_turns(name: str | None) -> bool:
+        return name is not None and any(_is_conversation(row.get(name)) for row in first)
+
+    asked = {"prompt": prompt, "system": _named(columns, ("system",))}
+    if has_turns(chosen):  # a prompt that is a text then repeats what the conversations begin with
+        asked = {"messages": prompt if has_turns(prompt) else None}
+    elif prompt is None:
+        return None
+    roles = {role: name for role, name in (asked | {"chosen": chosen, "rejected": rejected}).items() if name}
+    return "preferences", roles, _has(roles)
 
 
 def _as_triplets(columns: Mapping[str, Column]) -> _Guess | None:
     found = [name for names in _TRIPLETS if (name := _named(columns, names)) is not None and columns[name].is_text]
     if len(found) < len(_TRIPLETS):
         return None
-    return (
-        "triplets",
-        dict(zip(("anchor", "positive", "negative"), found, strict=True)),
-        (f"It has the columns {', '.join(found)}.",),
-    )
+    roles = dict(zip(("anchor", "positive", "negative"), found, strict=True))
+    return "triplets", roles, _has(roles)
 
 
 def _as_scored(columns: Mapping[str, Column]) -> _Guess | None:
@@ -390,7 +398,8 @@ def _as_pairs(columns: Mapping[str, Column]) -> _Guess | None:
         return None
     if columns[completion].is_label and columns[completion].name.lower() == "target":
         return None
-    return "pairs", {"prompt": prompt, "completion": completion}, (f"It has the columns {prompt} and {completion}.",)
+    roles = {"prompt": prompt, "completion": completion}
+    return "pairs", roles, _has(roles)
 
 
 def _as_classification(columns: Mapping[str, Column]) -> _Guess | None:
@@ -455,6 +464,10 @@ def _longest(columns: Mapping[str, Column], but: str = "") -> str | None:
     most = max((one.filled for one in texts), default=0)
     texts = [one for one in texts if 2 * one.filled >= most]  # a remark that few rows have is not what they are about
     return max(texts, key=lambda one: one.mean_characters).name if texts else None
+
+
+def _has(roles: Mapping[str, str]) -> tuple[str]:
+    return (f"It has the columns {', '.join(roles.values())}.",)
 
 
 def _listed(columns: Iterable[str]) -> str:

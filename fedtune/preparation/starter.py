@@ -48,10 +48,12 @@ _BASES: Mapping[Kind, str] = {
     "rated": "own_numbers",
     "scored": "own_pairs",
     "triplets": "own_pairs",
+    "preferences": "own_preferences",
 }
 """Experiments of conf/ for texts with an answer, and for pairs; all others teach a language model."""
 _LEFT_OPEN: Mapping[str, tuple[str, ...]] = {
     "own_text": ("data.columns={prompt: a, completion: b}",),
+    "own_preferences": ("data.columns={prompt: a, chosen: b, rejected: c}",),
     "own_numbers": ("data.target_range=[0, 1]",),
     "own_pairs": ("data.columns={text: a, other: b, target: c}", "data.target_range=[0, 1]"),
 }
@@ -136,23 +138,23 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         within: token ids are below this number.
     """
     left_out: list[DataError] = []
-    records = usable_records(found.path, found.roles, left_out=left_out)
+    read = usable_records(found.path, found.roles, left_out=left_out)
     task = task_named(base.task)
     own: dict[str, Any] = {"columns": dict(found.roles), "labels": tuple(found.labels), "max_length": _LONGEST_TOLD}
     data = _with_turns(found, replace(base.data, **own | found.settings | _templates(found)), tokenizer, base.task)
     counts: list[int] = []
     users: set[str] = set()
-    usable = 0
-    for chunk in chunks(records):
-        usable += len(chunk)
-        users |= {record.fields["user"] for record in chunk if "user" in found.roles}
+    usable = num_read = 0
+    for chunk in chunks(read):
+        records = [*filter(task.usable(data), chunk)]
+        usable, num_read = usable + len(records), num_read + len(chunk)
+        users |= {record.fields["user"] for record in records if "user" in found.roles}
         if len(counts) >= MEASURED_ROWS:
             continue
-        # A record that no run can use has no length that matters; `data check` finds it.
-        counts += task.tokenise(chunk, tokenizer, data=data, lenient_within=within).lengths.tolist()
+        counts += task.tokenise(records, tokenizer, data=data, lenient_within=within).lengths.tolist()
     return Measured(
         usable=usable,
-        unusable=len(left_out),
+        unusable=len(left_out) + num_read - usable,
         lengths=np.array(counts[:MEASURED_ROWS], dtype=np.int64),
         turns=data.chat_template,
         users=len(users) if 0 < len(users) < usable else None,
@@ -168,7 +170,7 @@ def _templates(found: Found) -> dict[str, str]:
 
 def _with_turns(found: Found, data: DataSpec, tokenizer: Tokenizer, task: str) -> DataSpec:
     """The same with the model's own template for turns, if it has one that can be taken."""
-    if found.kind not in ("instructions", "chat", "pairs"):
+    if found.kind not in ("instructions", "chat", "pairs", "preferences"):
         return replace(data, chat_template="none")
     own = replace(data, chat_template="model")
     try:

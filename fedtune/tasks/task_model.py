@@ -85,7 +85,9 @@ class TaskModel(nn.Module):
             return self.task.reference(self, batch)
 
     def _with_reference(self, batch: Batch) -> Batch:
-        return batch if batch.reference is not None else replace(batch, reference=self.reference(batch))
+        if not self.task.has_reference or batch.reference is not None:
+            return batch
+        return replace(batch, reference=self.reference(batch))
 
     def frozen_states(self, batch: Batch) -> torch.Tensor | None:
         """What the layers below the first trained one make of each example, (n, t, h), whatever the adapter.

@@ -132,6 +132,7 @@ RECORDS: dict[str, list[dict[str, str]]] = {
         {"chosen": whole("where", "lost"), "rejected": whole("where", "there is a place")},
         {"chosen": whole("where", "a", "is", "b"), "rejected": whole("where", "a", "is", "c d e f g h i j k l")},
         {"chosen": whole("b c d e f g h i j k", "l"), "rejected": whole("b c d e f g h i j k", "m n o")},
+        {"chosen": whole("where", "lost"), "rejected": whole("where", "my card is lost " * 9)},
         {"chosen": whole("where", "lost"), "rejected": whole("where", "lost")},
     ],
 }
