@@ -142,6 +142,16 @@ class Preference(CausalLM):
             "learnt": (batch.targets != UNSUPERVISED).view(len(found), -1).any(dim=1),
         }
 
+    def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
+        """The same.
+
+        Raises:
+            DataError: no pair can be told apart.
+        """
+        if not figures["learnt"].any():
+            raise DataError("evaluation data", "no pair to tell apart", "needs two answers within data.max_length")
+        return figures
+
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """Of the pairs that can be told apart, how well the rewards do, which are 0 for the base.
 
@@ -150,8 +160,7 @@ class Preference(CausalLM):
         `loss`: the mean.
         """
         told = figures["learnt"] > 0
-        if not told.any():
-            raise DataError("evaluation data", "no pair to tell apart", "needs two answers within data.max_length")
+        told |= not told.any()  # a draw of a bootstrap: its pairs are ties
         margins, longer = figures["margin"][told], figures["longer"][told]
         right = np.where(np.abs(margins) <= _TIE * spec.beta, 0.5, margins > 0)
         return {

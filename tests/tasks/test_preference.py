@@ -304,9 +304,10 @@ def test_pairs_that_cannot_be_told_apart_are_not_scored(model: TaskModel) -> Non
     with_nothing = figures_of(model, TextDataset(dataset.input_ids, targets, 2), pad_id=0, max_tokens=1)
     of_four = figures_of(model, dataset.chosen(range(4)), pad_id=0, max_tokens=1)
     assert model.task.scores(with_nothing, spec=model.spec) == model.task.scores(of_four, spec=model.spec)
-    nothing = {**with_nothing, "learnt": np.zeros(6)}
+    drawn = {name: values[4:] for name, values in with_nothing.items()}
+    assert model.task.scores(drawn, spec=model.spec)["accuracy"] == 0.5, "a draw of a bootstrap ends no evaluation"
     with pytest.raises(DataError, match="no pair to tell apart"):
-        model.task.scores(nothing, spec=model.spec)
+        figures_of(model, TextDataset(dataset.input_ids[8:], targets[8:], 2), pad_id=0, max_tokens=1)
 
 
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=30))
