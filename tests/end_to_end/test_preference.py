@@ -34,9 +34,9 @@ def rows(form: str) -> list[dict[str, Any]]:
 
 
 COLUMNS = {
-    "text": ("+data.columns={prompt: asked, chosen: better, rejected: worse}",),
-    "continued": ("+data.columns={messages: asked, chosen: better, rejected: worse}", "data.chat_template=plain"),
-    "whole": ("+data.columns={chosen: better, rejected: worse}", "data.chat_template=plain"),
+    "text": ("data.columns={prompt: asked, chosen: better, rejected: worse}",),
+    "continued": ("data.columns={messages: asked, chosen: better, rejected: worse}", "data.chat_template=plain"),
+    "whole": ("data.columns={chosen: better, rejected: worse}", "data.chat_template=plain"),
 }
 
 
@@ -52,7 +52,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
             *("experiment=own_preferences", "model=random_llama", "lora=all_linear", "lora.layers=null"),
             *(f"data.train_file='{file}'", "data.validation_file=null", "data.test_file=null"),
             *("data.validation_fraction=0.1", "data.test_fraction=0.2", "data.train_fraction=1.0"),
-            *("data.declared_sizes=30", "data.max_length=48", "data.test_rows=null", "~data.columns"),
+            *("data.declared_sizes=30", "data.max_length=48", "data.test_rows=null"),
             *("federation.num_sites=2", "federation.num_rounds=2", "training.local_steps=3"),
             *("training.learning_rate=0.05", *COLUMNS[form], *overrides),
         ]
@@ -147,13 +147,12 @@ def test_by_user_a_person_s_pairs_count_as_one(
     [
         (("data.preference.beta=0",), "data.preference.beta = 0.0: must be a finite number greater than 0"),
         (("task=causal_lm",), "data.columns = "),
-        (("~data.columns", "+data.columns={chosen: better, rejected: worse}"), "data.chat_template = 'none'"),
+        (("data.columns.answers=worse",), "data.columns.answers = 'worse': is no role of this run"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(
     given: Callable[..., list[str]], command: Any, tiny: Any, tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
-    settings = [one for one in given("text") if "data.columns" not in one or "~data.columns" not in overrides]
-    told = command("simulate", *tiny(*settings, *overrides, into=tmp_path))
+    told = command("simulate", *tiny(*given("text"), *overrides, into=tmp_path))
     assert told.code == 2
     assert told.message.startswith(message)

@@ -49,7 +49,7 @@ def fresh() -> Callable[..., TaskModel]:
         dtype = changes.pop("dtype", "float32")
         values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | changes
         if task == "preference":
-            values |= {"texts": 2, "beta": 2.0}
+            values |= {"texts": 2}
         if task in TEXTS:
             task, values = "embedding", values | {"texts": TEXTS[task]}
         spec = TaskModelSpec(model=ModelSpec(path=path, dtype=dtype), task=task, **declared(task), **values)
