@@ -317,10 +317,10 @@ def said_of(value: object, at: str) -> str:
     Raises:
         DataError: it is neither.
     """
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
         return _as_json(_turns(value, at=at))
     if not isinstance(value, str):
-        raise DataError(at, json_type(value), "must be text or a list of turns")
+        raise DataError(at, json_type(value), "must be text, or a list of at least one turn")
     if not value.strip():
         raise DataError(at, "blank", "must not be blank: it is what the model learns to write, or not to")
     turns = turns_said(value)

@@ -289,6 +289,38 @@ def test_labels_of_a_record(value: object, text: str | None) -> None:
         assert record_of({"l": value}, {"labels": "l"}, file="a.jsonl", line=3).fields == {"labels": text}
 
 
+TURN = '[{"role":"assistant","content":"lost"}]'
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "contents"),
+    [
+        ("lost ", "lost ", ["lost "]),
+        ([{"from": "gpt", "value": "lost"}], TURN, ["lost"]),
+        ('[ {"role": "bot", "content": "lost"} ]', TURN, ["lost"]),
+        (json.loads(TURN) * 2, f"{TURN[:-1]},{TURN[1:]}", ["lost", "lost"]),
+        ("[1, 2]", "[1, 2]", ["[1, 2]"]),
+        ('[{"role": "tool", "content": "late"}]', '[{"role": "tool", "content": "late"}]', None),
+        ([{"role": "tool", "content": "late"}], None, None),
+        ([{"role": "user"}], None, None),
+        ([], None, None),
+        (" ", None, None),
+        (7, None, None),
+        ("\ud800", None, None),
+    ],
+)
+def test_what_is_said_of_two_answers(value: object, text: str | None, contents: list[str] | None) -> None:
+    for role in ("chosen", "rejected"):
+        if text is None:
+            with pytest.raises(DataError) as caught:
+                record_of({"l": value}, {role: "l"}, file="a.jsonl", line=3)
+            assert "late" not in str(caught.value)
+            continue
+        record = record_of({"l": value}, {role: "l"}, file="a.jsonl", line=3)
+        assert record.fields == {role: text}
+        assert [said for _, said in record.texts()] == (contents or [text])
+
+
 @pytest.mark.parametrize(
     ("value", "number"),
     [
