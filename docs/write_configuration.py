@@ -15,7 +15,7 @@ from pathlib import Path
 from fedtune import config
 from fedtune.cli.compose import compose_run
 from fedtune.cli.experiment_file import config_folder
-from fedtune.data.spec import PairsSpec, PartitionSpec
+from fedtune.data.spec import PairsSpec, PartitionSpec, PreferenceSpec
 
 PAGE = Path(__file__).with_name("configuration.md")
 GROUPS = (
@@ -54,7 +54,8 @@ def page() -> str:
         parts += [f"## {group}\n", _summary(spec), _table(f"{group}.", spec, getattr(default, group))]
         if group == "data":
             parts += [_table("data.partition.", PartitionSpec, default.data.partition)]
-            parts += [_summary(PairsSpec), _table("data.pairs.", PairsSpec, default.data.pairs)]
+            for key, spec in (("pairs", PairsSpec), ("preferences", PreferenceSpec)):
+                parts += [_summary(spec), _table(f"data.{key}.", spec, getattr(default.data, key))]
     return "\n".join(parts)
 
 
@@ -73,7 +74,7 @@ def _table(prefix: str, spec: type, values: object, *, skip: tuple[str, ...] = (
     meanings = _attributes(spec)
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
     for field in dataclasses.fields(spec):
-        if field.name in skip or field.name in ("partition", "pairs"):
+        if field.name in skip or field.name in ("partition", "pairs", "preferences"):
             continue
         meaning = meanings.get(field.name, "").replace("|", "\\|")
         rows.append(f"| `{prefix}{field.name}` | {_shown(getattr(values, field.name))} | {meaning} |")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.data.spec import DataSpec, PairsSpec
+from fedtune.data.spec import DataSpec, PairsSpec, PreferenceSpec
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.cost import CostSpec
 from fedtune.federation.run_folder import RunFolder, run_folders_near
@@ -47,6 +47,7 @@ _LATER: dict[tuple[str, str], object] = {
     ("data", "test_fraction"): 0.0,
     ("data", "unusable"): "stop",
     ("data", "pairs"): dataclasses.asdict(PairsSpec()),
+    ("data", "preferences"): dataclasses.asdict(PreferenceSpec()),
     ("data", "label_separator"): ";",
     ("data", "target_range"): None,
     ("model", "adapter_sha256"): None,
@@ -103,8 +104,8 @@ class RunConfig:
 
     Attributes:
         name: the name of the run and of its folder.
-        task: what the model learns: "classification", "multi_label", "ordinal", "regression", "causal_lm" or
-            "embedding".
+        task: what the model learns: "classification", "multi_label", "ordinal", "regression", "causal_lm", "preference"
+            or "embedding".
         seed: the seed of the adapter's random start and of the split into sites; the seed of the noise only in a
             marked study.
         resume: the run folder to continue, or null.
@@ -167,6 +168,8 @@ class RunConfig:
             target_range=self.data.target_range,
             seed=self.seed,
             texts=task_named(self.task).texts(self.data),
+            beta=self.data.preferences.beta,
+            per_token=self.data.preferences.per_token,
         )
 
     def plan(self) -> Plan:

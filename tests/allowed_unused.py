@@ -24,6 +24,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "allow_extra_args",
         "compress_type",
         "create_system",
+        "_disable_adapters",
         "decoder",
         "disabled",
         "external_attr",

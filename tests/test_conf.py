@@ -18,6 +18,7 @@ CONF = config_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
 OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent != CONF]
 _OWN = ["data.train_file=mine.csv", "data.declared_sizes=500"]
+_PREFERENCES = [*_OWN, "data.columns={prompt: a, chosen: b, rejected: c}"]
 _PAIRS = [*_OWN, "data.columns={text: a, other: b, target: c}", "data.target_range=[0,5]"]
 # What an option needs beside it, in order to be a whole run.
 _BESIDE = {
@@ -32,6 +33,8 @@ _BESIDE = {
         "data.declared_sizes=500",
         "data.columns={text: body}",
     ],
+    ("data", "own_preferences"): ["experiment=own_preferences", *_PREFERENCES],
+    ("experiment", "own_preferences"): _PREFERENCES,
     ("data", "own_pairs"): ["experiment=own_pairs", *_PAIRS],
     ("experiment", "own_pairs"): _PAIRS,
     ("experiment", "own_text"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.columns={text: body}"],

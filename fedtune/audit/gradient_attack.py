@@ -232,6 +232,10 @@ class CanaryExamples(SiteExamples):
         """Of the records; canaries have none."""
         self._records.keep_frozen_states(model, **how)
 
+    def keep_reference(self, model: TaskModel, **how: Any) -> None:
+        """Likewise."""
+        self._records.keep_reference(model, **how)
+
 
 @dataclass(frozen=True, eq=False)
 class CanaryUserBatch(UserBatch):
@@ -284,6 +288,10 @@ class CanaryUsers(UserExamples):
     def keep_frozen_states(self, model: TaskModel, *, told: Told = nobody) -> None:
         """Of the records; canaries have none."""
         self._real.keep_frozen_states(model, told=told)
+
+    def keep_reference(self, model: TaskModel) -> None:
+        """Likewise."""
+        self._real.keep_reference(model)
 
 
 def _told_apart(indices: Places, num_real: int) -> tuple[Places, Places]:

@@ -143,6 +143,7 @@ class _Search:
         examples = SiteExamples(dataset, pad_id=0, shapes=self._shared.shapes, device=self._shared.device)
         if self._shared.keeps_states:
             examples.keep_frozen_states(self._shared.model)
+        examples.keep_reference(self._shared.model)
         return examples
 
     def _fill(self, gradients: PerExampleGradients, examples: SiteExamples) -> str:

@@ -15,7 +15,7 @@ import yaml
 
 from fedtune.cli.command import Argument, Option
 from fedtune.config import RunConfig, parse, saved_config
-from fedtune.data.records import OPTIONAL_ROLES, UNANSWERED
+from fedtune.data.records import OPTIONAL_ROLES
 from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError, DataError, check_at_least, check_name, check_one_of
 from fedtune.tasks import task_named
@@ -125,13 +125,12 @@ def columns_by_option() -> Iterator[None]:
         yield
     except DataError as error:
         bound = _SETTING.sub(r"name another with --columns '{\1: COLUMN}', one of", error.bound)
-        raise DataError(error.key, error.value, bound.replace(UNANSWERED, "messages")) from None
+        raise DataError(error.key, error.value, bound) from None
 
 
 def prompt_columns(config: RunConfig) -> dict[str, str]:
     """Role to column of what a model is asked by: all that a record has but its answer."""
-    task = task_named(config.task)
-    return config.data.needed_columns(set(task.roles_in(config.data)) - task.answers)
+    return task_named(config.task).asked_by(config.data)
 
 
 def prompt_fields(config: RunConfig, text: str, *, at: str) -> dict[str, str]:

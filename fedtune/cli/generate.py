@@ -34,7 +34,7 @@ from fedtune.cli.finished_run import (
 from fedtune.cli.sections import SCHEMA_VERSION, print_json
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
-from fedtune.data.records import UNANSWERED, Record, iter_records, resolve_file
+from fedtune.data.records import Record, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
@@ -170,9 +170,8 @@ def _from_file(config: RunConfig, name: str) -> list[Record]:
     if path.suffix.lower() == ".txt":
         records = list(_lines(config, path))
     else:
-        columns = {UNANSWERED if role == "messages" else role: name for role, name in prompt_columns(config).items()}
         with columns_by_option():
-            records = [_unanswered(record) for record in iter_records(path, columns)]
+            records = [_unanswered(record) for record in iter_records(path, prompt_columns(config))]
     if not records:
         raise DataError("--file", name, "must hold at least one prompt")
     return records
@@ -192,11 +191,13 @@ def _lines(config: RunConfig, path: Path) -> Iterator[Record]:
 
 def _unanswered(record: Record) -> Record:
     """A conversation without the answers at its end, which are to be written."""
-    if UNANSWERED not in record.fields:
+    if "messages" not in record.fields:
         return record
-    turns = json.loads(record.fields[UNANSWERED])
-    while turns[-1]["role"] == "assistant":
+    turns = json.loads(record.fields["messages"])
+    while turns and turns[-1]["role"] == "assistant":
         turns.pop()
+    if all(turn["role"] != "user" for turn in turns):
+        raise DataError(record.at("messages"), "no turn of the user", "must have a turn of the user to answer")
     text = json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
     return Record({"messages": text}, file=record.file, line=record.line)
 

@@ -36,6 +36,8 @@ class Batch:
             `UNSUPERVISED` for padding.
         prefix: (n, t, h) output of a model's frozen first layers for these texts, where it was kept; all zero for
             one that these cannot compute.
+        reference: (n / texts, ...) what the base without adapters makes of these examples, where it was kept; NaN for
+            one that it cannot compute.
         empty_rows: of no example: they fill a fixed shape, and have no loss.
         texts: of each example.
     """
@@ -44,6 +46,7 @@ class Batch:
     attention_mask: torch.Tensor
     targets: torch.Tensor
     prefix: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
     empty_rows: int = 0
     texts: int = 1
 
@@ -53,9 +56,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        prefix = None if self.prefix is None else self.prefix.to(device)
-        tensors = (self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device), prefix)
-        return Batch(*tensors, empty_rows=self.empty_rows, texts=self.texts)
+        prefix, reference = (None if kept is None else kept.to(device) for kept in (self.prefix, self.reference))
+        tensors = (self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device))
+        return Batch(*tensors, prefix, reference, empty_rows=self.empty_rows, texts=self.texts)
 
 
 def collate(
@@ -115,8 +118,9 @@ def alone(batch: Batch, place: int | None) -> Batch:
 
     input_ids, mask, targets = map(only, (batch.input_ids, batch.attention_mask, batch.targets))
     mask[taken * batch.texts :, 0] = 1
-    prefix = None if batch.prefix is None else only(batch.prefix)
-    return Batch(input_ids, mask, targets, prefix, empty_rows=num_rows - taken * batch.texts, texts=batch.texts)
+    prefix, reference = (None if kept is None else only(kept) for kept in (batch.prefix, batch.reference))
+    empty_rows = num_rows - taken * batch.texts
+    return Batch(input_ids, mask, targets, prefix, reference, empty_rows=empty_rows, texts=batch.texts)
 
 
 def one_at_a_time(

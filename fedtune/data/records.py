@@ -25,8 +25,8 @@ from fedtune.spec import DataError
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
 NO_TEXT = CATEGORY_ROLES | {"labels", "target"}
 """Roles whose values are no texts that somebody wrote."""
-UNANSWERED = "unanswered"
-"""The role of a conversation that is a prompt, and so needs no answer."""
+_SAID = ("chosen", "rejected")
+"""Roles whose values are texts or turns."""
 OPTIONAL_ROLES = frozenset({"input", "system"})
 """Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES = ",;|"
@@ -67,6 +67,8 @@ class Record:
         for role, text in self.fields.items():
             if role == "messages":
                 yield from ((role, turn["content"]) for turn in json.loads(text))
+            elif role in _SAID and (turns := turns_said(text)) is not None:
+                yield from ((role, turn["content"]) for turn in turns)
             elif role not in NO_TEXT:
                 yield role, text
 
@@ -288,17 +290,16 @@ def _is_whole(value: object) -> TypeGuard[float]:
     return isinstance(value, float) and value.is_integer() and abs(value) < 2**53
 
 
-def messages_of(value: object, *, at: str, needs: str = "assistant") -> str:
+def messages_of(value: object, *, at: str) -> str:
     """A conversation as canonical JSON: a list of {"role": "system", "user" or "assistant", "content": text}.
 
     Args:
         value: turns with `role` and `content` (as OpenAI writes them) or with `from` and `value` (ShareGPT), or the
             same as JSON text.  A first turn of the system may lead; then user and assistant take turns.
         at: where it was read, for messages.
-        needs: who must have a turn: "assistant", or "user" where the answer is still to be written.
 
     Raises:
-        DataError: it is no such conversation, or lacks that turn.
+        DataError: it is no such conversation.
     """
     if isinstance(value, str):
         try:
@@ -307,12 +308,49 @@ def messages_of(value: object, *, at: str, needs: str = "assistant") -> str:
             raise DataError(at, "text that is no JSON", "must be a JSON list of turns (role messages)") from None
     if not isinstance(value, list):
         raise DataError(at, json_type(value), "must be a list of turns (role messages)")
-    turns = [_turn(turn, at=f"{at}, turn {number}") for number, turn in enumerate(value, 1)]
+    turns = _turns(value, at=at)
     _require_alternation([turn["role"] for turn in turns], at=at)
-    if all(turn["role"] != needs for turn in turns):
-        bound = {"assistant": "at least one answer to learn from", "user": "a turn of the user to answer"}[needs]
-        raise DataError(at, f"no turn of the {needs}", f"must have {bound}")
-    return json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
+    return _as_json(turns)
+
+
+def said_of(value: object, at: str) -> str:
+    """What is said after a prompt or a conversation: a text as it is, or turns as canonical JSON, in any order.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if isinstance(value, list) and value:
+        return _as_json(_turns(value, at=at))
+    if not isinstance(value, str):
+        raise DataError(at, json_type(value), "must be text, or a list of at least one turn")
+    if not value.strip():
+        raise DataError(at, "blank", "must not be blank: it is what the model learns to write, or not to")
+    try:
+        turns = _turns_in(value)
+    except RecursionError:  # taken as text here, it might be turns where the stack is less deep
+        raise DataError(at, "brackets in brackets", "must be text, or a list of turns") from None
+    return value if turns is None else _as_json(turns)
+
+
+def turns_said(text: str) -> list[dict[str, str]] | None:
+    """The turns in a field of the roles `chosen` and `rejected`, as `said_of` wrote it; None: it is a text."""
+    with suppress(RecursionError):  # turns that were written once are not deep
+        return _turns_in(text)
+    return None
+
+
+def _turns_in(text: str) -> list[dict[str, str]] | None:
+    with suppress(DataError):
+        return _turns(_json_list(text) or [None], at="")
+    return None
+
+
+def _turns(values: Sequence[object], *, at: str) -> list[dict[str, str]]:
+    return [_turn(turn, at=f"{at}, turn {number}") for number, turn in enumerate(values, 1)]
+
+
+def _as_json(values: Sequence[object]) -> str:
+    return json.dumps(values, separators=(",", ":"), ensure_ascii=False)
 
 
 def _turn(turn: object, *, at: str) -> dict[str, str]:
@@ -366,8 +404,7 @@ def labels_of(value: object, at: str) -> str:
     listed = listed if isinstance(listed, list) else [listed]
     if not all(type(one) is int or _is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed):
         raise DataError(at, json_type(value), "must be a text or a list of texts or whole numbers (role labels)")
-    labels = (one.strip() if isinstance(one, str) else str(int(one)) for one in listed)
-    return json.dumps(list(labels), separators=(",", ":"), ensure_ascii=False)
+    return _as_json([one.strip() if isinstance(one, str) else str(int(one)) for one in listed])
 
 
 def _json_list(text: str) -> list[Any] | None:
@@ -415,9 +452,9 @@ def _is_number(text: str) -> bool:
 
 _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     "messages": lambda value, at: messages_of(value, at=at),
-    UNANSWERED: lambda value, at: messages_of(value, at=at, needs="user"),
     "labels": labels_of,
     "target": number_of,
+    **dict.fromkeys(_SAID, said_of),
 }
 """Roles whose values need not be texts in a file, and how they become some."""
 

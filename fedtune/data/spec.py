@@ -53,6 +53,25 @@ class PairsSpec:
 
 
 @spec
+class PreferenceSpec:
+    """How a model learns which of two answers is preferred (DPO, Rafailov et al. 2023, arXiv 2305.18290).
+
+    Attributes:
+        beta: by what the log-probabilities of an answer under model and base are apart is multiplied by this number,
+            and that is the answer's reward: the larger, the sooner a pair counts as learnt, and the nearer the model
+            stays to its base.
+        per_token: true divides an answer's log-probabilities by its number of tokens, so that a long answer earns no
+            more than a short one; `beta` must then be larger, as 2.
+    """
+
+    beta: float = 0.1
+    per_token: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive("beta", self.beta)
+
+
+@spec
 class DataSpec:
     """Which files, which columns, which labels, and how they are dealt out.
 
@@ -79,6 +98,7 @@ class DataSpec:
             (User and Assistant, in words), or "none" (a prompt and its completion as they are).
         max_length: the most tokens of an example, or of each of its texts where it has several.
         pairs: how task embedding compares the texts of a record.
+        preferences: how task preference compares the two answers of a record.
         partition: how a simulation deals out `train_file`.
         heldout_fraction: the share of each site's records that is held out from training, by the hash of each record or
             of its user.
@@ -105,6 +125,7 @@ class DataSpec:
     prompt_template: str = "{prompt}"
     chat_template: Literal["none", "model", "plain"] = "none"
     pairs: PairsSpec = PairsSpec()
+    preferences: PreferenceSpec = PreferenceSpec()
     partition: PartitionSpec = PartitionSpec()
     heldout_fraction: float = 0.0
     train_fraction: float = 1.0

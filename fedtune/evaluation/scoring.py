@@ -16,12 +16,12 @@ from fedtune.data.tokenise import TextDataset
 from fedtune.spec import DataError, panics_as_errors
 from fedtune.tasks import TaskModel
 
-KeptStates = dict[int, torch.Tensor | None]
-"""What a model's frozen layers made of a data set, batch by batch: by the first example's place, on the CPU."""
+KeptBatches = dict[int, Batch]
+"""A data set in batches, with what the frozen base made of each: by the first example's place, on the CPU."""
 
 
 def figures_of(
-    task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptStates | None = None
+    task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptBatches | None = None
 ) -> dict[str, npt.NDArray[np.float64]]:
     """(examples, ...) each, by name: what `Task.scores` needs of every example of `dataset`.
 
@@ -33,7 +33,7 @@ def figures_of(
         dataset: the tokenised examples, at least one.
         pad_id: a valid token id.
         max_tokens: padded tokens of a batch.
-        kept: what the model's frozen layers made of `dataset`, from one scoring to the next; empty before the first.
+        kept: what the model's frozen base made of `dataset`, from one scoring to the next; empty before the first.
 
     Raises:
         DataError: when there is nothing to score.
@@ -42,7 +42,7 @@ def figures_of(
     with scoring(task_model):
         batches = batches_to_score(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
         for indices, batch in batches:
-            for name, of_batch in task_model.task.figures(task_model, batch).items():
+            for name, of_batch in task_model.figures(batch).items():
                 if name not in figures:
                     figures[name] = np.zeros((len(dataset), *of_batch.shape[1:]))
                 figures[name][indices] = of_batch.cpu()
@@ -114,9 +114,9 @@ def batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int) -> 
 
 
 def batches_to_score(
-    model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptStates | None
+    model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptBatches | None
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """The same on the model's device, and behind the frozen layers where `kept` says what these made of a batch.
+    """The same on the model's device, with what the frozen base made of a batch where that is `kept`.
 
     Args:
         model: the one that `kept` was filled by.
@@ -132,6 +132,6 @@ def batches_to_score(
             continue
         first = int(indices[0])
         if first not in kept:
-            states = model.frozen_states(batch)
-            kept[first] = None if states is None else states.cpu()
-        yield indices, replace(plain, prefix=kept[first]).to(model.device)
+            batch = replace(batch, prefix=model.frozen_states(batch))
+            kept[first] = replace(batch, reference=model.reference(batch)).to("cpu")
+        yield indices, kept[first].to(model.device)

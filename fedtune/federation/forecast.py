@@ -73,7 +73,7 @@ def forecast(
         values=num_values,
         bytes_each_way=num_values * _BYTES_A_VALUE,
         bytes_total=2 * num_values * _BYTES_A_VALUE * len(declared_sizes) * plan.num_rounds,
-        frozen_states_kept=below > 0,
+        frozen_states_kept=kept and model.skips_layers,
         first_seconds=num_records * below,
         step_seconds=steps,
         round_seconds=rounds,
@@ -92,6 +92,9 @@ def seconds_per_example(model: TaskModel, *, max_length: int, runtime: RuntimeSp
     if kept and (states := model.frozen_states(batch)) is not None:
         below = _least_seconds(model, lambda: model.frozen_states(batch))
         batch = replace(batch, prefix=states)
+    if (reference := model.reference(batch)) is not None:
+        below += _least_seconds(model, lambda: model.reference(batch))
+        batch = replace(batch, reference=reference)
     with attached(model) as gradients:
         above = _least_seconds(model, lambda: gradients.of(batch))
     return below / len(batch), above / len(batch)

@@ -30,6 +30,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -123,6 +124,20 @@ def _targets(spec: LoraSpec, linear: dict[str, nn.Module]) -> list[str]:
     return sorted(spec.target_modules)
 
 
+@contextmanager
+def without_adapters(base: PeftModel) -> Iterator[None]:
+    """The base as it was before adapters were attached; what trains stays as it is."""
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            # PEFT's own switch also changes what requires a gradient, and turns on what FFA-LoRA has frozen.
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 class FrozenPrefix:
     """Lets a base start behind its first `depth` layers.
 
@@ -145,11 +160,11 @@ class FrozenPrefix:
     @contextmanager
     def given(self, states: torch.Tensor | None) -> Iterator[None]:
         """Take `states`, (n, t, h), for the output of the skipped layers; None skips nothing."""
-        self._given = states
+        before, self._given = self._given, states
         try:
             yield
         finally:
-            self._given = None
+            self._given = before
 
     def states(self, run: Callable[[], object]) -> torch.Tensor | None:
         """What the skipped layers put out, (n, t, h), while `run` calls the base; the rest of the base does not run.

@@ -151,6 +151,8 @@ class TaskModelSpec:
         target_range: the declared range of a number to learn; null where the task has none.
         seed: of the adapters' random start, which is public.
         texts: of a record, which go through the base each by itself: 1, or those that a record compares.
+        beta: of preferences, see `PreferenceSpec`.
+        per_token: likewise.
     """
 
     model: ModelSpec
@@ -161,6 +163,8 @@ class TaskModelSpec:
     target_range: tuple[float, float] | None = None
     seed: int = 0
     texts: int = 1
+    beta: float = 0.1
+    per_token: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("seed", self.seed, 0)

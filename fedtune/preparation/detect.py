@@ -1,4 +1,4 @@
-"""What a data file is: its columns, the kind of training that they suit, and why.
+"""What a data file is: the kind of training that its columns suit, and why.
 
 This reads a file to tell its owner about it.  What it finds goes into an experiment that the owner reads before
 anybody else does; no run and no site calls it.
@@ -7,21 +7,21 @@ anybody else does; no run and no site calls it.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.data.formats import format_of, raw_rows
-from fedtune.data.records import labels_of, number_of, split_labels
 from fedtune.data.text_rows import Row
+from fedtune.preparation.columns import LONGEST_LABEL, MOST_LABELS, Column
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 
-Kind = Literal["labelled", "tagged", "rated", "pairs", "instructions", "chat", "scored", "triplets", "text"]
+Kind = Literal[
+    "labelled", "tagged", "rated", "pairs", "instructions", "chat", "preferences", "scored", "triplets", "text"
+]
 KINDS: Mapping[Kind, str] = {
     "labelled": "texts with a label",
     "tagged": "texts with several labels",
@@ -29,41 +29,22 @@ KINDS: Mapping[Kind, str] = {
     "pairs": "prompts with their completion",
     "instructions": "instructions with their output (Alpaca)",
     "chat": "conversations",
+    "preferences": "prompts with two answers, of which one is preferred",
     "scored": "pairs of texts with a score of how alike they are",
     "triplets": "texts, each with one that belongs to it and one that does not",
     "text": "plain texts",
 }
 SHOWN_ROWS = 5
-_MOST_VALUES = 300
-"""Different values of a column that are counted; a column with more is no label."""
-_LONGEST_LABEL = 80
-_MOST_LABELS = 200
-_RECORDS_A_LABEL = 5
-"""A column is a label only if each value has so many records on average."""
 _LABELS = (
-    "label",
-    "labels",
-    "category",
-    "class",
-    "intent",
-    "topic",
-    "team",
-    "sentiment",
-    "target",
-    "type",
-    "tag",
-    "tags",
+    *("label", "labels", "category", "class", "intent", "topic", "team"),
+    *("sentiment", "target", "type", "tag", "tags"),
 )
 _NUMBERS = ("target", "score", "rating", "stars", "label", "value", "price", "amount", "grade", "points", "similarity")
-_SEPARATORS = ";|,"
-"""What a text of several labels has between them."""
 _PROMPTS = ("prompt", "question", "query", "source", "input", "mr", "document", "context")
 _COMPLETIONS = ("completion", "response", "answer", "output", "target", "ref", "summary", "reply", "chosen")
 _ALIKE = (("sentence1", "sentence2"), ("text1", "text2"), ("sentence_a", "sentence_b"), ("question1", "question2"))
 _SCORES = ("score", "similarity", "similarity_score", "relatedness", "relatedness_score", "is_duplicate")
 _TRIPLETS = (("anchor", "query", "question"), ("positive", "pos"), ("negative", "neg"))
-_SCALES = ((0.0, 1.0), (0.0, 5.0), (1.0, 5.0), (-1.0, 1.0), (0.0, 10.0), (0.0, 100.0))
-"""On which people score, the usual first."""
 _CHATS = ("messages", "conversations", "conversation")
 _PEOPLE = (
     *("user", "user_id", "userid", "author", "speaker", "patient", "patient_id", "customer", "customer_id"),
@@ -76,123 +57,6 @@ _PLACES = frozenset(
 )
 """Words in the name of a column that says where a record is."""
 _IDS = ("id", "uuid", "index", "idx", "key")
-
-
-@dataclass(slots=True)
-class Column:
-    """What a file has under one name.
-
-    Attributes:
-        name: of the column.
-        filled: rows with a value that is not blank.
-        types: how often each type of value came.
-        values: how often each value came; empty where there are too many, or they are too long for a label.
-        characters: of all its texts together.
-        parts: how often each label came where values are lists, by what separates them ("[": a JSON list); empty where
-            there are too many.
-        several: by the same, how many values have more than one label.
-        numbers: values that are numbers, of which `decimals` are not whole, from `low` to `high`.
-    """
-
-    name: str
-    filled: int = 0
-    types: Counter[str] = field(default_factory=Counter)
-    values: Counter[str] = field(default_factory=Counter)
-    characters: int = 0
-    parts: dict[str, Counter[str]] = field(default_factory=lambda: {mark: Counter() for mark in f"[{_SEPARATORS}"})
-    several: Counter[str] = field(default_factory=Counter)
-    numbers: int = 0
-    decimals: int = 0
-    low: float = math.inf
-    high: float = -math.inf
-    _open: bool = True
-
-    def note(self, value: object) -> None:
-        """Take one row's value into account."""
-        if value is None or (isinstance(value, str) and not value.strip()):
-            return
-        self.filled += 1
-        self.types[_type_of(value)] += 1
-        self._note_number(value)
-        self._note_parts(value)
-        if not isinstance(value, str) and type(value) is not int:
-            return
-        text = str(value).strip()
-        self.characters += len(text)
-        if not self._open:
-            return
-        self.values[text] += 1
-        if len(self.values) > _MOST_VALUES or len(text) > _LONGEST_LABEL:
-            self.values.clear()
-            self._open = False
-
-    def _note_number(self, value: object) -> None:
-        try:
-            number = float(number_of(value, self.name))
-        except DataError:
-            return
-        self.numbers += 1
-        self.decimals += not number.is_integer()
-        self.low, self.high = min(self.low, number), max(self.high, number)
-
-    def _note_parts(self, value: object) -> None:
-        try:
-            text = labels_of(value, self.name) if self.parts and isinstance(value, str | list) else ""
-        except DataError:
-            text = ""
-        is_list = text.startswith("[")
-        for mark, counts in list(self.parts.items()):
-            labels = split_labels(text, separator=mark) if is_list == (mark == "[") else ()
-            counts.update(labels)
-            self.several[mark] += len(labels) > 1
-            if len(counts) > _MOST_LABELS or any(len(label) > _LONGEST_LABEL for label in labels) or not text:
-                del self.parts[mark]
-
-    @property
-    def separator(self) -> str | None:
-        """What stands between the labels of a column of several; "[": they are lists; None: it is no such column."""
-        for mark, counts in self.parts.items():
-            often = self.filled >= _RECORDS_A_LABEL * len(counts) and len(counts) >= 2
-            # Names with a comma in each are no lists: labels that come in several combinations are.
-            if often and self.several[mark] and (mark == "[" or self._combines(counts)):
-                return mark
-        return None
-
-    def _combines(self, counts: Counter[str]) -> bool:
-        return (not self._open or len(self.values) >= len(counts)) and set(self.types) == {"text"}
-
-    @property
-    def is_number(self) -> bool:
-        """Whether it holds numbers alone, of more than one value."""
-        return self.filled == self.numbers > 0 and self.low < self.high
-
-    @property
-    def is_text(self) -> bool:
-        """Whether all its values are texts."""
-        return self.filled > 0 and set(self.types) == {"text"}
-
-    @property
-    def is_label(self) -> bool:
-        """Whether it has few values, each of which comes often."""
-        few = 2 <= len(self.values) <= _MOST_LABELS and self.filled >= _RECORDS_A_LABEL * len(self.values)
-        return few and set(self.types) <= {"text", "whole number"} and not (self.is_number and self.decimals)
-
-    @property
-    def scale(self) -> tuple[float, float]:
-        """The first usual scale that its numbers fit, else round numbers around them."""
-        usual = (one for one in _SCALES if one[0] <= self.low and self.high <= one[1])
-        step = 10.0 ** math.floor(math.log10(self.high - self.low))
-        return next(usual, (math.floor(self.low / step) * step, math.ceil(self.high / step) * step))
-
-    @property
-    def is_id(self) -> bool:
-        """Whether its values can tell persons apart."""
-        return self.filled > 0 and set(self.types) <= {"text", "whole number"}
-
-    @property
-    def mean_characters(self) -> float:
-        """Of a text."""
-        return self.characters / max(1, self.filled)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,8 +186,8 @@ def _chosen(columns: Mapping[str, Column], chosen: Mapping[str, str]) -> _Guess:
         return "tagged", {"text": text, "labels": label.name}, said
     if text is not None and label.is_number and not label.is_label:
         return "rated", {"text": text, "target": label.name}, said
-    if not 2 <= len(label.values) <= _MOST_LABELS:
-        bound = f"must have 2 to {_MOST_LABELS} different texts or whole numbers of at most {_LONGEST_LABEL} characters"
+    if not 2 <= len(label.values) <= MOST_LABELS:
+        bound = f"must have 2 to {MOST_LABELS} different texts or whole numbers of at most {LONGEST_LABEL} characters"
         raise ConfigError("--label", label.name, bound)
     if text is None:
         raise ConfigError("--label", label.name, "needs a column of text beside it")
@@ -334,6 +198,7 @@ def _guessed(columns: Mapping[str, Column], first: Sequence[Row], path: Path) ->
     """The first kind that the columns fit: names that data sets share come before what values look like."""
     guesses: tuple[Callable[[], _Guess | None], ...] = (
         lambda: _as_chat(columns, first),
+        lambda: _as_preferences(columns, first),
         lambda: _as_instructions(columns),
         lambda: _as_triplets(columns),
         lambda: _as_scored(columns),
@@ -361,19 +226,33 @@ def _as_instructions(columns: Mapping[str, Column]) -> _Guess | None:
     if prompt is None or completion is None:
         return None
     extra = {role: name for role in ("input", "system") if (name := _named(columns, (role,))) is not None}
-    shown = ", ".join([prompt, *extra.values(), completion])
-    return "instructions", {"prompt": prompt, **extra, "completion": completion}, (f"It has the columns {shown}.",)
+    roles = {"prompt": prompt, **extra, "completion": completion}
+    return "instructions", roles, _has(roles)
+
+
+def _as_preferences(columns: Mapping[str, Column], first: Sequence[Row]) -> _Guess | None:
+    chosen, rejected, prompt = (_named(columns, names) for names in (("chosen",), ("rejected",), _PROMPTS))
+    if chosen is None or rejected is None:
+        return None
+
+    def has_turns(name: str | None) -> bool:
+        return name is not None and any(_is_conversation(row.get(name)) for row in first)
+
+    asked = {"prompt": prompt, "system": _named(columns, ("system",))}
+    if has_turns(chosen):  # a prompt that is a text then repeats what the conversations begin with
+        asked = {"messages": prompt if has_turns(prompt) else None}
+    elif prompt is None:
+        return None
+    roles = {role: name for role, name in (asked | {"chosen": chosen, "rejected": rejected}).items() if name}
+    return "preferences", roles, _has(roles)
 
 
 def _as_triplets(columns: Mapping[str, Column]) -> _Guess | None:
     found = [name for names in _TRIPLETS if (name := _named(columns, names)) is not None and columns[name].is_text]
     if len(found) < len(_TRIPLETS):
         return None
-    return (
-        "triplets",
-        dict(zip(("anchor", "positive", "negative"), found, strict=True)),
-        (f"It has the columns {', '.join(found)}.",),
-    )
+    roles = dict(zip(("anchor", "positive", "negative"), found, strict=True))
+    return "triplets", roles, _has(roles)
 
 
 def _as_scored(columns: Mapping[str, Column]) -> _Guess | None:
@@ -396,7 +275,8 @@ def _as_pairs(columns: Mapping[str, Column]) -> _Guess | None:
         return None
     if columns[completion].is_label and columns[completion].name.lower() == "target":
         return None
-    return "pairs", {"prompt": prompt, "completion": completion}, (f"It has the columns {prompt} and {completion}.",)
+    roles = {"prompt": prompt, "completion": completion}
+    return "pairs", roles, _has(roles)
 
 
 def _as_classification(columns: Mapping[str, Column]) -> _Guess | None:
@@ -463,9 +343,13 @@ def _longest(columns: Mapping[str, Column], but: str = "") -> str | None:
     return max(texts, key=lambda one: one.mean_characters).name if texts else None
 
 
+def _has(roles: Mapping[str, str]) -> tuple[str]:
+    return (f"It has the columns {', '.join(roles.values())}.",)
+
+
 def _listed(columns: Iterable[str]) -> str:
     """Names of columns for a message: a file may have thousands, and without a header they are texts."""
-    names = [name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}\u2026" for name in columns]
+    names = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}\u2026" for name in columns]
     return ", ".join([*names[:10], *([f"and {len(names) - 10} more"] if len(names) > 10 else [])])
 
 
@@ -489,8 +373,3 @@ def _is_conversation(value: object) -> bool:
     if not isinstance(value, Sequence) or isinstance(value, str):
         return False
     return bool(value) and all(isinstance(turn, Mapping) and {"role", "from"} & set(turn) for turn in value)
-
-
-def _type_of(value: object) -> str:
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text", list: "list"}
-    return names.get(type(value), "object")

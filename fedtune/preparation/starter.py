@@ -21,7 +21,8 @@ from fedtune.data.records import chunks, usable_records
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Tokenizer
 from fedtune.preparation.alike import spelt_alike
-from fedtune.preparation.detect import Column, Found, Kind, is_place
+from fedtune.preparation.columns import Column
+from fedtune.preparation.detect import Found, Kind, is_place
 from fedtune.spec import ConfigError
 from fedtune.tasks import task_named
 from fedtune.words import counted
@@ -52,10 +53,12 @@ _BASES: Mapping[Kind, str] = {
     "rated": "own_numbers",
     "scored": "own_pairs",
     "triplets": "own_pairs",
+    "preferences": "own_preferences",
 }
 """Experiments of conf/ for texts with an answer, and for pairs; all others teach a language model."""
 _LEFT_OPEN: Mapping[str, tuple[str, ...]] = {
     "own_text": ("data.columns={prompt: a, completion: b}",),
+    "own_preferences": ("data.columns={prompt: a, chosen: b, rejected: c}",),
     "own_numbers": ("data.target_range=[0, 1]",),
     "own_pairs": ("data.columns={text: a, other: b, target: c}", "data.target_range=[0, 1]"),
 }
@@ -139,11 +142,11 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         base: the settings to begin with.
         within: token ids are below this number.
     """
-    faults = Faults()
-    records = usable_records(found.path, found.roles, faults=faults, lenient=False)
     task = task_named(base.task)
     own: dict[str, Any] = {"columns": dict(found.roles), "labels": tuple(found.labels), "max_length": _LONGEST_TOLD}
     data = _with_turns(found, replace(base.data, **own | found.settings | _templates(found)), tokenizer, base.task)
+    faults = Faults()
+    records = usable_records(found.path, found.roles, fault=task.fault(data), faults=faults, lenient=False)
     counts: list[int] = []
     users: set[str] = set()
     usable = 0
@@ -152,7 +155,6 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         users |= {record.fields["user"] for record in chunk if "user" in found.roles}
         if len(counts) >= MEASURED_ROWS:
             continue
-        # A record that no run can use has no length that matters; `data check` finds it.
         counts += task.tokenise(chunk, tokenizer, data=data, lenient_within=within).lengths.tolist()
     return Measured(
         usable=usable,
@@ -172,7 +174,7 @@ def _templates(found: Found) -> dict[str, str]:
 
 def _with_turns(found: Found, data: DataSpec, tokenizer: Tokenizer, task: str) -> DataSpec:
     """The same with the model's own template for turns, if it has one that can be taken."""
-    if found.kind not in ("instructions", "chat", "pairs"):
+    if found.kind not in ("instructions", "chat", "pairs", "preferences"):
         return replace(data, chat_template="none")
     own = replace(data, chat_template="model")
     try:

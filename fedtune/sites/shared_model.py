@@ -16,7 +16,7 @@ from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
 from fedtune.evaluation.bootstrap import Figures
 from fedtune.evaluation.generation import PromptSet, text_figures, text_scores
 from fedtune.evaluation.generation import generate as generate_texts
-from fedtune.evaluation.scoring import KeptStates, figures_of
+from fedtune.evaluation.scoring import KeptBatches, figures_of
 from fedtune.model import Adapter, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
@@ -201,13 +201,13 @@ class LeadData:
     Attributes:
         records: as they were read.
         examples: the same, tokenised.
-        kept: what one model's frozen layers made of them, after they were scored; None keeps nothing.
+        kept: what one model's frozen base made of them, after they were scored; None keeps nothing.
         left_out: what of the file could not be used and is not among them.
     """
 
     records: list[Record]
     examples: TextDataset
-    kept: KeptStates | None = field(default=None, repr=False, compare=False)
+    kept: KeptBatches | None = field(default=None, repr=False, compare=False)
     left_out: LeftOut = NONE_LEFT_OUT
 
     @classmethod

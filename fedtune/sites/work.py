@@ -87,6 +87,7 @@ class SiteWork:
         if self.shared.keeps_states:
             told = partial(self.shared.progress, f"{self.site}: running the frozen layers over its records")
             self.examples.keep_frozen_states(self.shared.model, told=told)
+        self.examples.keep_reference(self.shared.model)
         work = RoundOfTraining(
             site=self.site,
             round=request.round,

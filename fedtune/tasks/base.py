@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.records import Record
-from fedtune.data.spec import DataSpec, PairsSpec
+from fedtune.data.spec import DataSpec, PairsSpec, PreferenceSpec
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.mechanism import Unit
@@ -42,6 +42,7 @@ _OF_SOME_TASKS = {
     "label_separator": ";",
     "target_range": None,
     "pairs": PairsSpec(),
+    "preferences": PreferenceSpec(),
 }
 """Settings that only tasks with them among their `own_settings` use, and what they are for others."""
 FirstTarget: TypeAlias = Callable[[int], int]
@@ -80,6 +81,7 @@ class Task(ABC):
         own_settings: keys of `data` that not every task uses, and this one does.
         has_labels: whether `data.labels` declares the classes.
         has_head: whether a head is trained beside the adapters, by the settings under `head`.
+        has_reference: whether losses compare the model with its base without adapters (`reference`).
         predicts_tokens: whether the base is a decoder with its output layer; otherwise it ends in hidden states.
         hub_name: what the Hugging Face hub calls it; empty: it has no name there.
         formats: that a tuned model can be exported in: the adapter, then the whole model as most load it, then others;
@@ -95,6 +97,7 @@ class Task(ABC):
     own_settings: ClassVar[frozenset[str]] = frozenset()
     has_labels: ClassVar[bool] = False
     has_head: ClassVar[bool] = False
+    has_reference: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
     hub_name: ClassVar[str] = ""
     formats: ClassVar[tuple[str, ...]] = ("peft",)
@@ -125,6 +128,10 @@ class Task(ABC):
     def columns(self, data: DataSpec, *, partition: bool = False, unit: Unit = "record") -> dict[str, str]:
         """Role to column of what a file must have: the task's, the unit's, and what the partition goes by."""
         return data.needed_columns(self.roles_in(data), partition=partition, unit=unit)
+
+    def asked_by(self, data: DataSpec) -> dict[str, str]:
+        """Role to column of what the tuned model is asked by: all that a record has but its answer."""
+        return data.needed_columns(set(self.roles_in(data)) - self.answers)
 
     def check_data(self, data: DataSpec) -> None:
         """Check that columns and labels fit the task; errors name keys of `data`.
@@ -237,6 +244,13 @@ class Task(ABC):
     @abstractmethod
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """Float32 scores, whose first axis is the row: an example, or one of its texts."""
+
+    def reference(self, model: Model, batch: Batch) -> torch.Tensor:
+        """(places, ...) what losses need of the base without adapters, while these are switched off.
+
+        Each example's depends on that example alone; it is computed once, and comes back as `batch.reference`.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from string import Formatter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode, most_characters
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import FirstTarget, Ids, Model, Task
+from fedtune.tasks.base import FirstTarget, Ids, Model, Task, error_of
 from fedtune.tasks.chat_format import (
     SYSTEM,
     USER,
@@ -45,7 +45,7 @@ class CausalLM(Task):
     """
 
     name = "causal_lm"
-    roles = ("prompt", "completion")
+    roles: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     answers = frozenset({"completion"})
     own_settings = frozenset({"prompt_template", "chat_template"})
     predicts_tokens = True
@@ -78,13 +78,17 @@ class CausalLM(Task):
         if layout != "prompt" and data.prompt_template != "{prompt}":
             raise ConfigError("prompt_template", data.prompt_template, f"must stay {{prompt}}: {layout} has no prompt")
 
+    def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
+        """Of a chat, that nobody answers in it."""
+        return error_of(_require_answer) if "messages" in data.columns else super().fault(data)
+
     def check_base(self, base: PreTrainedModel, *, path: str) -> None:
         from fedtune.model.fits import check_causal
 
         check_causal(base, path=path)
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
-        _Layout.of(tokenizer, data)
+        Layout.of(tokenizer, data)
 
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
@@ -100,8 +104,8 @@ class CausalLM(Task):
             ConfigError: the tokenizer has no end-of-text token, or the model's chat template cannot be taken.
             DataError: a record is no chat with an answer.
         """
-        layout = _Layout.of(tokenizer, data)
-        examples = [_laid_out(layout, record, lenient=lenient_within is not None) for record in records]
+        layout = Layout.of(tokenizer, data)
+        examples = [laid_out(layout, record, lenient=lenient_within is not None) for record in records]
         input_ids, targets = [], []
         for tokens in layout.encoded(examples, tokenizer, within=lenient_within):
             fitted = tokens.fitted(data.max_length) or [_Token(layout.end, learnt=False)]
@@ -124,7 +128,7 @@ class CausalLM(Task):
             ConfigError: the tokenizer or its chat template cannot be taken, or the run has no turns to write messages.
             DataError: the messages cannot be answered.
         """
-        layout = _Layout.of(tokenizer, data)
+        layout = Layout.of(tokenizer, data)
         try:
             example = _Example(layout.prompt(fields))
         except NoConversation as error:
@@ -136,7 +140,7 @@ class CausalLM(Task):
 
     def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
         """End of text and, where there are turns, the end of the assistant's."""
-        layout = _Layout.of(tokenizer, data)
+        layout = Layout.of(tokenizer, data)
         return frozenset({layout.end, *(layout.chat.ending[-1:] if layout.chat else ())})
 
     def written(
@@ -145,8 +149,8 @@ class CausalLM(Task):
         """Prompts, of `data.max_length` tokens at most, with the answers; None for plain texts."""
         if "text" in data.columns:
             return None
-        layout = _Layout.of(tokenizer, data)
-        examples = [_laid_out(layout, record, lenient=False) for record in records]
+        layout = Layout.of(tokenizer, data)
+        examples = [laid_out(layout, record, lenient=False) for record in records]
         prompts = []
         for record, tokens in zip(records, layout.encoded(examples, tokenizer), strict=True):
             fitted = replace(tokens, answer=()).fitted(data.max_length)
@@ -161,26 +165,11 @@ class CausalLM(Task):
         return logits.float()
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
-        """(rows,) float32.  Scores are computed for one row at a time, where it learns a token and nowhere else: how
-        many places that are is up to the row, and of rows computed together it would be up to the neighbours.
-        """
+        """(rows,) float32, from what each row's tokens lose, `added_up`."""
         import torch
 
-        assert model.output is not None, "the base predicts no tokens"
-        inputs = model.output.inputs(lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
         losses = []
-        # Not by index, which would add up each row's gradient with the zeros of all others.
-        for row, targets in zip(inputs[:, :-1].unbind(), _next_tokens(batch), strict=True):
-            if not len(targets):  # a record of one token, where nothing comes next
-                losses.append(row.sum())
-                continue
-            learnt = (targets != UNSUPERVISED).nonzero().flatten()
-            # Of nothing learnt the first place stands in, where a target that counts nothing gives a gradient of zero.
-            places = learnt if len(learnt) else learnt.new_zeros(1)
-            scores = model.output.scores(row[places])
-            total = torch.nn.functional.cross_entropy(
-                scores, targets[places], ignore_index=UNSUPERVISED, reduction="sum"
-            )
+        for total, places in added_up(model, batch):
             losses.append(total / len(places))
         return torch.stack(losses)
 
@@ -213,6 +202,30 @@ class CausalLM(Task):
         return tuple(
             np.where(np.arange(len(ids)) >= first(len(ids)), ids, UNSUPERVISED).astype(np.int64) for ids in input_ids
         )
+
+
+def added_up(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each row, the negative log-probabilities of all that it learns, added up, and the places where it does.
+
+    Scores are computed for one row at a time, where it learns a token and nowhere else: how many places that are is up
+    to the row, and of rows computed together it would be up to the neighbours.  A row that learns nothing has 0 at one
+    place.
+    """
+    import torch
+
+    assert model.output is not None, "the base predicts no tokens"
+    inputs = model.output.inputs(lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
+    # Not by index, which would add up each row's gradient with the zeros of all others.
+    for row, targets in zip(inputs[:, :-1].unbind(), _next_tokens(batch), strict=True):
+        if not len(targets):  # a record of one token, where nothing comes next
+            yield row.sum(), row.new_zeros(1)
+            continue
+        learnt = (targets != UNSUPERVISED).nonzero().flatten()
+        # Of nothing learnt the first place stands in, where a target that counts nothing gives a gradient of zero.
+        places = learnt if len(learnt) else learnt.new_zeros(1)
+        scores = model.output.scores(row[places])
+        total = torch.nn.functional.cross_entropy(scores, targets[places], ignore_index=UNSUPERVISED, reduction="sum")
+        yield total, places
 
 
 def _next_tokens(batch: Batch) -> torch.Tensor:
@@ -248,16 +261,20 @@ class _Tokens:
     answer: Sequence[_Token] = ()
     start: int = 0
 
-    def fitted(self, length: int) -> list[_Token]:
-        """At most so many tokens, of which one stands before the answer if there is any."""
-        answer = self.answer[: length - max(self.start, min(1, len(self.context)))]
+    def fitted(self, length: int, *, room_for: int = 0) -> list[_Token]:
+        """At most so many tokens, of which one stands before the answer if there is any.
+
+        The context is cut as for an answer of at least `room_for` tokens, so that it is the same before several.
+        """
+        most = length - max(self.start, min(1, len(self.context)))
+        answer = self.answer[:most]
         begin, rest = self.context[: self.start], self.context[self.start :]
-        room = length - len(begin) - len(answer)
+        room = length - len(begin) - max(len(answer), min(room_for, most))
         return [*begin, *rest[max(0, len(rest) - room) :], *answer]
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class Layout:
     """How a run lays out its records.
 
     Attributes:
@@ -273,7 +290,7 @@ class _Layout:
     data: DataSpec
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, data: DataSpec) -> _Layout:
+    def of(cls, tokenizer: Tokenizer, data: DataSpec) -> Layout:
         """Raises ConfigError for a tokenizer without an end-of-text token, or a chat template that cannot be taken."""
         end, start = end_of_text(tokenizer), _start_ids(tokenizer)
         if data.chat_template == "none":
@@ -338,7 +355,19 @@ class _Layout:
             yield _Tokens(context, answer, len(self.start)) if one and other else _Tokens()
 
 
-def _laid_out(layout: _Layout, record: Record, *, lenient: bool) -> _Example:
+def _require_answer(record: Record) -> None:
+    try:
+        before_last_answer(turns_in(record.fields["messages"]))
+    except NoConversation as error:
+        raise DataError(record.at("messages"), str(error), "must have at least one answer to learn from") from None
+
+
+def laid_out(layout: Layout, record: Record, *, lenient: bool) -> _Example:
+    """A record as pieces that are to be encoded; one without any in place of a conversation that cannot be learnt.
+
+    Raises:
+        DataError: for that, unless `lenient`.
+    """
     try:
         return layout.example(record.fields)
     except NoConversation as error:

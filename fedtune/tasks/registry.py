@@ -12,10 +12,12 @@ from fedtune.tasks.classification import Classification
 from fedtune.tasks.embedding import Embedding
 from fedtune.tasks.multi_label import MultiLabel
 from fedtune.tasks.ordinal import Ordinal
+from fedtune.tasks.preference import Preference
 from fedtune.tasks.regression import Regression
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Classification(), MultiLabel(), Ordinal(), Regression(), CausalLM(), Embedding())
+    task.name: task
+    for task in (Classification(), MultiLabel(), Ordinal(), Regression(), CausalLM(), Preference(), Embedding())
 }
 
 

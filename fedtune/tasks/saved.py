@@ -318,7 +318,7 @@ def _spec_of(settings: dict[str, Any]) -> TaskModelSpec:
         labels=tuple(settings["labels"]),
         target_range=_with_tuples(settings).get("target_range"),
         seed=settings["seed"],
-        texts=settings.get("texts", 1),
+        **{key: settings[key] for key in ("texts", "beta", "per_token") if key in settings},
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -9,7 +11,14 @@ from torch import nn
 from fedtune.data.batching import Batch
 from fedtune.model.base_model import load_base
 from fedtune.model.fits import check_examples_apart
-from fedtune.model.layers import FrozenPrefix, OutputLayer, attach_lora, checkpoint_layers, layer_stack
+from fedtune.model.layers import (
+    FrozenPrefix,
+    OutputLayer,
+    attach_lora,
+    checkpoint_layers,
+    layer_stack,
+    without_adapters,
+)
 from fedtune.model.spec import TaskModelSpec
 from fedtune.tasks.base import Task
 from fedtune.tasks.registry import task_named
@@ -54,9 +63,31 @@ class TaskModel(nn.Module):
         """
         if len(batch.input_ids) == 0:
             return torch.zeros(0, device=self.device, requires_grad=torch.is_grad_enabled())
+        batch = self._with_reference(batch)
         with self._prefix.given(batch.prefix):
             losses = self.task.losses(self, batch)
         return losses[: len(batch)]
+
+    def figures(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What the task's scores need of each example, (examples, ...) by name."""
+        batch = self._with_reference(batch)
+        with self._prefix.given(batch.prefix):
+            return self.task.figures(self, batch)
+
+    def reference(self, batch: Batch) -> torch.Tensor | None:
+        """What the task wants of the base without adapters for each example, (places, ...), whatever the adapter.
+
+        A batch that carries it as `reference` does not go through the base a second time.  None: it wants nothing.
+        """
+        if not self.task.has_reference:
+            return None
+        with torch.no_grad(), self._prefix.given(batch.prefix), without_adapters(self.base):
+            return self.task.reference(self, batch)
+
+    def _with_reference(self, batch: Batch) -> Batch:
+        if not self.task.has_reference or batch.reference is not None:
+            return batch
+        return replace(batch, reference=self.reference(batch))
 
     def frozen_states(self, batch: Batch) -> torch.Tensor | None:
         """What the layers below the first trained one make of each example, (n, t, h), whatever the adapter.

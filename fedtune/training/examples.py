@@ -66,6 +66,7 @@ class SiteExamples:
     def __init__(self, dataset: TextDataset, *, pad_id: int, shapes: Shapes, device: torch.device | str) -> None:
         self._dataset, self._pad_id, self._shapes, self.device = dataset, pad_id, shapes, device
         self._states: torch.Tensor | None = None  # (tokens of all records, h), on the CPU
+        self._reference: torch.Tensor | None = None  # (records, ...), on the CPU
         ends = np.cumsum(dataset.text_lengths, dtype=np.int64).reshape(dataset.text_lengths.shape)
         self._starts = ends - dataset.text_lengths  # (records, texts)
 
@@ -88,8 +89,13 @@ class SiteExamples:
     def batch(self, part: Part) -> Batch:
         """The records of `part` as one micro-batch, in their order."""
         batch = collate(self._dataset, part.places, pad_id=self._pad_id, shape=(part.rows, part.length))
-        kept = batch if self._states is None else replace(batch, prefix=self._kept(part, batch))
-        return kept.to(self.device)
+        if self._states is not None:
+            batch = replace(batch, prefix=self._kept(part, batch))
+        if self._reference is not None:
+            reference = self._reference.new_zeros(part.rows, *self._reference.shape[1:])
+            reference[: len(part.places)] = self._reference[part.places]
+            batch = replace(batch, reference=reference)
+        return batch.to(self.device)
 
     def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[Batch]]:
         """`cut`: nothing is drawn within a record."""
@@ -126,7 +132,7 @@ class SiteExamples:
             return
         kept: torch.Tensor | None = None
         done = 0
-        for part in self.parts(np.arange(len(self), dtype=np.int64)) if parts is None else parts:
+        for part in self._everyone() if parts is None else parts:
             batch = self.batch(part)
             states = _states(model, batch) if lenient else model.frozen_states(batch)
             if states is None:
@@ -139,6 +145,35 @@ class SiteExamples:
             done += len(part.places)
             told(done, len(self))
         self._states = kept
+
+    def keep_reference(self, model: TaskModel, *, parts: Iterable[Part] | None = None, lenient: bool = True) -> None:
+        """Ask the base without adapters about every record, once, where the task compares the model with it.
+
+        What is kept of a record depends on that record and the public base alone.  It is NaN where it cannot be
+        computed: then the record's loss is no number, and it adds nothing to a step.  Does nothing when it is kept.
+
+        Args:
+            model: the same for the rest of a run, but for its adapter.
+            parts: all records once, in the micro-batches to compute them in; None: as they are cut.
+            lenient: false for made-up examples: one that cannot be computed raises.
+
+        Raises:
+            Exception: the machine's own failure, never one that a record caused.
+        """
+        if self._reference is not None or not model.task.has_reference:
+            return
+        kept: torch.Tensor | None = None
+        for part in self._everyone() if parts is None else parts:
+            batch = self.batch(part)
+            found = _reference(model, batch) if lenient else model.reference(batch)
+            assert found is not None, "a task with a reference has one for each example"
+            if kept is None:
+                kept = torch.empty(len(self), *found.shape[1:], dtype=found.dtype)
+            kept[part.places] = found[: len(part.places)].cpu()
+        self._reference = kept
+
+    def _everyone(self) -> Iterator[Part]:
+        return self.parts(np.arange(len(self), dtype=np.int64))
 
     def _kept(self, part: Part, batch: Batch) -> torch.Tensor:
         """Kept states as (rows, t, h), zero where there is padding."""
@@ -157,16 +192,30 @@ class SiteExamples:
 
 def _states(model: TaskModel, batch: Batch) -> torch.Tensor | None:
     """States of a batch, (rows, t, h), zero for an example that cannot be computed; None where no layer is frozen."""
+    return _of_each(model.frozen_states, batch, missing=0.0)
+
+
+def _reference(model: TaskModel, batch: Batch) -> torch.Tensor | None:
+    """What losses need of the base, (places, ...), NaN for an example that cannot be computed."""
+    return _of_each(model.reference, batch, missing=torch.nan)
+
+
+def _of_each(compute: Callable[[Batch], torch.Tensor | None], batch: Batch, *, missing: float) -> torch.Tensor | None:
+    """What `compute` makes of a batch, (rows or places, ...), `missing` for an example that cannot be computed.
+
+    None where it makes nothing of any.
+    """
     try:
         with panics_as_errors():
-            return model.frozen_states(batch)
+            return compute(batch)
     except Exception:
-        log.exception("the frozen layers failed on a micro-batch; its examples are tried one at a time")
-    nothing, each = one_at_a_time(model.frozen_states, batch)
+        log.exception("the frozen model failed on a micro-batch; its examples are tried one at a time")
+    nothing, each = one_at_a_time(compute, batch)
     if nothing is None:
         return None
-    states = torch.zeros_like(nothing)
+    values = torch.full_like(nothing, missing)
+    share = len(nothing) * batch.texts // len(batch.input_ids)  # of one example: a row each of its texts, or one place
     for place, found in enumerate(each):
         if found is not None:
-            states[place * batch.texts : (place + 1) * batch.texts] = found[: batch.texts]
-    return states
+            values[place * share : (place + 1) * share] = found[:share]
+    return values

@@ -137,7 +137,7 @@ class _Trial:
         made_up = _made_up(model, lengths_of_texts(lengths, model.spec.texts, draws), draws)
         self._whole = {length: self._part(places, length) for length, places in self._places.items()}
         self._smaller = {length: tuple(self._companies(places, length)) for length, places in self._places.items()}
-        # What frozen layers make of the examples has the same two companies.
+        # What the frozen base makes of the examples has the same two companies.
         self._examples = self._ready(made_up, self._whole.values())
         self._again = self._ready(made_up, (part for parts in self._smaller.values() for part in parts))
 
@@ -149,9 +149,11 @@ class _Trial:
         return self._shapes.room(length, self._shapes.rows(length)[0])
 
     def _ready(self, dataset: TextDataset, parts: Iterable[Part]) -> SiteExamples:
+        parts = tuple(parts)
         examples = SiteExamples(dataset, pad_id=self._pad_id, shapes=self._shapes, device=self._model.device)
         if self._keeps_states:
             examples.keep_frozen_states(self._model, parts=parts, lenient=False)
+        examples.keep_reference(self._model, parts=parts, lenient=False)
         return examples
 
     def most_moved(self, max_grad_norm: float) -> float:

@@ -120,6 +120,10 @@ class UserExamples:
         """As `SiteExamples.keep_frozen_states`."""
         self.examples.keep_frozen_states(model, told=told)
 
+    def keep_reference(self, model: TaskModel) -> None:
+        """As `SiteExamples.keep_reference`."""
+        self.examples.keep_reference(model)
+
     def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
         """A cut that draws from `stream` which records of a user take part."""
         return lambda users: self.cut(users, choose=lambda count: choose_records(count, self.most_records, stream))

@@ -43,6 +43,14 @@ def test_a_record_of_three_texts_moves_a_step_by_one_clip_norm_at_most(searched:
     assert 0.9 < found["moved"] <= 1.0
 
 
+def test_a_pair_of_answers_moves_a_step_by_one_clip_norm_at_most(searched: Any) -> None:
+    beside = ("data.columns={prompt: a, chosen: b, rejected: c}", "data.declared_sizes=20", "lora.layers=null")
+    outcome, found = searched("experiment=own_preferences", "model=random_llama", *TRIPLETS[2:5], *beside)
+    assert outcome.code == 0, outcome.err
+    assert (found["tries"], found["exceeded"], found["others_moved"]) == (TRIES, 0, 0)
+    assert 0.9 < found["moved"] <= 1.0
+
+
 def test_a_record_whose_texts_are_clipped_one_by_one_is_found(searched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = dp_step.contributions
 

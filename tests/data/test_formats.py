@@ -129,7 +129,7 @@ COLUMNS_WITH_FAULTS = {
     "17 MB behind a view": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"], pyarrow.string_view()), [1, 3, 4]),
     "17 MB in a chat's dictionary": ("messages", chats(TURNS, LARGE, TURNS).cast(CODED), [1, 3]),
     "null": ("text", pyarrow.array(["a", None, "b", None]), [1, 3]),
-    "wrong conversations": ("messages", chats(TURNS, TURNS[:1], None, TURNS * 2), [1, 4]),
+    "wrong conversations": ("messages", chats(TURNS, TURNS[1:], None, TURNS * 2), [1, 4]),
     "a time beyond Python's": ("text", pyarrow.array([0, 1 << 62, 0, 0], pyarrow.timestamp("us")), []),
 }
 

@@ -231,8 +231,6 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
     ),
     "a gzipped Parquet file": ("a.parquet.gz", gzip.compress(WHOLE), COLUMNS, "a.parquet.gz", "Parquet is packed"),
     # Conversations
-    "no answer": ("a.jsonl", chat(turn("user")), CHAT, "column 'messages'", "'no turn of the assistant'"),
-    "no turns": ("a.jsonl", chat(), CHAT, "column 'messages'", "'no turn of the assistant'"),
     "the user twice": (
         "a.jsonl",
         chat(turn("user"), turn("user")),

@@ -4,14 +4,16 @@ import csv
 import gzip
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data import Record, iter_records, read_records, record_key, resolve_file, text_rows
-from fedtune.data.records import labels_of, record_of, usable_records
+from fedtune.data.records import labels_of, record_of, said_of, turns_said, usable_records
 from fedtune.spec import DataError
 
 COLUMNS = {"text": "question", "label": "intent"}
@@ -291,6 +293,38 @@ def test_labels_of_a_record(value: object, text: str | None) -> None:
         assert record_of({"l": value}, {"labels": "l"}, file="a.jsonl", line=3).fields == {"labels": text}
 
 
+TURN = '[{"role":"assistant","content":"lost"}]'
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "contents"),
+    [
+        ("lost ", "lost ", ["lost "]),
+        ([{"from": "gpt", "value": "lost"}], TURN, ["lost"]),
+        ('[ {"role": "bot", "content": "lost"} ]', TURN, ["lost"]),
+        (json.loads(TURN) * 2, f"{TURN[:-1]},{TURN[1:]}", ["lost", "lost"]),
+        ("[1, 2]", "[1, 2]", ["[1, 2]"]),
+        ('[{"role": "tool", "content": "late"}]', '[{"role": "tool", "content": "late"}]', None),
+        ([{"role": "tool", "content": "late"}], None, None),
+        ([{"role": "user"}], None, None),
+        ([], None, None),
+        (" ", None, None),
+        (7, None, None),
+        ("\ud800", None, None),
+    ],
+)
+def test_what_is_said_of_two_answers(value: object, text: str | None, contents: list[str] | None) -> None:
+    for role in ("chosen", "rejected"):
+        if text is None:
+            with pytest.raises(DataError) as caught:
+                record_of({"l": value}, {role: "l"}, file="a.jsonl", line=3)
+            assert "late" not in str(caught.value)
+            continue
+        record = record_of({"l": value}, {role: "l"}, file="a.jsonl", line=3)
+        assert record.fields == {role: text}
+        assert [said for _, said in record.texts()] == (contents or [text])
+
+
 @pytest.mark.parametrize(
     ("value", "number"),
     [
@@ -342,3 +376,29 @@ def test_labels_are_the_same_from_every_depth() -> None:
     for depth in range(900, 1050, 3):
         text = "[" * depth + "]" * depth
         assert {read(text, deeper) for deeper in range(0, 60, 7)} == {None}, depth
+
+
+def test_an_answer_stays_what_it_was_read_as_at_every_depth() -> None:
+    """Where the stack is deep, a text in brackets cannot be told from turns; elsewhere it must not become them."""
+
+    def at(deeper: int, read: Callable[[str], Any], text: str) -> Any:
+        return at(deeper - 1, read, text) if deeper else read(text)
+
+    def read(text: str) -> str | None:
+        try:
+            return said_of(text, "chosen")
+        except DataError:
+            return None
+
+    found = set()
+    for depth in range(880, 1050, 3):
+        text = '[{"role": "assistant", "content": "lost", "more": ' + "[" * depth + "]" * depth + "}]"
+        for deeper in range(0, 60, 7):
+            answer = at(deeper, read, text)
+            found.add(answer)
+            if answer is not None:
+                assert all(at(other, turns_said, answer) == json.loads(TURN) for other in (0, 30, 60)), depth
+    assert found == {None, TURN}
+    plain = "[" * 100_000
+    assert read(plain) is None
+    assert turns_said(plain) is None

@@ -35,6 +35,22 @@ def texts(number: int) -> str:
             "instructions",
             {"prompt": "instruction", "input": "input", "system": "system", "completion": "output"},
         ),
+        (
+            lambda n: {"system": "be kind", "question": texts(n), "chosen": texts(n), "rejected": "no"},
+            "preferences",
+            {"prompt": "question", "system": "system", "chosen": "chosen", "rejected": "rejected"},
+        ),
+        (
+            lambda n: {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": TURNS[1:], "score": n},
+            "preferences",
+            {"messages": "prompt", "chosen": "chosen", "rejected": "rejected"},
+        ),
+        (
+            lambda n: {"prompt": texts(n), "chosen": json.dumps(TURNS), "rejected": json.dumps(TURNS)},
+            "preferences",
+            {"chosen": "chosen", "rejected": "rejected"},
+        ),
+        (lambda n: {"prompt": texts(n), "chosen": texts(n)}, "pairs", {"prompt": "prompt", "completion": "chosen"}),
         (lambda n: {"question": texts(n), "answer": texts(n)}, "pairs", {"prompt": "question", "completion": "answer"}),
         (
             lambda n: {"sentence1": texts(n), "sentence2": texts(n + 1), "score": n % 11 / 2, "split": "train"},

@@ -65,6 +65,25 @@ def test_pairs_with_a_score_get_its_scale_and_compose(tmp_path: Path, monkeypatc
     assert data.columns == {"text": "sentence1", "other": "sentence2", "target": "score"}
 
 
+def test_preferences_get_turns_and_leave_out_what_is_no_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(asked: str, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+    rows = [{"chosen": whole(f"where {n}", "there"), "rejected": whole(f"where {n}", "no")} for n in range(60)]
+    rows[7]["rejected"] = whole("what else", "no")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = look_at(tmp_path / "rows.jsonl", {})
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open("own_preferences")]
+    config = compose_run(["experiment=own_preferences", "model=random_llama", *left_open])
+    measured = starter.measured(found, load_tokenizer(config.model), config, within=len(load_tokenizer(config.model)))
+    assert (measured.usable, measured.left_out.count, measured.turns) == (59, 1, "plain")
+    plan = starter.Plan(base=starter.base_of(found.kind), model="random_llama", num_sites=2, measured=measured)
+    (tmp_path / "own.yaml").write_text(starter.experiment(found, plan, file=tmp_path / "own.yaml"))
+    monkeypatch.chdir(tmp_path)
+    data = compose_run(["experiment=./own.yaml"]).data
+    assert (data.columns, data.unusable) == ({"chosen": "chosen", "rejected": "rejected"}, "leave_out")
+
+
 def test_declared_sizes_are_near_a_site_s_share(tmp_path: Path) -> None:
     text, plan = plan_for(table(tmp_path, 400))
     share = 400 * 0.7 / 2

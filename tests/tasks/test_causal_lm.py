@@ -101,6 +101,16 @@ def test_of_a_chat_all_before_the_last_answer_is_cut(leading_tokenizer: Any) -> 
         assert learnt == [HIDDEN, *targets[len(whole) - length + 1 :]], "what is kept of an earlier answer is learnt"
 
 
+@pytest.mark.parametrize("contents", [(), ("where",)])
+def test_a_chat_without_an_answer_is_left_out_or_named(leading_tokenizer: Any, contents: tuple[str, ...]) -> None:
+    data = settings("messages", chat_template="plain")
+    silent = Record(chat(*contents), file="a.jsonl", line=3)
+    assert LM.fault(data)(silent) is not None
+    assert LM.fault(data)(Record(chat("where", "lost"))) is None
+    with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no turn of the assistant'"):
+        LM.tokenise([silent], leading_tokenizer, data=data)
+
+
 def test_an_example_that_fits_is_the_same_whatever_the_longest_is(leading_tokenizer: Any) -> None:
     for roles, given, fields in (
         (("messages",), {"chat_template": "plain"}, chat("where", "lost", "is", "there")),

@@ -37,7 +37,7 @@ def columns(*roles: str, **given: Any) -> dict[str, Any]:
         (
             {},
             "riddles",
-            "task = 'riddles': must be one of classification, multi_label, ordinal, regression, causal_lm, em",
+            "task = 'riddles': must be one of classification, multi_label, ordinal, regression, causal_lm, pr",
         ),
         ({"labels": ("a",)}, "classification", "labels = ['a']: must declare at least two"),
         (

@@ -48,6 +48,8 @@ def fresh() -> Callable[..., TaskModel]:
     def make(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModel:
         dtype = changes.pop("dtype", "float32")
         values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | changes
+        if task == "preference":
+            values |= {"texts": 2}
         if task in TEXTS:
             task, values = "embedding", values | {"texts": TEXTS[task]}
         spec = TaskModelSpec(model=ModelSpec(path=path, dtype=dtype), task=task, **declared(task), **values)
@@ -79,7 +81,7 @@ def examples() -> Callable[..., TextDataset]:
         generator = np.random.default_rng(seed)
         input_ids = tuple(
             generator.integers(5, 200, size=generator.integers(2, 13)).astype(np.int32)
-            for _ in range(count * TEXTS.get(task, 1))
+            for _ in range(count * (2 if task == "preference" else TEXTS.get(task, 1)))
         )
         if task in TEXTS:
             cosines = generator.uniform(0, TEXTS[task] - 1, size=count).astype(np.float32)
@@ -88,9 +90,10 @@ def examples() -> Callable[..., TextDataset]:
         if task == "classification":
             return TextDataset(input_ids, generator.integers(0, len(LABELS), size=count))
         targets = [np.where(np.arange(len(ids)) >= 1, ids, -100).astype(np.int64) for ids in input_ids]
-        if count:
-            targets[-1][:] = -100
-        return TextDataset(input_ids, tuple(targets))
+        texts = len(targets) // count if count else 1
+        for last in targets[-texts:]:
+            last[:] = -100
+        return TextDataset(input_ids, tuple(targets), texts)
 
     return make
 

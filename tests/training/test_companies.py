@@ -27,7 +27,7 @@ Gradients = dict[str, torch.Tensor]
 KINDS = [
     *(("random:bert", task) for task in ("classification", "multi_label", "ordinal", "regression")),
     *(("random:bert", task) for task in ("pairs", "triplets")),
-    *(("random:llama", task) for task in ("causal_lm", "pairs", "triplets")),
+    *(("random:llama", task) for task in ("causal_lm", "preference", "pairs", "triplets")),
 ]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
@@ -46,12 +46,12 @@ def threads() -> Iterator[int]:
 
 def records(lengths: npt.NDArray[np.integer], *, task: str, ids: int, classes: int, seed: int = 0) -> TextDataset:
     """Random examples of these lengths, the vocabulary's ends among their tokens; of several texts the longest's."""
-    draws, texts = np.random.default_rng(seed), TEXTS.get(task, 1)
+    draws, texts = np.random.default_rng(seed), 2 if task == "preference" else TEXTS.get(task, 1)
     of_texts = lengths_of_texts(lengths.tolist(), texts, draws)
     input_ids = tuple(draws.integers(0, ids, size=length).astype(np.int32) for length in of_texts)
     for row in input_ids[::3]:
         row[0], row[-1] = ids - 1, 0
-    if texts > 1:
+    if task in TEXTS:
         return TextDataset(input_ids, draws.uniform(0, texts - 1, size=len(lengths)).astype(np.float32), texts)
     if TASKS[task].has_head:
         labels = tuple(map(str, range(classes)))
@@ -59,7 +59,8 @@ def records(lengths: npt.NDArray[np.integer], *, task: str, ids: int, classes: i
         made = TASKS[task].made_up_targets(input_ids, spec=spec, draws=draws, first=lambda length: 1)
         return TextDataset(input_ids, made)
     where = (draws.random(len(row)) < 0.6 for row in input_ids)
-    return TextDataset(input_ids, tuple(np.where(w, r, UNSUPERVISED) for w, r in zip(where, input_ids, strict=True)))
+    targets = tuple(np.where(w, r, UNSUPERVISED) for w, r in zip(where, input_ids, strict=True))
+    return TextDataset(input_ids, targets, texts)
 
 
 def of_bucket(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> npt.NDArray[np.integer]:
@@ -113,6 +114,7 @@ def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
         examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
         if keeps:
             examples.keep_frozen_states(model)
+            examples.keep_reference(model)
         require_alone(model, examples, companies=3, seed=length)
 
 
@@ -123,10 +125,12 @@ def test_kept_states_are_the_same_whatever_else_is_kept(trained: Any, path: str,
     dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
     everyone = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
     everyone.keep_frozen_states(model)
+    everyone.keep_reference(model)
     expected = each_one(model, everyone, np.arange(40, dtype=np.int64))
     some = np.random.default_rng(5).permutation(40)[:11]
     alone = SiteExamples(dataset.chosen(some.tolist()), pad_id=0, shapes=shapes, device="cpu")
     alone.keep_frozen_states(model)
+    alone.keep_reference(model)
     for row, gradient in each_one(model, alone, np.arange(11, dtype=np.int64)).items():
         assert same(gradient, expected[int(some[row])])
 

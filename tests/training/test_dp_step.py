@@ -25,9 +25,10 @@ KINDS = [
     ("random:llama", "causal_lm"),
     ("random:bert", "pairs"),
     ("random:bert", "triplets"),
+    ("random:llama", "preference"),
 ]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
-UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets": 8.0}
+UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets": 8.0, "preference": 5.0}
 """Longer than these models' gradients, which are then rounded to a grid of 8e-6 to 2e-7."""
 CLIP_NORM = 2**24
 """In cells."""
@@ -36,6 +37,14 @@ CLIP_NORM = 2**24
 def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
     """The loss of one example alone, unpadded, from the PEFT model's output and textbook formulas."""
     texts = [torch.from_numpy(dataset.input_ids[text].astype(np.int64))[None] for text in dataset.texts_of([index])]
+    if model.task.name == "preference":
+        targets = [torch.from_numpy(dataset.targets[text]) for text in dataset.texts_of([index])]
+        with model.base.disable_adapter(), torch.no_grad():
+            base = [log_probability(model, ids, wanted) for ids, wanted in zip(texts, targets, strict=True)]
+        chosen, rejected = (log_probability(model, ids, wanted) for ids, wanted in zip(texts, targets, strict=True))
+        lengths = [max(1, int((wanted[1:] != -100).sum())) if model.spec.per_token else 1 for wanted in targets]
+        margin = model.spec.beta * ((chosen - base[0]) / lengths[0] - (rejected - base[1]) / lengths[1])
+        return torch.log1p(torch.exp(-margin))
     output, *others = (model.base(input_ids=token_ids) for token_ids in texts)
     if others:
         first, *rest = (one.last_hidden_state[0].mean(dim=0) for one in (output, *others))
@@ -64,6 +73,14 @@ def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
         case "regression":
             return functional.mse_loss(logits[0], target)
     return functional.cross_entropy(logits[None], target[None])
+
+
+def log_probability(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of the supervised tokens of one text, all together."""
+    each = model.base(input_ids=ids).logits[0].log_softmax(dim=-1)
+    return sum(
+        (each[place - 1, target] for place, target in enumerate(targets) if place and target != -100), each.sum() * 0.0
+    )
 
 
 def loop_gradient(model: TaskModel, dataset: TextDataset, index: int) -> dict[str, np.ndarray]:

@@ -27,7 +27,13 @@ def clipped_sum(model: Any, examples: SiteExamples, indices: list[int]) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("path", "task"), [("random:bert", "classification"), ("random:llama", "causal_lm"), ("random:bert", "triplets")]
+    ("path", "task"),
+    [
+        ("random:bert", "classification"),
+        ("random:llama", "causal_lm"),
+        ("random:bert", "triplets"),
+        ("random:llama", "preference"),
+    ],
 )
 def test_kept_states_give_the_same_clipped_sum(
     trained: Any, examples: Any, site_examples: Any, path: str, task: str
@@ -169,3 +175,68 @@ def test_where_the_machine_fails_no_states_are_kept(
     handle.remove()
     keeping.keep_frozen_states(model)
     assert all(batch.prefix is not None and batch.prefix.any() for batch in keeping.cut(np.array([0, 1])))
+
+
+# What the base without adapters says of a record.
+
+
+@pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
+def test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter(
+    trained: Any, examples: Any, site_examples: Any, layers: tuple[int, ...] | None
+) -> None:
+    model = trained("random:llama", "preference", lora=LoraSpec(rank=2, alpha=4.0, layers=layers))
+    dataset, chosen = examples("preference"), [5, 1, 7, 2]
+    plain, keeping = site_examples(dataset), site_examples(dataset)
+    if layers is not None:
+        keeping.keep_frozen_states(model)
+    keeping.keep_reference(model)
+    assert all(batch.reference is not None for batch in keeping.cut(np.array(chosen)))
+    for factor in (1.0, -2.0):
+        with torch.no_grad():
+            for parameter in model.trainable().values():
+                parameter.mul_(factor)
+        expected = clipped_sum(model, plain, chosen)
+        for name, total in clipped_sum(model, keeping, chosen).items():
+            assert int((total - expected[name]).abs().max()) <= 1e-4 * CELLS * len(chosen)
+        assert any(int(total.abs().max()) > 1e-3 * CELLS for total in expected.values())
+
+
+def test_the_base_is_asked_once_about_a_record(
+    trained: Any, examples: Any, site_examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, keeping = trained("random:llama", "preference"), site_examples(examples("preference"))
+    keeping.keep_reference(model)
+    monkeypatch.setattr(TaskModel, "reference", lambda *_: pytest.fail("the base is asked again"))
+    keeping.keep_reference(model)
+    assert any(total.any() for total in clipped_sum(model, keeping, [1, 2, 3]).values())
+
+
+def test_nothing_is_asked_of_the_base_where_no_task_compares(fresh: Any, examples: Any, site_examples: Any) -> None:
+    keeping = site_examples(examples("classification"))
+    keeping.keep_reference(fresh())
+    assert all(batch.reference is None for batch in keeping.cut(np.array([0, 1])))
+
+
+@pytest.mark.parametrize("max_tokens", [40, 10_000])
+@pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
+def test_a_record_that_the_base_cannot_compute_adds_nothing_and_moves_no_other(
+    trained: Any, examples: Any, site_examples: Any, how: str, max_tokens: int
+) -> None:
+    model, dataset, place = trained("random:llama", "preference"), examples("preference"), 3
+    ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
+    sound = TextDataset(tuple(one.copy() for one in ids), dataset.targets, 2)
+    ids[2 * place + 1][-1] = BAD
+    spoilt = TextDataset(tuple(ids), dataset.targets, 2)
+    others = [index for index in range(len(dataset)) if index != place]
+    mended, keeping = (site_examples(one, max_tokens=max_tokens) for one in (sound, spoilt))
+    mended.keep_reference(model)
+    expected = clipped_sum(model, mended, others)
+    spoil(model, how)
+    keeping.keep_reference(model)
+    (alone,) = keeping.cut(np.array([place]))
+    assert alone.reference is not None
+    assert not alone.reference[0].isfinite().all()
+    assert not any(total.any() for total in clipped_sum(model, keeping, [place]).values())
+    for chosen in (others, [place, *others]):
+        found = clipped_sum(model, keeping, chosen)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -39,6 +39,14 @@ def chat(*contents: str) -> dict[str, str]:
     return {"messages": json.dumps(turns)}
 
 
+def whole(*contents: str) -> str:
+    return chat(*contents)["messages"]
+
+
+def said(content: str) -> str:
+    return json.dumps([{"role": "assistant", "content": content}])
+
+
 RECORDS: dict[str, list[dict[str, str]]] = {
     "chat": [
         chat("where is my card", "lost"),
@@ -103,6 +111,30 @@ RECORDS: dict[str, list[dict[str, str]]] = {
         {"text": "b", "target": "2.5"},
         {"text": "[SEP] there [SEP]", "target": "1e-300"},
     ],
+    "prompted": [
+        {"prompt": "where is my card", "chosen": "lost", "rejected": "there is a place"},
+        {"prompt": "where is my card " * 9, "chosen": "lost", "rejected": "name"},
+        {"prompt": "b", "chosen": "my card is lost " * 9, "rejected": "my name"},
+        {"prompt": "[SEP]", "chosen": "[CLS] [SEP]", "rejected": "[1, 2]"},
+        {"prompt": "name", "chosen": "a", "rejected": "my card is lost " * 9},
+        {"prompt": "where", "chosen": "\x00\ufffd\u202e 文字", "rejected": "lost"},
+        {"prompt": "where", "chosen": "lost", "rejected": "lost"},
+        {"prompt": "where", "chosen": "lost", "rejected": "\ud800"},
+    ],
+    "continued": [
+        {**chat("where is my card"), "chosen": said("lost"), "rejected": said("there is a place")},
+        {**chat("where", "there", "b c d e f g"), "chosen": said("is"), "rejected": said("my card is lost " * 9)},
+        {**chat(""), "chosen": said("<s></s>"), "rejected": said("[SEP] [CLS] </s>")},
+        {**chat("where"), "chosen": said("a b c d e f g h i j"), "rejected": said("a b c d e f g h i j k l m n")},
+        {**chat("where"), "chosen": said("\ud800"), "rejected": said("lost")},
+    ],
+    "whole": [
+        {"chosen": whole("where", "lost"), "rejected": whole("where", "there is a place")},
+        {"chosen": whole("where", "a", "is", "b"), "rejected": whole("where", "a", "is", "c d e f g h i j k l")},
+        {"chosen": whole("b c d e f g h i j k", "l"), "rejected": whole("b c d e f g h i j k", "m n o")},
+        {"chosen": whole("where", "lost"), "rejected": whole("where", "my card is lost " * 9)},
+        {"chosen": whole("where", "lost"), "rejected": whole("where", "lost")},
+    ],
 }
 OTHERS = {"labels": "multi_label", "order": "ordinal", "number": "regression"}
 """Layouts of tasks with a head, by task; those not here or in `TEXTS` are a language model's."""
@@ -119,11 +151,16 @@ GIVEN: dict[str, dict[str, Any]] = {
         "columns": {"anchor": "a", "positive": "p"},
         "pairs": PairsSpec(negatives=("where is a place", "is it lost", "my name"), margin=2.0),
     },
+    "prompted": {"columns": {"prompt": "p", "chosen": "c", "rejected": "r"}, "prompt_template": "is {prompt}"},
+    "continued": {"columns": {"messages": "m", "chosen": "c", "rejected": "r"}, "chat_template": "plain"},
+    "whole": {"columns": {"chosen": "c", "rejected": "r"}, "chat_template": "plain"},
     "labels": {"columns": {"text": "t", "labels": "l"}, "labels": ("card", "lost", "place")},
     "order": {"columns": {"text": "t", "label": "l"}, "labels": ("card", "lost", "place")},
     "number": {"columns": {"text": "t", "target": "n"}, "target_range": (0.0, 5.0)},
 }
 TEXTS = {"scored": 2, "triplets": 3, "listed": 3}
+PREFERENCES = {"prompted": {"beta": 2.0}, "continued": {"beta": 20.0, "per_token": True}, "whole": {"beta": 2.0}}
+"""Layouts of task preference, and how it is to learn them."""
 layouts = pytest.mark.parametrize("layout", GIVEN)
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 
@@ -142,13 +179,15 @@ def laid_out() -> Callable[..., TextDataset]:
 
 
 def task_of(layout: str) -> Task:
+    if layout in PREFERENCES:
+        return task_named("preference")
     return task_named("embedding" if layout in TEXTS else OTHERS.get(layout, "causal_lm"))
 
 
 def teaches_nothing(dataset: TextDataset, place: int) -> bool:
-    return bool(
-        np.isnan(dataset.targets[place]) if dataset.texts > 1 else (dataset.targets[place] == UNSUPERVISED).all()
-    )
+    if not isinstance(dataset.targets, tuple):
+        return bool((np.isnan(dataset.targets[place]) | (dataset.targets[place] == UNSUPERVISED)).all())
+    return all((dataset.targets[text] == UNSUPERVISED).all() for text in dataset.texts_of([place]))
 
 
 def examples_of(dataset: TextDataset, model: TaskModel, *, keeps: bool, max_tokens: int = 40) -> SiteExamples:
@@ -156,6 +195,7 @@ def examples_of(dataset: TextDataset, model: TaskModel, *, keeps: bool, max_toke
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
     if keeps:
         examples.keep_frozen_states(model)
+        examples.keep_reference(model)
         assert all(batch.prefix is not None for batch in examples.cut(np.arange(len(dataset))))
     return examples
 
@@ -171,6 +211,7 @@ def summed(model: TaskModel, examples: SiteExamples, clip: float) -> Sums:
 def made(trained: Any, layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
     path = "random:bert" if layout in OTHERS else "random:llama"
     settings = {"texts": TEXTS.get(layout, 1)} | ({"lora": LAST} if keeps else {})
+    settings |= {"texts": 2, **PREFERENCES[layout]} if layout in PREFERENCES else {}
     model: TaskModel = trained(path, task_of(layout).name, size=size, **settings)
     return model
 
@@ -182,6 +223,11 @@ def test_the_records_are_those_that_this_is_about(laid_out: Any, layout: str) ->
         assert (dataset.texts, len(dataset)) == (TEXTS[layout], len(RECORDS[layout]))
         assert dataset.lengths.max() == LONGEST, "some are cut"
         assert teaches_nothing(dataset, len(dataset) - 1) == (layout != "listed"), "some cannot be encoded"
+        return
+    if layout in PREFERENCES:
+        assert (dataset.texts, len(dataset)) == (2, len(RECORDS[layout]))
+        assert dataset.lengths.max() == LONGEST, "some are cut"
+        assert [teaches_nothing(dataset, place) for place in range(len(dataset))][-1], "and some are no pair"
         return
     learnt = [int((targets != UNSUPERVISED).sum()) for targets in dataset.targets]
     assert dataset.lengths.max() == LONGEST, "some are cut"

@@ -16,7 +16,7 @@ from fedtune.training.per_example import attached
 
 KINDS = [
     *(("random:bert", task) for task in ("classification", "pairs", "triplets")),
-    *(("random:llama", task) for task in ("classification", "causal_lm")),
+    *(("random:llama", task) for task in ("classification", "causal_lm", "preference")),
 ]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 

@@ -20,6 +20,7 @@ from fedtune.training.preflight import _Trial, moved_by_others, require_alone
 KINDS = [
     ("random:bert", "classification"),
     ("random:llama", "causal_lm"),
+    ("random:llama", "preference"),
     ("random:bert", "pairs"),
     ("random:bert", "triplets"),
 ]
@@ -187,6 +188,23 @@ def test_frozen_layers_whose_output_is_kept_are_tried_in_other_company_too(last_
     embeddings.register_forward_hook(lambda module, inputs, hidden: mean_of_batch(hidden))
     with pytest.raises(ConfigError, match=r"mixes the examples|another gradient"):
         check(model, keeps=keeps)
+
+
+@pytest.mark.parametrize("how", ["mixed", "rounded"])
+def test_what_the_base_says_of_a_record_is_tried_in_other_company_too(
+    last_layer: Any, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    model, plain = last_layer("random:llama", "preference"), TaskModel.reference
+
+    def changed(self: TaskModel, batch: Any) -> torch.Tensor | None:
+        found = plain(self, batch)
+        assert found is not None
+        return found + found.mean() if how == "mixed" else found * (1 + 1e-6 * len(found))
+
+    assert check(model, max_grad_norm=10.0) == 0.0
+    monkeypatch.setattr(TaskModel, "reference", changed)
+    with pytest.raises(ConfigError, match=r"mixes the examples|another gradient"):
+        check(model, max_grad_norm=10.0)
 
 
 # Every number of rows of the longest, and the fewest of each other length.

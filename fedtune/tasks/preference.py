@@ -1,0 +1,242 @@
+"""Preferences: of two answers to one prompt the model learns to find the one likelier that was preferred (DPO).
+
+Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).  An answer's reward is `beta` times what the
+adapters change of its log-probability; the loss of a pair is -log sigmoid(reward of the chosen - of the rejected).
+
+**The reference is the frozen base with its adapters off**, also where a run begins in an earlier adapter.  So a run
+that goes on from another keeps that one's reference; a site needs nothing but its base, in whichever round it joins;
+and what the reference says of a record never changes, so that it is computed once.  To prefer from a model that was
+tuned before, make that model the base: `fedtune export --merge` writes it.
+
+Each pair has a loss of its own, from its own two answers: nothing couples records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.data.records import Record, messages_of, turns_said
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
+from fedtune.model.spec import TaskModelSpec
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks.base import Ids, Model, Task, error_of
+from fedtune.tasks.causal_lm import CausalLM, Layout, added_up, laid_out
+from fedtune.tasks.chat_format import ASSISTANT, before_last_answer, turns_in
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.data.batching import Batch
+
+_ANSWERS = ("chosen", "rejected")
+_TIE = 1e-4
+"""Rewards that differ by less are the same: those of a model that is its own base differ so, by rounding."""
+
+
+class Preference(CausalLM):
+    """A pair's loss is -log sigmoid(beta * ((chosen - its reference) - (rejected - its reference))).
+
+    Each of the four is the log-probability of the answer's own tokens behind the prompt, the end of the answer among
+    them; with `data.preferences.per_token` divided by how many they are.  A record is
+
+    * a `prompt` with the texts `chosen` and `rejected`, laid out as causal_lm lays out a prompt and its completion;
+    * a conversation up to a user's turn, `messages`, with the turns `chosen` and `rejected` that go on with it;
+    * two whole conversations, `chosen` and `rejected`, which are the same but for their last answer.
+    """
+
+    name = "preference"
+    roles = ("prompt", *_ANSWERS)
+    answers = frozenset(_ANSWERS)
+    own_settings = CausalLM.own_settings | {"preferences"}
+    has_reference = True
+    judged_by = "accuracy"
+
+    @property
+    def layouts(self) -> tuple[tuple[str, ...], ...]:
+        return self.roles, ("messages", *_ANSWERS), _ANSWERS
+
+    def roles_in(self, data: DataSpec) -> tuple[str, ...]:
+        if "prompt" in data.columns:
+            return super().roles_in(data)
+        return self.layouts[1 if "messages" in data.columns else 2]
+
+    def texts(self, data: DataSpec) -> int:
+        return 2
+
+    def asked_by(self, data: DataSpec) -> dict[str, str]:
+        return super().asked_by(data) or {"messages": "messages"}
+
+    def check_data(self, data: DataSpec) -> None:
+        Task.check_data(self, data)
+        if "prompt" in data.columns:
+            return
+        if data.chat_template == "none":
+            raise ConfigError("chat_template", "none", "must be model or plain for conversations (no column prompt)")
+        if data.prompt_template != "{prompt}":
+            raise ConfigError("prompt_template", data.prompt_template, "must stay {prompt}: no column prompt is named")
+
+    def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
+        return error_of(_both(data))
+
+    def tokenise(
+        self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
+    ) -> TextDataset:
+        """Two texts of each record: what causal_lm makes of it with either answer, of which that answer is learnt.
+
+        What stands before the answers is the same, also where it is cut: as much as the longer one needs.  Of a pair
+        with an answer that cannot be encoded, or of two that are the same as far as they are read, nothing is learnt.
+
+        Raises:
+            ConfigError: as for causal_lm.
+            DataError: a record is no pair.
+        """
+        self.require_usable(records, data=data)
+        layout, both, lenient = Layout.of(tokenizer, data), _both(data), lenient_within is not None
+        examples = [laid_out(layout, one, lenient=lenient) for record in records for one in both(record)]
+        encoded = iter([*layout.encoded(examples, tokenizer, within=lenient_within)])
+        input_ids, targets = [], []
+        for pair in zip(encoded, encoded, strict=True):
+            longer = max(len(tokens.answer) for tokens in pair)
+            fitted = [tokens.fitted(data.max_length, room_for=longer) for tokens in pair]
+            is_pair = all(tokens.answer for tokens in pair) and fitted[0] != fitted[1]
+            for tokens, kept in zip(pair, fitted, strict=True):
+                ids = np.array([token.number for token in kept] or [layout.end], dtype=np.int32)
+                is_answer = np.arange(len(ids)) >= max(1, len(ids) - len(tokens.answer))
+                input_ids.append(ids)
+                targets.append(np.where(is_answer & is_pair, ids, UNSUPERVISED).astype(np.int64))
+        return TextDataset(tuple(input_ids), tuple(targets), texts=2)
+
+    def written(
+        self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
+    ) -> tuple[Ids, Sequence[str]] | None:
+        """Prompts with the chosen answers."""
+        return super().written([_both(data)(record)[0] for record in records], tokenizer, data=data)
+
+    def reference(self, model: Model, batch: Batch) -> torch.Tensor:
+        """(places, 2) log-probabilities of either answer."""
+        import torch
+
+        return torch.stack([-total for total, _ in added_up(model, batch)]).view(-1, 2)
+
+    def losses(self, model: Model, batch: Batch) -> torch.Tensor:
+        """One pair at a time: what a vector of them rounds to would be up to how many there are."""
+        import torch
+
+        return torch.stack([-torch.nn.functional.logsigmoid(margin) for margin, _ in _margins(model, batch)])
+
+    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
+        import torch
+
+        margins, lengths = zip(*_margins(model, batch), strict=True)
+        found = torch.stack(margins)
+        return {
+            "loss": -torch.nn.functional.logsigmoid(found),
+            "margin": found,
+            "longer": torch.tensor([chosen - rejected for chosen, rejected in lengths]),
+            "learnt": (batch.targets != UNSUPERVISED).view(len(found), -1).any(dim=1),
+        }
+
+    def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
+        """The same.
+
+        Raises:
+            DataError: no pair can be told apart.
+        """
+        if not figures["learnt"].any():
+            raise DataError("evaluation data", "no pair to tell apart", "needs two answers within data.max_length")
+        return figures
+
+    def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
+        """Of the pairs that can be told apart, how well the rewards do, which are 0 for the base.
+
+        `accuracy`: the share whose chosen answer has the larger reward; a tie counts as one half, so that the base has
+        0.5.  `margin`: by how much it is larger, in the mean.  Both also `_length_controlled` (`length_controlled`).
+        `loss`: the mean.
+        """
+        told = figures["learnt"] > 0
+        told |= not told.any()  # a draw of a bootstrap: its pairs are ties
+        margins, longer = figures["margin"][told], figures["longer"][told]
+        right = np.where(np.abs(margins) <= _TIE * spec.beta, 0.5, margins > 0)
+        return {
+            "accuracy": float(right.mean()),
+            "accuracy_length_controlled": length_controlled(right, longer, neutral=0.5),
+            "margin": float(margins.mean()),
+            "margin_length_controlled": length_controlled(margins, longer, neutral=0.0),
+            "loss": float(figures["loss"][told].mean()),
+        }
+
+
+def length_controlled(values: npt.NDArray[np.float64], longer: npt.NDArray[np.float64], *, neutral: float) -> float:
+    """The mean over pairs, in which a model that goes by length alone gains nothing.
+
+    Pairs whose chosen answer is the longer one and pairs whose rejected answer is count half each, however many there
+    are of either; pairs of like length count as they do in the plain mean.
+
+    Args:
+        values: (n,) of each pair.
+        longer: (n,) by how many tokens its chosen answer is longer.
+        neutral: of whoever cannot tell a pair's answers apart: what unlike pairs count where all are of one kind.
+
+    >>> length_controlled(np.array([1.0, 1.0, 1.0, 0.0]), np.array([3.0, 5.0, 1.0, -2.0]), neutral=0.5)
+    0.5
+    """
+    above, below, alike = (values[some] for some in (longer > 0, longer < 0, longer == 0))
+    unlike = (above.mean() + below.mean()) / 2 if len(above) and len(below) else neutral
+    return float((alike.sum() + unlike * (len(above) + len(below))) / len(values))
+
+
+def _margins(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
+    """Of each pair, by how much the reward of its chosen answer is larger, and how many tokens either has."""
+    assert batch.reference is not None, "what the base says of a pair is known before its loss"
+    rows = added_up(model, batch)
+    for (chosen, its), (rejected, other), base in zip(rows, rows, batch.reference, strict=True):
+        gains = -chosen - base[0], -rejected - base[1]
+        lengths = len(its), len(other)
+        if model.spec.per_token:
+            gains = gains[0] / lengths[0], gains[1] / lengths[1]
+        yield model.spec.beta * (gains[0] - gains[1]), lengths
+
+
+def _both(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
+    """What makes a record of causal_lm of a pair and each of its answers.
+
+    It raises DataError where the record is no pair.
+    """
+    with_answer = _completed if "prompt" in data.columns else _continued
+
+    def both(record: Record) -> tuple[Record, Record]:
+        chosen, rejected = (with_answer(record, role) for role in _ANSWERS)
+        if "prompt" not in data.columns:
+            asked, other = (before_last_answer(turns_in(one.fields["messages"]))[0] for one in (chosen, rejected))
+            if asked != other:
+                bound = "must have the turns of chosen before its last answer: that answer alone may differ"
+                raise DataError(record.at("rejected"), "other turns", bound)
+        return chosen, rejected
+
+    return both
+
+
+def _completed(record: Record, role: str) -> Record:
+    """A prompt with one of its answers."""
+    if turns_said(record.fields[role]) is not None:
+        bound = "must be text beside the text of a prompt; of conversations give the prompt's column the role messages"
+        raise DataError(record.at(role), "a list of turns", bound)
+    others = {name: text for name, text in record.fields.items() if name not in _ANSWERS}
+    return replace(record, fields={**others, "completion": record.fields[role]})
+
+
+def _continued(record: Record, role: str) -> Record:
+    """A conversation with one of its answers at its end."""
+    said = turns_said(record.fields[role])
+    if said is None:
+        raise DataError(record.at(role), "text", "must be a list of turns: no column prompt is named")
+    turns = [turn._asdict() for turn in turns_in(record.fields.get("messages", "[]"))] + said
+    if turns[-1]["role"] != ASSISTANT:
+        raise DataError(record.at(role), turns[-1]["role"], "must end in a turn of the assistant")
+    return replace(record, fields={"messages": messages_of(turns, at=record.at(role))})

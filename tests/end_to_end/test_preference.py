@@ -1,0 +1,158 @@
+"""Preferences, from files of each form to a model that is scored and used, private and not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GOOD, BAD = ("red", "green", "blue"), ("one", "two", "three four")
+SCORES = ["accuracy", "accuracy_length_controlled", "margin", "margin_length_controlled", "loss"]
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def rows(form: str) -> list[dict[str, Any]]:
+    """Ninety pairs, in which a colour is better than a number; in a third of them the colour is the longer answer."""
+    found: list[dict[str, Any]] = []
+    for number in range(90):
+        asked, answers = f"say {number}", {"better": GOOD[number % 3], "worse": BAD[number // 3 % 3]}
+        turns = {name: [said("assistant", text)] for name, text in answers.items()}
+        found.append(
+            {
+                "text": {"asked": asked, **answers},
+                "continued": {"asked": [said("user", asked)], **turns},
+                "whole": {name: [said("user", asked), *some] for name, some in turns.items()},
+            }[form]
+        )
+    return found
+
+
+COLUMNS = {
+    "text": ("data.columns={prompt: asked, chosen: better, rejected: worse}",),
+    "continued": ("data.columns={messages: asked, chosen: better, rejected: worse}", "data.chat_template=plain"),
+    "whole": ("data.columns={chosen: better, rejected: worse}", "data.chat_template=plain"),
+}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """The overrides of a tiny run on pairs of a form."""
+    into = tmp_path_factory.mktemp("files")
+
+    def make(form: str, *overrides: str) -> list[str]:
+        file = into / f"{form}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows(form)))
+        return [
+            *("experiment=own_preferences", "model=random_llama", "lora=all_linear", "lora.layers=null"),
+            *(f"data.train_file='{file}'", "data.validation_file=null", "data.test_file=null"),
+            *("data.validation_fraction=0.1", "data.test_fraction=0.2", "data.train_fraction=1.0"),
+            *("data.declared_sizes=30", "data.max_length=48", "data.test_rows=null"),
+            *("federation.num_sites=2", "federation.num_rounds=2", "training.local_steps=3"),
+            *("training.learning_rate=0.05", *COLUMNS[form], *overrides),
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def private(given: Callable[..., list[str]], simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    held_out = ("data.heldout_fraction=0.2", "privacy.metrics=noised")
+    folder: Path = simulate(*given("text", *held_out), into=tmp_path_factory.mktemp("runs"), name="private")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(given: Callable[..., list[str]], simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    learns = ("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.5", "training.local_steps=6")
+    beta = ("data.preferences.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
+    folder: Path = simulate(*given("whole", *learns, *beta), into=tmp_path_factory.mktemp("runs"), name="plain")
+    return folder
+
+
+def test_a_private_run_is_scored_charged_and_reported(private: Path, command: Any, result_of: Any) -> None:
+    result = result_of(private)
+    assert result["task"] == "preference"
+    assert list(result["final"]["metrics"]) == SCORES
+    assert set(result["rounds"][0]["metrics"]) == set(SCORES)
+    assert result["final"]["metrics_before"]["accuracy"] == 0.5
+    assert result["final"]["metrics"] != result["final"]["metrics_before"]
+    assert 0 < result["privacy"]["epsilon"] < 8
+    assert not any(one["failed_sites"] for one in result["rounds"])
+    assert command("report", "verify", str(private / "report.json")).code == 0
+
+
+def test_without_privacy_it_is_learnt(plain: Path, result_of: Any) -> None:
+    final = result_of(plain)["final"]
+    assert list(final["metrics"]) == [*SCORES, "bleu", "rouge_l"]
+    for score in ("accuracy", "accuracy_length_controlled"):
+        assert final["metrics"][score] > final["metrics_before"][score] + 0.3, "of answers of any length"
+    assert final["metrics"]["margin"] > 0.2
+    assert final["metrics"]["loss"] < final["metrics_before"]["loss"] - 0.1
+
+
+def test_conversations_that_go_on_are_learnt_as_the_whole_ones(
+    given: Callable[..., list[str]], simulate: Any, adapter_of: Any, tmp_path: Path
+) -> None:
+    study = ("runtime.seeded_noise=true", "data.partition.kind=iid", "federation.num_rounds=1")
+    everyone = ("data.test_fraction=0", "data.validation_fraction=0", "federation.num_sites=1")
+    sampled_all = ("privacy=none", "privacy.noise_multiplier=null", "privacy.sampling_rate=1.0")
+    adapters = []
+    for form in ("continued", "whole"):
+        folder = simulate(*given(form, *study, *everyone, *sampled_all), into=tmp_path, name=form)
+        adapters.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+def test_it_is_evaluated_and_used_as_a_language_model(plain: Path, private: Path, command: Any, tmp_path: Path) -> None:
+    (tmp_path / "new.json").write_text(json.dumps(rows("whole")[:30]))
+    told = command("evaluate", str(plain), "--data", str(tmp_path / "new.json"), "--json")
+    assert told.code == 0, told.err
+    assert json.loads(told.out)["beside_base"]["accuracy"]["verdict"] == "better"
+    for run in (plain, private):
+        told = command("generate", str(run), "--prompt", "say 4", "--max-new-tokens", "3", "--json")
+        assert told.code == 0, told.err
+        assert json.loads(told.out)["answers"][run.name]
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": [said("user", "say 4")]}) + "\n")
+    told = command("generate", str(plain), "--file", str(tmp_path / "asked.jsonl"), "--max-new-tokens", "3")
+    assert told.code == 0, told.err
+
+
+def test_a_run_that_goes_on_keeps_the_base_as_its_reference(
+    given: Callable[..., list[str]], private: Path, simulate: Any, result_of: Any, tmp_path: Path
+) -> None:
+    more = given("text", f"model.adapter={private}", "federation.num_rounds=1")
+    result = result_of(simulate(*more, into=tmp_path, name="more"))
+    before = result["final"]["metrics_before"]
+    assert before == result_of(private)["final"]["metrics"]
+    assert before["loss"] != pytest.approx(0.6931, abs=1e-4)
+
+
+def test_by_user_a_person_s_pairs_count_as_one(
+    given: Callable[..., list[str]], simulate: Any, result_of: Any, tmp_path: Path
+) -> None:
+    by_user = ("+data.columns.user=asked", "privacy.unit=user", "data.declared_sizes=30", "federation.num_rounds=1")
+    result = result_of(simulate(*given("text", *by_user), into=tmp_path, name="users"))
+    assert result["privacy"]["unit"] == "user"
+    assert list(result["final"]["metrics"]) == SCORES
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.preferences.beta=0",), "data.preferences.beta = 0.0: must be a finite number greater than 0"),
+        (("task=causal_lm",), "data.columns = "),
+        (("data.columns.answers=worse",), "data.columns.answers = 'worse': is no role of this run"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(
+    given: Callable[..., list[str]], command: Any, tiny: Any, tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    told = command("simulate", *tiny(*given("text"), *overrides, into=tmp_path))
+    assert told.code == 2
+    assert told.message.startswith(message)

@@ -1,0 +1,325 @@
+"""Pairs of answers: how they are laid out, what they are measured against, and what their scores mean."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.data import UNSUPERVISED, DataSpec, Record, TextDataset, collate
+from fedtune.evaluation.scoring import figures_of, unit_scores
+from fedtune.model import LoraSpec
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import TaskModel, load_task_model, save_task_model, task_named
+from fedtune.tasks.preference import length_controlled
+
+CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = 2, 3, 4, 5, 6, 7, 8, 9, 10
+PAIRS = task_named("preference")
+HIDDEN = UNSUPERVISED
+
+
+def settings(*roles: str, max_length: int = 30, **given: Any) -> DataSpec:
+    return DataSpec(
+        dataset="d",
+        train_file="f",
+        columns={role: role for role in roles or PAIRS.roles},
+        declared_sizes=1,
+        max_length=max_length,
+        **given,
+    )
+
+
+TURNS = settings("messages", "chosen", "rejected", chat_template="plain")
+WHOLE = settings("chosen", "rejected", chat_template="plain")
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> Record:
+    return Record({"prompt": prompt, "chosen": chosen, "rejected": rejected}, file="a.jsonl", line=3)
+
+
+def turns(*contents: str, first: str = "user") -> str:
+    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+    return json.dumps([{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)])
+
+
+def whole(chosen: str, rejected: str, **fields: str) -> Record:
+    return Record({"chosen": chosen, "rejected": rejected, **fields}, file="a.jsonl", line=3)
+
+
+def rows(dataset: TextDataset) -> list[tuple[list[int], list[int]]]:
+    return [(ids.tolist(), row.tolist()) for ids, row in zip(dataset.input_ids, dataset.targets, strict=True)]
+
+
+def test_both_answers_are_learnt_behind_the_same_prompt(leading_tokenizer: Any) -> None:
+    record = pair("where is my card", "lost", "there my name")
+    chosen, rejected = rows(PAIRS.tokenise([record], leading_tokenizer, data=settings()))
+    assert chosen == ([CLS, WHERE, IS, MY, CARD, LOST, SEP], [HIDDEN] * 5 + [LOST, SEP])
+    assert rejected == ([CLS, WHERE, IS, MY, CARD, THERE, MY, NAME, SEP], [HIDDEN] * 5 + [THERE, MY, NAME, SEP])
+
+
+@pytest.mark.parametrize("max_length", [3, 4, 5, 6, 7, 8])
+def test_a_prompt_is_cut_as_the_longer_answer_needs(
+    leading_tokenizer: Any, decoder_tokenizer: Any, max_length: int
+) -> None:
+    for tokenizer, begins in ((leading_tokenizer, [CLS]), (decoder_tokenizer, [])):
+        for answers in (("lost", "there my name"), ("there my name", "lost")):
+            data = settings(max_length=max_length)
+            texts = rows(PAIRS.tokenise([pair("where is my card", *answers)], tokenizer, data=data))
+            contexts = []
+            for (ids, targets), answer in zip(texts, answers, strict=True):
+                learnt = [target for target in targets if target != HIDDEN]
+                contexts.append(ids[: len(ids) - len(learnt)])
+                assert len(ids) <= max_length
+                assert learnt[0] == {"lost": LOST, "there my name": THERE}[answer], "an answer stays"
+            assert contexts[0] == contexts[1], "or their log-probabilities would be of other questions"
+            assert contexts[0][: len(begins)] == begins
+            assert len(contexts[0]) >= 1
+
+
+def test_a_prompt_and_conversations_say_the_same(leading_tokenizer: Any) -> None:
+    as_text = PAIRS.tokenise(
+        [pair("where", "lost", "my card")], leading_tokenizer, data=settings(chat_template="plain")
+    )
+    continued = whole(turns("lost", first="assistant"), turns("my card", first="assistant"), messages=turns("where"))
+    assert rows(PAIRS.tokenise([continued], leading_tokenizer, data=TURNS)) == rows(as_text)
+    shared = whole(turns("where", "lost"), turns("where", "my card"))
+    assert rows(PAIRS.tokenise([shared], leading_tokenizer, data=WHOLE)) == rows(as_text)
+
+
+def test_of_a_conversation_the_last_answer_alone_is_learnt(leading_tokenizer: Any) -> None:
+    record = whole(turns("where", "there", "is", "lost"), turns("where", "there", "is", "card"))
+    chosen, rejected = rows(PAIRS.tokenise([record], leading_tokenizer, data=WHOLE))
+    assert [target for target in chosen[1] if target != HIDDEN] == [LOST, SEP]
+    assert [target for target in rejected[1] if target != HIDDEN] == [CARD, SEP]
+
+
+@pytest.mark.parametrize(
+    ("record", "max_length"),
+    [
+        (pair("where", "lost", "lost"), 30),
+        (pair("where", "lost there is my card", "lost there is a place"), 4),
+        (pair("where", "lost", "\ud800"), 30),
+        (pair("\ud800", "lost", "card"), 30),
+    ],
+    ids=["the same", "the same as far as it is read", "an answer that cannot be encoded", "such a prompt"],
+)
+def test_what_is_no_pair_teaches_nothing(leading_tokenizer: Any, record: Record, max_length: int) -> None:
+    data = settings(max_length=max_length)
+    dataset = PAIRS.tokenise([record], leading_tokenizer, data=data, lenient_within=258)
+    assert (dataset.texts, len(dataset)) == (2, 1)
+    assert all((targets == HIDDEN).all() for targets in dataset.targets)
+
+
+@pytest.mark.parametrize(
+    ("record", "data", "message"),
+    [
+        (whole("lost", turns("where", "card")), WHOLE, "chosen = 'text': must be a list of turns: no column prompt"),
+        (
+            whole(turns("where", "lost"), turns("is", "card")),
+            WHOLE,
+            "rejected = 'other turns': must have the turns of chosen before its last answer",
+        ),
+        (
+            whole(turns("where", "lost"), turns("where")),
+            WHOLE,
+            "rejected = 'user': must end in a turn of the assistant",
+        ),
+        (
+            whole(turns("lost"), turns("lost", first="assistant"), messages=turns("where")),
+            TURNS,
+            "chosen = 'user': must end in a turn of the assistant",
+        ),
+        (
+            whole(turns("a", first="assistant"), turns("b", first="assistant"), messages=turns("where", "c")),
+            TURNS,
+            "chosen, turn 3 = 'assistant': must be user",
+        ),
+        (
+            pair("where", turns("lost", first="assistant"), "card"),
+            settings(),
+            "chosen = 'a list of turns': must be text beside the text of a prompt",
+        ),
+    ],
+)
+def test_what_is_no_pair_of_the_layout_is_left_out_or_named(
+    leading_tokenizer: Any, record: Record, data: DataSpec, message: str
+) -> None:
+    PAIRS.check_data(data)
+    assert PAIRS.fault(data)(record) is not None
+    with pytest.raises(DataError) as raised:
+        PAIRS.tokenise([record], leading_tokenizer, data=data)
+    assert str(raised.value).startswith(f"a.jsonl:3, {message}")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"chat_template": "none"}, "chat_template = 'none': must be model or plain for conversations"),
+        ({"prompt_template": "is {prompt}"}, "prompt_template = 'is {prompt}': must stay {prompt}"),
+    ],
+)
+def test_settings_that_conversations_do_not_have(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        PAIRS.check_data(settings("chosen", "rejected", **{"chat_template": "plain"} | given))
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("roles", [("text", "chosen", "rejected"), ("prompt", "messages", "chosen", "rejected")])
+def test_a_role_that_nothing_reads_is_refused(roles: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="is no role of this run"):
+        PAIRS.check_data(settings(*roles, chat_template="plain"))
+
+
+def test_an_answer_is_written_from_what_training_saw_before_it(leading_tokenizer: Any) -> None:
+    data = settings(prompt_template="is {prompt}")
+    asked = PAIRS.prompt_ids({"prompt": "where"}, leading_tokenizer, data=data).tolist()
+    chosen, _ = rows(PAIRS.tokenise([pair("where", "lost", "card")], leading_tokenizer, data=data))
+    assert chosen[0][: len(asked)] == asked
+    prompts, references = PAIRS.written([pair("where", "lost", "card")], leading_tokenizer, data=data)
+    assert prompts[0].tolist() == asked
+    assert references == ["lost"]
+
+
+# The reference.
+
+
+def made_up(model: TaskModel, count: int = 6) -> TextDataset:
+    draws = np.random.default_rng(2)
+    ids = tuple(draws.integers(1, 200, size=draws.integers(3, 12)).astype(np.int32) for _ in range(2 * count))
+    targets = model.task.made_up_targets(ids, spec=model.spec, draws=draws, first=lambda length: length // 2)
+    return TextDataset(ids, targets, texts=2)
+
+
+def with_values(model: TaskModel, size: float) -> TaskModel:
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+    return model
+
+
+@pytest.fixture
+def model(trained: Any) -> TaskModel:
+    made: TaskModel = trained("random:llama", "preference", texts=2)
+    return made
+
+
+@pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
+def test_the_reference_is_the_base_whatever_the_adapter(trained: Any, layers: tuple[int, ...] | None) -> None:
+    lora = LoraSpec(rank=2, alpha=4.0, layers=layers)
+    model: TaskModel = trained("random:llama", "preference", texts=2, lora=lora)
+    batch = collate(made_up(model), range(6), pad_id=0)
+    found = model.reference(batch)
+    with model.base.disable_adapter(), torch.no_grad():
+        scores = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.log_softmax(dim=-1)
+    for row, targets in enumerate(batch.targets):
+        places = (targets[1:] != HIDDEN).nonzero().flatten()
+        own = scores[row, places, targets[places + 1]].sum()
+        assert float(found.flatten()[row]) == pytest.approx(float(own), rel=1e-5)
+    with_values(model, 3.0)
+    assert torch.equal(model.reference(batch), found)
+    if layers:
+        behind = type(batch)(batch.input_ids, batch.attention_mask, batch.targets, model.frozen_states(batch), texts=2)
+        torch.testing.assert_close(model.reference(behind), found)
+
+
+@pytest.mark.parametrize("train_a", [True, False])
+def test_what_trains_stays_as_it_was(trained: Any, train_a: bool) -> None:
+    lora = LoraSpec(rank=2, alpha=4.0, train_a=train_a)
+    model: TaskModel = trained("random:llama", "preference", texts=2, lora=lora)
+    batch = collate(made_up(model), range(6), pad_id=0)
+    names, before = list(model.trainable()), model.logits(batch)
+    model.losses(batch)
+    assert list(model.trainable()) == names
+    assert torch.equal(model.logits(batch), before), "the adapters are on again"
+
+
+def test_a_model_that_is_its_base_prefers_nothing(model: TaskModel) -> None:
+    with_values(model, 0.0)
+    figures = figures_of(model, made_up(model), pad_id=0, max_tokens=40)
+    scores = model.task.scores(figures, spec=model.spec)
+    assert scores == {
+        "accuracy": 0.5,
+        "accuracy_length_controlled": 0.5,
+        "margin": pytest.approx(0.0, abs=1e-5),
+        "margin_length_controlled": pytest.approx(0.0, abs=1e-5),
+        "loss": pytest.approx(np.log(2), abs=1e-5),
+    }
+
+
+def test_what_is_kept_of_the_lead_s_data_changes_no_score(model: TaskModel) -> None:
+    dataset, kept = made_up(model), {}
+    first = figures_of(model, dataset, pad_id=0, max_tokens=40, kept=kept)
+    assert all(batch.reference is not None for batch in kept.values())
+    with_values(model, 0.7)
+    again = figures_of(model, dataset, pad_id=0, max_tokens=40, kept=kept)
+    plain = figures_of(model, dataset, pad_id=0, max_tokens=40)
+    np.testing.assert_allclose(again["margin"], plain["margin"], rtol=1e-5)
+    assert not np.allclose(first["margin"], plain["margin"])
+
+
+def test_a_unit_s_score_is_how_likely_the_model_holds_the_preference(model: TaskModel) -> None:
+    dataset = made_up(model)
+    margins = figures_of(model, dataset, pad_id=0, max_tokens=1)["margin"]
+    np.testing.assert_allclose(unit_scores(model, dataset, pad_id=0), 1 / (1 + np.exp(-margins)), rtol=1e-5)
+
+
+def test_per_token_an_answer_counts_by_its_mean(trained: Any) -> None:
+    plain, mean = (trained("random:llama", "preference", texts=2, beta=0.5, per_token=on) for on in (False, True))
+    dataset = made_up(plain)
+    lengths = np.array([(targets[1:] != HIDDEN).sum() for targets in dataset.targets]).reshape(-1, 2)
+    batch = collate(dataset, range(6), pad_id=0)
+    with torch.no_grad():
+        own = torch.stack([-total for total, _ in _totals(plain, batch)]).view(-1, 2).numpy()
+    gains = own - plain.reference(batch).numpy()
+    for model, of_each in ((plain, gains), (mean, gains / lengths)):
+        margins = figures_of(model, dataset, pad_id=0, max_tokens=10_000)["margin"]
+        np.testing.assert_allclose(margins, 0.5 * (of_each[:, 0] - of_each[:, 1]), rtol=1e-4, atol=1e-5)
+
+
+def _totals(model: TaskModel, batch: Any) -> Any:
+    from fedtune.tasks.causal_lm import added_up
+
+    return added_up(model, batch)
+
+
+def test_a_saved_adapter_knows_how_it_was_to_learn(trained: Any, tmp_path: Any) -> None:
+    model = trained("random:llama", "preference", texts=2, beta=0.7, per_token=True)
+    save_task_model(model, tmp_path / "adapter")
+    spec = load_task_model(tmp_path / "adapter").spec
+    assert (spec.beta, spec.per_token, spec.texts) == (0.7, True, 2)
+
+
+# Scores.
+
+
+def test_pairs_that_cannot_be_told_apart_are_not_scored(model: TaskModel) -> None:
+    dataset = made_up(model)
+    targets = (*dataset.targets[:8], *(np.full_like(one, HIDDEN) for one in dataset.targets[8:]))
+    with_nothing = figures_of(model, TextDataset(dataset.input_ids, targets, 2), pad_id=0, max_tokens=1)
+    of_four = figures_of(model, dataset.chosen(range(4)), pad_id=0, max_tokens=1)
+    assert model.task.scores(with_nothing, spec=model.spec) == model.task.scores(of_four, spec=model.spec)
+    drawn = {name: values[4:] for name, values in with_nothing.items()}
+    assert model.task.scores(drawn, spec=model.spec)["accuracy"] == 0.5, "a draw of a bootstrap ends no evaluation"
+    with pytest.raises(DataError, match="no pair to tell apart"):
+        figures_of(model, TextDataset(dataset.input_ids[8:], targets[8:], 2), pad_id=0, max_tokens=1)
+
+
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=30))
+def test_who_goes_by_length_alone_gains_nothing(longer: list[int]) -> None:
+    apart = np.array(longer, dtype=np.float64)
+    by_length = (np.sign(apart) + 1) / 2
+    for right in (by_length, 1 - by_length):
+        assert length_controlled(right, apart, neutral=0.5) == pytest.approx(0.5)
+
+
+def test_who_goes_by_something_else_keeps_it() -> None:
+    right, apart = np.array([1.0, 1.0, 1.0, 0.0, 1.0]), np.array([4.0, 2.0, -1.0, -3.0, 0.0])
+    assert length_controlled(np.ones(5), apart, neutral=0.5) == 1.0
+    assert length_controlled(right, apart, neutral=0.5) == pytest.approx((4 * (1 + 0.5) / 2 + 1) / 5)
+    assert length_controlled(np.ones(3), apart[:2].repeat([1, 2]), neutral=0.5) == 0.5, "of one kind alone nothing"
