@@ -2,6 +2,7 @@
 
 from .mutant import Mutant
 
+EARLY = ("tests/federation/test_kept_round.py", "tests/end_to_end/test_early_end.py")
 SORTING = ("tests/federation/test_replies.py",)
 ASKING = ("tests/flower/test_invitation.py",)
 
@@ -117,5 +118,45 @@ FEDERATION_FAULTS = (
         old="    try:\n        yield\n    finally:\n        if every_s > 0:",
         new="    yield\n    if True:\n        if every_s > 0:",
         tests=("tests/federation/test_site_round.py",),
+    ),
+    Mutant(
+        name="claim-of-what-was-charged",
+        fault="A run that its scores ended claims the epsilon of the rounds it had, though results picked the end.",
+        file="fedtune/federation/results.py",
+        old="        return self.planned_epsilon if ended_by_scores and self.rounds else self.epsilon\n",
+        new="        return self.epsilon\n",
+        tests=EARLY,
+    ),
+    Mutant(
+        name="report-of-what-was-charged",
+        fault="The report of a run that its scores ended gives the epsilon of the rounds it had.",
+        file="fedtune/report/derive/profile.py",
+        old="    return spent.planned_epsilon if spent.ended_by_scores else spent.epsilon\n",
+        new="    return spent.epsilon\n",
+        tests=EARLY,
+    ),
+    Mutant(
+        name="early-end-not-recomputed",
+        fault="`report verify` believes a report that says its run was not ended by scores.",
+        file="fedtune/report/recompute.py",
+        old='    yield from _compared("spent.ended_by_scores", spent.ended_by_scores, ended)\n',
+        new="",
+        tests=EARLY,
+    ),
+    Mutant(
+        name="the-last-of-equals",
+        fault="Of rounds with the same score the last is the best, so that a run that learns nothing never ends early.",
+        file="fedtune/federation/kept_round.py",
+        old="max(rounds, key=gain)",
+        new="max(reversed(rounds), key=gain)",
+        tests=("tests/federation/test_kept_round.py",),
+    ),
+    Mutant(
+        name="sites-learn-when-to-end",
+        fault="Whether the lead may end a run is told to its sites, to which it is then another run.",
+        file="fedtune/sites/shared_settings.py",
+        old='stop_after=None, keep_round="last"',
+        new='keep_round="last"',
+        tests=("tests/sites/test_shared_settings.py",),
     ),
 )

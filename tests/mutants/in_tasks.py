@@ -8,6 +8,7 @@ OF_BATCHING = "tests/data/test_batching.py"
 OF_PAIRS, OF_TARGETS = "tests/tasks/test_embedding.py", "tests/tasks/test_targets.py"
 OF_LAYOUTS, OF_EXAMPLES = "tests/training/test_layouts.py", "tests/training/test_examples.py"
 COMPARE, GROUPS = "fedtune/cli/compare.py", "fedtune/evaluation/groups.py"
+PREFERENCE, OF_PREFERENCE = "fedtune/tasks/preference.py", "tests/tasks/test_preference.py"
 OF_COMPARE, OF_GROUPS, OF_COST = (
     "tests/cli/test_compare.py",
     "tests/evaluation/test_groups.py",
@@ -257,4 +258,84 @@ _READING = (
     ),
 )
 
-TASK_FAULTS = (*_SEVERAL_TEXTS, *_TARGETS, *_COMPARISONS, *_READING)
+_PREFERENCES = (
+    Mutant(
+        name="reference-with-adapters",
+        fault="What a preference is compared with is the adapted model itself, so that nothing is learnt, or only what "
+        "an earlier run began with.",
+        file="fedtune/model/layers.py",
+        old="            layer._disable_adapters = True\n",
+        new="            layer._disable_adapters = False\n",
+        tests=(f"{OF_PREFERENCE}::test_the_reference_is_the_base_whatever_the_adapter",),
+    ),
+    Mutant(
+        name="adapters-stay-off",
+        fault="After the base was asked, the adapters stay off: the model is its base for the rest of the run.",
+        file="fedtune/model/layers.py",
+        old="            layer._disable_adapters = False\n",
+        new="            layer._disable_adapters = True\n",
+        tests=(f"{OF_PREFERENCE}::test_what_trains_stays_as_it_was",),
+    ),
+    Mutant(
+        name="anothers-reference",
+        fault="Kept references are laid beside the rows in the file's order, so that a record's loss follows another "
+        "record.",
+        file="fedtune/training/examples.py",
+        old="self._reference[part.places]",
+        new="self._reference[: len(part.places)]",
+        tests=("tests/training/test_examples.py::test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter",),
+    ),
+    Mutant(
+        name="reference-zero-for-what-fails",
+        fault="A record that the base cannot compute has a reference of zero, and adds a gradient that means nothing.",
+        file="fedtune/training/examples.py",
+        old="missing=torch.nan)",
+        new="missing=0.0)",
+        tests=(
+            "tests/training/test_examples.py::test_a_record_that_the_base_cannot_compute_adds_nothing_and_moves_no_other",
+        ),
+    ),
+    Mutant(
+        name="reference-untried",
+        fault="The trial before a run asks the base about its examples in one company only, so that a base that mixes "
+        "records passes.",
+        file="fedtune/training/preflight.py",
+        old="        examples.keep_reference(self._model, parts=parts, lenient=False)\n",
+        new="        examples.keep_reference(self._model, lenient=False)\n",
+        tests=("tests/training/test_preflight.py::test_what_the_base_says_of_a_record_is_tried_in_other_company_too",),
+    ),
+    Mutant(
+        name="prompts-cut-apart",
+        fault="The prompt before the longer answer is cut further than before the shorter one, and tells them apart.",
+        file=PREFERENCE,
+        old=", room_for=longer)",
+        new=")",
+        tests=(f"{OF_PREFERENCE}::test_a_prompt_is_cut_as_the_longer_answer_needs",),
+    ),
+    Mutant(
+        name="ties-count-as-right",
+        fault="A pair whose rewards are the same counts as found: the untrained model looks good.",
+        file=PREFERENCE,
+        old="<= _TIE * spec.beta, 0.5, margins > 0)",
+        new="<= _TIE * spec.beta, 1.0, margins > 0)",
+        tests=(f"{OF_PREFERENCE}::test_a_model_that_is_its_base_prefers_nothing",),
+    ),
+    Mutant(
+        name="length-is-rewarded",
+        fault="The score controlled for length is the plain mean, which a model that prefers long answers wins.",
+        file=PREFERENCE,
+        old="(above.mean() + below.mean()) / 2 if len(above) and len(below) else neutral",
+        new="np.concatenate([above, below]).mean() if len(above) and len(below) else neutral",
+        tests=(f"{OF_PREFERENCE}::test_who_goes_by_length_alone_gains_nothing",),
+    ),
+    Mutant(
+        name="answers-by-depth",
+        fault="An answer in brackets that is too deep to be read is a text, which is found to be turns later.",
+        file="fedtune/data/records.py",
+        old='        raise DataError(at, "brackets in brackets", "must be text, or a list of turns") from None\n',
+        new="        turns = None\n",
+        tests=("tests/data/test_records.py::test_an_answer_stays_what_it_was_read_as_at_every_depth",),
+    ),
+)
+
+TASK_FAULTS = (*_SEVERAL_TEXTS, *_TARGETS, *_COMPARISONS, *_READING, *_PREFERENCES)

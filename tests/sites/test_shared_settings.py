@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedtune.config import RunConfig, parse
 from fedtune.data.partition import PartitionSpec
-from fedtune.data.spec import PairsSpec
+from fedtune.data.spec import PairsSpec, PreferenceSpec
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
@@ -43,6 +43,7 @@ DECISIVE: dict[str, Any] = {
     "data.label_separator": "|",
     "data.target_range": (0.0, 9.0),
     "data.pairs": PairsSpec(margin=0.4),
+    "data.preferences": PreferenceSpec(beta=0.3),
     "lora.rank": 3,
     "lora.alpha": 5.0,
     "lora.target_modules": ("query",),
@@ -160,6 +161,10 @@ WITH: dict[str, Any] = {
         "task": "embedding",
         "data": {"labels": (), "columns": {"anchor": "a", "positive": "b", "negative": "c"}},
     },
+    "data.preferences": {
+        "task": "preference",
+        "data": {"labels": (), "columns": {"prompt": "a", "chosen": "b", "rejected": "c"}},
+    },
 }
 """What a change needs beside it."""
 
@@ -178,7 +183,7 @@ def text_of(sent: RunConfig) -> str:
 
 def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in fields.items():
-        if isinstance(value, dict) and key not in ("columns", "partition", "pairs"):
+        if isinstance(value, dict) and key not in ("columns", "partition", "pairs", "preferences"):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
