@@ -40,6 +40,10 @@ _CHUNK_ROWS = 256
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LONGEST_NUMBER = 400
 """Characters of a number: every float has a shorter one, and no text may keep a site busy."""
+_LIKE_TURNS = re.compile(r"\s*\[\s*\{")
+"""How turns as JSON text begin; other texts are not parsed, which takes seconds for a long one."""
+_WRITTEN_TURNS = '[{"role":"'
+"""The same as this file writes them."""
 Fault: TypeAlias = Callable[["Record"], DataError | None]
 """What of a record its task cannot use; None: nothing."""
 
@@ -316,9 +320,13 @@ def messages_of(value: object, *, at: str) -> str:
 def said_of(value: object, at: str) -> str:
     """What is said after a prompt or a conversation: a text as it is, or turns as canonical JSON, in any order.
 
+    A turn alone is one of a list.
+
     Raises:
         DataError: it is neither.
     """
+    if isinstance(value, dict):
+        value = [value]
     if isinstance(value, list) and value:
         return _as_json(_turns(value, at=at))
     if not isinstance(value, str):
@@ -334,14 +342,18 @@ def said_of(value: object, at: str) -> str:
 
 def turns_said(text: str) -> list[dict[str, str]] | None:
     """The turns in a field of the roles `chosen` and `rejected`, as `said_of` wrote it; None: it is a text."""
+    if not text.startswith(_WRITTEN_TURNS):
+        return None
     with suppress(RecursionError):  # turns that were written once are not deep
         return _turns_in(text)
     return None
 
 
 def _turns_in(text: str) -> list[dict[str, str]] | None:
+    if not _LIKE_TURNS.match(text):
+        return None
     with suppress(DataError):
-        return _turns(_json_list(text) or [None], at="")
+        return _turns(_json_list(text.lstrip()) or [None], at="")
     return None
 
 

@@ -14,6 +14,7 @@ from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name
 _MOST_TEMPLATE, _MOST_LABELS = 4096, 10_000
 """Of characters and of labels: both are worked through for each record, or at each site, before it has answered."""
 
+_LARGEST_BETA = 1000.0
 _LARGEST_TARGET, _LEAST_WIDTH = 1e12, 1e-6
 """Of a range, the width beside its largest number: predictions are float32, which have seven digits."""
 
@@ -69,6 +70,8 @@ class PreferenceSpec:
 
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)
+        if self.beta > _LARGEST_BETA:
+            raise ConfigError("beta", self.beta, f"must be at most {_LARGEST_BETA:g}: every pair would count as learnt")
 
 
 @spec

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.data.formats import format_of, raw_rows
+from fedtune.data.records import said_of, turns_said
 from fedtune.data.text_rows import Row
 from fedtune.preparation.columns import LONGEST_LABEL, MOST_LABELS, Column
 from fedtune.spec import ConfigError, DataError
@@ -197,8 +198,8 @@ def _chosen(columns: Mapping[str, Column], chosen: Mapping[str, str]) -> _Guess:
 def _guessed(columns: Mapping[str, Column], first: Sequence[Row], path: Path) -> _Guess:
     """The first kind that the columns fit: names that data sets share come before what values look like."""
     guesses: tuple[Callable[[], _Guess | None], ...] = (
-        lambda: _as_chat(columns, first),
         lambda: _as_preferences(columns, first),
+        lambda: _as_chat(columns, first),
         lambda: _as_instructions(columns),
         lambda: _as_triplets(columns),
         lambda: _as_scored(columns),
@@ -231,20 +232,37 @@ def _as_instructions(columns: Mapping[str, Column]) -> _Guess | None:
 
 
 def _as_preferences(columns: Mapping[str, Column], first: Sequence[Row]) -> _Guess | None:
-    chosen, rejected, prompt = (_named(columns, names) for names in (("chosen",), ("rejected",), _PROMPTS))
+    chosen, rejected = (_named(columns, (name,)) for name in ("chosen", "rejected"))
     if chosen is None or rejected is None:
         return None
-
-    def has_turns(name: str | None) -> bool:
-        return name is not None and any(_is_conversation(row.get(name)) for row in first)
-
-    asked = {"prompt": prompt, "system": _named(columns, ("system",))}
-    if has_turns(chosen):  # a prompt that is a text then repeats what the conversations begin with
-        asked = {"messages": prompt if has_turns(prompt) else None}
-    elif prompt is None:
+    answers = {"chosen": chosen, "rejected": rejected}
+    turns = next((found for row in first if (found := _turns(row.get(chosen)))), [])
+    if not (turns or columns[chosen].is_text):
         return None
-    roles = {role: name for role, name in (asked | {"chosen": chosen, "rejected": rejected}).items() if name}
-    return "preferences", roles, _has(roles)
+    if turns and turns[0]["role"] != "assistant":  # whole ones: what stands beside them repeats how they begin
+        return "preferences", answers, _has(answers)
+    beside = [
+        name
+        for role in ("instruction", *_PROMPTS, *_CHATS)
+        if (name := _named(columns, (role,))) and any(_is_conversation(row.get(name)) for row in first) == bool(turns)
+    ]
+    if not beside:
+        kind = "turns of a conversation" if turns else "text"
+        bound = f"must stand beside what they answer, {kind} in a column prompt; or choose one to learn with --text"
+        raise DataError(f"columns {chosen} and {rejected}", f"answers in {kind}, and no prompt", bound)
+    roles = {"messages": beside[0]} if turns else {"prompt": beside[0]}
+    for role in () if turns else ("input", "system"):
+        if (name := _named(columns, (role,))) not in (None, beside[0]):
+            roles[role] = str(name)
+    return "preferences", roles | answers, _has(roles | answers)
+
+
+def _turns(value: object) -> list[dict[str, str]]:
+    """Those of an answer; none where it is a text, or nothing that can be read."""
+    try:
+        return turns_said(said_of(value, "")) or []
+    except DataError:
+        return []
 
 
 def _as_triplets(columns: Mapping[str, Column]) -> _Guess | None:

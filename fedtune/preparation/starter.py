@@ -167,9 +167,9 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
 
 def _templates(found: Found) -> dict[str, str]:
     """What stands before the answer, where the base's own settings do not say it."""
-    if found.kind != "instructions":
-        return {}
-    return {"prompt_template": "{prompt}\n\n{input}" if "input" in found.roles else "{prompt}"}
+    if "input" in found.roles:
+        return {"prompt_template": "{prompt}\n\n{input}"}
+    return {"prompt_template": "{prompt}"} if found.kind == "instructions" else {}
 
 
 def _with_turns(found: Found, data: DataSpec, tokenizer: Tokenizer, task: str) -> DataSpec:

@@ -70,6 +70,7 @@ class CausalLM(Task):
             bound = f"must name one of {', '.join(named)}: a record is a chat, a text, or a prompt with its completion"
             raise ConfigError("columns", dict(data.columns), bound)
         super().check_data(data)
+        self.check_template(data)
         (layout,) = named
         if layout == "messages" and data.chat_template == "none":
             raise ConfigError("chat_template", data.chat_template, "must be model or plain for a column of messages")
@@ -77,6 +78,16 @@ class CausalLM(Task):
             raise ConfigError("chat_template", data.chat_template, "must be none for a text, which has no turns")
         if layout != "prompt" and data.prompt_template != "{prompt}":
             raise ConfigError("prompt_template", data.prompt_template, f"must stay {{prompt}}: {layout} has no prompt")
+
+    def check_template(self, data: DataSpec) -> None:
+        """Check that what stands before an answer does not hold it: errors name keys of `data`.
+
+        Raises:
+            ConfigError: it does.
+        """
+        for role in data.template_roles:
+            if role in self.answers | {"completion"}:
+                raise ConfigError("prompt_template", data.prompt_template, f"must not name the answer, {{{role}}}")
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         """Of a chat, that nobody answers in it."""

@@ -62,9 +62,9 @@ class Preference(CausalLM):
         return self.roles, ("messages", *_ANSWERS), _ANSWERS
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
-        if "prompt" in data.columns:
-            return super().roles_in(data)
-        return self.layouts[1 if "messages" in data.columns else 2]
+        if "messages" in data.columns:
+            return self.layouts[1]
+        return super().roles_in(data) if "prompt" in data.columns else self.layouts[2]
 
     def texts(self, data: DataSpec) -> int:
         return 2
@@ -73,7 +73,11 @@ class Preference(CausalLM):
         return super().asked_by(data) or {"messages": "messages"}
 
     def check_data(self, data: DataSpec) -> None:
+        if {"prompt", "messages"} <= set(data.columns):
+            bound = "must name one of messages, prompt: what is answered is a conversation or a text"
+            raise ConfigError("columns", dict(data.columns), bound)
         Task.check_data(self, data)
+        self.check_template(data)
         if "prompt" in data.columns:
             return
         if data.chat_template == "none":
@@ -99,7 +103,7 @@ class Preference(CausalLM):
         self.require_usable(records, data=data)
         layout, both, lenient = Layout.of(tokenizer, data), _both(data), lenient_within is not None
         examples = [laid_out(layout, one, lenient=lenient) for record in records for one in both(record)]
-        encoded = iter([*layout.encoded(examples, tokenizer, within=lenient_within)])
+        encoded = layout.encoded(examples, tokenizer, within=lenient_within)  # one at a time: a token is an object
         input_ids, targets = [], []
         for pair in zip(encoded, encoded, strict=True):
             longer = max(len(tokens.answer) for tokens in pair)
@@ -149,7 +153,9 @@ class Preference(CausalLM):
             DataError: no pair can be told apart.
         """
         if not figures["learnt"].any():
-            raise DataError("evaluation data", "no pair to tell apart", "needs two answers within data.max_length")
+            raise DataError(
+                "evaluation data", "no pair to tell apart", "needs two answers that differ within data.max_length"
+            )
         return figures
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:

@@ -302,6 +302,8 @@ TURN = '[{"role":"assistant","content":"lost"}]'
         ("lost ", "lost ", ["lost "]),
         ([{"from": "gpt", "value": "lost"}], TURN, ["lost"]),
         ('[ {"role": "bot", "content": "lost"} ]', TURN, ["lost"]),
+        (f"\n {TURN}", TURN, ["lost"]),
+        ({"from": "gpt", "value": "lost"}, TURN, ["lost"]),
         (json.loads(TURN) * 2, f"{TURN[:-1]},{TURN[1:]}", ["lost", "lost"]),
         ("[1, 2]", "[1, 2]", ["[1, 2]"]),
         ('[{"role": "tool", "content": "late"}]', '[{"role": "tool", "content": "late"}]', None),
@@ -399,6 +401,13 @@ def test_an_answer_stays_what_it_was_read_as_at_every_depth() -> None:
             if answer is not None:
                 assert all(at(other, turns_said, answer) == json.loads(TURN) for other in (0, 30, 60)), depth
     assert found == {None, TURN}
-    plain = "[" * 100_000
-    assert read(plain) is None
-    assert turns_said(plain) is None
+    deep = '[{"role":"assistant","more":' + "[" * 100_000
+    assert (read(deep), turns_said(deep)) == (None, None)
+
+
+def test_an_answer_that_is_no_list_of_turns_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", None)
+    for text in ("[[],[]]", "[" * 100_000, "[1, 2]", "lost"):
+        assert said_of(text, "chosen") == text
+        assert turns_said(text) is None
+    assert turns_said(' [{"role": "assistant", "content": "lost"}]') is None, "turns that were read are written anew"

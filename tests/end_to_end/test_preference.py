@@ -146,6 +146,7 @@ def test_by_user_a_person_s_pairs_count_as_one(
     ("overrides", "message"),
     [
         (("data.preferences.beta=0",), "data.preferences.beta = 0.0: must be a finite number greater than 0"),
+        (("data.preferences.beta=1e300",), "data.preferences.beta = 1e+300: must be at most 1000"),
         (("task=causal_lm",), "data.columns = "),
         (("data.columns.answers=worse",), "data.columns.answers = 'worse': is no role of this run"),
     ],

@@ -50,6 +50,31 @@ def texts(number: int) -> str:
             "preferences",
             {"chosen": "chosen", "rejected": "rejected"},
         ),
+        (
+            lambda n: {"prompt": texts(n), "messages": TURNS, "chosen": TURNS, "rejected": TURNS},
+            "preferences",
+            {"chosen": "chosen", "rejected": "rejected"},
+        ),
+        (
+            lambda n: {"conversations": SHARED[:1], "chosen": SHARED[1], "rejected": SHARED[1]},
+            "preferences",
+            {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
+        ),
+        (
+            lambda n: {"instruction": texts(n), "input": "", "output": "done", "chosen": texts(n), "rejected": "no"},
+            "preferences",
+            {"prompt": "instruction", "input": "input", "chosen": "chosen", "rejected": "rejected"},
+        ),
+        (
+            lambda n: {"prompt": texts(n), "chosen": f" {json.dumps(TURNS)}", "rejected": f"\n{json.dumps(TURNS)}"},
+            "preferences",
+            {"chosen": "chosen", "rejected": "rejected"},
+        ),
+        (
+            lambda n: {"body": texts(n), "chosen": n % 2, "rejected": 1 - n % 2},
+            "labelled",
+            {"text": "body", "label": "chosen"},
+        ),
         (lambda n: {"prompt": texts(n), "chosen": texts(n)}, "pairs", {"prompt": "prompt", "completion": "chosen"}),
         (lambda n: {"question": texts(n), "answer": texts(n)}, "pairs", {"prompt": "question", "completion": "answer"}),
         (
@@ -155,3 +180,22 @@ def test_a_column_of_places_is_the_label_only_where_nothing_else_is(tmp_path: Pa
     assert look_at(path, {}).roles == {"text": "text", "label": "team"}
     path.write_text("".join(json.dumps({name: row[name] for name in ("text", "bank_id")}) + "\n" for row in rows))
     assert look_at(path, {}).roles == {"text": "text", "label": "bank_id"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "Human: where Assistant: there", "rejected": "Human: where Assistant: no"},
+        {"prompt": "where", "chosen": TURNS[1:], "rejected": TURNS[1:]},
+        {"prompt": TURNS[:1], "chosen": "there", "rejected": "no"},
+    ],
+)
+def test_answers_without_what_they_answer_are_told_so(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text((json.dumps(row) + "\n") * 20)
+    with pytest.raises(
+        DataError, match=r"columns chosen and rejected = 'answers in .*, and no prompt': must stand beside"
+    ):
+        look_at(path, {})
+    if isinstance(row["chosen"], str):
+        assert look_at(path, {"text": "chosen"}).kind == "text"

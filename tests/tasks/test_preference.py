@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,9 @@ def pair(prompt: str, chosen: str, rejected: str) -> Record:
 
 def turns(*contents: str, first: str = "user") -> str:
     roles = ("user", "assistant") if first == "user" else ("assistant", "user")
-    return json.dumps([{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)])
+    return json.dumps(
+        [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)], separators=(",", ":")
+    )
 
 
 def whole(chosen: str, rejected: str, **fields: str) -> Record:
@@ -169,10 +172,39 @@ def test_settings_that_conversations_do_not_have(given: dict[str, Any], message:
     assert str(raised.value).startswith(message)
 
 
-@pytest.mark.parametrize("roles", [("text", "chosen", "rejected"), ("prompt", "messages", "chosen", "rejected")])
-def test_a_role_that_nothing_reads_is_refused(roles: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="is no role of this run"):
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        (("text", "chosen", "rejected"), "is no role of this run"),
+        (("prompt", "messages", "chosen", "rejected"), "must name one of messages, prompt"),
+    ],
+)
+def test_a_role_that_nothing_reads_is_refused(roles: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         PAIRS.check_data(settings(*roles, chat_template="plain"))
+
+
+@pytest.mark.parametrize("role", ["completion", "chosen", "rejected"])
+def test_a_prompt_does_not_hold_the_answer(role: str) -> None:
+    data = settings(*PAIRS.roles, role, prompt_template="{prompt} {" + role + "} =")
+    with pytest.raises(ConfigError, match=r"prompt_template = .* must not name the answer"):
+        PAIRS.check_data(data)
+
+
+def test_long_pairs_are_cut_one_at_a_time(leading_tokenizer: Any) -> None:
+    """Before it is cut a text may be 64 times as long as it may be in the end, and its tokens are objects."""
+
+    def peak(count: int) -> int:
+        long = " ".join(["where"] * 1200)
+        records = [pair(long, long, f"{long} lost") for _ in range(count)]
+        tracemalloc.start()
+        PAIRS.tokenise(records, leading_tokenizer, data=settings(max_length=200))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(1)
+    assert peak(24) < 2 * peak(6)
 
 
 def test_an_answer_is_written_from_what_training_saw_before_it(leading_tokenizer: Any) -> None:

@@ -19,7 +19,7 @@ from fedtune.data import UNSUPERVISED, DataSpec, Record, Shapes, TextDataset
 from fedtune.data.spec import PairsSpec
 from fedtune.model import LoraSpec
 from fedtune.tasks import Task, TaskModel, task_named
-from fedtune.training.dp_step import add_clipped, zeros
+from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
 from fedtune.training.users import UserExamples
@@ -36,7 +36,7 @@ Sums = dict[str, torch.Tensor]
 
 def chat(*contents: str) -> dict[str, str]:
     turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents)]
-    return {"messages": json.dumps(turns)}
+    return {"messages": json.dumps(turns, separators=(",", ":"))}
 
 
 def whole(*contents: str) -> str:
@@ -44,7 +44,7 @@ def whole(*contents: str) -> str:
 
 
 def said(content: str) -> str:
-    return json.dumps([{"role": "assistant", "content": content}])
+    return json.dumps([{"role": "assistant", "content": content}], separators=(",", ":"))
 
 
 RECORDS: dict[str, list[dict[str, str]]] = {
@@ -159,7 +159,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "number": {"columns": {"text": "t", "target": "n"}, "target_range": (0.0, 5.0)},
 }
 TEXTS = {"scored": 2, "triplets": 3, "listed": 3}
-PREFERENCES = {"prompted": {"beta": 2.0}, "continued": {"beta": 20.0, "per_token": True}, "whole": {"beta": 2.0}}
+PREFERENCES = {"prompted": {"beta": 2.0}, "continued": {"beta": 2.0, "per_token": True}, "whole": {"beta": 2.0}}
 """Layouts of task preference, and how it is to learn them."""
 layouts = pytest.mark.parametrize("layout", GIVEN)
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
@@ -247,6 +247,7 @@ def test_the_clipped_sum_equals_a_loop(trained: Any, laid_out: Any, layout: str,
     alone = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
     norms = [float(np.sqrt(sum(np.sum(np.square(one)) for one in each.values()))) for each in alone]
     clip = float(np.median([norm for norm in norms if norm]))
+    assert clip > SMALLEST_NORM, "or no gradient is scaled by its own norm"
     factors = [min(1.0, clip / norm) if norm else 1.0 for norm in norms]
     for max_tokens in (1, 40, 10_000):
         found = summed(model, examples_of(dataset, model, keeps=keeps, max_tokens=max_tokens), clip)
