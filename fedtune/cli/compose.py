@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -56,6 +58,7 @@ _OTHER_WORDS = {
 
 _MOST_RUNS = 1000
 """Of a sweep."""
+_OF_A_SPACE = "must be values with commas between them, interval(LOW,HIGH), log(LOW,HIGH), or int(...) of one of these"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +76,22 @@ class Sweep:
     runs: tuple[RunConfig, ...]
     values: tuple[Mapping[str, str], ...]
     overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Searched:
+    """A setting, or a group of them, that a search gives values.
+
+    Attributes:
+        choices: its values as they are typed; empty: any number from `low` to `high`, whole where both are.
+        log: whether numbers are drawn evenly by their logarithm.
+    """
+
+    key: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
 
 
 def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None = None) -> RunConfig:
@@ -171,6 +190,45 @@ def compose_sweep(overrides: Sequence[str]) -> Sweep:
         runs.append(compose_run([*batch, f"name='{prefix}-{suffix}'"]))
     again = overrides if given else [*overrides, f"name={prefix}"]
     return Sweep(name=prefix, runs=tuple(runs), values=values, overrides=tuple(again))
+
+
+def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched, ...]]:
+    """The overrides that all trials of a search have in common, and the settings that it gives values.
+
+    Raises:
+        ConfigError: one is no override, or its range of values is empty.
+    """
+    words = [_in_grammar(override) for override in overrides]
+    parser = OverridesParser.create()
+    parser.functions.register(name="log", func=_log)
+    try:
+        parsed = parser.parse_overrides(words)
+    except HydraException as error:
+        wrong = _in_our_words(error, words)
+        key, _, value = str(wrong.value).partition("=")
+        raise ConfigError(key, value, _OF_A_SPACE) if re.match(r"\w+\(", value) else wrong from error
+    fixed = [typed for typed, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
+    return fixed, tuple(_searched(one) for one in parsed if one.is_sweep_override())
+
+
+def _log(start: float, end: float) -> IntervalSweep:
+    return IntervalSweep(start=float(start), end=float(end), tags={"log"})
+
+
+_log.__annotations__ |= dict.fromkeys(("start", "end"), int | float)  # Hydra reads them, and no strings
+
+
+def _searched(override: Override) -> Searched:
+    key, value = override.get_key_element(), override.value()
+    if not isinstance(value, IntervalSweep):
+        _require_few([override])
+        return Searched(key=key, choices=tuple(dict.fromkeys(map(str, override.sweep_string_iterator()))))
+    low, high, log = value.start, value.end, "log" in value.tags
+    typed = override.input_line.partition("=")[2] if override.input_line else ""
+    if low is None or high is None or not (low < high and math.isfinite(high - low) and (low > 0 or not log)):
+        least = ", both above 0" if log else ""
+        raise ConfigError(key, typed, f"must go from a smaller number to a larger one{least}")
+    return Searched(key=key, low=low, high=high, log=log)
 
 
 def _require_few(parsed: Sequence[Any]) -> None:

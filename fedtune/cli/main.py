@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, str] = {
     "chat": "talk with a finished run's model",
     "evaluate": "score a finished run's model beside its base",
     "compare": "base, each site alone, federated, pooled: side by side",
+    "search": "try settings, at a price that is known before",
     "export": "write a run's model for others to load",
     "model-hash": "the hash that names a base model",
     "ledger": "read a site's ledger: what was spent, what is left",
@@ -42,7 +43,7 @@ COMMANDS: Mapping[str, str] = {
     "run": "run a federation over real sites",
 }
 """Each is the module of its name, which holds the command as `app` and is imported when it is called."""
-_WITH_ACCOUNTANTS = ("plan", "ledger", "report")
+_WITH_ACCOUNTANTS = ("plan", "search", "ledger", "report")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from fedtune.cli.working_folder import folder_of
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
 from fedtune.words import counted, unbounded
@@ -44,6 +45,7 @@ class SweptRun:
         earlier: whether it was finished before this command.
         error: what ended it early.
         result: what it came to so far; None: it has no run.json.
+        together: the epsilon of this trial of a search and all before it; None: it is none.
     """
 
     config: RunConfig
@@ -52,6 +54,7 @@ class SweptRun:
     earlier: bool = False
     error: BaseException | None = None
     result: RunResult | None = None
+    together: float | None = None
 
     @property
     def state(self) -> str:
@@ -137,37 +140,43 @@ def run_sweep(
     _check_table(path, rows)
     try:
         for number, row in enumerate(rows):
-            if row.earlier:
-                continue
-            try:
-                rows[number] = replace(row, result=run(row.config, row.folder, console))
-            except BaseException as error:
-                rows[number] = replace(row, error=error, result=result_in(row.folder))
-                if not isinstance(error, FedtuneError):
-                    raise
-            _write(path, rows)
+            rows[number] = row if row.earlier else ran(row, console, run=run)
+            if (error := rows[number].error) is not None and not isinstance(error, FedtuneError):
+                raise error
+            write_table(path, rows, best=best_of(rows))
     finally:
-        _write(path, rows)
+        best = best_of(rows)
+        write_table(path, rows, best=best)
         if as_json:
-            print_json(_as_json(path, rows))
+            print_json(as_json_table(path, rows, best=best))
         else:
-            _show(console, path, rows, again=shlex.join(["fedtune", "simulate", "-m", *sweep.overrides]))
+            again = shlex.join(["fedtune", "simulate", "-m", *sweep.overrides])
+            show_table(console, path, rows, best=best, again=again)
     for row in rows:
         if row.error is not None:
             raise row.error
 
 
-def best_of(rows: Sequence[SweptRun]) -> SweptRun | None:
-    """The finished run with the best validation score; None where fewer than two have scores that can be compared."""
-    scored = [(score, row) for row in rows if row.state == "finished" and (score := _score(row)) is not None]
-    if len(scored) < 2 or len({row.compared_on for _, row in scored}) > 1:
+def ran(row: SweptRun, console: Console, *, run: Callable[[RunConfig, Path, Console], RunResult]) -> SweptRun:
+    """The row after its run, whatever ended that."""
+    try:
+        return replace(row, result=run(row.config, row.folder, console))
+    except BaseException as error:
+        return replace(row, error=error, result=result_in(row.folder))
+
+
+def best_of(rows: Sequence[SweptRun], *, fewest: int = 2) -> SweptRun | None:
+    """The finished run with the best validation score; None where fewer than `fewest` have some that can be compared."""
+    scored = [(score, row) for row in rows if (score := score_of(row)) is not None]
+    if len(scored) < fewest or len({row.compared_on for _, row in scored}) > 1:
         return None
     sign = direction(scored[0][1].judged_by)
     return max(scored, key=lambda one: sign * one[0])[1]
 
 
-def _score(row: SweptRun) -> float | None:
-    return row.validation.get(row.judged_by)
+def score_of(row: SweptRun) -> float | None:
+    """The validation score of a run that is finished and did not diverge."""
+    return row.validation.get(row.judged_by) if row.state == "finished" else None
 
 
 def _rows(sweep: Sweep) -> list[SweptRun]:
@@ -175,15 +184,23 @@ def _rows(sweep: Sweep) -> list[SweptRun]:
     rows: list[SweptRun] = []
     differ = [key for key in sweep.values[0] if len({values[key] for values in sweep.values}) > 1]
     for config, values in zip(sweep.runs, sweep.values, strict=True):
-        config = continued(config)
-        folder = folder_of(config)
-        if folder in (row.folder for row in rows):
+        row = row_of(config, {key: values[key] for key in differ})
+        if row.folder in (one.folder for one in rows):
             raise ConfigError("name", config.name, "is the name of two runs of the sweep; choose others")
-        result = result_in(folder, finished=True)
-        shown = {key: values[key] for key in differ}
-        earlier = result is not None
-        rows.append(SweptRun(config=config, folder=folder, values=shown, earlier=earlier, result=result))
+        rows.append(row)
     return rows
+
+
+def row_of(config: RunConfig, values: Mapping[str, str]) -> SweptRun:
+    """A run before it is run here, with its result where it was finished before.
+
+    Raises:
+        ConfigError: its folder belongs to something else.
+    """
+    config = continued(config)
+    folder = folder_of(config)
+    result = result_in(folder, finished=True)
+    return SweptRun(config=config, folder=folder, values=values, earlier=result is not None, result=result)
 
 
 def continued(config: RunConfig) -> RunConfig:
@@ -212,9 +229,17 @@ def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
     return None
 
 
-def _show(console: Console, path: Path, rows: Sequence[SweptRun], *, again: str) -> None:
+def show_table(
+    console: Console,
+    path: Path,
+    rows: Sequence[SweptRun],
+    *,
+    best: SweptRun | None,
+    again: str,
+) -> None:
     """The table, with a mark at the best run."""
-    best, begun = best_of(rows), [(number, row) for number, row in enumerate(rows, start=1) if row.begun]
+    begun = [(number, row) for number, row in enumerate(rows, start=1) if row.begun]
+    together = any(row.together is not None for row in rows)
     judged = list(dict.fromkeys(row.judged_by for row in rows))
     scores = [
         (kind, name)
@@ -230,22 +255,25 @@ def _show(console: Console, path: Path, rows: Sequence[SweptRun], *, again: str)
             *row.values.values(),
             *(_figure(getattr(row, kind), name) for kind, name in scores),
             _epsilon(row),
+            *([epsilon_text(row.together)] if together else []),
             row.state,
         )
         for number, row in begun
     ]
     broken = (key.replace(".", ".\n") for key in keys)
-    headings = ("", "run", *broken, *(f"{kind}\n{name}" for kind, name in scores), "epsilon\nspent", "state")
+    headings = ("", "run", *broken, *(f"{kind}\n{name}" for kind, name in scores), "epsilon\nspent")
+    headings += (*(["epsilon\nso far"] if together else []), "state")
     words = frozenset({0, *range(2, 2 + len(keys)), len(headings) - 1})
     bold = {number: "bold" for number, (_, row) in enumerate(begun) if row is best}
     notes = list(_notes(rows, best))
-    show(console, [Section(title="Sweep", headings=headings, rows=cells, words=words, styles=bold, notes=notes)])
+    title = "Trials" if together else "Sweep"
+    show(console, [Section(title=title, headings=headings, rows=cells, words=words, styles=bold, notes=notes)])
     if best is not None:
-        say(f"best:  {best.folder}", console=console)
+        say(f"{'picked:' if together else 'best: '} {best.folder}", console=console)
     if path.is_file():
         say(f"table: {path} (every score, and each run's folder)", console=console)
     if any(row.can_go_on for row in rows):
-        say(f"Continue the sweep with: {again}", console=console)
+        say(f"Continue the {'search' if together else 'sweep'} with: {again}", console=console)
 
 
 def _figure(scores: Scores, name: str) -> str:
@@ -254,8 +282,6 @@ def _figure(scores: Scores, name: str) -> str:
 
 
 def _epsilon(row: SweptRun) -> str:
-    from fedtune.privacy.accountant import epsilon_text
-
     return epsilon_text(row.result.privacy.epsilon) if row.result else "-"
 
 
@@ -279,12 +305,13 @@ def _notes(rows: Sequence[SweptRun], best: SweptRun | None) -> Iterator[str]:
         yield "No run is marked as the best: none has validation records, and test scores must not choose."
     elif len(finished) > 1:
         yield "No run is marked as the best: their validation scores cannot be compared."
-    if sum(row.config.privacy.private for row in rows if row.result) > 1:
+    charged = [row for row in rows if row.result and row.config.privacy.private]
+    if len(charged) > 1 and charged[0].together is None:
         yield "Runs on the same records spend their epsilons together: the loss of privacy is more than one row's."
 
 
-def _as_json(path: Path, rows: Sequence[SweptRun]) -> dict[str, Any]:
-    best = best_of(rows)
+def as_json_table(path: Path, rows: Sequence[SweptRun], *, best: SweptRun | None) -> dict[str, Any]:
+    """The table for machines."""
     return {
         "schema_version": SCHEMA_VERSION,
         "table": str(path) if path.is_file() else None,
@@ -318,11 +345,10 @@ def _check_table(path: Path, rows: Sequence[SweptRun]) -> None:
         raise ConfigError("name", path.stem, f"is taken: {path} {holds}; choose another")
 
 
-def _write(path: Path, rows: Sequence[SweptRun]) -> None:
+def write_table(path: Path, rows: Sequence[SweptRun], *, best: SweptRun | None) -> None:
     """The table of the runs that have begun, as CSV; none while no run has left a folder."""
     if not any(row.folder.exists() for row in rows):
         return
-    best = best_of(rows)
     lines = [_cells(row, best=row is best) for row in rows if row.begun]
     columns = dict.fromkeys((*_FIRST_COLUMNS, *(column for line in lines for column in line)))
     text = io.StringIO()
@@ -342,6 +368,8 @@ def _cells(row: SweptRun, *, best: bool) -> dict[str, Any]:
     if row.result is not None:
         privacy = row.result.privacy
         cells |= {"epsilon_spent": unbounded(privacy.epsilon), "delta": privacy.delta}
+    if row.together is not None:
+        cells["epsilon_so_far"] = row.together
     for kind, scores in (("validation", row.validation), ("test", row.test)):
         cells |= {f"{kind}_{name}": "nan" if value is None else value for name, value in scores.items()}
     return cells

@@ -90,6 +90,11 @@ class RunFolder:
         return self.path / "site_reports"
 
     @property
+    def selection(self) -> Path:
+        """That the run was picked in a search: `fedtune.privacy.selection`."""
+        return self.path / "selection.json"
+
+    @property
     def audit(self) -> Path:
         """What an audit of the run found."""
         return self.path / "audit.json"

@@ -87,7 +87,7 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
     note = _size_note(policy, proposal, declared_sizes)
     budget: _Budget | None = None
     try:
-        budget = _Budget(policy, _read(files))
+        budget = _Budget(policy, history_of(files))
     except FedtuneError as error:  # the ledger does not fit together: the site trains nothing
         note = f"the site would not start: {error}"
     against = budget.refusals(proposal) if budget else [Refused(Reason.SITE_ERROR)]
@@ -151,8 +151,12 @@ class _Budget:
         return spending.runs_left(self._history, self._policy, plan.whole, self._now)
 
 
-def _read(files: SiteFiles) -> History:
-    """The history of the site's ledger, every event of it checked; an empty one where there is no ledger yet."""
+def history_of(files: SiteFiles) -> History:
+    """The history of a site's ledger, every event of it checked; an empty one where there is no ledger yet.
+
+    Raises:
+        RunError: the ledger does not fit together, or was made for another policy.
+    """
     verified = files.verified()
     if verified is None:
         return History.before(files.policy)

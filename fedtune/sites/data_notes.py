@@ -54,6 +54,21 @@ def check_decides(config: RunConfig) -> None:
         raise ConfigError("data.validation_file", file, bound)
 
 
+def check_picks(config: RunConfig) -> None:
+    """Check that the scores which pick a run of a search come from a file of the lead's, and tell nothing of a site's.
+
+    Raises:
+        ConfigError: there is no such file, or it is the simulated sites' training file.
+    """
+    file = config.data.validation_file
+    if file is None:
+        bound = "is required to search, and data.validation_fraction is no substitute: its scores are the sites' records'"
+        raise ConfigError("data.validation_file", file, bound)
+    if is_training_file(config, file):
+        bound = "must not hold what data.train_file holds: its scores pick, and no noise hides the sites' records in them"
+        raise ConfigError("data.validation_file", file, bound)
+
+
 def _left_out(rows: LeftOut, key: str) -> Iterator[str]:
     if rows.count:
         yield f"{key}: {rows}; the run leaves them out"

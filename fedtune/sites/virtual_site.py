@@ -12,21 +12,26 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+
+from dp_accounting import ComposedDpEvent, DpEvent
 
 from fedtune.config import RunConfig, parse
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.site_round import Prepared, Site, Trained
+from fedtune.federation.verdict import history_of
 from fedtune.model import Adapter
-from fedtune.privacy import filter
+from fedtune.privacy import events, filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
@@ -95,20 +100,7 @@ class VirtualSites:
             ConfigError: names the first setting that differs.
             RunError: what was noted cannot be read.
         """
-        path, data = self.folder / DEALT, self.config.data
-        partition = {
-            "privacy.unit": self.config.privacy.unit,
-            "seed": self.config.seed,
-            "federation.num_sites": self.config.federation.num_sites,
-            "federation.site_names": list(self.config.federation.names),
-            "data.train_file": data.train_file,
-            "data.partition": dataclasses.asdict(data.partition),
-            "data.validation_fraction": data.validation_fraction,
-            "data.test_fraction": data.test_fraction,
-            # Records are dealt out by a hash of the fields that the task and the partition need, users by their ids.
-            "data.columns": task_named(self.config.task).columns(data, partition=True, unit=self.config.privacy.unit),
-        }
-        dealt = json.loads(json.dumps(partition))
+        path, dealt = self.folder / DEALT, dealt_out(self.config)
         if not path.exists():
             write_durably(path, json.dumps(dealt, indent=1).encode() + b"\n")
         before = read_dealt_out(path, keys=dealt)
@@ -142,6 +134,46 @@ class VirtualSites:
     def ledger(self, site: str) -> Ledger:
         """The site's ledger, opened under its policy as both stand now."""
         return self.files(site).open()
+
+    def allow(self, *, within: Budget) -> None:
+        """Write policies that allow this run and no other, within a budget that several runs share."""
+        for site in self.config.federation.active:
+            policy = generated_policy(self.config, self.plan, site, lead=self.lead_key().public)
+            budget = replace(within, max_epsilon_per_run=policy.budget.max_epsilon_per_run)
+            write_policy(replace(policy, budget=budget), self.folder / site / POLICY)
+
+    def check_room(self, runs: Sequence[Proposal], *, asked: str, shapes: Sequence[Proposal] = ()) -> None:
+        """Check that every site would take all of these runs, one after another; nothing is written.
+
+        Args:
+            runs: those that a ledger knows are paid for there already.
+            asked: what asks for so many, as an error begins.
+            shapes: that runs yet unknown may take, which the policies must allow, too.
+
+        Raises:
+            ConfigError: a site is not there yet.
+            RefusedError: names the site, how many of the runs it has room for, and the rule that the next one breaks.
+        """
+        for site in self.config.federation.active:
+            path = self.folder / site / POLICY
+            if not path.is_file():
+                bound = f"must hold sites that are there already ({path} is not), or be null: then new ones are made"
+                raise ConfigError("runtime.sites_dir", str(self.folder), bound)
+            files = SiteFiles.of(path)
+            history, spent, fit = history_of(files), Counter[DpEvent](), 0
+            held, now = history.set_aside(history.now()), history.now()
+            try:
+                spending.require_usable(history)
+                for shape in shapes:
+                    files.policy.check(shape)
+                for fit, run in enumerate(runs):
+                    if run.run not in history.runs:
+                        files.policy.check(run)
+                        spent += events.grouped([run.plan.whole])
+                        spending.require_room(history, files.policy, asked=spent, held=held, now=now)
+            except Refused as refused:
+                bound = f"site {site} has room for {fit} of these trials; nothing was begun ({refused})"
+                raise RefusedError(f"{asked}: {bound}") from None
 
 
 def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
@@ -188,22 +220,13 @@ def _offer(ledger: Ledger, proposal: Proposal, config: RunConfig) -> Offer:
 def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> Policy:
     """A policy that allows `plan` and no more, with a lifetime cap of what it costs by the filter, rounded up."""
     proposal = config.proposal(lead=lead, plan=plan)
-    cap, typical = math.inf, Reference(sampling_rate=plan.sampling_rate, noise_multiplier=1.0, steps=1)
-    if plan.private:
-        steps = plan.local_steps * plan.most_rounds
-        typical = Reference(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
-        cap = _cap(plan)
+    budget = budget_for([plan])
     noises = plan.noises
     return Policy(
         site=site,
         population=Population(name=f"{site}-population", unit=config.privacy.unit),
         dataset=(Dataset(id=proposal.dataset, declared_size=config.declared_sizes()[site]),),
-        budget=Budget(
-            delta=plan.delta,
-            max_epsilon=cap,
-            reference=typical,
-            max_epsilon_per_run=config.privacy.epsilon if plan.private else None,
-        ),
+        budget=replace(budget, max_epsilon_per_run=config.privacy.epsilon if plan.private else None),
         limits=Limits(
             min_noise_multiplier=min(noises),
             max_sampling_rate=plan.sampling_rate,
@@ -233,17 +256,46 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
     )
 
 
-def _cap(plan: Plan) -> float:
-    """The least cap, in tenths, under which the whole plan fits at the order that a ledger chooses for its training."""
-    whole = plan.whole
-    training = replace(plan, metrics_noise_multiplier=0.0).event(rounds=plan.most_rounds)
-    tenths = math.ceil(filter.filter_cost(whole, delta=plan.delta) * 10)
+def budget_for(plans: Sequence[Plan]) -> Budget:
+    """A budget that these plans fit one after another, and little more; all of one delta, private or not."""
+    first = plans[0]
+    if not first.private:
+        typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=1.0, steps=1)
+        return Budget(delta=first.delta, max_epsilon=math.inf, reference=typical)
+    steps = first.local_steps * first.most_rounds
+    typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=first.noise_multiplier, steps=steps)
+    return Budget(delta=first.delta, max_epsilon=_cap(plans), reference=typical)
+
+
+def _cap(plans: Sequence[Plan]) -> float:
+    """The least cap, in tenths, under which all of them fit at the order that a ledger chooses for the first."""
+    whole, delta = ComposedDpEvent(tuple(plan.whole for plan in plans)), plans[0].delta
+    training = replace(plans[0], metrics_noise_multiplier=0.0).event(rounds=plans[0].most_rounds)
+    tenths = math.ceil(filter.filter_cost(whole, delta=delta) * 10)
     while True:
-        order = filter.best_order(training, epsilon=tenths / 10, delta=plan.delta)
-        room = filter.most_divergence(tenths / 10, order=order, delta=plan.delta)
+        order = filter.best_order(training, epsilon=tenths / 10, delta=delta)
+        room = filter.most_divergence(tenths / 10, order=order, delta=delta)
         if filter.total_divergence([whole], order) <= room:
             return tenths / 10
         tenths += 1
+
+
+def dealt_out(config: RunConfig) -> dict[str, Any]:
+    """The settings by which records are dealt out to the sites, as plain JSON."""
+    data, unit = config.data, config.privacy.unit
+    partition = {
+        "privacy.unit": unit,
+        "seed": config.seed,
+        "federation.num_sites": config.federation.num_sites,
+        "federation.site_names": list(config.federation.names),
+        "data.train_file": data.train_file,
+        "data.partition": dataclasses.asdict(data.partition),
+        "data.validation_fraction": data.validation_fraction,
+        "data.test_fraction": data.test_fraction,
+        # Records are dealt out by a hash of the fields that the task and the partition need, users by their ids.
+        "data.columns": task_named(config.task).columns(data, partition=True, unit=unit),
+    }
+    return dict(json.loads(json.dumps(partition)))
 
 
 def read_dealt_out(path: Path, *, keys: Iterable[str]) -> dict[str, Any]:

@@ -1,0 +1,467 @@
+"""`fedtune search`: trials of several settings, whose whole price is known and has room before the first one begins.
+
+`fedtune.privacy.selection` says what the price is, and why.  Scores on the lead's own validation file pick, and guide
+TPE: they cost nothing, since that file holds no record of a site.
+
+A search keeps one ledger for each simulated site over all its trials.  Without `runtime.sites_dir` the sites are new,
+with a budget that is the search's price.  The same command again goes on where it stopped: it draws the same trials,
+finds those that are finished, and resumes the one that is not, so nothing is charged twice.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from rich.console import Console
+
+from fedtune.cli import search_trials as propose
+from fedtune.cli.command import AsJson, Option, Overrides, single
+from fedtune.cli.compose import Searched, compose_run, split_searched
+from fedtune.cli.plan_sections import SEEDED
+from fedtune.cli.search_trials import Listed, Proposer, Values
+from fedtune.cli.sections import SCHEMA_VERSION, Section, json_text, print_json, say, show
+from fedtune.cli.sweep import SweptRun, as_json_table, best_of, ran, row_of, score_of, show_table, write_table
+from fedtune.cli.working_folder import run_simulation
+from fedtune.config import RunConfig, saved_config
+from fedtune.evaluation.bootstrap import direction
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy import accountant
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.selection import MOST_TRIALS, SearchPrice, Selection, draw_number, price_of, price_of_drawn
+from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, check_at_least
+from fedtune.words import counted, jsonable
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from fedtune.sites.virtual_site import VirtualSites
+
+Method = Literal["grid", "random", "tpe"]
+_NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")
+"""Settings that change nothing of what is learnt."""
+_FILE = "search.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """A search as it was asked for, and what was drawn for it.
+
+    Attributes:
+        fixed: the overrides that all trials have in common.
+        asked: the run that these give.
+        searched: the settings that trials differ in.
+        trials: how many; None: the number is drawn, with the mean `mean_trials`.
+        number: of trials, as it was given or drawn.
+        seed: what trials are drawn from; of a drawn number it is the operating system's, and stays with the lead.
+    """
+
+    fixed: tuple[str, ...]
+    asked: RunConfig
+    searched: tuple[Searched, ...]
+    method: Method
+    trials: int | None
+    mean_trials: float | None
+    number: int = 0
+    seed: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Of the search: its trials' folders, its sites' and its files lie in it."""
+        return Path(self.asked.tracking.output_dir) / self.asked.name
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the number of trials is drawn."""
+        return self.mean_trials is not None
+
+    @property
+    def request(self) -> str:
+        """What asked for so many trials, as errors begin."""
+        return f"--mean-trials = {self.mean_trials:g}" if self.drawn else f"--trials = {self.number}"
+
+    @property
+    def names(self) -> list[str]:
+        """Of the trials.  Where the number is secret, a name does not tell the trial's place."""
+        width = len(str(self.number))
+        marks = [propose.name_from(self.seed, n) if self.drawn else f"{n + 1:0{width}}" for n in range(self.number)]
+        return [f"{self.asked.name}-trial-{mark}" for mark in marks]
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it this search and no other, as plain JSON."""
+        kept = {"method": self.method, "trials": self.trials, "mean_trials": self.mean_trials}
+        return dict(json.loads(json.dumps(kept | {"searched": [*map(asdict, self.searched)]}))) | {
+            "settings": self.asked.digest()
+        }
+
+    def trial(self, name: str, values: Values) -> RunConfig:
+        """One trial's configuration.
+
+        Raises:
+            ConfigError: its settings do not go together.
+        """
+        sites = self.asked.runtime.sites_dir or str(RunFolder(self.folder).sites)
+        places = {"name": name, "tracking.output_dir": str(self.folder), "runtime.sites_dir": sites}
+        return compose_run([*self.fixed, *(f"{key}={value}" for key, value in values.items())], changed=places)
+
+
+def search(
+    overrides: Overrides = (),
+    method: Annotated[Method, Option("every combination, independent draws, or draws after earlier scores")] = "random",
+    trials: Annotated[int | None, Option("how many runs (a grid has as many as it has)", metavar="K")] = None,
+    mean_trials: Annotated[
+        float | None, Option("draw the number of runs instead: the picked adapter alone then tells less", metavar="M")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Try several settings on this machine, and pick the run with the best score on data.validation_file.
+
+    Settings with several values are searched: values with commas, interval(LOW,HIGH), log(LOW,HIGH) for numbers that
+    are drawn by their logarithm, int(...) of these for whole numbers. Others are those of `fedtune simulate`:
+      fedtune search experiment=banks_intents name=s training.learning_rate='log(0.001,0.1)' --trials 8
+      fedtune search experiment=banks_intents name=s lora.rank=4,8 lora.alpha=8,16 --method grid
+      fedtune search experiment=banks_intents name=s training.learning_rate='log(0.001,0.1)' --trials 8 --method tpe
+    Every trial is charged to the same ledgers. The price of all of them is told before the first, and where a site of
+    runtime.sites_dir has no room for it, nothing begins (fedtune plan --trials 8 tells the price alone). The same
+    command again goes on where it stopped. docs/search.md says what is promised.
+    """
+    console = Console(stderr=as_json)
+    prepared = _prepared(_asked(overrides, method, trials=trials, mean_trials=mean_trials))
+    show(console, [price_section(prepared.price, seeded_noise=prepared.search.asked.runtime.seeded_noise)])
+    _check_room(prepared)
+    _note(prepared)
+    rows: list[SweptRun] = []
+    path, again = prepared.search.folder / "trials.csv", _again(overrides, prepared.search)
+    try:
+        for row in _trials(prepared, console, again=again):
+            rows.append(row)
+            write_table(path, rows, best=best_of(rows, fewest=1))
+    finally:
+        best = best_of(rows, fewest=1)
+        if as_json:
+            print_json(as_json_table(path, rows, best=best) | {"price": jsonable(prepared.price)})
+        elif rows:
+            show_table(console, path, rows, best=best, again=again)
+    if best is not None:
+        _pick(prepared, best)
+        say(_picked_by(prepared, best), console=console)
+        return
+    say("Nothing is picked: " + ("no trial has a score." if rows else "the number drawn is 0."), console=console)
+    for row in rows:
+        if row.error is not None:
+            raise row.error
+
+
+def _asked(
+    overrides: Sequence[str], method: Method, *, trials: int | None, mean_trials: float | None
+) -> Search:
+    """The search that was asked for.
+
+    Raises:
+        ConfigError: an option or a setting does not go with a search.
+    """
+    if method == "grid" and (trials, mean_trials) != (None, None):
+        raise ConfigError("--trials" if trials else "--mean-trials", NOT_GIVEN, "does not go with --method grid")
+    if method == "tpe" and mean_trials is not None:
+        bound = "does not go with --method tpe: what is told of the picked adapter needs independent draws"
+        raise ConfigError("--mean-trials", mean_trials, bound)
+    if method != "grid" and (trials is None) == (mean_trials is None):
+        raise ConfigError("--trials", trials if trials is not None else NOT_GIVEN, "or --mean-trials must be given")
+    if trials is not None:
+        check_at_least("--trials", trials, 1)
+        if trials > MOST_TRIALS:
+            raise ConfigError("--trials", trials, f"must be at most {MOST_TRIALS}")
+    fixed, searched = split_searched(overrides)
+    if not searched:
+        raise ConfigError("KEY=VALUE", " ".join(overrides), "must give some setting several values, as in lora.rank=4,8")
+    for one in searched:
+        if one.key.split(".")[0] in _NOT_SEARCHED:
+            raise ConfigError(one.key, NOT_GIVEN, "must have one value in a search: it changes nothing that is learnt")
+    asked = compose_run(fixed)
+    _check_searchable(asked)
+    return Search(
+        fixed=tuple(fixed), asked=asked, searched=searched, method=method, trials=trials, mean_trials=mean_trials
+    )
+
+
+def _check_searchable(asked: RunConfig) -> None:
+    if asked.runtime.kind == "deployment":
+        bound = "is for real sites, which decide about each run: search on public data, or in a simulation"
+        raise ConfigError("runtime", "deployment", bound)
+    if asked.resume is not None:
+        raise ConfigError("resume", asked.resume, "does not go with a search, which goes on by itself under one name")
+    if asked.may_be_fitted:
+        bound = "must be stop in a search, whose price is fixed before the first trial"
+        raise ConfigError("federation.if_over_budget", asked.federation.if_over_budget, bound)
+    from fedtune.sites.data_notes import check_picks
+
+    check_picks(asked)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A search of which everything is known that can be known before its first trial.
+
+    Attributes:
+        proposer: says what each trial tries.
+        shapes: trials as they are known, or else what they may look like.
+        plans: of all trials that are paid for.
+        new: whether it was never begun.
+    """
+
+    search: Search
+    proposer: Proposer
+    shapes: tuple[RunConfig, ...]
+    plans: tuple[Plan, ...]
+    price: SearchPrice
+    new: bool
+
+
+def _prepared(search: Search) -> Prepared:
+    """Draw what is to be drawn, look at every trial that is known by now, and find the price.
+
+    Raises:
+        ConfigError: a trial's settings are wrong, or trials cannot be compared or paid for together.
+    """
+    known = _noted(search)
+    if search.method == "tpe" or search.drawn:
+        shapes = tuple(search.trial("shape", values) for values in propose.ends(search.searched))
+        _check_alike(search, shapes)
+        plan = _one_plan(search, shapes)
+    if search.mean_trials is not None:
+        price = price_of_drawn(plan, mean=search.mean_trials, key="--mean-trials")
+        number = draw_number(search.mean_trials, most=price.trials)
+        search = replace(search, number=known.get("number", number), seed=known.get("seed", secrets.token_hex(16)))
+        proposer: Proposer = propose.at_random(search.searched, seed=search.seed, number=search.number)
+        plans = (plan,) * price.trials
+    elif search.method == "tpe":
+        search = replace(search, number=search.trials, seed=str(search.asked.seed))
+        proposer = propose.Tpe(search.searched, seed=search.seed, number=search.number)
+        plans = (plan,) * search.number
+        price = price_of(plans)
+    else:
+        search, proposer, shapes = _listed(search)
+        _check_alike(search, shapes)
+        plans = tuple(shape.plan() for shape in shapes)
+        price = price_of(plans)
+    return Prepared(search=search, proposer=proposer, shapes=shapes, plans=plans, price=price, new=not known)
+
+
+def _listed(search: Search) -> tuple[Search, Listed, tuple[RunConfig, ...]]:
+    """The search with all its trials, where none depends on another's score and their number is fixed."""
+    seed = str(search.asked.seed)
+    if search.trials is None:
+        proposer = propose.grid(search.searched)
+    else:
+        proposer = propose.at_random(search.searched, seed=seed, number=search.trials)
+    search = replace(search, number=len(proposer.trials), seed=seed)
+    trials = zip(search.names, proposer.trials, strict=True)
+    return search, proposer, tuple(search.trial(name, values) for name, values in trials)
+
+
+def _check_alike(search: Search, shapes: Sequence[RunConfig]) -> None:
+    """Check that scores of these trials can be compared, and that the same ledgers can pay for them.
+
+    Raises:
+        ConfigError: they differ in what they must have in common.
+    """
+    from fedtune.sites.virtual_site import dealt_out  # torch takes seconds to import
+
+    keys = ", ".join(one.key for one in search.searched)
+    first, *others = [(dealt_out(one), one.privacy.delta, one.privacy.private) for one in shapes]
+    for dealt, delta, private in others:
+        for key, value in dealt.items():
+            if value != first[0][key]:
+                bound = "must be the same in all trials: the sites' records are dealt out by it once"
+                raise ConfigError(key, value, bound)
+        if delta != first[1]:
+            raise ConfigError("privacy.delta", delta, "must be the same in all trials: a ledger has one delta")
+        if private != first[2]:
+            raise ConfigError("privacy", "none", "must be so in all trials or in none: without noise nothing is bounded")
+    if len({SweptRun(config=one, folder=search.folder, values={}).compared_on for one in shapes}) > 1:
+        bound = "must leave the task and the validation records as they are, or scores cannot be compared"
+        raise ConfigError("KEY=VALUE", keys, bound)
+
+
+def _one_plan(search: Search, shapes: Sequence[RunConfig]) -> Plan:
+    """The plan that all trials have, where it is not known what they will try.
+
+    Raises:
+        ConfigError: a searched setting decides what a trial costs.
+    """
+    places = [one.key for one in search.searched for _ in one.choices or (one.low, one.high)]
+    first = shapes[0].plan()
+    for key, shape in zip(places, shapes, strict=True):
+        if shape.plan() != first:
+            option = "--mean-trials" if search.drawn else "--method tpe"
+            bound = f"decides what a trial costs, which {option} needs to know beforehand: search it at random or by grid"
+            raise ConfigError(key, NOT_GIVEN, bound)
+    return first
+
+
+def _noted(search: Search) -> Mapping[str, Any]:
+    """What was noted when this search began; empty: it is new.
+
+    Raises:
+        ConfigError: its folder belongs to something else.
+    """
+    if not search.folder.exists():
+        return {}
+    path, name = search.folder / _FILE, search.asked.name
+    try:
+        noted = json.loads(path.read_bytes())
+        same = noted["search"] == search.identity()
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise ConfigError("name", name, f"is taken: {search.folder} holds no search; choose another") from None
+    if not same:
+        bound = f"is taken: {path} is of a search with other settings; choose another"
+        raise ConfigError("name", name, bound)
+    return {"number": noted["number"], "seed": noted["seed"]}
+
+
+def _note(prepared: Prepared, **more: Any) -> None:
+    """Note the search before its first trial, so that what was drawn is drawn once."""
+    search = prepared.search
+    text = json_text(
+        {"schema_version": SCHEMA_VERSION, "search": search.identity(), "number": search.number, "seed": search.seed}
+        | {"price": jsonable(prepared.price)}
+        | more
+    )
+    try:
+        search.folder.mkdir(parents=True, exist_ok=True)
+        write_durably(search.folder / _FILE, text.encode())
+    except OSError as error:
+        bound = f"must be a folder to write {search.asked.name} into ({error.strerror})"
+        raise ConfigError("tracking.output_dir", search.asked.tracking.output_dir, bound) from None
+
+
+def _sites(config: RunConfig, prepared: Prepared) -> VirtualSites:
+    from fedtune.sites.virtual_site import VirtualSites
+
+    return VirtualSites.of(config, prepared.search.folder, config.plan())
+
+
+def _check_room(prepared: Prepared) -> None:
+    """Check that the sites which were there before the search have room for all of it.
+
+    Raises:
+        RefusedError: one has not.
+    """
+    search, shapes = prepared.search, prepared.shapes
+    if search.asked.runtime.sites_dir is None:
+        return
+    sites = _sites(shapes[0], prepared)
+    lead = sites.lead_key().public
+    known = dict(zip(search.names, shapes, strict=True)) if isinstance(prepared.proposer, Listed) else {}
+    # Of a number that is drawn, the most that there can be.
+    spare = [f"spare-{place}" for place in range(len(prepared.plans) - search.number)] if prepared.new else []
+    runs = []
+    for name in [*search.names, *spare]:
+        folder = search.folder / name
+        begun = RunFolder(folder).config.is_file()
+        config = saved_config(folder) if begun else known.get(name) or replace(shapes[0], name=name)
+        runs.append(config.proposal(lead=lead, plan=config.plan()))
+    others = [one.proposal(lead=lead, plan=one.plan()) for one in shapes]
+    most = f" (at most {len(runs)} trials)" if search.drawn else ""
+    sites.check_room(runs, asked=f"{search.request}{most}", shapes=others)
+
+
+def _trials(prepared: Prepared, console: Console, *, again: str) -> Iterator[SweptRun]:
+    """Each trial after it was run, or found finished; the last one where an error ends the search."""
+    from fedtune.sites.virtual_site import budget_for
+
+    search, proposer, spent = prepared.search, prepared.proposer, list[Plan]()
+    within = budget_for(prepared.plans) if search.asked.runtime.sites_dir is None else None
+    for place, name in enumerate(search.names):
+        values = proposer.ask(place)
+        row = row_of(search.trial(name, values), values)
+        if not row.earlier:
+            tried = ", ".join(f"{key}={value}" for key, value in values.items())
+            say(f"\ntrial {place + 1} of {search.number}: {tried}", style="bold", console=console)
+            if within is not None:
+                _sites(row.config, prepared).allow(within=within)
+            row = ran(row, console, run=lambda *run: run_simulation(*run, again=again))
+        spent.append(row.config.plan())
+        yield replace(row, together=accountant.epsilon_pld([plan.whole for plan in spent], prepared.price.delta))
+        if row.error is not None and (row.can_go_on or not isinstance(row.error, FedtuneError)):
+            raise row.error
+        score = score_of(row)
+        proposer.tell(None if score is None else direction(row.judged_by) * score)
+
+
+def _pick(prepared: Prepared, best: SweptRun) -> None:
+    """Note which run was picked, and say so in its report and on its model's card."""
+    search = prepared.search
+    selection = Selection.of(
+        prepared.price,
+        prepared.plans,
+        search=search.asked.name,
+        method=search.method,
+        judged_by=best.judged_by,
+        score=score_of(best),
+        trials=None if search.drawn else search.number,
+    )
+    write_durably(RunFolder(best.folder).selection, json_text(asdict(selection)).encode())
+    from fedtune.report.model_card import write_card
+    from fedtune.report.page.render import write_report
+
+    write_card(best.folder, write_report(best.folder, language=best.config.report.language))
+    _note(prepared, picked=best.folder.name, judged_by=best.judged_by, score=score_of(best))
+
+
+def _picked_by(prepared: Prepared, best: SweptRun) -> str:
+    score = score_of(best)
+    return (
+        f"Picked by validation {best.judged_by} ({score:.3f}) out of {counted(prepared.search.number, 'trial')}; "
+        f"its report says so. {_promise(prepared.price)}"
+    )
+
+
+def _promise(price: SearchPrice) -> str:
+    if not price.private:
+        return _NOT_PRIVATE
+    bound = f"epsilon at most {epsilon_text(price.epsilon)} at delta {price.delta:g} for each {price.unit}"
+    return f"All trials together: {bound}, at every site."
+
+
+_NOT_PRIVATE = "Nothing is promised: a trial without noise is for public records, and costs what it trains."
+
+
+def price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
+    """The price before the first trial."""
+    if not price.private:
+        return Section(title="Price of the search", notes=[_NOT_PRIVATE])
+    mean = price.mean
+    number = f"{price.trials}" if mean is None else f"drawn: {mean:g} on average, at most {price.trials}"
+    rows = [
+        ("trials", number),
+        ("epsilon of the dearest trial", epsilon_text(price.epsilon_of_one)),
+        ("epsilon of all together", f"{epsilon_text(price.epsilon)} (by RDP {epsilon_text(price.epsilon_rdp)})"),
+        ("least lifetime cap", f"{epsilon_text(price.epsilon_filter)}, by the ledgers' filter"),
+    ]
+    if price.epsilon_of_picked is not None:
+        rows.append(("epsilon of the picked adapter", f"{epsilon_text(price.epsilon_of_picked)}, for who sees only that"))
+    notes = [_promise(price)]
+    if mean is None:
+        notes.append("Whoever sees the picked adapter alone may learn as much: the number of trials is fixed.")
+    else:
+        notes.append("No ledger is charged with the last figure: it holds if you keep all else of the search to yourself.")
+    if seeded_noise:
+        notes.append(SEEDED)
+    return Section(title="Price of the search", rows=rows, words=frozenset({0, 1}), notes=notes)
+
+
+def _again(overrides: Sequence[str], search: Search) -> str:
+    """The command that goes on with this search."""
+    named = [word for word in overrides if not word.startswith("name=")]
+    number = {"--trials": search.trials, "--mean-trials": search.mean_trials}
+    options = [f"{key}={value:g}" for key, value in number.items() if value is not None]
+    return shlex.join(["fedtune", "search", *named, f"name={search.asked.name}", f"--method={search.method}", *options])
+
+
+app = single(search)

@@ -1,0 +1,150 @@
+"""Which settings the trials of a search try: every combination, at random, or by TPE after earlier scores.
+
+What is drawn depends on settings, seeds and scores alone, so the same search again tries the same, one after another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fedtune.cli.compose import Searched
+from fedtune.privacy.selection import MOST_TRIALS
+from fedtune.spec import ConfigError
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+Values = Mapping[str, str]
+"""Of one trial: the searched settings with their values, as they are typed."""
+
+
+class Proposer(Protocol):
+    """Says what to try next."""
+
+    def ask(self, number: int) -> Values:
+        """The values of trial `number`, counted from 0; asked for in this order."""
+
+    def tell(self, score: float | None) -> None:
+        """The score of the trial that was asked for last, and larger is better; None: it has none."""
+
+
+class Listed:
+    """Trials that are known before the first one."""
+
+    def __init__(self, trials: Sequence[Values]) -> None:
+        self.trials = tuple(trials)
+
+    def ask(self, number: int) -> Values:
+        return self.trials[number]
+
+    def tell(self, score: float | None) -> None:
+        """Nothing follows from it."""
+
+
+def grid(searched: Sequence[Searched]) -> Listed:
+    """Every combination, the last setting's values changing fastest.
+
+    Raises:
+        ConfigError: a setting has no end of values, or there are too many combinations.
+    """
+    count = 1
+    for one in searched:
+        if not one.choices:
+            bound = "has no end of values, and a grid tries all: list some, as in 0.001,0.01,0.1"
+            raise ConfigError(one.key, f"{one.low:g} to {one.high:g}", bound)
+        count *= len(one.choices)
+    if count > MOST_TRIALS:
+        raise ConfigError("--method", "grid", f"must give at most {MOST_TRIALS} trials, and these values give {count}")
+    keys = [one.key for one in searched]
+    return Listed([dict(zip(keys, values, strict=True)) for values in product(*(one.choices for one in searched))])
+
+
+def at_random(searched: Sequence[Searched], *, seed: str, number: int) -> Listed:
+    """Trials that are each drawn by themselves from the same distribution."""
+    optuna = _optuna()
+    spaces = {one.key: _distribution(one) for one in searched}
+    trials = []
+    for place in range(number):
+        # One seed for each, so that one trial's values say nothing about its place among them.
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=_number_from(seed, place)))
+        trials.append(_typed(searched, study.ask(spaces).params))
+    return Listed(trials)
+
+
+class Tpe:
+    """Optuna's tree-structured Parzen estimator; a third of the trials, ten at most, are drawn at random first."""
+
+    def __init__(self, searched: Sequence[Searched], *, seed: str, number: int) -> None:
+        optuna = _optuna()
+        first = max(1, min(10, number // 3))
+        sampler = optuna.samplers.TPESampler(seed=_number_from(seed, 0), n_startup_trials=first)
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._failed = optuna.trial.TrialState.FAIL
+        self._searched, self._spaces = tuple(searched), {one.key: _distribution(one) for one in searched}
+
+    def ask(self, number: int) -> Values:
+        self._trial = self._study.ask(self._spaces)
+        return _typed(self._searched, self._trial.params)
+
+    def tell(self, score: float | None) -> None:
+        if score is None:
+            self._study.tell(self._trial, state=self._failed)
+        else:
+            self._study.tell(self._trial, score)
+
+
+def ends(searched: Sequence[Searched]) -> list[Values]:
+    """Each listed value, and both ends of each interval, while the other settings have their first."""
+    first = {one.key: _of_all(one)[0] for one in searched}
+    return [{**first, one.key: value} for one in searched for value in _of_all(one)]
+
+
+def _of_all(one: Searched) -> tuple[str, ...]:
+    return one.choices or (_number(one, one.low), _number(one, one.high))
+
+
+def name_from(seed: str, place: int) -> str:
+    """A name of a trial that does not tell its place to who does not know the seed."""
+    return hashlib.sha256(f"{seed} name {place}".encode()).hexdigest()[:8]
+
+
+def _number_from(seed: str, place: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} values {place}".encode()).digest()[:4], "big")
+
+
+def _typed(searched: Sequence[Searched], values: Mapping[str, Any]) -> Values:
+    return {one.key: str(values[one.key]) if one.choices else _number(one, values[one.key]) for one in searched}
+
+
+def _number(one: Searched, value: float) -> str:
+    """Four digits are enough to tell trials apart."""
+    if _is_whole(one):
+        return str(value)
+    return repr(min(max(float(f"{value:.4g}"), one.low), one.high))
+
+
+def _is_whole(one: Searched) -> bool:
+    return isinstance(one.low, int) and isinstance(one.high, int)
+
+
+def _distribution(one: Searched) -> BaseDistribution:
+    from optuna import distributions
+
+    if one.choices:
+        return distributions.CategoricalDistribution(one.choices)
+    if _is_whole(one):
+        return distributions.IntDistribution(int(one.low), int(one.high), log=one.log)
+    return distributions.FloatDistribution(one.low, one.high, log=one.log)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        bound = "needs Optuna: pip install 'fedtune[search]'; a grid does without"
+        raise ConfigError("--method", "random or tpe", bound) from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
