@@ -356,6 +356,7 @@ def _check_room(prepared: Prepared) -> None:
     if search.asked.runtime.sites_dir is None:
         return
     sites = _sites(shapes[0], prepared)
+    sites.check_there()  # before anything is written there
     lead = sites.lead_key().public
     known = dict(zip(search.names, shapes, strict=True)) if isinstance(prepared.proposer, Listed) else {}
     # Of a number that is drawn, the most that there can be.

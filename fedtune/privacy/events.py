@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from dp_accounting import (
     ComposedDpEvent,
@@ -20,9 +21,19 @@ from dp_accounting import (
     SelfComposedDpEvent,
 )
 
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, spec
 
 Json = dict[str, object]
+
+
+@spec
+class Charge:
+    """A mechanism as `privacy.events` writes it, and how often it ran."""
+
+    event: Mapping[str, Any]
+    count: int
+
+
 Spent = Iterable[DpEvent] | Mapping[DpEvent, int]
 """Events, each alone or with how often it happened."""
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -35,6 +35,7 @@ from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from scipy import special
 
 from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.events import Charge
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, check_at_least, spec
@@ -135,7 +136,7 @@ class Selection:
         trials: how many there were; None: the number was drawn, and stays with the lead.
         most_trials: that were paid for.
         mean_trials: see `SearchPrice`, as for the epsilons; None of these: nothing bounds it.
-        charges: everything that all paid trials may do to a site's records, as `events.counted` writes it.
+        charges: everything that all paid trials may do to a site's records.
     """
 
     search: str
@@ -148,7 +149,7 @@ class Selection:
     delta: float
     epsilon: float | None
     epsilon_of_picked: float | None
-    charges: tuple[tuple[Mapping[str, Any], int], ...]
+    charges: tuple[Charge, ...]
 
     @classmethod
     def of(cls, price: SearchPrice, plans: Sequence[Plan], **told: Any) -> Selection:
@@ -161,5 +162,5 @@ class Selection:
             delta=price.delta,
             epsilon=finite(price.epsilon),
             epsilon_of_picked=None if picked is None else finite(picked),
-            charges=tuple(events.counted([plan.whole for plan in plans])),
+            charges=tuple(Charge(event=e, count=n) for e, n in events.counted([plan.whole for plan in plans])),
         )

@@ -104,6 +104,7 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
         cost=final.cost,
         detail=final.detail,
         kept=record.kept,
+        selection=record.selection,
         rounds=tuple(
             RoundCost(
                 round=result.round,

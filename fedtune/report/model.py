@@ -15,7 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.federation.cost import Cost
 from fedtune.federation.kept_round import Kept
+from fedtune.privacy.events import Charge as Charge
 from fedtune.privacy.proposal import UNVERIFIED
+from fedtune.privacy.selection import Selection
 from fedtune.spec import ConfigError, spec
 from fedtune.tasks.measures import Detail
 
@@ -105,14 +107,6 @@ class Meaning:
     posterior: tuple[Posterior, ...]
     hit_rates: tuple[HitRate, ...]
     expected_failures: float | None
-
-
-@spec
-class Charge:
-    """A mechanism as `privacy.events` writes it, and how often it ran."""
-
-    event: Mapping[str, Any]
-    count: int
 
 
 @spec
@@ -298,6 +292,7 @@ class Utility:
         cost: of the machine that wrote the report; None: not asked for.
         detail: what stands behind the final ones, where the task has labels.
         kept: what the scores of the rounds decided, where the settings let them.
+        selection: that the run was picked in a search; None: it was not.
     """
 
     before: Scores
@@ -308,6 +303,7 @@ class Utility:
     cost: Cost | None = None
     detail: Detail | None = None
     kept: Kept | None = None
+    selection: Selection | None = None
 
 
 @spec
@@ -460,7 +456,7 @@ def to_json(report: Report) -> dict[str, Any]:
     """
     fields = dict(_ADAPTER.dump_python(report, mode="json"))
     later = [(fields["provenance"], "start_adapter")]
-    later += [(fields["utility"], key) for key in ("findings", "cost", "detail", "kept") if report.utility]
+    later += [(fields["utility"], key) for key in ("findings", "cost", "detail", "kept", "selection") if report.utility]
     later += [(site["spent"], "ended_by_scores") for site in fields["sites"] if site["spent"]]
     for place, key in later:
         if not place[key]:

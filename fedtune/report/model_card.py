@@ -146,7 +146,7 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
     template = made.template if made else None
     without_base = form.needs_base and model.path.startswith(RANDOM)
     utility = report.utility
-    kept = utility.kept if utility else None
+    kept, picked = (utility.kept, utility.selection) if utility else (None, None)
     return templates.get_template(_TEMPLATE).render(
         name=config.name,
         form=form,
@@ -162,6 +162,8 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
         rows=made.test_rows if made else None,
         kept=kept,
         kept_score=_figure(kept.score) if kept else "",
+        picked=picked,
+        picked_epsilon=catalogue("en").figure(picked.epsilon, "epsilon") if picked and picked.epsilon else "",
         rounds=len(utility.rounds) if utility else 0,
         labels=len(data.labels),
         scores={name: tuple(map(_figure, both)) for name, both in _scores(report).items()},

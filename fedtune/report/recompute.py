@@ -11,13 +11,21 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
+from dp_accounting import (
+    ComposedDpEvent,
+    DpEvent,
+    GaussianDpEvent,
+    NonPrivateDpEvent,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+)
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE
+from fedtune.privacy.selection import Selection, best_of_poisson
 from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.derive.audit_bounds import audit_problems, refutes
 from fedtune.report.derive.facts import LedgerFacts, RunFacts
@@ -48,6 +56,7 @@ _BUCKETS_OF_ANY = 3e4
 """As much work as a mechanism takes whatever its size: about 0.1 s."""
 
 Charges = Counter[DpEvent]
+_Charged = Mechanism | Selection
 
 
 def problems(report: Report) -> list[Problem]:
@@ -69,6 +78,7 @@ def problems(report: Report) -> list[Problem]:
     for number, cost in enumerate(report.utility.rounds if report.utility else ()):
         after = [step.epsilon for site in report.sites for step in site.steps if step.round == cost.round]
         found += _compared(f"utility.rounds.{number}.epsilon", cost.epsilon, largest(after)) if after else ()
+    found += _selection(report)
     try:
         found += rules.contradictions(report)
         found += audit_problems(report)
@@ -80,13 +90,19 @@ def problems(report: Report) -> list[Problem]:
 def _too_much_work(report: Report) -> Iterator[Problem]:
     """A small file can name so many different mechanisms that their distributions keep this machine busy for days."""
     parts: dict[tuple[float, frozenset[tuple[DpEvent, int]]], tuple[Charges, int]] = {}
-    for site in report.sites:
+    # In a ledger each run and its plan is computed by itself, too.
+    held: list[tuple[Sequence[_Charged], float, int]] = [
+        (site.mechanisms, profile.interval_of(site.source), 3 if site.source == "own_ledger" else 1)
+        for site in report.sites
+    ]
+    if report.utility and report.utility.selection:
+        held.append(([report.utility.selection], accountant.FINE, 1))
+    for rows, interval, times in held:
         try:
-            charged = sum((_charges(row) for row in site.mechanisms), Counter())
+            charged = sum(map(_charges, rows), Counter())
         except (ValueError, ArithmeticError, RecursionError):
-            continue  # found again, and named, at its site
-        times = 3 if site.source == "own_ledger" else 1  # there each run and its plan is computed by itself, too
-        parts[profile.interval_of(site.source), frozenset(charged.items())] = charged, times
+            continue  # found again, and named, at its place
+        parts[interval, frozenset(charged.items())] = charged, times
     single = {(interval, event) for (interval, _), (charged, _) in parts.items() for event in charged}
     work = sum(_BUCKETS_OF_ANY * len(charged) * times for charged, times in parts.values())
     work += sum(_buckets(event) * accountant.FINE / interval for interval, event in single)
@@ -105,9 +121,11 @@ def charges_of(site: SiteReport) -> Charges:
     Raises:
         ConfigError: a charge is no event of fedtune's, or one whose epsilon cannot be computed.
     """
-    total: Charges = Counter()
-    for mechanism in site.mechanisms:
-        total += _charges(mechanism)
+    return _computable(site.mechanisms)
+
+
+def _computable(rows: Sequence[_Charged]) -> Charges:
+    total: Charges = sum(map(_charges, rows), Counter())
     widest = _widest(total)
     if widest is None or widest / accountant.FINE > _MOST_BUCKETS:
         raise ConfigError("charges", f"epsilon {widest}", "must be mechanisms whose epsilon can be computed")
@@ -120,9 +138,9 @@ def _widest(charges: Charges) -> float | None:
     return profile.epsilon_rdp(noisy, 1e-12)
 
 
-def _charges(mechanism: Mechanism) -> Charges:
+def _charges(row: _Charged) -> Charges:
     total: Charges = Counter()
-    for charge in mechanism.charges:
+    for charge in row.charges:
         if charge.count < 1:
             raise ConfigError("count", charge.count, "must be at least 1")
         total[events.from_json(charge.event)] += charge.count
@@ -170,6 +188,41 @@ def _of_site(report: Report, site: SiteReport) -> list[Problem]:
     except (ValueError, ArithmeticError, RecursionError) as error:  # ValueError: no event, or a value out of its range
         return [Problem(f"{where}.mechanisms", "charges", f"that cannot be computed: {error}")]
     return [Problem(f"{where}.{key}", said, right) for key, said, right in found]
+
+
+def _selection(report: Report) -> list[Problem]:
+    """What a report says of the search that its run was picked in, against all that the search might do to a site."""
+    if report.utility is None or (told := report.utility.selection) is None:
+        return []
+    try:
+        found = [*_of_selection(report, told, _computable([told]))]
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        found = [Problem("charges", "charges", f"that cannot be computed: {error}")]
+    return [Problem(f"utility.selection.{key}", said, right) for key, said, right in found]
+
+
+def _of_selection(report: Report, told: Selection, charged: Charges) -> Iterator[Problem]:
+    yield from _compared("delta", told.delta, report.delta)
+    yield from _compared("epsilon", told.epsilon, finite(accountant.epsilon_pld(charged, told.delta)))
+    number = told.trials if told.mean_trials is None else None
+    if told.trials != number or not 1 <= (number or told.most_trials) <= told.most_trials:
+        yield Problem("trials", told.trials, f"a number up to {told.most_trials}, or none where it was drawn")
+        return
+    picked = most = None
+    if told.mean_trials is not None:
+        trial = ComposedDpEvent(
+            tuple(SelfComposedDpEvent(event, count // told.most_trials) for event, count in charged.items())
+        )
+        if any(count % told.most_trials for count in charged.values()):
+            yield Problem("most_trials", told.most_trials, "a number of equal trials")
+            return
+        picked, most = best_of_poisson(trial, mean=told.mean_trials, delta=told.delta)
+        if most is None or most > told.most_trials:
+            yield Problem("most_trials", told.most_trials, f"at least {most}")
+    yield from _compared("epsilon_of_picked", told.epsilon_of_picked, picked)
+    for site in report.sites:
+        if charges_of(site) - charged:
+            yield Problem("charges", _listed(charged), f"at least what {site.site} was charged for this run")
 
 
 def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Problem]:

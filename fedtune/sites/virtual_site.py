@@ -142,6 +142,18 @@ class VirtualSites:
             budget = replace(within, max_epsilon_per_run=policy.budget.max_epsilon_per_run)
             write_policy(replace(policy, budget=budget), self.folder / site / POLICY)
 
+    def check_there(self) -> None:
+        """Check that every site's policy is there already.
+
+        Raises:
+            ConfigError: one is not.
+        """
+        for site in self.config.federation.active:
+            path = self.folder / site / POLICY
+            if not path.is_file():
+                bound = f"must hold the run's sites ({path} is not there), or be null: then new ones are made"
+                raise ConfigError("runtime.sites_dir", str(self.folder), bound)
+
     def check_room(self, runs: Sequence[Proposal], *, asked: str, shapes: Sequence[Proposal] = ()) -> None:
         """Check that every site would take all of these runs, one after another; nothing is written.
 
@@ -151,24 +163,21 @@ class VirtualSites:
             shapes: that runs yet unknown may take, which the policies must allow, too.
 
         Raises:
-            ConfigError: a site is not there yet.
-            RefusedError: names the site, how many of the runs it has room for, and the rule that the next one breaks.
+            RefusedError: names the site, and the rule that one of the runs breaks, or how many it has room for.
         """
         for site in self.config.federation.active:
-            path = self.folder / site / POLICY
-            if not path.is_file():
-                bound = f"must hold sites that are there already ({path} is not), or be null: then new ones are made"
-                raise ConfigError("runtime.sites_dir", str(self.folder), bound)
-            files = SiteFiles.of(path)
+            files = self.files(site)
             history, spent, fit = history_of(files), Counter[DpEvent](), 0
             held, now = history.set_aside(history.now()), history.now()
             try:
                 spending.require_usable(history)
-                for shape in shapes:
-                    files.policy.check(shape)
+                for run in (*shapes, *runs):
+                    files.policy.check(run)
+            except Refused as refused:
+                raise RefusedError(f"{asked}: site {site} refuses such a trial; nothing was begun ({refused})") from None
+            try:
                 for fit, run in enumerate(runs):
                     if run.run not in history.runs:
-                        files.policy.check(run)
                         spent += events.grouped([run.plan.whole])
                         spending.require_room(history, files.policy, asked=spent, held=held, now=now)
             except Refused as refused:

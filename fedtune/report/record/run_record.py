@@ -24,11 +24,13 @@ from fedtune.federation.results import RunResult
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.selection import Selection
 from fedtune.sites.environment import Environment, read_environments
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError, RunError
 
 _RESULT = TypeAdapter(RunResult)
+_SELECTION = TypeAdapter(Selection)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,7 @@ class RunRecord:
         inexact_gradients: whether the policies of all simulated sites accept them; None: not on file.
         asked: of a run that may be under way, (round, sites) of each time that a round was asked for, oldest first.
         answers: likewise of real sites, what each last answered, and when.
+        selection: that it was picked in a search; None: not on file.
     """
 
     config: RunConfig
@@ -58,6 +61,7 @@ class RunRecord:
     inexact_gradients: bool | None = None
     asked: Sequence[tuple[int, Sequence[str]]] = ()
     answers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    selection: Selection | None = None
 
     @property
     def finished(self) -> bool:
@@ -230,6 +234,7 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
         rounds=max(state.rounds if state else (), result.rounds if result else (), key=len),
         environments=read_environments(folder),
         inexact_gradients=_inexact_gradients(folder, config),
+        selection=_selection(folder),
     )
 
 
@@ -267,6 +272,16 @@ def _result(folder: Path) -> RunResult | None:
     except (ValueError, ValidationError, RecursionError) as error:
         raise RunError(f"{path} is damaged: it is no run.json of fedtune") from error
     return result
+
+
+def _selection(folder: Path) -> Selection | None:
+    path = RunFolder(folder).selection
+    if not path.is_file():
+        return None
+    try:
+        return _SELECTION.validate_json(path.read_bytes(), strict=True)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: it says of no search that it picked this run") from error
 
 
 def _plan(folder: Path, config: RunConfig, result: RunResult | None) -> Plan:
