@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from markupsafe import Markup
 from rich.console import Console
@@ -15,7 +15,8 @@ from fedtune.cli import plan_sections as words
 from fedtune.cli.command import Option, Overrides, single
 from fedtune.cli.compose import compose_run
 from fedtune.cli.plan_sections import Outlook, show_outlook
-from fedtune.cli.sections import as_html, as_page, json_text, pairs, print_json, say, write_file
+from fedtune.cli.search_price import price_asked_for, price_section
+from fedtune.cli.sections import Section, as_html, as_page, json_text, pairs, print_json, say, show, write_file
 from fedtune.config import RunConfig
 from fedtune.federation import planner, verdict
 from fedtune.federation.cost import CostSpec, Meter
@@ -25,6 +26,7 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.page.charts import LIMIT, Panel, Series, chart
 from fedtune.spec import NOT_GIVEN, ConfigError
+from fedtune.words import jsonable
 
 if TYPE_CHECKING:
     from fedtune.federation.forecast import Forecast
@@ -45,6 +47,10 @@ def plan(
     time: Annotated[
         bool, Option(names=("--time",), help="load the model; show bytes, time on this machine and its hash")
     ] = False,
+    trials: Annotated[int | None, Option("also the price of a search over so many runs like this", metavar="K")] = None,
+    mean_trials: Annotated[
+        float | None, Option("the same, where the number of runs is drawn (fedtune search)", metavar="M")
+    ] = None,
     no_model: Annotated[bool, Option(names=("--no-model",), help="load no model, as without --time")] = False,
     output: Annotated[
         Path | None, Option(metavar="FILE", help="also write FILE.html, FILE.svg (the chart) or FILE.json")
@@ -60,6 +66,7 @@ def plan(
       fedtune plan --target noise federation.num_rounds=40
       fedtune plan --target rounds privacy.noise_multiplier=1.5
       fedtune plan --target sampling_rate privacy.noise_multiplier=1.5
+      fedtune plan --trials 12                           the price of the best of twelve
       fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml --output plan.html
     docs/planning.md explains every figure.
     """
@@ -72,14 +79,18 @@ def plan(
     asked = {path: lead or _first_lead(path) for path in policy}
     with Console(stderr=True).status("Working out the price ..."):
         known = _price_of(overrides, target, with_model=time)
+        searched = price_asked_for(known.plan, trials=trials, mean_trials=mean_trials)
         verdicts = _verdicts(known, asked)
         outlook = dataclasses.replace(known, verdicts=verdicts, lead_assumed=lead is None)
+    priced = [] if searched is None else [price_section(searched, seeded_noise=outlook.config.runtime.seeded_noise)]
+    figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
     if output is not None:
-        _write(output, outlook)  # first: whoever reads standard output may stop in the middle
+        _write(output, outlook, figures, priced)  # first: whoever reads standard output may stop in the middle
     if as_json:
-        print_json(outlook.to_json())
+        print_json(figures)
         return
     show_outlook(Console(), outlook)
+    show(Console(), priced)
     if output is not None:
         say(f"written: {output}")
 
@@ -178,21 +189,22 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     return forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime), device.type
 
 
-def _write(path: Path, outlook: Outlook) -> None:
+def _write(path: Path, outlook: Outlook, figures: Mapping[str, Any], priced: Sequence[Section]) -> None:
     """Write the page, the chart or the data, as the file's ending says."""
     if path.suffix == ".json":
-        text = json_text(outlook.to_json())
+        text = json_text(figures)
     elif path.suffix == ".svg":
         text = str(chart_svg(outlook)).replace("<svg ", '<svg font-family="sans-serif" ', 1)
     else:
-        text = page_html(outlook)
+        text = page_html(outlook, priced)
     write_file(path, text, option="--output")
 
 
-def page_html(outlook: Outlook) -> str:
+def page_html(outlook: Outlook, priced: Sequence[Section] = ()) -> str:
     """A self-contained page with every table and the chart; no script, no network."""
     sections = (
         words.accountants(outlook),
+        *priced,
         words.sites(outlook),
         words.what_if(outlook),
         words.bytes_and_time(outlook),

@@ -23,20 +23,19 @@ from rich.console import Console
 from fedtune.cli import search_trials as propose
 from fedtune.cli.command import AsJson, Option, Overrides, single
 from fedtune.cli.compose import Searched, compose_run, split_searched
-from fedtune.cli.plan_sections import SEEDED
+from fedtune.cli.search_price import check_trials, price_section, promise
 from fedtune.cli.search_trials import Listed, Proposer, Values
-from fedtune.cli.sections import SCHEMA_VERSION, Section, json_text, print_json, say, show
+from fedtune.cli.sections import SCHEMA_VERSION, json_text, print_json, say, show
 from fedtune.cli.sweep import SweptRun, as_json_table, best_of, ran, row_of, score_of, show_table, write_table
 from fedtune.cli.working_folder import run_simulation
 from fedtune.config import RunConfig, saved_config
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
-from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.selection import MOST_TRIALS, SearchPrice, Selection, draw_number, price_of, price_of_drawn
-from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, check_at_least
+from fedtune.privacy.selection import SearchPrice, Selection, draw_number, price_of, price_of_drawn
+from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError
 from fedtune.words import counted, jsonable
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -131,9 +130,9 @@ def search(
     command again goes on where it stopped. docs/search.md says what is promised.
     """
     console = Console(stderr=as_json)
-    prepared = _prepared(_asked(overrides, method, trials=trials, mean_trials=mean_trials))
+    prepared = prepared_for(asked_for(overrides, method, trials=trials, mean_trials=mean_trials))
     show(console, [price_section(prepared.price, seeded_noise=prepared.search.asked.runtime.seeded_noise)])
-    _check_room(prepared)
+    check_room(prepared)
     _note(prepared)
     rows: list[SweptRun] = []
     path, again = prepared.search.folder / "trials.csv", _again(overrides, prepared.search)
@@ -157,9 +156,7 @@ def search(
             raise row.error
 
 
-def _asked(
-    overrides: Sequence[str], method: Method, *, trials: int | None, mean_trials: float | None
-) -> Search:
+def asked_for(overrides: Sequence[str], method: Method, *, trials: int | None, mean_trials: float | None) -> Search:
     """The search that was asked for.
 
     Raises:
@@ -173,12 +170,12 @@ def _asked(
     if method != "grid" and (trials is None) == (mean_trials is None):
         raise ConfigError("--trials", trials if trials is not None else NOT_GIVEN, "or --mean-trials must be given")
     if trials is not None:
-        check_at_least("--trials", trials, 1)
-        if trials > MOST_TRIALS:
-            raise ConfigError("--trials", trials, f"must be at most {MOST_TRIALS}")
+        check_trials(trials)
     fixed, searched = split_searched(overrides)
     if not searched:
-        raise ConfigError("KEY=VALUE", " ".join(overrides), "must give some setting several values, as in lora.rank=4,8")
+        raise ConfigError(
+            "KEY=VALUE", " ".join(overrides), "must give some setting several values, as in lora.rank=4,8"
+        )
     for one in searched:
         if one.key.split(".")[0] in _NOT_SEARCHED:
             raise ConfigError(one.key, NOT_GIVEN, "must have one value in a search: it changes nothing that is learnt")
@@ -222,7 +219,7 @@ class Prepared:
     new: bool
 
 
-def _prepared(search: Search) -> Prepared:
+def prepared_for(search: Search) -> Prepared:
     """Draw what is to be drawn, look at every trial that is known by now, and find the price.
 
     Raises:
@@ -239,7 +236,7 @@ def _prepared(search: Search) -> Prepared:
         search = replace(search, number=known.get("number", number), seed=known.get("seed", secrets.token_hex(16)))
         proposer: Proposer = propose.at_random(search.searched, seed=search.seed, number=search.number)
         plans = (plan,) * price.trials
-    elif search.method == "tpe":
+    elif search.method == "tpe" and search.trials is not None:
         search = replace(search, number=search.trials, seed=str(search.asked.seed))
         proposer = propose.Tpe(search.searched, seed=search.seed, number=search.number)
         plans = (plan,) * search.number
@@ -282,7 +279,9 @@ def _check_alike(search: Search, shapes: Sequence[RunConfig]) -> None:
         if delta != first[1]:
             raise ConfigError("privacy.delta", delta, "must be the same in all trials: a ledger has one delta")
         if private != first[2]:
-            raise ConfigError("privacy", "none", "must be so in all trials or in none: without noise nothing is bounded")
+            raise ConfigError(
+                "privacy", "none", "must be so in all trials or in none: without noise nothing is bounded"
+            )
     if len({SweptRun(config=one, folder=search.folder, values={}).compared_on for one in shapes}) > 1:
         bound = "must leave the task and the validation records as they are, or scores cannot be compared"
         raise ConfigError("KEY=VALUE", keys, bound)
@@ -299,7 +298,9 @@ def _one_plan(search: Search, shapes: Sequence[RunConfig]) -> Plan:
     for key, shape in zip(places, shapes, strict=True):
         if shape.plan() != first:
             option = "--mean-trials" if search.drawn else "--method tpe"
-            bound = f"decides what a trial costs, which {option} needs to know beforehand: search it at random or by grid"
+            bound = (
+                f"decides what a trial costs, which {option} needs to know beforehand: search it at random or by grid"
+            )
             raise ConfigError(key, NOT_GIVEN, bound)
     return first
 
@@ -346,7 +347,7 @@ def _sites(config: RunConfig, prepared: Prepared) -> VirtualSites:
     return VirtualSites.of(config, prepared.search.folder, config.plan())
 
 
-def _check_room(prepared: Prepared) -> None:
+def check_room(prepared: Prepared) -> None:
     """Check that the sites which were there before the search have room for all of it.
 
     Raises:
@@ -381,6 +382,8 @@ def _trials(prepared: Prepared, console: Console, *, again: str) -> Iterator[Swe
     for place, name in enumerate(search.names):
         values = proposer.ask(place)
         row = row_of(search.trial(name, values), values)
+        if row.config.plan() not in prepared.plans:
+            raise ConfigError("KEY=VALUE", ", ".join(values), "decide together what a trial costs: search them by grid")
         if not row.earlier:
             tried = ", ".join(f"{key}={value}" for key, value in values.items())
             say(f"\ntrial {place + 1} of {search.number}: {tried}", style="bold", console=console)
@@ -419,42 +422,8 @@ def _picked_by(prepared: Prepared, best: SweptRun) -> str:
     score = score_of(best)
     return (
         f"Picked by validation {best.judged_by} ({score:.3f}) out of {counted(prepared.search.number, 'trial')}; "
-        f"its report says so. {_promise(prepared.price)}"
+        f"its report says so. {promise(prepared.price)}"
     )
-
-
-def _promise(price: SearchPrice) -> str:
-    if not price.private:
-        return _NOT_PRIVATE
-    bound = f"epsilon at most {epsilon_text(price.epsilon)} at delta {price.delta:g} for each {price.unit}"
-    return f"All trials together: {bound}, at every site."
-
-
-_NOT_PRIVATE = "Nothing is promised: a trial without noise is for public records, and costs what it trains."
-
-
-def price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
-    """The price before the first trial."""
-    if not price.private:
-        return Section(title="Price of the search", notes=[_NOT_PRIVATE])
-    mean = price.mean
-    number = f"{price.trials}" if mean is None else f"drawn: {mean:g} on average, at most {price.trials}"
-    rows = [
-        ("trials", number),
-        ("epsilon of the dearest trial", epsilon_text(price.epsilon_of_one)),
-        ("epsilon of all together", f"{epsilon_text(price.epsilon)} (by RDP {epsilon_text(price.epsilon_rdp)})"),
-        ("least lifetime cap", f"{epsilon_text(price.epsilon_filter)}, by the ledgers' filter"),
-    ]
-    if price.epsilon_of_picked is not None:
-        rows.append(("epsilon of the picked adapter", f"{epsilon_text(price.epsilon_of_picked)}, for who sees only that"))
-    notes = [_promise(price)]
-    if mean is None:
-        notes.append("Whoever sees the picked adapter alone may learn as much: the number of trials is fixed.")
-    else:
-        notes.append("No ledger is charged with the last figure: it holds if you keep all else of the search to yourself.")
-    if seeded_noise:
-        notes.append(SEEDED)
-    return Section(title="Price of the search", rows=rows, words=frozenset({0, 1}), notes=notes)
 
 
 def _again(overrides: Sequence[str], search: Search) -> str:

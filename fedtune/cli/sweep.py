@@ -166,7 +166,7 @@ def ran(row: SweptRun, console: Console, *, run: Callable[[RunConfig, Path, Cons
 
 
 def best_of(rows: Sequence[SweptRun], *, fewest: int = 2) -> SweptRun | None:
-    """The finished run with the best validation score; None where fewer than `fewest` have some that can be compared."""
+    """The finished run with the best validation score; None where fewer than `fewest` have any to compare."""
     scored = [(score, row) for row in rows if (score := score_of(row)) is not None]
     if len(scored) < fewest or len({row.compared_on for _, row in scored}) > 1:
         return None

@@ -62,10 +62,14 @@ def check_picks(config: RunConfig) -> None:
     """
     file = config.data.validation_file
     if file is None:
-        bound = "is required to search, and data.validation_fraction is no substitute: its scores are the sites' records'"
+        bound = (
+            "is required to search, and data.validation_fraction is no substitute: its scores are the sites' records'"
+        )
         raise ConfigError("data.validation_file", file, bound)
     if is_training_file(config, file):
-        bound = "must not hold what data.train_file holds: its scores pick, and no noise hides the sites' records in them"
+        bound = (
+            "must not hold what data.train_file holds: its scores pick, and no noise hides the sites' records in them"
+        )
         raise ConfigError("data.validation_file", file, bound)
 
 

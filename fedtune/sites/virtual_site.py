@@ -174,12 +174,15 @@ class VirtualSites:
                 for run in (*shapes, *runs):
                     files.policy.check(run)
             except Refused as refused:
-                raise RefusedError(f"{asked}: site {site} refuses such a trial; nothing was begun ({refused})") from None
+                raise RefusedError(
+                    f"{asked}: site {site} refuses such a trial; nothing was begun ({refused})"
+                ) from None
             try:
-                for fit, run in enumerate(runs):
+                for run in runs:
                     if run.run not in history.runs:
                         spent += events.grouped([run.plan.whole])
                         spending.require_room(history, files.policy, asked=spent, held=held, now=now)
+                    fit += 1
             except Refused as refused:
                 bound = f"site {site} has room for {fit} of these trials; nothing was begun ({refused})"
                 raise RefusedError(f"{asked}: {bound}") from None
