@@ -167,8 +167,10 @@ def asked_for(overrides: Sequence[str], method: Method, *, trials: int | None, m
     if method == "tpe" and mean_trials is not None:
         bound = "does not go with --method tpe: what is told of the picked adapter needs independent draws"
         raise ConfigError("--mean-trials", mean_trials, bound)
-    if method != "grid" and (trials is None) == (mean_trials is None):
-        raise ConfigError("--trials", trials if trials is not None else NOT_GIVEN, "or --mean-trials must be given")
+    if method != "grid" and trials is None and mean_trials is None:
+        raise ConfigError("--trials", NOT_GIVEN, "or --mean-trials must be given")
+    if trials is not None and mean_trials is not None:
+        raise ConfigError("--trials", trials, "or --mean-trials must be given, not both")
     if trials is not None:
         check_trials(trials)
     fixed, searched = split_searched(overrides)

@@ -1,0 +1,348 @@
+"""A search: refused before its first trial, charged once, picked by the lead's validation file, and told in reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli import search as module
+from fedtune.cli.compose import compose_run
+from fedtune.cli.display import Display
+from fedtune.cli.search import asked_for, check_room, prepared_for
+from fedtune.privacy import accountant, events
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.policy_file import read_policy
+from fedtune.report.model import from_json
+from fedtune.sites.virtual_site import VirtualSites, budget_for
+from fedtune.spec import RefusedError
+
+SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
+SPACE = ("training.learning_rate=log(0.001,0.1)", "lora.rank=4,8")
+
+
+def charged(sites: Path) -> list[Counter[Any]]:
+    """What each site's ledger was charged."""
+    ledgers = sorted(sites.glob("*/ledger.db"))
+    assert len(ledgers) == 2
+    return [verify(path).history.charged() for path in ledgers]
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("search")
+
+
+@pytest.fixture(scope="module")
+def words(tiny: Any, folder: Path) -> list[str]:
+    found = tiny(*SPACE, *SHORT, into=folder, name="s")
+    assert isinstance(found, list)
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcome(command: Any, words: list[str]) -> Any:
+    return command("search", *words, "--trials", "3")
+
+
+def test_every_trial_is_charged_to_the_same_ledgers(outcome: Any, words: list[str], folder: Path) -> None:
+    assert (outcome.code, outcome.err) == (0, "")
+    plan = compose_run([*words[: -len(SHORT) - len(SPACE)], *SHORT]).plan()
+    for spent in charged(folder / "s/sites"):
+        assert spent == events.grouped([plan.whole] * 3)
+    price = json.loads((folder / "s/search.json").read_text())["price"]
+    assert price["epsilon"] == accountant.epsilon_pld({plan.whole: 3}, plan.delta)
+    cap = read_policy(folder / "s/sites/site-1/site.toml").budget.max_epsilon
+    assert price["epsilon_filter"] <= cap < price["epsilon_filter"] + 0.2, "the price, and little more"
+
+
+def test_the_table_tells_what_was_spent_so_far(outcome: Any, folder: Path) -> None:
+    with (folder / "s/trials.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["state"] for line in lines] == ["finished"] * 3
+    spent = [float(line["epsilon_so_far"]) for line in lines]
+    assert spent == sorted(spent)
+    assert spent[0] == pytest.approx(float(lines[0]["epsilon_spent"]))
+    assert spent[2] == json.loads((folder / "s/search.json").read_text())["price"]["epsilon"]
+    best = max(lines, key=lambda line: float(line["validation_accuracy"]))
+    assert [line["run"] for line in lines if line["best"]] == [best["run"]]
+    told = " ".join(outcome.out.split())
+    assert "Price of the search trials 3" in told
+    assert told.index("Price of the search") < told.index("trial 1 of 3: training.learning_rate=")
+    assert f"picked: {best['folder']}" in outcome.out
+    assert "out of 3 trials; its report says so. All trials together: epsilon at most" in told
+
+
+def test_the_picked_run_says_so_and_verify_computes_it_again(outcome: Any, command: Any, folder: Path) -> None:
+    noted = json.loads((folder / "s/search.json").read_text())
+    picked = folder / "s" / noted["picked"]
+    report = from_json((picked / "report.json").read_text())
+    assert report.utility is not None
+    selection = report.utility.selection
+    assert selection is not None
+    assert (selection.search, selection.method, selection.judged_by) == ("s", "random", "accuracy")
+    assert (selection.trials, selection.most_trials, selection.epsilon_of_picked) == (3, 3, None)
+    assert selection.epsilon == noted["price"]["epsilon"]
+    assert "out of" in (picked / "report.html").read_text().split("The run was picked by accuracy")[1][:100]
+    assert "The run was picked by accuracy on the lead's own validation file, out of 3 trials" in (
+        (picked / "adapter/README.md").read_text()
+    )
+    assert command("report", "verify", str(picked)).code == 0
+    others = [path for path in (folder / "s").glob("s-trial-*") if path != picked]
+    assert not any((path / "selection.json").exists() for path in others)
+
+
+def test_a_report_that_plays_the_search_down_is_found(outcome: Any, command: Any, folder: Path, tmp_path: Path) -> None:
+    picked = folder / "s" / json.loads((folder / "s/search.json").read_text())["picked"]
+    told = json.loads((picked / "report.json").read_text())
+
+    def problem(**changes: Any) -> str:
+        changed = json.loads(json.dumps(told))
+        changed["utility"]["selection"] |= changes
+        (tmp_path / "report.json").write_text(json.dumps(changed))
+        checked = command("report", "verify", str(tmp_path))
+        assert checked.code != 0
+        return " ".join((checked.out + checked.err).split())
+
+    assert "utility.selection.epsilon" in problem(epsilon=told["utility"]["selection"]["epsilon"] / 2)
+    assert "utility.selection.trials" in problem(trials=4)
+    assert "utility.selection.epsilon_of_picked" in problem(epsilon_of_picked=0.1)
+    assert "utility.selection.delta" in problem(delta=1e-3)
+    (charge,) = told["utility"]["selection"]["charges"]
+    assert "utility.selection.charges" in problem(charges=[], epsilon=0.0)
+    assert "utility.selection.epsilon" in problem(charges=[charge | {"count": 4}])
+    assert "utility.selection.most_trials" in problem(trials=None, mean_trials=1.0, epsilon_of_picked=0.3)
+
+
+def test_the_same_search_again_charges_nothing(outcome: Any, command: Any, words: list[str], folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("s/*/run.json")}
+    spent = charged(folder / "s/sites")
+    again = command("search", *words, "--trials", "3", "--json")
+    assert (again.code, len(before)) == (0, 3)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("s/*/run.json")} == before
+    assert charged(folder / "s/sites") == spent
+    told = json.loads(again.out)
+    assert [run["state"] for run in told["runs"]] == ["finished"] * 3
+    assert told["best"].endswith(json.loads((folder / "s/search.json").read_text())["picked"])
+    assert told["price"]["trials"] == 3
+
+
+def test_another_search_of_the_same_name_is_refused(outcome: Any, command: Any, words: list[str], folder: Path) -> None:
+    """How many trials there are is fixed before the first one."""
+    before = files_in(folder)
+    more = command("search", *words, "--trials", "4")
+    assert (more.code, more.message) == (
+        2,
+        f"name = 's': is taken: {folder / 's/search.json'} is of a search with other settings; choose another",
+    )
+    assert command("search", *words, "--trials", "3", "--method", "tpe").code == 2
+    assert command("search", *words, "--trials", "3", "lora.alpha=4").code == 2
+    (folder / "mine").mkdir()
+    assert "holds no search" in command("search", *words, "name=mine", "--trials", "3").message
+    (folder / "mine").rmdir()
+    assert files_in(folder) == before
+
+
+def test_ctrl_c_in_a_trial_charges_nothing_twice(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_rounds = (SPACE[0], "federation.num_rounds=2", "training.local_steps=1", "tracking=quiet")
+    words = tiny(*two_rounds, into=tmp_path, name="stopped")
+    finished, seen = Display.round_finished, []
+
+    def interrupted(self: Display, state: Any) -> None:
+        finished(self, state)
+        seen.append(state.round)
+        if len(seen) == 3:  # the first round of the second trial
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "round_finished", interrupted)
+        stopped = command("search", *words, "--trials", "2")
+    assert stopped.code == 1
+    assert "Continue the search with: fedtune search" in " ".join(stopped.out.split())
+    assert not list(tmp_path.glob("*/*/selection.json")), "nothing is picked before the last trial"
+    again = command("search", *words, "--trials", "2")
+    assert (again.code, again.err) == (0, "")
+    plan = compose_run([word for word in words if word != SPACE[0]]).plan()
+    for spent in charged(tmp_path / "stopped/sites"):
+        assert spent == events.grouped([plan.whole] * 2)
+
+
+def with_room_for(runs: int, words: list[str], sites: Path) -> list[str]:
+    """The words for a search at sites that have room for so many runs, and these sites."""
+    config = compose_run([*words, f"runtime.sites_dir='{sites}'"])
+    made = VirtualSites.of(config, sites, config.plan())
+    made.allow(within=budget_for([config.plan()] * runs))
+    return [*words, f"runtime.sites_dir='{sites}'"]
+
+
+def test_twelve_trials_are_refused_by_a_ledger_with_room_for_eight_before_the_first(
+    command: Any, tiny: Any, tmp_path: Path
+) -> None:
+    words = with_room_for(8, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
+    before = files_in(tmp_path)
+    asked = [*words, SPACE[0]]
+    for method in ("random", "tpe"):
+        refused = command("search", *asked, "--trials", "12", "--method", method)
+        assert refused.code == 3
+        assert refused.message.startswith(
+            "--trials = 12: site site-1 has room for 8 of these trials; nothing was begun (max_epsilon: asked "
+        )
+    learnt = "training.learning_rate=" + ",".join(f"0.{number:02}" for number in range(1, 13))
+    assert command("search", *words, learnt, "--method", "grid").code == 3
+    assert files_in(tmp_path) == before
+    for method in ("random", "tpe"):
+        check_room(prepared_for(asked_for(asked, method, trials=8, mean_trials=None)))
+        with pytest.raises(RefusedError):
+            check_room(prepared_for(asked_for(asked, method, trials=9, mean_trials=None)))
+
+
+def test_what_others_have_spent_and_set_aside_counts(command: Any, tiny: Any, tmp_path: Path) -> None:
+    words = with_room_for(2, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
+    assert command("simulate", *words, "name=other").code == 0
+    refused = command("search", *words, SPACE[0], "--trials", "2")
+    assert refused.code == 3
+    assert "has room for 1 of these trials" in refused.message
+    assert command("search", *words, SPACE[0], "--trials", "1").code == 0
+    assert command("search", *words, SPACE[0], "--trials", "1").code == 0, "it is paid for"
+    assert "has room for 0 of" in command("search", *words, "name=t", SPACE[0], "--trials", "1").message
+
+
+def test_a_rule_that_a_possible_trial_breaks_is_told_before_the_first(command: Any, tiny: Any, tmp_path: Path) -> None:
+    words = with_room_for(8, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
+    refused = command("search", *words, "lora.rank=int(interval(2,64))", "--trials", "2", "--method", "tpe")
+    assert (refused.code, refused.message) == (
+        3,
+        "--trials = 2: site site-1 refuses such a trial; nothing was begun (max_rank: asked 64, allowed at most 4)",
+    )
+    missing = command("search", *words, SPACE[0], f"runtime.sites_dir='{tmp_path / 'none'}'", "--trials", "2")
+    assert missing.code == 2
+    assert "runtime.sites_dir" in missing.message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sites"]
+
+
+def test_a_drawn_number_stays_with_the_lead(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "draw_number", lambda mean, *, most: 2)
+    words = tiny(SPACE[0], *SHORT, into=tmp_path, name="s")
+    outcome = command("search", *words, "--mean-trials", "2")
+    assert (outcome.code, outcome.err) == (0, "")
+    noted = json.loads((tmp_path / "s/search.json").read_text())
+    assert noted["number"] == 2
+    assert len(noted["seed"]) == 32
+    picked = tmp_path / "s" / noted["picked"]
+    report = from_json((picked / "report.json").read_text())
+    assert report.utility is not None
+    selection = report.utility.selection
+    assert selection is not None
+    assert (selection.trials, selection.mean_trials) == (None, 2.0)
+    assert selection.most_trials == noted["price"]["trials"] > 2, "what is charged at most tells nothing of the number"
+    assert selection.epsilon_of_picked == noted["price"]["epsilon_of_picked"]
+    assert command("report", "verify", str(picked)).code == 0
+    assert not {"1", "2"} & {path.name.rsplit("-", 1)[1] for path in (tmp_path / "s").glob("s-trial-*")}
+    # Drawn once: what the second command would draw does not count.
+    monkeypatch.setattr(module, "draw_number", lambda mean, *, most: 5)
+    assert command("search", *words, "--mean-trials", "2").code == 0
+    assert len(list((tmp_path / "s").glob("s-trial-*"))) == 2
+
+
+def test_a_drawn_number_needs_room_for_the_most_there_can_be(command: Any, tiny: Any, tmp_path: Path) -> None:
+    """A refusal must not tell which number was drawn."""
+    words = with_room_for(8, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
+    for _ in range(3):
+        refused = command("search", *words, SPACE[0], "--mean-trials", "2")
+        assert (refused.code, refused.message.split(";")[0]) == (
+            3,
+            "--mean-trials = 2 (at most 11 trials): site site-1 has room for 8 of these trials",
+        )
+
+
+def test_of_no_trials_nothing_is_picked(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "draw_number", lambda mean, *, most: 0)
+    outcome = command("search", *tiny(SPACE[0], *SHORT, into=tmp_path, name="s"), "--mean-trials", "1")
+    assert outcome.code == 0
+    assert "Nothing is picked: the number drawn is 0." in outcome.out
+
+
+def test_on_public_data_it_costs_what_it_trains(command: Any, tiny: Any, tmp_path: Path) -> None:
+    public = [word for word in tiny(*SHORT, into=tmp_path, name="g") if "noise_multiplier" not in word]
+    outcome = command("search", *public, "privacy=none", "training.learning_rate=0.01,0.02", "--method", "grid")
+    assert (outcome.code, outcome.err) == (0, "")
+    told = " ".join(outcome.out.split())
+    assert "Nothing is promised: a trial without noise is for public records, and costs what it trains." in told
+    noted = json.loads((tmp_path / "g/search.json").read_text())
+    assert noted["price"]["epsilon"] is None
+    assert command("report", "verify", str(tmp_path / "g" / noted["picked"])).code == 0
+
+
+def test_a_trial_that_fails_is_no_pick(command: Any, tiny: Any, tmp_path: Path) -> None:
+    words = tiny("lora.target_modules=[nonesuch],[key]", *SHORT, into=tmp_path, name="f")
+    outcome = command("search", *words, "--method", "grid")
+    assert outcome.code == 0, outcome.err
+    assert "run 1 failed: lora.target_modules" in " ".join(outcome.out.split())
+    assert json.loads((tmp_path / "f/search.json").read_text())["picked"] == "f-trial-2"
+    shutil.rmtree(tmp_path / "f")
+    words = tiny("lora.target_modules=[nonesuch],[other]", *SHORT, into=tmp_path, name="f")
+    outcome = command("search", *words, "--method", "grid")
+    assert outcome.code == 2
+    assert "Nothing is picked: no trial has a score." in outcome.out
+
+
+BAD = [
+    ((SPACE[0],), "--trials: or --mean-trials must be given"),
+    ((SPACE[0], "--trials", "2", "--mean-trials", "2"), "--trials = 2: or --mean-trials must be given, not both"),
+    ((SPACE[0], "--trials", "0"), "--trials = 0: must be a finite number of at least 1"),
+    ((SPACE[0], "--trials", "1001"), "--trials = 1001: must be at most 1000"),
+    (("lora.rank=4", "--trials", "2"), "KEY=VALUE: must give some setting several values, as in lora.rank=4,8"),
+    (("lora.rank=4,8", "--trials", "2", "--method", "grid"), "--trials: does not go with --method grid"),
+    ((SPACE[0], "--method", "grid"), "training.learning_rate = '0.001 to 0.1': has no end of values"),
+    ((SPACE[0], "--mean-trials", "2", "--method", "tpe"), "--mean-trials = 2.0: does not go with --method tpe"),
+    (("lora.rank=log(0,8)", "--trials", "2"), "lora.rank = 'log(0,8)': must go from a smaller number to a larger one"),
+    (("lora.rank=uniform(1,8)", "--trials", "2"), "lora.rank = 'uniform(1,8)': must be values with commas"),
+    (("lora.rnak=4,8", "--trials", "2"), "lora.rnak = '4': is not a setting of fedtune; did you mean lora.rank?"),
+    (("lora.rank=4,0", "--trials", "2", "--method", "tpe"), "lora.rank = 0: must be a finite number of at least 1"),
+    (("name=a,b", "--trials", "2"), "name: must have one value in a search"),
+    (("runtime.num_threads=1,2", "--trials", "2"), "runtime.num_threads: must have one value in a search"),
+    (("seed=1,2", "--method", "grid"), "seed = 2: must be the same in all trials"),
+    (("privacy.delta=1e-5,1e-6", "--method", "grid"), "privacy.delta = 1e-06: must be the same in all trials"),
+    (("data.validation_rows=5,10", "--method", "grid"), "KEY=VALUE = 'data.validation_rows': must leave the task"),
+    (("training.local_steps=1,2", "--trials", "2", "--method", "tpe"), "training.local_steps: decides what a trial"),
+    (
+        ("training.local_steps=1,2", "--mean-trials", "2"),
+        "training.local_steps: decides what a trial costs, which --me",
+    ),
+    ((SPACE[0], "data.validation_file=null", "--trials", "2"), "data.validation_file = None: is required to search"),
+    ((SPACE[0], "federation.if_over_budget=fewer_rounds", "--trials", "2"), "federation.if_over_budget = 'fewer_rou"),
+    ((SPACE[0], "runtime=deployment", "--trials", "2"), "runtime = 'deployment': is for real sites"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_cannot_be_searched_is_told(
+    more: tuple[str, ...], message: str, command: Any, tiny: Any, tmp_path: Path
+) -> None:
+    found = command("search", *tiny(*SHORT, into=tmp_path / "runs"), *more)
+    assert (found.code, found.out) == (2, "")
+    assert found.message.startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_on_records_trained_on_pick_nothing(command: Any, tiny: Any, tmp_path: Path) -> None:
+    words = tiny(*SHORT, into=tmp_path, name="s")
+    train = compose_run(words).data.train_file
+    refused = command("search", *words, SPACE[0], f"data.validation_file={train}", "--trials", "2")
+    assert refused.code == 2
+    assert "must not hold what data.train_file holds: its scores pick" in refused.message
