@@ -175,9 +175,7 @@ def asked_for(overrides: Sequence[str], method: Method, *, trials: int | None, m
         check_trials(trials)
     fixed, searched = split_searched(overrides)
     if not searched:
-        raise ConfigError(
-            "KEY=VALUE", " ".join(overrides), "must give some setting several values, as in lora.rank=4,8"
-        )
+        raise ConfigError("KEY=VALUE", NOT_GIVEN, "must give some setting several values, as in lora.rank=4,8")
     for one in searched:
         if one.key.split(".")[0] in _NOT_SEARCHED:
             raise ConfigError(one.key, NOT_GIVEN, "must have one value in a search: it changes nothing that is learnt")
@@ -361,7 +359,7 @@ def check_room(prepared: Prepared) -> None:
     sites = _sites(shapes[0], prepared)
     sites.check_there()  # before anything is written there
     lead = sites.lead_key().public
-    known = dict(zip(search.names, shapes, strict=True)) if isinstance(prepared.proposer, Listed) else {}
+    known = {shape.name: shape for shape in shapes}
     # Of a number that is drawn, the most that there can be.
     spare = [f"spare-{place}" for place in range(len(prepared.plans) - search.number)] if prepared.new else []
     runs = []
