@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli import search as module
+from fedtune.cli.command import Command
 from fedtune.cli.compose import compose_run
 from fedtune.cli.display import Display
 from fedtune.cli.search import asked_for, check_room, prepared_for
@@ -300,6 +303,28 @@ def test_a_trial_that_fails_is_no_pick(command: Any, tiny: Any, tmp_path: Path) 
     outcome = command("search", *words, "--method", "grid")
     assert outcome.code == 2
     assert "Nothing is picked: no trial has a score." in outcome.out
+
+
+PAGE = Path(__file__).parents[2] / "docs/search.md"
+COMMANDS = [shlex.split(line) for line in re.findall(r"^fedtune (?=plan|search)(.*)$", PAGE.read_text(), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_the_commands_of_the_page_are_understood(
+    words: list[str], command: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "plan":
+        planned = command(*words)
+        assert (planned.code, planned.err) == (0, "")
+        assert "Price of the search" in planned.out
+        return
+    asked: list[Any] = []
+    monkeypatch.setattr(Command, "invoke", lambda self, ctx: asked.append(ctx.params))
+    command(*words)
+    (told,) = asked
+    search = asked_for(told["overrides"], told["method"], trials=told["trials"], mean_trials=told["mean_trials"])
+    assert {one.key for one in search.searched} <= {"training.learning_rate", "lora.rank"}
 
 
 BAD = [
