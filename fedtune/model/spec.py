@@ -16,8 +16,8 @@ from fedtune.spec import ConfigError, check_at_least, check_one_of, check_positi
 PACKAGE = "package:"
 RANDOM = "random:"
 RANDOM_MODELS = ("random:bert", "random:llama")
-ADAPTERS = {"lora": "a LoRA adapter", "dora": "a DoRA adapter", "ia3": "an IA3 adapter"}
-"""The kinds of adapters, and what people call one."""
+ADAPTERS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "ia3": "An IA3 adapter"}
+"""The kinds of adapters, in words."""
 _NOT_PROVEN = {
     "prompt": "virtual tokens change what every layer makes of a record, and take places of its own tokens",
     "prefix": "virtual keys and values reach a layer through its cache, which training is without",

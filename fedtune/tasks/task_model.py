@@ -126,8 +126,8 @@ class TaskModel(nn.Module):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """All adapter and head tensors by their public name, in the order of the names; frozen ones too.
 
-        Names are PEFT's own in a saved adapter ("base_model.model....lora_A.weight"), "base_model.model....scales.offset"
-        (see `fedtune.model.scales`), and "head.weight".
+        Names are PEFT's own in a saved adapter ("base_model.model....lora_A.weight"), "....scales.offset" of what
+        scales (`fedtune.model.scales`), and "head.weight".
         """
         named = {
             name.removeprefix("base.").replace(".default.", "."): parameter
