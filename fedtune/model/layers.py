@@ -55,8 +55,7 @@ def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: b
         ConfigError: for `lora.layers` or `lora.target_modules` that the base does not have, or a `lora.rank` that none
             of its modules can use.
     """
-    config = _peft_config(base, spec)
-    config.task_type = TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION
+    config = _peft_config(base, spec, TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(base, config)
@@ -68,7 +67,7 @@ def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: b
     return model
 
 
-def _peft_config(base: nn.Module, spec: LoraSpec) -> PeftConfig:
+def _peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftConfig:
     stack_name, stack = layer_stack(base)
     layers = _layer_indices(spec, len(stack))
     linear = {
@@ -81,9 +80,10 @@ def _peft_config(base: nn.Module, spec: LoraSpec) -> PeftConfig:
     adapted = [full for full in linear if any(f".{full}".endswith(f".{name}") for name in targets)]
     transposed = any(isinstance(module, Conv1D) for module in linear.values())
     if spec.kind == "ia3":  # which PEFT cannot be told the layers of
-        return IA3Config(target_modules=adapted, feedforward_modules=[], fan_in_fan_out=transposed)
+        return IA3Config(task_type=kind, target_modules=adapted, feedforward_modules=[], fan_in_fan_out=transposed)
     _check_rank(spec, [linear[full] for full in adapted])
     return LoraConfig(
+        task_type=kind,
         r=spec.rank,
         lora_alpha=spec.alpha,
         use_rslora=spec.rslora,
