@@ -212,6 +212,9 @@ class RunConfig:
         if task.rate_shares is None:
             bound = f"is not for task {task.name}, on which it was not studied: give a number"
             raise ConfigError("training.learning_rate", "auto", bound)
+        if self.lora.kind != "lora":
+            bound = f"is not for lora.kind = {self.lora.kind}, with which it was not studied: give a number"
+            raise ConfigError("training.learning_rate", "auto", bound)
         rate = automatic_rate(
             steps=plan.num_rounds * plan.local_steps,
             sampled=plan.sampling_rate * sum(sizes) / len(sizes),
