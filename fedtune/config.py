@@ -51,6 +51,7 @@ _LATER: dict[tuple[str, str], object] = {
     ("data", "label_separator"): ";",
     ("data", "target_range"): None,
     ("model", "adapter_sha256"): None,
+    ("lora", "kind"): "lora",
     ("federation", "stop_after"): None,
     ("federation", "keep_round"): "last",
 }
@@ -191,7 +192,8 @@ class RunConfig:
             task=self.task,
             base_model=self.model.sha256 or UNVERIFIED,
             target_modules=(targets,) if isinstance(targets, str) else targets,
-            rank=self.lora.rank,
+            adapter=self.lora.kind,
+            rank=self.lora.matrices,
             train_head=has_head and self.head.train,
             seeded_noise=self.runtime.seeded_noise,
             dtype=self.model.dtype,
@@ -209,6 +211,9 @@ class RunConfig:
         plan, sizes, task = self.plan(), self.declared_sizes().values(), task_named(self.task)
         if task.rate_shares is None:
             bound = f"is not for task {task.name}, on which it was not studied: give a number"
+            raise ConfigError("training.learning_rate", "auto", bound)
+        if self.lora.kind != "lora":
+            bound = f"is not for lora.kind = {self.lora.kind}, with which it was not studied: give a number"
             raise ConfigError("training.learning_rate", "auto", bound)
         rate = automatic_rate(
             steps=plan.num_rounds * plan.local_steps,

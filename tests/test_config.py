@@ -71,6 +71,22 @@ def test_a_rate_is_chosen_for_tasks_alone_on_which_that_was_studied() -> None:
         compose_run([*lm, "training=adamw", "training.learning_rate=auto"])
 
 
+@pytest.mark.parametrize("kind", ["dora", "ia3"])
+def test_no_rate_is_chosen_for_a_kind_of_adapter_on_which_that_was_not_studied(kind: str) -> None:
+    own = ["experiment=own_labels", "data.train_file=x", "data.declared_sizes=9", "data.labels=[a,b]"]
+    with pytest.raises(ConfigError, match=f"training.learning_rate = 'auto': is not for lora.kind = {kind}"):
+        compose_run([*own, f"lora.kind={kind}"])
+
+
+def test_a_proposal_names_the_kind_of_adapter() -> None:
+    def proposed(kind: str) -> tuple[str, int, float]:
+        config = parse(changed(lora__kind=kind))
+        proposal = config.proposal(lead="a" * 64, plan=config.plan())
+        return proposal.adapter, proposal.rank, proposal.lora_scale
+
+    assert [proposed(kind) for kind in ("lora", "dora", "ia3")] == [("lora", 4, 2.0), ("dora", 4, 2.0), ("ia3", 1, 1.0)]
+
+
 @given(_settings)
 @settings(max_examples=150, deadline=None)
 def test_json_round_trip(changes: dict[str, Any]) -> None:
@@ -117,6 +133,7 @@ _RESULT_CHANGES = [
     {"data__test_file": None},
     {"model__path": "random:llama"},
     {"lora__rank": 5},
+    {"lora__kind": "dora"},
     {"head__scale": 11.0},
     {"evaluation__max_new_tokens": 33},
     {"federation__if_over_budget": "fewer_rounds"},

@@ -152,7 +152,10 @@ def _who(policy: Policy) -> Iterator[str]:
 def _for_what(policy: Policy) -> Iterator[str]:
     allow = policy.allow
     yield f"Tasks: {_listed(allow.tasks)}."
-    yield f"Adapters up to rank {allow.max_rank} on the model's parts {_listed(allow.target_modules)}."
+    yield (
+        f"Adapters ({_listed(allow.adapters)}) up to rank {allow.max_rank} on the model's parts "
+        f"{_listed(allow.target_modules)}."
+    )
     yield "The task head may be trained, too." if allow.train_head else "No task head."
     models = [model if len(model) <= 16 else f"{model[:16]}..." for model in allow.base_models]
     yield f"Base models, by the SHA-256 of their weights: {_listed(models)}"

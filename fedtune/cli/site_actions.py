@@ -180,7 +180,7 @@ def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
         "asked by": f"{asked.lead}, for {counted(asked.num_sites, 'site')} as it says",
         "trains": f"{printable(asked.task)} on {printable(asked.dataset)}",
         "base model": f"{printable(asked.base_model, 64)}, in {printable(asked.dtype)}",
-        "adapter": f"rank {asked.rank}, scaled by {asked.lora_scale:g}, on "
+        "adapter": f"{printable(asked.adapter)} of rank {asked.rank}, scaled by {asked.lora_scale:g}, on "
         f"{printable(', '.join(asked.target_modules))}{head}",
         **({"begins in": f"the adapter {asked.start_adapter}"} if asked.start_adapter else {}),
         "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, 'noisy step')} each",

@@ -28,6 +28,7 @@ from fedtune.data.batching import Batch
 from fedtune.model import load_tokenizer
 from fedtune.model.base_model import load_base, save_plain
 from fedtune.model.quiet import quiet
+from fedtune.model.scales import merged
 from fedtune.report import from_run
 from fedtune.report.model_card import CARD, Form, card_text
 from fedtune.report.record.run_record import read_run
@@ -71,14 +72,14 @@ class Source:
         reference = Reference.of(model)
         readout = model.task.readout(model)
         with quiet():
-            merged = model.base.merge_and_unload()
+            base = merged(model.base)
         if config.data.labels:
-            merged.config.id2label = dict(enumerate(config.data.labels))
-            merged.config.label2id = {label: place for place, label in enumerate(config.data.labels)}
+            base.config.id2label = dict(enumerate(config.data.labels))
+            base.config.label2id = {label: place for place, label in enumerate(config.data.labels)}
         tokenizer = load_tokenizer(model.spec.model)
-        if merged.can_generate():
-            merged.generation_config.eos_token_id = sorted(model.task.end_ids(tokenizer, data=config.data))
-        source = cls(config=config, adapter=adapter, task=model.task, base=merged, readout=readout, tokenizer=tokenizer)
+        if base.can_generate():
+            base.generation_config.eos_token_id = sorted(model.task.end_ids(tokenizer, data=config.data))
+        source = cls(config=config, adapter=adapter, task=model.task, base=base, readout=readout, tokenizer=tokenizer)
         return source, reference
 
 

@@ -14,7 +14,7 @@ from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 if TYPE_CHECKING:
     from fedtune.model.adapter import Adapter, AdapterError
     from fedtune.model.base_model import load_base, load_tokenizer, model_sha256
-    from fedtune.model.layers import attach_lora
+    from fedtune.model.layers import attach_adapters
 
 __all__ = [
     "Adapter",
@@ -23,7 +23,7 @@ __all__ = [
     "LoraSpec",
     "ModelSpec",
     "TaskModelSpec",
-    "attach_lora",
+    "attach_adapters",
     "load_base",
     "load_tokenizer",
     "model_sha256",
@@ -32,7 +32,7 @@ __all__ = [
 _HOMES = {
     "adapter": ("Adapter", "AdapterError"),
     "base_model": ("load_base", "load_tokenizer", "model_sha256"),
-    "layers": ("attach_lora",),
+    "layers": ("attach_adapters",),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 

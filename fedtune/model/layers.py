@@ -1,6 +1,6 @@
-"""A base's layers: adapted by LoRA, skipped where they are frozen, recomputed, computed row by row, and the last one.
+"""A base's layers: adapted, skipped where they are frozen, recomputed, computed row by row, and the last one.
 
-**LoRA** by PEFT, on the linear modules of chosen layers.
+**Adapters** by PEFT, on the linear modules of chosen layers.
 
 **The frozen prefix.**  An adapter on the last layers of a base leaves the layers before them as they are.  What they
 make of a record depends on that record and the public base alone, so a site may compute it once and start every later
@@ -29,7 +29,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -37,12 +37,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.model.quiet import quiet
+from fedtune.model.scales import scale_modules
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import ConfigError
 
 
-def attach_lora(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: bool, seed: int) -> PeftModel:
-    """Wrap `base`, which already lies on its device, in float32 adapters: A random, B zero.
+def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: bool, seed: int) -> PeftModel:
+    """Wrap `base`, which already lies on its device, in float32 adapters: A random, B and what scales zero.
 
     Args:
         base: the frozen model; changed in place.
@@ -54,30 +55,44 @@ def attach_lora(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: bool,
         ConfigError: for `lora.layers` or `lora.target_modules` that the base does not have, or a `lora.rank` that none
             of its modules can use.
     """
-    stack_name, stack = layer_stack(base)
-    layers = _layer_indices(spec, len(stack))
-    modules = nn.ModuleList(stack[layer] for layer in layers).named_modules()
-    linear = {name: module for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
-    targets = _targets(spec, linear)
-    _check_rank(spec, [module for name, module in linear.items() if name.rpartition(".")[2] in targets])
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION,
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        use_rslora=spec.rslora,
-        target_modules=targets,
-        layers_to_transform=layers,
-        layers_pattern=stack_name.rpartition(".")[2],
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
-    )
+    config = _peft_config(base, spec, TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(base, config)
+    scale_modules(model)
     if not spec.train_a:
         for name, parameter in model.named_parameters():
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
     return model
+
+
+def _peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftConfig:
+    stack_name, stack = layer_stack(base)
+    layers = _layer_indices(spec, len(stack))
+    linear = {
+        f"{stack_name}.{layer}.{name}": module
+        for layer in layers
+        for name, module in stack[layer].named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    targets = _targets(spec, linear)
+    adapted = [full for full in linear if any(f".{full}".endswith(f".{name}") for name in targets)]
+    transposed = any(isinstance(module, Conv1D) for module in linear.values())
+    if spec.kind == "ia3":  # which PEFT cannot be told the layers of
+        return IA3Config(task_type=kind, target_modules=adapted, feedforward_modules=[], fan_in_fan_out=transposed)
+    _check_rank(spec, [linear[full] for full in adapted])
+    return LoraConfig(
+        task_type=kind,
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        use_rslora=spec.rslora,
+        use_dora=spec.kind == "dora",
+        target_modules=targets,
+        layers_to_transform=layers,
+        layers_pattern=stack_name.rpartition(".")[2],
+        fan_in_fan_out=transposed,
+    )
 
 
 def layer_stack(base: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -1,4 +1,4 @@
-"""The settings of a task model: which base, which LoRA matrices, which head.
+"""The settings of a task model: which base, which adapters, which head.
 
 Plain data without torch, so that reading a configuration takes milliseconds, not the seconds that
 transformers and PEFT need to be imported.
@@ -16,6 +16,14 @@ from fedtune.spec import ConfigError, check_at_least, check_one_of, check_positi
 PACKAGE = "package:"
 RANDOM = "random:"
 RANDOM_MODELS = ("random:bert", "random:llama")
+ADAPTERS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "ia3": "An IA3 adapter"}
+"""The kinds of adapters, in words."""
+_NOT_PROVEN = {
+    "prompt": "virtual tokens change what every layer makes of a record, and take places of its own tokens",
+    "prefix": "virtual keys and values reach a layer through its cache, which training is without",
+    "adalora": "which ranks it drops follows from gradients, and no noise would cover that",
+}
+"""Kinds that PEFT has and fedtune refuses, with the reason."""
 
 
 @spec
@@ -75,9 +83,12 @@ class ModelSpec:
 
 @spec
 class LoraSpec:
-    """Low-rank adapters W + (alpha / rank) B A, Hu et al. 2021, arXiv 2106.09685.
+    """Low-rank adapters W + (alpha / rank) B A, Hu et al. 2021, arXiv 2106.09685, or another kind on the same modules.
 
     Attributes:
+        kind: "lora"; "dora", which trains a length for each row of the sum as well (Liu et al. 2024, arXiv
+            2402.09353); or "ia3", which trains one factor for each output of a module and nothing else (Liu et al.
+            2022, arXiv 2205.05638): rank, alpha, rslora and train_a are then of no effect.
         rank: the number of rows of A and of columns of B.
         alpha: the numerator of the scale.
         target_modules: last names of the linear modules to adapt ("q_proj"), or "all-linear".
@@ -89,6 +100,7 @@ class LoraSpec:
             arXiv 2403.12313): averaging over sites is then exact, and noise enters B only.
     """
 
+    kind: str = "lora"
     rank: int = 8
     alpha: float = 16.0
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
@@ -98,10 +110,19 @@ class LoraSpec:
 
     @property
     def scale(self) -> float:
-        """What the product of the two matrices is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """What the product of the two matrices is multiplied by; 1 where there are none."""
+        return 1.0 if self.kind == "ia3" else self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def matrices(self) -> int:
+        """The rank as a site sees it: 1 where there are no matrices."""
+        return 1 if self.kind == "ia3" else self.rank
 
     def __post_init__(self) -> None:
+        if self.kind in _NOT_PROVEN:
+            bound = f"is refused: {_NOT_PROVEN[self.kind]}; it must be one of {', '.join(ADAPTERS)}"
+            raise ConfigError("kind", self.kind, bound)
+        check_one_of("kind", self.kind, ADAPTERS)
         check_at_least("rank", self.rank, 1)
         check_positive("alpha", self.alpha)
         if isinstance(self.target_modules, str):

@@ -29,8 +29,8 @@ class Proposal:
         dataset: id of the site's data set to train on.
         task: what is learnt.
         base_model: SHA-256 of the base model's weights; "unverified" where the run names none.
-        target_modules: modules that get LoRA matrices.
-        rank: of the LoRA matrices.
+        target_modules: modules that get an adapter.
+        rank: of the LoRA matrices; 1 where the adapter has none.
         train_head: whether a task head is trained and released too.
         seeded_noise: noise from a seed: a study without a guarantee.
         dtype: number format of the frozen weights.
@@ -38,6 +38,7 @@ class Proposal:
             which the accounting does not cover, grows with both.
         num_sites: how many sites the lead says take part.  A claim, shown as such; nothing relies on it.
         plan: what the releases cost.
+        adapter: the kind of adapter, such as "lora".
         start_adapter: digest of an adapter tuned before, in which the run begins; "": in a new one.
     """
 
@@ -55,11 +56,12 @@ class Proposal:
     dtype: str
     lora_scale: float
     head_scale: float
+    adapter: str = "lora"
     start_adapter: str = ""
 
     def __post_init__(self) -> None:
         # A proposal comes from a server: its form is checked here, its content by the policy.
-        for name in ("run", "lead", "dataset", "task", "base_model", "dtype"):
+        for name in ("run", "lead", "dataset", "task", "base_model", "dtype", "adapter"):
             _require(name, getattr(self, name), _is_text(getattr(self, name)), _TEXT)
         modules = self.target_modules
         right = isinstance(modules, tuple) and all(map(_is_text, modules)) and len(set(modules)) == len(modules)
@@ -80,8 +82,9 @@ class Proposal:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, the canonical form that `digest` hashes."""
         fields = dataclasses.asdict(self)
-        if not self.start_adapter:
-            del fields["start_adapter"]  # proposals from before there was one keep their digest
+        for key, before in (("start_adapter", ""), ("adapter", "lora")):
+            if fields[key] == before:
+                del fields[key]  # proposals from before there was another keep their digest
         return fields | {"target_modules": list(self.target_modules), "plan": self.plan.to_json()}
 
     @classmethod

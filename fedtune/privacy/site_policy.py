@@ -192,9 +192,10 @@ class Allow:
         leads: public keys of leads, 64 hex digits each.
         tasks: such as "classification".
         base_models: SHA-256 of base models, with all files that loading reads.
-        target_modules: modules that may get LoRA matrices.
+        target_modules: modules that may get an adapter.
         max_rank: largest LoRA rank.
         train_head: whether a task head may be trained and released.
+        adapters: kinds of adapters, such as "lora".
         dtypes: number formats that the base model may be computed in; bfloat16 rounds a thousand times more coarsely.
         seeded_noise: accept runs whose noise comes from a seed.  For a test federation: such a run has no guarantee
             and marks the ledger for ever.
@@ -208,6 +209,7 @@ class Allow:
     target_modules: tuple[str, ...]
     max_rank: int
     train_head: bool
+    adapters: tuple[str, ...] = ("lora",)
     dtypes: tuple[str, ...] = ("float32",)
     seeded_noise: bool = False
     inexact_gradients: bool = False
@@ -391,6 +393,7 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         (Reason.DATASET, proposal.dataset, datasets),
         (Reason.TASKS, proposal.task, allow.tasks),
         (Reason.BASE_MODELS, proposal.base_model, allow.base_models),
+        (Reason.ADAPTERS, proposal.adapter, allow.adapters),
         (Reason.DTYPES, proposal.dtype, allow.dtypes),
         (Reason.UNIT, plan.unit, [policy.population.unit]),
         (Reason.DELTA, plan.delta, [policy.budget.delta]),

@@ -19,7 +19,7 @@ from jinja2 import StrictUndefined
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model.source import public_place
-from fedtune.model.spec import RANDOM
+from fedtune.model.spec import ADAPTERS, RANDOM
 from fedtune.privacy.durable import write_durably
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
@@ -61,7 +61,9 @@ class Form:
     def adapter(cls, config: RunConfig, *, folder: str) -> Form:
         """An adapter beside which a base is loaded, in a folder that its lines call so."""
         loading = task_named(config.task).loading(base=public_place(config.model), folder=folder)
-        return cls(what="A LoRA adapter", library="peft", relation="adapter", loading=loading, needs_base=True)
+        return cls(
+            what=ADAPTERS[config.lora.kind], library="peft", relation="adapter", loading=loading, needs_base=True
+        )
 
 
 def write_card(run: Path, report: Report) -> None:
@@ -95,7 +97,7 @@ def _front_matter(record: RunRecord, report: Report, form: Form) -> ModelCardDat
         known["pipeline_tag"] = task.hub_name
     return ModelCardData(
         library_name=form.library,
-        tags=["fedtune", "federated-learning", "lora", *promise],
+        tags=["fedtune", "federated-learning", record.config.lora.kind, *promise],
         datasets=[record.config.data.dataset],
         metrics=sorted(scores),
         model_name=record.config.name,

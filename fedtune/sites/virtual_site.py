@@ -259,6 +259,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
             target_modules=proposal.target_modules,
             max_rank=proposal.rank,
             train_head=proposal.train_head,
+            adapters=(proposal.adapter,),
             dtypes=(proposal.dtype,),
             seeded_noise=proposal.seeded_noise,
         ),

@@ -1,6 +1,8 @@
 """A saved adapter: a folder that PEFT loads by itself, with the task's head and settings beside it.
 
 adapter_config.json  adapter_model.safetensors   what `peft.PeftModel.from_pretrained(base, folder)` reads
+offsets.safetensors                              of DoRA and IA3: their scales as they were trained, of which PEFT's
+                                                 tensors are made (`fedtune.model.scales`)
 head.safetensors                                 the task's own tensors; of classification "weight" (labels, h) and
                                                  "centre" (h,), see `HeadSpec`:
                                                  logits = scale * weight @ normalised(pooled - centre)
@@ -28,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
 from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
+from fedtune.model.scales import PEFT_SCALES, as_peft
 from fedtune.model.source import model_folder, public_place
 from fedtune.model.spec import RANDOM, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, shown
@@ -90,9 +93,9 @@ class SavedAdapter:
         settings = _read_json(folder / _SETTINGS)
         with _malformed(folder):
             spec, digest = _spec_from(settings, model), settings["adapter_digest"]
-            tensors, head = _read_tensors(folder, has_head=task_named(spec.task).has_head)
+            tensors, head = _read_tensors(folder, spec)
             # Before matrices of that rank are made: any number can stand in a file, and fill the memory.
-            if spec.lora.rank not in {length for array in tensors.values() for length in array.shape}:
+            if spec.lora.matrices not in {1, *(length for array in tensors.values() for length in array.shape)}:
                 raise ConfigError("lora.rank", spec.lora.rank, "must be that of the saved matrices")
         return cls(folder, spec, tensors, head, digest)
 
@@ -155,6 +158,7 @@ def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
         "model.sha256": spec.model.sha256,
         "data.labels": spec.labels,
         "data.target_range": spec.target_range,
+        "lora.kind": spec.lora.kind,
         "the scale of LoRA": spec.lora.scale,
         "head.scale": spec.head.scale,
         "head.centre": spec.head.centre,
@@ -217,7 +221,7 @@ class StartAdapter:
     def _settings_beside(self, spec: TaskModelSpec) -> Iterator[tuple[str, object, object]]:
         old, new = self.spec, spec
         yield "task", old.task, new.task
-        for key in ("rank", "target_modules", "layers", "scale"):
+        for key in ("kind", "rank", "target_modules", "layers", "scale"):
             was, now = getattr(old.lora, key), getattr(new.lora, key)
             in_any_order = key in ("target_modules", "layers") and isinstance(was, tuple) and isinstance(now, tuple)
             yield f"lora.{key}", *((tuple(sorted(was)), tuple(sorted(now))) if in_any_order else (was, now))
@@ -235,7 +239,7 @@ class StartAdapter:
         self._require_base(model.spec.model)
         constants, parameters = dict(model.named_buffers(recurse=False)), model.adapter_parameters()
         try:
-            tensors, own = _read_tensors(self.folder, has_head=model.task.has_head)
+            tensors, own = _read_tensors(self.folder, self.spec)
             saved = Adapter(tensors | {_HEAD + name: one for name, one in own.items() if name not in constants}).tensors
             if Adapter(self._trained(saved)).digest() != self.digest:
                 raise AdapterError(f"the tensors are not the ones that {_SETTINGS} names by digest")
@@ -279,8 +283,12 @@ def write_task_model(model: TaskModel, folder: Path) -> None:
     tensors = {name: parameter.detach().cpu().numpy() for name, parameter in model.adapter_parameters().items()}
     head = {name.removeprefix(_HEAD): tensors.pop(name) for name in list(tensors) if name.startswith(_HEAD)}
     head |= {name: constant.cpu().numpy() for name, constant in model.named_buffers(recurse=False)}
+    offsets = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".scales.offset")}
+    scales = {name: values.cpu().numpy() for name, _, values in as_peft(model.base)}
     # safetensors' own "format" entry tells PEFT that these are for torch.
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors | scales, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if offsets:
+        save_file(offsets, folder / "offsets.safetensors", metadata={"format": "pt"})
     if model.task.has_head:
         save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
     _write_json(folder / "adapter_config.json", _peft_settings(model))
@@ -291,7 +299,8 @@ def _peft_settings(model: TaskModel) -> dict[str, Any]:
     """PEFT's own, with a base that others can load, where there is one: its public id, else as the user named it."""
     base, settings = model.spec.model, dict(model.base.peft_config["default"].to_dict())
     settings |= {"base_model_name_or_path": public_place(base), "revision": base.revision}
-    return settings | {"target_modules": sorted(settings["target_modules"]), "inference_mode": True}
+    in_order = {key: sorted(value) for key, value in settings.items() if isinstance(value, set)}
+    return settings | in_order | {"inference_mode": True}
 
 
 def _settings(model: TaskModel) -> dict[str, Any]:
@@ -338,15 +347,22 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _read_tensors(folder: Path, *, has_head: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _read_tensors(folder: Path, spec: TaskModelSpec) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The adapter's tensors, and the task's own."""
-    files = [folder / "adapter_model.safetensors", *([folder / "head.safetensors"] if has_head else [])]
-    for file in files:
-        if not file.is_file():
-            raise ConfigError("adapter", str(folder), f"must hold the adapter's tensors, in {file.name} too")
+    scaled, has_head = spec.lora.kind != "lora", task_named(spec.task).has_head
+    matrices, offsets, head = (
+        _read_file(folder, name) if wanted else {}
+        for name, wanted in (("adapter_model", True), ("offsets", scaled), ("head", has_head))
+    )
+    return {name: one for name, one in matrices.items() if not name.endswith(PEFT_SCALES)} | offsets, head
+
+
+def _read_file(folder: Path, name: str) -> dict[str, np.ndarray]:
+    file = folder / f"{name}.safetensors"
+    if not file.is_file():
+        raise ConfigError("adapter", str(folder), f"must hold the adapter's tensors, in {file.name} too")
     try:
-        tensors, *head = map(load_file, files)
-        return tensors, head[0] if head else {}
+        return load_file(file)
     except (OSError, SafetensorError) as error:
         raise ConfigError("adapter", str(folder), "must hold the adapter's tensors (a file is damaged)") from error
 

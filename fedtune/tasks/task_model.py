@@ -14,7 +14,7 @@ from fedtune.model.fits import check_examples_apart
 from fedtune.model.layers import (
     FrozenPrefix,
     OutputLayer,
-    attach_lora,
+    attach_adapters,
     checkpoint_layers,
     layer_stack,
     without_adapters,
@@ -126,12 +126,13 @@ class TaskModel(nn.Module):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """All adapter and head tensors by their public name, in the order of the names; frozen ones too.
 
-        Names are PEFT's own in a saved adapter ("base_model.model....lora_A.weight"), and "head.weight".
+        Names are PEFT's own in a saved adapter ("base_model.model....lora_A.weight"), "....scales.offset" of what
+        scales (`fedtune.model.scales`), and "head.weight".
         """
         named = {
             name.removeprefix("base.").replace(".default.", "."): parameter
             for name, parameter in self.named_parameters()
-            if ".lora_" in name or name.startswith("head.")
+            if name.startswith("head.") or any(part in name for part in (".lora_A.", ".lora_B.", ".scales."))
         }
         return dict(sorted(named.items()))
 
@@ -169,6 +170,6 @@ def assemble(spec: TaskModelSpec, *, device: torch.device | str) -> TaskModel:
     task.check_model(spec)
     frozen = load_base(spec.model, predicts_tokens=task.predicts_tokens, device=device)
     task.check_base(frozen, path=spec.model.path)
-    base = attach_lora(frozen, spec=spec.lora, predicts_tokens=task.predicts_tokens, seed=spec.seed)
+    base = attach_adapters(frozen, spec=spec.lora, predicts_tokens=task.predicts_tokens, seed=spec.seed)
     check_examples_apart(base)
     return TaskModel(spec, task, base)

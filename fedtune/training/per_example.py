@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from functools import reduce
 
 import torch
-from opacus.grad_sample import GradSampleHooks
+from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 
 from fedtune.data.batching import Batch, one_at_a_time
+from fedtune.model.scales import Scales
 from fedtune.spec import ConfigError, panics_as_errors
 from fedtune.tasks import TaskModel
 
@@ -74,6 +75,23 @@ class PerExampleGradients:
         for parameter in self._parameters.values():
             parameter.grad = None
             parameter.grad_sample = None  # type: ignore[attr-defined]
+
+
+@register_grad_sampler(Scales)  # type: ignore[untyped-decorator]
+def _of_scales(
+    layer: Scales, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Of values x, (n, t, k), times 1 + offset: the sum of x and their output's gradient over an example's tokens."""
+    return {layer.offset: _added_tokens(backprops * activations[0])}
+
+
+def _added_tokens(values: torch.Tensor) -> torch.Tensor:
+    """(n, k) of (n, t, k), added half to half: torch's own sum could go by how many examples there are."""
+    while (length := values.shape[1]) > 1:
+        half = length // 2
+        odd_one = values[:, 2 * half :]
+        values = torch.cat([values[:, :half] + values[:, half : 2 * half], odd_one], dim=1)
+    return values[:, 0]
 
 
 def _without_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
     python simulations/own_data/run.py                              the README's lines, into results.json and its table
     python simulations/own_data/run.py --only bank abstracts-5-100  problems whose keys begin so; other lines are kept
-    python simulations/own_data/run.py --recipes now before         these recipes only
+    python simulations/own_data/run.py --recipes auto before         these recipes only
     python simulations/own_data/run.py --epsilons 3 none            these only
     python simulations/own_data/run.py --data FOLDER                in place of simulations/data
     python simulations/own_data/run.py --sst2 FOLDER                with SST-2, whose files are not in the repository
@@ -41,7 +41,7 @@ from fedtune.privacy.durable import write_durably
 
 FOLDER = Path(__file__).parent
 DATA = FOLDER.parent / "data"
-EPSILONS = {"3": 3.0, "8": 8.0, "none": None}
+EPSILONS = {"1": 1.0, "3": 3.0, "8": 8.0, "none": None}
 BEGIN, END = "<!-- results: written by simulations/own_data/run.py -->", "<!-- end of results -->"
 BANK = {
     3: ["card_arrival", "card_delivery_estimate", "lost_or_stolen_card"],
@@ -292,7 +292,8 @@ RECIPES: dict[str, list[str]] = {
         *(*SGD, "training.learning_rate=0.375", "training.head_learning_rate=3"),
         *("training.unclipped_learning_rate=1", "training.unclipped_head_learning_rate=1.75"),
     ],
-    "now": [],
+    "fixed": ["training.learning_rate=0.005", "training.head_learning_rate=0.04"],
+    "auto": [],
     "one site alone": ["federation.participants=[site-1]"],
 }
 """Recipe -> overrides of experiment=own_data."""
@@ -376,8 +377,8 @@ def table(lines: dict[str, Any]) -> str:
         "majority",
         "start",
         *recipes,
-        "largest value, now",
-        "seconds, now",
+        "largest value, auto",
+        "seconds, auto",
     ]
     rows = [heads, ["---", "---:", "---:"] + ["---:"] * (len(heads) - 3)]
     groups: dict[tuple[str, str], dict[str, Any]] = {}
@@ -386,7 +387,7 @@ def table(lines: dict[str, Any]) -> str:
     for (problem, epsilon), by_recipe in groups.items():
         first = next(iter(by_recipe.values()))
         starts = [line["start"] for line in by_recipe.values() if "start" in line]
-        now = by_recipe.get("now", {})
+        auto = by_recipe.get("auto", {})
         rows.append(
             [
                 f"{problem} ({first['use']})",
@@ -395,8 +396,8 @@ def table(lines: dict[str, Any]) -> str:
                 f"{first['majority']:.3f}",
                 f"{starts[0]:.3f}" if starts else "",
                 *(_shown(by_recipe.get(recipe)) for recipe in recipes),
-                f"{now['largest_value']:.2f}" if "largest_value" in now else "",
-                f"{now['seconds']:.0f}" if "seconds" in now else "",
+                f"{auto['largest_value']:.2f}" if "largest_value" in auto else "",
+                f"{auto['seconds']:.0f}" if "seconds" in auto else "",
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -19,6 +19,7 @@ _RANGE = "data.target_range=[0,5]"
 LEFT_OPEN = {
     "own_data": OWN,
     "own_text": [*OWN[:2], "data.columns={prompt: question, completion: answer}"],
+    "own_preferences": [*OWN[:2], "data.columns={prompt: a, chosen: b, rejected: c}"],
     "own_labels": OWN,
     "own_order": OWN,
     "own_numbers": [*OWN[:2], _RANGE],

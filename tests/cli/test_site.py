@@ -91,7 +91,7 @@ def test_check_policy_says_what_a_policy_means(site: Any, command: Any) -> None:
         "Data set discharge_letters: published as 8,000 records",
         site.lead.public,
         "Tasks: classification.",
-        "Adapters up to rank 8 on the model's parts query, value.",
+        "Adapters (lora) up to rank 8 on the model's parts query, value.",
         "40 rounds of 20 noisy steps; clip norm from 0.001 to 1.",
         "Larger adapter values than 2 are brought down to it, sent or trained.",
         "A machine whose per-example gradients depend on the rest of the batch trains nothing.",

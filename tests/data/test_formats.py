@@ -169,6 +169,16 @@ def test_an_object_without_fields_is_a_row_like_any_other(tmp_path: Path) -> Non
     assert [row for _, row in raw_rows(path)] == [{"x": "a"}, {}, {"x": "b"}]
 
 
+def test_an_array_that_breaks_off_is_the_fault_of_a_lead_s_file_and_of_a_site_s_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"x": "a"}, {"x": "b"}, {"x": ')
+    *whole, (_, fault) = raw_rows(path, lenient=True)
+    assert [row for _, row in whole] == [{"x": "a"}, {"x": "b"}]
+    assert "it breaks off" in str(fault)
+    with pytest.raises(DataError, match="it breaks off"):
+        [*raw_rows(path)]
+
+
 @given(
     values=st.lists(VALUE, max_size=4),
     indent=st.sampled_from([None, 0, 2]),

@@ -26,7 +26,7 @@ from transformers import (
 
 from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation.scoring import figures_of
-from fedtune.model.layers import attach_lora
+from fedtune.model.layers import attach_adapters
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks import TaskModel, task_named
 
@@ -128,7 +128,7 @@ def adapted(base: PreTrainedModel, task: str, lora: LoraSpec) -> PeftModel:
     with warnings.catch_warnings():
         # PEFT 0.21 reads a property that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        wrapped = attach_lora(base.requires_grad_(False), spec=lora, predicts_tokens=task == "causal_lm", seed=0)
+        wrapped = attach_adapters(base.requires_grad_(False), spec=lora, predicts_tokens=task == "causal_lm", seed=0)
     for name, parameter in wrapped.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.1)

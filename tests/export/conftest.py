@@ -64,6 +64,7 @@ def runs(
         "data.max_length=256",
         "data.declared_sizes=40",
         "training.learning_rate=0.1",
+        "lora.kind=dora",
         into=into,
         name="llama",
     )
@@ -90,7 +91,7 @@ def runs(
         *("task=regression", f"model.path='{into}/base-bert'", f"data.train_file='{into}/numbers.csv'"),
         *("data.columns={text: text, target: price}", "data.labels=[]", "data.target_range=[0, 10]"),
         *("data.test_file=null", "data.validation_file=null", "data.train_fraction=1.0", "data.declared_sizes=30"),
-        *("head.scale=1", "training.learning_rate=0.1"),
+        *("head.scale=1", "training.learning_rate=0.1", "lora.kind=ia3"),
         into=into,
         name="number",
     )

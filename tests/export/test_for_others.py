@@ -203,7 +203,7 @@ def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(
     (run / "adapter" / config).write_text(json.dumps(other))
     told = command("export", str(run), "--to", str(out))
     assert told.code == 0, told.err
-    names = ["README.md", config, "adapter_model.safetensors", "fedtune.json"]
+    names = ["README.md", config, "adapter_model.safetensors", "fedtune.json", "offsets.safetensors"]
     assert sorted(file.name for file in out.iterdir() if "token" not in file.name) == sorted(names)
     assert json.loads((out / config).read_text()) == settings
     assert (out / "fedtune.json").read_text() == (run / "adapter" / "fedtune.json").read_text()

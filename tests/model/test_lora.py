@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec, attach_lora, load_base
+from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec, attach_adapters, load_base
 from fedtune.spec import ConfigError
 from fedtune.tasks import build_task_model
 
@@ -79,6 +79,6 @@ def test_the_start_depends_on_the_seed_alone(spec: Specs) -> None:
 def test_the_scale(rslora: bool) -> None:
     base = load_base(ModelSpec(path="random:bert"))
     spec = LoraSpec(rank=4, alpha=6.0, target_modules=("query",), rslora=rslora)
-    model = attach_lora(base, spec=spec, predicts_tokens=False, seed=0)
+    model = attach_adapters(base, spec=spec, predicts_tokens=False, seed=0)
     layer = model.get_submodule("base_model.model.encoder.layer.0.attention.self.query")
     assert layer.scaling["default"] == pytest.approx(6.0 / (math.sqrt(4) if rslora else 4))

@@ -26,6 +26,7 @@ from fedtune.spec import ConfigError
         (ModelSpec, {"path": "m", "public_id": "no-owner"}, "public_id"),
         (ModelSpec, {"path": "m", "public_id": "owner/name\n"}, "public_id"),
         (LoraSpec, {"rank": 0}, "rank"),
+        (LoraSpec, {"kind": "oft"}, "kind"),
         (LoraSpec, {"alpha": float("nan")}, "alpha"),
         (LoraSpec, {"target_modules": "q_proj"}, "target_modules"),
         (LoraSpec, {"target_modules": ()}, "target_modules"),
@@ -38,6 +39,20 @@ def test_a_wrong_value_is_named(make: Any, values: dict[str, Any], key: str) -> 
     with pytest.raises(ConfigError) as caught:
         make(**values)
     assert caught.value.key == key
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("prompt", "take places"), ("prefix", "cache"), ("adalora", "no noise")])
+def test_a_kind_of_adapter_that_is_not_proven_is_refused_with_the_reason(kind: str, reason: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^kind = '{kind}': is refused: .*{reason}.*; it must be one of lora, dora, ia3"
+    ):
+        LoraSpec(kind=kind)
+
+
+def test_ia3_has_neither_matrices_nor_their_scale() -> None:
+    ia3 = LoraSpec(kind="ia3", rank=64, alpha=1e6)
+    assert (ia3.scale, ia3.matrices) == (1.0, 1)
+    assert (LoraSpec(kind="dora", rank=64, alpha=32.0).scale, LoraSpec(kind="dora", rank=64).matrices) == (0.5, 64)
 
 
 def test_pydantic_builds_the_settings_and_forbids_unknown_keys() -> None:

@@ -2,6 +2,7 @@
 
 from .mutant import Mutant
 
+FOLDER, OF_FOLDER = "fedtune/cli/working_folder.py", "tests/cli/test_working_folder.py"
 APPROVE, LEDGER = "fedtune/cli/site_actions.py", "fedtune/cli/ledger.py"
 OF_SITE, OF_LEDGER = "tests/cli/test_site_commands.py", "tests/cli/test_ledger.py"
 
@@ -112,5 +113,45 @@ CLI_FAULTS = (
         old="    return row.validation.get(row.judged_by)",
         new="    return row.test.get(row.judged_by)",
         tests=("tests/cli/test_sweep.py::test_the_best_run_is_told_by_validation_alone",),
+    ),
+    Mutant(
+        name="somebody-elses-folder-removed",
+        fault="A run that ends before it began clears the folder away, also one that was there before.",
+        file=FOLDER,
+        old="        if made and not begun:\n            _remove(made)",
+        new="        if not begun:\n            _remove(made or [folder])",
+        tests=(f"{OF_FOLDER}::test_a_resumed_folder_is_never_cleared_away",),
+    ),
+    Mutant(
+        name="sigterm-not-taken",
+        fault="A run that is ended by SIGTERM says nothing, and leaves a folder in which nothing began.",
+        file=FOLDER,
+        old="interrupt) for each in (signal.SIGINT, signal.SIGTERM)}",
+        new="interrupt) for each in (signal.SIGINT,)}",
+        tests=(f"{OF_FOLDER}::test_a_run_that_is_stopped_while_it_loads_leaves_nothing",),
+    ),
+    Mutant(
+        name="empty-runs-folder-left",
+        fault="A run that never began leaves the empty folders around its own.",
+        file=FOLDER,
+        old="            parent.rmdir()\n",
+        new="            break\n",
+        tests=(f"{OF_FOLDER}::test_what_never_began_leaves_nothing_behind",),
+    ),
+    Mutant(
+        name="second-experiment-wins",
+        fault="Of two experiments on the command line the last one is run, and nothing is said.",
+        file="fedtune/cli/compose.py",
+        old="    _require_one_experiment(overrides)\n    resumed",
+        new="    resumed",
+        tests=("tests/cli/test_experiment_file.py",),
+    ),
+    Mutant(
+        name="a-failed-tracker-goes-on",
+        fault="A tracker that failed is told of each round again, and each time says that it ends.",
+        file="fedtune/tracking.py",
+        old="            self._tracker = None\n            self._note(",
+        new="            self._note(",
+        tests=("tests/test_tracking.py::test_a_tracker_that_fails_ends_no_run",),
     ),
 )

@@ -3,6 +3,7 @@
 from .mutant import Mutant
 
 LOAD, RECORDS, FORMATS = (f"fedtune/data/{name}.py" for name in ("load", "records", "formats"))
+TEXT_ROWS = "fedtune/data/text_rows.py"
 CAUSAL, CHAT = "fedtune/tasks/causal_lm.py", "fedtune/tasks/chat_format.py"
 CHECK, CLEAN = "fedtune/preparation/check_data.py", "fedtune/preparation/clean.py"
 OF_LOAD, OF_FORMATS, MALFORMED = (f"tests/data/test_{name}.py" for name in ("load", "formats", "malformed"))
@@ -49,6 +50,30 @@ _READING = (
         old="    return one.samefile(other) or (",
         new="    return one.samefile(other) and (",
         tests=("tests/sites/test_data_notes.py",),
+    ),
+    Mutant(
+        name="a-record-chooses-the-comma",
+        fault="What separates the cells of a table depends on its records: one of them changes what all others are.",
+        file=TEXT_ROWS,
+        old='    first = next(lines, None) or b""\n',
+        new='    first = b"".join(raw or b"" for raw in lines)\n',
+        tests=(f"{OF_FORMATS}::test_the_header_line_alone_says_whether_cells_end_in_semicolons",),
+    ),
+    Mutant(
+        name="a-site-refuses-an-array-that-breaks-off",
+        fault="At a site the last record of a JSON array decides whether the whole file is read.",
+        file=TEXT_ROWS,
+        old="            if not mark and not lenient:\n",
+        new="            if not mark:\n",
+        tests=(f"{OF_FORMATS}::test_an_array_that_breaks_off_is_the_fault_of_a_lead_s_file_and_of_a_site_s_row",),
+    ),
+    Mutant(
+        name="a-lead-takes-an-array-that-breaks-off",
+        fault="A file of the lead's that breaks off is read as far as it goes: scores are of an unknown part of it.",
+        file=TEXT_ROWS,
+        old="            if not mark and not lenient:\n",
+        new="            if not mark and False:\n",
+        tests=(f"{OF_FORMATS}::test_an_array_that_breaks_off_is_the_fault_of_a_lead_s_file_and_of_a_site_s_row",),
     ),
     Mutant(
         name="one-row-ends-the-file",

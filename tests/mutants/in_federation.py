@@ -159,4 +159,20 @@ FEDERATION_FAULTS = (
         new='keep_round="last"',
         tests=("tests/sites/test_shared_settings.py",),
     ),
+    Mutant(
+        name="decided-by-what-is-learnt",
+        fault="The scores that end a run, or choose its round, may be those of the sites' own records.",
+        file="fedtune/flower/federation_run.py",
+        old="        check_decides(self.config)\n",
+        new="",
+        tests=("tests/end_to_end/test_early_end.py::test_only_records_of_the_leads_own_may_decide",),
+    ),
+    Mutant(
+        name="sites-learn-of-the-tracker",
+        fault="Where the lead's tracker is, and its address, are told to the sites.",
+        file="fedtune/sites/shared_settings.py",
+        old="        tracking=TrackingSpec(output_dir=_AT_SITE),\n",
+        new="",
+        tests=("tests/sites/test_shared_settings.py",),
+    ),
 )

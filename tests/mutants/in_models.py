@@ -6,6 +6,8 @@ MANIFEST, REFUSALS, FITS = ("fedtune/model/manifest.py", "fedtune/model/refusals
 OF_MANIFEST = ("tests/model/test_manifest.py",)
 HOSTILE_FOLDERS = ("tests/model/test_hostile_folders.py",)
 SAVED, OF_START = "fedtune/tasks/saved.py", "tests/tasks/test_start_adapter.py"
+SCALES, OF_SCALES = "fedtune/model/scales.py", "tests/model/test_scales.py"
+OF_KINDS = "tests/training/test_adapter_kinds.py"
 SETTINGS, OF_SETTINGS = "fedtune/sites/shared_settings.py", "tests/sites/test_shared_settings.py"
 
 _BASE = (
@@ -270,4 +272,72 @@ _START = (
     ),
 )
 
-MODEL_FAULTS = (*_BASE, *_START)
+_KINDS = (
+    Mutant(
+        name="scales-gradient-over-batch",
+        fault="The gradient of a factor adds the tokens of all records of a micro-batch.",
+        file="fedtune/training/per_example.py",
+        old="    return {layer.offset: _added_tokens(backprops * activations[0])}",
+        new="    total = _added_tokens(backprops * activations[0])\n"
+        "    return {layer.offset: total.sum(dim=0, keepdim=True).expand_as(total)}",
+        tests=(OF_KINDS,),
+    ),
+    Mutant(
+        name="scales-start-at-one",
+        fault="A factor is its offset, so that an adapter of zeros silences what it scales.",
+        file=SCALES,
+        old="        return values * (1 + self.offset)",
+        new="        return values * self.offset",
+        tests=(f"{OF_SCALES}::test_zeros_change_nothing_bit_for_bit",),
+    ),
+    Mutant(
+        name="dora-length-of-the-base",
+        fault="DoRA divides by the length of the base's row, not by that of the sum: its direction changes its length.",
+        file=SCALES,
+        old="(start / _row_lengths(module))",
+        new="(start / start)",
+        tests=(f"{OF_KINDS}::test_the_gradients_of_dora_are_those_of_pefts_own",),
+    ),
+    Mutant(
+        name="dora-takes-a-row-of-zeros",
+        fault="DoRA divides by the length of a row of zeros: every loss is no number.",
+        file=SCALES,
+        old="            if not lengths.all():",
+        new="            if not lengths.any():",
+        tests=(f"{OF_SCALES}::test_a_row_of_zeros_is_refused_by_dora",),
+    ),
+    Mutant(
+        name="ia3-has-the-scale-of-lora",
+        fault="A site is told that an IA3 adapter is multiplied by LoRA's alpha / rank.",
+        file="fedtune/model/spec.py",
+        old='        return 1.0 if self.kind == "ia3" else self.alpha',
+        new="        return self.alpha",
+        tests=("tests/model/test_spec.py", "tests/test_config.py"),
+    ),
+    Mutant(
+        name="adapter-kind-not-checked",
+        fault="A run with a kind of adapter that the policy does not list is allowed.",
+        file="fedtune/privacy/site_policy.py",
+        old="        (Reason.ADAPTERS, proposal.adapter, allow.adapters),\n",
+        new="",
+        tests=("tests/privacy/test_site_policy.py",),
+    ),
+    Mutant(
+        name="another-kind-begins-a-run",
+        fault="A run of one kind of adapter begins in a start adapter of another.",
+        file=SAVED,
+        old='        for key in ("kind", "rank",',
+        new='        for key in ("rank",',
+        tests=(f"{OF_START}::test_what_differs_is_named_all_at_once",),
+    ),
+    Mutant(
+        name="scales-saved-as-they-started",
+        fault="PEFT reads an adapter whose factors are those of the untrained one.",
+        file=SCALES,
+        old="start.detach() * scale.view_as(start)",
+        new="start.detach().clone()",
+        tests=("tests/tasks/test_saved.py",),
+    ),
+)
+
+MODEL_FAULTS = (*_BASE, *_START, *_KINDS)

@@ -123,4 +123,20 @@ REPORT_FAULTS = (
         new="        finalize=str,",
         tests=("tests/report/test_model_card.py::test_what_people_wrote_is_text_and_no_more",),
     ),
+    Mutant(
+        name="fixed-though-ended-by-scores",
+        fault="A run that its scores ended counts as fixed beforehand: its mechanisms' own curves are shown as bounds.",
+        file="fedtune/report/derive/verdicts.py",
+        old="    if site.spent and site.spent.ended_by_scores:\n        return False\n",
+        new="",
+        tests=("tests/end_to_end/test_early_end.py",),
+    ),
+    Mutant(
+        name="fixed-though-there-were-two-runs",
+        fault="Two runs in a ledger count as fixed beforehand, though the second may have been chosen by the first.",
+        file="fedtune/report/derive/verdicts.py",
+        old="    return len(charged) == 1 and most",
+        new="    return most",
+        tests=("tests/report/test_from_ledger.py::test_a_mechanisms_own_curve_bounds_only_what_was_fixed",),
+    ),
 )

@@ -95,7 +95,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "spare_rounds": {"plan": {"spare_rounds": 1}},
     "metrics_noise_multiplier": {"plan": {"metrics_noise_multiplier": 9.0}},
 }
-_REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "unit", "delta", "records_per_user"}
+_REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "adapter", "unit", "delta", "records_per_user"}
 """Fields of which this policy allows one value alone; the last is 1 wherever the unit is a record."""
 
 

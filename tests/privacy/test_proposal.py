@@ -42,11 +42,12 @@ def test_every_field_is_in_its_json_and_its_digest(proposal: Any, lead_key: Any,
         "lora_scale": 3.0,
         "head_scale": 0.0,
         "plan": {"spare_rounds": 1},
+        "adapter": "dora",
         "start_adapter": "d" * 64,
     }
     fields = {field.name for field in dataclasses.fields(Proposal)}
-    assert set(changes) == set(proposal(start_adapter="d" * 64).to_json()) == fields
-    assert set(proposal().to_json()) == fields - {"start_adapter"}  # as before there was one
+    assert set(changes) == set(proposal(start_adapter="d" * 64, adapter="dora").to_json()) == fields
+    assert set(proposal().to_json()) == fields - {"start_adapter", "adapter"}  # as before there was another
     digests = {proposal(**{name: value}).digest() for name, value in changes.items()}
     assert len(digests | {proposal().digest()}) == len(fields) + 1
 

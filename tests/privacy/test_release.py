@@ -165,7 +165,7 @@ def test_the_reasons_are_a_closed_list() -> None:
         ),
         *("updates", "metrics", "unit", "delta", "min_noise_multiplier", "max_sampling_rate", "max_grad_norm"),
         *("min_grad_norm", "max_local_steps", "max_rounds", "max_records_per_user", "max_adapter_value", "dtypes"),
-        *("max_lora_scale", "max_head_scale"),
+        *("max_lora_scale", "max_head_scale", "adapters"),
         *("max_epsilon", "max_epsilon_per_run", "max_epsilon_per_period"),
     }
     of_the_ledger = {

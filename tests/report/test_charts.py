@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedtune.report.model import Cap, Report
@@ -111,6 +111,7 @@ def test_ticks_are_round_numbers(low: float, high: float, ticks: list[float]) ->
     st.sampled_from(["line", "points", "bars", "limit"]),
     st.booleans(),
 )
+@example([(1.0, 5e-324)], "number", "line", True)
 def test_whatever_is_drawn_stays_on_its_axes(points: Any, scale: Any, kind: Any, from_zero: bool) -> None:
     panel = Panel(series=[Series(points=points, number=1, label="<b>", kind=kind)], scale=scale, from_zero=from_zero)
     root = ElementTree.fromstring(str(drawing.chart("x", [panel], named=("t", "d"), number=str)))

@@ -48,6 +48,14 @@ def test_a_run_ends_with_a_card_that_the_hub_s_tools_read(run_folder: Path, of_r
     assert path.read_bytes() == before, "equal runs give equal cards"
 
 
+@pytest.mark.parametrize(("kind", "words"), [("lora", "A LoRA"), ("dora", "A DoRA"), ("ia3", "An IA3")])
+def test_it_names_the_kind_of_adapter(record: RunRecord, of_run: Report, kind: str, words: str) -> None:
+    of_kind = replace(record, config=replace(record.config, lora=replace(record.config.lora, kind=kind)))
+    text = card_text(of_kind, of_run, Form.adapter(of_kind.config, folder="adapter"))
+    assert kind in front_of(text)["tags"]
+    assert f"{words} adapter" in text
+
+
 def test_it_says_what_the_report_says(run_folder: Path, of_run: Report) -> None:
     text = ModelCard.load(run_folder / "adapter" / "README.md").text
     assert f"at most a factor of e^{epsilon_text(of_run.epsilon)} " in text

@@ -25,7 +25,7 @@ from fedtune.sites.shared_model import LeadData, SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel
+from fedtune.tasks import TaskModel, build_task_model
 
 MakeStation = Callable[..., Any]
 
@@ -405,6 +405,21 @@ def test_a_tighter_bound_on_the_adapter_holds_with_the_next_request(station: Any
     assert largest(site.update()) > 0.25
     site.edit(limits={"max_adapter_value": 0.25})
     assert largest(site.update(round=2)) <= 0.25
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3"])
+def test_a_kind_of_adapter_is_for_the_policy_and_its_values_stay_within_the_bound(station: Any, kind: str) -> None:
+    site = station(lora={"kind": kind}, training={"learning_rate": 5.0})
+    start = Adapter.of(build_task_model(site.config.task_model()))
+    site.edit(allow={"adapters": ("lora",)}, limits={"max_adapter_value": 0.25})
+    assert site.refusal(adapter=start) is Reason.ADAPTERS
+    site.edit(allow={"adapters": ("lora", kind)})
+    assert site.refusal() is Reason.ADAPTER_SHAPE, "LoRA's own tensors"
+    update = site.update(adapter=start)
+    assert max(float(np.abs(value).max()) for value in update.tensors.values()) <= 0.25
+    assert Adapter(update.tensors).same_shapes(start)
+    (run,) = site.ledger().history.runs.values()
+    assert run.proposal.adapter == kind
 
 
 def test_an_adapter_that_a_run_begins_in_is_brought_into_the_bound_of_the_site(station: Any) -> None:

@@ -147,6 +147,7 @@ def test_with_noised_metrics_their_noise_is_bounded_too(config: Callable[..., Ru
         ({"base_model": "cd" * 32}, Reason.BASE_MODELS),
         ({"target_modules": ("all-linear", "embeddings")}, Reason.TARGET_MODULES),
         ({"rank": 5}, Reason.MAX_RANK),
+        ({"adapter": "ia3"}, Reason.ADAPTERS),
         ({"seeded_noise": True}, Reason.SEEDED_NOISE),
         ({"train_head": True}, Reason.TRAIN_HEAD),
     ],

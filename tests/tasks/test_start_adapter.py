@@ -51,6 +51,16 @@ def test_a_run_begins_where_the_other_ended(tuned: Path) -> None:
     assert StartAdapter.read(str(tuned)).digest == expected
 
 
+@pytest.mark.parametrize("kind", ["dora", "ia3"])
+def test_a_run_begins_in_an_adapter_of_its_own_kind(tmp_path: Path, kind: str) -> None:
+    spec = replace(SPEC, lora=replace(SPEC.lora, kind=kind))
+    model = moved(spec)
+    save_task_model(model, tmp_path)
+    assert begun(tmp_path, spec).digest() == Adapter.of(model).digest()
+    with pytest.raises(ConfigError, match=rf"its lora\.kind is '{kind}', not 'lora'"):
+        begun(tmp_path)
+
+
 def test_under_other_labels_the_head_starts_as_it_would_without(tuned: Path) -> None:
     other = replace(SPEC, labels=OTHER_LABELS)
     before, taken = Adapter.of(build_task_model(other)), begun(tuned, other)
@@ -67,6 +77,8 @@ def test_under_other_labels_the_head_starts_as_it_would_without(tuned: Path) -> 
     ("differing", "message"),
     [
         ({"lora": LoraSpec(rank=4, layers=(0, 1))}, r"its lora\.rank is 2, not 4"),
+        ({"lora": LoraSpec(kind="dora", rank=2, layers=(0, 1))}, r"its lora\.kind is 'lora', not 'dora'"),
+        ({"lora": LoraSpec(kind="ia3", rank=2, layers=(0, 1))}, r"its lora\.kind is 'lora', not 'ia3'"),
         ({"lora": LoraSpec(rank=2, layers=(1,))}, r"its lora\.layers is \[0, 1\], not \[1\]"),
         ({"lora": LoraSpec(rank=2, layers=(0, 1), alpha=2.0)}, r"its lora\.scale is 8\.0, not 1\.0"),
         (

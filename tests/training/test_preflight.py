@@ -25,7 +25,7 @@ KINDS = [
     ("random:bert", "triplets"),
 ]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
-SHAPES = Shapes.of(max_length=20, max_tokens=128)
+SHAPES = Shapes.of(max_length=20, max_tokens=80)
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -86,7 +86,7 @@ def of_run(record: RunRecord, provenance: Provenance | None) -> Facts:
         "most_tokens": str(data.max_length),
         "trained_parameters": None if parameters is None else str(parameters),
         "parameters_per_record": None if parameters is None else f"{parameters / sum(sizes.values()):.3g}",
-        "rank": str(config.lora.rank),
+        "rank": _rank(config.lora.kind, config.lora.matrices),
         "target_modules": targets if isinstance(targets, str) else _listed(targets),
         "update_checks": config.federation.strategy,
         "mechanism": "dp_sgd" if record.plan.private else "none",
@@ -112,11 +112,15 @@ def of_ledger(record: LedgerRecord, provenance: Provenance | None) -> Facts:
         "declared_sizes": _pairs(sizes),
         "declared_total": str(sum(sizes.values())),
         "num_sites": "1",
-        "rank": _listed(str(proposal.rank) for proposal in proposals),
+        "rank": _listed(_rank(proposal.adapter, proposal.rank) for proposal in proposals),
         "target_modules": _listed(name for proposal in proposals for name in proposal.target_modules),
         "mechanism": _listed("dp_sgd" if run.plan.private else "none" for run in history.runs.values()),
         "base_model": _listed(proposal.base_model for proposal in proposals),
     }
+
+
+def _rank(adapter: str, rank: int) -> str:
+    return str(rank) if adapter == "lora" else f"{rank} ({adapter})"
 
 
 def of_report(report: Report) -> Facts:

@@ -175,7 +175,7 @@ def _span(panel: Panel) -> tuple[float, float]:
     """Lowest and highest value of y, with room for a marker."""
     values = [y for one in panel.series for _, y in one.points] + [height for height, _, _ in panel.levels]
     low, high = (0.0 if panel.from_zero else min(values)), max(values)
-    if high <= low:
+    if high - low < 1e-300:  # less has no parts that are floats
         return (0.0, 1.0) if panel.from_zero else (low - 0.5, high + 0.5)
     room = 0.06 * (high - low)
     return (low if panel.from_zero else low - room), high + room

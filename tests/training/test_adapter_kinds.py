@@ -1,0 +1,217 @@
+"""What a step promises of LoRA, over the other kinds of adapters, padded or not, from kept states or not.
+
+The gradients of single records are those of a loop; a record moves the clipped sum by at most the clip norm, and by
+exactly what it adds; and its own are the same, bit for bit, in every company.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.data import Shapes, collate
+from fedtune.model import LoraSpec
+from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel
+from fedtune.training.dp_step import add_clipped, zeros
+from fedtune.training.examples import SiteExamples
+from fedtune.training.per_example import attached
+from fedtune.training.preflight import moved_by_others
+
+from .test_companies import records, require_alone, threads  # noqa: F401
+from .test_dp_step import loop_gradient
+
+CLIP_NORM = 2**24
+TASKS = [
+    ("random:bert", "classification"),
+    ("random:llama", "classification"),
+    ("random:llama", "causal_lm"),
+    ("random:llama", "preference"),
+    ("random:bert", "triplets"),
+]
+tasks = pytest.mark.parametrize(("path", "task"), TASKS)
+kinds = pytest.mark.parametrize("kind", ["dora", "ia3"])
+keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
+SHAPES = Shapes.of(max_length=15, max_tokens=40)
+
+
+def of_kind(kind: str, *, keeps: bool = False, **changes: Any) -> LoraSpec:
+    return LoraSpec(kind=kind, rank=2, alpha=4.0, layers=(-1,) if keeps else None, **changes)
+
+
+def site_of(model: TaskModel, dataset: Any, *, keeps: bool) -> SiteExamples:
+    examples = SiteExamples(dataset, pad_id=0, shapes=SHAPES, device="cpu")
+    if keeps:
+        examples.keep_frozen_states(model)
+        assert all(batch.prefix is not None for batch in examples.cut(np.arange(len(dataset))))
+    return examples
+
+
+@keeping
+@kinds
+@tasks
+def test_gradients_equal_a_loop(trained: Any, examples: Any, path: str, task: str, kind: str, keeps: bool) -> None:
+    model, dataset = trained(path, task, lora=of_kind(kind, keeps=keeps)), examples(task)
+    looped = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
+    with attached(model) as gradients:
+        for batch in site_of(model, dataset, keeps=keeps).cut(np.arange(len(dataset))):
+            found = gradients.of_all(batch)
+            assert list(found) == list(model.trainable())
+        for place, each in enumerate(looped):
+            alone = gradients.of_all(collate(dataset, [place], pad_id=0))  # no longer than its texts
+            padded = gradients.of_all(next(iter(site_of(model, dataset, keeps=keeps).cut(np.array([place])))))
+            for name, expected in each.items():
+                for one in (alone, padded):
+                    apart = np.abs(one[name][0].double().numpy() - expected).max()
+                    assert apart <= 2e-5 * max(0.1, np.abs(expected).max()), name
+    assert any(name.endswith(".scales.offset") for name in found)
+    assert kind == "dora" or not any("lora_" in name for name in found)
+
+
+@pytest.mark.parametrize("path", ["random:bert", "random:llama"])
+def test_the_gradients_of_dora_are_those_of_pefts_own(trained: Any, examples: Any, path: str) -> None:
+    # PEFT's forward pass as it stands, on parameters that mean the same.
+    model, dataset = trained(path, lora=of_kind("dora")), examples("classification")
+    ours = [loop_gradient(model, dataset, place) for place in range(3)]
+    layers = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "scales")]
+    for _, layer in layers:
+        magnitude = layer.lora_magnitude_vector["default"]
+        with torch.no_grad():
+            magnitude.weight.mul_(1 + layer.scales.offset)
+        magnitude.weight.requires_grad_(True)
+        layer.lora_variant["default"] = layer.resolve_lora_variant(config=model.base.peft_config["default"])
+    matrices = {name: one for name, one in model.trainable().items() if "lora_" in name}
+    for place in range(3):
+        batch = collate(dataset, [place], pad_id=0)
+        lengths = [layer.lora_magnitude_vector["default"].weight for _, layer in layers]
+        found = torch.autograd.grad(model.losses(batch).sum(), [*matrices.values(), *lengths])
+        for name, gradient in zip(matrices, found, strict=False):
+            assert np.allclose(gradient.numpy(), ours[place][name], rtol=1e-3, atol=1e-5), name
+        for (name, layer), gradient in zip(layers, found[len(matrices) :], strict=True):
+            # An offset is a share of the start: by the chain rule, the start times the gradient of the length.
+            start = lengths[0].new_tensor(1.0) * layer.lora_magnitude_vector["default"].weight
+            start = start / (1 + layer.scales.offset)
+            public = name.removeprefix("base.") + ".scales.offset"
+            assert np.allclose((gradient * start).detach().numpy(), ours[place][public], rtol=1e-3, atol=1e-5), name
+
+
+@keeping
+@kinds
+@pytest.mark.parametrize(("path", "task"), [TASKS[0], TASKS[2]])
+def test_one_record_moves_the_sum_by_what_it_adds_and_never_by_more_than_the_clip_norm(
+    trained: Any, examples: Any, path: str, task: str, kind: str, keeps: bool
+) -> None:
+    dataset, moved = examples(task, 6), []
+    for clip, size in ((1e-6, 0.2), (0.1, 0.2), (0.1, 1.4)):  # the last is a site's bound at this scale
+        model = trained(path, task, size=size, lora=of_kind(kind, keeps=keeps))
+        site = site_of(model, dataset, keeps=keeps)
+        everyone = list(range(len(dataset)))
+        together = summed(model, site, everyone, clip)
+        for place in everyone:
+            own = summed(model, site, [place], clip)
+            others = summed(model, site, [other for other in everyone if other != place], clip)
+            assert all(torch.equal(together[name] - others[name], own[name]) for name in own), place
+            moved.append(sum(value**2 for one in own.values() for value in one.flatten().tolist()))
+    assert max(moved) <= CLIP_NORM**2
+    assert max(moved) > (0.99 * CLIP_NORM) ** 2, "the bound was reached"
+
+
+def summed(model: TaskModel, site: SiteExamples, places: list[int], clip: float) -> dict[str, torch.Tensor]:
+    sums = zeros(model.trainable())
+    with attached(model) as gradients:
+        for batch in site.cut(np.array(places, dtype=np.int64)):
+            add_clipped(sums, gradients.of(batch), clip)
+    return sums
+
+
+@keeping
+@kinds
+@tasks
+@pytest.mark.usefixtures("threads")
+def test_a_record_is_the_same_bit_for_bit_in_every_company(
+    trained: Any, path: str, task: str, kind: str, keeps: bool
+) -> None:
+    model = trained(path, task, size=1.4, lora=of_kind(kind, keeps=keeps))
+    shapes = Shapes.of(max_length=30, max_tokens=200)
+    lengths = np.append(np.random.default_rng(6).integers(1, 31, size=20), [30, 30])
+    examples = SiteExamples(
+        records(lengths, task=task, ids=model.num_ids, classes=3), pad_id=0, shapes=shapes, device="cpu"
+    )
+    if keeps:
+        examples.keep_frozen_states(model)
+    require_alone(model, examples, companies=5)
+
+
+@kinds
+@pytest.mark.parametrize("keeps", [False, True])
+def test_preflight_finds_them_exact(fresh: Any, kind: str, keeps: bool) -> None:
+    model = fresh("random:llama", "causal_lm", lora=of_kind(kind, keeps=keeps))
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    assert moved_by_others(model, SHAPES, keeps_states=keeps, max_grad_norm=0.5) == 0.0
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items()), "all is put back"
+
+
+@kinds
+@tasks
+def test_recomputed_layers_give_the_same_gradients(
+    trained: Any, examples: Any, path: str, task: str, kind: str
+) -> None:
+    batch, found = collate(examples(task), range(4), pad_id=0), []
+    for recomputes in (False, True):
+        model = trained(path, task, lora=of_kind(kind))
+        if recomputes:
+            model.enable_gradient_checkpointing()
+        with attached(model) as gradients:
+            found.append(gradients.of_all(batch))
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], rtol=1e-5, atol=1e-7), name
+
+
+@kinds
+def test_offsets_of_a_coarse_base_have_float32_gradients(trained: Any, examples: Any, kind: str) -> None:
+    model = trained(dtype="bfloat16", lora=of_kind(kind))
+    with attached(model) as gradients:
+        found = gradients.of_all(collate(examples("classification"), range(4), pad_id=0))
+    assert {one.dtype for one in found.values()} == {torch.float32}
+    assert all(torch.equal(one, one.bfloat16().float()) is False for one in found.values())
+
+
+@kinds
+def test_frozen_a_and_frozen_layers_take_no_part(trained: Any, examples: Any, kind: str) -> None:
+    model = trained(lora=of_kind(kind, keeps=True, train_a=False))
+    assert all(".layer.1." in name or name == "head.weight" for name in model.trainable())
+    with attached(model) as gradients:
+        found = gradients.of(collate(examples("classification"), [0, 1], pad_id=0))
+    assert list(found) == list(model.trainable())
+    assert not any("lora_A" in name for name in found)
+
+
+def test_a_base_whose_modules_mix_examples_is_refused_for_scales_too(
+    fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune.model import scales
+
+    plain = scales._scaled
+
+    def flat(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+        return plain(layer, inputs.flatten(0, 1)).view(*inputs.shape[:2], -1)
+
+    monkeypatch.setattr(scales, "_scaled", flat)
+    with pytest.raises(ConfigError, match=r"lora\.target_modules = .*scales': mixes the tokens of several examples"):
+        fresh(lora=of_kind("ia3"))
+
+
+def test_tokens_are_added_in_an_order_that_their_number_alone_decides() -> None:
+    from fedtune.training.per_example import _added_tokens
+
+    generator = torch.Generator().manual_seed(0)
+    for length in range(1, 40):
+        values = torch.randn(5, length, 3, generator=generator)
+        found = _added_tokens(values)
+        assert torch.allclose(found, values.sum(dim=1), rtol=1e-5, atol=1e-5)
+        assert math.isclose(float(found[2, 1]), float(values[2, :, 1].double().sum()), rel_tol=1e-4, abs_tol=1e-5)
+        assert all(torch.equal(found[row], _added_tokens(values[row : row + 1])[0]) for row in range(5))
