@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -58,7 +56,6 @@ _OTHER_WORDS = {
 
 _MOST_RUNS = 1000
 """Of a sweep."""
-_OF_A_SPACE = "must be values with commas between them, interval(LOW,HIGH), log(LOW,HIGH), or int(...) of one of these"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,22 +75,6 @@ class Sweep:
     overrides: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Searched:
-    """A setting, or a group of them, that a search gives values.
-
-    Attributes:
-        choices: its values as they are typed; empty: any number from `low` to `high`, whole where both are.
-        log: whether numbers are drawn evenly by their logarithm.
-    """
-
-    key: str
-    choices: tuple[str, ...] = ()
-    low: float = 0.0
-    high: float = 0.0
-    log: bool = False
-
-
 def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None = None) -> RunConfig:
     """Compose and validate one run.
 
@@ -104,7 +85,7 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
     Raises:
         ConfigError: for every mistake in an override or a value, Hydra's own errors among them.
     """
-    overrides = [_in_grammar(override) for override in overrides if override.strip()]
+    overrides = [in_grammar(override) for override in overrides if override.strip()]
     _require_one_experiment(overrides)
     resumed = [override for override in overrides if override.startswith("resume=")]
     if resumed and not any(_chooses_option(override) for override in overrides):
@@ -167,14 +148,14 @@ def _with_start(config: RunConfig) -> RunConfig:
 
 def compose_sweep(overrides: Sequence[str]) -> Sweep:
     """One run for each combination of comma-separated values, all validated before the first one begins."""
-    words = [_in_grammar(override) for override in overrides]
+    words = [in_grammar(override) for override in overrides]
     _require_one_experiment(words)
     try:
         parsed = OverridesParser.create().parse_overrides(words)
-        _require_few(parsed)
+        require_few(parsed)
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
     except HydraException as error:
-        raise _in_our_words(error, words) from error
+        raise in_our_words(error, words) from error
     swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
     typed = [{_key(part): part.partition("=")[2] for part in batch if _key(part) in swept} for batch in batches]
     values = tuple({key: value.strip("".join(_QUOTES)) for key, value in each.items()} for each in typed)
@@ -192,46 +173,7 @@ def compose_sweep(overrides: Sequence[str]) -> Sweep:
     return Sweep(name=prefix, runs=tuple(runs), values=values, overrides=tuple(again))
 
 
-def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched, ...]]:
-    """The overrides that all trials of a search have in common, and the settings that it gives values.
-
-    Raises:
-        ConfigError: one is no override, or its range of values is empty.
-    """
-    words = [_in_grammar(override) for override in overrides]
-    parser = OverridesParser.create()
-    parser.functions.register(name="log", func=_log)
-    try:
-        parsed = parser.parse_overrides(words)
-    except HydraException as error:
-        wrong = _in_our_words(error, words)
-        key, _, value = str(wrong.value).partition("=")
-        raise ConfigError(key, value, _OF_A_SPACE) if re.match(r"\w+\(", value) else wrong from error
-    fixed = [typed for typed, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
-    return fixed, tuple(_searched(one) for one in parsed if one.is_sweep_override())
-
-
-def _log(start: float, end: float) -> IntervalSweep:
-    return IntervalSweep(start=float(start), end=float(end), tags={"log"})
-
-
-_log.__annotations__ |= dict.fromkeys(("start", "end"), int | float)  # Hydra reads them, and no strings
-
-
-def _searched(override: Override) -> Searched:
-    key, value = override.get_key_element(), override.value()
-    if not isinstance(value, IntervalSweep):
-        _require_few([override])
-        return Searched(key=key, choices=tuple(dict.fromkeys(map(str, override.sweep_string_iterator()))))
-    low, high, log = value.start, value.end, "log" in value.tags
-    typed = override.input_line.partition("=")[2] if override.input_line else ""
-    if low is None or high is None or not (low < high and math.isfinite(high - low) and (low > 0 or not log)):
-        least = ", both above 0" if log else ""
-        raise ConfigError(key, typed, f"must go from a smaller number to a larger one{least}")
-    return Searched(key=key, low=low, high=high, log=log)
-
-
-def _require_few(parsed: Sequence[Any]) -> None:
+def require_few(parsed: Sequence[Any]) -> None:
     """Refuse a sweep of more runs than anybody means, before a range of them fills the memory."""
     count = 1
     for override in (one for one in parsed if one.is_sweep_override()):
@@ -258,7 +200,7 @@ def _resumed(name: str, overrides: Sequence[str]) -> RunConfig:
         changes = OmegaConf.from_dotlist(list(overrides))
         settings = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(saved.to_json()), changes))
     except (OmegaConfBaseException, YAMLError) as error:
-        raise _in_our_words(error, overrides) from error
+        raise in_our_words(error, overrides) from error
     assert isinstance(settings, dict)
     # The name is how the sites' ledgers know the run: another one would start their count at zero.
     fixed = {"resume": str(folder), "name": saved.name}
@@ -292,13 +234,13 @@ def _composed(overrides: Sequence[str], file: ExperimentFile | None = None) -> d
                     composed = compose("config", overrides=[*overrides, *found])
         settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise _in_our_words(error, overrides) from error
+        raise in_our_words(error, overrides) from error
     assert isinstance(settings, dict)
     settings.pop("experiment", None)
     return {str(key): value for key, value in settings.items()}
 
 
-def _in_grammar(override: str) -> str:
+def in_grammar(override: str) -> str:
     """An override as Hydra's grammar takes it: it has no word for a letter like \u00e4, nor for a template's braces."""
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
@@ -332,7 +274,7 @@ def _value(override: str) -> Any:
     try:
         return OverridesParser.create().parse_override(override).value()
     except HydraException as error:
-        raise _in_our_words(error, [override]) from error
+        raise in_our_words(error, [override]) from error
 
 
 def _free_maps(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -385,7 +327,7 @@ def _experiment_file(overrides: Sequence[str]) -> tuple[ExperimentFile | None, l
     return read_experiment(Path(name)), [override for override in overrides if override not in given]
 
 
-def _in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
+def in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """Hydra's message as one line about the override that caused it."""
     text = " ".join(line.strip() for line in str(error).splitlines())
     given = {key: value for key, _, value in (override.lstrip("+~").partition("=") for override in overrides)}

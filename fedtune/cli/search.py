@@ -22,9 +22,9 @@ from rich.console import Console
 
 from fedtune.cli import search_trials as propose
 from fedtune.cli.command import AsJson, Option, Overrides, single
-from fedtune.cli.compose import Searched, compose_run, split_searched
+from fedtune.cli.compose import compose_run
 from fedtune.cli.search_price import check_trials, price_section, promise
-from fedtune.cli.search_trials import Listed, Proposer, Values
+from fedtune.cli.search_trials import Listed, Proposer, Searched, Values, split_searched
 from fedtune.cli.sections import SCHEMA_VERSION, json_text, print_json, say, show
 from fedtune.cli.sweep import SweptRun, as_json_table, best_of, ran, row_of, score_of, show_table, write_table
 from fedtune.cli.working_folder import run_simulation

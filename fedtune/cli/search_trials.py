@@ -6,11 +6,19 @@ What is drawn depends on settings, seeds and scores alone, so the same search ag
 from __future__ import annotations
 
 import hashlib
+import inspect
+import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fedtune.cli.compose import Searched
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+
+from fedtune.cli.compose import in_grammar, in_our_words, require_few
 from fedtune.privacy.selection import MOST_TRIALS
 from fedtune.spec import ConfigError
 
@@ -19,6 +27,60 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, str]
 """Of one trial: the searched settings with their values, as they are typed."""
+_OF_A_SPACE = "must be values with commas between them, interval(LOW,HIGH), log(LOW,HIGH), or int(...) of one of these"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Searched:
+    """A setting, or a group of them, that a search gives values.
+
+    Attributes:
+        choices: its values as they are typed; empty: any number from `low` to `high`, whole where both are.
+        log: whether numbers are drawn evenly by their logarithm.
+    """
+
+    key: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+
+
+def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched, ...]]:
+    """The overrides that all trials of a search have in common, and the settings that it gives values.
+
+    Raises:
+        ConfigError: one is no override, or its range of values is empty.
+    """
+    words = [in_grammar(override) for override in overrides]
+    parser = OverridesParser.create()
+    parser.functions.register(name="log", func=_log)
+    parser.functions.definitions["log"] = inspect.signature(_log, eval_str=True)  # Hydra takes no types in strings
+    try:
+        parsed = parser.parse_overrides(words)
+    except HydraException as error:
+        wrong = in_our_words(error, words)
+        key, _, value = str(wrong.value).partition("=")
+        raise ConfigError(key, value, _OF_A_SPACE) if re.match(r"\w+\(", value) else wrong from error
+    fixed = [typed for typed, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
+    return fixed, tuple(_searched(one) for one in parsed if one.is_sweep_override())
+
+
+def _log(start: int | float, end: int | float) -> IntervalSweep:
+    return IntervalSweep(start=float(start), end=float(end), tags={"log"})
+
+
+def _searched(override: Override) -> Searched:
+    key, value = override.get_key_element(), override.value()
+    if not isinstance(value, IntervalSweep):
+        require_few([override])
+        return Searched(key=key, choices=tuple(dict.fromkeys(map(str, override.sweep_string_iterator()))))
+    low, high, log = value.start, value.end, "log" in value.tags
+    typed = override.input_line.partition("=")[2] if override.input_line else ""
+    if low is None or high is None or not (low < high and math.isfinite(high - low) and (low > 0 or not log)):
+        least = ", both above 0" if log else ""
+        raise ConfigError(key, typed, f"must go from a smaller number to a larger one{least}")
+    return Searched(key=key, low=low, high=high, log=log)
 
 
 class Proposer(Protocol):

@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from fedtune.cli.compose import Searched
-from fedtune.cli.search_trials import Tpe, at_random, ends, grid, name_from
+from fedtune.cli.search_trials import Searched, Tpe, at_random, ends, grid, name_from
 from fedtune.spec import ConfigError
 
 RATE = Searched(key="training.learning_rate", low=0.001, high=0.1, log=True)
