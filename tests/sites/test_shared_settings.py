@@ -44,6 +44,7 @@ DECISIVE: dict[str, Any] = {
     "data.target_range": (0.0, 9.0),
     "data.pairs": PairsSpec(margin=0.4),
     "data.preferences": PreferenceSpec(beta=0.3),
+    "lora.kind": "ia3",
     "lora.rank": 3,
     "lora.alpha": 5.0,
     "lora.target_modules": ("query",),
