@@ -5,6 +5,7 @@ from .mutant import Mutant
 FOLDER, OF_FOLDER = "fedtune/cli/working_folder.py", "tests/cli/test_working_folder.py"
 APPROVE, LEDGER = "fedtune/cli/site_actions.py", "fedtune/cli/ledger.py"
 OF_SITE, OF_LEDGER = "tests/cli/test_site_commands.py", "tests/cli/test_ledger.py"
+SEARCH, OF_SEARCH = "fedtune/cli/search.py", "tests/cli/test_search.py"
 
 CLI_FAULTS = (
     Mutant(
@@ -153,5 +154,61 @@ CLI_FAULTS = (
         old="            self._tracker = None\n            self._note(",
         new="            self._note(",
         tests=("tests/test_tracking.py::test_a_tracker_that_fails_ends_no_run",),
+    ),
+    Mutant(
+        name="search-room-for-one",
+        fault="A search begins with room for one of its trials, and ends in the middle when a site has no more.",
+        file=SEARCH,
+        old="[*search.names, *spare]:",
+        new="[*search.names, *spare][:1]:",
+        tests=(f"{OF_SEARCH}::test_twelve_trials_are_refused_by_a_ledger_with_room_for_eight_before_the_first",),
+    ),
+    Mutant(
+        name="search-sites-for-one",
+        fault="The sites that a search makes have a budget for one trial, and refuse the second.",
+        file=SEARCH,
+        old="budget_for(prepared.plans) if",
+        new="budget_for(prepared.plans[:1]) if",
+        tests=(f"{OF_SEARCH}::test_every_trial_is_charged_to_the_same_ledgers",),
+    ),
+    Mutant(
+        name="search-room-for-the-number-drawn",
+        fault="Room is checked for the number of trials that was drawn: a refusal tells something of it.",
+        file=SEARCH,
+        old="range(len(prepared.plans) - search.number)",
+        new="range(0)",
+        tests=(f"{OF_SEARCH}::test_a_drawn_number_needs_room_for_the_most_there_can_be",),
+    ),
+    Mutant(
+        name="search-number-told",
+        fault="The picked run's report tells the number of trials whose secrecy its bound needs.",
+        file=SEARCH,
+        old="trials=None if search.drawn else",
+        new="trials=",
+        tests=(f"{OF_SEARCH}::test_a_drawn_number_stays_with_the_lead",),
+    ),
+    Mutant(
+        name="search-drawn-again",
+        fault="A search that goes on draws its number of trials once more, until there are as many as somebody likes.",
+        file=SEARCH,
+        old='known.get("number", number)',
+        new="number",
+        tests=(f"{OF_SEARCH}::test_a_drawn_number_stays_with_the_lead",),
+    ),
+    Mutant(
+        name="search-tpe-changes-the-price",
+        fault="With TPE a setting may be searched that decides what a trial costs, after the price was told.",
+        file=SEARCH,
+        old="        if shape.plan() != first:",
+        new="        if False:",
+        tests=(f"{OF_SEARCH}::test_what_cannot_be_searched_is_told",),
+    ),
+    Mutant(
+        name="search-picks-by-training-records",
+        fault="The scores that pick a run of a search may be computed on the sites' own records, and cost nothing.",
+        file="fedtune/sites/data_notes.py",
+        old="    if is_training_file(config, file):\n        bound = (\n",
+        new="    if False:\n        bound = (\n",
+        tests=(f"{OF_SEARCH}::test_scores_on_records_trained_on_pick_nothing",),
     ),
 )

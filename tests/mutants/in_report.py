@@ -139,4 +139,12 @@ REPORT_FAULTS = (
         new="    return most",
         tests=("tests/report/test_from_ledger.py::test_a_mechanisms_own_curve_bounds_only_what_was_fixed",),
     ),
+    Mutant(
+        name="verify-skips-the-search",
+        fault="A report may say of the search that its run was picked in whatever it likes.",
+        file="fedtune/report/recompute.py",
+        old="    found += _selection(report)\n",
+        new="",
+        tests=("tests/cli/test_search.py::test_a_report_that_plays_the_search_down_is_found",),
+    ),
 )
