@@ -84,6 +84,9 @@ def test_the_best_of_a_random_number_agrees_with_theorem_6(run_plan: Plan, mean:
     assert same_orders.get_epsilon(plan.delta / 2) == pytest.approx(by_hand, rel=1e-6)
     found, most = best_of_poisson(plan.whole, mean=mean, delta=plan.delta)
     assert 0.8 * by_hand < found <= by_hand * (1 + 1e-9), "more orders are tried"
+    all_orders = RdpAccountant(neighboring_relation=accountant.NEIGHBOURING_RELATION)
+    all_orders.compose(RepeatAndSelectDpEvent(plan.whole, mean, math.inf))
+    assert found == pytest.approx(all_orders.get_epsilon(plan.delta / 2), rel=1e-9), "the other half is for the cut"
     assert most is not None
     spent_on_the_cut = [stats.poisson.sf(number, mean) * (1 + math.exp(found)) for number in (most, most - 1)]
     assert spent_on_the_cut[0] <= plan.delta / 2 < spent_on_the_cut[1]
