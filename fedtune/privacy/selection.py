@@ -122,7 +122,7 @@ def best_of_poisson(trial: DpEvent, *, mean: float, delta: float) -> tuple[float
 
 def draw_number(mean: float, *, most: int) -> int:
     """A Poisson number, cut off at `most`, from the operating system's randomness."""
-    uniform = secrets.SystemRandom().random()
+    uniform = secrets.randbits(53) * 2.0**-53
     return next((number for number in range(most) if uniform < special.pdtr(number, mean)), most)
 
 

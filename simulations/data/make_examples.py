@@ -1,9 +1,8 @@
-"""Make the four small files of docs/tutorial.md from the data of the simulations.
+"""Make the small files of docs/tutorial.md and docs/other_tasks.md from the data of the simulations.
 
     python simulations/data/make_examples.py [--into FOLDER]
 
-Each has another format and another kind of record: a CSV of questions with a label, an array of instructions in
-Alpaca's columns, conversations as JSON lines, and plain texts in Parquet.
+Each has another kind of record.  What the right answer is follows from E2E's table of facts beside each sentence.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 HERE = Path(__file__).parent
 INTENTS = ("card_arrival", "exchange_rate", "lost_or_stolen_card", "pending_cash_withdrawal", "request_refund")
 ROWS, TEXTS_A_SPEAKER = 400, 5
+FACT = re.compile(r"([\w ]+)\[([^\]]*)\]")
 
 
 def rows_of(name: str, file: str = "train.jsonl.gz") -> Iterator[dict[str, str]]:
@@ -76,6 +78,75 @@ def speeches(path: Path) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
+def reviews() -> Iterator[tuple[dict[str, str], list[str]]]:
+    """Each restaurant's facts by name, and the sentences that say them, in the order of the data set."""
+    told: dict[str, list[str]] = {}
+    for row in rows_of("e2e_nlg"):
+        told.setdefault(row["mr"], []).append(row["ref"])
+    for mr, texts in told.items():
+        yield {name.strip(): value for name, value in FACT.findall(mr)}, texts
+
+
+def table(path: Path, header: tuple[str, ...], records: Iterator[tuple[object, ...]]) -> None:
+    """The first records, as CSV."""
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(islice(records, ROWS))
+
+
+def features(path: Path) -> None:
+    """Sentences about restaurants, and what they offer: any number of labels."""
+    offers = (("eatType", "coffee shop"), ("area", "riverside"), ("familyFriendly", "yes"), ("priceRange", "cheap"))
+
+    def records() -> Iterator[tuple[str, str]]:
+        for facts, texts in reviews():
+            has = [value if value != "yes" else "families" for name, value in offers if facts.get(name) == value]
+            yield texts[0], ";".join(has)
+
+    table(path, ("text", "tags"), records())
+
+
+def stars(path: Path) -> None:
+    """The same with a rating in three steps."""
+    steps = {"low": 1, "1 out of 5": 1, "average": 3, "3 out of 5": 3, "high": 5, "5 out of 5": 5}
+    rated = ((texts[0], steps[facts["customer rating"]]) for facts, texts in reviews() if "customer rating" in facts)
+    table(path, ("text", "stars"), rated)
+
+
+def shares(path: Path) -> None:
+    """The same with a number: the share of the table's facts that stand in the sentence word by word."""
+    records = (
+        (texts[0], f"{sum(value.lower() in texts[0].lower() for value in facts.values()) / len(facts):.2f}")
+        for facts, texts in reviews()
+    )
+    table(path, ("text", "score"), records)
+
+
+def elsewhere(places: list[Any]) -> list[Any]:
+    """For each restaurant another one; those beside it often have its name."""
+    return places[200:] + places[:200]
+
+
+def same_place(path: Path) -> None:
+    """Two people about one restaurant, and somebody about another."""
+    places = [texts for _, texts in reviews() if len(texts) > 2]
+    with path.open("w", encoding="utf-8") as stream:
+        for texts, others in islice(zip(places, elsewhere(places), strict=True), ROWS):
+            record = {"anchor": texts[0], "positive": texts[1], "negative": others[2]}
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def answers(path: Path) -> None:
+    """A request, an answer to it, and an answer that is about another restaurant."""
+    places = [(facts, texts) for facts, texts in reviews() if len(texts) > 1]
+    with path.open("w", encoding="utf-8") as stream:
+        for (facts, texts), (_, others) in islice(zip(places, elsewhere(places), strict=True), ROWS):
+            asked = "Describe this place. " + ", ".join(f"{name}: {value}" for name, value in facts.items())
+            record = {"prompt": asked, "chosen": texts[0], "rejected": others[1]}
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,6 +157,11 @@ def main() -> None:
     places(folder / "places.json")
     chats(folder / "chats.jsonl")
     speeches(folder / "speeches.parquet")
+    features(folder / "features.csv")
+    stars(folder / "stars.csv")
+    shares(folder / "shares.csv")
+    same_place(folder / "same_place.jsonl")
+    answers(folder / "answers.jsonl")
 
 
 if __name__ == "__main__":

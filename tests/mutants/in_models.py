@@ -200,8 +200,8 @@ _START = (
         name="approved-for-any-start",
         fault="A proposal's digest leaves the start adapter out: an approval of one is one of all.",
         file="fedtune/privacy/proposal.py",
-        old="        if not self.start_adapter:",
-        new="        if self.start_adapter is not None:",
+        old="            if fields[key] == before:",
+        new='            if key == "start_adapter" or fields[key] == before:',
         tests=("tests/privacy/test_proposal.py",),
     ),
     Mutant(
