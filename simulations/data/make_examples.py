@@ -123,16 +123,16 @@ def shares(path: Path) -> None:
     table(path, ("text", "score"), records)
 
 
-def elsewhere(places: list[Any]) -> list[Any]:
-    """For each restaurant another one; those beside it often have its name."""
-    return places[200:] + places[:200]
+def further(places: list[Any], steps: int) -> list[Any]:
+    """For each table of facts the one so many steps on.  The next ones often have the same restaurant's name."""
+    return places[steps:] + places[:steps]
 
 
-def same_place(path: Path) -> None:
-    """Two people about one restaurant, and somebody about another."""
+def same_facts(path: Path) -> None:
+    """Two people about the same facts, and somebody about others."""
     places = [texts for _, texts in reviews() if len(texts) > 2]
     with path.open("w", encoding="utf-8") as stream:
-        for texts, others in islice(zip(places, elsewhere(places), strict=True), ROWS):
+        for texts, others in islice(zip(places, further(places, 1), strict=True), ROWS):
             record = {"anchor": texts[0], "positive": texts[1], "negative": others[2]}
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -141,7 +141,7 @@ def answers(path: Path) -> None:
     """A request, an answer to it, and an answer that is about another restaurant."""
     places = [(facts, texts) for facts, texts in reviews() if len(texts) > 1]
     with path.open("w", encoding="utf-8") as stream:
-        for (facts, texts), (_, others) in islice(zip(places, elsewhere(places), strict=True), ROWS):
+        for (facts, texts), (_, others) in islice(zip(places, further(places, 200), strict=True), ROWS):
             asked = "Describe this place. " + ", ".join(f"{name}: {value}" for name, value in facts.items())
             record = {"prompt": asked, "chosen": texts[0], "rejected": others[1]}
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -160,7 +160,7 @@ def main() -> None:
     features(folder / "features.csv")
     stars(folder / "stars.csv")
     shares(folder / "shares.csv")
-    same_place(folder / "same_place.jsonl")
+    same_facts(folder / "same_facts.jsonl")
     answers(folder / "answers.jsonl")
 
 

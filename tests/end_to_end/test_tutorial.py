@@ -87,7 +87,7 @@ def test_other_files_become_a_language_model(command: Any, folder: Path, file: s
         ("features.csv", {"micro_f1", "macro_f1", "auroc"}, r"none|coffee shop|cheap|families|riverside"),
         ("stars.csv", {"quadratic_kappa", "accuracy", "mae"}, r"[135] [01]\.\d{3} \("),
         ("shares.csv", {"spearman", "pearson", "rmse", "mae"}, r"[01]"),
-        ("same_place.jsonl", {"ndcg_at_10", "recall_at_1", "nearer"}, None),
+        ("same_facts.jsonl", {"ndcg_at_10", "recall_at_1", "nearer"}, None),
         ("answers.jsonl", {"accuracy", "margin"}, r"(?s).*\n$"),
     ],
 )
