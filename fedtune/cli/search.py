@@ -10,6 +10,7 @@ finds those that are finished, and resumes the one that is not, so nothing is ch
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import shlex
@@ -35,7 +36,7 @@ from fedtune.privacy import accountant
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import SearchPrice, Selection, draw_number, price_of, price_of_drawn
-from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError
+from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError
 from fedtune.words import counted, jsonable
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -232,8 +233,10 @@ def prepared_for(search: Search) -> Prepared:
         plan = _one_plan(search, shapes)
     if search.mean_trials is not None:
         price = price_of_drawn(plan, mean=search.mean_trials, key="--mean-trials")
-        number = draw_number(search.mean_trials, most=price.trials)
-        search = replace(search, number=known.get("number", number), seed=known.get("seed", secrets.token_hex(16)))
+        number = known.get("number", draw_number(search.mean_trials, most=price.trials))
+        if not 0 <= number <= price.trials:
+            raise ConfigError("name", search.asked.name, f"is taken: its number of trials is not one to {price.trials}")
+        search = replace(search, number=number, seed=known.get("seed", secrets.token_hex(16)))
         proposer: Proposer = propose.at_random(search.searched, seed=search.seed, number=search.number)
         plans = (plan,) * price.trials
     elif search.method == "tpe" and search.trials is not None:
@@ -267,10 +270,8 @@ def _check_alike(search: Search, shapes: Sequence[RunConfig]) -> None:
     Raises:
         ConfigError: they differ in what they must have in common.
     """
-    from fedtune.sites.virtual_site import dealt_out  # torch takes seconds to import
-
     keys = ", ".join(one.key for one in search.searched)
-    first, *others = [(dealt_out(one), one.privacy.delta, one.privacy.private) for one in shapes]
+    first, *others = [(_dealt(one), one.privacy.delta, one.privacy.private) for one in shapes]
     for dealt, delta, private in others:
         for key, value in dealt.items():
             if value != first[0][key]:
@@ -287,22 +288,28 @@ def _check_alike(search: Search, shapes: Sequence[RunConfig]) -> None:
         raise ConfigError("KEY=VALUE", keys, bound)
 
 
+def _dealt(config: RunConfig) -> dict[str, Any]:
+    from fedtune.sites.virtual_site import dealt_out  # torch takes seconds to import
+
+    return dealt_out(config) | {"federation.participants": list(config.federation.active)}
+
+
 def _one_plan(search: Search, shapes: Sequence[RunConfig]) -> Plan:
     """The plan that all trials have, where it is not known what they will try.
 
     Raises:
         ConfigError: a searched setting decides what a trial costs.
     """
-    places = [one.key for one in search.searched for _ in one.choices or (one.low, one.high)]
-    first = shapes[0].plan()
-    for key, shape in zip(places, shapes, strict=True):
-        if shape.plan() != first:
+    first, *others = zip(propose.ends(search.searched), shapes, strict=True)
+    for values, shape in others:
+        if shape.plan() != first[1].plan():
+            key = ", ".join(key for key, value in values.items() if value != first[0][key])
             option = "--mean-trials" if search.drawn else "--method tpe"
             bound = (
                 f"decides what a trial costs, which {option} needs to know beforehand: search it at random or by grid"
             )
             raise ConfigError(key, NOT_GIVEN, bound)
-    return first
+    return first[1].plan()
 
 
 def _noted(search: Search) -> Mapping[str, Any]:
@@ -311,28 +318,35 @@ def _noted(search: Search) -> Mapping[str, Any]:
     Raises:
         ConfigError: its folder belongs to something else.
     """
-    if not search.folder.exists():
+    if not search.folder.exists() or not any(search.folder.iterdir()):
         return {}
     path, name = search.folder / _FILE, search.asked.name
     try:
         noted = json.loads(path.read_bytes())
         same = noted["search"] == search.identity()
+        whole = noted["sha256"] == _sha256(noted)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise ConfigError("name", name, f"is taken: {search.folder} holds no search; choose another") from None
     if not same:
         bound = f"is taken: {path} is of a search with other settings; choose another"
         raise ConfigError("name", name, bound)
+    if not whole:  # a trial more, or another seed, would charge the sites for what was never told
+        raise ConfigError("name", name, f"is taken: {path} was changed; choose another")
     return {"number": noted["number"], "seed": noted["seed"]}
+
+
+def _sha256(noted: Mapping[str, Any]) -> str:
+    """Of what was drawn and for which search."""
+    kept = [noted[key] for key in ("search", "number", "seed")]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _note(prepared: Prepared, **more: Any) -> None:
     """Note the search before its first trial, so that what was drawn is drawn once."""
     search = prepared.search
-    text = json_text(
-        {"schema_version": SCHEMA_VERSION, "search": search.identity(), "number": search.number, "seed": search.seed}
-        | {"price": jsonable(prepared.price)}
-        | more
-    )
+    drawn = {"search": search.identity(), "number": search.number, "seed": search.seed}
+    about = {"schema_version": SCHEMA_VERSION, **drawn, "sha256": _sha256(drawn)}
+    text = json_text(about | {"price": jsonable(prepared.price)} | more)
     try:
         search.folder.mkdir(parents=True, exist_ok=True)
         write_durably(search.folder / _FILE, text.encode())
@@ -390,8 +404,10 @@ def _trials(prepared: Prepared, console: Console, *, again: str) -> Iterator[Swe
             if within is not None:
                 _sites(row.config, prepared).allow(within=within)
             row = ran(row, console, run=lambda *run: run_simulation(*run, again=again))
-        spent.append(row.config.plan())
-        yield replace(row, together=accountant.epsilon_pld([plan.whole for plan in spent], prepared.price.delta))
+        if not isinstance(row.error, RefusedError):  # a refused trial is charged to nobody
+            spent.append(row.config.plan())
+        charged = [plan.whole for plan in spent]
+        yield replace(row, together=accountant.epsilon_pld(charged, prepared.price.delta) if charged else 0.0)
         if row.error is not None and (row.can_go_on or not isinstance(row.error, FedtuneError)):
             raise row.error
         score = score_of(row)
@@ -430,7 +446,7 @@ def _again(overrides: Sequence[str], search: Search) -> str:
     """The command that goes on with this search."""
     named = [word for word in overrides if not word.startswith("name=")]
     number = {"--trials": search.trials, "--mean-trials": search.mean_trials}
-    options = [f"{key}={value:g}" for key, value in number.items() if value is not None]
+    options = [f"{key}={value!r}" for key, value in number.items() if value is not None]
     return shlex.join(["fedtune", "search", *named, f"name={search.asked.name}", f"--method={search.method}", *options])
 
 

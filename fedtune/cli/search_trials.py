@@ -20,13 +20,15 @@ from hydra.errors import HydraException
 
 from fedtune.cli.compose import in_grammar, in_our_words, require_few
 from fedtune.privacy.selection import MOST_TRIALS
-from fedtune.spec import ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Values = Mapping[str, str]
 """Of one trial: the searched settings with their values, as they are typed."""
+_MOST_ENDS = 64
+"""Combinations that are looked at before the first trial."""
 _OF_A_SPACE = "must be values with commas between them, interval(LOW,HIGH), log(LOW,HIGH), or int(...) of one of these"
 
 
@@ -62,6 +64,12 @@ def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched,
         wrong = in_our_words(error, words)
         key, _, value = str(wrong.value).partition("=")
         raise ConfigError(key, value, _OF_A_SPACE) if re.match(r"\w+\(", value) else wrong from error
+    keys = [one.get_key_element() for one in parsed]
+    for place, (key, one) in enumerate(zip(keys, parsed, strict=True)):
+        if one.is_sweep_override() and key in keys[place + 1 :]:
+            raise ConfigError(
+                key, NOT_GIVEN, "must not be given again after its values: the last would be all that counts"
+            )
     fixed = [typed for typed, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
     return fixed, tuple(_searched(one) for one in parsed if one.is_sweep_override())
 
@@ -73,8 +81,13 @@ def _log(start: int | float, end: int | float) -> IntervalSweep:
 def _searched(override: Override) -> Searched:
     key, value = override.get_key_element(), override.value()
     if not isinstance(value, IntervalSweep):
-        require_few([override])
-        return Searched(key=key, choices=tuple(dict.fromkeys(map(str, override.sweep_string_iterator()))))
+        typed = override.input_line.partition("=")[2] if override.input_line else ""
+        try:
+            require_few([override])
+            values = tuple(dict.fromkeys(map(str, override.sweep_string_iterator())))
+        except (ValueError, HydraException):  # a range of steps of 0, or names of files
+            raise ConfigError(key, typed, _OF_A_SPACE) from None
+        return Searched(key=key, choices=values)
     low, high, log = value.start, value.end, "log" in value.tags
     typed = override.input_line.partition("=")[2] if override.input_line else ""
     if low is None or high is None or not (low < high and math.isfinite(high - low) and (low > 0 or not log)):
@@ -159,9 +172,12 @@ class Tpe:
 
 
 def ends(searched: Sequence[Searched]) -> list[Values]:
-    """Each listed value, and both ends of each interval, while the other settings have their first."""
+    """Each listed value, and both ends of each interval: with all of the others', or their first where that is many."""
+    keys, values = [one.key for one in searched], [_of_all(one) for one in searched]
+    if math.prod(map(len, values)) <= _MOST_ENDS:
+        return [dict(zip(keys, some, strict=True)) for some in product(*values)]
     first = {one.key: _of_all(one)[0] for one in searched}
-    return [{**first, one.key: value} for one in searched for value in _of_all(one)]
+    return [first, *({**first, one.key: value} for one in searched for value in _of_all(one)[1:])]
 
 
 def _of_all(one: Searched) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from dp_accounting import (
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE
-from fedtune.privacy.selection import Selection, best_of_poisson
+from fedtune.privacy.selection import MOST_TRIALS, Selection, best_of_poisson
 from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.derive.audit_bounds import audit_problems, refutes
 from fedtune.report.derive.facts import LedgerFacts, RunFacts
@@ -204,21 +204,26 @@ def _selection(report: Report) -> list[Problem]:
 def _of_selection(report: Report, told: Selection, charged: Charges) -> Iterator[Problem]:
     yield from _compared("delta", told.delta, report.delta)
     yield from _compared("epsilon", told.epsilon, finite(accountant.epsilon_pld(charged, told.delta)))
-    number = told.trials if told.mean_trials is None else None
-    if told.trials != number or not 1 <= (number or told.most_trials) <= told.most_trials:
-        yield Problem("trials", told.trials, f"a number up to {told.most_trials}, or none where it was drawn")
+    mean = told.mean_trials
+    if told.trials != (told.most_trials if mean is None else None):
+        yield Problem("trials", told.trials, f"{told.most_trials}, or none where the number was drawn")
+    if told.method not in (("random",) if mean is not None else ("grid", "random", "tpe")):
+        yield Problem("method", told.method, "random, or where no number was drawn grid or tpe")
+    if not 1 <= told.most_trials <= min(sum(charged.values()), MOST_TRIALS):
+        yield Problem("most_trials", told.most_trials, "no more trials than what they were charged")
+    if mean is not None and not 1 <= mean <= MOST_TRIALS / 2:
+        yield Problem("mean_trials", mean, f"1 to {MOST_TRIALS // 2}")
         return
     picked = most = None
-    if told.mean_trials is not None:
+    if mean is not None and told.most_trials >= 1:
         trial = ComposedDpEvent(
             tuple(SelfComposedDpEvent(event, count // told.most_trials) for event, count in charged.items())
         )
         if any(count % told.most_trials for count in charged.values()):
             yield Problem("most_trials", told.most_trials, "a number of equal trials")
             return
-        picked, most = best_of_poisson(trial, mean=told.mean_trials, delta=told.delta)
-        if most is None or most > told.most_trials:
-            yield Problem("most_trials", told.most_trials, f"at least {most}")
+        picked, most = best_of_poisson(trial, mean=mean, delta=told.delta)
+        yield from _compared("most_trials", told.most_trials, most)
     yield from _compared("epsilon_of_picked", told.epsilon_of_picked, picked)
     for site in report.sites:
         if charges_of(site) - charged:

@@ -123,7 +123,14 @@ def test_a_report_that_plays_the_search_down_is_found(outcome: Any, command: Any
     (charge,) = told["utility"]["selection"]["charges"]
     assert "utility.selection.charges" in problem(charges=[], epsilon=0.0)
     assert "utility.selection.epsilon" in problem(charges=[charge | {"count": 4}])
-    assert "utility.selection.most_trials" in problem(trials=None, mean_trials=1.0, epsilon_of_picked=0.3)
+    drawn = {"trials": None, "mean_trials": 1.0, "epsilon_of_picked": 0.3}
+    assert "utility.selection.most_trials" in problem(**drawn)
+    assert "utility.selection.method" in problem(**drawn, method="tpe")
+    assert "utility.selection.mean_trials" in problem(**drawn | {"mean_trials": 1e9}), "and at once"
+    assert "utility.selection.most_trials" in problem(trials=1000, most_trials=1000)
+    for trials in (0, 1, None):
+        assert "utility.selection.trials" in problem(trials=trials)
+    assert "utility.selection.method" in problem(method="by hand")
 
 
 def test_the_same_search_again_charges_nothing(outcome: Any, command: Any, words: list[str], folder: Path) -> None:
@@ -150,9 +157,31 @@ def test_another_search_of_the_same_name_is_refused(outcome: Any, command: Any, 
     assert command("search", *words, "--trials", "3", "--method", "tpe").code == 2
     assert command("search", *words, "--trials", "3", "lora.alpha=4").code == 2
     (folder / "mine").mkdir()
+    (folder / "mine/notes.txt").write_text("mine")
     assert "holds no search" in command("search", *words, "name=mine", "--trials", "3").message
-    (folder / "mine").rmdir()
+    shutil.rmtree(folder / "mine")
     assert files_in(folder) == before
+
+
+@pytest.mark.parametrize("change", [{"number": 9}, {"number": "a"}, {"seed": "5"}, {"seed": None}], ids=str)
+def test_what_was_drawn_is_not_changed_by_hand(
+    outcome: Any, command: Any, words: list[str], folder: Path, change: dict[str, Any]
+) -> None:
+    """Or the sites would be charged for trials that nobody was told of."""
+    path = folder / "s/search.json"
+    before = path.read_bytes()
+    path.write_text(json.dumps(json.loads(before) | change))
+    spent = charged(folder / "s/sites")
+    again = command("search", *words, "--trials", "3")
+    path.write_bytes(before)
+    assert (again.code, again.message) == (2, f"name = 's': is taken: {path} was changed; choose another")
+    assert charged(folder / "s/sites") == spent
+
+
+def test_the_command_that_goes_on_names_the_same_mean(tiny: Any, tmp_path: Path) -> None:
+    words = tiny(SPACE[0], *SHORT, into=tmp_path, name="s")
+    search = asked_for(words, "random", trials=None, mean_trials=2.3456789)
+    assert module._again(words, search).endswith(" name=s --method=random --mean-trials=2.3456789")
 
 
 def test_ctrl_c_in_a_trial_charges_nothing_twice(
@@ -353,6 +382,12 @@ BAD = [
     ((SPACE[0], "data.validation_file=null", "--trials", "2"), "data.validation_file = null: is required to search"),
     ((SPACE[0], "federation.if_over_budget=fewer_rounds", "--trials", "2"), "federation.if_over_budget = 'fewer_rou"),
     ((SPACE[0], "runtime=deployment", "--trials", "2"), "runtime = 'deployment': is for real sites"),
+    (("lora.rank=4,8", "lora.rank=2", "--trials", "2"), "lora.rank: must not be given again after its values"),
+    (("lora.rank=range(1,10,0)", "--method", "grid"), "lora.rank = 'range(1,10,0)': must be values with commas"),
+    (
+        ("federation.min_sites=1", "federation.participants=[site-1],[site-2]", "--method", "grid"),
+        "federation.participants = ['site-2']: must be the same in all trials",
+    ),
 ]
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from fedtune.cli import search_trials
 from fedtune.cli.search_trials import Searched, Tpe, at_random, ends, grid, name_from
 from fedtune.spec import ConfigError
 
@@ -69,13 +70,11 @@ def test_tpe_goes_where_scores_are_best_and_does_the_same_again() -> None:
     assert tried[8:] != told(peak=0.09)[8:]
 
 
-def test_the_ends_of_a_space_are_what_trials_may_come_to() -> None:
-    assert ends([RANK, HEAD]) == [
-        {"lora.rank": "2", "lora": "attention"},
-        {"lora.rank": "9", "lora": "attention"},
-        {"lora.rank": "2", "lora": "attention"},
-        {"lora.rank": "2", "lora": "all_linear"},
-    ]
+def test_the_ends_of_a_space_are_what_trials_may_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [{"lora.rank": rank, "lora": lora} for rank in ("2", "9") for lora in ("attention", "all_linear")]
+    assert ends([RANK, HEAD]) == both
+    monkeypatch.setattr(search_trials, "_MOST_ENDS", 3)
+    assert ends([RANK, HEAD]) == [both[0], both[2], both[1]], "one setting after the other"
 
 
 def test_numbers_are_rounded_within_their_ends() -> None:
