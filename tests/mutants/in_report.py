@@ -147,4 +147,12 @@ REPORT_FAULTS = (
         new="",
         tests=("tests/cli/test_search.py::test_a_report_that_plays_the_search_down_is_found",),
     ),
+    Mutant(
+        name="search-of-any-number",
+        fault="A report may name another number of trials than those that were paid for.",
+        file="fedtune/report/recompute.py",
+        old="    if told.trials != (told.most_trials if mean is None else None):",
+        new="    if told.trials is not None and told.trials > told.most_trials:",
+        tests=("tests/cli/test_search.py::test_a_report_that_plays_the_search_down_is_found",),
+    ),
 )
