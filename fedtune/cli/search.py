@@ -300,16 +300,17 @@ def _one_plan(search: Search, shapes: Sequence[RunConfig]) -> Plan:
     Raises:
         ConfigError: a searched setting decides what a trial costs.
     """
-    first, *others = zip(propose.ends(search.searched), shapes, strict=True)
-    for values, shape in others:
-        if shape.plan() != first[1].plan():
-            key = ", ".join(key for key, value in values.items() if value != first[0][key])
+    first, *others = propose.ends(search.searched)
+    plan = shapes[0].plan()
+    for values, shape in zip(others, shapes[1:], strict=True):
+        if shape.plan() != plan:
+            key = ", ".join(key for key, value in values.items() if value != first[key])
             option = "--mean-trials" if search.drawn else "--method tpe"
             bound = (
                 f"decides what a trial costs, which {option} needs to know beforehand: search it at random or by grid"
             )
             raise ConfigError(key, NOT_GIVEN, bound)
-    return first[1].plan()
+    return plan
 
 
 def _noted(search: Search) -> Mapping[str, Any]:

@@ -80,8 +80,8 @@ def _log(start: int | float, end: int | float) -> IntervalSweep:
 
 def _searched(override: Override) -> Searched:
     key, value = override.get_key_element(), override.value()
+    typed = override.input_line.partition("=")[2] if override.input_line else ""
     if not isinstance(value, IntervalSweep):
-        typed = override.input_line.partition("=")[2] if override.input_line else ""
         try:
             require_few([override])
             values = tuple(dict.fromkeys(map(str, override.sweep_string_iterator())))
@@ -89,7 +89,6 @@ def _searched(override: Override) -> Searched:
             raise ConfigError(key, typed, _OF_A_SPACE) from None
         return Searched(key=key, choices=values)
     low, high, log = value.start, value.end, "log" in value.tags
-    typed = override.input_line.partition("=")[2] if override.input_line else ""
     if low is None or high is None or not (low < high and math.isfinite(high - low) and (low > 0 or not log)):
         least = ", both above 0" if log else ""
         raise ConfigError(key, typed, f"must go from a smaller number to a larger one{least}")

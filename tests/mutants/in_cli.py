@@ -199,7 +199,7 @@ CLI_FAULTS = (
         name="search-tpe-changes-the-price",
         fault="With TPE a setting may be searched that decides what a trial costs, after the price was told.",
         file=SEARCH,
-        old="        if shape.plan() != first[1].plan():",
+        old="        if shape.plan() != plan:",
         new="        if False:",
         tests=(f"{OF_SEARCH}::test_what_cannot_be_searched_is_told",),
     ),
