@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.data.spec import DataSpec, PairsSpec, PreferenceSpec
+from fedtune.data.spec import GROUP, DataSpec, PairsSpec, PreferenceSpec
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.cost import CostSpec
 from fedtune.federation.run_folder import RunFolder, run_folders_near
@@ -54,6 +54,7 @@ _LATER: dict[tuple[str, str], object] = {
     ("lora", "kind"): "lora",
     ("federation", "stop_after"): None,
     ("federation", "keep_round"): "last",
+    ("privacy", "metrics_groups"): (),
 }
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
 
@@ -153,8 +154,13 @@ class RunConfig:
             name, given = key if self.federation.stop_after is not None else value
             bound = "needs data.validation_file: records of the lead's own, since what sites release must not decide"
             raise ConfigError(f"federation.{name}", given, bound)
-        if self.privacy.metrics == "noised" and self.data.heldout_fraction == 0:
-            raise ConfigError("data.heldout_fraction", 0, "must be above 0 for privacy.metrics = noised")
+        if self.privacy.metrics != "none" and self.data.heldout_fraction == 0:
+            raise ConfigError(
+                "data.heldout_fraction", 0, f"must be above 0 for privacy.metrics = {self.privacy.metrics}"
+            )
+        if bool(self.privacy.metrics_groups) != (GROUP in self.data.columns):
+            bound = "must name the column for role 'group' with privacy.metrics = noised_by_group, and without it not"
+            raise ConfigError("data.columns", dict(self.data.columns), bound)
         task.check_model(self.task_model())
 
     def task_model(self) -> TaskModelSpec:

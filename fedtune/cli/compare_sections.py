@@ -16,9 +16,10 @@ from fedtune.cli.finished_run import finished_run
 from fedtune.cli.sections import SCHEMA_VERSION, Section, as_html, as_page
 from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES, Comparison, Estimate, Verdict
-from fedtune.evaluation.groups import OTHERS, GroupScores
+from fedtune.evaluation.groups import GroupScores
 from fedtune.federation.cost import Cost
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.mechanism import OTHERS
 from fedtune.report.page.charts import Panel, Series, chart
 from fedtune.words import counted, duration, jsonable, size
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fedtune.cli.plain_words import ABOUT_RDP, WEAK_SIGNAL, signal_words
 from fedtune.config import RunConfig
+from fedtune.evaluation.groups import fewest_told, noised_groups
 from fedtune.federation.kept_round import Kept, is_over, kept_of
 from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
@@ -222,7 +223,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
         console.print(f"epsilon {epsilon_text(privacy.epsilon)} at delta {privacy.delta:g} for each {privacy.unit}")
     if privacy.seeded_noise:
         console.print("[yellow]A study without a guarantee: its noise came from the configured seed.[/yellow]")
-    _show_noised_scores(console, result)
+    _show_noised_scores(console, config, result)
     final = result.final
     if final.kept is not None:
         console.print(_kept(final.kept, result, planned=config.federation.num_rounds), soft_wrap=True)
@@ -253,14 +254,46 @@ def _kept(kept: Kept, result: RunResult, *, planned: int) -> str:
     )
 
 
-def _show_noised_scores(console: Console, result: RunResult) -> None:
+def _show_noised_scores(console: Console, config: RunConfig, result: RunResult) -> None:
     """The newest scores that the sites released: they were paid for."""
     measured = [one for one in result.rounds if one.site_scores]
-    if measured:
-        last, unit = measured[-1], result.privacy.unit
-        scores = ", ".join(f"{site} {values[0]:.3f}" for site, values in last.site_scores.items())
-        when = f"for the adapter that round {last.round} began with"
-        console.print(f"noised scores of held-out {unit}s, {when}: {scores}", soft_wrap=True)
+    if not measured:
+        return
+    last, about = measured[-1], f"noised scores of held-out {result.privacy.unit}s"
+    when = f"for the adapter that round {last.round} began with"
+    if config.privacy.metrics_groups:
+        _show_groups(console, config, last.site_scores, title=f"{about}, {when}")
+        return
+    scores = ", ".join(f"{site} {values[0]:.3f}" for site, values in last.site_scores.items())
+    console.print(f"{about}, {when}: {scores}", soft_wrap=True)
+
+
+def _show_groups(console: Console, config: RunConfig, released: Mapping[str, Sequence[float]], *, title: str) -> None:
+    """Scores by group over all sites, with the groups that noise hides merged."""
+    privacy, share = config.privacy, config.data.heldout_fraction
+    groups = noised_groups(
+        released,
+        names=privacy.metrics_groups,
+        sizes={site: size * share for site, size in config.declared_sizes().items()},
+        noise_multiplier=privacy.metrics_noise_multiplier,
+    )
+    fewest = f"{fewest_told(privacy.metrics_noise_multiplier, len(released)):.0f}"
+    console.print(f"{title}, over {counted(len(released), 'site')}, by group:", soft_wrap=True)
+    if not groups:
+        console.print(f"  all groups together have fewer than {fewest} {privacy.unit}s, which noise hides")
+        return
+    table = Table(box=None, padding=(0, 2), pad_edge=True)
+    for head in ("group", f"{privacy.unit}s", "score", "gap to all others"):
+        table.add_column(head, justify="left" if head == "group" else "right")
+    for group in groups:
+        gap = "" if math.isnan(group.gap) else f"{group.gap:+.3f} ± {group.gap_error:.3f}"
+        table.add_row(escape(group.name), f"about {group.units:,.0f}", f"{group.score:.3f} ± {group.error:.3f}", gap)
+    console.print(table)
+    merged = len(privacy.metrics_groups) + 1 - len(groups)
+    if merged:
+        console.print(
+            f"  groups of fewer than about {fewest} {privacy.unit}s, noise included, are merged into all others"
+        )
 
 
 def _changed(sites: Sequence[str]) -> str:

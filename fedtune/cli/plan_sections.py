@@ -13,6 +13,7 @@ from fedtune import __version__
 from fedtune.cli.plain_words import ABOUT_RDP, contribution, printable, reason_text, signal_words
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, say, show
 from fedtune.config import RunConfig
+from fedtune.evaluation.groups import fewest_told
 from fedtune.federation.cost import Energy
 from fedtune.federation.planner import Change, Price, RoundPrice, signal_to_noise
 from fedtune.federation.verdict import Verdict
@@ -165,6 +166,12 @@ def facts(outlook: Outlook) -> dict[str, str]:
         found["scores"] = (
             f"{METRICS[plan.metrics].in_words} of held-out {plan.unit}s each round, noise multiplier "
             f"{plan.metrics_noise_multiplier:g}; every epsilon here pays for them"
+        )
+    if plan.metrics_groups:
+        fewest = fewest_told(plan.metrics_noise_multiplier, len(price.sites))
+        found["scores"] += (
+            f"; {counted(len(plan.metrics_groups), 'group')} and all others; those of fewer than about {fewest:.0f} "
+            f"held-out {plan.unit}s over all sites are merged"
         )
     if outlook.signal_to_noise is not None and plan.private:
         found["signal"] = signal_words(outlook.signal_to_noise)

@@ -220,11 +220,11 @@ def _runs(count: int) -> str:
 def _leaves(policy: Policy) -> Iterator[str]:
     releases = policy.releases
     yield "Updates: adapters with noise, paid for from the budget." if releases.updates else "No updates."
-    yield (
-        "Scores of held-out records, with noise and paid for, where a run plans for them."
-        if releases.metrics == "noised"
-        else "No scores of the site's records."
-    )
+    yield {
+        "none": "No scores of the site's records.",
+        "noised": "Scores of held-out records, with noise and paid for, where a run plans for them.",
+        "noised_by_group": "Scores of held-out records, also by groups that a run names, with noise and paid for.",
+    }[releases.metrics]
     yield "Signed receipts and reasons of refusal, made from requests, policy and ledger alone."
     yield (
         f"Answers leave at multiples of {releases.reply_after_s:g} s after their request."

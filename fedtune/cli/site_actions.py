@@ -187,7 +187,8 @@ def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
         "mechanism": f"noise multiplier {plan.noise_multiplier:g}, clip norm {plan.max_grad_norm:g}, "
         f"sampling rate {plan.sampling_rate:g}",
         "protects": contribution(plan) if plan.unit == "user" else "each record by itself",
-        "releases": " and ".join(filter(None, ("updates", METRICS[plan.metrics].in_words))),
+        "releases": " and ".join(filter(None, ("updates", METRICS[plan.metrics].in_words)))
+        + (f" ({printable(', '.join(plan.metrics_groups))})" if plan.metrics_groups else ""),
     }
     return pairs(rows)
 

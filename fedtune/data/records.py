@@ -22,12 +22,12 @@ from fedtune.data.text_rows import Row, absent, at_line, json_type
 from fedtune.spec import DataError
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
-CATEGORY_ROLES = frozenset({"label", "site", "user"})
+CATEGORY_ROLES = frozenset({"label", "site", "user", "group"})
 NO_TEXT = CATEGORY_ROLES | {"labels", "target"}
 """Roles whose values are no texts that somebody wrote."""
 _SAID = ("chosen", "rejected")
 """Roles whose values are texts or turns."""
-OPTIONAL_ROLES = frozenset({"input", "system"})
+OPTIONAL_ROLES = frozenset({"input", "system", "group"})
 """Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES = ",;|"
 """What lists of names are written with, and so no part of a user's id."""

@@ -10,6 +10,7 @@ groups by what came out.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Figures, Scores, drawn
+from fedtune.privacy.mechanism import OTHERS
 from fedtune.spec import DataError
 
-OTHERS = "all others"
-"""The group of what small groups were merged into."""
+_TWO_SIDED = 1.96
 _GROUP = "group"
 """Beside a model's figures: the number of each record's group."""
 
@@ -91,6 +92,98 @@ def merged(values: Sequence[str], *, smallest: int, units: Sequence[npt.NDArray[
         sizes=tuple(sizes),
         merged=tuple(sorted(small)),
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoisedGroup:
+    """What noised scores that sites released say of one group, over all sites.
+
+    Attributes:
+        name: of the group; `OTHERS` last.
+        units: held-out units in it, noised.
+        score: their mean score in [0, 1].
+        gap: `score` less that of all other groups; NaN where there is no other.
+        error, gap_error: what the interval of 95 % adds on either side, for the noise and for the units that happened
+            to be held out.
+    """
+
+    name: str
+    units: float
+    score: float
+    error: float
+    gap: float = math.nan
+    gap_error: float = math.nan
+
+
+def fewest_told(noise_multiplier: float, num_sites: int, *, smallest: int = 20) -> float:
+    """Noised units below which a group is merged: `smallest`, and three deviations of the noise in their number."""
+    return max(float(smallest), 3 * _deviation(noise_multiplier, num_sites))
+
+
+def _deviation(noise_multiplier: float, num_sites: int) -> float:
+    return noise_multiplier * math.sqrt(2 * num_sites)
+
+
+def noised_groups(
+    released: Mapping[str, Sequence[float]],
+    *,
+    names: Sequence[str],
+    sizes: Mapping[str, float],
+    noise_multiplier: float,
+) -> list[NoisedGroup]:
+    """Scores by group over all sites, of what each site released; groups that noise hides are merged.
+
+    A group of fewer noised units than `fewest_told` goes to `OTHERS`; while that has too few itself, the next smallest
+    joins it.  All of it reads released numbers alone: post-processing, which costs no epsilon.
+
+    Args:
+        released: site -> (score, count) of each of `names` and of all others, as `mechanism.noised_scores` gives them.
+        names: of the groups.
+        sizes: site -> its declared held-out units, by which its numbers were divided.
+        noise_multiplier: of these numbers.
+
+    Returns:
+        The groups that are left, the largest first; nothing where all units together are too few.
+    """
+    each = [np.array(values).reshape(-1, 2) * sizes[site] for site, values in released.items()]
+    totals = np.sum(each, axis=0)
+    parts = {
+        name: (float(score), float(units), 1) for name, (score, units) in zip([*names, OTHERS], totals, strict=True)
+    }
+    fewest = fewest_told(noise_multiplier, len(released))
+    rest = parts.pop(OTHERS)
+    by_size = sorted(parts, key=lambda name: (parts[name][1], name))
+    while by_size and (parts[by_size[0]][1] < fewest or (rest[2] > 1 and rest[1] < fewest)):
+        rest = _together([rest, parts.pop(by_size.pop(0))])
+    if rest[1] >= fewest or not parts:
+        parts[OTHERS] = rest
+    found = []
+    for name in [*reversed(by_size), *((OTHERS,) if OTHERS in parts else ())]:
+        if parts[name][1] < fewest:
+            return []
+        score, error = _mean(parts[name], noise_multiplier, len(released))
+        others = [parts[other] for other in parts if other != name]
+        gap = gap_error = math.nan
+        if others:
+            beside, error_beside = _mean(_together(others), noise_multiplier, len(released))
+            gap, gap_error = score - beside, math.hypot(error, error_beside)
+        found.append(
+            NoisedGroup(name=name, units=parts[name][1], score=score, error=error, gap=gap, gap_error=gap_error)
+        )
+    return found
+
+
+def _together(parts: Sequence[tuple[float, float, int]]) -> tuple[float, float, int]:
+    scores, units, merged = zip(*parts, strict=True)
+    return sum(scores), sum(units), sum(merged)
+
+
+def _mean(part: tuple[float, float, int], noise_multiplier: float, num_sites: int) -> tuple[float, float]:
+    """A group's mean score, and half of its interval; `part` has the noise of so many releases."""
+    total, units, merged = part
+    score = min(1.0, max(0.0, total / units))
+    noise = merged * _deviation(noise_multiplier, num_sites) ** 2 * (1 + score**2) / units**2
+    return score, _TWO_SIDED * math.sqrt(noise + score * (1 - score) / units)
 
 
 def _counts(values: Sequence[str], units: Sequence[npt.NDArray[np.int64]] | None) -> Counter[str]:

@@ -95,7 +95,7 @@ def sort_replies(
         ledger that it cannot read: such a refusal's reason is shown, and it counts as no answer.
     """
     found = RoundReplies()
-    num_scores = METRICS[proposal.plan.metrics].num_values
+    num_scores = METRICS[proposal.plan.metrics].num_values * proposal.plan.num_groups
     for site, reach in reaches.items():
         reply, asked = replies.get(site), (site, proposal.run, round)
         if reply is None:

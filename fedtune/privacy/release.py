@@ -37,7 +37,7 @@ class Statistics:
 
     Attributes:
         name: of what is released; a report has words for it.
-        num_values: how many numbers it is.
+        num_values: how many numbers it is, for each group of units that the plan tells apart.
     """
 
     name: str
@@ -49,9 +49,16 @@ class Statistics:
         return self.name.replace("_", " ")
 
 
-METRICS = {"none": Statistics(name="", num_values=0), "noised": Statistics(name="noised_scores", num_values=2)}
-"""By the value of a run's `privacy.metrics`, and of a policy's `releases.metrics`.  Whatever it is, a round releases it
-by one Gaussian mechanism with the plan's `metrics_noise_multiplier`, as `mechanism.noised_scores` does."""
+METRICS = {
+    "none": Statistics(name="", num_values=0),
+    "noised": Statistics(name="noised_scores", num_values=2),
+    "noised_by_group": Statistics(name="noised_scores_by_group", num_values=2),
+}
+"""By the value of a run's `privacy.metrics`, and of a policy's `releases.metrics`, which takes those before it too.
+Whatever it is, a round releases it by one Gaussian mechanism with the plan's `metrics_noise_multiplier`, as
+`mechanism.noised_scores` does."""
+MOST_GROUPS = 100
+"""That a run may name: a site answers with numbers for each, whether or not it has such records."""
 
 
 class Reason(StrEnum):
@@ -164,7 +171,7 @@ class Update:
 
     Attributes:
         scores: the plan's statistics of held-out units; for "noised", the noised mean score and the noised count, as
-            `mechanism.noised_scores` gives them.
+            `mechanism.noised_scores` gives them; by group, such a pair for each and one for all other units.
 
     Guarantee: post-processing of the round's `DpEvent`; releasing it costs what the ledger reserved for the round.
     """
@@ -231,14 +238,19 @@ class Update:
 
 
 def _scores(data: object) -> tuple[float, ...] | None:
-    """Finite numbers, as many as some statistics have, or None; raises ValueError for anything else."""
+    """Finite numbers, as many as some statistics can have, or None; raises ValueError for anything else."""
     if data is None:
         return None
-    if not isinstance(data, list) or len(data) not in {known.num_values for known in METRICS.values()} - {0}:
+    if not isinstance(data, list) or not any(_can_be(len(data), known) for known in METRICS.values()):
         raise ValueError("scores")
     if not all(type(value) is float and math.isfinite(value) for value in data):
         raise ValueError("scores")
     return tuple(data)
+
+
+def _can_be(count: int, statistics: Statistics) -> bool:
+    groups, rest = divmod(count, statistics.num_values or count + 1)
+    return not rest and 1 <= groups <= MOST_GROUPS + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

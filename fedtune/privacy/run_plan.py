@@ -11,7 +11,7 @@ from typing import Any
 from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfComposedDpEvent
 
 from fedtune.privacy import accountant, events
-from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit
+from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit, check_groups
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, check_whole, spec
 
 LEAST_SAMPLING_RATE = 1e-15
@@ -34,6 +34,8 @@ class Plan:
             releases none.
         records_per_user: most records of one unit in a step.  Its clipped mean has the clip norm however many they
             are, so no epsilon depends on it; a site may bound it all the same.
+        metrics_groups: names of the groups that released scores tell apart; none: they tell none.  A unit is in one
+            group, so no epsilon depends on them.
     """
 
     unit: Unit
@@ -46,6 +48,7 @@ class Plan:
     spare_rounds: int = 0
     metrics_noise_multiplier: float = 0.0
     records_per_user: int = 1
+    metrics_groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # A plan also comes from a server's request: nothing about it is taken on trust.
@@ -63,6 +66,9 @@ class Plan:
             check_at_least(name, count, least)
         if self.unit == "record" and self.records_per_user != 1:
             raise ConfigError("records_per_user", self.records_per_user, "must be 1 for unit 'record'")
+        check_groups("metrics_groups", self.metrics_groups)
+        if self.metrics_groups and self.metrics_noise_multiplier == 0:
+            raise ConfigError("metrics_groups", list(self.metrics_groups), "must be empty where no scores are released")
 
     @classmethod
     def of(cls, privacy: PrivacySpec, *, local_steps: int, num_rounds: int, spare_rounds: int = 0) -> Plan:
@@ -90,6 +96,7 @@ class Plan:
             spare_rounds=spare_rounds,
             metrics_noise_multiplier=privacy.metrics_noise,
             records_per_user=privacy.contribution,
+            metrics_groups=privacy.metrics_groups,
         )
 
     @property
@@ -100,12 +107,19 @@ class Plan:
     @property
     def metrics(self) -> str:
         """Which statistics of held-out units each round releases too, as `release.METRICS` names them."""
-        return "noised" if self.metrics_noise_multiplier > 0 else "none"
+        if self.metrics_noise_multiplier == 0:
+            return "none"
+        return "noised_by_group" if self.metrics_groups else "noised"
 
     @property
     def releases_metrics(self) -> bool:
         """Whether each round releases any."""
         return self.metrics != "none"
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of units of which each release of scores tells: those with a name, and all others."""
+        return len(self.metrics_groups) + 1
 
     @property
     def most_rounds(self) -> int:
@@ -135,12 +149,14 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         """Plain JSON, the canonical form that `digest` hashes.
 
-        A plan of records has no `records_per_user`, so that it is written as it was before there were others: ledgers
-        and requests of that time keep their digests.
+        A plan of records has no `records_per_user`, and one without groups no `metrics_groups`, so that it is written
+        as it was before there were others: ledgers and requests of that time keep their digests.
         """
-        fields = dataclasses.asdict(self)
+        fields = dataclasses.asdict(self) | {"metrics_groups": list(self.metrics_groups)}
         if self.unit == "record":
             del fields["records_per_user"]
+        if not self.metrics_groups:
+            del fields["metrics_groups"]
         return fields
 
     @classmethod
@@ -151,7 +167,10 @@ class Plan:
             ConfigError: anything else.
         """
         try:
-            plan = cls(**fields)
+            groups = fields.get("metrics_groups", [])
+            if not isinstance(groups, list) or ("metrics_groups" in fields and not groups):  # one way to write a plan
+                raise TypeError("metrics_groups")
+            plan = cls(**{**fields, "metrics_groups": tuple(groups)})
         except (TypeError, OverflowError) as error:
             raise ConfigError("plan", sorted(fields), "must have exactly the fields of a plan") from error
         if any(type(value) is bool for value in fields.values()):  # equal to 0 or 1, with another digest

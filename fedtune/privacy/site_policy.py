@@ -226,8 +226,8 @@ class Releases:
 
     Attributes:
         updates: noised adapters.
-        metrics: "noised": scores of held-out records with noise, where a run plans for them; "none".  It is one of
-            `release.METRICS`.
+        metrics: "noised": scores of held-out records with noise, where a run plans for them; "noised_by_group": also
+            one for each group that the run names; "none".  It is one of `release.METRICS`.
         reply_after_s: an answer leaves at a whole multiple of this after its request came.  0: when it is ready, so
             that the time of a reply tells roughly how many records there are.
     """
@@ -239,6 +239,10 @@ class Releases:
     def __post_init__(self) -> None:
         check_one_of("metrics", self.metrics, tuple(METRICS))
         check_at_least("reply_after_s", self.reply_after_s, 0)
+
+    def takes(self, metrics: str) -> bool:
+        """Whether a run may plan for these statistics."""
+        return metrics in METRICS and list(METRICS).index(metrics) <= list(METRICS).index(self.metrics)
 
 
 @spec
@@ -424,7 +428,7 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         (Reason.TRAIN_HEAD, proposal.train_head, allow.train_head),
         (Reason.SEEDED_NOISE, proposal.seeded_noise, allow.seeded_noise),
         (Reason.UPDATES, True, policy.releases.updates),
-        (Reason.METRICS, plan.releases_metrics, policy.releases.metrics == plan.metrics),
+        (Reason.METRICS, plan.releases_metrics, policy.releases.takes(plan.metrics)),
     ):
         if wanted and not granted:
             yield reason, "yes", "no"

@@ -95,7 +95,8 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
 
 def _plan_of(fields: dict[str, Any]) -> Plan:
     """The plan of settings that are yet to be validated."""
-    privacy, federation = PrivacySpec(**fields["privacy"]), fields["federation"]
+    groups = tuple(fields["privacy"].get("metrics_groups", ()))
+    privacy, federation = PrivacySpec(**{**fields["privacy"], "metrics_groups": groups}), fields["federation"]
     if privacy.private and privacy.noise_multiplier is None:
         raise ValueError("noise that is yet to be calibrated")
     counts = {key: federation[key] for key in ("num_rounds", "spare_rounds")}

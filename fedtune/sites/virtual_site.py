@@ -283,7 +283,7 @@ def budget_for(plans: Sequence[Plan]) -> Budget:
 def _cap(plans: Sequence[Plan]) -> float:
     """The least cap, in tenths, under which all of them fit at the order that a ledger chooses for the first."""
     whole, delta = ComposedDpEvent(tuple(plan.whole for plan in plans)), plans[0].delta
-    training = replace(plans[0], metrics_noise_multiplier=0.0).event(rounds=plans[0].most_rounds)
+    training = replace(plans[0], metrics_noise_multiplier=0.0, metrics_groups=()).event(rounds=plans[0].most_rounds)
     tenths = math.ceil(filter.filter_cost(whole, delta=delta) * 10)
     while True:
         order = filter.best_order(training, epsilon=tenths / 10, delta=delta)

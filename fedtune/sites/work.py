@@ -10,7 +10,8 @@ from functools import cached_property, partial
 from fedtune.data import TextDataset, users_of
 from fedtune.data.load import SiteRecords
 from fedtune.data.records import record_key
-from fedtune.evaluation.scoring import unit_scores, user_scores
+from fedtune.data.spec import GROUP
+from fedtune.evaluation.scoring import unit_groups, unit_scores, user_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site_round import Trained
 from fedtune.model import Adapter
@@ -102,14 +103,18 @@ class SiteWork:
     def _scores(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
     ) -> tuple[float, ...]:
-        """How the adapter does on the held-out units, noised as the plan says."""
+        """How the adapter does on the held-out units, by group where the plan has some, noised as it says."""
         adapter.load_into(self.shared.model)
         exact = unit_scores(self.shared.model, self._heldout, pad_id=self.shared.tokenizer.pad_token_id)
+        users = users_of(self.records.heldout) if plan.unit == "user" else None
+        values = [record.fields.get(GROUP, "") for record in self.records.heldout]
         return noised_scores(
-            exact if plan.unit == "record" else user_scores(exact, users_of(self.records.heldout)),
+            exact if users is None else user_scores(exact, users),
             declared_size=self.declared_size * self.shared.config.data.heldout_fraction,
             noise_multiplier=plan.metrics_noise_multiplier,
             stream=randomness.stream(self.site, request.round, attempt, "scores"),
+            groups=unit_groups(values, plan.metrics_groups, users) if plan.metrics_groups else None,
+            num_groups=plan.num_groups,
         )
 
     def fingerprint(self, key: bytes) -> str:

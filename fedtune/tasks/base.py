@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.records import Record
-from fedtune.data.spec import DataSpec, PairsSpec, PreferenceSpec
+from fedtune.data.spec import GROUP, DataSpec, PairsSpec, PreferenceSpec
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.mechanism import Unit
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Ids: TypeAlias = Sequence[npt.NDArray[np.int32]]
 """Token ids, (t_i,) of each example."""
-_ROLES_OF_ALL = ("label", "site", "user")
+_ROLES_OF_ALL = ("label", "site", "user", GROUP)
 """Roles by which records can be dealt out or counted, whatever the task."""
 _OF_SOME_TASKS = {
     "prompt_template": "{prompt}",
@@ -126,8 +126,8 @@ class Task(ABC):
         return self.judged_by
 
     def columns(self, data: DataSpec, *, partition: bool = False, unit: Unit = "record") -> dict[str, str]:
-        """Role to column of what a file must have: the task's, the unit's, and what the partition goes by."""
-        return data.needed_columns(self.roles_in(data), partition=partition, unit=unit)
+        """Role to column of what a file is read for: the task's, the unit's, the group's, and the partition's."""
+        return data.needed_columns({*self.roles_in(data), GROUP}, partition=partition, unit=unit)
 
     def asked_by(self, data: DataSpec) -> dict[str, str]:
         """Role to column of what the tuned model is asked by: all that a record has but its answer."""

@@ -116,3 +116,50 @@ def test_a_resumed_run_keeps_the_scores_it_had(calibrated: Path, command: Any, t
     # The second round's replies are stored at the sites: drawing new noise for them would be a further release.
     assert [entry["site_scores"] for entry in after["rounds"]] == [entry["site_scores"] for entry in before["rounds"]]
     assert after["privacy"] == before["privacy"]
+
+
+def test_scores_by_group_cost_what_scores_cost(
+    simulate: Callable[..., Path], calibrated: Path, tmp_path: Path, result_of: Any, command: Any
+) -> None:
+    """The groups are labels here: any column of the site's file that says of a record what it belongs to."""
+    names = ("card_arrival", "exchange_rate", "nobody's")
+    grouped = (
+        "privacy.metrics=noised_by_group",
+        f"privacy.metrics_groups={json.dumps(names)}",
+        "data.columns.group=label",
+        f"privacy.metrics_noise_multiplier={NOISE}",
+        "data.heldout_fraction=0.4",
+        "privacy.noise_multiplier=null",
+    )
+    folder = simulate(*grouped, into=tmp_path)
+    result, without = result_of(folder), result_of(calibrated)
+    for entry in result["rounds"]:
+        assert {len(values) for values in entry["site_scores"].values()} == {2 * (len(names) + 1)}
+    assert result["privacy"]["epsilon"] == without["privacy"]["epsilon"]
+    for site in SITES:
+        charged = [verify(run / "sites" / site / "ledger.db").history.charged() for run in (folder, calibrated)]
+        assert charged[0] == charged[1]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["verdict"]["state"] == "within"
+    assert "noised_scores_by_group" in report["released"]
+    assert "noised_scores_by_group" in report["covers"]
+    assert "noised scores by group" in (folder / "report.html").read_text()
+    verified = command("report", "verify", str(folder / "report.json"))
+    assert verified.code == 0, verified.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("privacy.metrics=noised_by_group", "data.columns.group=label"), "privacy.metrics_groups = []: goes with"),
+        (("privacy.metrics=noised_by_group", "privacy.metrics_groups=[a]"), "must name the column for role 'group'"),
+        (("data.columns.group=label",), "must name the column for role 'group' with"),
+        (("privacy.metrics_groups=[a]", "data.columns.group=label"), "goes with privacy.metrics=noised_by_group"),
+    ],
+)
+def test_groups_without_the_rest_are_refused(
+    command: Any, tiny: Callable[..., list[str]], tmp_path: Path, overrides: tuple[str, ...], said: str
+) -> None:
+    outcome = command("simulate", *tiny("data.heldout_fraction=0.4", *overrides, into=tmp_path))
+    assert outcome.code == 2
+    assert said in outcome.err

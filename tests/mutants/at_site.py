@@ -16,11 +16,19 @@ NO_ORACLE = ("tests/sites/test_no_oracle.py",)
 
 AT_SITE = (
     Mutant(
+        name="groups-without-leave",
+        fault="A site that allows scores of all its records gives one for each group that a lead names.",
+        file="fedtune/privacy/site_policy.py",
+        old="list(METRICS).index(metrics) <= list(METRICS).index(self.metrics)",
+        new='self.metrics != "none"',
+        tests=("tests/privacy/test_site_policy.py",),
+    ),
+    Mutant(
         name="exact-scores",
         fault="Score and count of held-out records leave exactly, and are charged as if they were noised.",
         file=MECHANISM,
-        old='score, count = noisy["sums"] * cell(1.0)',
-        new='score, count = sums["sums"] * cell(1.0)',
+        old='tuple(map(float, noisy["sums"]',
+        new='tuple(map(float, sums["sums"]',
         tests=OF_MECHANISM,
     ),
     Mutant(

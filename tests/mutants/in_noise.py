@@ -16,6 +16,22 @@ RECOVERY = "tests/statistics/test_seed_recovery.py"
 
 NOISE = (
     Mutant(
+        name="a-score-in-every-group",
+        fault="A held-out record's score is added to every group's sum, while the noise is that of one.",
+        file=MECHANISM,
+        old="    np.add.at(pairs[:, 0], places, in_cells)\n",
+        new="    pairs[:, 0] = in_cells.sum()\n",
+        tests=OF_MECHANISM,
+    ),
+    Mutant(
+        name="noise-shared-by-groups",
+        fault="The noise of scores by group is divided among the groups, as if each had a share of a record.",
+        file=MECHANISM,
+        old="stream=stream, sensitivity=root)",
+        new="stream=stream, sensitivity=root / num_groups)",
+        tests=OF_MECHANISM,
+    ),
+    Mutant(
         name="no-noise",
         fault="Sums are clipped and released without noise, while epsilon is reported as before.",
         file=MECHANISM,

@@ -69,7 +69,7 @@ USER_FAULTS = (
         name="scores-by-record",
         fault="With users as units the held-out scores are summed by record, and noised as if a user had one.",
         file="fedtune/sites/work.py",
-        old='            exact if plan.unit == "record" else user_scores(exact, users_of(self.records.heldout)),',
+        old="            exact if users is None else user_scores(exact, users),",
         new="            exact,",
         tests=("tests/sites/test_by_user.py::test_a_user_adds_one_score_to_the_sum_however_many_records_it_has",),
     ),

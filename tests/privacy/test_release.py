@@ -30,7 +30,10 @@ updates = st.builds(
         arrays.arrays(np.float32, arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)),
         max_size=4,
     ),
-    scores=st.none() | st.tuples(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9)),
+    scores=st.none()
+    | st.tuples(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9))
+    | st.tuples(*[st.floats(-1e9, 1e9)] * 6)
+    | st.just((0.5,) * 202),
 )
 
 
@@ -122,6 +125,8 @@ FIELDS = {"site": "a", "run": "r", "round": 1, "tensors": [], "scores": None}
         encoded(FIELDS | {"scores": [1, 2]}),  # an exact count
         encoded(FIELDS | {"scores": [True, 2.0]}),
         encoded(FIELDS | {"scores": [0.5, 2.0, 0.1]}),
+        encoded(FIELDS | {"scores": []}),
+        encoded(FIELDS | {"scores": [0.5] * 204}),  # of more groups than a plan can have
         encoded(FIELDS | {"scores": ["0.5", 2.0]}),
         encoded(FIELDS | {"scores": [0.5, float("nan")]}),
         encoded(FIELDS | {"scores": [0.5, float("inf")]}),

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from fedtune.privacy import filter
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
+from fedtune.privacy.release import METRICS
 from fedtune.privacy.site_policy import period_of
 from fedtune.report.derive import cells, profile, verdicts
 from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts
@@ -164,13 +165,15 @@ def _code_problems(report: Report) -> Iterator[Problem]:
     updates = any(release.kind == "update" and not release.reason for site in report.sites for release in site.releases)
     released = {"refusals_and_receipts", *(("updates",) if of_run or updates else ())}
     released |= {"aggregates"} if of_run else set()
-    noised = {"noised_scores"}
+    noised = {known.name for known in METRICS.values() if known.name}
     for key, least, most in (
         ("covers", covers, covers | noised),
         ("released", released, released | noised | ({"final_adapter"} if of_run else {"updates"})),
     ):
-        stated, least = getattr(report, key), least | (noised if scored else set())
-        if len(set(stated)) < len(stated) or not least <= set(stated) <= most:
+        stated = getattr(report, key)
+        told = not scored or noised & set(stated)
+        if len(set(stated)) < len(stated) or not least <= set(stated) <= most or not told:
+            least = least | ({"noised_scores"} if scored else set())
             yield Problem(key, ", ".join(stated), ", ".join(sorted(least)))
 
 
