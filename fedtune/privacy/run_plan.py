@@ -171,7 +171,7 @@ class Plan:
             if not isinstance(groups, list) or ("metrics_groups" in fields and not groups):  # one way to write a plan
                 raise TypeError("metrics_groups")
             plan = cls(**{**fields, "metrics_groups": tuple(groups)})
-        except (TypeError, OverflowError) as error:
+        except (TypeError, AttributeError, OverflowError) as error:
             raise ConfigError("plan", sorted(fields), "must have exactly the fields of a plan") from error
         if any(type(value) is bool for value in fields.values()):  # equal to 0 or 1, with another digest
             raise ConfigError(
