@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from fedtune.evaluation.bootstrap import FEWEST_UNITS, compared
+from fedtune.evaluation.bootstrap import FEWEST_UNITS, compared, drawn
 from fedtune.spec import DataError
+from fedtune.tasks.measures import macro_f1
 
 
 def mean(figures: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -96,3 +97,43 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         found = compared(figures(base), figures(tuned), scores=mean, resamples=300)["accuracy"].difference
         held += found.low <= 0.1 <= found.high
     assert 0.95 - 4 * math.sqrt(0.95 * 0.05 / number) < held / number < 0.95 + 4 * math.sqrt(0.95 * 0.05 / number)
+
+
+def test_an_interval_is_moved_back_by_what_draws_lie_off() -> None:
+    """Macro-F1 of few records of each class: draws lack some, so that they lie too low, as the sample does."""
+    draws, held, plain = np.random.default_rng(4), 0, 0
+    for _ in range(200):
+        truth, hard = draws.integers(0, 40, 400), draws.random(400)
+        predicted = np.where(hard < 0.7, truth, (truth + draws.integers(1, 40, 400)) % 40)
+        one = {"truth": truth.astype(np.float64), "predicted": predicted.astype(np.float64)}
+        found = drawn({"base": one}, scores=f1, resamples=200)
+        estimate, of_draws = found.estimate("base", "macro_f1"), found.draws["base"]["macro_f1"]
+        held += estimate.low <= 0.7 <= estimate.high
+        low, high = np.quantile(of_draws, [0.025, 0.975])
+        plain += low <= 0.7 <= high
+        assert of_draws.mean() < estimate.value
+        assert low < estimate.low
+    assert plain < 0.9 * 200, "the draws' own quantiles hold it less often than 95 times in 100"
+    assert held > 0.9 * 200
+
+
+def f1(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
+    truth, predicted = (drawn[name].astype(np.int64) for name in ("truth", "predicted"))
+    return {"macro_f1": macro_f1(truth, predicted, num_labels=40)}
+
+
+def test_draws_that_lie_off_by_chance_move_nothing() -> None:
+    one = figures(np.random.default_rng(5).random(60))
+    found = drawn({"base": one}, scores=mean)
+    estimate, of_draws = found.estimate("base", "accuracy"), found.draws["base"]["accuracy"]
+    assert of_draws.mean() != estimate.value
+    assert (estimate.low, estimate.high) == tuple(np.quantile(of_draws, [0.025, 0.975]))
+
+
+def test_no_end_lies_beyond_what_was_drawn() -> None:
+    def shifted(one: Mapping[str, np.ndarray]) -> dict[str, float]:
+        return {"accuracy": min(1.0, float(one["right"].mean()) ** 0.2)}
+
+    found = drawn({"base": figures(np.arange(40) < 39)}, scores=shifted)
+    estimate, of_draws = found.estimate("base", "accuracy"), found.draws["base"]["accuracy"]
+    assert of_draws.min() <= estimate.low < estimate.value < estimate.high <= of_draws.max() <= 1.0
