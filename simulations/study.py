@@ -29,6 +29,7 @@ from fedtune.cli.compose import compose_run
 from fedtune.cli.main import main as fedtune
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
+from fedtune.sites.from_run_to_run import from_run_to_run
 
 BEGIN, END = "<!-- results: written by simulations/study.py -->", "<!-- end of results -->"
 
@@ -130,7 +131,7 @@ def main() -> None:
         if not line["key"].startswith(options.only):
             continue
         print(f"--- {line['title']}", flush=True)
-        with shared_frozen_states(options.states) if options.states else nullcontext():
+        with shared_frozen_states(options.states) if options.states else from_run_to_run():
             done = run_line(study["experiment"], line, kept=options.runs)
         # Read only now: two processes may run two lines.
         old = json.loads(path.read_text())["lines"] if path.exists() else {}

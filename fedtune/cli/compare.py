@@ -24,6 +24,7 @@ from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.evaluation.spec import SMALLEST
 from fedtune.federation.run_folder import RunFolder, run_folders_near
+from fedtune.sites.from_run_to_run import from_run_to_run
 from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -103,7 +104,8 @@ def compare(
         into = Path(runs[0].config.tracking.output_dir)
         options = {"--data": data, "--by": by, "--smallest": smallest, "--generate": generate, "--output": output}
         flags = ["--without-privacy"] * without_privacy + [f"--leave-out={kind}" for kind in leave_out]
-        lines = _run_all(runs, console, again=_again(words, into, options, flags))
+        with from_run_to_run():
+            lines = _run_all(runs, console, again=_again(words, into, options, flags))
     with Console(stderr=True).status("Scoring ..."):
         compared = scored(lines, data=data, by=by, smallest=smallest, generate=generate)
     written = [output] if output else []

@@ -36,6 +36,7 @@ from fedtune.privacy import accountant
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import SearchPrice, Selection, draw_number, price_of, price_of_drawn
+from fedtune.sites.from_run_to_run import from_run_to_run
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError
 from fedtune.words import counted, jsonable
 
@@ -138,9 +139,10 @@ def search(
     rows: list[SweptRun] = []
     path, again = prepared.search.folder / "trials.csv", _again(overrides, prepared.search)
     try:
-        for row in _trials(prepared, console, again=again):
-            rows.append(row)
-            write_table(path, rows, best=best_of(rows, fewest=1))
+        with from_run_to_run():
+            for row in _trials(prepared, console, again=again):
+                rows.append(row)
+                write_table(path, rows, best=best_of(rows, fewest=1))
     finally:
         best = best_of(rows, fewest=1)
         if as_json:

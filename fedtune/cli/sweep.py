@@ -25,6 +25,7 @@ from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
+from fedtune.sites.from_run_to_run import from_run_to_run
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
 from fedtune.words import counted, unbounded
 
@@ -139,11 +140,12 @@ def run_sweep(
     path = rows[0].folder.parent / f"{sweep.name}.csv"
     _check_table(path, rows)
     try:
-        for number, row in enumerate(rows):
-            rows[number] = row if row.earlier else ran(row, console, run=run)
-            if (error := rows[number].error) is not None and not isinstance(error, FedtuneError):
-                raise error
-            write_table(path, rows, best=best_of(rows))
+        with from_run_to_run():
+            for number, row in enumerate(rows):
+                rows[number] = row if row.earlier else ran(row, console, run=run)
+                if (error := rows[number].error) is not None and not isinstance(error, FedtuneError):
+                    raise error
+                write_table(path, rows, best=best_of(rows))
     finally:
         best = best_of(rows)
         write_table(path, rows, best=best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.config import RunConfig
 from fedtune.data import Record, Shapes, TextDataset
 from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
+from fedtune.data.records import record_key
 from fedtune.evaluation.bootstrap import Figures
 from fedtune.evaluation.generation import PromptSet, text_figures, text_scores
 from fedtune.evaluation.generation import generate as generate_texts
@@ -20,11 +22,13 @@ from fedtune.evaluation.scoring import KeptBatches, figures_of
 from fedtune.model import Adapter, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
+from fedtune.sites.from_run_to_run import HandedOn, handed_on
 from fedtune.sites.run_records import LeadRecords, RunRecords
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.tasks.measures import Detail
 from fedtune.tasks.saved import StartAdapter
+from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import device_for, frozen_states_mib, keeps_frozen_states, ready_model, shapes_for
 from fedtune.training.preflight import moved_by_others, require_alone
 
@@ -78,12 +82,30 @@ class SharedModel:
         self.keeps_states = self._keeps_states(config, declared_size)
         self.states_mib = frozen_states_mib(self.model, num_tokens=self._num_tokens(config, declared_size))
         self._facts = self._facts_of(config, declared_size)
+        self._handed_on: HandedOn | None = None
         self.moved = 0.0
         if config.privacy.private:
             self.shapes, self.moved = self._tried()
             require_alone(self.moved, path=config.model.path, inexact_allowed=inexact_allowed)
 
-    def serves(self, config: RunConfig, *, declared_size: int, inexact_allowed: bool) -> bool:
+    @classmethod
+    def of_simulation(
+        cls, config: RunConfig, *, inexact_allowed: bool, records: RunRecords, progress: Progress
+    ) -> SharedModel:
+        """A simulated run's model: that of the run before, where it serves and is handed on."""
+        left = handed_on()
+        if left is None:
+            return cls(config, inexact_allowed=inexact_allowed, records=records, progress=progress)
+        if left.model is None or not left.model.serves(config, declared_size=None, inexact_allowed=inexact_allowed):
+            left.clear()  # the old one goes before the new one comes
+            left.model = cls(config, inexact_allowed=inexact_allowed, records=records, progress=progress)
+            left.model._handed_on = left
+        shared: SharedModel = left.model.for_run(config)
+        shared.records, shared.progress = records, progress
+        shared.states_mib = frozen_states_mib(shared.model, num_tokens=cls._num_tokens(config, None))
+        return shared
+
+    def serves(self, config: RunConfig, *, declared_size: int | None, inexact_allowed: bool) -> bool:
         """Whether another run wants the same model on the same machine, and may train on it as it was tried."""
         return self._facts == self._facts_of(config, declared_size) and (inexact_allowed or self.moved == 0)
 
@@ -177,7 +199,23 @@ class SharedModel:
     def _kept(self, data: LeadData) -> LeadData:
         """The same, with what the frozen layers make of it kept where there is room."""
         keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=data.examples.num_tokens)
-        return replace(data, kept={} if keeps else None)
+        if not keeps or self._handed_on is None:
+            return replace(data, kept={} if keeps else None)
+        most = self.config.evaluation.max_tokens
+        return replace(data, kept=self._handed_on.batches(data.examples, max_tokens=most))
+
+    def has_room_for(self, num_tokens: int) -> bool:
+        """Whether what the frozen layers make of so many tokens fits the memory set aside for it."""
+        return keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
+
+    def examples_of(self, dataset: TextDataset) -> SiteExamples:
+        """A site's records as training reads them."""
+
+        def make() -> SiteExamples:
+            pad_id = self.tokenizer.pad_token_id
+            return SiteExamples(dataset, pad_id=pad_id, shapes=self.shapes, device=self.device)
+
+        return make() if self._handed_on is None else self._handed_on.examples(dataset, make)
 
     def score(self, adapter: Adapter, data: LeadData | None) -> dict[str, float]:
         """Scores of `adapter` on the lead's data after a round; empty without data."""
@@ -191,7 +229,16 @@ class SharedModel:
         if self.test is None:
             return None
         adapter.load_into(self.model)
-        return Measured.of(self.model, self.tokenizer, self.test, self.config, generate=True)
+        test = self.test
+
+        def make() -> Measured:
+            return Measured.of(self.model, self.tokenizer, test, self.config, generate=True)
+
+        if self._handed_on is None or adapter.digest() != self.initial_adapter.digest():
+            return make()
+        records = hashlib.sha256(b"".join(map(record_key, test.records))).hexdigest()
+        data = self.config.data
+        return self._handed_on.before(repr((records, self.config.evaluation, data.prompt_template, data.pairs)), make)
 
 
 @dataclass(frozen=True)

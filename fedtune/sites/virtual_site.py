@@ -347,7 +347,9 @@ class Participants:
         """The model, loaded when it is first asked for."""
         policies = [self.sites.files(name).policy for name in self.config.federation.active]
         inexact = all(one.allow.inexact_gradients for one in policies)
-        return SharedModel(self.config, inexact_allowed=inexact, records=self.records, progress=self.progress)
+        return SharedModel.of_simulation(
+            self.config, inexact_allowed=inexact, records=self.records, progress=self.progress
+        )
 
     @cached_property
     def work(self) -> dict[str, SiteWork]:

@@ -50,12 +50,7 @@ class SiteWork:
     @cached_property
     def examples(self) -> SiteExamples | UserExamples:
         """The tokenised training records, by user where the run's unit is that."""
-        examples = SiteExamples(
-            self.shared.tokenised(self.records.training, lenient=self.lenient),
-            pad_id=self.shared.tokenizer.pad_token_id,
-            shapes=self.shared.shapes,
-            device=self.shared.device,
-        )
+        examples = self.shared.examples_of(self.shared.tokenised(self.records.training, lenient=self.lenient))
         privacy = self.shared.config.privacy
         if privacy.unit == "record":
             return examples
