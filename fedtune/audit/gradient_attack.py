@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -285,9 +286,9 @@ class CanaryUsers(UserExamples):
         users = self._real.gradients(self._canaries.gradients(of_each))
         return Watched(users, self._canaries.tally)
 
-    def keep_frozen_states(self, model: TaskModel, *, told: Told = nobody) -> None:
+    def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = nobody) -> None:
         """Of the records; canaries have none."""
-        self._real.keep_frozen_states(model, told=told)
+        self._real.keep_frozen_states(model, folder=folder, told=told)
 
     def keep_reference(self, model: TaskModel) -> None:
         """Likewise."""

@@ -334,7 +334,8 @@ def _settings_table(config: RunConfig, shared: SharedModel, plan: Plan) -> Table
     if not shared.keeps_states:
         rows["memory"] = (
             f"[yellow]runtime.kept_states_mib is too small to keep what the frozen layers make of the records, which "
-            f"takes {math.ceil(shared.states_mib):,} MiB: training takes several times as long[/yellow]"
+            f"takes {math.ceil(shared.states_mib):,} MiB: training takes several times as long. "
+            f"runtime.kept_states_folder, a folder on a fast disk, keeps it too[/yellow]"
         )
     for name, text in rows.items():
         table.add_row(f"[bold]{name}[/bold]", text)

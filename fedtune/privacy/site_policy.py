@@ -254,6 +254,7 @@ class Machine:
         num_threads: of torch; 0: one for each core.
         micro_batch_tokens: most tokens of a batch that is computed at once.
         kept_states_mib: memory for what the frozen layers make of the records, which saves computing it anew.
+        kept_states_folder: where it goes if memory has no room, in a file without a name; "": nowhere.
         gradient_checkpointing: slower, with less memory.
     """
 
@@ -261,6 +262,7 @@ class Machine:
     num_threads: int = 0
     micro_batch_tokens: int = 1024
     kept_states_mib: int = 1024
+    kept_states_folder: str = ""
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:

@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +31,14 @@ from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.tasks.measures import Detail
 from fedtune.tasks.saved import StartAdapter
 from fedtune.training.examples import SiteExamples
-from fedtune.training.machine import device_for, frozen_states_mib, keeps_frozen_states, ready_model, shapes_for
+from fedtune.training.machine import (
+    device_for,
+    folder_for_states,
+    frozen_states_mib,
+    keeps_frozen_states,
+    ready_model,
+    shapes_for,
+)
 from fedtune.training.preflight import moved_by_others, require_alone
 
 Progress = Callable[[str, int, int], None]
@@ -55,7 +64,8 @@ class SharedModel:
 
     Attributes:
         shapes: that micro-batches have.
-        keeps_states: whether what the frozen layers make of the records fits the memory set aside for it.
+        keeps_states: whether what the frozen layers make of the records fits the memory or the folder set aside for it.
+        states_folder: that folder, where memory has no room.
         states_mib: what that takes, in MiB.
         moved: the most that an example's clipped contribution moved in other company, in clip norms; 0.0: not by a bit.
 
@@ -79,6 +89,7 @@ class SharedModel:
         self.tokenizer, self.model = ready(config, lambda: build_task_model(config.task_model(), device=self.device))
         self.initial_adapter = Adapter.of(self.model)
         self.shapes = shapes_for(self.model, config.runtime, max_length=config.data.max_length)
+        self.states_folder = self._states_folder(config, declared_size)
         self.keeps_states = self._keeps_states(config, declared_size)
         self.states_mib = frozen_states_mib(self.model, num_tokens=self._num_tokens(config, declared_size))
         self._facts = self._facts_of(config, declared_size)
@@ -131,7 +142,15 @@ class SharedModel:
         )
 
     def _keeps_states(self, config: RunConfig, declared_size: int | None) -> bool:
+        return self._fit_in_memory(config, declared_size) or self._states_folder(config, declared_size) is not None
+
+    def _fit_in_memory(self, config: RunConfig, declared_size: int | None) -> bool:
         return keeps_frozen_states(self.model, config.runtime, num_tokens=self._num_tokens(config, declared_size))
+
+    def _states_folder(self, config: RunConfig, declared_size: int | None) -> Path | None:
+        if self._fit_in_memory(config, declared_size):
+            return None
+        return folder_for_states(self.model, config.runtime, num_tokens=self._num_tokens(config, declared_size))
 
     @staticmethod
     def _num_tokens(config: RunConfig, declared_size: int | None) -> int:
@@ -205,8 +224,11 @@ class SharedModel:
         return replace(data, kept=self._handed_on.batches(data.examples, max_tokens=most))
 
     def has_room_for(self, num_tokens: int) -> bool:
-        """Whether what the frozen layers make of so many tokens fits the memory set aside for it."""
-        return keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
+        """Whether what the frozen layers make of so many tokens fits where it is kept."""
+        about: dict[str, Any] = {"runtime": self.config.runtime, "num_tokens": num_tokens}
+        if self.states_folder is None:
+            return keeps_frozen_states(self.model, **about)
+        return folder_for_states(self.model, **about) is not None
 
     def examples_of(self, dataset: TextDataset) -> SiteExamples:
         """A site's records as training reads them."""

@@ -82,7 +82,7 @@ class SiteWork:
     ) -> Adapter:
         if self.shared.keeps_states:
             told = partial(self.shared.progress, f"{self.site}: running the frozen layers over its records")
-            self.examples.keep_frozen_states(self.shared.model, told=told)
+            self.examples.keep_frozen_states(self.shared.model, folder=self.shared.states_folder, told=told)
         self.examples.keep_reference(self.shared.model)
         work = RoundOfTraining(
             site=self.site,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import panics_as_errors
 from fedtune.tasks import TaskModel
 from fedtune.training.dp_step import UnitGradients
+from fedtune.training.machine import room_for_states
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +112,13 @@ class SiteExamples:
         model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
 
     def keep_frozen_states(
-        self, model: TaskModel, *, parts: Iterable[Part] | None = None, lenient: bool = True, told: Told = nobody
+        self,
+        model: TaskModel,
+        *,
+        folder: Path | None = None,
+        parts: Iterable[Part] | None = None,
+        lenient: bool = True,
+        told: Told = nobody,
     ) -> None:
         """Run the layers below the first trained one over every record, once, and start later passes behind them.
 
@@ -121,6 +129,7 @@ class SiteExamples:
 
         Args:
             model: the same for the rest of a run, below its first trained layer.
+            folder: where they are kept, in a file without a name; None: in memory.
             parts: all records once, in the micro-batches to compute them in; None: as they are cut.
             lenient: false for made-up examples: one that cannot be computed raises.
             told: how many records are done; that number stays at the site.
@@ -138,7 +147,11 @@ class SiteExamples:
             if states is None:
                 return
             if kept is None:
-                kept = torch.empty(self.num_tokens, states.shape[-1], dtype=states.dtype)
+                try:
+                    kept = room_for_states(self.num_tokens, states.shape[-1], dtype=states.dtype, folder=folder)
+                except OSError:
+                    log.warning("the disk has no room for what the frozen layers make of the records", exc_info=True)
+                    return
             rows, columns, places = self._tokens(part, batch)
             usable = (states.isfinite().all(dim=-1) | (batch.attention_mask == 0)).all(dim=1)
             kept[places] = torch.where(usable[:, None, None], states, 0.0).cpu()[rows, columns]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +63,44 @@ def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Sh
 def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
     """Whether the frozen layers' outputs for so many tokens fit the memory set aside for them."""
     return frozen_states_mib(model, num_tokens=num_tokens) <= _kept_states_mib(runtime)
+
+
+def folder_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> Path | None:
+    """Where these outputs are kept if memory has no room for them; None: nowhere.
+
+    Raises:
+        ConfigError: there is no such folder, or nothing can be written in it.
+    """
+    if runtime.kept_states_folder is None:
+        return None
+    folder = Path(runtime.kept_states_folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            free_mib = shutil.disk_usage(folder).free / 2**20
+    except OSError as error:
+        bound = f"must be a folder in which this process may write ({error.strerror})"
+        raise ConfigError("runtime.kept_states_folder", runtime.kept_states_folder, bound) from None
+    return folder if frozen_states_mib(model, num_tokens=num_tokens) <= free_mib / 2 else None
+
+
+def room_for_states(num_tokens: int, width: int, *, dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
+    """(num_tokens, width) on the CPU, yet to be filled: in memory, or in a file of `folder` that has no name.
+
+    What is written there is open to nobody else, and gone with the tensor or the process, however that ends.
+
+    Raises:
+        OSError: the disk has no room.
+    """
+    if folder is None or num_tokens == 0:
+        return torch.empty(num_tokens, width, dtype=dtype)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".fedtune-")
+    try:
+        # All of it now: a disk that is full later would end the process in the middle of a round.
+        os.posix_fallocate(handle, 0, num_tokens * width * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=num_tokens * width, dtype=dtype).view(num_tokens, width)
+    finally:
+        os.close(handle)
+        os.unlink(name)
 
 
 def frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:

@@ -143,8 +143,10 @@ class RuntimeSpec:
         micro_batch_tokens: the padded tokens in a micro-batch; fewer tokens need less memory.
         kept_states_mib: the memory in MiB for keeping each record's output of the frozen layers below the adapters,
             for all sites of a process together, and as much for each of the lead's data sets.  If the outputs do not
-            fit, none are kept, which takes several times as long; a run says so at its start.  null: a quarter of what
-            the machine has available.  0 turns it off.
+            fit, `kept_states_folder` takes them; without it none are kept, which takes several times as long, and a run
+            says so at its start.  null: a quarter of what the machine has available.  0 keeps none there.
+        kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, at most half of what is
+            free there.  Nobody can open what is written, which is gone with the process, however it ends.
         gradient_checkpointing: true recomputes activations in the backward pass, for large models.
         seeded_noise: true takes noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
         sites_dir: the folder in which simulated sites keep policy, key and ledger over several runs; null: each run
@@ -156,6 +158,7 @@ class RuntimeSpec:
     num_threads: int | None = None
     micro_batch_tokens: int = 1024
     kept_states_mib: int | None = None
+    kept_states_folder: str | None = None
     gradient_checkpointing: bool = False
     seeded_noise: bool = False
     sites_dir: str | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -116,9 +117,9 @@ class UserExamples:
             losses = model.losses(records)
             (losses * shares.to(losses.dtype)).sum().backward()  # type: ignore[no-untyped-call]
 
-    def keep_frozen_states(self, model: TaskModel, *, told: Told = nobody) -> None:
+    def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = nobody) -> None:
         """As `SiteExamples.keep_frozen_states`."""
-        self.examples.keep_frozen_states(model, told=told)
+        self.examples.keep_frozen_states(model, folder=folder, told=told)
 
     def keep_reference(self, model: TaskModel) -> None:
         """As `SiteExamples.keep_reference`."""

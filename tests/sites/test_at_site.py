@@ -51,13 +51,22 @@ def test_files_columns_and_machine_are_the_sites_own(letters: Callable[..., RunC
     # Such settings come from no fedtune: a lead that writes its own may say anything.
     hostile = letters(
         data={"train_file": "/etc/passwd", "columns": {"text": "password", "label": "name"}},
-        runtime={"device": "cuda", "num_threads": 99, "sites_dir": "/etc", "micro_batch_tokens": 1 << 40},
+        runtime={
+            "device": "cuda",
+            "num_threads": 99,
+            "kept_states_folder": "/etc",
+            "sites_dir": "/etc",
+            "micro_batch_tokens": 1 << 40,
+        },
     )
     config = here(hostile, policy)
     assert config.data.train_file == "/srv/site/private/mail.csv"
     assert config.data.columns == {"text": "body", "label": "kind"}
     runtime = config.runtime
     assert (runtime.device, runtime.num_threads, runtime.micro_batch_tokens) == ("cpu", 3, 77)
+    assert runtime.kept_states_folder is None
+    there = replace(policy, machine=replace(policy.machine, kept_states_folder="fast"))
+    assert here(hostile, there).runtime.kept_states_folder == "/srv/site/fast"
     assert (runtime.kept_states_mib, runtime.gradient_checkpointing, runtime.sites_dir) == (5, True, None)
     assert runtime.seeded_noise is hostile.runtime.seeded_noise, "as the policy allowed it"
 

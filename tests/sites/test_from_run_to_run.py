@@ -122,6 +122,17 @@ def test_no_more_is_handed_on_than_fits(simulate: Simulate, tmp_path: Path, work
     assert worked["states"] == 4
 
 
+def test_states_on_disk_come_to_the_same_run(
+    simulate: Simulate, tmp_path: Path, adapter_of: Any, worked: dict[str, int]
+) -> None:
+    (tmp_path / "fast").mkdir()
+    folder = f"runtime.kept_states_folder='{tmp_path / 'fast'}'"
+    in_memory, on_disk = runs(simulate, tmp_path, (), ("runtime.kept_states_mib=0", folder))
+    assert adapter_of(in_memory) == adapter_of(on_disk)
+    assert worked["states"] == 4
+    assert list((tmp_path / "fast").iterdir()) == []
+
+
 def test_nothing_is_left_when_the_runs_are_over(simulate: Simulate, tmp_path: Path) -> None:
     with from_run_to_run():
         runs(simulate, tmp_path, ())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +54,37 @@ def test_kept_states_give_the_same_clipped_sum(
         # Padding has other states, so a record is not always the same to the last bit with and without.
         assert int((total - expected[name]).abs().max()) <= 1e-5 * CELLS * len(chosen)
     assert any(int(total.abs().max()) > 1e-3 * CELLS for total in expected.values())
+
+
+def test_states_kept_on_disk_are_the_same_in_a_file_that_nobody_can_open(
+    trained: Any, examples: Any, site_examples: Any, tmp_path: Path
+) -> None:
+    model = trained("random:bert", "classification", lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+    dataset = examples("classification")
+    in_memory, on_disk = site_examples(dataset), site_examples(dataset)
+    in_memory.keep_frozen_states(model)
+    on_disk.keep_frozen_states(model, folder=tmp_path)
+    assert on_disk._states.equal(in_memory._states)
+    assert list(tmp_path.iterdir()) == []
+    held = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert held, "it is a file, and no memory"
+    assert all("(deleted)" in line for line in held)
+    for batch, other in zip(in_memory.cut(np.arange(8)), on_disk.cut(np.arange(8)), strict=True):
+        assert batch.prefix.equal(other.prefix)
+
+
+def test_a_disk_without_room_keeps_nothing_and_fails_nobody(
+    trained: Any, examples: Any, site_examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int, start: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    model = trained("random:bert", "classification", lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+    made = site_examples(examples("classification"))
+    made.keep_frozen_states(model, folder=tmp_path)
+    assert all(batch.prefix is None for batch in made.cut(np.arange(4)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_is_told_how_many_records_have_their_states(fresh: Any, examples: Any, site_examples: Any) -> None:

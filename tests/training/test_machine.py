@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,15 @@ from transformers import RobertaConfig, RobertaModel
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model
-from fedtune.training.machine import device_for, frozen_states_mib, keeps_frozen_states, ready_model, shapes_for
+from fedtune.training.machine import (
+    device_for,
+    folder_for_states,
+    frozen_states_mib,
+    keeps_frozen_states,
+    ready_model,
+    room_for_states,
+    shapes_for,
+)
 from fedtune.training.spec import RuntimeSpec
 
 TINY = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="classification", labels=("a", "b"))
@@ -59,6 +69,38 @@ def test_frozen_states_are_kept_while_they_fit() -> None:
     assert keeps_frozen_states(model, one_mib, num_tokens=fitting)
     assert not keeps_frozen_states(model, one_mib, num_tokens=fitting + 1)
     assert not keeps_frozen_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=1)
+
+
+def test_what_does_not_fit_goes_to_a_folder_with_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ready_model(lambda: build_task_model(SKIPS), RuntimeSpec(num_threads=1), max_length=8)
+    a_mib = 2**20 // (4 * model.base.config.hidden_size)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=20 * 2**20))
+    there = RuntimeSpec(kept_states_mib=0, kept_states_folder=str(tmp_path))
+    assert folder_for_states(model, there, num_tokens=10 * a_mib) == tmp_path
+    assert folder_for_states(model, there, num_tokens=10 * a_mib + a_mib) is None, "half of what is free"
+    assert folder_for_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=1) is None
+    missing = replace(there, kept_states_folder=str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"runtime\.kept_states_folder = .*: must be a folder in which this process"):
+        folder_for_states(model, missing, num_tokens=1)
+
+
+def test_room_on_disk_is_open_to_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[int] = []
+    unlink = os.unlink
+
+    def watched(name: str) -> None:
+        modes.append(os.stat(name).st_mode & 0o777)
+        unlink(name)
+
+    monkeypatch.setattr(os, "unlink", watched)
+    room = room_for_states(5, 3, dtype=torch.bfloat16, folder=tmp_path)
+    room[:] = torch.arange(15).view(5, 3)
+    assert room.dtype == torch.bfloat16
+    assert room[4].tolist() == [12, 13, 14]
+    assert modes == [0o600]
+    assert list(tmp_path.iterdir()) == []
+    assert room_for_states(0, 3, dtype=torch.float32, folder=tmp_path).shape == (0, 3)
 
 
 def test_by_default_a_quarter_of_the_available_memory_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
