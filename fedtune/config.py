@@ -17,7 +17,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.data.spec import GROUP, DataSpec, PairsSpec, PreferenceSpec
+from fedtune.data.spec import DataSpec, PairsSpec, PreferenceSpec
+from fedtune.data.text_rows import GROUP
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.cost import CostSpec
 from fedtune.federation.run_folder import RunFolder, run_folders_near
@@ -158,8 +159,8 @@ class RunConfig:
             raise ConfigError(
                 "data.heldout_fraction", 0, f"must be above 0 for privacy.metrics = {self.privacy.metrics}"
             )
-        if bool(self.privacy.metrics_groups) != (GROUP in self.data.columns):
-            bound = "must name the column for role 'group' with privacy.metrics = noised_by_group, and without it not"
+        if self.privacy.metrics_groups and GROUP not in self.data.columns:
+            bound = "must name the column for role 'group' with privacy.metrics = noised_by_group"
             raise ConfigError("data.columns", dict(self.data.columns), bound)
         task.check_model(self.task_model())
 

@@ -148,7 +148,8 @@ def planned(words: Sequence[str], *, without_privacy: bool, leave_out: Sequence[
     kinds += [("pooled", None)] if asked.data.partition.kind != "file" and asked.federation.num_sites > 1 else []
     plain: list[dict[str, Any]] = [{}]
     if without_privacy and asked.privacy.private:
-        plain.append({"privacy.mechanism": "none", "privacy.noise_multiplier": None, "privacy.metrics": "none"})
+        without = {"privacy.mechanism": "none", "privacy.noise_multiplier": None}
+        plain.append({**without, "privacy.metrics": "none", "privacy.metrics_groups": []})
     runs = []
     for changes in plain:
         for kind, site in kinds:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fedtune.cli.plain_words import ABOUT_RDP, WEAK_SIGNAL, signal_words
 from fedtune.config import RunConfig
@@ -22,6 +23,7 @@ from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
 from fedtune.federation.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.mechanism import OTHERS
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
 from fedtune.sites.environment import UNKNOWN
@@ -269,31 +271,33 @@ def _show_noised_scores(console: Console, config: RunConfig, result: RunResult) 
 
 
 def _show_groups(console: Console, config: RunConfig, released: Mapping[str, Sequence[float]], *, title: str) -> None:
-    """Scores by group over all sites, with the groups that noise hides merged."""
+    """Scores by group over all sites, as far as noise leaves something of them."""
     privacy, share = config.privacy, config.data.heldout_fraction
-    groups = noised_groups(
+    found = noised_groups(
         released,
         names=privacy.metrics_groups,
         sizes={site: size * share for site, size in config.declared_sizes().items()},
         noise_multiplier=privacy.metrics_noise_multiplier,
     )
-    fewest = f"{fewest_told(privacy.metrics_noise_multiplier, len(released)):.0f}"
-    console.print(f"{title}, over {counted(len(released), 'site')}, by group:", soft_wrap=True)
-    if not groups:
-        console.print(f"  all groups together have fewer than {fewest} {privacy.unit}s, which noise hides")
-        return
+    sites = len(released) - len(found.impossible)
+    console.print(f"{title}, over {counted(sites, 'site')}, by group:", soft_wrap=True)
+    if found.impossible:
+        whose = escape(", ".join(found.impossible))
+        console.print(f"[yellow]  left out, since no scores can be so: {whose}[/yellow]", soft_wrap=True)
     table = Table(box=None, padding=(0, 2), pad_edge=True)
-    for head in ("group", f"{privacy.unit}s", "score", "gap to all others"):
+    for head in ("group", f"{privacy.unit}s", "score", "gap to the others"):
         table.add_column(head, justify="left" if head == "group" else "right")
-    for group in groups:
+    for group in found.told:
+        score = f"{group.score:.3f} ± {group.error:.3f}"
         gap = "" if math.isnan(group.gap) else f"{group.gap:+.3f} ± {group.gap_error:.3f}"
-        table.add_row(escape(group.name), f"about {group.units:,.0f}", f"{group.score:.3f} ± {group.error:.3f}", gap)
-    console.print(table)
-    merged = len(privacy.metrics_groups) + 1 - len(groups)
-    if merged:
-        console.print(
-            f"  groups of fewer than about {fewest} {privacy.unit}s, noise included, are merged into all others"
-        )
+        table.add_row(Text(group.name), f"about {group.units:,.0f}", score, gap)
+    if found.told:
+        console.print(table)
+    if found.merged or not found.told:
+        fewest = fewest_told(privacy.metrics_noise_multiplier, max(1, sites))
+        where = "are among all others" if any(group.name == OTHERS for group in found.told) else "are not told"
+        hidden = f"groups of fewer than about {fewest:.0f} {privacy.unit}s, of which noise leaves little, {where}"
+        console.print(f"  {hidden}: {escape(', '.join(found.merged) or OTHERS)}", soft_wrap=True, emoji=False)
 
 
 def _changed(sites: Sequence[str]) -> str:

@@ -170,8 +170,8 @@ def facts(outlook: Outlook) -> dict[str, str]:
     if plan.metrics_groups:
         fewest = fewest_told(plan.metrics_noise_multiplier, len(price.sites))
         found["scores"] += (
-            f"; {counted(len(plan.metrics_groups), 'group')} and all others; those of fewer than about {fewest:.0f} "
-            f"held-out {plan.unit}s over all sites are merged"
+            f"; by {counted(len(plan.metrics_groups), 'group')} and all others, of which those with fewer than about "
+            f"{fewest:.0f} held-out {plan.unit}s over all sites are not told by themselves"
         )
     if outlook.signal_to_noise is not None and plan.private:
         found["signal"] = signal_words(outlook.signal_to_noise)

@@ -147,6 +147,7 @@ def _to_json(pending: Pending) -> dict[str, Any]:
         "lead": asked.lead,
         "epsilon": _epsilon(asked),
         "delta": asked.plan.delta,
+        "groups": list(asked.plan.metrics_groups),
     }
 
 
@@ -187,10 +188,15 @@ def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
         "mechanism": f"noise multiplier {plan.noise_multiplier:g}, clip norm {plan.max_grad_norm:g}, "
         f"sampling rate {plan.sampling_rate:g}",
         "protects": contribution(plan) if plan.unit == "user" else "each record by itself",
-        "releases": " and ".join(filter(None, ("updates", METRICS[plan.metrics].in_words)))
-        + (f" ({printable(', '.join(plan.metrics_groups))})" if plan.metrics_groups else ""),
+        "releases": " and ".join(filter(None, ("updates", METRICS[plan.metrics].in_words))),
+        **({"groups": f"{len(plan.metrics_groups)}: {_quoted(plan.metrics_groups)}"} if plan.metrics_groups else {}),
     }
     return pairs(rows)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    """All of them: what a site is asked to tell is never cut short."""
+    return ", ".join(f'"{printable(name)}"' for name in names)
 
 
 def _settings(settings: str) -> Section:

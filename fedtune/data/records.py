@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,21 +19,19 @@ from typing import Any, TypeAlias, TypeGuard, cast
 
 from fedtune.data.faults import Faults
 from fedtune.data.formats import raw_rows, require_file, what_is
-from fedtune.data.text_rows import Row, absent, at_line, json_type
+from fedtune.data.text_rows import GROUP, Row, absent, at_line, json_type
 from fedtune.spec import DataError
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
-CATEGORY_ROLES = frozenset({"label", "site", "user", "group"})
-NO_TEXT = CATEGORY_ROLES | {"labels", "target"}
+CATEGORY_ROLES = frozenset({"label", "site", "user"})
+NO_TEXT = CATEGORY_ROLES | {"labels", "target", GROUP}
 """Roles whose values are no texts that somebody wrote."""
 _SAID = ("chosen", "rejected")
 """Roles whose values are texts or turns."""
-OPTIONAL_ROLES = frozenset({"input", "system", "group"})
+OPTIONAL_ROLES = frozenset({"input", "system", GROUP})
 """Roles that a record may lack, or have blank."""
-_BETWEEN_NAMES = ",;|"
-"""What lists of names are written with, and so no part of a user's id."""
-SEVERAL_USERS = "a list of users"
-"""The value in the message about a record of several users."""
+_BETWEEN_NAMES, SEVERAL_USERS = ",;|", "a list of users"
+"""What lists of names are written with, and so no part of a user's id; what a message calls a record of several."""
 _SPEAKERS = {"system": "system", "user": "user", "human": "user"} | dict.fromkeys(
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
@@ -83,8 +82,12 @@ class Record:
 
 
 def record_key(record: Record) -> bytes:
-    """The canonical bytes of a record alone: equal fields, equal bytes, and different fields, different bytes."""
-    return json.dumps(dict(record.fields), sort_keys=True, separators=(",", ":")).encode("ascii")
+    """The canonical bytes of a record alone: equal fields but for its group, equal bytes, and otherwise different ones.
+
+    Whether scores are told by group so decides about no record.
+    """
+    fields = {role: value for role, value in record.fields.items() if role != GROUP}
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file") -> Path:
@@ -286,6 +289,13 @@ def _field(row: Row, column: str, *, role: str, at: str) -> str:
     return value.strip() if role in CATEGORY_ROLES else value
 
 
+def _group(value: object, at: str) -> str:
+    """The group that a value names, in one form of its letters; "" for what names none, and leaves no record out."""
+    if isinstance(value, int) or _is_whole(value):
+        value = str(value).lower() if isinstance(value, bool) else str(int(value))
+    return unicodedata.normalize("NFC", value.strip()) if isinstance(value, str) and value.isprintable() else ""
+
+
 def _is_whole(value: object) -> TypeGuard[float]:
     """Whether a decimal is a whole number: tables turn all of a column's into decimals where one record has none.
 
@@ -467,6 +477,7 @@ _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     "labels": labels_of,
     "target": number_of,
     **dict.fromkeys(_SAID, said_of),
+    GROUP: _group,
 }
 """Roles whose values need not be texts in a file, and how they become some."""
 

@@ -24,8 +24,6 @@ _COUPLED = (
     "couples records: a record's gradient would depend on those that were drawn with it, and clipping each would not "
     "bound what one record does; give a list of public texts, or each record its own column negative"
 )
-GROUP = "group"
-"""The role by which scores that sites release are told apart."""
 _ROLE_OF_PARTITION = {"dirichlet": "label", "column": "site"}
 
 

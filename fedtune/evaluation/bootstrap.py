@@ -4,9 +4,10 @@ Efron 1979; Efron and Tibshirani 1993, chapter 13.  The units (records, or users
 replacement, the same ones for all models, and each time the scores are computed anew: so a score need not be a mean.
 An interval says how far another sample of such units may move the score.  It says nothing about another training run.
 
-A score that is no mean may come out too low, or too high, on a sample: macro-F1 does where there are few records of a
-class.  Draws then lie off the sample as the sample lies off the truth, so the interval is moved back by twice that
-distance (chapter 10).  simulations/intervals measures how often the intervals hold the truth.
+Macro-F1 comes out too low on a sample with few records of a class.  Draws then lie below the sample as the sample lies
+below the truth, so its interval is moved back by twice that distance (chapter 10).  In a difference of two models this
+cancels, and other scores are left as they are: of ECE, which has a bias too, it made verdicts wrong.
+simulations/intervals measures how often the intervals hold the truth.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ RESAMPLES = 1000
 LEVEL = 0.95
 FEWEST_UNITS = 10
 """With fewer, an interval is far too narrow (of one unit it has no width), and nothing is called better or worse."""
-_CLEAR = 3.0
-"""Standard errors of their mean by which draws lie off a score where that is no chance; a mean has no bias."""
+_TOO_LOW = frozenset({"macro_f1"})
+"""Scores of samples that lie below the truth by about as much as draws lie below the sample."""
 _LOWER_IS_BETTER = frozenset({"loss", "perplexity", "ece", "mae", "rmse"})
 
 
@@ -78,7 +79,9 @@ class Drawn:
 
     def estimate(self, model: str, score: str) -> Estimate:
         """A model's score with its interval."""
-        return _estimate(self.values[model][score], self.draws[model][score])
+        value, draws = self.values[model][score], self.draws[model][score]
+        estimate = _estimate(value, draws)
+        return _moved_back(estimate, bias=float(draws.mean()) - value) if score in _TOO_LOW else estimate
 
     def comparison(self, base: str, tuned: str, score: str, *, judged: str | None = None) -> Comparison:
         """One score of two models.
@@ -175,12 +178,14 @@ NO_DIFFERENCE: Verdict = "cannot be told apart"
 def _estimate(value: float, drawn: npt.NDArray[np.float64]) -> Estimate:
     if not np.isfinite(drawn).all() or not len(drawn):
         return Estimate(value, math.nan, math.nan)
-    ends = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    bias = drawn.mean() - value
-    if abs(bias) > _CLEAR * drawn.std() / math.sqrt(len(drawn)):
-        # Not beyond what was drawn: a score that is at most 1 has no interval beyond 1.
-        ends = np.clip(ends - 2 * bias, min(value, drawn.min()), max(value, drawn.max()))
-    return Estimate(value, float(ends[0]), float(ends[1]))
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(value, float(low), float(high))
+
+
+def _moved_back(found: Estimate, *, bias: float) -> Estimate:
+    """The interval where draws of a score of at most 1 lie off it; it holds the score all the same."""
+    low, high = found.low - 2 * bias, min(1.0, found.high - 2 * bias)
+    return Estimate(found.value, min(low, found.value), max(high, found.value))
 
 
 def direction(name: str) -> int:

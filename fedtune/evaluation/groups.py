@@ -102,7 +102,7 @@ class NoisedGroup:
         name: of the group; `OTHERS` last.
         units: held-out units in it, noised.
         score: their mean score in [0, 1].
-        gap: `score` less that of all other groups; NaN where there is no other.
+        gap: `score` less that of all other groups that are told; NaN where there is none.
         error, gap_error: what the interval of 95 % adds on either side, for the noise and for the units that happened
             to be held out.
     """
@@ -115,13 +115,37 @@ class NoisedGroup:
     gap_error: float = math.nan
 
 
-def fewest_told(noise_multiplier: float, num_sites: int, *, smallest: int = 20) -> float:
-    """Noised units below which a group is merged: `smallest`, and three deviations of the noise in their number."""
-    return max(float(smallest), 3 * _deviation(noise_multiplier, num_sites))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoisedGroups:
+    """The groups of which noised scores say something.
+
+    Attributes:
+        told: the largest first.
+        merged: names that are part of `OTHERS`, or were left out with it.
+        impossible: sites whose numbers no scores between 0 and 1 can have; they have no part in it.
+    """
+
+    told: tuple[NoisedGroup, ...] = ()
+    merged: tuple[str, ...] = ()
+    impossible: tuple[str, ...] = ()
 
 
-def _deviation(noise_multiplier: float, num_sites: int) -> float:
-    return noise_multiplier * math.sqrt(2 * num_sites)
+_FEWEST_NOISED = 20
+_CLEAR_OF_NOISE = 6.0
+"""Deviations of the noise in a group's size.  Of smaller groups those would be told whose size noise made too large,
+and with it their scores too small."""
+_BEYOND_NOISE = 6.0
+"""Deviations by which a number misses what it can be without noise, where that is no chance."""
+
+
+def fewest_told(noise_multiplier: float, num_sites: int, *, merged: int = 1) -> float:
+    """Noised units that a group needs to be told; `merged`: of how many groups it is made."""
+    return max(_FEWEST_NOISED, _CLEAR_OF_NOISE * _deviation(noise_multiplier, num_sites, merged=merged))
+
+
+def _deviation(noise_multiplier: float, num_sites: int, *, merged: int = 1) -> float:
+    """Of the noise in a sum over sites and groups, in units."""
+    return noise_multiplier * math.sqrt(2 * num_sites * merged)
 
 
 def noised_groups(
@@ -130,47 +154,52 @@ def noised_groups(
     names: Sequence[str],
     sizes: Mapping[str, float],
     noise_multiplier: float,
-) -> list[NoisedGroup]:
-    """Scores by group over all sites, of what each site released; groups that noise hides are merged.
+) -> NoisedGroups:
+    """Scores by group over all sites, of what each site released.
 
-    A group of fewer noised units than `fewest_told` goes to `OTHERS`; while that has too few itself, the next smallest
-    joins it.  All of it reads released numbers alone: post-processing, which costs no epsilon.
+    A group of fewer noised units than `fewest_told` goes to `OTHERS`, which is told if it has enough for as many groups
+    as it is made of.  All of it reads released numbers alone: post-processing, which costs no epsilon.  A site may lie
+    about its scores, as about anything; numbers that are impossible are found here.
 
     Args:
         released: site -> (score, count) of each of `names` and of all others, as `mechanism.noised_scores` gives them.
         names: of the groups.
         sizes: site -> its declared held-out units, by which its numbers were divided.
         noise_multiplier: of these numbers.
-
-    Returns:
-        The groups that are left, the largest first; nothing where all units together are too few.
     """
-    each = [np.array(values).reshape(-1, 2) * sizes[site] for site, values in released.items()]
-    totals = np.sum(each, axis=0)
-    parts = {
-        name: (float(score), float(units), 1) for name, (score, units) in zip([*names, OTHERS], totals, strict=True)
-    }
-    fewest = fewest_told(noise_multiplier, len(released))
-    rest = parts.pop(OTHERS)
-    by_size = sorted(parts, key=lambda name: (parts[name][1], name))
-    while by_size and (parts[by_size[0]][1] < fewest or (rest[2] > 1 and rest[1] < fewest)):
-        rest = _together([rest, parts.pop(by_size.pop(0))])
-    if rest[1] >= fewest or not parts:
-        parts[OTHERS] = rest
-    found = []
-    for name in [*reversed(by_size), *((OTHERS,) if OTHERS in parts else ())]:
-        if parts[name][1] < fewest:
-            return []
-        score, error = _mean(parts[name], noise_multiplier, len(released))
-        others = [parts[other] for other in parts if other != name]
+    each = {site: np.array(values).reshape(-1, 2) * sizes[site] for site, values in released.items()}
+    wrong = tuple(site for site, pairs in each.items() if _is_impossible(pairs, noise_multiplier))
+    good = [pairs for site, pairs in each.items() if site not in wrong]
+    if not good:
+        return NoisedGroups(merged=tuple(names), impossible=wrong)
+    totals = np.sum(good, axis=0).tolist()
+    parts = {name: (score, units, 1) for name, (score, units) in zip([*names, OTHERS], totals, strict=True)}
+    fewest = fewest_told(noise_multiplier, len(good))
+    small = [name for name in names if parts[name][1] < fewest]
+    rest = _together([parts[name] for name in (*small, OTHERS)])
+    kept = {name: parts[name] for name in sorted(names, key=lambda name: (-parts[name][1], name)) if name not in small}
+    if rest[1] >= fewest_told(noise_multiplier, len(good), merged=rest[2]):
+        kept[OTHERS] = rest
+    told = []
+    for name, part in kept.items():
+        score, error = _mean(part, noise_multiplier, len(good))
+        others = [kept[other] for other in kept if other != name]
         gap = gap_error = math.nan
         if others:
-            beside, error_beside = _mean(_together(others), noise_multiplier, len(released))
+            beside, error_beside = _mean(_together(others), noise_multiplier, len(good))
             gap, gap_error = score - beside, math.hypot(error, error_beside)
-        found.append(
-            NoisedGroup(name=name, units=parts[name][1], score=score, error=error, gap=gap, gap_error=gap_error)
-        )
-    return found
+        told.append(NoisedGroup(name=name, units=part[1], score=score, error=error, gap=gap, gap_error=gap_error))
+    return NoisedGroups(told=tuple(told), merged=tuple(small), impossible=wrong)
+
+
+def _is_impossible(pairs: npt.NDArray[np.float64], noise_multiplier: float) -> bool:
+    """Whether a site's sums of scores lie below 0 or above its numbers of units by more than noise explains."""
+    scores, units = pairs.T
+    deviation = _deviation(noise_multiplier, 1)
+    below = scores < -_BEYOND_NOISE * deviation
+    # Of a difference of two noised numbers.
+    above = scores - units > _BEYOND_NOISE * math.sqrt(2) * deviation
+    return bool(np.any(below | above))
 
 
 def _together(parts: Sequence[tuple[float, float, int]]) -> tuple[float, float, int]:
@@ -182,7 +211,7 @@ def _mean(part: tuple[float, float, int], noise_multiplier: float, num_sites: in
     """A group's mean score, and half of its interval; `part` has the noise of so many releases."""
     total, units, merged = part
     score = min(1.0, max(0.0, total / units))
-    noise = merged * _deviation(noise_multiplier, num_sites) ** 2 * (1 + score**2) / units**2
+    noise = _deviation(noise_multiplier, num_sites, merged=merged) ** 2 * (1 + score**2) / units**2
     return score, _TWO_SIDED * math.sqrt(noise + score * (1 - score) / units)
 
 

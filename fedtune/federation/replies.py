@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # it imports torch
 INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"
 UNSIGNED_REPLY = "unsigned_reply"
+_MOST_SHARE = 1e9
+"""Of the declared number, whatever noise and true number make of it."""
 BEYOND_PLAN = "beyond_plan"
 """Of an update that moves the adapter further than the plan's training can."""
 
@@ -107,7 +109,7 @@ def sort_replies(
                 found.refusals[site] = reply.body
         elif not reply.is_signed():
             found.failures[site] = UNSIGNED_REPLY
-        elif reply.about != asked or not fits(reply.body, sent) or len(reply.body.scores or ()) != num_scores:
+        elif reply.about != asked or not fits(reply.body, sent) or not _can_be(reply.body.scores, num_scores):
             found.failures[site] = INVALID_UPDATE
         elif not reach.includes(reply.body.tensors, sent=sent):
             found.failures[site] = BEYOND_PLAN
@@ -116,6 +118,11 @@ def sort_replies(
             if reply.body.scores is not None:
                 found.scores[site] = reply.body.scores
     return found
+
+
+def _can_be(scores: tuple[float, ...] | None, num_scores: int) -> bool:
+    """Whether these are the plan's statistics, of a size with which one can reckon: shares of a declared number."""
+    return len(scores or ()) == num_scores and all(abs(value) <= _MOST_SHARE for value in scores or ())
 
 
 def fits(body: Answer, sent: Adapter) -> TypeGuard[Update]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Literal
 
@@ -110,9 +111,12 @@ def check_groups(key: str, names: object) -> None:
     if len(names) > MOST_GROUPS or len(set(names)) < len(names):
         raise ConfigError(key, f"{len(names)} names", f"must be at most {MOST_GROUPS} names of groups, each once")
     for name in names:
-        if not (1 <= len(name) <= _MOST_NAME and name.isprintable() and name == name.strip()) or name == OTHERS:
-            bound = f"must be printable texts of 1 to {_MOST_NAME} characters, without spaces around them and not "
-            raise ConfigError(key, name, f"{bound}{OTHERS!r}, which stands for whoever is in none of them")
+        as_read = unicodedata.normalize("NFC", name.strip())
+        if not 1 <= len(name) <= _MOST_NAME or not name.isprintable() or name != as_read or name.casefold() == OTHERS:
+            bound = (
+                f"must be printable texts of 1 to {_MOST_NAME} characters in Unicode's form NFC, without spaces around"
+            )
+            raise ConfigError(key, name, f"{bound} them, and not {OTHERS!r}, which are those in none of them")
 
 
 def poisson_sample(num_units: int, sampling_rate: float, stream: RandomStream) -> npt.NDArray[np.int64]:

@@ -430,10 +430,11 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         (Reason.TRAIN_HEAD, proposal.train_head, allow.train_head),
         (Reason.SEEDED_NOISE, proposal.seeded_noise, allow.seeded_noise),
         (Reason.UPDATES, True, policy.releases.updates),
-        (Reason.METRICS, plan.releases_metrics, policy.releases.takes(plan.metrics)),
     ):
         if wanted and not granted:
             yield reason, "yes", "no"
+    if not policy.releases.takes(plan.metrics):
+        yield Reason.METRICS, plan.metrics, policy.releases.metrics
 
 
 def _over_per_run(policy: Policy, plan: Plan) -> Iterator[Broken]:

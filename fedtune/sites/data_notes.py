@@ -14,7 +14,8 @@ from fedtune.data import users_of
 from fedtune.data.faults import LeftOut
 from fedtune.data.load import FAR, Dealt, shipped_folders
 from fedtune.data.records import resolve_file
-from fedtune.data.spec import GROUP, SITE
+from fedtune.data.spec import SITE
+from fedtune.data.text_rows import GROUP
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named

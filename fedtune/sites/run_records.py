@@ -81,7 +81,7 @@ def dealing(config: RunConfig) -> Dealing:
     task, unit = task_named(config.task), config.privacy.unit
     return Dealing(
         spec=config.data,
-        columns=task.columns(config.data, partition=True, unit=unit),
+        columns=task.columns(config.data, partition=True, unit=unit, groups=config.privacy.metrics_groups),
         sites=config.federation.names,
         seed=config.seed,
         unit=unit,

@@ -39,6 +39,9 @@ def for_sites(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: the model cannot be had, so that it cannot be named by its hash.
     """
+    columns = task_named(config.task).columns(
+        config.data, unit=config.privacy.unit, groups=config.privacy.metrics_groups
+    )
     data = replace(
         config.data,
         train_file=_AT_SITE,
@@ -46,7 +49,7 @@ def for_sites(config: RunConfig) -> RunConfig:
         test_file=None,
         validation_rows=None,
         test_rows=None,
-        columns={role: role for role in task_named(config.task).columns(config.data, unit=config.privacy.unit)},
+        columns={role: role for role in columns},
         partition=PartitionSpec(),
         train_fraction=1.0,
         validation_fraction=0.0,

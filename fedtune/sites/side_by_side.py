@@ -146,11 +146,16 @@ def side_by_side(
         together.setdefault((run.config.task_model(), _reading(run.config)), []).append(name)
     found: dict[str, Measured] = {}
     bases: dict[Hashable, str] = {}
+    places: list[int] = []
     for names in together.values():
         config = runs[names[0]].config
         own = _read(config, file) if records is None else None  # before the model, whose loading takes longer
         saved = SavedModel(config, {name: runs[name].adapter for name in names})
         data = _lenient(records or (), saved) if own is None else LeadData.of(own, config, saved.tokenizer)
+        places = places or [record.line for record in data.records]
+        if places != [record.line for record in data.records]:
+            where, bound = str(runs[names[0]].folder), "must be tested on the first run's records: its settings choose"
+            raise ConfigError("run folder", where, f"{bound} others for the test; give both a file by --data")
         of_these = saved.measured(data)
         base = _base_of(config)
         if base not in bases:

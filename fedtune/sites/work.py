@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from fedtune.data import TextDataset, users_of
 from fedtune.data.load import SiteRecords
 from fedtune.data.records import record_key
-from fedtune.data.spec import GROUP
+from fedtune.data.text_rows import GROUP
 from fedtune.evaluation.scoring import unit_groups, unit_scores, user_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site_round import Trained

@@ -8,14 +8,15 @@ A task is one object without state.  To add one: write its file in this folder, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.records import Record
-from fedtune.data.spec import GROUP, DataSpec, PairsSpec, PreferenceSpec
+from fedtune.data.spec import DataSpec, PairsSpec, PreferenceSpec
+from fedtune.data.text_rows import GROUP
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.mechanism import Unit
@@ -125,9 +126,15 @@ class Task(ABC):
         """`judged_by`, where the layout of the records decides it."""
         return self.judged_by
 
-    def columns(self, data: DataSpec, *, partition: bool = False, unit: Unit = "record") -> dict[str, str]:
-        """Role to column of what a file is read for: the task's, the unit's, the group's, and the partition's."""
-        return data.needed_columns({*self.roles_in(data), GROUP}, partition=partition, unit=unit)
+    def columns(
+        self, data: DataSpec, *, partition: bool = False, unit: Unit = "record", groups: Collection[str] = ()
+    ) -> dict[str, str]:
+        """Role to column of what a file is read for: the task's, the unit's, and what the partition goes by.
+
+        With `groups` to tell apart also the group's, which the sites' records alone are read for.
+        """
+        roles = {*self.roles_in(data), *((GROUP,) if groups else ())}
+        return data.needed_columns(roles, partition=partition, unit=unit)
 
     def asked_by(self, data: DataSpec) -> dict[str, str]:
         """Role to column of what the tuned model is asked by: all that a record has but its answer."""

@@ -189,3 +189,16 @@ def test_a_run_of_other_labels_is_not_compared(
     first = folder / "both" / "both-federated"
     outcome = command("compare", str(first), str(made))
     assert (outcome.code, "data.labels" in outcome.message) == (2, True)
+
+
+def test_runs_without_privacy_release_no_scores_by_group() -> None:
+    words = [
+        "experiment=debug",
+        "data.heldout_fraction=0.4",
+        "data.columns.group=label",
+        "privacy.metrics=noised_by_group",
+    ]
+    runs = planned([*words, "privacy.metrics_groups=[a, b]"], without_privacy=True, leave_out=())
+    kinds = {run.config.privacy.metrics for run in runs if not run.config.privacy.private}
+    assert kinds == {"none"}
+    assert {run.config.privacy.metrics_groups for run in runs if run.config.privacy.private} == {("a", "b")}

@@ -411,3 +411,41 @@ def test_an_answer_that_is_no_list_of_turns_is_not_parsed(monkeypatch: pytest.Mo
         assert said_of(text, "chosen") == text
         assert turns_said(text) is None
     assert turns_said(' [{"role": "assistant", "content": "lost"}]') is None, "turns that were read are written anew"
+
+
+@pytest.mark.parametrize(
+    ("value", "group"),
+    [
+        ('"north"', "north"),
+        ('" north "', "north"),
+        ("7", "7"),
+        ("7.0", "7"),
+        ("true", "true"),
+        ("null", ""),
+        ('""', ""),
+        ("1.5", ""),
+        ('["a"]', ""),
+        ('{"a": 1}', ""),
+        ("1e300", ""),
+        ('"e\\u0301"', "\u00e9"),
+        ('"a\\u0000"', ""),
+        ('"\\ud800"', ""),
+    ],
+)
+def test_whatever_stands_for_a_group_leaves_no_record_out(tmp_path: Path, value: str, group: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(f'{{"body": "a", "ward": {value}}}\n{{"body": "b"}}\n')
+    found = read_records(path, {"text": "body", "group": "ward"})
+    assert [dict(record.fields) for record in found] == [{"text": "a", "group": group}, {"text": "b", "group": ""}]
+
+
+def test_a_table_without_the_group_s_column_has_no_groups(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("body\na\n")
+    assert [record.fields["group"] for record in read_records(path, {"text": "body", "group": "ward"})] == [""]
+
+
+def test_a_record_s_group_decides_nothing_about_it() -> None:
+    keys = {record_key(Record({"text": "a", **more})) for more in ({}, {"group": "north"}, {"group": "south"})}
+    assert len(keys) == 1
+    assert record_key(Record({"text": "a", "label": "north"})) not in keys

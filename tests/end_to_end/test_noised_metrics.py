@@ -153,7 +153,6 @@ def test_scores_by_group_cost_what_scores_cost(
     [
         (("privacy.metrics=noised_by_group", "data.columns.group=label"), "privacy.metrics_groups = []: goes with"),
         (("privacy.metrics=noised_by_group", "privacy.metrics_groups=[a]"), "must name the column for role 'group'"),
-        (("data.columns.group=label",), "must name the column for role 'group' with"),
         (("privacy.metrics_groups=[a]", "data.columns.group=label"), "goes with privacy.metrics=noised_by_group"),
     ],
 )

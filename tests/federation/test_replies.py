@@ -81,9 +81,15 @@ def test_scores_by_group_are_a_pair_for_each_and_one_for_all_others(update: Make
     assert sorted_out.scores == ({"a": (0.5,) * 6} if count == 6 else {})
 
 
+@pytest.mark.parametrize("value", [1e10, -1e10, 1e200, 1.7e308])
+def test_scores_with_which_nobody_can_reckon_are_no_scores(update: Make, sort: Sort, value: float) -> None:
+    assert sort(update(scores=(0.5, value)), noise=3.0).failures == {"a": INVALID_UPDATE}
+    assert sort(update(scores=(0.5, 1e6)), noise=3.0).failures == {}
+
+
 @pytest.mark.parametrize("scored", [False, True])
 def test_scores_come_where_the_plan_releases_them_and_nowhere_else(update: Make, sort: Sort, scored: bool) -> None:
-    other = update(scores=None if scored else (1e308, 1e308))
+    other = update(scores=None if scored else (0.5, 0.5))
     assert sort(other, noise=3.0 if scored else 0.0).failures == {"a": INVALID_UPDATE}
 
 

@@ -44,7 +44,13 @@ BROKEN: list[tuple[dict[str, Any], Reason, str, str]] = [
     ({"lora_scale": 32.5}, Reason.MAX_LORA_SCALE, "32.5", "at most 32"),
     ({"head_scale": 101.0}, Reason.MAX_HEAD_SCALE, "101.0", "at most 100"),
     ({"seeded_noise": True}, Reason.SEEDED_NOISE, "yes", "no"),
-    ({"plan": {"metrics_noise_multiplier": 20.0}}, Reason.METRICS, "yes", "no"),
+    ({"plan": {"metrics_noise_multiplier": 20.0}}, Reason.METRICS, "noised", "none"),
+    (
+        {"plan": {"metrics_noise_multiplier": 20.0, "metrics_groups": ("north",)}},
+        Reason.METRICS,
+        "noised_by_group",
+        "none",
+    ),
 ]
 
 

@@ -382,3 +382,18 @@ def test_accountants_may_differ_by_the_width_of_their_buckets(pld: float, rdp: f
         steps=steps,
     )
     assert profile.accountants_agree(spent, width=0.001) == agree
+
+
+@pytest.mark.parametrize(
+    ("covers", "released"),
+    [
+        (("noised_scores",), ("noised_scores_by_group",)),
+        (("noised_scores", "noised_scores_by_group"), ("noised_scores", "noised_scores_by_group")),
+        ((), ("noised_scores_by_group",)),
+    ],
+)
+def test_a_run_s_scores_are_by_group_or_not_wherever_it_says_so(
+    of_run: Report, covers: tuple[str, ...], released: tuple[str, ...]
+) -> None:
+    other = replace(of_run, covers=(*of_run.covers, *covers), released=(*of_run.released, *released))
+    assert {"covers", "released"} <= {problem.where for problem in recompute.problems(other)}

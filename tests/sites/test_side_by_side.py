@@ -99,3 +99,15 @@ def test_more_groups_than_anybody_reads_are_refused(runs: dict[str, Finished]) -
     many = [str(number // 10) for number in range(2000)]
     with pytest.raises(ConfigError, match=r"--smallest = 10: leaves 200 groups; must leave at most 100"):
         found.by(many, smallest=10, pairs=[])
+
+
+def test_runs_that_were_tested_on_other_records_are_not_put_beside_each_other(
+    simulate: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Their settings deal out other test records, some of which the other run may have trained on."""
+    of_file = ("data.test_file=null", "data.test_fraction=0.3", "data.test_rows=null", *SHORT[:2])
+    one = _finished(simulate(*of_file, into=tmp_path, name="one"))
+    other = _finished(simulate(*of_file, "data.columns={text: label, label: label}", into=tmp_path, name="other"))
+    for runs in ({"one": one, "other": other}, {"other": other, "one": one}):
+        with pytest.raises(ConfigError, match="must be tested on the first run's records"):
+            side_by_side(runs)

@@ -80,7 +80,9 @@ def of_run(record: RunRecord, provenance: Provenance | None) -> Facts:
         "task": config.task,
         "declared_sizes": _pairs(sizes),
         "declared_total": str(sum(sizes.values())),
-        "columns_used": _listed(task_named(config.task).columns(data, unit=record.plan.unit)),
+        "columns_used": _listed(
+            task_named(config.task).columns(data, unit=record.plan.unit, groups=record.plan.metrics_groups)
+        ),
         "num_sites": str(len(config.federation.active)),
         "runtime": config.runtime.kind,
         "most_tokens": str(data.max_length),

@@ -166,15 +166,15 @@ def _code_problems(report: Report) -> Iterator[Problem]:
     released = {"refusals_and_receipts", *(("updates",) if of_run or updates else ())}
     released |= {"aggregates"} if of_run else set()
     noised = {known.name for known in METRICS.values() if known.name}
+    of_scores = noised & set(report.covers)
+    told = of_scores == noised & set(report.released) and scored <= len(of_scores) <= (1 if of_run else len(noised))
     for key, least, most in (
         ("covers", covers, covers | noised),
         ("released", released, released | noised | ({"final_adapter"} if of_run else {"updates"})),
     ):
         stated = getattr(report, key)
-        told = not scored or noised & set(stated)
         if len(set(stated)) < len(stated) or not least <= set(stated) <= most or not told:
-            least = least | ({"noised_scores"} if scored else set())
-            yield Problem(key, ", ".join(stated), ", ".join(sorted(least)))
+            yield Problem(key, ", ".join(stated), ", ".join(sorted(least | (noised if scored else set()))))
 
 
 def _cell_problems(report: Report) -> Iterator[Problem]:
