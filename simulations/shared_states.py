@@ -53,7 +53,7 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
 
     def keep(self: SiteExamples, model: TaskModel, **how: Any) -> None:
         nonlocal made_up
-        made_up = bool(how)  # examples on which a model is tried: each is to be computed
+        made_up = "parts" in how  # examples on which a model is tried: each is to be computed
         try:
             keep_states(self, model, **how)
         finally:
