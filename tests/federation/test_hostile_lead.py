@@ -28,7 +28,7 @@ _TOO_MUCH: list[tuple[dict[str, Any], Reason, str | None, str | None]] = [
     ({"num_rounds": 100}, Reason.MAX_ROUNDS, "101", "at most 4"),
     ({"spare_rounds": 2}, Reason.MAX_ROUNDS, "5", "at most 4"),
     ({"delta": 0.01}, Reason.DELTA, "0.01", "1e-05"),
-    ({"metrics_noise_multiplier": 20.0}, Reason.METRICS, "yes", "no"),
+    ({"metrics_noise_multiplier": 20.0}, Reason.METRICS, "noised", "none"),
     ({"metrics_noise_multiplier": 0.01}, Reason.MIN_NOISE_MULTIPLIER, "0.01", "at least 4"),
     ({"base_model": "cd" * 32}, Reason.BASE_MODELS, "cd" * 32, "ab" * 32),
     ({"base_model": "unverified"}, Reason.BASE_MODELS, "unverified", "ab" * 32),
