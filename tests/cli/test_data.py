@@ -34,6 +34,36 @@ def test_a_table_becomes_a_classification(here: Path, command: Any) -> None:
     assert (config.data.columns, config.data.labels) == ({"text": "body", "label": "team"}, TEAMS)
 
 
+def test_what_was_seen_is_shown_before_anything_is_run(here: Path, command: Any) -> None:
+    """Five rows, the labels with their numbers, the lengths, and which number is about to become public."""
+    long = "a word " * 60
+    with (here / "tickets.csv").open("a", encoding="utf-8") as stream:
+        stream.write(f"{long},billing\n")
+    shown = command("data", "init", "tickets.csv", "--model", "random_bert").out
+    lines = [line.split() for line in shown.splitlines()]
+    first = [f"ticket {number} about {TEAMS[number % 2]}" for number in range(5)]
+    assert all(any(line[:4] == row.split() for line in lines) for row in first)
+    assert not any(line[:4] == ["ticket", "5", "about", "sales"] for line in lines)
+    assert ["billing", "31", "50.8%"] in lines
+    assert ["sales", "30", "49.2%"] in lines
+    assert "median 90 % have at most longest max_length" in " ".join(shown.split())
+    assert "This number becomes public" in " ".join(shown.split())
+    assert "becomes PUBLIC" in (here / "tickets.yaml").read_text()
+
+
+def test_a_long_row_is_cut_short_when_it_is_shown(here: Path, command: Any) -> None:
+    rows = (here / "tickets.csv").read_text().splitlines()
+    (here / "tickets.csv").write_text("\n".join([rows[0], f"{'a word ' * 100},billing", *rows[1:]]) + "\n")
+    shown = command("data", "init", "tickets.csv", "--model", "random_bert").out
+    assert 2 < shown.count("a word") < 40
+
+
+def test_a_check_counts_the_labels(here: Path, command: Any) -> None:
+    assert command("data", "init", "tickets.csv", "--model", "random_bert").code == 0
+    told = json.loads(command("data", "check", "tickets.yaml", "--json").out)
+    assert told["checked"]["files"][0]["labels"] == {"billing": 30, "sales": 30}
+
+
 @pytest.mark.parametrize(("name", "roles"), [
     ("alpaca.json", {"prompt": "instruction", "input": "input", "completion": "output"}),
     ("chats.jsonl", {"messages": "messages"}),

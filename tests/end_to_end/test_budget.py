@@ -202,7 +202,7 @@ def test_one_site_without_budget_does_not_stop_the_other(
         ({"limits": {"min_noise_multiplier": 5.0}}, "seed=0", "min_noise_multiplier", "4.0", "at least 5"),
         ({"allow": {"train_head": False}}, "seed=0", "train_head", "yes", "no"),
         ({}, "runtime.seeded_noise=true", "seeded_noise", "yes", "no"),
-        ({}, "privacy.metrics=noised", "metrics", "yes", "no"),
+        ({}, "privacy.metrics=noised", "metrics", "noised", "none"),
         ({}, "data.declared_sizes=80", "declared_size", "80", "90"),
     ],
     ids=["max_sampling_rate", "min_noise_multiplier", "train_head", "seeded_noise", "metrics", "declared_size"],

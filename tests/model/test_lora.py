@@ -82,3 +82,13 @@ def test_the_scale(rslora: bool) -> None:
     model = attach_adapters(base, spec=spec, predicts_tokens=False, seed=0)
     layer = model.get_submodule("base_model.model.encoder.layer.0.attention.self.query")
     assert layer.scaling["default"] == pytest.approx(6.0 / (math.sqrt(4) if rslora else 4))
+
+
+@pytest.mark.parametrize("rank", [33, 1_000_000])
+def test_a_rank_above_every_module_s_is_refused_before_memory_is_taken(rank: int) -> None:
+    """A rank of a million took 21 GB, and the machine ended the process with half a run folder."""
+    spec = TaskModelSpec(
+        model=ModelSpec(path="random:bert"), lora=LoraSpec(rank=rank), task="classification", labels=("a", "b")
+    )
+    with pytest.raises(ConfigError, match=rf"lora\.rank = {rank}: must be at most 32, the rank of the largest adapted"):
+        build_task_model(spec)

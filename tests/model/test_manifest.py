@@ -263,3 +263,13 @@ def test_a_gguf_s_metadata_is_held_to_the_rules_of_a_config(tmp_path: Path, monk
         expanded_gguf(tmp_path / "a.gguf", sha256="ab", cache=tmp_path / "cache")
     assert caught.value.key == "model.gguf_file"
     assert asked == [{"gguf_file": "a.gguf", "local_files_only": True, "trust_remote_code": False}]
+
+
+def test_another_chat_template_is_another_model(folder: Path) -> None:
+    """A template decides what the model reads and learns: it is pinned like the weights."""
+    without = model_sha256(ModelSpec(path=str(folder)))
+    hashes = [without]
+    for text in ("{{ messages[0].content }}", "{{ messages[1].content }}"):
+        (folder / "chat_template.jinja").write_text(text)
+        hashes.append(model_sha256(ModelSpec(path=str(folder))))
+    assert len(set(hashes)) == 3
