@@ -16,6 +16,15 @@ NO_ORACLE = ("tests/sites/test_no_oracle.py",)
 
 AT_SITE = (
     Mutant(
+        name="a-group-decides-the-split",
+        fault="The column by which scores are told apart is part of the bytes by which records are held out: a run "
+        "with groups is tested on records that the run before trained on.",
+        file="fedtune/data/records.py",
+        old="    fields = {role: value for role, value in record.fields.items() if role != GROUP}\n",
+        new="    fields = dict(record.fields)\n",
+        tests=("tests/data/test_records.py",),
+    ),
+    Mutant(
         name="groups-without-leave",
         fault="A site that allows scores of all its records gives one for each group that a lead names.",
         file="fedtune/privacy/site_policy.py",

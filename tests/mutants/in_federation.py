@@ -8,6 +8,14 @@ ASKING = ("tests/flower/test_invitation.py",)
 
 FEDERATION_FAULTS = (
     Mutant(
+        name="scores-of-any-size",
+        fault="A site's noised scores are taken whatever they are: 1e200 ends the lead's command when the run is over.",
+        file="fedtune/federation/replies.py",
+        old="len(scores or ()) == num_scores and all(abs(value) <= _MOST_SHARE for value in scores or ())",
+        new="len(scores or ()) == num_scores",
+        tests=("tests/federation/test_replies.py",),
+    ),
+    Mutant(
         name="receipt-of-any-reply",
         fault="A receipt passes beside any answer, so a server puts numbers of its own in a site's place.",
         file="fedtune/federation/protocol.py",
