@@ -73,7 +73,7 @@ _WRONG_VALUES = [
     ("privacy.unit=household", "privacy.unit", "'household'", "'record' or 'user'"),
     ("privacy.records_per_user=0", "privacy.records_per_user", "0", "at least 1"),
     ("privacy.metrics=noised", "data.heldout_fraction", "0", "must be above 0 for privacy.metrics = noised"),
-    ("privacy.metrics=exact", "privacy.metrics", "'exact'", "must be 'none' or 'noised'"),
+    ("privacy.metrics=exact", "privacy.metrics", "'exact'", "must be 'none', 'noised' or 'noised_by_group'"),
     ("data.dataset='our patients'", "data.dataset", "'our patients'", "letters, digits, '-', '_' and '.'"),
     ("federation.if_over_budget=go", "federation.if_over_budget", "'go'", "must be 'stop', 'fewer_rounds' or"),
     ("federation.site_names=[a,-b]", "federation.site_names", "'-b'", "at most 100 letters"),
