@@ -113,10 +113,8 @@ def check_groups(key: str, names: object) -> None:
     for name in names:
         as_read = unicodedata.normalize("NFC", name.strip())
         if not 1 <= len(name) <= _MOST_NAME or not name.isprintable() or name != as_read or name.casefold() == OTHERS:
-            bound = (
-                f"must be printable texts of 1 to {_MOST_NAME} characters in Unicode's form NFC, without spaces around"
-            )
-            raise ConfigError(key, name, f"{bound} them, and not {OTHERS!r}, which are those in none of them")
+            bound = f"must be printable texts of 1 to {_MOST_NAME} characters in Unicode's form NFC, without spaces"
+            raise ConfigError(key, name, f"{bound} around them, and not {OTHERS!r}, which are those in none of them")
 
 
 def poisson_sample(num_units: int, sampling_rate: float, stream: RandomStream) -> npt.NDArray[np.int64]:

@@ -59,16 +59,16 @@ class HandedOn:
             self._batches[key] = {}
         return self._batches[key]
 
-    def before(self, about: str, make: Callable[[], _M]) -> _M:
-        """How the model did before training; `about` says on what, and how it was asked."""
-        if about not in self._before:
-            self._before[about] = make()
-        found: _M = self._before[about]
+    def before(self, dataset: TextDataset, about: str, make: Callable[[], _M]) -> _M:
+        """How the model did on a data set before training; `about` says how it was asked, and the references."""
+        key = f"{about} {_digest(dataset)}"
+        if key not in self._before:
+            self._before[key] = make()
+        found: _M = self._before[key]
         return found
 
     def _make_room(self, dataset: TextDataset) -> None:
         """Hold no more states than fit the memory set aside for them; those that a run uses stay with it."""
-        assert self.model is not None
         self._num_tokens += dataset.num_tokens
         if not self.model.has_room_for(self._num_tokens):
             self._examples.clear()
@@ -88,11 +88,13 @@ _handed_on: HandedOn | None = None
 def from_run_to_run() -> Iterator[None]:
     """Inside, simulated runs of this process hand on what they have in common."""
     global _handed_on
-    outer, _handed_on = _handed_on, HandedOn()
+    outer, inner = _handed_on, HandedOn()
+    _handed_on = inner
     try:
         yield
     finally:
         _handed_on = outer
+        inner.clear()  # what comes next, such as scoring all runs, needs the memory
 
 
 def handed_on() -> HandedOn | None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -89,8 +88,7 @@ class SharedModel:
         self.tokenizer, self.model = ready(config, lambda: build_task_model(config.task_model(), device=self.device))
         self.initial_adapter = Adapter.of(self.model)
         self.shapes = shapes_for(self.model, config.runtime, max_length=config.data.max_length)
-        self.states_folder = self._states_folder(config, declared_size)
-        self.keeps_states = self._keeps_states(config, declared_size)
+        self.keeps_states, self.states_folder = self._states_place(config, declared_size)
         self.states_mib = frozen_states_mib(self.model, num_tokens=self._num_tokens(config, declared_size))
         self._facts = self._facts_of(config, declared_size)
         self._handed_on: HandedOn | None = None
@@ -137,20 +135,17 @@ class SharedModel:
             config.data.chat_template,
             config.privacy.private,
             config.privacy.max_grad_norm,
-            self._keeps_states(config, declared_size),
+            self._states_place(config, declared_size),
             torch.get_num_threads(),
         )
 
-    def _keeps_states(self, config: RunConfig, declared_size: int | None) -> bool:
-        return self._fit_in_memory(config, declared_size) or self._states_folder(config, declared_size) is not None
-
-    def _fit_in_memory(self, config: RunConfig, declared_size: int | None) -> bool:
-        return keeps_frozen_states(self.model, config.runtime, num_tokens=self._num_tokens(config, declared_size))
-
-    def _states_folder(self, config: RunConfig, declared_size: int | None) -> Path | None:
-        if self._fit_in_memory(config, declared_size):
-            return None
-        return folder_for_states(self.model, config.runtime, num_tokens=self._num_tokens(config, declared_size))
+    def _states_place(self, config: RunConfig, declared_size: int | None) -> tuple[bool, Path | None]:
+        """Whether states are kept, and in which folder if not in memory."""
+        num_tokens = self._num_tokens(config, declared_size)
+        if keeps_frozen_states(self.model, config.runtime, num_tokens=num_tokens):
+            return True, None
+        folder = folder_for_states(self.model, config.runtime, num_tokens=num_tokens)
+        return folder is not None, folder
 
     @staticmethod
     def _num_tokens(config: RunConfig, declared_size: int | None) -> int:
@@ -225,10 +220,9 @@ class SharedModel:
 
     def has_room_for(self, num_tokens: int) -> bool:
         """Whether what the frozen layers make of so many tokens fits where it is kept."""
-        about: dict[str, Any] = {"runtime": self.config.runtime, "num_tokens": num_tokens}
         if self.states_folder is None:
-            return keeps_frozen_states(self.model, **about)
-        return folder_for_states(self.model, **about) is not None
+            return keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
+        return folder_for_states(self.model, self.config.runtime, num_tokens=num_tokens) is not None
 
     def examples_of(self, dataset: TextDataset) -> SiteExamples:
         """A site's records as training reads them."""
@@ -258,9 +252,8 @@ class SharedModel:
 
         if self._handed_on is None or adapter.digest() != self.initial_adapter.digest():
             return make()
-        records = hashlib.sha256(b"".join(map(record_key, test.records))).hexdigest()
-        data = self.config.data
-        return self._handed_on.before(repr((records, self.config.evaluation, data.prompt_template, data.pairs)), make)
+        references = hashlib.sha256(b"".join(map(record_key, test.records))).hexdigest()
+        return self._handed_on.before(test.examples, f"{references} {self.config.evaluation}", make)
 
 
 @dataclass(frozen=True)

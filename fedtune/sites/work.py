@@ -102,13 +102,16 @@ class SiteWork:
         adapter.load_into(self.shared.model)
         exact = unit_scores(self.shared.model, self._heldout, pad_id=self.shared.tokenizer.pad_token_id)
         users = users_of(self.records.heldout) if plan.unit == "user" else None
-        values = [record.fields.get(GROUP, "") for record in self.records.heldout]
+        groups = None
+        if plan.metrics_groups:
+            values = [record.fields.get(GROUP, "") for record in self.records.heldout]
+            groups = unit_groups(values, plan.metrics_groups, users)
         return noised_scores(
             exact if users is None else user_scores(exact, users),
             declared_size=self.declared_size * self.shared.config.data.heldout_fraction,
             noise_multiplier=plan.metrics_noise_multiplier,
             stream=randomness.stream(self.site, request.round, attempt, "scores"),
-            groups=unit_groups(values, plan.metrics_groups, users) if plan.metrics_groups else None,
+            groups=groups,
             num_groups=plan.num_groups,
         )
 

@@ -94,9 +94,13 @@ def room_for_states(num_tokens: int, width: int, *, dtype: torch.dtype, folder: 
     if folder is None or num_tokens == 0:
         return torch.empty(num_tokens, width, dtype=dtype)
     handle, name = tempfile.mkstemp(dir=folder, prefix=".fedtune-")
+    num_bytes = num_tokens * width * dtype.itemsize
     try:
-        # All of it now: a disk that is full later would end the process in the middle of a round.
-        os.posix_fallocate(handle, 0, num_tokens * width * dtype.itemsize)
+        if hasattr(os, "posix_fallocate"):
+            # All of it now: a disk that is full later would end the process in the middle of a round.
+            os.posix_fallocate(handle, 0, num_bytes)
+        else:  # macOS has no such call
+            os.truncate(handle, num_bytes)
         return torch.from_file(name, shared=True, size=num_tokens * width, dtype=dtype).view(num_tokens, width)
     finally:
         os.close(handle)

@@ -139,9 +139,10 @@ def test_nothing_is_left_when_the_runs_are_over(simulate: Simulate, tmp_path: Pa
         left = handed_on()
         assert left is not None
         assert left.model is not None
+        examples = weakref.ref(next(iter(left._examples.values())))
     assert handed_on() is None
-    examples = weakref.ref(next(iter(left._examples.values())))
-    left.clear()
+    assert left.model is None
+    assert not left._examples
     del left
     runs(simulate, tmp_path / "after", ())  # a process remembers its last run
     gc.collect()
