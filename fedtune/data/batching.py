@@ -123,9 +123,7 @@ def alone(batch: Batch, place: int | None) -> Batch:
     return Batch(input_ids, mask, targets, prefix, reference, empty_rows=empty_rows, texts=batch.texts)
 
 
-def one_at_a_time(
-    compute: Callable[[Batch], Computed], batch: Batch, *, after_failure: Callable[[], None] = lambda: None
-) -> tuple[Computed, Iterator[Computed | None]]:
+def one_at_a_time(compute: Callable[[Batch], Computed], batch: Batch) -> tuple[Computed, Iterator[Computed | None]]:
     """What `compute` makes of no example, and of each example of a batch on which it failed, all in the batch's shape.
 
     None stands for an example that cannot be computed, so that the others are as they would be beside any other one.
@@ -135,21 +133,16 @@ def one_at_a_time(
     Args:
         compute: works on a whole batch; what it makes of an example stands in the first row.
         batch: as `compute` got it.
-        after_failure: drops what a failed call left behind.
     """
-    after_failure()
-    return compute(alone(batch, None)), (
-        _computed(compute, alone(batch, row), after_failure) for row in range(len(batch))
-    )
+    return compute(alone(batch, None)), (_computed(compute, alone(batch, row)) for row in range(len(batch)))
 
 
-def _computed(compute: Callable[[Batch], Computed], batch: Batch, after_failure: Callable[[], None]) -> Computed | None:
+def _computed(compute: Callable[[Batch], Computed], batch: Batch) -> Computed | None:
     try:
         with panics_as_errors():
             return compute(batch)
     except Exception:
         log.exception("an example cannot be computed, and counts as zero")
-        after_failure()
         return None
 
 

@@ -10,10 +10,8 @@ pass there.
 token is learnt.  Where those are is the record's own affair, so they are computed for each record by itself.
 
 **Gradient checkpointing.**  A checkpointed layer stores its input alone and runs a second time in the backward pass
-(Chen et al. 2016, arXiv 1604.06174).  Hooks that collect per-example gradients count how often a module ran with
-gradients on.  Re-entrant checkpointing is the kind that suits them: it runs the first pass without gradients, which
-hooks ignore, and the second one inside the backward pass as an ordinary forward and backward.  (The other kind runs
-both passes with gradients: hooks count two uses for one backward pass and never finish.)
+(Chen et al. 2016, arXiv 1604.06174).  Re-entrant checkpointing runs the first pass without gradients, in which those of
+single examples are not looked for, and the second one inside the backward pass as an ordinary forward and backward.
 
 **Activations, row by row.**  On a CPU torch computes most elements of a tensor in vectors, and the last few of each
 thread's share by a scalar function that rounds some values otherwise (3 in 100 for sigmoid, 35 in 100 for GELU).  So

@@ -1,10 +1,10 @@
 """Adapters that scale: IA3, one factor for each output of a module, and DoRA, one for each row of a LoRA module.
 
-PEFT keeps such a factor where the module's forward pass reads it, so that hooks for per-example gradients see no module
-whose parameter it is.  Here each module gets a `Scales` of its own, which holds the factor's offset from where PEFT
-starts it, as a share of that: like LoRA's B it starts at zero, zero changes nothing, and a site's bound on values, a
-decay towards zero and a mean over sites mean the same for every kind of adapter.  PEFT's own tensor stays at its start;
-times 1 + the offset it is what PEFT reads in a saved adapter, and merges.
+PEFT keeps such a factor where the adapted module's forward pass reads it, so that there is no module of whose output it
+is the parameter, and whose gradient could be found by example.  Here each gets a `Scales` of its own, which holds the
+factor's offset from where PEFT starts it, as a share of that: like LoRA's B it starts at zero, zero changes nothing,
+and a site's bound on values, a decay towards zero and a mean over sites mean the same for every kind of adapter.
+PEFT's own tensor stays at its start; times 1 + the offset it is what PEFT reads in a saved adapter, and merges.
 """
 
 from __future__ import annotations

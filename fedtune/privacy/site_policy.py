@@ -255,6 +255,7 @@ class Machine:
         micro_batch_tokens: most tokens of a batch that is computed at once.
         kept_states_mib: memory for what the frozen layers make of the records, which saves computing it anew.
         kept_states_folder: where it goes if memory has no room, in a file without a name; "": nowhere.
+        onednn: frozen weights multiply by oneDNN on an x86 CPU; false: as torch does it.
         gradient_checkpointing: slower, with less memory.
     """
 
@@ -263,6 +264,7 @@ class Machine:
     micro_batch_tokens: int = 1024
     kept_states_mib: int = 1024
     kept_states_folder: str = ""
+    onednn: bool = True
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:

@@ -134,6 +134,7 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
         micro_batch_tokens=machine.micro_batch_tokens,
         kept_states_mib=machine.kept_states_mib,
         kept_states_folder=str(folder / machine.kept_states_folder) if machine.kept_states_folder else None,
+        onednn=machine.onednn,
         gradient_checkpointing=machine.gradient_checkpointing,
         seeded_noise=config.runtime.seeded_noise,
     )

@@ -28,8 +28,7 @@ class TaskModel(nn.Module):
     """A base that stays as it is, and the few tensors that are trained, noised, sent and saved.
 
     Every module is in evaluation mode for good, except those with trainable parameters of their own:
-    dropout inside the base would change an example's gradient from pass to pass, and hooks for
-    per-example gradients look only at modules in training mode.
+    dropout inside the base would change an example's gradient from pass to pass.
 
     Attributes:
         spec: what the model was built from.

@@ -9,7 +9,7 @@ own loss, or a user, with the mean of its records' gradients: `Records` and `Uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Protocol
@@ -111,42 +111,62 @@ def add_clipped(sums: Sums, gradients: Mapping[str, torch.Tensor], max_grad_norm
     than C after all, counts as zero.
     """
     assert sums.keys() == gradients.keys(), "clipped tensors and summed tensors differ"
-    for name, contribution in contributions(gradients, max_grad_norm).items():
+    totals, squares = {}, []
+    # One tensor after the other, so that what is worked on stays in the cache.
+    for name, contribution in _in_cells(gradients, max_grad_norm):
         # Exact in float64: fewer than 2**29 whole numbers of at most 2**24 each.
-        sums[name] += contribution.sum(dim=0).to(torch.int64).reshape(sums[name].shape)
+        totals[name] = contribution.sum(dim=0)
+        squares.append(_exact_squares(contribution))
+    if not (usable := _within_clip_norm(squares)).all():
+        add_clipped(sums, {name: gradient[usable] for name, gradient in gradients.items()}, max_grad_norm)
+        return
+    for name, total in totals.items():
+        sums[name] += total.to(torch.int64).reshape(sums[name].shape)
 
 
 def contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> dict[str, torch.Tensor]:
-    """What each unit adds to a sum: name -> (n, values) whole numbers of cells, as float64, which holds them exactly.
+    """What each unit adds to a sum: name -> (n, values), whole numbers of cells in float64, where they are exact."""
+    whole = dict(_in_cells(gradients, max_grad_norm))
+    usable = _within_clip_norm(map(_exact_squares, whole.values()))
+    return {name: torch.where(usable[:, None], one, 0.0) for name, one in whole.items()}
 
-    A unit's gradient g becomes g * C / max(|g|, C, `SMALLEST_NORM`), rounded towards zero to the grid.  The result
-    depends on that unit alone, bit for bit.
+
+def _in_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each name with (n, values): a unit's gradient g as g * C / max(|g|, C, `SMALLEST_NORM`), rounded towards zero.
+
+    In cells, in float64.  A row depends on its own unit alone, bit for bit.  It may still be no number.
     """
-    # Contiguous, because values that lie otherwise are added up in another order, and where they lie is the batch's.
-    # Copied once and from there on changed in place: to fetch memory takes longer than to compute.
-    flat = {
-        name: gradient.flatten(1).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-        for name, gradient in gradients.items()
-    }
-    norms = _norms(flat)
     bound = max_grad_norm * (1 - _ROUNDING_ROOM)
-    weights = bound / norms.clamp(min=max(bound, SMALLEST_NORM)) / cell(max_grad_norm)
-    scaled = {name: one.mul_(weights[:, None]).trunc_() for name, one in flat.items()}
-    # In whole numbers: a tensor's square norm is at most 2**48 where it is usable, so float64 sums it up exactly, and
-    # the square of the root that comes back rounds to it.
-    squares = _added(_norm_of_rows(one).square().round() for one in scaled.values())
-    usable = squares <= CLIP_NORM_CELLS**2  # false for NaN, which is what an infinite gradient has become
-    if not usable.all():
-        scaled = {name: torch.where(usable[:, None], one, torch.zeros_like(one)) for name, one in scaled.items()}
-    return scaled
+    cells = _norms(gradients).clamp(min=max(bound, SMALLEST_NORM))[:, None] * (cell(max_grad_norm) / bound)
+    for name, gradient in gradients.items():
+        yield name, _rows(gradient).div_(cells, rounding_mode="trunc")
 
 
 def _norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """(n,) joint L2 norms over all tensors of float64.
+    """(n,) joint L2 norms over all tensors."""
+    return _added(_norm_of_rows(_rows(gradient)).square() for gradient in gradients.values()).sqrt()
 
-    In float64 because a float32 norm of 60,000 like values was measured 1.6e-5 too small.
+
+def _rows(gradient: torch.Tensor) -> torch.Tensor:
+    """(n, values) in float64, since a float32 norm of 60,000 like values was measured 1.6e-5 too small.
+
+    Contiguous, because values that lie otherwise are added up in another order, and where they lie is the batch's.
     """
-    return _added(_norm_of_rows(gradient).square() for gradient in gradients.values()).sqrt()
+    return gradient.flatten(1).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+
+
+def _exact_squares(whole: torch.Tensor) -> torch.Tensor:
+    """(n,) square norms of rows of whole numbers.
+
+    At most 2**48 of a row that is usable, so float64 sums it up exactly, and the square of the root that comes back
+    rounds to it.
+    """
+    return _norm_of_rows(whole).square().round()
+
+
+def _within_clip_norm(squares: Iterable[torch.Tensor]) -> torch.Tensor:
+    """(n,) which units may be added, by the square norms of their parts; false for what is no number."""
+    return _added(squares) <= CLIP_NORM_CELLS**2
 
 
 def _added(each: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from fedtune.data import Shapes
 from fedtune.model.fits import usable_positions
+from fedtune.model.products import multiply_by_onednn
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
 from fedtune.training.spec import RuntimeSpec
@@ -45,6 +46,8 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
     """
     torch.set_num_threads(runtime.num_threads or os.cpu_count() or 1)
     model = build()
+    if runtime.onednn:
+        multiply_by_onednn(model.base)
     if runtime.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     positions = usable_positions(model.base.get_base_model())

@@ -147,6 +147,8 @@ class RuntimeSpec:
             says so at its start.  null: a quarter of what the machine has available.  0 keeps none there.
         kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, at most half of what is
             free there.  Nobody can open what is written, which is gone with the process, however it ends.
+        onednn: true multiplies with frozen float32 weights by oneDNN on an x86 CPU, which is several times as fast on
+            AMD's and as exact; false leaves it to torch.
         gradient_checkpointing: true recomputes activations in the backward pass, for large models.
         seeded_noise: true takes noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
         sites_dir: the folder in which simulated sites keep policy, key and ledger over several runs; null: each run
@@ -159,6 +161,7 @@ class RuntimeSpec:
     micro_batch_tokens: int = 1024
     kept_states_mib: int | None = None
     kept_states_folder: str | None = None
+    onednn: bool = True
     gradient_checkpointing: bool = False
     seeded_noise: bool = False
     sites_dir: str | None = None

@@ -4,26 +4,28 @@ from .mutant import Mutant
 
 STEP = "fedtune/training/dp_step.py"
 OF_STEP = ("tests/training/test_step_faults.py",)
-NORMS = "    norms = _norms(flat)\n"
-BOUND = "    bound = max_grad_norm * (1 - _ROUNDING_ROOM)\n"
-WEIGHTS = "    weights = bound / norms.clamp(min=max(bound, SMALLEST_NORM)) / cell(max_grad_norm)\n"
-SCALED = "    scaled = {name: one.mul_(weights[:, None]).trunc_() for name, one in flat.items()}\n"
-COMMENT = (
-    "    # In whole numbers: a tensor's square norm is at most 2**48 where it is usable, so float64 sums it up "
-    "exactly, and\n    # the square of the root that comes back rounds to it.\n"
+LOOP = (
+    "    for name, contribution in _in_cells(gradients, max_grad_norm):\n"
+    "        # Exact in float64: fewer than 2**29 whole numbers of at most 2**24 each.\n"
+    "        totals[name] = contribution.sum(dim=0)\n"
+    "        squares.append(_exact_squares(contribution))\n"
 )
-SQUARES = "    squares = _added(_norm_of_rows(one).square().round() for one in scaled.values())\n"
-CHECKED = "    usable = squares <= CLIP_NORM_CELLS**2  # false for NaN, which is what an infinite gradient has become\n"
-ALL = "    usable = torch.ones_like(norms, dtype=torch.bool)\n"
-FROM_THE_NORMS = NORMS + BOUND + WEIGHTS + SCALED + COMMENT + SQUARES
+CHECK = (
+    "    if not (usable := _within_clip_norm(squares)).all():\n"
+    "        add_clipped(sums, {name: gradient[usable] for name, gradient in gradients.items()}, max_grad_norm)\n"
+    "        return\n"
+)
+IN_CELLS = "_in_cells(gradients, max_grad_norm)"
+AS_IT_IS = 'div_(cell(max_grad_norm), rounding_mode="trunc")'
+WITHIN = "    return _added(squares) <= CLIP_NORM_CELLS**2\n"
 
 CLIPPING = (
     Mutant(
         name="no-clipping",
         fault="Gradients are summed as they are; noise and epsilon stay.",
         file=STEP,
-        old=WEIGHTS + SCALED + COMMENT + SQUARES + CHECKED,
-        new="    weights = torch.ones_like(norms) / cell(max_grad_norm)\n" + SCALED + ALL,
+        old=LOOP + CHECK,
+        new=LOOP.replace(IN_CELLS, f"((name, _rows(one).{AS_IT_IS}) for name, one in gradients.items())"),
         tests=OF_STEP,
     ),
     Mutant(
@@ -44,36 +46,33 @@ CLIPPING = (
         fault="Each tensor is clipped to the whole clip norm by itself, and the noise is that of one norm over all of "
         "them: with k tensors the sensitivity is larger by the root of k.",
         file=STEP,
-        old=SCALED + COMMENT + SQUARES,
-        new="""    scaled = {
-        name: one.mul_((bound / _norm_of_rows(one).clamp(min=bound) / cell(max_grad_norm))[:, None]).trunc_()
-        for name, one in flat.items()
-    }
-"""
-        + "    squares = reduce(torch.maximum, [_norm_of_rows(one).square().round() for one in scaled.values()])\n",
+        old=LOOP + CHECK,
+        new=LOOP.replace(
+            IN_CELLS, "(one for name in gradients for one in _in_cells({name: gradients[name]}, max_grad_norm))"
+        ),
         tests=OF_STEP,
     ),
     Mutant(
         name="head-left-out-of-the-norm",
         fault="The norm is taken over the LoRA tensors alone; the head is scaled by their factor.",
         file=STEP,
-        old=FROM_THE_NORMS,
-        new=(NORMS + BOUND + WEIGHTS + SCALED + SQUARES)
-        .replace("_norms(flat)", '_norms({name: one for name, one in flat.items() if name != "head.weight"} or flat)')
-        .replace("in scaled.values()", 'in ([scaled[n] for n in scaled if n != "head.weight"] or scaled.values())'),
+        old=LOOP + CHECK,
+        new='    others = {name: one for name, one in gradients.items() if name != "head.weight"} or gradients\n'
+        "    cells = _norms(others).clamp(min=max_grad_norm)[:, None] * 2.0**-GRID_BITS\n"
+        + LOOP.replace(
+            IN_CELLS, '((name, _rows(one).div_(cells, rounding_mode="trunc")) for name, one in gradients.items())'
+        ),
         tests=OF_STEP,
     ),
     Mutant(
         name="a-layer-outside-clipping",
         fault="The head is trained, noised and released, but its gradients are added without being scaled.",
         file=STEP,
-        old=SCALED + COMMENT + SQUARES + CHECKED,
-        new="""    plain = torch.ones_like(norms) / cell(max_grad_norm)
-    scaled = {
-        name: one.mul_((plain if name == "head.weight" else weights)[:, None]).trunc_() for name, one in flat.items()
-    }
-"""
-        + ALL,
+        old=LOOP + CHECK,
+        new=LOOP.replace(
+            IN_CELLS,
+            f"((n, _rows(gradients[n]).{AS_IT_IS} if n == 'head.weight' else one) for n, one in {IN_CELLS})",
+        ),
         tests=OF_STEP,
     ),
     Mutant(
@@ -89,8 +88,8 @@ CLIPPING = (
         fault="A gradient that is not finite is kept, and one record turns the whole update into NaN, which tells that "
         "it was there.",
         file=STEP,
-        old=BOUND + WEIGHTS + SCALED + COMMENT + SQUARES + CHECKED,
-        new=BOUND + WEIGHTS + SCALED + ALL,
+        old=WITHIN,
+        new="    return ~(_added(squares) > CLIP_NORM_CELLS**2)\n",
         tests=(f"{OF_STEP[0]}::test_a_gradient_that_is_not_finite_counts_as_zero_and_no_other_does",),
     ),
     Mutant(
@@ -120,11 +119,36 @@ CLIPPING = (
     ),
     Mutant(
         name="gradients-not-cleared",
-        fault="Per-example gradients of the micro-batch before stay, and are added to those of the next.",
+        fault="What a pass found that failed half-way stays, and is added to what the next one finds.",
         file="fedtune/training/per_example.py",
-        old="            parameter.grad_sample = None",
-        new="            pass",
-        tests=OF_STEP,
+        old="        self.found.clear()  # a pass that failed half-way left its own behind\n",
+        new="",
+        tests=("tests/training/test_per_example.py",),
+    ),
+    Mutant(
+        name="gradients-of-the-rounds-first-adapter",
+        fault="What stands for the parameters in a forward pass is a copy from the round's start, so that every later "
+        "step takes its gradients at an adapter that is no longer there.",
+        file="fedtune/training/per_example.py",
+        old="one.detach() for name, one in module._parameters.items()",
+        new="one.detach().clone() for name, one in module._parameters.items()",
+        tests=("tests/training/test_per_example.py::test_after_a_step_gradients_are_those_at_the_new_adapter",),
+    ),
+    Mutant(
+        name="frozen-product-not-transposed-on-the-way-back",
+        fault="A gradient goes back through a frozen module by its weights as they are, which fit where it is square.",
+        file="fedtune/model/products.py",
+        old="_multiply(gradients[0], weight.t(), None)",
+        new="_multiply(gradients[0], weight if len(weight) == weight.shape[1] else weight.t(), None)",
+        tests=("tests/model/test_products.py",),
+    ),
+    Mutant(
+        name="a-module-used-twice-counts-once",
+        fault="Of a module that a forward pass uses twice the later gradient stands in place of both.",
+        file="fedtune/training/per_example.py",
+        old="each if known is None else known + each",
+        new="each",
+        tests=("tests/training/test_per_example.py",),
     ),
     Mutant(
         name="divided-by-the-true-count",
@@ -147,18 +171,16 @@ CLIPPING = (
         fault="A contribution is rounded to the nearest cell instead of towards zero: of many small values it comes "
         "out longer than the clip norm, and the check in whole numbers alone keeps it out.",
         file=STEP,
-        old=".trunc_()",
-        new=".round_()",
+        old='.div_(cells, rounding_mode="trunc")',
+        new=".div_(cells).round_()",
         tests=OF_STEP,
     ),
     Mutant(
         name="rounded-up-a-cell",
         fault="A contribution is rounded away from zero: each of many values that are next to nothing becomes a cell.",
         file=STEP,
-        old=SCALED,
-        new="    scaled = {\n"
-        "        name: (lambda one: one.abs().ceil() * one.sign())(gradient * weights[:, None])\n"
-        "        for name, gradient in flat.items()\n    }\n",
+        old='_rows(gradient).div_(cells, rounding_mode="trunc")',
+        new="(lambda one: one.abs().ceil() * one.sign())(_rows(gradient).div_(cells))",
         tests=OF_STEP,
     ),
     Mutant(
@@ -166,16 +188,16 @@ CLIPPING = (
         fault="Nothing checks in whole numbers what floats clipped: where their norm came out too small, a unit adds "
         "more than the clip norm.",
         file=STEP,
-        old=CHECKED,
-        new=ALL,
+        old=WITHIN,
+        new="    return _added(squares).isfinite()\n",
         tests=OF_STEP,
     ),
     Mutant(
         name="no-smallest-norm",
         fault="A gradient that is next to nothing but rounding is scaled up to a whole tiny clip norm.",
         file=STEP,
-        old="norms.clamp(min=max(bound, SMALLEST_NORM))",
-        new="norms.clamp(min=bound)",
+        old=".clamp(min=max(bound, SMALLEST_NORM))",
+        new=".clamp(min=bound)",
         tests=OF_STEP,
     ),
     Mutant(
@@ -192,8 +214,8 @@ CLIPPING = (
         fault="The tensors' squares are added up in an order that goes by the number of rows: a norm's last bit, and "
         "so a cell or two of a contribution, follows a unit's company.",
         file=STEP,
-        old="_added(_norm_of_rows(gradient).square() for gradient in gradients.values()).sqrt()",
-        new="torch.stack([_norm_of_rows(one) for one in gradients.values()]).square().sum(dim=0).sqrt()",
+        old="_added(_norm_of_rows(_rows(gradient)).square() for gradient in gradients.values()).sqrt()",
+        new="torch.stack([_norm_of_rows(_rows(one)) for one in gradients.values()]).square().sum(dim=0).sqrt()",
         tests=("tests/training/test_exact_sum.py",),
     ),
     Mutant(
@@ -269,9 +291,8 @@ CLIPPING = (
         fault="Where an example of a micro-batch fails, the others are computed in batches of one row: so they are "
         "rounded in another way than without it.",
         file="fedtune/data/batching.py",
-        old="_computed(compute, alone(batch, row), after_failure)",
-        new="_computed(compute, Batch(*(x[[row]] for x in (batch.input_ids, batch.attention_mask, batch.targets))), "
-        "after_failure)",
+        old="_computed(compute, alone(batch, row))",
+        new="_computed(compute, Batch(*(x[[row]] for x in (batch.input_ids, batch.attention_mask, batch.targets))))",
         tests=OF_STEP,
     ),
     Mutant(

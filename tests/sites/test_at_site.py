@@ -67,6 +67,9 @@ def test_files_columns_and_machine_are_the_sites_own(letters: Callable[..., RunC
     assert runtime.kept_states_folder is None
     there = replace(policy, machine=replace(policy.machine, kept_states_folder="fast"))
     assert here(hostile, there).runtime.kept_states_folder == "/srv/site/fast"
+    assert runtime.onednn
+    slower = replace(policy, machine=replace(policy.machine, onednn=False))
+    assert not here(hostile, slower).runtime.onednn
     assert (runtime.kept_states_mib, runtime.gradient_checkpointing, runtime.sites_dir) == (5, True, None)
     assert runtime.seeded_noise is hostile.runtime.seeded_noise, "as the policy allowed it"
 

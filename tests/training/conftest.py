@@ -13,6 +13,7 @@ import torch
 
 from fedtune.data import Shapes, TextDataset
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.products import multiply_by_onednn
 from fedtune.privacy.mechanism import cell
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.run_plan import Plan
@@ -53,7 +54,9 @@ def fresh() -> Callable[..., TaskModel]:
         if task in TEXTS:
             task, values = "embedding", values | {"texts": TEXTS[task]}
         spec = TaskModelSpec(model=ModelSpec(path=path, dtype=dtype), task=task, **declared(task), **values)
-        return build_task_model(spec)
+        model = build_task_model(spec)
+        multiply_by_onednn(model.base)  # as a run does
+        return model
 
     return make
 

@@ -13,6 +13,7 @@ import torch
 
 from fedtune.data import UNSUPERVISED, Shapes, TextDataset
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.products import multiply_by_onednn
 from fedtune.tasks import TASKS, TaskModel, build_task_model
 from fedtune.training.dp_step import contributions
 from fedtune.training.examples import SiteExamples
@@ -190,6 +191,7 @@ def packaged(path: str, task: str) -> TaskModel:
         seed=3,
     )
     model = build_task_model(spec)
+    multiply_by_onednn(model.base)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in model.trainable().values():

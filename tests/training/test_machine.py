@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import RobertaConfig, RobertaModel
 
+from fedtune.model.products import uses_onednn
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model
@@ -60,6 +62,13 @@ def test_a_record_of_several_texts_takes_their_part_of_a_micro_batch() -> None:
     shapes = shapes_for(model, RuntimeSpec(micro_batch_tokens=1200), max_length=30)
     assert max(rows * 3 * length for length in shapes.lengths for rows in shapes.rows(length)) <= 1200
     assert shapes.rows(24)[0] == 1200 // 3 // 24
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_who_multiplies_is_a_setting(onednn: bool) -> None:
+    runtime = RuntimeSpec(num_threads=1, onednn=onednn)
+    model = ready_model(lambda: build_task_model(TINY), runtime, max_length=8)
+    assert uses_onednn(model) == (onednn and torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", "amd64"))
 
 
 def test_frozen_states_are_kept_while_they_fit() -> None:

@@ -1,4 +1,4 @@
-"""Opacus's hooks: what they yield, and that they go again."""
+"""Gradients by example: what a watched model yields, and that nothing is left of the watching."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 
 from fedtune.data import TextDataset, collate
 from fedtune.model import HeadSpec, LoraSpec
+from fedtune.model.layers import layer_stack
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
 from fedtune.training.per_example import attached
+
+from .test_dp_step import loop_gradient
 
 KINDS = [
     *(("random:bert", task) for task in ("classification", "pairs", "triplets")),
@@ -21,10 +24,10 @@ KINDS = [
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 
 
-def hooks_on(model: TaskModel) -> int:
-    """How many hooks any of its modules has."""
+def watched_in(model: TaskModel) -> int:
+    """How many of its modules run another forward pass than their own, or have a hook."""
     return sum(
-        len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+        ("forward" in vars(module)) + len(module._forward_hooks) + len(module._backward_hooks)
         for module in model.modules()
     )
 
@@ -39,13 +42,13 @@ def leftovers(model: TaskModel) -> list[str]:
 
 
 @kinds
-def test_hooks_go_at_the_end(trained: Any, examples: Any, path: str, task: str) -> None:
+def test_watching_ends(trained: Any, examples: Any, path: str, task: str) -> None:
     model = trained(path, task)
-    before = hooks_on(model)
+    before = watched_in(model)
     with attached(model) as gradients:
-        assert hooks_on(model) > before
+        assert watched_in(model) > before
         gradients.of(collate(examples(task), [0, 1], pad_id=0))
-    assert hooks_on(model) == before
+    assert watched_in(model) == before
     assert leftovers(model) == []
 
 
@@ -55,12 +58,12 @@ def gradients_of(model: TaskModel, batch: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("within", ["forward pass", "backward pass", "between them"])
-def test_a_failure_leaves_no_hook_and_no_trace(trained: Any, examples: Any, within: str) -> None:
+def test_a_failure_leaves_no_watched_module_and_no_trace(trained: Any, examples: Any, within: str) -> None:
     # One base serves every site of a simulation: a site that runs out of memory must not end the others' rounds,
     # nor leave its records' activations behind.
     model, dataset = trained(), examples("classification")
     small, large = collate(dataset, [0, 1], pad_id=0), collate(dataset, [2, 3, 4], pad_id=0)
-    expected, before = gradients_of(model, small), hooks_on(model)
+    expected, before = gradients_of(model, small), watched_in(model)
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
 
     def fails(*_: Any) -> None:
@@ -76,14 +79,14 @@ def test_a_failure_leaves_no_hook_and_no_trace(trained: Any, examples: Any, with
         gradients_of(model, large)
     handle.remove()
 
-    assert hooks_on(model) == before
+    assert watched_in(model) == before
     assert leftovers(model) == []
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
     for name, gradient in gradients_of(model, small).items():
         assert torch.equal(gradient, expected[name]), name
 
 
-def test_hooks_can_be_attached_again(trained: Any, examples: Any) -> None:
+def test_a_model_can_be_watched_again(trained: Any, examples: Any) -> None:
     model, batch = trained(), collate(examples("classification"), [0, 1, 2], pad_id=0)
     found = []
     for _ in range(2):
@@ -128,11 +131,12 @@ def test_frozen_tensors_have_no_gradient(trained: Any, examples: Any, changes: d
 
 def test_a_tensor_that_takes_no_part_is_refused(trained: Any, examples: Any) -> None:
     model = trained()
-    model.trainable()["head.weight"].requires_grad_(False)
-    with attached(model) as gradients:
-        model.head.spare = torch.nn.Linear(2, 2, bias=False)
-        with pytest.raises(ConfigError, match=r"lora\.target_modules = 'head\.spare\.weight': is trainable, but"):
-            type(gradients)(model).of(collate(examples("classification"), [0, 1], pad_id=0))
+    model.head.spare = torch.nn.Linear(2, 2, bias=False)
+    with (
+        attached(model) as gradients,
+        pytest.raises(ConfigError, match=r"lora\.target_modules = 'head\.spare\.weight': is trainable, but"),
+    ):
+        gradients.of(collate(examples("classification"), [0, 1], pad_id=0))
 
 
 # A record that cannot be computed counts as zero; the answer must not depend on whether there is one.
@@ -181,7 +185,7 @@ def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
 ) -> None:
     model = trained()
     shape = (8, 16)
-    before = hooks_on(model)
+    before = watched_in(model)
     handles = fail_on(
         model, within
     )  # before anything, as a backward hook changes in which order gradients are added up
@@ -208,7 +212,7 @@ def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
     for handle in handles:
         handle.remove()
-    assert hooks_on(model) == before
+    assert watched_in(model) == before
 
 
 @pytest.mark.parametrize("bad", [(0,), (5,), (3, 10)])
@@ -264,3 +268,27 @@ def test_a_step_with_a_record_that_cannot_be_computed_is_the_step_without_it(
     with_it, without = (clipped_sum(model, each, plan(), max_tokens=1) for each in (whole, fewer))
     assert all(np.array_equal(with_it[name], without[name]) for name in without)
     assert any(total.any() for total in without.values())
+
+
+def test_a_module_that_a_pass_uses_twice_has_the_sum_of_both_gradients(trained: Any, examples: Any) -> None:
+    model, dataset = trained(), examples("classification")
+    layers = layer_stack(model.base.get_base_model())[1]
+    layers[1] = layers[0]
+    looped = [loop_gradient(model, dataset, place) for place in range(3)]
+    with attached(model) as gradients:
+        found = gradients.of(collate(dataset, [0, 1, 2], pad_id=0))
+    for place, each in enumerate(looped):
+        for name, expected in each.items():
+            np.testing.assert_allclose(found[name][place].numpy(), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_after_a_step_gradients_are_those_at_the_new_adapter(trained: Any, examples: Any) -> None:
+    model, dataset = trained(), examples("classification")
+    with attached(model) as gradients:
+        gradients.of(collate(dataset, [0], pad_id=0))
+        with torch.no_grad():
+            for parameter in model.trainable().values():
+                parameter.mul_(-2.0)  # in place, as optimizers step
+        found = gradients.of(collate(dataset, [0], pad_id=0))
+    for name, expected in loop_gradient(model, dataset, 0).items():
+        np.testing.assert_allclose(found[name][0].numpy(), expected, rtol=1e-4, atol=2e-5)

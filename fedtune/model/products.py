@@ -1,0 +1,81 @@
+"""Products with frozen weights on a CPU, by oneDNN: most of what a step computes.
+
+torch multiplies float32 matrices by the library that it was built with, on x86 MKL.  Beside it torch carries oneDNN,
+which does the same work in float32 four times as fast on AMD's CPUs (simulations/benchmarks).  torch's own way to it is
+an operator that its compiler uses, without a gradient; so the gradient is here, and none is computed for the weights.
+
+A row's product is the same, bit for bit, in every number of rows but one; `fedtune.training.preflight` tries that.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+class _Product(torch.autograd.Function):
+    """`values` (..., k) times `weight` (n, k) transposed, plus `bias` (n,), in float32; only values get a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return _multiply(values, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return (_multiply(gradients[0], weight.t(), None) if ctx.needs_input_grad[0] else None), None, None
+
+
+class FrozenLinear(nn.Linear):
+    """A linear module whose weights never train."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        return product(values, self.weight, self.bias)
+
+
+class FrozenConv1D(Conv1D):  # type: ignore[misc]  # transformers has no types for it
+    """The same with its weights transposed, as GPT-2 has them."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        return product(values, self.weight.t(), self.bias)
+
+
+def product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`values` (..., k) times `weight` (n, k) transposed, plus `bias` (n,): torch's own but for rounding."""
+    if values.dtype != torch.float32 or weight.dtype != torch.float32 or not values.numel():
+        return nn.functional.linear(values, weight, bias)
+    return _Product.apply(values, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def multiply_by_onednn(base: nn.Module) -> None:
+    """Let every frozen linear module of `base` multiply by oneDNN, where this torch has it and the CPU is x86.
+
+    Elsewhere nothing changes: nobody has tried whether a row's product depends on its neighbours there.
+    """
+    if not torch._C._has_mkldnn or platform.machine().lower() not in ("x86_64", "amd64"):
+        return
+    for module in base.modules():
+        if any(parameter.requires_grad or parameter.device.type != "cpu" for parameter in module.parameters()):
+            continue
+        # Their class alone changes: weights, names and hooks stay what and where they are.
+        if type(module) is nn.Linear:
+            module.__class__ = FrozenLinear
+        elif type(module) is Conv1D:
+            module.__class__ = FrozenConv1D
+
+
+def uses_onednn(model: nn.Module) -> bool:
+    """Whether `multiply_by_onednn` has changed anything in it."""
+    return any(isinstance(module, FrozenLinear | FrozenConv1D) for module in model.modules())
+
+
+def _multiply(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")
+    return found
