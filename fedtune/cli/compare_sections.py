@@ -20,7 +20,7 @@ from fedtune.evaluation.groups import GroupScores
 from fedtune.federation.cost import Cost
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.mechanism import OTHERS
-from fedtune.report.page.charts import Panel, Series, chart
+from fedtune.report.page.drawing import intervals
 from fedtune.words import counted, duration, jsonable, size
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -121,20 +121,19 @@ class Compared:
         return as_page(f"Comparison: {self.main}", promise=first, holds=better, body=body, last=last)
 
     def chart(self) -> Markup:
-        """The score that counts with its interval, a column for each model."""
-        series = []
-        for number, name in enumerate(self.models):
+        """The score that counts with its interval, a row for each model."""
+        rows = []
+        for name in self.models:
             found = self.sides.estimate(name, self.score)
-            ends = [value for value in (found.low, found.value, found.high) if math.isfinite(value)]
-            points = [(float(number + 1), value) for value in ends]
-            if points:
-                series.append(Series(points=points, number=number, label=f"{number + 1} {name}"))
-        if not series:
+            ends = (found.low, found.value, found.high)
+            if all(map(math.isfinite, ends)):
+                rows.append((name, *ends))
+        if not rows:
             return Markup("")
-        panel = Panel(series=series, x="model", y=_words(self.score), scale="whole", from_zero=False)
         named = (f"{_words(self.score)} of each model", "With 95 % intervals; the tables have the figures.")
-        height = 200 + 13 * math.ceil(len(series) / 2)
-        return chart("models", [panel], named=named, number="{:g}".format, height=height)
+        return intervals(
+            "models", rows, x=f"{_words(self.score)}, with 95 % intervals", named=named, number="{:g}".format
+        )
 
     @property
     def _base(self) -> str:

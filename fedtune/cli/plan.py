@@ -24,7 +24,7 @@ from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.page.charts import LIMIT, Panel, Series, chart
+from fedtune.report.page.drawing import LIMIT, Panel, Series, chart
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import jsonable
 

@@ -1,0 +1,323 @@
+"""Charts as SVG: axes, lines, points, bars and intervals, with what a screen reader says of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+from markupsafe import Markup, escape
+
+from fedtune.report.page.catalogue import power_of_ten
+from fedtune.report.page.tables import MOST_LINES, shortened
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00")
+DASHES = ("", "6 2", "2 1", "6 2 1 2", "10 3", "1 2")
+MARKERS = (
+    "M-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0-5.2 0z",
+    "M-2.4-2.4h4.8v4.8h-4.8z",
+    "M0-3l2.8 5.2h-5.6z",
+    "M0-3.2l3.2 3.2-3.2 3.2-3.2-3.2z",
+    "M0 3l-2.8-5.2h5.6z",
+    "M-2.4-2.4l4.8 4.8M2.4-2.4l-4.8 4.8",
+)
+LIMIT, BEFORE, WITHOUT_PRIVACY = "5 4", "1 2", "7 4"
+"""Dashes of levels that lines are compared with."""
+_WIDTH = 310.0  # at which text of 10 reads well at half a page's width and on a phone
+_LETTER = 5.6  # about the width of one
+_MOST_MARKERS = 40  # so many that they touch say nothing
+_FILLS = ("#56B4E9", "#ffffff", "#ffffff")
+_HATCHES = ("", "M0 6l6-6", "M0 0l6 6M0 6l6-6")
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """One line, or the bars or points of one thing; `number` gives its colour, dashes and marker."""
+
+    points: Points
+    number: int
+    label: str = ""
+    kind: Literal["line", "points", "bars", "limit"] = "line"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """Axes and what is drawn on them.
+
+    Attributes:
+        x: name of the axis, and `y` likewise.
+        levels: (height, label, dashes) of lines from one side to the other.
+        notes: (x, y, text) at single points.
+        scale: of x.
+        from_zero: whether y begins at 0.
+    """
+
+    series: Sequence[Series]
+    x: str = ""
+    y: str = ""
+    levels: Sequence[tuple[float, str, str]] = ()
+    notes: Sequence[tuple[float, float, str]] = ()
+    scale: Literal["number", "whole", "powers"] = "number"
+    from_zero: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Axis:
+    """Where the values of an axis lie: `low` at `start`, and `high` so far from it that down is negative."""
+
+    low: float
+    high: float
+    start: float
+    length: float
+
+    def at(self, value: float) -> float:
+        return round(self.start + (value - self.low) / (self.high - self.low) * self.length, 2)
+
+
+def chart(
+    code: str, panels: Sequence[Panel], *, named: tuple[str, str], number: Callable[[float], str], height: float = 0
+) -> Markup:
+    """Panels under each other, which share their x axis.
+
+    Args:
+        code: for ids that no other chart has.
+        panels: one or two.
+        named: title and description, for screen readers.
+        number: how the language writes a figure.
+        height: 0: by the number of panels.
+    """
+    scale, height = panels[-1].scale, height or 86 + 108 * len(panels)
+    spans = [_span(panel) for panel in panels]
+    ticks = [_ticks(*span) for span in spans]
+    left = 22 + _LETTER * max(len(number(tick)) for tick in chain(*ticks))
+    places = [x for panel in panels for one in panel.series for x, _ in one.points]
+    half = 0.6 if any(one.kind == "bars" for panel in panels for one in panel.series) else 0.0
+    low, high = _x_span(places, scale, half)
+    across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - 8)
+    keys = [list(_keys(panel)) for panel in panels]
+    room = [13 * math.ceil(len(key) / 2) + 8 for key in keys]
+    each = (height - 32 - sum(room) - 8 * (len(panels) - 1)) / len(panels)
+    parts, top = [_hatching(code)], 0.0
+    for panel, span, marks, key, above in zip(panels, spans, ticks, keys, room, strict=True):
+        parts += _legend(key, code=code, left=left, top=top + 9)
+        top += above
+        down = _Axis(low=span[0], high=span[1], start=top + each, length=-each)
+        parts += _axes(panel, across, down, [(tick, number(tick)) for tick in marks])
+        for one in panel.series:
+            parts += _drawn(one, panel, across, down, code=code)
+        parts += _levels(panel, across, down)
+        top += each + 8
+    labels = [
+        (tick, power_of_ten(round(tick)) if scale == "powers" else number(tick)) for tick in _x_ticks(low, high, scale)
+    ]
+    parts += _x_axis(panels[-1].x, across, height - 32, labels)
+    return _framed(code, parts, height=height, named=named)
+
+
+def stacked(
+    code: str,
+    rows: Sequence[tuple[str, Sequence[float]]],
+    labels: Sequence[str],
+    *,
+    x: str,
+    named: tuple[str, str],
+    number: Callable[[float], str],
+) -> Markup:
+    """A bar across for each row, of parts that `labels` name."""
+    key = [(label, f'<rect width="14" height="8" y="-7" {_fill(code, place)}/>') for place, label in enumerate(labels)]
+    top, left = 13.0 * math.ceil(len(key) / 2) + 8, 12 + _LETTER * max(len(name) for name, _ in rows)
+    high = 1.04 * max(sum(parts) for _, parts in rows) or 1.0
+    across = _Axis(low=0.0, high=high, start=left, length=_WIDTH - left - 8)
+    parts, bottom = [_hatching(code), *_legend(key, code=code, left=8, top=9)], top + 27 * len(rows)
+    for place, (name, widths) in enumerate(rows):
+        begin, y = 0.0, top + 27 * place + 5
+        parts.append(_text(left - 5, y + 12, name, anchor="end"))
+        for part, width in enumerate(widths):
+            size = f'x="{across.at(begin)}" y="{y:g}" width="{width / high * across.length:.2f}" height="17"'
+            parts.append(f"<rect {size} {_fill(code, part)}/>")
+            begin += width
+    parts += _x_axis(x, across, bottom, [(tick, number(tick)) for tick in _ticks(0.0, high)])
+    return _framed(code, parts, height=bottom + 32, named=named)
+
+
+def intervals(
+    code: str,
+    rows: Sequence[tuple[str, float, float, float]],
+    *,
+    x: str,
+    named: tuple[str, str],
+    number: Callable[[float], str],
+) -> Markup:
+    """A row for each thing: its name, a dot at its value, and a line from the low end of its interval to the high one.
+
+    Args:
+        code: for ids that no other chart has.
+        rows: (name, low, value, high) of finite numbers.
+        x: name of the axis.
+        named: title and description, for screen readers.
+        number: how figures are written.
+    """
+    names = [shortened(name, 30) for name, *_ in rows]
+    left, step = 14 + _LETTER * max(map(len, names)), 15.0
+    low, high = _x_span([value for _, *ends in rows for value in ends], "number", 0.0)
+    across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - 10)
+    bottom, parts = step * len(rows) + 6, []
+    for tick in _ticks(low, high):
+        parts.append(f'<path d="M{across.at(tick):g} 2V{bottom:g}" stroke="#d9d9d9" stroke-width="0.6"/>')
+    for place, (name, (_, least, value, most)) in enumerate(zip(names, rows, strict=True)):
+        y = step * place + 11
+        parts.append(_text(left - 6, y + 3.5, name, anchor="end"))
+        parts.append(_line(f"M{across.at(least):g} {y:g}H{across.at(most):g}", COLOURS[0], ""))
+        parts.append(_marker(across.at(value), y, COLOURS[0], MARKERS[0]))
+    parts += _x_axis(x, across, bottom, [(tick, number(tick)) for tick in _ticks(low, high)])
+    return _framed(code, parts, height=bottom + 32, named=named)
+
+
+def _framed(code: str, parts: Sequence[str], *, height: float, named: tuple[str, str]) -> Markup:
+    title, description = map(escape, named)
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {height:g}" role="img" font-size="10"'
+        f' stroke-linejoin="round" aria-labelledby="{code}-title {code}-desc">'
+        f'<title id="{code}-title">{title}</title><desc id="{code}-desc">{description}</desc>'
+    )
+    return Markup(head + "".join(parts) + "</svg>")  # every text in it is escaped
+
+
+def _hatching(code: str) -> str:
+    patterns = "".join(
+        f'<pattern id="{code}-hatch-{place}" width="6" height="6" patternUnits="userSpaceOnUse">'
+        f'<rect width="6" height="6" fill="{fill}"/>{_line(hatch, "#000000", "") if hatch else ""}</pattern>'
+        for place, (fill, hatch) in enumerate(zip(_FILLS, _HATCHES, strict=True))
+    )
+    return f"<defs>{patterns}</defs>"
+
+
+def _fill(code: str, place: int) -> str:
+    return f'fill="url(#{code}-hatch-{place})" stroke="#000000" stroke-width="0.8"'
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", more: str = "") -> str:
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
+
+
+def _span(panel: Panel) -> tuple[float, float]:
+    """Lowest and highest value of y, with room for a marker."""
+    values = [y for one in panel.series for _, y in one.points] + [height for height, _, _ in panel.levels]
+    low, high = (0.0 if panel.from_zero else min(values)), max(values)
+    if high - low < 1e-300:  # less has no parts that are floats
+        return (0.0, 1.0) if panel.from_zero else (low - 0.5, high + 0.5)
+    room = 0.06 * (high - low)
+    return (low if panel.from_zero else low - room), high + room
+
+
+def _x_span(places: Sequence[float], scale: str, half: float) -> tuple[float, float]:
+    values = [math.log10(place) for place in places] if scale == "powers" else places
+    low, high = min(values), max(values)
+    room = half or 0.04 * (high - low) or 0.5
+    return low - room, high + room
+
+
+def _ticks(low: float, high: float, *, most: int = 6) -> list[float]:
+    """Round numbers between two others."""
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(width * power for width in (1, 2, 2.5, 5, 10) if (high - low) / (width * power) <= most)
+    first = math.ceil(low / step - 1e-9)
+    return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _x_ticks(low: float, high: float, scale: str) -> list[float]:
+    if scale == "number":
+        return _ticks(low, high)
+    whole = [tick for tick in _ticks(low, high, most=8) if tick == round(tick)]
+    return whole or [float(round((low + high) / 2))]
+
+
+def _axes(panel: Panel, across: _Axis, down: _Axis, ticks: Sequence[tuple[float, str]]) -> Iterator[str]:
+    end, bottom = across.start + across.length, down.start
+    for tick, text in ticks:
+        y = down.at(tick)
+        yield f'<path d="M{across.start:g} {y:g}H{end:g}" stroke="#d9d9d9" stroke-width="0.6"/>'
+        yield _text(across.start - 5, y + 3.5, text, anchor="end")
+    top = down.at(down.high)
+    yield f'<path d="M{across.start:g} {top:g}V{bottom:g}H{end:g}" stroke="#000000" stroke-width="0.8" fill="none"/>'
+    if panel.y:
+        middle = round((top + bottom) / 2, 2)
+        yield _text(10, middle, panel.y, anchor="middle", more=f' transform="rotate(-90 10 {middle:g})"')
+
+
+def _x_axis(name: str, across: _Axis, bottom: float, ticks: Sequence[tuple[float, str]]) -> Iterator[str]:
+    for tick, text in ticks:
+        x = across.at(tick)
+        yield f'<path d="M{x:g} {bottom:g}v3.5" stroke="#000000" stroke-width="0.8"/>'
+        yield _text(x, bottom + 14, text, anchor="middle")
+    yield _text(round(across.start + across.length / 2, 2), bottom + 28, name, anchor="middle")
+
+
+def _drawn(one: Series, panel: Panel, across: _Axis, down: _Axis, *, code: str) -> Iterator[str]:
+    place = (lambda x: across.at(math.log10(x))) if panel.scale == "powers" else across.at
+    points = [(place(x), down.at(y)) for x, y in one.points]
+    if one.kind == "bars":
+        several = sum(other.kind == "bars" for other in panel.series)
+        width = 0.8 / several * across.length / (across.high - across.low)
+        shift = (one.number - several / 2) * width
+        for x, y in points:
+            size = f'x="{x + shift:.2f}" y="{y:g}" width="{width:.2f}" height="{down.start - y:.2f}"'
+            yield f"<rect {size} {_fill(code, one.number)}/>"
+    elif one.kind == "limit":
+        steps = "".join(f"H{x:g}V{y:g}" for x, y in points[1:])
+        yield _line(f"M{points[0][0]:g} {points[0][1]:g}{steps}", "#000000", LIMIT)
+    else:
+        colour, dashes, marker = (values[one.number % MOST_LINES] for values in (COLOURS, DASHES, MARKERS))
+        if one.kind == "line":
+            yield _line("M" + "L".join(f"{x:g} {y:g}" for x, y in points), colour, dashes)
+        if len(points) <= _MOST_MARKERS or one.kind == "points":
+            yield from (_marker(x, y, colour, marker) for x, y in points)
+
+
+def _line(path: str, colour: str, dashes: str) -> str:
+    dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
+    return f'<path d="{path}" stroke="{colour}" stroke-width="1.4" fill="none"{dashed}/>'
+
+
+def _marker(x: float, y: float, colour: str, marker: str) -> str:
+    return f'<path d="{marker}" transform="translate({x:g} {y:g})" fill="{colour}" stroke="{colour}"/>'
+
+
+def _levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
+    for height, _, dashes in panel.levels:
+        yield _line(f"M{across.start:g} {down.at(height):g}h{across.length:g}", "#000000", dashes)
+    for x, y, text in panel.notes:
+        anchor = "start" if across.at(x) < across.start + across.length / 2 else "end"
+        yield _text(across.at(x), down.at(y) + 14, text, anchor=anchor)
+
+
+def _keys(panel: Panel) -> Iterator[tuple[str, str]]:
+    """What the legend has: label and sample; nothing where there is one thing alone."""
+    found: dict[str, str] = {}
+    for one in panel.series:
+        if one.kind == "bars":
+            found[one.label] = (
+                f'<rect width="14" height="8" y="-7" fill="url(#CODE-hatch-{one.number})" stroke="#000000"/>'
+            )
+        elif one.kind == "limit":
+            found[one.label] = _line("M0-3h18", "#000000", LIMIT)
+        else:
+            colour, dashes, marker = (values[one.number % MOST_LINES] for values in (COLOURS, DASHES, MARKERS))
+            found[one.label] = _line("M0-3h18", colour, dashes) + _marker(9, -3, colour, marker)
+    for _, label, dashes in panel.levels:
+        found[label] = _line("M0-3h18", "#000000", dashes)
+    if len(found) > 1:
+        yield from found.items()
+
+
+def _legend(keys: Sequence[tuple[str, str]], *, code: str, left: float, top: float) -> Iterator[str]:
+    """In two columns above the axes."""
+    half = (_WIDTH - left) / 2
+    for number, (label, sample) in enumerate(keys):
+        x, y = left + number % 2 * half, top + 13 * (number // 2)
+        said = sample.replace("CODE", code) + _text(22, 0, label)
+        yield f'<g transform="translate({x:g} {y:g})" font-size="9">{said}</g>'
