@@ -18,6 +18,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "write_anchor",
     },
     "Flower calls them": {"create_message", "current_arrays", "intercept", "introduce"},
+    "Python itself, where a module becomes one of another class": {"__class__"},
     "Starlette calls it by its decorator": {"nothing_there"},
     "logging and Python call them in the place of their own": {"handleError", "showwarning", "unraisablehook"},
     "settings of objects that belong to a library": {
