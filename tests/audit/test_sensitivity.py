@@ -52,12 +52,13 @@ def test_a_pair_of_answers_moves_a_step_by_one_clip_norm_at_most(searched: Any) 
 
 
 def test_a_record_whose_texts_are_clipped_one_by_one_is_found(searched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = dp_step.contributions
+    original = dp_step.add_clipped
 
-    def of_each_text(gradients: Any, max_grad_norm: float) -> Any:
-        return {name: 3 * one for name, one in original(gradients, max_grad_norm).items()}
+    def of_each_text(sums: Any, gradients: Any, max_grad_norm: float) -> None:
+        for _ in range(3):
+            original(sums, gradients, max_grad_norm)
 
-    monkeypatch.setattr(dp_step, "contributions", of_each_text)
+    monkeypatch.setattr(dp_step, "add_clipped", of_each_text)
     outcome, found = searched(*TRIPLETS)
     assert outcome.code == 1
     assert found["exceeded"] > 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedtune.data import Shapes, TextDataset
 from fedtune.training import dp_step
-from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, contributions
+from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, contributions, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.users import UserExamples, UserGradients
 
@@ -259,3 +259,36 @@ def test_a_user_moves_the_sum_by_its_own_contribution_alone(
     rest, own = total([user for user in everyone if user != gone]), total([gone])
     assert equal(own, {name: whole[name] - rest[name] for name in whole})
     assert squares({name: one[None] for name, one in own.items()})[0] <= CLIP_NORM**2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_a_sum_is_that_of_its_contributions_whatever_some_of_them_are(bad: float) -> None:
+    """A sum goes over one tensor after the other, and drops units only when it has seen all of them."""
+    draws = np.random.default_rng(6)
+    gradients = {"a": torch.from_numpy(draws.normal(size=(9, 4, 5))), "b": torch.from_numpy(draws.normal(size=(9, 7)))}
+    gradients = {name: one.float() for name, one in gradients.items()}
+    gradients["b"][2, 3] = bad
+    gradients["a"][7, 0, 0] = bad
+    sums = zeros({name: torch.nn.Parameter(one[0].clone()) for name, one in gradients.items()})
+    for clip in (0.5, 1e-9, 100.0):
+        for total in sums.values():
+            total.zero_()
+        add_clipped(sums, gradients, clip)
+        for name, each in contributions(gradients, clip).items():
+            assert torch.equal(sums[name].ravel(), each.sum(dim=0).to(torch.int64)), name
+
+
+def test_a_unit_that_is_too_long_after_all_is_left_out_of_a_sum_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = {"a": torch.randn(6, 50, generator=torch.Generator().manual_seed(2))}
+    right = dp_step._norms
+
+    def short_of_one(some: Any) -> torch.Tensor:
+        found = right(some)
+        return torch.where(torch.arange(len(found)) == 3, 0.5 * found, found) if len(found) == 6 else found
+
+    expected = contributions(gradients, 0.1)["a"]
+    monkeypatch.setattr(dp_step, "_norms", short_of_one)
+    sums = {"a": torch.zeros(50, dtype=torch.int64)}
+    add_clipped(sums, gradients, 0.1)
+    assert torch.equal(sums["a"], (expected.sum(dim=0) - expected[3]).to(torch.int64))
+    assert not contributions(gradients, 0.1)["a"][3].any()
