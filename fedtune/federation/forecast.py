@@ -12,7 +12,7 @@ import torch
 from fedtune.data import Batch, TextDataset, collate
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
-from fedtune.training.machine import keeps_frozen_states
+from fedtune.training.machine import folder_for_states, keeps_frozen_states
 from fedtune.training.per_example import attached
 from fedtune.training.spec import RuntimeSpec
 
@@ -61,10 +61,15 @@ def forecast(
         declared_sizes: of the sites that take part.
         max_length: tokens of each text of a full example.
         runtime: how this machine trains.
+
+    Raises:
+        ConfigError: for `runtime.kept_states_folder`.
     """
     num_values = sum(parameter.numel() for parameter in model.trainable().values())
     num_records = sum(declared_sizes.values()) * plan.records_per_user
-    kept = keeps_frozen_states(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
+    num_tokens = num_records * max_length * model.spec.texts
+    kept = keeps_frozen_states(model, runtime, num_tokens=num_tokens)
+    kept = kept or folder_for_states(model, runtime, num_tokens=num_tokens) is not None
     below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept)
     in_step = plan.sampling_rate * plan.records_per_user  # records, for each declared unit
     steps = {site: in_step * size * above for site, size in declared_sizes.items()}

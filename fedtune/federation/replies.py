@@ -109,7 +109,7 @@ def sort_replies(
                 found.refusals[site] = reply.body
         elif not reply.is_signed():
             found.failures[site] = UNSIGNED_REPLY
-        elif reply.about != asked or not fits(reply.body, sent) or not _can_be(reply.body.scores, num_scores):
+        elif reply.about != asked or not fits(reply.body, sent) or not _are_statistics(reply.body.scores, num_scores):
             found.failures[site] = INVALID_UPDATE
         elif not reach.includes(reply.body.tensors, sent=sent):
             found.failures[site] = BEYOND_PLAN
@@ -120,7 +120,7 @@ def sort_replies(
     return found
 
 
-def _can_be(scores: tuple[float, ...] | None, num_scores: int) -> bool:
+def _are_statistics(scores: tuple[float, ...] | None, num_scores: int) -> bool:
     """Whether these are the plan's statistics, of a size with which one can reckon: shares of a declared number."""
     return len(scores or ()) == num_scores and all(abs(value) <= _MOST_SHARE for value in scores or ())
 

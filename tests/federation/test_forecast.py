@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_pass_leaves_the_model_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_frozen_layers_run_once_for_each_record_where_memory_suffices(run_plan: Plan) -> None:
+def test_frozen_layers_run_once_for_each_record_where_memory_or_a_disk_suffices(run_plan: Plan, tmp_path: Path) -> None:
     model = tiny_model(layers=(-1,))
     kept = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
     assert kept.frozen_states_kept
@@ -100,6 +101,8 @@ def test_frozen_layers_run_once_for_each_record_where_memory_suffices(run_plan: 
     again = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=without)
     assert not again.frozen_states_kept
     assert again.first_seconds == 0
+    on_disk = replace(without, kept_states_folder=str(tmp_path))
+    assert forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=on_disk).frozen_states_kept
 
 
 def test_a_language_model_is_timed_too(run_plan: Plan) -> None:
