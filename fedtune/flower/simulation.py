@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +26,7 @@ from fedtune.flower.server_app import Invited
 from fedtune.sites.data_notes import site_notes
 from fedtune.sites.virtual_site import participants
 from fedtune.spec import ConfigError, RunError
+from fedtune.training.machine import usable_cores
 
 
 def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
@@ -196,7 +196,7 @@ def on_ray(run: Callable[[Grid], LeadState], client_app: ClientApp, config: RunC
             failure.append(error)
             raise
 
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     threads = config.runtime.num_threads or cores
     backend: BackendConfig = {
         "init_args": {"num_cpus": max(cores, threads), "include_dashboard": False, "logging_level": logging.ERROR},

@@ -44,7 +44,7 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
     Raises:
         ConfigError: the model cannot be loaded, or takes no example of `max_length` tokens.
     """
-    torch.set_num_threads(runtime.num_threads or os.cpu_count() or 1)
+    torch.set_num_threads(runtime.num_threads or usable_cores())
     model = build()
     if runtime.onednn:
         multiply_by_onednn(model.base)
@@ -54,6 +54,13 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
     if positions is not None and max_length > positions:
         raise ConfigError("data.max_length", max_length, f"must be at most the model's {positions}")
     return model
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: fewer than the machine has, where it is bound to some of them."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:

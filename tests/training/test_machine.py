@@ -24,6 +24,7 @@ from fedtune.training.machine import (
     ready_model,
     room_for_states,
     shapes_for,
+    usable_cores,
 )
 from fedtune.training.spec import RuntimeSpec
 
@@ -133,3 +134,16 @@ def test_a_wanted_gpu_must_be_there_unless_the_run_is_only_planned() -> None:
     with pytest.raises(ConfigError, match=r"runtime\.device = 'cuda': needs a GPU"):
         device_for("cuda")
     assert device_for("cuda", must_exist=False).type == "cpu"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds a process to cores")
+def test_a_process_bound_to_one_core_takes_one_thread() -> None:
+    # More threads than cores wait for each other.
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert usable_cores() == 1
+        ready_model(lambda: build_task_model(TINY), RuntimeSpec(), max_length=8)
+        assert torch.get_num_threads() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
