@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 
@@ -26,6 +27,7 @@ class _Product(torch.autograd.Function):
         return _multiply(values, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         (weight,) = ctx.saved_tensors
         return (_multiply(gradients[0], weight.t(), None) if ctx.needs_input_grad[0] else None), None, None
@@ -49,7 +51,7 @@ class FrozenConv1D(Conv1D):  # type: ignore[misc]  # transformers has no types f
 
 def product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`values` (..., k) times `weight` (n, k) transposed, plus `bias` (n,): torch's own but for rounding."""
-    if values.dtype != torch.float32 or weight.dtype != torch.float32 or not values.numel():
+    if weight.requires_grad or weight.dtype != torch.float32 or values.dtype != torch.float32 or not values.numel():
         return nn.functional.linear(values, weight, bias)
     return _Product.apply(values, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -77,5 +79,8 @@ def uses_onednn(model: nn.Module) -> bool:
 
 
 def _multiply(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")
+    # It reads a bias as if its values lay side by side.
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+        values, weight, None if bias is None else bias.contiguous(), "none", [], ""
+    )
     return found

@@ -73,8 +73,13 @@ class PerExampleGradients:
         Raises:
             ConfigError: a trainable tensor took no part in the forward pass.
         """
-        self.found.clear()  # a pass that failed half-way left its own behind
-        self._model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
+        try:
+            self._model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
+            return self._found(batch)
+        finally:
+            self.found.clear()  # also what a pass found that failed half-way
+
+    def _found(self, batch: Batch) -> dict[str, torch.Tensor]:
         gradients = {}
         for name, parameter in self._parameters.items():
             gradient = self.found.get(parameter)
@@ -83,7 +88,6 @@ class PerExampleGradients:
             of_rows = gradient[: len(batch.input_ids)]  # a head may have worked on more rows
             # One after the other: torch's own sum over them could go by how many examples there are.
             gradients[name] = reduce(torch.add, (of_rows[text :: batch.texts] for text in range(batch.texts)))
-        self.found.clear()
         return gradients
 
 
@@ -145,13 +149,17 @@ def _constant(module: nn.Module) -> nn.Module:
     Else every backward pass would also compute the gradient of the sum over all examples, which nobody wants.
     """
     same = copy(module)
-    # The same memory: an optimizer's step on the module is one on this.
-    vars(same)["_parameters"] = {name: one if one is None else one.detach() for name, one in module._parameters.items()}
+    vars(same)["_parameters"] = _values(module)
     return same
+
+
+def _values(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    return {name: one if one is None else one.detach() for name, one in module._parameters.items()}
 
 
 def _watched(module: nn.Module, constant: nn.Module, found: Found, values: torch.Tensor) -> torch.Tensor:
     """The output (n, ..., k) for `values` (n, ..., j); on the way back it finds each example's gradient."""
+    vars(constant)["_parameters"] = _values(module)  # as they are now, after a step or whatever else
     output: torch.Tensor = constant.forward(values)
     if not torch.is_grad_enabled():
         return output

@@ -44,12 +44,26 @@ def test_product_and_gradient_are_torchs_own_but_for_rounding(module: nn.Module)
 
 
 @needs_onednn
-def test_a_weight_gets_no_gradient_and_a_value_that_needs_none_gets_none() -> None:
-    weight, values = torch.randn(4, 6, requires_grad=True), torch.randn(5, 6)
-    assert not product(values, weight.detach(), None).requires_grad
-    product(values.requires_grad_(), weight, None).sum().backward()
-    assert weight.grad is None
-    assert values.grad is not None
+def test_a_weight_that_begins_to_train_gets_torchs_gradient() -> None:
+    weight, values = torch.randn(4, 6), torch.randn(5, 6)
+    assert not product(values, weight, None).requires_grad
+    product(values, weight.requires_grad_(), None).sum().backward()
+    torch.testing.assert_close(weight.grad, values.sum(dim=0).expand(4, 6))
+
+
+@needs_onednn
+def test_a_bias_is_read_as_it_lies() -> None:
+    weight, values = torch.randn(5, 6), torch.randn(3, 6)
+    for bias in (torch.arange(10.0)[::2], torch.ones(1).expand(5)):
+        torch.testing.assert_close(product(values, weight, bias), nn.functional.linear(values, weight, bias))
+
+
+@needs_onednn
+def test_there_is_no_second_derivative_and_nobody_is_given_a_wrong_one() -> None:
+    values = torch.randn(3, 6, requires_grad=True)
+    (slope,) = torch.autograd.grad(product(values, torch.randn(5, 6), None).pow(2).sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
 
 
 @needs_onednn

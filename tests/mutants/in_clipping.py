@@ -121,17 +121,17 @@ CLIPPING = (
         name="gradients-not-cleared",
         fault="What a pass found that failed half-way stays, and is added to what the next one finds.",
         file="fedtune/training/per_example.py",
-        old="        self.found.clear()  # a pass that failed half-way left its own behind\n",
-        new="",
+        old="            self.found.clear()  # also what a pass found that failed half-way\n",
+        new="            pass\n",
         tests=("tests/training/test_per_example.py",),
     ),
     Mutant(
         name="gradients-of-the-rounds-first-adapter",
-        fault="What stands for the parameters in a forward pass is a copy from the round's start, so that every later "
-        "step takes its gradients at an adapter that is no longer there.",
+        fault="What stands for the parameters in a forward pass is read once: where they lie in other memory "
+        "later, gradients are those at an adapter that is no longer there.",
         file="fedtune/training/per_example.py",
-        old="one.detach() for name, one in module._parameters.items()",
-        new="one.detach().clone() for name, one in module._parameters.items()",
+        old='    vars(constant)["_parameters"] = _values(module)  # as they are now, after a step or whatever else\n',
+        new="",
         tests=("tests/training/test_per_example.py::test_after_a_step_gradients_are_those_at_the_new_adapter",),
     ),
     Mutant(

@@ -282,13 +282,33 @@ def test_a_module_that_a_pass_uses_twice_has_the_sum_of_both_gradients(trained: 
             np.testing.assert_allclose(found[name][place].numpy(), expected, rtol=1e-4, atol=2e-5)
 
 
-def test_after_a_step_gradients_are_those_at_the_new_adapter(trained: Any, examples: Any) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_after_a_step_gradients_are_those_at_the_new_adapter(trained: Any, examples: Any, elsewhere: bool) -> None:
     model, dataset = trained(), examples("classification")
     with attached(model) as gradients:
         gradients.of(collate(dataset, [0], pad_id=0))
         with torch.no_grad():
             for parameter in model.trainable().values():
+                if elsewhere:
+                    parameter.data = parameter.data.clone()
                 parameter.mul_(-2.0)  # in place, as optimizers step
         found = gradients.of(collate(dataset, [0], pad_id=0))
     for name, expected in loop_gradient(model, dataset, 0).items():
         np.testing.assert_allclose(found[name][0].numpy(), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_nothing_that_a_pass_found_outlives_it(trained: Any, examples: Any) -> None:
+    model, batch = trained(), collate(examples("classification"), [0, 1], pad_id=0)
+    with attached(model) as gradients:
+        gradients.of(batch)
+        assert not gradients.found
+
+        def fails(*_: Any) -> None:
+            raise MemoryError
+
+        first = next(module for name, module in model.named_modules() if name.endswith("layer.0.attention.self.query"))
+        handle = first.register_full_backward_pre_hook(fails)
+        with pytest.raises(MemoryError):
+            gradients.of_all(batch)
+        handle.remove()
+        assert not gradients.found
