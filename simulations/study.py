@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -84,6 +85,13 @@ def table(results: dict[str, Any]) -> str:
     metrics = list(next(iter(lines))["metrics"])
     heads = ["", "epsilon", "noise", *metrics, "lowest to highest " + metrics[0], "runs", "seconds a run"]
     rows = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    before = next(iter(lines))["before"]
+    # By rounding alone, unless lines begin in several adapters.
+    alike = all(
+        abs(line["before"].get(name, math.inf) - before.get(name, 0.0)) < 1e-3 for line in lines for name in metrics
+    )
+    if alike:
+        rows.append(["before training", "", "", *(f"{before[name]:.3f}" for name in metrics), "", "", ""])
     for line in lines:
         first = [run[metrics[0]] for run in line["each_run"]]
         rows.append(
