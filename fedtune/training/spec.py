@@ -147,8 +147,8 @@ class RuntimeSpec:
             says so at its start.  null: a quarter of what the machine has available.  0 keeps none there.
         kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, at most half of what is
             free there.  Nobody can open what is written, which is gone with the process, however it ends.
-        onednn: true multiplies with frozen float32 weights by oneDNN on an x86 CPU, which is several times as fast on
-            AMD's and as exact; false leaves it to torch.
+        onednn: true multiplies with frozen float32 weights by oneDNN on an x86 CPU, which is twice as fast on AMD's
+            and as exact; false leaves it to torch.
         gradient_checkpointing: true recomputes activations in the backward pass, for large models.
         seeded_noise: true takes noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
         sites_dir: the folder in which simulated sites keep policy, key and ledger over several runs; null: each run
