@@ -1,8 +1,8 @@
 """Products with frozen weights on a CPU, by oneDNN: most of what a step computes.
 
 torch multiplies float32 matrices by the library that it was built with, on x86 MKL.  Beside it torch carries oneDNN,
-which does the same work in float32 more than twice as fast on AMD's CPUs (simulations/benchmarks).  torch's own way to it is
-an operator that its compiler uses, without a gradient; so the gradient is here, and none is computed for the weights.
+which does the same work in float32 more than twice as fast on AMD's CPUs (simulations/benchmarks).  torch's own way to
+it is an operator that its compiler uses, without a gradient; so the gradient is here, and none is computed for weights.
 
 A row's product is the same, bit for bit, in every number of rows but one; `fedtune.training.preflight` tries that.
 """
