@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "simulations" / "gpu" / "run.py"
 
 
-def call(into: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--tiny", "--device", "cpu", "--into", str(into), *words]
+def call(into: Path, *words: str, script: tuple[str, ...] = (str(SCRIPT),)) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *script, "--tiny", "--device", "cpu", "--into", str(into), *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment, cwd=ROOT)
 
 
 def test_every_step_runs_on_the_cpu_and_is_written_down(tmp_path: Path) -> None:
@@ -38,17 +38,7 @@ def test_a_step_that_fails_is_written_down_and_the_next_one_runs(tmp_path: Path)
         "run.STEPS['equal'] = fails\n"
         "run.main()\n"
     )
-    command = [sys.executable, "-c", code, "--tiny", "--device", "cpu", "--into", str(into)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--steps", "equal", "repeats"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env=environment,
-        cwd=ROOT,
-    )
+    done = call(into, "--steps", "equal", "repeats", script=("-c", code))
     (steps,) = json.loads(into.read_text()).values()
     assert done.returncode == 1
     assert steps["equal"]["error"] == "RuntimeError: no kernel"

@@ -12,7 +12,7 @@ import torch
 from fedtune.data import Batch, TextDataset, collate
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
-from fedtune.training.machine import folder_for_states, keeps_frozen_states
+from fedtune.training.machine import place_for_states
 from fedtune.training.per_example import attached
 from fedtune.training.spec import RuntimeSpec
 
@@ -67,9 +67,7 @@ def forecast(
     """
     num_values = sum(parameter.numel() for parameter in model.trainable().values())
     num_records = sum(declared_sizes.values()) * plan.records_per_user
-    num_tokens = num_records * max_length * model.spec.texts
-    kept = keeps_frozen_states(model, runtime, num_tokens=num_tokens)
-    kept = kept or folder_for_states(model, runtime, num_tokens=num_tokens) is not None
+    kept, _ = place_for_states(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
     below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept)
     in_step = plan.sampling_rate * plan.records_per_user  # records, for each declared unit
     steps = {site: in_step * size * above for site, size in declared_sizes.items()}

@@ -35,6 +35,7 @@ from fedtune.training.machine import (
     folder_for_states,
     frozen_states_mib,
     keeps_frozen_states,
+    place_for_states,
     ready_model,
     shapes_for,
 )
@@ -141,11 +142,7 @@ class SharedModel:
 
     def _states_place(self, config: RunConfig, declared_size: int | None) -> tuple[bool, Path | None]:
         """Whether states are kept, and in which folder if not in memory."""
-        num_tokens = self._num_tokens(config, declared_size)
-        if keeps_frozen_states(self.model, config.runtime, num_tokens=num_tokens):
-            return True, None
-        folder = folder_for_states(self.model, config.runtime, num_tokens=num_tokens)
-        return folder is not None, folder
+        return place_for_states(self.model, config.runtime, num_tokens=self._num_tokens(config, declared_size))
 
     @staticmethod
     def _num_tokens(config: RunConfig, declared_size: int | None) -> int:

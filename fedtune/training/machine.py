@@ -93,6 +93,18 @@ def folder_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int
     return folder if frozen_states_mib(model, num_tokens=num_tokens) <= free_mib / 2 else None
 
 
+def place_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> tuple[bool, Path | None]:
+    """Whether the frozen layers' outputs for so many tokens are kept, and in which folder if not in memory.
+
+    Raises:
+        ConfigError: as `folder_for_states`, where memory has no room.
+    """
+    if keeps_frozen_states(model, runtime, num_tokens=num_tokens):
+        return True, None
+    folder = folder_for_states(model, runtime, num_tokens=num_tokens)
+    return folder is not None, folder
+
+
 def room_for_states(num_tokens: int, width: int, *, dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
     """(num_tokens, width) on the CPU, yet to be filled: in memory, or in a file of `folder` that has no name.
 

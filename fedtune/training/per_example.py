@@ -75,11 +75,11 @@ class PerExampleGradients:
         """
         try:
             self._model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
-            return self._found(batch)
+            return self._by_name(batch)
         finally:
             self.found.clear()  # also what a pass found that failed half-way
 
-    def _found(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _by_name(self, batch: Batch) -> dict[str, torch.Tensor]:
         gradients = {}
         for name, parameter in self._parameters.items():
             gradient = self.found.get(parameter)

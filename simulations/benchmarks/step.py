@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from unittest.mock import patch
 
@@ -78,45 +79,46 @@ def plain(model: TaskModel, batches: list[Batch]) -> dict[str, float]:
 
 def private(model: TaskModel, batches: list[Batch], clip_norm: float) -> dict[str, float]:
     """The same with gradients by example, clipped and added up in whole numbers; noise takes no time beside it."""
-    parts = {"forward": 0.0, "backward": 0.0, "clipping": 0.0}
-    parameters = model.trainable()
-    sums = zeros(parameters)
     with attached(model) as gradients:
-        for batch in batches:
-            gradients.found.clear()
-            with timed(parts, "forward"):
-                loss = model.losses(batch).sum()
-            with timed(parts, "backward"):
-                loss.backward()
-            with timed(parts, "clipping"):
-                rows = len(batch.input_ids)
-                found = {name: gradients.found[parameter][:rows] for name, parameter in parameters.items()}
-                add_clipped(sums, found, clip_norm)
-    return parts
+        return clipped(model, batches, clip_norm, found=gradients.found.__getitem__, forget=gradients.found.clear)
 
 
 def by_hooks(model: TaskModel, batches: list[Batch], clip_norm: float) -> dict[str, float]:
     """The private step with Opacus's hooks on the model."""
+
+    def forget() -> None:
+        for parameter in model.trainable().values():
+            parameter.grad = parameter.grad_sample = None
+
+    hooks = GradSampleHooks(model, loss_reduction="sum")
+    try:
+        return clipped(model, batches, clip_norm, found=attrgetter("grad_sample"), forget=forget)
+    finally:
+        hooks.cleanup()
+        forget()
+
+
+def clipped(
+    model: TaskModel,
+    batches: list[Batch],
+    clip_norm: float,
+    *,
+    found: Callable[[torch.nn.Parameter], torch.Tensor],
+    forget: Callable[[], None],
+) -> dict[str, float]:
+    """A private step, wherever gradients by example are `found`, and forgotten before the next micro-batch."""
     parts = {"forward": 0.0, "backward": 0.0, "clipping": 0.0}
     parameters = model.trainable()
     sums = zeros(parameters)
-    hooks = GradSampleHooks(model, loss_reduction="sum")
-    try:
-        for batch in batches:
-            for parameter in parameters.values():
-                parameter.grad = parameter.grad_sample = None
-            with timed(parts, "forward"):
-                loss = model.losses(batch).sum()
-            with timed(parts, "backward"):
-                loss.backward()
-            with timed(parts, "clipping"):
-                rows = len(batch.input_ids)
-                found = {name: parameter.grad_sample[:rows] for name, parameter in parameters.items()}
-                add_clipped(sums, found, clip_norm)
-    finally:
-        hooks.cleanup()
-        for parameter in parameters.values():
-            parameter.grad = parameter.grad_sample = None
+    for batch in batches:
+        forget()
+        with timed(parts, "forward"):
+            loss = model.losses(batch).sum()
+        with timed(parts, "backward"):
+            loss.backward()
+        with timed(parts, "clipping"):
+            rows = len(batch.input_ids)
+            add_clipped(sums, {name: found(one)[:rows] for name, one in parameters.items()}, clip_norm)
     return parts
 
 

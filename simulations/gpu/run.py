@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +161,7 @@ def alone(machine: Machine) -> Result:
             model = built(path, task, device=machine.device, dtype=dtype)
             for rows, shares in (("any number of rows", (1, 2, 4, 8)), ("one number of rows", (1,))):
                 length, tokens = (15, 64) if machine.tiny else (127, 1024)
-                lengths = Shapes.of(max_length=length, max_tokens=tokens)
-                shapes = Shapes(lengths.lengths, tokens, full=lengths.full, row_shares=shares)
+                shapes = replace(Shapes.of(max_length=length, max_tokens=tokens), row_shares=shares)
                 moved = preflight.moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0)
                 found[f"{path} {task} {dtype}, {rows}"] = moved
     return found
