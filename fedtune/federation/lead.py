@@ -191,6 +191,11 @@ class Checkpoints:
         self._config = config_sha256
         self._asked = folder / "asked.jsonl"
 
+    @property
+    def arrived(self) -> Path:
+        """The folder of a round's updates until they are averaged."""
+        return self._folder / "arrived"
+
     def ask(self, round: int, sites: list[str]) -> None:
         """Note, before a request is sent, that `sites` may be charged for `round`."""
         line = json.dumps({"round": round, "sites": sites}).encode() + b"\n"

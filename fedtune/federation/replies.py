@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
+from fedtune.federation.arrived import Arrived
 from fedtune.federation.protocol import Reply
 from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
@@ -64,60 +65,83 @@ class Closing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Outcome:
+    """What a site's reply came to: `failure` says why it brought no usable update, and is empty where it did."""
+
+    failure: str = ""
+    scores: tuple[float, ...] | None = None
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundReplies:
-    """A round's replies, sorted out.
+    """A round's replies, each judged as it comes: which updates their sites signed and training can have made.
 
     Attributes:
-        updates: site -> adapter, in the order of the sites, so that a sum over them always rounds alike.
-        scores: site -> noised statistics of its held-out units, where the plan releases them.
-        failures: site -> reason, for every asked site without a usable update.
-        refusals: the failures that are refusals under their site's signature, with what was asked and what is allowed.
-    """
-
-    updates: dict[str, Adapter] = field(default_factory=dict)
-    scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    refusals: dict[str, Refusal] = field(default_factory=dict)
-
-
-def sort_replies(
-    replies: Mapping[str, Reply], *, proposal: Proposal, round: int, sent: Adapter, reaches: Mapping[str, Reach]
-) -> RoundReplies:
-    """Keep the updates that their sites signed and that training can have made of the adapter that was sent.
-
-    Args:
-        replies: site -> its answer.
         proposal: of the run.
         round: of the run.
         sent: the adapter that each site was sent.
         reaches: asked site -> how far its training may take the adapter, in the sites' order.
-
-    Returns:
-        Beside the updates, why every other asked site has none.  A site gives a stranger no receipt, and none of a
-        ledger that it cannot read: such a refusal's reason is shown, and it counts as no answer.
+        arrived: where the valid updates are kept.
     """
-    found = RoundReplies()
-    num_scores = METRICS[proposal.plan.metrics].num_values * proposal.plan.num_groups
-    for site, reach in reaches.items():
-        reply, asked = replies.get(site), (site, proposal.run, round)
-        if reply is None:
-            found.failures[site] = NO_REPLY
-        elif isinstance(reply.body, Refusal):
-            own = reply.is_signed() and reply.about == asked
-            found.failures[site] = reply.body.reason.value if own or not reply.receipt else UNSIGNED_REPLY
-            if own:
-                found.refusals[site] = reply.body
-        elif not reply.is_signed():
-            found.failures[site] = UNSIGNED_REPLY
-        elif reply.about != asked or not fits(reply.body, sent) or not _are_statistics(reply.body.scores, num_scores):
-            found.failures[site] = INVALID_UPDATE
-        elif not reach.includes(reply.body.tensors, sent=sent):
-            found.failures[site] = BEYOND_PLAN
-        else:
-            found.updates[site] = Adapter(reply.body.tensors)
-            if reply.body.scores is not None:
-                found.scores[site] = reply.body.scores
-    return found
+
+    proposal: Proposal
+    round: int
+    sent: Adapter
+    reaches: Mapping[str, Reach]
+    arrived: Arrived
+    _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
+
+    def take(self, site: str, reply: Reply) -> None:
+        """Judge an asked site's reply, and keep its update if it is valid; a later reply of its replaces it."""
+        if site not in self.reaches:
+            return
+        outcome = self._judge(site, reply)
+        if not outcome.failure and isinstance(reply.body, Update):
+            self.arrived.put(site, reply.body.tensors)
+        self._outcomes[site] = outcome
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Those with a valid update, in the sites' order, so that a sum over them always rounds alike."""
+        return tuple(site for site, outcome in self._in_order() if not outcome.failure)
+
+    @property
+    def scores(self) -> dict[str, tuple[float, ...]]:
+        """Site -> noised statistics of its held-out units, where the plan releases them."""
+        return {site: outcome.scores for site, outcome in self._in_order() if outcome.scores is not None}
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Site -> reason, for every asked site without a usable update."""
+        return {site: outcome.failure for site, outcome in self._in_order() if outcome.failure}
+
+    @property
+    def refusals(self) -> dict[str, Refusal]:
+        """The failures that are refusals under their site's signature, with what was asked and what is allowed."""
+        return {site: outcome.refusal for site, outcome in self._in_order() if outcome.refusal is not None}
+
+    def _in_order(self) -> list[tuple[str, _Outcome]]:
+        return [(site, self._outcomes.get(site, _Outcome(failure=NO_REPLY))) for site in self.reaches]
+
+    def _judge(self, site: str, reply: Reply) -> _Outcome:
+        body, own = reply.body, reply.is_signed()
+        about_this = reply.about == (site, self.proposal.run, self.round)
+        if isinstance(body, Refusal):
+            # A site gives a stranger no receipt, and none of a ledger that it cannot read: such a refusal's reason is
+            # shown, and it counts as no answer.
+            own = own and about_this
+            shown = own or not reply.receipt
+            return _Outcome(failure=body.reason.value if shown else UNSIGNED_REPLY, refusal=body if own else None)
+        if not own:
+            return _Outcome(failure=UNSIGNED_REPLY)
+        plan = self.proposal.plan
+        num_scores = METRICS[plan.metrics].num_values * plan.num_groups
+        if not (about_this and fits(body, self.sent) and _are_statistics(body.scores, num_scores)):
+            return _Outcome(failure=INVALID_UPDATE)
+        if not self.reaches[site].includes(body.tensors, sent=self.sent):
+            return _Outcome(failure=BEYOND_PLAN)
+        return _Outcome(scores=body.scores)
 
 
 def _are_statistics(scores: tuple[float, ...] | None, num_scores: int) -> bool:

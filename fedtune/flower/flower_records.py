@@ -170,6 +170,6 @@ def to_reply(content: RecordDict) -> Reply:
     return Reply(body=body, receipt=receipt)
 
 
-def weighted(adapter: Adapter, declared_size: int) -> RecordDict:
-    """What Flower's strategies average: an update and its public weight."""
-    return RecordDict({ARRAYS: to_arrays(adapter.tensors), WEIGHT: MetricRecord({WEIGHT_KEY: declared_size})})
+def weighted(tensors: Mapping[str, npt.NDArray[np.float32]], declared_size: int) -> RecordDict:
+    """What Flower's strategies average: an update, or a part of one, and its public weight."""
+    return RecordDict({ARRAYS: to_arrays(tensors), WEIGHT: MetricRecord({WEIGHT_KEY: declared_size})})

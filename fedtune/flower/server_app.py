@@ -9,22 +9,24 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from fedtune.federation.arrived import Arrived
 from fedtune.federation.kept_round import is_over, kept_of
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult, Scores, newest_of
 from fedtune.federation.protocol import PROTOCOL, EndOfRun, Invitation, Reply, RoundRequest
-from fedtune.federation.replies import NO_REPLY, UNSIGNED_REPLY, RoundReplies, sort_replies
+from fedtune.federation.replies import NO_REPLY, UNSIGNED_REPLY, RoundReplies
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import flower_records
-from fedtune.flower.strategy import restore_strategy, strategy_state
+from fedtune.flower.strategy import aggregated, restore_strategy, strategy_state
+from fedtune.flower.streaming_grid import receive
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
@@ -107,8 +109,8 @@ def invite(grid: Grid, asked: Invited, *, less: bool = False) -> Answers:
         question = Invitation(proposal=asked.proposal, site=site, expires=expires, nonce=nonce, less=less)
         content = flower_records.from_signed(question.signed(asked.key), settings=asked.settings)
         messages.append(Message(content, node_id, f"query.{flower_records.INVITE}"))
-    received = grid.send_and_receive(messages, timeout=asked.federation.round_timeout_s)
-    replies = readable(received, asked)
+    received = receive(grid, messages, timeout=asked.federation.round_timeout_s)
+    replies = {site: reply for site, reply, _ in readable(received, asked)}
     offers: dict[str, Offer] = {}
     refusals: dict[str, Refusal] = {}
     silent: dict[str, str] = {}
@@ -116,7 +118,7 @@ def invite(grid: Grid, asked: Invited, *, less: bool = False) -> Answers:
         if site not in replies:
             silent[site] = NO_REPLY
             continue
-        reply, _ = replies[site]
+        reply = replies[site]
         own = reply.is_signed() and reply.about == (site, asked.proposal.run, 0)
         if own and isinstance(reply.body, Offer) and reply.body.nonce == nonce:
             offers[site] = reply.body
@@ -137,9 +139,8 @@ def _unsigned(reason: Reason) -> str:
     return f"{reason.value}, so it may run another version of fedtune than this lead, which speaks protocol {PROTOCOL}"
 
 
-def readable(received: Iterable[Message], asked: Invited) -> dict[str, tuple[Reply, Message]]:
+def readable(received: Iterable[Message], asked: Invited) -> Iterator[tuple[str, Reply, Message]]:
     """Each site's readable answer; an unreadable one counts as none, as does a receipt under a foreign key."""
-    answers = {}
     for message in received:
         site = asked.nodes.get(message.metadata.src_node_id)
         if site is None or message.has_error():
@@ -152,10 +153,10 @@ def readable(received: Iterable[Message], asked: Invited) -> dict[str, tuple[Rep
                 reply = replace(reply, receipt=None)
             if reply.receipt and not reply.receipt.reply:
                 log.warning("%s: its receipt signs no reply, as those of fedtune 0.1.0: it has to be updated", site)
-            answers[site] = (reply, message)
         except ConfigError as error:
             log.warning("%s sent an unreadable reply: %s", site, error)
-    return answers
+            continue
+        yield site, reply, message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,38 +229,41 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
     messages = _requests(grid, lead, state)
-    bytes_down = sum(flower_records.num_bytes(message.content) for message in messages)
-    received = list(grid.send_and_receive(messages, timeout=lead.federation.round_timeout_s))
-    answers = readable(received, lead)
-    most_rounds = lead.plan.most_rounds
-    came = {site: reply for site, (reply, _) in answers.items()}
-    replies = state.believed(came, run=lead.run, most_rounds=most_rounds)
-    state = state.answered(replies, run=lead.run, most_rounds=most_rounds)
-    sorted_out = sort_replies(
-        replies,
-        proposal=lead.proposal,
-        round=round,
-        sent=state.adapter,
-        reaches={
-            site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=state.adapter)
-            for site, size in lead.declared_sizes.items()
-        },
-    )
-    _require_enough(sorted_out, lead, round)
-    bytes_up = sum(flower_records.num_bytes(message.content) for _, message in answers.values())
-    adapter = _aggregate(lead, sorted_out, {site: message for site, (_, message) in answers.items()}, round)
+    bytes_down, bytes_up = sum(flower_records.num_bytes(message.content) for message in messages), 0
+    most_rounds, envelopes = lead.plan.most_rounds, dict[str, Message]()
+    with Arrived(lead.checkpoints.arrived, state.adapter) as arrived:
+        replies = RoundReplies(
+            proposal=lead.proposal,
+            round=round,
+            sent=state.adapter,
+            reaches={
+                site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=state.adapter)
+                for site, size in lead.declared_sizes.items()
+            },
+            arrived=arrived,
+        )
+        received = receive(grid, messages, timeout=lead.federation.round_timeout_s)
+        for site, reply, message in readable(received, lead):
+            bytes_up += flower_records.num_bytes(message.content)
+            believed = state.believed({site: reply}, run=lead.run, most_rounds=most_rounds)
+            state = state.answered(believed, run=lead.run, most_rounds=most_rounds)
+            replies.take(site, believed[site])
+            message.content, envelopes[site] = RecordDict(), message  # what it brought is on disk
+        _require_enough(replies, lead, round)
+        weights = {site: lead.declared_sizes[site] for site in replies.sites}
+        adapter = aggregated(lead.strategy, round, arrived, weights=weights, envelopes=envelopes)
     metrics: Scores = lead.evaluate(adapter)
     if diverged := not _is_sound(adapter, metrics):
         adapter, metrics = _back(lead, state, round, metrics)
     result = RoundResult(
         round=round,
         seconds=time.monotonic() - started,
-        sites=tuple(sorted_out.updates),
-        failed_sites=sorted_out.failures,
+        sites=replies.sites,
+        failed_sites=replies.failures,
         bytes_down=bytes_down,
         bytes_up=bytes_up,
         metrics=metrics,
-        site_scores=sorted_out.scores,
+        site_scores=replies.scores,
         ended=datetime.now(UTC).isoformat(timespec="seconds"),
         diverged=diverged,
     )
@@ -324,22 +328,12 @@ def _requests(grid: Grid, lead: Lead, state: LeadState) -> list[Message]:
     return [messages[site] for site in lead.declared_sizes if site in messages]
 
 
-def _aggregate(lead: Lead, replies: RoundReplies, messages: Mapping[str, Message], round: int) -> Adapter:
-    """Flower's strategy over the valid updates, in the sites' order and weighted by what they declared."""
-    for site, update in replies.updates.items():
-        messages[site].content = flower_records.weighted(update, lead.declared_sizes[site])
-    arrays, _ = lead.strategy.aggregate_train(round, [messages[site] for site in replies.updates])
-    assert isinstance(arrays, ArrayRecord)
-    # FedAdam counts in float64; an adapter is float32 everywhere.
-    return Adapter({name: value.astype(np.float32) for name, value in flower_records.from_arrays(arrays).items()})
-
-
 def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
-    if len(replies.updates) >= lead.federation.min_sites:
+    if len(replies.sites) >= lead.federation.min_sites:
         return
     refusals = {site: refusal.in_words for site, refusal in replies.refusals.items()}
     others = {site: refusals.get(site, reason) for site, reason in replies.failures.items()}
-    too_few = lead.federation.too_few(len(replies.updates), "sent an update", others=others)
+    too_few = lead.federation.too_few(len(replies.sites), "sent an update", others=others)
     final = [site for site, refusal in replies.refusals.items() if refusal.reason.is_final]
     if len(lead.declared_sizes) - len(final) < lead.federation.min_sites:
         exhausted = any(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
@@ -361,7 +355,7 @@ def _tell_the_end(grid: Grid, lead: Lead, *, adapter: Adapter | None) -> dict[st
     )
     messages = [Message(content, node_id, f"query.{flower_records.END}") for node_id in lead.nodes]
     receipts = {}
-    for message in grid.send_and_receive(messages, timeout=min(lead.federation.round_timeout_s, _END_TIMEOUT_S)):
+    for message in receive(grid, messages, timeout=min(lead.federation.round_timeout_s, _END_TIMEOUT_S)):
         site = lead.nodes.get(message.metadata.src_node_id)
         if site is None or message.has_error():
             continue
@@ -384,7 +378,7 @@ def _introductions(grid: Grid, lead: Lead) -> dict[int, str]:
         node_ids = list(grid.get_node_ids())
     questions = [Message(RecordDict(), node_id, "query") for node_id in sorted(node_ids)]
     nodes = {}
-    for message in grid.send_and_receive(questions, timeout=lead.federation.round_timeout_s):
+    for message in receive(grid, questions, timeout=lead.federation.round_timeout_s):
         if not message.has_error():
             nodes[message.metadata.src_node_id] = str(message.content.config_records[flower_records.SITE]["name"])
     missing = sorted(set(lead.declared_sizes) - set(nodes.values()))

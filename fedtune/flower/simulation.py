@@ -7,7 +7,7 @@ import json
 import logging
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from fedtune.federation.results import RunResult
 from fedtune.flower.client import make_client_app
 from fedtune.flower.federation_run import Engine, FederationRun, Known, Listener
 from fedtune.flower.server_app import Invited
+from fedtune.flower.streaming_grid import StreamingGrid
 from fedtune.sites.data_notes import site_notes
 from fedtune.sites.virtual_site import participants
 from fedtune.spec import ConfigError, RunError
@@ -101,7 +102,7 @@ def _server_app(run: Callable[[Grid], None]) -> ServerApp:
     return app
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(StreamingGrid):
     """Runs `num_nodes` virtual nodes, with ids 1, 2, ..., by calling `client_app` here and now.
 
     One frozen base model serves all sites, there is no daemon and no start-up.  Sites take their turns, each with all
@@ -127,11 +128,6 @@ class InProcessGrid(Grid):
     def run(self) -> Run:
         raise NotImplementedError("an in-process grid has no Flower run")
 
-    def create_message(  # the base class's signature
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
-
     def get_node_ids(self) -> Sequence[int]:
         return list(self._contexts)
 
@@ -143,15 +139,17 @@ class InProcessGrid(Grid):
             context = self._contexts[message.metadata.dst_node_id]
             self._replies[message_id] = self._client_app(message, context)
             message_ids.append(message_id)
-            if message.metadata.message_type == MessageType.TRAIN:
-                self._replied(len(message_ids))
         return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        return self.pull_messages(self.push_messages(messages))
+    def receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        for number, message in enumerate(messages, 1):
+            message_ids = self.push_messages([message])
+            if message.metadata.message_type == MessageType.TRAIN:
+                self._replied(number)
+            yield from self.pull_messages(message_ids)
 
 
 def _context(node_id: int, num_nodes: int) -> Context:

@@ -1,18 +1,25 @@
-"""Flower's strategies by setting, and their state for a checkpoint."""
+"""Flower's strategies by setting: what they make of a round's updates, and their state for a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
 
+from fedtune.federation.arrived import Arrived
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower.flower_records import ARRAYS, WEIGHT_KEY
+from fedtune.flower.flower_records import ARRAYS, WEIGHT_KEY, from_arrays, weighted
+from fedtune.model import Adapter
 
 Arrays = dict[str, npt.NDArray[np.float32]]
+_VALUES = "values"
+_PIECE_BYTES = 1 << 27
+"""Of all sites' values that are averaged at once."""
 
 
 def make_strategy(spec: FederationSpec) -> FedAvg:
@@ -42,6 +49,46 @@ def make_strategy(spec: FederationSpec) -> FedAvg:
             return FedMedian(**common)
         case _:
             return FedAvg(**common)
+
+
+def aggregated(
+    strategy: FedAvg, round: int, arrived: Arrived, *, weights: Mapping[str, int], envelopes: Mapping[str, Message]
+) -> Adapter:
+    """What `strategy` makes of the updates, a piece of them after the other: the same bits as of all at once.
+
+    Mean and median take each value by itself.  A server optimizer, which follows a mean, is given that as one update.
+
+    Args:
+        strategy: as `make_strategy` makes it.
+        round: from 1.
+        arrived: the updates.
+        weights: site -> its weight, in the order in which a sum adds them.
+        envelopes: site -> the message in which its update came; its content is replaced.
+    """
+    with_optimizer = isinstance(strategy, FedAdam | FedAvgM)
+    take = partial(FedAvg.aggregate_train, strategy) if with_optimizer else strategy.aggregate_train
+    flat = np.empty(arrived.num_values, dtype=np.float32)
+    step = max(1, _PIECE_BYTES // (4 * len(weights)))
+    for start in range(0, len(flat), step):
+        piece = flat[start : start + step]
+        for site, weight in weights.items():
+            values = arrived.values(site, start=start, count=len(piece))
+            envelopes[site].content = weighted({_VALUES: values}, weight)
+        piece[:] = _arrays(take(round, [envelopes[site] for site in weights]))[_VALUES]
+    adapter = arrived.adapter(flat)
+    if not with_optimizer:
+        return adapter
+    (site, weight), *_ = weights.items()
+    envelopes[site].content = weighted(adapter.tensors, weight)
+    # FedAdam counts in float64; an adapter is float32 everywhere.
+    arrays = _arrays(strategy.aggregate_train(round, [envelopes[site]]))
+    return Adapter({name: value.astype(np.float32) for name, value in arrays.items()})
+
+
+def _arrays(outcome: tuple[ArrayRecord | None, MetricRecord | None]) -> Arrays:
+    arrays, _ = outcome
+    assert arrays is not None, "there is an update"
+    return from_arrays(arrays)
 
 
 def strategy_state(strategy: FedAvg) -> Arrays:

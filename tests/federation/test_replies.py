@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fedtune.federation.arrived import Arrived
 from fedtune.federation.protocol import Reply, digest_of
 from fedtune.federation.replies import (
     BEYOND_PLAN,
@@ -15,7 +17,6 @@ from fedtune.federation.replies import (
     NO_REPLY,
     UNSIGNED_REPLY,
     RoundReplies,
-    sort_replies,
 )
 from fedtune.model import Adapter
 from fedtune.privacy.proposal import Proposal
@@ -43,8 +44,14 @@ def signed(receipt: MakeReceipt) -> Callable[[Update | Refusal], Reply]:
 
 
 @pytest.fixture
-def sort(adapter: Adapter, signed: Callable[[Update | Refusal], Reply], run_proposal: Callable[..., Proposal]) -> Sort:
+def sort(
+    adapter: Adapter,
+    signed: Callable[[Update | Refusal], Reply],
+    run_proposal: Callable[..., Proposal],
+    tmp_path: Path,
+) -> Iterator[Sort]:
     """What becomes of replies, or of the site a's body, in round 1."""
+    arrived = Arrived(tmp_path / "arrived", adapter)
 
     def make(
         of_a: Update | Refusal | dict[str, Reply],
@@ -57,15 +64,23 @@ def sort(adapter: Adapter, signed: Callable[[Update | Refusal], Reply], run_prop
         plan = replace(run_proposal().plan, metrics_noise_multiplier=noise, metrics_groups=groups)
         proposal = run_proposal(plan=plan)
         replies = of_a if isinstance(of_a, dict) else {"a": signed(of_a)}
-        return sort_replies(replies, proposal=proposal, round=1, sent=adapter, reaches=dict.fromkeys(sites, reach))
+        found = RoundReplies(
+            proposal=proposal, round=1, sent=adapter, reaches=dict.fromkeys(sites, reach), arrived=arrived
+        )
+        for site, reply in replies.items():
+            found.take(site, reply)
+        return found
 
-    return make
+    with arrived:
+        yield make
 
 
 def test_a_fitting_update_is_kept(adapter: Adapter, update: Make, sort: Sort) -> None:
     sorted_out = sort(update(tensors={name: 2 * value for name, value in adapter.tensors.items()}))
     assert sorted_out.failures == {}
-    np.testing.assert_array_equal(sorted_out.updates["a"].tensors["head"], 2 * adapter.tensors["head"])
+    arrived = sorted_out.arrived
+    kept = arrived.adapter(arrived.values("a", start=0, count=arrived.num_values))
+    np.testing.assert_array_equal(kept.tensors["head"], 2 * adapter.tensors["head"])
 
 
 def test_scores_are_kept_beside_their_update(update: Make, sort: Sort) -> None:
@@ -136,7 +151,7 @@ def test_an_update_that_does_not_fit_is_dropped(adapter: Adapter, update: Make, 
     sorted_out = sort(update(tensors=_FAULTS[fault](dict(adapter.tensors))))
     # Texts have no canonical bytes, so that nobody can have signed them.
     reason = UNSIGNED_REPLY if fault == "texts" else INVALID_UPDATE
-    assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": reason})
+    assert (sorted_out.sites, sorted_out.failures) == ((), {"a": reason})
 
 
 @pytest.mark.parametrize("changes", [{"run": "other"}, {"round": 2}, {"site": "b"}])
@@ -161,7 +176,7 @@ def test_an_update_without_its_sites_receipt_is_no_reply(
         "one value changed": replace(reply, body=update(tensors=changed)),
     }[what]
     sorted_out = sort({"a": reply})
-    assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": UNSIGNED_REPLY})
+    assert (sorted_out.sites, sorted_out.failures) == ((), {"a": UNSIGNED_REPLY})
 
 
 def test_an_update_beyond_what_the_plan_allows_is_the_sites_failure(adapter: Adapter, update: Make, sort: Sort) -> None:
@@ -187,7 +202,7 @@ def test_a_refusal_whose_words_were_changed_is_not_shown_as_the_sites(
 def test_a_refusal_is_reported_by_its_reason(sort: Sort, reason: Reason) -> None:
     refusal = Refusal(site="a", run="r", round=1, reason=reason, asked="9", allowed="at most 3")
     sorted_out = sort(refusal)
-    assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": reason.value})
+    assert (sorted_out.sites, sorted_out.failures) == ((), {"a": reason.value})
     assert sorted_out.refusals == {"a": refusal}
 
 
@@ -196,11 +211,11 @@ def test_sites_keep_the_order_in_which_they_were_asked(
 ) -> None:
     replies = {site: signed(update(site=site)) for site in ("c", "a", "b")}
     sorted_out = sort(replies, sites="abcd")
-    assert list(sorted_out.updates) == ["a", "b", "c"]
+    assert sorted_out.sites == ("a", "b", "c")
     assert sorted_out.failures == {"d": NO_REPLY}
 
 
 def test_who_was_not_asked_is_not_heard(sort: Sort, update: Make, signed: Callable[[Update], Reply]) -> None:
     replies = {"stranger": signed(update(site="stranger"))}
     sorted_out = sort(replies)
-    assert (sorted_out.updates, sorted_out.failures) == ({}, {"a": NO_REPLY})
+    assert (sorted_out.sites, sorted_out.failures) == ((), {"a": NO_REPLY})

@@ -189,14 +189,14 @@ def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Change what comes back from the sites in a round of training, or in exchanges of other types."""
 
     def patch(change: Callable[[list[Message]], list[Message]], types: tuple[str, ...] = ("train",)) -> None:
-        pull = InProcessGrid.pull_messages
+        receive = InProcessGrid.receive
 
-        def changed(self: InProcessGrid, message_ids: Any) -> list[Message]:
-            messages = pull(self, message_ids)
-            meant = all(message.metadata.message_type in types for message in messages)
-            return change(messages) if meant else messages
+        def changed(self: InProcessGrid, messages: Iterable[Message], *, timeout: float | None) -> Iterator[Message]:
+            answers = list(receive(self, messages, timeout=timeout))
+            meant = all(message.metadata.message_type in types for message in answers)
+            yield from change(answers) if meant else answers
 
-        monkeypatch.setattr(InProcessGrid, "pull_messages", changed)
+        monkeypatch.setattr(InProcessGrid, "receive", changed)
 
     return patch
 

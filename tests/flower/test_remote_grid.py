@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
 
 from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.flower_records import ARRAYS
 from fedtune.flower.wire import bounded_http, remote_grid
+from fedtune.flower.wire.lead_session import LeadSession
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
@@ -78,6 +80,26 @@ def test_arrays_travel_both_ways_and_nodes_are_numbered_in_the_order_of_the_rost
             assert arrays[name].numpy().dtype == np.float32
     # How long a site trained would tell how many records it has.
     assert network.rows("SELECT DISTINCT clientapp_runtime FROM run") == [(0.0,)]
+
+
+def test_an_answer_is_fetched_when_the_one_before_was_taken(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    whole = LeadSession._whole
+
+    def spy(self: LeadSession, tree: ObjectTree, **bounds: Any) -> Message | None:
+        fetched.append(tree.object_id)
+        return whole(self, tree, **bounds)
+
+    monkeypatch.setattr(LeadSession, "_whole", spy)
+    network.site("a")
+    network.site("b")
+    with network.grid(["a", "b"]) as grid:
+        taken = 0
+        for _ in grid.receive(questions(1, 2), timeout=30):
+            taken += 1
+            assert len(fetched) == taken
+            time.sleep(2.0)  # so that the second answer waits at the server
+    assert taken == 2
 
 
 def test_nobody_calls_anybody_but_the_server(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,7 @@ def test_a_site_that_does_not_introduce_itself_is_named(
     federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = federation()
-    monkeypatch.setattr(made.grid, "send_and_receive", lambda messages, timeout: [])
+    monkeypatch.setattr(made.grid, "receive", lambda messages, timeout: iter(()))
     with pytest.raises(RunError, match="site-1, site-2, site-3"):
         run_rounds(made.grid, made.lead, made.start)
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
+from fedtune.federation.arrived import Arrived
+from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.site_round import Trained
 from fedtune.federation.spec import STRATEGIES, FederationSpec
+from fedtune.flower.flower_records import from_arrays, to_arrays, weighted
 from fedtune.flower.server_app import run_rounds
-from fedtune.flower.strategy import make_strategy, restore_strategy, strategy_state
+from fedtune.flower.strategy import aggregated, make_strategy, restore_strategy, strategy_state
+from fedtune.model import Adapter
 
 from .conftest import STEPS
 
@@ -111,3 +117,52 @@ def test_momentum_keeps_its_order_beyond_ten_tensors() -> None:
     restore_strategy(strategy, state)
     assert list(strategy_state(strategy)) == list(state)
     assert [int(value[0]) for value in strategy_state(strategy).values()] == list(range(12))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("piece_bytes", [1, 40, 1 << 27])
+def test_updates_averaged_piece_by_piece_give_flowers_own_bits(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, piece_bytes: int
+) -> None:
+    monkeypatch.setattr("fedtune.flower.strategy._PIECE_BYTES", piece_bytes)
+    draw = np.random.default_rng(3)
+    sizes = {"a": 30, "b": 5, "c": 71, "d": 4}
+    spec = FederationSpec(num_sites=len(sizes), strategy=strategy, **_SETTINGS[strategy])
+    whole, pieces = make_strategy(spec), make_strategy(spec)
+    envelopes = {site: Message(RecordDict(), number, "train") for number, site in enumerate(sizes, 1)}
+    sent = adapter
+    for round in (1, 2):
+        updates = {
+            site: {name: value + draw.standard_normal(value.shape, np.float32) for name, value in sent.tensors.items()}
+            for site in sizes
+        }
+        for each in (whole, pieces):
+            each.current_arrays = dict(sent.tensors) if strategy == "fedadam" else to_arrays(sent.tensors)
+        replies = [Message(weighted(updates[site], size), 1, "train") for site, size in sizes.items()]
+        arrays, _ = whole.aggregate_train(round, replies)
+        assert arrays is not None
+        expected = {name: value.astype(np.float32) for name, value in from_arrays(arrays).items()}
+        with Arrived(tmp_path / "arrived", sent) as arrived:
+            for site in reversed(sizes):
+                arrived.put(site, updates[site])
+            sent = aggregated(pieces, round, arrived, weights=sizes, envelopes=envelopes)
+        for name, value in expected.items():
+            assert value.tobytes() == sent.tensors[name].tobytes(), name
+
+
+def test_an_update_is_on_disk_before_the_next_site_trains(
+    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = federation(sizes=(3, 5, 7))
+    there: list[list[str]] = []
+    train = made._train
+
+    def spy(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        there.append(sorted(path.name for path in made.lead.checkpoints.arrived.iterdir()))
+        return train(request, adapter, attempt)
+
+    monkeypatch.setattr(made, "_train", spy)
+    run_rounds(made.grid, made.lead, made.start)
+    sites = list(made.sizes)
+    assert there[: len(sites)] == [sites[:number] for number in range(len(sites))]
+    assert not made.lead.checkpoints.arrived.exists()

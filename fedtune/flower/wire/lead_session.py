@@ -129,8 +129,8 @@ class LeadSession:
                 raise ValueError("more than was asked for")
         return ids[0] if ids else None
 
-    def answers(self, message_ids: Sequence[str], *, most_bytes: int, most_s: float) -> list[Pulled]:
-        """What has come for these questions.
+    def answers(self, message_ids: Sequence[str], *, most_bytes: int, most_s: float) -> Iterator[Pulled]:
+        """What has come for these questions, each fetched when it is asked for: memory need not hold them all.
 
         Flower's own call fails as a whole where one of the answers is broken, and believes what each says of itself.
         """
@@ -138,7 +138,6 @@ class LeadSession:
             found = self._client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
         ends = time.monotonic() + most_s
         pairs = zip(found.messages_list, found.message_object_trees, strict=False)
-        answers = []
         for about, tree in pairs:
             pulled = Pulled(message_id=about.metadata.reply_to_message_id, message=None)
             try:
@@ -148,8 +147,7 @@ class LeadSession:
             else:
                 if message is not None and not (message.has_error() and not about.HasField("error")):
                     pulled = replace(pulled, message=message)  # an error is the server's to say
-            answers.append(pulled)
-        return answers
+            yield pulled
 
     def _whole(self, tree: ObjectTree, *, most_bytes: int, most_s: float) -> Message | None:
         """A message with its content, from the server."""

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import httpx
-from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
 
 from fedtune.federation.replies import Closing
 from fedtune.flower.flower_records import num_bytes
+from fedtune.flower.streaming_grid import StreamingGrid
 from fedtune.flower.wire.identity import TOLERANCE_S, Tls
 from fedtune.flower.wire.lead_session import LeadSession, Pulled
 from fedtune.privacy.keys import SigningKey
@@ -78,7 +78,7 @@ class _Question:
         return self.idle and silent_s < _SAYS_SO_AGAIN_S
 
 
-class RemoteGrid(Grid):
+class RemoteGrid(StreamingGrid):
     """The lead's connection to its sites.  Nodes are numbered 1, 2, ... in the order of `sites`, online or not.
 
     Args:
@@ -119,18 +119,18 @@ class RemoteGrid(Grid):
     def get_node_ids(self) -> Sequence[int]:
         return list(self._numbers.values())
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """The answers that came within `timeout` seconds, or until the rule closes, each from the node asked."""
-        open_, answers = {m.metadata.dst_node_id: _Question(m, set()) for m in messages}, dict[int, Message]()
+    def receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """The answers that come within `timeout` seconds, or until the rule closes, each from the node asked."""
+        open_ = {message.metadata.dst_node_id: _Question(message, set()) for message in messages}
         closing, good = self._closing(), 0
         deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
         while open_ and (left := deadline - time.monotonic()) > 0:
             try:
                 self._open()
                 online = self._ask(open_, ttl=left)
-                for number, answer, heard in self._collect(open_, left_s=left):
-                    answers[number] = answer
+                for answer, heard in self._collect(open_, left_s=left):
                     good += heard.good
+                    yield answer
                 at_work = sum(n in online and not question.is_idle for n, question in open_.items())
                 if closing.is_over(good=good, at_work=at_work, others=len(open_) - at_work):
                     break
@@ -146,8 +146,7 @@ class RemoteGrid(Grid):
                 self._wait_for_server(error)
             else:
                 time.sleep(_POLL_S)
-        provisional = {n: question.provisional for n, question in open_.items() if question.provisional}
-        return list({**provisional, **answers}.values())
+        yield from [question.provisional for question in open_.values() if question.provisional]
 
     def _ask(self, questions: Mapping[int, _Question], *, ttl: float) -> Collection[int]:
         """Send what was not sent yet, or may have been forgotten, to the sites that are online; returns these."""
@@ -171,12 +170,11 @@ class RemoteGrid(Grid):
                 question.activation = node.last_activated_at
         return online.keys()
 
-    def _collect(self, questions: dict[int, _Question], *, left_s: float) -> list[tuple[int, Message, Heard]]:
-        """The final answers that are there; their questions are closed."""
+    def _collect(self, questions: dict[int, _Question], *, left_s: float) -> Iterator[tuple[Message, Heard]]:
+        """The final answers that are there, one after the other; the question of each is closed before it is given."""
         asked = {id: number for number, question in questions.items() for id in question.message_ids}
         if not asked:
-            return []
-        final = []
+            return
         for pulled in self._pull(list(asked), questions, left_s=left_s):
             message_id, answer = pulled.message_id, pulled.message
             number = asked.get(message_id)
@@ -199,17 +197,16 @@ class RemoteGrid(Grid):
             heard = self._hear(number, question.question, answer)
             if heard.again_s is None:
                 del questions[number]
-                final.append((number, answer, heard))
+                yield answer, heard
             else:
                 question.provisional, question.idle = answer, heard.idle
                 question.not_before = time.monotonic() + heard.again_s
-        return final
 
-    def _pull(self, message_ids: list[str], questions: Mapping[int, _Question], *, left_s: float) -> Iterable[Pulled]:
+    def _pull(self, message_ids: list[str], questions: Mapping[int, _Question], *, left_s: float) -> Iterator[Pulled]:
         # An answer holds what its question holds, with other numbers: an adapter, or words.
         asked_bytes = max(num_bytes(question.question.content) for question in questions.values())
         try:
-            return self._opened.answers(message_ids, most_bytes=2 * asked_bytes + _SLACK_BYTES, most_s=left_s)
+            yield from self._opened.answers(message_ids, most_bytes=2 * asked_bytes + _SLACK_BYTES, most_s=left_s)
         except httpx.HTTPError:
             # The server gives an answer once: one that was on its way is lost, unless its site is asked again.
             for question in questions.values():
@@ -256,11 +253,6 @@ class RemoteGrid(Grid):
     @property
     def run(self) -> Run:
         return self._opened.grid.run
-
-    def create_message(  # the base class's signature
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         raise NotImplementedError("only whole exchanges survive a restart: use send_and_receive")
