@@ -1,0 +1,141 @@
+"""Many real site processes against one server on one machine: time of a round, memory and idle CPU time of each part.
+
+python simulations/deployment/many_sites.py             4, 16, 32 and 64 sites, into many_sites.json and .svg
+python simulations/deployment/many_sites.py 64          some of them; the others are kept
+python simulations/deployment/many_sites.py --chart     the chart alone, from many_sites.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from local_federation import LocalFederation
+
+from fedtune.privacy.durable import write_durably
+from fedtune.report.page.drawing import Panel, Series, chart
+
+HERE = Path(__file__).parent
+RESULTS, CHART = HERE / "many_sites.json", HERE / "many_sites.svg"
+NUMBERS = (4, 16, 32, 64)
+IDLE_S = 30.0
+ROUNDS = 6
+ROWS_A_SITE = 100
+_BANKING77_ROWS = 10_003
+
+
+def measured(num_sites: int, folder: Path) -> dict[str, Any]:
+    """Sites of 100 records each on a random tiny model, one step a round: what a round costs is the line."""
+    sites = [f"site-{number:02d}" for number in range(1, num_sites + 1)]
+    fraction = min(1.0, num_sites * ROWS_A_SITE / _BANKING77_ROWS)
+    training = ["training.local_steps=1", f"federation.num_rounds={ROUNDS}", "runtime.num_threads=1"]
+    data = [f"data.train_fraction={fraction:.4f}", f"data.declared_sizes={ROWS_A_SITE}"]
+    made = LocalFederation(folder, ["experiment=debug", *training, *data], sites=sites)
+    with made.up():
+        time.sleep(10)  # for what a start leaves to be done
+        before, began = {name: _cpu_s(process) for name, process in made.processes.items()}, time.monotonic()
+        time.sleep(IDLE_S)
+        passed = time.monotonic() - began
+        idle = {name: (_cpu_s(process) - before[name]) / passed for name, process in made.processes.items()}
+        idle_memory = {name: _memory(process) for name, process in made.processes.items()}
+        lead = _PeakOfLead(made.folder)
+        result = made.run("many")
+        peak_of_lead = lead.stop()
+        memory = {name: _memory(process) for name, process in made.processes.items()}
+    seconds = [round["seconds"] for round in result["rounds"]]
+    assert all(len(round["sites"]) == num_sites for round in result["rounds"]), "every site answered every round"
+    return {
+        "rounds": len(seconds),
+        "seconds_of_first_round": seconds[0],
+        "seconds_a_round_median": statistics.median(seconds[1:]),
+        "seconds_a_round_max": max(seconds[1:]),
+        "idle_cores": {"server": idle["server"], "a_site": statistics.median(idle[name] for name in sites)},
+        "idle_bytes": _parts(idle_memory, sites),
+        "bytes_after_rounds": _parts(memory, sites) | {"lead_peak": peak_of_lead},
+    }
+
+
+def _parts(memory: dict[str, dict[str, int]], sites: Sequence[str]) -> dict[str, Any]:
+    """Proportional: what several processes share, the libraries above all, is divided among them."""
+    return {"server": memory["server"]["Pss"], "a_site": statistics.median(memory[name]["Pss"] for name in sites)}
+
+
+def _memory(process: subprocess.Popen[bytes]) -> dict[str, int]:
+    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+
+
+def _cpu_s(process: subprocess.Popen[bytes]) -> float:
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class _PeakOfLead:
+    """Follows the largest resident memory of the one process that runs a federation's lead."""
+
+    def __init__(self, folder: Path) -> None:
+        self._running, self._peak, self._stop = folder / "runs" / "many" / "running.json", 0, threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(0.5):
+            try:
+                status = Path(f"/proc/{json.loads(self._running.read_text())['pid']}/status").read_text()
+            except (OSError, ValueError):
+                continue
+            found = [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")]
+            self._peak = max(self._peak, *found, 0)
+
+    def stop(self) -> int:
+        self._stop.set()
+        self._thread.join()
+        return self._peak
+
+
+def draw(results: dict[str, Any]) -> str:
+    """Seconds of a round above memory, by the number of sites."""
+    numbers = sorted(int(number) for number in results["sites"])
+    of = {number: results["sites"][str(number)] for number in numbers}
+    mb = 1e6
+    panels = [
+        Panel(
+            series=[Series(points=[(n, of[n]["seconds_a_round_median"]) for n in numbers], number=0)],
+            y="seconds a round",
+        ),
+        Panel(
+            series=[
+                Series(points=[(n, of[n]["bytes_after_rounds"][part] / mb) for n in numbers], number=place, label=label)
+                for place, (part, label) in enumerate(
+                    {"a_site": "a site", "server": "server", "lead_peak": "lead, peak"}.items(), 1
+                )
+            ],
+            x="sites",
+            y="memory, MB",
+            scale="whole",
+        ),
+    ]
+    named = ("Many sites", "Seconds a round, and memory of a site, the server and the lead, by the number of sites.")
+    drawn = chart("many", panels, named=named, number=lambda value: f"{value:,.4g}")
+    return str(drawn).replace("<svg ", '<svg font-family="sans-serif" ', 1)
+
+
+if __name__ == "__main__":
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"sites": {}}
+    for each in [] if "--chart" in sys.argv else [int(word) for word in sys.argv[1:]] or NUMBERS:
+        with tempfile.TemporaryDirectory() as scratch:
+            found["sites"][str(each)] = measured(each, Path(scratch))
+        found["hardware"] = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+        print(each, json.dumps(found["sites"][str(each)], indent=1), flush=True)
+        write_durably(RESULTS, json.dumps(found, indent=1).encode() + b"\n")
+    write_durably(CHART, draw(found).encode())
