@@ -67,6 +67,12 @@ def num_bytes(content: RecordDict) -> int:
     return arrays + texts
 
 
+def drop_arrays(content: RecordDict) -> None:
+    """Free what a message brought: Flower's records hold each other in a circle, and would wait for the collector."""
+    for record in content.array_records.values():
+        record.clear()
+
+
 def from_signed(signed: Signed, *, adapter: ArrayRecord | None = None, settings: str = "") -> RecordDict:
     """Content of a message with a lead's signed word.
 

@@ -248,7 +248,8 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
             believed = state.believed({site: reply}, run=lead.run, most_rounds=most_rounds)
             state = state.answered(believed, run=lead.run, most_rounds=most_rounds)
             replies.take(site, believed[site])
-            message.content, envelopes[site] = RecordDict(), message  # what it brought is on disk
+            flower_records.drop_arrays(message.content)  # what it brought is on disk
+            envelopes[site] = message
         _require_enough(replies, lead, round)
         weights = {site: lead.declared_sizes[site] for site in replies.sites}
         adapter = aggregated(lead.strategy, round, arrived, weights=weights, envelopes=envelopes)

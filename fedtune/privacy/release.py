@@ -185,8 +185,8 @@ class Update:
     def to_bytes(self) -> bytes:
         """Canonical bytes: magic, header length, JSON header, then each tensor as little-endian float32."""
         header = self._header()
-        body = b"".join(np.ascontiguousarray(value, dtype="<f4").tobytes() for value in self.tensors.values())
-        return _MAGIC + struct.pack("<Q", len(header)) + header + body
+        values = [np.ascontiguousarray(value, dtype="<f4").data for value in self.tensors.values()]
+        return b"".join([_MAGIC, struct.pack("<Q", len(header)), header, *values])
 
     def _header(self) -> bytes:
         shapes = [[name, list(value.shape)] for name, value in self.tensors.items()]

@@ -11,12 +11,11 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,15 @@ def measured(num_sites: int, folder: Path) -> dict[str, Any]:
     made = LocalFederation(folder, ["experiment=debug", *training, *data], sites=sites)
     with made.up():
         time.sleep(10)  # for what a start leaves to be done
-        before, began = {name: _cpu_s(process) for name, process in made.processes.items()}, time.monotonic()
+        before, began = {name: _cpu_s(pid) for name, pid in made.pids.items()}, time.monotonic()
         time.sleep(IDLE_S)
         passed = time.monotonic() - began
-        idle = {name: (_cpu_s(process) - before[name]) / passed for name, process in made.processes.items()}
-        idle_memory = {name: _memory(process) for name, process in made.processes.items()}
+        idle = {name: (_cpu_s(pid) - before[name]) / passed for name, pid in made.pids.items()}
+        idle_memory = _by_part(made.pids, sites)
         lead = _PeakOfLead(made.folder)
         result = made.run("many")
         peak_of_lead = lead.stop()
-        memory = {name: _memory(process) for name, process in made.processes.items()}
+        memory = _by_part(made.pids, sites)
     seconds = [round["seconds"] for round in result["rounds"]]
     assert all(len(round["sites"]) == num_sites for round in result["rounds"]), "every site answered every round"
     return {
@@ -60,23 +59,28 @@ def measured(num_sites: int, folder: Path) -> dict[str, Any]:
         "seconds_a_round_median": statistics.median(seconds[1:]),
         "seconds_a_round_max": max(seconds[1:]),
         "idle_cores": {"server": idle["server"], "a_site": statistics.median(idle[name] for name in sites)},
-        "idle_bytes": _parts(idle_memory, sites),
-        "bytes_after_rounds": _parts(memory, sites) | {"lead_peak": peak_of_lead},
+        "idle_bytes": idle_memory,
+        "bytes_after_rounds": memory | {"lead_peak": peak_of_lead},
     }
 
 
-def _parts(memory: dict[str, dict[str, int]], sites: Sequence[str]) -> dict[str, Any]:
-    """Proportional: what several processes share, the libraries above all, is divided among them."""
-    return {"server": memory["server"]["Pss"], "a_site": statistics.median(memory[name]["Pss"] for name in sites)}
+def _by_part(pids: Mapping[str, int], sites: Sequence[str]) -> dict[str, int]:
+    """Resident memory: of a site all that it has mapped, as if it were alone, and what it adds to this machine's."""
+    found = {name: _memory(pid) for name, pid in pids.items()}
+    return {
+        "server": found["server"]["Rss"],
+        "a_site": round(statistics.median(found[name]["Rss"] for name in sites)),
+        "a_site_added": round(statistics.median(found[name]["Pss"] for name in sites)),
+    }
 
 
-def _memory(process: subprocess.Popen[bytes]) -> dict[str, int]:
-    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+def _memory(pid: int) -> dict[str, int]:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
 
 
-def _cpu_s(process: subprocess.Popen[bytes]) -> float:
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 

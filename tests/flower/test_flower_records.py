@@ -167,5 +167,5 @@ def test_settings_that_are_no_text_are_an_error(record: object) -> None:
 
 
 def test_the_weight_is_the_declared_size(adapter: Adapter) -> None:
-    content = flower_records.weighted(adapter, 90)
+    content = flower_records.weighted(adapter.tensors, 90)
     assert dict(content.metric_records[flower_records.WEIGHT]) == {"num-examples": 90}

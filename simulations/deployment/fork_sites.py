@@ -1,0 +1,31 @@
+"""`fedtune site start` for each of the named sites, forked off one process that has the libraries in memory.
+
+Each is a process of its own, with its own log (NAME.log) and number (NAME.pid) in the folder where this is started.
+"""
+
+import gc
+import os
+import signal
+import sys
+from pathlib import Path
+
+import fedtune.deploy.services.site_service  # noqa: F401  torch, transformers and Flower, which take seconds
+from fedtune.cli.main import main
+
+
+def start(name: str) -> int:
+    """Fork off one site."""
+    if pid := os.fork():
+        Path(f"{name}.pid").write_text(str(pid))
+        return pid
+    with Path(f"{name}.log").open("w") as log:
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    os._exit(main(["site", "start", "--kit", f"{name}/kit", "--site", f"{name}/site.toml"]))
+
+
+if __name__ == "__main__":
+    gc.freeze()  # so that no collection writes to what is shared
+    pids = [start(name) for name in sys.argv[1:]]
+    signal.signal(signal.SIGTERM, lambda *_: [os.kill(pid, signal.SIGTERM) for pid in pids])
+    for pid in pids:
+        os.waitpid(pid, 0)
