@@ -251,6 +251,7 @@ class Machine:
 
     Attributes:
         device: "auto", "cpu" or "cuda".
+        num_devices: GPUs that share each step; on the CPU, processes.
         num_threads: of torch; 0: one for each core.
         micro_batch_tokens: most tokens of a batch that is computed at once.
         kept_states_mib: memory for what the frozen layers make of the records, which saves computing it anew.
@@ -260,6 +261,7 @@ class Machine:
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_devices: int = 1
     num_threads: int = 0
     micro_batch_tokens: int = 1024
     kept_states_mib: int = 1024
@@ -269,7 +271,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        for key, least in (("num_threads", 0), ("micro_batch_tokens", 1), ("kept_states_mib", 0)):
+        for key, least in (("num_devices", 1), ("num_threads", 0), ("micro_batch_tokens", 1), ("kept_states_mib", 0)):
             check_at_least(key, getattr(self, key), least)
 
 

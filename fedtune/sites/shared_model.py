@@ -29,6 +29,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.tasks.measures import Detail
 from fedtune.tasks.saved import StartAdapter
+from fedtune.training.devices import Devices, Trial
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import (
     device_for,
@@ -67,6 +68,7 @@ class SharedModel:
         keeps_states: whether what the frozen layers make of the records fits the memory or the folder set aside for it.
         states_folder: that folder, where memory has no room.
         states_mib: what that takes, in MiB.
+        devices: those that share each step with the first one; None: there is one, or no privacy.
         moved: the most that an example's clipped contribution moved in other company, in clip norms; 0.0: not by a bit.
 
     Raises:
@@ -97,6 +99,7 @@ class SharedModel:
         if config.privacy.private:
             self.shapes, self.moved = self._tried()
             require_alone(self.moved, path=config.model.path, inexact_allowed=inexact_allowed)
+        self.devices = self._devices() if config.privacy.private and config.runtime.num_devices > 1 else None
 
     @classmethod
     def of_simulation(
@@ -164,14 +167,22 @@ class SharedModel:
 
     def _moved(self, shapes: Shapes) -> float:
         return moved_by_others(
-            self.model,
-            shapes,
+            self.model, **self._trial(shapes)._asdict(), told=partial(self.progress, "trying the model")
+        )
+
+    def _trial(self, shapes: Shapes) -> Trial:
+        return Trial(
+            shapes=shapes,
             keeps_states=self.keeps_states,
             max_grad_norm=self.config.privacy.max_grad_norm,
             pad_id=self.tokenizer.pad_token_id,
             weights_chosen=not self.config.model.path.startswith(RANDOM),
-            told=partial(self.progress, "trying the model"),
         )
+
+    def _devices(self) -> Devices:
+        self.progress("starting the other devices", 0, 0)
+        config, trial = self.config, self._trial(self.shapes)
+        return Devices(self.model, config.task_model(), config.runtime, max_length=config.data.max_length, trial=trial)
 
     def first_adapter(self) -> Adapter:
         """What the lead begins a run with: `model.adapter`, or the new adapter that changes nothing yet.

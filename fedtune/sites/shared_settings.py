@@ -130,6 +130,7 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
     runtime = RuntimeSpec(
         kind="deployment",
         device=machine.device,
+        num_devices=machine.num_devices,
         num_threads=machine.num_threads or None,
         micro_batch_tokens=machine.micro_batch_tokens,
         kept_states_mib=machine.kept_states_mib,

@@ -44,7 +44,7 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
     Raises:
         ConfigError: the model cannot be loaded, or takes no example of `max_length` tokens.
     """
-    torch.set_num_threads(runtime.num_threads or usable_cores())
+    torch.set_num_threads(runtime.num_threads or max(1, usable_cores() // runtime.num_devices))
     model = build()
     if runtime.onednn:
         multiply_by_onednn(model.base)

@@ -11,7 +11,7 @@ Not tried for each number of places: a language model's output layer, which comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import count
 
@@ -28,6 +28,13 @@ from fedtune.training.dp_step import CLIP_NORM_CELLS, contributions
 from fedtune.training.examples import SiteExamples, Told, nobody
 from fedtune.training.per_example import PerExampleGradients, attached
 
+See = Callable[[Mapping[str, torch.Tensor]], None]
+
+
+def unseen(gradients: Mapping[str, torch.Tensor]) -> None:
+    """Looks at nothing."""
+
+
 _LARGEST_ROUNDING = 0.05
 """In clip norms: an example that moves further is no longer rounded otherwise, it is mixed with others."""
 _SIZE = 0.2
@@ -43,6 +50,8 @@ def moved_by_others(
     pad_id: int = 0,
     weights_chosen: bool = True,
     told: Told = nobody,
+    seed: int | None = None,
+    see: See = unseen,
 ) -> float:
     """How far what an example adds to a sum was seen to move by what else is in its micro-batch (`require_alone`).
 
@@ -58,6 +67,8 @@ def moved_by_others(
         pad_id: that steps will fill with.
         weights_chosen: somebody chose the weights; those of a random model show already what others could hide.
         told: how many of the trials are done; there are as many for every data set.
+        seed: of all that is made up; None: one that nobody knows.
+        see: gets the gradients of each micro-batch, on the CPU: with the same seed the same ones are tried.
 
     Returns:
         The most that an example's clipped contribution was seen to move, in clip norms; 0.0: not by a bit.
@@ -65,12 +76,12 @@ def moved_by_others(
     Raises:
         ConfigError: for `model.path`, or whatever setting keeps the training pass from running.
     """
-    before, draws = Adapter.of(model), np.random.default_rng()
+    before, draws = Adapter.of(model), np.random.default_rng(seed)
     numbers, total = count(1), (3 if weights_chosen else 2) * len(shapes.lengths)
 
     def trial() -> _Trial:
         made = _Trial(model, shapes, draws, keeps_states=keeps_states, pad_id=pad_id)
-        made.tried = lambda: told(next(numbers), total)
+        made.tried, made.see = lambda: told(next(numbers), total), see
         return made
 
     try:
@@ -118,6 +129,7 @@ class _Trial:
 
     Attributes:
         tried: called whenever a length was tried.
+        see: gets the gradients of each micro-batch.
     """
 
     def __init__(
@@ -126,6 +138,7 @@ class _Trial:
         self._model, self._shapes, self._draws = model, shapes, draws
         self._keeps_states, self._pad_id = keeps_states, pad_id
         self.tried: Callable[[], None] = lambda: None
+        self.see: See = unseen
         self._places: dict[int, npt.NDArray[np.int64]] = {}
         lengths: list[int] = []
         for number, length in enumerate(shapes.lengths):
@@ -162,10 +175,10 @@ class _Trial:
             return max(self._moved(gradients, length, max_grad_norm) for length in self._shapes.lengths)
 
     def _moved(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
-        whole = _gradients(gradients, self._examples.batch(self._whole[length]))
+        whole = self._gradients(gradients, self._examples.batch(self._whole[length]))
         moved = 0.0
         for part in self._smaller[length]:
-            other = _gradients(gradients, self._again.batch(part))
+            other = self._gradients(gradients, self._again.batch(part))
             rows = torch.from_numpy(part.places - self._places[length][0])
             here, there = _rows(whole, rows), _rows(other, torch.arange(len(rows)))
             moved = max(moved, _distance(here, there, max_grad_norm))
@@ -195,19 +208,20 @@ class _Trial:
         moved = 0.0
         with attached(self._model) as gradients:
             for part, examples in zip(parts, copied, strict=True):
-                found, rows = _gradients(gradients, examples.batch(part)), torch.from_numpy(part.places)
+                found, rows = self._gradients(gradients, examples.batch(part)), torch.from_numpy(part.places)
                 moved = max(moved, _distance(_rows(found, rows), _rows(found, torch.zeros_like(rows)), max_grad_norm))
                 self.tried()
         return moved
+
+    def _gradients(self, gradients: PerExampleGradients, batch: Batch) -> dict[str, torch.Tensor]:
+        found = {name: one.cpu() for name, one in gradients.of_all(batch).items()}
+        self.see(found)
+        return found
 
     def _copies(self, length: int) -> TextDataset:
         lengths = [self._shapes.most_tokens(length)] * self._model.spec.texts
         one = _made_up(self._model, lengths, self._draws, first=lambda _: 0)
         return one.chosen([0] * self._most_room(length))
-
-
-def _gradients(gradients: PerExampleGradients, batch: Batch) -> dict[str, torch.Tensor]:
-    return {name: one.cpu() for name, one in gradients.of_all(batch).items()}
 
 
 def _rows(gradients: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:

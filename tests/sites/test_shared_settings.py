@@ -119,6 +119,7 @@ NEUTRAL: dict[str, Any] = {
     "evaluation.max_tokens": 64,
     "runtime.kind": "simulation",
     "runtime.device": "auto",
+    "runtime.num_devices": 2,
     "runtime.num_threads": 3,
     "runtime.micro_batch_tokens": 64,
     "runtime.kept_states_mib": 0,
