@@ -106,6 +106,7 @@ _NO_RESULT_CHANGES = [
     {"runtime__num_devices": 2},
     {"runtime__num_threads": 3},
     {"runtime__micro_batch_tokens": 77},
+    {"runtime__step_mib": 77},
     {"runtime__gradient_checkpointing": True},
     {"runtime__sites_dir": "sites"},
     {"tracking__progress": False},

@@ -39,12 +39,15 @@ from fedtune.training.machine import (
     place_for_states,
     ready_model,
     shapes_for,
+    step_bytes,
 )
-from fedtune.training.preflight import moved_by_others, require_alone
+from fedtune.training.preflight import moved_by_others, require_alone, within_memory
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much of it is; of 0: nobody knows how much there is."""
 _Facts = tuple[Hashable, ...]
+_MEANS_BYTES = 512 * 2**20
+"""At most, since more at once gain nothing."""
 _measured: dict[_Facts, tuple[Shapes, float]] = {}
 """What trying a model came to in this process.  A figure stays: who asks again does not get another draw of it."""
 
@@ -157,13 +160,26 @@ class SharedModel:
         """The shapes in which no example's neighbours move it, else the plain ones and how far they do."""
         if self._facts not in _measured:
             self.progress("trying the model", 0, 0)
-            shapes, moved = self.shapes, self._moved(self.shapes)
+            shapes = within_memory(
+                self.model,
+                self.shapes,
+                most_bytes=step_bytes(self.model, self.config.runtime) - self.bytes_of_means,
+                keeps_states=self.keeps_states,
+                pad_id=self.tokenizer.pad_token_id,
+            )
+            moved = self._moved(shapes)
             if moved > 0:
                 # Kernels of some machines go by the number of rows: with one number for each length they cannot.
                 shapes = replace(shapes, row_shares=(1,))
                 moved = self._moved(shapes)
             _measured[self._facts] = shapes, moved
         return _measured[self._facts]
+
+    @property
+    def bytes_of_means(self) -> int:
+        """For the means of users that are made together, in float64; 0 where records are units."""
+        by_user = self.config.privacy.unit == "user"
+        return min(_MEANS_BYTES, step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
 
     def _moved(self, shapes: Shapes) -> float:
         return moved_by_others(

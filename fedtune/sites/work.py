@@ -24,9 +24,6 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.users import UserExamples
 
-_MEANS_BYTES = 256 * 2**20
-"""For the means of the users that are worked on together, in float64."""
-
 
 @dataclass(frozen=True)
 class SiteWork:
@@ -55,12 +52,13 @@ class SiteWork:
         privacy = self.shared.config.privacy
         if privacy.unit == "record":
             return examples
-        values = sum(parameter.numel() for parameter in self.shared.model.trainable().values())
+        # In float64, and once more where one of them comes to no number.
+        of_each = 16 * sum(parameter.numel() for parameter in self.shared.model.trainable().values())
         return UserExamples(
             examples,
             users_of(self.records.training),
             most_records=privacy.contribution,
-            most_users=max(1, _MEANS_BYTES // (8 * values)),
+            most_users=max(1, self.shared.bytes_of_means // of_each),
         )
 
     @cached_property

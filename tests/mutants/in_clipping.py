@@ -323,8 +323,9 @@ CLIPPING = (
         tests=(f"{OF_DEVICES}::test_a_device_that_computes_other_bits_is_refused",),
     ),
     Mutant(
-        name="a-failed-step-s-sums-come-later",
-        fault="After a step that failed on the first device the others' answers to it are taken for the next one's.",
+        name="devices-left-in-a-failed-step",
+        fault="After a step that failed on the first device the others still wait for its values, and take the next "
+        "step's for these.",
         file=DEVICES,
         old="        return bool(self._asked) or not self.end.alive or",
         new="        return not self.end.alive or",
@@ -337,5 +338,14 @@ CLIPPING = (
         old='    assert seen == len(sampled), "each sampled record counts exactly once"\n',
         new="",
         tests=(f"{OF_DEVICES}::test_a_unit_that_no_device_adds_is_missed",),
+    ),
+    Mutant(
+        name="a-failing-record-needs-more",
+        fault="Where a record of a micro-batch fails, what was found for the one before is kept while the next is "
+        "computed: a step that just fits in memory ends for want of it, and that tells of the record.",
+        file="fedtune/training/per_example.py",
+        old="            del found  # which",
+        new="            # which",
+        tests=("tests/training/test_step_memory.py::test_a_record_that_fails_or_is_no_number_takes_no_more",),
     ),
 )

@@ -122,6 +122,7 @@ NEUTRAL: dict[str, Any] = {
     "runtime.num_devices": 2,
     "runtime.num_threads": 3,
     "runtime.micro_batch_tokens": 64,
+    "runtime.step_mib": 5,
     "runtime.kept_states_mib": 0,
     "runtime.onednn": False,
     "runtime.kept_states_folder": "/home/ada/canary/fast",

@@ -266,17 +266,26 @@ def test_a_process_that_hangs_ends_the_round_in_bounded_time(
     assert all(gone(pid) for pid in pids)
 
 
+@pytest.mark.parametrize("where", ["before the others begin", "while they work"])
 def test_a_failure_of_the_first_device_leaves_no_step_half_done(
-    three: Room, plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    three: Room, plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     units = units_of(three.model.spec, 41)
     there = divided(three, units)
     expected = a_round(three, units_of(three.model.spec, 41), plan)
+    monkeypatch.setattr(devices_module, "MOST_WAIT_S", 10.0)
+
+    def fails(*_: Any) -> Any:
+        raise MemoryError
+
     with monkeypatch.context() as patched:
-        patched.setattr(there._own, "cut_drawn", lambda drawn: iter([None]))
-        with pytest.raises(AttributeError):
+        if where == "while they work":
+            patched.setattr(there._own, "cut_drawn", fails)
+        else:
+            patched.setattr(three.devices.ready(), "tell", fails)
+        with pytest.raises(MemoryError):
             a_round(three, there, plan)
-    assert a_round(three, there, plan).digest() == expected.digest(), "what the others had summed is not added later"
+    assert a_round(three, there, plan).digest() == expected.digest(), "the others are not left waiting"
 
 
 def test_a_device_that_cannot_do_what_it_is_asked_says_why(three: Room) -> None:
