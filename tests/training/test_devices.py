@@ -252,9 +252,9 @@ def test_a_process_that_hangs_ends_the_round_in_bounded_time(
     there = divided(three, units_of(three.model.spec, 41))
     a_round(three, there, plan)
     pids, own_cut = three.pids, there._own.cut_drawn
-    monkeypatch.setattr(devices_module, "MOST_WAIT_S", 1.0)
 
     def stops(drawn: Any) -> Any:
+        monkeypatch.setattr(devices_module, "MOST_WAIT_S", 1.0)
         os.kill(pids[0], signal.SIGSTOP)
         return own_cut(drawn)
 
@@ -273,7 +273,7 @@ def test_a_failure_of_the_first_device_leaves_no_step_half_done(
     units = units_of(three.model.spec, 41)
     there = divided(three, units)
     expected = a_round(three, units_of(three.model.spec, 41), plan)
-    monkeypatch.setattr(devices_module, "MOST_WAIT_S", 10.0)
+    monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0)
 
     def fails(*_: Any) -> Any:
         raise MemoryError
